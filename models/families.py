@@ -1,0 +1,89 @@
+"""Which timm models can be a teacher or a student, and their attention in plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from .errors import UnsupportedModelError
+
+MODELS = (VisionTransformer, Beit, Eva)
+BLOCKS = (Block, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
+ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
+SUPPORTED = (
+    "timm's plain vision transformers: vision_transformer (ViT, DeiT III, MAE, DINO, DINOv2, CLIP, SigLIP), "
+    "deit, beit (BEiT, BEiTv2) and eva (EVA, EVA-02, DINOv3)"
+)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What each token of the sequence is: prefix tokens by kind, then the patch grid, row by row."""
+
+    prefix: tuple[str, ...]
+    grid: tuple[int, int]
+
+    @property
+    def num_prefix(self) -> int:
+        return len(self.prefix)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Depth, heads and widths of a model's attention layers."""
+
+    depth: int
+    num_heads: int
+    head_dim: int
+    width: int
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` where the model or any block of it is of a kind that no adapter covers."""
+    name = type(model).__name__
+    if not isinstance(model, MODELS):
+        raise UnsupportedModelError(f"{name} is not a supported model; supported are {SUPPORTED}")
+    for index, block in enumerate(attention_blocks(model)):
+        attention = getattr(block, "attn", None)
+        if not isinstance(block, BLOCKS) or not isinstance(attention, ATTENTIONS):
+            part = type(block).__name__ if attention is None else f"{type(block).__name__} with {type(attention).__name__}"
+            raise UnsupportedModelError(
+                f"block {index} of {name} is a {part}, which is not supported; supported are {SUPPORTED}, "
+                "with one softmax attention a block"
+            )
+
+
+def attention_blocks(model: Any) -> list[nn.Module]:
+    """The transformer blocks, first to last."""
+    return list(model.blocks)
+
+
+def token_layout(model: Any) -> TokenLayout:
+    """The tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width)."""
+    registers = getattr(model, "reg_token", None)
+    prefix = ["cls"] if model.cls_token is not None else []
+    if getattr(model, "dist_token", None) is not None:
+        prefix.append("dist")
+    prefix += [f"reg{index}" for index in range(0 if registers is None else registers.shape[1])]
+    height, width = model.patch_embed.grid_size
+    return TokenLayout(tuple(prefix), (int(height), int(width)))
+
+
+def attention_shape(model: nn.Module) -> AttentionShape:
+    """Depth, heads, head width and model width, read from the first block (all blocks of a model are alike)."""
+    blocks: list[Any] = list(attention_blocks(model))
+    attention = blocks[0].attn
+    width = attention.proj.in_features
+    return AttentionShape(len(blocks), attention.num_heads, width // attention.num_heads, attention.proj.out_features)
