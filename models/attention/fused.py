@@ -1,0 +1,207 @@
+"""Softmax attention and its by-products without ever forming the N x N map.
+
+With P = softmax(s Q Kᵀ + bias) and lse its row-wise log-sum-exp, three operators cover every transfer loss:
+
+* `attention_with_lse`: P V and lse, both differentiable;
+* `apply_map`: P V, differentiable in V alone (the map belongs to a frozen teacher);
+* `map_logsumexp`: lse alone, differentiable in Q and K.
+
+Each runs on torch's stock fused kernels; two identities make their backward passes fit those kernels:
+
+* The gradient of lse with respect to the logits is P, so an upstream gradient g of lse adds g to dP inside
+  dS = P * (dP - D + g). A column of ones appended to V and g appended to the upstream gradient adds it to dP;
+  a column of zeros appended to the saved output keeps D = rowsum(dO * O) as it was.
+* Pᵀ G is itself an attention: queries K, keys Q, values G, and a bias of -lse on each key gives the softmax
+  over the wrong axis; multiplying by its own row sums undoes that. One forward kernel instead of a backward.
+
+Shape suffixes: B batch, H heads, M query rows, N keys, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels
+
+
+def attention_with_lse(
+    q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """P V of shape (B, H, M, D) and lse of shape (B, H, M) in float32 (float64 for float64 inputs)."""
+    q_BHMD, k_BHND, v_BHND, bias = kernels.same_dtype(q_BHMD, k_BHND, v_BHND, bias)
+    out, lse = _attention_with_lse(q_BHMD, k_BHND, v_BHND, bias, scale)
+    return out, lse[..., : q_BHMD.shape[2]]
+
+
+def apply_map(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """P V of shape (B, H, M, D), with a gradient for V only; Q, K and bias are constants."""
+    q_BHMD, k_BHND, v_BHND, bias = kernels.same_dtype(q_BHMD, k_BHND, v_BHND, bias)
+    width, key_width = v_BHND.shape[-1], k_BHND.shape[-1]
+    if width < key_width:  # the kernels want one head width
+        v_BHND = F.pad(v_BHND, (0, key_width - width))
+    elif width > key_width:
+        q_BHMD = F.pad(q_BHMD, (0, width - key_width))
+        k_BHND = F.pad(k_BHND, (0, width - key_width))
+    bias = None if bias is None else bias.detach()
+    out, _ = _apply_map(q_BHMD.detach(), k_BHND.detach(), v_BHND, bias, scale)
+    return out[..., :width]
+
+
+def map_logsumexp(q_BHMD: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Log-sum-exp of each row of s Q Kᵀ + bias, shape (B, H, M), in float32 (float64 for float64 inputs)."""
+    q_BHMD, k_BHND, _, bias = kernels.same_dtype(q_BHMD, k_BHND, k_BHND, bias)
+    if bias is not None and bias.requires_grad:
+        return attention_with_lse(q_BHMD, k_BHND, k_BHND.detach(), scale, bias)[1]
+    lse, _ = _map_logsumexp(q_BHMD, k_BHND, bias, scale)
+    return lse[..., : q_BHMD.shape[2]]
+
+
+# The operators. Each is opaque to torch.compile, so the compiled step runs the same kernels as the eager one.
+
+
+@torch.library.custom_op("graftvit::attention_with_lse", mutates_args=())
+def _attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return kernels.forward(q, k, v, bias, scale)
+
+
+@torch.library.custom_op("graftvit::attention_with_lse_backward", mutates_args=())
+def _attention_with_lse_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if bias_grad and bias is not None:
+        return kernels.backward_with_bias(grad_out, grad_lse, q, k, v, bias, out, lse, scale)
+    extra = kernels.extra_columns(q)
+    rows = q.shape[2]
+    grad_lse = grad_lse[..., :rows, None].to(q.dtype)
+    ones = torch.ones_like(v[..., :1])
+    dq, dk, dv = kernels.backward(
+        F.pad(torch.cat([grad_out, grad_lse], -1), (0, extra - 1)),
+        F.pad(q, (0, extra)),
+        F.pad(k, (0, extra)),
+        F.pad(torch.cat([v, ones], -1), (0, extra - 1)),
+        bias,
+        F.pad(out, (0, extra)),
+        lse,
+        scale,
+    )
+    width = q.shape[-1]
+    return (
+        dq[..., :width].contiguous(),
+        dk[..., :width].contiguous(),
+        dv[..., :width].contiguous(),
+        q.new_empty(0),
+    )
+
+
+@torch.library.custom_op("graftvit::apply_map", mutates_args=())
+def _apply_map(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return kernels.forward(q, k, v, bias, scale)
+
+
+@torch.library.custom_op("graftvit::apply_map_backward", mutates_args=())
+def _apply_map_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    if kernels.has_transposed(q, bias):
+        return kernels.transposed_map(q, k, grad_out, lse, scale)
+    return kernels.backward(grad_out, q, k, v, bias, out, lse, scale)[2].contiguous()
+
+
+@torch.library.custom_op("graftvit::map_logsumexp", mutates_args=())
+def _map_logsumexp(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    mean_key, lse = kernels.forward(q, k, k, bias, scale)
+    return lse, mean_key
+
+
+@torch.library.custom_op("graftvit::map_logsumexp_backward", mutates_args=())
+def _map_logsumexp_backward(
+    grad_lse: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, lse: Tensor, mean_key: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    # d lse / d q = s P K, which the forward pass already has; d lse / d k = s Pᵀ (g q).
+    grad = (scale * grad_lse[..., : q.shape[2], None]).to(q.dtype)
+    weighted = grad * q
+    if kernels.has_transposed(q, bias):
+        dk = kernels.transposed_map(q, k, weighted, lse, scale)
+    else:
+        dk = kernels.backward(weighted, q, k, k, bias, mean_key, lse, scale)[2].contiguous()
+    return grad * mean_key, dk
+
+
+# Shapes for tracing.
+
+
+@_attention_with_lse.register_fake
+@_apply_map.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return kernels.empty_out(q), kernels.empty_lse(q)
+
+
+@_map_logsumexp.register_fake
+def _(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return kernels.empty_lse(q), kernels.empty_out(q)
+
+
+@_attention_with_lse_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, bias, out, lse, scale, bias_grad):  # type: ignore[no-untyped-def]
+    grad_bias = q.new_empty(bias.shape) if bias_grad and bias is not None else q.new_empty(0)
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)) + (grad_bias,)
+
+
+@_apply_map_backward.register_fake
+def _(grad_out, q, k, v, bias, out, lse, scale):  # type: ignore[no-untyped-def]
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+@_map_logsumexp_backward.register_fake
+def _(grad_lse, q, k, bias, lse, mean_key, scale):  # type: ignore[no-untyped-def]
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+
+
+# Gradients.
+
+
+def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, bias, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bias, *output)
+
+
+def _attention_with_lse_gradient(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    bias_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, db = _attention_with_lse_backward(grad_out, grad_lse, q, k, v, bias, out, lse, ctx.scale, bias_grad)
+    return dq, dk, dv, db if bias_grad else None, None
+
+
+def _apply_map_gradient(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    return None, None, _apply_map_backward(grad_out, q, k, v, bias, out, lse, ctx.scale), None, None
+
+
+def _save_logsumexp(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, bias, ctx.scale = inputs
+    ctx.save_for_backward(q, k, bias, *output)
+
+
+def _map_logsumexp_gradient(ctx, grad_lse, _):  # type: ignore[no-untyped-def]
+    q, k, bias, lse, mean_key = ctx.saved_tensors
+    return *_map_logsumexp_backward(grad_lse, q, k, bias, lse, mean_key, ctx.scale), None, None
+
+
+torch.library.register_autograd(
+    "graftvit::attention_with_lse", _attention_with_lse_gradient, setup_context=_save_attention
+)
+torch.library.register_autograd("graftvit::apply_map", _apply_map_gradient, setup_context=_save_attention)
+torch.library.register_autograd("graftvit::map_logsumexp", _map_logsumexp_gradient, setup_context=_save_logsumexp)

@@ -1,0 +1,164 @@
+"""One face for torch's fused attention kernels: forward with log-sum-exp, backward, and the transposed map.
+
+CPU: the flash kernel, any dtype. CUDA: flash for half precision, memory-efficient otherwise or with a bias.
+Any other device, or a head width that the CUDA kernels refuse: image by image, so that at most one
+H x M x N block exists at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+
+
+def same_dtype(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Cast to the autocast dtype where autocast is on, as `scaled_dot_product_attention` does; else to one dtype.
+
+    The bias, of shape (1 or B, 1 or H, M, N), is expanded over the heads, never over the batch.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if bias is not None:
+        bias = bias.to(dtype).expand(-1, q.shape[1], -1, -1)
+    return q.to(dtype), k.to(dtype), v.to(dtype), bias
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """P V and the log-sum-exp of its rows, the latter possibly padded beyond M (see `empty_lse`)."""
+    kernel = _kernel(q, bias)
+    bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
+    if kernel == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    elif kernel == "flash":
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    elif kernel == "efficient":
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, _aligned(bias), True, scale=scale)[:2]
+    else:
+        out, lse = _forward_by_image(q, k, v, bias, scale)
+    return out, lse.contiguous()
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k and v of P V, given its output and log-sum-exp."""
+    kernel = _kernel(q, bias)
+    bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
+    if kernel == "cpu":
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
+        )
+    elif kernel == "flash":
+        none = torch.empty(0, dtype=torch.int64, device=q.device)
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+            grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, none, none, scale=scale
+        )
+    elif kernel == "efficient":
+        none = torch.empty((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad_out, q, k, v, _aligned(bias), out, lse, none, none, 0.0, [True, True, True, False], scale=scale
+        )
+    else:
+        zero = torch.zeros_like(lse)
+        dq, dk, dv, _ = backward_with_bias(grad_out, zero, q, k, v, bias, out, lse, scale)
+    return dq, dk, dv
+
+
+def has_transposed(q: Tensor, bias: Tensor | None) -> bool:
+    """Whether `transposed_map` runs here: its key bias would have to be formed with another bias beside it."""
+    return _kernel(q, bias) == "cpu" and bias is None
+
+
+def transposed_map(q_BHMD: Tensor, k_BHND: Tensor, g_BHMD: Tensor, lse_BHM: Tensor, scale: float) -> Tensor:
+    """Pᵀ G of shape (B, H, N, D) by one forward kernel; see the module `fused`.
+
+    The bias is rounded to the dtype of the kernel and what rounding lost is put into G, so that half precision
+    costs no more than the rounding of G.
+    """
+    bias = -lse_BHM.to(q_BHMD.dtype)
+    lost = -lse_BHM - bias.to(lse_BHM.dtype)
+    values = (g_BHMD * lost.exp()[..., None]).to(q_BHMD.dtype)
+    bias_BHNM = bias[:, :, None, :].expand(-1, -1, k_BHND.shape[2], -1)
+    out, lse = forward(k_BHND, q_BHMD, values, bias_BHNM, scale)
+    return (out * lse.exp()[..., None]).to(g_BHMD.dtype).contiguous()
+
+
+def backward_with_bias(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for q, k, v and the bias, image by image: the size of a bias, never of B maps."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grad_bias = q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    rows = q.shape[2]
+    per_image = bias is not None and bias.shape[0] > 1
+    for image in range(q.shape[0]):
+        logits = scale * q[image] @ k[image].transpose(-2, -1)
+        logits = logits if bias is None else logits + bias[image if per_image else 0]
+        probabilities = (logits - lse[image, :, :rows, None]).exp().to(q.dtype)
+        delta = (grad_out[image] * out[image]).sum(-1) - grad_lse[image, :, :rows]
+        grad = probabilities * (grad_out[image] @ v[image].transpose(-2, -1) - delta[..., None].to(q.dtype))
+        dq[image] = scale * grad @ k[image]
+        dk[image] = scale * grad.transpose(-2, -1) @ q[image]
+        dv[image] = probabilities.transpose(-2, -1) @ grad_out[image]
+        if bias is not None:
+            grad_bias[image if per_image else 0] += grad
+    return dq, dk, dv, grad_bias
+
+
+def extra_columns(q: Tensor) -> int:
+    """Columns to append so that one of them carries the gradient of lse; CUDA kernels want multiples of 8."""
+    return 8 if q.device.type == "cuda" else 1
+
+
+def empty_out(q: Tensor) -> Tensor:
+    """A tensor as `forward` returns for P V: shape and layout of the queries."""
+    return torch.empty_like(q)
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """A tensor as `forward` returns for the log-sum-exp: rows padded to 32 by the memory-efficient kernel."""
+    batch, heads, rows, _ = q.shape
+    rows = -(-rows // 32) * 32 if _kernel(q, None) == "efficient" else rows
+    return q.new_empty(batch, heads, rows, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _kernel(q: Tensor, bias: Tensor | None) -> str:
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.device.type == "cuda" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.dtype != torch.float64:
+        return "flash" if q.dtype in HALF and bias is None else "efficient"
+    return "other"
+
+
+def _aligned(bias: Tensor | None) -> Tensor | None:
+    # The memory-efficient kernel wants rows of the bias to start at multiples of 16 elements.
+    if bias is None or bias.shape[-1] % 16 == 0:
+        return bias
+    length = -(-bias.shape[-1] // 16) * 16
+    padded = bias.new_zeros(*bias.shape[1:-1], length)
+    padded[..., : bias.shape[-1]] = bias[0]
+    return padded.expand(bias.shape[0], *padded.shape)[..., : bias.shape[-1]]
+
+
+def _forward_by_image(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = empty_out(q), empty_lse(q)
+    for image in range(q.shape[0]):
+        logits = scale * q[image] @ k[image].transpose(-2, -1)
+        logits = logits if bias is None else logits + bias[image]
+        lse[image] = logits.logsumexp(-1)
+        out[image] = logits.softmax(-1).to(v.dtype) @ v[image]
+    return out, lse

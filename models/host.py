@@ -1,0 +1,208 @@
+"""The module that stands where a timm block's attention stood.
+
+A host shares the parameters, buffers and submodules of the timm attention that it replaces, under the same
+names, so state dicts do not change. It projects tokens to queries, keys and values (with the layer's own norms
+and rotary embedding), hands them to an *operator*, and projects what comes back. With `softmax` as its operator
+it computes what timm computes, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from torch import Tensor, nn
+
+from .families import attention_blocks, check_supported
+
+QKV = ("q", "k", "v")
+
+
+@dataclass
+class Heads:
+    """What an operator works on: q, k and v of shape (B, H, N, D) after norms and rotary embedding.
+
+    A tensor that the operator does not need is None. `bias` (1 or B, H, N, N) is a relative position bias.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None
+    scale: float
+    dropout: float
+
+
+class Operator(Protocol):
+    """An attention mechanism: `needs` names the projections it uses; the call returns (B, H, N, D)."""
+
+    @property
+    def needs(self) -> Collection[str]: ...
+
+    def __call__(self, heads: Heads) -> Tensor: ...
+
+
+class Softmax:
+    """softmax(s Q Kᵀ + bias) V, by torch's fused attention."""
+
+    needs = QKV
+
+    def __call__(self, heads: Heads) -> Tensor:
+        assert heads.q is not None
+        assert heads.k is not None
+        assert heads.v is not None
+        return F.scaled_dot_product_attention(
+            heads.q, heads.k, heads.v, attn_mask=heads.bias, dropout_p=heads.dropout, scale=heads.scale
+        )
+
+
+class AttentionHost(nn.Module):
+    """A timm attention layer around any operator; `original` is the layer it stands for."""
+
+    def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
+        super().__init__()
+        self._parameters = original._parameters
+        self._buffers = original._buffers
+        self._non_persistent_buffers_set = original._non_persistent_buffers_set
+        self._modules = dict(original._modules)
+        self.training = original.training
+        self._original = (original,)  # in a tuple, so that it is not registered a second time
+        self.operator: Operator = operator or Softmax()
+        layer: Any = original
+        self.num_heads: int = layer.num_heads
+        self.scale: float = layer.scale
+        self.num_prefix_tokens: int = getattr(layer, "num_prefix_tokens", 0)
+        self.rotate_half: bool = getattr(layer, "rotate_half", False)
+        self.kv_groups: int = getattr(layer, "num_kv_groups", 1)
+        self.separate_bias: bool = getattr(layer, "qkv_bias_separate", False)
+
+    @property
+    def original(self) -> nn.Module:
+        return self._original[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attention over tokens (B, N, C). Masks are refused: a plain image transformer has none."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("attention masks are not supported by a hosted attention layer")
+        return self.merge(self.operator(self.project(x, rope, shared_rel_pos_bias)), x)
+
+    def project(self, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None) -> Heads:
+        """The projections that the operator needs; the others are not computed."""
+        needs = [part for part in QKV if part in self.operator.needs]
+        projected = dict(zip(needs, self._projections(x, needs), strict=True))
+        heads = {part: self._position(part, tensor, rope) for part, tensor in projected.items()}
+        dropout: Any = self.attn_drop
+        return Heads(
+            q=heads.get("q"),
+            k=heads.get("k"),
+            v=heads.get("v"),
+            bias=self._bias(shared_rel_pos_bias) if "q" in heads or "k" in heads else None,
+            scale=self.scale,
+            dropout=dropout.p if self.training else 0.0,
+        )
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        """Join the heads and project them back, with the layer's norm and gate where it has them."""
+        out = out_BHND.transpose(1, 2).flatten(2)
+        out = self._child("norm", out)
+        gate: Any = self._modules.get("gate")
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self._child("proj_drop", self._child("proj", out))
+
+    def _projections(self, x: Tensor, needs: list[str]) -> list[Tensor]:
+        """(B, H, N, D) for each part that is needed, before norms and rotary embedding."""
+        fused: Any = self._modules.get("qkv")
+        if fused is None:
+            return [self._split(self._child(f"{part}_proj", x), 1)[0] for part in needs]
+        if len(needs) == len(QKV) or type(fused) is not nn.Linear:
+            parts = dict(zip(QKV, self._split(self._fused(x, slice(None)), 3), strict=True))
+            return [parts[part] for part in needs]
+        if needs == ["q", "v"]:
+            return [*self._slice(x, 0, 1), *self._slice(x, 2, 3)]
+        return self._slice(x, QKV.index(needs[0]), QKV.index(needs[-1]) + 1)
+
+    def _slice(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
+        fused: Any = self.qkv
+        width = fused.out_features // 3
+        return self._split(self._fused(x, slice(start * width, stop * width)), stop - start)
+
+    def _fused(self, x: Tensor, rows: slice) -> Tensor:
+        fused: Any = self.qkv
+        if self._parameters.get("q_bias") is not None:  # BEiT and EVA keep two biases and a zero between them
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))[rows]  # type: ignore[arg-type]
+            if self.separate_bias:
+                return F.linear(x, fused.weight[rows]) + bias
+            return F.linear(x, fused.weight[rows], bias)
+        if rows == slice(None):
+            whole: Tensor = fused(x)
+            return whole
+        return F.linear(x, fused.weight[rows], None if fused.bias is None else fused.bias[rows])
+
+    def _split(self, x: Tensor, parts: int) -> list[Tensor]:
+        batch, tokens, width = x.shape
+        heads = self.num_heads
+        if parts == 1 and "k_proj" in self._modules and self.kv_groups > 1 and width != self._query_width():
+            heads = self.num_heads // self.kv_groups
+        split = x.reshape(batch, tokens, parts, heads, -1).permute(2, 0, 3, 1, 4)
+        return list(split.unbind(0))
+
+    def _query_width(self) -> int:
+        projection: Any = self.q_proj
+        return int(projection.out_features)
+
+    def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
+        """Per-head norm and rotary embedding of q and k; grouped keys and values are repeated for their heads."""
+        dtype = x_BHND.dtype
+        if part != "v":
+            x_BHND = self._child(f"{part}_norm", x_BHND)
+            if rope is not None:
+                prefix, patches = x_BHND.split(
+                    [self.num_prefix_tokens, x_BHND.shape[2] - self.num_prefix_tokens], dim=2
+                )
+                rotated = apply_rot_embed_cat(patches, rope, half=self.rotate_half)
+                x_BHND = torch.cat([prefix, rotated], dim=2).type(dtype)
+        if part != "q" and self.kv_groups > 1:
+            x_BHND = x_BHND.repeat_interleave(self.kv_groups, dim=1)
+        return x_BHND
+
+    def _bias(self, shared: Tensor | None) -> Tensor | None:
+        if self._parameters.get("relative_position_bias_table") is None:
+            return shared
+        layer: Any = self.original
+        own: Tensor = layer._get_rel_pos_bias()
+        return own if shared is None else own + shared
+
+    def _child(self, name: str, x: Tensor) -> Tensor:
+        child: Any = self._modules.get(name)
+        return x if child is None else child(x)
+
+
+def host_attention(model: nn.Module) -> list[AttentionHost]:
+    """Put a host in place of every attention layer of `model`; layers already hosted keep their host."""
+    check_supported(release_attention(model))
+    hosts = []
+    for block in attention_blocks(model):
+        host = AttentionHost(block.attn)  # type: ignore[arg-type]
+        block.attn = host
+        hosts.append(host)
+    return hosts
+
+
+def release_attention(model: nn.Module) -> nn.Module:
+    """Put timm's own attention layers back in place of their hosts; returns the model."""
+    for block in getattr(model, "blocks", ()):
+        if isinstance(block.attn, AttentionHost):
+            block.attn = block.attn.original
+    return model

@@ -1,0 +1,170 @@
+"""Masked autoencoding (He et al., arXiv:2111.06377) around a timm vision transformer.
+
+It makes a teacher for a domain that has none: no labels, only images. Shapes: B images, N patches, M of them
+masked, V = N - M visible, P prefix tokens, D encoder width, E decoder width, K = pixels of a patch x channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from .errors import ConfigError, UnsupportedModelError
+from .patches import fold_patches, grid_positions, normalise_patches, unfold_patches
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pictures of a masked autoencoder at work; all images are on the scale of the input."""
+
+    visible: Tensor  # (B, C, H, W), hidden patches are zero
+    filled: Tensor  # (B, C, H, W), hidden patches come from the decoder
+    mask: Tensor  # (B, N) bool, True where hidden
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder on the visible patches, a small decoder that paints the hidden ones.
+
+    The loss is the mean squared error over the pixels of hidden patches (section 3 of the paper), each target
+    patch normalised by its own mean and deviation when `norm_pixels`. The encoder is a plain
+    `timm.models.VisionTransformer`; its prefix tokens are never masked. Its head and `fc_norm` are not used.
+
+    Raises:
+        UnsupportedModelError: the encoder is not a plain timm VisionTransformer.
+        ConfigError: mask or decoder sizes that cannot be built.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        mask_ratio: float = 0.75,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        norm_pixels: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = _plain_encoder(encoder)
+        patch_embed = cast(PatchEmbed, self.encoder.patch_embed)
+        self.patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
+        self.grid: tuple[int, int] = tuple(patch_embed.grid_size)
+        self.norm_pixels = norm_pixels
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_masked = _count_masked(self.num_patches, mask_ratio)
+        _check_decoder(decoder_dim, decoder_heads)
+        channels = cast(nn.Conv2d, patch_embed.proj).in_channels
+        self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_head = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * channels)
+        self.register_buffer("positions", grid_positions(self.grid, decoder_dim), persistent=False)
+        self._init_decoder()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The reconstruction loss of `images` (B, C, H, W) under a fresh random mask for each image; a scalar."""
+        target_BNK, _, _ = self._targets(images)
+        prediction_BNK, mask_BN = self._predict(images)
+        error_BN = (prediction_BNK.float() - target_BNK).square().mean(dim=-1)
+        return (error_BN * mask_BN).sum() / mask_BN.sum()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Reconstruction:
+        """`images` with hidden patches blanked, and with hidden patches painted by the decoder."""
+        _, mean_BN1, deviation_BN1 = self._targets(images)
+        prediction_BNK, mask_BN = self._predict(images)
+        painted_BNK = prediction_BNK.float() * deviation_BN1 + mean_BN1
+        patches_BNK = unfold_patches(images.float(), self.patch_size)
+        hidden_BN1 = mask_BN.unsqueeze(-1)
+        return Reconstruction(
+            visible=fold_patches(patches_BNK.masked_fill(hidden_BN1, 0.0), self.patch_size, self.grid),
+            filled=fold_patches(torch.where(hidden_BN1, painted_BNK, patches_BNK), self.patch_size, self.grid),
+            mask=mask_BN,
+        )
+
+    def random_order(self, batch: int, device: torch.device) -> Tensor:
+        """A random permutation of the patches for each image, (B, N); the first V stay visible."""
+        return torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
+
+    def _targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the decoder should give, with the mean and deviation that bring it back to pixels."""
+        patches_BNK = unfold_patches(images.float(), self.patch_size)
+        if self.norm_pixels:
+            return normalise_patches(patches_BNK)
+        zero_BN1 = patches_BNK.new_zeros(*patches_BNK.shape[:2], 1)
+        return patches_BNK, zero_BN1, zero_BN1 + 1
+
+    def _predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoder output for all patches (B, N, K) and which of them were hidden (B, N)."""
+        order_BN = self.random_order(len(images), images.device)
+        visible_BV = order_BN[:, : self.num_patches - self.num_masked]
+        mask_BN = torch.ones_like(order_BN, dtype=torch.bool).scatter(1, visible_BV, False)
+        return self._decode(self._encode(images, visible_BV), visible_BV), mask_BN
+
+    def _encode(self, images: Tensor, visible_BV: Tensor) -> Tensor:
+        """The encoder on its prefix tokens and the visible patches alone, (B, P + V, D)."""
+        encoder, prefix = self.encoder, self.encoder.num_prefix_tokens
+        x_BND = encoder._pos_embed(encoder.patch_embed(images))
+        index_BVD = visible_BV.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1])
+        x_BVD = torch.cat([x_BND[:, :prefix], x_BND[:, prefix:].gather(1, index_BVD)], dim=1)
+        x_BVD = encoder.norm_pre(x_BVD)
+        if encoder.grad_checkpointing and self.training:
+            x_BVD = checkpoint_seq(encoder.blocks, x_BVD)
+        else:
+            x_BVD = encoder.blocks(x_BVD)
+        return cast(Tensor, encoder.norm(x_BVD))
+
+    def _decode(self, encoded_BVD: Tensor, visible_BV: Tensor) -> Tensor:
+        """Mask tokens where patches are hidden, positions added, the decoder's blocks, pixels (B, N, K)."""
+        prefix = self.encoder.num_prefix_tokens
+        x_BVE = self.decoder_embed(encoded_BVD)
+        index_BVE = visible_BV.unsqueeze(-1).expand(-1, -1, x_BVE.shape[-1])
+        blank_BNE = self.mask_token.to(x_BVE.dtype).expand(len(x_BVE), self.num_patches, -1)
+        patches_BNE = blank_BNE.scatter(1, index_BVE, x_BVE[:, prefix:]) + self.positions
+        x_BNE = torch.cat([x_BVE[:, :prefix], patches_BNE], dim=1)
+        for block in self.decoder_blocks:
+            x_BNE = block(x_BNE)
+        return cast(Tensor, self.decoder_head(self.decoder_norm(x_BNE)[:, prefix:]))
+
+    def _init_decoder(self) -> None:
+        """Xavier for the decoder's linear layers, as published; the encoder keeps its own initialisation."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_head):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+
+
+def _plain_encoder(encoder: nn.Module) -> VisionTransformer:
+    if isinstance(encoder, VisionTransformer) and isinstance(encoder.patch_embed, PatchEmbed):
+        return encoder
+    raise UnsupportedModelError(
+        f"Masked pre-training needs a plain timm VisionTransformer (vit_...), not {type(encoder).__name__}."
+    )
+
+
+def _count_masked(num_patches: int, mask_ratio: float) -> int:
+    masked = round(num_patches * mask_ratio)
+    if not 0 < masked < num_patches:
+        raise ConfigError(
+            f"pretrain.mask_ratio={mask_ratio} hides {masked} of {num_patches} patches; "
+            "at least one must be hidden and one visible."
+        )
+    return masked
+
+
+def _check_decoder(dim: int, heads: int) -> None:
+    if dim % 4 or dim % heads:
+        raise ConfigError(
+            f"pretrain.decoder_dim={dim} must be a multiple of 4 and of pretrain.decoder_heads={heads}."
+        )
