@@ -1,7 +1,7 @@
 """Masked autoencoding (He et al., arXiv:2111.06377) around a timm vision transformer.
 
-It makes a teacher for a domain that has none: no labels, only images. Shapes: B images, N patches, M of them
-masked, V = N - M visible, P prefix tokens, D encoder width, E decoder width, K = pixels of a patch x channels.
+It makes a teacher for a domain that has none: no labels, only images. Shapes: B images, N patches, V of them
+visible, P prefix tokens, D encoder width, E decoder width, K pixels of a patch times channels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class MaskedAutoencoder(nn.Module):
         ConfigError: mask or decoder sizes that cannot be built.
     """
 
+    positions: Tensor
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -59,7 +61,7 @@ class MaskedAutoencoder(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_masked = _count_masked(self.num_patches, mask_ratio)
         _check_decoder(decoder_dim, decoder_heads)
-        channels = cast(nn.Conv2d, patch_embed.proj).in_channels
+        channels = patch_embed.proj.in_channels
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_blocks = nn.ModuleList(
@@ -71,7 +73,7 @@ class MaskedAutoencoder(nn.Module):
         self._init_decoder()
 
     def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction loss of `images` (B, C, H, W) under a fresh random mask for each image; a scalar."""
+        """The reconstruction loss of `images` (B, C, H, W) each under a fresh random mask; a scalar."""
         target_BNK, _, _ = self._targets(images)
         prediction_BNK, mask_BN = self._predict(images)
         error_BN = (prediction_BNK.float() - target_BNK).square().mean(dim=-1)
@@ -87,7 +89,9 @@ class MaskedAutoencoder(nn.Module):
         hidden_BN1 = mask_BN.unsqueeze(-1)
         return Reconstruction(
             visible=fold_patches(patches_BNK.masked_fill(hidden_BN1, 0.0), self.patch_size, self.grid),
-            filled=fold_patches(torch.where(hidden_BN1, painted_BNK, patches_BNK), self.patch_size, self.grid),
+            filled=fold_patches(
+                torch.where(hidden_BN1, painted_BNK, patches_BNK), self.patch_size, self.grid
+            ),
             mask=mask_BN,
         )
 

@@ -30,7 +30,7 @@ def fold_patches(patches_BNK: Tensor, patch_size: tuple[int, int], grid: tuple[i
 
 
 def normalise_patches(patches_BNK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch minus its mean, over its deviation sqrt(var + 1e-6); also that mean and deviation, (B, N, 1)."""
+    """Each patch minus its mean, over its deviation sqrt(var + 1e-6); also both of them, (B, N, 1)."""
     mean_BN1 = patches_BNK.mean(dim=-1, keepdim=True)
     deviation_BN1 = (patches_BNK.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     return (patches_BNK - mean_BN1) / deviation_BN1, mean_BN1, deviation_BN1

@@ -1,0 +1,247 @@
+"""The masked autoencoder against a loop that cuts, hides, encodes and compares one patch at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from graftvit.models.errors import ConfigError, UnsupportedModelError
+from graftvit.models.mae import MaskedAutoencoder
+from graftvit.models.patches import fold_patches, grid_positions, unfold_patches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def encoder(
+    size: tuple[int, int] = (8, 12), patch: int = 4, channels: int = 1, **more: object
+) -> VisionTransformer:
+    torch.manual_seed(0)
+    options: dict[str, object] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0} | more
+    model = VisionTransformer(img_size=size, patch_size=patch, in_chans=channels, **options)  # type: ignore[arg-type]
+    return model.double()
+
+
+def autoencoder(model: nn.Module, ratio: float = 0.5, **more: object) -> MaskedAutoencoder:
+    options: dict[str, object] = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2} | more
+    return MaskedAutoencoder(model, mask_ratio=ratio, **options).double()  # type: ignore[arg-type]
+
+
+def fix_order(model: MaskedAutoencoder, order_BN: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "random_order", lambda batch, device: order_BN)
+
+
+def patch_of(image_CHW: Tensor, index: int, patch: int, columns: int) -> Tensor:
+    row, column = divmod(index, columns)
+    return image_CHW[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+
+
+def naive_loss(
+    model: MaskedAutoencoder, images: Tensor, order_BN: Tensor, patch: int, columns: int
+) -> Tensor:
+    """One image and one patch at a time, straight from the paper's description."""
+    vit, errors = model.encoder, []
+    prefix = vit.num_prefix_tokens
+    offset = 0 if vit.no_embed_class else prefix
+    for image, order in zip(images, order_BN.tolist(), strict=True):
+        visible, hidden = order[: len(order) - model.num_masked], order[len(order) - model.num_masked :]
+        tokens = []
+        for kind in ("cls_token", "reg_token"):
+            if getattr(vit, kind) is not None:
+                tokens += list(getattr(vit, kind)[0])
+        if not vit.no_embed_class:
+            tokens = [token + vit.pos_embed[0, i] for i, token in enumerate(tokens)]
+        for index in visible:
+            pixels = patch_of(image, index, patch, columns)
+            embedded = (vit.patch_embed.proj.weight * pixels).flatten(1).sum(1)
+            if vit.patch_embed.proj.bias is not None:  # models with a norm before the blocks have none
+                embedded = embedded + vit.patch_embed.proj.bias
+            tokens.append(embedded + vit.pos_embed[0, offset + index])
+        encoded = vit.norm(vit.blocks(vit.norm_pre(torch.stack(tokens)[None])))
+        narrow = model.decoder_embed(encoded)[0]
+        line = [model.mask_token[0, 0] + model.positions[0, index] for index in range(len(order))]
+        for place, index in enumerate(visible):
+            line[index] = narrow[prefix + place] + model.positions[0, index]
+        x = torch.stack([*narrow[:prefix], *line])[None]
+        for block in model.decoder_blocks:
+            x = block(x)
+        painted = model.decoder_head(model.decoder_norm(x))[0, prefix:]
+        for index in hidden:
+            target = patch_of(image, index, patch, columns).permute(1, 2, 0).flatten().float()
+            if model.norm_pixels:
+                target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+            errors.append((painted[index] - target).square().mean())
+    return torch.stack(errors).mean()
+
+
+CASES = [
+    ({"size": (8, 12), "patch": 4, "channels": 1}, 0.5, True),
+    ({"size": (16, 8), "patch": 2, "channels": 3, "reg_tokens": 4, "no_embed_class": True}, 0.75, False),
+    ({"size": (12, 8), "patch": 4, "channels": 3, "class_token": False, "global_pool": "avg"}, 0.34, True),
+    ({"size": (6, 9), "patch": 3, "channels": 1, "reg_tokens": 2, "pre_norm": True}, 0.5, False),
+]
+
+
+@pytest.mark.parametrize(("options", "ratio", "norm_pixels"), CASES)
+def test_loss_and_gradients_agree_with_the_naive_loop(
+    options: dict[str, object], ratio: float, norm_pixels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = autoencoder(encoder(**options), ratio, norm_pixels=norm_pixels)  # type: ignore[arg-type]
+    height, width = options["size"]  # type: ignore[misc]
+    patch = int(options["patch"])  # type: ignore[call-overload]
+    images = torch.randn(3, int(options["channels"]), height, width, dtype=torch.float64)  # type: ignore[call-overload]
+    order_BN = model.random_order(3, images.device)
+    fix_order(model, order_BN, monkeypatch)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours = model(images)
+    plain = naive_loss(model, images, order_BN, patch, width // patch)
+    torch.testing.assert_close(ours.double(), plain.double(), rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(_gradients(ours, parameters), _gradients(plain, parameters), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
+
+
+@given(
+    ratio=st.floats(0.05, 0.95), rows=st.integers(1, 4), columns=st.integers(2, 5), batch=st.integers(1, 3)
+)
+@settings(max_examples=20, deadline=None)
+def test_exactly_the_stated_number_is_hidden_in_each_image(
+    ratio: float, rows: int, columns: int, batch: int
+) -> None:
+    patches = rows * columns
+    expected = round(ratio * patches)
+    vit = encoder((rows * 2, columns * 2), patch=2)
+    if not 0 < expected < patches:
+        with pytest.raises(ConfigError, match="mask_ratio"):
+            autoencoder(vit, ratio)
+        return
+    pictures = autoencoder(vit, ratio).reconstruct(torch.randn(batch, 1, rows * 2, columns * 2).double())
+    assert pictures.mask.shape == (batch, patches)
+    assert pictures.mask.sum(dim=1).tolist() == [expected] * batch
+
+
+def test_masks_differ_between_images_and_steps_and_follow_the_seed() -> None:
+    model = autoencoder(encoder((16, 16)))
+    images = torch.randn(8, 1, 16, 16, dtype=torch.float64)
+    torch.manual_seed(3)
+    first, second = model.reconstruct(images).mask, model.reconstruct(images).mask
+    torch.manual_seed(3)
+    assert torch.equal(first, model.reconstruct(images).mask)
+    assert not torch.equal(first, second)
+    assert len(set(map(tuple, first.tolist()))) > 1
+
+
+def test_the_encoder_sees_visible_patches_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = autoencoder(encoder((8, 12)), 0.5, norm_pixels=False)
+    fix_order(model, torch.arange(6).expand(1, 6), monkeypatch)  # patches 0, 1, 2 visible: the upper row
+    images = torch.randn(1, 1, 8, 12, dtype=torch.float64, requires_grad=True)
+    encoded = model._encode(images, torch.arange(3)[None])
+    (gradient,) = torch.autograd.grad(encoded.square().sum(), images)
+    assert gradient[..., :4, :].abs().min() > 0
+    assert gradient[..., 4:, :].abs().max() == 0
+
+
+def test_visible_patches_are_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = autoencoder(encoder((8, 12)), 0.5)
+    fix_order(model, torch.arange(6).expand(1, 6), monkeypatch)
+    model.decoder_head.weight.data.zero_()  # the prediction is the bias alone, so only targets matter
+    images = torch.randn(1, 1, 8, 12, dtype=torch.float64)
+    changed_above, changed_below = images.clone(), images.clone()
+    changed_above[..., :4, :] += torch.randn(4, 12)
+    changed_below[..., 4:, :] += torch.randn(4, 12)
+    model.decoder_head.bias.data.normal_()
+    assert model(images) == model(changed_above)
+    assert model(images) != model(changed_below)
+
+
+def test_every_parameter_but_the_unused_head_learns() -> None:
+    model = autoencoder(encoder(reg_tokens=2))
+    model(torch.randn(2, 1, 8, 12, dtype=torch.float64)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_the_reconstruction_keeps_visible_pixels_and_paints_on_the_scale_of_the_image() -> None:
+    model = autoencoder(encoder((8, 12), channels=3))
+    model.decoder_head.weight.data.zero_()
+    model.decoder_head.bias.data.zero_()  # predicts each patch's own mean
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64) * 3 + 5
+    pictures = model.reconstruct(images)
+    hidden = (
+        pictures.mask.reshape(2, 1, 2, 3).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(2, 3, 8, 12)
+    )
+    torch.testing.assert_close(pictures.filled[~hidden], images.float()[~hidden])
+    assert pictures.visible[hidden].abs().max() == 0
+    means = unfold_patches(images, (4, 4)).mean(-1)[pictures.mask]
+    torch.testing.assert_close(unfold_patches(pictures.filled, (4, 4)).mean(-1)[pictures.mask], means.float())
+
+
+def test_it_learns_to_paint_a_pattern() -> None:
+    torch.manual_seed(0)
+    model = autoencoder(encoder((8, 8)).float(), norm_pixels=False).float()
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
+    images = stripes * torch.tensor([1.0, -1.0])[:, None, None, None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        loss = model(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.9
+    assert losses[-1] < 0.05
+
+
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    ph=st.integers(1, 3),
+    pw=st.integers(1, 3),
+    c=st.integers(1, 3),
+)
+@settings(max_examples=20, deadline=None)
+def test_folding_undoes_unfolding(rows: int, columns: int, ph: int, pw: int, c: int) -> None:
+    images = torch.randn(2, c, rows * ph, columns * pw)
+    patches = unfold_patches(images, (ph, pw))
+    assert patches.shape == (2, rows * columns, ph * pw * c)
+    assert torch.equal(fold_patches(patches, (ph, pw), (rows, columns)), images)
+
+
+def test_positions_are_the_sine_and_cosine_of_row_and_column() -> None:
+    table = grid_positions((2, 3), 8)
+    assert table.shape == (1, 6, 8)
+    for row in range(2):
+        for column in range(3):
+            waves = [f(axis * w) for axis in (row, column) for f in (math.sin, math.cos) for w in (1.0, 1e-2)]
+            assert table[0, row * 3 + column].tolist() == pytest.approx(waves, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"decoder_dim": 6}, "decoder_dim=6"),
+        ({"decoder_dim": 8, "decoder_heads": 3}, "decoder_heads=3"),
+        ({"ratio": 0.01}, "mask_ratio=0.01"),
+        ({"ratio": 0.99}, "mask_ratio=0.99"),
+    ],
+)
+def test_impossible_sizes_are_named(options: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        autoencoder(encoder(), **options)  # type: ignore[arg-type]
+
+
+def test_other_models_and_sizes_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="Eva"):
+        autoencoder(
+            timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=24, num_heads=2)
+        )
+    with pytest.raises(ConfigError, match="9x12"):
+        autoencoder(encoder())(torch.zeros(1, 1, 9, 12).double())
