@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 
 class GraftError(Exception):
-    """A mistake that the user can mend. The command line prints it in one line and exits with status 2."""
+    """A mistake that the user can mend. The command line prints it in one line and exits with `exit_code`."""
+
+    exit_code = 2
 
 
 class UnsupportedModelError(GraftError):
@@ -28,6 +30,12 @@ class ConfigError(GraftError):
 
 class DataError(GraftError):
     """A data set that cannot be found or read."""
+
+
+class RunFailedError(GraftError):
+    """A run that could not go on (non-finite loss, full disk); what was saved before is intact."""
+
+    exit_code = 1
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

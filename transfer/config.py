@@ -52,6 +52,9 @@ class StudentConfig(Section):
     img_size: int | tuple[int, int] | None = Field(None, description="input resolution; the architecture's by default")
     global_pool: Literal["avg", "token", "map", ""] | None = Field("avg", description="pooling before the head")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the last block")
+    pos_embed_std: float | None = Field(
+        None, gt=0, description="deviation of the fresh position embeddings; the architecture's own by default"
+    )
     mirror_teacher: bool = Field(
         False, description="give the student the teacher's native parts (LayerScale, registers, ...), freshly initialised"
     )
