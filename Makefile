@@ -1,0 +1,58 @@
+# Each target sets up what it needs in .venv; only Python >= 3.10 and make must be there.
+#   make demo    the whole story on digits, a report in demo/report.html   (QUICK=1: one seed)
+#   make test    the tests, on a normal (not editable) install             (ARGS="tests/launch -k recipe")
+#   make lint    ruff and mypy --strict
+#   make bench   time and memory against the dense form, results in benchmarks/
+# PYTHON chooses the interpreter: make test PYTHON=python3.12
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := models checkpoints transfer launch cfgs
+
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python3.10,\
+  $(shell $(name) -c '$(USABLE)' >/dev/null 2>&1 && echo $(name))))
+
+# Two processes of torch that each take every core slow each other down.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench install clean
+
+demo: install
+	env -u OMP_NUM_THREADS $(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
+
+test: install
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typing && mkdir -p build/typing/graftvit
+	$(foreach package,$(PACKAGES),ln -s ../../../$(package) build/typing/graftvit/$(package);)
+	MYPYPATH=build/typing $(BIN)/mypy --explicit-package-bases --namespace-packages -p graftvit
+
+bench: install
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks $(ARGS)
+
+# What is installed is what a user gets: a copy, never a link to this folder. The dependencies are installed
+# once for a pyproject.toml, the project itself each time.
+install: $(VENV)/.dependencies
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+
+$(VENV)/.dependencies: pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "make: no Python 3.10 or newer with the venv module was found; install one, or name it: make test PYTHON=/path/to/python3" >&2; \
+	  exit 2; \
+	fi
+	@$(PYTHON) -c '$(USABLE)' || { echo "make: PYTHON=$(PYTHON) must be Python 3.10 or newer with the venv module" >&2; exit 2; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
+	$(BIN)/python -m pip install ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build graftvit.egg-info

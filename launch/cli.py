@@ -1,0 +1,93 @@
+"""The `graftvit` command: which subcommand, and how its errors and signals end."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from ..models.errors import ConfigError, GraftError, did_you_mean
+
+COMMANDS = {
+    "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
+    "train": "train a student: transfer a teacher's attention, fine-tune, or start from scratch",
+    "pretrain": "make a teacher by masked autoencoding, without labels",
+    "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
+    "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
+    "recipes": "list the recipes that come with the package, or print one",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when done; 1 for a failure while running; 2 for a mistake in what was asked; 128 + the number of the
+        signal that stopped it.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(words)
+    except GraftError as error:
+        sys.stderr.write(f"graftvit: {_rank()}error: {' '.join(str(error).split())}\n")
+        return int(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        sys.stderr.write("graftvit: stopped by Ctrl-C\n")
+        return 130
+    except BrokenPipeError:
+        # the reader of our output has left (`graftvit recipes | head`); python must not flush into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        sys.stdout.write(f"graftvit {_version()}\n")
+        return 0
+    if words[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {words[0]!r}; {did_you_mean(words[0], COMMANDS)}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    run: Callable[[list[str]], int] = importlib.import_module(f".commands.{words[0]}", __package__).run
+    try:
+        return run(words[1:])
+    except SystemExit as leaving:  # argparse leaves this way after --help
+        return int(leaving.code or 0)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: graftvit COMMAND ...",
+            "",
+            "Make one vision transformer attend like another.",
+            "",
+            *lines,
+            "",
+            "`graftvit COMMAND --help` explains one. To begin with:",
+            "  graftvit demo --quick",
+            "  graftvit train attention_distill_vit_large --data_path /data/imagenet --dry_run",
+            "",
+        ]
+    )
+
+
+def _rank() -> str:
+    """Which process speaks, where there are several."""
+    return f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("graftvit")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

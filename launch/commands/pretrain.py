@@ -1,0 +1,23 @@
+"""`graftvit pretrain`: masked autoencoding, which makes a teacher where there is none."""
+
+from __future__ import annotations
+
+from ..config import Setting
+from .train import run_parsed, train_parser
+
+EXAMPLES = (
+    "graftvit pretrain --dataset torch/cifar10 --data_path /data/cifar --model vit_small_patch16_224 "
+    "--img_size 32 student.model_args.patch_size=4 --epochs 400",
+    "graftvit pretrain mine.yaml --mask_ratio 0.6 --dry_run",
+)
+
+
+def run(argv: list[str]) -> int:
+    """`graftvit train --mode pretrain`, with examples of its own."""
+    parser = train_parser(
+        "pretrain",
+        "Pretrain a vision transformer by masked autoencoding (MAE), without labels. It makes a teacher; "
+        "pass its folder as --teacher local-dir:RUN/student.",
+        EXAMPLES,
+    )
+    return run_parsed(parser, argv, [Setting("mode", "pretrain", "graftvit pretrain")])

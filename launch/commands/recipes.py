@@ -1,0 +1,26 @@
+"""`graftvit recipes`: list the recipes, or print one."""
+
+from __future__ import annotations
+
+import sys
+
+from ..flags import command_parser
+from ..recipes import recipe_names, recipe_summary, recipe_text
+
+
+def run(argv: list[str]) -> int:
+    """Print the table of recipes, or the YAML of the one that is named."""
+    parser = command_parser(
+        "recipes",
+        "List the recipes that come with the package, or print one as YAML.",
+        ["graftvit recipes", "graftvit recipes attention_distill_vit_large > mine.yaml"],
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
+    name = parser.parse_args(argv).name
+    if name is not None:
+        sys.stdout.write(recipe_text(name))
+        return 0
+    width = max(map(len, recipe_names()), default=0)
+    for recipe in recipe_names():
+        sys.stdout.write(f"{recipe:<{width}}  {recipe_summary(recipe)}\n")
+    return 0

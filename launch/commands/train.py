@@ -1,0 +1,88 @@
+"""`graftvit train`: resolve the configuration, show it or the plan, or run it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from ...models.errors import ConfigError
+from ...transfer.config import RunConfig
+from ..config import Setting, dump_config, load_config
+from ..flags import Parser, command_parser, parse_command
+
+EXAMPLES = (
+    "graftvit train attention_distill_vit_large --data_path /data/imagenet --output_dir runs/distill",
+    "graftvit train attention_copy_vit_base --data_path /data/imagenet --blr 5e-4 --epochs 50",
+    "graftvit train cifar10_distill --data_path /data/cifar transfer.layers=first:6 --dry_run",
+    "graftvit train --mode finetune --model vit_small_patch16_224 --init vit_small_patch16_224.dino "
+    "--dataset torch/cifar10 --data_path /data/cifar",
+    "graftvit train mine.yaml --print_config",
+    "torchrun --nproc_per_node 8 -m graftvit.launch train attention_distill_vit_large "
+    "--data_path /data/imagenet",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Train as the recipe, the YAML file and the flags say."""
+    parser = train_parser(
+        "train",
+        "Train a student. Settings come from the defaults, then the recipe or YAML file, then the flags "
+        "and section.key=value words, in this order.",
+        EXAMPLES,
+    )
+    return run_parsed(parser, argv)
+
+
+def train_parser(command: str, description: str, examples: Sequence[str]) -> Parser:
+    """The parser that `train` and `pretrain` share."""
+    usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
+    parser = command_parser(command, description, examples, usage)
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE_OR_YAML",
+        help="a name from `graftvit recipes`, a YAML file or a run folder",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved configuration as YAML and stop"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the resolved plan and a memory estimate and stop"
+    )
+    return parser
+
+
+def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -> int:
+    """Resolve the words and act; `fixed` settings come before the user's."""
+    arguments, settings = parse_command(parser, argv)
+    config = load_config(arguments.recipe, [*fixed, *settings])
+    for setting in fixed:
+        if config.mode != setting.value:
+            raise ConfigError(
+                f"`{parser.prog}` always runs mode={setting.value}; use `graftvit train` for {config.mode!r}"
+            )
+    if arguments.print_config:
+        sys.stdout.write(dump_config(config))
+        return 0
+    if arguments.dry_run:
+        from ..plan import describe_plan
+
+        sys.stdout.write(describe_plan(config))
+        return 0
+    return _train(config)
+
+
+def _train(config: RunConfig) -> int:
+    from ...transfer.engine import train
+
+    result = train(config)
+    if result.signal is not None:
+        with_flag = "" if config.engine.resume == "auto" else " with --resume auto"
+        name = signal.Signals(result.signal).name
+        sys.stderr.write(
+            f"graftvit: stopped by {name} after step {result.steps}, state saved in {result.output_dir}; "
+            f"the same command{with_flag} continues from there\n"
+        )
+        return 128 + result.signal
+    return 0

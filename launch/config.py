@@ -1,0 +1,177 @@
+"""One typed configuration out of defaults, a YAML file and overrides; the same keys in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..models.errors import ConfigError
+from ..transfer.config import RunConfig
+from .fields import find_key, leaf_of, leaves, sections, unknown
+from .recipes import recipe_text
+from .yaml_text import parse_yaml, write_yaml
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that the user gave, and the words that an error names it by (`--blr`, `my.yaml: optim.blr`)."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def load_config(
+    source: str | Path | None = None, overrides: Mapping[str, Any] | Iterable[str | Setting] = ()
+) -> RunConfig:
+    """The configuration of a run.
+
+    Args:
+        source: A recipe's name, a YAML file, or a run folder (its `config.yaml`); only defaults if None.
+        overrides: `{"optim.blr": 1e-3}`, or texts as on the command line (`"optim.blr=1e-3"`), in order.
+
+    Raises:
+        ConfigError: if a file, a key or a value is not valid.
+    """
+    settings = [] if source is None else read_settings(source)
+    if isinstance(overrides, Mapping):
+        settings += [Setting(_known(name), value, name) for name, value in overrides.items()]
+    else:
+        settings += [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
+    return _validate(settings)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The YAML that `load_config` reads back as the same configuration."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def parse_override(text: str) -> Setting:
+    """`optim.blr=1e-3`, or `blr=1e-3` where the last name is unique."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(
+            f"{text!r} is not an override; write it as section.key=value, for example optim.blr=1e-3"
+        )
+    return parse_setting(name, value, origin=name)
+
+
+def parse_setting(name: str, text: str, origin: str) -> Setting:
+    """A setting whose value is still text; `origin` is what an error calls it."""
+    key = _known(name)
+    leaf = leaf_of(key)
+    value = leaf.parse(text) if key == leaf.key else _plain_value(text)
+    return Setting(key, value, origin)
+
+
+def read_settings(source: str | Path, seen: tuple[str, ...] = ()) -> list[Setting]:
+    """The settings of a recipe or a YAML file, after those of its `base:` if it names one."""
+    label, text, folder = _read(source)
+    if label in seen:
+        raise ConfigError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, label])})")
+    try:
+        content = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{label}: not valid YAML, {' '.join(str(error).split())}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{label}: must hold keys and values, for example 'optim: {{blr: 1e-3}}'")
+    base = content.pop("base", None)
+    inherited = [] if base is None else read_settings(_base_path(str(base), folder), (*seen, label))
+    return inherited + _flatten(content, "", label)
+
+
+def _base_path(base: str, folder: Path | None) -> str | Path:
+    """A base that is a file lies beside the file that names it."""
+    if folder is not None and (folder / base).is_file():
+        return folder / base
+    return base
+
+
+def _read(source: str | Path) -> tuple[str, str, Path | None]:
+    """What errors call the source, its text, and the folder that its `base:` is looked for in."""
+    path = Path(source)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        path = path / "config.yaml"
+    is_name = isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not path.is_file()
+    if is_name and len(path.parts) == 1:
+        return str(source), recipe_text(str(source)), None
+    try:
+        return str(path), path.read_text(encoding="utf-8"), path.parent
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {reason}") from error
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str, label: str) -> list[Setting]:
+    settings = []
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key in sections():
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"{label}: {key!r} is a section and must hold keys, not {value!r}")
+            settings += _flatten(value or {}, f"{key}.", label)
+        elif key in leaves():
+            none = isinstance(value, str) and value.lower() == "none" and type(None) in leaves()[key].kinds
+            settings.append(Setting(key, None if none else value, f"{label}: {key}"))
+        else:
+            raise unknown(key, extra=tuple(sections()) if not prefix else (), where=label)
+    return settings
+
+
+def _known(name: str) -> str:
+    key = find_key(name)
+    if key is None:
+        raise unknown(name)
+    return key
+
+
+def _plain_value(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _validate(settings: list[Setting]) -> RunConfig:
+    values: dict[str, Any] = {}
+    for setting in settings:
+        _put(values, setting.key.split("."), setting.value)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        given = {leaf_of(setting.key).key: setting for setting in settings}
+        raise _explain(error, values, given) from error
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set `values[path[0]][path[1]]...`; mappings are copied, so that a caller's own is not written into."""
+    for name in path[:-1]:
+        below = values.get(name)
+        values[name] = dict(below) if isinstance(below, Mapping) else {}
+        values = values[name]
+    values[path[-1]] = value
+
+
+def _explain(error: ValidationError, values: dict[str, Any], given: Mapping[str, Setting]) -> ConfigError:
+    """Pydantic's findings as one sentence a setting: its name, its value, what is valid."""
+    sentences: dict[str, str] = {}
+    for finding in error.errors():
+        path = [str(part) for part in finding["loc"]]
+        key = next((".".join(path[:n]) for n in (2, 1) if ".".join(path[:n]) in given), "")
+        if not key:
+            sentences[finding["msg"]] = finding["msg"].removeprefix("Value error, ")
+            continue
+        value: Any = values
+        for name in key.split("."):
+            value = value[name]
+        field = leaf_of(key).field
+        meaning = f" ({field.description})" if field.description else ""
+        sentences[key] = f"{given[key].origin} is {value!r}, but must be {leaf_of(key).valid()}{meaning}"
+    return ConfigError("; ".join(sentences.values()))

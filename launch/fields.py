@@ -1,0 +1,202 @@
+"""The keys of a run as the command line sees them: their names, how a text becomes a value, what is valid."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from ..models.errors import ConfigError
+from ..transfer.config import RunConfig, Section
+from .yaml_text import parse_yaml
+
+ALIASES = {
+    "teacher": "teacher.source",
+    "model": "student.model",
+    "finetune": "student.init",
+    "model_args": "student.model_args",
+    "img_size": "student.img_size",
+    "input_size": "student.img_size",
+    "atd_weight": "transfer.weight",
+    "data_dir": "data.data_path",
+    "nb_classes": "data.num_classes",
+    "num_workers": "data.workers",
+    "model_ema_decay": "optim.ema",
+}
+"""Names that users of MAE, timm and the attention transfer code already type."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: its dotted `key` (`optim.blr`) and the field that declares it."""
+
+    key: str
+    field: FieldInfo
+
+    @property
+    def section(self) -> str:
+        """`optim` of `optim.blr`; empty for the keys of the run itself."""
+        return self.key.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """`blr` of `optim.blr`."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types of the annotation, a union taken apart."""
+        annotation = self.field.annotation
+        return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag takes no value (`--fsdp`, `--no-fsdp`)."""
+        return self.kinds == (bool,)
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether keys below this one may be set (`student.model_args.depth=6`)."""
+        return any(get_origin(kind) is dict for kind in self.kinds)
+
+    def valid(self) -> str:
+        """What the setting accepts, in words."""
+        return " or ".join(_words(kind) for kind in self.kinds) + _bounds(self.field)
+
+    def parse(self, text: str) -> Any:
+        """The value that a user's `text` means; nonsense is returned as it is, for validation to refuse."""
+        if text.lower() in ("none", "null") and type(None) in self.kinds:
+            return None
+        many = [kind for kind in self.kinds if get_origin(kind) in (list, tuple)]
+        bracketed = text.startswith("[")
+        if not (many and bracketed) and any(kind in (str, Path) or _choices(kind) for kind in self.kinds):
+            return text
+        if many and not bracketed and ("," in text or len(many) == len(self.kinds)):
+            text = "[]" if text.lower() in ("", "none") else f"[{text}]"
+        try:
+            return parse_yaml(text)
+        except yaml.YAMLError:
+            return text
+
+
+@functools.cache
+def leaves() -> dict[str, Leaf]:
+    """Every setting of a run by its dotted key, in the order of `transfer/config.py`."""
+    return {leaf.key: leaf for leaf in _walk(RunConfig, "")}
+
+
+@functools.cache
+def sections() -> dict[str, type[Section]]:
+    """The sections of a run by name, in order."""
+    return {
+        name: field.annotation
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+@functools.cache
+def short_names() -> dict[str, str]:
+    """Names without a section and their keys: the last part of a key where it is unique, and `ALIASES`."""
+    owners: dict[str, list[str]] = {}
+    for leaf in leaves().values():
+        owners.setdefault(leaf.name, []).append(leaf.key)
+    return {name: keys[0] for name, keys in owners.items() if len(keys) == 1} | ALIASES
+
+
+def find_key(name: str) -> str | None:
+    """The dotted key that `name` means (dashes are underscores), or None; keys inside a mapping count."""
+    name = name.replace("-", "_")
+    if name in leaves():
+        return name
+    if name in short_names():
+        return short_names()[name]
+    above = name.rpartition(".")[0]
+    while above:
+        if above in leaves():
+            return name if leaves()[above].is_mapping else None
+        above = above.rpartition(".")[0]
+    return None
+
+
+def leaf_of(key: str) -> Leaf:
+    """The setting of a key that `find_key` returned; the mapping's for a key inside one."""
+    while key not in leaves():
+        key = key.rpartition(".")[0]
+    return leaves()[key]
+
+
+def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: str = "") -> ConfigError:
+    """The error for a key or flag that does not exist: one sentence with the nearest valid one.
+
+    Args:
+        name: What the user wrote, without its dashes.
+        dashes: `--` for a flag.
+        extra: More valid names, those of the command itself.
+        where: The file that the key was read in.
+    """
+    kind = "flag" if dashes else "key"
+    start = f"{where}: unknown {kind} {dashes + name!r}" if where else f"unknown {kind} {dashes + name!r}"
+    plain = name.replace("-", "_")
+    homonyms = [key for key in leaves() if key.rpartition(".")[2] == plain]
+    if homonyms:
+        return ConfigError(f"{start}: say which, {' or '.join(dashes + key for key in homonyms)}")
+    nearest = difflib.get_close_matches(plain, [*extra, *short_names(), *leaves()], n=1, cutoff=0.6)
+    if not nearest and "." in plain:
+        nearest = difflib.get_close_matches(plain.rpartition(".")[2], short_names(), n=1, cutoff=0.6)
+    if nearest:
+        known = nearest[0] if dashes or nearest[0] in extra else short_names().get(nearest[0], nearest[0])
+        return ConfigError(f"{start}, did you mean {dashes + known!r}?")
+    return ConfigError(f"{start}; `graftvit train --help` lists the valid ones")
+
+
+def _walk(section: type[Section], prefix: str) -> list[Leaf]:
+    found = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found += _walk(kind, f"{prefix}{name}.")
+        else:
+            found.append(Leaf(prefix + name, field))
+    return found
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _words(kind: Any, plural: bool = False) -> str:
+    """A type in words: `a whole number`, `one of ce, kl`, `2 numbers`."""
+    if choices := _choices(kind):
+        return ("any of " if plural else "one of ") + ", ".join(
+            repr(c) if c == "" else str(c) for c in choices
+        )
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
+    if kind in names:
+        word = names[kind]
+        return f"{word}s" if plural else word if kind in (bool, str) else f"a {word}"
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"{len(arguments)} {_words(arguments[0], plural=True)}"
+    if origin in (list, tuple):
+        inner = _words(arguments[0], plural=True)
+        return f"a list of {inner.removeprefix('any of ')}"
+    return "none" if kind is type(None) else "a mapping such as {depth: 6}"
+
+
+def _bounds(field: FieldInfo) -> str:
+    """The limits of a number in words: ` of at least 0 and below 1`."""
+    limits = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
+    found = [
+        f"{word} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, word in limits.items()
+        if hasattr(limit, name)
+    ]
+    return f" {' and '.join(found)}" if found else ""

@@ -1,0 +1,176 @@
+"""Flags of the command line: `--blr 1e-3`, `--optim.blr=1e-3`, `--no-fsdp`, and bare `optim.blr=1e-3`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ..models.errors import ConfigError
+from .config import Setting, parse_override, parse_setting
+from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unknown
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `ConfigError`s, in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the flags that people type; the dotted ones follow from the group's title."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(sorted(action.option_strings, key=len, reverse=True))
+        value = action.dest.upper() if action.metavar is None else action.metavar
+        return names if action.nargs == 0 else f"{names} {value}".rstrip()
+
+
+def command_parser(command: str, description: str, examples: Iterable[str], usage: str = "") -> Parser:
+    """A parser for one command, with examples at the end of its help."""
+    return Parser(
+        prog=f"graftvit {command}",
+        usage=f"graftvit {command} {usage}" if usage else None,
+        description=description,
+        epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]),
+        formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=_help_width()),
+        allow_abbrev=False,
+    )
+
+
+def parse_command(
+    parser: Parser, argv: Sequence[str], only: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[Setting]]:
+    """The command's own arguments, and the settings of the run in the order in which they were given.
+
+    Args:
+        parser: Holds the command's own flags and positional arguments.
+        argv: The words after the command's name.
+        only: Sections whose settings the command takes; all of them by default.
+
+    Raises:
+        ConfigError: if a flag is unknown or has no value.
+    """
+    own = set(parser._option_string_actions)
+    takes_value = {name for name, action in parser._option_string_actions.items() if action.nargs != 0}
+    _describe_settings(parser, only)
+    rest: list[str] = []
+    settings: list[Setting] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag = _underscored(word)
+        if flag.partition("=")[0] in own:
+            rest.append(flag)
+            if flag in takes_value and words:
+                rest.append(words.pop(0))
+        elif word.startswith("--"):
+            settings.append(_flag_setting(word, words, own, only))
+        elif "=" in word and not Path(word).exists():
+            settings.append(_checked(parse_override(word), only))
+        else:
+            rest.append(word)
+    return parser.parse_args(rest), settings
+
+
+def _underscored(word: str) -> str:
+    """`--dry-run=x-y` as `--dry_run=x-y`; anything but a long flag unchanged."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str] | None) -> Setting:
+    """The setting of a long flag; takes its value from `words` if it needs one."""
+    name, equals, value = word[2:].partition("=")
+    key = find_key(name)
+    if key is None and not equals and (name.startswith(("no-", "no_"))):
+        key = find_key(name[3:])
+        if key is not None and leaf_of(key).is_switch:
+            return _checked(Setting(key, False, word), only)
+        raise unknown(name, dashes="--", extra=_plain(own))
+    if key is None:
+        raise unknown(name, dashes="--", extra=_plain(own))
+    leaf = leaf_of(key)
+    if not equals and leaf.is_switch:
+        return _checked(Setting(key, True, word), only)
+    if not equals:
+        if not words or words[0].startswith("--"):
+            raise ConfigError(f"--{name} needs a value: {leaf.valid()}")
+        value = words.pop(0)
+    return _checked(parse_setting(name, value, origin=f"--{name}"), only)
+
+
+def _checked(setting: Setting, only: Sequence[str] | None) -> Setting:
+    section = setting.key.partition(".")[0]
+    if only is not None and section not in only:
+        raise ConfigError(
+            f"{setting.origin} changes nothing here; this command takes {', '.join(only)} settings"
+        )
+    return setting
+
+
+def _plain(own: set[str]) -> tuple[str, ...]:
+    return tuple(name[2:] for name in own if name.startswith("--"))
+
+
+def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
+    """Add the settings to the help, a group a section, with defaults."""
+    run = parser.add_argument_group("run", "the run itself")
+    groups = {"": run} | {
+        name: parser.add_argument_group(name, (section.__doc__ or "").strip())
+        for name, section in sections().items()
+        if only is None or name in only
+    }
+    for leaf in leaves().values():
+        if (leaf.section or leaf.key) in groups or (only is None and not leaf.section):
+            groups[leaf.section].add_argument(
+                *_names(leaf),
+                dest=leaf.key,
+                default=argparse.SUPPRESS,
+                nargs="?",
+                metavar=_metavar(leaf),
+                help=_help(leaf),
+            )
+
+
+def _names(leaf: Leaf) -> list[str]:
+    short = [f"--{name}" for name, key in short_names().items() if key == leaf.key]
+    names = short or [f"--{leaf.key}"]
+    if leaf.is_switch and leaf.field.default is True:
+        return [f"--no-{name[2:]}" for name in names]
+    return names
+
+
+def _metavar(leaf: Leaf) -> str:
+    if leaf.is_switch:
+        return ""
+    valid = leaf.valid().removesuffix(" or none")
+    if valid.startswith("one of ") and " or " not in valid:
+        return "{" + ",".join(valid.removeprefix("one of ").split(", ")) + "}"
+    return leaf.name.upper()
+
+
+def _help(leaf: Leaf) -> str:
+    default = leaf.field.default
+    if isinstance(default, tuple):
+        default = ",".join(str(part) for part in default)
+    if leaf.is_switch:
+        ending = "on by default; this turns it off" if default else "off by default"
+    else:
+        ending = f"default: {'none' if default is None else default if default != '' else repr('')}"
+    return f"{leaf.field.description or leaf.name.replace('_', ' ')} ({ending})".replace("%", "%%")
+
+
+def _help_width() -> int:
+    try:
+        return min(os.get_terminal_size().columns, 120)
+    except OSError:
+        return 110
