@@ -162,3 +162,14 @@ def _forward_by_image(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
         lse[image] = logits.logsumexp(-1)
         out[image] = logits.softmax(-1).to(v.dtype) @ v[image]
     return out, lse
+
+
+def mean_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The mean over the batch of softmax(s Q Kᵀ + bias), (H, M, N) in float32, one image at a time."""
+    total = torch.zeros(q.shape[1], q.shape[2], k.shape[2], dtype=empty_lse(q[:1, :1, :1]).dtype, device=q.device)
+    for image in range(q.shape[0]):
+        logits = (scale * q[image] @ k[image].transpose(-2, -1)).to(total.dtype)
+        if bias is not None:
+            logits = logits + bias[image if bias.shape[0] > 1 else 0]
+        total += logits.softmax(-1)
+    return total / q.shape[0]
