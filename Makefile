@@ -24,7 +24,7 @@ demo: install
 	env -u OMP_NUM_THREADS $(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
 
 test: install
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/pytest -n auto $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(words)
     except GraftError as error:
         sys.stderr.write(f"graftvit: {_rank()}error: {' '.join(str(error).split())}\n")
-        return int(getattr(error, "exit_code", 2))
+        return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("graftvit: stopped by Ctrl-C\n")
         return 130

@@ -67,7 +67,8 @@ class Leaf:
 
     def valid(self) -> str:
         """What the setting accepts, in words."""
-        return " or ".join(_words(kind) for kind in self.kinds) + _bounds(self.field)
+        words = " or ".join(_words(kind) for kind in self.kinds if kind is not type(None))
+        return words + _bounds(self.field) + (" or none" if type(None) in self.kinds else "")
 
     def parse(self, text: str) -> Any:
         """The value that a user's `text` means; nonsense is returned as it is, for validation to refuse."""
@@ -144,9 +145,11 @@ def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: 
     kind = "flag" if dashes else "key"
     start = f"{where}: unknown {kind} {dashes + name!r}" if where else f"unknown {kind} {dashes + name!r}"
     plain = name.replace("-", "_")
-    homonyms = [key for key in leaves() if key.rpartition(".")[2] == plain]
-    if homonyms:
+    homonyms = [key for key in leaves() if key.rpartition(".")[2] == plain.rpartition(".")[2]]
+    if len(homonyms) > 1:
         return ConfigError(f"{start}: say which, {' or '.join(dashes + key for key in homonyms)}")
+    if homonyms:
+        return ConfigError(f"{start}, did you mean {dashes + homonyms[0]!r}?")
     nearest = difflib.get_close_matches(plain, [*extra, *short_names(), *leaves()], n=1, cutoff=0.6)
     if not nearest and "." in plain:
         nearest = difflib.get_close_matches(plain.rpartition(".")[2], short_names(), n=1, cutoff=0.6)
@@ -187,7 +190,7 @@ def _words(kind: Any, plural: bool = False) -> str:
     if origin in (list, tuple):
         inner = _words(arguments[0], plural=True)
         return f"a list of {inner.removeprefix('any of ')}"
-    return "none" if kind is type(None) else "a mapping such as {depth: 6}"
+    return "a mapping such as {depth: 6}"
 
 
 def _bounds(field: FieldInfo) -> str:

@@ -27,6 +27,10 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes what `Loader` would take for something else than text."""
+
+
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -36,9 +40,10 @@ _SCALARS = {
         list("-+.0123456789"),
     ),
 }
-Loader.yaml_implicit_resolvers = {}
-for _tag, (_pattern, _first) in _SCALARS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+for _side in (Loader, Dumper):
+    _side.yaml_implicit_resolvers = {}
+    for _tag, (_pattern, _first) in _SCALARS.items():
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def parse_yaml(text: str) -> Any:
@@ -52,5 +57,6 @@ def parse_yaml(text: str) -> Any:
 
 def write_yaml(value: Any) -> str:
     """The YAML of plain values, keys in their order."""
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    # escapes instead of unicode: PyYAML writes some line breaks of unicode in a way that it reads back as spaces
+    text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False)
     return text

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftvit.launch.config import dump_config, load_config
+from graftvit.models.errors import ConfigError
+from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig, TransferConfig
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def message(source: Any = None, overrides: Any = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_are_those_of_the_sections() -> None:
+    assert load_config() == RunConfig()
+
+
+def test_overrides_beat_the_file_which_beats_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine.yaml", "optim: {blr: 2e-4, epochs: 7}\nseed: 3\n")
+    config = load_config(path, ["blr=5e-4", "optim.warmup_epochs=1"])
+    assert config.optim.blr == 5e-4
+    assert config.optim.epochs == 7
+    assert config.optim.warmup_epochs == 1
+    assert config.seed == 3
+    assert config.optim.layer_decay == OptimConfig().layer_decay
+
+
+def test_the_last_override_wins() -> None:
+    assert load_config(None, ["blr=1", "optim.blr=2", "blr=3"]).optim.blr == 3
+
+
+def test_python_takes_the_same_keys_with_values() -> None:
+    arguments = {"depth": 4}
+    overrides = {"optim.betas": (0.9, 0.95), "student.model_args": arguments, "student.model_args.num_heads": 2}
+    config = load_config(None, overrides)
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.student.model_args == {"depth": 4, "num_heads": 2}
+    assert arguments == {"depth": 4}, "the caller's own mapping was written into"
+
+
+def test_a_base_is_read_first_and_lies_beside_its_file(tmp_path: Path) -> None:
+    write(tmp_path, "parent.yaml", "base: attention_copy_vit_large\noptim: {epochs: 9, blr: 1}\n")
+    child = write(tmp_path, "child.yaml", "base: parent.yaml\noptim: {epochs: 2}\n")
+    config = load_config(child)
+    assert (config.optim.epochs, config.optim.blr, config.optim.min_lr) == (2, 1, 2e-3)
+    assert config.transfer.method == "copy"
+
+
+def test_a_circle_of_bases_is_named(tmp_path: Path) -> None:
+    a = write(tmp_path, "a.yaml", "base: b.yaml\n")
+    write(tmp_path, "b.yaml", "base: a.yaml\n")
+    assert "circle" in message(a)
+
+
+def test_a_run_folder_is_its_config(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", dump_config(load_config(None, ["seed=11"])))
+    assert load_config(tmp_path).seed == 11
+    assert load_config(str(tmp_path)).seed == 11
+
+
+def test_none_in_yaml_is_none_where_none_is_valid(tmp_path: Path) -> None:
+    path = write(tmp_path, "m.yaml", "data: {aa: none}\noptim: {opt: none}\n")
+    assert load_config(path).data.aa is None
+    assert load_config(path).optim.opt == "none"
+
+
+def test_an_empty_section_is_empty(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "m.yaml", "optim:\n")) == RunConfig()
+    assert load_config(write(tmp_path, "n.yaml", "")) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("optim: {blrr: 1}", ["m.yaml", "optim.blrr", "optim.blr"]),
+        ("optimm: {blr: 1}", ["m.yaml", "optimm", "optim"]),
+        ("blr: 1", ["m.yaml", "blr", "optim.blr"]),
+        ("optim: 5", ["m.yaml", "optim", "section"]),
+        ("- 1", ["m.yaml", "keys"]),
+        ("optim: {blr: x}", ["m.yaml: optim.blr", "'x'", "a number of at least 0"]),
+        ("optim: {betas: [0.9]}", ["optim.betas", "[0.9]", "2 numbers"]),
+        ("transfer: {method: distil}", ["transfer.method", "'distil'", "distill_q"]),
+        ("student: {model_args: 3}", ["student.model_args", "3", "mapping"]),
+        ("mode: train", ["mode", "'train'", "pretrain"]),
+        ("seed: -1", ["seed", "-1", "at least 0"]),
+        ("output_dir: 3", ["output_dir", "3", "path"]),
+        ("seed: 1\nseed: 2", ["m.yaml", "given twice"]),
+        ("a: [", ["m.yaml", "not valid YAML"]),
+        ("\0", ["m.yaml", "not valid YAML"]),
+        ("base: nowhere", ["nowhere", "attention_copy_vit_base"]),
+    ],
+)
+def test_a_bad_file_ends_in_one_sentence(tmp_path: Path, text: str, parts: list[str]) -> None:
+    found = message(write(tmp_path, "m.yaml", text))
+    for part in parts:
+        assert part in found
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    assert "nope.yaml" in message(tmp_path / "nope.yaml")
+    assert "No such file" in message("sub/nope")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in message(tmp_path / "binary.yaml")
+    assert str(tmp_path) in message(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("blr", ["'blr'", "section.key=value"]),
+        ("blrr=1", ["'blrr'", "'optim.blr'"]),
+        ("optim=1", ["'optim'"]),
+        ("optim.blr=abc", ["optim.blr", "'abc'", "a number"]),
+        ("optim.blr=", ["optim.blr"]),
+        ("optim.blr.x=1", ["optim.blr.x"]),
+        ("data.max_bad_images=1.5", ["max_bad_images", "1.5", "whole number"]),
+        ("transfer.rows=0", ["transfer.rows", "0", "above 0"]),
+        ("optim.ema=1", ["optim.ema", "below 1"]),
+    ],
+)
+def test_a_bad_override_ends_in_one_sentence(override: str, parts: list[str]) -> None:
+    found = message(None, [override])
+    for part in parts:
+        assert part in found
+
+
+def test_every_wrong_value_is_told_at_once() -> None:
+    found = message(None, ["blr=x", "epochs=0", "seed=1"])
+    assert "blr" in found
+    assert "epochs" in found
+    assert "seed" not in found
+
+
+configurations = st.builds(
+    RunConfig,
+    output_dir=st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1).map(Path),
+    transfer=st.builds(
+        TransferConfig,
+        layers=st.sampled_from(["all", "2:5", ":-6", "first:6", "0,3"])
+        | st.lists(st.integers(), min_size=1)
+        | st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1),
+        heads=st.sampled_from(["all", "match", "1,2"]) | st.lists(st.integers(0, 9)),
+    ),
+    student=st.builds(
+        StudentConfig,
+        model=st.text(),
+        img_size=st.none() | st.integers(1, 999) | st.tuples(st.integers(1, 99), st.integers(1, 99)),
+        model_args=st.dictionaries(st.text(), st.integers() | st.booleans() | st.text() | st.none()),
+    ),
+    optim=st.builds(OptimConfig, blr=st.floats(0, 1), clip_grad=st.none() | st.floats(1e-9, 1e9)),
+)
+
+
+@given(configurations)
+def test_a_resolved_configuration_round_trips(config: RunConfig) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), "config.yaml", dump_config(config))
+        assert load_config(path) == config
