@@ -5,7 +5,7 @@ The grammar of `transfer.heads`:
     all            head h from head h; the two models must have equally many
     0,1,4          only these heads, student head h from teacher head h
     3>0,1>2        teacher>student pairs; a student head named twice learns from the mean map of its teachers
-    mean           consecutive groups of teacher heads, averaged; or one teacher head for several student heads
+    mean           consecutive groups of teacher heads, averaged; or one teacher head for several students'
     match          the assignment of least map distance on a calibration batch (`map_distance`, `match_heads`)
 """
 

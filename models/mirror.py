@@ -1,0 +1,142 @@
+"""How to build a student of its own size from the teacher's native parts, freshly initialised.
+
+Attention transfer from DINOv2, CLIP and BEiTv2 into a plain student was seen to fail, and to work once the
+student had the teacher's own components, randomly initialised (arXiv:2605.07191).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaBlockPostNorm
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from .errors import TransferError, UnsupportedModelError
+from .families import attention_blocks, attention_shape, check_supported
+from .parts import ACTIVATIONS, has_norm, native_parts
+
+
+def mirror_arguments(
+    teacher: nn.Module, architecture: str, model_args: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """timm architecture and arguments of a student with the teacher's parts and its own size.
+
+    `architecture` and `model_args` are the student's as asked for. Depth, width, heads, image and patch size,
+    pooling and number of classes follow them, and the MLP ratio where both MLPs are of one kind. The
+    architecture that comes back is the teacher's: its constructor brings the family, the MLP and the rotary
+    embedding. An argument for a native part gives way to the teacher's.
+
+    Raises `TransferError` for an argument or a size that the teacher's family does not take.
+    """
+    check_supported(teacher)
+    student = _build_without_memory(architecture, model_args, "student.model")
+    check_supported(student)
+    family = next(kind for kind in (VisionTransformer, Beit, Eva) if isinstance(teacher, kind))
+    accepted = inspect.signature(family.__init__).parameters
+    _refuse_foreign(model_args, accepted, student, family)
+    named = {**model_args, **_native(teacher)}
+    arguments = {name: value for name, value in named.items() if name in accepted and value is not None}
+    arguments |= {**_sizes(teacher, student), "global_pool": _pooling(teacher, student)}
+    _build_without_memory(_architecture(teacher), arguments, "student.mirror_teacher=true, the teacher's")
+    return _architecture(teacher), arguments
+
+
+def _build_without_memory(architecture: str, model_args: Mapping[str, Any], origin: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return timm.create_model(architecture, pretrained=False, **model_args)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise TransferError(
+            f"{origin} {architecture} cannot be built with {dict(model_args)}: {error}"
+        ) from error
+
+
+def _architecture(teacher: Any) -> str:
+    config = getattr(teacher, "default_cfg", None) or {}
+    if not config.get("architecture"):
+        raise UnsupportedModelError(
+            "student.mirror_teacher=true needs a teacher made by timm.create_model, and this "
+            f"{type(teacher).__name__} does not know its architecture's name"
+        )
+    return str(config["architecture"])
+
+
+def _sizes(teacher: Any, student: Any) -> dict[str, Any]:
+    shape = attention_shape(student)
+    height, width = student.patch_embed.img_size
+    rows, columns = student.patch_embed.patch_size
+    return {
+        "img_size": height if height == width else (height, width),
+        "patch_size": rows if rows == columns else (rows, columns),
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.num_heads,
+        "mlp_ratio": _mlp_ratio(teacher, student, shape.width),
+    }
+
+
+def _mlp_ratio(teacher: Any, student: Any, width: int) -> float:
+    """The ratio from which the teacher's constructor makes the hidden width, without a rounding loss."""
+    same = native_parts(teacher).mlp == native_parts(student).mlp
+    blocks: list[Any] = list(attention_blocks(student if same else teacher))
+    projection = blocks[0].mlp.fc2
+    hidden = projection.in_features * width // projection.out_features
+    if isinstance(teacher, VisionTransformer) and native_parts(teacher).mlp.startswith(("SwiGLU", "GLU")):
+        hidden *= 2  # there the ratio counts gate and value together
+    ratio = float(hidden / width)
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def _pooling(teacher: Any, student: Any) -> str:
+    """The student's pooling, except that a distilled DeiT can only read its two tokens."""
+    return "token" if getattr(teacher, "dist_token", None) is not None else str(student.global_pool)
+
+
+def _native(teacher: Any) -> dict[str, Any]:
+    """Constructor arguments for the teacher's parts, in every family's names; None for timm's default."""
+    parts = native_parts(teacher)
+    blocks: list[Any] = list(attention_blocks(teacher))
+    block = blocks[0]
+    return {
+        "class_token": teacher.cls_token is not None,
+        "reg_tokens": parts.registers,
+        "num_reg_tokens": parts.registers,
+        "no_embed_class": getattr(teacher, "no_embed_class", False),
+        "pos_embed": "learn" if "learned absolute" in parts.position else "none",
+        "use_abs_pos_emb": "learned absolute" in parts.position,
+        "use_rel_pos_bias": "relative bias" in parts.position,
+        "use_shared_rel_pos_bias": "shared relative bias" in parts.position,
+        "use_rot_pos_emb": "rotary" in parts.position,
+        "pre_norm": parts.pre_norm,
+        "use_pre_transformer_norm": parts.pre_norm,
+        "use_post_norm": isinstance(block, EvaBlockPostNorm),
+        "qkv_bias": parts.qkv_bias,
+        "qkv_fused": block.attn.qkv is not None,
+        "qk_norm": parts.qk_norm,
+        "scale_attn_norm": parts.attention_norm,
+        "scale_attn_inner": parts.attention_norm,
+        "scale_mlp_norm": has_norm(block.mlp.norm),
+        "scale_mlp": has_norm(block.mlp.norm),
+        "swiglu_mlp": parts.mlp.startswith("SwiGLU"),
+        "act_layer": parts.activation if parts.activation in ACTIVATIONS.values() else None,
+        "init_values": parts.layer_scale,
+        "attn_only_layer_scale": parts.layer_scale is not None and getattr(block, "gamma_2", block) is None,
+    }
+
+
+def _refuse_foreign(
+    model_args: Mapping[str, Any], accepted: Mapping[str, Any], student: nn.Module, family: type[nn.Module]
+) -> None:
+    """Refuse arguments that neither the teacher's family knows nor its own parts replace."""
+    for name in model_args:
+        if name not in accepted and name not in _native(student):
+            raise TransferError(
+                f"student.model_args.{name} is not an argument of timm's {family.__name__}, the family that "
+                f"student.mirror_teacher=true builds; valid: {', '.join(sorted(set(accepted) - {'self'}))}"
+            )
