@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from graftvit.models.errors import TransferError
@@ -144,3 +146,16 @@ def test_mistakes_name_the_key_and_the_valid_values(layers: object, message: str
     with pytest.raises(TransferError, match=message) as caught:
         resolve_layers(layers, 24, 24)  # type: ignore[arg-type]
     assert f"transfer.layers={layers!r}" in str(caught.value)
+
+
+def test_the_examples_of_the_guide_hold() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "layers-and-heads.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`>]+)` \| ([\d, to]+) \|$", guide, flags=re.MULTILINE)
+    assert len(rows) == 9
+    for layers, expected in rows:
+        chosen = [pair.student for pair in resolve_layers(layers, 12, 12)]
+        if " to " in expected:
+            first, last = map(int, expected.split(" to "))
+            assert chosen == list(range(first, last + 1)), layers
+        else:
+            assert chosen == [int(layer) for layer in expected.split(",")], layers
