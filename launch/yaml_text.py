@@ -57,6 +57,6 @@ def parse_yaml(text: str) -> Any:
 
 def write_yaml(value: Any) -> str:
     """The YAML of plain values, keys in their order."""
-    # escapes instead of unicode: PyYAML writes some line breaks of unicode in a way that it reads back as spaces
+    # escapes instead of unicode: some line breaks of unicode that PyYAML writes, it reads back as spaces
     text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False)
     return text

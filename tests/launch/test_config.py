@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from graftvit.launch.config import dump_config, load_config
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig, TransferConfig
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -46,7 +45,11 @@ def test_the_last_override_wins() -> None:
 
 def test_python_takes_the_same_keys_with_values() -> None:
     arguments = {"depth": 4}
-    overrides = {"optim.betas": (0.9, 0.95), "student.model_args": arguments, "student.model_args.num_heads": 2}
+    overrides = {
+        "optim.betas": (0.9, 0.95),
+        "student.model_args": arguments,
+        "student.model_args.num_heads": 2,
+    }
     config = load_config(None, overrides)
     assert config.optim.betas == (0.9, 0.95)
     assert config.student.model_args == {"depth": 4, "num_heads": 2}

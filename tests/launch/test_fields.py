@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from graftvit.launch.fields import ALIASES, find_key, leaf_of, leaves, sections, short_names, unknown
 from graftvit.transfer.config import RunConfig
 
@@ -19,7 +18,9 @@ def test_each_setting_is_described_or_named_plainly() -> None:
 
 
 def test_aliases_point_at_settings_and_hide_none() -> None:
-    own = {leaf.name for leaf in leaves().values() if [o.name for o in leaves().values()].count(leaf.name) == 1}
+    own = {
+        leaf.name for leaf in leaves().values() if [o.name for o in leaves().values()].count(leaf.name) == 1
+    }
     for alias, key in ALIASES.items():
         assert key in leaves()
         assert alias not in own, f"{alias} would hide {short_names()[alias]}"
@@ -50,9 +51,10 @@ def test_names_resolve(name: str, key: str | None) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["epochs", "batch_size", "blr", "layer_decay", "warmup_epochs", "drop_path", "mixup", "cutmix", "reprob",
-     "resume", "seed", "output_dir", "data_path", "model", "teacher", "method", "layers", "smoothing", "min_lr",
-     "weight_decay", "clip_grad", "accum_iter", "nb_classes", "input_size", "finetune"],
+    ["epochs", "batch_size", "blr", "layer_decay", "warmup_epochs", "drop_path", "mixup", "cutmix",
+     "reprob", "resume", "seed", "output_dir", "data_path", "model", "teacher", "method", "layers",
+     "smoothing", "min_lr", "weight_decay", "clip_grad", "accum_iter", "nb_classes", "input_size",
+     "finetune"],
 )  # fmt: skip
 def test_flags_that_people_type_exist(name: str) -> None:
     assert find_key(name) in leaves()

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import yaml
+from graftvit.launch.yaml_text import parse_yaml, write_yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
-from graftvit.launch.yaml_text import parse_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from graftvit.launch.cli import COMMANDS, main
+from graftvit.launch.config import load_config
+from graftvit.launch.fields import leaves
+from graftvit.models.errors import GraftError, RunFailedError
+from graftvit.transfer.config import RunConfig
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "graftvit.launch", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
+    """The one line on stderr that a mistake ends in."""
+    assert main(list(words)) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("graftvit: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def resolved(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str) -> RunConfig:
+    assert main([*words, "--print_config"]) == 0
+    path = tmp_path / "resolved.yaml"
+    path.write_text(capsys.readouterr().out)
+    return load_config(path)
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain", "evaluate", "teacher", "recipes", "demo"])
+def test_help_imports_no_torch_and_has_examples(command: str) -> None:
+    code = (
+        "import sys; from graftvit.launch.cli import main; code = main([sys.argv[1], '--help']);"
+        "heavy = {'torch', 'timm', 'accelerate', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"graftvit {command}" in result.stdout.partition("examples:")[2]
+
+
+@pytest.mark.slow
+def test_help_is_quick_beside_a_bare_interpreter() -> None:
+    def best_of(command: list[str]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run(command, capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    bare = best_of([sys.executable, "-c", "pass"])
+    # pydantic and yaml take about 0.3 s on a slow core; torch alone takes over 2 s
+    assert best_of([sys.executable, "-m", "graftvit.launch", "train", "--help"]) < 20 * bare + 1
+
+
+@pytest.mark.parametrize("key", leaves())
+def test_every_setting_is_in_the_help_and_settable(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    leaf = leaves()[key]
+    shown = capsys.readouterr().out
+    names = [f"--{key}", f"--{leaf.name}", f"--no-{leaf.name}"]
+    if key == "teacher.source":
+        names.append("--teacher")
+    assert any(f"{name} " in shown or f"{name}\n" in shown or f"{name}," in shown for name in names)
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {command} " in shown for command in COMMANDS)
+    assert main([]) == 2
+
+
+def test_the_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("graftvit 0.")
+
+
+def test_flags_beat_the_recipe_in_the_order_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = resolved(
+        capsys, tmp_path, "train", "attention_distill_vit_large", "--blr", "5e-4", "optim.blr=6e-4",
+        "--optim.blr=7e-4", "--batch-size", "8", "data.workers=0", "--fsdp", "--no-progress",
+        "--layers", "2:5", "--data_path=/a=b",
+        "student.model_args.depth=6", "--teacher", "local-dir:x", "--model", "vit_tiny_patch16_224",
+    )  # fmt: skip
+    assert config.optim.blr == 7e-4
+    assert config.optim.epochs == 200
+    assert (config.data.batch_size, config.data.workers, config.data.data_path) == (8, 0, "/a=b")
+    assert config.engine.fsdp is True
+    assert config.engine.progress is False
+    assert config.transfer.layers == "2:5"
+    assert config.student.model_args == {"depth": 6}
+    assert (config.teacher.source, config.student.model) == ("local-dir:x", "vit_tiny_patch16_224")
+
+
+def test_switches_go_both_ways(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert resolved(capsys, tmp_path, "train", "--fsdp", "--no_fsdp").engine.fsdp is False
+    assert resolved(capsys, tmp_path, "train", "--no-fsdp", "--fsdp").engine.fsdp is True
+    assert resolved(capsys, tmp_path, "train", "--engine.fsdp").engine.fsdp is True
+    assert resolved(capsys, tmp_path, "train", "--fsdp=false").engine.fsdp is False
+    assert resolved(capsys, tmp_path, "train", "--no-engine.progress").engine.progress is False
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["trian"], ["'trian'", "'train'"]),
+        (["train", "--epoch", "3"], ["'--epoch'", "'--epochs'"]),
+        (["train", "--optim.blrr", "3"], ["'--optim.blrr'", "'--optim.blr'"]),
+        (["train", "--drop_pth=1"], ["'--drop_pth'", "'--drop_path'"]),
+        (["train", "--dryrun"], ["'--dryrun'", "'--dry_run'"]),
+        (["train", "--teacher.model_arg", "x"], ["--teacher.model_args"]),
+        (["train", "--no-epochs"], ["--no-epochs"]),
+        (["train", "--blr", "abc"], ["--blr", "'abc'", "a number of at least 0"]),
+        (["train", "--blr"], ["--blr needs a value", "a number"]),
+        (["train", "--blr", "--epochs", "3"], ["--blr needs a value"]),
+        (["train", "--method", "distil"], ["--method", "'distil'", "copy_q", "attention_output"]),
+        (["train", "--resume", "latest"], ["--resume", "'latest'", "auto, never"]),
+        (["train", "--mixup", "-1"], ["--mixup", "-1", "at least 0"]),
+        (["train", "--student.model_args", "7"], ["--student.model_args", "7", "mapping"]),
+        (["train", "--layers", "{a: 1}", "--heads", "[x]"], ["--heads", "['x']"]),
+        (["train", "nope"], ["'nope'", "attention_copy_vit_base"]),
+        (["train", "attention_distil_vit_base"], ["did you mean 'attention_distill_vit_base'"]),
+        (["train", "nope.yaml"], ["'nope.yaml'", "No such file"]),
+        (["train", "cifar10_copy", "cifar10_distill"], ["cifar10_distill", "graftvit train --help"]),
+        (["train", "--fsdp=perhaps"], ["--fsdp", "'perhaps'", "true or false"]),
+        (["train", "blrr=3"], ["'blrr'", "'optim.blr'"]),
+        (["train", "=3"], ["''"]),
+        (["train", "--"], ["'--'"]),
+        (["pretrain", "--mode", "transfer"], ["graftvit pretrain", "'transfer'"]),
+        (["recipes", "nope"], ["'nope'", "cifar10_copy"]),
+        (["teacher", "inf", "x"], ["inf", "info"]),
+        (["teacher", "info"], ["SOURCE"]),
+        (["teacher", "info", "x", "--blr", "1"], ["--blr", "teacher"]),
+        (["demo", "--quik"], ["--quik"]),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(
+    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = complaint(capsys, *words)
+    for part in parts:
+        assert part in found
+
+
+def test_a_typo_in_a_real_process_has_no_traceback() -> None:
+    result = run("train", "--epoch", "3")
+    assert result.returncode == 2
+    assert result.stderr == "graftvit: error: unknown flag '--epoch', did you mean '--epochs'?\n"
+
+
+def test_output_into_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m graftvit.launch train --help | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
+def fake_engine(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[RunConfig]:
+    """Stand in for the engine: these tests are of what the command does with its outcome."""
+    seen: list[RunConfig] = []
+
+    def train(config: RunConfig) -> Any:
+        seen.append(config)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setitem(sys.modules, "graftvit.transfer.engine", SimpleNamespace(train=train))
+    return seen
+
+
+def result(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{"signal": None, "steps": 7, "output_dir": Path("runs/x"), "metrics": {}} | changes
+    )
+
+
+def test_the_engine_gets_the_resolved_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_engine(monkeypatch, result())
+    assert main(["train", "cifar10_copy", "--epochs", "2"]) == 0
+    assert seen == [load_config("cifar10_copy", ["epochs=2"])]
+
+
+def test_pretrain_sets_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_engine(monkeypatch, result())
+    assert main(["pretrain", "--mask-ratio", "0.5"]) == 0
+    assert (seen[0].mode, seen[0].pretrain.mask_ratio) == ("pretrain", 0.5)
+
+
+@pytest.mark.parametrize(("signum", "name"), [(2, "SIGINT"), (12, "SIGUSR2"), (15, "SIGTERM")])
+def test_a_signal_is_the_exit_code_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signum: int, name: str
+) -> None:
+    fake_engine(monkeypatch, result(signal=signum))
+    assert main(["train"]) == 128 + signum
+    shown = capsys.readouterr().err
+    assert name in shown
+    assert "step 7" in shown
+    assert "the same command continues" in shown
+    assert main(["train", "--resume", "never"]) == 128 + signum
+    assert "with --resume auto continues" in capsys.readouterr().err
+
+
+def test_errors_exit_with_their_own_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_engine(monkeypatch, GraftError("first\n second"))
+    assert complaint(capsys, "train") == "graftvit: error: first second\n"
+    fake_engine(monkeypatch, RunFailedError("the disk is full"))
+    complaint(capsys, "train", code=1)
+    fake_engine(monkeypatch, KeyboardInterrupt())
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "graftvit: stopped by Ctrl-C\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(monkeypatch, ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_the_rank_is_named_where_there_are_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    main(["train", "--epoch", "1"])
+    assert "graftvit: rank 2: error:" in capsys.readouterr().err
+
+
+def test_demo_hands_its_folder_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: list[tuple[Path, bool]] = []
+
+    def run_demo(output_dir: Path, quick: bool) -> Path:
+        seen.append((output_dir, quick))
+        return output_dir / "report.html"
+
+    monkeypatch.setitem(sys.modules, "graftvit.transfer.demo", SimpleNamespace(run_demo=run_demo))
+    assert main(["demo", "--quick", "--output-dir", str(tmp_path)]) == 0
+    assert seen == [(tmp_path, True)]
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    assert "file" in complaint(capsys, "demo", "--output_dir", str(tmp_path / "file"))

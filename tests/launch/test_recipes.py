@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import pytest
+from graftvit.launch.cli import main
+from graftvit.launch.config import load_config
+from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
+
+SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
+PUBLISHED = [
+    f"{kind}_vit_{size}" for kind in ("attention_distill", "attention_copy", "mae_finetune") for size in SIZES
+]
+
+AUGMENTATION = {
+    "data.reprob": 0.25,
+    "data.mixup": 0.8,
+    "data.cutmix": 1.0,
+    "data.smoothing": 0.1,
+    "data.aa": "rand-m9-mstd0.5-inc1",
+    "data.num_classes": 1000,
+}
+# The commands of the README of the attention transfer code, for ViT-L on 8 nodes x 8 GPUs x 32 images.
+DISTILL = AUGMENTATION | {
+    "mode": "transfer",
+    "transfer.method": "distill",
+    "transfer.layers": ":-6",
+    "transfer.heads": "all",
+    "transfer.loss": "ce",
+    "transfer.weight": 3.0,
+    "transfer.reduction": "sum",
+    "transfer.temperature": 1.0,
+    "transfer.rows": 1.0,
+    "transfer.share_drop_path": True,
+    "student.init": None,
+    "student.drop_path": 0.2,
+    "student.global_pool": "avg",
+    "data.batch_size": 32,
+    "optim.opt": "adamw",
+    "optim.epochs": 200,
+    "optim.warmup_epochs": 20,
+    "optim.blr": 1e-4,
+    "optim.lr": None,
+    "optim.min_lr": 1e-6,
+    "optim.layer_decay": 1.0,
+    "optim.betas": (0.9, 0.95),
+    "optim.weight_decay": 0.3,
+    "optim.ema": 0.9999,
+    "optim.clip_grad": None,
+    "optim.accum_iter": 1,
+    "engine.precision": "fp32",
+}
+COPY = DISTILL | {
+    "transfer.method": "copy",
+    "transfer.layers": "all",
+    "student.drop_path": 0.0,
+    "optim.epochs": 100,
+    "optim.warmup_epochs": 5,
+    "optim.blr": 1e-3,
+    "optim.min_lr": 2e-3,
+    "optim.layer_decay": 0.75,
+    "optim.betas": (0.9, 0.999),
+    "optim.weight_decay": 0.05,
+}
+# MAE's FINETUNE.md: epochs, base learning rate, layer decay, drop path, batch a GPU.
+FINETUNE: dict[str, tuple[int, float, float, float, int]] = {
+    "base": (100, 5e-4, 0.65, 0.1, 32),
+    "large": (50, 1e-3, 0.75, 0.2, 32),
+    "huge": (50, 1e-3, 0.75, 0.3, 16),
+}
+# The learning rate that the published command reaches on its published number of GPUs.
+LEARNING_RATES = {
+    "attention_distill_vit_large": (64, 8e-4),
+    "attention_copy_vit_large": (64, 8e-3),
+    "mae_finetune_vit_base": (32, 2e-3),
+    "mae_finetune_vit_large": (32, 4e-3),
+    "mae_finetune_vit_huge": (64, 4e-3),
+}
+
+
+def value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def check(name: str, expected: dict[str, Any]) -> None:
+    config = load_config(name)
+    assert {key: value(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_distillation_has_the_published_values(size: str) -> None:
+    check(
+        f"attention_distill_vit_{size}",
+        DISTILL | {"student.model": SIZES[size], "teacher.source": f"{SIZES[size]}.mae"},
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_copy_has_the_published_values(size: str) -> None:
+    check(
+        f"attention_copy_vit_{size}",
+        COPY | {"student.model": SIZES[size], "teacher.source": f"{SIZES[size]}.mae"},
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_finetuning_has_the_published_values(size: str) -> None:
+    epochs, blr, layer_decay, drop_path, batch = FINETUNE[size]
+    check(
+        f"mae_finetune_vit_{size}",
+        AUGMENTATION
+        | {
+            "mode": "finetune",
+            "teacher.source": None,
+            "student.model": SIZES[size],
+            "student.init": f"{SIZES[size]}.mae",
+            "student.drop_path": drop_path,
+            "student.global_pool": "avg",
+            "data.batch_size": batch,
+            "optim.opt": "adamw",
+            "optim.epochs": epochs,
+            "optim.warmup_epochs": 5,
+            "optim.blr": blr,
+            "optim.min_lr": 1e-6,
+            "optim.layer_decay": layer_decay,
+            "optim.betas": (0.9, 0.999),
+            "optim.weight_decay": 0.05,
+            "optim.ema": None,
+        },
+    )
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_the_published_learning_rate_comes_out(name: str) -> None:
+    from graftvit.transfer.optim import peak_learning_rate
+
+    config = load_config(name)
+    devices, expected = LEARNING_RATES[name]
+    rate, effective = peak_learning_rate(config.optim, config.data.batch_size, devices)
+    assert rate == pytest.approx(expected)
+    assert effective == devices * config.data.batch_size
+
+
+def test_the_published_layers_are_the_first_18_of_24() -> None:
+    from graftvit.transfer.pairs import resolve_layers
+
+    layers = load_config("attention_distill_vit_large").transfer.layers
+    pairs = resolve_layers(layers, 24, 24)
+    assert [(pair.teacher, pair.student) for pair in pairs] == [(layer, layer) for layer in range(18)]
+
+
+def test_the_published_and_the_small_recipes_are_there() -> None:
+    small = [f"{data}_{method}" for data in ("cifar10", "cifar100") for method in ("copy", "distill")]
+    assert {*PUBLISHED, *small} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_says_where_it_comes_from(name: str) -> None:
+    assert recipe_text(name).startswith("# ")
+    assert 30 < len(recipe_summary(name)) < 160
+    load_config(name)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_name_models_that_timm_has(name: str) -> None:
+    import timm
+
+    config = load_config(name)
+    assert timm.is_model(config.student.model)
+    for source in (config.teacher.source, config.student.init):
+        if source is not None and ":" not in source and "/" not in source:
+            assert source in timm.list_pretrained()
+
+
+def test_recipes_travel_with_the_package() -> None:
+    assert (resources.files("graftvit.cfgs") / "attention_distill_vit_large.yaml").is_file()
+
+
+def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == recipe_names()
+    assert main(["recipes", "attention_copy_vit_base"]) == 0
+    assert capsys.readouterr().out == recipe_text("attention_copy_vit_base")

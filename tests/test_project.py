@@ -1,0 +1,163 @@
+"""The rules of the project that a reader counts on: where imports point, how long files are, what keys do."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from graftvit.launch.fields import find_key, leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = ["models", "checkpoints", "transfer", "launch"]
+"""A package may import from those before it."""
+PACKAGE_FILES = sorted(path for package in ORDER for path in (ROOT / package).rglob("*.py"))
+OTHER_FILES = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+NOT_EMPTY = [path for path in PACKAGE_FILES + OTHER_FILES if path.read_text().strip()]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The packages of the project that a file imports, from anywhere in it."""
+    inside = list(path.relative_to(ROOT).parent.parts)
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("graftvit.")}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            above = inside[: len(inside) - node.level + 1]
+            parts = [*above, *(node.module or "").split(".")]
+            found |= {parts[0]} if parts[0] else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "graftvit":
+            parts = (node.module or "").split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    allowed = set(ORDER[: ORDER.index(package) + 1])
+    assert imported_packages(path) <= allowed
+
+
+def test_the_import_rule_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    path = tmp_path / "models" / "deep" / "wrong.py"
+    path.parent.mkdir(parents=True)
+    for text, package in [
+        ("from ...transfer.data import x", "transfer"),
+        ("from graftvit.launch import cli", "launch"),
+        ("def f():\n    import graftvit.checkpoints.teacher", "checkpoints"),
+        ("from ... import launch", "launch"),
+        ("from graftvit import transfer", "transfer"),
+        ("from ..errors import GraftError", "models"),
+        ("from .near import x", "models"),
+    ]:
+        path.write_text(text)
+        assert imported_packages(path) == {package}, text
+
+
+@pytest.mark.parametrize("path", NOT_EMPTY, ids=name_of)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_the_median_file_is_short() -> None:
+    lengths = [len(path.read_text().splitlines()) for path in NOT_EMPTY]
+    assert statistics.median(lengths) < 150
+
+
+@pytest.mark.parametrize("path", [path for path in NOT_EMPTY if path in PACKAGE_FILES], ids=name_of)
+def test_package_files_say_what_they_are(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or path.name == "__init__.py"
+    assert "from __future__ import annotations" in path.read_text()
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=name_of)
+def test_the_library_neither_prints_nor_asserts_nor_leaves(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: raise an error instead"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "breakpoint", "exit", "quit"), f"line {node.lineno}: {called}"
+            if called == "sys.exit":
+                assert path.parent.name == "launch", f"line {node.lineno}: {called}"
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=name_of)
+def test_nothing_is_left_for_later(path: Path) -> None:
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b|raise NotImplementedError\(\)", path.read_text())
+
+
+def test_no_pickle_is_executed() -> None:
+    for path in PACKAGE_FILES:
+        assert "weights_only=False" not in path.read_text().replace(" ", ""), path
+        assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle)\b", path.read_text(), re.M), path
+
+
+def test_the_version_stands_in_one_place() -> None:
+    number = version("graftvit")
+    places = [
+        name_of(path)
+        for path in [*PACKAGE_FILES, ROOT / "pyproject.toml", ROOT / "Makefile", ROOT / "environment.yml"]
+        if f'"{number}"' in path.read_text()
+    ]
+    assert places == ["pyproject.toml"]
+    assert f"## {number}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_package_folder_is_shipped() -> None:
+    shipped = (ROOT / "pyproject.toml").read_text()
+    for folder in {path.parent for path in PACKAGE_FILES}:
+        dotted = ".".join(["graftvit", *folder.relative_to(ROOT).parts])
+        assert f'"{dotted}" = "{folder.relative_to(ROOT)}"' in shipped
+        assert f'  "{dotted}",' in shipped
+
+
+@functools.cache
+def attributes_read() -> set[str]:
+    """Names that the packages read as an attribute."""
+    names: set[str] = set()
+    for path in PACKAGE_FILES:
+        if path.name == "config.py" and path.parent.name == "transfer":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("key", leaves())
+def test_no_setting_changes_nothing(key: str) -> None:
+    if key.startswith("pretrain."):
+        # handed to the autoencoder as keywords of the same names
+        source = (ROOT / "models" / "mae.py").read_text()
+        assert re.search(rf"\b{leaves()[key].name}:", source)
+        return
+    assert leaves()[key].name in attributes_read(), f"{key} is read nowhere"
+
+
+@pytest.mark.parametrize("key", leaves())
+def test_every_setting_is_documented_and_a_flag(key: str) -> None:
+    leaf = leaves()[key]
+    names_that_say_it_all = ("seed", "weight_decay", "decoder_dim", "decoder_depth", "decoder_heads")
+    assert leaf.field.description or leaf.name in names_that_say_it_all
+    assert find_key(key) == key
+    documented = (ROOT / "docs" / "configuration.md").read_text()
+    assert f"`{key}`" in documented or f"`{leaf.name}`" in documented
+
+
+def test_documents_name_no_setting_that_is_gone() -> None:
+    dotted = re.compile(rf"(?<![\w./-])(?:--)?((?:{'|'.join(sections())})\.[a-z_]+)(?=[=`\s])")
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for key in dotted.findall(path.read_text()):
+            assert find_key(key) or key.endswith((".py", ".json")), f"{name_of(path)}: {key}"
