@@ -1,0 +1,141 @@
+"""Files and folders that are written whole or not at all: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..models.errors import CheckpointError, RunFailedError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WriteFailedError(CheckpointError, RunFailedError):
+    """A checkpoint that could not be written, because the disk is full or refused it; exit code 1."""
+
+
+def write_file(path: Path, write: Callable[[Path], None], *, size: int) -> None:
+    """Calls `write(temporary)` and puts the result at `path` in one step; what was there stays until then.
+
+    The temporary file of an earlier attempt that died is removed first: a path has one writer at a time.
+    `size` is the number of bytes needed, named in the error.
+
+    Raises WriteFailedError: the disk is full, or the file system refuses the file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explained(path, size), _removed(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+
+
+def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> None:
+    """Calls `write(temporary)` to fill a new folder, and puts it at `path`.
+
+    A folder cannot be renamed over another one: the old one is set aside for the moment between two renames,
+    and is brought back by `recover_folder` if the process died there.
+
+    Raises WriteFailedError as `write_file`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.old")
+    with _explained(path, size), _removed(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
+        remove_leftovers(path)
+        temporary.mkdir()
+        write(temporary)
+        for file in sorted(temporary.rglob("*")):
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            path.rename(aside)
+        temporary.rename(path)
+        sync(path.parent)
+        _remove(aside)
+
+
+def recover_folder(path: Path) -> None:
+    """Brings back the folder that a dead `write_folder` had set aside, or removes it if the new one is there."""
+    aside = path.with_name(f".{path.name}.old")
+    if not aside.exists():
+        return
+    if path.exists():
+        _remove(aside)
+    else:
+        aside.rename(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes the temporary files of `path` that dead attempts left."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        _remove(leftover)
+
+
+def sync(path: Path) -> None:
+    """Returns when the file or the directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _removed(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
+
+
+@contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    """Turns what the operating system and safetensors say of a failed write into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if _error_number(error) not in FULL:
+            reason = getattr(error, "strerror", None) or error
+            raise WriteFailedError(f"{path} cannot be written: {reason}") from error
+        raise WriteFailedError(
+            f"{path} cannot be written: it needs {size:,} bytes and {_free(path)}; "
+            "what was saved before is intact, make room and start again"
+        ) from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors has it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    return int(found[1] or found[2]) if found else None
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"the disk has {shutil.disk_usage(path.parent).free:,} free"
+    except OSError:
+        return "the disk is full"

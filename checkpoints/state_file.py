@@ -1,0 +1,138 @@
+"""The state of a training run in one safetensors file that proves it is whole.
+
+The file's metadata holds `graftvit.state`, the JSON part, and `sha256`: the digest of the whole file with its own
+64 characters read as zeros. So one changed byte anywhere (header, names, shapes, JSON, tensors) is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..models.errors import CheckpointError
+from .atomic import write_file
+
+META_KEY = "graftvit.state"
+DIGEST_KEY = "sha256"
+_BLANK = b"0" * 64
+_MARK = f'"{DIGEST_KEY}":"'.encode()
+_CHUNK = 1 << 22
+
+
+@dataclass
+class TrainingState:
+    """What a run needs to go on: tensors by flat name, and JSON (tuples come back as lists)."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def write_state(path: Path, state: TrainingState) -> None:
+    """Writes `state` to `path`, whole or not at all, and returns when it is on the disk.
+
+    Raises WriteFailedError (a CheckpointError with exit code 1): the disk is full or refuses the file. What was
+    at `path` is then as it was.
+    """
+    meta = json.dumps(state.meta)
+    tensors = _separate(state.tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + len(meta)
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata={META_KEY: meta, DIGEST_KEY: _BLANK.decode()})
+        with temporary.open("r+b") as file:
+            position = _digest_position(file.read(_header_length(temporary))) or 0
+            digest = _digest(temporary, position)
+            file.seek(position)
+            file.write(digest.encode())
+
+    write_file(path, write, size=size)
+
+
+def read_state(path: Path) -> TrainingState:
+    """The state in `path`, after its digest was checked.
+
+    Raises CheckpointError naming the file: missing, no training state, truncated, or changed since.
+    """
+    try:
+        check_state(path)
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads(file.metadata()[META_KEY])
+            return TrainingState({name: file.get_tensor(name) for name in file.keys()}, meta)  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def check_state(path: Path) -> None:
+    """Raises CheckpointError as `read_state`, without holding the tensors in memory."""
+    try:
+        _check_digest(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def is_state(metadata: Mapping[str, str] | None) -> bool:
+    """Whether the metadata of a safetensors file are those of a training state."""
+    return metadata is not None and META_KEY in metadata
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, no two of them on one storage, which safetensors would refuse."""
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().to("cpu").contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        separate[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
+    return separate
+
+
+def _check_digest(path: Path) -> None:
+    header_length = _header_length(path)
+    with path.open("rb") as file:
+        header = file.read(header_length)
+    if len(header) < header_length:
+        raise CheckpointError(f"{path} is damaged: it ends inside its header")
+    position = _digest_position(header)
+    if position is None:
+        raise CheckpointError(f"{path} is damaged or no training state: its header holds no {DIGEST_KEY}")
+    if header[position : position + 64] != _digest(path, position).encode():
+        raise CheckpointError(f"{path} is damaged: its {DIGEST_KEY} does not match its content")
+
+
+def _header_length(path: Path) -> int:
+    """Bytes up to the tensors: eight for the length of the JSON header, and the header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = 8 + int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size:
+        raise CheckpointError(f"{path} is damaged: {size} bytes are too few for a safetensors file")
+    return length
+
+
+def _digest_position(header: bytes) -> int | None:
+    """Where the digest's 64 characters are; JSON escapes quotes inside strings, so the mark is there once."""
+    found = header.find(_MARK)
+    if found < 0 or found + len(_MARK) + 64 > len(header):
+        return None
+    return found + len(_MARK)
+
+
+def _digest(path: Path, position: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(position) + _BLANK)
+        file.seek(position + 64)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
