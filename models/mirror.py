@@ -21,6 +21,8 @@ from .errors import TransferError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported
 from .parts import ACTIVATIONS, has_norm, native_parts
 
+BEIT_POOLING = ("", "avg", "token")
+
 
 def mirror_arguments(
     teacher: nn.Module, architecture: str, model_args: Mapping[str, Any]
@@ -95,7 +97,20 @@ def _mlp_ratio(teacher: Any, student: Any, width: int) -> float:
 
 def _pooling(teacher: Any, student: Any) -> str:
     """The student's pooling, except that a distilled DeiT can only read its two tokens."""
-    return "token" if getattr(teacher, "dist_token", None) is not None else str(student.global_pool)
+    if getattr(teacher, "dist_token", None) is not None:
+        return "token"
+    pooling = str(student.global_pool)
+    if pooling == "token" and teacher.cls_token is None:
+        raise TransferError(
+            "student.global_pool=token needs a class token, which the teacher of student.mirror_teacher=true "
+            "has not; use avg"
+        )
+    if isinstance(teacher, Beit) and pooling not in BEIT_POOLING:
+        raise TransferError(
+            f"student.global_pool={pooling} is not a pooling of Beit, which student.mirror_teacher=true builds; "
+            f"valid: {', '.join(filter(None, BEIT_POOLING))}"
+        )
+    return pooling
 
 
 def _native(teacher: Any) -> dict[str, Any]:

@@ -136,8 +136,8 @@ def test_distilled_deit_reads_its_tokens_whatever_pooling_was_asked() -> None:
     ("name", "change", "message"),
     [
         ("beit", {"dynamic_img_size": True}, r"student\.model_args\.dynamic_img_size.*Beit.*valid: "),
-        ("no class token", {"global_pool": "token"}, r"mirror_teacher.*class token"),
-        ("beit", {"global_pool": "map"}, r"mirror_teacher.*pooling"),
+        ("no class token", {"global_pool": "token"}, r"student\.global_pool=token.*class token"),
+        ("beit", {"global_pool": "map"}, r"student\.global_pool=map.*valid: avg, token"),
         ("vit", {"num_heads": 5}, r"student\.model vit_tiny_patch16_224 cannot be built"),
         ("vit", {"depht": 5}, r"student\.model .*depht"),
     ],
