@@ -107,7 +107,7 @@ def _pooling(teacher: Any, student: Any) -> str:
         )
     if isinstance(teacher, Beit) and pooling not in BEIT_POOLING:
         raise TransferError(
-            f"student.global_pool={pooling} is not a pooling of Beit, which student.mirror_teacher=true builds; "
+            f"student.global_pool={pooling} is no pooling of Beit, which student.mirror_teacher=true builds; "
             f"valid: {', '.join(filter(None, BEIT_POOLING))}"
         )
     return pooling
