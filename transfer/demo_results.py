@@ -1,0 +1,64 @@
+"""What the demo found, in plain numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .figures import Gaze
+
+TITLES = {
+    "scratch": "Scratch",
+    "finetune": "Fine-tune",
+    "copy": "Attention copy",
+    "distill": "Attention distillation",
+    "ensemble": "Ensemble",
+}
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method over the seeds. Accuracies are in percent; curve and divergence have a row a seed."""
+
+    name: str
+    top1: Sequence[float]
+    steps: Sequence[int] = ()
+    curve: Sequence[Sequence[float]] = ()
+    divergence: Sequence[Sequence[float]] = ()
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.name]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.top1)
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample deviation over the seeds; None for a single seed."""
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """The methods in the order of the table, and the setting that they were compared in."""
+
+    methods: Sequence[MethodResult]
+    gazes: Sequence[Gaze]
+    seeds: Sequence[int]
+    labels: int
+    unlabelled: int
+    test_images: int
+    teacher_steps: int
+    student_steps: int
+    minutes: float
+    quick: bool
+
+    def method(self, name: str) -> MethodResult:
+        return next(method for method in self.methods if method.name == name)
+
+    def wins(self, name: str) -> int:
+        """With how many seeds a method was better than training from scratch."""
+        return sum(a > b for a, b in zip(self.method(name).top1, self.method("scratch").top1, strict=True))
