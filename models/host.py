@@ -178,6 +178,8 @@ class AttentionHost(nn.Module):
         return x_BHND
 
     def _bias(self, shared: Tensor | None) -> Tensor | None:
+        if shared is not None and shared.dim() == 3:
+            shared = shared[None]
         if self._parameters.get("relative_position_bias_table") is None:
             return shared
         layer: Any = self.original

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,8 @@ from .operators import (
 from .plan import COPY_METHODS, COPY_PARTS, DISTILL_PARTS, TransferPlan
 from .tape import Link, Tape, pick_dim
 from .teacher_view import view_attention, view_blocks, view_whole
+
+HEADS = ("head", "head_dist")
 
 Undo = Callable[[], object]
 Finish = Callable[[Tensor], dict[str, Tensor]]
@@ -120,21 +123,25 @@ def _install_block_output(plan: TransferPlan, teacher: nn.Module, student: nn.Mo
 def _install_feature(
     config: TransferConfig, plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape
 ) -> Installed:
-    """The pooled feature before the head: the input of the student's head, the same of the teacher."""
+    """The pooled feature before the head; DeiT's two heads read two tokens, and their mean is the feature."""
     view = view_whole(teacher)
-    view._modules["head"] = nn.Identity()
-    if "head_dist" in view._modules:
-        view._modules["head_dist"] = nn.Identity()
+    for name in HEADS:
+        if name in view._modules:
+            view._modules[name] = nn.Identity()
     installed = Installed(_Recorded(view, tape))
     seen: dict[str, Tensor] = {}
-    head: nn.Module = cast(Any, student).head
-    installed.undo.append(head.register_forward_pre_hook(lambda _, inputs: seen.update(feature=inputs[0])).remove)
+    for name in HEADS:
+        head = student._modules.get(name)
+        if head is not None:
+            hook = partial(_keep_input, seen, name)
+            installed.undo.append(head.register_forward_pre_hook(hook).remove)
     widths = int(cast(Any, student).num_features), int(cast(Any, teacher).num_features)
     if widths[0] != widths[1]:
         installed.projectors["feature"] = nn.Linear(*widths)
 
     def finish(_: Tensor) -> dict[str, Tensor]:
-        feature, target = seen.pop("feature"), tape.outputs[0]
+        feature, target = torch.stack(list(seen.values())).mean(0), tape.outputs[0]
+        seen.clear()
         if "feature" in installed.projectors:
             feature = installed.projectors["feature"](feature)
         return {"feature": _feature_loss(config, _precise(feature), _precise(target))}
@@ -159,6 +166,10 @@ def _install_logits(config: TransferConfig, teacher: nn.Module, student: nn.Modu
         return {"logits": loss * temperature**2}
 
     return Installed(_Recorded(view_whole(teacher), tape), finish=finish)
+
+
+def _keep_input(seen: dict[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    seen[name] = inputs[0]
 
 
 def _feature_loss(config: TransferConfig, student: Tensor, teacher: Tensor) -> Tensor:
