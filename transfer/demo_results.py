@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .figures import Gaze
+from .gaze_figures import Gaze
 
 TITLES = {
     "scratch": "Scratch",

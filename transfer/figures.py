@@ -1,4 +1,4 @@
-"""The demo's pictures: learning curves, divergence by layer, and attention maps beside each other.
+"""The demo's line charts: learning curves, and divergence by layer.
 
 Each is drawn on a transparent ground, once in ink for light pages and once for dark ones.
 """
@@ -6,7 +6,7 @@ Each is drawn on a transparent ground, once in ink for light pages and once for 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,16 +39,6 @@ class Curve:
     values: Array
 
 
-@dataclass(frozen=True)
-class Gaze:
-    """One image, the patch that asks, and where it looks in each model, as (rows, columns) maps."""
-
-    image: Array
-    query: tuple[int, int]
-    layer: str
-    maps: Mapping[str, Array]
-
-
 def draw_curves(curves: Sequence[Curve], theme: Theme) -> Figure:
     """Test accuracy along training: the mean over seeds, a band of one deviation, the name at the end."""
     figure, axes = _axes(theme, (8.4, 4.0))
@@ -72,26 +62,6 @@ def draw_divergence(curves: Sequence[Curve], theme: Theme) -> Figure:
     axes.set_xticks(list(curves[0].axis))
     axes.set_ylim(bottom=0.0)
     _end_labels(axes, curves)
-    return figure
-
-
-def draw_gazes(gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme) -> Figure:
-    """A row for each image and layer: the image with its asking patch, then each model's attention over it.
-
-    Within a row all maps share one scale, so that the same shade is the same attention.
-    """
-    columns = list(titles)
-    figure = Figure(figsize=(1.55 * (1 + len(columns)), 1.5 * len(gazes) + 0.45), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(gazes), 1 + len(columns), squeeze=False)
-    for row, gaze in enumerate(gazes):
-        top = max(float(gaze.maps[name].max()) for name in columns)
-        _show(grid[row, 0], gaze, None, top)
-        grid[row, 0].set_ylabel(gaze.layer, color=INK[theme], fontsize=9)
-        for axes, name in zip(grid[row, 1:], columns, strict=True):
-            _show(axes, gaze, gaze.maps[name], top)
-    for axes, title in zip(grid[0], ["image", *titles.values()], strict=True):
-        axes.set_title(title, color=INK[theme], fontsize=10)
     return figure
 
 
@@ -145,26 +115,3 @@ def _end_labels(axes: Any, curves: Sequence[Curve]) -> None:
             fontsize=10,
             fontweight="bold",
         )
-
-
-def _show(axes: Any, gaze: Gaze, heat: Array | None, top: float) -> None:
-    """The image, the heat over it where there is one, and a square around the asking patch."""
-    height, width = gaze.image.shape[:2]
-    frame = (0, width, height, 0)
-    axes.imshow(gaze.image, cmap="gray", extent=frame, interpolation="nearest")
-    if heat is not None:
-        axes.imshow(heat, cmap="magma", vmin=0, vmax=top, extent=frame, alpha=0.8, interpolation="nearest")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
-    rows, columns = next(iter(gaze.maps.values())).shape
-    _mark(axes, gaze.query, height / rows, width / columns)
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-
-
-def _mark(axes: Any, query: tuple[int, int], height: float, width: float) -> None:
-    row, column = query
-    x, y = column * width, row * height
-    axes.plot(
-        [x, x + width, x + width, x, x], [y, y, y + height, y + height, y], color="#4cc9f0", linewidth=1.8
-    )

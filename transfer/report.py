@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from . import report_text as text
 from .demo_results import DemoResults, MethodResult
-from .figures import COLOURS, Curve, Theme, draw_curves, draw_divergence, draw_gazes, to_png
+from .figures import COLOURS, Curve, Theme, draw_curves, draw_divergence, to_png
+from .gaze_figures import draw_gazes, draw_summary
 
 GAZE_TITLES = {"teacher": "teacher", "distill": "distilled", "copy": "copied", "scratch": "scratch"}
 
@@ -41,6 +42,7 @@ def write_report(results: DemoResults, folder: Path) -> Path:
     images.mkdir(parents=True, exist_ok=True)
     for section in sections:
         (images / f"{section.name}.png").write_bytes(to_png(section.draw("light"), ground="white"))
+    (images / "summary.png").write_bytes(_summary(results))
     (folder / "report.md").write_text(render_markdown(results, sections), encoding="utf-8")
     report = folder / "report.html"
     report.write_text(render_html(results, sections), encoding="utf-8")
@@ -120,6 +122,13 @@ def render_html(results: DemoResults, sections: Sequence[Section]) -> str:
         commands=_escape(text.COMMANDS),
         footer=_escape(text.footer(results)),
     )
+
+
+def _summary(results: DemoResults) -> bytes:
+    """Accuracies and the maps of the last layer in one small picture, for a README."""
+    top1 = {method.name: (method.title, method.top1) for method in results.methods}
+    last = [gaze for gaze in results.gazes if gaze.layer == results.gazes[-1].layer]
+    return to_png(draw_summary(top1, last, GAZE_TITLES, "light"), ground="white", dots_per_inch=130)
 
 
 def _html_table(results: DemoResults) -> str:

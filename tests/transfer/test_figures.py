@@ -12,11 +12,9 @@ from graftvit.transfer.figures import (
     COLOURS,
     INK,
     Curve,
-    Gaze,
     Theme,
     draw_curves,
     draw_divergence,
-    draw_gazes,
     to_png,
 )
 from matplotlib.collections import PolyCollection
@@ -25,13 +23,6 @@ from PIL import Image
 
 def curve(method: str, *rows: list[float]) -> Curve:
     return Curve(method, method.title(), range(len(rows[0])), np.array(rows))
-
-
-def gaze(top: float = 0.5) -> Gaze:
-    heat = np.full((2, 3), 0.1)
-    heat[1, 2] = top
-    maps = {"teacher": heat, "scratch": heat / 2}
-    return Gaze(np.arange(24.0).reshape(4, 6), (1, 2), "layer 2", maps)
 
 
 @pytest.mark.parametrize("draw", [draw_curves, draw_divergence])
@@ -79,17 +70,3 @@ def test_the_ground_is_transparent_and_the_ink_is_the_theme_s(theme: Theme) -> N
     assert image.getpixel((0, 0))[3] == 0  # type: ignore[index]
     solid = Image.open(io.BytesIO(to_png(figure, ground="white")))
     assert solid.getpixel((0, 0)) == (255, 255, 255, 255)
-
-
-def test_maps_of_a_row_share_one_scale_and_the_query_is_outlined() -> None:
-    figure = draw_gazes([gaze(0.5), gaze(0.9)], {"teacher": "Teacher", "scratch": "Scratch"}, "light")
-    grid = np.array(figure.axes).reshape(2, 3)
-    assert [axes.get_title() for axes in grid[0]] == ["image", "Teacher", "Scratch"]
-    for row, top in zip(grid, (0.5, 0.9), strict=True):
-        heats = [axes.images[1] for axes in row[1:]]
-        assert [heat.get_clim() for heat in heats] == [(0, top)] * 2
-        np.testing.assert_allclose(heats[1].get_array(), heats[0].get_array() / 2)
-        for axes in row:  # patches are 2 pixels high and wide; row 1, column 2
-            outline = axes.lines[0].get_xydata()
-            assert outline.min(axis=0).tolist() == [4, 2]
-            assert outline.max(axis=0).tolist() == [6, 4]
