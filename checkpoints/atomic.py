@@ -67,7 +67,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> Non
 
 
 def recover_folder(path: Path) -> None:
-    """Brings back the folder that a dead `write_folder` had set aside, or removes it if the new one is there."""
+    """Brings back what a dead `write_folder` had set aside, or removes it if the new folder is there."""
     aside = path.with_name(f".{path.name}.old")
     if not aside.exists():
         return
@@ -117,11 +117,12 @@ def _explained(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if _error_number(error) not in FULL:
+        number = _error_number(error)
+        if number not in FULL:
             reason = getattr(error, "strerror", None) or error
             raise WriteFailedError(f"{path} cannot be written: {reason}") from error
         raise WriteFailedError(
-            f"{path} cannot be written: it needs {size:,} bytes and {_free(path)}; "
+            f"{path} cannot be written: it needs {size:,} bytes and {_room(path, number)}; "
             "what was saved before is intact, make room and start again"
         ) from error
 
@@ -134,7 +135,9 @@ def _error_number(error: Exception) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def _free(path: Path) -> str:
+def _room(path: Path, number: int | None) -> str:
+    if number == errno.EFBIG:
+        return "the file system or a limit allows no file of that size"
     try:
         return f"the disk has {shutil.disk_usage(path.parent).free:,} free"
     except OSError:

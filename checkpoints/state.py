@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 class StateFolder:
     """`last`, `previous` and `best` in one folder; at any moment at least one whole state is there.
 
-    `save` first writes the new state in full under another name, then renames `last` to `previous` and the new
-    one to `last`. A `last` that is not known to be whole never takes the place of `previous`. One process saves
-    at a time.
+    `save` first writes the new state in full under another name, then renames `last` to `previous` and
+    the new one to `last`. A `last` that is not known to be whole never takes the place of `previous`.
+    One process saves at a time.
     """
 
     def __init__(self, folder: Path) -> None:

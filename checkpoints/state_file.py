@@ -1,7 +1,8 @@
 """The state of a training run in one safetensors file that proves it is whole.
 
-The file's metadata holds `graftvit.state`, the JSON part, and `sha256`: the digest of the whole file with its own
-64 characters read as zeros. So one changed byte anywhere (header, names, shapes, JSON, tensors) is found.
+The file's metadata holds `graftvit.state`, the JSON part, and `sha256`: the digest of the whole file
+with its own 64 characters read as zeros. So one changed byte anywhere (header, names, shapes, JSON,
+tensors) is found.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class TrainingState:
 def write_state(path: Path, state: TrainingState) -> None:
     """Writes `state` to `path`, whole or not at all, and returns when it is on the disk.
 
-    Raises WriteFailedError (a CheckpointError with exit code 1): the disk is full or refuses the file. What was
-    at `path` is then as it was.
+    Raises WriteFailedError (a CheckpointError with exit code 1): the disk is full or refuses the file.
+    What was at `path` is then as it was.
     """
     meta = json.dumps(state.meta)
     tensors = _separate(state.tensors)

@@ -1,0 +1,70 @@
+"""Which keys may be missing or unexpected when weights are loaded, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["teacher", "init"]
+"""A teacher is used as it is; initial weights may leave a fresh head and a fresh final norm to training."""
+
+NOT_NEEDED = (
+    (r"mask_token|decoder_\w+(\..*)?|decoder\..*", "the decoder of masked autoencoding"),
+    (r".*relative_position_index|.*rope.*\.(periods|bands|pos_embed.*)|.*attn_mask", "timm computes it"),
+    (r"pre_logits\..*", "timm has no representation layer"),
+)
+FINAL_NORMS = ("norm", "fc_norm")
+
+
+@dataclass(frozen=True)
+class KeyRules:
+    """The reasons that hold for one model and one set of weights; `None` from either method means: refuse."""
+
+    role: Role
+    model_keys: frozenset[str]
+    weight_keys: frozenset[str]
+    classifiers: tuple[str, ...]
+    num_classes: int
+    head_fits: bool
+    """Whether the weights' head, where there is one, has the model's number of classes."""
+
+    def missing(self, key: str) -> str | None:
+        """Why the weights may lack `key` of the model."""
+        module = key.rpartition(".")[0]
+        if module in self.classifiers and self.role == "init":
+            return "a fresh head"
+        if self._other_pooling(module) and (self.role == "init" or self.num_classes == 0):
+            return "a fresh final norm: the weights were trained with another pooling"
+        return None
+
+    def unexpected(self, key: str) -> str | None:
+        """Why the model may lack `key` of the weights."""
+        module = key.rpartition(".")[0]
+        if module in self.classifiers:
+            if self.num_classes == 0:
+                return "the model has no head"
+            return None if self.head_fits or self.role == "teacher" else "a head of another size"
+        if self._other_pooling(_other(module)) and (self.role == "init" or self.num_classes == 0):
+            return "the final norm of another pooling"
+        return next((reason for pattern, reason in NOT_NEEDED if re.fullmatch(pattern, key)), None)
+
+    def _other_pooling(self, module: str) -> bool:
+        """Whether the model has `module` as its final norm where the weights have the other one."""
+        if module not in FINAL_NORMS:
+            return False
+        ours, theirs = f"{module}.weight", f"{_other(module)}.weight"
+        in_model = ours in self.model_keys and theirs not in self.model_keys
+        return in_model and theirs in self.weight_keys and ours not in self.weight_keys
+
+
+def _other(module: str) -> str:
+    return {"norm": "fc_norm", "fc_norm": "norm"}.get(module, module)
+
+
+def sort_keys(keys: Iterable[str], reason: Callable[[str], str | None]) -> tuple[dict[str, str], list[str]]:
+    """`keys` with a reason, and those without."""
+    reasons = {key: reason(key) for key in keys}
+    expected = {key: why for key, why in reasons.items() if why is not None}
+    return expected, [key for key in reasons if key not in expected]

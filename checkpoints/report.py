@@ -1,0 +1,52 @@
+"""What loading did, in words: every key that was left out or left fresh, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The outcome of one load. Keys that have no reason never get here: they are refused."""
+
+    origin: str
+    format: str
+    loaded: int
+    """Tensors taken over."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the model that the weights lack, and why that is expected."""
+    unexpected: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the weights that the model has no place for, and why that is expected."""
+    resampled: Mapping[str, str] = field(default_factory=dict)
+    """Position embeddings that were resampled, and how."""
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """One line a fact; keys with the same reason share one."""
+        lines = [f"loaded {self.loaded} tensors from {self.origin} ({self.format})"]
+        lines += [f"resampled {name}: {how}" for name, how in self.resampled.items()]
+        lines += [f"not in the weights: {line}" for line in _grouped(self.missing)]
+        lines += [f"not in the model: {line}" for line in _grouped(self.unexpected)]
+        return lines + list(self.notes)
+
+    def summary(self) -> str:
+        """The lines as text."""
+        return "\n".join(self.lines())
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
+
+
+def _grouped(keys: Mapping[str, str]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for key, reason in keys.items():
+        groups.setdefault(reason, []).append(key)
+    return [f"{some(names)} ({reason})" for reason, names in groups.items()]
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first few names and how many more there are."""
+    listed = list(names)
+    more = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,125 @@
+"""Where weights come from, as the user writes it, read into a typed source."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from timm.models import is_model, list_models, list_pretrained, split_model_name_tag
+
+from ..models.errors import CheckpointError
+
+SAFE_SUFFIXES = (".safetensors",)
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+SYNTAX = (
+    "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
+    "or a .safetensors or .pth file"
+)
+Part = Literal["student", "ema"]
+
+
+@dataclass(frozen=True)
+class TimmSource:
+    """A model name of timm, with or without a tag."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository on the Hugging Face hub."""
+
+    repository: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A timm folder (config.json and weights) or the folder of a run; `part` picks the run's average."""
+
+    path: Path
+    part: Part
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A weights file; `part` picks the average in a training state."""
+
+    path: Path
+    part: Part
+
+
+Source = TimmSource | HubSource | FolderSource | FileSource
+
+
+def parse_source(text: str) -> Source:
+    """Reads a source as the user gave it. `#ema` behind a path picks the moving average of a run.
+
+    Raises CheckpointError: it is none of the known kinds, the file or folder is not there, or timm has
+    no such model; the sentence says what would be valid.
+    """
+    prefix, colon, rest = text.partition(":")
+    if colon and prefix in ("hf-hub", "hf_hub"):
+        return _hub(rest, text)
+    if colon and prefix == "local-dir":
+        return _folder(rest, text)
+    path, _ = _split_part(text)
+    if path.suffix.lower() in SAFE_SUFFIXES + PICKLE_SUFFIXES:
+        return _file(text)
+    if path.is_dir():
+        return _folder(text, text)
+    if not is_model(split_model_name_tag(text)[0]):
+        raise CheckpointError(f"{text!r} is no source of weights: {_suggest(text)}")
+    return TimmSource(text)
+
+
+def _hub(name: str, text: str) -> HubSource:
+    repository, at, revision = name.partition("@")
+    if (
+        repository.count("/") != 1
+        or not all(repository.split("/"))
+        or (at and not revision)
+        or "@" in revision
+    ):
+        raise CheckpointError(
+            f"{text!r} is not a hub name: write hf-hub:org/name or hf-hub:org/name@revision"
+        )
+    return HubSource(repository, revision or None)
+
+
+def _folder(name: str, text: str) -> FolderSource:
+    path, part = _split_part(name)
+    if not name or not path.exists():
+        raise CheckpointError(f"{text!r}: there is no folder {str(path)!r}; check the path")
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{text!r}: {str(path)!r} is a file, and local-dir: takes a folder; leave the prefix out"
+        )
+    return FolderSource(path, part)
+
+
+def _file(text: str) -> FileSource:
+    path, part = _split_part(text)
+    if not path.is_file():
+        what = "a folder; write local-dir: before it" if path.is_dir() else "not there; check the path"
+        raise CheckpointError(f"the weights file {str(path)!r} is {what}")
+    return FileSource(path, part)
+
+
+def _split_part(text: str) -> tuple[Path, Part]:
+    path, _, part = text.rpartition("#")
+    if part in ("ema", "student") and path:
+        return Path(path).expanduser(), "ema" if part == "ema" else "student"
+    return Path(text).expanduser(), "student"
+
+
+def _suggest(text: str) -> str:
+    base, tag = split_model_name_tag(text)
+    if "/" in text or ":" in text:
+        return f"there is no such file or folder; write {SYNTAX}"
+    names = list_pretrained() if tag else list_models()
+    nearest = difflib.get_close_matches(text if tag else base, names, n=1, cutoff=0.6)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{hint}Valid is {SYNTAX}; `timm.list_pretrained()` names the models"

@@ -1,0 +1,198 @@
+"""Loading a teacher, or weights to start from, out of any source."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from timm.models import split_model_name_tag
+from torch import nn
+
+from ..models.errors import CheckpointError
+from .architecture import infer_architecture
+from .build import build, check_name, converted, known_fields, published_config, read_timm
+from .fit import fit, source_grid
+from .folders import read_folder, read_hub, read_weights_file
+from .position import Method
+from .report import LoadReport
+from .sources import FileSource, FolderSource, HubSource, parse_source
+from .weights import Weights, as_pair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model in eval mode, and what is known of it."""
+
+    model: nn.Module
+    source: str
+    """As the user gave it."""
+    architecture: str
+    """timm name, without a tag."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    licence: str | None
+    revision: str | None
+    """Commit on the hub."""
+    has_head: bool
+    """Whether it classifies, with the weights' own head."""
+    report: LoadReport
+
+
+def load_teacher(
+    source: str,
+    *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    position_embedding: Method = "timm",
+) -> Teacher:
+    """Loads a teacher and freezes it.
+
+    Args:
+        source: timm name, `hf-hub:org/name[@revision]`, `local-dir:path`, a `.safetensors` or a `.pth`
+        file; `#ema`
+            behind a path takes the moving average of a run.
+        model: timm architecture of a file that does not name its own; of a plain ViT it is read from the
+        shapes. model_args: further keyword arguments of timm's constructor. img_size: resolution to
+        resample the position embeddings to; that of the weights by default. num_classes: 0 drops the
+        head; by default the model has the head that the weights have, or none. position_embedding: how
+        they are resampled, timm's way or MAE's.
+
+    Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
+    """
+    asked = {key: value for key, value in (model_args or {}).items() if value is not None}
+    weights = _with_architecture(_read(source, asked), model)
+    config = published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
+    classifiers = _classifiers(config)
+    arguments = {**weights.model_args, **asked}
+    classes = num_classes if num_classes is not None else asked.get("num_classes")
+    arguments["num_classes"] = _num_classes(weights, classifiers) if classes is None else classes
+    if "fc_norm.weight" in weights.tensors and "norm.weight" not in weights.tensors:
+        arguments.setdefault("global_pool", "avg")
+    arguments["pretrained_cfg"] = _without_origin(config, weights) | {"custom_load": False}
+    weights, size = _target_size(weights, arguments, asked, img_size)
+    if size is not None:
+        arguments["img_size"] = size
+    built = build(split_model_name_tag(str(weights.architecture))[0], arguments)
+    report = fit(built, weights, role="teacher", method=position_embedding, classifiers=classifiers)
+    logger.info("%s", report)
+    return _teacher(built, source, weights, config, report, has_head=arguments["num_classes"] > 0)
+
+
+def load_weights(model: nn.Module, source: str, *, position_embedding: Method = "timm") -> LoadReport:
+    """Loads any source into `model`, to train on from there.
+
+    A head that is absent or of another size stays fresh, and so does the final norm where the pooling
+    differs; the report says it.
+
+    Raises CheckpointError as `load_teacher`.
+    """
+    weights = _read(source, {})
+    weights = replace(weights, tensors=converted(model, weights.tensors))
+    config: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
+    return fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
+
+
+def _read(text: str, arguments: Mapping[str, Any]) -> Weights:
+    source = parse_source(text)
+    if isinstance(source, FileSource):
+        return read_weights_file(source)
+    if isinstance(source, FolderSource):
+        return read_folder(source)
+    return read_hub(source) if isinstance(source, HubSource) else read_timm(source, arguments)
+
+
+def _with_architecture(weights: Weights, model: str | None) -> Weights:
+    """The weights with an architecture: their own, the given one, or the one that their shapes show."""
+    own = weights.architecture
+    if model is not None:
+        check_name(model)
+    if own is None and model is None:
+        architecture, arguments = infer_architecture(weights)
+        note = f"architecture: {architecture}, from the shapes"
+        return replace(
+            weights,
+            architecture=architecture,
+            model_args={**arguments, **weights.model_args},
+            notes=(*weights.notes, note),
+        )
+    if own is None:
+        # A tag names published weights, and says more of these than their format does.
+        described = published_config(str(model)) if split_model_name_tag(str(model))[1] else {}
+        return replace(weights, architecture=model, pretrained_cfg={**weights.pretrained_cfg, **described})
+    check_name(own)
+    if model is not None and split_model_name_tag(model)[0] != split_model_name_tag(own)[0]:
+        raise CheckpointError(f"model={model!r}, but {weights.origin} says it is {own!r}; leave model out")
+    return weights
+
+
+def _classifiers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config.get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _without_origin(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """timm's description of the model without what it says of other weights of the same architecture."""
+    own = weights.pretrained_cfg
+    foreign = {"license", "description", "origin_url", "paper_name", "paper_ids", "notes", "tag"} - own.keys()
+    return {key: value for key, value in known_fields(config).items() if key not in foreign}
+
+
+def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
+    head = weights.tensors.get(f"{classifiers[0]}.weight")
+    return 0 if head is None else int(head.shape[0])
+
+
+def _target_size(
+    weights: Weights,
+    arguments: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    img_size: int | tuple[int, int] | None,
+) -> tuple[Weights, tuple[int, int] | None]:
+    """The weights under timm's names with the size that they were trained at, and the size to build for."""
+    probe: Any = build(split_model_name_tag(str(weights.architecture))[0], arguments, on_meta=True)
+    weights = replace(weights, tensors=converted(probe, weights.tensors))
+    if weights.img_size is None and asked.get("img_size") is not None:
+        weights = replace(weights, model_args={**weights.model_args, "img_size": asked["img_size"]})
+    wanted = img_size if img_size is not None else asked.get("img_size")
+    if wanted is not None:
+        return weights, as_pair(wanted)
+    grid = source_grid(probe, weights)
+    if grid is None:
+        return weights, weights.img_size if "img_size" in weights.model_args else None
+    height, width = probe.patch_embed.patch_size
+    native = (grid[0] * height, grid[1] * width)
+    # The images need not be a multiple of the patch; where they say their own size, that is kept.
+    declared = weights.img_size
+    same = declared is not None and (declared[0] // height, declared[1] // width) == grid
+    return weights, declared if same else native
+
+
+def _teacher(
+    model: nn.Module,
+    source: str,
+    weights: Weights,
+    config: Mapping[str, Any],
+    report: LoadReport,
+    *,
+    has_head: bool,
+) -> Teacher:
+    model.requires_grad_(False)
+    model.eval()
+    own = weights.pretrained_cfg
+    return Teacher(
+        model=model,
+        source=source,
+        architecture=split_model_name_tag(str(weights.architecture))[0],
+        mean=tuple(config.get("mean") or (0.5,)),
+        std=tuple(config.get("std") or (0.5,)),
+        licence=own.get("license"),
+        revision=weights.revision,
+        has_head=has_head,
+        report=report,
+    )

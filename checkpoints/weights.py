@@ -1,0 +1,45 @@
+"""Weights with all that their source says of them: what every reader returns and every loader takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under timm's names, and what is known of the model that they belong to."""
+
+    tensors: dict[str, Tensor]
+    origin: str
+    """The file, folder or repository, as errors name it."""
+    format: str
+    """In words, for the report."""
+    architecture: str | None = None
+    """timm name; None where the source does not say."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of timm's constructor."""
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    """timm's description: mean, std, licence, classifier, input size."""
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    """Sentences for the report."""
+
+    @property
+    def img_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that the weights were trained on, where the source says it."""
+        size = self.model_args.get("img_size")
+        if size is None and "input_size" in self.pretrained_cfg:
+            size = tuple(self.pretrained_cfg["input_size"])[1:]
+        return None if size is None else as_pair(size)
+
+
+def as_pair(size: Any) -> tuple[int, int]:
+    """(height, width) from one number or two."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)
