@@ -55,8 +55,10 @@ class Softmax:
         assert heads.q is not None
         assert heads.k is not None
         assert heads.v is not None
+        # torch's own default differs from D ** -0.5 in the last bit; timm relies on the default.
+        scale = None if heads.scale == heads.q.shape[-1] ** -0.5 else heads.scale
         return F.scaled_dot_product_attention(
-            heads.q, heads.k, heads.v, attn_mask=heads.bias, dropout_p=heads.dropout, scale=heads.scale
+            heads.q, heads.k, heads.v, attn_mask=heads.bias, dropout_p=heads.dropout, scale=scale
         )
 
 
@@ -205,6 +207,7 @@ def host_attention(model: nn.Module) -> list[AttentionHost]:
 def release_attention(model: nn.Module) -> nn.Module:
     """Put timm's own attention layers back in place of their hosts; returns the model."""
     for block in getattr(model, "blocks", ()):
-        if isinstance(block.attn, AttentionHost):
-            block.attn = block.attn.original
+        host = getattr(block, "attn", None)
+        if isinstance(host, AttentionHost):
+            block.attn = host.original
     return model

@@ -85,7 +85,7 @@ FAMILIES = {
     "siglip": ("vit_base_patch16_siglip_224", {"global_pool": "map"}),
     "beit": ("beit_base_patch16_224", {}),
     "beit_shared": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
-    "eva02": ("eva02_tiny_patch14_224", {}),
+    "eva02": ("eva02_base_patch14_224", {}),
     "dinov3": ("vit_small_patch16_dinov3", {}),
 }
 
