@@ -46,7 +46,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
     """
     torch.manual_seed(config.seed)
     channels, height, width = input_size(config.student)
-    teacher = _teacher(config, (height, width))
+    teacher = find_teacher(config, (height, width))
     mean, std = student_normalization(config.student, channels, teacher)
     spec = InputSpec((channels, height, width), mean, std)
     with preserved():
@@ -57,7 +57,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
         if config.mode != "pretrain":
             eval_loader = create_eval_loader(config.data, spec, rank=rank, world_size=world_size)
     if config.mode == "pretrain":
-        plan = plan_student(_headless(config.student), 0, None)
+        plan = plan_student(headless(config.student), 0, None)
     else:
         plan = plan_student(config.student, train_loader.num_classes, teacher)
     task = _task(config, _student(config, plan), plan, teacher, train_loader)
@@ -65,7 +65,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
     return Parts(task, plan, teacher if config.mode == "transfer" else None, train_loader, eval_loader)
 
 
-def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
+def find_teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
     """The teacher where the mode has a use for one."""
     source = config.teacher.source
     if config.mode == "transfer" and source is None:
@@ -94,8 +94,8 @@ def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
         return load_teacher(source, **keywords)
 
 
-def _headless(config: StudentConfig) -> StudentConfig:
-    # The autoencoder ends in the encoder's `norm`, which timm does not build for average pooling.
+def headless(config: StudentConfig) -> StudentConfig:
+    """The encoder of an autoencoder: it ends in `norm`, which timm does not build for average pooling."""
     pool = "token" if config.model_args.get("class_token", True) else ""
     return config.model_copy(update={"global_pool": pool})
 
