@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graftvit.launch.cli import main
 from graftvit.transfer import report_text as text
 from graftvit.transfer.demo_results import DemoResults, MethodResult
 from graftvit.transfer.gaze_figures import Gaze
@@ -139,3 +140,9 @@ def test_one_seed_claims_no_deviation() -> None:
     assert "one seed, so there is no deviation" in page
     assert "quick run" in page
     assert "each seed" not in page
+
+
+@pytest.mark.parametrize("line", re.findall(r"^graftvit (?:pre)?train .*", text.COMMANDS, re.MULTILINE))
+def test_the_commands_that_the_report_ends_with_are_valid(line: str) -> None:
+    words = line.removeprefix("graftvit ").replace("--dry_run", "").split()
+    assert main([*words, "--print_config"]) == 0
