@@ -26,7 +26,7 @@ QKV = ("q", "k", "v")
 class Heads:
     """What an operator works on: q, k and v of shape (B, H, N, D) after norms and rotary embedding.
 
-    A tensor that the operator does not need is None. `bias` (1 or B, H, N, N) is a relative position bias.
+    A tensor that the operator does not need is None. `bias` (1, H, N, N) or (H, N, N) is a relative position bias.
     """
 
     q: Tensor | None
@@ -180,8 +180,6 @@ class AttentionHost(nn.Module):
         return x_BHND
 
     def _bias(self, shared: Tensor | None) -> Tensor | None:
-        if shared is not None and shared.dim() == 3:
-            shared = shared[None]
         if self._parameters.get("relative_position_bias_table") is None:
             return shared
         layer: Any = self.original

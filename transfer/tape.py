@@ -99,6 +99,7 @@ def take(heads: Heads, head_index: list[int] | None, token_index: tuple[int, ...
 
     bias = heads.bias
     if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())]
         bias = pick_dim(bias, 1, head_index if bias.shape[1] > 1 else None)
         bias = pick_dim(pick_dim(bias, 2, token_index), 3, token_index)
     return replace(heads, q=pick(heads.q), k=pick(heads.k), v=pick(heads.v), bias=bias)

@@ -17,7 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 def same_dtype(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Cast to the autocast dtype where autocast is on, as `scaled_dot_product_attention` does; else to one dtype.
 
-    The bias, of shape (1 or B, 1 or H, M, N), is expanded over the heads, never over the batch.
+    The bias, of shape (1 or B, 1 or H, M, N) or without the batch, is expanded over the heads, never over the batch.
     """
     device = q.device.type
     if torch.is_autocast_enabled(device):
@@ -25,7 +25,7 @@ def same_dtype(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Te
     else:
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if bias is not None:
-        bias = bias.to(dtype).expand(-1, q.shape[1], -1, -1)
+        bias = bias.to(dtype)[(None,) * (4 - bias.dim())].expand(-1, q.shape[1], -1, -1)
     return q.to(dtype), k.to(dtype), v.to(dtype), bias
 
 
