@@ -1,0 +1,78 @@
+"""Which samples make which batch: a pure function of (seed, epoch, position), two integers to resume from.
+
+A position is *global*: the place of a sample in the epoch's order over all ranks. A run that goes on with
+another number of ranks takes up the order where it stood, and repeats or drops no sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+ORDER, SAMPLE, MIXING = 0, 1, 2
+"""What a seed is for; kept apart so that the order of samples says nothing about their augmentation."""
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What a loader process needs to make one batch, wherever and whenever it runs."""
+
+    epoch: int
+    position: int  # global position of the first sample
+    indices: tuple[int, ...]
+    valid: int  # how many of the first indices count; the rest pads an evaluation batch
+
+
+def derive_seed(*parts: int) -> int:
+    """A 32-bit seed from non-negative integers; unlike a sum, near parts give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> Indices:
+    """The permutation of `size` samples in which an epoch visits them."""
+    return np.random.RandomState(derive_seed(ORDER, seed, epoch)).permutation(size).astype(np.int64)
+
+
+def train_requests(
+    order: Indices, epoch: int, *, batch_size: int, rank: int, world_size: int, start: int = 0
+) -> Iterator[BatchRequest]:
+    """This rank's batches from global position `start` on; what does not fill a global batch is dropped."""
+    step = batch_size * world_size
+    for first in range(start, len(order) - step + 1, step):
+        position = first + rank * batch_size
+        indices = tuple(order[position : position + batch_size].tolist())
+        yield BatchRequest(epoch, position, indices, batch_size)
+
+
+def eval_requests(size: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[BatchRequest]:
+    """This rank's batches of a set in its own order: as many on every rank, the last padded with sample 0."""
+    for first in range(0, size, batch_size * world_size):
+        position = first + rank * batch_size
+        indices = tuple(range(min(position, size), min(position + batch_size, size)))
+        padding = (0,) * (batch_size - len(indices))
+        yield BatchRequest(0, position, indices + padding, len(indices))
+
+
+def balanced_subset(targets: Sequence[int], count: int, seed: int) -> Indices:
+    """`count` samples with as equal a number a class as the set has, picked by `seed`; sorted.
+
+    Classes take turns in a random order, each giving its next sample in a random order, until there are
+    enough.
+    """
+    random = np.random.RandomState(derive_seed(seed))
+    labels = np.asarray(targets)
+    shuffled = random.permutation(len(labels))
+    classes = random.permutation(np.unique(labels))
+    turn = np.empty(len(labels), dtype=np.int64)  # of each sample, within its class
+    rank_of = {int(label): place for place, label in enumerate(classes)}
+    seen: dict[int, int] = dict.fromkeys(rank_of, 0)
+    for index in shuffled:
+        label = int(labels[index])
+        turn[index] = seen[label] * len(classes) + rank_of[label]
+        seen[label] += 1
+    return np.sort(np.argsort(turn)[:count]).astype(np.int64)
