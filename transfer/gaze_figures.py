@@ -43,9 +43,9 @@ def draw_summary(
     A dot is a seed, an upright stroke the mean.
     """
     figure = _figure((10.4, 1.3 * len(gazes) + 0.4))
-    left, right = figure.subfigures(1, 2, width_ratios=(4.2, 6.2), wspace=0.03)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(4.2, 6.2), wspace=0.03)[0]
     axes = left.subplots()
-    for place, (method, (label, values)) in enumerate(reversed(top1.items())):
+    for place, (method, (label, values)) in enumerate(reversed(list(top1.items()))):
         mean, colour = sum(values) / len(values), COLOURS[method]
         axes.plot(
             values, [place] * len(values), "o", color=colour, markersize=7, alpha=0.55, markeredgewidth=0
