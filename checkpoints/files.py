@@ -7,7 +7,7 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,24 +56,27 @@ def _read_safe(path: Path) -> Content:
 
 
 def _read_torch(path: Path) -> Content:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from error
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} is damaged or no torch file: {reason}") from error
+    with path.open("rb") as file:
+        tree = _unpickle(path, file)
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of weights")
     return Content(path, tree, {})
 
 
+def _unpickle(path: Path, file: BinaryIO) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(path, str(error))) from error
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} is damaged or no torch file: {reason}") from error
+
+
 def _refusal(path: Path, message: str) -> str:
     """What torch says of an object that is not on its list, in one sentence."""
-    found = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)):? ?`?([\w.]+)", message)
+    found = re.search(r"(?:GLOBAL|[Gg]lobal|class):? `?([A-Za-z_]\w*(?:\.\w+)+)", message)
     if found is None:
         return f"{path} is damaged or no torch file: its pickle cannot be read"
     return (

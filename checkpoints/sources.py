@@ -68,7 +68,7 @@ def parse_source(text: str) -> Source:
     path, _ = _split_part(text)
     if path.suffix.lower() in SAFE_SUFFIXES + PICKLE_SUFFIXES:
         return _file(text)
-    if path.is_dir():
+    if text and path.is_dir():
         return _folder(text, text)
     if not is_model(split_model_name_tag(text)[0]):
         raise CheckpointError(f"{text!r} is no source of weights: {_suggest(text)}")

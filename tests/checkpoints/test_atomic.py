@@ -1,0 +1,72 @@
+"""Folders are replaced whole, and brought back after a death in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from graftvit.checkpoints.atomic import recover_folder, write_file, write_folder
+from graftvit.models.errors import CheckpointError
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(text: str, name: str = "a"):  # type: ignore[no-untyped-def]
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "student"
+    write_folder(target, fill("old", "gone"), size=3)
+    (target.parent / ".student.77.tmp").mkdir()
+    write_folder(target, fill("new"), size=3)
+    assert listed(target) == ["a"]
+    assert listed(target.parent) == ["student"]
+
+
+def test_a_failure_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "student"
+    write_folder(target, fill("old"), size=3)
+
+    def fail(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"student cannot be written: it needs 1,234 bytes") as caught:
+        write_folder(target, fail, size=1234)
+    assert caught.value.exit_code == 1
+    assert (target / "a").read_text() == "old"
+    assert listed(tmp_path) == ["student"]
+
+
+def test_a_death_between_the_renames_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "student"
+    write_folder(target, fill("old"), size=3)
+    rename = Path.rename
+
+    def dying(self: Path, other: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(target, fill("new"), size=3)
+    monkeypatch.undo()
+    assert not target.exists()
+    recover_folder(target)
+    assert (target / "a").read_text() == "old"
+    write_folder(target, fill("new"), size=3)
+    assert (target / "a").read_text() == "new"
+    assert listed(tmp_path) == ["student"]
+
+
+def test_a_place_that_cannot_hold_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_file(tmp_path / "file" / "x", lambda path: None, size=0)
