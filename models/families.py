@@ -58,7 +58,11 @@ def check_supported(model: nn.Module) -> None:
     for index, block in enumerate(attention_blocks(model)):
         attention = getattr(block, "attn", None)
         if not isinstance(block, BLOCKS) or not isinstance(attention, ATTENTIONS):
-            part = type(block).__name__ if attention is None else f"{type(block).__name__} with {type(attention).__name__}"
+            part = (
+                type(block).__name__
+                if attention is None
+                else f"{type(block).__name__} with {type(attention).__name__}"
+            )
             raise UnsupportedModelError(
                 f"block {index} of {name} is a {part}, which is not supported; supported are {SUPPORTED}, "
                 "with one softmax attention a block"
@@ -86,4 +90,6 @@ def attention_shape(model: nn.Module) -> AttentionShape:
     blocks: list[Any] = list(attention_blocks(model))
     attention = blocks[0].attn
     width = attention.proj.in_features
-    return AttentionShape(len(blocks), attention.num_heads, width // attention.num_heads, attention.proj.out_features)
+    return AttentionShape(
+        len(blocks), attention.num_heads, width // attention.num_heads, attention.proj.out_features
+    )

@@ -99,7 +99,9 @@ class AttentionHost(nn.Module):
             raise ValueError("attention masks are not supported by a hosted attention layer")
         return self.merge(self.operator(self.project(x, rope, shared_rel_pos_bias)), x)
 
-    def project(self, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None) -> Heads:
+    def project(
+        self, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None
+    ) -> Heads:
         """The projections that the operator needs; the others are not computed."""
         needs = [part for part in QKV if part in self.operator.needs]
         projected = dict(zip(needs, self._projections(x, needs), strict=True))
@@ -127,15 +129,20 @@ class AttentionHost(nn.Module):
         """(B, H, N, D) for each part that is needed, before norms and rotary embedding."""
         fused: Any = self._modules.get("qkv")
         if fused is None:
-            return [self._split(self._child(f"{part}_proj", x), 1)[0] for part in needs]
+            return [self._separate(x, part) for part in needs]
         if len(needs) == len(QKV) or type(fused) is not nn.Linear:
             parts = dict(zip(QKV, self._split(self._fused(x, slice(None)), 3), strict=True))
             return [parts[part] for part in needs]
         if needs == ["q", "v"]:
-            return [*self._slice(x, 0, 1), *self._slice(x, 2, 3)]
-        return self._slice(x, QKV.index(needs[0]), QKV.index(needs[-1]) + 1)
+            return [*self._rows(x, 0, 1), *self._rows(x, 2, 3)]
+        return self._rows(x, QKV.index(needs[0]), QKV.index(needs[-1]) + 1)
 
-    def _slice(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
+    def _separate(self, x: Tensor, part: str) -> Tensor:
+        heads = self.num_heads if part == "q" else self.num_heads // self.kv_groups
+        return self._child(f"{part}_proj", x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _rows(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
+        """Parts `start` to `stop` of q, k and v, by those rows of the fused weight alone."""
         fused: Any = self.qkv
         width = fused.out_features // 3
         return self._split(self._fused(x, slice(start * width, stop * width)), stop - start)
@@ -153,16 +160,7 @@ class AttentionHost(nn.Module):
         return F.linear(x, fused.weight[rows], None if fused.bias is None else fused.bias[rows])
 
     def _split(self, x: Tensor, parts: int) -> list[Tensor]:
-        batch, tokens, width = x.shape
-        heads = self.num_heads
-        if parts == 1 and "k_proj" in self._modules and self.kv_groups > 1 and width != self._query_width():
-            heads = self.num_heads // self.kv_groups
-        split = x.reshape(batch, tokens, parts, heads, -1).permute(2, 0, 3, 1, 4)
-        return list(split.unbind(0))
-
-    def _query_width(self) -> int:
-        projection: Any = self.q_proj
-        return int(projection.out_features)
+        return list(x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
 
     def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
         """Per-head norm and rotary embedding of q and k; grouped keys and values are repeated for their heads."""

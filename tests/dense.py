@@ -90,7 +90,9 @@ FAMILIES = {
 }
 
 
-def tiny(family: str = "vit", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object) -> nn.Module:
+def tiny(
+    family: str = "vit", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object
+) -> nn.Module:
     """A small model of a family with every parameter random, so that no term of a gradient vanishes."""
     name, options = FAMILIES[family]
     with torch.random.fork_rng():
@@ -101,7 +103,9 @@ def tiny(family: str = "vit", seed: int = 0, dtype: torch.dtype = torch.float64,
     return model.to(dtype).eval()
 
 
-def images(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64, size: tuple[int, int] = (32, 48)) -> Tensor:
+def images(
+    batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64, size: tuple[int, int] = (32, 48)
+) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 

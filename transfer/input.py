@@ -35,10 +35,13 @@ class TeacherInput(nn.Module):
                 "set student.model_args.in_chans or teacher.model_args.in_chans so that they agree"
             )
         teacher_mean, teacher_std, mean, std = (
-            torch.tensor(values, dtype=torch.float64).expand(channels[0]) for values in (*teacher_norm, *student_norm)
+            torch.tensor(values, dtype=torch.float64).expand(channels[0])
+            for values in (*teacher_norm, *student_norm)
         )
         self.register_buffer("scale", (std / teacher_std).float().view(-1, 1, 1), persistent=False)
-        self.register_buffer("shift", ((mean - teacher_mean) / teacher_std).float().view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "shift", ((mean - teacher_mean) / teacher_std).float().view(-1, 1, 1), persistent=False
+        )
         self.same_normalization = teacher_norm == student_norm
         self.size = _fixed_size(teacher)
         student_size = _size(student)

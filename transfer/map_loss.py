@@ -36,7 +36,13 @@ class MapLoss:
         return self.temperature != 1.0 or self.rows < 1.0
 
     def __call__(
-        self, student: Heads, teacher: Heads, *, sizes: list[int], num_prefix: int, lse_BHN: Tensor | None = None
+        self,
+        student: Heads,
+        teacher: Heads,
+        *,
+        sizes: list[int],
+        num_prefix: int,
+        lse_BHN: Tensor | None = None,
     ) -> Tensor:
         """The loss as a scalar, in float32 or better.
 
@@ -113,7 +119,9 @@ def _expected_logit(student: Heads, teacher: Heads, sizes: list[int]) -> Tensor:
     return student.scale * (student.q.to(precise) * mean_key.to(precise)).sum(-1)
 
 
-def _expected_bias(student: Heads, teacher: Heads, sizes: list[int], weights: Tensor | None) -> Tensor | float:
+def _expected_bias(
+    student: Heads, teacher: Heads, sizes: list[int], weights: Tensor | None
+) -> Tensor | float:
     """The mean over batch, heads and rows of Σ_j P_t(i, j) b(i, j); the mean map is as large as a bias."""
     if student.bias is None:
         return 0.0

@@ -100,14 +100,20 @@ def _projector(
     return projectors[name]
 
 
-def _install_block_output(plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape) -> Installed:
+def _install_block_output(
+    plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape
+) -> Installed:
     installed = Installed(view_blocks(teacher, plan.teacher_layers, tape))
     blocks = cast(Any, student).blocks
     for link in plan.links:
         projector = _projector(installed.projectors, link, plan.student.width, plan.teacher.width)
 
         def match(
-            module: nn.Module, inputs: object, out: Tensor, link: Link = link, projector: nn.Module | None = projector
+            module: nn.Module,
+            inputs: object,
+            out: Tensor,
+            link: Link = link,
+            projector: nn.Module | None = projector,
         ) -> None:
             if tape.active:
                 student_tokens = pick_dim(out, 1, link.tokens.student)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -63,7 +63,9 @@ class CopyMap(Taught):
         assert teacher.k is not None
         values = pick_dim(heads.v, 1, None if link.all_heads else link.student_index)
         values = spread_heads(pick_dim(values, 2, link.tokens.student), link.sizes)
-        copied = average_heads(apply_map(teacher.q, teacher.k, values, teacher.scale, teacher.bias), link.sizes)
+        copied = average_heads(
+            apply_map(teacher.q, teacher.k, values, teacher.scale, teacher.bias), link.sizes
+        )
         if "q" not in self.taught_needs:
             return copied
         own = softmax(heads)
@@ -88,14 +90,24 @@ class CopyProjection(Taught):
         mixed = copied if own is None else blend(self.link, copied, own)
         other = heads.v if self.part != "v" else heads.q
         assert other is not None
-        return softmax(replace(heads, **{self.part: mixed.to(other.dtype)}))
+        mixed = mixed.to(other.dtype)
+        return softmax(
+            Heads(
+                q=mixed if self.part == "q" else heads.q,
+                k=mixed if self.part == "k" else heads.k,
+                v=mixed if self.part == "v" else heads.v,
+                bias=heads.bias,
+                scale=heads.scale,
+                dropout=heads.dropout,
+            )
+        )
 
 
 @dataclass
 class DistillMap(Taught):
     """The student's own attention, and the cross-entropy of its map to the teacher's."""
 
-    loss: MapLoss = MapLoss()
+    loss: MapLoss = field(default_factory=MapLoss)
 
     def taught(self, heads: Heads) -> Tensor:
         link, teacher = self.link, self.link.teacher_heads(self.tape)
@@ -110,7 +122,11 @@ class DistillMap(Taught):
             lse = pick_dim(lse, 1, None if link.all_heads else link.student_index)
         self.record(
             self.loss(
-                link.matched_student(heads), teacher, sizes=link.sizes, num_prefix=link.num_prefix, lse_BHN=lse
+                link.matched_student(heads),
+                teacher,
+                sizes=link.sizes,
+                num_prefix=link.num_prefix,
+                lse_BHN=lse,
             )
         )
         return out
@@ -148,7 +164,9 @@ class MatchOutput(Taught):
         student = pick_dim(out, 1, None if link.all_heads else link.student_index)
         self.record(
             squared_error(
-                pick_dim(student, 2, link.tokens.student), pick_dim(teacher, 2, link.tokens.teacher), self.projector
+                pick_dim(student, 2, link.tokens.student),
+                pick_dim(teacher, 2, link.tokens.teacher),
+                self.projector,
             )
         )
         return out
@@ -167,7 +185,9 @@ def blend(link: Link, copied: Tensor, own: Tensor) -> Tensor:
     """`own` (B, H, N, D) with the heads and tokens that the link covers taken from `copied`."""
     copied = copied.to(own.dtype)
     if link.tokens.student_only:
-        copied = _scatter(copied, pick_dim(own, 1, None if link.all_heads else link.student_index), 2, link.tokens.student)
+        copied = _scatter(
+            copied, pick_dim(own, 1, None if link.all_heads else link.student_index), 2, link.tokens.student
+        )
     return copied if link.all_heads else _scatter(copied, own, 1, link.student_index)
 
 

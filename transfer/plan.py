@@ -42,7 +42,11 @@ class TransferPlan:
         return {link.pair.teacher for link in self.links}
 
     def calibrated(
-        self, teacher: nn.Module, student: nn.Module, teacher_input: Callable[[Tensor], Tensor], images: Tensor | None
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        teacher_input: Callable[[Tensor], Tensor],
+        images: Tensor | None,
     ) -> TransferPlan:
         """Heads assigned layer by layer by the distance of their maps on a batch of images."""
         if images is None:
@@ -113,9 +117,7 @@ def _heads(config: TransferConfig, teacher: AttentionShape, student: AttentionSh
 def _first_heads(config: TransferConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
     """Any one-to-one map, to stand in until the heads are matched."""
     count = min(teacher.num_heads, student.num_heads)
-    return HeadMap(
-        tuple((h,) if h < count else None for h in range(student.num_heads)), teacher.num_heads
-    )
+    return HeadMap(tuple((h,) if h < count else None for h in range(student.num_heads)), teacher.num_heads)
 
 
 def _link(
@@ -128,7 +130,9 @@ def _link(
 ) -> Link:
     patches = student.grid[0] * student.grid[1]
     matched = student.num_tokens if tokens.student is None else len(tokens.student)
-    grid = None if teacher.grid == student.grid else GridChange(teacher.num_prefix, teacher.grid, student.grid)
+    grid = (
+        None if teacher.grid == student.grid else GridChange(teacher.num_prefix, teacher.grid, student.grid)
+    )
     return Link(pair, heads, tokens, student_heads, matched - patches, grid)
 
 
@@ -145,40 +149,45 @@ def _check_method(
     config: TransferConfig, teacher: nn.Module, student: nn.Module, t: AttentionShape, s: AttentionShape
 ) -> None:
     method = config.method
-    if method in COPY_PARTS and t.head_dim != s.head_dim:
-        raise TransferError(
-            f"transfer.method={method} needs heads of one width, and the teacher's are {t.head_dim} wide and the "
-            f"student's {s.head_dim}; use method=copy, or a student with head width {t.head_dim}"
-        )
-    if method in DISTILL_PARTS or method == "attention_output":
-        if config.heads != "all" and t.head_dim != s.head_dim:
+    if t.head_dim != s.head_dim:
+        widths = f"needs heads of one width, and the teacher's are {t.head_dim} wide and the student's {s.head_dim}"
+        if method in COPY_PARTS:
             raise TransferError(
-                f"transfer.heads={config.heads!r} with transfer.method={method} needs heads of one width, and the "
-                f"teacher's are {t.head_dim} wide and the student's {s.head_dim}; use heads=all"
+                f"transfer.method={method} {widths}; use method=copy, or a student with head width {t.head_dim}"
+            )
+        if config.heads != "all" and method not in MAP_METHODS:
+            raise TransferError(
+                f"transfer.heads={config.heads!r} with transfer.method={method} {widths}; use heads=all"
             )
     blocks: list[Any] = list(attention_blocks(student))
     if method in (*MAP_METHODS, *COPY_PARTS) and any(block.attn.attn_drop.p > 0 for block in blocks):
         raise TransferError(
             "student.model_args.attn_drop_rate must be 0: a dropped-out map is not the map that is transferred"
         )
-    teacher_blocks: list[Any] = list(attention_blocks(teacher))
-    biased = any(getattr(block.attn, "relative_position_bias_table", None) is not None for block in teacher_blocks)
-    if token_layout(teacher).grid != token_layout(student).grid and (
-        biased or getattr(teacher, "rel_pos_bias", None) is not None
-    ):
+    if token_layout(teacher).grid != token_layout(student).grid and _has_relative_bias(teacher):
         raise TransferError(
             "transfer.interpolate_grid cannot interpolate a teacher's relative position bias; "
             "set teacher.img_size so that the patch grids agree"
         )
 
 
+def _has_relative_bias(model: Any) -> bool:
+    if getattr(model, "rel_pos_bias", None) is not None:
+        return True
+    return any(
+        getattr(block.attn, "relative_position_bias_table", None) is not None for block in model.blocks
+    )
+
+
 def _describe_heads(links: tuple[Link, ...]) -> list[str]:
     if all(link.heads.is_identity for link in links):
         return [f"heads: all {links[0].student_heads}, one to one"]
-    lines = []
-    for link in links:
-        text = ", ".join(
-            f"{'+'.join(map(str, group))}>{head}" for head, group in enumerate(link.heads.groups) if group
-        )
-        lines.append(f"heads of layer {link.pair.student} (teacher>student): {text}")
-    return lines if len(set(line.split(':', 1)[1] for line in lines)) > 1 else ["heads" + lines[0][lines[0].index(" (") :]]
+    texts = {link.pair.student: _describe_head_map(link.heads) for link in links}
+    if len(set(texts.values())) == 1:
+        return [f"heads (teacher>student): {texts[links[0].pair.student]}"]
+    return [f"heads of layer {layer} (teacher>student): {text}" for layer, text in texts.items()]
+
+
+def _describe_head_map(heads: HeadMap) -> str:
+    groups = zip(heads.targets, heads.student_heads, strict=True)
+    return ", ".join(f"{'+'.join(map(str, group))}>{head}" for group, head in groups)

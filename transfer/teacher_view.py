@@ -1,4 +1,4 @@
-"""The teacher as a step runs it: up to the last block that is needed and, in that block, up to what is needed.
+"""The teacher as a step runs it: up to the last block that is needed and, in it, up to what is needed.
 
 A view shares every parameter and buffer with the teacher and changes nothing in it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
@@ -31,7 +31,8 @@ class LastAttention(nn.Module):
         self.recorder = recorder
 
     def forward(self, x: Tensor, rope: Tensor | None = None, **options: Any) -> Tensor:
-        heads = self.host.project(self.norm(x), rope, options.get("shared_rel_pos_bias"))
+        x_normed: Tensor = cast(nn.Module, self.norm)(x)
+        heads = self.host.project(x_normed, rope, options.get("shared_rel_pos_bias"))
         if self.recorder.keep_output:
             self.recorder(heads)
         else:
@@ -77,7 +78,9 @@ def shallow(module: nn.Module) -> Any:
     return twin
 
 
-def view_attention(teacher: nn.Module, layers: Collection[int], tape: Tape, parts: Collection[str], output: bool) -> Any:
+def view_attention(
+    teacher: nn.Module, layers: Collection[int], tape: Tape, parts: Collection[str], output: bool
+) -> Any:
     """A view that records the projections `parts` (and the attention output) of `layers`, then stops."""
     last = max(layers)
     blocks = []

@@ -35,7 +35,9 @@ def attention_with_lse(
     return out, lse[..., : q_BHMD.shape[2]]
 
 
-def apply_map(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def apply_map(
+    q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
     """P V of shape (B, H, M, D), with a gradient for V only; Q, K and bias are constants."""
     q_BHMD, k_BHND, v_BHND, bias = kernels.same_dtype(q_BHMD, k_BHND, v_BHND, bias)
     width, key_width = v_BHND.shape[-1], k_BHND.shape[-1]
@@ -45,7 +47,7 @@ def apply_map(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias
         q_BHMD = F.pad(q_BHMD, (0, width - key_width))
         k_BHND = F.pad(k_BHND, (0, width - key_width))
     bias = None if bias is None else bias.detach()
-    out, _ = _apply_map(q_BHMD.detach(), k_BHND.detach(), v_BHND, bias, scale)
+    out: Tensor = _apply_map(q_BHMD.detach(), k_BHND.detach(), v_BHND, bias, scale)[0]
     return out[..., :width]
 
 
@@ -54,7 +56,7 @@ def map_logsumexp(q_BHMD: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | N
     q_BHMD, k_BHND, _, bias = kernels.same_dtype(q_BHMD, k_BHND, k_BHND, bias)
     if bias is not None and bias.requires_grad:
         return attention_with_lse(q_BHMD, k_BHND, k_BHND.detach(), scale, bias)[1]
-    lse, _ = _map_logsumexp(q_BHMD, k_BHND, bias, scale)
+    lse: Tensor = _map_logsumexp(q_BHMD, k_BHND, bias, scale)[0]
     return lse[..., : q_BHMD.shape[2]]
 
 
@@ -113,7 +115,14 @@ def _apply_map(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
 
 @torch.library.custom_op("graftvit::apply_map_backward", mutates_args=())
 def _apply_map_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
 ) -> Tensor:
     if kernels.has_transposed(q, bias):
         return kernels.transposed_map(q, k, grad_out, lse, scale)
@@ -167,7 +176,9 @@ def _(grad_out, q, k, v, bias, out, lse, scale):  # type: ignore[no-untyped-def]
 
 @_map_logsumexp_backward.register_fake
 def _(grad_lse, q, k, bias, lse, mean_key, scale):  # type: ignore[no-untyped-def]
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
+        k.shape, dtype=k.dtype, device=k.device
+    )
 
 
 # Gradients.
@@ -181,7 +192,9 @@ def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 def _attention_with_lse_gradient(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     q, k, v, bias, out, lse = ctx.saved_tensors
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, db = _attention_with_lse_backward(grad_out, grad_lse, q, k, v, bias, out, lse, ctx.scale, bias_grad)
+    dq, dk, dv, db = _attention_with_lse_backward(
+        grad_out, grad_lse, q, k, v, bias, out, lse, ctx.scale, bias_grad
+    )
     return dq, dk, dv, db if bias_grad else None, None
 
 
@@ -204,4 +217,6 @@ torch.library.register_autograd(
     "graftvit::attention_with_lse", _attention_with_lse_gradient, setup_context=_save_attention
 )
 torch.library.register_autograd("graftvit::apply_map", _apply_map_gradient, setup_context=_save_attention)
-torch.library.register_autograd("graftvit::map_logsumexp", _map_logsumexp_gradient, setup_context=_save_logsumexp)
+torch.library.register_autograd(
+    "graftvit::map_logsumexp", _map_logsumexp_gradient, setup_context=_save_logsumexp
+)

@@ -14,7 +14,9 @@ aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
 
-def same_dtype(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def same_dtype(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Cast to the autocast dtype where autocast is on, as `scaled_dot_product_attention` does; else to one dtype.
 
     The bias, of shape (1 or B, 1 or H, M, N) or without the batch, is expanded over the heads, never over the batch.
@@ -38,14 +40,23 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     elif kernel == "flash":
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
     elif kernel == "efficient":
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, _aligned(bias), True, scale=scale)[:2]
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, _aligned(bias), True, scale=scale)[
+            :2
+        ]
     else:
         out, lse = _forward_by_image(q, k, v, bias, scale)
     return out, lse.contiguous()
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for q, k and v of P V, given its output and log-sum-exp."""
     kernel = _kernel(q, bias)
@@ -57,12 +68,37 @@ def backward(
     elif kernel == "flash":
         none = torch.empty(0, dtype=torch.int64, device=q.device)
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, none, none, scale=scale
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            False,
+            none,
+            none,
+            scale=scale,
         )
     elif kernel == "efficient":
         none = torch.empty((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out, q, k, v, _aligned(bias), out, lse, none, none, 0.0, [True, True, True, False], scale=scale
+            grad_out,
+            q,
+            k,
+            v,
+            _aligned(bias),
+            out,
+            lse,
+            none,
+            none,
+            0.0,
+            [True, True, True, False],
+            scale=scale,
         )
     else:
         zero = torch.zeros_like(lse)
@@ -102,7 +138,9 @@ def backward_with_bias(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for q, k, v and the bias, image by image: the size of a bias, never of B maps."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    grad_bias = q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    grad_bias = (
+        q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    )
     rows = q.shape[2]
     per_image = bias is not None and bias.shape[0] > 1
     for image in range(q.shape[0]):
@@ -154,7 +192,9 @@ def _aligned(bias: Tensor | None) -> Tensor | None:
     return padded.expand(bias.shape[0], *padded.shape)[..., : bias.shape[-1]]
 
 
-def _forward_by_image(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_by_image(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse = empty_out(q), empty_lse(q)
     for image in range(q.shape[0]):
         logits = scale * q[image] @ k[image].transpose(-2, -1)
@@ -166,7 +206,9 @@ def _forward_by_image(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
 
 def mean_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """The mean over the batch of softmax(s Q Kᵀ + bias), (H, M, N) in float32, one image at a time."""
-    total = torch.zeros(q.shape[1], q.shape[2], k.shape[2], dtype=empty_lse(q[:1, :1, :1]).dtype, device=q.device)
+    total = torch.zeros(
+        q.shape[1], q.shape[2], k.shape[2], dtype=empty_lse(q[:1, :1, :1]).dtype, device=q.device
+    )
     for image in range(q.shape[0]):
         logits = (scale * q[image] @ k[image].transpose(-2, -1)).to(total.dtype)
         if bias is not None:

@@ -50,7 +50,10 @@ def test_attention_with_lse(shape: tuple[int, int, int, int, int], dtype: torch.
         loss, loss_ref = loss + (lse * g_lse).sum(), loss_ref + (lse_ref * g_lse).sum()
     loss.backward()
     loss_ref.backward()
-    whole = [torch.cat([x.grad.double().flatten() for x in group[: 2 if outputs == "lse" else 3]]) for group in (inputs, exact)]
+    whole = [
+        torch.cat([x.grad.double().flatten() for x in group[: 2 if outputs == "lse" else 3]])
+        for group in (inputs, exact)
+    ]
     assert relative(*whole) < 2 * TOLERANCE[dtype] or float(whole[1].norm()) < 1e-12
 
 
@@ -143,7 +146,14 @@ def test_fallback_for_other_devices_equals_the_kernel(monkeypatch: pytest.Monkey
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(0, 99))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(0, 99),
+)
 def test_any_shape(batch: int, heads: int, rows: int, keys: int, width: int, seed: int) -> None:
     inputs = tensors((batch, heads, rows, keys, width), torch.float64, seed)
     exact = [x.detach().clone().requires_grad_() for x in inputs]

@@ -48,7 +48,9 @@ def test_partial_projections_equal_the_whole(family: str, needs: tuple[str, ...]
     hosts = host_attention(model)
     hosts[1].operator = Keep()
     inputs: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    hosts[1].register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
+    hosts[1].register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True
+    )
     model(images())
     args, kwargs = inputs[0]
     hosts[1].operator = Part()  # type: ignore[assignment]

@@ -114,7 +114,8 @@ def test_teacher_follows_the_student_to_a_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "parts"), [("distill", 2), ("copy", 2), ("distill_v", 3), ("attention_output", 3), ("block_output", None)]
+    ("method", "parts"),
+    [("distill", 2), ("copy", 2), ("distill_v", 3), ("attention_output", 3), ("block_output", None)],
 )
 def test_teacher_stops_after_the_last_layer_that_is_needed(method: str, parts: int | None) -> None:
     teacher = tiny(seed=1, depth=6)
@@ -137,7 +138,8 @@ def test_copied_layers_skip_the_projections_that_they_do_not_use() -> None:
         with Shapes() as shapes:
             dual.student.blocks[0].attn.operator.tape.active = True
             dual.student.blocks[0].attn._projections(
-                torch.randn(1, TOKENS, 32).double(), [p for p in "qkv" if p in dual.student.blocks[0].attn.operator.needs]
+                torch.randn(1, TOKENS, 32).double(),
+                [p for p in "qkv" if p in dual.student.blocks[0].attn.operator.needs],
             )
         assert (TOKENS, width) in shapes.seen or (1, TOKENS, width) in shapes.seen
 
@@ -186,11 +188,16 @@ def test_shared_drop_path_masks_reach_the_teacher() -> None:
     torch.manual_seed(0)
     out = dual(images(batch=8))
     torch.manual_seed(0)
-    masks = [torch.empty(8, 1, 1, dtype=torch.float64).bernoulli_(1 - p).div_(1 - p) for p in (0.25, 0.25, 0.5, 0.5)]
+    masks = [
+        torch.empty(8, 1, 1, dtype=torch.float64).bernoulli_(1 - p).div_(1 - p)
+        for p in (0.25, 0.25, 0.5, 0.5)
+    ]
     (_, t), (_, s) = masked_run(teacher, masks), masked_run(student.eval(), masks)
     assert float(out.transfer_loss.detach()) == pytest.approx(3 * float(cross_entropy(t, s)), rel=1e-9)
     plain = DualViT(teacher, copy.deepcopy(student), layers="last:1").train()
-    assert float(plain(images(batch=8)).transfer_loss.detach()) != pytest.approx(float(out.transfer_loss.detach()))
+    assert float(plain(images(batch=8)).transfer_loss.detach()) != pytest.approx(
+        float(out.transfer_loss.detach())
+    )
     released = dual.release()
     assert type(released.blocks[1].drop_path1).__name__ == "DropPath"
 
@@ -295,9 +302,13 @@ def test_moving_average_is_evaluated_through_the_same_teacher() -> None:
 
 
 def test_what_is_not_supported_is_refused_with_what_is() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"resnet|ResNet.*supported are timm's plain vision transformers"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"resnet|ResNet.*supported are timm's plain vision transformers"
+    ):
         DualViT(timm.create_model("resnet18"), tiny())
-    parallel = timm.create_model("vit_tiny_patch16_224", depth=1, block_fn=timm.models.vision_transformer.ParallelThingsBlock)
+    parallel = timm.create_model(
+        "vit_tiny_patch16_224", depth=1, block_fn=timm.models.vision_transformer.ParallelThingsBlock
+    )
     with pytest.raises(UnsupportedModelError, match="block 0"):
         DualViT(parallel, tiny())
 

@@ -44,7 +44,9 @@ def test_official_end_layer_is_the_first_eighteen_of_twenty_four() -> None:
 
 
 @pytest.mark.parametrize("method", ["distill", "copy"])
-@pytest.mark.parametrize(("heads", "teacher_heads"), [("mean", 8), ("mean", 2), ("0>1,5>1,2>3", 8), ([0, 3], 4)])
+@pytest.mark.parametrize(
+    ("heads", "teacher_heads"), [("mean", 8), ("mean", 2), ("0>1,5>1,2>3", 8), ([0, 3], 4)]
+)
 def test_heads(method: str, heads: object, teacher_heads: int) -> None:
     teacher, student = tiny(seed=1, num_heads=teacher_heads), tiny(seed=2)
     twin, x = copy.deepcopy(student), images()
@@ -107,7 +109,10 @@ def test_match_finds_permuted_heads() -> None:
         DualViT(teacher, student, heads="match")
 
 
-@pytest.mark.parametrize(("teacher_family", "student_family"), [("dinov2_registers", "vit"), ("vit", "vit_no_prefix"), ("vit", "deit_distilled")])
+@pytest.mark.parametrize(
+    ("teacher_family", "student_family"),
+    [("dinov2_registers", "vit"), ("vit", "vit_no_prefix"), ("vit", "deit_distilled")],
+)
 def test_prefix_tokens_are_matched_by_kind(teacher_family: str, student_family: str) -> None:
     teacher, student = tiny(teacher_family, seed=1), tiny(student_family, seed=2)
     twin, x = copy.deepcopy(student), images()
@@ -116,7 +121,9 @@ def test_prefix_tokens_are_matched_by_kind(teacher_family: str, student_family: 
     keep_t = [*([0] if has_class else []), *range(teacher.num_prefix_tokens, t[0].q.shape[2])]
     keep_s = [*([0] if has_class else []), *range(student.num_prefix_tokens, s[0].q.shape[2])]
     loss = sum(
-        cross_entropy(a.logits[:, :, keep_t][..., keep_t].softmax(-1).detach(), b.logits[:, :, keep_s][..., keep_s])
+        cross_entropy(
+            a.logits[:, :, keep_t][..., keep_t].softmax(-1).detach(), b.logits[:, :, keep_s][..., keep_s]
+        )
         for a, b in zip(t, s, strict=True)
     )
     agree(DualViT(teacher, student, weight=1.0, **SAME), twin, logits, loss, x)
@@ -165,7 +172,9 @@ def interpolated(logits: Tensor) -> Tensor:
     return torch.cat([logits[:, :, :1], rows.reshape(batch, heads, keys, 24).transpose(2, 3)], 2)
 
 
-@pytest.mark.parametrize("method", ["distill", "copy", "distill_q", "attention_output", "block_output", "feature"])
+@pytest.mark.parametrize(
+    "method", ["distill", "copy", "distill_q", "attention_output", "block_output", "feature"]
+)
 def test_unequal_width(method: str) -> None:
     teacher, student = tiny(seed=1, embed_dim=48), tiny(seed=2)
     dual = DualViT(teacher, student, method).double()
