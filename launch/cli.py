@@ -51,12 +51,21 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(f"unknown command {words[0]!r}; {did_you_mean(words[0], COMMANDS)}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _log(words[0])
     run: Callable[[list[str]], int] = importlib.import_module(f".commands.{words[0]}", __package__).run
     try:
         return run(words[1:])
     except SystemExit as leaving:  # argparse leaves this way after --help
         return int(leaving.code or 0)
+
+
+def _log(command: str) -> None:
+    """Messages go to stderr: what a long command tells, from its first process, and all warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    tells = command in ("demo", "train", "pretrain") and os.environ.get("RANK", "0") == "0"
+    logging.getLogger("graftvit").setLevel(logging.INFO if tells else logging.WARNING)
+    # a hub that cannot be reached ends in one error; its client would warn at each of its ten tries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _overview() -> str:

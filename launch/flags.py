@@ -52,7 +52,7 @@ def parse_command(
     Args:
         parser: Holds the command's own flags and positional arguments.
         argv: The words after the command's name.
-        only: Sections whose settings the command takes; all of them by default.
+        only: Sections and keys that the command takes; all of them by default.
 
     Raises:
         ConfigError: if a flag is unknown or has no value.
@@ -109,12 +109,13 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
 
 
 def _checked(setting: Setting, only: Sequence[str] | None) -> Setting:
-    section = setting.key.partition(".")[0]
-    if only is not None and section not in only:
-        raise ConfigError(
-            f"{setting.origin} changes nothing here; this command takes {', '.join(only)} settings"
-        )
+    if not _takes(leaf_of(setting.key), only):
+        raise ConfigError(f"{setting.origin} changes nothing here; valid are {', '.join(only or ())}")
     return setting
+
+
+def _takes(leaf: Leaf, only: Sequence[str] | None) -> bool:
+    return only is None or leaf.key in only or leaf.section in only
 
 
 def _plain(own: set[str]) -> tuple[str, ...]:
@@ -123,15 +124,15 @@ def _plain(own: set[str]) -> tuple[str, ...]:
 
 def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
     """Add the settings to the help, a group a section, with defaults."""
-    run = parser.add_argument_group("run", "the run itself")
-    groups = {"": run} | {
-        name: parser.add_argument_group(name, (section.__doc__ or "").strip())
-        for name, section in sections().items()
-        if only is None or name in only
+    taken = [leaf for leaf in leaves().values() if _takes(leaf, only)]
+    titles = {"": ("run", "The run itself.")} | {
+        name: (name, (section.__doc__ or "").strip()) for name, section in sections().items()
     }
-    for leaf in leaves().values():
-        if (leaf.section or leaf.key) in groups or (only is None and not leaf.section):
-            groups[leaf.section].add_argument(
+    for name, (title, description) in titles.items():
+        members = [leaf for leaf in taken if leaf.section == name]
+        group = parser.add_argument_group(title, description) if members else parser
+        for leaf in members:
+            group.add_argument(
                 *_names(leaf),
                 dest=leaf.key,
                 default=argparse.SUPPRESS,

@@ -11,7 +11,7 @@ from ..models.families import attention_blocks, attention_shape, token_layout
 from ..transfer.config import RunConfig
 
 FLOAT32 = 4
-NOT_COUNTED = "the framework and its CUDA context, workspaces, input images, the head's logits, fragmentation"
+NOT_COUNTED = "the framework, workspaces, images, logits, fragmentation"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,12 @@ class MemoryItem:
 
 
 def estimate_memory(
-    config: RunConfig, model: nn.Module, encoder: nn.Module, teacher: nn.Module | None, layers: int, shards: int
+    config: RunConfig,
+    model: nn.Module,
+    encoder: nn.Module,
+    teacher: nn.Module | None,
+    layers: int,
+    shards: int,
 ) -> list[MemoryItem]:
     """The items of a training step on one device.
 
@@ -42,7 +47,7 @@ def estimate_memory(
     items = [
         MemoryItem("student", count * FLOAT32 // shards, f"{_millions(count)} parameters in float32{split}"),
         MemoryItem("gradients", trained * FLOAT32 // shards, f"{_millions(trained)} trained{split}"),
-        MemoryItem("optimiser", 2 * trained * FLOAT32 // shards, f"two values a trained parameter, as Adam{split}"),
+        MemoryItem("optimiser", 2 * trained * FLOAT32 // shards, f"two values for each, as Adam{split}"),
     ]
     if config.optim.ema is not None:
         items.append(MemoryItem("moving average", count * FLOAT32 // shards, f"a copy of the student{split}"))
@@ -61,10 +66,11 @@ def estimate_memory(
 def activation_values(config: RunConfig, student: nn.Module, teacher: nn.Module | None, layers: int) -> int:
     """Values kept for the backward pass, an image.
 
-    A block of width D with an MLP of width M keeps eight of D a token (input and output of two norms, q, k, v and
-    the attention's output) and two of M (around the activation); a fused attention kernel keeps no map.
-    With checkpointing a block keeps its input, and one block is run again at a time. A distilled layer adds the
-    teacher's q and k and the mixed keys.
+    A block of width D with an MLP of width M keeps eight of D a token (input and output of two norms, q, k, v
+    and the attention's output) and two of M (around the activation); a fused attention kernel keeps no map.
+    With checkpointing a block keeps its input, and one block is run again at a time. A distilled layer adds
+    the teacher's q and k and the mixed keys. An autoencoder's encoder sees the visible
+    tokens, its decoder all.
     """
     shape = attention_shape(student)
     block = 8 * shape.width + 2 * _mlp_width(attention_blocks(student)[0], shape.width)
@@ -72,9 +78,11 @@ def activation_values(config: RunConfig, student: nn.Module, teacher: nn.Module 
     if config.student.grad_checkpointing:
         depth_values = shape.depth * shape.width + block
     tokens = token_layout(student).num_tokens
-    if config.mode == "pretrain":
-        tokens = round(tokens * (1 - config.pretrain.mask_ratio))
     values = tokens * depth_values
+    if config.mode == "pretrain":
+        decoder = config.pretrain
+        values = round((1 - decoder.mask_ratio) * values)
+        values += tokens * decoder.decoder_depth * 16 * decoder.decoder_dim
     if teacher is not None:
         of_teacher = attention_shape(teacher)
         kept = 2 * of_teacher.num_heads * of_teacher.head_dim + shape.width
@@ -92,7 +100,7 @@ def describe_memory(items: list[MemoryItem]) -> list[str]:
     width = max(len(item.name) for item in items)
     lines = [f"{item.name:<{width}}  {_gibibytes(item.size):>9}  {item.how}" for item in items]
     total = sum(item.size for item in items)
-    return [*lines, f"{'sum':<{width}}  {_gibibytes(total):>9}  not counted: {NOT_COUNTED}"]
+    return [*lines, f"{'sum':<{width}}  {_gibibytes(total):>9}", f"not counted: {NOT_COUNTED}"]
 
 
 def _mlp_width(block: Any, width: int) -> int:

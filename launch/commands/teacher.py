@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from ...models.errors import ConfigError
 from ..config import load_config
 from ..flags import command_parser, parse_command
+
+SETTINGS = ("teacher.model", "teacher.model_args", "teacher.img_size", "teacher.position_embedding")
 
 
 def run(argv: list[str]) -> int:
@@ -27,10 +28,8 @@ def run(argv: list[str]) -> int:
         metavar="SOURCE",
         help="timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth",
     )
-    arguments, settings = parse_command(parser, argv, only=["teacher"])
+    arguments, settings = parse_command(parser, argv, only=SETTINGS)
     config = load_config(None, settings).teacher
-    if config.source is not None:
-        raise ConfigError("the teacher is named once, as SOURCE; leave --teacher out")
     from ...checkpoints.teacher import load_teacher
 
     teacher = load_teacher(

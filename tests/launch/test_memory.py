@@ -3,10 +3,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
-
 from graftvit.launch.config import load_config
 from graftvit.launch.memory import activation_values, describe_memory, estimate_memory, parameter_count
+from torch import Tensor, nn
 
 SIZES = {"embed_dim": 48, "depth": 6, "num_heads": 3, "img_size": 64, "patch_size": 8, "num_classes": 10}
 
@@ -50,6 +49,14 @@ def test_checkpointing_is_counted() -> None:
     assert activation_values(checkpointed, model, None, 0) < 0.25 * activation_values(plain, model, None, 0)
 
 
+def test_an_autoencoder_sees_the_visible_tokens() -> None:
+    few = load_config(None, ["mode=pretrain", "mask_ratio=0.75", "decoder_depth=1", "decoder_dim=48"])
+    many = load_config(None, ["mode=pretrain", "mask_ratio=0.25", "decoder_depth=1", "decoder_dim=48"])
+    whole = activation_values(load_config(None, ["mode=scratch"]), student(), None, 0)
+    difference = activation_values(many, student(), None, 0) - activation_values(few, student(), None, 0)
+    assert difference == pytest.approx(whole / 2, rel=1e-3)
+
+
 def sizes(overrides: list[str], **changes: int) -> dict[str, int]:
     model = student()
     model.head.requires_grad_(False)
@@ -82,6 +89,6 @@ def test_what_changes_the_estimate() -> None:
 def test_the_table_sums_up() -> None:
     model = student()
     lines = describe_memory(estimate_memory(load_config(), model, model, None, 0, 1))
-    parts = [float(line.split("MiB")[0].split()[-1]) for line in lines]
+    parts = [float(line.split("MiB")[0].split()[-1]) for line in lines[:-1]]
     assert parts[-1] == pytest.approx(sum(parts[:-1]), abs=0.3)
     assert "not counted" in lines[-1]

@@ -1,0 +1,132 @@
+"""What `graftvit evaluate` compares: runs, students and teachers, each a function from images to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.sources import FolderSource, parse_source
+from ..checkpoints.teacher import Teacher, load_teacher
+from ..models.errors import ConfigError
+from ..transfer.build import find_teacher
+from ..transfer.config import RunConfig, TeacherConfig
+from ..transfer.data import InputSpec, create_train_loader
+from ..transfer.dual import build_dual
+from ..transfer.input import Normalization
+from ..transfer.methods import COPY_METHODS
+from .config import load_config
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is ready to predict: `predict` takes images as `spec` describes them."""
+
+    name: str
+    module: nn.Module
+    predict: Callable[[Tensor], Tensor]
+    spec: InputSpec
+    num_classes: int
+
+
+def run_config(source: str) -> RunConfig | None:
+    """The configuration of the run whose folder `source` is, or None."""
+    parsed = parse_source(source)
+    if not isinstance(parsed, FolderSource):
+        return None
+    folders = (parsed.path, parsed.path.parent)
+    found = [folder for folder in folders if (folder / "config.yaml").is_file()]
+    return load_config(found[0] / "config.yaml") if found else None
+
+
+def load_candidate(source: str, how: TeacherConfig) -> Candidate:
+    """The model of a source; a student that copies attention is put beside its teacher again.
+
+    Args:
+        source: A run folder, a student folder, or any teacher source.
+        how: How to load what is not a run: architecture, arguments, resolution.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+        ConfigError: if it has no head, so that there is nothing to evaluate.
+    """
+    config = run_config(source)
+    loaded = load_teacher(source) if config is not None else load_teacher(source, **_keywords(how))
+    if not loaded.has_head:
+        raise ConfigError(
+            f"{source!r} has no classification head; evaluate a run, or a fine-tuned checkpoint"
+        )
+    spec = _spec(loaded)
+    classes = int(getattr(loaded.model, "num_classes", 0))
+    if config is not None and config.mode == "transfer" and config.transfer.method in COPY_METHODS:
+        return _beside_its_teacher(source, loaded, config, spec, classes)
+    return Candidate(source, loaded.model, loaded.model, spec, classes)
+
+
+def check_alike(candidates: list[Candidate]) -> None:
+    """Raise ConfigError where models cannot be shown the same images, or have other classes."""
+    first = candidates[0]
+    for other in candidates[1:]:
+        if other.num_classes != first.num_classes:
+            raise ConfigError(
+                f"{other.name!r} has {other.num_classes} classes and {first.name!r} has {first.num_classes}; "
+                "evaluate them one by one"
+            )
+        if other.spec.size != first.spec.size:
+            raise ConfigError(
+                f"{other.name!r} takes images {_words(other.spec)} and {first.name!r} {_words(first.spec)}; "
+                "evaluate them one by one"
+            )
+
+
+def predictor(candidate: Candidate, spec: InputSpec) -> Callable[[Tensor], Tensor]:
+    """`candidate.predict` for images that are normalised as `spec` says."""
+    own = candidate.spec
+    if (own.mean, own.std) == (spec.mean, spec.std):
+        return candidate.predict
+    mean, std, own_mean, own_std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std, own.mean, own.std)
+    )
+    scale, shift = std / own_std, (mean - own_mean) / own_std
+
+    def predict(images: Tensor) -> Tensor:
+        return candidate.predict(images * scale.to(images) + shift.to(images))
+
+    return predict
+
+
+def _beside_its_teacher(
+    source: str, student: Teacher, config: RunConfig, spec: InputSpec, classes: int
+) -> Candidate:
+    teacher = find_teacher(config, (spec.size[1], spec.size[2]))
+    if teacher is None:
+        raise ConfigError(f"{source!r} copies the attention of a teacher that its config.yaml does not name")
+    calibration = None
+    if config.transfer.heads == "match":
+        # the batch that the run itself measured the heads on
+        loader = create_train_loader(config.data, spec, seed=config.seed)
+        calibration = next(iter(loader.epoch(0)))[0]
+    normalization = Normalization(spec.mean, spec.std)
+    dual = build_dual(config.transfer, teacher, student.model, normalization, calibration).eval()
+    return Candidate(source, dual, dual.predict, spec, classes)
+
+
+def _keywords(how: TeacherConfig) -> dict[str, Any]:
+    return {name: getattr(how, name) for name in ("model", "model_args", "img_size", "position_embedding")}
+
+
+def _spec(loaded: Teacher) -> InputSpec:
+    model: Any = loaded.model
+    channels, height, width = model.pretrained_cfg["input_size"]
+    embedding = getattr(model, "patch_embed", None)
+    if embedding is not None:
+        channels = embedding.proj.in_channels
+        height, width = embedding.img_size or (height, width)
+    return InputSpec((int(channels), int(height), int(width)), loaded.mean, loaded.std)
+
+
+def _words(spec: InputSpec) -> str:
+    return "x".join(map(str, spec.size))

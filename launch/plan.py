@@ -1,0 +1,220 @@
+"""What a run would do, in words: nothing is trained, and the weights of a timm teacher are not read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from ..checkpoints.teacher import Teacher
+from ..models.errors import GraftError
+from ..models.mae import MaskedAutoencoder
+from ..transfer.build import find_teacher, headless
+from ..transfer.config import RunConfig
+from ..transfer.data import InputSpec, TrainLoader, create_train_loader
+from ..transfer.dual import DualViT, build_dual
+from ..transfer.input import Normalization
+from ..transfer.optim import freeze, peak_learning_rate
+from ..transfer.plan import resolve_plan
+from ..transfer.schedule import plan_schedule
+from ..transfer.students import StudentPlan, input_size, plan_student, student_normalization
+from .memory import describe_memory, estimate_memory, parameter_count
+from .outline import is_timm_name, outline_teacher
+
+
+@dataclass
+class Outline:
+    """The parts of a run, of the right shapes and without weights."""
+
+    config: RunConfig
+    spec: InputSpec
+    teacher: Teacher | None
+    plan: StudentPlan
+    student: nn.Module
+    model: nn.Module
+    dual: DualViT | None
+    loader: TrainLoader | GraftError
+    processes: int
+
+
+def describe_plan(config: RunConfig) -> str:
+    """The resolved plan of a run.
+
+    The data set is read for its size where it is there; without it `data.num_classes` must be given.
+
+    Raises:
+        GraftError: if the parts do not go together, in one sentence.
+    """
+    outline = _outline(config)
+    rows = [
+        ("mode", config.mode),
+        ("teacher", _teacher_words(outline)),
+        ("student", _student_words(outline)),
+        ("transfer", _transfer_words(outline)),
+        ("trained", _trained_words(outline)),
+        ("data", _data_words(outline)),
+        ("batch", _batch_words(outline)),
+        ("learning rate", _rate_words(outline)),
+        ("length", _length_words(outline)),
+        ("memory", _memory_words(outline)),
+        ("run folder", str(config.output_dir)),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = []
+    for name, words in rows:
+        first, *more = words.splitlines() or [""]
+        lines += [f"{name:<{width}}{first}", *(f"{'':<{width}}{line}" for line in more)] if words else []
+    return "\n".join(lines) + "\n"
+
+
+def _outline(config: RunConfig) -> Outline:
+    channels, height, width = input_size(config.student)
+    teacher = _teacher(config, (height, width))
+    spec = InputSpec((channels, height, width), *student_normalization(config.student, channels, teacher))
+    loader = _loader(config, spec)
+    if config.mode == "pretrain":
+        plan = plan_student(headless(config.student), 0, None)
+    else:
+        classes = config.data.num_classes if isinstance(loader, GraftError) else loader.num_classes
+        plan = plan_student(config.student, classes or 0, teacher)
+    student = _unfilled(config, lambda: plan.create(config.student.drop_path))
+    model, dual = student, None
+    if config.mode == "pretrain":
+        model = MaskedAutoencoder(student, **config.pretrain.model_dump())
+    elif config.mode == "transfer" and teacher is not None:
+        normalization = Normalization(plan.mean, plan.std)
+        model = dual = build_dual(
+            config.transfer, teacher, student, normalization, _calibration(config, spec)
+        )
+    freeze(student if dual is not None else model, config.optim.trainable)
+    return Outline(config, spec, teacher, plan, student, model, dual, loader, _processes())
+
+
+def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
+    source = config.teacher.source
+    if config.mode in ("transfer", "finetune") and source is not None and is_timm_name(source):
+        return outline_teacher(config.teacher, size, empty=_without_storage(config))
+    return find_teacher(config, size)
+
+
+def _loader(config: RunConfig, spec: InputSpec) -> TrainLoader | GraftError:
+    """The training set, or why it is not there; it is not downloaded."""
+    data = config.data.model_copy(update={"download": False, "workers": 0})
+    try:
+        return create_train_loader(data, spec, seed=config.seed, world_size=_processes())
+    except GraftError as error:
+        if config.data.num_classes is None and config.mode != "pretrain":
+            raise
+        return error
+
+
+def _processes() -> int:
+    """How many a launcher has started; torchrun and accelerate tell it this way."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _without_storage(config: RunConfig) -> bool:
+    """Matching heads runs both models, on noise here; a masked autoencoder copies its encoder's positions."""
+    return config.mode != "pretrain" and config.transfer.heads != "match"
+
+
+def _unfilled(config: RunConfig, create: Callable[[], nn.Module]) -> nn.Module:
+    if not _without_storage(config):
+        return create()
+    with init_empty_weights():
+        return create()
+
+
+def _calibration(config: RunConfig, spec: InputSpec) -> Any:
+    return torch.randn(2, *spec.size) if config.transfer.heads == "match" else None
+
+
+def _teacher_words(outline: Outline) -> str:
+    teacher = outline.teacher
+    if teacher is None:
+        return ""
+    source = outline.config.teacher.source or ""
+    read = "weights not read for this plan" if is_timm_name(source) else "weights read"
+    head = "with a head" if teacher.has_head else "without a head"
+    count = parameter_count(teacher.model)
+    return f"{source}: {teacher.architecture}, {count / 1e6:.1f} M parameters, {head}, frozen; {read}"
+
+
+def _student_words(outline: Outline) -> str:
+    channels, height, width = outline.spec.size
+    start = outline.config.student.init or (
+        "teacher" if outline.config.mode == "finetune" else "fresh weights"
+    )
+    count = parameter_count(outline.student)
+    classes = outline.plan.arguments["num_classes"]
+    return (
+        f"{outline.plan.architecture}: {count / 1e6:.1f} M parameters, images {channels}x{height}x{width}, "
+        f"{f'{classes} classes' if classes else 'no head'}, from {start}"
+    )
+
+
+def _transfer_words(outline: Outline) -> str:
+    dual, settings = outline.dual, outline.config.transfer
+    if dual is None:
+        return ""
+    lines = [dual.describe()]
+    if settings.heads == "match":
+        # those of the run are measured on its first batch of images, these were measured on noise
+        plan = resolve_plan(settings, dual.teacher, dual.student)
+        lines = [*plan.describe(), *dual.teacher_input.describe()]
+    loss = f"loss: {settings.weight:g} x the {settings.reduction} over layers"
+    if settings.temperature != 1:
+        loss += f", temperature {settings.temperature:g}"
+    if settings.rows < 1:
+        loss += f", {settings.rows:.0%} of the query rows"
+    return "\n".join([*lines, "the student needs its teacher at inference" if dual.needs_teacher else loss])
+
+
+def _trained_words(outline: Outline) -> str:
+    trained, count = parameter_count(outline.model, trained=True), parameter_count(outline.model)
+    return f"{trained:,} of {count:,} parameters"
+
+
+def _data_words(outline: Outline) -> str:
+    if isinstance(outline.loader, GraftError):
+        return f"not read: {outline.loader}"
+    return f"{outline.loader.num_samples:,} training images, {outline.loader.num_classes} classes"
+
+
+def _batch_words(outline: Outline) -> str:
+    data, optim = outline.config.data, outline.config.optim
+    _, effective = peak_learning_rate(optim, data.batch_size, outline.processes)
+    processes = f"{outline.processes} process{'es' if outline.processes > 1 else ''}"
+    return f"{data.batch_size} x {optim.accum_iter} accumulated x {processes} = {effective} images"
+
+
+def _rate_words(outline: Outline) -> str:
+    data, optim = outline.config.data, outline.config.optim
+    peak, effective = peak_learning_rate(optim, data.batch_size, outline.processes)
+    why = f"blr {optim.blr:g} x {effective} / 256" if optim.lr is None else "as given"
+    return f"{peak:g} ({why}), down to {min(optim.min_lr, peak):g}; layer decay {optim.layer_decay:g}"
+
+
+def _length_words(outline: Outline) -> str:
+    optim = outline.config.optim
+    if isinstance(outline.loader, GraftError):
+        return f"{optim.max_steps} steps" if optim.max_steps else f"{optim.epochs} epochs"
+    batch_size = outline.config.data.batch_size
+    schedule = plan_schedule(optim, outline.loader.batches_per_epoch, batch_size, outline.processes)
+    return (
+        f"{schedule.total_steps:,} steps, {schedule.steps_per_epoch:,} an epoch, "
+        f"{schedule.warmup_steps:,.0f} of them warm-up"
+    )
+
+
+def _memory_words(outline: Outline) -> str:
+    layers = len(outline.dual.plan.links) if outline.dual is not None else 0
+    shards = outline.processes if outline.config.engine.fsdp else 1
+    teacher = outline.teacher.model if outline.dual is not None and outline.teacher is not None else None
+    items = estimate_memory(outline.config, outline.model, outline.student, teacher, layers, shards)
+    return "a device, roughly\n" + "\n".join(describe_memory(items))
