@@ -1,0 +1,143 @@
+"""timm folders, run folders and training states as teachers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graftvit.checkpoints.state import TrainingState, write_state
+from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.teacher import load_teacher, load_weights
+from graftvit.models.errors import CheckpointError
+from graftvit.models.mae import MaskedAutoencoder
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Make = Callable[..., nn.Module]
+NAME = "vit_tiny_patch16_224"
+ARGUMENTS: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4}
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    arguments = {**ARGUMENTS, "num_classes": model.num_classes}
+    save_student(model, folder, architecture=NAME, model_args=arguments, mean=MEAN, std=STD)
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def named(prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+
+
+def write_run(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+    path = folder / "checkpoints" / "last.safetensors"
+    write_state(path, TrainingState({**tensors, "optimizer.x|step": torch.tensor(3.0)}, meta))
+    return path
+
+
+def test_a_run_folder_gives_its_exported_student_or_average(tiny: Make, tmp_path: Path) -> None:
+    student, average = tiny(num_classes=3), tiny(num_classes=3)
+    save(student, tmp_path / "student")
+    save(average, tmp_path / "student_ema")
+    assert same(load_teacher(f"local-dir:{tmp_path}").model, student)
+    assert same(load_teacher(str(tmp_path)).model, student)
+    assert same(load_teacher(f"local-dir:{tmp_path}#ema").model, average)
+    assert same(load_teacher(f"local-dir:{tmp_path / 'student_ema'}").model, average)
+
+
+def test_a_training_state_gives_student_and_average(tiny: Make, tmp_path: Path) -> None:
+    student, average = tiny(num_classes=3), tiny(num_classes=3)
+    entry = {"architecture": NAME, "model_args": ARGUMENTS, "mean": MEAN, "std": STD}
+    path = write_run(tmp_path, {**named("student.", student), **named("ema.", average)}, {"student": entry})
+    teacher = load_teacher(str(path))
+    assert same(teacher.model, student)
+    assert (teacher.mean, teacher.std) == (MEAN, STD)
+    assert same(load_teacher(f"{path}#ema").model, average)
+    assert same(load_teacher(f"local-dir:{tmp_path}").model, student)
+    other = tiny(num_classes=3)
+    load_weights(other, f"{path}#ema")
+    assert same(other, average)
+
+
+def test_the_settings_of_a_state_name_its_student(tiny: Make, tmp_path: Path) -> None:
+    student = tiny(num_classes=3, global_pool="avg")
+    settings = {"mode": "transfer", "student": {"model": NAME, "model_args": ARGUMENTS, "global_pool": "avg"}}
+    path = write_run(tmp_path, named("student.", student), {"config": settings})
+    assert same(load_teacher(str(path)).model, student)
+
+
+def test_a_masked_autoencoder_in_training_gives_its_encoder(tiny: Make, tmp_path: Path) -> None:
+    autoencoder = MaskedAutoencoder(tiny(), decoder_dim=8, decoder_depth=1, decoder_heads=2)
+    settings = {"mode": "pretrain", "student": {"model": NAME, "model_args": ARGUMENTS, "global_pool": "avg"}}
+    tensors = {**named("student.", autoencoder), **named("ema.", autoencoder)}
+    path = write_run(tmp_path, tensors, {"config": settings})
+    for source in (str(path), f"{path}#ema", f"local-dir:{tmp_path}"):
+        teacher = load_teacher(source)
+        assert same(teacher.model, autoencoder.encoder)
+        assert not teacher.has_head
+
+
+def test_a_state_without_average_or_whole_bytes_is_refused(tiny: Make, tmp_path: Path) -> None:
+    path = write_run(tmp_path, named("student.", tiny()), {})
+    with pytest.raises(CheckpointError, match="no moving average; leave #ema out"):
+        load_teacher(f"{path}#ema")
+    with pytest.raises(CheckpointError, match="give its timm name"):
+        load_teacher(str(path))
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1  # in a tensor: a plain safetensors reader would not see it
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors is damaged"):
+        load_teacher(str(path), model=NAME, model_args=ARGUMENTS)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"architectures": ["ViTModel"]}', "\x00"])
+def test_a_config_that_is_not_timms_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged or not timm's") as caught:
+        load_teacher(f"local-dir:{tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_lack_something_are_named(tiny: Make, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json .* and no student/"):
+        load_teacher(f"local-dir:{tmp_path}")
+    save(tiny(), tmp_path / "s")
+    (tmp_path / "s" / "model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"has a config\.json but no weights: none of model\.safetensors"
+    ):
+        load_teacher(f"local-dir:{tmp_path / 's'}")
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    (tmp_path / "s" / "config.json").write_text(json.dumps({**config, "architecture": "vit_nowhere"}))
+    save_file(tiny().state_dict(), tmp_path / "s" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="vit_nowhere"):
+        load_teacher(f"local-dir:{tmp_path / 's'}")
+
+
+def test_pickled_weights_and_a_licence_from_the_card(tiny: Make, tmp_path: Path) -> None:
+    model = tiny(num_classes=3)
+    save(model, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# a card\n")
+    teacher = load_teacher(f"local-dir:{tmp_path}")
+    assert same(teacher.model, model)
+    assert teacher.licence == "cc-by-nc-4.0"
+    assert "pytorch_model.bin" in teacher.report.format
+
+
+def test_fields_that_this_timm_does_not_know_are_left_out(tiny: Make, tmp_path: Path) -> None:
+    model = tiny()
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["of_a_later_timm"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert same(load_teacher(f"local-dir:{tmp_path}").model, model)
