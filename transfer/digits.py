@@ -22,7 +22,7 @@ SPLITS = {
 class DigitsSource:
     """The digits as PIL images in `mode` (L or RGB).
 
-    Split `validation` has 500 images, `train` the other 1,297; both have each class in the same proportion, and
+    Split `validation` has 500 images, `train` the other 1,297; both have each class in the same proportion and
     are always the same images.
     """
 

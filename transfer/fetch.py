@@ -16,6 +16,10 @@ from .sampler import BatchRequest
 logger = logging.getLogger(__name__)
 
 
+LOST_PROCESS = (ConnectionError, EOFError, FileNotFoundError)
+"""What the exchange of tensors fails with when the process that holds them is gone."""
+
+
 class BadImages:
     """The unreadable images of a loader: each is logged once, and more than `limit` of them stop the run."""
 
@@ -75,10 +79,12 @@ def guarded(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; DataError when a loader process dies."""
     try:
         yield from batches
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, *LOST_PROCESS) as error:
+        if str(error).startswith("Caught ") or not (
+            isinstance(error, LOST_PROCESS) or str(error).startswith("DataLoader worker")
+        ):
+            raise  # an error in the data set itself
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"a loader process died ({reason}); it may have run out of memory: try a smaller data.workers"
         ) from error

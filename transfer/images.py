@@ -21,7 +21,7 @@ class ImageSource(Protocol):
 
 
 class ReaderSource:
-    """A timm reader (folder, tar, hfds). timm's own data set replaces a bad image in silence; this one fails."""
+    """A timm reader (folder, tar, hfds). timm's own data set replaces a bad image silently; this one fails."""
 
     def __init__(self, reader: Any, mode: str) -> None:
         self._reader = reader

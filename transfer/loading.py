@@ -84,7 +84,7 @@ class TrainBatches(Dataset[Batch]):
 
 
 class EvalBatches(Dataset[Batch]):
-    """BatchRequest -> Batch. An unreadable image is marked invalid; in its place another would count twice."""
+    """BatchRequest -> Batch. An unreadable image is marked invalid: in its place another would count twice."""
 
     def __init__(
         self, source: ImageSource, transform: Transform, size: tuple[int, int, int], labels: Tensor | None

@@ -1,0 +1,187 @@
+"""Accuracy is exact: against a plain computation, over ranks, for ensembles, subsets and several labels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graftvit.models.errors import DataError
+from graftvit.transfer.config import DataConfig
+from graftvit.transfer.data import EvalLoader, InputSpec, create_eval_loader
+from graftvit.transfer.evaluate import Metrics, evaluate, evaluate_to_table, to_json
+from graftvit.transfer.labels import real_labels, subset_classes
+from torch import Tensor, nn
+
+SPEC = InputSpec((1, 8, 8), (0.5,), (0.5,))
+
+
+class Fixed(EvalLoader):
+    """Batches from memory; the images are the logits."""
+
+    def __init__(
+        self, logits: Tensor, targets: Tensor, valid: Tensor | None = None, classes: int = 10
+    ) -> None:
+        self.num_samples, self.num_classes = len(logits), classes
+        valid = torch.ones(len(logits), dtype=torch.bool) if valid is None else valid
+        self._rows = list(zip(logits.split(3), targets.split(3), valid.split(3), strict=True))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return iter(self._rows)
+
+
+def identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def logits_of(count: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (count,), generator=generator)
+    return torch.randn(count, classes, generator=generator), targets
+
+
+def reference(probabilities: Tensor, targets: Tensor, top: int = 5) -> tuple[float, float, float]:
+    order = probabilities.argsort(dim=1, descending=True)
+    top1 = (order[:, 0] == targets).double().mean().item() * 100
+    top5 = (order[:, :top] == targets[:, None]).any(dim=1).double().mean().item() * 100
+    return top1, top5, F.nll_loss(probabilities.log(), targets).item()
+
+
+def test_metrics_agree_with_a_plain_computation() -> None:
+    logits, targets = logits_of(50, 10)
+    other = logits_of(50, 10, seed=1)[0]
+    joined = torch.cat([logits, other], dim=1)
+    models = {"a": lambda x: x[:, :10], "b": lambda x: x[:, 10:]}
+    results = evaluate(models, Fixed(joined, targets))
+    first, second = logits.softmax(1), other.softmax(1)
+    wanted = {"a": first, "b": second, "ensemble": (first + second) / 2}
+    assert list(results) == list(wanted)
+    for name, probabilities in wanted.items():
+        metrics = results[name]
+        assert (metrics.top1, metrics.top5, metrics.loss) == pytest.approx(reference(probabilities, targets))
+        assert metrics.samples == 50
+    assert list(evaluate(models, Fixed(joined, targets), ensemble=False)) == ["a", "b"]
+    assert list(evaluate({"a": models["a"]}, Fixed(joined, targets))) == ["a"]
+
+
+def test_padding_does_not_count_even_where_it_is_not_finite() -> None:
+    logits, targets = logits_of(10, 10)
+    valid = torch.arange(10) < 7
+    expected = evaluate({"m": identity}, Fixed(logits[:7], targets[:7]))
+    logits[7:] = float("nan")
+    assert evaluate({"m": identity}, Fixed(logits, targets, valid)) == expected
+
+
+def test_top_5_of_three_classes_is_all_of_them() -> None:
+    logits, targets = logits_of(9, 3)
+    assert evaluate({"m": identity}, Fixed(logits, targets, classes=3))["m"].top5 == 100
+
+
+def test_modules_are_in_eval_mode_meanwhile() -> None:
+    model = nn.Sequential(nn.Dropout(0.9), nn.Identity())
+    model[1].eval()
+    logits, targets = logits_of(30, 10)
+    plain = evaluate({"m": identity}, Fixed(logits, targets))["m"]
+    assert evaluate({"m": model}, Fixed(logits, targets))["m"] == plain
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_a_subset_looks_at_its_own_classes_alone() -> None:
+    classes = torch.tensor(subset_classes("imagenet-r"))
+    logits, targets = logits_of(40, 200)
+    wide = torch.full((40, 1000), 100.0)  # the other classes would win
+    wide[:, classes] = logits
+    own = evaluate({"m": identity}, Fixed(wide, targets, classes=200), subset="imagenet-r")["m"]
+    assert own == evaluate({"m": identity}, Fixed(logits, targets, classes=200))["m"]
+    whole = torch.cat([classes[targets], torch.tensor([0])])  # class 0 is not in the subset
+    filtered = Fixed(torch.cat([wide, wide[:1]]), whole, classes=1000)
+    assert evaluate({"m": identity}, filtered, subset="imagenet-r")["m"] == own
+
+
+def test_several_labels_count_if_any_is_right() -> None:
+    logits = torch.eye(10)[:3] * 9
+    accepted = torch.zeros(3, 10)
+    accepted[0, [0, 4]] = 1
+    accepted[1, [2, 3]] = 1
+    metrics = evaluate({"m": identity}, Fixed(logits, accepted, torch.tensor([True, True, False])))["m"]
+    assert (metrics.top1, metrics.samples) == (50, 2)
+    shares = accepted[:2] / 2
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits[:2], shares).item())
+
+
+def test_what_does_not_fit_is_named() -> None:
+    logits, targets = logits_of(6, 10)
+    with pytest.raises(DataError, match="has 12 classes; model 'm' has 10 logits"):
+        evaluate({"m": identity}, Fixed(logits, targets, classes=12))
+    with pytest.raises(DataError, match="needs 1000 logits; model 'm' has 10"):
+        evaluate({"m": identity}, Fixed(logits, targets, classes=200), subset="imagenet-a")
+    with pytest.raises(DataError, match="have no ensemble"):
+        evaluate({"m": identity, "n": lambda x: F.pad(x, (0, 1))}, Fixed(logits, targets))
+    with pytest.raises(DataError, match="no image could be evaluated"):
+        evaluate({"m": identity}, Fixed(logits, targets, torch.zeros(6, dtype=torch.bool)))
+
+
+def test_results_become_a_table_and_json() -> None:
+    results = {"student": Metrics(81.25, 99.5, 0.6543, 500), "ensemble": Metrics(100, 100, 0.1, 500)}
+    assert evaluate_to_table(results).splitlines()[2] == (
+        "| student  |   81.25 |   99.50 | 0.6543 |    500 |"
+    )
+    assert len({len(line) for line in evaluate_to_table(results).splitlines()}) == 1
+    assert json.loads(to_json(results))["ensemble"]["top1"] == 100
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from graftvit.transfer.config import DataConfig
+from graftvit.transfer.data import InputSpec, create_eval_loader
+from graftvit.transfer.evaluate import evaluate, to_json
+rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if world > 1:
+    dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
+config = DataConfig(dataset="digits", eval_batch_size=93, workers=0)
+loader = create_eval_loader(config, InputSpec((1, 8, 8), (0.5,), (0.5,)), rank=rank, world_size=world)
+weight = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+models = {"m": lambda x: x.flatten(1) @ weight.T, "n": lambda x: -x.flatten(1) @ weight.T}
+print(to_json(evaluate(models, loader)))
+"""
+
+
+def run_ranks(world: int, file: Path) -> list[dict[str, Any]]:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(world), str(file)], stdout=subprocess.PIPE
+        )
+        for rank in range(world)
+    ]
+    return [json.loads(process.communicate(timeout=120)[0]) for process in started]
+
+
+def test_two_ranks_count_what_one_counts(tmp_path: Path) -> None:
+    alone = run_ranks(1, tmp_path / "one")[0]
+    first, second = run_ranks(2, tmp_path / "two")
+    assert first == second
+    assert alone["m"]["samples"] == 500
+    for name, metrics in alone.items():
+        assert first[name] == pytest.approx(metrics, rel=1e-6)
+        assert (first[name]["top1"], first[name]["samples"]) == (metrics["top1"], metrics["samples"])
+
+
+def test_real_labels_are_scored_through_the_loader(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    for number in range(1, 7):
+        Image.new("L", (9, 9), number * 20).save(tmp_path / "val" / "a" / f"ILSVRC2012_val_{number:08d}.png")
+    config = DataConfig(data_path=str(tmp_path), workers=0, batch_size=4)
+    loader = create_eval_loader(config, SPEC, real=True)
+    batches = list(loader)
+    assert batches[0][1].shape == (4, 1000)
+    labelled = real_labels([f"ILSVRC2012_val_{number:08d}.png" for number in range(1, 7)]).any(dim=1).sum()
+    assert sum(int(valid.sum()) for *_, valid in batches) == int(labelled) == 5  # timm's file leaves one out
+    assert evaluate({"m": lambda x: torch.zeros(len(x), 1000)}, loader)["m"].samples == int(labelled)
