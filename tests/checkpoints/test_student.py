@@ -28,27 +28,22 @@ class Refuse:
             raise ImportError("graftvit is not here")
 sys.meta_path.insert(0, Refuse())
 import timm, torch
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-digest = hashlib.sha256()
-for name, tensor in sorted(model.state_dict().items()):
-    digest.update(name.encode() + tensor.numpy().tobytes())
-config = timm.data.resolve_data_config({}, model=model)
-size = config["input_size"]
-images = torch.linspace(-1, 1, 2 * size[0] * size[1] * size[2]).reshape(2, *size)
-with torch.no_grad():
-    logits = model(images)
-print(json.dumps({"digest": digest.hexdigest(), "logits": logits.tolist(), "size": size, "mean": config["mean"],
-                  "std": config["std"], "graftvit": any(name.startswith("graftvit") for name in sys.modules)}))
+results = {}
+for folder in sys.argv[1:]:
+    model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    config = timm.data.resolve_data_config({}, model=model)
+    size = config["input_size"]
+    images = torch.linspace(-1, 1, 2 * size[0] * size[1] * size[2]).reshape(2, *size)
+    with torch.no_grad():
+        logits = model(images)
+    results[folder] = {"digest": digest.hexdigest(), "logits": logits.tolist(), "size": size,
+                       "mean": config["mean"], "std": config["std"]}
+assert not any(name.startswith("graftvit.") for name in sys.modules)
+print(json.dumps(results))
 """
-
-
-def in_plain_timm(folder: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(folder)], capture_output=True, text=True, check=False, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -80,36 +75,35 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
-def test_plain_timm_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
-    architecture, arguments = STUDENTS[kind]
-    model = randomized(timm.create_model(architecture, **arguments))
-    channels = arguments.get("in_chans", 3)
-    save_student(
-        model,
-        tmp_path / "s",
-        architecture=architecture,
-        model_args=arguments,
-        mean=MEAN[:channels],
-        std=STD[:channels],
-    )
-    found = in_plain_timm(tmp_path / "s")
+def test_plain_timm_gives_the_same_bits(tmp_path: Path) -> None:
+    models = {}
+    for kind, (architecture, arguments) in STUDENTS.items():
+        models[kind] = randomized(timm.create_model(architecture, **arguments))
+        channels = arguments.get("in_chans", 3)
+        folder, mean, std = tmp_path / kind, MEAN[:channels], STD[:channels]
+        save_student(
+            models[kind], folder, architecture=architecture, model_args=arguments, mean=mean, std=std
+        )
+    command = [sys.executable, "-c", READER, *(str(tmp_path / kind) for kind in STUDENTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for folder, found in json.loads(done.stdout).items():
+        kind = Path(folder).name
+        check_found(found, models[kind], STUDENTS[kind][1])
+
+
+def check_found(found: dict[str, Any], model: nn.Module, arguments: dict[str, Any]) -> None:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
-    size = arguments["img_size"]
-    expected_size = [channels, *(size if isinstance(size, tuple) else (size, size))]
-    images = torch.linspace(-1, 1, 2 * channels * expected_size[1] * expected_size[2]).reshape(
-        2, *expected_size
-    )
+    size, channels = arguments["img_size"], arguments.get("in_chans", 3)
+    shape = [channels, *(size if isinstance(size, tuple) else (size, size))]
+    images = torch.linspace(-1, 1, 2 * channels * shape[1] * shape[2]).reshape(2, *shape)
     assert found["digest"] == digest.hexdigest()
-    assert found["logits"] == model(images).tolist()
-    assert (found["size"], tuple(found["mean"]), tuple(found["std"])) == (
-        expected_size,
-        MEAN[:channels],
-        STD[:channels],
-    )
-    assert not found["graftvit"]
+    with torch.no_grad():
+        assert found["logits"] == model(images).tolist()
+    assert found["size"] == shape
+    assert (tuple(found["mean"]), tuple(found["std"])) == (MEAN[:channels], STD[:channels])
 
 
 @pytest.mark.parametrize("kind", STUDENTS)

@@ -1,0 +1,234 @@
+"""The hub, through the real client, against a server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from graftvit.checkpoints.build import read_timm
+from graftvit.checkpoints.sources import TimmSource
+from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.teacher import load_teacher
+from graftvit.models.errors import CheckpointError
+from safetensors.torch import save, save_file
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+NAME = "vit_tiny_patch16_224"
+PUBLISHED = f"timm/{NAME}.augreg_in21k_ft_in1k"
+SMALL: dict[str, Any] = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+
+CLIENT = """
+import json, sys
+from graftvit.checkpoints.teacher import load_teacher
+from graftvit.models.errors import CheckpointError
+results = []
+for source, arguments in json.loads(sys.argv[1]):
+    try:
+        teacher = load_teacher(source, model_args=arguments)
+        total = sum(float(tensor.double().sum()) for tensor in teacher.model.state_dict().values())
+        results.append({"sum": total, "revision": teacher.revision, "licence": teacher.licence,
+                        "head": teacher.has_head, "mean": teacher.mean})
+    except CheckpointError as error:
+        results.append({"error": str(error)})
+print(json.dumps(results))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves `files[(repository, commit, name)]` the way the hub's resolve address does."""
+
+    files: dict[tuple[str, str, str], bytes]
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, *, with_body: bool) -> None:
+        parts = self.path.partition("?")[0].lstrip("/").split("/")
+        repository = "/".join(parts[:2])
+        if "resolve" not in parts or all(key[0] != repository for key in self.files):
+            return self.refuse("RepoNotFound")
+        revision, name = parts[3], "/".join(parts[4:])
+        commit = COMMITS.get(revision, revision)
+        if commit not in COMMITS.values():
+            return self.refuse("RevisionNotFound")
+        content = self.files.get((repository, commit, name))
+        if content is None:
+            return self.refuse("EntryNotFound", commit)
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+        return None
+
+    def refuse(self, code: str, commit: str | None = None) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", code)
+        if commit is not None:
+            self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: Any) -> None:
+        """Silence."""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, float]]]:
+    """The address of a hub with org/vit at two commits and one published name of timm, and the sums of their weights."""
+    folder = tmp_path_factory.mktemp("hub")
+    files: dict[tuple[str, str, str], bytes] = {}
+    sums = {}
+    arguments = {**SMALL, "img_size": 16, "patch_size": 4, "num_classes": 3}
+    for revision, commit in COMMITS.items():
+        model = timm.create_model(NAME, **arguments)
+        save_student(
+            model, folder / revision, architecture=NAME, model_args=arguments, mean=(0.1,) * 3, std=(0.2,) * 3
+        )
+        for path in (folder / revision).iterdir():
+            files["org/vit", commit, path.name] = path.read_bytes()
+        files["org/vit", commit, "README.md"] = b"---\nlicense: apache-2.0\n---\n"
+        sums[revision] = sum(float(tensor.double().sum()) for tensor in model.state_dict().values())
+    files["org/empty", COMMITS["main"], "config.json"] = files["org/vit", COMMITS["main"], "config.json"]
+    files["org/bare", COMMITS["main"], "README.md"] = b""
+    published = timm.create_model(NAME, **SMALL, num_classes=1000)
+    files[PUBLISHED, COMMITS["main"], "model.safetensors"] = save(published.state_dict())
+    sums["timm"] = sum(float(tensor.double().sum()) for tensor in published.state_dict().values())
+    handler = type("Handler", (Hub,), {"files": files})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", sums
+        server.shutdown()
+
+
+def ask(
+    address: str, cache: Path, requests: list[tuple[str, dict[str, Any]]], **more: str
+) -> list[dict[str, Any]]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        **more,
+    }
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        environment.pop(name, None) if name not in more else None
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, json.dumps(requests)],
+        capture_output=True, text=True, check=False, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    assert not any("\n" in answer.get("error", "") for answer in answers)
+    return answers
+
+
+def test_downloads_revisions_and_refusals(hub: tuple[str, dict[str, float]], tmp_path: Path) -> None:
+    address, sums = hub
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("hf-hub:org/vit", {}),
+        ("hf-hub:org/vit@v1", {}),
+        (f"{NAME}.augreg_in21k_ft_in1k", SMALL),
+        ("hf-hub:org/absent", {}),
+        ("hf-hub:org/vit@v9", {}),
+        ("hf-hub:org/bare", {}),
+        ("hf-hub:org/empty", {}),
+    ]
+    main, v1, published, absent, revision, bare, empty = ask(address, tmp_path, requests)
+    assert main == {
+        "sum": sums["main"], "revision": "a" * 40, "licence": "apache-2.0", "head": True, "mean": [0.1, 0.1, 0.1],
+    }  # fmt: skip
+    assert (v1["sum"], v1["revision"]) == (sums["v1"], "b" * 40)
+    assert (published["sum"], published["revision"]) == (sums["timm"], "a" * 40)
+    assert (published["licence"], published["mean"], published["head"]) == (
+        "apache-2.0",
+        [0.5, 0.5, 0.5],
+        True,
+    )
+    assert f"org/absent is not on {address}: check the name" in absent["error"]
+    assert "org/vit has no revision 'v9'" in revision["error"]
+    assert "org/bare lacks a file that a timm model needs" in bare["error"]
+    assert "hf-hub:org/empty has a config.json but no weights" in empty["error"]
+    # What was downloaded once needs no network any more.
+    (again,) = ask(address, tmp_path, [("hf-hub:org/vit@v1", {})], HF_HUB_OFFLINE="1")
+    assert again == v1
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_no_network_says_what_to_do(tmp_path: Path, offline: bool) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        more = {"HF_HUB_OFFLINE": "1"} if offline else {}
+        requests: list[tuple[str, dict[str, Any]]] = [
+            ("hf-hub:org/vit", {}),
+            (f"{NAME}.augreg_in21k_ft_in1k", {}),
+        ]
+        for answer in ask(address, tmp_path, requests, **more):
+            assert "is not in the cache and" in answer["error"]
+            assert "cannot be reached: check the network, or download its files elsewhere" in answer["error"]
+
+
+@pytest.fixture
+def published_file(tmp_path: Path) -> tuple[Path, Callable[..., dict[str, Any]]]:
+    path = tmp_path / "published.safetensors"
+    return path, lambda **more: {
+        **SMALL,
+        "pretrained_cfg_overlay": {"file": str(path), "num_classes": 3},
+        **more,
+    }
+
+
+def test_a_timm_name_with_a_head_and_another_size(
+    published_file: tuple[Path, Callable[..., dict[str, Any]]],
+) -> None:
+    path, arguments = published_file
+    model = timm.create_model(NAME, **SMALL, num_classes=3)
+    save_file(model.state_dict(), path)
+    teacher = load_teacher(NAME, model_args=arguments())
+    assert teacher.architecture == NAME
+    assert teacher.has_head
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(teacher.model(images), model.eval()(images))
+    small = load_teacher(NAME, model_args=arguments(), img_size=(64, 96), position_embedding="mae")
+    assert small.report.resampled == {"pos_embed": "from grid 14x14 to 4x6 (mae's bicubic)"}
+    assert small.model(torch.randn(1, 3, 64, 96)).shape == (1, 3)
+
+
+def test_published_weights_that_do_not_load_end_in_one_sentence(
+    published_file: tuple[Path, Callable[..., dict[str, Any]]],
+) -> None:
+    path, arguments = published_file
+    tensors = timm.create_model(NAME, **SMALL, num_classes=3).state_dict()
+    save_file({key: value for key, value in tensors.items() if key != "norm.bias"}, path)
+    for damage in (lambda: None, lambda: path.write_bytes(path.read_bytes()[:90]), lambda: path.unlink()):
+        damage()
+        with pytest.raises(CheckpointError, match=r"vit_tiny_patch16_224") as caught:
+            load_teacher(NAME, model_args=arguments())
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_without_weights_names_others() -> None:
+    with pytest.raises(CheckpointError, match=r"timm publishes no weights for 'vit_base_patch16_xp_224'"):
+        read_timm(TimmSource("vit_base_patch16_xp_224"), {})
+    with pytest.raises(
+        CheckpointError, match=r"no tag 'may' of vit_large_patch16_224; valid: .*vit_large_patch16_224\.mae"
+    ):
+        load_teacher("vit_large_patch16_224.may")
