@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -50,15 +50,25 @@ class Fetcher:
 
     def __init__(self, dataset: Any, workers: int, limit: int) -> None:
         self.bad = BadImages(limit)
+        self._dataset = dataset
+        self._workers = workers
         self._requests = Requests()
-        self._loader = create_loader(dataset, workers, sampler=self._requests, persistent_workers=workers > 0)
+        self._loader = self._open()
 
     def fetch(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
         """A batch for each request, in order. A new pass ends the one before it."""
         self._requests.pending = requests
-        for batch in guarded(self._loader):
-            self.bad.add(batch)
-            yield batch
+        try:
+            for batch in guarded(self._loader):
+                self.bad.add(batch)
+                yield batch
+        except DataError:
+            self._loader = self._open()
+            raise
+
+    def _open(self) -> DataLoader[Batch]:
+        keep = self._workers > 0
+        return create_loader(self._dataset, self._workers, sampler=self._requests, persistent_workers=keep)
 
 
 def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Batch]:
@@ -75,8 +85,9 @@ def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Bat
     )
 
 
-def guarded(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches; DataError when a loader process dies."""
+def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The batches of a loader; DataError when one of its processes dies."""
+    batches = iter(loader)
     try:
         yield from batches
     except (RuntimeError, *LOST_PROCESS) as error:
@@ -84,7 +95,15 @@ def guarded(batches: Iterable[Batch]) -> Iterator[Batch]:
             isinstance(error, LOST_PROCESS) or str(error).startswith("DataLoader worker")
         ):
             raise  # an error in the data set itself
+        _forget(batches)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"a loader process died ({reason}); it may have run out of memory: try a smaller data.workers"
         ) from error
+
+
+def _forget(batches: Any) -> None:
+    """Ends the other processes. torch would otherwise raise for the dead one again whenever any child ends."""
+    end = getattr(batches, "_shutdown_workers", None)
+    if end is not None:
+        end()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -152,19 +151,18 @@ print(to_json(evaluate(models, loader)))
 """
 
 
-def run_ranks(world: int, file: Path) -> list[dict[str, Any]]:
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(world), str(file)], stdout=subprocess.PIPE
-        )
-        for rank in range(world)
-    ]
-    return [json.loads(process.communicate(timeout=120)[0]) for process in started]
+def start_rank(rank: int, world: int, file: Path) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-c", RANK, str(rank), str(world), str(file)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_two_ranks_count_what_one_counts(tmp_path: Path) -> None:
-    alone = run_ranks(1, tmp_path / "one")[0]
-    first, second = run_ranks(2, tmp_path / "two")
+    started = [
+        start_rank(0, 1, tmp_path / "one"),
+        *(start_rank(rank, 2, tmp_path / "two") for rank in (0, 1)),
+    ]
+    alone, first, second = (json.loads(process.communicate(timeout=120)[0]) for process in started)
     assert first == second
     assert alone["m"]["samples"] == 500
     for name, metrics in alone.items():
