@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -66,15 +67,11 @@ def test_help_is_quick_beside_a_bare_interpreter() -> None:
     assert best_of([sys.executable, "-m", "graftvit.launch", "train", "--help"]) < 20 * bare + 1
 
 
-@pytest.mark.parametrize("key", leaves())
-def test_every_setting_is_in_the_help_and_settable(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
-    leaf = leaves()[key]
-    shown = capsys.readouterr().out
-    names = [f"--{key}", f"--{leaf.name}", f"--no-{leaf.name}"]
-    if key == "teacher.source":
-        names.append("--teacher")
-    assert any(f"{name} " in shown or f"{name}\n" in shown or f"{name}," in shown for name in names)
+    flags = set(re.findall(r"--[a-z_.-]+", capsys.readouterr().out))
+    for key, leaf in leaves().items():
+        assert flags & {f"--{key}", f"--{leaf.name}", f"--no-{leaf.name}", f"--no-{key}"}, key
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

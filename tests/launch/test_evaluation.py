@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from graftvit.checkpoints.student import save_student
+from graftvit.launch.candidates import load_candidate, predictor
+from graftvit.launch.cli import main
+from graftvit.launch.config import load_config
+from graftvit.transfer.config import TeacherConfig
+from graftvit.transfer.data import InputSpec, create_eval_loader
+from graftvit.transfer.engine import train
+from torch import Tensor, nn
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 3}
+STUDENT = [
+    "student.model=vit_tiny_patch16_224",
+    *(
+        f"student.model_args.{name}={SIZES[name]}"
+        for name in ("patch_size", "embed_dim", "depth", "num_heads")
+    ),
+    "student.img_size=16",
+]
+RUN = [
+    *STUDENT, "dataset=digits", "aa=none", "batch_size=20", "train_samples=40", "epochs=1", "warmup_epochs=0",
+    "workers=0", "device=cpu", "trackers=none", "progress=false", "blr=0.02",
+]  # fmt: skip
+
+
+def save(folder: Path, seed: int, mean: float = 0.5, std: float = 0.5, **changes: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    arguments = SIZES | {"num_classes": 10} | changes
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv.weight"):
+            parameter.data *= 20  # attention that is far from uniform
+    save_student(
+        model,
+        folder,
+        architecture="vit_tiny_patch16_224",
+        model_args=arguments,
+        mean=(mean,) * 3,
+        std=(std,) * 3,
+    )
+    return model
+
+
+def digits(spec: InputSpec) -> tuple[Tensor, Tensor]:
+    loader = create_eval_loader(load_config(None, ["dataset=digits", "workers=0"]).data, spec)
+    batches = [(images[valid], targets[valid]) for images, targets, valid in loader]
+    return torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
+
+
+def scores(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str) -> dict[str, dict[str, float]]:
+    path = tmp_path / "scores.json"
+    assert main(["evaluate", *words, "--device", "cpu", "--workers", "0", "--json", str(path)]) == 0
+    table = capsys.readouterr().out
+    found: dict[str, dict[str, float]] = json.loads(path.read_text())
+    assert all(f"| {name} " in table for name in found)
+    return found
+
+
+def test_each_and_the_ensemble_are_what_a_plain_loop_gives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = save(tmp_path / "a", 0), save(tmp_path / "b", 1, mean=0.2, std=0.3)
+    names = [f"local-dir:{tmp_path / name}" for name in "ab"]
+    found = scores(capsys, tmp_path, *names, "--dataset", "digits", "--batch_size", "64")
+    half, other = (
+        InputSpec((3, 16, 16), (0.5,) * 3, (0.5,) * 3),
+        InputSpec((3, 16, 16), (0.2,) * 3, (0.3,) * 3),
+    )
+    images, targets = digits(half)
+    with torch.no_grad():
+        probabilities = [first(images).softmax(-1), second(digits(other)[0]).softmax(-1)]
+    probabilities.append((probabilities[0] + probabilities[1]) / 2)
+    for name, each in zip([*names, "ensemble"], probabilities, strict=True):
+        top1 = (each.argmax(-1) == targets).double().mean().item() * 100
+        loss = -each.gather(1, targets[:, None]).log().mean().item()
+        assert found[name]["top1"] == pytest.approx(top1, abs=0.21)
+        assert found[name]["loss"] == pytest.approx(loss, rel=1e-4)
+        assert found[name]["samples"] == len(targets)
+
+
+@pytest.mark.parametrize("method", ["copy", "distill"])
+def test_a_run_is_evaluated_as_it_evaluated_itself(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "teacher", 3)
+    run = tmp_path / method
+    overrides = [*RUN, f"teacher=local-dir:{tmp_path / 'teacher'}", f"method={method}", f"output_dir={run}"]
+    result = train(load_config(None, overrides))
+    found = scores(capsys, tmp_path, str(run))[str(run)]
+    assert found["top1"] == pytest.approx(result.metrics["test_top1"])
+    assert found["loss"] == pytest.approx(result.metrics["test_loss"], rel=1e-5)
+    if method == "copy":
+        # without its teacher the student would be another function
+        student = load_candidate(f"local-dir:{run / 'student'}", TeacherConfig())
+        images, _ = digits(student.spec)
+        alone = timm.create_model(f"local-dir:{run / 'student'}", pretrained=True).eval()
+        with torch.no_grad():
+            assert (student.predict(images[:8]) - alone(images[:8])).abs().max() > 1e-3
+
+
+def test_images_are_renormalised() -> None:
+    own = InputSpec((3, 4, 4), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    shown = InputSpec((3, 4, 4), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    pixels = torch.rand(2, 3, 4, 4)
+
+    def normalise(spec: InputSpec) -> Tensor:
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
+        return (pixels - mean) / std
+
+    from graftvit.launch.candidates import Candidate
+
+    candidate = Candidate("x", nn.Identity(), lambda images: images, own, 10)
+    torch.testing.assert_close(predictor(candidate, shown)(normalise(shown)), normalise(own))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["{a}", "{a}"], ["named twice"]),
+        (["{a}", "{large}"], ["3x32x32", "3x16x16"]),
+        (["{a}", "{seven}"], ["7 classes", "10"]),
+        (["{headless}"], ["no classification head"]),
+        (["{a}", "--subset", "imagenet-a"], ["10 classes", "subset"]),
+        (["{a}", "--subset", "imagenet-x"], ["imagenet-x", "imagenet-r"]),
+        (["{a}", "--mixup", "0.8"], ["--mixup changes nothing here"]),
+        (["{a}", "--json", "/nowhere/x.json"], ["--json", "/nowhere/x.json"]),
+        (["local-dir:/nowhere"], ["/nowhere"]),
+        ([], ["CHECKPOINT"]),
+        (["{a}", "--data_path", "/nowhere", "--dataset", "folder"], ["/nowhere"]),
+    ],
+)
+def test_mistakes_are_named(
+    words: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "a", 0)
+    save(tmp_path / "large", 0, img_size=32)
+    save(tmp_path / "seven", 0, num_classes=7)
+    save(tmp_path / "headless", 0, num_classes=0)
+    places = {name: f"local-dir:{tmp_path / name}" for name in ("a", "large", "seven", "headless")}
+    data = [] if "--dataset" in words else ["--dataset", "digits", "--workers", "0", "--device", "cpu"]
+    assert main(["evaluate", *(word.format(**places) for word in words), *data]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("graftvit: error: ")
+    for part in parts:
+        assert part in error
+
+
+def test_a_teacher_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "a", 0, mean=0.25)
+    assert main(["teacher", "info", f"local-dir:{tmp_path / 'a'}"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("vit_tiny_patch16_224", "2 layers, 2 heads of 12", "4x4 patches, prefix: cls", "mean 0.25",
+                 "10 classes", "loaded"):  # fmt: skip
+        assert part in shown
+    assert main(["teacher", "info", f"local-dir:{tmp_path / 'a'}", "--teacher.img_size", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "8x8 patches" in shown
+    assert "resampled pos_embed" in shown

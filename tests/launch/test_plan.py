@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from graftvit.checkpoints.student import save_student
+from graftvit.launch.cli import main
+from graftvit.launch.config import load_config
+from graftvit.launch.outline import outline_teacher
+from graftvit.launch.plan import describe_plan
+from graftvit.models.errors import GraftError
+from graftvit.transfer.build import build
+from graftvit.transfer.config import TeacherConfig
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
+STUDENT = [
+    "student.model=vit_tiny_patch16_224",
+    *(f"student.model_args.{name}={value}" for name, value in SMALL.items() if name != "img_size"),
+    "student.img_size=16",
+    "device=cpu",
+    "workers=0",
+]
+
+
+def rows(plan: str) -> dict[str, str]:
+    """The plan as name -> words; lines that go on are joined."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in plan.splitlines():
+        head, words = line[:15].strip(), line[15:]
+        name = head or name
+        found[name] = f"{found[name]}\n{words}" if name in found else words
+    return found
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    arguments = SMALL | {"num_classes": 0, "in_chans": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **arguments)
+    folder = tmp_path / "teacher"
+    mean_std = (0.5, 0.5, 0.5)
+    save_student(
+        model, folder, architecture="vit_tiny_patch16_224", model_args=arguments, mean=mean_std, std=mean_std
+    )
+    return f"local-dir:{folder}"
+
+
+def test_the_published_recipe_is_planned_without_data_or_weights() -> None:
+    plan = rows(describe_plan(load_config("attention_distill_vit_large", ["device=cpu"])))
+    assert "weights not read" in plan["teacher"]
+    assert "vit_large_patch16_224" in plan["student"]
+    assert "1000 classes" in plan["student"]
+    assert "0>0" in plan["transfer"]
+    assert "17>17" in plan["transfer"]
+    assert "18>18" not in plan["transfer"]
+    assert "heads: all 16" in plan["transfer"]
+    assert "loss: 3 x the sum over layers" in plan["transfer"]
+    assert plan["trained"] == "304,326,632 of 304,326,632 parameters"
+    assert "data.data_path" in plan["data"]
+    assert plan["batch"] == "32 x 1 accumulated x 1 process = 32 images"
+    assert "200 epochs" in plan["length"]
+    assert "activations" in plan["memory"]
+
+
+def test_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    plan = rows(describe_plan(load_config("attention_distill_vit_base")))
+    assert plan["batch"].endswith("64 processes = 2048 images")
+    assert plan["learning rate"].startswith("0.0008 (blr 0.0001 x 2048 / 256), down to 1e-06")
+
+
+@pytest.mark.parametrize("method", ["distill", "copy", "copy_q", "distill_v", "block_output", "logits"])
+def test_the_plan_is_that_of_the_run(method: str, teacher: str, tmp_path: Path) -> None:
+    overrides = [
+        *STUDENT, "dataset=digits", f"teacher={teacher}", f"method={method}", "layers=last:2",
+        f"output_dir={tmp_path / 'run'}", "batch_size=50", "train_samples=200", "epochs=3", "warmup_epochs=1",
+    ]  # fmt: skip
+    config = load_config(None, overrides)
+    if method == "logits":
+        with pytest.raises(GraftError):
+            describe_plan(config)
+        return
+    plan = rows(describe_plan(config))
+    parts = build(config)
+    trained = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in parts.task.parameters())
+    assert plan["trained"] == f"{trained:,} of {count:,} parameters"
+    assert "2>2, 3>3" in plan["transfer"]
+    assert plan["data"] == "200 training images, 10 classes"
+    assert plan["length"] == "12 steps, 4 an epoch, 4 of them warm-up"
+    assert ("needs its teacher" in plan["transfer"]) == method.startswith("copy")
+    assert not (tmp_path / "run").exists(), "a plan leaves nothing behind"
+
+
+@pytest.mark.parametrize("mode", ["scratch", "finetune", "pretrain"])
+def test_modes_without_transfer(mode: str, teacher: str) -> None:
+    init = ["init=" + teacher] if mode == "finetune" else []
+    config = load_config(
+        None, [*STUDENT, *init, f"mode={mode}", "dataset=digits", "decoder_dim=16", "decoder_heads=2"]
+    )
+    plan = rows(describe_plan(config))
+    assert "transfer" not in plan
+    trained = sum(p.numel() for p in build(config).task.parameters() if p.requires_grad)
+    assert plan["trained"].startswith(f"{trained:,} of ")
+    assert ("no head" in plan["student"]) == (mode == "pretrain")
+
+
+def test_frozen_parameters_are_not_trained(teacher: str) -> None:
+    overrides = [*STUDENT, f"teacher={teacher}", "dataset=digits", r"trainable=blocks\.3"]
+    plan = rows(describe_plan(load_config(None, overrides)))
+    trained, count = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+", plan["trained"]))
+    assert 0 < trained < count / 2
+
+
+def test_matched_heads_are_said_to_come_from_the_first_batch(teacher: str) -> None:
+    overrides = [*STUDENT, f"teacher={teacher}", "dataset=digits", "heads=match"]
+    assert "matched on the first batch" in describe_plan(load_config(None, overrides))
+
+
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = rows(describe_plan(load_config("cifar10_copy")))
+    assert plan["data"].startswith("not read: ")
+    assert "10 classes" in plan["student"]
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+def test_without_data_the_classes_must_be_known(teacher: str) -> None:
+    with pytest.raises(GraftError, match="data_path"):
+        describe_plan(load_config(None, [*STUDENT, f"teacher={teacher}"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["train", "--dry_run"], "teacher.source"),
+        (["train", "cifar10_copy", "--dry_run", "--model", "vit_tiny_patch16_224"], "transfer.heads"),
+        (["train", "cifar10_copy", "--dry_run", "--layers", "first:99"], "first:99"),
+        (["train", "cifar10_copy", "--dry_run", "--model", "vit_smal"], "vit_smal"),
+        (["train", "cifar10_copy", "--dry_run", "--teacher", "vit_smal.dino"], "vit_smal"),
+        (["train", "cifar10_copy", "--dry_run", "--teacher.img_size", "224"], "patch grid"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("graftvit: error: ")
+    assert part in captured.err
+
+
+def test_a_timm_teacher_is_outlined_without_storage() -> None:
+    outlined = outline_teacher(TeacherConfig(source="vit_huge_patch14_224.mae"), (224, 224))
+    assert sum(p.numel() for p in outlined.model.parameters()) == 630_764_800
+    assert all(p.is_meta and not p.requires_grad for p in outlined.model.parameters())
+    assert not outlined.has_head
+    assert not outlined.model.training
+
+
+def test_an_outline_takes_the_students_resolution_where_its_patches_allow() -> None:
+    resized = outline_teacher(TeacherConfig(source="vit_tiny_patch16_224"), (64, 96))
+    assert resized.model.patch_embed.grid_size == (4, 6)
+    assert resized.has_head
+    own = outline_teacher(TeacherConfig(source="vit_tiny_patch16_224", img_size=32), (64, 96), empty=False)
+    assert own.model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
