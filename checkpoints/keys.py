@@ -45,7 +45,7 @@ class KeyRules:
         if module in self.classifiers:
             if self.num_classes == 0:
                 return "the model has no head"
-            return None if self.head_fits or self.role == "teacher" else "a head of another size"
+            return None if self.head_fits or self.role == "teacher" else "a head that does not fit"
         if self._other_pooling(_other(module)) and (self.role == "init" or self.num_classes == 0):
             return "the final norm of another pooling"
         return next((reason for pattern, reason in NOT_NEEDED if re.fullmatch(pattern, key)), None)
