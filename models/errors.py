@@ -1,4 +1,4 @@
-"""The errors that GraftViT raises for a user's mistake: one sentence that names the flag, the value and the valid ones."""
+"""The errors that GraftViT raises for a user's mistake: one sentence with the flag, the value and the valid ones."""
 
 from __future__ import annotations
 

@@ -139,7 +139,8 @@ class AttentionHost(nn.Module):
 
     def _separate(self, x: Tensor, part: str) -> Tensor:
         heads = self.num_heads if part == "q" else self.num_heads // self.kv_groups
-        return self._child(f"{part}_proj", x).unflatten(-1, (heads, -1)).transpose(1, 2)
+        projected = self._child(f"{part}_proj", x)
+        return projected.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
     def _rows(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
         """Parts `start` to `stop` of q, k and v, by those rows of the fused weight alone."""
@@ -160,7 +161,7 @@ class AttentionHost(nn.Module):
         return F.linear(x, fused.weight[rows], None if fused.bias is None else fused.bias[rows])
 
     def _split(self, x: Tensor, parts: int) -> list[Tensor]:
-        return list(x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
+        return list(x.reshape(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0))
 
     def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
         """Per-head norm and rotary embedding of q and k; grouped keys and values are repeated for their heads."""

@@ -166,7 +166,8 @@ def _(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, 
 @_attention_with_lse_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, bias, out, lse, scale, bias_grad):  # type: ignore[no-untyped-def]
     grad_bias = q.new_empty(bias.shape) if bias_grad and bias is not None else q.new_empty(0)
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)) + (grad_bias,)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv, grad_bias
 
 
 @_apply_map_backward.register_fake

@@ -1,0 +1,144 @@
+"""Run the benchmarks and write a table and JSON.
+
+python -m benchmarks                          ViT-S and ViT-B on this machine
+python -m benchmarks --models ViT-S --tokens 1025 2305 --repeats 9
+python -m benchmarks --quick                  one short case, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import median_seconds, peak_bytes
+from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor
+
+TOKENS_A_STEP = 2305  # the batch is chosen so that each step has about as many tokens
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    arguments = parse()
+    rows = []
+    for case in cases(arguments):
+        print(case.describe(), flush=True)
+        rows.append(measure(case, arguments.repeats))
+        print(
+            "  " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in rows[-1]["ratio"].items()), flush=True
+        )
+    result = {"machine": machine(), "repeats": arguments.repeats, "rows": rows, "exponents": exponents(rows)}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    name = arguments.output / arguments.name
+    name.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    name.with_suffix(".md").write_text(table(result))
+    print(f"\n{table(result)}\nwritten to {name.with_suffix('.md')} and .json")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ViT-S", "ViT-B"])
+    parser.add_argument("--tokens", nargs="+", type=int, choices=SIDES, default=list(SIDES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="ViT-S at 197 tokens, three repeats")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.models, arguments.tokens, arguments.repeats = ["ViT-S"], [197], 3
+        arguments.name = "quick"
+    return arguments
+
+
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
+    factor = 16 if device.type == "cuda" else 1
+    found = []
+    for model in arguments.models:
+        for tokens in arguments.tokens:
+            if model == "ViT-B" and tokens > 1025 and device.type == "cpu":
+                continue  # minutes a step
+            batch = max(1, factor * TOKENS_A_STEP // tokens)
+            found += [Case(model, tokens, batch, device, dtype) for dtype in dtypes]
+    return found
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    steps = build_steps(case)
+    seconds = median_seconds(steps, repeats, case.device)
+    bound = seconds["teacher"] + seconds["plain"]
+    peaks = {name: peak_bytes(step, case.device) for name, step in steps.items()}
+    methods = [*OURS, *DENSE]
+    return {
+        "model": case.model,
+        "tokens": case.tokens,
+        "batch": case.batch,
+        "dtype": str(case.dtype)[6:],
+        "seconds": seconds,
+        "bound_seconds": bound,
+        "ratio": {name: seconds[name] / bound for name in methods},
+        "floor": {name: floor(case.model, case.tokens, name) for name in OURS},
+        "extra_mebibytes_an_image": {
+            name: (peaks[name] - peaks["plain"]) / case.batch / 2**20 for name in methods
+        },
+    }
+
+
+def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How the memory over a plain step grows with N from 577 to 2,305 tokens: the slope of log over log."""
+    found = {}
+    for model in {row["model"] for row in rows}:
+        ends = [row for n in (577, 2305) for row in rows if (row["model"], row["tokens"]) == (model, n)]
+        for name in [*OURS, *DENSE] if len(ends) == 2 else []:
+            small, large = (row["extra_mebibytes_an_image"][name] for row in ends)
+            if small > 0 and large > 0:
+                found[f"{model}, {name}"] = math.log(large / small) / math.log(2305 / 577)
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    methods = [*OURS, *DENSE]
+    head = ["model", "tokens", "batch", "dtype", "bound (s)"]
+    head += [f"{name} (floor)" if name in OURS else name for name in methods]
+    lines = [f"Step time over the bound (teacher forward + plain student step). {result['machine']}.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in result["rows"]:
+        cells = [
+            row["model"],
+            f"{row['tokens']:,}",
+            str(row["batch"]),
+            row["dtype"],
+            f"{row['bound_seconds']:.2f}",
+        ]
+        for name in methods:
+            least = f" ({row['floor'][name]:.2f})" if name in row["floor"] else ""
+            cells.append(f"{row['ratio'][name]:.2f}{least}")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Peak memory over a plain student step, MiB an image.", ""]
+    lines += ["| model | tokens | " + " | ".join(methods) + " |", "|" + " --- |" * (len(methods) + 2)]
+    for row in result["rows"]:
+        cells = [f"{row['extra_mebibytes_an_image'][name]:.0f}" for name in methods]
+        lines.append(f"| {row['model']} | {row['tokens']:,} | " + " | ".join(cells) + " |")
+    lines += [""] + [
+        f"Growth with N from 577 to 2,305, {name}: N^{value:.2f}"
+        for name, value in result["exponents"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{device}, {platform.machine()}, torch {torch.__version__.split('+')[0]}"
+
+
+if __name__ == "__main__":
+    main()
