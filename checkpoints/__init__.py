@@ -1,0 +1,5 @@
+"""What is read and written: teachers from any source, students as plain timm folders, training state."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

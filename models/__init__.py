@@ -1,0 +1,5 @@
+"""What a model is: the supported families, attention operators, and the host that wears one."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,16 @@
+from .analysis import attention_maps as attention_maps
+from .analysis import divergence_by_layer as divergence_by_layer
+from .analysis import js_divergence as js_divergence
+from .config import RunConfig as RunConfig
+from .config import TransferConfig as TransferConfig
+from .demo import run_demo as run_demo
+from .dual import DualOutput as DualOutput
+from .dual import DualViT as DualViT
+from .dual import build_dual as build_dual
+from .engine import RunResult as RunResult
+from .engine import train as train
+from .evaluate import Metrics as Metrics
+from .evaluate import evaluate as evaluate
+from .input import Normalization as Normalization
+from .mismatch import compare_models as compare_models
+from .mismatch import report_mismatch as report_mismatch
