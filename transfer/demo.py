@@ -90,7 +90,7 @@ def _table(results: DemoResults) -> Table:
     table.add_column("top-1", justify="right")
     table.add_column("against scratch", justify="right")
     for method in results.methods:
-        table.add_row(method.title, text.percent(method), text.against_scratch(results, method))
+        table.add_row(method.title, text.percent(method), text.against_scratch(results, method.name))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ class DemoResults:
     def method(self, name: str) -> MethodResult:
         return next(method for method in self.methods if method.name == name)
 
-    def wins(self, name: str) -> int:
-        """With how many seeds a method was better than training from scratch."""
-        return sum(a > b for a, b in zip(self.method(name).top1, self.method("scratch").top1, strict=True))
+    def gains(self, name: str) -> list[float]:
+        """What a method is better by than training from scratch, in points, seed by seed."""
+        scratch = self.method("scratch").top1
+        return [ours - theirs for ours, theirs in zip(self.method(name).top1, scratch, strict=True)]
+
+    def gain_error(self, name: str) -> float | None:
+        """Standard error of the mean of `gains`; None for a single seed."""
+        gains = self.gains(name)
+        return statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None

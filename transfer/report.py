@@ -91,7 +91,7 @@ def render_markdown(results: DemoResults, sections: Sequence[Section]) -> str:
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for method in results.methods:
         each = [f"{value:.1f}" for value in method.top1] if seeds else []
-        rows.append([method.title, text.percent(method), text.against_scratch(results, method), *each])
+        rows.append([method.title, text.percent(method), text.against_scratch(results, method.name), *each])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     parts = [f"# {text.TITLE}", text.asked(results), text.found(results), table, text.table_note(results)]
     for section in sections:
@@ -149,7 +149,7 @@ def _html_row(results: DemoResults, method: MethodResult) -> str:
         f'<td>{name}<span class="what">{_escape(text.WHAT[method.name])}</span></td>',
         f'<td class="number"><strong>{_escape(text.percent(method))}</strong>'
         f'<span class="bar" style="background:{colour};width:{method.mean:.1f}%"></span></td>',
-        f'<td class="number">{text.against_scratch(results, method)}</td>',
+        f'<td class="number">{text.against_scratch(results, method.name)}</td>',
     ]
     if len(results.seeds) > 1:
         cells.append(f'<td class="number each">{each}</td>')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from .demo_results import DemoResults, MethodResult
 
 TITLE = "Is knowing where to look enough?"
@@ -80,7 +82,9 @@ def table_note(results: DemoResults) -> str:
     """How to read the table."""
     seeds = len(results.seeds)
     spread = (
-        "one seed, so there is no deviation" if seeds == 1 else f"mean ± sample deviation over {seeds} seeds"
+        "one seed, so there is no deviation"
+        if seeds == 1
+        else f"mean ± sample deviation over {seeds} seeds; against scratch: within the seeds, ± standard error"
     )
     quick = " This was a quick run, with a shorter pre-training than the full demo." if results.quick else ""
     return (
@@ -141,20 +145,21 @@ def percent(method: MethodResult) -> str:
     return f"{method.mean:.1f} %{spread}"
 
 
-def points(method: MethodResult, base: MethodResult) -> str:
-    """The difference of two means, in percentage points, with its sign."""
-    return f"{method.mean - base.mean:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def against_scratch(results: DemoResults, method: MethodResult) -> str:
-    """`points` from scratch's mean; nothing for scratch itself."""
-    return "" if method.name == "scratch" else points(method, results.method("scratch"))
+def against_scratch(results: DemoResults, name: str) -> str:
+    """`+1.7 ± 0.8`: mean gain within the seeds, in points, and its standard error; scratch has none."""
+    if name == "scratch":
+        return ""
+    gains, error = results.gains(name), results.gain_error(name)
+    mean = f"{statistics.fmean(gains):+.1f}".replace("-", "\N{MINUS SIGN}")
+    return mean if error is None else f"{mean} ± {error:.1f}"
 
 
 def _attention(results: DemoResults, name: str, word: str) -> str:
-    method, scratch = results.method(name), results.method("scratch")
-    seeds = len(results.seeds)
-    versus = f"{points(method, scratch)} points against scratch"
-    if seeds > 1:
-        versus += f", better with {results.wins(name)} of {seeds} seeds"
-    return f"{word} attention alone gives {percent(method)} ({versus})."
+    """What one kind of transfer gives; whether more seeds would be needed to tell it from nothing."""
+    seeds, error, gains = len(results.seeds), results.gain_error(name), results.gains(name)
+    versus = f"{against_scratch(results, name)} points against scratch"
+    if error is not None:
+        versus += f", better with {sum(gain > 0 for gain in gains)} of {seeds} seeds"
+        if abs(statistics.fmean(gains)) < 2 * error:
+            versus += "; so few seeds cannot tell that from chance"
+    return f"{word} attention alone gives {percent(results.method(name))} ({versus})."

@@ -105,7 +105,7 @@ def test_both_reports_hold_the_same_numbers(folder: Path) -> None:
     ):
         assert number in markdown
         assert number in page
-    assert "| Attention distillation | 83.0 % ± 5.7 | +1.0 | 79.0 | 87.0 |" in markdown
+    assert "| Attention distillation | 83.0 % ± 5.7 | +1.0 ± 2.0 | 79.0 | 87.0 |" in markdown
     for image in re.findall(r"\]\((images/\w+\.png)\)", markdown):
         assert (folder / image).read_bytes().startswith(b"\x89PNG")
     assert {path.stem for path in (folder / "images").iterdir()} == {
@@ -118,15 +118,15 @@ def test_both_reports_hold_the_same_numbers(folder: Path) -> None:
 
 
 def test_the_finding_follows_the_numbers() -> None:
-    found = text.found(results())
-    assert "+2.0 points against scratch, better with 2 of 2 seeds" in found
-    assert "+1.0 points against scratch, better with 1 of 2 seeds" in found
-    assert "25 % (copied) and 12 % (distilled) of what fine-tuning gained" in found
+    found = text.found(results(TOP1 | {"copy": (83.0, 86.0)}))
+    assert "(+2.5 ± 0.5 points against scratch, better with 2 of 2 seeds)" in found
+    assert "(+1.0 ± 2.0 points against scratch, better with 1 of 2 seeds; so few seeds cannot tell" in found
+    assert "31 % (copied) and 12 % (distilled) of what fine-tuning gained" in found
 
 
 def test_a_method_that_loses_is_said_to_lose() -> None:
     found = text.found(results(TOP1 | {"copy": (70.0, 75.0)}))
-    assert "\N{MINUS SIGN}9.5 points against scratch, better with 0 of 2 seeds" in found
+    assert "(\N{MINUS SIGN}9.5 ± 0.5 points against scratch, better with 0 of 2 seeds)" in found
 
 
 def test_no_share_of_a_gain_that_is_not_there() -> None:
