@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import shutil
@@ -79,7 +80,7 @@ def recover_folder(path: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Removes the temporary files of `path` that dead attempts left."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         _remove(leftover)
 
 

@@ -113,6 +113,7 @@ def _read_state(content: Content, part: Part) -> Weights:
         encoder = "encoder."
         tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
     architecture, arguments, config = _student_of(json.loads(content.metadata[META_KEY]))
+    notes = () if config else ("normalisation: the architecture's own, for the state does not say it",)
     return Weights(
         tensors,
         str(content.path),
@@ -120,6 +121,7 @@ def _read_state(content: Content, part: Part) -> Weights:
         architecture,
         arguments,
         config,
+        notes=notes,
     )
 
 

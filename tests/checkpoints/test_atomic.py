@@ -21,12 +21,12 @@ def fill(text: str, name: str = "a"):  # type: ignore[no-untyped-def]
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "student"
+    target = tmp_path / "deep" / "student[1]"
     write_folder(target, fill("old", "gone"), size=3)
-    (target.parent / ".student.77.tmp").mkdir()
+    (target.parent / ".student[1].77.tmp").mkdir()
     write_folder(target, fill("new"), size=3)
     assert listed(target) == ["a"]
-    assert listed(target.parent) == ["student"]
+    assert listed(target.parent) == ["student[1]"]
 
 
 def test_a_failure_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_the_settings_of_a_state_name_its_student(tiny: Make, tmp_path: Path) ->
     student = tiny(num_classes=3, global_pool="avg")
     settings = {"mode": "transfer", "student": {"model": NAME, "model_args": ARGUMENTS, "global_pool": "avg"}}
     path = write_run(tmp_path, named("student.", student), {"config": settings})
-    assert same(load_teacher(str(path)).model, student)
+    teacher = load_teacher(str(path))
+    assert same(teacher.model, student)
+    assert "the state does not say it" in teacher.report.summary()
 
 
 def test_a_masked_autoencoder_in_training_gives_its_encoder(tiny: Make, tmp_path: Path) -> None:
