@@ -141,7 +141,8 @@ class Loop:
         record, better = self._record("epoch"), False
         over = self.position.step >= self.schedule.total_steps
         if over or (self.position.epoch + 1) % self.config.engine.eval_every == 0:
-            better = self._evaluate(record)
+            with self.recorder.paused():
+                better = self._evaluate(record)
         self.recorder.write("epoch", {**record, "n_parameters": self.saver.n_parameters})
         self.position.epoch += 1
         self.position.epoch_step = 0
@@ -168,7 +169,8 @@ class Loop:
         self._check_losses()
         if not weights_finite(self.parts.task, self.accelerator):
             raise RunFailedError(f"a weight is not finite at step {self.position.step}{self._last_good()}")
-        self.saver.save(self.position, best=best, last=last)
+        with self.recorder.paused():
+            self.saver.save(self.position, best=best, last=last)
 
     def _check_losses(self) -> None:
         failures = self.health.failures(self.accelerator)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
@@ -34,6 +35,16 @@ class Recorder:
     def images(self, count: int) -> None:
         """`count` more images, of all processes, went through a step."""
         self._since = {kind: (start, seen + count) for kind, (start, seen) in self._since.items()}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block the clocks stand still: evaluating and saving are not training."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            gone = time.perf_counter() - begin
+            self._since = {kind: (start + gone, seen) for kind, (start, seen) in self._since.items()}
 
     def step(self, done: int, epoch: int) -> None:
         """A step is behind."""

@@ -68,13 +68,3 @@ class StopSignals:
             return None
         before[1].wait()
         return int(before[0]) or None
-
-
-def shield_worker(worker: int = 0) -> None:
-    """Makes a loader worker ignore the stop signals; a `worker_init_fn`.
-
-    A terminal and SLURM signal every process of a job. A worker that died of it would break the loader before
-    the run could save; the run ends its workers itself.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

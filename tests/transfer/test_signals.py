@@ -7,7 +7,7 @@ import signal
 import threading
 
 import pytest
-from graftvit.transfer.signals import STOP_SIGNALS, StopSignals, shield_worker
+from graftvit.transfer.signals import STOP_SIGNALS, StopSignals
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -56,16 +56,6 @@ def test_a_forked_child_neither_stops_nor_dies() -> None:
                 os.kill(os.getpid(), number)
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
-def test_a_shielded_worker_outlives_every_stop_signal() -> None:
-    child = os.fork()
-    if child == 0:
-        shield_worker(0)
-        for number in STOP_SIGNALS:
-            os.kill(os.getpid(), number)
-        os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_outside_the_main_thread_no_handler_is_installed() -> None:

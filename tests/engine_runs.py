@@ -1,0 +1,83 @@
+"""Small runs on digits for the tests of the engine, and what two runs must have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from graftvit.checkpoints.state import read_state
+from graftvit.checkpoints.student import save_student
+from graftvit.transfer.config import RunConfig
+from graftvit.transfer.runlog import WALL_CLOCK, read_log
+from torch import Tensor, nn
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def tiny_vit(**overrides: Any) -> nn.Module:
+    model: nn.Module = timm.create_model(ARCHITECTURE, **{**ARGUMENTS, "num_classes": 10, **overrides})
+    return model
+
+
+def make_teacher(folder: Path) -> Path:
+    """A plain timm folder with random weights whose attention is far from uniform."""
+    torch.manual_seed(11)
+    model = tiny_vit()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qkv.weight" in name:
+                parameter.mul_(20)
+    arguments = {**ARGUMENTS, "num_classes": 10}
+    save_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, mean=(0.5,), std=(0.5,))
+    return folder
+
+
+def config(output_dir: Path, teacher: Path | None = None, **sections: Any) -> RunConfig:
+    """Two epochs of eight steps; `sections` overrides keys, as in `optim={"blr": 1.0}`."""
+    base: dict[str, Any] = {
+        "mode": "scratch" if teacher is None else "transfer",
+        "output_dir": output_dir,
+        "teacher": {"source": None if teacher is None else f"local-dir:{teacher}"},
+        "student": {"model": ARCHITECTURE, "model_args": ARGUMENTS, "drop_path": 0.2},
+        "data": {
+            "dataset": "digits", "batch_size": 16, "eval_batch_size": 256, "workers": 0,
+            "train_samples": 130, "aa": None, "hflip": 0.0, "crop_scale": (0.8, 1.0), "mixup": 0.2,
+        },
+        "optim": {"epochs": 2, "blr": 0.03, "warmup_epochs": 0.5, "ema": 0.9, "clip_grad": 1.0},
+        "engine": {"device": "cpu", "log_interval": 3, "trackers": (), "progress": False},
+        "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
+    }  # fmt: skip
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
+    return RunConfig.model_validate(base)
+
+
+def state(folder: Path, name: str = "last") -> dict[str, Tensor]:
+    return read_state(folder / "checkpoints" / f"{name}.safetensors").tensors
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    return [
+        {k: v for k, v in record.items() if k not in WALL_CLOCK} for record in read_log(folder / "log.jsonl")
+    ]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What two finished runs do not have in common, bit for bit: weights, average, optimiser, generators, log."""
+    found = [] if records(one) == records(other) else ["log"]
+    for name in ("last", "best"):
+        first, second = state(one, name), state(other, name)
+        found += sorted(f"{name}: {key}" for key in first.keys() ^ second.keys())
+        found += [
+            f"{name}: {key}"
+            for key in first.keys() & second.keys()
+            if not torch.equal(first[key], second[key])
+        ]
+    for file in ("student/model.safetensors", "student_ema/model.safetensors"):
+        if (one / file).read_bytes() != (other / file).read_bytes():
+            found.append(file)
+    return found
