@@ -51,7 +51,8 @@ def run_demo(
     Raises:
         DemoStoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
     """
-    parts = demo_parts(output_dir, seeds or (SEEDS[:1] if quick else SEEDS), quick)
+    # Absolute, so that a run goes on wherever the command is given next time.
+    parts = demo_parts(output_dir.resolve(), seeds or (SEEDS[:1] if quick else SEEDS), quick)
     console = Console(quiet=not progress)
     with _quiet_log(), _one_thread():
         for index, part in enumerate(parts):

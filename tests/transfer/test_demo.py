@@ -67,7 +67,9 @@ def test_it_writes_a_report_and_does_finished_parts_once(
     assert len(records(tmp_path)) == 9
     before = {path: path.read_bytes() for path in tmp_path.rglob("log.jsonl")}
     monkeypatch.setattr(loop.Loop, "_step", lambda *_: pytest.fail("a finished run was trained again"))
-    assert demo.run_demo(tmp_path, seeds=(0, 5), progress=False) == report
+    monkeypatch.chdir(tmp_path.parent)
+    again = demo.run_demo(Path(tmp_path.name), seeds=(0, 5), progress=False)
+    assert again.resolve() == report
     assert capsys.readouterr().out == ""
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("log.jsonl")}
 
