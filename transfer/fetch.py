@@ -20,6 +20,10 @@ LOST_PROCESS = (ConnectionError, EOFError, FileNotFoundError)
 """What the exchange of tensors fails with when the process that holds them is gone."""
 
 
+SIGNALS_OF_A_DEATH = 8
+"""Bound on how often torch's handler may interrupt the end of a loader: once a process that ends meanwhile."""
+
+
 class BadImages:
     """The unreadable images of a loader: each is logged once, and more than `limit` of them stop the run."""
 
@@ -105,5 +109,9 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
 def _forget(batches: Any) -> None:
     """Ends the other processes. torch would otherwise raise for the dead one again whenever any child ends."""
     end = getattr(batches, "_shutdown_workers", None)
-    if end is not None:
-        end()
+    for _ in range(SIGNALS_OF_A_DEATH if end is not None else 0):
+        try:
+            end()
+        except RuntimeError:  # torch's signal handler, in the middle of it
+            continue
+        return

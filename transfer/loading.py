@@ -138,10 +138,16 @@ def start_worker(_: int) -> None:
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a loader ends with the job
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: a loader ends with the job
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return
+    signal.signal(signal.SIGTERM, _go_on)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _go_on(*_: object) -> None:
+    """For a SIGTERM that reaches a thread which did not block it."""
 
 
 def _obey_parent() -> None:
