@@ -109,7 +109,9 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
 def _forget(batches: Any) -> None:
     """Ends the other processes. torch would otherwise raise for the dead one again whenever any child ends."""
     end = getattr(batches, "_shutdown_workers", None)
-    for _ in range(SIGNALS_OF_A_DEATH if end is not None else 0):
+    if end is None:  # no processes
+        return
+    for _ in range(SIGNALS_OF_A_DEATH):
         try:
             end()
         except RuntimeError:  # torch's signal handler, in the middle of it
