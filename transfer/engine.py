@@ -77,7 +77,8 @@ def train(config: RunConfig) -> RunResult:
                     if loop.finished
                     else f"resumed at step {position.step} of {schedule.total_steps}"
                 )
-                logger.warning("the run in %s is %s", config.output_dir, done)
+                if accelerator.is_main_process:
+                    logger.warning("the run in %s is %s", config.output_dir, done)
             stopped = loop.run()
         if loop.finished:
             writes = accelerator.is_main_process

@@ -32,7 +32,7 @@ T = TypeVar("T")
 def create_accelerator(config: RunConfig) -> Accelerator:
     """The accelerate object of this run; one process unless a launcher set RANK and WORLD_SIZE.
 
-    Raises ConfigError where sharding is asked for with one process, or together with compilation.
+    Raises ConfigError for fp16 without a GPU, and for sharding with one process or with compilation.
     """
     # accelerate keeps its state for the life of the process; a second run may want another precision or
     # device.
@@ -46,6 +46,8 @@ def create_accelerator(config: RunConfig) -> Accelerator:
         mixed_precision="no" if config.engine.precision == "fp32" else config.engine.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skips)],
     )
+    if config.engine.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
     if config.engine.fsdp and accelerator.num_processes == 1:
         raise ConfigError(
             "engine.fsdp=true shards over processes and this run has one: "

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+SHOWN_PARTS = 6
+"""With more losses than these, those of single layers are left to the log."""
+
+
+class _TwoLines(Progress):
+    """The bar, and a line of numbers under it: together they are too wide for most terminals."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.numbers, style="dim")
 
 
 class ProgressBar:
-    """Steps done, loss and its parts, learning rate, images a second and the time left.
+    """Steps done and the time left; below, the losses, learning rate and images a second.
 
-    The step count moves each step, which costs no synchronisation; the numbers change when a record is
-    logged.
+    The step count moves each step, which costs no synchronisation; the numbers when a record is logged.
     """
 
     def __init__(self, total: int, *, shown: bool, done: int = 0) -> None:
-        self._bar = Progress(
+        self._bar = _TwoLines(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[numbers]}"),
-            disable=not (shown and sys.stderr.isatty() and sys.stdout.isatty()),
+            disable=not (shown and sys.stdout.isatty()),
         )
-        self._task = self._bar.add_task("epoch 0", total=total, completed=done, numbers="")
+        self._task = self._bar.add_task("epoch 0", total=total, completed=done)
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -40,14 +53,15 @@ class ProgressBar:
         """`done` optimiser steps are behind."""
         self._bar.update(self._task, completed=done, description=f"epoch {epoch}")
 
-    def numbers(self, record: Mapping[str, float]) -> None:
-        """Shows a log record: total and parts (layers left out where there are many), lr, images a second."""
-        losses = {
-            key.removeprefix("train_"): value for key, value in record.items() if key.startswith("train_")
-        }
-        if len(losses) > 6:
-            losses = {name: value for name, value in losses.items() if not name.startswith("layer")}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        self._bar.update(
-            self._task, numbers=f"{text}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} img/s"
-        )
+    def show(self, record: Mapping[str, float]) -> None:
+        """Shows the numbers of a log record."""
+        self._bar.numbers = numbers(record)
+
+
+def numbers(record: Mapping[str, float]) -> str:
+    """The line under the bar: total loss and its parts, learning rate, images a second."""
+    losses = {key.removeprefix("train_"): value for key, value in record.items() if key.startswith("train_")}
+    if len(losses) > SHOWN_PARTS:
+        losses = {name: value for name, value in losses.items() if not name.startswith("layer")}
+    text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    return f"{text}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} img/s"

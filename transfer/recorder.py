@@ -62,7 +62,7 @@ class Recorder:
         self.start(kind)
         self.plain(full)
         if kind == "interval":
-            self._bar.numbers(full)
+            self._bar.show(full)
 
     def plain(self, record: Mapping[str, Any]) -> None:
         """One record as it is."""

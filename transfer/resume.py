@@ -11,7 +11,7 @@ from ..models.errors import CheckpointError, ConfigError
 from .config import RunConfig
 
 FREE = (
-    "output_dir", "engine.", "student.compile", "student.grad_checkpointing", "teacher.img_size",
+    "output_dir", "engine.", "student.compile", "student.grad_checkpointing",
     "data.data_path", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
     "optim.epochs", "optim.max_steps",
 )  # fmt: skip

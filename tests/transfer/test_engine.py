@@ -235,6 +235,7 @@ def test_compile_reaches_the_task(tmp_path: Path, teacher: Path, monkeypatch: py
         ({"student": {"init": "teacher"}}, "student.init=teacher needs a teacher"),
         ({"student": {"mirror_teacher": True}}, "student.mirror_teacher=true needs a teacher"),
         ({"engine": {"fsdp": True}}, "engine.fsdp=true shards over processes and this run has one"),
+        ({"engine": {"precision": "fp16"}}, "engine.precision=fp16 needs a GPU"),
         ({"optim": {"opt": "adamww"}}, "optim.opt='adamww'"),
         ({"optim": {"trainable": "nothing"}}, "optim.trainable='nothing' matches no parameter"),
     ],
