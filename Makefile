@@ -27,7 +27,9 @@ demo: install
 test: install
 	$(BIN)/pytest -n auto $(ARGS)
 
-lint: install
+# mypy would take an installed copy in place of the sources; the other targets install it again.
+lint: $(VENV)/.dependencies
+	$(BIN)/python -m pip uninstall --quiet --yes graftvit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typing && mkdir -p build/typing/graftvit
