@@ -67,18 +67,8 @@ def train(config: RunConfig) -> RunResult:
         check_length(position, schedule.total_steps)
         with _recorder(config, accelerator, saver.log, position, schedule) as recorder:
             loop = Loop(config, accelerator, parts, saver, schedule, recorder, signals, position)
-            if state is None:
-                seed_everything(config.seed, accelerator.process_index)
-                _begin(loop)
-            else:
-                saver.restore(state)
-                done = (
-                    "finished"
-                    if loop.finished
-                    else f"resumed at step {position.step} of {schedule.total_steps}"
-                )
-                if accelerator.is_main_process:
-                    logger.warning("the run in %s is %s", config.output_dir, done)
+            _start(loop, state)
+            del state  # as large as all that learns, and the run is long
             stopped = loop.run()
         if loop.finished:
             writes = accelerator.is_main_process
@@ -171,6 +161,19 @@ def _write_config(config: RunConfig) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
+
+
+def _start(loop: Loop, state: TrainingState | None) -> None:
+    """Puts `state` back; without one, seeds the generators and says what begins."""
+    position, accelerator = loop.position, loop.accelerator
+    if state is None:
+        seed_everything(loop.config.seed, accelerator.process_index)
+        _begin(loop)
+        return
+    loop.saver.restore(state)
+    if accelerator.is_main_process:
+        done = f"resumed at step {position.step} of {loop.schedule.total_steps}"
+        logger.warning("the run in %s is %s", loop.config.output_dir, "finished" if loop.finished else done)
 
 
 def _begin(loop: Loop) -> None:

@@ -11,7 +11,7 @@ from ..checkpoints.student import save_student
 from ..models.errors import GraftError
 from .build import Parts
 from .ema import WeightAverage
-from .parallel import raise_together, whole
+from .parallel import gathered, raise_together
 from .randomness import preserved
 from .tasks import PretrainTask
 
@@ -29,13 +29,10 @@ def export_students(
     The weights are loaded into a model that timm made from the same arguments, so nothing of the training is
     in it. All processes take part; those that do not write only help to gather.
     """
-    model = parts.task.trainable
-    named = {"student": {name: whole(tensor) for name, tensor in model.state_dict().items()}}
+    named = {"student": gathered(parts.task.trainable.state_dict(), keep=writes)}
     if average is not None:
         # Integer buffers have no average: they are the student's own.
-        named["student_ema"] = named["student"] | {
-            name: whole(tensor) for name, tensor in average.average.items()
-        }
+        named["student_ema"] = named["student"] | gathered(average.average, keep=writes)
     error: GraftError | None = None
     if writes:
         try:

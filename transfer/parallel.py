@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -92,6 +92,20 @@ def whole(tensor: Tensor) -> Tensor:
         tensor = tensor.full_tensor()
     # A copy also where it is already on the CPU: training goes on while the state is being written.
     return tensor.to("cpu", copy=True)
+
+
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """The tensors whole and on the CPU where `keep`; elsewhere nothing, after helping to gather them.
+
+    Only the process that writes keeps them: eight copies of a large state do not fit into one machine.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        if keep:
+            kept[name] = whole(tensor)
+        elif isinstance(tensor, DTensor):
+            tensor.full_tensor()
+    return kept
 
 
 def local(tensor: Tensor) -> Tensor:

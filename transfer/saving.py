@@ -74,9 +74,10 @@ class Saver:
             self.last_step = position.step
 
     def capture(self, position: Position) -> TrainingState:
-        """The state at this boundary. A collective: every process gets the gathered tensors."""
-        tensors = capture_weights(self.task.saved, self.average)
-        slots, numbers = capture_optimizer(self.task, self.optimizer)
+        """The state at this boundary. All processes take part; only the first one's is whole."""
+        keep = self.accelerator.is_main_process
+        tensors = capture_weights(self.task.saved, self.average, keep=keep)
+        slots, numbers = capture_optimizer(self.task, self.optimizer, keep=keep)
         ranks, counts = capture_ranks(self.meters, self.group)
         position.records = self.log.records
         scaler = self.accelerator.scaler

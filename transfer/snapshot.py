@@ -17,17 +17,17 @@ from ..models.errors import CheckpointError
 from . import randomness
 from .ema import WeightAverage
 from .meters import Meters
-from .parallel import gather, placed_like, whole
+from .parallel import gather, gathered, placed_like
 
 Tensors = dict[str, Tensor]
 
 
-def capture_weights(module: nn.Module, average: WeightAverage | None) -> Tensors:
-    """`student.…` (and projectors beside it) and `ema.…`, whole, on every process; all must call it."""
-    tensors = {name: whole(tensor) for name, tensor in module.state_dict().items()}
+def capture_weights(module: nn.Module, average: WeightAverage | None, *, keep: bool) -> Tensors:
+    """`student.…` (and projectors beside it) and `ema.…`, whole, where `keep`; all processes must call it."""
+    tensors = dict(module.state_dict())
     if average is not None:
-        tensors |= {f"ema.{name}": whole(tensor) for name, tensor in average.average.items()}
-    return tensors
+        tensors |= {f"ema.{name}": tensor for name, tensor in average.average.items()}
+    return gathered(tensors, keep=keep)
 
 
 @torch.no_grad()
@@ -55,18 +55,19 @@ def _find(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
     return found
 
 
-def capture_optimizer(task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
-    """`optimizer.<parameter>|<slot>` tensors, and the slots that are plain numbers."""
+def capture_optimizer(
+    task: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool
+) -> tuple[Tensors, dict[str, Any]]:
+    """`optimizer.<parameter>|<slot>` tensors, where `keep`, and the slots that are plain numbers."""
     tensors: Tensors = {}
     numbers: dict[str, Any] = {}
     for name, parameter in task.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
-            key = f"optimizer.{name}|{slot}"
             if isinstance(value, Tensor):
-                tensors[key] = whole(value)
+                tensors[f"optimizer.{name}|{slot}"] = value
             elif value is not None:
-                numbers[key] = value
-    return tensors, numbers
+                numbers[f"optimizer.{name}|{slot}"] = value
+    return gathered(tensors, keep=keep), numbers
 
 
 def restore_optimizer(
