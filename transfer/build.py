@@ -11,7 +11,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ..checkpoints.teacher import Teacher, load_teacher, load_weights
-from ..models.errors import ConfigError, GraftError
+from ..models.errors import ConfigError
 from ..models.mae import MaskedAutoencoder
 from .config import RunConfig, StudentConfig
 from .data import EvalLoader, InputSpec, TrainLoader, create_eval_loader, create_train_loader
@@ -60,7 +60,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
         plan = plan_student(headless(config.student), 0, None)
     else:
         plan = plan_student(config.student, train_loader.num_classes, teacher)
-    task = _task(config, _student(config, plan), plan, teacher, train_loader)
+    task = _task(config, _student(config, plan), plan, teacher, spec)
     # Fine-tuning has taken the teacher's weights and needs it no more.
     return Parts(task, plan, teacher if config.mode == "transfer" else None, train_loader, eval_loader)
 
@@ -79,19 +79,13 @@ def find_teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
     if config.mode in ("scratch", "pretrain"):
         logger.warning("teacher.source=%s is not used: mode=%s has no teacher", source, config.mode)
         return None
-    keywords: dict[str, Any] = {
-        "model": config.teacher.model,
-        "model_args": config.teacher.model_args,
-        "position_embedding": config.teacher.position_embedding,
-    }
-    if config.teacher.img_size is not None:
-        return load_teacher(source, img_size=config.teacher.img_size, **keywords)
-    try:
-        return load_teacher(source, img_size=size, **keywords)
-    except GraftError:
-        # Its patches may not divide the student's images; it then keeps its own size and is shown resized
-        # ones.
-        return load_teacher(source, **keywords)
+    return load_teacher(
+        source,
+        model=config.teacher.model,
+        model_args=config.teacher.model_args,
+        img_size=config.teacher.img_size or size,
+        position_embedding=config.teacher.position_embedding,
+    )
 
 
 def headless(config: StudentConfig) -> StudentConfig:
@@ -125,17 +119,20 @@ def _student(config: RunConfig, plan: StudentPlan) -> nn.Module:
     return student
 
 
+def _calibration(config: RunConfig, spec: InputSpec) -> Tensor:
+    """The first images of the first process, on every process: all must match the same heads."""
+    with preserved():
+        return next(create_train_loader(config.data, spec, seed=config.seed).epoch(0))[0]
+
+
 def _task(
-    config: RunConfig, student: nn.Module, plan: StudentPlan, teacher: Teacher | None, loader: TrainLoader
+    config: RunConfig, student: nn.Module, plan: StudentPlan, teacher: Teacher | None, spec: InputSpec
 ) -> Task:
     if config.mode == "pretrain":
         settings = config.pretrain.model_dump()
         task: Task = PretrainTask(MaskedAutoencoder(student, **settings))
     elif config.mode == "transfer" and teacher is not None:
-        calibration = None
-        if config.transfer.heads == "match":
-            with preserved():
-                calibration = next(iter(loader.epoch(0)))[0]
+        calibration = _calibration(config, spec) if config.transfer.heads == "match" else None
         normalization = Normalization(plan.mean, plan.std)
         dual = build_dual(config.transfer, teacher, student, normalization, calibration)
         logger.info("%s", dual.describe())

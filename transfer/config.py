@@ -31,13 +31,17 @@ class TeacherConfig(Section):
     source: str | None = Field(
         None, description="timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth"
     )
-    model: str | None = Field(None, description="timm architecture, for a weights file that does not name its own")
+    model: str | None = Field(
+        None, description="timm architecture, for a weights file that does not name its own"
+    )
     model_args: dict[str, Any] = Field({}, description="keyword arguments of the teacher's timm constructor")
     img_size: int | tuple[int, int] | None = Field(
-        None, description="resolution to resample the teacher to; the student's by default where the teacher allows"
+        None,
+        description="resolution to resample the teacher to; the student's by default where the teacher allows",
     )
     position_embedding: Literal["timm", "mae"] = Field(
-        "timm", description="how position embeddings are resampled: timm's antialiased bicubic, or MAE's plain bicubic"
+        "timm",
+        description="how position embeddings are resampled: timm's antialiased bicubic, or MAE's plain bicubic",
     )
 
 
@@ -47,16 +51,24 @@ class StudentConfig(Section):
     model: str = Field("vit_base_patch16_224", description="timm architecture of the student")
     model_args: dict[str, Any] = Field({}, description="keyword arguments of the student's timm constructor")
     init: str | None = Field(
-        None, description="weights to start from, any teacher source; 'teacher' for the teacher's own; fresh by default"
+        None,
+        description="weights to start from, any teacher source; 'teacher' for the teacher's own; fresh by default",
     )
-    img_size: int | tuple[int, int] | None = Field(None, description="input resolution; the architecture's by default")
-    global_pool: Literal["avg", "token", "map", ""] | None = Field("avg", description="pooling before the head")
+    img_size: int | tuple[int, int] | None = Field(
+        None, description="input resolution; the architecture's by default"
+    )
+    global_pool: Literal["avg", "token", "map", ""] | None = Field(
+        "avg", description="pooling before the head"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the last block")
     pos_embed_std: float | None = Field(
-        None, gt=0, description="deviation of the fresh position embeddings; the architecture's own by default"
+        None,
+        gt=0,
+        description="deviation of the fresh position embeddings; the architecture's own by default",
     )
     mirror_teacher: bool = Field(
-        False, description="give the student the teacher's native parts (LayerScale, registers, ...), freshly initialised"
+        False,
+        description="give the student the teacher's native parts (LayerScale, registers, ...), freshly initialised",
     )
     grad_checkpointing: bool = Field(False, description="recompute block activations in the backward pass")
     compile: bool = Field(False, description="compile the step's forward with torch.compile(fullgraph=True)")
@@ -68,51 +80,72 @@ class TransferConfig(Section):
     method: Method = Field("distill", description="what is copied or distilled")
     layers: str | list[int] | list[tuple[int, int]] = Field(
         "all",
-        description="all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5 or teacher>student pairs 2>0,5>1",
+        description="all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5 "
+        "or teacher>student pairs 2>0,5>1",
     )
     heads: str | list[int] = Field(
-        "all", description="all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ"
+        "all",
+        description="all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ",
     )
-    loss: Literal["ce", "kl"] = Field("ce", description="loss between maps; equal gradients, kl also subtracts the entropy")
+    loss: Literal["ce", "kl"] = Field(
+        "ce", description="loss between maps; equal gradients, kl also subtracts the entropy"
+    )
     feature_loss: Literal["cosine", "smooth_l1"] = Field("cosine", description="loss of method=feature")
     weight: float = Field(3.0, ge=0, description="weight of the transfer loss; 3 as published")
     reduction: Literal["sum", "mean"] = Field(
-        "sum", description="over layers: sum as published, or mean (multiply the weight by the number of layers to match)"
+        "sum",
+        description="over layers: sum as published, or mean (multiply the weight by the number of layers to match)",
     )
-    temperature: float = Field(1.0, gt=0, description="divides teacher and student logits; the loss is multiplied by T^2")
-    rows: float = Field(1.0, gt=0, le=1, description="fraction of query rows that the map loss samples each step, unbiased")
+    temperature: float = Field(
+        1.0, gt=0, description="divides teacher and student logits; the loss is multiplied by T^2"
+    )
+    rows: float = Field(
+        1.0, gt=0, le=1, description="fraction of query rows that the map loss samples each step, unbiased"
+    )
     interpolate_grid: bool = Field(
-        False, description="distill maps between different patch grids by interpolating the teacher's attention logits"
+        False,
+        description="distill maps between different patch grids by interpolating the teacher's attention logits",
     )
     share_drop_path: bool = Field(
-        False, description="apply the student's stochastic-depth masks to the teacher too, as the official code does"
+        False,
+        description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
     )
 
 
 class DataConfig(Section):
     """What is read and how it is augmented."""
 
-    dataset: str = Field("", description="timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits")
+    dataset: str = Field(
+        "", description="timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits"
+    )
     data_path: str | None = Field(None, description="root folder of the data set")
     train_split: str = Field("train", description="split to train on")
     val_split: str = Field("validation", description="split to evaluate on")
     download: bool = Field(False, description="let torchvision download the data set")
     num_classes: int | None = Field(None, description="number of classes; read from the data set by default")
-    train_samples: int | None = Field(None, gt=0, description="use only this many training samples, balanced over classes")
+    train_samples: int | None = Field(
+        None, gt=0, description="use only this many training samples, balanced over classes"
+    )
     label_seed: int = Field(0, description="which samples train_samples picks")
     batch_size: int = Field(32, gt=0, description="images a device in a step")
-    eval_batch_size: int | None = Field(None, gt=0, description="images a device in evaluation; batch_size by default")
+    eval_batch_size: int | None = Field(
+        None, gt=0, description="images a device in evaluation; batch_size by default"
+    )
     workers: int = Field(4, ge=0, description="loader processes a device")
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area range of the random resized crop")
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    aa: str | None = Field("rand-m9-mstd0.5-inc1", description="timm auto-augment policy, 'affine' for digits, or none")
+    aa: str | None = Field(
+        "rand-m9-mstd0.5-inc1", description="timm auto-augment policy, 'affine' for digits, or none"
+    )
     color_jitter: float = Field(0.0, ge=0, description="strength of colour jitter when aa is none")
     interpolation: Literal["bicubic", "bilinear", "random"] = Field("bicubic", description="of the crop")
     reprob: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
     mixup: float = Field(0.0, ge=0, description="mixup alpha")
     cutmix: float = Field(0.0, ge=0, description="cutmix alpha")
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
-    max_bad_images: int = Field(100, ge=0, description="unreadable images skipped, with their paths, before the run stops")
+    max_bad_images: int = Field(
+        100, ge=0, description="unreadable images skipped, with their paths, before the run stops"
+    )
 
 
 class OptimConfig(Section):
@@ -121,17 +154,25 @@ class OptimConfig(Section):
     epochs: int = Field(100, gt=0, description="passes over the training set")
     max_steps: int | None = Field(None, gt=0, description="stop after this many steps; overrides epochs")
     opt: str = Field("adamw", description="timm optimiser name")
-    lr: float | None = Field(None, ge=0, description="absolute learning rate; blr x effective batch / 256 by default")
+    lr: float | None = Field(
+        None, ge=0, description="absolute learning rate; blr x effective batch / 256 by default"
+    )
     blr: float = Field(1e-3, ge=0, description="base learning rate for 256 images")
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(5, ge=0, description="linear warm-up from zero")
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.999), description="of Adam")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it"
+    )
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
     accum_iter: int = Field(1, gt=0, description="batches accumulated before an optimiser step")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the student's moving average; off by default")
-    trainable: str = Field(".*", description="regular expression of the parameters that learn; the head always does")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the student's moving average; off by default"
+    )
+    trainable: str = Field(
+        ".*", description="regular expression of the parameters that learn; the head always does"
+    )
 
 
 class EngineConfig(Section):
@@ -140,12 +181,22 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of autocast")
     fsdp: bool = Field(False, description="shard the student with FSDP2 instead of replicating it")
     device: Literal["auto", "cpu"] = Field("auto", description="cpu forces the processor")
-    log_interval: int = Field(20, gt=0, description="optimiser steps between log records; the only device synchronisation")
+    log_interval: int = Field(
+        20, gt=0, description="optimiser steps between log records; the only device synchronisation"
+    )
     eval_every: int = Field(1, gt=0, description="epochs between evaluations")
-    save_every: int | None = Field(None, gt=0, description="optimiser steps between checkpoints; each epoch by default")
-    resume: Literal["auto", "never"] = Field("auto", description="auto continues the run in output_dir if it holds one")
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(("tensorboard",), description="where curves go")
-    evaluate_teacher: bool = Field(True, description="report the teacher's accuracy at the start when it has a head")
+    save_every: int | None = Field(
+        None, gt=0, description="optimiser steps between checkpoints; each epoch by default"
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto continues the run in output_dir if it holds one"
+    )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        ("tensorboard",), description="where curves go"
+    )
+    evaluate_teacher: bool = Field(
+        True, description="report the teacher's accuracy at the start when it has a head"
+    )
     progress: bool = Field(True, description="draw a progress bar on a terminal")
 
 
