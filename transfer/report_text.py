@@ -98,12 +98,15 @@ def table_note(results: DemoResults) -> str:
 def setting(results: DemoResults) -> str:
     """What was chosen, and why."""
     return (
-        "scikit-learn's digits, 8 by 8 pixels, are enlarged to 16 by 16 and cut into 16 patches. Teacher "
+        "scikit-learn's digits, 8 by 8 pixels, are enlarged to 12 by 12 and cut into 36 patches. Teacher "
         "and students are the same ViT: width 64, 4 blocks, 4 heads. Training images are turned, scaled, "
         f"sheared and moved a little. The teacher is a masked autoencoder, {results.teacher_steps:,} steps "
-        "with 8 of 16 patches visible. Position embeddings start with a deviation of 0.2: at the usual "
-        "0.02 a student from scratch hardly learns in so few steps (62 % in a trial over six seeds), "
-        "which would flatter attention transfer. The transfer weight is the published 3, on all layers."
+        "with 18 of 36 patches visible. The transfer weight is the published 3, on all layers. Two "
+        "choices were made so that the question means something. There are 36 patches because with 16 it "
+        "is easy to learn where to look: over six seeds students from scratch reached 85.6 %, with copied "
+        "attention 85.1 and distilled 85.7, fine-tuned 88.5. And position embeddings start with a "
+        "deviation of 0.2, because at the usual 0.02 a student from scratch hardly learns in so few "
+        "steps, which would flatter attention transfer."
     )
 
 

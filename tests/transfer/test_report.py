@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from graftvit.launch.cli import main
 from graftvit.transfer import report_text as text
+from graftvit.transfer.demo_parts import recipe
 from graftvit.transfer.demo_results import DemoResults, MethodResult
 from graftvit.transfer.gaze_figures import Gaze
 from graftvit.transfer.report import render_html, report_sections, write_report
@@ -140,6 +141,19 @@ def test_one_seed_claims_no_deviation() -> None:
     assert "one seed, so there is no deviation" in page
     assert "quick run" in page
     assert "each seed" not in page
+
+
+def test_the_setting_in_words_is_that_of_the_recipes(tmp_path: Path) -> None:
+    teacher, student = (recipe(f"digits_{name}", tmp_path, {}) for name in ("pretrain", "distill"))
+    words, shape = text.setting(results()), student.student.model_args
+    assert (teacher.student.model_args, teacher.student.img_size) == (shape, student.student.img_size)
+    patches = (int(str(student.student.img_size)) // shape["patch_size"]) ** 2
+    assert f"enlarged to {student.student.img_size} by" in words
+    assert f"cut into {patches} patches" in words
+    assert f"width {shape['embed_dim']}, {shape['depth']} blocks, {shape['num_heads']} heads" in words
+    assert f"with {patches - round(patches * teacher.pretrain.mask_ratio)} of {patches} patches" in words
+    assert f"published {student.transfer.weight:.0f}, on {student.transfer.layers} layers" in words
+    assert f"deviation of {student.student.pos_embed_std}," in words
 
 
 @pytest.mark.parametrize("line", re.findall(r"^graftvit (?:pre)?train .*", text.COMMANDS, re.MULTILINE))
