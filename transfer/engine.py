@@ -109,6 +109,7 @@ def _prepare(
         group=group,
         folder=StateFolder(config.output_dir / "checkpoints"),
         task=parts.task,
+        plan=parts.plan,
         model=model,
         optimizer=accelerator.prepare_optimizer(optimizer),
         average=average,

@@ -27,6 +27,7 @@ from .snapshot import (
     restore_ranks,
     restore_weights,
 )
+from .students import StudentPlan
 from .tasks import Task
 
 FORMAT = 1
@@ -41,6 +42,7 @@ class Saver:
     group: dist.ProcessGroup | None
     folder: StateFolder
     task: Task
+    plan: StudentPlan
     model: nn.Module
     """What a step calls: the task, wrapped for its processes."""
     optimizer: torch.optim.Optimizer
@@ -84,6 +86,7 @@ class Saver:
         meta: dict[str, Any] = {
             "format": FORMAT,
             "config": settings(self.config),
+            "student": self.plan.meta(),
             "world_size": self.accelerator.num_processes,
             "position": position.meta(),
             "ema_updates": self.average.updates if self.average else 0,

@@ -26,6 +26,15 @@ class StudentPlan:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def meta(self) -> dict[str, Any]:
+        """As JSON, for a state file: enough to build the student without the run's settings."""
+        return {
+            "architecture": self.architecture,
+            "model_args": self.arguments,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
     def create(self, drop_path: float = 0.0) -> nn.Module:
         """A fresh model; ConfigError in timm's words where it refuses the arguments."""
         try:

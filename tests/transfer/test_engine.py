@@ -66,6 +66,16 @@ def test_the_student_is_plain_timm_and_the_teacher_is_nowhere(tmp_path: Path, te
     assert kinds == {"student", "ema", "optimizer", "rng", "meters"}
 
 
+def test_a_state_can_teach_by_itself(tmp_path: Path, teacher: Path) -> None:
+    train(config(tmp_path / "run", teacher, student={"mirror_teacher": True}))
+    for part, folder in (("", "student"), ("#ema", "student_ema")):
+        taught = load_teacher(f"{tmp_path / 'run' / 'checkpoints' / 'last.safetensors'}{part}")
+        exported = load_teacher(f"local-dir:{tmp_path / 'run' / folder}")
+        assert (taught.architecture, taught.mean, taught.std) == (exported.architecture, (0.5,), (0.5,))
+        expected = exported.model.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in taught.model.state_dict().items())
+
+
 def test_only_what_learns_is_counted(tmp_path: Path, teacher: Path) -> None:
     train(config(tmp_path / "all", teacher))
     size = sum(parameter.numel() for parameter in tiny_vit(global_pool="avg").parameters())
