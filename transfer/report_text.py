@@ -59,8 +59,8 @@ def found(results: DemoResults) -> str:
     scratch, tuned = results.method("scratch"), results.method("finetune")
     gain = tuned.mean - scratch.mean
     sentences = [
-        f"From scratch the student names {percent(scratch)} of the {results.test_images} test digits, "
-        f"fine-tuned {percent(tuned)}.",
+        f"From scratch the student names {scratch.mean:.1f} % of the {results.test_images} test digits, "
+        f"fine-tuned {tuned.mean:.1f} %.",
         " ".join(
             _attention(results, name, word) for name, word in (("copy", "Copied"), ("distill", "Distilled"))
         ),
@@ -73,7 +73,7 @@ def found(results: DemoResults) -> str:
             f"That is {shares[0]} (copied) and {shares[1]} (distilled) of what fine-tuning gained."
         )
     sentences.append(
-        f"The fine-tuned and the distilled model together reach {percent(results.method('ensemble'))}."
+        f"The fine-tuned and the distilled model together reach {results.method('ensemble').mean:.1f} %."
     )
     return " ".join(sentences)
 
@@ -165,4 +165,4 @@ def _attention(results: DemoResults, name: str, word: str) -> str:
         versus += f", better with {sum(gain > 0 for gain in gains)} of {seeds} seeds"
         if abs(statistics.fmean(gains)) < 2 * error:
             versus += "; so few seeds cannot tell that from chance"
-    return f"{word} attention alone gives {percent(results.method(name))} ({versus})."
+    return f"{word} attention alone gives {results.method(name).mean:.1f} % ({versus})."
