@@ -8,7 +8,7 @@ it computes what timm computes, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,7 +34,13 @@ class Heads:
     v: Tensor | None
     bias: Tensor | None
     scale: float
-    dropout: float
+    dropout: float = 0.0
+
+    def each(self, change: Callable[[Tensor], Tensor], bias: Tensor | None) -> Heads:
+        """The same with every projection changed and another bias."""
+        # Not dataclasses.replace, which torch.compile of torch before 2.12 cannot trace.
+        q, k, v = (None if x is None else change(x) for x in (self.q, self.k, self.v))
+        return Heads(q, k, v, bias, self.scale, self.dropout)
 
 
 class Operator(Protocol):

@@ -86,7 +86,8 @@ class DualViT(nn.Module):
         """One step on images (B, C, H, W) as the student wants them."""
         self._run_teacher(images)
         logits = self.student(images)
-        parts = {f"layer{layer:02d}": loss for layer, loss in sorted(self._tape.losses.items())}
+        layers = [link.pair.student for link in self.plan.links if link.pair.student in self._tape.losses]
+        parts = {f"layer{layer:02d}": self._tape.losses[layer] for layer in layers}
         if self._finish is not None:
             parts = self._finish(logits)
         total = torch.zeros((), device=images.device)

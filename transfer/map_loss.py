@@ -11,7 +11,7 @@ student's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class MapLoss:
         if self.temperature == 1.0:
             return heads
         bias = None if heads.bias is None else heads.bias / self.temperature
-        return replace(heads, scale=heads.scale / self.temperature, bias=bias)
+        return Heads(heads.q, heads.k, heads.v, bias, heads.scale / self.temperature)
 
 
 def entropy(teacher: Heads) -> Tensor:
@@ -104,7 +104,7 @@ def at_rows(heads: Heads, rows: Tensor) -> Heads:
     """Queries and bias at some rows; keys stay."""
     assert heads.q is not None
     bias = None if heads.bias is None else heads.bias.index_select(2, rows)
-    return replace(heads, q=heads.q.index_select(2, rows), bias=bias)
+    return Heads(heads.q.index_select(2, rows), heads.k, heads.v, bias, heads.scale)
 
 
 def _expected_logit(student: Heads, teacher: Heads, sizes: list[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,25 +84,20 @@ class Link:
         if self.grid is None:
             return heads
         grid = self.grid
-
-        def onto(x: Tensor | None) -> Tensor | None:
-            return None if x is None else interpolate_tokens(x, grid.num_prefix, grid.teacher, grid.student)
-
-        return replace(heads, q=onto(heads.q), k=onto(heads.k), v=onto(heads.v))
+        return heads.each(
+            lambda x: interpolate_tokens(x, grid.num_prefix, grid.teacher, grid.student), heads.bias
+        )
 
 
 def take(heads: Heads, head_index: list[int] | None, token_index: tuple[int, ...] | None) -> Heads:
     """Some heads and tokens of every tensor; None keeps them all, without a copy."""
-
-    def pick(x: Tensor | None) -> Tensor | None:
-        return None if x is None else pick_dim(pick_dim(x, 1, head_index), 2, token_index)
 
     bias = heads.bias
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         bias = pick_dim(bias, 1, head_index if bias.shape[1] > 1 else None)
         bias = pick_dim(pick_dim(bias, 2, token_index), 3, token_index)
-    return replace(heads, q=pick(heads.q), k=pick(heads.k), v=pick(heads.v), bias=bias)
+    return heads.each(lambda x: pick_dim(pick_dim(x, 1, head_index), 2, token_index), bias)
 
 
 def spread_heads(x_BHND: Tensor, sizes: list[int]) -> Tensor:
