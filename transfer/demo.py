@@ -44,7 +44,7 @@ def run_demo(
 
     Args:
         output_dir: Gets `report.html`, `report.md`, `images/` and the run folders.
-        quick: One seed, and half the teacher's training.
+        quick: One seed, and 40 % of the teacher's training.
         seeds: 0, 1, 2 by default, and 0 alone for a quick demo.
         progress: Show the runs, their progress and the table on standard output.
 

@@ -13,7 +13,7 @@ import yaml
 from .config import RunConfig
 
 STUDENTS = ("scratch", "finetune", "copy", "distill")
-QUICK_TEACHER_EPOCHS = 50
+QUICK_TEACHER_EPOCHS = 40
 QUICK_EVAL_EVERY = 50
 
 
@@ -36,7 +36,7 @@ class Part:
 def demo_parts(output_dir: Path, seeds: Sequence[int], quick: bool) -> list[Part]:
     """The teacher, then the students seed by seed. A seed decides labels, fresh weights and augmentation.
 
-    The quick form trains the teacher half as long, tests less often, and has run folders of its own.
+    The quick form trains the teacher for less time, tests less often, and has run folders of its own.
     """
     runs = output_dir / ("quick" if quick else "runs")
     changes: dict[str, Any] = {"optim": {"epochs": QUICK_TEACHER_EPOCHS}} if quick else {}
