@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..checkpoints.sources import FolderSource, parse_source
 from ..checkpoints.teacher import Teacher, load_teacher
 from ..models.errors import ConfigError
-from ..transfer.build import find_teacher
 from ..transfer.config import RunConfig, TeacherConfig
-from ..transfer.data import InputSpec, create_train_loader
-from ..transfer.dual import build_dual
-from ..transfer.input import Normalization
-from ..transfer.methods import COPY_METHODS
+from ..transfer.data.loaders import InputSpec, create_train_loader
+from ..transfer.engine.build import find_teacher
+from ..transfer.methods.dual import build_dual
+from ..transfer.methods.input import Normalization
+from ..transfer.methods.install import COPY_METHODS
 from .config import load_config
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig
-from ..transfer.data import create_eval_loader
+from ..transfer.data.loaders import create_eval_loader
+from ..transfer.engine.parallel import create_accelerator
 from ..transfer.evaluate import Metrics, evaluate
-from ..transfer.parallel import create_accelerator
 from .candidates import check_alike, load_candidate, predictor, run_config
 from .config import Setting, load_config
 

@@ -14,15 +14,15 @@ from torch import nn
 from ..checkpoints.teacher import Teacher
 from ..models.errors import GraftError
 from ..models.mae import MaskedAutoencoder
-from ..transfer.build import find_teacher, headless
 from ..transfer.config import RunConfig
-from ..transfer.data import InputSpec, TrainLoader, create_train_loader
-from ..transfer.dual import DualViT, build_dual
-from ..transfer.input import Normalization
-from ..transfer.optim import freeze, peak_learning_rate
-from ..transfer.plan import resolve_plan
-from ..transfer.schedule import plan_schedule
-from ..transfer.students import StudentPlan, input_size, plan_student, student_normalization
+from ..transfer.data.loaders import InputSpec, TrainLoader, create_train_loader
+from ..transfer.engine.build import find_teacher, headless
+from ..transfer.engine.optim import freeze, peak_learning_rate
+from ..transfer.engine.schedule import plan_schedule
+from ..transfer.engine.students import StudentPlan, input_size, plan_student, student_normalization
+from ..transfer.methods.dual import DualViT, build_dual
+from ..transfer.methods.input import Normalization
+from ..transfer.methods.plan import resolve_plan
 from .memory import describe_memory, estimate_memory, parameter_count
 from .outline import is_timm_name, outline_teacher
 

@@ -23,9 +23,9 @@ import torch
 from engine_runs import config, differences, make_teacher, state
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.dual import DualOutput, DualViT
-from graftvit.transfer.engine import train
-from graftvit.transfer.loop import Loop
+from graftvit.transfer.engine.loop import Loop
+from graftvit.transfer.engine.train import train
+from graftvit.transfer.methods.dual import DualOutput, DualViT
 
 STOPPED = 100
 Spoil = Callable[[int], None]

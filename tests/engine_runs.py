@@ -10,7 +10,7 @@ import torch
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import save_student
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.runlog import WALL_CLOCK, read_log
+from graftvit.transfer.engine.runlog import WALL_CLOCK, read_log
 from torch import Tensor, nn
 
 ARCHITECTURE = "vit_tiny_patch16_224"

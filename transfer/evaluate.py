@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.errors import DataError
-from .data import EvalLoader
-from .labels import IMAGENET_CLASSES, subset_classes
+from .data.labels import IMAGENET_CLASSES, subset_classes
+from .data.loaders import EvalLoader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

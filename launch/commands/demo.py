@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     arguments = parser.parse_args([word.replace("--output-dir", "--output_dir") for word in argv])
     if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
         raise ConfigError(f"--output_dir is {str(arguments.output_dir)!r}, which is a file; name a folder")
-    from ...transfer.demo import run_demo
+    from ...transfer.demo.run import run_demo
 
     report = run_demo(arguments.output_dir, arguments.quick)
     sys.stdout.write(f"report: {report}\n")

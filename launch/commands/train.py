@@ -74,7 +74,7 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
 
 
 def _train(config: RunConfig) -> int:
-    from ...transfer.engine import train
+    from ...transfer.engine.train import train
 
     result = train(config)
     if result.signal is not None:

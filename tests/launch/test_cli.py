@@ -175,7 +175,7 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[RunConfig
             raise outcome
         return outcome
 
-    monkeypatch.setitem(sys.modules, "graftvit.transfer.engine", SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "graftvit.transfer.engine.train", SimpleNamespace(train=train))
     return seen
 
 
@@ -247,7 +247,7 @@ def test_demo_hands_its_folder_on(
         seen.append((output_dir, quick))
         return output_dir / "report.html"
 
-    monkeypatch.setitem(sys.modules, "graftvit.transfer.demo", SimpleNamespace(run_demo=run_demo))
+    monkeypatch.setitem(sys.modules, "graftvit.transfer.demo.run", SimpleNamespace(run_demo=run_demo))
     assert main(["demo", "--quick", "--output-dir", str(tmp_path)]) == 0
     assert seen == [(tmp_path, True)]
     assert str(tmp_path / "report.html") in capsys.readouterr().out

@@ -12,8 +12,8 @@ from graftvit.launch.candidates import load_candidate, predictor
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.transfer.config import TeacherConfig
-from graftvit.transfer.data import InputSpec, create_eval_loader
-from graftvit.transfer.engine import train
+from graftvit.transfer.data.loaders import InputSpec, create_eval_loader
+from graftvit.transfer.engine.train import train
 from torch import Tensor, nn
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 3}

@@ -13,8 +13,8 @@ from graftvit.launch.config import load_config
 from graftvit.launch.outline import outline_teacher
 from graftvit.launch.plan import describe_plan
 from graftvit.models.errors import GraftError
-from graftvit.transfer.build import build
 from graftvit.transfer.config import TeacherConfig
+from graftvit.transfer.engine.build import build
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 STUDENT = [

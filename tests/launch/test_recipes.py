@@ -135,7 +135,7 @@ def test_finetuning_has_the_published_values(size: str) -> None:
 
 @pytest.mark.parametrize("name", LEARNING_RATES)
 def test_the_published_learning_rate_comes_out(name: str) -> None:
-    from graftvit.transfer.optim import peak_learning_rate
+    from graftvit.transfer.engine.optim import peak_learning_rate
 
     config = load_config(name)
     devices, expected = LEARNING_RATES[name]
@@ -145,7 +145,7 @@ def test_the_published_learning_rate_comes_out(name: str) -> None:
 
 
 def test_the_published_layers_are_the_first_18_of_24() -> None:
-    from graftvit.transfer.pairs import resolve_layers
+    from graftvit.transfer.methods.pairs import resolve_layers
 
     layers = load_config("attention_distill_vit_large").transfer.layers
     pairs = resolve_layers(layers, 24, 24)

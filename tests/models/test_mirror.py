@@ -12,7 +12,7 @@ from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
 from graftvit.models.mirror import mirror_arguments
 from graftvit.models.parts import native_parts
-from graftvit.transfer.mismatch import compare_models
+from graftvit.transfer.methods.mismatch import compare_models
 from timm.models.vision_transformer import VisionTransformer
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data import EvalLoader, InputSpec, create_eval_loader
+from graftvit.transfer.data.labels import real_labels, subset_classes
+from graftvit.transfer.data.loaders import EvalLoader, InputSpec, create_eval_loader
 from graftvit.transfer.evaluate import Metrics, evaluate, evaluate_to_table, to_json
-from graftvit.transfer.labels import real_labels, subset_classes
 from torch import Tensor, nn
 
 SPEC = InputSpec((1, 8, 8), (0.5,), (0.5,))
@@ -138,7 +138,7 @@ def test_results_become_a_table_and_json() -> None:
 RANK = """
 import sys, torch, torch.distributed as dist
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data import InputSpec, create_eval_loader
+from graftvit.transfer.data.loaders import InputSpec, create_eval_loader
 from graftvit.transfer.evaluate import evaluate, to_json
 rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if world > 1:

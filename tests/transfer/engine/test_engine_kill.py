@@ -1,0 +1,81 @@
+"""A run that is killed or asked to stop ends, once resumed, as if nothing had happened: bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[2]
+
+
+def killer(scenario: str, folder: Path, ranks: int, wrap: str) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "engine_killer.py"), scenario, str(folder), str(ranks), wrap],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    report["stderr"] = done.stderr[-4000:]
+    return report
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_no_trace(tmp_path: Path) -> None:
+    report = killer("kill", tmp_path, 1, "single")
+    assert report["disturbed"] == 10, report
+    assert report["last"] == [0], report
+    assert report["differences"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_killed_ranks_leave_no_trace(tmp_path: Path, wrap: str) -> None:
+    report = killer("kill", tmp_path, 2, wrap)
+    assert report["disturbed"] == 4, report
+    assert report["last"] == [0, 0], report
+    assert report["differences"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "wrap"), [(1, "single"), (2, "ddp"), (2, "fsdp")])
+def test_a_termination_of_one_rank_saves_and_stops_all(tmp_path: Path, ranks: int, wrap: str) -> None:
+    report = killer("terminate", tmp_path, ranks, wrap)
+    assert report["disturbed"] == 2, report
+    assert report["last"] == [0] * ranks, report
+    assert report["differences"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_layer(tmp_path: Path, wrap: str) -> None:
+    report = killer("poison", tmp_path, 2, wrap)
+    assert report["ends"] == [1, 1], report
+    assert report["texts"][0] == report["texts"][1]
+    assert "not finite at step 4 (in layer01)" in report["texts"][0]
+    assert "the last good state is that of step 3" in report["texts"][0]
+    assert report["finite"]
+    assert report["last"] == [0, 0], report
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
+    report = killer("starve", tmp_path, 2, "ddp")
+    assert report["ends"] == [1, 1], report
+    assert report["texts"][0] == report["texts"][1]
+    assert "\n" not in report["texts"][0]
+    assert report["last"] == [0, 0], report
+
+
+@pytest.mark.slow
+def test_a_run_stopped_under_ddp_goes_on_under_fsdp(tmp_path: Path) -> None:
+    report = killer("rewrap", tmp_path, 2, "ddp")
+    assert report["ends"] == [[115, 115], [0, 0]], report
+    assert report["same_names"]
+    assert report["gap"] < 1e-4

@@ -1,0 +1,170 @@
+"""Learning rate, layer scales and what is frozen."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import timm
+import torch
+from graftvit.models.errors import ConfigError
+from graftvit.transfer.config import OptimConfig
+from graftvit.transfer.engine.optim import create_optimizer, freeze, learning_rate, set_learning_rate
+from graftvit.transfer.engine.schedule import plan_schedule
+from torch import nn
+
+DEPTH = 3
+
+
+def vit(global_pool: str = "avg") -> nn.Module:
+    model: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        embed_dim=16,
+        depth=DEPTH,
+        num_heads=2,
+        num_classes=5,
+        global_pool=global_pool,
+    )
+    return model
+
+
+def mae_layer(name: str) -> int:
+    """MAE's rule: embeddings 0, block i is i + 1, everything after the blocks is depth + 1."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    block = re.match(r"blocks\.(\d+)", name)
+    return int(block[1]) + 1 if block else DEPTH + 1
+
+
+def scales(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_layer_scales_are_those_of_mae_for_average_pooling() -> None:
+    model = vit()
+    optimizer = create_optimizer(model, model, OptimConfig(layer_decay=0.5), 1e-3)
+    set_learning_rate(optimizer, 1.0)
+    found = scales(model, optimizer)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, (scale, decay) in found.items():
+        assert scale == pytest.approx(0.5 ** (DEPTH + 1 - mae_layer(name)), rel=1e-12), name
+        exempt = name in ("cls_token", "pos_embed") or model.get_parameter(name).ndim <= 1
+        assert decay == (0.0 if exempt else 0.05), name
+
+
+def test_the_official_off_by_one_is_not_here() -> None:
+    model = vit()
+    optimizer = create_optimizer(model, model, OptimConfig(layer_decay=0.5), 1e-3)
+    set_learning_rate(optimizer, 1.0)
+    found = scales(model, optimizer)
+    assert found["head.weight"][0] == 1.0
+    assert found[f"blocks.{DEPTH - 1}.mlp.fc1.weight"][0] == 0.5
+
+
+def test_timm_differs_from_mae_only_in_the_final_norm_of_token_pooling() -> None:
+    model = vit("token")
+    optimizer = create_optimizer(model, model, OptimConfig(layer_decay=0.5), 1e-3)
+    set_learning_rate(optimizer, 1.0)
+    differing = {
+        name
+        for name, (scale, _) in scales(model, optimizer).items()
+        if scale != pytest.approx(0.5 ** (DEPTH + 1 - mae_layer(name)))
+    }
+    assert differing == {"norm.weight", "norm.bias"}
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.75])
+def test_what_learns_outside_the_student_has_scale_one(decay: float) -> None:
+    student, projector = vit(), nn.Linear(16, 8)
+    task = nn.ModuleList([student, projector])
+    optimizer = create_optimizer(task, student, OptimConfig(layer_decay=decay), 1e-3)
+    set_learning_rate(optimizer, 2e-3)
+    groups = [g for g in optimizer.param_groups if any(p is projector.weight for p in g["params"])]
+    assert [group["lr"] for group in groups] == [2e-3]
+    counted = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert counted == len(list(task.parameters()))
+
+
+def test_options_reach_the_optimiser() -> None:
+    model = vit()
+    config = OptimConfig(opt="adamw", betas=(0.8, 0.7), weight_decay=0.3)
+    optimizer = create_optimizer(model, model, config, 1e-3)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
+    assert isinstance(create_optimizer(model, model, OptimConfig(opt="sgd"), 1e-3), torch.optim.SGD)
+
+
+def test_an_unknown_optimiser_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"optim.opt='adamww'.*did you mean 'adamw'"):
+        create_optimizer(vit(), vit(), OptimConfig(opt="adamww"), 1e-3)
+
+
+def test_betas_that_an_optimiser_does_not_take_are_refused() -> None:
+    for opt in ("adan", "sgd"):
+        create_optimizer(vit(), vit(), OptimConfig(opt=opt), 1e-3)
+        with pytest.raises(ConfigError, match=rf"optim.betas=.*does not go with optim.opt='{opt}'"):
+            create_optimizer(vit(), vit(), OptimConfig(opt=opt, betas=(0.5, 0.6)), 1e-3)
+
+
+def test_warm_up_starts_at_zero_and_the_cosine_ends_at_the_minimum() -> None:
+    def rate(step: int) -> float:
+        return learning_rate(step, peak=1.0, minimum=0.1, warmup_steps=10, total_steps=110)
+
+    assert rate(0) == 0
+    assert rate(5) == pytest.approx(0.5)
+    assert rate(10) == 1.0
+    assert rate(60) == pytest.approx(0.55)
+    assert rate(110) == pytest.approx(0.1)
+    assert rate(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_lr_follows_the_effective_batch_unless_it_is_given() -> None:
+    plan = plan_schedule(OptimConfig(blr=1e-3, accum_iter=4, epochs=2), 10, batch_size=32, world_size=8)
+    assert plan.effective_batch == 1024
+    assert plan.peak == pytest.approx(4e-3)
+    assert (plan.accum, plan.steps_per_epoch, plan.total_steps) == (4, 2, 4)
+    assert plan_schedule(OptimConfig(lr=0.5), 10, 32, 8).peak == 0.5
+
+
+def test_the_published_recipe_gives_the_published_rate() -> None:
+    plan = plan_schedule(OptimConfig(blr=1e-4, min_lr=1e-6, warmup_epochs=20, epochs=200), 625, 32, 64)
+    assert plan.peak == pytest.approx(8e-4)
+    assert plan.warmup_steps == 20 * 625
+
+
+def test_fewer_batches_than_accumulation_make_one_step() -> None:
+    plan = plan_schedule(OptimConfig(accum_iter=8, epochs=3), 2, 32, 1)
+    assert (plan.accum, plan.steps_per_epoch, plan.total_steps) == (2, 1, 3)
+
+
+def test_max_steps_overrides_epochs() -> None:
+    assert plan_schedule(OptimConfig(epochs=9, max_steps=7), 5, 32, 1).total_steps == 7
+
+
+def test_freeze_keeps_the_head_and_what_matches() -> None:
+    model = vit()
+    freeze(model, r"attn\.qkv")
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {n for n in dict(model.named_parameters()) if "attn.qkv" in n or n.startswith("head.")}
+
+
+def test_freeze_does_not_thaw() -> None:
+    model = vit()
+    model.get_parameter("cls_token").requires_grad_(False)
+    freeze(model, ".*")
+    assert not model.get_parameter("cls_token").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("blocks.9", "matches no parameter"), ("(", "not a regular expression")]
+)
+def test_freeze_refuses_a_useless_pattern(pattern: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"optim.trainable=.*{message}"):
+        freeze(vit(), pattern)

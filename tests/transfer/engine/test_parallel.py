@@ -1,0 +1,58 @@
+"""Whole and sharded tensors, and errors that all processes raise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import config
+from graftvit.models.errors import ConfigError, RunFailedError
+from graftvit.transfer.engine.parallel import (
+    create_accelerator,
+    gather,
+    gathered,
+    placed_like,
+    raise_together,
+    whole,
+)
+
+
+def test_whole_is_a_copy_that_training_does_not_change() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    copy = whole(weight)
+    with torch.no_grad():
+        weight.add_(1)
+    assert copy.tolist() == [1, 1, 1]
+    assert not copy.requires_grad
+
+
+def test_placed_like_takes_type_and_values() -> None:
+    placed = placed_like(torch.tensor([1.5, 2.5], dtype=torch.float64), torch.zeros(2, dtype=torch.bfloat16))
+    assert placed.dtype == torch.bfloat16
+    assert placed.tolist() == [1.5, 2.5]
+
+
+def test_only_the_writing_process_keeps_what_is_gathered() -> None:
+    tensors = {"a": torch.ones(2)}
+    assert gathered(tensors, keep=False) == {}
+    assert gathered(tensors, keep=True)["a"].tolist() == [1, 1]
+
+
+def test_one_process_agrees_with_itself() -> None:
+    assert gather(3, None) == [3]
+    raise_together(None, None)
+    with pytest.raises(RunFailedError, match="full"):
+        raise_together(RunFailedError("full"), None)
+
+
+def test_precision_may_change_from_run_to_run_in_one_process() -> None:
+    for precision in ("fp32", "bf16", "fp32"):
+        accelerator = create_accelerator(config(Path("runs"), engine={"precision": precision}))
+        assert accelerator.mixed_precision == ("no" if precision == "fp32" else precision)
+
+
+def test_compilation_does_not_go_with_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftvit.transfer.engine.parallel.Accelerator.num_processes", 2)
+    with pytest.raises(ConfigError, match=r"student.compile=true does not go with engine.fsdp=true"):
+        create_accelerator(config(Path("runs"), engine={"fsdp": True}, student={"compile": True}))

@@ -1,0 +1,44 @@
+"""Records and their clocks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from graftvit.transfer.engine.progress import ProgressBar
+from graftvit.transfer.engine.recorder import Recorder
+from graftvit.transfer.engine.runlog import RunLog, read_log
+
+RECORD = {"epoch": 0, "step": 1, "train_loss": 0.5, "lr": 0.1}
+
+
+def recorder(folder: Path, writes: bool = True) -> Recorder:
+    return Recorder(RunLog(folder / "log.jsonl"), [], ProgressBar(4, shown=False), writes=writes)
+
+
+def test_the_clock_stands_still_while_paused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    under_test = recorder(tmp_path)
+    under_test.start("interval")
+    under_test.start("epoch")
+    under_test.images(30)
+    now[0] = 2.0
+    with under_test.paused():
+        now[0] = 102.0
+    under_test.images(10)
+    now[0] = 104.0
+    under_test.write("interval", RECORD)
+    now[0] = 106.0
+    under_test.write("epoch", RECORD)
+    interval, epoch = read_log(tmp_path / "log.jsonl")
+    assert (interval["seconds"], interval["images_per_second"]) == (4.0, 10.0)
+    assert (epoch["seconds"], epoch["images_per_second"]) == (6.0, 6.7)
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    under_test = recorder(tmp_path, writes=False)
+    under_test.start("interval")
+    under_test.write("interval", RECORD)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,93 @@
+"""Which settings may change when a run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graftvit.models.errors import CheckpointError, ConfigError
+from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine.resume import (
+    Position,
+    check_agreement,
+    check_length,
+    check_same_run,
+    refuse_existing,
+    settings,
+)
+
+
+def saved(world_size: int = 1, **sections: Any) -> dict[str, Any]:
+    """Meta of a state as it comes back from JSON."""
+    meta = {"config": settings(RunConfig(**sections)), "world_size": world_size}
+    return json.loads(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("seed", {"seed": 1}),
+        ("mode", {"mode": "scratch"}),
+        ("transfer.method", {"transfer": {"method": "copy"}}),
+        ("transfer.layers", {"transfer": {"layers": [1, 2]}}),
+        ("student.model_args", {"student": {"model_args": {"depth": 3}}}),
+        ("teacher.source", {"teacher": {"source": "other"}}),
+        ("optim.blr", {"optim": {"blr": 0.5}}),
+        ("optim.betas", {"optim": {"betas": (0.5, 0.6)}}),
+        ("optim.ema", {"optim": {"ema": 0.5}}),
+        ("data.batch_size", {"data": {"batch_size": 7}}),
+        ("data.label_seed", {"data": {"label_seed": 7}}),
+    ],
+)
+def test_a_setting_that_matters_is_refused_by_name(key: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}.*was started with"):
+        check_same_run(saved(), RunConfig(**change), 1)
+    check_same_run(saved(**change), RunConfig(**change), 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output_dir": "elsewhere"},
+        {"optim": {"epochs": 300}},
+        {"optim": {"max_steps": 3}},
+        {"data": {"workers": 0, "data_path": "/moved"}},
+        {"engine": {"log_interval": 3, "fsdp": True, "precision": "bf16"}},
+        {"student": {"compile": True, "grad_checkpointing": True}},
+    ],
+)
+def test_a_setting_that_says_where_or_how_long_may_change(change: dict[str, Any]) -> None:
+    check_same_run(saved(), RunConfig(**change), 1)
+
+
+def test_another_number_of_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="saved by 2 processes and this one has 1"):
+        check_same_run(saved(world_size=2), RunConfig(), 1)
+
+
+def test_a_run_cannot_become_shorter_than_it_is() -> None:
+    check_length(Position(step=5), 5)
+    with pytest.raises(ConfigError, match="asks for 4 steps, but the run has done 5"):
+        check_length(Position(step=5), 4)
+
+
+def test_position_survives_json() -> None:
+    position = Position(
+        step=3, epoch=1, epoch_step=2, best=50.5, metrics={"test_top1": 50.5}, records=4, run_id="a"
+    )
+    assert Position(**json.loads(json.dumps(position.meta()))) == position
+
+
+def test_resume_never_leaves_an_existing_run_alone(tmp_path: Path) -> None:
+    refuse_existing(tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"already holds a run \(log.jsonl\).*engine.resume=never"):
+        refuse_existing(tmp_path)
+
+
+def test_processes_that_read_different_states_stop(tmp_path: Path) -> None:
+    check_agreement([3, 3], tmp_path)
+    with pytest.raises(CheckpointError, match="different states"):
+        check_agreement([3, None], tmp_path)

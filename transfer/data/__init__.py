@@ -1,0 +1,1 @@
+"""What is read: data sets, augmentation and loaders, a pure function of seed, epoch and position."""

@@ -1,0 +1,119 @@
+"""Runs a DataLoader: its processes, what is lost when one dies, and the account of unreadable images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from ...models.errors import DataError
+from .loading import Batch, Requests, as_it_is, start_worker
+from .sampler import BatchRequest
+
+logger = logging.getLogger(__name__)
+
+
+LOST_PROCESS = (ConnectionError, EOFError, FileNotFoundError)
+"""What the exchange of tensors fails with when the process that holds them is gone."""
+
+
+SIGNALS_OF_A_DEATH = 8
+"""Bound on how often torch's handler may interrupt the end of a loader: once a process that ends meanwhile."""
+
+
+class BadImages:
+    """The unreadable images of a loader: each is logged once, and more than `limit` of them stop the run."""
+
+    def __init__(self, limit: int) -> None:
+        self.paths: list[str] = []
+        self._limit = limit
+        self._known: set[str] = set()
+
+    def add(self, batch: Batch) -> None:
+        """Raises DataError beyond the limit, or when `batch` found nothing to put in their place."""
+        for path, reason in batch.bad:
+            if path in self._known:
+                continue
+            self._known.add(path)
+            self.paths.append(path)
+            logger.warning("skipped an unreadable image: %s (%s)", path, reason)
+        if len(self.paths) > self._limit:
+            raise DataError(
+                f"{len(self.paths)} images cannot be read, more than data.max_bad_images={self._limit}; "
+                f"the last is {self.paths[-1]}"
+            )
+        if batch.images is None:
+            raise DataError(f"no image of the set can be read; the last tried is {self.paths[-1]}")
+
+
+class Fetcher:
+    """Batches for requests, made by `workers` processes that stay from one pass to the next."""
+
+    def __init__(self, dataset: Any, workers: int, limit: int) -> None:
+        self.bad = BadImages(limit)
+        self._dataset = dataset
+        self._workers = workers
+        self._requests = Requests()
+        self._loader = self._open()
+
+    def fetch(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
+        """A batch for each request, in order. A new pass ends the one before it."""
+        self._requests.pending = requests
+        try:
+            for batch in guarded(self._loader):
+                self.bad.add(batch)
+                yield batch
+        except DataError:
+            self._loader = self._open()
+            raise
+
+    def _open(self) -> DataLoader[Batch]:
+        keep = self._workers > 0
+        return create_loader(self._dataset, self._workers, sampler=self._requests, persistent_workers=keep)
+
+
+def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Batch]:
+    """A DataLoader over a data set that makes whole batches. It does not draw from the run's generator."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=cast(Any, as_it_is),
+        worker_init_fn=start_worker if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+        **keywords,
+    )
+
+
+def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The batches of a loader; DataError when one of its processes dies."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    except (RuntimeError, *LOST_PROCESS) as error:
+        if str(error).startswith("Caught ") or not (
+            isinstance(error, LOST_PROCESS) or str(error).startswith("DataLoader worker")
+        ):
+            raise  # an error in the data set itself
+        _forget(batches)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"a loader process died ({reason}); it may have run out of memory: try a smaller data.workers"
+        ) from error
+
+
+def _forget(batches: Any) -> None:
+    """Ends the other processes. torch would otherwise raise for the dead one again whenever any child ends."""
+    end = getattr(batches, "_shutdown_workers", None)
+    if end is None:  # no processes
+        return
+    for _ in range(SIGNALS_OF_A_DEATH):
+        try:
+            end()
+        except RuntimeError:  # torch's signal handler, in the middle of it
+            continue
+        return

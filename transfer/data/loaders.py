@@ -1,0 +1,236 @@
+"""Loaders that hold no state: what they yield is a pure function of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ...models.errors import ConfigError, DataError
+from ..config import DataConfig
+from .augment import InputSpec, create_mixing, eval_transform, train_transform
+from .datasets import open_dataset
+from .fetch import Fetcher
+from .images import ImageSource
+from .labels import real_labels
+from .loading import EvalBatches, TrainBatches
+from .sampler import Indices, balanced_subset, epoch_order, eval_requests, train_requests
+from .streams import StreamFetcher, read_all_on_every_rank
+
+__all__ = ["EvalLoader", "InputSpec", "TrainLoader", "create_eval_loader", "create_train_loader"]
+
+
+class TrainLoader:
+    """Augmented training batches of this rank.
+
+    `epoch(e, start=k)` yields what `epoch(e)` yields from its batch k on, bit for bit, with any number of
+    loader processes, and decodes nothing before it. All ranks have equally many batches: the last incomplete
+    global batch is dropped; a set smaller than a global batch is one smaller batch an epoch.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        spec: InputSpec,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.num_classes = _count_classes(config, source.class_names, source.targets)
+        subset = _subset(config, source)
+        self.num_samples = len(subset)
+        if self.num_samples < world_size:
+            raise DataError(
+                f"split {config.train_split!r} has {self.num_samples} images, fewer than {world_size} ranks"
+            )
+        self.batch_size = min(config.batch_size, self.num_samples // world_size)
+        self.batches_per_epoch = self.num_samples // (self.batch_size * world_size)
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        batches = TrainBatches(
+            source,
+            subset,
+            train_transform(config, spec),
+            seed=seed,
+            mixing=create_mixing(config, self.num_classes),
+            tries=config.max_bad_images + 1,
+        )
+        self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Paths of the unreadable images that this rank met."""
+        return self._fetcher.bad.paths
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, C, H, W) and targets, (B,) long or (B, classes) float if mixed, from batch `start`."""
+        return self.epoch_from(epoch, start * self.batch_size * self._world_size)
+
+    def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `epoch`, from a global number of samples: how a run goes on with another number of ranks."""
+        requests = train_requests(
+            epoch_order(self.num_samples, self._seed, epoch),
+            epoch,
+            batch_size=self.batch_size,
+            rank=self._rank,
+            world_size=self._world_size,
+            start=position,
+        )
+        for batch in self._fetcher.fetch(requests):
+            yield cast(Tensor, batch.images), batch.targets
+
+
+class StreamTrainLoader(TrainLoader):
+    """Training batches of a stream (wds, hfids, tfds); see `streams` for what a resumed epoch costs."""
+
+    def __init__(
+        self, stream: object, config: DataConfig, spec: InputSpec, *, seed: int, rank: int, world_size: int
+    ) -> None:
+        if config.train_samples is not None:
+            raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} is a stream")
+        self.num_classes = _count_classes(config, _stream_classes(stream), None)
+        self.batch_size = config.batch_size
+        self._stream = StreamFetcher(
+            stream,
+            train_transform(config, spec),
+            batch_size=config.batch_size,
+            workers=config.workers,
+            seed=seed,
+            rank=rank,
+        )
+        self.num_samples = len(stream) * world_size  # type: ignore[arg-type]  # timm counts a rank's share
+        self.batches_per_epoch = max(1, self.num_samples // (config.batch_size * world_size))
+        self._mixing = create_mixing(config, self.num_classes)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Empty: timm's streams log and skip an unreadable image by themselves."""
+        return []
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """As for `TrainLoader`, but the batches before `start` are read and discarded."""
+        return self._stream.epoch(epoch, start, self.batches_per_epoch, self._mixing)
+
+    def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
+        raise ConfigError("a streamed data set cannot go on with another number of ranks in mid-epoch")
+
+
+class EvalLoader:
+    """Evaluation batches of this rank: (images, targets, valid), as many on every rank, padding not valid.
+
+    Over all ranks each image is valid once; unreadable ones, and those without a ReaL label, never. Targets
+    are (B,) long, or (B, classes) float, 1 for each accepted class, with ReaL labels.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        spec: InputSpec,
+        *,
+        rank: int,
+        world_size: int,
+        real: bool,
+    ) -> None:
+        labels = real_labels([source.path(index) for index in range(len(source))]) if real else None
+        self.num_samples = len(source)
+        self.num_classes = 1000 if real else _count_classes(config, source.class_names, source.targets)
+        self._batch_size = config.eval_batch_size or config.batch_size
+        self._rank, self._world_size = rank, world_size
+        batches = EvalBatches(source, eval_transform(config, spec), spec.size, labels)
+        self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Paths of the unreadable images that this rank met."""
+        return self._fetcher.bad.paths
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        requests = eval_requests(
+            self.num_samples, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
+        )
+        for batch in self._fetcher.fetch(requests):
+            yield cast(Tensor, batch.images), batch.targets, batch.valid
+
+
+class StreamEvalLoader(EvalLoader):
+    """A stream, read whole by every rank, which counts every `world_size`-th batch: sums are exact."""
+
+    def __init__(
+        self, stream: object, config: DataConfig, spec: InputSpec, *, rank: int, world_size: int
+    ) -> None:
+        read_all_on_every_rank(stream)
+        self.num_classes = _count_classes(config, _stream_classes(stream), None)
+        self._rank, self._world_size = rank, world_size
+        self._stream = StreamFetcher(
+            stream,
+            eval_transform(config, spec),
+            batch_size=config.eval_batch_size or config.batch_size,
+            workers=config.workers,
+            seed=0,
+            rank=0,
+        )
+        self.num_samples = len(stream)  # type: ignore[arg-type]
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Empty: timm's streams log and skip an unreadable image by themselves."""
+        return []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for number, batch in enumerate(self._stream.once()):
+            mine = number % self._world_size == self._rank
+            yield cast(Tensor, batch.images), batch.targets, batch.valid & mine
+
+
+def create_train_loader(
+    config: DataConfig, spec: InputSpec, *, seed: int, rank: int = 0, world_size: int = 1
+) -> TrainLoader:
+    """The training loader of `config.train_split`. Raises DataError or ConfigError, one sentence each."""
+    dataset = open_dataset(config, config.train_split, spec.size[0], training=True, seed=seed)
+    kind = StreamTrainLoader if isinstance(dataset, IterableDataset) else TrainLoader
+    return kind(dataset, config, spec, seed=seed, rank=rank, world_size=world_size)  # type: ignore[arg-type]
+
+
+def create_eval_loader(
+    config: DataConfig, spec: InputSpec, *, rank: int = 0, world_size: int = 1, real: bool = False
+) -> EvalLoader:
+    """The loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels."""
+    dataset = open_dataset(config, config.val_split, spec.size[0], training=False)
+    if isinstance(dataset, IterableDataset):
+        if real:
+            raise DataError(f"ReaL labels need the images' file names; {config.dataset} is a stream")
+        return StreamEvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
+    return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size, real=real)
+
+
+def _subset(config: DataConfig, source: ImageSource) -> Indices:
+    count = config.train_samples
+    if count is None:
+        return np.arange(len(source), dtype=np.int64)
+    if count > len(source):
+        raise ConfigError(
+            f"data.train_samples={count} is more than the {len(source)} images of {config.train_split!r}"
+        )
+    if source.targets is None:
+        raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} has none")
+    return balanced_subset(source.targets, count, config.label_seed)
+
+
+def _count_classes(config: DataConfig, names: Sequence[str] | None, targets: Sequence[int] | None) -> int:
+    """`num_classes` as given or as the set says; ConfigError where neither is there, or they disagree."""
+    largest = max(targets, default=-1) if targets is not None else -1
+    count = config.num_classes or max(len(names or ()), largest + 1)
+    if count == 0:
+        raise ConfigError(f"data.num_classes must be set: {config.dataset} does not say how many it has")
+    if largest >= count:
+        raise ConfigError(f"data.num_classes={count}, but the data set has the label {largest}")
+    return count
+
+
+def _stream_classes(stream: object) -> Sequence[str] | None:
+    return tuple(getattr(getattr(stream, "reader", None), "class_to_idx", ())) or None

@@ -1,0 +1,1 @@
+"""The demo on digits and its report."""

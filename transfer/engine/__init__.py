@@ -1,0 +1,1 @@
+"""The loop that trains: building a run, stepping, logging, saving, resuming."""

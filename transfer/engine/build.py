@@ -1,0 +1,143 @@
+"""From a RunConfig to what a run is made of: teacher, student, loaders and the task."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from timm.layers.weight_init import trunc_normal_
+from torch import Tensor, nn
+
+from ...checkpoints.teacher import Teacher, load_teacher, load_weights
+from ...models.errors import ConfigError
+from ...models.mae import MaskedAutoencoder
+from ..config import RunConfig, StudentConfig
+from ..data.loaders import EvalLoader, InputSpec, TrainLoader, create_eval_loader, create_train_loader
+from ..methods.dual import build_dual
+from ..methods.input import Normalization
+from .optim import freeze
+from .randomness import preserved
+from .students import StudentPlan, input_size, plan_student, student_normalization
+from .tasks import ClassificationTask, PretrainTask, Task, TransferTask
+
+logger = logging.getLogger(__name__)
+
+HEAD_STD = 2e-5
+"""Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of. The teacher is outside the task: never trained, wrapped, averaged or saved."""
+
+    task: Task
+    plan: StudentPlan
+    teacher: Teacher | None
+    train_loader: TrainLoader
+    eval_loader: EvalLoader | None
+
+
+def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
+    """Builds a run on the CPU. The student's fresh weights depend on `config.seed` alone, not on the rank.
+
+    Raises ConfigError, CheckpointError, DataError or TransferError, one sentence each.
+    """
+    torch.manual_seed(config.seed)
+    channels, height, width = input_size(config.student)
+    teacher = find_teacher(config, (height, width))
+    mean, std = student_normalization(config.student, channels, teacher)
+    spec = InputSpec((channels, height, width), mean, std)
+    with preserved():
+        train_loader = create_train_loader(
+            config.data, spec, seed=config.seed, rank=rank, world_size=world_size
+        )
+        eval_loader = None
+        if config.mode != "pretrain":
+            eval_loader = create_eval_loader(config.data, spec, rank=rank, world_size=world_size)
+    if config.mode == "pretrain":
+        plan = plan_student(headless(config.student), 0, None)
+    else:
+        plan = plan_student(config.student, train_loader.num_classes, teacher)
+    task = _task(config, _student(config, plan), plan, teacher, spec)
+    # Fine-tuning has taken the teacher's weights and needs it no more.
+    return Parts(task, plan, teacher if config.mode == "transfer" else None, train_loader, eval_loader)
+
+
+def find_teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
+    """The teacher where the mode has a use for one."""
+    source = config.teacher.source
+    if config.mode == "transfer" and source is None:
+        raise ConfigError(
+            "mode=transfer needs a teacher: set teacher.source to a timm name, a hub name or a path"
+        )
+    if config.mode == "finetune" and source is None and config.student.init is None:
+        raise ConfigError("mode=finetune needs weights to start from: set teacher.source or student.init")
+    if source is None:
+        return None
+    if config.mode in ("scratch", "pretrain"):
+        logger.warning("teacher.source=%s is not used: mode=%s has no teacher", source, config.mode)
+        return None
+    return load_teacher(
+        source,
+        model=config.teacher.model,
+        model_args=config.teacher.model_args,
+        img_size=config.teacher.img_size or size,
+        position_embedding=config.teacher.position_embedding,
+    )
+
+
+def headless(config: StudentConfig) -> StudentConfig:
+    """The encoder of an autoencoder: it ends in `norm`, which timm does not build for average pooling."""
+    pool = "token" if config.model_args.get("class_token", True) else ""
+    return config.model_copy(update={"global_pool": pool})
+
+
+def _student(config: RunConfig, plan: StudentPlan) -> nn.Module:
+    """The student with its starting weights."""
+    student = plan.create(config.student.drop_path)
+    if config.student.pos_embed_std is not None:
+        position = getattr(student, "pos_embed", None)
+        if not isinstance(position, Tensor):
+            raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
+        trunc_normal_(cast(nn.Parameter, position), std=config.student.pos_embed_std)
+    if config.mode == "finetune" and hasattr(student, "get_classifier"):
+        head = cast(Any, student).get_classifier()
+        if isinstance(head, nn.Linear):
+            trunc_normal_(head.weight, std=HEAD_STD)
+    source = config.student.init or ("teacher" if config.mode == "finetune" else None)
+    if source == "teacher":
+        source = config.teacher.source
+        if source is None:
+            raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
+    if source is not None:
+        report = load_weights(student, source, position_embedding=config.teacher.position_embedding)
+        logger.info("student starts from %s: %s", source, report)
+    if config.student.grad_checkpointing:
+        cast(Any, student).set_grad_checkpointing(True)
+    return student
+
+
+def _calibration(config: RunConfig, spec: InputSpec) -> Tensor:
+    """The first images of the first process, on every process: all must match the same heads."""
+    with preserved():
+        return next(create_train_loader(config.data, spec, seed=config.seed).epoch(0))[0]
+
+
+def _task(
+    config: RunConfig, student: nn.Module, plan: StudentPlan, teacher: Teacher | None, spec: InputSpec
+) -> Task:
+    if config.mode == "pretrain":
+        settings = config.pretrain.model_dump()
+        task: Task = PretrainTask(MaskedAutoencoder(student, **settings))
+    elif config.mode == "transfer" and teacher is not None:
+        calibration = _calibration(config, spec) if config.transfer.heads == "match" else None
+        normalization = Normalization(plan.mean, plan.std)
+        dual = build_dual(config.transfer, teacher, student, normalization, calibration)
+        logger.info("%s", dual.describe())
+        task = TransferTask(dual, config.data.smoothing)
+    else:
+        task = ClassificationTask(student, config.data.smoothing)
+    freeze(task.trainable, config.optim.trainable)
+    return task

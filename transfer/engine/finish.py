@@ -1,0 +1,59 @@
+"""What a finished run leaves: the student, and its average, as plain timm folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ...checkpoints.student import save_student
+from ...models.errors import GraftError
+from .build import Parts
+from .ema import WeightAverage
+from .parallel import gathered, raise_together
+from .randomness import preserved
+from .tasks import PretrainTask
+
+
+def export_students(
+    parts: Parts,
+    average: WeightAverage | None,
+    folder: Path,
+    *,
+    writes: bool,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Writes `student/` and `student_ema/`; of a masked autoencoder, the encoder alone.
+
+    The weights are loaded into a model that timm made from the same arguments, so nothing of the training is
+    in it. All processes take part; those that do not write only help to gather.
+    """
+    named = {"student": gathered(parts.task.trainable.state_dict(), keep=writes)}
+    if average is not None:
+        # Integer buffers have no average: they are the student's own.
+        named["student_ema"] = named["student"] | gathered(average.average, keep=writes)
+    error: GraftError | None = None
+    if writes:
+        try:
+            for name, tensors in named.items():
+                _export(parts, tensors, folder / name)
+        except GraftError as failure:
+            failure.exit_code = 1
+            error = failure
+    raise_together(error, group)
+
+
+def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path) -> None:
+    if isinstance(parts.task, PretrainTask):
+        prefix = "encoder."
+        tensors = {
+            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+        }
+    with preserved():
+        model = parts.plan.create()
+    model.load_state_dict(tensors)
+    plan = parts.plan
+    save_student(
+        model, folder, architecture=plan.architecture, model_args=plan.arguments, mean=plan.mean, std=plan.std
+    )

@@ -1,0 +1,185 @@
+"""The training loop: epochs, optimiser steps, and what happens at each step boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ...models.errors import DataError, RunFailedError
+from ..config import RunConfig
+from .build import Parts
+from .health import LossHealth, describe, weights_finite
+from .meters import stacked
+from .optim import set_learning_rate
+from .randomness import preserved
+from .recorder import Recorder
+from .resume import Position
+from .saving import Saver
+from .schedule import Schedule
+from .scoring import score
+from .signals import StopSignals
+
+
+@dataclass
+class Loop:
+    """A run from `position` to its end."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    parts: Parts
+    saver: Saver
+    schedule: Schedule
+    recorder: Recorder
+    signals: StopSignals
+    position: Position
+
+    def __post_init__(self) -> None:
+        self.health = LossHealth()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done and the last evaluation with them."""
+        return self.position.step >= self.schedule.total_steps and self.position.epoch_step == 0
+
+    def run(self) -> int | None:
+        """Trains to the end, or until all processes agree on a signal, which is returned after a save."""
+        self.saver.model.train()
+        for kind in self.saver.meters:
+            self.recorder.start(kind)
+        while not self.finished:
+            stopped = self._epoch_steps()
+            if stopped is not None:
+                self._save()
+                return stopped
+            self._end_epoch()
+        return None
+
+    @property
+    def _steps_left(self) -> bool:
+        return (
+            self.position.epoch_step < self.schedule.steps_per_epoch
+            and self.position.step < self.schedule.total_steps
+        )
+
+    def _epoch_steps(self) -> int | None:
+        """The steps that are left of this epoch; the signal that ends them early, if one does."""
+        with closing(self._batches()) as batches:
+            while self._steps_left:
+                self._step(batches)
+                stopped = self.signals.agreed()
+                if self.position.step % self.config.engine.log_interval == 0:
+                    self._write_interval()
+                if stopped is not None:
+                    return stopped
+                every = self.config.engine.save_every
+                if every and self.position.step % every == 0 and self._steps_left:
+                    self._save()
+        return None
+
+    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Batches of this epoch on the device, from where the run stands."""
+        start = self.position.epoch_step * self.schedule.accum
+        batches = self.parts.train_loader.epoch(self.position.epoch, start)
+        while True:
+            with preserved():
+                batch = next(batches, None)
+            if batch is None:
+                raise DataError(f"the data set ended in the middle of epoch {self.position.epoch}")
+            device = self.accelerator.device
+            yield batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One optimiser step over `accum` batches. Nothing here waits for the device."""
+        set_learning_rate(self.saver.optimizer, self.schedule.rate(self.position.step))
+        for index in range(self.schedule.accum):
+            last = index == self.schedule.accum - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.saver.model):
+                self._backward(*next(batches))
+        if self.config.optim.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.parts.task.parameters(), self.config.optim.clip_grad)
+        self.saver.optimizer.step()
+        self.saver.optimizer.zero_grad()
+        if self.saver.average is not None:
+            self.saver.average.update()
+        self.position.step += 1
+        self.position.epoch_step += 1
+        self.recorder.step(self.position.step, self.position.epoch)
+
+    def _backward(self, images: Tensor, targets: Tensor) -> None:
+        with self.accelerator.autocast():
+            losses: dict[str, Tensor] = self.saver.model(images, targets)
+        self.accelerator.backward(losses["loss"] / self.schedule.accum)
+        names, values = tuple(losses), stacked(losses)
+        self.health.record(self.position.step + 1, names, values)
+        for meter in self.saver.meters.values():
+            meter.add(names, values)
+        self.recorder.images(len(images) * self.accelerator.num_processes)
+
+    def _write_interval(self) -> None:
+        self._check_losses()
+        self.recorder.write("interval", self._record("interval"))
+
+    def _record(self, kind: str) -> dict[str, Any]:
+        """Epoch, step, mean losses since the last record of this kind, learning rate. Synchronises."""
+        means = self.saver.meters[kind].means(self.accelerator)
+        self.saver.meters[kind].reset()
+        return {
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            **{f"train_{name}": value for name, value in means.items()},
+            "lr": self.schedule.rate(self.position.step - 1),
+        }
+
+    def _end_epoch(self) -> None:
+        """Evaluates where it is due, writes the epoch's record and saves."""
+        self._check_losses()
+        record, better = self._record("epoch"), False
+        over = self.position.step >= self.schedule.total_steps
+        if over or (self.position.epoch + 1) % self.config.engine.eval_every == 0:
+            with self.recorder.paused():
+                better = self._evaluate(record)
+        self.recorder.write("epoch", {**record, "n_parameters": self.saver.n_parameters})
+        self.position.epoch += 1
+        self.position.epoch_step = 0
+        every = self.config.engine.save_every
+        due = over or every is None or self.position.step % every == 0
+        if due or better:
+            self._save(best=better, last=due)
+
+    def _evaluate(self, record: dict[str, Any]) -> bool:
+        """Adds the test metrics to `record`; whether they are the best so far."""
+        if self.parts.eval_loader is None:
+            return False
+        metrics = score(self.parts.task, self.saver.average, self.parts.eval_loader, self.accelerator)
+        record |= metrics
+        self.position.metrics |= metrics
+        top1 = metrics.get("test_ema_top1", metrics["test_top1"])
+        better = self.position.best is None or top1 > self.position.best
+        if better:
+            self.position.best = top1
+        return better
+
+    def _save(self, *, best: bool = False, last: bool = True) -> None:
+        """Saves, after making sure that there is something good to save."""
+        self._check_losses()
+        if not weights_finite(self.parts.task, self.accelerator):
+            raise RunFailedError(f"a weight is not finite at step {self.position.step}{self._last_good()}")
+        with self.recorder.paused():
+            self.saver.save(self.position, best=best, last=last)
+
+    def _check_losses(self) -> None:
+        failures = self.health.failures(self.accelerator)
+        if failures:
+            raise RunFailedError(describe(failures) + self._last_good())
+
+    def _last_good(self) -> str:
+        advice = "lower optim.blr or set optim.clip_grad"
+        if self.saver.last_step is None:
+            return f"; no state had been saved yet: {advice}"
+        folder = self.config.output_dir / "checkpoints"
+        return f"; the last good state is that of step {self.saver.last_step} in {folder}: {advice}"

@@ -1,0 +1,114 @@
+"""Learning rate, parameter groups and what learns."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from typing import Any, cast
+
+import torch
+from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from ...models.errors import ConfigError, did_you_mean
+from ..config import OptimConfig
+
+logger = logging.getLogger(__name__)
+
+
+def peak_learning_rate(config: OptimConfig, batch_size: int, world_size: int) -> tuple[float, int]:
+    """(lr, effective batch): lr = blr x effective batch / 256, effective = batch x accum_iter x processes.
+
+    `config.lr`, where given, is taken as it is.
+    """
+    effective = batch_size * config.accum_iter * world_size
+    return (config.blr * effective / 256 if config.lr is None else config.lr), effective
+
+
+def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: float, total_steps: int) -> float:
+    """Rate of step `step`, counted from 0: linear from zero to `peak` over the warm-up, then half a cosine.
+
+    minimum + (peak - minimum) (1 + cos(pi (step - warmup) / (total - warmup))) / 2, as in MAE. A pure
+    function of the step, so that a restart has nothing to restore.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every group `rate` times its layer's scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def freeze(model: nn.Module, trainable: str) -> None:
+    """Freezes the parameters of `model` whose name the regular expression is not found in, save the head's.
+
+    Raises ConfigError where the expression is not valid or matches nothing.
+    """
+    try:
+        pattern = re.compile(trainable)
+    except re.error as error:
+        raise ConfigError(f"optim.trainable={trainable!r} is not a regular expression: {error}") from error
+    names = [name for name, _ in model.named_parameters()]
+    if not any(pattern.search(name) for name in names):
+        shown = ", ".join(names[:3] + names[-2:])
+        raise ConfigError(
+            f"optim.trainable={trainable!r} matches no parameter of the student (some are {shown})"
+        )
+    head = {id(parameter) for parameter in _head_parameters(model)}
+    for name, parameter in model.named_parameters():
+        if not pattern.search(name) and id(parameter) not in head:
+            parameter.requires_grad_(False)
+
+
+def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    head = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
+    return list(head.parameters()) if isinstance(head, nn.Module) else []
+
+
+def create_optimizer(
+    task: nn.Module, model: nn.Module, config: OptimConfig, peak: float
+) -> torch.optim.Optimizer:
+    """timm's optimiser over `model` with layer decay, and over what else learns in `task` at scale 1.
+
+    The layer scales are timm's, `layer_decay ** (depth + 1 - layer)` with the embeddings as layer 0, block i
+    as layer i + 1 and the head as layer depth + 1. They equal MAE's for a model with average pooling. timm
+    differs where a final `norm` comes before a token head: it gives that norm the last block's scale, MAE
+    gives it the head's 1.
+    """
+    valid = [str(name) for name in list_optimizers()]
+    if config.opt not in valid:
+        raise ConfigError(
+            f"optim.opt={config.opt!r} is not a timm optimiser: {did_you_mean(config.opt, valid)}"
+        )
+    exempt: set[str] = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    if config.layer_decay < 1:
+        groups = param_groups_layer_decay(model, config.weight_decay, exempt, layer_decay=config.layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    own = {id(parameter) for parameter in model.parameters()}
+    extra = [p for p in task.parameters() if p.requires_grad and id(p) not in own]
+    if extra:
+        groups.append({"params": extra, "weight_decay": config.weight_decay})
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        groups, opt=config.opt, lr=peak, weight_decay=config.weight_decay, **_betas(config)
+    )
+    return optimizer
+
+
+def _betas(config: OptimConfig) -> dict[str, Any]:
+    """The optimiser's betas; its own where it takes none or three and the setting is left at its default."""
+    info = get_optimizer_info(config.opt)
+    if info.has_betas and info.num_betas == len(config.betas):
+        return {"betas": config.betas}
+    if config.betas != OptimConfig.model_fields["betas"].default:
+        takes = f"{info.num_betas} betas" if info.has_betas else "no betas"
+        raise ConfigError(
+            f"optim.betas={config.betas} does not go with optim.opt={config.opt!r}, which takes {takes}"
+        )
+    return {}

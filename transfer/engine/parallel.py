@@ -1,0 +1,138 @@
+"""Processes and devices: accelerate sets up device, precision and DDP; FSDP2 is torch's own `fully_shard`.
+
+accelerate offers FSDP2 on accelerators only (`AcceleratorState` leaves a CPU run at MULTI_CPU), so a run of
+it could not be tested on a machine without one. Sharding here gives one code path for gloo and NCCL, and
+keeps the wrap to the student's blocks: the teacher is not a child of the task and stays whole on every
+process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterable, Mapping
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ...models.errors import ConfigError, GraftError
+from ..config import RunConfig
+
+T = TypeVar("T")
+
+
+def create_accelerator(config: RunConfig) -> Accelerator:
+    """The accelerate object of this run; one process unless a launcher set RANK and WORLD_SIZE.
+
+    Raises ConfigError for fp16 without a GPU, and for sharding with one process or with compilation.
+    """
+    # accelerate keeps its state for the life of the process; a second run may want another precision or
+    # device.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # Copied layers skip the student's own projections, so some of its parameters may take no part in a step.
+    skips = config.mode == "transfer" and config.transfer.method.startswith("copy")
+    accelerator = Accelerator(
+        cpu=config.engine.device == "cpu" or (several and not torch.cuda.is_available()),
+        mixed_precision="no" if config.engine.precision == "fp32" else config.engine.precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skips)],
+    )
+    if config.engine.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
+    if config.engine.fsdp and accelerator.num_processes == 1:
+        raise ConfigError(
+            "engine.fsdp=true shards over processes and this run has one: "
+            "start it with torchrun, or set engine.fsdp=false"
+        )
+    if config.engine.fsdp and config.student.compile:
+        raise ConfigError("student.compile=true does not go with engine.fsdp=true: set one of them to false")
+    if accelerator.num_processes > 1:
+        atexit.register(_leave_group)
+    return accelerator
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """A gloo group for decisions between processes, which must not touch the device; None for one process."""
+    if accelerator.num_processes == 1:
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+
+
+def shard(task: nn.Module, units: Iterable[nn.Module], accelerator: Accelerator) -> None:
+    """Shards `task` in place with FSDP2, each of `units` on its own and the rest together.
+
+    The root is resharded after its forward too: a shard that was written to (averaged weights in evaluation)
+    is then what the next forward gathers.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
+    fully_shard(task, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(task, "predict")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` on the CPU, gathered if it is sharded, which all processes must do in one order."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    # A copy also where it is already on the CPU: training goes on while the state is being written.
+    return tensor.to("cpu", copy=True)
+
+
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """The tensors whole and on the CPU where `keep`; elsewhere nothing, after helping to gather them.
+
+    Only the process that writes keeps them: eight copies of a large state do not fit into one machine.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        if keep:
+            kept[name] = whole(tensor)
+        elif isinstance(tensor, DTensor):
+            tensor.full_tensor()
+    return kept
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of `tensor`, sharing its memory. DTensor has no in-place foreach operations."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(value: Tensor, reference: Tensor) -> Tensor:
+    """`value` with device, type and sharding of `reference`; the inverse of `whole`."""
+    moved = value.to(device=reference.device, dtype=reference.dtype)
+    if isinstance(reference, DTensor):
+        return distribute_tensor(moved, reference.device_mesh, reference.placements)
+    return moved
+
+
+def gather(item: T, group: dist.ProcessGroup | None) -> list[T]:
+    """`item` of every process, by rank, on every process."""
+    if group is None:
+        return [item]
+    items: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return cast("list[T]", items)
+
+
+def raise_together(error: GraftError | None, group: dist.ProcessGroup | None) -> None:
+    """Raises on every process the error that one of them met, so that none waits for the others for ever."""
+    first = next((found for found in gather(error, group) if found is not None), None)
+    if first is not None:
+        raise error or first

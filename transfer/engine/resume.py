@@ -1,0 +1,98 @@
+"""Whether a run folder may be continued, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...models.errors import CheckpointError, ConfigError
+from ..config import RunConfig
+
+FREE = (
+    "output_dir", "engine.", "student.compile", "student.grad_checkpointing",
+    "data.data_path", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
+    "optim.epochs", "optim.max_steps",
+)  # fmt: skip
+"""Settings that may change when a run goes on: where and how it runs, and how long it is."""
+
+
+@dataclass
+class Position:
+    """How far a run is. `epoch_step` counts the optimiser steps of the current epoch, `step` all of them."""
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    best: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    records: int = 0
+    """Records of log.jsonl that belong to the run up to here."""
+    run_id: str = ""
+    """What a tracker knows the run by."""
+
+    def meta(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON."""
+    return config.model_dump(mode="json")
+
+
+def check_same_run(saved: Mapping[str, Any], config: RunConfig, world_size: int) -> None:
+    """Refuses to continue a run with another model, method, optimiser, data, seed or number of processes.
+
+    Raises ConfigError naming the first setting that differs. `saved` is the meta part of a state.
+    """
+    before, now = dict(_flat(saved["config"])), dict(_flat(settings(config)))
+    for key in sorted(before.keys() | now.keys()):
+        if key.startswith(FREE) or before.get(key) == now.get(key):
+            continue
+        raise ConfigError(
+            f"{key}={now.get(key)!r}, but the run in {config.output_dir} was started with "
+            f"{before.get(key)!r}: give the value that it was started with, or another output_dir"
+        )
+    if saved["world_size"] != world_size:
+        raise ConfigError(
+            f"the run in {config.output_dir} was saved by {saved['world_size']} processes and this one has "
+            f"{world_size}: use the same number, or another output_dir"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_length(position: Position, total_steps: int) -> None:
+    """Refuses a run that is now shorter than what it has done."""
+    if position.step > total_steps:
+        raise ConfigError(
+            f"optim.epochs or optim.max_steps asks for {total_steps} steps, "
+            f"but the run has done {position.step} already"
+        )
+
+
+def refuse_existing(folder: Path) -> None:
+    """ConfigError where `folder` holds a run: `engine.resume=never` must not write over it."""
+    for name in ("config.yaml", "log.jsonl", "checkpoints", "student"):
+        if (folder / name).exists():
+            raise ConfigError(
+                f"output_dir={folder} already holds a run ({name}), and engine.resume=never does not write "
+                "over it: give another output_dir, or engine.resume=auto to continue it"
+            )
+
+
+def check_agreement(steps: list[int | None], folder: Path) -> None:
+    """CheckpointError where processes read different states, as a file system that lags can make them."""
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the processes read different states from {folder} (steps {steps}): "
+            "put output_dir on a disk that every machine sees"
+        )

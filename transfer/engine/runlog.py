@@ -1,0 +1,64 @@
+"""`log.jsonl` of a run folder: one JSON object an interval and one an epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...models.errors import RunFailedError
+
+WALL_CLOCK = ("seconds", "images_per_second")
+"""The keys that depend on the machine's clock. All others are the same after a resume, bit for bit."""
+
+
+class RunLog:
+    """Appends records. The saved state counts them, so that a resumed run can drop what came after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = 0
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one record at once; RunFailedError where the disk does not take it."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self.records += 1
+
+    def sync(self) -> None:
+        """Makes the records durable; called before a state that counts them is written."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def keep(self, records: int) -> None:
+        """Keeps the first `records` records and drops the rest, in one atomic replacement."""
+        lines = self.path.read_text().splitlines(keepends=True)[:records] if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            temporary.write_text("".join(lines))
+            temporary.replace(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self.records = len(lines)
+
+
+def _unwritable(path: Path, error: OSError) -> RunFailedError:
+    return RunFailedError(f"{path} cannot be written: {error.strerror}; the last saved state is intact")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

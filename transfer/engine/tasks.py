@@ -1,0 +1,115 @@
+"""What a step computes in each train mode: `task(images, targets)` gives named losses, `loss` the total."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.families import attention_blocks
+from ..methods.dual import DualViT
+
+Losses = dict[str, Tensor]
+
+
+def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy in float32, mean over the batch; logits (B, C).
+
+    Class indices (B,) get label `smoothing`. Probabilities (B, C), from mixup, are smoothed already.
+    """
+    soft = targets.is_floating_point()
+    return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else smoothing)
+
+
+class Task(nn.Module):
+    """A train mode. Its children hold all that learns; a teacher is never one of them."""
+
+    @property
+    def trainable(self) -> nn.Module:
+        """The model that is trained, averaged and saved as the result."""
+        raise NotImplementedError
+
+    @property
+    def saved(self) -> nn.Module:
+        """The module whose state dict is the weights of the run, under names that start with `student.`."""
+        return self
+
+    @property
+    def shard_units(self) -> list[nn.Module]:
+        """The modules that FSDP shards one by one."""
+        return attention_blocks(self.trainable)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        """Losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        raise NotImplementedError
+
+
+class ClassificationTask(Task):
+    """Supervised training of the student alone: fine-tuning, or from scratch."""
+
+    def __init__(self, student: nn.Module, smoothing: float) -> None:
+        super().__init__()
+        self.student = student
+        self.smoothing = smoothing
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.student
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        return {"loss": classification_loss(self.student(images), targets, self.smoothing)}
+
+    def predict(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.student(images))
+
+
+class TransferTask(Task):
+    """Classification plus the transfer loss of a teacher; a copying method runs through the teacher."""
+
+    def __init__(self, dual: DualViT, smoothing: float) -> None:
+        super().__init__()
+        self.dual = dual
+        self.smoothing = smoothing
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.dual.student
+
+    @property
+    def saved(self) -> nn.Module:
+        return self.dual
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        output = self.dual(images)
+        task = classification_loss(output.logits, targets, self.smoothing)
+        losses = {"loss": task + output.transfer_loss, "task": task}
+        if output.parts:  # a copying method has no transfer loss
+            losses |= {"transfer": output.transfer_loss, **output.parts}
+        return losses
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self.dual.predict(images)
+
+
+class PretrainTask(Task):
+    """Masked autoencoding without labels (MAE, arXiv:2111.06377)."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.student = autoencoder
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.student
+
+    @property
+    def shard_units(self) -> list[nn.Module]:
+        return attention_blocks(cast(nn.Module, self.student.encoder))
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        return {"loss": self.student(images)}

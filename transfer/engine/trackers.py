@@ -1,0 +1,43 @@
+"""Experiment trackers of accelerate: TensorBoard in the run folder, Weights & Biases if asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import is_wandb_available
+
+from ...models.errors import ConfigError
+
+
+def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int) -> list[GeneralTracker]:
+    """The trackers of a run that stands at `step`; what an earlier attempt logged after it is dropped.
+
+    Raises ConfigError where a tracker's package is missing.
+    """
+    trackers: list[GeneralTracker] = []
+    for name in names:
+        if name == "tensorboard":
+            trackers.append(TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1))
+        elif not is_wandb_available():
+            raise ConfigError(
+                "engine.trackers asks for wandb, which is not installed: pip install 'graftvit[wandb]'"
+            )
+        else:
+            trackers.append(
+                WandBTracker("graftvit", name=folder.name, dir=str(folder), id=run_id, resume="allow")
+            )
+    for tracker in trackers:
+        tracker.start()
+    return trackers
+
+
+def hyperparameters(settings: dict[str, Any], **extra: float) -> dict[str, Any]:
+    """The run's settings as the flat scalars that trackers accept."""
+    flat: dict[str, Any] = dict(extra)
+    for section, values in settings.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            name = f"{section}.{key}" if key else section
+            flat[name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

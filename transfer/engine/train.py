@@ -1,0 +1,196 @@
+"""`train(config)`: transfer, fine-tuning, from scratch, masked autoencoding; resumed where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from ...checkpoints.state import StateFolder, TrainingState
+from ...models.errors import ConfigError
+from ..config import RunConfig
+from .build import Parts, build
+from .ema import WeightAverage
+from .finish import export_students
+from .loop import Loop
+from .meters import Meters
+from .optim import create_optimizer
+from .parallel import create_accelerator, gather, host_group, shard
+from .progress import ProgressBar
+from .randomness import seed_everything
+from .recorder import Recorder
+from .resume import Position, check_agreement, check_length, check_same_run, refuse_existing, settings
+from .runlog import RunLog
+from .saving import Saver, position_of
+from .schedule import Schedule, plan_schedule
+from .scoring import teacher_top1
+from .signals import StopSignals
+from .trackers import create_trackers, hyperparameters
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. `signal` is the one that stopped it after a save.
+
+    `metrics` are those of the last evaluation, with `best_top1` and `teacher_top1` where there are such.
+    """
+
+    metrics: dict[str, float]
+    output_dir: Path
+    steps: int
+    finished: bool
+    signal: int | None
+
+
+def train(config: RunConfig) -> RunResult:
+    """Runs `config` to its end, from the last state of its output_dir if that holds one.
+
+    Raises GraftError: exit code 2 for a mistake in the settings, 1 where the run could not go on.
+    """
+    accelerator = create_accelerator(config)
+    group = host_group(accelerator)
+    with StopSignals(group) as signals:
+        state = _find_state(config, accelerator, group)
+        parts = build(config, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        saver, schedule = _prepare(config, accelerator, group, parts)
+        position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
+        check_length(position, schedule.total_steps)
+        with _recorder(config, accelerator, saver.log, position, schedule) as recorder:
+            loop = Loop(config, accelerator, parts, saver, schedule, recorder, signals, position)
+            _start(loop, state)
+            del state  # as large as all that learns, and the run is long
+            stopped = loop.run()
+        if loop.finished:
+            writes = accelerator.is_main_process
+            export_students(parts, saver.average, config.output_dir, writes=writes, group=group)
+    best = {} if position.best is None else {"best_top1": position.best}
+    return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
+
+
+def _find_state(
+    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None
+) -> TrainingState | None:
+    """The state to go on from. Every process reads it, and all must have read the same."""
+    if config.engine.resume == "never":
+        refuse_existing(config.output_dir)
+        accelerator.wait_for_everyone()  # before the first process makes the folder
+        return None
+    state = StateFolder(config.output_dir / "checkpoints").load()
+    steps = gather(None if state is None else position_of(state).step, group)
+    check_agreement(steps, config.output_dir)
+    if state is not None:
+        check_same_run(state.meta, config, accelerator.num_processes)
+    return state
+
+
+def _prepare(
+    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, parts: Parts
+) -> tuple[Saver, Schedule]:
+    """Wraps the task for its processes; makes optimiser, average and the saver that holds them together."""
+    batches, world = parts.train_loader.batches_per_epoch, accelerator.num_processes
+    schedule = plan_schedule(config.optim, batches, config.data.batch_size, world)
+    n_parameters = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
+    model = _wrap(config, accelerator, parts)
+    optimizer = create_optimizer(parts.task, parts.task.trainable, config.optim, schedule.peak)
+    average = None if config.optim.ema is None else WeightAverage(parts.task.trainable, config.optim.ema)
+    saver = Saver(
+        config=config,
+        accelerator=accelerator,
+        group=group,
+        folder=StateFolder(config.output_dir / "checkpoints"),
+        task=parts.task,
+        plan=parts.plan,
+        model=model,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        average=average,
+        meters={kind: Meters(accelerator.device) for kind in ("interval", "epoch")},
+        log=RunLog(config.output_dir / "log.jsonl"),
+        n_parameters=n_parameters,
+    )
+    return saver, schedule
+
+
+def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Module:
+    """What a step calls: the task on its device, compiled if asked for, sharded or replicated."""
+    task: nn.Module = parts.task.to(accelerator.device)  # the teacher goes with it
+    if config.student.compile:
+        task.compile(fullgraph=True)
+    if config.engine.fsdp:
+        shard(task, parts.task.shard_units, accelerator)
+    elif accelerator.num_processes > 1:
+        task = accelerator.prepare_model(task)
+    return task
+
+
+@contextmanager
+def _recorder(
+    config: RunConfig, accelerator: Accelerator, log: RunLog, position: Position, schedule: Schedule
+) -> Iterator[Recorder]:
+    """The run folder with its configuration, the log cut to `position`, trackers and progress bar."""
+    main = accelerator.is_main_process
+    trackers = []
+    if main:
+        _write_config(config)
+        log.keep(position.records)
+        trackers = create_trackers(config.engine.trackers, config.output_dir, position.run_id, position.step)
+    shown = main and config.engine.progress
+    with ProgressBar(schedule.total_steps, shown=shown, done=position.step) as bar:
+        recorder = Recorder(log, trackers, bar, writes=main)
+        try:
+            yield recorder
+        finally:
+            recorder.finish()
+
+
+def _write_config(config: RunConfig) -> None:
+    """`config.yaml` in the run folder; ConfigError where the folder cannot be made."""
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        path = config.output_dir / "config.yaml"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(settings(config), sort_keys=False))
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
+
+
+def _start(loop: Loop, state: TrainingState | None) -> None:
+    """Puts `state` back; without one, seeds the generators and says what begins."""
+    position, accelerator = loop.position, loop.accelerator
+    if state is None:
+        seed_everything(loop.config.seed, accelerator.process_index)
+        _begin(loop)
+        return
+    loop.saver.restore(state)
+    if accelerator.is_main_process:
+        done = f"resumed at step {position.step} of {loop.schedule.total_steps}"
+        logger.warning("the run in %s is %s", loop.config.output_dir, "finished" if loop.finished else done)
+
+
+def _begin(loop: Loop) -> None:
+    """Says once, at the start of a new run: learning rate, number of parameters, the teacher's accuracy."""
+    config, schedule = loop.config, loop.schedule
+    rates = {"blr": config.optim.blr, "peak_lr": schedule.peak, "effective_batch": schedule.effective_batch}
+    logger.info(
+        "lr %.3g (blr %.3g x %d / 256), %d steps, %d trainable parameters",
+        schedule.peak,
+        config.optim.blr,
+        schedule.effective_batch,
+        schedule.total_steps,
+        loop.saver.n_parameters,
+    )
+    loop.recorder.describe(hyperparameters(settings(config), **rates))
+    top1 = teacher_top1(loop.parts, loop.accelerator) if config.engine.evaluate_teacher else None
+    if top1 is not None:
+        loop.position.metrics["teacher_top1"] = top1
+        loop.recorder.plain({"epoch": 0, "step": 0, "teacher_top1": top1})

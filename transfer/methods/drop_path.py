@@ -1,0 +1,73 @@
+"""Stochastic depth with one set of masks for teacher and student, as the official attention-transfer code has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ...models.errors import TransferError
+from ...models.families import attention_blocks
+
+BRANCHES = ("drop_path1", "drop_path2")
+
+
+class SharedDropPath(nn.Module):
+    """A student's `DropPath` whose mask, once drawn, the teacher's layer of the same depth uses as well.
+
+    Without a drawn mask it is the `DropPath` that it stands for.
+    """
+
+    def __init__(self, original: DropPath) -> None:
+        super().__init__()
+        self.original = original
+        self.mask: Tensor | None = None
+
+    def draw(self, batch: int, like: Tensor) -> None:
+        """Keep each image with probability 1 − p, scaled by 1 / (1 − p): shape (B, 1, 1)."""
+        keep = 1.0 - float(self.original.drop_prob or 0.0)
+        self.mask = torch.empty(batch, 1, 1, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            out: Tensor = self.original(x)
+            return out
+        return x * self.mask
+
+
+def share_drop_paths(student: nn.Module, teacher_view: nn.Module) -> list[SharedDropPath]:
+    """Let every block of the view use the masks of the student's block; returns the modules to draw."""
+    blocks, teacher_blocks = attention_blocks(student), attention_blocks(teacher_view)
+    if len(blocks) < len(teacher_blocks):
+        raise TransferError(
+            f"transfer.share_drop_path needs a student as deep as the teacher's last layer in use: "
+            f"{len(blocks)} blocks, not {len(teacher_blocks)}; set it to false"
+        )
+    shared = []
+    for index, block in enumerate(blocks):
+        for branch, drop in _branches(block):
+            module = drop if isinstance(drop, SharedDropPath) else SharedDropPath(drop)
+            block._modules[branch] = module
+            shared.append(module)
+            if index < len(teacher_blocks):
+                twin = getattr(teacher_blocks[index], "block", teacher_blocks[index])
+                if branch in twin._modules:
+                    twin._modules[branch] = module
+    return shared
+
+
+def release_drop_paths(student: nn.Module) -> None:
+    """Put timm's own `DropPath` modules back."""
+    for block in getattr(student, "blocks", ()):
+        for branch, drop in _branches(block):
+            block._modules[branch] = drop.original if isinstance(drop, SharedDropPath) else drop
+
+
+def _branches(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    for branch in BRANCHES:
+        drop = block._modules.get(branch)
+        if isinstance(drop, DropPath | SharedDropPath):
+            yield branch, drop

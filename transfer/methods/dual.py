@@ -1,0 +1,200 @@
+"""Teacher and student side by side: one call a step, on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.teacher import Teacher
+from ...models.families import check_supported
+from ...models.host import release_attention
+from ..config import Method, TransferConfig
+from .drop_path import release_drop_paths, share_drop_paths
+from .input import Normalization, TeacherInput
+from .install import COPY_METHODS, install
+from .plan import TransferPlan, resolve_plan
+from .tape import Tape
+
+
+@dataclass
+class DualOutput:
+    """The student's logits, the weighted transfer loss (a float32 scalar), and its unweighted parts by layer."""
+
+    logits: Tensor
+    transfer_loss: Tensor
+    parts: dict[str, Tensor]
+
+
+class DualViT(nn.Module):
+    """A student that is taught by a frozen teacher, by copying or distilling its attention.
+
+    `method` and the keywords are those of `TransferConfig`. Teacher and student are timm models of the plain
+    ViT families (`graftvit.models.families.SUPPORTED`). The teacher is never registered: it is not trained, not
+    in the state dict, and stays in eval mode. The student stays an ordinary timm model, with its own state
+    dict; while it is taught, its attention layers are hosted (`release` puts timm's own back).
+
+    Without normalizations, each model's `pretrained_cfg` says how its images are normalised; `forward` takes
+    images as the student wants them.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | Teacher,
+        student: nn.Module,
+        method: Method = "distill",
+        *,
+        teacher_normalization: Normalization | None = None,
+        student_normalization: Normalization | None = None,
+        calibration: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.config = TransferConfig(method=method, **options)
+        if isinstance(teacher, Teacher):
+            teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
+            teacher = teacher.model
+        check_supported(release_attention(teacher))
+        check_supported(release_attention(student))
+        release_drop_paths(student)
+        self.student = student
+        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._normalizations = (
+            teacher_normalization or pretrained_normalization(teacher),
+            student_normalization or pretrained_normalization(student),
+        )
+        self.teacher_input = TeacherInput(teacher, student, *self._normalizations)
+        plan = resolve_plan(self.config, teacher, student)
+        if plan.needs_calibration:
+            plan = plan.calibrated(teacher, student, self.teacher_input, calibration)
+        self._install(plan)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The whole frozen teacher."""
+        return self._teacher[0]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the student is nothing without its teacher: true for the copy methods."""
+        return self.config.method in COPY_METHODS
+
+    def forward(self, images: Tensor) -> DualOutput:
+        """One step on images (B, C, H, W) as the student wants them."""
+        self._run_teacher(images)
+        logits = self.student(images)
+        layers = [link.pair.student for link in self.plan.links if link.pair.student in self._tape.losses]
+        parts = {f"layer{layer:02d}": self._tape.losses[layer] for layer in layers}
+        if self._finish is not None:
+            parts = self._finish(logits)
+        total = torch.zeros((), device=images.device)
+        for loss in parts.values():
+            total = total + loss
+        if self.config.reduction == "mean" and parts:
+            total = total / len(parts)
+        if not (self.training and self._recomputes):
+            self._forget()
+        return DualOutput(logits, self.config.weight * total, parts)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The student's logits; the teacher runs only for the copy methods."""
+        if self.needs_teacher:
+            return self.forward(images).logits
+        self._forget()
+        logits: Tensor = self.student(images)
+        return logits
+
+    def train(self, mode: bool = True) -> DualViT:
+        """Set the student's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self._forget()
+        return self
+
+    def with_student(self, student: nn.Module) -> DualViT:
+        """The same teacher, settings and resolved heads around another student, such as a moving average."""
+        twin = DualViT.__new__(DualViT)
+        nn.Module.__init__(twin)
+        twin.config, twin._teacher, twin._normalizations = self.config, self._teacher, self._normalizations
+        twin.student, twin.teacher_input = student, self.teacher_input
+        release_attention(student)
+        release_drop_paths(student)
+        twin._install(self.plan)
+        twin.train(student.training)
+        return twin
+
+    def release(self) -> nn.Module:
+        """The student as plain timm made it: its own attention layers, every parameter trainable again."""
+        self._forget()
+        for undo in self._undo:
+            undo()
+        release_drop_paths(self.student)
+        return release_attention(self.student)
+
+    def describe(self) -> str:
+        """What goes from where to where, in words."""
+        return "\n".join([*self.plan.describe(), *self.teacher_input.describe()])
+
+    def _install(self, plan: TransferPlan) -> None:
+        self.plan = plan
+        self._tape = Tape()
+        installed = install(self.config, plan, self.teacher, self.student, self._tape)
+        self._view, self._finish, self._undo = (installed.view,), installed.finish, installed.undo
+        self.projectors = installed.projectors
+        shared = share_drop_paths(self.student, installed.view) if self.config.share_drop_path else []
+        self._drop_paths = tuple(shared)
+
+    @property
+    def _recomputes(self) -> bool:
+        # Checkpointed blocks run again in the backward pass and must find the teacher's side still there.
+        return bool(getattr(self.student, "grad_checkpointing", False))
+
+    def _run_teacher(self, images: Tensor) -> None:
+        self._forget()
+        if self.training:
+            for drop_path in self._drop_paths:
+                drop_path.draw(images.shape[0], images)
+        with torch.no_grad():
+            self._view[0](self.teacher_input(images))
+        self._tape.active = True
+
+    def _forget(self) -> None:
+        self._tape.clear()
+        for drop_path in self._drop_paths:
+            drop_path.mask = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualViT:
+        # The teacher follows the student to a device although it is not registered.
+        self.teacher._apply(fn)
+        super()._apply(fn, recurse)
+        return self
+
+
+def pretrained_normalization(model: Any) -> Normalization:
+    """Mean and standard deviation from a timm model's `pretrained_cfg`; ImageNet's where it has none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean: Sequence[float] = config.get("mean", (0.485, 0.456, 0.406))
+    std: Sequence[float] = config.get("std", (0.229, 0.224, 0.225))
+    channels = int(model.patch_embed.proj.in_channels)
+    if len(mean) != channels:
+        mean, std = mean[:1], std[:1]
+    return Normalization(tuple(mean), tuple(std))
+
+
+def build_dual(
+    config: TransferConfig,
+    teacher: Teacher,
+    student: nn.Module,
+    student_normalization: Normalization,
+    calibration: Tensor | None = None,
+) -> DualViT:
+    """The wrapper that a configuration describes."""
+    return DualViT(
+        teacher,
+        student,
+        student_normalization=student_normalization,
+        calibration=calibration,
+        **{name: getattr(config, name) for name in type(config).model_fields},
+    )

@@ -1,0 +1,107 @@
+"""How teacher and student differ, with a warning where the literature saw attention transfer fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...models.families import attention_shape, token_layout
+from ...models.parts import NativeParts, native_parts
+
+ADVICE = "`student.mirror_teacher: true` builds the student with the teacher's native parts"
+SOURCE = "Attention Transfer Is Not Universally Effective for ViTs, arXiv:2605.07191"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One property that differs between the models, in words."""
+
+    name: str
+    teacher: str
+    student: str
+    warning: str | None = None
+
+
+def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ...]:
+    """Everything that differs between two supported models: sizes, tokens and native parts.
+
+    A warning stands where the teacher has a part that the student lacks and that families have for which
+    transfer into a plain student was seen to fail (arXiv:2605.07191: DINOv2, CLIP, BEiTv2 and one more). The
+    paper shows that adding the teacher's native components repairs it; which of them matters is read off the
+    architectures here, not measured.
+    """
+    parts_t, parts_s = native_parts(teacher), native_parts(student)
+    words = zip(_describe(teacher, parts_t).items(), _describe(student, parts_s).values(), strict=True)
+    return tuple(
+        Mismatch(name, of_teacher, of_student, _warning(name, parts_t, parts_s))
+        for (name, of_teacher), of_student in words
+        if of_teacher != of_student
+    )
+
+
+def report_mismatch(mismatches: Sequence[Mismatch]) -> str:
+    """A table of the differences, then the warnings."""
+    if not mismatches:
+        return "teacher and student are built alike"
+    rows = [("", "teacher", "student"), *((m.name, m.teacher, m.student) for m in mismatches)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    warnings = [f"warning: {mismatch.warning}" for mismatch in mismatches if mismatch.warning]
+    return "\n".join([*lines, *warnings])
+
+
+def _describe(model: nn.Module, parts: NativeParts) -> dict[str, str]:
+    shape, tokens = attention_shape(model), token_layout(model)
+    return {
+        "depth": str(shape.depth),
+        "width": str(shape.width),
+        "heads": str(shape.num_heads),
+        "head width": str(shape.head_dim),
+        "patch grid": f"{tokens.grid[0]}x{tokens.grid[1]}",
+        "prefix tokens": ", ".join(tokens.prefix) or "none",
+        "LayerScale": "no" if parts.layer_scale is None else f"from {parts.layer_scale:g}",
+        "registers": str(parts.registers),
+        "pre-norm": _yes(parts.pre_norm),
+        "activation": parts.activation,
+        "MLP": parts.mlp,
+        "position": " + ".join(parts.position) or "none",
+        "q, k norm": _yes(parts.qk_norm),
+        "attention norm": _yes(parts.attention_norm),
+        "gate": _yes(parts.gate),
+        "qkv bias": _yes(parts.qkv_bias),
+        "pooling": parts.pooling or "none",
+    }
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _relative_bias(parts: NativeParts) -> bool:
+    return any("relative" in kind for kind in parts.position)
+
+
+# name -> (which teachers have the part, how the warning calls it, whether a model has it)
+_RISKS: dict[str, tuple[str, str, Callable[[NativeParts], bool]]] = {
+    "LayerScale": ("DINOv2 and BEiTv2", "LayerScale", lambda parts: parts.layer_scale is not None),
+    "registers": ("DINOv2", "register tokens", lambda parts: parts.registers > 0),
+    "pre-norm": ("CLIP", "a norm before the first block", lambda parts: parts.pre_norm),
+    "activation": ("CLIP", "QuickGELU", lambda parts: parts.activation == "quick_gelu"),
+    "position": ("BEiTv2", "relative position bias", _relative_bias),
+}
+
+
+def _warning(name: str, teacher: NativeParts, student: NativeParts) -> str | None:
+    if name not in _RISKS:
+        return None
+    owners, part, has = _RISKS[name]
+    if not has(teacher) or has(student):
+        return None
+    return (
+        f"the teacher has {part} and the student has not; transfer from teachers with such parts ({owners}) "
+        f"into a plain student was seen to fail ({SOURCE}); {ADVICE}"
+    )

@@ -1,0 +1,127 @@
+"""Which student layer learns from which teacher layer.
+
+The grammar of `transfer.layers`, for a student of depth L (negative numbers count from the end):
+
+    all            every layer
+    first:N        layers 0 … N-1
+    last:N         layers L-N … L-1
+    every:N        the last layer and every N-th before it (N-1, 2N-1, … where N divides L)
+    A:B            A, A+1, … B-1; either side may be left out; :-6 is the first 18 of 24
+    0,3,-1         these layers
+    2>0,5>1        teacher>student pairs
+
+Without pairs the selection is of student layers and teacher layers are spread evenly (`spread_layer`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...models.errors import TransferError
+
+GRAMMAR = "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1 or teacher>student pairs 2>0,5>1"
+_COUNTED = re.compile(r"(first|last|every):(-?\d+)")
+_RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
+_LIST = re.compile(r"-?\d+(,-?\d+)*")
+_PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """Indices, from 0, of a teacher block and of the student block that learns from it."""
+
+    teacher: int
+    student: int
+
+
+def resolve_layers(
+    layers: str | Sequence[int] | Sequence[tuple[int, int]], teacher_depth: int, student_depth: int
+) -> tuple[LayerPair, ...]:
+    """The pairs of blocks that `layers` names, in the order of the student's blocks.
+
+    Raises `TransferError` where a layer is out of range, named twice for the student, or none is selected.
+    """
+    items: Sequence[int] | Sequence[tuple[int, int]]
+    items = _parse(layers, student_depth) if isinstance(layers, str) else layers
+    pairs = [_pair(item, layers, teacher_depth, student_depth) for item in items]
+    if not pairs:
+        raise TransferError(
+            f"transfer.layers={layers!r} selects no layer of the student, which has 0 to {student_depth - 1}"
+        )
+    students = [pair.student for pair in pairs]
+    for student in students:
+        if students.count(student) > 1:
+            raise TransferError(
+                f"transfer.layers={layers!r} names layer {student} of the student more than once; "
+                f"name each of 0 to {student_depth - 1} at most once"
+            )
+    return tuple(sorted(pairs, key=lambda pair: pair.student))
+
+
+def spread_layer(student: int, teacher_depth: int, student_depth: int) -> int:
+    """The teacher layer for a student layer: t = ceil((s + 1) L_t / L_s) - 1.
+
+    Layers are spread evenly, the last goes to the last, and equal depth gives layer i to layer i.
+    """
+    return -(-(student + 1) * teacher_depth // student_depth) - 1
+
+
+def _parse(text: str, depth: int) -> list[int] | list[tuple[int, int]]:
+    compact = re.sub(r"\s", "", text)
+    if compact == "all":
+        return list(range(depth))
+    if match := _COUNTED.fullmatch(compact):
+        return _counted(match[1], int(match[2]), text, depth)
+    if match := _RANGE.fullmatch(compact):
+        return _range(match[1], match[2], text, depth)
+    if _LIST.fullmatch(compact):
+        return [int(number) for number in compact.split(",")]
+    if _PAIRS.fullmatch(compact):
+        sides = [pair.split(">") for pair in compact.split(",")]
+        return [(int(teacher), int(student)) for teacher, student in sides]
+    raise TransferError(f"transfer.layers={text!r} is not a choice of layers; valid: {GRAMMAR}")
+
+
+def _counted(word: str, number: int, text: str, depth: int) -> list[int]:
+    if not 1 <= number <= depth:
+        raise TransferError(
+            f"transfer.layers={text!r} needs a number from 1 to {depth}, the depth of the student"
+        )
+    if word == "first":
+        return list(range(number))
+    if word == "last":
+        return list(range(depth - number, depth))
+    return list(range(depth - 1, -1, -number))
+
+
+def _range(start: str | None, stop: str | None, text: str, depth: int) -> list[int]:
+    bounds = (0 if start is None else int(start), depth if stop is None else int(stop))
+    if any(not -depth <= bound <= depth for bound in bounds):
+        raise TransferError(
+            f"transfer.layers={text!r} needs bounds from {-depth} to {depth}, the depth of the student"
+        )
+    return list(range(depth))[slice(*bounds)]
+
+
+def _pair(item: int | tuple[int, int], layers: object, teacher_depth: int, student_depth: int) -> LayerPair:
+    if isinstance(item, int):
+        student = _index(item, student_depth, "student", layers)
+        return LayerPair(spread_layer(student, teacher_depth, student_depth), student)
+    if len(item) != 2:
+        raise TransferError(
+            f"transfer.layers={layers!r} holds {item!r}; a pair is (teacher layer, student layer)"
+        )
+    return LayerPair(
+        _index(item[0], teacher_depth, "teacher", layers), _index(item[1], student_depth, "student", layers)
+    )
+
+
+def _index(layer: int, depth: int, owner: str, layers: object) -> int:
+    if not -depth <= layer < depth:
+        raise TransferError(
+            f"transfer.layers={layers!r} names layer {layer} of the {owner}, which has 0 to {depth - 1} "
+            f"(or {-depth} to -1 from the end)"
+        )
+    return layer % depth

@@ -1,0 +1,193 @@
+"""What a transfer configuration means for two given models: pairs of layers, heads and tokens, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...models.errors import TransferError
+from ...models.families import AttentionShape, TokenLayout, attention_blocks, attention_shape, token_layout
+from ..config import TransferConfig
+from .heads import HeadMap, map_distance, match_heads, resolve_heads
+from .mismatch import compare_models, report_mismatch
+from .pairs import LayerPair, resolve_layers
+from .tape import GridChange, Link, Tape, take
+from .teacher_view import view_attention
+from .tokens import TokenMatch, match_tokens
+
+MAP_METHODS = ("copy", "distill")
+COPY_PARTS = {"copy_q": "q", "copy_k": "k", "copy_v": "v"}
+DISTILL_PARTS = {"distill_q": "q", "distill_k": "k", "distill_v": "v"}
+COPY_METHODS = ("copy", *COPY_PARTS)
+HEAD_METHODS = (*MAP_METHODS, *COPY_PARTS, *DISTILL_PARTS, "attention_output")
+LAYER_METHODS = (*HEAD_METHODS, "block_output")
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """The resolved pairs of layers (none for `feature` and `logits`) and the shapes of both models."""
+
+    method: str
+    links: tuple[Link, ...]
+    teacher: AttentionShape
+    student: AttentionShape
+    notes: tuple[str, ...]
+    needs_calibration: bool = False
+
+    @property
+    def teacher_layers(self) -> set[int]:
+        return {link.pair.teacher for link in self.links}
+
+    def calibrated(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        teacher_input: Callable[[Tensor], Tensor],
+        images: Tensor | None,
+    ) -> TransferPlan:
+        """Heads assigned layer by layer by the distance of their maps on a batch of images."""
+        if images is None:
+            raise TransferError(
+                "transfer.heads='match' is measured on a batch of images: give DualViT(calibration=images)"
+            )
+        tapes = []
+        for model, layers, batch in (
+            (teacher, self.teacher_layers, teacher_input(images)),
+            (student, {link.pair.student for link in self.links}, images),
+        ):
+            tape = Tape()
+            was_training = model.training
+            view_attention(model.eval(), layers, tape, ("q", "k"), output=False)(batch)
+            model.train(was_training)
+            tapes.append(tape)
+        links = tuple(replace(link, heads=_matched(link, *tapes)) for link in self.links)
+        return replace(self, links=links, needs_calibration=False)
+
+    def describe(self) -> list[str]:
+        """The plan in lines of text."""
+        lines = [f"method: {self.method}"]
+        if self.links:
+            pairs = ", ".join(f"{link.pair.teacher}>{link.pair.student}" for link in self.links)
+            lines.append(f"layers (teacher>student): {pairs}")
+        if self.needs_calibration:
+            lines.append("heads: matched on the first batch")
+        elif self.links and self.method in HEAD_METHODS:
+            lines.extend(_describe_heads(self.links))
+        return [*lines, *self.notes]
+
+
+def resolve_plan(config: TransferConfig, teacher: nn.Module, student: nn.Module) -> TransferPlan:
+    """Resolve layers, heads and tokens; raises `TransferError` where the two models do not fit the method."""
+    shapes = attention_shape(teacher), attention_shape(student)
+    notes = (report_mismatch(compare_models(teacher, student)),)
+    if config.method not in LAYER_METHODS:
+        return TransferPlan(config.method, (), *shapes, notes)
+    layouts = token_layout(teacher), token_layout(student)
+    _check_method(config, teacher, student, *shapes)
+    tokens = match_tokens(
+        *layouts,
+        interpolate_grid=config.interpolate_grid,
+        copy=config.method in COPY_METHODS or config.method in ("attention_output", "block_output"),
+    )
+    needs_calibration = config.heads == "match" and config.method in HEAD_METHODS
+    heads = _first_heads(config, *shapes) if needs_calibration else _heads(config, *shapes)
+    links = tuple(
+        _link(pair, heads, tokens, *layouts, shapes[1].num_heads)
+        for pair in resolve_layers(config.layers, shapes[0].depth, shapes[1].depth)
+    )
+    return TransferPlan(config.method, links, *shapes, (*tokens.report, *notes), needs_calibration)
+
+
+def _heads(config: TransferConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
+    if config.heads == "all" and config.method not in (*MAP_METHODS, *COPY_PARTS):
+        # Tensors are compared with their heads joined, so equal counts do not matter.
+        return HeadMap(tuple((head,) for head in range(student.num_heads)), student.num_heads)
+    heads = resolve_heads(config.heads, teacher.num_heads, student.num_heads)
+    if heads.is_grouped and (config.method not in MAP_METHODS or config.loss == "kl"):
+        raise TransferError(
+            f"transfer.heads={config.heads!r} averages maps of several heads, which transfer.method={config.method} "
+            f"with transfer.loss={config.loss} cannot do; use copy, or distill with loss=ce (the same gradient)"
+        )
+    return heads
+
+
+def _first_heads(config: TransferConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
+    """Any one-to-one map, to stand in until the heads are matched."""
+    count = min(teacher.num_heads, student.num_heads)
+    return HeadMap(tuple((h,) if h < count else None for h in range(student.num_heads)), teacher.num_heads)
+
+
+def _link(
+    pair: LayerPair,
+    heads: HeadMap,
+    tokens: TokenMatch,
+    teacher: TokenLayout,
+    student: TokenLayout,
+    student_heads: int,
+) -> Link:
+    patches = student.grid[0] * student.grid[1]
+    matched = student.num_tokens if tokens.student is None else len(tokens.student)
+    grid = (
+        None if teacher.grid == student.grid else GridChange(teacher.num_prefix, teacher.grid, student.grid)
+    )
+    return Link(pair, heads, tokens, student_heads, matched - patches, grid)
+
+
+def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
+    t = take(link.resample(teacher.heads[link.pair.teacher]), None, link.tokens.teacher)
+    s = take(student.heads[link.pair.student], None, link.tokens.student)
+    if t.q is None or t.k is None or s.q is None or s.k is None:
+        raise AssertionError("a calibration tape holds queries and keys")
+    distance = map_distance(t.q, t.k, s.q, s.k, t.scale, s.scale, bias_t=t.bias, bias_s=s.bias)
+    return match_heads(distance)
+
+
+def _check_method(
+    config: TransferConfig, teacher: nn.Module, student: nn.Module, t: AttentionShape, s: AttentionShape
+) -> None:
+    method = config.method
+    if t.head_dim != s.head_dim:
+        widths = f"needs heads of one width, and the teacher's are {t.head_dim} wide and the student's {s.head_dim}"
+        if method in COPY_PARTS:
+            raise TransferError(
+                f"transfer.method={method} {widths}; use method=copy, or a student with head width {t.head_dim}"
+            )
+        if config.heads != "all" and method not in MAP_METHODS:
+            raise TransferError(
+                f"transfer.heads={config.heads!r} with transfer.method={method} {widths}; use heads=all"
+            )
+    blocks: list[Any] = list(attention_blocks(student))
+    if method in (*MAP_METHODS, *COPY_PARTS) and any(block.attn.attn_drop.p > 0 for block in blocks):
+        raise TransferError(
+            "student.model_args.attn_drop_rate must be 0: a dropped-out map is not the map that is transferred"
+        )
+    if token_layout(teacher).grid != token_layout(student).grid and _has_relative_bias(teacher):
+        raise TransferError(
+            "transfer.interpolate_grid cannot interpolate a teacher's relative position bias; "
+            "set teacher.img_size so that the patch grids agree"
+        )
+
+
+def _has_relative_bias(model: Any) -> bool:
+    if getattr(model, "rel_pos_bias", None) is not None:
+        return True
+    return any(
+        getattr(block.attn, "relative_position_bias_table", None) is not None for block in model.blocks
+    )
+
+
+def _describe_heads(links: tuple[Link, ...]) -> list[str]:
+    if all(link.heads.is_identity for link in links):
+        return [f"heads: all {links[0].student_heads}, one to one"]
+    texts = {link.pair.student: _describe_head_map(link.heads) for link in links}
+    if len(set(texts.values())) == 1:
+        return [f"heads (teacher>student): {texts[links[0].pair.student]}"]
+    return [f"heads of layer {layer} (teacher>student): {text}" for layer, text in texts.items()]
+
+
+def _describe_head_map(heads: HeadMap) -> str:
+    groups = zip(heads.targets, heads.student_heads, strict=True)
+    return ", ".join(f"{'+'.join(map(str, group))}>{head}" for group, head in groups)

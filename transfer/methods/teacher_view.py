@@ -1,0 +1,123 @@
+"""The teacher as a step runs it: up to the last block that is needed and, in it, up to what is needed.
+
+A view shares every parameter and buffer with the teacher and changes nothing in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any, cast
+
+from timm.models.eva import EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock
+from torch import Tensor, nn
+
+from ...models.families import attention_blocks
+from ...models.host import AttentionHost
+from .operators import Recorder
+from .tape import Tape
+
+POST_NORM = (ResPostBlock, EvaBlockPostNorm)
+
+
+class LastAttention(nn.Module):
+    """The attention of the last block that is needed, and nothing after it."""
+
+    def __init__(self, block: nn.Module, host: AttentionHost, recorder: Recorder) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if isinstance(block, POST_NORM) else block.norm1
+        self.host = host
+        self.recorder = recorder
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, **options: Any) -> Tensor:
+        x_normed: Tensor = cast(nn.Module, self.norm)(x)
+        heads = self.host.project(x_normed, rope, options.get("shared_rel_pos_bias"))
+        if self.recorder.keep_output:
+            self.recorder(heads)
+        else:
+            self.recorder.keep(heads)
+        return x
+
+
+class RecordedBlock(nn.Module):
+    """A block that puts its output on the tape."""
+
+    def __init__(self, block: nn.Module, layer: int, tape: Tape) -> None:
+        super().__init__()
+        self.block = block
+        self.layer = layer
+        self.tape = tape
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        out = self.block(*args, **options)
+        self.tape.outputs[self.layer] = out
+        return out
+
+
+class TokensOnly(nn.Module):
+    """A truncated model without its final norm, pooling and head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        model._modules["norm"] = nn.Identity()
+        self.model = model
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.blocks
+
+    def forward(self, images: Tensor) -> None:
+        self.model.forward_features(images)  # type: ignore[operator]
+
+
+def shallow(module: nn.Module) -> Any:
+    """A module with the same parameters and buffers whose children can be replaced."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def view_attention(
+    teacher: nn.Module, layers: Collection[int], tape: Tape, parts: Collection[str], output: bool
+) -> Any:
+    """A view that records the projections `parts` (and the attention output) of `layers`, then stops."""
+    last = max(layers)
+    blocks = []
+    for index, block in enumerate(attention_blocks(teacher)[: last + 1]):
+        twin = shallow(block)
+        blocks.append(twin)
+        if index not in layers:
+            continue
+        recorder = Recorder(index, tape, keep_output=output)
+        if index == last:
+            recorder.needs = parts if not output else recorder.needs
+        host = AttentionHost(block.attn, recorder)  # type: ignore[arg-type]
+        twin._modules["attn"] = host
+        if index == last:
+            blocks[-1] = LastAttention(block, host, recorder)
+    return _truncated(teacher, blocks)
+
+
+def view_blocks(teacher: nn.Module, layers: Collection[int], tape: Tape) -> Any:
+    """A view that records the output of the blocks `layers`, then stops."""
+    blocks = [shallow(block) for block in attention_blocks(teacher)[: max(layers) + 1]]
+    return _truncated(
+        teacher, [RecordedBlock(b, i, tape) if i in layers else b for i, b in enumerate(blocks)]
+    )
+
+
+def view_whole(teacher: nn.Module) -> Any:
+    """A view of the whole teacher."""
+    return _with_blocks(teacher, [shallow(block) for block in attention_blocks(teacher)])
+
+
+def _truncated(teacher: nn.Module, blocks: list[nn.Module]) -> Any:
+    return TokensOnly(_with_blocks(teacher, blocks))
+
+
+def _with_blocks(teacher: nn.Module, blocks: list[nn.Module]) -> Any:
+    twin = shallow(teacher)
+    sequential = isinstance(teacher.blocks, nn.Sequential)
+    twin._modules["blocks"] = nn.Sequential(*blocks) if sequential else nn.ModuleList(blocks)
+    return twin
