@@ -65,7 +65,7 @@ def _log(command: str) -> None:
     tells = command in ("demo", "train", "pretrain") and os.environ.get("RANK", "0") == "0"
     logging.getLogger("graftvit").setLevel(logging.INFO if tells else logging.WARNING)
     # a hub that cannot be reached ends in one error; its client would warn at each of its ten tries
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def _overview() -> str:

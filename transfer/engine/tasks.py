@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch.nn.functional as F
@@ -22,13 +23,13 @@ def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else smoothing)
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """A train mode. Its children hold all that learns; a teacher is never one of them."""
 
     @property
+    @abstractmethod
     def trainable(self) -> nn.Module:
         """The model that is trained, averaged and saved as the result."""
-        raise NotImplementedError
 
     @property
     def saved(self) -> nn.Module:
@@ -40,13 +41,13 @@ class Task(nn.Module):
         """The modules that FSDP shards one by one."""
         return attention_blocks(self.trainable)
 
+    @abstractmethod
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         """Losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
-        raise NotImplementedError
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, classes)."""
-        raise NotImplementedError
+        """Logits (B, classes), of a task that has classes."""
+        return cast(Tensor, self.trainable(images))
 
 
 class ClassificationTask(Task):
@@ -63,9 +64,6 @@ class ClassificationTask(Task):
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         return {"loss": classification_loss(self.student(images), targets, self.smoothing)}
-
-    def predict(self, images: Tensor) -> Tensor:
-        return cast(Tensor, self.student(images))
 
 
 class TransferTask(Task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +21,7 @@ softmax = Softmax()
 
 
 @dataclass
-class Taught:
+class Taught(ABC):
     """A student operator: what it does with the teacher's layer, and plain softmax when no teacher ran."""
 
     link: Link
@@ -37,8 +38,9 @@ class Taught:
     def __call__(self, heads: Heads) -> Tensor:
         return self.taught(heads) if self.tape.active else softmax(heads)
 
+    @abstractmethod
     def taught(self, heads: Heads) -> Tensor:
-        raise NotImplementedError
+        """The layer's attention while the teacher's side is on the tape."""
 
     def record(self, loss: Tensor) -> None:
         self.tape.losses[self.link.pair.student] = loss
