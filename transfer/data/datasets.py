@@ -25,6 +25,12 @@ TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
 
 
+def check_dataset(config: DataConfig) -> None:
+    """Raise what `open_dataset` would for an unknown name, a missing package or folder, without reading any image."""
+    if _check_family(config.dataset if config.dataset != "folder" else "") == "":
+        _check_folder(config, config.train_split)
+
+
 def open_dataset(
     config: DataConfig, split: str, channels: int, *, training: bool, seed: int = 0
 ) -> ImageSource | IterableDataset[Any]:

@@ -14,6 +14,7 @@ from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.errors import ConfigError
 from ...models.mae import MaskedAutoencoder
 from ..config import RunConfig, StudentConfig
+from ..data.datasets import check_dataset
 from ..data.loaders import EvalLoader, InputSpec, TrainLoader, create_eval_loader, create_train_loader
 from ..methods.dual import build_dual
 from ..methods.input import Normalization
@@ -44,6 +45,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
 
     Raises ConfigError, CheckpointError, DataError or TransferError, one sentence each.
     """
+    check_dataset(config.data)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
     channels, height, width = input_size(config.student)
     teacher = find_teacher(config, (height, width))
