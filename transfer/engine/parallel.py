@@ -32,7 +32,8 @@ T = TypeVar("T")
 def create_accelerator(config: RunConfig) -> Accelerator:
     """The accelerate object of this run; one process unless a launcher set RANK and WORLD_SIZE.
 
-    Raises ConfigError for fp16 without a GPU, and for sharding with one process or with compilation.
+    Raises ConfigError for fp16 without a GPU, and for sharding with one process, with compilation, or on a CPU with a
+    torch that cannot.
     """
     # accelerate keeps its state for the life of the process; a second run may want another precision or
     # device.
@@ -52,6 +53,15 @@ def create_accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError(
             "engine.fsdp=true shards over processes and this run has one: "
             "start it with torchrun, or set engine.fsdp=false"
+        )
+    if (
+        config.engine.fsdp
+        and accelerator.device.type == "cpu"
+        and not hasattr(torch.cpu.Stream, "record_event")
+    ):
+        raise ConfigError(
+            f"engine.fsdp=true on a CPU needs a newer torch than {torch.__version__}: "
+            "update torch, or set engine.fsdp=false"
         )
     if config.engine.fsdp and config.student.compile:
         raise ConfigError("student.compile=true does not go with engine.fsdp=true: set one of them to false")

@@ -87,7 +87,7 @@ class TransferTask(Task):
         task = classification_loss(output.logits, targets, self.smoothing)
         losses = {"loss": task + output.transfer_loss, "task": task}
         if output.parts:  # a copying method has no transfer loss
-            losses |= {"transfer": output.transfer_loss, **output.parts}
+            losses = {**losses, "transfer": output.transfer_loss, **output.parts}
         return losses
 
     def predict(self, images: Tensor) -> Tensor:

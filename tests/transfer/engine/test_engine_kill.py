@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 TESTS = Path(__file__).parents[2]
+NEEDS_FSDP = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"
+)
+FSDP = pytest.param("fsdp", marks=NEEDS_FSDP)
 
 
 def killer(scenario: str, folder: Path, ranks: int, wrap: str) -> dict[str, Any]:
@@ -35,7 +40,7 @@ def test_ten_kills_leave_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrap", ["ddp", FSDP])
 def test_killed_ranks_leave_no_trace(tmp_path: Path, wrap: str) -> None:
     report = killer("kill", tmp_path, 2, wrap)
     assert report["disturbed"] == 4, report
@@ -44,7 +49,9 @@ def test_killed_ranks_leave_no_trace(tmp_path: Path, wrap: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "wrap"), [(1, "single"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "wrap"), [(1, "single"), (2, "ddp"), pytest.param(2, "fsdp", marks=NEEDS_FSDP)]
+)
 def test_a_termination_of_one_rank_saves_and_stops_all(tmp_path: Path, ranks: int, wrap: str) -> None:
     report = killer("terminate", tmp_path, ranks, wrap)
     assert report["disturbed"] == 2, report
@@ -53,7 +60,7 @@ def test_a_termination_of_one_rank_saves_and_stops_all(tmp_path: Path, ranks: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrap", ["ddp", FSDP])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_layer(tmp_path: Path, wrap: str) -> None:
     report = killer("poison", tmp_path, 2, wrap)
     assert report["ends"] == [1, 1], report
@@ -73,6 +80,7 @@ def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
     assert report["last"] == [0, 0], report
 
 
+@NEEDS_FSDP
 @pytest.mark.slow
 def test_a_run_stopped_under_ddp_goes_on_under_fsdp(tmp_path: Path) -> None:
     report = killer("rewrap", tmp_path, 2, "ddp")
