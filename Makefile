@@ -37,7 +37,7 @@ lint: $(VENV)/.dependencies
 	MYPYPATH=build/typing $(BIN)/mypy --explicit-package-bases --namespace-packages -p graftvit
 
 bench: install
-	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks $(ARGS)
+	env -u OMP_NUM_THREADS KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks $(ARGS)
 
 # What is installed is what a user gets: a copy, never a link to this folder. The dependencies are installed
 # once for a pyproject.toml, the project itself each time.

@@ -54,6 +54,8 @@ def create_accelerator(config: RunConfig) -> Accelerator:
             "engine.fsdp=true shards over processes and this run has one: "
             "start it with torchrun, or set engine.fsdp=false"
         )
+    if config.engine.fsdp and config.student.compile:
+        raise ConfigError("student.compile=true does not go with engine.fsdp=true: set one of them to false")
     if (
         config.engine.fsdp
         and accelerator.device.type == "cpu"
@@ -63,8 +65,6 @@ def create_accelerator(config: RunConfig) -> Accelerator:
             f"engine.fsdp=true on a CPU needs a newer torch than {torch.__version__}: "
             "update torch, or set engine.fsdp=false"
         )
-    if config.engine.fsdp and config.student.compile:
-        raise ConfigError("student.compile=true does not go with engine.fsdp=true: set one of them to false")
     if accelerator.num_processes > 1:
         atexit.register(_leave_group)
     return accelerator
