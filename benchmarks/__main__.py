@@ -26,19 +26,28 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     arguments = parse()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in cases(arguments):
         print(case.describe(), flush=True)
         rows.append(measure(case, arguments.repeats))
         print(
             "  " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in rows[-1]["ratio"].items()), flush=True
         )
-    result = {"machine": machine(), "repeats": arguments.repeats, "rows": rows, "exponents": exponents(rows)}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    name = arguments.output / arguments.name
+        result = {
+            "machine": machine(),
+            "repeats": arguments.repeats,
+            "rows": rows,
+            "exponents": exponents(rows),
+        }
+        write(arguments.output / arguments.name, result)
+    print(f"\n{table(result)}\nwritten to {arguments.output / arguments.name}.md and .json")
+
+
+def write(name: Path, result: dict[str, Any]) -> None:
+    """The table and the numbers behind it, after each case: a long run that is stopped leaves what it has."""
+    name.parent.mkdir(parents=True, exist_ok=True)
     name.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     name.with_suffix(".md").write_text(table(result))
-    print(f"\n{table(result)}\nwritten to {name.with_suffix('.md')} and .json")
 
 
 def parse() -> argparse.Namespace:
