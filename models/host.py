@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
+from .errors import UnsupportedModelError
 from .families import attention_blocks, check_supported
 
 QKV = ("q", "k", "v")
@@ -102,7 +103,9 @@ class AttentionHost(nn.Module):
     ) -> Tensor:
         """Attention over tokens (B, N, C). Masks are refused: a plain image transformer has none."""
         if attn_mask is not None or is_causal:
-            raise ValueError("attention masks are not supported by a hosted attention layer")
+            raise UnsupportedModelError(
+                "attn_mask and is_causal are not supported by a hosted attention layer"
+            )
         return self.merge(self.operator(self.project(x, rope, shared_rel_pos_bias)), x)
 
     def project(

@@ -86,5 +86,5 @@ def test_blocks_without_a_plain_attention_are_refused(block: type) -> None:
 
 def test_masks_are_refused() -> None:
     host = host_attention(tiny())[0]
-    with pytest.raises(ValueError, match="mask"):
+    with pytest.raises(UnsupportedModelError, match="mask"):
         host(torch.zeros(1, 25, 32).double(), is_causal=True)

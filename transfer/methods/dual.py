@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ...checkpoints.teacher import Teacher
+from ...models.errors import ConfigError, did_you_mean
 from ...models.families import check_supported
 from ...models.host import release_attention
 from ..config import Method, TransferConfig
@@ -53,7 +55,7 @@ class DualViT(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.config = TransferConfig(method=method, **options)
+        self.config = _settings(method=method, **options)
         if isinstance(teacher, Teacher):
             teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
             teacher = teacher.model
@@ -170,6 +172,21 @@ class DualViT(nn.Module):
         self.teacher._apply(fn)
         super()._apply(fn, recurse)
         return self
+
+
+def _settings(**options: Any) -> TransferConfig:
+    """The settings, with pydantic's findings as one sentence."""
+    unknown = [name for name in options if name not in TransferConfig.model_fields]
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], TransferConfig.model_fields)}"
+        )
+    try:
+        return TransferConfig(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(f"transfer.{name} is {options[name]!r}, but: {first['msg']}") from error
 
 
 def pretrained_normalization(model: Any) -> Normalization:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import timm
+from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import build as building
+from graftvit.transfer.methods.dual import DualViT
+from torch import Tensor
 
 
 def test_a_missing_data_set_is_refused_before_the_teacher_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,19 +24,30 @@ def test_a_missing_data_set_is_refused_before_the_teacher_is_loaded(monkeypatch:
         building.build(RunConfig(teacher=teacher))
 
 
-def test_all_processes_match_heads_on_the_same_images() -> None:
-    config = RunConfig(
-        mode="transfer",
-        data={"dataset": "digits", "batch_size": 8, "workers": 0, "aa": "affine"},
-        student={
-            "model": "vit_tiny_patch16_224",
-            "img_size": 8,
-            "model_args": {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2},
-        },
+def test_all_processes_match_heads_on_the_same_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    size = {"img_size": 8, **small, "num_classes": 0}
+    teacher = timm.create_model("vit_tiny_patch16_224", **size)
+    save_student(
+        teacher, tmp_path / "t", architecture="vit_tiny_patch16_224", model_args=size, mean=(0.5,), std=(0.5,)
     )
-    spec = building.InputSpec((1, 8, 8), (0.5,), (0.5,))
-    first = building._calibration(config, spec)
-    loaders = [building.create_train_loader(config.data, spec, seed=0, rank=r, world_size=2) for r in (0, 1)]
-    own = [next(loader.epoch(0))[0] for loader in loaders]
-    assert first.equal(building._calibration(config, spec))
+    config = RunConfig(
+        teacher={"source": f"local-dir:{tmp_path / 't'}"},
+        transfer={"heads": "match"},
+        data={"dataset": "digits", "batch_size": 8, "workers": 0, "aa": "affine"},
+        student={"model": "vit_tiny_patch16_224", "img_size": 8, "model_args": small},
+    )
+    shown: list[Tensor] = []
+    build_dual = building.build_dual
+
+    def watched(*arguments: Any) -> DualViT:
+        shown.append(arguments[-1])
+        return build_dual(*arguments)
+
+    monkeypatch.setattr(building, "build_dual", watched)
+    parts = [building.build(config, rank=rank, world_size=2) for rank in (0, 1)]
+    own = [next(part.train_loader.epoch(0))[0] for part in parts]
     assert not own[0].equal(own[1])
+    assert shown[0].equal(shown[1])

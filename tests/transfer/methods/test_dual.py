@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from dense import FAMILIES, cross_entropy, gradient, images, relative_error, run, tiny
-from graftvit.models.errors import TransferError, UnsupportedModelError
+from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.transfer.config import TransferConfig
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.input import Normalization
@@ -314,6 +314,19 @@ def test_what_is_not_supported_is_refused_with_what_is() -> None:
     )
     with pytest.raises(UnsupportedModelError, match="block 0"):
         DualViT(parallel, tiny())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "distil"}, "transfer.method is 'distil', but: .*'distill'"),
+        ({"temprature": 2}, "unknown setting 'temprature'; did you mean 'temperature'"),
+        ({"rows": 2.0}, "transfer.rows is 2.0, but: .*less than or equal to 1"),
+    ],
+)
+def test_a_wrong_keyword_ends_in_one_sentence(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DualViT(tiny(seed=1), tiny(seed=2), **options)
 
 
 def test_attention_dropout_is_refused() -> None:
