@@ -26,7 +26,8 @@ class WriteFailedError(CheckpointError, RunFailedError):
 def write_file(path: Path, write: Callable[[Path], None], *, size: int) -> None:
     """Calls `write(temporary)` and puts the result at `path` in one step; what was there stays until then.
 
-    The temporary file of an earlier attempt that died is removed first: a path has one writer at a time.
+    The temporary file lies in a folder of its own, for safetensors from 0.8 puts another one beside it. What
+    an earlier attempt that died left there is removed first: a path has one writer at a time.
     `size` is the number of bytes needed, named in the error.
 
     Raises WriteFailedError: the disk is full, or the file system refuses the file.
@@ -35,9 +36,10 @@ def write_file(path: Path, write: Callable[[Path], None], *, size: int) -> None:
     with _explained(path, size), _removed(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        write(temporary)
-        sync(temporary)
-        temporary.replace(path)
+        temporary.mkdir()
+        write(temporary / path.name)
+        sync(temporary / path.name)
+        (temporary / path.name).replace(path)
         sync(path.parent)
 
 

@@ -109,11 +109,11 @@ def test_a_death_between_the_renames_loses_nothing(
     for step in (1, 2):
         folder.save(at(step))
     rename = Path.replace
-    # What is renamed by the atomic write ends in .tmp and goes through.
+    # The atomic write renames out of its own folder and goes through.
     stop_at = "last.safetensors" if died_after == "write" else "incoming.safetensors"
 
     def dying(self: Path, target: Path) -> Path:
-        if self.name == stop_at:
+        if self == tmp_path / stop_at:
             raise KeyboardInterrupt
         return rename(self, target)
 
