@@ -46,7 +46,13 @@ def fit(
     _refuse_not_finite(weights.origin, present)
     model.load_state_dict(present, strict=False)
     return LoadReport(
-        weights.origin, weights.format, len(present), missing, unexpected, resampled, weights.notes
+        weights.origin,
+        weights.format,
+        len(present),
+        missing,
+        {**weights.left_out, **unexpected},
+        resampled,
+        weights.notes,
     )
 
 

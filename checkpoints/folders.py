@@ -1,10 +1,12 @@
-"""timm folders, on this disk or on the hub: config.json with the architecture, and one weights file."""
+"""Folders with a config.json and weights, on this disk or on the hub, in timm's layout or in transformers'."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from timm.models._hub import load_model_config_from_path
 
@@ -13,14 +15,18 @@ from .build import known_fields
 from .files import read_file
 from .formats import read_weights
 from .hub import commit_of, download, try_download
+from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource
 from .weights import Weights
 
 CONFIG = "config.json"
 WEIGHTS_NAMES = (
-    "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pth", "model.pth",
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
+Find = Callable[[str], Path | None]
+"""The path of a file of the folder or repository by its name, None where it has none."""
 
 
 def read_folder(source: FolderSource) -> Weights:
@@ -31,9 +37,9 @@ def read_folder(source: FolderSource) -> Weights:
     folder = source.path
     if (folder / CONFIG).is_file():
         return _read(folder, lambda name: _existing(folder / name), str(folder))
-    exported = folder / ("student" if source.part == "student" else "student_ema")
+    exported = folder / ("student_ema" if source.part == "ema" else "student")
     if (exported / CONFIG).is_file():
-        return read_folder(FolderSource(exported, "student"))
+        return read_folder(FolderSource(exported))
     state = folder / "checkpoints" / "last.safetensors"
     if state.is_file():
         return read_weights_file(FileSource(state, source.part))
@@ -52,7 +58,7 @@ def read_hub(source: HubSource) -> Weights:
     # The commit of the first file, so that all files are of one commit.
     commit = commit_of(config) or revision
     weights = _read(config.parent, lambda file: try_download(name, file, commit), f"hf-hub:{name}")
-    return dataclasses.replace(weights, revision=commit)
+    return replace(weights, revision=commit)
 
 
 def read_weights_file(source: FileSource) -> Weights:
@@ -64,22 +70,56 @@ def _existing(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _read(folder: Path, find: Callable[[str], Path | None], origin: str) -> Weights:
+def _read(folder: Path, find: Find, origin: str) -> Weights:
+    """The model of a folder with a config.json: timm's own, or one of transformers."""
+    config = _config(folder / CONFIG)
+    if "model_type" in config and "architecture" not in config:
+        weights = _weights(find, (), origin, {**config, **_preprocessor(find)})
+        return replace(weights, origin=origin, pretrained_cfg=_with_licence(weights.pretrained_cfg, find))
     try:
-        config, architecture, model_args = load_model_config_from_path(folder)
+        described, architecture, model_args = load_model_config_from_path(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = "is damaged or not timm's: it names no architecture"
+        reason = "is damaged or of no known kind: it names neither timm's architecture nor a model_type"
         raise CheckpointError(f"{folder / CONFIG} {reason}") from error
-    named = config.get("hf_hub_filename")
-    names = (named, *WEIGHTS_NAMES) if named else WEIGHTS_NAMES
-    path = next((path for path in map(find, names) if path), None)
-    if path is None:
-        raise CheckpointError(f"{origin} has a {CONFIG} but no weights: none of {', '.join(WEIGHTS_NAMES)}")
-    weights = read_weights_file(FileSource(path, "student"))
-    known = known_fields(config)
+    named = described.get("hf_hub_filename")
+    weights = _weights(find, (named,) if named else (), origin, {})
+    known = _with_licence(known_fields(described), find)
+    words = f"a timm folder ({Path(weights.origin).name})"
+    return Weights(weights.tensors, origin, words, architecture, model_args, known)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(config).__name__}, not settings by name")
+    return config
+
+
+def _weights(find: Find, first: tuple[str, ...], origin: str, config: Mapping[str, Any]) -> Weights:
+    """The weights in the first file that is there: one file, or the index of several."""
+    for name in (*first, *WEIGHTS_NAMES):
+        path = find(name)
+        if path is None:
+            continue
+        content = read_shards(path, find) if name.endswith(INDEX_SUFFIX) else read_file(path)
+        return read_weights(content, config=config)
+    raise CheckpointError(f"{origin} has a {CONFIG} but no weights: none of {', '.join(WEIGHTS_NAMES)}")
+
+
+def _preprocessor(find: Find) -> dict[str, Any]:
+    """How transformers prepares the images: image_mean, image_std and more, where the source says it."""
+    path = find("preprocessor_config.json")
+    return {} if path is None else {"preprocessor": _config(path)}
+
+
+def _with_licence(described: Mapping[str, Any], find: Find) -> dict[str, Any]:
+    known = dict(described)
     if not known.get("license"):
         known["license"] = _card_licence(find("README.md"))
-    return Weights(weights.tensors, origin, f"a timm folder ({path.name})", architecture, model_args, known)
+    return known
 
 
 def _card_licence(card: Path | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from timm.models import is_model, list_models, list_pretrained, split_model_name_tag
 
@@ -17,7 +17,8 @@ SYNTAX = (
     "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
     "or a .safetensors or .pth file"
 )
-Part = Literal["student", "ema"]
+Part = Literal["student", "teacher", "ema"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,29 @@ class HubSource:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A timm folder (config.json and weights) or the folder of a run; `part` picks the run's average."""
+    """A timm folder (config.json and weights) or the folder of a run; `part` picks the run's average.
+
+    None is the part that such a source is used for.
+    """
 
     path: Path
-    part: Part
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A weights file; `part` picks the average in a training state."""
+    """A weights file; `part` picks one of the models in it, None the one that such files are used for."""
 
     path: Path
-    part: Part
+    part: Part | None = None
 
 
 Source = TimmSource | HubSource | FolderSource | FileSource
 
 
 def parse_source(text: str) -> Source:
-    """Reads a source as the user gave it. `#ema` behind a path picks the moving average of a run.
+    """Reads a source as the user gave it. `#student`, `#teacher` or `#ema` (the moving average) behind a path
+    picks one of the models in it.
 
     Raises CheckpointError: it is none of the known kinds, the file or folder is not there, or timm has
     no such model; the sentence says what would be valid.
@@ -108,11 +113,12 @@ def _file(text: str) -> FileSource:
     return FileSource(path, part)
 
 
-def _split_part(text: str) -> tuple[Path, Part]:
-    path, _, part = text.rpartition("#")
-    if part in ("ema", "student") and path:
-        return Path(path).expanduser(), "ema" if part == "ema" else "student"
-    return Path(text).expanduser(), "student"
+def _split_part(text: str) -> tuple[Path, Part | None]:
+    path, _, word = text.rpartition("#")
+    for part in PARTS:
+        if part == word and path:
+            return Path(path).expanduser(), part
+    return Path(text).expanduser(), None
 
 
 def _suggest(text: str) -> str:

@@ -27,6 +27,8 @@ class Weights:
     revision: str | None = None
     notes: tuple[str, ...] = ()
     """Sentences for the report."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the source that its format has no use for, and why."""
 
     @property
     def img_size(self) -> tuple[int, int] | None:

@@ -103,7 +103,7 @@ def test_a_state_without_average_or_whole_bytes_is_refused(tiny: Make, tmp_path:
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"architectures": ["ViTModel"]}', "\x00"])
 def test_a_config_that_is_not_timms_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"config\.json is damaged or not timm's") as caught:
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged") as caught:
         load_teacher(f"local-dir:{tmp_path}")
     assert "\n" not in str(caught.value)
 

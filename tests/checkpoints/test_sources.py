@@ -22,18 +22,19 @@ def test_names_and_hub_names() -> None:
 def test_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"")
-    assert parse_source(str(path)) == FileSource(path, "student")
+    assert parse_source(str(path)) == FileSource(path)
     assert parse_source(f"{path}#ema") == FileSource(path, "ema")
     assert parse_source(f"{path}#student") == FileSource(path, "student")
+    assert parse_source(f"{path}#teacher") == FileSource(path, "teacher")
 
 
 def test_folders(tmp_path: Path) -> None:
     odd = tmp_path / "a.pth#1"
     odd.mkdir()
     for folder in (tmp_path, odd):
-        assert parse_source(f"local-dir:{folder}") == FolderSource(folder, "student")
+        assert parse_source(f"local-dir:{folder}") == FolderSource(folder)
         assert parse_source(f"local-dir:{folder}#ema") == FolderSource(folder, "ema")
-        assert parse_source(str(folder)) == FolderSource(folder, "student")
+        assert parse_source(str(folder)) == FolderSource(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+from .read import read_weights as read_weights

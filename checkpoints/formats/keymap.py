@@ -1,0 +1,101 @@
+"""Key maps: what other libraries call the parts of a vision transformer, in timm's names.
+
+A map is data, and `apply` is the only code that reads it. A new family is one more row of `table.KEY_MAPS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.errors import CheckpointError
+from ..report import some
+from ..weights import Weights
+
+PIECE = re.compile(r"(.+)\[([qkv])\w*\]")
+"""A name that ends in [q], [k] or [v] (or [query] …) is that third of a tensor that timm keeps in one."""
+
+Describe = Callable[[Weights, Mapping[str, Any]], Weights]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How one library names the tensors of one family of models."""
+
+    name: str
+    """Of the family and the library, for reports and errors."""
+    marks: tuple[str, ...]
+    """Patterns; a file is of this family where each one matches some key whole."""
+    names: tuple[tuple[str, str], ...] = ()
+    """(pattern, timm's name): the first that matches a key whole; a key that none matches keeps its name."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """(pattern, reason): what timm's model has no place for. Looked at before `names`."""
+    reshape: Callable[[str, Tensor], Tensor] | None = None
+    """(timm's name, tensor) to the tensor as timm keeps it."""
+    describe: Describe | None = None
+    """Adds architecture and normalisation, from the tensors and the source's config.json ({} without one)."""
+
+
+def recognise(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap | None:
+    """The first map all of whose marks are among the keys."""
+    for candidate in maps:
+        if all(any(re.fullmatch(mark, key) for key in tensors) for mark in candidate.marks):
+            return candidate
+    return None
+
+
+def apply(found: KeyMap, weights: Weights, config: Mapping[str, Any]) -> Weights:
+    """`weights` under timm's names, with what the map knows of the model.
+
+    Raises CheckpointError: two keys would get the same name, or a third of a fused tensor is not there.
+    """
+    renamed: dict[str, Tensor] = {}
+    left_out = dict(weights.left_out)
+    for key, tensor in weights.tensors.items():
+        reason = _first(found.left_out, key)
+        if reason is not None:
+            left_out[key] = reason
+            continue
+        name = _first(found.names, key) or key
+        if name in renamed:
+            raise CheckpointError(f"{weights.origin}: {key!r} would be a second {name!r} ({found.name})")
+        renamed[name] = tensor
+    tensors = _joined(renamed, weights.origin)
+    if found.reshape is not None:
+        tensors = {name: found.reshape(name, tensor) for name, tensor in tensors.items()}
+    words = f"{weights.format}, {found.name}" if weights.format else found.name
+    mapped = replace(weights, tensors=tensors, format=words, left_out=left_out)
+    return mapped if found.describe is None else found.describe(mapped, config)
+
+
+def _first(rules: tuple[tuple[str, str], ...], key: str) -> str | None:
+    for pattern, result in rules:
+        match = re.fullmatch(pattern, key)
+        if match is not None:
+            return match.expand(result)
+    return None
+
+
+def _joined(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """The thirds of queries, keys and values as one tensor, in this order."""
+    joined: dict[str, Tensor] = {}
+    pieces: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        piece = PIECE.fullmatch(name)
+        if piece is None:
+            joined[name] = tensor
+        else:
+            pieces.setdefault(piece[1], {})[piece[2]] = tensor
+    for name, thirds in pieces.items():
+        absent = [part for part in "qkv" if part not in thirds]
+        if absent:
+            raise CheckpointError(f"{origin} is not whole: {name} lacks its {some(absent)} part")
+        if len({tuple(third.shape) for third in thirds.values()}) > 1:
+            raise CheckpointError(f"{origin}: the q, k and v parts of {name} differ in shape")
+        joined[name] = torch.cat([thirds[part] for part in "qkv"])
+    return joined

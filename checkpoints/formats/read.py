@@ -1,0 +1,27 @@
+"""From what a file holds to weights under timm's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..files import Content
+from ..sources import Part
+from ..weights import Weights
+from .containers import unwrap
+from .keymap import apply, recognise
+from .table import KEY_MAPS
+
+
+def read_weights(
+    content: Content, part: Part | None = None, config: Mapping[str, Any] | None = None
+) -> Weights:
+    """The weights in a file: the container gives the asked part, the table of key maps its names.
+
+    `part` None is the one that the kind of file is published for. `config` is what lay beside the file.
+
+    Raises CheckpointError: the file is of no known kind, has no such part, or is half of one.
+    """
+    weights = unwrap(content, part)
+    found = recognise(weights.tensors, KEY_MAPS)
+    return weights if found is None else apply(found, weights, config or {})

@@ -1,0 +1,56 @@
+"""The weights in a training state of this package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ...models.errors import CheckpointError
+from ..files import Content
+from ..sources import Part
+from ..state_file import META_KEY
+from ..weights import Weights
+
+
+def read_state_weights(content: Content, part: Part) -> Weights:
+    """A run's state: `student.…` as trained, `ema.…` its average; of an autoencoder, the encoder alone.
+
+    Raises CheckpointError: the state has no such part.
+    """
+    prefix = f"{part}."
+    tensors = {name.removeprefix(prefix): t for name, t in content.tree.items() if name.startswith(prefix)}
+    if not tensors:
+        what = "moving average" if part == "ema" else part
+        raise CheckpointError(f"{content.path} holds no {what}; leave #{part} out")
+    if any(name.startswith("encoder.") for name in tensors):
+        encoder = "encoder."
+        tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
+    architecture, arguments, config = _student_of(json.loads(content.metadata[META_KEY]))
+    notes = () if config else ("normalisation: the architecture's own, for the state does not say it",)
+    return Weights(
+        tensors,
+        str(content.path),
+        f"the {'average' if part == 'ema' else 'student'} in a run's training state",
+        architecture,
+        arguments,
+        config,
+        notes=notes,
+    )
+
+
+def _student_of(meta: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    """Architecture, arguments, normalisation from a state's meta: its `student` entry, else its settings."""
+    entry = meta.get("student")
+    if isinstance(entry, Mapping):
+        config = {key: tuple(entry[key]) for key in ("mean", "std") if entry.get(key)}
+        return entry.get("architecture"), dict(entry.get("model_args") or {}), config
+    settings = meta.get("config") or {}
+    student = settings.get("student") or {}
+    if student.get("mirror_teacher") or not student.get("model"):
+        return None, {}, {}
+    arguments = dict(student.get("model_args") or {})
+    arguments |= {key: student[key] for key in ("img_size", "global_pool") if student.get(key) is not None}
+    if settings.get("mode") == "pretrain":  # the encoder of an autoencoder ends in `norm`
+        arguments["global_pool"] = "token" if arguments.get("class_token", True) else ""
+    return student["model"], arguments, {}

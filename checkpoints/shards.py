@@ -1,0 +1,46 @@
+"""Weights spread over several files with an index, as Hugging Face libraries write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..models.errors import CheckpointError
+from .files import Content, read_file
+from .report import some
+
+INDEX_SUFFIX = ".index.json"
+
+
+def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
+    """The tensors that an index lists, each from its file; `find` gives the path of a file by its name.
+
+    Raises CheckpointError: the index is damaged or names files elsewhere, or a file or a tensor is missing.
+    """
+    names = _weight_map(index)
+    tree: dict[str, Any] = {}
+    for file in dict.fromkeys(names.values()):
+        path = find(file)
+        if path is None:
+            raise CheckpointError(f"{index} lists {file}, which is not there: the weights are not whole")
+        tree |= read_file(path).tree
+    absent = [name for name in names if name not in tree]
+    if absent:
+        raise CheckpointError(f"{index} lists {some(absent)}, which its files do not hold")
+    return Content(index, {name: tree[name] for name in names}, {})
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor names to file names, each a plain name in the index's own folder."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged: it has no weight_map") from error
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(f"{index} is damaged: its weight_map does not name a file for each tensor")
+    elsewhere = [file for file in names.values() if PurePosixPath(file).name != file or "\\" in file]
+    if elsewhere:
+        raise CheckpointError(f"{index} is refused: it names {elsewhere[0]!r}, outside of its folder")
+    return names
