@@ -1,3 +1,5 @@
+from .convert import convert as convert
+from .convert import plan_of as plan_of
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
@@ -17,3 +19,4 @@ from .host import host_attention as host_attention
 from .host import release_attention as release_attention
 from .mae import MaskedAutoencoder as MaskedAutoencoder
 from .mirror import mirror_arguments as mirror_arguments
+from .plan import parse_plan as parse_plan

@@ -72,6 +72,9 @@ class Softmax:
 class AttentionHost(nn.Module):
     """A timm attention layer around any operator; `original` is the layer it stands for."""
 
+    permanent = False
+    """Whether the model is saved with its host, and not with the layer that it stands for."""
+
     def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
         super().__init__()
         self._parameters = original._parameters
@@ -211,9 +214,9 @@ def host_attention(model: nn.Module) -> list[AttentionHost]:
 
 
 def release_attention(model: nn.Module) -> nn.Module:
-    """Put timm's own attention layers back in place of their hosts; returns the model."""
+    """Put timm's own attention layers back in place of their hosts (not of converted ones); returns the model."""
     for block in getattr(model, "blocks", ()):
         host = getattr(block, "attn", None)
-        if isinstance(host, AttentionHost):
+        if isinstance(host, AttentionHost) and not host.permanent:
             block.attn = host.original
     return model

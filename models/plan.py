@@ -1,0 +1,116 @@
+"""Conversion plans: which attention operator each layer gets.
+
+`"*: linear; 9-11: softmax"` gives every layer linear attention and the last three of twelve their own softmax back.
+Before the colon stand `*`, layers and ranges (`0,2,9-11`), negative ones counted from the end (`-1`); behind it the
+operator, with its options in parentheses (`linear(feature=relu)`). `keep` is `softmax`. Where several entries name
+a layer, the last one holds; a layer that none names is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError
+
+KEEP = "softmax"
+LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
+SYNTAX = "write e.g. '*: linear; 9-11: softmax'"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The operator of one layer and its options."""
+
+    operator: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={_scalar(value)}" for key, value in self.options.items())
+        return f"{self.operator}({options})" if options else self.operator
+
+
+def parse_plan(plan: str | Mapping[Any, str], depth: int) -> tuple[Choice, ...]:
+    """The choice of each of `depth` layers, from text or from a mapping of layers to operators.
+
+    Raises ConfigError naming the entry: a layer that is not there, or text that is no plan.
+    """
+    entries = plan.items() if isinstance(plan, Mapping) else _entries(plan)
+    choices = [Choice(KEEP)] * depth
+    for layers, text in entries:
+        choice = _choice(str(text))
+        for layer in _layers(str(layers), depth):
+            choices[layer] = choice
+    return tuple(choices)
+
+
+def plan_text(choices: tuple[Choice, ...]) -> str:
+    """The shortest plan that gives these choices: one entry for each run of equal layers."""
+    entries, start = [], 0
+    for choice, run in itertools.groupby(choices):
+        length = len(list(run))
+        last = start + length - 1
+        entries.append(f"{start if length == 1 else f'{start}-{last}'}: {choice}")
+        start += length
+    return f"*: {choices[0]}" if len(entries) == 1 else "; ".join(entries)
+
+
+def _entries(text: str) -> list[tuple[str, str]]:
+    entries = []
+    for entry in filter(None, map(str.strip, text.split(";"))):
+        layers, colon, choice = entry.partition(":")
+        if not colon:
+            raise ConfigError(f"plan entry {entry!r} has no colon between layers and operator: {SYNTAX}")
+        entries.append((layers, choice))
+    if not entries:
+        raise ConfigError(f"the plan {text!r} is empty: {SYNTAX}")
+    return entries
+
+
+def _layers(text: str, depth: int) -> list[int]:
+    if text.strip() == "*":
+        return list(range(depth))
+    layers: list[int] = []
+    for part in text.split(","):
+        found = LAYERS.fullmatch(part.strip())
+        if found is None:
+            raise ConfigError(
+                f"plan: {part.strip()!r} is no layer; write *, 3, 9-11, -1 or several with commas"
+            )
+        first, last = (_layer(number, depth) for number in (found[1], found[2] or found[1]))
+        if last < first:
+            raise ConfigError(f"plan: the range {part.strip()!r} is empty in a model of {depth} layers")
+        layers += range(first, last + 1)
+    return layers
+
+
+def _layer(number: str, depth: int) -> int:
+    layer = int(number)
+    if not -depth <= layer < depth:
+        raise ConfigError(f"plan: there is no layer {layer}; the model has layers 0 to {depth - 1}")
+    return layer % depth
+
+
+def _choice(text: str) -> Choice:
+    found = CHOICE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"plan: {text.strip()!r} is no operator; {SYNTAX}, or linear(feature=relu)")
+    options = dict(_option(entry) for entry in (found[2] or "").split(",") if entry.strip())
+    return Choice(KEEP if found[1] == "keep" else found[1], options)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip().isidentifier():
+        raise ConfigError(f"plan: {text.strip()!r} is no option; write name=value")
+    return name.strip(), yaml.safe_load(value)
+
+
+def _scalar(value: Any) -> str:
+    return str(yaml.safe_dump(value)).partition("\n")[0]

@@ -1,0 +1,65 @@
+"""Plans: text, mapping, and back."""
+
+from __future__ import annotations
+
+import pytest
+from graftvit.models.errors import ConfigError
+from graftvit.models.plan import Choice, parse_plan, plan_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def operators(plan: object, depth: int = 12) -> list[str]:
+    return [str(choice) for choice in parse_plan(plan, depth)]  # type: ignore[arg-type]
+
+
+def test_later_entries_hold_and_unnamed_layers_are_kept() -> None:
+    assert operators("*: linear; 9-11: softmax") == ["linear"] * 9 + ["softmax"] * 3
+    assert operators("1: linear", 3) == ["softmax", "linear", "softmax"]
+    assert operators("*: linear; -1: keep", 3) == ["linear", "linear", "softmax"]
+    assert operators("-2--1, 0: linear", 4) == ["linear", "softmax", "linear", "linear"]
+    assert operators({"*": "linear", 0: "keep"}, 2) == ["softmax", "linear"]
+
+
+def test_options() -> None:
+    (choice,) = parse_plan("*: linear(feature=relu)", 1)
+    assert choice == Choice("linear", {"feature": "relu"})
+    assert parse_plan("0: x(a=1, b=0.5, c=true, d=text)", 1)[0].options == {
+        "a": 1, "b": 0.5, "c": True, "d": "text",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("", "the plan '' is empty"),
+        ("linear", "has no colon"),
+        ("x: linear", "'x' is no layer"),
+        ("1.5: linear", "'1.5' is no layer"),
+        ("12: linear", "there is no layer 12; the model has layers 0 to 11"),
+        ("-13: linear", "there is no layer -13"),
+        ("5-3: linear", "the range '5-3' is empty"),
+        ("*: Linear!", "'Linear!' is no operator"),
+        ("*: linear(relu)", "'relu' is no option; write name=value"),
+        ("*:", "'' is no operator"),
+    ],
+)
+def test_mistakes_are_named(plan: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_plan(plan, 12)
+    assert words in str(caught.value)
+
+
+CHOICES = st.sampled_from(
+    [Choice("softmax"), Choice("linear"), Choice("linear", {"feature": "relu", "x": 1.5, "y": "true"})]
+)
+
+
+@given(st.lists(CHOICES, min_size=1, max_size=8))
+def test_text_gives_the_same_choices_back(choices: list[Choice]) -> None:
+    assert parse_plan(plan_text(tuple(choices)), len(choices)) == tuple(choices)
+
+
+def test_text_is_short() -> None:
+    assert plan_text(parse_plan("*: linear", 12)) == "*: linear"
+    assert plan_text(parse_plan("*: linear; 9-11: softmax", 12)) == "0-8: linear; 9-11: softmax"
