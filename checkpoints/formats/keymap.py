@@ -20,6 +20,7 @@ from ..weights import Weights
 PIECE = re.compile(r"(.+)\[([qkv])\w*\]")
 """A name that ends in [q], [k] or [v] (or [query] …) is that third of a tensor that timm keeps in one."""
 
+Prepare = Callable[[Weights], Weights]
 Describe = Callable[[Weights, Mapping[str, Any]], Weights]
 
 
@@ -31,6 +32,10 @@ class KeyMap:
     """Of the family and the library, for reports and errors."""
     marks: tuple[str, ...]
     """Patterns; a file is of this family where each one matches some key whole."""
+    unless: tuple[str, ...] = ()
+    """Patterns of keys that no file of this family has."""
+    prepare: Prepare | None = None
+    """What one name for another cannot say (tensors cut, joined, added): done under the source's names."""
     names: tuple[tuple[str, str], ...] = ()
     """(pattern, timm's name): the first that matches a key whole; a key that none matches keeps its name."""
     left_out: tuple[tuple[str, str], ...] = ()
@@ -42,9 +47,13 @@ class KeyMap:
 
 
 def recognise(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap | None:
-    """The first map all of whose marks are among the keys."""
+    """The first map all of whose marks are among the keys, and none of what it excludes."""
+
+    def among(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, key) for key in tensors)
+
     for candidate in maps:
-        if all(any(re.fullmatch(mark, key) for key in tensors) for mark in candidate.marks):
+        if all(map(among, candidate.marks)) and not any(map(among, candidate.unless)):
             return candidate
     return None
 
@@ -54,6 +63,8 @@ def apply(found: KeyMap, weights: Weights, config: Mapping[str, Any]) -> Weights
 
     Raises CheckpointError: two keys would get the same name, or a third of a fused tensor is not there.
     """
+    if found.prepare is not None:
+        weights = found.prepare(weights)
     renamed: dict[str, Tensor] = {}
     left_out = dict(weights.left_out)
     for key, tensor in weights.tensors.items():
