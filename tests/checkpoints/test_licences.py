@@ -113,7 +113,7 @@ def test_the_ways_of_writing_an_identifier(written: str, identifier: str) -> Non
     [
         ("apache", "apache-2.0"),
         ("cc-by-nc", "cc-by-nc-4.0"),
-        ("gpl3", "gpl-3.0"),
+        ("cc-by-sa", "cc-by-sa-4.0"),
         ("dinov3", "dinov3-license"),
     ],
 )
