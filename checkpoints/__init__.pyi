@@ -1,10 +1,12 @@
 from .describe import describe_teacher as describe_teacher
+from .loading import load as load
 from .report import LoadReport as LoadReport
 from .state import StateFolder as StateFolder
 from .state_file import TrainingState as TrainingState
 from .state_file import read_state as read_state
 from .state_file import write_state as write_state
 from .student import save_student as save_student
+from .student import write_student as write_student
 from .teacher import Teacher as Teacher
 from .teacher import load_teacher as load_teacher
 from .teacher import load_weights as load_weights

@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, list_pretrained, split_model_name_tag
 from torch import Tensor, nn
 
+from ..models import conversion  # noqa: F401  timm knows converted models from here on
 from ..models.errors import CheckpointError
 from .hub import commit_of, explained
 from .sources import TimmSource, parse_source

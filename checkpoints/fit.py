@@ -53,6 +53,8 @@ def fit(
         {**weights.left_out, **unexpected},
         resampled,
         weights.notes,
+        weights.pretrained_cfg.get("license"),
+        weights.revision,
     )
 
 

@@ -15,6 +15,7 @@ from .build import known_fields
 from .files import read_file
 from .formats import read_weights
 from .hub import commit_of, download, try_download
+from .provenance import KEY as PROVENANCE
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource
 from .weights import Weights
@@ -85,7 +86,8 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     weights = _weights(find, (named,) if named else (), origin, {})
     known = _with_licence(known_fields(described), find)
     words = f"a timm folder ({Path(weights.origin).name})"
-    return Weights(weights.tensors, origin, words, architecture, model_args, known)
+    provenance = config.get(PROVENANCE) or {}
+    return Weights(weights.tensors, origin, words, architecture, model_args, known, provenance=provenance)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -21,6 +21,9 @@ class LoadReport:
     resampled: Mapping[str, str] = field(default_factory=dict)
     """Position embeddings that were resampled, and how."""
     notes: tuple[str, ...] = ()
+    licence: str | None = None
+    revision: str | None = None
+    """Commit on the hub."""
 
     def lines(self) -> list[str]:
         """One line a fact; keys with the same reason share one."""

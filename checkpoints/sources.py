@@ -26,6 +26,7 @@ class TimmSource:
     """A model name of timm, with or without a tag."""
 
     name: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class HubSource:
     """A repository on the Hugging Face hub."""
 
     repository: str
-    revision: str | None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Writing a student as a plain timm folder, which timm loads without this package."""
+"""Writing a student as a timm folder, which timm loads without this package where it has the architecture."""
 
 from __future__ import annotations
 
@@ -7,20 +7,83 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from huggingface_hub import save_torch_state_dict
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
+from ..models.conversion import ARCHITECTURE as CONVERTED
+from ..models.conversion import plan_of
 from ..models.errors import CheckpointError
 from .atomic import write_folder
 from .build import build, published_config
+from .folders import CONFIG
+from .provenance import KEY as PROVENANCE
 from .report import some
+from .teacher import load_teacher
+
+SHARD_SIZE = "5GB"
 
 KEPT = ("classifier", "first_conv", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "pool_size")
 """Fields of timm's description that are the architecture's and not of some published weights."""
 
 
 def save_student(
+    source: str | Path,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    overwrite: bool = False,
+    **how: Any,
+) -> Path:
+    """Writes the model of any source alone, without teacher, optimiser or average, and returns its folder.
+
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it wherever the architecture is timm's own and
+    the weights are in one file; `graftvit.load(FOLDER)` always. Weights keep their bits unless `dtype` is given.
+
+    Args:
+        source: a run folder or file (`#ema` behind it for the moving average), or any source of `load_teacher`.
+        dtype: of the floating-point weights, float32 by default.
+        max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
+        overwrite: replace a model folder that is there.
+        how: `model`, `model_args`, `img_size` and the rest, as of `load_teacher`.
+
+    Raises CheckpointError as `load_teacher` and `write_student`, or where `folder` holds something.
+    """
+    folder = Path(folder)
+    refuse_existing(folder, overwrite=overwrite)
+    teacher = load_teacher(str(source), **how)
+    write_student(
+        teacher.model,
+        folder,
+        architecture=teacher.architecture,
+        model_args=teacher.model_args,
+        mean=teacher.mean,
+        std=teacher.std,
+        licence=teacher.licence,
+        provenance=teacher.provenance,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    return folder
+
+
+def refuse_existing(folder: Path, *, overwrite: bool) -> None:
+    """CheckpointError where writing to `folder` would take away something; a model folder only if asked for."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if (folder / CONFIG).is_file():
+        if overwrite:
+            return
+        raise CheckpointError(
+            f"{folder} already holds a model: give another folder, or --force to replace it"
+        )
+    if folder.exists():
+        raise CheckpointError(f"{folder} is there and holds no model: give a new folder")
+
+
+def write_student(
     model: nn.Module,
     folder: Path,
     *,
@@ -29,32 +92,46 @@ def save_student(
     mean: Sequence[float],
     std: Sequence[float],
     licence: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
-    """Writes `model.safetensors` and `config.json` to `folder`, whole or not at all.
-
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` then gives the same weights, bit for bit. An
-    older folder at the same place is replaced.
+    """Writes weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
 
     Args:
         architecture: timm name; a tag is dropped, for the weights are no longer those that it names.
         model_args: what timm's constructor needs besides the name to build this model; JSON.
         mean, std: normalisation of the input, one number a channel.
+        provenance: what the model learned from and how (`provenance.py`); JSON.
 
     Raises CheckpointError: these arguments do not build a model with these weights, or one is not JSON;
     with exit code 1 if the disk is full, and the old folder is then intact.
     """
-    name = split_model_name_tag(architecture)[0]
-    arguments = _plain({key: value for key, value in model_args.items() if value is not None})
+    name, arguments = _with_plan(model, architecture, model_args)
+    arguments = _plain({key: value for key, value in arguments.items() if value is not None})
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     _check(name, arguments, tensors)
-    config = _config(model, name, arguments, mean, std, licence)
+    config = _config(model, name, arguments, mean, std, licence) | {PROVENANCE: dict(provenance or {})}
+    if dtype is not None:
+        tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
     def write(temporary: Path) -> None:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     write_folder(folder, write, size=size)
+
+
+def _with_plan(
+    model: nn.Module, architecture: str, arguments: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Name and arguments that build `model`: of a converted one, those of the conversion with its plan."""
+    name = split_model_name_tag(architecture)[0]
+    plan = plan_of(model)
+    if plan is None or name == CONVERTED:
+        return name, dict(arguments)
+    return CONVERTED, {"architecture": name, "plan": plan, **arguments}
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:

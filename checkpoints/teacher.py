@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from timm.models import split_model_name_tag
@@ -17,7 +17,7 @@ from .fit import fit, source_grid
 from .folders import read_folder, read_hub, read_weights_file
 from .position import Method
 from .report import LoadReport
-from .sources import FileSource, FolderSource, HubSource, parse_source
+from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .weights import Weights, as_pair
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ class Teacher:
     has_head: bool
     """Whether it classifies, with the weights' own head."""
     report: LoadReport
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """What timm's constructor needs besides the architecture."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Of a student of this package: what it learned from and how."""
 
 
 def load_teacher(
@@ -50,23 +54,24 @@ def load_teacher(
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     position_embedding: Method = "timm",
+    revision: str | None = None,
 ) -> Teacher:
     """Loads a teacher and freezes it.
 
     Args:
-        source: timm name, `hf-hub:org/name[@revision]`, `local-dir:path`, a `.safetensors` or a `.pth`
-        file; `#ema`
-            behind a path takes the moving average of a run.
-        model: timm architecture of a file that does not name its own; of a plain ViT it is read from the
-        shapes. model_args: further keyword arguments of timm's constructor. img_size: resolution to
-        resample the position embeddings to; that of the weights by default. num_classes: 0 drops the
-        head; by default the model has the head that the weights have, or none. position_embedding: how
-        they are resampled, timm's way or MAE's.
+        source: timm name, `hf-hub:org/name[@revision]`, `local-dir:path`, or a weights file; `#ema`, `#teacher`
+            or `#student` behind a path takes that one of the models in it.
+        model: timm architecture of a file that does not name its own; of a plain ViT it is read from the shapes.
+        model_args: further keyword arguments of timm's constructor.
+        img_size: resolution to resample the position embeddings to; that of the weights by default.
+        num_classes: 0 drops the head; by default the model has the head that the weights have, or none.
+        position_embedding: how they are resampled, timm's way or MAE's.
+        revision: branch, tag or commit on the hub, whatever `source` says.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    weights = _with_architecture(_read(source, asked), model)
+    weights = _with_architecture(_read(source, asked, revision), model)
     config = published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
     classifiers = _classifiers(config)
     arguments = {**weights.model_args, **asked}
@@ -81,10 +86,12 @@ def load_teacher(
     built = build(split_model_name_tag(str(weights.architecture))[0], arguments)
     report = fit(built, weights, role="teacher", method=position_embedding, classifiers=classifiers)
     logger.info("%s", report)
-    return _teacher(built, source, weights, config, report, has_head=arguments["num_classes"] > 0)
+    return _teacher(built, source, weights, config, report, arguments)
 
 
-def load_weights(model: nn.Module, source: str, *, position_embedding: Method = "timm") -> LoadReport:
+def load_weights(
+    model: nn.Module, source: str, *, position_embedding: Method = "timm", revision: str | None = None
+) -> LoadReport:
     """Loads any source into `model`, to train on from there.
 
     A head that is absent or of another size stays fresh, and so does the final norm where the pooling
@@ -92,14 +99,20 @@ def load_weights(model: nn.Module, source: str, *, position_embedding: Method = 
 
     Raises CheckpointError as `load_teacher`.
     """
-    weights = _read(source, {})
+    weights = _read(source, {}, revision)
     weights = replace(weights, tensors=converted(model, weights.tensors))
     config: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
     return fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
 
 
-def _read(text: str, arguments: Mapping[str, Any]) -> Weights:
+def _read(text: str, arguments: Mapping[str, Any], revision: str | None) -> Weights:
     source = parse_source(text)
+    if revision is not None:
+        if not isinstance(source, HubSource | TimmSource):
+            raise CheckpointError(
+                f"revision={revision!r} is of the hub, and {text!r} is on this disk: leave it out"
+            )
+        source = replace(source, revision=revision)
     if isinstance(source, FileSource):
         return read_weights_file(source)
     if isinstance(source, FolderSource):
@@ -179,8 +192,7 @@ def _teacher(
     weights: Weights,
     config: Mapping[str, Any],
     report: LoadReport,
-    *,
-    has_head: bool,
+    arguments: Mapping[str, Any],
 ) -> Teacher:
     model.requires_grad_(False)
     model.eval()
@@ -193,6 +205,8 @@ def _teacher(
         std=tuple(config.get("std") or (0.5,)),
         licence=own.get("license"),
         revision=weights.revision,
-        has_head=has_head,
+        has_head=arguments["num_classes"] > 0,
         report=report,
+        model_args={key: value for key, value in arguments.items() if not key.startswith("pretrained_cfg")},
+        provenance=weights.provenance,
     )

@@ -27,6 +27,8 @@ class Weights:
     revision: str | None = None
     notes: tuple[str, ...] = ()
     """Sentences for the report."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What a student of this package says of its making: teacher, recipe, results (`provenance.py`)."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Keys of the source that its format has no use for, and why."""
 

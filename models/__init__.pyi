@@ -1,5 +1,5 @@
-from .convert import convert as convert
-from .convert import plan_of as plan_of
+from .conversion import convert as convert
+from .conversion import plan_of as plan_of
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError

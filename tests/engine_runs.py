@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from graftvit.checkpoints.state import read_state
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.runlog import WALL_CLOCK, read_log
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def make_teacher(folder: Path) -> Path:
             if "qkv.weight" in name:
                 parameter.mul_(20)
     arguments = {**ARGUMENTS, "num_classes": 10}
-    save_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, mean=(0.5,), std=(0.5,))
+    write_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, mean=(0.5,), std=(0.5,))
     return folder
 
 

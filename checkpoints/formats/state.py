@@ -8,6 +8,8 @@ from typing import Any
 
 from ...models.errors import CheckpointError
 from ..files import Content
+from ..licences import carried
+from ..provenance import licences, of_state
 from ..sources import Part
 from ..state_file import META_KEY
 from ..weights import Weights
@@ -26,8 +28,13 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     if any(name.startswith("encoder.") for name in tensors):
         encoder = "encoder."
         tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
-    architecture, arguments, config = _student_of(json.loads(content.metadata[META_KEY]))
-    notes = () if config else ("normalisation: the architecture's own, for the state does not say it",)
+    meta = json.loads(content.metadata[META_KEY])
+    provenance = of_state(meta, part)
+    architecture, arguments, config = _student_of(meta)
+    config["license"] = carried(*licences(provenance))
+    notes = (
+        () if "mean" in config else ("normalisation: the architecture's own, for the state does not say it",)
+    )
     return Weights(
         tensors,
         str(content.path),
@@ -36,6 +43,7 @@ def read_state_weights(content: Content, part: Part) -> Weights:
         arguments,
         config,
         notes=notes,
+        provenance=provenance,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graftvit.checkpoints.state import TrainingState, write_state
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
 from graftvit.models.mae import MaskedAutoencoder
@@ -25,7 +25,7 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
 def save(model: nn.Module, folder: Path) -> None:
     arguments = {**ARGUMENTS, "num_classes": model.num_classes}
-    save_student(model, folder, architecture=NAME, model_args=arguments, mean=MEAN, std=STD)
+    write_student(model, folder, architecture=NAME, model_args=arguments, mean=MEAN, std=STD)
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:

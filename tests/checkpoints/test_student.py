@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from torch import nn
@@ -54,7 +54,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def save(model: nn.Module, folder: Path, architecture: str, arguments: dict[str, Any], **more: Any) -> None:
-    save_student(model, folder, architecture=architecture, model_args=arguments, mean=MEAN, std=STD, **more)
+    write_student(model, folder, architecture=architecture, model_args=arguments, mean=MEAN, std=STD, **more)
 
 
 SMALL: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -81,7 +81,7 @@ def test_plain_timm_gives_the_same_bits(tmp_path: Path) -> None:
         models[kind] = randomized(timm.create_model(architecture, **arguments))
         channels = arguments.get("in_chans", 3)
         folder, mean, std = tmp_path / kind, MEAN[:channels], STD[:channels]
-        save_student(
+        write_student(
             models[kind], folder, architecture=architecture, model_args=arguments, mean=mean, std=std
         )
     command = [sys.executable, "-c", READER, *(str(tmp_path / kind) for kind in STUDENTS)]

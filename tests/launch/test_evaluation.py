@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.launch.candidates import load_candidate, predictor
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
@@ -38,7 +38,7 @@ def save(folder: Path, seed: int, mean: float = 0.5, std: float = 0.5, **changes
     for name, parameter in model.named_parameters():
         if name.endswith("qkv.weight"):
             parameter.data *= 20  # attention that is far from uniform
-    save_student(
+    write_student(
         model,
         folder,
         architecture="vit_tiny_patch16_224",

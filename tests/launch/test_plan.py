@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.launch.outline import outline_teacher
@@ -43,7 +43,7 @@ def teacher(tmp_path: Path) -> str:
     model = timm.create_model("vit_tiny_patch16_224", **arguments)
     folder = tmp_path / "teacher"
     mean_std = (0.5, 0.5, 0.5)
-    save_student(
+    write_student(
         model, folder, architecture="vit_tiny_patch16_224", model_args=arguments, mean=mean_std, std=mean_std
     )
     return f"local-dir:{folder}"

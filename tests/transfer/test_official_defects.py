@@ -19,7 +19,7 @@ import timm
 import torch
 import yaml
 from graftvit.checkpoints.state import read_state
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from graftvit.models.patches import grid_positions
@@ -167,7 +167,7 @@ def short_run(folder: Path) -> RunConfig:
     small = {**TINY, "img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 10, "depth": 2}
     teacher = vit(0, **small)
     architecture = "vit_tiny_patch16_224"
-    save_student(
+    write_student(
         teacher, folder / "teacher", architecture=architecture, model_args=small, mean=(0.5,), std=(0.5,)
     )
     config = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from ...checkpoints.student import save_student
+from ...checkpoints.student import write_student
 from ...models.errors import GraftError
 from .build import Parts
 from .ema import WeightAverage
@@ -54,6 +54,6 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path) -> None:
         model = parts.plan.create()
     model.load_state_dict(tensors)
     plan = parts.plan
-    save_student(
+    write_student(
         model, folder, architecture=plan.architecture, model_args=plan.arguments, mean=plan.mean, std=plan.std
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import timm
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import build as building
@@ -30,7 +30,7 @@ def test_all_processes_match_heads_on_the_same_images(
     small = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
     size = {"img_size": 8, **small, "num_classes": 0}
     teacher = timm.create_model("vit_tiny_patch16_224", **size)
-    save_student(
+    write_student(
         teacher, tmp_path / "t", architecture="vit_tiny_patch16_224", model_args=size, mean=(0.5,), std=(0.5,)
     )
     config = RunConfig(

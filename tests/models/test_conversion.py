@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from graftvit.models.attention.linear import LinearAttention
-from graftvit.models.convert import convert, plan_of
+from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.host import Heads, host_attention, release_attention
 from safetensors.torch import load_model, save_model

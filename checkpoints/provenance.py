@@ -1,0 +1,61 @@
+"""What a saved student says of its making: the `graftvit` entry of its config.json and of a run's states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .report import LoadReport
+    from .teacher import Teacher
+
+KEY = "graftvit"
+"""The entry of config.json; timm ignores it."""
+NOT_RECIPE = ("output_dir", "engine")
+"""Settings that say where a run ran, and not what it learned."""
+
+
+def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
+    """A teacher as provenance: source, architecture, commit on the hub, licence."""
+    if teacher is None:
+        return None
+    return {
+        "source": teacher.source,
+        "architecture": teacher.architecture,
+        "revision": teacher.revision,
+        "licence": teacher.licence,
+    }
+
+
+def of_weights(source: str, report: LoadReport) -> dict[str, Any]:
+    """Weights that a student started from, as provenance."""
+    return {"source": source, "revision": report.revision, "licence": report.licence}
+
+
+def licences(provenance: Mapping[str, Any]) -> list[str | None]:
+    """The licences of all weights that a student learned from or started from; None is an unknown one."""
+    origins = [provenance.get(key) for key in ("teacher", "init")]
+    return [origin.get("licence") for origin in origins if origin]
+
+
+def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Of one part of a run, from the meta of its state: teacher and start, the recipe, what was measured."""
+    config = dict(meta.get("config") or {})
+    metrics = (meta.get("position") or {}).get("metrics") or {}
+    data = config.get("data") or {}
+    dataset = data.get("dataset") or Path(data.get("data_path") or "").name
+    return {
+        "version": version("graftvit"),
+        "part": part,
+        **(meta.get("origins") or {}),
+        "recipe": {key: value for key, value in config.items() if key not in NOT_RECIPE},
+        "results": _results(metrics, part, dataset),
+    }
+
+
+def _results(metrics: Mapping[str, float], part: str, dataset: str) -> dict[str, Any] | None:
+    prefix = "test_ema_" if part == "ema" else "test_"
+    measured = {key: metrics[prefix + key] for key in ("top1", "top5", "loss") if prefix + key in metrics}
+    return {"dataset": dataset, **measured} if measured else None

@@ -1,0 +1,8 @@
+"""GraftViT: make one vision transformer attend like another. What `import graftvit` gives, loaded when used."""
+
+from importlib.metadata import version
+
+import lazy_loader
+
+__version__ = version("graftvit")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
