@@ -1,16 +1,13 @@
-"""What wraps the tensors in a file, and which part of it is asked for.
-
-Two tables, each read by one function: dictionaries by the entry that holds the weights, and models of several
-parts by the prefix of their names.
-"""
+"""What wraps the tensors in a file: dictionaries by the entry that holds the weights, and which part is asked for."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import is_model, split_model_name_tag
 from torch import Tensor
 
 from ...models.errors import CheckpointError
@@ -18,10 +15,15 @@ from ..files import Content
 from ..sources import Part
 from ..state_file import is_state
 from ..weights import Weights
+from .normalisation import IMAGENET, NOTE
+from .prefixes import one_model
 from .state import read_state_weights
 
 WRAPPERS = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every name."""
+INNER_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What FSDP, activation checkpointing and torch.compile put anywhere into a name."""
+BEIT2_NOTE = NOTE + "ImageNet's, as BEiTv2 trains"
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,25 @@ class Container:
     parts: Mapping[Part, str]
     described: Mapping[str, Any] = field(default_factory=dict)
     """What such files were trained with, unless their keys or their config say otherwise."""
+    note: str = ""
+    """Says so in the report."""
 
 
-IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 DICTIONARIES = (
-    Container("{'model': weights, …}", {"student": "model", "ema": "model_ema"}, IMAGENET),
+    Container(
+        "{'model': weights, …}",
+        {"student": "model", "ema": "model_ema"},
+        IMAGENET,
+        NOTE + "ImageNet's, as MAE and DeiT train",
+    ),
+    Container("{'module': weights, …}", {"student": "module"}, IMAGENET, BEIT2_NOTE),
     Container("{'state_dict': weights, …}", {"student": "state_dict", "ema": "state_dict_ema"}),
     Container(
-        "{'teacher': weights, 'student': weights}", {"teacher": "teacher", "student": "student"}, IMAGENET
+        "{'teacher': weights, 'student': weights}",
+        {"teacher": "teacher", "student": "student"},
+        IMAGENET,
+        NOTE + "ImageNet's, as DINO and iBOT train",
     ),
-)
-PREFIXES = (
-    Container("attention transfer's dual model", {"student": "student.", "teacher": "teacher."}),
-    Container("MoCo's two encoders", {"student": "base_encoder.", "ema": "momentum_encoder."}),
 )
 
 
@@ -57,11 +65,11 @@ def unwrap(content: Content, part: Part | None) -> Weights:
         return read_state_weights(content, part or "student")
     seen: dict[Part, None] = {}
     weights = _entry(content, part, seen)
-    tensors, several = _prefixed(_unwrapped(weights.tensors), part, seen)
-    if part not in (None, "student", *seen):
+    weights = one_model(replace(weights, tensors=_unwrapped(weights)), part, seen, content.tree.get("args"))
+    if part is not None and part not in (seen or {"student": None}):
         what = {"ema": "moving average"}.get(str(part), part)
         raise CheckpointError(f"{content.path} holds no {what}, {_listed(seen)}; leave #{part} out")
-    return replace(weights, tensors=tensors, format=weights.format + several)
+    return weights
 
 
 def _listed(seen: Mapping[Part, None]) -> str:
@@ -70,45 +78,36 @@ def _listed(seen: Mapping[Part, None]) -> str:
 
 def _entry(content: Content, part: Part | None, seen: dict[Part, None]) -> Weights:
     """The dictionary of tensors in the file, and what the file says of it."""
-    origin = str(content.path)
+    origin, tree = str(content.path), content.tree
     for kind in DICTIONARIES:
-        default = next(iter(kind.parts.values()))
-        if not _is_weights(content.tree.get(default)):
+        present = {name: key for name, key in kind.parts.items() if _is_weights(tree.get(key))}
+        if not present:
             continue
-        present = {name: key for name, key in kind.parts.items() if _is_weights(content.tree.get(key))}
         seen.update(dict.fromkeys(present))
-        key = present.get(part, default) if part else default
-        words = "a training file" if "optimizer" in content.tree else "a weights file"
-        architecture = content.tree.get("arch")
+        default, entry = next(iter(kind.parts.items()))
+        if default not in present and part not in present:
+            named = " or ".join(f"#{name}" for name in present)
+            raise CheckpointError(f"{origin}: its {entry!r} holds no weights; write {named} behind the path")
+        key = present[part] if part in present else present[default]
+        words = "a training file" if "optimizer" in tree else "a weights file"
         return Weights(
-            dict(content.tree[key]),
+            dict(tree[key]),
             origin,
             f"{words} ({key!r})",
-            architecture=architecture if isinstance(architecture, str) else None,
+            architecture=_timm_name(tree.get("arch")),
             pretrained_cfg=kind.described,
-            notes=("normalisation: ImageNet's, as MAE and DeiT train",) if kind.described else (),
+            notes=(kind.note,) if kind.note else (),
         )
-    if _is_weights(content.tree):
-        return Weights(dict(content.tree), origin, "a plain state dict")
+    if _is_weights(tree):
+        return Weights(dict(tree), origin, "a plain state dict")
     known = "; ".join([*(kind.name for kind in DICTIONARIES), "names to tensors"])
-    keys = ", ".join(repr(str(key)) for key in list(content.tree)[:5]) or "nothing"
+    keys = ", ".join(repr(str(key)) for key in list(tree)[:5]) or "nothing"
     raise CheckpointError(f"{origin} is of no known format: it holds {keys}; known are: {known}")
 
 
-def _prefixed(
-    tensors: dict[str, Tensor], part: Part | None, seen: dict[Part, None]
-) -> tuple[dict[str, Tensor], str]:
-    """The tensors of one part where the names say that there are several."""
-    for kind in PREFIXES:
-        present = {n: p for n, p in kind.parts.items() if any(key.startswith(p) for key in tensors)}
-        default = next(iter(kind.parts))
-        if default not in present:
-            continue
-        seen.update(dict.fromkeys(present))
-        prefix = present.get(part, present[default]) if part else present[default]
-        chosen = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-        return chosen, f", {kind.name} ({prefix}*)"
-    return tensors, ""
+def _timm_name(arch: Any) -> str | None:
+    """What a training file calls its architecture, where timm calls it so too (MoCo-v3's `vit_base` is not)."""
+    return arch if isinstance(arch, str) and is_model(split_model_name_tag(arch)[0]) else None
 
 
 def _is_weights(tree: Any) -> bool:
@@ -119,9 +118,11 @@ def _is_weights(tree: Any) -> bool:
     )
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = {name: name for name in tensors}
+def _unwrapped(weights: Weights) -> dict[str, Tensor]:
+    names = {name: INNER_WRAPPERS.sub("", name) for name in weights.tensors}
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in names.values()):
             names = {name: inner.removeprefix(wrapper) for name, inner in names.items()}
-    return {inner: tensors[name] for name, inner in names.items()}
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(f"{weights.origin} is damaged: two of its names differ in their wrappers only")
+    return {inner: weights.tensors[name] for name, inner in names.items()}

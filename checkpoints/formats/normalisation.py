@@ -1,0 +1,38 @@
+"""What images a family was trained on: the mean and the standard deviation that they were normalised by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+
+from ..weights import Weights
+from .keymap import Describe
+
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+INCEPTION = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
+"""One half each: values from -1 to 1."""
+NOTE = "normalisation: "
+
+
+def normalised(weights: Weights, statistics: Mapping[str, Any], reason: str) -> Weights:
+    """`weights` with mean and std, and the one note of the report that says why these."""
+    notes = (note for note in weights.notes if not note.startswith(NOTE))
+    described = {**weights.pretrained_cfg, **statistics}
+    return replace(weights, pretrained_cfg=described, notes=(*notes, NOTE + reason))
+
+
+def imagenet(families: str) -> Describe:
+    """A description that knows ImageNet's mean and std of `families` and nothing else."""
+
+    def describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
+        return normalised(weights, IMAGENET, f"ImageNet's, as {families}")
+
+    return describe
