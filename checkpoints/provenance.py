@@ -7,6 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.errors import CheckpointError
+from .licences import carried
+
 if TYPE_CHECKING:
     from .report import LoadReport
     from .teacher import Teacher
@@ -38,6 +41,14 @@ def licences(provenance: Mapping[str, Any]) -> list[str | None]:
     """The licences of all weights that a student learned from or started from; None is an unknown one."""
     origins = [provenance.get(key) for key in ("teacher", "init")]
     return [origin.get("licence") for origin in origins if origin]
+
+
+def carried_licence(provenance: Mapping[str, Any]) -> str | None:
+    """The licence that a student carries from these weights; None where it is unknown or no single one holds."""
+    try:
+        return carried(*licences(provenance))
+    except CheckpointError:
+        return None  # two that contradict each other: publishing asks, saving does not
 
 
 def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -29,7 +29,11 @@ class TeacherConfig(Section):
     """The frozen model that is copied or distilled."""
 
     source: str | None = Field(
-        None, description="timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth"
+        None, description="timm name, hf-hub:org/name[@revision], local-dir:path, or a weights file"
+    )
+    revision: str | None = Field(
+        None,
+        description="branch, tag or commit on the hub; the commit that was loaded stands in the run's config.yaml",
     )
     model: str | None = Field(
         None, description="timm architecture, for a weights file that does not name its own"

@@ -8,8 +8,7 @@ from typing import Any
 
 from ...models.errors import CheckpointError
 from ..files import Content
-from ..licences import carried
-from ..provenance import licences, of_state
+from ..provenance import carried_licence, of_state
 from ..sources import Part
 from ..state_file import META_KEY
 from ..weights import Weights
@@ -31,7 +30,7 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     meta = json.loads(content.metadata[META_KEY])
     provenance = of_state(meta, part)
     architecture, arguments, config = _student_of(meta)
-    config["license"] = carried(*licences(provenance))
+    config["license"] = carried_licence(provenance)
     notes = (
         () if "mean" in config else ("normalisation: the architecture's own, for the state does not say it",)
     )

@@ -10,6 +10,7 @@ import torch
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from ...checkpoints import provenance
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.errors import ConfigError
 from ...models.mae import MaskedAutoencoder
@@ -38,17 +39,21 @@ class Parts:
     teacher: Teacher | None
     train_loader: TrainLoader
     eval_loader: EvalLoader | None
+    origins: dict[str, Any]
+    """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them."""
 
 
-def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
+def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str | None = None) -> Parts:
     """Builds a run on the CPU. The student's fresh weights depend on `config.seed` alone, not on the rank.
+
+    `commit` is the one that the teacher was loaded at when the run began, for a run that goes on.
 
     Raises ConfigError, CheckpointError, DataError or TransferError, one sentence each.
     """
     check_dataset(config.data)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
     channels, height, width = input_size(config.student)
-    teacher = find_teacher(config, (height, width))
+    teacher = find_teacher(config, (height, width), commit)
     mean, std = student_normalization(config.student, channels, teacher)
     spec = InputSpec((channels, height, width), mean, std)
     with preserved():
@@ -62,12 +67,15 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1) -> Parts:
         plan = plan_student(headless(config.student), 0, None)
     else:
         plan = plan_student(config.student, train_loader.num_classes, teacher)
-    task = _task(config, _student(config, plan), plan, teacher, spec)
+    student, init = _student(config, plan, teacher)
+    task = _task(config, student, plan, teacher, spec)
+    origins = {"teacher": provenance.of_teacher(teacher), "init": init}
     # Fine-tuning has taken the teacher's weights and needs it no more.
-    return Parts(task, plan, teacher if config.mode == "transfer" else None, train_loader, eval_loader)
+    needed = teacher if config.mode == "transfer" else None
+    return Parts(task, plan, needed, train_loader, eval_loader, origins)
 
 
-def find_teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
+def find_teacher(config: RunConfig, size: tuple[int, int], commit: str | None = None) -> Teacher | None:
     """The teacher where the mode has a use for one."""
     source = config.teacher.source
     if config.mode == "transfer" and source is None:
@@ -87,6 +95,7 @@ def find_teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
         model_args=config.teacher.model_args,
         img_size=config.teacher.img_size or size,
         position_embedding=config.teacher.position_embedding,
+        revision=commit or config.teacher.revision,
     )
 
 
@@ -96,8 +105,10 @@ def headless(config: StudentConfig) -> StudentConfig:
     return config.model_copy(update={"global_pool": pool})
 
 
-def _student(config: RunConfig, plan: StudentPlan) -> nn.Module:
-    """The student with its starting weights."""
+def _student(
+    config: RunConfig, plan: StudentPlan, teacher: Teacher | None
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The student with its starting weights, and where these are from."""
     student = plan.create(config.student.drop_path)
     if config.student.pos_embed_std is not None:
         position = getattr(student, "pos_embed", None)
@@ -108,17 +119,28 @@ def _student(config: RunConfig, plan: StudentPlan) -> nn.Module:
         head = cast(Any, student).get_classifier()
         if isinstance(head, nn.Linear):
             trunc_normal_(head.weight, std=HEAD_STD)
+    init = _start_from(config, student, teacher)
+    if config.student.grad_checkpointing:
+        cast(Any, student).set_grad_checkpointing(True)
+    return student, init
+
+
+def _start_from(config: RunConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, Any] | None:
+    """Loads the weights to start from, the teacher's own or others, and says where they are from."""
     source = config.student.init or ("teacher" if config.mode == "finetune" else None)
+    if source is None:
+        return None
+    revision = None
     if source == "teacher":
         source = config.teacher.source
         if source is None:
             raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
-    if source is not None:
-        report = load_weights(student, source, position_embedding=config.teacher.position_embedding)
-        logger.info("student starts from %s: %s", source, report)
-    if config.student.grad_checkpointing:
-        cast(Any, student).set_grad_checkpointing(True)
-    return student
+        revision = teacher.revision if teacher is not None else config.teacher.revision
+    report = load_weights(
+        student, source, position_embedding=config.teacher.position_embedding, revision=revision
+    )
+    logger.info("student starts from %s: %s", source, report)
+    return provenance.of_weights(source, report)
 
 
 def _calibration(config: RunConfig, spec: InputSpec) -> Tensor:

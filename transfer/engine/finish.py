@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from ...checkpoints import provenance
 from ...checkpoints.student import write_student
 from ...models.errors import GraftError
 from .build import Parts
@@ -20,6 +23,7 @@ def export_students(
     parts: Parts,
     average: WeightAverage | None,
     folder: Path,
+    meta: Mapping[str, Any],
     *,
     writes: bool,
     group: dist.ProcessGroup | None,
@@ -27,7 +31,8 @@ def export_students(
     """Writes `student/` and `student_ema/`; of a masked autoencoder, the encoder alone.
 
     The weights are loaded into a model that timm made from the same arguments, so nothing of the training is
-    in it. All processes take part; those that do not write only help to gather.
+    in it; `meta` is what a state would say of the run. All processes take part; those that do not write only
+    help to gather.
     """
     named = {"student": gathered(parts.task.trainable.state_dict(), keep=writes)}
     if average is not None:
@@ -37,14 +42,15 @@ def export_students(
     if writes:
         try:
             for name, tensors in named.items():
-                _export(parts, tensors, folder / name)
+                made = provenance.of_state(meta, "ema" if name == "student_ema" else "student")
+                _export(parts, tensors, folder / name, made)
         except GraftError as failure:
             failure.exit_code = 1
             error = failure
     raise_together(error, group)
 
 
-def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path) -> None:
+def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Mapping[str, Any]) -> None:
     if isinstance(parts.task, PretrainTask):
         prefix = "encoder."
         tensors = {
@@ -55,5 +61,12 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path) -> None:
     model.load_state_dict(tensors)
     plan = parts.plan
     write_student(
-        model, folder, architecture=plan.architecture, model_args=plan.arguments, mean=plan.mean, std=plan.std
+        model,
+        folder,
+        architecture=plan.architecture,
+        model_args=plan.arguments,
+        mean=plan.mean,
+        std=plan.std,
+        licence=provenance.carried_licence(made),
+        provenance=made,
     )

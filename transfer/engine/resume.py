@@ -51,6 +51,8 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig, world_size: int)
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(FREE) or before.get(key) == now.get(key):
             continue
+        if key == "teacher.revision" and _same_commit(before[key], now[key], commit_of(saved)):
+            continue
         raise ConfigError(
             f"{key}={now.get(key)!r}, but the run in {config.output_dir} was started with "
             f"{before.get(key)!r}: give the value that it was started with, or another output_dir"
@@ -60,6 +62,17 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig, world_size: int)
             f"the run in {config.output_dir} was saved by {saved['world_size']} processes and this one has "
             f"{world_size}: use the same number, or another output_dir"
         )
+
+
+def _same_commit(before: str | None, now: str | None, commit: str | None) -> bool:
+    """Whether one is the run's own config.yaml, which has the commit, and the other what it was started with."""
+    return now == commit or (before == commit and now is None)
+
+
+def commit_of(saved: Mapping[str, Any]) -> str | None:
+    """The commit on the hub that the teacher was loaded at when the run began."""
+    teacher = (saved.get("origins") or {}).get("teacher") or {}
+    return teacher.get("revision")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -95,4 +108,13 @@ def check_agreement(steps: list[int | None], folder: Path) -> None:
         raise CheckpointError(
             f"the processes read different states from {folder} (steps {steps}): "
             "put output_dir on a disk that every machine sees"
+        )
+
+
+def check_same_teacher(origins: list[dict[str, Any]]) -> None:
+    """CheckpointError where a branch on the hub moved while the processes loaded from it."""
+    if any(own != origins[0] for own in origins):
+        loaded = [[origin and origin["revision"] for origin in own.values()] for own in origins]
+        raise CheckpointError(
+            f"the processes loaded different weights from the hub (commits {loaded}): give teacher.revision"
         )

@@ -49,6 +49,8 @@ class Saver:
     average: WeightAverage | None
     meters: Mapping[str, Meters]
     log: RunLog
+    origins: dict[str, Any]
+    """Where the teacher and the starting weights are from."""
     n_parameters: int
     """Trainable parameters, counted after freezing and before sharding."""
     last_step: int | None = None
@@ -83,18 +85,24 @@ class Saver:
         ranks, counts = capture_ranks(self.meters, self.group)
         position.records = self.log.records
         scaler = self.accelerator.scaler
-        meta: dict[str, Any] = {
-            "format": FORMAT,
-            "config": settings(self.config),
-            "student": self.plan.meta(),
+        meta = self.meta(position) | {
             "world_size": self.accelerator.num_processes,
-            "position": position.meta(),
             "ema_updates": self.average.updates if self.average else 0,
             "optimizer_numbers": numbers,
             "meters": counts,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         return TrainingState({**tensors, **slots, **ranks}, meta)
+
+    def meta(self, position: Position) -> dict[str, Any]:
+        """What a state and the students written at the end say of the run, as JSON."""
+        return {
+            "format": FORMAT,
+            "config": settings(self.config),
+            "student": self.plan.meta(),
+            "origins": self.origins,
+            "position": position.meta(),
+        }
 
     def restore(self, state: TrainingState) -> None:
         """Everything as it was when `state` was captured, the generators last."""

@@ -27,7 +27,16 @@ from .parallel import create_accelerator, gather, host_group, shard
 from .progress import ProgressBar
 from .randomness import seed_everything
 from .recorder import Recorder
-from .resume import Position, check_agreement, check_length, check_same_run, refuse_existing, settings
+from .resume import (
+    Position,
+    check_agreement,
+    check_length,
+    check_same_run,
+    check_same_teacher,
+    commit_of,
+    refuse_existing,
+    settings,
+)
 from .runlog import RunLog
 from .saving import Saver, position_of
 from .schedule import Schedule, plan_schedule
@@ -61,18 +70,22 @@ def train(config: RunConfig) -> RunResult:
     group = host_group(accelerator)
     with StopSignals(group) as signals:
         state = _find_state(config, accelerator, group)
-        parts = build(config, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        commit = None if state is None else commit_of(state.meta)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        parts = build(config, rank=rank, world_size=world, commit=commit)
+        check_same_teacher(gather(parts.origins, group))
         saver, schedule = _prepare(config, accelerator, group, parts)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         check_length(position, schedule.total_steps)
-        with _recorder(config, accelerator, saver.log, position, schedule) as recorder:
+        with _recorder(config, parts, accelerator, saver.log, position, schedule) as recorder:
             loop = Loop(config, accelerator, parts, saver, schedule, recorder, signals, position)
             _start(loop, state)
             del state  # as large as all that learns, and the run is long
             stopped = loop.run()
         if loop.finished:
             writes = accelerator.is_main_process
-            export_students(parts, saver.average, config.output_dir, writes=writes, group=group)
+            meta = saver.meta(position)
+            export_students(parts, saver.average, config.output_dir, meta, writes=writes, group=group)
     best = {} if position.best is None else {"best_top1": position.best}
     return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
 
@@ -115,6 +128,7 @@ def _prepare(
         average=average,
         meters={kind: Meters(accelerator.device) for kind in ("interval", "epoch")},
         log=RunLog(config.output_dir / "log.jsonl"),
+        origins=parts.origins,
         n_parameters=n_parameters,
     )
     return saver, schedule
@@ -134,13 +148,18 @@ def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Modul
 
 @contextmanager
 def _recorder(
-    config: RunConfig, accelerator: Accelerator, log: RunLog, position: Position, schedule: Schedule
+    config: RunConfig,
+    parts: Parts,
+    accelerator: Accelerator,
+    log: RunLog,
+    position: Position,
+    schedule: Schedule,
 ) -> Iterator[Recorder]:
     """The run folder with its configuration, the log cut to `position`, trackers and progress bar."""
     main = accelerator.is_main_process
     trackers = []
     if main:
-        _write_config(config)
+        _write_config(config, parts)
         log.keep(position.records)
         trackers = create_trackers(config.engine.trackers, config.output_dir, position.run_id, position.step)
     shown = main and config.engine.progress
@@ -152,13 +171,16 @@ def _recorder(
             recorder.finish()
 
 
-def _write_config(config: RunConfig) -> None:
-    """`config.yaml` in the run folder; ConfigError where the folder cannot be made."""
+def _write_config(config: RunConfig, parts: Parts) -> None:
+    """`config.yaml` in the run folder, with the teacher's commit; ConfigError where it cannot be written."""
+    resolved = settings(config)
+    if parts.origins["teacher"] is not None:
+        resolved["teacher"]["revision"] = parts.origins["teacher"]["revision"]
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         path = config.output_dir / "config.yaml"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(settings(config), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(resolved, sort_keys=False))
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
