@@ -1,0 +1,291 @@
+"""Files of research repositories give the features that the papers' equations give on their tensors."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_vit as reference
+import source_files as files
+import torch
+from graftvit.checkpoints.teacher import Teacher, load_teacher
+from source_files import DEPTH, HEADS, SIDE, Tensors
+from torch import Tensor
+
+TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
+IMAGENET = (0.485, 0.456, 0.406)
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Teacher]:
+    """Saves a tree and loads it as a teacher."""
+
+    def save_and_load(tree: Any, model: str, part: str = "", **arguments: Any) -> Teacher:
+        torch.save(tree, tmp_path / "source.pth")
+        return load_teacher(f"{tmp_path / 'source.pth'}{part}", model=model, model_args={**TINY, **arguments})
+
+    return save_and_load
+
+
+def doubled(tensors: Tensors) -> Tensors:
+    return {key: t.double() if t.is_floating_point() else t for key, t in tensors.items()}
+
+
+def agree(ours: Tensor, theirs: Tensor) -> bool:
+    return float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def same_features(teacher: Teacher, expected: Callable[[Tensor], Tensor], *, logits: bool = False) -> bool:
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        ours: Tensor = teacher.model(images) if logits else teacher.model.forward_features(images)  # type: ignore[operator]
+    return agree(ours.double(), expected(images.double()))
+
+
+def plain(tensors: Tensors) -> Callable[[Tensor], Tensor]:
+    """All tokens after the final norm."""
+    t = doubled(tensors)
+    return lambda images: reference.norm(reference.plain_vit(t, images, HEADS, DEPTH), t, "norm")
+
+
+def test_mae_autoencoder(load: Callable[..., Teacher]) -> None:
+    tensors = files.mae()
+    teacher = load({"model": tensors}, "vit_tiny_patch16_224")
+    assert same_features(teacher, plain(tensors))
+    assert teacher.mean == IMAGENET
+    left = {key for key in tensors if key.startswith(("decoder", "mask_token"))}
+    assert set(teacher.report.unexpected) == left
+    assert set(teacher.report.unexpected.values()) == {"the decoder of masked autoencoding"}
+
+
+def test_mae_fine_tuned_reads_the_mean_of_the_patches(load: Callable[..., Teacher]) -> None:
+    tensors = files.plain(final="fc_norm", classes=files.CLASSES)
+    t = doubled(tensors)
+
+    def expected(images: Tensor) -> Tensor:
+        pooled = reference.plain_vit(t, images, HEADS, DEPTH)[:, 1:].mean(1)
+        return reference.linear(reference.norm(pooled, t, "fc_norm"), t, "head")
+
+    assert same_features(load({"model": tensors}, "vit_tiny_patch16_224"), expected, logits=True)
+
+
+def test_deit_and_its_distilled_form(load: Callable[..., Teacher]) -> None:
+    tensors = files.plain(classes=files.CLASSES)
+    t = doubled(tensors)
+    teacher = load({"model": tensors}, "deit_tiny_patch16_224")
+    features = plain(tensors)
+    assert same_features(
+        teacher, lambda images: reference.linear(features(images)[:, 0], t, "head"), logits=True
+    )
+
+    tensors = files.distilled()
+    t = doubled(tensors)
+    teacher = load({"model": tensors}, "deit_tiny_distilled_patch16_224")
+
+    def mean_of_heads(images: Tensor) -> Tensor:
+        tokens = plain(tensors)(images)
+        first = reference.linear(tokens[:, 0], t, "head")
+        return (first + reference.linear(tokens[:, 1], t, "head_dist")) / 2
+
+    assert same_features(teacher, plain(tensors))
+    assert same_features(teacher, mean_of_heads, logits=True)
+    assert (teacher.has_head, teacher.mean) == (True, IMAGENET)
+
+
+def test_deit3(load: Callable[..., Teacher]) -> None:
+    tensors = files.deit3()
+    t = doubled(tensors)
+    teacher = load({"model": tensors}, "deit3_small_patch16_224")
+    assert same_features(teacher, lambda images: reference.deit3(t, images, HEADS, DEPTH))
+    assert teacher.has_head
+    assert "DeiT III" in teacher.report.format
+
+
+@pytest.mark.parametrize("part", ["", "#teacher", "#student"])
+def test_dino_training_file(load: Callable[..., Teacher], part: str) -> None:
+    networks = {name: files.plain() for name in ("student", "teacher")}
+    tree = {
+        name: {f"{wrap}backbone.{key}": t for key, t in networks[name].items()}
+        | {f"{wrap}{key}": t for key, t in files.dino_head("head").items()}
+        for name, wrap in (("student", "module."), ("teacher", ""))
+    }
+    center = {"center": torch.zeros(1, 8)}
+    teacher = load({**tree, "epoch": 3, "dino_loss": center}, "vit_small_patch16_224", part)
+    assert same_features(teacher, plain(networks[part.removeprefix("#") or "teacher"]))
+    assert teacher.mean == IMAGENET
+    assert set(teacher.report.unexpected) == set(files.dino_head("head"))
+    assert set(teacher.report.unexpected.values()) == {"the projection head of self-distillation"}
+
+
+def test_a_backbone_alone_takes_imagenets_statistics_and_says_so(load: Callable[..., Teacher]) -> None:
+    tensors = files.plain()
+    for tree in (
+        tensors,
+        {"state_dict": tensors},
+        {"state_dict": {f"module.{k}": t for k, t in tensors.items()}},
+    ):
+        teacher = load(tree, "vit_small_patch16_224")
+        assert same_features(teacher, plain(tensors))
+        assert teacher.mean == IMAGENET
+        assert "ImageNet's assumed" in teacher.report.summary()
+
+
+def test_ibot_with_and_without_its_mask_token(load: Callable[..., Teacher]) -> None:
+    tensors = files.plain()
+    masked = {**tensors, "masked_embed": files.random(1, 16)}
+    head = files.dino_head("head") | {"head.last_layer2.weight_g": files.random(8, 1)}
+    tree = {
+        "teacher": {f"backbone.{key}": t for key, t in masked.items()} | head,
+        "student": {"backbone.x": head["head.mlp.0.bias"]},
+    }
+    teacher = load(tree, "vit_small_patch16_224")
+    assert same_features(teacher, plain(tensors))
+    assert teacher.report.unexpected["masked_embed"] == "the mask token of masked image modelling"
+    assert set(teacher.report.unexpected) == {"masked_embed", *head}
+    assert same_features(load({"state_dict": masked}, "vit_small_patch16_224"), plain(tensors))
+
+
+@pytest.mark.parametrize("part", ["", "#student", "#ema"])
+def test_moco(load: Callable[..., Teacher], part: str) -> None:
+    encoders = {name: files.plain() for name in ("base", "momentum")}
+    tensors = {f"module.predictor.{i}.weight": files.random(8, 8) for i in (0, 3)}
+    for name, encoder in encoders.items():
+        whole = {**encoder, **files.moco_head("head")}
+        tensors |= {f"module.{name}_encoder.{key}": t for key, t in whole.items()}
+    # Its `arch` is the source's own word, which timm does not know.
+    tree = {"epoch": 1, "arch": "vit_small", "state_dict": tensors, "optimizer": {}}
+    teacher = load(tree, "vit_small_patch16_224", part)
+    assert same_features(teacher, plain(encoders["momentum" if part == "#ema" else "base"]))
+    assert teacher.mean == IMAGENET
+    left = teacher.report.unexpected
+    assert left["head.0.weight"] == "the projection head of MoCo"
+    assert left["predictor.0.weight"].startswith("outside of ")
+    expected = {key.removeprefix("module.") for key in tensors} | set(files.moco_head("head"))
+    assert set(left) < expected
+
+
+@pytest.mark.parametrize("registers", [0, 4, 2])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_dinov2(load: Callable[..., Teacher], registers: int, gated: bool, chunked: bool) -> None:
+    blocks = ["blocks.0.0.", "blocks.1.1."] if chunked else ["blocks.0.", "blocks.1."]
+    tensors = files.dinov2(blocks, registers=registers, gated=gated)
+    t = doubled(tensors)
+    name = ("vit_giant_patch14" if gated else "vit_base_patch14") + (
+        "_reg4_dinov2" if registers else "_dinov2"
+    )
+    arguments = {"reg_tokens": registers} if registers else {}
+    teacher = load(tensors, name, **arguments, **({"mlp_ratio": 4} if gated else {}))
+    assert same_features(teacher, lambda images: reference.dinov2(t, images, HEADS, blocks, gated=gated))
+    assert teacher.mean == IMAGENET
+    assert set(teacher.report.unexpected) == {"mask_token"}
+
+
+def test_dinov2_training_file(load: Callable[..., Teacher]) -> None:
+    blocks = ["blocks.0.0.", "blocks.1.1."]
+    networks = {name: files.dinov2(blocks, registers=0) for name in ("student", "teacher")}
+    tensors: Tensors = {"dino_loss.center": torch.zeros(1, 8)}
+    for name, network in networks.items():
+        tensors |= {f"{name}.backbone.{key}": t for key, t in network.items()}
+        tensors |= {f"{name}.{key}": t for key, t in files.dino_head("dino_head").items()}
+    for tree, part, of in (
+        ({"model": tensors}, "", "teacher"),
+        ({"model": tensors}, "#student", "student"),
+        (
+            {"teacher": {key.removeprefix("teacher."): t for key, t in tensors.items() if key[0] == "t"}},
+            "",
+            "teacher",
+        ),
+    ):
+        t = doubled(networks[of])
+        teacher = load(tree, "vit_base_patch14_dinov2", part)
+        assert same_features(teacher, lambda x, t=t: reference.dinov2(t, x, HEADS, blocks, gated=False))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov3(load: Callable[..., Teacher], gated: bool) -> None:
+    tensors = files.dinov3(gated=gated)
+    t = doubled(tensors)
+    name = "vit_small_plus_patch16_dinov3_qkvb" if gated else "vit_small_patch16_dinov3_qkvb"
+    teacher = load(tensors, name, img_size=16, **({"mlp_ratio": 1.5} if gated else {}))
+    assert same_features(teacher, lambda images: reference.dinov3(t, images, HEADS, DEPTH, (SIDE, SIDE)))
+    assert teacher.model.global_pool == "token"
+    assert teacher.mean == IMAGENET
+    assert {"mask_token", "rope_embed.periods"} < set(teacher.report.unexpected)
+
+
+def test_dinov3_with_rounded_periods_says_so(load: Callable[..., Teacher]) -> None:
+    tensors = files.dinov3()
+    tensors["rope_embed.periods"] = torch.tensor([1.0, 10.06]).bfloat16()
+    teacher = load(tensors, "vit_small_patch16_dinov3_qkvb", img_size=16)
+    assert "the file's are rounded" in teacher.report.summary()
+
+
+@pytest.mark.parametrize("wrap", ["model", "module"])
+@pytest.mark.parametrize("positions", [False, True])
+def test_beit_fine_tuned(load: Callable[..., Teacher], wrap: str, positions: bool) -> None:
+    tensors = files.beit(shared=False, final="fc_norm", classes=files.CLASSES, positions=positions)
+    t = doubled(tensors)
+
+    def expected(images: Tensor) -> Tensor:
+        pooled = reference.beit(t, images, HEADS, DEPTH, SIDE)[:, 1:].mean(1)
+        return reference.linear(reference.norm(pooled, t, "fc_norm"), t, "head")
+
+    teacher = load({wrap: tensors}, "beit_base_patch16_224")
+    assert same_features(teacher, expected, logits=True)
+    assert teacher.mean == (HALF if wrap == "model" else IMAGENET)
+    assert teacher.model.patch_embed.img_size == (16, 16)  # by the table, not timm's 224
+    assert not teacher.report.resampled
+    assert set(teacher.report.unexpected) == {key for key in tensors if key.endswith("position_index")}
+    assert ("model=beitv2_base_patch16_224" in teacher.report.summary()) == (wrap == "model")
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_beit_pre_trained_shares_its_positions(load: Callable[..., Teacher], second: bool) -> None:
+    tensors = files.beit(shared=True, final="norm")
+    t = doubled(tensors)
+    more = files.block("cls_pt_layers.0.") if second else {}
+    teacher = load({"model": {**tensors, **more}}, "beit_base_patch16_224")
+    assert same_features(
+        teacher, lambda images: reference.norm(reference.beit(t, images, HEADS, DEPTH, SIDE), t, "norm")
+    )
+    assert teacher.mean == (IMAGENET if second else HALF)
+    left = {"mask_token", "lm_head.weight", "lm_head.bias", "rel_pos_bias.relative_position_index", *more}
+    assert set(teacher.report.unexpected) == left
+
+
+def test_a_tag_of_beit2_brings_its_statistics(load: Callable[..., Teacher]) -> None:
+    tree = {"model": files.beit(shared=False, final="fc_norm", classes=1000)}
+    assert load(tree, "beitv2_base_patch16_224.in1k_ft_in1k").mean == IMAGENET
+
+
+@pytest.mark.parametrize("mode", ["distill", "copy", "copy_q"])
+@pytest.mark.parametrize("part", ["", "#student", "#teacher", "#ema"])
+def test_official_attention_transfer(load: Callable[..., Teacher], mode: str, part: str) -> None:
+    models = {
+        name: files.plain(final="fc_norm", classes=files.CLASSES) for name in ("student", "teacher", "ema")
+    }
+
+    def dual(student: str) -> Tensors:
+        pairs = (("student", models[student]), ("teacher", models["teacher"]))
+        return {f"{name}.{key}": t for name, tensors in pairs for key, t in tensors.items()}
+
+    args = argparse.Namespace(mode=mode, atd_weight=3.0, model="dual_vit_base_patch16")
+    tree = {"model": dual("student"), "model_ema": dual("ema"), "optimizer": {}, "epoch": 1, "args": args}
+    teacher = load(tree, "vit_tiny_patch16_224", part)
+    chosen = part.removeprefix("#") or "student"
+    t = doubled(models[chosen])
+
+    def expected(images: Tensor) -> Tensor:
+        pooled = reference.plain_vit(t, images, HEADS, DEPTH)[:, 1:].mean(1)
+        pooled = reference.norm(pooled, t, "fc_norm")
+        return pooled if chosen == "teacher" else reference.linear(pooled, t, "head")
+
+    assert same_features(teacher, expected, logits=True)
+    assert teacher.has_head == (chosen != "teacher")  # its head is as it was drawn
+    copied = mode != "distill" and chosen != "teacher"
+    assert ("without the teacher it is not the model" in teacher.report.summary()) == copied
