@@ -1,10 +1,20 @@
-"""A teacher in words."""
+"""A teacher, or weights that do not load as one, in words."""
 
 from __future__ import annotations
 
-from ..models.errors import UnsupportedModelError
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..models.errors import CheckpointError, UnsupportedModelError
 from ..models.families import attention_shape, check_supported, token_layout
-from .teacher import Teacher
+from .build import build
+from .fit import match
+from .report import grouped
+from .teacher import Teacher, load_teacher, plan_model, read_source
+from .weights import Weights
 
 
 def teacher_facts(teacher: Teacher) -> dict[str, str]:
@@ -32,6 +42,55 @@ def describe_teacher(teacher: Teacher) -> str:
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     return "\n".join([*lines, *(f"{'weights':<{width}}  {line}" for line in teacher.report.lines())]) + "\n"
+
+
+def describe_source(
+    source: str, *, model: str | None = None, model_args: Mapping[str, Any] | None = None, **how: Any
+) -> tuple[str, CheckpointError | None]:
+    """What a source is, what of it would load and what would not, and why it does not load where it does not.
+
+    The arguments are those of `load_teacher`.
+
+    Raises CheckpointError: the source cannot be read at all.
+    """
+    try:
+        teacher = load_teacher(source, model=model, model_args=model_args, **how)
+        return describe_teacher(teacher), None
+    except CheckpointError as error:
+        asked = dict(model_args or {})
+        weights = read_source(source, asked, how.get("revision"))
+        return _describe_misfit(source, weights, asked, model), error
+
+
+def _describe_misfit(source: str, weights: Weights, asked: Mapping[str, Any], model: str | None) -> str:
+    count = sum(tensor.numel() for tensor in weights.tensors.values())
+    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values())
+    rows = [
+        ("source", source),
+        ("weights", weights.format),
+        ("tensors", f"{len(weights.tensors)} with {count:,} numbers, {', '.join(kinds)}"),
+        ("architecture", weights.architecture or model or "not known"),
+        *(("left out", line) for line in grouped(weights.left_out)),
+    ]
+    with contextlib.suppress(CheckpointError):
+        plan = plan_model(weights, asked, model)
+        built = build(plan.architecture, plan.arguments, on_meta=True)
+        found = match(built, plan.weights, role="teacher", method="timm", classifiers=plan.classifiers)
+        rows.append(
+            ("would load", f"{len(found.present) - len(found.wrong)} of {len(weights.tensors)} tensors")
+        )
+        rows += [
+            ("would not", f"{kind}: {line}")
+            for kind, keys in found.problems.items()
+            for line in by_block(keys)
+        ]
+    return "".join(f"{name:<14}{words}\n" for name, words in rows)
+
+
+def by_block(keys: Iterable[str]) -> list[str]:
+    """Keys with the number of the block as a star, and how often each is there."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", key) for key in keys)
+    return [key if count == 1 else f"{key} ({count} times)" for key, count in counts.items()]
 
 
 def _shape(teacher: Teacher) -> dict[str, str]:

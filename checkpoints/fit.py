@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,34 @@ from torch import Tensor, nn
 from ..models.errors import CheckpointError
 from .keys import KeyRules, Role, sort_keys
 from .position import Method, find_grid, resample_position
+from .prefix_tokens import declared_grid, match_prefix, num_prefix_rows
 from .report import LoadReport, some
 from .weights import Weights
 
 BIAS_TABLE = "relative_position_bias_table"
+
+
+@dataclass(frozen=True)
+class Match:
+    """Weights held against a model, key by key, before anything is loaded."""
+
+    present: Mapping[str, Tensor]
+    """What both have, position embeddings on the model's grid."""
+    missing: Mapping[str, str]
+    unexpected: Mapping[str, str]
+    """What only one of them has, and why that is expected."""
+    absent: list[str]
+    foreign: list[str]
+    """What only one of them has without a reason: not in the weights, not in the model."""
+    wrong: list[str]
+    """Keys with another shape or kind of number, in words."""
+    resampled: Mapping[str, str]
+
+    @property
+    def problems(self) -> dict[str, list[str]]:
+        """What stands against loading, by kind."""
+        kinds = {"wrong shapes": self.wrong, "missing keys": self.absent, "unexpected keys": self.foreign}
+        return {kind: keys for kind, keys in kinds.items() if keys}
 
 
 def fit(
@@ -24,11 +49,44 @@ def fit(
     """Loads `weights` into `model` in place.
 
     Position embeddings are resampled to the model's grid by `method`; nothing else changes its shape.
-    Keys that are missing or unexpected must have a reason (`KeyRules`).
+    Keys that are missing or unexpected must have a reason (`KeyRules`). A teacher's norms get the epsilon that
+    the source says; initial weights leave the model's own.
 
     Raises CheckpointError naming the first keys without a reason, with another shape, or with values
     that are not finite.
     """
+    weights = match_prefix(model, weights)
+    found = match(model, weights, role=role, method=method, classifiers=classifiers)
+    if found.problems:
+        words = "; ".join(
+            f"{kind}: {some(keys, 3 if kind == 'wrong shapes' else 4)}"
+            for kind, keys in found.problems.items()
+        )
+        described: Any = getattr(model, "default_cfg", None) or {}
+        name = described.get("architecture")
+        raise CheckpointError(f"{weights.origin} does not fit {name or type(model).__name__}: {words}")
+    _refuse_not_finite(weights.origin, found.present)
+    model.load_state_dict(found.present, strict=False)
+    if role == "teacher" and weights.norm_eps is not None:
+        _set_norm_eps(model, weights.norm_eps)
+    return LoadReport(
+        weights.origin,
+        weights.format,
+        len(found.present),
+        found.missing,
+        {**weights.left_out, **found.unexpected},
+        found.resampled,
+        weights.notes,
+        weights.pretrained_cfg.get("license"),
+        weights.revision,
+    )
+
+
+def match(
+    model: nn.Module, weights: Weights, *, role: Role, method: Method, classifiers: tuple[str, ...]
+) -> Match:
+    """Which of `weights` go where in `model`, and which cannot. Raises CheckpointError: no grid is known."""
+    weights = match_prefix(model, weights)
     target = model.state_dict()
     tensors, resampled = _resample(model, weights, target, method)
     head_fits = _head_fits(tensors, target, classifiers)
@@ -42,20 +100,13 @@ def fit(
     )
     missing, absent = sort_keys((key for key in target if key not in present), rules.missing)
     unexpected, foreign = sort_keys((key for key in tensors if key not in present), rules.unexpected)
-    _refuse(weights.origin, model, absent, foreign, _wrong_shapes(present, target))
-    _refuse_not_finite(weights.origin, present)
-    model.load_state_dict(present, strict=False)
-    return LoadReport(
-        weights.origin,
-        weights.format,
-        len(present),
-        missing,
-        {**weights.left_out, **unexpected},
-        resampled,
-        weights.notes,
-        weights.pretrained_cfg.get("license"),
-        weights.revision,
-    )
+    return Match(present, missing, unexpected, absent, foreign, _wrong_shapes(present, target), resampled)
+
+
+def _set_norm_eps(model: nn.Module, epsilon: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = epsilon
 
 
 def _head_fits(
@@ -71,19 +122,6 @@ def _wrong_shapes(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -
         for key, tensor in present.items()
         if tensor.shape != target[key].shape
     ]
-
-
-def _refuse(origin: str, model: Any, absent: list[str], foreign: list[str], shapes: list[str]) -> None:
-    problems = []
-    if shapes:
-        problems.append(f"wrong shapes: {some(shapes, 3)}")
-    if absent:
-        problems.append(f"missing keys: {some(absent)}")
-    if foreign:
-        problems.append(f"unexpected keys: {some(foreign)}")
-    if problems:
-        name = model.default_cfg.get("architecture") if hasattr(model, "default_cfg") else None
-        raise CheckpointError(f"{origin} does not fit {name or type(model).__name__}: {'; '.join(problems)}")
 
 
 def _refuse_not_finite(origin: str, tensors: Mapping[str, Tensor]) -> None:
@@ -115,19 +153,10 @@ def _resample(
 
 def source_grid(model: Any, weights: Weights) -> tuple[int, int] | None:
     """The patch grid that the weights' `pos_embed` covers, for a model of their kind; None if unknown."""
-    position = weights.tensors.get("pos_embed")
+    position = match_prefix(model, weights).tensors.get("pos_embed")
     if position is None or position.ndim != 3 or getattr(model, "pos_embed", None) is None:
         return None
-    declared = None
-    if weights.img_size is not None:
-        height, width = model.patch_embed.patch_size
-        declared = weights.img_size[0] // height, weights.img_size[1] // width
-    return find_grid(position.shape[1] - _num_prefix(model), declared)
-
-
-def _num_prefix(model: Any) -> int:
-    height, width = model.patch_embed.grid_size
-    return int(model.pos_embed.shape[1] - height * width)
+    return find_grid(position.shape[1] - num_prefix_rows(model), declared_grid(model, weights))
 
 
 def _absolute(model: Any, weights: Weights, target: Tensor, method: Method) -> tuple[Tensor, str]:
@@ -138,10 +167,10 @@ def _absolute(model: Any, weights: Weights, target: Tensor, method: Method) -> t
         return position, ""
     if old is None:
         raise CheckpointError(
-            f"{weights.origin}: pos_embed has {position.shape[1]} tokens, which with {_num_prefix(model)} "
+            f"{weights.origin}: pos_embed has {position.shape[1]} tokens, which with {num_prefix_rows(model)} "
             "prefix tokens is no square grid; give the images' size as model_args img_size=[height, width]"
         )
-    resized = resample_position(position, old, new, _num_prefix(model), method)
+    resized = resample_position(position, old, new, num_prefix_rows(model), method)
     return resized, f"from grid {old[0]}x{old[1]} to {new[0]}x{new[1]} ({method}'s bicubic)"
 
 

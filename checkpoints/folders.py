@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from timm.models import is_model
 from timm.models._hub import load_model_config_from_path
 
+from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.errors import CheckpointError
 from .build import known_fields
 from .files import read_file
@@ -65,6 +67,12 @@ def read_hub(source: HubSource) -> Weights:
 def read_weights_file(source: FileSource) -> Weights:
     """The weights in one file. Raises CheckpointError as `read_file` and `read_weights`."""
     return read_weights(read_file(source.path), source.part)
+
+
+def loads_in_plain_timm(folder: Path) -> bool:
+    """Whether timm alone can build the model of a folder: not one of converted attention, nor spread weights."""
+    architecture = _config(folder / CONFIG).get("architecture")
+    return is_model(str(architecture)) and architecture != CONVERTED and (folder / WEIGHTS_NAMES[0]).is_file()
 
 
 def _existing(path: Path) -> Path | None:

@@ -29,8 +29,8 @@ class LoadReport:
         """One line a fact; keys with the same reason share one."""
         lines = [f"loaded {self.loaded} tensors from {self.origin} ({self.format})"]
         lines += [f"resampled {name}: {how}" for name, how in self.resampled.items()]
-        lines += [f"not in the weights: {line}" for line in _grouped(self.missing)]
-        lines += [f"not in the model: {line}" for line in _grouped(self.unexpected)]
+        lines += [f"not in the weights: {line}" for line in grouped(self.missing)]
+        lines += [f"not in the model: {line}" for line in grouped(self.unexpected)]
         return lines + list(self.notes)
 
     def summary(self) -> str:
@@ -41,7 +41,8 @@ class LoadReport:
         return "; ".join(self.lines())
 
 
-def _grouped(keys: Mapping[str, str]) -> list[str]:
+def grouped(keys: Mapping[str, str]) -> list[str]:
+    """One line a reason, with the keys that have it."""
     groups: dict[str, list[str]] = {}
     for key, reason in keys.items():
         groups.setdefault(reason, []).append(key)

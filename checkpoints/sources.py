@@ -13,9 +13,11 @@ from ..models.errors import CheckpointError
 
 SAFE_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+SUFFIXES = (*SAFE_SUFFIXES, *PICKLE_SUFFIXES, ".npz")
+"""By these a path that is not there is told from a misspelt model name; what a file is, its bytes say."""
 SYNTAX = (
     "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
-    "or a .safetensors or .pth file"
+    "or a weights file (.safetensors, .pth, .npz, …)"
 )
 Part = Literal["student", "teacher", "ema"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -72,13 +74,15 @@ def parse_source(text: str) -> Source:
     if colon and prefix == "local-dir":
         return _folder(rest, text)
     path, _ = _split_part(text)
-    if path.suffix.lower() in SAFE_SUFFIXES + PICKLE_SUFFIXES:
+    if path.suffix.lower() in SUFFIXES:
         return _file(text)
+    if is_model(split_model_name_tag(text)[0]):
+        return TimmSource(text)
     if text and path.is_dir():
         return _folder(text, text)
-    if not is_model(split_model_name_tag(text)[0]):
-        raise CheckpointError(f"{text!r} is no source of weights: {_suggest(text)}")
-    return TimmSource(text)
+    if text and path.exists():
+        return _file(text)
+    raise CheckpointError(f"{text!r} is no source of weights: {_suggest(text)}")
 
 
 def _hub(name: str, text: str) -> HubSource:
@@ -108,9 +112,10 @@ def _folder(name: str, text: str) -> FolderSource:
 
 def _file(text: str) -> FileSource:
     path, part = _split_part(text)
-    if not path.is_file():
-        what = "a folder; write local-dir: before it" if path.is_dir() else "not there; check the path"
-        raise CheckpointError(f"the weights file {str(path)!r} is {what}")
+    if not path.exists():
+        raise CheckpointError(f"the weights file {str(path)!r} is not there; check the path")
+    if path.is_dir():
+        raise CheckpointError(f"the weights file {str(path)!r} is a folder; write local-dir: before it")
     return FileSource(path, part)
 
 

@@ -71,22 +71,51 @@ def load_teacher(
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    weights = _with_architecture(_read(source, asked, revision), model)
+    plan = plan_model(read_source(source, asked, revision), asked, model, img_size, num_classes)
+    built = build(plan.architecture, plan.arguments)
+    report = fit(built, plan.weights, role="teacher", method=position_embedding, classifiers=plan.classifiers)
+    logger.info("%s", report)
+    return _teacher(built, source, plan, report)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model that weights belong to: how timm builds it, and the weights under its names."""
+
+    architecture: str
+    arguments: dict[str, Any]
+    weights: Weights
+    config: Mapping[str, Any]
+    """timm's description of the model."""
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        return _classifiers(self.config)
+
+
+def plan_model(
+    weights: Weights,
+    asked: Mapping[str, Any],
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+) -> ModelPlan:
+    """The model for `weights`; the arguments are those of `load_teacher`, `asked` its model_args.
+
+    Raises CheckpointError: the architecture is not known, or timm cannot build it so.
+    """
+    weights = _with_architecture(weights, model)
     config = published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
-    classifiers = _classifiers(config)
     arguments = {**weights.model_args, **asked}
     classes = num_classes if num_classes is not None else asked.get("num_classes")
-    arguments["num_classes"] = _num_classes(weights, classifiers) if classes is None else classes
+    arguments["num_classes"] = _num_classes(weights, _classifiers(config)) if classes is None else classes
     if "fc_norm.weight" in weights.tensors and "norm.weight" not in weights.tensors:
         arguments.setdefault("global_pool", "avg")
     arguments["pretrained_cfg"] = _without_origin(config, weights) | {"custom_load": False}
     weights, size = _target_size(weights, arguments, asked, img_size)
     if size is not None:
         arguments["img_size"] = size
-    built = build(split_model_name_tag(str(weights.architecture))[0], arguments)
-    report = fit(built, weights, role="teacher", method=position_embedding, classifiers=classifiers)
-    logger.info("%s", report)
-    return _teacher(built, source, weights, config, report, arguments)
+    return ModelPlan(split_model_name_tag(str(weights.architecture))[0], arguments, weights, config)
 
 
 def load_weights(
@@ -99,13 +128,17 @@ def load_weights(
 
     Raises CheckpointError as `load_teacher`.
     """
-    weights = _read(source, {}, revision)
+    weights = read_source(source, {}, revision)
     weights = replace(weights, tensors=converted(model, weights.tensors))
     config: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
     return fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
 
 
-def _read(text: str, arguments: Mapping[str, Any], revision: str | None) -> Weights:
+def read_source(text: str, arguments: Mapping[str, Any], revision: str | None = None) -> Weights:
+    """The weights of a source under timm's names, and all that it says of them.
+
+    Raises CheckpointError: there is no such source, or it cannot be read.
+    """
     source = parse_source(text)
     if revision is not None:
         if not isinstance(source, HubSource | TimmSource):
@@ -186,24 +219,17 @@ def _target_size(
     return weights, declared if same else native
 
 
-def _teacher(
-    model: nn.Module,
-    source: str,
-    weights: Weights,
-    config: Mapping[str, Any],
-    report: LoadReport,
-    arguments: Mapping[str, Any],
-) -> Teacher:
+def _teacher(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport) -> Teacher:
     model.requires_grad_(False)
     model.eval()
-    own = weights.pretrained_cfg
+    weights, arguments = plan.weights, plan.arguments
     return Teacher(
         model=model,
         source=source,
-        architecture=split_model_name_tag(str(weights.architecture))[0],
-        mean=tuple(config.get("mean") or (0.5,)),
-        std=tuple(config.get("std") or (0.5,)),
-        licence=own.get("license"),
+        architecture=plan.architecture,
+        mean=tuple(plan.config.get("mean") or (0.5,)),
+        std=tuple(plan.config.get("std") or (0.5,)),
+        licence=weights.pretrained_cfg.get("license"),
         revision=weights.revision,
         has_head=arguments["num_classes"] > 0,
         report=report,

@@ -19,6 +19,7 @@ from ..transfer.methods.dual import build_dual
 from ..transfer.methods.input import Normalization
 from ..transfer.methods.install import COPY_METHODS
 from .config import load_config
+from .sources import source_keywords
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
         ConfigError: if it has no head, so that there is nothing to evaluate.
     """
     config = run_config(source)
-    loaded = load_teacher(source) if config is not None else load_teacher(source, **_keywords(how))
+    loaded = load_teacher(source) if config is not None else load_teacher(source, **source_keywords(how))
     if not loaded.has_head:
         raise ConfigError(
             f"{source!r} has no classification head; evaluate a run, or a fine-tuned checkpoint"
@@ -112,10 +113,6 @@ def _beside_its_teacher(
     normalization = Normalization(spec.mean, spec.std)
     dual = build_dual(config.transfer, teacher, student.model, normalization, calibration).eval()
     return Candidate(source, dual, dual.predict, spec, classes)
-
-
-def _keywords(how: TeacherConfig) -> dict[str, Any]:
-    return {name: getattr(how, name) for name in ("model", "model_args", "img_size", "position_embedding")}
 
 
 def _spec(loaded: Teacher) -> InputSpec:

@@ -16,6 +16,8 @@ COMMANDS = {
     "pretrain": "make a teacher by masked autoencoding, without labels",
     "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
     "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
+    "push": "publish a student on the Hugging Face hub, with its card and its licence",
+    "save": "one model alone, from a run or any other source, as a folder that timm loads",
     "recipes": "list the recipes that come with the package, or print one",
 }
 

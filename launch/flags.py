@@ -90,7 +90,7 @@ def _underscored(word: str) -> str:
 def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str] | None) -> Setting:
     """The setting of a long flag; takes its value from `words` if it needs one."""
     name, equals, value = word[2:].partition("=")
-    key = find_key(name)
+    key = _only_key(name, only) or find_key(name)
     if key is None and not equals and (name.startswith(("no-", "no_"))):
         key = find_key(name[3:])
         if key is not None and leaf_of(key).is_switch:
@@ -105,7 +105,14 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
         if not words or words[0].startswith("--"):
             raise ConfigError(f"--{name} needs a value: {leaf.valid()}")
         value = words.pop(0)
-    return _checked(parse_setting(name, value, origin=f"--{name}"), only)
+    return _checked(parse_setting(key, value, origin=f"--{name}"), only)
+
+
+def _only_key(name: str, only: Sequence[str] | None) -> str | None:
+    """The setting that a plain name means to a command that takes a few: `model` is `teacher.model` there."""
+    head, dot, inner = name.replace("-", "_").partition(".")  # model_args.depth
+    named = [key for key in leaves() if key.rpartition(".")[2] == head and _takes(leaf_of(key), only)]
+    return f"{named[0]}{dot}{inner}" if only is not None and len(named) == 1 else None
 
 
 def _checked(setting: Setting, only: Sequence[str] | None) -> Setting:
@@ -133,7 +140,7 @@ def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
         group = parser.add_argument_group(title, description) if members else parser
         for leaf in members:
             group.add_argument(
-                *_names(leaf),
+                *_names(leaf, only),
                 dest=leaf.key,
                 default=argparse.SUPPRESS,
                 nargs="?",
@@ -142,8 +149,10 @@ def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
             )
 
 
-def _names(leaf: Leaf) -> list[str]:
+def _names(leaf: Leaf, only: Sequence[str] | None) -> list[str]:
     short = [f"--{name}" for name, key in short_names().items() if key == leaf.key]
+    if not short and _only_key(leaf.name, only) == leaf.key:
+        short = [f"--{leaf.name}"]
     names = short or [f"--{leaf.key}"]
     if leaf.is_switch and leaf.field.default is True:
         return [f"--no-{name[2:]}" for name in names]

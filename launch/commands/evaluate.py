@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
+from ..sources import SOURCE_SETTINGS
 
 EXAMPLES = (
     "graftvit evaluate runs/distill --data_path /data/imagenet",
@@ -20,10 +21,9 @@ DATA = (
     "dataset", "data_path", "val_split", "download", "num_classes", "batch_size", "eval_batch_size", "workers",
     "interpolation", "max_bad_images",
 )  # fmt: skip
-TEACHER = ("model", "model_args", "img_size", "position_embedding")
 SETTINGS = (
     *(f"data.{name}" for name in DATA),
-    *(f"teacher.{name}" for name in TEACHER),
+    *SOURCE_SETTINGS,
     "engine.device",
     "engine.precision",
 )

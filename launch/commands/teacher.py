@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import sys
 
-from ..config import load_config
 from ..flags import command_parser, parse_command
-
-SETTINGS = ("teacher.model", "teacher.model_args", "teacher.img_size", "teacher.position_embedding")
+from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 
 def run(argv: list[str]) -> int:
     """Load a teacher and print what is known of it."""
     parser = command_parser(
         "teacher",
-        "Load a teacher and print its architecture, input, licence, and which keys of its weights fit.",
+        "Print what a source is: format, architecture, input, licence, what of it loads and what does not.",
         [
             "graftvit teacher info vit_large_patch16_224.mae",
             "graftvit teacher info mae_finetuned_vit_base.pth --teacher.model vit_base_patch16_224",
-            "graftvit teacher info local-dir:runs/pretrain/student",
+            "graftvit teacher info hf-hub:facebook/dinov2-base",
+            "graftvit teacher info runs/pretrain#ema",
         ],
         usage="info SOURCE [--teacher.key value ...]",
     )
     parser.add_argument("action", choices=["info"], metavar="info", help="print what the teacher is")
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth",
-    )
-    arguments, settings = parse_command(parser, argv, only=SETTINGS)
-    config = load_config(None, settings).teacher
-    from ...checkpoints.teacher import load_teacher
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
+    how = keywords_of(settings)
+    from ...checkpoints.describe import describe_source
 
-    teacher = load_teacher(
-        arguments.source,
-        model=config.model,
-        model_args=config.model_args,
-        img_size=config.img_size,
-        position_embedding=config.position_embedding,
-    )
-    from ..describe import describe_teacher
-
-    sys.stdout.write(describe_teacher(teacher))
+    text, error = describe_source(arguments.source, **how)
+    sys.stdout.write(text)
+    if error is not None:
+        raise error
     return 0

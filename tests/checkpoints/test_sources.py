@@ -17,7 +17,18 @@ def test_names_and_hub_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["w.pth", "w.safetensors", "W.PTH", "w.bin", "a.b@c.pt", "with space.ckpt", "x#1.pth"]
+    "name",
+    [
+        "w.pth",
+        "w.safetensors",
+        "W.PTH",
+        "w.bin",
+        "a.b@c.pt",
+        "with space.ckpt",
+        "x#1.pth",
+        "w.npz",
+        "checkpoint-best",
+    ],
 )
 def test_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
