@@ -16,6 +16,8 @@ NOT_NEEDED = (
     (r"pre_logits\..*", "timm has no representation layer"),
 )
 FINAL_NORMS = ("norm", "fc_norm")
+ADDED_TOKENS = ("reg_token", "dist_token")
+"""A student may have them, or lack them, where its source does not."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class KeyRules:
             return "a fresh head"
         if self._other_pooling(module) and (self.role == "init" or self.num_classes == 0):
             return "a fresh final norm: the weights were trained with another pooling"
+        if key in ADDED_TOKENS and self.role == "init":
+            return "fresh tokens: the weights have none"
         return None
 
     def unexpected(self, key: str) -> str | None:
@@ -48,6 +52,8 @@ class KeyRules:
             return None if self.head_fits or self.role == "teacher" else "a head that does not fit"
         if self._other_pooling(_other(module)) and (self.role == "init" or self.num_classes == 0):
             return "the final norm of another pooling"
+        if key in ("cls_token", *ADDED_TOKENS) and key not in self.model_keys and self.role == "init":
+            return "the model has no such token"
         return next((reason for pattern, reason in NOT_NEEDED if re.fullmatch(pattern, key)), None)
 
     def _other_pooling(self, module: str) -> bool:
