@@ -43,6 +43,7 @@ _NAMED = (
 )
 """Not on the hub's list: a card says `license: other` and `license_name`."""
 _LINKS = {"dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license"}
+LIST = "https://huggingface.co/docs/hub/repositories-licenses"
 _UNKNOWN = ("", "unknown", "none")
 
 
@@ -112,7 +113,7 @@ def check_named(
         nearest = difflib.get_close_matches(name, CONDITIONS, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise CheckpointError(
-            f"{flag} {named!r} is no licence identifier of the hub: {hint}Valid are {', '.join(CONDITIONS)}"
+            f"{flag} {named!r} is no licence identifier of the hub: {hint}{LIST} lists them, and `other` is one"
         )
     for licence in () if confirmed else licences:
         _check_pair(name, normal(licence), flag)

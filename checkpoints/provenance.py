@@ -40,7 +40,7 @@ def of_weights(source: str, report: LoadReport) -> dict[str, Any]:
 def licences(provenance: Mapping[str, Any]) -> list[str | None]:
     """The licences of all weights that a student learned from or started from; None is an unknown one."""
     origins = [provenance.get(key) for key in ("teacher", "init")]
-    return [origin.get("licence") for origin in origins if origin]
+    return [origin.get("licence") for origin in origins if origin and isinstance(origin, Mapping)]
 
 
 def carried_licence(provenance: Mapping[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
 
     Raises CheckpointError: the index is damaged or names files elsewhere, or a file or a tensor is missing.
     """
-    names = _weight_map(index)
+    names = weight_map(index)
     tree: dict[str, Any] = {}
     for file in dict.fromkeys(names.values()):
         path = find(file)
@@ -32,7 +32,7 @@ def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
     return Content(index, {name: tree[name] for name in names}, {})
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor names to file names, each a plain name in the index's own folder."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -1,0 +1,141 @@
+"""`graftvit push`: publish a student on the Hugging Face hub, with its card and its licence."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ...models.errors import ConfigError
+from ..flags import command_parser, parse_command
+
+if TYPE_CHECKING:
+    from ...checkpoints.publish import Upload
+    from ...checkpoints.upload import Pushed, Remote
+
+EXAMPLES = (
+    "graftvit push runs/distill/student me/vit-b-cifar --dry_run",
+    "graftvit push runs/distill/student me/vit-b-cifar --private",
+    "graftvit push runs/distill/student_ema me/vit-b-cifar --revision ema --message 'The moving average'",
+    "graftvit push exported me/vit-b-imagenet --dataset_name 'ImageNet-1k'",
+)
+LOG_IN = "Log in first: `hf auth login`, or set HF_TOKEN."
+
+
+def run(argv: list[str]) -> int:
+    """Push a student's folder, or show what would go up."""
+    parser = command_parser(
+        "push",
+        "Create a repository on the hub and upload a student's folder in one commit: its weights, its config.json "
+        "and a model card, nothing else. The student carries the licence of the weights that it was made from. "
+        f"{LOG_IN}",
+        EXAMPLES,
+        usage="DIR ORG/NAME [--flag value ...]",
+    )
+    parser.add_argument("folder", metavar="DIR", help="student folder: config.json and model.safetensors")
+    parser.add_argument(
+        "repository", metavar="ORG/NAME", help="repository on the hub; created if it is not there"
+    )
+    parser.add_argument("--private", action="store_true", help="create it for you alone")
+    parser.add_argument("--licence", metavar="ID", help="hub identifier; the teacher's by default")
+    parser.add_argument(
+        "--confirm_licence",
+        action="store_true",
+        help="the owners of the teacher allow the licence that is named",
+    )
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch; created if it is not there; main by default"
+    )
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--dataset_name", metavar="NAME", help="what the card calls the data of the results")
+    parser.add_argument("--dry_run", action="store_true", help="show what would go up, send nothing")
+    arguments, _ = parse_command(parser, argv, only=())
+    for flag in ("licence", "revision", "message", "dataset_name"):
+        if getattr(arguments, flag) is not None and not getattr(arguments, flag).strip():
+            raise ConfigError(f"--{flag} is empty: give it a value or leave it out")
+    from ...checkpoints.publish import plan_upload
+    from ...checkpoints.upload import push_student
+
+    upload = plan_upload(
+        arguments.folder,
+        arguments.repository,
+        licence=arguments.licence,
+        confirm_licence=arguments.confirm_licence,
+        revision=arguments.revision,
+        dataset_name=arguments.dataset_name,
+    )
+    if arguments.dry_run:
+        sys.stdout.write(_dry(upload, private=arguments.private))
+        return 0
+    _behind(upload)
+    pushed = push_student(upload, private=arguments.private, message=arguments.message)
+    sys.stdout.write(_done(upload, pushed))
+    return 0
+
+
+def _behind(upload: Upload) -> None:
+    """Say before the upload what it leaves out."""
+    if upload.left_behind:
+        sys.stderr.write(f"left behind: {', '.join(upload.left_behind)}\n")
+
+
+def _done(upload: Upload, pushed: Pushed) -> str:
+    from ...checkpoints.card_sections import load_lines
+
+    lines = [pushed.url]
+    if not pushed.changed:
+        lines.append("The hub had all of it already.")
+    if pushed.kept_card:
+        lines.append(
+            "README.md on the hub was edited by a person and stayed; one in the folder would replace it."
+        )
+    lines.append(f"licence: {_licence(upload)}")
+    return "\n".join([*lines, "", *load_lines(upload.config, upload.facts), ""])
+
+
+def _dry(upload: Upload, *, private: bool) -> str:
+    facts = upload.facts
+    width = max(len(file.name) for file in upload.files)
+    branch = f" (branch {facts.revision})" if facts.revision else ""
+    lines = [f"Would push to {facts.repository}{branch}:"]
+    lines += [f"  {file.name:<{width}}  {file.size:>14,} bytes" for file in upload.files]
+    lines += [f"Left behind: {', '.join(upload.left_behind)}"] if upload.left_behind else []
+    lines += [*_on_the_hub(upload, private=private), f"Licence: {_licence(upload)}"]
+    kind = "your own README.md" if upload.own_card else "generated"
+    return "\n".join([*lines, f"Card ({kind}):", "", upload.card.rstrip("\n"), ""])
+
+
+def _licence(upload: Upload) -> str:
+    return upload.facts.licence or "unknown; --licence names one"
+
+
+def _on_the_hub(upload: Upload, *, private: bool) -> list[str]:
+    """What the commit would meet there, if the hub can be asked."""
+    from ...checkpoints.upload import (
+        UploadFailedError,
+        ask_remote,
+        check_visibility,
+        keeps_remote_card,
+        replaced_and_removed,
+    )
+
+    try:
+        remote = ask_remote(upload)
+    except UploadFailedError as error:
+        return [f"On the hub: not known, {error}"]
+    check_visibility(upload, remote, private=private)
+    kept = keeps_remote_card(upload, remote)
+    replaced, removed = replaced_and_removed(upload, remote)
+    lines = [f"On the hub: {_state(remote)}"]
+    if kept:
+        replaced.remove("README.md")
+        lines.append("Stays there: README.md, edited by a person")
+    lines += [f"Replaced there: {', '.join(replaced)}"] if replaced else []
+    lines += [f"Removed there: {', '.join(removed)}"] if removed else []
+    return lines
+
+
+def _state(remote: Remote) -> str:
+    if not remote.exists:
+        return "no such repository that you can see; it would be created"
+    kind = "private" if remote.private else "public"
+    return f"a {kind} repository" + ("" if remote.commit else " without that branch, which would be created")
