@@ -17,8 +17,10 @@ from ...models.errors import CheckpointError
 from ..report import some
 from ..weights import Weights
 
-PIECE = re.compile(r"(.+)\[([qkv])\w*\]")
+PIECE = re.compile(r"(.+)\[(gate|up|[qkv])\w*\]")
 """A name that ends in [q], [k] or [v] (or [query] …) is that third of a tensor that timm keeps in one."""
+ORDERS = (("q", "k", "v"), ("gate", "up"))
+"""How timm orders the pieces of a tensor: queries, keys and values, or the gate and what it is for."""
 
 Prepare = Callable[[Weights], Weights]
 Describe = Callable[[Weights, Mapping[str, Any]], Weights]
@@ -93,7 +95,7 @@ def _first(rules: tuple[tuple[str, str], ...], key: str) -> str | None:
 
 
 def _joined(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """The thirds of queries, keys and values as one tensor, in this order."""
+    """The pieces of what timm keeps in one tensor as that tensor, in timm's order."""
     joined: dict[str, Tensor] = {}
     pieces: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -102,11 +104,13 @@ def _joined(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
             joined[name] = tensor
         else:
             pieces.setdefault(piece[1], {})[piece[2]] = tensor
-    for name, thirds in pieces.items():
-        absent = [part for part in "qkv" if part not in thirds]
+    for name, parts in pieces.items():
+        order = next(order for order in ORDERS if not parts.keys().isdisjoint(order))
+        absent = [part for part in order if part not in parts]
         if absent:
             raise CheckpointError(f"{origin} is not whole: {name} lacks its {some(absent)} part")
-        if len({tuple(third.shape) for third in thirds.values()}) > 1:
-            raise CheckpointError(f"{origin}: the q, k and v parts of {name} differ in shape")
-        joined[name] = torch.cat([thirds[part] for part in "qkv"])
+        kinds = {(tuple(part.shape), part.dtype) for part in parts.values()}
+        if name in joined or len(kinds) > 1 or () in next(iter(kinds)):
+            raise CheckpointError(f"{origin}: the {', '.join(order)} parts of {name} do not fit together")
+        joined[name] = torch.cat([parts[part] for part in order])
     return joined

@@ -11,6 +11,7 @@ from ..weights import Weights
 from .containers import unwrap
 from .keymap import apply, recognise
 from .table import KEY_MAPS
+from .transformers_config import check_model_type, not_of_type
 
 
 def read_weights(
@@ -20,8 +21,12 @@ def read_weights(
 
     `part` None is the one that the kind of file is published for. `config` is what lay beside the file.
 
-    Raises CheckpointError: the file is of no known kind, has no such part, or is half of one.
+    Raises CheckpointError: the file is of no known kind, has no such part, or is half of one, or `config` is of a
+    model that is not supported.
     """
+    check_model_type(str(content.path), config or {})
     weights = unwrap(content, part)
     found = recognise(weights.tensors, KEY_MAPS)
+    if found is None and config and "model_type" in config:
+        raise not_of_type(weights, config)
     return weights if found is None else apply(found, weights, config or {})

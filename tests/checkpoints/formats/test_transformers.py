@@ -1,0 +1,37 @@
+"""Models of transformers, built at random: timm's model must give what theirs gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from graftvit.checkpoints.teacher import Teacher, load_teacher
+from graftvit.models.families import check_supported
+from hf_models import CASES, Case, save, save_modules
+from torch import Tensor, nn, no_grad
+
+TOLERANCE = 1e-5
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def check_same(case: Case, model: nn.Module, teacher: Teacher) -> None:
+    check_supported(teacher.model)
+    for count in (1, 2):
+        images = case.images(count)
+        tokens, pooled = case.outputs(model, images)
+        with no_grad():
+            if tokens is not None:
+                assert error(teacher.model.forward_features(images), tokens) <= TOLERANCE
+            if pooled is not None:
+                assert error(teacher.model(images), pooled) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_features_are_those_of_transformers(case: Case, tmp_path: Path) -> None:
+    model = case.build()
+    check_same(case, model, load_teacher(save(model, tmp_path / "saved")))
+    check_same(case, model, load_teacher(save_modules(model, tmp_path / "modules")))
