@@ -30,7 +30,7 @@ PLAIN_MAPS: tuple[KeyMap, ...] = (
     KeyMap(
         "an encoder of MoCo-v3",
         marks=(*PLAIN, r"head\.0\.weight", r"head\.1\.running_mean"),
-        left_out=((r"head\..+", PROJECTION),),
+        left_out=((r"head\.\d+\..+", PROJECTION),),
         describe=describe_moco,
     ),
     KeyMap(

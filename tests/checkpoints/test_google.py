@@ -97,6 +97,26 @@ BLOCK_0, BLOCK_1 = "Transformer/encoderblock_0", "Transformer/encoderblock_1"
 QUERY, KEY = "MultiHeadDotProductAttention_1/query/kernel", "MultiHeadDotProductAttention_1/key/kernel"
 
 
+@pytest.mark.parametrize("cls", [True, False])
+def test_a_published_size_needs_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls: bool) -> None:
+    for name, value in {"WIDTH": 192, "DEPTH": 12, "HEADS": 3, "PATCH": 16, "SIDE": 2}.items():
+        monkeypatch.setattr(files, name, value)
+    tensors = files.flax(old=False, cls=cls)
+    torch.save({f"params/{key}": t for key, t in tensors.items()}, tmp_path / "archive.pth")
+    teacher: Any = load_teacher(str(tmp_path / "archive.pth"))
+    assert teacher.architecture == "vit_tiny_patch16_224"
+    assert (len(teacher.model.blocks), teacher.model.blocks[0].attn.num_heads) == (12, 3)
+    assert teacher.model.patch_embed.img_size == (32, 32)
+    assert teacher.model.num_prefix_tokens == int(cls)
+
+
+def test_positions_are_resampled_to_another_size(load: Load) -> None:
+    for old in (True, False):
+        tensors = files.flax(old=old, cls=True)
+        teacher = load(tensors, img_size=24)
+        assert teacher.report.resampled == {"pos_embed": "from grid 4x4 to 6x6 (timm's bicubic)"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

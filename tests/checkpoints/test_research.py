@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import reference_vit as reference
 import source_files as files
+import timm
 import torch
+from graftvit.checkpoints.position import resample_position
 from graftvit.checkpoints.teacher import Teacher, load_teacher
 from source_files import DEPTH, HEADS, SIDE, Tensors
 from torch import Tensor
@@ -168,6 +171,38 @@ def test_moco(load: Callable[..., Teacher], part: str) -> None:
     assert set(left) < expected
 
 
+def sines(side: int, width: int, *, rows_first: bool) -> Tensor:
+    """Fixed positions in two dimensions: MoCo-v3's begin with the rows, MAE's with the columns."""
+    position = torch.zeros(1, 1 + side * side, width)
+    quarter = width // 4
+    for i in range(side * side):
+        row, column = divmod(i, side)
+        for half, place in enumerate((row, column) if rows_first else (column, row)):
+            for j in range(quarter):
+                angle = place / 10000 ** (j / quarter)
+                position[0, 1 + i, 2 * half * quarter + j] = math.sin(angle)
+                position[0, 1 + i, (2 * half + 1) * quarter + j] = math.cos(angle)
+    return position
+
+
+@pytest.mark.parametrize(("rows_first", "heads"), [(True, 12), (False, 6)])
+@pytest.mark.parametrize("converted", [True, False])
+def test_the_small_moco_has_twelve_heads_which_no_shape_says(
+    load: Callable[..., Teacher], rows_first: bool, heads: int, converted: bool
+) -> None:
+    with torch.random.fork_rng():
+        model = timm.create_model("vit_small_patch16_224", img_size=64, depth=1, num_classes=0)
+    tensors = dict(model.state_dict()) | {"pos_embed": sines(4, 384, rows_first=rows_first)}
+    if not converted and rows_first:
+        tensors = {f"base_encoder.{key}": t for key, t in (tensors | files.moco_head("head")).items()}
+    torch_file = {"model" if converted else "state_dict": tensors}
+    teacher = load(
+        torch_file, "vit_small_patch16_224", embed_dim=None, depth=1, num_heads=None, patch_size=None
+    )
+    assert teacher.model.blocks[0].attn.num_heads == heads
+    assert ("heads: 12, as MoCo-v3's small ViT has" in teacher.report.summary()) == (heads == 12)
+
+
 @pytest.mark.parametrize("registers", [0, 4, 2])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
@@ -289,3 +324,60 @@ def test_official_attention_transfer(load: Callable[..., Teacher], mode: str, pa
     assert teacher.has_head == (chosen != "teacher")  # its head is as it was drawn
     copied = mode != "distill" and chosen != "teacher"
     assert ("without the teacher it is not the model" in teacher.report.summary()) == copied
+
+
+def resized(tensors: Tensors, rows: int, method: Any) -> Tensor:
+    return resample_position(tensors["pos_embed"], (SIDE, SIDE), (6, 8), rows, method)
+
+
+@pytest.mark.parametrize("method", ["timm", "mae"])
+def test_positions_are_resampled_to_another_size(tmp_path: Path, method: Any) -> None:
+    blocks = ["blocks.0.", "blocks.1."]
+    for tensors, name, rows, arguments in (
+        (files.plain(), "vit_small_patch16_224", 1, {}),
+        (files.distilled(), "deit_tiny_distilled_patch16_224", 2, {}),
+        (files.deit3(), "deit3_small_patch16_224", 0, {}),
+        (files.dinov2(blocks, registers=0), "vit_base_patch14_dinov2", 1, {}),
+        (files.dinov2(blocks, registers=2), "vit_base_patch14_reg4_dinov2", 0, {"reg_tokens": 2}),
+    ):
+        torch.save({"model": tensors}, tmp_path / "source.pth")
+        teacher = load_teacher(
+            str(tmp_path / "source.pth"),
+            model=name,
+            model_args={**TINY, **arguments},
+            img_size=(24, 32),
+            position_embedding=method,
+        )
+        assert teacher.report.resampled == {"pos_embed": f"from grid 4x4 to 6x8 ({method}'s bicubic)"}
+        whole = (
+            {**tensors, "pos_embed": tensors["pos_embed"][:, 1:]} if "reg_tokens" in arguments else tensors
+        )
+        assert torch.equal(teacher.model.pos_embed, resized(whole, rows, method))
+        assert teacher.model(torch.randn(1, 3, 24, 32)).isfinite().all()
+
+
+def test_beits_tables_are_resampled_too(load: Callable[..., Teacher]) -> None:
+    for shared, final in ((True, "norm"), (False, "fc_norm")):
+        tree = {"model": files.beit(shared=shared, final=final, classes=0 if shared else 3)}
+        teacher = load(tree, "beit_base_patch16_224", img_size=24)
+        assert all(how == "from 52 to 124 offsets (timm's way)" for how in teacher.report.resampled.values())
+        assert len(teacher.report.resampled) == (1 if shared else DEPTH)
+
+
+@pytest.mark.parametrize(("name", "rename"), [
+    ("deit_tiny_distilled_patch16_224", {}),
+    ("deit3_small_patch16_224", {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}),
+])  # fmt: skip
+def test_a_published_size_needs_no_name(tmp_path: Path, name: str, rename: dict[str, str]) -> None:
+    with torch.random.fork_rng():
+        model = timm.create_model(name, img_size=32, num_classes=3, init_values=0.1 if rename else None)
+    tensors = dict(model.state_dict())
+    for ours, theirs in rename.items():
+        tensors = {key.replace(ours, theirs): tensor for key, tensor in tensors.items()}
+    torch.save({"model": tensors}, tmp_path / "source.pth")
+    teacher = load_teacher(str(tmp_path / "source.pth"))
+    assert teacher.architecture == name
+    assert teacher.has_head
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(teacher.model(images), model.eval()(images))
