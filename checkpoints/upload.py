@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from json import JSONDecodeError
+from traceback import walk_tb
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
@@ -171,9 +173,18 @@ def _explained(action: Callable[[], Result], upload: Upload) -> Result:
         failed = _failed(cause)
         if failed is not None:
             raise UploadFailedError(f"{upload.facts.repository} cannot be pushed: {failed}") from error
-        if isinstance(cause, (HfHubHTTPError, ValueError, OSError)):
-            raise CheckpointError(f"{constants.ENDPOINT} refused the push: {line(cause)}") from error
-        raise
+        if isinstance(cause, JSONDecodeError) or not isinstance(cause, (HfHubHTTPError, ValueError, OSError)):
+            if not _is_of_client(cause):
+                raise
+            raise UploadFailedError(f"{constants.ENDPOINT} does not answer as a hub does: check HF_ENDPOINT") from error
+        said = cause if isinstance(cause, HfHubHTTPError) else ValueError(" ".join(str(cause).split()))
+        raise CheckpointError(f"{constants.ENDPOINT} refused the push: {line(said)}") from error
+
+
+def _is_of_client(error: BaseException) -> bool:
+    """Whether the hub's client raised it, in reading an answer, and not this package by a bug."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return not frames[-1].startswith("graftvit")
 
 
 def _cause(error: BaseException) -> BaseException:

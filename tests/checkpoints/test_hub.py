@@ -19,7 +19,7 @@ import timm
 import torch
 from graftvit.checkpoints.build import read_timm
 from graftvit.checkpoints.sources import TimmSource
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import save, save_file
@@ -99,7 +99,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[st
     arguments = {**SMALL, "img_size": 16, "patch_size": 4, "num_classes": 3}
     for revision, commit in COMMITS.items():
         model = timm.create_model(NAME, **arguments)
-        save_student(
+        write_student(
             model, folder / revision, architecture=NAME, model_args=arguments, mean=(0.1,) * 3, std=(0.2,) * 3
         )
         for path in (folder / revision).iterdir():

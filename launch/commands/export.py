@@ -1,0 +1,73 @@
+"""`graftvit export SOURCE OUT`: a model as an ONNX or torch.export file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..flags import command_parser, parse_command
+from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
+
+EXAMPLES = (
+    "graftvit export runs/distill student.onnx",
+    "graftvit export runs/distill#ema student.pt2 --normalise",
+    "graftvit export vit_base_patch16_224.augreg_in1k vit.onnx --img_size 384 --opset 20",
+    "graftvit export vit_small_patch14_reg4_dinov2.lvd142m dino.onnx --dynamic batch resolution",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Export one model and print what was written and how far it is from the model."""
+    parser = command_parser(
+        "export",
+        "Write a model as one file that runs without this package, checked against the model before the file is "
+        "put in place. The input is normalised images (B, 3, H, W); the file's metadata says how to feed it.",
+        EXAMPLES,
+        usage="SOURCE OUT [--flag value ...]",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="the file: .onnx for ONNX, .pt2 for torch.export"
+    )
+    parser.add_argument("--format", choices=["onnx", "torch"], help="as the suffix of OUT says, by default")
+    parser.add_argument(
+        "--dynamic", nargs="+", choices=["batch", "resolution", "none"], default=["batch"],
+        help="sizes left free, of batch and resolution (default: batch)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--img_size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="one number, or height and width (default: its own)",
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: torch's choice)")
+    parser.add_argument(
+        "--normalise", action="store_true", help="take images in 0..1, and normalise them in the file"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
+                        help="largest relative error against the model (default: 1e-4)")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
+    arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
+    how = keywords_of(settings)
+    if arguments.img_size is not None:
+        if len(arguments.img_size) > 2 or min(arguments.img_size) < 1:
+            parser.error(f"--img_size takes one number or two, from 1, not {arguments.img_size}")
+        how["img_size"] = (arguments.img_size[0], arguments.img_size[-1])
+    if "none" in arguments.dynamic and len(arguments.dynamic) > 1:
+        parser.error("--dynamic none stands alone")
+    from ...checkpoints.export import export_source
+
+    report = export_source(
+        arguments.source,
+        arguments.out,
+        format=arguments.format,
+        dynamic=tuple(name for name in arguments.dynamic if name != "none"),
+        opset=arguments.opset,
+        normalise=arguments.normalise,
+        tolerance=arguments.tolerance,
+        overwrite=arguments.force,
+        **how,
+    )
+    sys.stdout.write("\n".join(report.lines()) + "\n")
+    return 0
