@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models import conversion  # noqa: F401  timm knows converted models from here on
 from ..models.errors import CheckpointError
-from .hub import commit_of, explained
+from .hub.download import commit_of, explained
 from .sources import TimmSource, parse_source
 from .weights import Weights
 

@@ -16,7 +16,7 @@ from ..models.errors import CheckpointError
 from .build import known_fields
 from .files import read_file
 from .formats import read_weights
-from .hub import commit_of, download, try_download
+from .hub.download import commit_of, download, try_download
 from .provenance import KEY as PROVENANCE
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource

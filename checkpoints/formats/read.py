@@ -11,7 +11,7 @@ from ..weights import Weights
 from .containers import unwrap
 from .keymap import apply, recognise
 from .table import KEY_MAPS
-from .transformers_config import check_model_type, not_of_type
+from .transformers.config import check_model_type, not_of_type
 
 
 def read_weights(

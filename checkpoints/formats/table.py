@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .keymap import KeyMap
 from .research import RESEARCH_MAPS
-from .transformers import TRANSFORMERS_MAPS
+from .transformers.key_maps import TRANSFORMERS_MAPS
 
 KEY_MAPS: tuple[KeyMap, ...] = (*TRANSFORMERS_MAPS, *RESEARCH_MAPS)

@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
         how["img_size"] = (arguments.img_size[0], arguments.img_size[-1])
     if "none" in arguments.dynamic and len(arguments.dynamic) > 1:
         parser.error("--dynamic none stands alone")
-    from ...checkpoints.export import export_source
+    from ...checkpoints.export.export_source import export_source
 
     report = export_source(
         arguments.source,

@@ -9,8 +9,8 @@ from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
 
 if TYPE_CHECKING:
-    from ...checkpoints.publish import Upload
-    from ...checkpoints.upload import Pushed, Remote
+    from ...checkpoints.publish.student_files import Upload
+    from ...checkpoints.publish.upload import Pushed, Remote
 
 EXAMPLES = (
     "graftvit push runs/distill/student me/vit-b-cifar --dry_run",
@@ -52,8 +52,8 @@ def run(argv: list[str]) -> int:
     for flag in ("licence", "revision", "message", "dataset_name"):
         if getattr(arguments, flag) is not None and not getattr(arguments, flag).strip():
             raise ConfigError(f"--{flag} is empty: give it a value or leave it out")
-    from ...checkpoints.publish import plan_upload
-    from ...checkpoints.upload import push_student
+    from ...checkpoints.publish.student_files import plan_upload
+    from ...checkpoints.publish.upload import push_student
 
     upload = plan_upload(
         arguments.folder,
@@ -79,7 +79,7 @@ def _behind(upload: Upload) -> None:
 
 
 def _done(upload: Upload, pushed: Pushed) -> str:
-    from ...checkpoints.card_sections import load_lines
+    from ...checkpoints.publish.sections import load_lines
 
     lines = [pushed.url]
     if not pushed.changed:
@@ -110,7 +110,7 @@ def _licence(upload: Upload) -> str:
 
 def _on_the_hub(upload: Upload, *, private: bool) -> list[str]:
     """What the commit would meet there, if the hub can be asked."""
-    from ...checkpoints.upload import (
+    from ...checkpoints.publish.upload import (
         UploadFailedError,
         ask_remote,
         check_visibility,

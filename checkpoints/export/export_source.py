@@ -1,0 +1,206 @@
+"""Exporting a model to ONNX or torch.export: checked against the model itself before there is a file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from ...models.errors import CheckpointError, did_you_mean
+from ..atomic import sync, write_file
+from ..build import build
+from ..teacher import Teacher, load_teacher
+from ..weights import as_pair
+from .check import compare, example_images, shapes_to_check
+from .files import Format, check_onnx, data_file, format_of, write_onnx, write_torch
+from .graph import Dynamic, Normalised, check_dynamic, trace
+from .words import ExportReport, channels_of, provenance_words, words_of
+
+TOLERANCE = 1e-4
+DYNAMIC: tuple[Dynamic, ...] = ("batch",)
+
+
+def export_source(
+    source: str | Path,
+    path: str | Path,
+    *,
+    format: Format | None = None,  # noqa: A002  its name on the command line
+    dynamic: Collection[Dynamic] = DYNAMIC,
+    opset: int | None = None,
+    normalise: bool = False,
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+    **how: Any,
+) -> ExportReport:
+    """Loads any source and exports it as `export_model`; the file says how to feed it and where it comes from.
+
+    Args:
+        how: `img_size`, `model`, `model_args` and the rest, as of `load_teacher`.
+
+    Raises CheckpointError or UnsupportedModelError as `load_teacher` and `export_model`.
+    """
+    _check(Path(path), format, dynamic, opset, tolerance, overwrite)
+    teacher = load_teacher(str(source), **how)
+    model: Any = teacher.model
+    if "resolution" in dynamic and getattr(model, "dynamic_img_size", None) is False:
+        model = _of_any_size(teacher)
+    return export_model(
+        model,
+        path,
+        format=format,
+        dynamic=dynamic,
+        opset=opset,
+        mean=teacher.mean,
+        std=teacher.std,
+        normalise=normalise,
+        metadata=provenance_words(teacher),
+        tolerance=tolerance,
+        overwrite=overwrite,
+    )
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format | None = None,  # noqa: A002  as of export_source
+    image_size: int | tuple[int, int] | None = None,
+    dynamic: Collection[Dynamic] = DYNAMIC,
+    opset: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    normalise: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes `model` in float32 as a function of `images` (B, 3, H, W), and its weights, to one file.
+
+    Nothing is put at `path` before the file, loaded anew and run on several shapes, gives what the model gives.
+
+    Args:
+        format: "onnx" or "torch"; by default what the suffix of `path` says, .onnx or .pt2.
+        image_size: of a model whose patch embedding does not say it.
+        dynamic: sizes left free, of "batch" and "resolution" (in whole patches, of a model built with
+            `dynamic_img_size=True`); the others are fixed, the batch at 1.
+        opset: of ONNX; torch's choice by default.
+        mean, std: normalisation of the images that the model was trained on, written to the file.
+        normalise: take images in 0..1, and normalise them in the graph.
+        metadata: more words for the file.
+
+    Raises:
+        UnsupportedModelError: the model, or a part of it, cannot be exported so.
+        CheckpointError: the path, the format or the opset is not valid, or a package is missing; with exit code
+            1 where file and model differ by more than `tolerance`, or the disk is full.
+    """
+    path = Path(path)
+    kind = _check(path, format, dynamic, opset, tolerance, overwrite)
+    if normalise and (mean is None or std is None):
+        raise CheckpointError("normalise needs the mean and std of the images that the model was trained on")
+    check_dynamic(model, dynamic)
+    size, patch = _sizes(model, image_size, dynamic)
+    words = words_of(model, size, patch, dynamic, mean, std, normalise) | dict(metadata or {})
+    shapes = shapes_to_check(channels_of(model), size, patch, dynamic)
+    example = example_images(shapes[-1])
+    found: dict[str, Any] = {}
+    with _for_inference(model) as plain:
+        module = Normalised(plain, mean, std) if normalise and mean is not None and std is not None else plain
+        graph = trace(module, example, dynamic, patch)
+
+        def write(temporary: Path) -> None:
+            if kind == "onnx":
+                found["opset"] = write_onnx(graph, temporary, example, words, opset)
+            else:
+                write_torch(graph, temporary, words)
+            found["error"] = compare(module, temporary, kind, shapes, tolerance)
+            if kind == "onnx":
+                _place_data(temporary, path)
+
+        tensors = module.state_dict().values()
+        write_file(path, write, size=sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    files = (path, data_file(path)) if kind == "onnx" and data_file(path).exists() else (path,)
+    free = tuple(name for name in get_args(Dynamic) if name in dynamic)
+    return ExportReport(
+        path, files, kind, found.get("opset"), words["output"], free, tuple(shapes), found["error"], words
+    )
+
+
+def _check(
+    path: Path, wanted: str | None, dynamic: Collection[str], opset: int | None, tolerance: float, overwrite: bool
+) -> Format:  # fmt: skip
+    """The format; raises CheckpointError for what can be seen before a model is loaded."""
+    kind = format_of(path, wanted)
+    for name in dynamic:
+        if name not in get_args(Dynamic):
+            raise CheckpointError(f"dynamic={name!r} is unknown; {did_you_mean(name, get_args(Dynamic))}")
+    if not tolerance > 0:
+        raise CheckpointError(f"tolerance={tolerance} must be above 0")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name a file in it")
+    for file in (path, data_file(path)) if kind == "onnx" else (path,):
+        if file.exists() and not overwrite:
+            raise CheckpointError(f"{file} is there already: give another name, or --force to replace it")
+    if kind == "onnx":
+        check_onnx(opset)
+    elif opset is not None:
+        raise CheckpointError(f"opset {opset} is of ONNX, and {path.name} is of torch.export: leave it out")
+    return kind
+
+
+def _of_any_size(teacher: Teacher) -> nn.Module:
+    """The teacher's model as timm builds it for images of any size, with the same weights."""
+    model = build(teacher.architecture, {**teacher.model_args, "dynamic_img_size": True})
+    model.load_state_dict(teacher.model.state_dict(), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _sizes(
+    model: Any, image_size: int | tuple[int, int] | None, dynamic: Collection[str]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The resolution, and that of a patch. Raises CheckpointError where the model takes another one."""
+    embedding: Any = getattr(model, "patch_embed", None)
+    own: Any = getattr(embedding, "img_size", None)
+    patch: Any = tuple(getattr(embedding, "patch_size", None) or (1, 1))
+    size: Any = as_pair(image_size) if image_size is not None else own
+    if size is None:
+        raise CheckpointError(f"{type(model).__name__} does not say its image size: give image_size")
+    fixed = own is not None and not getattr(model, "dynamic_img_size", False)
+    if fixed and tuple(size) != tuple(own):
+        raise CheckpointError(
+            f"image_size {size[0]}x{size[1]}: this model takes {own[0]}x{own[1]}; load it with img_size={size}"
+        )
+    if any(length % step for length, step in zip(size, patch, strict=True)) and "resolution" in dynamic:
+        raise CheckpointError(
+            f"dynamic resolution: {size[0]}x{size[1]} is not whole patches of {patch[0]}x{patch[1]}"
+        )
+    return (int(size[0]), int(size[1])), (int(patch[0]), int(patch[1]))
+
+
+@contextmanager
+def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode, in float32 on the CPU; a copy where it is not there."""
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
+        model = copy.deepcopy(model).to("cpu", torch.float32)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _place_data(temporary: Path, path: Path) -> None:
+    """Puts the weights beside an ONNX file in place; the old file goes first, for it would read the new ones."""
+    if not data_file(temporary).exists() and not data_file(path).exists():
+        return
+    path.unlink(missing_ok=True)
+    data_file(path).unlink(missing_ok=True)
+    if data_file(temporary).exists():
+        sync(data_file(temporary))
+        data_file(temporary).replace(data_file(path))

@@ -1,0 +1,94 @@
+"""What an exported file says of itself, and what is reported of the export."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...models.conversion import plan_of
+from ..public import public_text
+from ..teacher import Teacher
+from .check import Shape
+from .files import Format
+from .graph import Dynamic
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported, and how far it is from the model."""
+
+    path: Path
+    files: tuple[Path, ...]
+    """`path`, and the file of its weights where an ONNX model is too large for one file."""
+    format: Format
+    opset: int | None
+    """Of ONNX."""
+    output: str
+    """"logits", or "features" of a model without a head."""
+    dynamic: tuple[Dynamic, ...]
+    checked: tuple[Shape, ...]
+    """Shapes of the images on which file and model were compared."""
+    error: float
+    """Largest ‖file − model‖ / ‖model‖ of an image's output."""
+    metadata: Mapping[str, str]
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        kind = "torch.export" if self.format == "torch" else f"ONNX, opset {self.opset}"
+        sizes = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in self.files)
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.checked)
+        return [
+            f"wrote    {self.path.parent}{os.sep}{sizes}",
+            f"format   {kind}; dynamic: {', '.join(self.dynamic) or 'nothing'}",
+            f"input    images: {self.metadata['input']}",
+            f"output   {self.output}",
+            f"checked  {shapes}: largest relative error {self.error:.1e}",
+        ]
+
+
+def provenance_words(teacher: Teacher) -> dict[str, str]:
+    """Where a model comes from, for its file; no path of this machine."""
+    facts = {
+        "architecture": teacher.architecture,
+        "source": public_text(teacher.source, "source"),
+        "revision": teacher.revision,
+        "licence": teacher.licence or "unknown",
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def words_of(
+    model: Any, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str],
+    mean: Sequence[float] | None, std: Sequence[float] | None, normalise: bool,
+) -> dict[str, str]:  # fmt: skip
+    """What the file says of itself."""
+    channels = channels_of(model)
+    pixels = f"{size[0]} x {size[1]}"
+    if "resolution" in dynamic:
+        pixels += f" or any multiple of {patch[0]} x {patch[1]}"
+    values = "values 0..1" if normalise else "normalised"
+    plan = plan_of(model)
+    if mean is not None and std is not None and not normalise:
+        values = f"normalised, mean {_numbers(mean)} and std {_numbers(std)}"
+    return {
+        "graftvit": version("graftvit"),
+        "input": f"{'RGB' if channels == 3 else f'{channels} channels'}, {pixels}, {values}",
+        "input_size": f"{channels},{size[0]},{size[1]}",
+        **({} if mean is None else {"mean": _numbers(mean)}),
+        **({} if std is None else {"std": _numbers(std)}),
+        "normalise": "in the file" if normalise else "before",
+        "output": "logits" if getattr(model, "num_classes", 0) else "features",
+        **({} if plan is None else {"plan": plan}),
+    }
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def channels_of(model: Any) -> int:
+    return int(getattr(model, "in_chans", 3))

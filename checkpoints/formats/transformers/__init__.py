@@ -1,0 +1,1 @@
+"""Key maps of the vision towers of Hugging Face transformers."""

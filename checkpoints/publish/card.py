@@ -1,0 +1,97 @@
+"""The model card of a student: metadata that the hub reads, and what is known of its making in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_pretrained_cfg
+
+from ..licences import card_fields
+from ..provenance import KEY
+from ..public import public
+from .sections import CardFacts, body, classes, measured, needs_graftvit
+from .words import copies, section
+
+MARKER = "<!-- Written by graftvit push. Remove this line to keep a card that you edit. -->"
+METRICS = {"top1": "Top-1 accuracy (%)", "top5": "Top-5 accuracy (%)"}
+
+
+def student_card(config: Mapping[str, Any], facts: CardFacts) -> str:
+    """The text of README.md for a student with this config.json. No path of this machine is in it."""
+    config = public(config)
+    head = _metadata(config, facts).to_yaml()
+    return str(ModelCard(f"---\n{head}\n---\n{MARKER}\n\n{body(config, facts)}"))
+
+
+def is_generated(card: str) -> bool:
+    """Whether a card is one of ours that nobody has taken over: it may be replaced."""
+    return MARKER in card
+
+
+def hub_name(source: str) -> str | None:
+    """The hub repository of a source of weights, None for a local one and for one that timm has elsewhere."""
+    if source.startswith(("hf-hub:", "hf_hub:")):
+        return source.partition(":")[2].partition("@")[0]
+    try:
+        published = get_pretrained_cfg(source)
+    except (RuntimeError, ValueError):  # no model of timm, or none of its tags
+        return None
+    place = getattr(published, "hf_hub_id", None)
+    if published is None or not place:
+        return None
+    name = ".".join(filter(None, (published.architecture, published.tag)))
+    return f"{place}{name}" if place.endswith("/") else str(place)
+
+
+def _metadata(config: Mapping[str, Any], facts: CardFacts) -> ModelCardData:
+    made = section(config, KEY)
+    dataset = str(section(section(made, "recipe"), "data").get("dataset") or "")
+    results = _eval_results(config, facts)
+    transfer = ["attention-transfer"] if made.get("teacher") else []
+    return ModelCardData(
+        library_name="graftvit" if needs_graftvit(config, facts) else "timm",
+        pipeline_tag="image-classification" if classes(config) else "image-feature-extraction",
+        tags=["graftvit", "timm", "vision-transformer", *transfer],
+        datasets=[dataset.removeprefix("hfds/")] if dataset.startswith("hfds/") else None,
+        metrics=["accuracy"] if results else None,
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+        **{**_bases(made), **card_fields(facts.licence)},
+    )
+
+
+def _bases(made: Mapping[str, Any]) -> dict[str, Any]:
+    """The hub's repositories that the student learned from or started from.
+
+    The hub knows adapters, merges, quantized models and finetunes; whole weights that were trained on what
+    others give are the last.
+    """
+    sources = [str(section(made, origin).get("source", "")) for origin in ("teacher", "init")]
+    names = list(dict.fromkeys(name for name in map(hub_name, filter(None, sources)) if name))
+    return {"base_model": names, "base_model_relation": "finetune"} if names else {}
+
+
+def _eval_results(config: Mapping[str, Any], facts: CardFacts) -> list[EvalResult]:
+    """Measured accuracies; none of a copying student, for whoever loads it alone would not find them."""
+    made = section(config, KEY)
+    recipe = section(made, "recipe")
+    dataset = str(section(made, "results").get("dataset") or "")
+    name, split = facts.dataset_name or dataset.rpartition("/")[2], section(recipe, "data").get("val_split")
+    if not name or copies(recipe):
+        return []
+    found = measured(config)
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset.partition("/")[2] or dataset or name,
+            dataset_name=name,
+            dataset_split=split if isinstance(split, str) else None,
+            metric_type="accuracy",
+            metric_name=words,
+            metric_value=round(found[key], 3),
+        )
+        for key, words in METRICS.items()
+        if key in found
+    ]

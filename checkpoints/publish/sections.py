@@ -1,0 +1,231 @@
+"""The sections of a model card, from a student's config.json; what is not recorded is left out or called unknown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ...models.conversion import ARCHITECTURE as CONVERTED
+from ..licences import normal
+from ..provenance import KEY, licences
+from .words import code, copies, number, recipe_rows, section, table, transfer_rows
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says beside the student's config.json."""
+
+    repository: str
+    licence: str | None
+    """Hub identifier, None where it is unknown."""
+    revision: str | None = None
+    """Branch, None for main."""
+    parameters: int | None = None
+    sharded: bool = False
+    """Whether the weights are in several files, which timm does not read."""
+    dataset_name: str | None = None
+    """A pretty name of the data that was evaluated on."""
+
+    @property
+    def name(self) -> str:
+        """The repository without its owner."""
+        return self.repository.rpartition("/")[2]
+
+
+def body(config: Mapping[str, Any], facts: CardFacts) -> str:
+    """All sections as Markdown. `config` holds no path of this machine any more (`public`)."""
+    sections = {
+        f"# {facts.name}": _summary(config, facts),
+        "## How to load": _loading(config, facts),
+        "## How it was made": _making(config),
+        "## Results": _results(config, facts),
+        "## Intended use and limits": _limits(config),
+        "## Licence": _licence(config, facts.licence),
+    }
+    return "\n\n".join(f"{title}\n\n{text.strip()}" for title, text in sections.items()) + "\n"
+
+
+def load_lines(config: Mapping[str, Any], facts: CardFacts) -> list[str]:
+    """The three lines of Python that load the model from the hub, by timm alone where it can."""
+    source = f"hf-hub:{facts.repository}" + (f"@{facts.revision}" if facts.revision else "")
+    prepared = "timm.data.resolve_model_data_config(model)"
+    transform = f"transform = timm.data.create_transform(**{prepared}, is_training=False)"
+    if needs_graftvit(config, facts):
+        return ["import graftvit, timm", f'model = graftvit.load("{source}").eval()', transform]
+    return ["import timm", f'model = timm.create_model("{source}", pretrained=True).eval()', transform]
+
+
+def needs_graftvit(config: Mapping[str, Any], facts: CardFacts) -> bool:
+    """Whether timm alone cannot load it."""
+    return is_converted(config) or facts.sharded
+
+
+def is_converted(config: Mapping[str, Any]) -> bool:
+    """Whether graftvit is needed to build the architecture."""
+    return config.get("architecture") == CONVERTED
+
+
+def classes(config: Mapping[str, Any]) -> int:
+    """How many classes the student has, 0 for none."""
+    count = config.get("num_classes")
+    return count if isinstance(count, int) else 0
+
+
+def measured(config: Mapping[str, Any]) -> dict[str, float]:
+    """The recorded results that are numbers."""
+    return {
+        key: float(value)
+        for key, value in section(section(config, KEY), "results").items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return section(section(config, KEY), "recipe")
+
+
+def _summary(config: Mapping[str, Any], facts: CardFacts) -> str:
+    arguments = section(config, "model_args")
+    architecture = arguments.get("architecture") if is_converted(config) else config.get("architecture")
+    count = facts.parameters or 0
+    size = f", {count / 1e6:.1f} M parameters" if count >= 1e6 else f", {count:,} parameters" if count else ""
+    use = (
+        f"that sorts images into {classes(config)} classes"
+        if classes(config)
+        else "that gives image features"
+    )
+    lines = [f"A vision transformer ({code(architecture)}{size}) {use}."]
+    source = section(section(config, KEY), "teacher").get("source")
+    if source:
+        lines.append(f"It learned from a frozen teacher, {code(source)}.")
+    if is_converted(config):
+        lines.append(f"Its attention was converted: {code(arguments.get('plan'))}.")
+    return " ".join(lines)
+
+
+def _loading(config: Mapping[str, Any], facts: CardFacts) -> str:
+    described = section(config, "pretrained_cfg")
+    needs = f"`pip install {'graftvit' if needs_graftvit(config, facts) else 'timm'}`, then:"
+    rows = [("architecture", code(config.get("architecture")))] if config.get("architecture") else []
+    size = described.get("input_size")
+    if isinstance(size, list):
+        rows.append(("input (channels x height x width)", " x ".join(map(str, size))))
+    for name in ("mean", "std"):
+        values = described.get(name)
+        if isinstance(values, list):
+            rows.append((f"{name} of each channel", ", ".join(map(number, values))))
+    rows.append(("output", f"logits of {classes(config)} classes" if classes(config) else "features"))
+    block = "\n".join(["```python", *load_lines(config, facts), "```"])
+    return f"{needs}\n\n{block}\n\n{table(rows)}\n{_with_teacher(config)}"
+
+
+def _with_teacher(config: Mapping[str, Any]) -> str:
+    """How to put a copying student and its teacher together; nothing for the others."""
+    recipe = _recipe(config)
+    if not copies(recipe):
+        return ""
+    settings, teacher = section(recipe, "transfer"), section(section(config, KEY), "teacher")
+    source, revision = str(teacher.get("source", "THE TEACHER")), teacher.get("revision")
+    if revision and source.startswith("hf-hub:") and "@" not in source:
+        source = f"{source}@{revision}"
+    options = "".join(
+        f", {name}={json.dumps(settings[name])}" for name in ("layers", "heads") if name in settings
+    )
+    size = section(recipe, "teacher").get("img_size")
+    loaded = json.dumps(source) + (f", img_size={json.dumps(size)}" if size else "")
+    return "\n".join(
+        [
+            "**It needs its teacher.** At the copied layers it was trained with parts of the teacher's attention",
+            "in place of its own, which were not trained. The lines above load the student alone; put the two",
+            "together to get what was trained:\n",
+            "```python",
+            "from graftvit import DualViT, load_teacher",
+            f"dual = DualViT(load_teacher({loaded}), model, {json.dumps(settings['method'])}{options}).eval()",
+            "logits = dual(images).logits",
+            "```",
+        ]
+    )
+
+
+def _making(config: Mapping[str, Any]) -> str:
+    made = section(config, KEY)
+    if not made:
+        return "Nothing is recorded of how it was made."
+    recipe = _recipe(config)
+    rows = _origin("teacher", made, recipe) + transfer_rows(recipe) + _origin("init", made, recipe)
+    parts = {"student": "the weights at the end", "ema": "the moving average of the weights"}
+    part = parts.get(str(made.get("part")))
+    rows += [("what is published", part)] if part else []
+    rows += recipe_rows(recipe)
+    rows += [("graftvit", number(made["version"]))] if made.get("version") else []
+    return f"{table(rows)}\n{_fold(recipe)}" if rows else "Nothing is recorded of how it was made."
+
+
+def _origin(key: str, made: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where weights came from that it learned from (`teacher`) or started from (`init`)."""
+    name = "teacher" if key == "teacher" else "start"
+    origin = section(made, key)
+    if not origin:
+        return [("start", "fresh weights")] if key == "init" and recipe else []
+    rows = [(name, code(origin.get("source", "unknown")))]
+    if origin.get("architecture"):
+        rows.append((f"{name}: architecture", code(origin["architecture"])))
+    rows.append((f"{name}: revision", code(origin["revision"]) if origin.get("revision") else "not recorded"))
+    rows.append((f"{name}: licence", normal(origin.get("licence")) or "unknown"))
+    return rows
+
+
+def _fold(recipe: Mapping[str, Any]) -> str:
+    if not recipe:
+        return ""
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    fence = "`" * (4 if "```" in text else 3)
+    title = "<summary>All settings</summary>"
+    return f"<details>\n{title}\n\n{fence}yaml\n{text}{fence}\n\n</details>"
+
+
+def _results(config: Mapping[str, Any], facts: CardFacts) -> str:
+    recorded, found = section(section(config, KEY), "results"), measured(config)
+    names = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss", "epoch": "epoch"}
+    shown = [key for key in names if key in found]
+    if not set(shown) & {"top1", "top5", "loss"}:
+        return "No results are recorded."
+    dataset = facts.dataset_name or recorded.get("dataset")
+    split = section(_recipe(config), "data").get("val_split")
+    name = (code(dataset) if dataset else "not recorded") + (f", {code(split)}" if split and dataset else "")
+    values = (f"{found[key]:.4g}" if key in ("loss", "epoch") else f"{found[key]:.2f}" for key in shown)
+    note = "Measured by the run that trained it" + (", with its teacher." if copies(_recipe(config)) else ".")
+    return f"{table([(name, *values)], 'data', *(names[key] for key in shown))}\n{note}"
+
+
+def _limits(config: Mapping[str, Any]) -> str:
+    recipe = _recipe(config)
+    if classes(config):
+        use = f"To sort images into its {classes(config)} classes, and as a start for fine-tuning."
+    else:
+        use = "As image features, and as a start for fine-tuning."
+    limits = ["Images must be prepared as above; `transform` does it."]
+    if copies(recipe):
+        limits.append("Without its teacher it does not compute what it was trained to compute.")
+    if section(config, KEY).get("teacher"):
+        limits.append(
+            "What is wrong with the teacher, or with the data that it saw, may be wrong with it too."
+        )
+    limits.append("Nothing is recorded of how it does on other data, or of its biases.")
+    return use + "\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _licence(config: Mapping[str, Any], licence: str | None) -> str:
+    sources = [normal(source) or "unknown" for source in licences(section(config, KEY))]
+    made_of = (
+        f"The weights that it was made from are under: {', '.join(dict.fromkeys(sources))}."
+        if sources
+        else ""
+    )
+    known = f"{code(licence)}." if licence else "Unknown. Ask the owner before you use it."
+    return f"{known} {made_of}".strip()

@@ -1,0 +1,199 @@
+"""What of a student's folder would go to the hub: its files, its card, its licence. Nothing is sent here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
+
+from ...models.errors import CheckpointError
+from ..folders import CONFIG
+from ..public import public
+from ..report import some
+from ..shards import weight_map
+from ..sources import PICKLE_SUFFIXES
+from .card import is_generated, student_card
+from .claim import Claim, claim_licence, licence_of_card
+from .sections import CardFacts
+from .words import section
+
+CARD = "README.md"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TEXTS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+"""Go up where they are there: some licences ask that their text goes with the weights."""
+WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class UploadFile:
+    """One file of the commit, from the disk or made here."""
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A student that may be pushed."""
+
+    facts: CardFacts
+    config: Mapping[str, Any]
+    """config.json, without paths of this machine and with the licence."""
+    claim: Claim
+    files: tuple[UploadFile, ...]
+    left_behind: tuple[str, ...]
+    """What else lies in the folder."""
+    card: str
+    own_card: bool
+    """Whether the card is the folder's own, written or edited by a person."""
+
+
+def plan_upload(
+    folder: Path | str,
+    repository: str,
+    *,
+    licence: str | None = None,
+    confirm_licence: bool = False,
+    revision: str | None = None,
+    dataset_name: str | None = None,
+) -> Upload:
+    """What `push_student` would send; works without a network.
+
+    Args:
+        folder: a student folder: config.json and weights in safetensors.
+        repository: `org/name` on the hub.
+        licence: hub identifier; by default the one that the student carries from the weights it was made from.
+        confirm_licence: the user has made sure that a laxer licence, or one for unknown terms, may be named.
+        revision: branch, main by default.
+        dataset_name: what to call the data of the results in the card.
+
+    Raises CheckpointError: the folder holds no whole student, the name is none, a file is a link that leads
+    out of the folder, or the licence is refused.
+    """
+    _check_repository(repository)
+    folder = Path(folder)
+    config = _config(folder)
+    weights = _weights(folder)
+    claim = claim_licence(config, licence, confirmed=confirm_licence)
+    own = _own_card(folder)
+    if own is not None:
+        claim = replace(claim, licence=licence_of_card(own, claim, CARD))
+    facts = CardFacts(
+        repository,
+        claim.licence,
+        revision=None if revision == "main" else revision,
+        parameters=sum(map(_parameters, weights)),
+        sharded=len(weights) > 1,
+        dataset_name=dataset_name,
+    )
+    config = _published(config, claim.licence)
+    card = own if own is not None else student_card(config, facts)
+    files = [UploadFile(path.name, path) for path in weights]
+    files += [UploadFile(INDEX, _inside(folder, INDEX))] if facts.sharded else []
+    files += [UploadFile(name, _inside(folder, name)) for name in TEXTS if (folder / name).is_file()]
+    files.append(UploadFile(CONFIG, (json.dumps(config, indent=2) + "\n").encode()))
+    files.append(UploadFile(CARD, card.encode()))
+    names = {file.name for file in files}
+    left = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in names)
+    return Upload(facts, config, claim, tuple(files), tuple(left), card, own is not None)
+
+
+def _check_repository(repository: str) -> None:
+    try:
+        validate_repo_id(repository)
+        valid = repository.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise CheckpointError(
+            f"{repository!r} is no repository name: write org/name, of letters, digits, '-', '_' and '.'"
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {str(folder)!r} to push; check the path")
+    if not (folder / CONFIG).is_file():
+        runs = [name for name in ("student", "student_ema") if (folder / name / CONFIG).is_file()]
+        hint = f"it is a run, push {folder / runs[0]}" if runs else "a finished run writes one"
+        raise CheckpointError(f"{folder} is no student folder, for it has no {CONFIG}: {hint}")
+    try:
+        config = json.loads(_inside(folder, CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: it is not JSON") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise CheckpointError(f"{folder / CONFIG} names no architecture: it is not that of a student")
+    return config
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files with the weights, each of them whole."""
+    if (folder / WEIGHTS).exists():
+        return [_inside(folder, WEIGHTS)]
+    if (folder / INDEX).exists():
+        index = weight_map(_inside(folder, INDEX))
+        paths = [_inside(folder, name) for name in sorted(set(index.values()))]
+        held = {name for path in paths for name in _shapes(path)}
+        absent = sorted(index.keys() - held)
+        if absent:
+            raise CheckpointError(f"{folder / INDEX} lists {some(absent)}, which its files do not hold")
+        return paths
+    other = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    hint = f"; `graftvit checkpoint convert` makes one of {other[0]}" if other else ""
+    raise CheckpointError(f"{folder} has no {WEIGHTS}, and nothing else goes up{hint}")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder. CheckpointError: it is not there, not a file, or a link that leads out."""
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there or not a file: the student is not whole")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{path} is a link that leads out of its folder: put a copy in its place")
+    return path
+
+
+def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Kind and shape of each tensor, from the header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (str(part.get_dtype()), list(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _parameters(path: Path) -> int:
+    return sum(prod(shape) for kind, shape in _shapes(path).values() if "F" in kind)
+
+
+def _own_card(folder: Path) -> str | None:
+    """The card of the folder if a person wrote or edited it."""
+    if not (folder / CARD).exists():
+        return None
+    try:
+        card = _inside(folder, CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CARD} cannot be read: it is no UTF-8 text") from error
+    return None if is_generated(card) else card
+
+
+def _published(config: Mapping[str, Any], licence: str | None) -> dict[str, Any]:
+    """config.json for others: no path of this machine, and the licence that the card has."""
+    shown = public(config) | {"model_args": config.get("model_args", {})}
+    described = {key: value for key, value in section(shown, "pretrained_cfg").items() if key != "license"}
+    return shown | {"pretrained_cfg": described | ({"license": licence} if licence else {})}

@@ -1,0 +1,226 @@
+"""Sending a student to the hub in one commit, with one sentence for what goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from json import JSONDecodeError
+from traceback import walk_tb
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ...models.errors import CheckpointError, RunFailedError
+from ..hub.download import download
+from ..hub.errors import line
+from ..hub.retry import is_network, status_of
+from .card import is_generated
+from .claim import licence_of_card
+from .student_files import CARD, WEIGHTS_PATTERN, Upload
+
+Result = TypeVar("Result")
+
+
+class UploadFailedError(CheckpointError, RunFailedError):
+    """The hub failed or could not be reached; exit code 1."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub has under the name."""
+
+    exists: bool
+    private: bool = False
+    commit: str | None = None
+    """Of the branch, None where there is no such branch yet."""
+    files: Mapping[str, int | None] = field(default_factory=dict)
+    """Sizes in bytes, None where the hub does not say."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What became of a push."""
+
+    url: str
+    """Of the commit."""
+    commit: str
+    changed: bool
+    """False where the hub had all of it already."""
+    kept_card: bool
+    """Whether the hub's card stayed, because a person edited it."""
+
+
+def ask_remote(upload: Upload) -> Remote:
+    """What the repository holds now. Raises CheckpointError in one sentence."""
+    name, revision = upload.facts.repository, upload.facts.revision
+
+    def ask() -> Remote:
+        try:
+            info = _api().model_info(name, revision=revision, files_metadata=True)
+        except RevisionNotFoundError:
+            info = _api().model_info(name)
+            return Remote(True, bool(info.private))
+        except RepositoryNotFoundError as error:
+            if status_of(error) == 401 and get_token() is None:
+                return Remote(False)
+            if status_of(error) == 401:
+                raise
+            return Remote(False)
+        sizes = {file.rfilename: file.size for file in info.siblings or ()}
+        return Remote(True, bool(info.private), info.sha, sizes)
+
+    return _explained(ask, upload)
+
+
+def replaced_and_removed(upload: Upload, remote: Remote) -> tuple[list[str], list[str]]:
+    """Files of the hub that the commit overwrites, and weights that it removes because they are not the student's."""
+    names = {file.name for file in upload.files}
+    stale = [name for name in remote.files if name not in names and WEIGHTS_PATTERN.fullmatch(name)]
+    return sorted(names & remote.files.keys()), sorted(stale)
+
+
+def keeps_remote_card(upload: Upload, remote: Remote) -> bool:
+    """Whether the hub has a card that a person edited, while this push brings a generated one.
+
+    Raises CheckpointError: that card names a licence that this student may not be under.
+    """
+    if upload.own_card or CARD not in remote.files:
+        return False
+    path = download(upload.facts.repository, CARD, remote.commit)
+    card = path.read_text(encoding="utf-8", errors="replace")
+    if is_generated(card) or not card.strip():
+        return False
+    claim = replace(upload.claim, named=upload.claim.licence is not None)
+    licence_of_card(card, claim, f"{CARD} on the hub")
+    return True
+
+
+def check_visibility(upload: Upload, remote: Remote, *, private: bool) -> None:
+    """Raises CheckpointError for a repository that is public already although `private` is asked for."""
+    name = upload.facts.repository
+    if private and remote.exists and not remote.private:
+        raise CheckpointError(
+            f"--private, but {name} is there and public: make it private on {constants.ENDPOINT}/{name}/settings, "
+            "or leave --private out"
+        )
+
+
+def push_student(upload: Upload, *, private: bool = False, message: str | None = None) -> Pushed:
+    """Creates the repository and the branch where they are not there, and commits the files at once.
+
+    What a stopped push has uploaded stays on the hub; the next one goes on from there.
+
+    Raises CheckpointError in one sentence: no login, no permission, a repository that is public although
+    `private` is asked for, a change by somebody else in the meantime. UploadFailedError: the hub failed or
+    cannot be reached.
+    """
+    name, revision = upload.facts.repository, upload.facts.revision
+    remote = ask_remote(upload)
+    check_visibility(upload, remote, private=private)
+
+    def send() -> Pushed:
+        if not remote.exists:
+            _api().create_repo(name, private=private or None, exist_ok=True)
+        if revision is not None and remote.commit is None:
+            _api().create_branch(name, branch=revision, exist_ok=True)
+        kept = keeps_remote_card(upload, remote)
+        info = _api().create_commit(
+            name,
+            _operations(upload, remote, without=CARD if kept else ""),
+            commit_message=message or f"Upload a student with graftvit {version('graftvit')}",
+            revision=revision,
+            parent_commit=remote.commit,
+        )
+        return Pushed(str(info.commit_url), info.oid, info.oid != remote.commit, kept)
+
+    return _explained(send, upload)
+
+
+def _operations(
+    upload: Upload, remote: Remote, without: str
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    _, removed = replaced_and_removed(upload, remote)
+    added = [
+        CommitOperationAdd(file.name, file.content if isinstance(file.content, bytes) else str(file.content))
+        for file in upload.files
+        if file.name != without
+    ]
+    return [*added, *(CommitOperationDelete(name) for name in removed)]
+
+
+def _api() -> HfApi:
+    return HfApi(library_name="graftvit", library_version=version("graftvit"))
+
+
+def _explained(action: Callable[[], Result], upload: Upload) -> Result:
+    """Runs `action`, which talks to the hub; its errors in one sentence, none of which shows a token."""
+    try:
+        return action()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        refused = _refused(cause, upload.facts.repository)
+        if refused is not None:
+            raise CheckpointError(refused) from error
+        failed = _failed(cause)
+        if failed is not None:
+            raise UploadFailedError(f"{upload.facts.repository} cannot be pushed: {failed}") from error
+        if isinstance(cause, JSONDecodeError) or not isinstance(cause, (HfHubHTTPError, ValueError, OSError)):
+            if not _is_of_client(cause):
+                raise
+            raise UploadFailedError(
+                f"{constants.ENDPOINT} does not answer as a hub does: check HF_ENDPOINT"
+            ) from error
+        said = cause if isinstance(cause, HfHubHTTPError) else ValueError(" ".join(str(cause).split()))
+        raise CheckpointError(f"{constants.ENDPOINT} refused the push: {line(said)}") from error
+
+
+def _is_of_client(error: BaseException) -> bool:
+    """Whether the hub's client raised it, in reading an answer, and not this package by a bug."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return not frames[-1].startswith("graftvit")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error behind the client's "Error while uploading"."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _refused(error: BaseException, repository: str) -> str | None:
+    """The sentence for what the user can mend."""
+    status, owner = status_of(error), repository.partition("/")[0]
+    if status == 401:
+        what = "you are not logged in" if get_token() is None else "your token is refused"
+        return f"{repository} cannot be pushed (401), {what}: `hf auth login` or set HF_TOKEN, a token that may write"
+    if status == 403:
+        return f"you may not write to {repository} (403): use a token that may write, of a member of {owner}"
+    if status == 404:
+        return f"{repository} cannot be pushed (404): there is no {owner} on {constants.ENDPOINT}, or no such branch"
+    if status in (409, 412):
+        return f"{repository} was changed by somebody else meanwhile ({status}): look at it, and push again"
+    return None
+
+
+def _failed(error: BaseException) -> str | None:
+    """The reason that may pass by itself."""
+    status = status_of(error)
+    again = "push again, what is uploaded already is not sent twice"
+    if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set: unset it, or look with --dry_run"
+    if status == 429:
+        return f"{constants.ENDPOINT} limits the rate of requests: wait a while, then {again}"
+    if status is not None and status >= 500:
+        return f"{constants.ENDPOINT} fails with {status}: try later, {again}"
+    if is_network(error):
+        return f"{constants.ENDPOINT} cannot be reached or hung up: check the network, {again}"
+    return None

@@ -1,0 +1,1 @@
+"""What is checked in a file of weights before anything of it is allocated or run."""

@@ -1,0 +1,88 @@
+"""Which paths are opened at all: regular files, and links only to where the folder itself would put them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from ...models.errors import CheckpointError
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_regular(path: Path, inside: Path | None = None) -> Path:
+    """The file that `path` leads to, every link resolved, without opening it.
+
+    Args:
+        inside: the folder that `path` belongs to. A link out of it is refused, except where the folder is a
+            snapshot of the hub's cache, whose files are links to the `blobs` of the same repository.
+
+    Raises CheckpointError: it is not there, a link leads nowhere, in a circle or out of the folder, or it is a
+    folder, a device, a pipe or a socket.
+    """
+    resolved = _resolve(path)
+    mode = resolved.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((words for test, words in KINDS if test(mode)), "no regular file")
+        raise CheckpointError(f"{path} is {kind}, not a file of weights; give the path of a regular file")
+    if inside is not None and not _belongs(resolved, _resolve(inside)):
+        raise CheckpointError(
+            f"{path} is refused: it is a link to {resolved}, outside of {inside}; copy the file there"
+        )
+    return resolved
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """`path` open for reading, if it is a regular file; never waits for a pipe or a device.
+
+    Raises CheckpointError as `check_regular`, or where it cannot be read.
+    """
+    try:
+        resolved = check_regular(path)
+        # what lies there may have changed since: do not wait for a writer, and look again
+        descriptor = os.open(
+            resolved, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
+        file = os.fdopen(descriptor, "rb")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            file.close()
+            raise CheckpointError(f"{path} is no regular file")
+        return file
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link that leads nowhere: {path.readlink()}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except RuntimeError as error:  # Python before 3.13
+        raise CheckpointError(f"{path} is a link that leads in a circle") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{path} is a link that leads in a circle") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise CheckpointError(f"{str(path)!r} is no path of a file: {error}") from error
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    if file.is_relative_to(folder):
+        return True
+    parts = folder.parts
+    if "snapshots" not in parts:
+        return False
+    repository = Path(*parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
+    return folder != repository / "snapshots" and file.is_relative_to(repository / "blobs")

@@ -1,0 +1,323 @@
+"""An exported file, run by onnxruntime or torch, computes what the model computes; or there is no file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from dense import FAMILIES, images, relative_error, tiny
+from graftvit.checkpoints.export.check import ExportFailedError, compare
+from graftvit.checkpoints.export.export_source import export_model, export_source
+from graftvit.checkpoints.export.files import data_file
+from graftvit.checkpoints.student import write_student
+from graftvit.models.conversion import convert
+from graftvit.models.errors import CheckpointError, GraftError, RunFailedError, UnsupportedModelError
+from graftvit.models.host import host_attention
+from torch import Tensor, nn
+
+onnx: Any = pytest.importorskip("onnx")
+onnxruntime: Any = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+TWO_WAYS = pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+BIASED = ("beit", "beit_shared")
+
+
+def small(family: str = "vit", **changes: Any) -> nn.Module:
+    return tiny(family, dtype=torch.float32, **{"depth": 2, **changes})
+
+
+def run(path: Path, x: Tensor, output: str = "logits") -> Tensor:
+    """What the file gives, without any code of the library under test."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(x)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    [given] = session.run([output], {"images": x.numpy()})
+    return torch.from_numpy(given)
+
+
+def agrees(path: Path, model: nn.Module, *sizes: tuple[int, int], batches: tuple[int, ...] = (1, 4)) -> None:
+    for batch in batches:
+        for size in sizes or ((32, 48),):
+            x = images(batch, seed=batch, dtype=torch.float32, size=size)
+            with torch.no_grad():
+                assert relative_error(run(path, x), model(x)) <= 1e-5, (batch, size)
+
+
+@TWO_WAYS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_any_number_of_images(family: str, suffix: str, tmp_path: Path) -> None:
+    model, path = small(family), tmp_path / f"model{suffix}"
+    report = export_model(model, path)
+    agrees(path, model)
+    assert report.error <= 1e-5
+    assert report.checked == ((1, 3, 32, 48), (2, 3, 32, 48), (3, 3, 32, 48))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@TWO_WAYS
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in BIASED])
+def test_any_resolution(family: str, suffix: str, tmp_path: Path) -> None:
+    model, path = small(family, dynamic_img_size=True), tmp_path / f"model{suffix}"
+    report = export_model(model, path, dynamic=("batch", "resolution"))
+    agrees(path, model, (32, 48), (64, 24), (16, 80), (48, 48))
+    assert len({shape[2:] for shape in report.checked}) == 3
+    if suffix == ".onnx":
+        shape = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+        assert [size.dim_param or size.dim_value for size in shape] == [
+            "batch", 3, "8*grid_height", "8*grid_width",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["vit", "qk_norm", "beit", "dinov3"])
+def test_hosted_attention_is_exported(family: str, tmp_path: Path) -> None:
+    model = small(family)
+    host_attention(model)
+    export_model(model, tmp_path / "model.onnx")
+    agrees(tmp_path / "model.onnx", model)
+
+
+@pytest.mark.parametrize("family", ["dinov2_registers", "eva02"])
+def test_a_converted_model_is_exported_with_its_plan(family: str, tmp_path: Path) -> None:
+    model = convert(small(family, dynamic_img_size=True), "0: linear")
+    report = export_model(model, tmp_path / "model.onnx", dynamic=("batch", "resolution"))
+    agrees(tmp_path / "model.onnx", model, (32, 48), (40, 24))
+    assert "linear" in report.metadata["plan"]
+
+
+@TWO_WAYS
+def test_a_fixed_batch_is_one(suffix: str, tmp_path: Path) -> None:
+    model, path = small(), tmp_path / f"model{suffix}"
+    assert export_model(model, path, dynamic=()).checked == ((1, 3, 32, 48),)
+    agrees(path, model, batches=(1,))
+    with pytest.raises(Exception, match=r"images|[Ss]hape|dimension"):
+        run(path, images(2, dtype=torch.float32))
+
+
+@TWO_WAYS
+def test_normalisation_in_the_file(suffix: str, tmp_path: Path) -> None:
+    model, path = small(), tmp_path / f"model{suffix}"
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    report = export_model(model, path, mean=mean, std=std, normalise=True)
+    pixels = torch.rand(2, 3, 32, 48)
+    with torch.no_grad():
+        expected = model((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+    assert relative_error(run(path, pixels), expected) <= 1e-5
+    assert "0..1" in report.metadata["input"]
+    with pytest.raises(CheckpointError, match="mean and std"):
+        export_model(model, tmp_path / f"other{suffix}", normalise=True)
+
+
+@TWO_WAYS
+def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
+    folder, path = tmp_path / "student", tmp_path / f"model{suffix}"
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 4, "num_classes": 0}
+    write_student(
+        timm.create_model("vit_tiny_patch16_224", **sizes), folder, architecture="vit_tiny_patch16_224",
+        model_args=sizes, mean=(0.25,) * 3, std=(0.5,) * 3, licence="cc-by-nc-4.0",
+    )  # fmt: skip
+    report = export_source(folder, path)
+    if suffix == ".onnx":
+        words = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        assert onnx.load(path).graph.output[0].name == "features"
+    else:
+        extra = {"graftvit.json": ""}
+        torch.export.load(path, extra_files=extra)
+        words = json.loads(extra["graftvit.json"])
+    expected = {
+        "mean": "0.25,0.25,0.25", "std": "0.5,0.5,0.5", "input_size": "3,16,16", "output": "features",
+        "architecture": "vit_tiny_patch16_224", "licence": "cc-by-nc-4.0", "source": "student",
+    }  # fmt: skip
+    assert expected.items() <= words.items()
+    assert str(tmp_path) not in json.dumps(words)
+    assert report.output == "features"
+
+
+@TWO_WAYS
+def test_a_source_of_one_size_is_exported_for_any(suffix: str, tmp_path: Path) -> None:
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4, "num_classes": 5}
+    model = timm.create_model("eva02_tiny_patch14_224", **sizes).eval()
+    nn.init.normal_(model.pos_embed)
+    write_student(
+        model, tmp_path / "student", architecture="eva02_tiny_patch14_224", model_args=sizes,
+        mean=(0.5,) * 3, std=(0.5,) * 3,
+    )  # fmt: skip
+    path = tmp_path / f"model{suffix}"
+    export_source(tmp_path / "student", path, dynamic=("batch", "resolution"))
+    agrees(path, model, (16, 16))
+    larger = timm.create_model("eva02_tiny_patch14_224", **sizes, dynamic_img_size=True).eval()
+    larger.load_state_dict(model.state_dict())
+    agrees(path, larger, (24, 16))
+
+
+def test_the_model_and_the_random_state_stay_as_they_were(tmp_path: Path) -> None:
+    model = tiny("dinov3", dynamic_img_size=True, depth=1).train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    methods = dict(vars(model.rope))
+    state, disabled = torch.get_rng_state(), logging.root.manager.disable
+    export_model(model, tmp_path / "model.pt2", dynamic=("batch", "resolution"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert logging.root.manager.disable == disabled
+    assert [module.training for module in model.modules()] == modes
+    assert vars(model.rope).keys() == methods.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert next(model.parameters()).dtype == torch.float64
+    assert next(iter(torch.export.load(tmp_path / "model.pt2").state_dict.values())).dtype == torch.float32
+
+
+@TWO_WAYS
+def test_nothing_is_said(
+    suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: Any
+) -> None:
+    export_model(small(depth=1), tmp_path / f"model{suffix}")
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+def test_large_weights_stand_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = small(), tmp_path / "model.onnx"
+    monkeypatch.setattr(files, "ONE_FILE_BYTES", 1000)
+    report = export_model(model, path)
+    assert report.files == (path, data_file(path))
+    assert sorted(tmp_path.iterdir()) == sorted(report.files)
+    assert data_file(path).stat().st_size > 10 * path.stat().st_size / 10
+    agrees(path, model)
+    with pytest.raises(CheckpointError, match=r"model\.onnx is there already"):
+        export_model(model, path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.onnx\.data is there already"):
+        export_model(model, path)
+    export_model(small(seed=1), path, overwrite=True)
+    agrees(path, small(seed=1))
+    monkeypatch.undo()
+    assert export_model(model, path, overwrite=True).files == (path,)
+    assert list(tmp_path.iterdir()) == [path]
+    agrees(path, model)
+
+
+@TWO_WAYS
+def test_a_file_that_differs_is_not_put_in_place(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_text("before")
+    with pytest.raises(ExportFailedError, match=r"relative error is .*more than 1e-30") as caught:
+        export_model(small("clip"), path, overwrite=True, tolerance=1e-30, dynamic=("batch",), normalise=False) \
+            if suffix == ".onnx" else _with_noise(path, monkeypatch)  # fmt: skip
+    assert isinstance(caught.value, RunFailedError)
+    assert caught.value.exit_code == 1
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _with_noise(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's file gives the model's own bits, so its outputs are changed here."""
+    true: Callable[[Path], Callable[[Tensor], Tensor]] = check.run_torch
+    monkeypatch.setattr(check, "run_torch", lambda path: lambda x: true(path)(x) * 1.001)
+    export_model(small(), path, overwrite=True, tolerance=1e-30)
+
+
+def test_only_a_close_output_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, x = tmp_path / "model.pt2", (1, 3, 4, 4)
+
+    def error(output: Tensor, reference: Tensor) -> float:
+        monkeypatch.setattr(check, "run_torch", lambda path: lambda images: output)
+        model = nn.Identity()
+        monkeypatch.setattr(model, "forward", lambda images: reference)
+        return compare(model, path, "torch", [x], 1e-4)
+
+    good = torch.tensor([[1.0, 2.0], [1e-3, 2e-3]])
+    assert error(good, good) == 0
+    assert error(good * (1 + 5e-5), good) == pytest.approx(5e-5, rel=1e-2)
+    with pytest.raises(ExportFailedError, match=r"relative error is 1.*e-03"):
+        error(good + torch.tensor([[0.0, 0.0], [0.0, 3e-6]]), good)  # small beside the first image's output
+    with pytest.raises(ExportFailedError, match="inf"):
+        error(good[:1], good)
+    with pytest.raises(ExportFailedError, match="inf"):
+        error(good * np.nan, good)
+    with pytest.raises(ExportFailedError, match="the model itself gives numbers that are not finite"):
+        error(good, good * np.inf)
+    with pytest.raises(ExportFailedError, match="torch cannot run it"):
+        compare(nn.Identity(), path, "torch", [x], 1e-4)
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_a_table_of_positions_has_one_resolution(family: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"Beit has a relative position bias.*fixed size"):
+        export_model(small(family), tmp_path / "model.onnx", dynamic=("batch", "resolution"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_torch_cannot_trace_is_refused_in_its_words(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"^Odd with dynamic batch cannot be exported; torch says: "
+    ):
+        export_model(Odd(), tmp_path / "model.pt2", image_size=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "message"),
+    [
+        ("model.pt", {}, r"must end in \.onnx \(ONNX\) or \.pt2"),
+        ("model.onnx", {"format": "torch"}, r"contradicts format 'torch', whose files end in \.pt2"),
+        ("model.pt2", {"format": "onnx"}, r"contradicts format 'onnx', whose files end in \.onnx"),
+        ("model.pt2", {"format": "onxx"}, "did you mean 'onnx'"),
+        ("model.onnx", {"dynamic": ("bach",)}, "did you mean 'batch'"),
+        ("model.onnx", {"opset": 17}, "opset 17 cannot be written; valid are 18 to"),
+        ("model.onnx", {"opset": 1000}, "opset 1000 cannot be written; valid are 18 to"),
+        ("model.pt2", {"opset": 18}, r"of ONNX, and model\.pt2 is of torch"),
+        ("model.pt2", {"tolerance": 0.0}, "tolerance=0.0 must be above 0"),
+        ("model.pt2", {"tolerance": float("nan")}, "must be above 0"),
+        ("folder.pt2", {}, "is a folder"),
+        ("there.pt2", {}, "there already: give another name, or --force"),
+        (
+            "model.pt2",
+            {"dynamic": ("resolution",)},
+            "built for one size; build it with dynamic_img_size=True",
+        ),
+        ("model.pt2", {"image_size": 64}, r"image_size 64x64: this model takes 32x48"),
+    ],
+)
+def test_mistakes_are_named(name: str, how: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "there.pt2").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(GraftError, match=message) as caught:
+        export_model(small(depth=1), tmp_path / name, **how)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else find(name, *rest)
+    )
+    with pytest.raises(
+        CheckpointError, match=r"ONNX needs onnxruntime, not installed: pip install 'graftvit\[exp"
+    ):
+        export_source("no-such-model", tmp_path / "model.onnx")
+    export_model(small(depth=1), tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_the_opset_is_the_one_asked_for(opset: int, tmp_path: Path) -> None:
+    model = small()
+    assert export_model(model, tmp_path / "model.onnx", opset=opset).opset == opset
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == opset
+    agrees(tmp_path / "model.onnx", model)

@@ -1,0 +1,297 @@
+"""A model card is metadata that the hub's own library reads back, and says nothing that is not recorded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from graftvit.checkpoints.publish.card import MARKER, hub_name, is_generated, student_card
+from graftvit.checkpoints.publish.sections import CardFacts, load_lines
+from graftvit.checkpoints.publish.words import METHODS, copies
+from graftvit.transfer.config import Method, RunConfig
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FACTS = CardFacts("me/my-vit", "cc-by-nc-4.0", parameters=5_700_000)
+COMMIT = "c" * 40
+
+
+def config(**sections: Any) -> dict[str, Any]:
+    """The config.json of a distilled student; `sections` are those of its run."""
+    base: dict[str, Any] = {
+        "data": {"dataset": "torch/cifar10"},
+        "teacher": {"source": "vit_large_patch16_224.mae"},
+    }
+    recipe = RunConfig.model_validate(base | sections).model_dump(mode="json")
+    del recipe["output_dir"], recipe["engine"]
+    teacher = {
+        "source": recipe["teacher"]["source"], "architecture": "vit_large_patch16_224",
+        "revision": COMMIT, "licence": "cc-by-nc-4.0",
+    }  # fmt: skip
+    return {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 10,
+        "model_args": {"img_size": [32, 32]},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]},
+        "graftvit": {
+            "version": "0.1.0", "part": "student", "teacher": teacher, "init": None, "recipe": recipe,
+            "results": {"dataset": "torch/cifar10", "top1": 91.23456, "top5": 99.5, "loss": 0.34567, "epoch": 99},
+        },
+    }  # fmt: skip
+
+
+def row(card: str, name: str) -> str:
+    """A value of one of the card's tables."""
+    found = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+    assert len(found) == 1, name
+    return found[0].removeprefix(f"| {name} |").removesuffix("|").strip()
+
+
+def test_the_hubs_library_reads_the_metadata_back(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(student_card(config(), FACTS), encoding="utf-8")
+    card = ModelCard.load(tmp_path / "README.md")
+    data = card.data.to_dict()
+    assert (data["library_name"], data["license"], data["pipeline_tag"]) == (
+        "timm", "cc-by-nc-4.0", "image-classification",
+    )  # fmt: skip
+    assert data["base_model"] == ["timm/vit_large_patch16_224.mae"]
+    assert data["base_model_relation"] == "finetune"
+    assert {"timm", "graftvit", "attention-transfer"} <= set(data["tags"])
+    assert (card.data.model_name, data["metrics"]) == ("my-vit", ["accuracy"])
+    results = [
+        (one.metric_name, one.metric_value, one.dataset_type, one.dataset_split)
+        for one in card.data.eval_results
+    ]
+    assert results == [
+        ("Top-1 accuracy (%)", 91.235, "cifar10", "validation"),
+        ("Top-5 accuracy (%)", 99.5, "cifar10", "validation"),
+    ]
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == data
+    assert again.text == card.text
+
+
+def test_it_says_what_was_transferred_from_which_revision() -> None:
+    card = student_card(config(transfer={"layers": "first:9", "weight": 2.5, "heads": "match"}), FACTS)
+    assert row(card, "teacher") == "`vit_large_patch16_224.mae`"
+    assert row(card, "teacher: revision") == f"`{COMMIT}`"
+    assert row(card, "teacher: licence") == "cc-by-nc-4.0"
+    assert (
+        row(card, "method")
+        == "`distill`: cross-entropy between the student's attention maps and the teacher's"
+    )
+    assert (row(card, "layers"), row(card, "weight of its loss")) == (
+        "the first 9",
+        "2.5, summed over layers",
+    )
+    assert "least distance" in row(card, "heads")
+    assert row(card, "start") == "fresh weights"
+    assert row(card, "input (channels x height x width)") == "3 x 32 x 32"
+    assert row(card, "mean of each channel") == "0.5, 0.4, 0.3"
+    assert "| `torch/cifar10`, `validation` | 91.23 | 99.50 | 0.3457 | 99 |" in card
+    assert "5.7 M parameters" in card
+    fold = card.split("```yaml\n")[1].split("```")[0]
+    assert (
+        yaml.safe_load(fold)
+        == config(transfer={"layers": "first:9", "weight": 2.5, "heads": "match"})["graftvit"]["recipe"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ("all", "all"), ("last:3", "the last 3"), ("every:2", "one in 2, and the last"), (":-6", "`:-6`"),
+        ([0, 3, 5], "`0, 3, 5`"), ([(2, 0), (5, 1)], "`2>0, 5>1` (teacher > student)"),
+        ("2>0", "`2>0` (teacher > student)"),
+    ],
+)  # fmt: skip
+def test_layers_in_words(layers: Any, words: str) -> None:
+    assert row(student_card(config(transfer={"layers": layers}), FACTS), "layers") == words
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_each_method_is_described(method: str) -> None:
+    assert method in METHODS
+    made = config(transfer={"method": method})
+    card = student_card(made, FACTS)
+    assert row(card, "method").startswith(f"`{method}`: ")
+    assert "{" not in row(card, "method")
+    needs_teacher = method.startswith("copy")
+    assert copies(made["graftvit"]["recipe"]) == needs_teacher
+    assert ("It needs its teacher" in card) == needs_teacher
+    assert ("Without its teacher" in card) == needs_teacher
+    assert (ModelCard(card).data.eval_results is None) == needs_teacher
+    assert "91.23" in card
+    assert ("with its teacher." in card) == needs_teacher
+
+
+def test_a_copying_student_says_how_to_put_the_teacher_back() -> None:
+    made = config(transfer={"method": "copy_q", "layers": [[2, 0]]}, teacher={"source": "hf-hub:org/t"})
+    card = student_card(made, FACTS)
+    assert (
+        f'DualViT(load_teacher("hf-hub:org/t@{COMMIT}"), model, "copy_q", layers=[[2, 0]], heads="all")'
+        in card
+    )
+
+
+def test_modes_without_a_teacher() -> None:
+    made = config(mode="finetune")
+    made["graftvit"] |= {
+        "teacher": None,
+        "init": {"source": "hf-hub:org/start", "revision": None, "licence": None},
+    }
+    card = student_card(made, CardFacts("me/vit", None))
+    data = ModelCard(card).data.to_dict()
+    assert data["base_model"] == ["org/start"]
+    assert "license" not in data
+    assert "attention-transfer" not in data["tags"]
+    assert "| method |" not in card
+    assert (row(card, "start: revision"), row(card, "start: licence")) == ("not recorded", "unknown")
+    assert row(card, "what was done") == "fine-tuning"
+    assert "Unknown. Ask the owner" in card
+
+
+def test_nothing_is_made_up_where_nothing_is_recorded() -> None:
+    card = student_card({"architecture": "vit_tiny_patch16_224"}, CardFacts("me/vit", None))
+    data = ModelCard(card).data.to_dict()
+    assert sorted(data) == ["library_name", "pipeline_tag", "tags"]
+    assert data["pipeline_tag"] == "image-feature-extraction"
+    assert "Nothing is recorded of how it was made." in card
+    assert "No results are recorded." in card
+    assert "None" not in card
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "91", None, True])
+def test_a_result_that_is_no_number_is_left_out(bad: Any) -> None:
+    made = config()
+    made["graftvit"]["results"] = {"dataset": "digits", "top1": bad}
+    card = student_card(made, FACTS)
+    assert ModelCard(card).data.eval_results is None
+    assert "No results are recorded." in card
+
+
+def test_the_name_of_the_data_may_be_given() -> None:
+    made = config(data={"data_path": "/home/secret/in1k", "dataset": ""})
+    made["graftvit"]["results"]["dataset"] = ""
+    assert ModelCard(student_card(made, FACTS)).data.eval_results is None
+    card = ModelCard(student_card(made, CardFacts("me/vit", None, dataset_name="ImageNet-1k")))
+    assert {(one.dataset_name, one.dataset_type) for one in card.data.eval_results} == {
+        ("ImageNet-1k", "ImageNet-1k")
+    }
+    assert "`ImageNet-1k`" in card.text
+
+
+def test_data_of_the_hub_is_linked() -> None:
+    made = config(data={"dataset": "hfds/uoft-cs/cifar100"})
+    assert ModelCard(student_card(made, FACTS)).data.datasets == ["uoft-cs/cifar100"]
+    assert ModelCard(student_card(config(), FACTS)).data.datasets is None
+
+
+def test_a_converted_student_needs_graftvit() -> None:
+    made = config()
+    made |= {
+        "architecture": "graftvit_converted",
+        "model_args": {"architecture": "vit_tiny_patch16_224", "plan": "*: linear; 9-11: softmax"},
+    }
+    card = student_card(made, FACTS)
+    assert ModelCard(card).data.library_name == "graftvit"
+    assert "Its attention was converted: `*: linear; 9-11: softmax`." in card
+    assert load_lines(made, FACTS)[1] == 'model = graftvit.load("hf-hub:me/my-vit").eval()'
+    assert "pip install graftvit" in card
+
+
+def test_what_timm_cannot_load_is_not_said_to_load_with_timm() -> None:
+    assert "timm.create_model" in load_lines(config(), FACTS)[1]
+    sharded = CardFacts("me/vit", None, sharded=True, revision="half")
+    assert load_lines(config(), sharded)[1] == 'model = graftvit.load("hf-hub:me/vit@half").eval()'
+    assert all(len(load_lines(config(), facts)) == 3 for facts in (FACTS, sharded))
+
+
+def test_no_path_of_this_machine_is_in_it() -> None:
+    made = config(
+        data={"data_path": "/secret/data/cifar", "dataset": ""},
+        teacher={"source": "/secret/runs/mae.pth", "model_args": {"x": "~/secret/y"}},
+        student={"init": "local-dir:/secret/runs/student#ema"},
+    )
+    made["graftvit"]["init"] = {
+        "source": "local-dir:C:\\secret\\runs\\student",
+        "revision": None,
+        "licence": "mit",
+    }
+    made["graftvit"]["results"]["dataset"] = "/secret/data/cifar"
+    card = student_card(made, FACTS)
+    assert "secret" not in card
+    assert row(card, "teacher") == "`mae.pth`"
+    assert row(card, "trained on") == "`cifar`"
+
+
+HOSTILE = "a`b|c\n---\nlicense: mit\n---\n```\n<script>"
+
+
+def test_hostile_text_ends_neither_the_head_nor_a_table() -> None:
+    made = config(teacher={"source": HOSTILE}, data={"dataset": HOSTILE})
+    made["graftvit"]["results"]["dataset"] = HOSTILE
+    card = ModelCard(student_card(made, FACTS))
+    assert card.data.license == "cc-by-nc-4.0"
+    assert card.text.startswith(MARKER)
+    assert row(str(card), "teacher") == r"`a'b\|c --- license: mit --- ''' <script>`"
+    fold = str(card).split("````yaml\n")[1].split("````")[0]
+    assert yaml.safe_load(fold)["data"]["dataset"] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("vit_large_patch16_224.mae", "timm/vit_large_patch16_224.mae"),
+        ("vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("hf-hub:org/vit@v1", "org/vit"),
+        ("local-dir:student", None),
+        ("mae.pth", None),
+        ("vit_tiny_patch16_224.no_such_tag", None),
+    ],
+)
+def test_base_models_are_those_of_the_hub(source: str, name: str | None) -> None:
+    assert hub_name(source) == name
+
+
+def test_a_card_is_ours_while_its_mark_is_there() -> None:
+    card = student_card(config(), FACTS)
+    assert is_generated(card)
+    assert is_generated(card + "\nmore\n")
+    assert not is_generated(card.replace(MARKER, ""))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 10**6) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if not isinstance(value, dict):
+        return [path]
+    return [path] * bool(path) + [
+        found for key, part in value.items() for found in places(part, (*path, key))
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_config_gives_a_card_that_is_read_back(data: st.DataObject) -> None:
+    made = copy.deepcopy(config(transfer={"method": data.draw(st.sampled_from(["copy", "distill"]))}))
+    for _ in range(2):
+        *above, last = data.draw(st.sampled_from(places(made)))
+        place: Any = made
+        for key in above:
+            place = place[key] if isinstance(place, dict) and key in place else {}
+        if isinstance(place, dict):
+            place[last] = data.draw(JSON)
+    card = ModelCard(student_card(made, FACTS))
+    assert card.data.license == "cc-by-nc-4.0"
+    assert "## Licence" in card.text

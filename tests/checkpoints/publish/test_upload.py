@@ -1,0 +1,289 @@
+"""Pushing through the real client, to a hub on this machine that takes it, refuses it, or breaks down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from graftvit.checkpoints.publish.student_files import plan_upload
+from graftvit.checkpoints.publish.upload import (
+    Pushed,
+    UploadFailedError,
+    ask_remote,
+    push_student,
+    replaced_and_removed,
+)
+from graftvit.checkpoints.student import write_student
+from graftvit.models.errors import CheckpointError
+from hub_server import TOKEN, Fault, Hub, closed_port
+from hub_uploads import Store, serve_uploads, use_hub
+from huggingface_hub import constants
+
+NAME = "vit_tiny_patch16_224"
+ARGUMENTS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+BRANCH = "/api/models/org/vit"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hub, Store]]:
+    with serve_uploads() as (server, store):
+        use_hub(monkeypatch, server, tmp_path / "home")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield server, store
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    return write(tmp_path / "student")
+
+
+def write(folder: Path, **how: Any) -> Path:
+    model = timm.create_model(NAME, **ARGUMENTS)
+    how = {
+        "architecture": NAME,
+        "model_args": ARGUMENTS,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "licence": "mit",
+    } | how
+    write_student(model, folder, **how)
+    return folder
+
+
+def push(
+    folder: Path, name: str = "org/vit", private: bool = False, message: str | None = None, **how: Any
+) -> Pushed:
+    return push_student(plan_upload(folder, name, **how), private=private, message=message)
+
+
+def refusal(folder: Path, name: str = "org/vit", code: int = 2, **how: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        push(folder, name, **how)
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
+    assert caught.value.exit_code == code
+    return str(caught.value)
+
+
+def test_one_commit_brings_all_files(hub: tuple[Hub, Store], student: Path) -> None:
+    server, store = hub
+    pushed = push(student, message="A student", private=True)
+    (commit,) = store.commits
+    assert commit.added == ["README.md", "config.json", "model.safetensors"]
+    assert (commit.message, commit.branch, commit.deleted) == ("A student", "main", [])
+    assert (pushed.url, pushed.changed) == (f"{server.url}/org/vit/commit/{commit.oid}", True)
+    assert (
+        server.files["org/vit", commit.oid, "model.safetensors"]
+        == (student / "model.safetensors").read_bytes()
+    )
+    assert "org/vit" in server.private
+    assert len(store.cards) == 1
+
+
+def test_a_second_push_sends_only_what_changed(hub: tuple[Hub, Store], student: Path) -> None:
+    server, store = hub
+    first = push(student)
+    again = push(student)
+    assert not again.changed
+    assert again.commit == first.commit
+    assert len(server.asked("PUT")) == 1
+    write(student)
+    third = push(student)
+    assert store.commits[-1].added == ["model.safetensors"]
+    assert store.commits[-1].parent == first.commit
+    assert (third.changed, len(store.created)) == (True, 1)
+
+
+def test_a_branch_is_made_where_it_is_not_there(hub: tuple[Hub, Store], student: Path) -> None:
+    server, store = hub
+    push(student, revision="ema")
+    push(student, revision="ema")
+    assert [commit.branch for commit in store.commits] == ["ema"]
+    assert set(server.refs["org/vit"]) == {"main", "ema"}
+    push(student, revision="main")
+    assert store.commits[-1].branch == "main"
+
+
+def test_weights_of_another_layout_do_not_stay(hub: tuple[Hub, Store], student: Path, tmp_path: Path) -> None:
+    server, store = hub
+    push(student)
+    sharded = write(tmp_path / "sharded", max_shard_size=8000)
+    upload = plan_upload(sharded, "org/vit")
+    assert replaced_and_removed(upload, ask_remote(upload)) == (
+        ["README.md", "config.json"],
+        ["model.safetensors"],
+    )
+    push(sharded)
+    assert store.commits[-1].deleted == ["model.safetensors"]
+    push(student)
+    left = server.names("org/vit", store.commits[-1].oid)
+    assert left == [".gitattributes", "README.md", "config.json", "model.safetensors"]
+
+
+def test_a_card_that_a_person_edited_on_the_hub_stays(hub: tuple[Hub, Store], student: Path) -> None:
+    server, store = hub
+    push(student)
+    edited = b"---\nlicense: mit\n---\n# Edited there\n"
+    server.files["org/vit", store.commits[-1].oid, "README.md"] = edited
+    write(student)
+    assert push(student).kept_card
+    assert server.files["org/vit", store.commits[-1].oid, "README.md"] == edited
+    (student / "README.md").write_text("---\nlicense: mit\n---\n# Edited here\n")
+    assert not push(student).kept_card
+    assert b"Edited here" in server.files["org/vit", store.commits[-1].oid, "README.md"]
+
+
+def test_a_card_on_the_hub_must_name_the_licence_too(
+    hub: tuple[Hub, Store], student: Path, tmp_path: Path
+) -> None:
+    server, store = hub
+    push(student)
+    server.files["org/vit", store.commits[-1].oid, "README.md"] = b"---\nlicense: mit\n---\n# Edited there\n"
+    stricter = write(tmp_path / "stricter", licence="cc-by-nc-4.0")
+    assert "README.md on the hub mit is laxer than cc-by-nc-4.0" in refusal(stricter)
+    assert len(store.commits) == 1
+
+
+def test_a_public_repository_does_not_become_private_by_a_push(hub: tuple[Hub, Store], student: Path) -> None:
+    push(student)
+    assert "is there and public" in refusal(student, private=True)
+
+
+def test_nobody_may_push_without_a_token(
+    hub: tuple[Hub, Store], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_hub(monkeypatch, hub[0], tmp_path / "home", token=None)
+    assert "(401), you are not logged in: `hf auth login`" in refusal(student)
+    use_hub(monkeypatch, hub[0], tmp_path / "home", token="hf_wrong_token_of_somebody")
+    sentence = refusal(student)
+    assert "(401), your token is refused" in sentence
+    assert "hf_wrong" not in sentence
+    assert not hub[1].commits
+
+
+def test_nobody_may_push_for_somebody_else(hub: tuple[Hub, Store], student: Path) -> None:
+    assert "may not write to somebody/vit (403)" in refusal(student, "somebody/vit")
+    assert not hub[1].objects
+
+
+def test_a_change_by_somebody_else_is_not_overwritten(hub: tuple[Hub, Store], student: Path) -> None:
+    push(student)
+    write(student)
+    upload = plan_upload(student, "org/vit")
+    hub[0].faults.append(Fault(method="POST", where="/preupload/", hang=0.2))
+    hub[0].faults.append(Fault(method="POST", where="/commit/", status=412, content=b'{"error": "moved"}'))
+    with pytest.raises(CheckpointError, match=r"changed by somebody else meanwhile \(412\)"):
+        push_student(upload)
+    assert len(hub[1].commits) == 1
+
+
+def test_the_parent_is_the_commit_that_was_looked_at(
+    hub: tuple[Hub, Store], student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, store = hub
+    push(student)
+    write(student)
+    upload, seen = plan_upload(student, "org/vit"), ask_remote(plan_upload(student, "org/vit"))
+    write(student)
+    push(student)
+    monkeypatch.setattr("graftvit.checkpoints.publish.upload.ask_remote", lambda upload: seen)
+    with pytest.raises(CheckpointError, match="changed by somebody else"):
+        push_student(upload)
+    assert len(store.commits) == 2
+    assert store.commits[1].parent == store.commits[0].oid == seen.commit
+    assert server.refs["org/vit"]["main"] == store.commits[1].oid
+
+
+@pytest.mark.parametrize("where", ["/preupload/", "/objects/batch", "/lfs/"])
+def test_a_hub_that_stumbles_is_asked_again(hub: tuple[Hub, Store], student: Path, where: str) -> None:
+    server, store = hub
+    server.faults.append(Fault(status=503, where=where, times=2))
+    push(student)
+    assert len(store.commits) == 1
+    assert len(server.asked(where=where)) == 3
+
+
+def test_an_upload_that_is_cut_is_sent_again(hub: tuple[Hub, Store], student: Path) -> None:
+    server, store = hub
+    server.faults.append(Fault(method="PUT", where="/lfs/", reset=True, status=200, times=2))
+    push(student)
+    assert len(store.commits) == 1
+    assert store.objects
+
+
+def test_a_push_that_failed_at_its_end_goes_on_from_there(hub: tuple[Hub, Store], student: Path) -> None:
+    server, store = hub
+    server.faults.append(Fault(status=500, where="/commit/", times=1))
+    sentence = refusal(student, code=1)
+    assert "fails with 500" in sentence
+    assert "not sent twice" in sentence
+    assert len(server.asked("PUT")) == 1
+    push(student)
+    assert len(store.commits) == 1
+    assert len(server.asked("PUT")) == 1
+
+
+@pytest.mark.parametrize(
+    "where", ["/api/repos/create", "/api/models/org/vit", "/preupload/", "/objects/batch", "/lfs/"]
+)
+def test_a_hub_that_stays_down_ends_in_one_sentence(
+    hub: tuple[Hub, Store], student: Path, where: str
+) -> None:
+    hub[0].faults.append(Fault(status=503, where=where, times=99))
+    assert "org/vit cannot be pushed" in refusal(student, code=1)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (400, 2, "refused the push"), (404, 2, "(404)"), (409, 2, "(409)"), (413, 2, "refused the push"),
+        (418, 2, "refused the push"), (429, 1, "limits the rate"), (500, 1, "fails with 500"), (403, 2, "(403)"),
+        (402, 2, "refused the push"),
+    ],
+)  # fmt: skip
+def test_each_refusal_of_the_commit_is_one_sentence(
+    hub: tuple[Hub, Store], student: Path, status: int, code: int, words: str
+) -> None:
+    echo = {"X-Error-Message": f"no, Bearer {TOKEN} may not"}
+    hub[0].faults.append(Fault(status=status, where="/commit/", headers=echo, times=99))
+    assert words in refusal(student, code=code)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"not json", b'{"files": [{"path": "x"}]}'])
+@pytest.mark.parametrize(
+    "where", ["/preupload/", "/objects/batch", "/commit/", "/api/repos/create", "/validate-yaml"]
+)
+def test_a_hub_that_answers_nonsense_ends_in_one_sentence(
+    hub: tuple[Hub, Store], student: Path, where: str, body: bytes
+) -> None:
+    hub[0].faults.append(Fault(status=200, content=body, where=where, times=99))
+    try:
+        push(student)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+        assert "does not answer as a hub does" in str(error) or "refused the push" in str(error)
+
+
+def test_a_head_that_the_hub_refuses_is_said(hub: tuple[Hub, Store], student: Path) -> None:
+    refused = b'{"errors": [{"message": "license is wrong"}], "warnings": []}'
+    hub[0].faults.append(Fault(status=400, content=refused, where="/validate-yaml"))
+    assert "license is wrong" in refusal(student)
+    assert not hub[1].objects
+
+
+def test_no_network_is_said(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, closed_port(), tmp_path / "home")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert "cannot be reached" in refusal(student, code=1)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refusal(student, code=1)
+
+
+def test_the_token_goes_to_the_hub_alone(hub: tuple[Hub, Store], student: Path) -> None:
+    push(student)
+    sent = {(request.host, request.token) for request in hub[0].requests if request.method in ("POST", "PUT")}
+    assert sent == {("hub", f"Bearer {TOKEN}"), ("cdn", None)}
+    assert UploadFailedError("x").exit_code == 1
