@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from graftvit.models.host import QKV, Heads, host_attention
+from graftvit.models.attention.base import QKV, Heads
+from graftvit.models.host import host_attention
 from torch import Tensor, nn
 
 

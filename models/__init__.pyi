@@ -1,3 +1,9 @@
+from .attention.base import AttentionOperator as AttentionOperator
+from .attention.base import Geometry as Geometry
+from .attention.base import Heads as Heads
+from .attention.base import LayerShape as LayerShape
+from .attention.base import Traits as Traits
+from .attention.softmax import Softmax as Softmax
 from .conversion import convert as convert
 from .conversion import plan_of as plan_of
 from .errors import CheckpointError as CheckpointError
@@ -13,8 +19,6 @@ from .families import attention_shape as attention_shape
 from .families import check_supported as check_supported
 from .families import token_layout as token_layout
 from .host import AttentionHost as AttentionHost
-from .host import Heads as Heads
-from .host import Softmax as Softmax
 from .host import host_attention as host_attention
 from .host import release_attention as release_attention
 from .mae import MaskedAutoencoder as MaskedAutoencoder

@@ -12,15 +12,28 @@ from typing import Any, cast
 
 import timm
 from timm.models import load_pretrained, register_model
-from torch import nn
+from torch import Tensor, nn
 
+from .attention.base import AttentionOperator, Geometry, LayerShape, Traits
 from .errors import UnsupportedModelError
-from .families import attention_blocks, check_supported
-from .host import AttentionHost, Operator
-from .operators import create_operator
+from .families import attention_blocks, attention_shape, check_supported, token_layout
+from .host import AttentionHost
+from .operators import check_choice, create_operator
 from .plan import KEEP, Choice, parse_plan, plan_text
 
 ARCHITECTURE = "graftvit_converted"
+
+
+class TokenGrid:
+    """The geometry that all layers of a model share; a hook that reads it off the patches of each batch where the
+    image size is free."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+
+    def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
+        if patches.ndim == 4:  # (B, height, width, C)
+            self.geometry = Geometry(self.geometry.num_prefix, (patches.shape[1], patches.shape[2]))
 
 
 class ConvertedAttention(AttentionHost):
@@ -28,9 +41,16 @@ class ConvertedAttention(AttentionHost):
 
     permanent = True
 
-    def __init__(self, original: nn.Module, operator: Operator, choice: Choice) -> None:
+    def __init__(
+        self, original: nn.Module, operator: AttentionOperator, choice: Choice, tokens: TokenGrid
+    ) -> None:
         super().__init__(original, operator)
         self.choice = choice
+        self.tokens = tokens
+
+    @property
+    def geometry(self) -> Geometry:  # type: ignore[override]
+        return self.tokens.geometry
 
 
 def convert(model: nn.Module, plan: str | Mapping[Any, str]) -> nn.Module:
@@ -47,14 +67,43 @@ def convert(model: nn.Module, plan: str | Mapping[Any, str]) -> nn.Module:
         if isinstance(block.attn, ConvertedAttention):
             block.attn = block.attn.original
     check_supported(student)
-    blocks = attention_blocks(student)
+    blocks, layout, layer = attention_blocks(student), token_layout(student), attention_shape(student)
+    tokens = TokenGrid(Geometry(layout.num_prefix, layout.grid))
+    shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
     for index, (block, choice) in enumerate(zip(blocks, parse_plan(plan, len(blocks)), strict=True)):
-        operator = create_operator(choice)
+        check_choice(choice)
         if choice.operator == KEEP:
             continue
-        _check_bias(student, block.attn, operator, choice, index)
-        block.attn = ConvertedAttention(cast(nn.Module, block.attn), operator, choice)
+        operator = create_operator(choice, shape)
+        _check_layer(student, block.attn, operator.traits, choice, index)
+        block.attn = ConvertedAttention(cast(nn.Module, block.attn), operator, choice, tokens)
+    if getattr(student, "dynamic_img_size", False):
+        cast(Any, student).patch_embed.register_forward_hook(tokens)
     return student
+
+
+def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
+    """The converted layers by their number."""
+    layers = enumerate(getattr(block, "attn", None) for block in getattr(model, "blocks", ()))
+    return {index: layer for index, layer in layers if isinstance(layer, ConvertedAttention)}
+
+
+def new_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the conversion brought: those of the operators."""
+    return [
+        parameter
+        for layer in converted_layers(model).values()
+        for parameter in cast(nn.Module, layer.operator).parameters()
+    ]
+
+
+def resize(model: nn.Module, img_size: tuple[int, int]) -> None:
+    """Another image size for a model, converted or not: timm resamples positions, the operators their own."""
+    cast(Any, model).set_input_size(img_size=img_size)
+    layout = token_layout(model)
+    for layer in converted_layers(model).values():
+        layer.tokens.geometry = Geometry(layout.num_prefix, layout.grid)
+        cast(AttentionOperator, layer.operator).resample(layer.tokens.geometry)
 
 
 def plan_of(model: nn.Module) -> str | None:
@@ -64,15 +113,27 @@ def plan_of(model: nn.Module) -> str | None:
     return plan_text(tuple(choices)) if any(choice.operator != KEEP for choice in choices) else None
 
 
-def _check_bias(model: Any, attention: Any, operator: Operator, choice: Choice, index: int) -> None:
+def _check_layer(model: Any, attention: Any, traits: Traits, choice: Choice, index: int) -> None:
+    """UnsupportedModelError where a layer has what the operator has no place for."""
+    keep = f"keep it ('{index}: softmax')"
     has_bias = (
         getattr(attention, "relative_position_bias_table", None) is not None
         or getattr(model, "rel_pos_bias", None) is not None
     )
-    if has_bias and not getattr(operator, "takes_bias", True):
+    if has_bias and not traits.bias:
         raise UnsupportedModelError(
-            f"plan: layer {index} has a relative position bias, which {choice.operator} has no place for; "
-            f"keep it ('{index}: softmax')"
+            f"plan: layer {index} has a relative position bias, which {choice.operator} has no place for; {keep}"
+        )
+    if getattr(attention.attn_drop, "p", 0) > 0 and not traits.dropout:
+        raise UnsupportedModelError(
+            f"plan: layer {index} has attn_drop {attention.attn_drop.p:g}, and {choice.operator} has no map to "
+            f"drop from; build the model with attn_drop_rate 0, or {keep}"
+        )
+    drop = getattr(model, "patch_drop", None)
+    if traits.needs_grid and drop is not None and not isinstance(drop, nn.Identity):
+        raise UnsupportedModelError(
+            f"plan: {choice.operator} needs the whole token grid, and the model drops patches; build it with "
+            f"patch_drop_rate 0, or {keep}"
         )
 
 

@@ -8,65 +8,17 @@ it computes what timm computes, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
+from .attention.base import QKV, Geometry, Heads, Operator
+from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
 from .families import attention_blocks, check_supported
-
-QKV = ("q", "k", "v")
-
-
-@dataclass
-class Heads:
-    """What an operator works on: q, k and v of shape (B, H, N, D) after norms and rotary embedding.
-
-    A tensor that the operator does not need is None. `bias` (1, H, N, N) or (H, N, N) is a relative position bias.
-    """
-
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    bias: Tensor | None
-    scale: float
-    dropout: float = 0.0
-
-    def each(self, change: Callable[[Tensor], Tensor], bias: Tensor | None) -> Heads:
-        """The same with every projection changed and another bias."""
-        # Not dataclasses.replace, which torch.compile of torch before 2.12 cannot trace.
-        q, k, v = (None if x is None else change(x) for x in (self.q, self.k, self.v))
-        return Heads(q, k, v, bias, self.scale, self.dropout)
-
-
-class Operator(Protocol):
-    """An attention mechanism: `needs` names the projections it uses; the call returns (B, H, N, D)."""
-
-    @property
-    def needs(self) -> Collection[str]: ...
-
-    def __call__(self, heads: Heads) -> Tensor: ...
-
-
-class Softmax:
-    """softmax(s Q Kᵀ + bias) V, by torch's fused attention."""
-
-    needs = QKV
-
-    def __call__(self, heads: Heads) -> Tensor:
-        assert heads.q is not None
-        assert heads.k is not None
-        assert heads.v is not None
-        # torch's own default differs from D ** -0.5 in the last bit; timm relies on the default.
-        scale = None if heads.scale == heads.q.shape[-1] ** -0.5 else heads.scale
-        return F.scaled_dot_product_attention(
-            heads.q, heads.k, heads.v, attn_mask=heads.bias, dropout_p=heads.dropout, scale=scale
-        )
 
 
 class AttentionHost(nn.Module):
@@ -74,6 +26,8 @@ class AttentionHost(nn.Module):
 
     permanent = False
     """Whether the model is saved with its host, and not with the layer that it stands for."""
+    geometry: Geometry | None = None
+    """The tokens of the sequence, where an operator may need them."""
 
     def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
         super().__init__()
@@ -126,6 +80,7 @@ class AttentionHost(nn.Module):
             bias=self._bias(shared_rel_pos_bias) if "q" in heads or "k" in heads else None,
             scale=self.scale,
             dropout=dropout.p if self.training else 0.0,
+            geometry=self.geometry,
         )
 
     def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:

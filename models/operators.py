@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
-from .attention.linear import LinearAttention
+from .attention.base import AttentionOperator, LayerShape
+from .attention.kernel import KernelAttention
+from .attention.softmax import SoftmaxAttention
 from .errors import ConfigError, did_you_mean
-from .host import Operator, Softmax
 from .plan import Choice
 
-OPERATORS: dict[str, Callable[..., Operator]] = {"softmax": Softmax, "linear": LinearAttention}
+OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
+    "softmax": SoftmaxAttention,
+    "kernel": KernelAttention,
+    "linear": partial(KernelAttention, feature="elu"),
+}
+"""By name; the first argument of each is the `LayerShape`, the others are options."""
 
 
-def create_operator(choice: Choice) -> Operator:
-    """The operator of a choice.
+def options_of(name: str) -> list[str]:
+    """The options that an operator takes."""
+    return list(inspect.signature(OPERATORS[name]).parameters)[1:]
 
-    Raises ConfigError: there is no such operator, or it has no such option or value.
-    """
+
+def check_choice(choice: Choice) -> None:
+    """ConfigError where there is no such operator, or it has no such option."""
     if choice.operator not in OPERATORS:
         raise ConfigError(
             f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
         )
-    make = OPERATORS[choice.operator]
-    valid = [name for name in inspect.signature(make).parameters if name not in ("args", "kwargs")]
+    valid = options_of(choice.operator)
     for name in choice.options:
         if name not in valid:
             known = did_you_mean(name, valid) if valid else "it has none"
             raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
-    return make(**choice.options)
+
+
+def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
+    """The operator of a choice for a layer of this shape.
+
+    Raises ConfigError: there is no such operator, or it has no such option or value.
+    """
+    check_choice(choice)
+    return OPERATORS[choice.operator](shape, **choice.options)

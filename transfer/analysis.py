@@ -14,9 +14,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from ..models.attention.base import QKV, Heads
+from ..models.attention.softmax import Softmax
 from ..models.errors import TransferError
 from ..models.families import attention_blocks, check_supported
-from ..models.host import QKV, AttentionHost, Heads, Softmax, release_attention
+from ..models.host import AttentionHost, release_attention
 
 
 @dataclass

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
 from ...models.attention.kernels import mean_map
-from ...models.host import Heads
 from .tape import average_heads, spread_heads
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.attention.base import QKV, Heads
 from ...models.attention.fused import apply_map, attention_with_lse
-from ...models.host import QKV, Heads, Softmax
+from ...models.attention.softmax import Softmax
 from .map_loss import MapLoss
 from .tape import Link, Tape, average_heads, pick_dim, spread_heads
 

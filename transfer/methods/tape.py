@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...models.host import Heads
+from ...models.attention.base import Heads
 from .heads import HeadMap
 from .pairs import LayerPair
 from .tokens import TokenMatch, interpolate_tokens

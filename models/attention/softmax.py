@@ -1,0 +1,64 @@
+"""Softmax attention: what every other operator is measured against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import QKV, AttentionOperator, Geometry, Heads, Traits
+from .terms import FirstRows, Term
+
+
+class Softmax:
+    """softmax(s Q Kᵀ + bias) V, by torch's fused attention."""
+
+    needs = QKV
+
+    def __call__(self, heads: Heads) -> Tensor:
+        q, k, v = heads.qkv()
+        # torch's own default differs from D ** -0.5 in the last bit; timm relies on the default.
+        scale = None if heads.scale == q.shape[-1] ** -0.5 else heads.scale
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_mask(heads), dropout_p=heads.dropout, scale=scale
+        )
+
+
+class SoftmaxAttention(AttentionOperator):
+    """Softmax attention as an operator among the others: 2 N² D multiply-adds a head."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(linear_cost=False, key_mask=True, bias=True, dropout=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        return Softmax()(heads)
+
+    def terms(self, heads: Heads) -> list[Term]:
+        return [FirstRows(softmax_rows(heads, slice(None)))]
+
+    def rows(self, heads: Heads, index: Tensor) -> Tensor:
+        return softmax_rows(heads, index)
+
+    def macs(self, geometry: Geometry) -> int:
+        return 2 * geometry.num_tokens**2 * self.shape.head_dim * self.shape.num_heads
+
+
+def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
+    """Rows of softmax(s Q Kᵀ + bias), (B, H, S, N), in float32 at least."""
+    q, k, _ = heads.qkv()
+    precise = torch.promote_types(q.dtype, torch.float32)
+    logits = heads.scale * q[:, :, index].to(precise) @ k.to(precise).transpose(2, 3)
+    mask = _mask(heads)
+    if mask is not None:
+        mask = mask if mask.shape[-2] == 1 else mask[..., index, :]
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1)
+
+
+def _mask(heads: Heads) -> Tensor | None:
+    """The bias, and minus infinity at keys that are padding."""
+    if heads.key_mask is None:
+        return heads.bias
+    keys = heads.key_mask[:, None, None, :]
+    return keys if heads.bias is None else heads.bias.masked_fill(~keys, -torch.inf)

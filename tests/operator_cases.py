@@ -1,0 +1,75 @@
+"""Every operator with the options that change what it computes: one row a case, one table for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
+from graftvit.models.operators import create_operator
+from graftvit.models.plan import Choice
+from torch import Tensor
+
+GRIDS = [(14, 14), (16, 24), (7, 9)]
+PREFIXES = [0, 1, 5]
+HEADS, WIDTH = 2, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator and its options; `tolerance` multiplies the float32 and half precision tolerances."""
+
+    operator: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float = 1.0
+
+    def __str__(self) -> str:
+        return str(Choice(self.operator, self.options))
+
+    def build(
+        self, geometry: Geometry, dtype: torch.dtype = torch.float64, heads: int = HEADS, width: int = WIDTH
+    ) -> AttentionOperator:
+        """The operator with every parameter drawn at random, so that a branch that starts at zero shows."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            operator = create_operator(
+                Choice(self.operator, self.options), LayerShape(heads, width, geometry)
+            )
+            with torch.no_grad():
+                for parameter in operator.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return operator.to(dtype).eval()
+
+
+def draw(
+    geometry: Geometry,
+    dtype: torch.dtype = torch.float64,
+    *,
+    batch: int = 2,
+    heads: int = HEADS,
+    width: int = WIDTH,
+    size: float = 1.0,
+    seed: int = 0,
+) -> Heads:
+    """Random projections; those of float32 are those of float64, rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, batch, heads, geometry.num_tokens, width)
+    q, k, v = torch.randn(shape, generator=generator, dtype=torch.float64).unbind(0)
+    q, k, v = ((x * factor).to(dtype) for x, factor in ((q, size), (k, size), (v, 1.0)))
+    return Heads(q, k, v, None, width**-0.5, geometry=geometry)
+
+
+def identity_values(heads: Heads) -> Heads:
+    """The same with V := I, whose output is the map itself."""
+    q, k, _ = heads.qkv()
+    eye: Tensor = torch.eye(q.shape[2], dtype=q.dtype).expand(*q.shape[:2], -1, -1)
+    return heads.with_qkv(q, k, eye)
+
+
+CASES = [
+    Case("softmax"),
+    Case("linear"),
+    Case("kernel", {"feature": "relu"}),
+]
