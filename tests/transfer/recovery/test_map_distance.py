@@ -1,0 +1,90 @@
+"""The factored Frobenius distance against the dense one, for every operator that has a map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from graftvit.models.attention.base import Geometry, Heads
+from graftvit.models.attention.softmax import softmax_rows
+from graftvit.models.attention.terms import FirstRows, LowRank, Sparse, Term, term_rows
+from graftvit.transfer.recovery.map_distance import inner, squared_distance
+from operator_cases import CASES, Case, draw
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GEOMETRY = Geometry(1, (5, 7))
+LINEAR = [case for case in CASES if case.build(GEOMETRY).traits.linear_in_v]
+
+
+def dense(term: Term, heads: Heads) -> Tensor:
+    return term_rows(term, torch.arange(GEOMETRY.num_tokens), heads)
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_distance_is_the_dense_one(case: Case, with_bias: bool) -> None:
+    operator, heads, teacher = case.build(GEOMETRY), draw(GEOMETRY), draw(GEOMETRY, seed=1, size=2)
+    if with_bias:
+        teacher.bias = torch.randn(2, GEOMETRY.num_tokens, GEOMETRY.num_tokens, dtype=torch.float64)
+    q, k, _ = (x.requires_grad_() for x in heads.qkv())
+    found = squared_distance(teacher, operator.terms(heads))
+    wanted = (softmax_rows(teacher, slice(None)) - operator.matrix(heads)).square().sum((2, 3))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+    inputs = [q, k, *operator.parameters()]
+    gradients = [torch.autograd.grad(x.sum(), inputs, allow_unused=True) for x in (found, wanted)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_inner_products_of_all_kinds_of_terms() -> None:
+    heads, tokens = draw(GEOMETRY), GEOMETRY.num_tokens
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    index = torch.randint(tokens, (tokens, 4), generator=generator)
+    other = torch.randint(tokens, (tokens, 3), generator=generator)
+    terms: list[Term] = [
+        LowRank(random(2, 2, tokens, 3), random(2, 2, tokens, 3)),
+        LowRank(random(2, 2, tokens, 5), random(2, 2, tokens, 5)),
+        Sparse(random(2, 2, tokens, 4), index),
+        Sparse(random(2, 2, tokens, 3), other),
+        FirstRows(random(2, 2, 2, tokens)),
+    ]
+    for a in terms:
+        for b in terms:
+            torch.testing.assert_close(inner(a, b), (dense(a, heads) * dense(b, heads)).sum((2, 3)))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["linear"])
+def test_memory_is_linear_in_the_number_of_tokens(name: str) -> None:
+    largest = []
+    for side in (16, 32):
+        geometry = Geometry(1, (side, side))
+        operator, heads = Case(name).build(geometry), draw(geometry, batch=1)
+        q, _, _ = (x.requires_grad_() for x in heads.qkv())
+        with Largest() as mode:
+            squared_distance(draw(geometry, batch=1, seed=1), operator.terms(heads)).sum().backward()
+        assert q.grad is not None
+        largest.append(mode.elements)
+    assert largest[1] < 4.5 * largest[0]  # four times the tokens; a map would be sixteen times as large
