@@ -96,15 +96,13 @@ def view_attention(
         twin._modules["attn"] = host
         if index == last:
             blocks[-1] = LastAttention(block, host, recorder)
-    return _truncated(teacher, blocks)
+    return truncated(teacher, blocks)
 
 
 def view_blocks(teacher: nn.Module, layers: Collection[int], tape: Tape) -> Any:
     """A view that records the output of the blocks `layers`, then stops."""
     blocks = [shallow(block) for block in attention_blocks(teacher)[: max(layers) + 1]]
-    return _truncated(
-        teacher, [RecordedBlock(b, i, tape) if i in layers else b for i, b in enumerate(blocks)]
-    )
+    return truncated(teacher, [RecordedBlock(b, i, tape) if i in layers else b for i, b in enumerate(blocks)])
 
 
 def view_whole(teacher: nn.Module) -> Any:
@@ -112,7 +110,7 @@ def view_whole(teacher: nn.Module) -> Any:
     return _with_blocks(teacher, [shallow(block) for block in attention_blocks(teacher)])
 
 
-def _truncated(teacher: nn.Module, blocks: list[nn.Module]) -> Any:
+def truncated(teacher: nn.Module, blocks: list[nn.Module]) -> Any:
     return TokensOnly(_with_blocks(teacher, blocks))
 
 

@@ -1,0 +1,106 @@
+"""Alignment: every converted layer learns, on the teacher's own inputs, to do what the teacher's layer does.
+
+The teacher runs once without gradients. At each converted layer the student's layer gets the same input, so the
+layers learn independently of one another and no gradient passes between them; no label is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...models.attention.base import AttentionOperator, Heads
+from ...models.attention.softmax import Softmax
+from ...models.conversion import ConvertedAttention, converted_layers
+from ...models.errors import TransferError
+from ...models.families import attention_blocks, attention_shape, check_supported
+from ...models.host import AttentionHost
+from ..methods.teacher_view import shallow, truncated
+from .layer_losses import LAYER_LOSSES, LayerLoss, check_layer_loss
+
+
+class AlignedAttention(AttentionHost):
+    """The teacher's layer, which lets the student's layer of the same depth learn from what passes through."""
+
+    def __init__(self, original: nn.Module, student: ConvertedAttention, loss: LayerLoss) -> None:
+        super().__init__(original)
+        self.pupil = (student,)  # in a tuple: not a part of the teacher
+        self.loss = loss
+        self.last_loss: Tensor | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        heads = self.project(x, rope, shared_rel_pos_bias)
+        with torch.enable_grad():
+            self.last_loss = self._learn(x, heads, rope, shared_rel_pos_bias)
+        return self.merge(Softmax()(heads), x)
+
+    def _learn(self, x: Tensor, teacher: Heads, rope: Tensor | None, bias: Tensor | None) -> Tensor:
+        (student,) = self.pupil
+        heads = student.project(x, rope, bias)
+        return self.loss(cast(AttentionOperator, student.operator), heads, teacher)
+
+
+class Alignment(nn.Module):
+    """Losses of all converted layers of `student` on the inputs of `teacher`; `forward(images)` gives them by layer.
+
+    Teacher and student have the same depth, heads and tokens, as a model and its conversion do. The teacher is
+    frozen, never registered, and stops after the last converted layer.
+
+    Raises:
+        TransferError: nothing is converted, the two differ, or the loss is not one of an operator.
+        UnsupportedModelError: no adapter covers the teacher.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, loss: str = "output") -> None:
+        super().__init__()
+        layers = converted_layers(student)
+        check_supported(teacher)
+        if not layers:
+            raise TransferError("nothing to align: no layer of the student is converted; give it a plan")
+        shapes = attention_shape(teacher), attention_shape(student)
+        if shapes[0] != shapes[1]:
+            raise TransferError(
+                f"the teacher has {shapes[0]} and the student {shapes[1]}: alignment needs the same"
+            )
+        for index, layer in layers.items():
+            check_layer_loss(loss, index, str(layer.choice), cast(AttentionOperator, layer.operator))
+        self.student = student
+        self._hosts: dict[int, AlignedAttention] = {}
+        self._view = (self._teach(teacher, layers, LAYER_LOSSES[loss]),)
+
+    def _teach(self, teacher: nn.Module, layers: dict[int, ConvertedAttention], loss: LayerLoss) -> nn.Module:
+        """The teacher up to its last layer that teaches."""
+        blocks = []
+        for index, block in enumerate(attention_blocks(teacher)[: max(layers) + 1]):
+            twin = shallow(block)
+            if index in layers:
+                self._hosts[index] = AlignedAttention(cast(Any, block).attn, layers[index], loss)
+                twin._modules["attn"] = self._hosts[index]
+            blocks.append(twin)
+        view: nn.Module = truncated(teacher, blocks)
+        return view.eval()
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """The loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
+        (view,) = self._view
+        with torch.no_grad():
+            view(images)
+        losses = {}
+        for index, host in self._hosts.items():
+            assert host.last_loss is not None
+            losses[index], host.last_loss = host.last_loss, None
+        return losses
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Alignment:
+        self._view[0]._apply(fn)  # the teacher is no part of the module, but goes where it goes
+        super()._apply(fn, recurse)
+        return self

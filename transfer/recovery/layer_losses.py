@@ -1,0 +1,100 @@
+"""What a converted layer is pulled towards, given the projections of the teacher's layer and its own.
+
+Each loss takes the operator, the student's heads and the teacher's, and gives a float32 scalar: a mean over
+images and heads. No N x N map is formed, save the few rows that `rows` samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...models.attention.base import AttentionOperator, Heads
+from ...models.attention.fused import apply_map
+from ...models.attention.softmax import Softmax, softmax_rows
+from ...models.errors import TransferError, did_you_mean
+from .map_distance import squared_distance
+
+NUM_PROBES = 8
+NUM_ROWS = 32
+SMALLEST = 1e-12
+"""No probability is taken to be smaller, so that the logarithm of a key out of reach is finite."""
+
+LayerLoss = Callable[[AttentionOperator, Heads, Heads], Tensor]
+
+
+def output_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
+    """Mean squared error of the layer's output to A_t V_t, per head and before the output projection.
+
+    The loss of LoLCATs (arXiv 2410.10254); the only one for operators that are not linear in V.
+    """
+    out, target = operator(student), Softmax()(teacher)
+    return F.mse_loss(_float(out), _float(target.detach()))
+
+
+def map_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
+    """‖A_t − A_s‖²_F / N, exact: the loss of MOHAWK (arXiv 2408.10189) without its maps."""
+    terms = operator.terms(student)
+    return squared_distance(teacher, terms).mean() / _num_tokens(teacher)
+
+
+def probe_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
+    """‖(A_t − A_s) P‖²_F / (r N) with fresh P ∈ {±1}^(N x r): an unbiased estimate of `map_error`."""
+    q, k, v = teacher.qkv()
+    shape = (1, 1, q.shape[2], NUM_PROBES)
+    signs = torch.randint(0, 2, shape, device=q.device).to(q.dtype).mul(2).sub(1)
+    probes = signs.expand(*q.shape[:2], -1, -1)
+    target = apply_map(q, k, probes, teacher.scale, teacher.bias)
+    student_q, student_k, _ = student.qkv()
+    out = operator.attend(student.with_qkv(student_q, student_k, probes.to(v.dtype)))
+    error = (_float(out) - _float(target)).square().sum((2, 3)).mean()
+    return error / (NUM_PROBES * q.shape[2])
+
+
+def row_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
+    """Cross-entropy of sampled rows of the student's map to the teacher's: of all prefix tokens and of random
+    patches, fresh each step. The loss of Hedgehog (arXiv 2402.04347), on a sample."""
+    tokens = _num_tokens(teacher)
+    prefix = 0 if student.geometry is None else student.geometry.num_prefix
+    device = teacher.qkv()[0].device
+    patches = torch.randperm(tokens - prefix, device=device)[: max(1, NUM_ROWS - prefix)] + prefix
+    index = torch.cat([torch.arange(prefix, device=device), patches])
+    target = softmax_rows(teacher, index).detach()
+    rows = _float(operator.rows(student, index)).clamp_min(SMALLEST)
+    return -(target * rows.log()).sum(-1).mean()
+
+
+LAYER_LOSSES: dict[str, LayerLoss] = {
+    "output": output_error,
+    "map": map_error,
+    "probes": probe_error,
+    "rows": row_error,
+}
+
+
+def check_layer_loss(name: str, layer: int, choice: str, operator: AttentionOperator) -> None:
+    """TransferError where the loss does not exist, or the operator of this layer has no such thing."""
+    if name not in LAYER_LOSSES:
+        raise TransferError(f"recovery.loss={name}; {did_you_mean(name, LAYER_LOSSES)}")
+    traits = operator.traits
+    if name != "output" and not traits.linear_in_v:
+        raise TransferError(
+            f"recovery.loss={name}: {choice} of layer {layer} is not linear in V and has no map; use output"
+        )
+    if name == "rows" and not (traits.nonnegative and traits.row_stochastic):
+        raise TransferError(
+            f"recovery.loss=rows: the rows of {choice} in layer {layer} are no distributions, so they have no "
+            "cross-entropy; use output, map or probes"
+        )
+
+
+def _num_tokens(heads: Heads) -> int:
+    q, _, _ = heads.qkv()
+    return q.shape[2]
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
