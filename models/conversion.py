@@ -113,6 +113,14 @@ def plan_of(model: nn.Module) -> str | None:
     return plan_text(tuple(choices)) if any(choice.operator != KEEP for choice in choices) else None
 
 
+def with_plan(architecture: str, arguments: Mapping[str, Any], plan: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments with which timm builds `architecture` converted by `plan`, in place of an older plan."""
+    given = dict(arguments)
+    if architecture == ARCHITECTURE:
+        architecture = given.pop("architecture")
+    return ARCHITECTURE, {**given, "architecture": architecture, "plan": plan}
+
+
 def _check_layer(model: Any, attention: Any, traits: Traits, choice: Choice, index: int) -> None:
     """UnsupportedModelError where a layer has what the operator has no place for."""
     keep = f"keep it ('{index}: softmax')"

@@ -57,6 +57,7 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} is not a supported model; supported are {SUPPORTED}")
     for index, block in enumerate(attention_blocks(model)):
         attention = getattr(block, "attn", None)
+        attention = getattr(attention, "original", attention)  # of a host, the layer that it stands for
         if not isinstance(block, BLOCKS) or not isinstance(attention, ATTENTIONS):
             part = (
                 type(block).__name__

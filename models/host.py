@@ -162,9 +162,9 @@ def host_attention(model: nn.Module) -> list[AttentionHost]:
     check_supported(release_attention(model))
     hosts = []
     for block in attention_blocks(model):
-        host = AttentionHost(block.attn)  # type: ignore[arg-type]
-        block.attn = host
-        hosts.append(host)
+        if not isinstance(block.attn, AttentionHost):  # a converted layer is one
+            block.attn = AttentionHost(block.attn)  # type: ignore[arg-type]
+        hosts.append(block.attn)
     return hosts
 
 

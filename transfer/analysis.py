@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..models.attention.base import QKV, Heads
+from ..models.attention.base import QKV, AttentionOperator, Heads
 from ..models.attention.softmax import Softmax
+from ..models.conversion import ConvertedAttention
 from ..models.errors import TransferError
 from ..models.families import attention_blocks, check_supported
 from ..models.host import AttentionHost, release_attention
@@ -36,6 +38,10 @@ class MapRecorder:
             logits_BHNN = logits_BHNN + heads.bias.float()
         self.maps.append(logits_BHNN.softmax(dim=-1))
         return Softmax()(heads)
+
+    def watch(self, operator: nn.Module, inputs: tuple[Heads, ...]) -> None:
+        """Before a converted layer's operator runs: keep its map."""
+        self.maps.append(cast(AttentionOperator, operator).matrix(inputs[0]).float())
 
 
 @torch.no_grad()
@@ -138,13 +144,19 @@ def _recording(model: nn.Module) -> Iterator[list[MapRecorder]]:
     layers: list[tuple[Any, nn.Module]] = [(block, block.attn) for block in getattr(model, "blocks", ())]
     modes = [(module, module.training) for module in model.modules()]
     recorders = [MapRecorder() for _ in layers]
+    hooks: list[RemovableHandle] = []
     try:
         check_supported(release_attention(model))
         model.eval()
-        for (block, _), recorder in zip(layers, recorders, strict=True):
-            block.attn = AttentionHost(block.attn, recorder).eval()
+        for (block, layer), recorder in zip(layers, recorders, strict=True):
+            if isinstance(layer, ConvertedAttention):
+                hooks.append(cast(nn.Module, layer.operator).register_forward_pre_hook(recorder.watch))
+            else:
+                block.attn = AttentionHost(layer, recorder).eval()
         yield recorders
     finally:
+        for hook in hooks:
+            hook.remove()
         for block, layer in layers:
             block.attn = layer
         for module, training in modes:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Mode = Literal["transfer", "finetune", "scratch", "pretrain"]
+Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Method = Literal[
     "copy", "copy_q", "copy_k", "copy_v",
     "distill", "distill_q", "distill_k", "distill_v",
@@ -50,10 +50,17 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that learns. It stays an ordinary timm model."""
+    """The model that learns. It stays an ordinary timm model, or one with other attention by a plan."""
 
-    model: str = Field("vit_base_patch16_224", description="timm architecture of the student")
+    model: str = Field(
+        "vit_base_patch16_224",
+        description="timm architecture of a fresh student, or a source of a whole one (local-dir:…, hf-hub:…, a file)",
+    )
     model_args: dict[str, Any] = Field({}, description="keyword arguments of the student's timm constructor")
+    plan: str | None = Field(
+        None,
+        description="attention of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by default",
+    )
     init: str | None = Field(
         None,
         description="weights to start from, any teacher source; 'teacher' for the teacher's own; fresh by default",
@@ -62,7 +69,7 @@ class StudentConfig(Section):
         None, description="input resolution; the architecture's by default"
     )
     global_pool: Literal["avg", "token", "map", ""] | None = Field(
-        "avg", description="pooling before the head"
+        "avg", description="pooling before the head of a fresh student"
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the last block")
     pos_embed_std: float | None = Field(
@@ -113,6 +120,16 @@ class TransferConfig(Section):
     share_drop_path: bool = Field(
         False,
         description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
+    )
+
+
+class AlignConfig(Section):
+    """How converted layers learn on their teacher's inputs (mode align)."""
+
+    loss: Literal["output", "map", "probes", "rows"] = Field(
+        "output",
+        description="between a layer and its teacher: output error, exact map error, its estimate by random probes, "
+        "or cross-entropy of sampled rows",
     )
 
 
@@ -174,6 +191,9 @@ class OptimConfig(Section):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the student's moving average; off by default"
     )
+    new_scale: float = Field(
+        1.0, gt=0, description="learning rate factor of the parameters that a conversion brought"
+    )
     trainable: str = Field(
         ".*", description="regular expression of the parameters that learn; the head always does"
     )
@@ -217,12 +237,13 @@ class PretrainConfig(Section):
 class RunConfig(Section):
     """Everything a run needs; written to the run folder as config.yaml."""
 
-    mode: Mode = Field("transfer", description="transfer, finetune, scratch or pretrain")
+    mode: Mode = Field("transfer", description="transfer, align, finetune, scratch or pretrain")
     output_dir: Path = Field(Path("runs/default"), description="the run folder")
     seed: int = Field(0, ge=0)
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     transfer: TransferConfig = TransferConfig()
+    align: AlignConfig = AlignConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()

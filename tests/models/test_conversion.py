@@ -75,8 +75,9 @@ def test_timm_builds_and_saves_a_converted_model(tmp_path: Any) -> None:
 def test_converted_layers_are_no_temporary_hosts() -> None:
     student = convert(vit(), "0: linear")
     assert plan_of(release_attention(student)) == plan_of(student) is not None
-    with pytest.raises(UnsupportedModelError, match="ConvertedAttention"):
-        host_attention(student)
+    layer = student.blocks[0].attn  # type: ignore[index, union-attr]
+    assert host_attention(student)[0] is layer
+    assert release_attention(student).blocks[0].attn is layer  # type: ignore[index, union-attr]
 
 
 def test_what_cannot_be_converted_is_named() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import timm
 import torch
+from graftvit.models.conversion import convert
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.models.host import AttentionHost, host_attention
 from graftvit.transfer.analysis import attention_maps, divergence_by_layer, js_divergence, map_divergence
@@ -155,3 +157,14 @@ def test_what_cannot_be_compared_is_named() -> None:
         divergence_by_layer(teacher, make(class_token=False, global_pool="avg"), images(teacher))
     with pytest.raises(UnsupportedModelError):
         attention_maps(timm.create_model("swin_tiny_patch4_window7_224"), torch.zeros(1, 3, 224, 224))
+
+
+def test_maps_of_converted_layers_are_their_operators_own() -> None:
+    model = make()
+    student = convert(model, "0: linear")
+    found = attention_maps(student, images(model))
+    torch.testing.assert_close(found[0].sum(-1), torch.ones_like(found[0].sum(-1)), rtol=1e-4, atol=1e-4)
+    layer: Any = student.blocks[0]
+    softmax = attention_maps(model, images(model))[0]
+    assert not torch.allclose(found[0], softmax, atol=1e-3)
+    assert not layer.attn.operator._forward_pre_hooks

@@ -18,14 +18,24 @@ from ..config import RunConfig, StudentConfig
 from ..data.datasets import check_dataset
 from ..data.loaders import EvalLoader, InputSpec, TrainLoader, create_eval_loader, create_train_loader
 from ..methods.dual import build_dual
-from ..methods.input import Normalization
+from ..methods.input import Normalization, TeacherInput
+from ..recovery.align import Alignment
 from .optim import freeze
 from .randomness import preserved
-from .students import StudentPlan, input_size, plan_student, student_normalization
-from .tasks import ClassificationTask, PretrainTask, Task, TransferTask
+from .students import (
+    StudentPlan,
+    find_whole,
+    find_whole_name,
+    input_size,
+    plan_student,
+    student_normalization,
+)
+from .tasks import AlignTask, ClassificationTask, PretrainTask, Task, TransferTask
 
 logger = logging.getLogger(__name__)
 
+TAUGHT = ("transfer", "align")
+"""Modes that need their teacher in every step."""
 HEAD_STD = 2e-5
 """Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""
 
@@ -52,9 +62,10 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     """
     check_dataset(config.data)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
-    channels, height, width = input_size(config.student)
+    whole = find_whole(config.student)
+    channels, height, width = input_size(config.student, whole)
     teacher = find_teacher(config, (height, width), commit)
-    mean, std = student_normalization(config.student, channels, teacher)
+    mean, std = student_normalization(config.student, channels, whole or teacher)
     spec = InputSpec((channels, height, width), mean, std)
     with preserved():
         train_loader = create_train_loader(
@@ -66,23 +77,24 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     if config.mode == "pretrain":
         plan = plan_student(headless(config.student), 0, None)
     else:
-        plan = plan_student(config.student, train_loader.num_classes, teacher)
+        plan = plan_student(config.student, train_loader.num_classes, teacher, whole)
     student, init = _student(config, plan, teacher)
     task = _task(config, student, plan, teacher, spec)
     origins = {"teacher": provenance.of_teacher(teacher), "init": init}
     # Fine-tuning has taken the teacher's weights and needs it no more.
-    needed = teacher if config.mode == "transfer" else None
+    needed = teacher if config.mode in TAUGHT else None
     return Parts(task, plan, needed, train_loader, eval_loader, origins)
 
 
 def find_teacher(config: RunConfig, size: tuple[int, int], commit: str | None = None) -> Teacher | None:
     """The teacher where the mode has a use for one."""
     source = config.teacher.source
-    if config.mode == "transfer" and source is None:
+    if config.mode in TAUGHT and source is None:
         raise ConfigError(
-            "mode=transfer needs a teacher: set teacher.source to a timm name, a hub name or a path"
+            f"mode={config.mode} needs a teacher: set teacher.source to a timm name, a hub name or a path"
         )
-    if config.mode == "finetune" and source is None and config.student.init is None:
+    starts = config.student.init is not None or find_whole_name(config.student)
+    if config.mode == "finetune" and source is None and not starts:
         raise ConfigError("mode=finetune needs weights to start from: set teacher.source or student.init")
     if source is None:
         return None
@@ -127,7 +139,9 @@ def _student(
 
 def _start_from(config: RunConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, Any] | None:
     """Loads the weights to start from, the teacher's own or others, and says where they are from."""
-    source = config.student.init or ("teacher" if config.mode == "finetune" else None)
+    source = config.student.init or find_whole_name(config.student)
+    if source is None and config.mode in ("finetune", "align"):
+        source = "teacher"
     if source is None:
         return None
     revision = None
@@ -155,6 +169,10 @@ def _task(
     if config.mode == "pretrain":
         settings = config.pretrain.model_dump()
         task: Task = PretrainTask(MaskedAutoencoder(student, **settings))
+    elif config.mode == "align" and teacher is not None:
+        norms = Normalization(teacher.mean, teacher.std), Normalization(plan.mean, plan.std)
+        teacher_input = TeacherInput(teacher.model, student, *norms)
+        task = AlignTask(Alignment(teacher.model, student, config.align.loss), teacher_input)
     elif config.mode == "transfer" and teacher is not None:
         calibration = _calibration(config, spec) if config.transfer.heads == "match" else None
         normalization = Normalization(plan.mean, plan.std)
@@ -163,5 +181,5 @@ def _task(
         task = TransferTask(dual, config.data.smoothing)
     else:
         task = ClassificationTask(student, config.data.smoothing)
-    freeze(task.trainable, config.optim.trainable)
+    freeze(task.trainable, config.optim.trainable, keep_head=config.mode != "align")
     return task

@@ -12,6 +12,7 @@ from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, l
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from ...models.conversion import new_parameters
 from ...models.errors import ConfigError, did_you_mean
 from ..config import OptimConfig
 
@@ -45,7 +46,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def freeze(model: nn.Module, trainable: str) -> None:
+def freeze(model: nn.Module, trainable: str, *, keep_head: bool = True) -> None:
     """Freezes the parameters of `model` whose name the regular expression is not found in, save the head's.
 
     Raises ConfigError where the expression is not valid or matches nothing.
@@ -60,7 +61,7 @@ def freeze(model: nn.Module, trainable: str) -> None:
         raise ConfigError(
             f"optim.trainable={trainable!r} matches no parameter of the student (some are {shown})"
         )
-    head = {id(parameter) for parameter in _head_parameters(model)}
+    head = {id(parameter) for parameter in _head_parameters(model)} if keep_head else set()
     for name, parameter in model.named_parameters():
         if not pattern.search(name) and id(parameter) not in head:
             parameter.requires_grad_(False)
@@ -95,10 +96,26 @@ def create_optimizer(
     extra = [p for p in task.parameters() if p.requires_grad and id(p) not in own]
     if extra:
         groups.append({"params": extra, "weight_decay": config.weight_decay})
+    groups = _scale_new(groups, model, config.new_scale)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         groups, opt=config.opt, lr=peak, weight_decay=config.weight_decay, **_betas(config)
     )
     return optimizer
+
+
+def _scale_new(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+    """The groups with the parameters that a conversion brought in groups of their own, at `scale` times the rate."""
+    new = {id(parameter) for parameter in new_parameters(model)}
+    if scale == 1 or not new:
+        return groups
+    split = []
+    for group in groups:
+        for is_new in (False, True):
+            parameters = [p for p in group["params"] if (id(p) in new) == is_new]
+            rate = group.get("lr_scale", 1.0) * (scale if is_new else 1.0)
+            if parameters:
+                split.append({**group, "params": parameters, "lr_scale": rate})
+    return split
 
 
 def _betas(config: OptimConfig) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
 
-from ...checkpoints.teacher import Teacher
+from ...checkpoints.teacher import Teacher, load_teacher
+from ...models.conversion import with_plan
 from ...models.errors import ConfigError, did_you_mean
 from ...models.mirror import mirror_arguments
 from ..config import StudentConfig
@@ -49,11 +51,31 @@ class StudentPlan:
         return model
 
 
-def input_size(config: StudentConfig) -> tuple[int, int, int]:
-    """(channels, height, width) of the student's images, without building it.
+def find_whole_name(config: StudentConfig) -> str | None:
+    """`config.model` where it is a source of a whole model, and not the architecture of a fresh student."""
+    text = config.model
+    is_source = ":" in text or "/" in text or Path(text).exists()
+    return text if is_source and not is_model(split_model_name_tag(text)[0]) else None
+
+
+def find_whole(config: StudentConfig) -> Teacher | None:
+    """The model that the student goes on from; None for a fresh one.
+
+    Raises CheckpointError: it cannot be loaded.
+    """
+    source = find_whole_name(config)
+    return None if source is None else load_teacher(source, img_size=config.img_size)
+
+
+def input_size(config: StudentConfig, whole: Teacher | None = None) -> tuple[int, int, int]:
+    """(channels, height, width) of the student's images, without building it; those of `whole` where it is that.
 
     Raises ConfigError where timm does not know the architecture.
     """
+    if whole is not None:
+        model: Any = whole.model
+        height, width = model.patch_embed.img_size
+        return int(model.patch_embed.proj.in_channels), int(height), int(width)
     base, _ = split_model_name_tag(config.model)
     if not is_model(base):
         raise ConfigError(f"student.model={config.model!r} is not a timm model: {_suggest(base)}")
@@ -69,8 +91,20 @@ def _suggest(name: str) -> str:
     return did_you_mean(name, family).split("valid:")[0] + "`timm.list_models()` names the valid ones"
 
 
-def plan_student(config: StudentConfig, num_classes: int, teacher: Teacher | None) -> StudentPlan:
-    """The student with `num_classes` outputs, its images normalised as the teacher's where there is one."""
+def plan_student(
+    config: StudentConfig, num_classes: int, teacher: Teacher | None, whole: Teacher | None = None
+) -> StudentPlan:
+    """The student with `num_classes` outputs, its images normalised as the teacher's where there is one.
+
+    `whole` is the model that it goes on from, whose architecture, plan and normalisation it keeps.
+    """
+    if whole is not None:
+        size = input_size(config, whole)[1:]
+        arguments = {**whole.model_args, "num_classes": num_classes, "img_size": size}
+        architecture = whole.architecture
+        if config.plan is not None:
+            architecture, arguments = with_plan(architecture, arguments, config.plan)
+        return StudentPlan(architecture, arguments, whole.mean, whole.std)
     channels, height, width = input_size(config)
     arguments = {
         **config.model_args,
@@ -85,6 +119,8 @@ def plan_student(config: StudentConfig, num_classes: int, teacher: Teacher | Non
         if teacher is None:
             raise ConfigError("student.mirror_teacher=true needs a teacher: set teacher.source")
         architecture, arguments = mirror_arguments(teacher.model, architecture, arguments)
+    if config.plan is not None:
+        architecture, arguments = with_plan(architecture, arguments, config.plan)
     mean, std = student_normalization(config, channels, teacher)
     return StudentPlan(architecture, arguments, mean, std)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.families import attention_blocks
 from ..methods.dual import DualViT
+from ..methods.input import TeacherInput
+from ..recovery.align import Alignment
 
 Losses = dict[str, Tensor]
 
@@ -92,6 +95,31 @@ class TransferTask(Task):
 
     def predict(self, images: Tensor) -> Tensor:
         return self.dual.predict(images)
+
+
+class AlignTask(Task):
+    """Each converted layer learns on its teacher's inputs; labels are not looked at."""
+
+    def __init__(self, alignment: Alignment, teacher_input: TeacherInput) -> None:
+        super().__init__()
+        self.alignment = alignment
+        self.teacher_input = teacher_input
+        used = {id(parameter) for parameter in alignment.used_parameters()}
+        for parameter in alignment.student.parameters():
+            parameter.requires_grad_(id(parameter) in used)
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.alignment.student
+
+    @property
+    def saved(self) -> nn.Module:
+        return self.alignment
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        losses = self.alignment(self.teacher_input(images))
+        parts = {f"layer{layer:02d}": loss for layer, loss in losses.items()}
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
 
 class PretrainTask(Task):

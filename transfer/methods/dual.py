@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ...checkpoints.teacher import Teacher
-from ...models.errors import ConfigError, did_you_mean
+from ...models.conversion import converted_layers
+from ...models.errors import ConfigError, TransferError, did_you_mean
 from ...models.families import check_supported
 from ...models.host import release_attention
 from ..config import Method, TransferConfig
@@ -61,6 +62,7 @@ class DualViT(nn.Module):
             teacher = teacher.model
         check_supported(release_attention(teacher))
         check_supported(release_attention(student))
+        _check_teacher(teacher, self.config.method)
         release_drop_paths(student)
         self.student = student
         self._teacher = (teacher.eval().requires_grad_(False),)
@@ -172,6 +174,16 @@ class DualViT(nn.Module):
         self.teacher._apply(fn)
         super()._apply(fn, recurse)
         return self
+
+
+def _check_teacher(teacher: nn.Module, method: Method) -> None:
+    converted = converted_layers(teacher)
+    if converted and method not in ("block_output", "feature", "logits"):
+        first, layer = next(iter(converted.items()))
+        raise TransferError(
+            f"layer {first} of the teacher has {layer.choice} in place of softmax attention, so "
+            f"transfer.method={method} has nothing to take from it; use block_output, feature or logits"
+        )
 
 
 def _settings(**options: Any) -> TransferConfig:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.conversion import ConvertedAttention
 from ...models.errors import TransferError
 from ...models.host import AttentionHost, host_attention
 from ..config import TransferConfig
@@ -63,11 +64,24 @@ def install(
     for link in plan.links:
         host = hosts[link.pair.student]
         operator = _operator(config, plan, link, tape, installed.projectors)
+        if isinstance(host, ConvertedAttention):
+            installed.undo.append(_watch_converted(host, link, operator))
+            continue
         host.operator = operator
         installed.undo += _freeze_unused(host, operator)
     if method == "copy" and len(plan.links) == len(hosts):
         installed.undo += _freeze(getattr(student, "rel_pos_bias", None))
     return installed
+
+
+def _watch_converted(host: ConvertedAttention, link: Link, operator: Taught) -> Undo:
+    """A converted layer keeps its own operator; only what comes out of it can be matched."""
+    if not isinstance(operator, MatchOutput):
+        raise TransferError(
+            f"layer {link.pair.student} of the student has {host.choice} in place of softmax attention: use mode=align "
+            "for its map, or transfer.method attention_output, block_output, feature or logits"
+        )
+    return cast(nn.Module, host.operator).register_forward_hook(operator.watch).remove
 
 
 def _operator(

@@ -161,10 +161,15 @@ class MatchOutput(Taught):
 
     def taught(self, heads: Heads) -> Tensor:
         out = softmax(heads)
+        self.compare(out)
+        return out
+
+    def compare(self, out_BHND: Tensor) -> None:
+        """Record the error of the student's output, of whichever operator it is."""
         link = self.link
         teacher = self.tape.outputs[link.pair.teacher]
         teacher = pick_dim(teacher, 1, None if link.heads.is_identity else link.teacher_index)
-        student = pick_dim(out, 1, None if link.all_heads else link.student_index)
+        student = pick_dim(out_BHND, 1, None if link.all_heads else link.student_index)
         self.record(
             squared_error(
                 pick_dim(student, 2, link.tokens.student),
@@ -172,7 +177,11 @@ class MatchOutput(Taught):
                 self.projector,
             )
         )
-        return out
+
+    def watch(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+        """As a forward hook of a converted layer's operator: the same, while the teacher's side is on the tape."""
+        if self.tape.active:
+            self.compare(out)
 
 
 def squared_error(student: Tensor, teacher: Tensor, projector: nn.Module | None) -> Tensor:

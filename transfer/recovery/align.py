@@ -64,6 +64,8 @@ class Alignment(nn.Module):
         super().__init__()
         layers = converted_layers(student)
         check_supported(teacher)
+        if converted_layers(teacher):
+            raise TransferError("the teacher is converted itself: give the model that it was converted from")
         if not layers:
             raise TransferError("nothing to align: no layer of the student is converted; give it a plan")
         shapes = attention_shape(teacher), attention_shape(student)
@@ -99,6 +101,16 @@ class Alignment(nn.Module):
             assert host.last_loss is not None
             losses[index], host.last_loss = host.last_loss, None
         return losses
+
+    def used_parameters(self) -> list[nn.Parameter]:
+        """The student's parameters that a loss depends on: of converted layers, all but the output projection."""
+        return [
+            parameter
+            for layer in converted_layers(self.student).values()
+            for name, child in layer.named_children()
+            if name not in ("proj", "norm", "gate")
+            for parameter in child.parameters()
+        ] + [p for layer in converted_layers(self.student).values() for p in layer.parameters(recurse=False)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Alignment:
         self._view[0]._apply(fn)  # the teacher is no part of the module, but goes where it goes
