@@ -126,9 +126,9 @@ class TransferConfig(Section):
 class AlignConfig(Section):
     """How converted layers learn on their teacher's inputs (mode align)."""
 
-    loss: Literal["output", "map", "probes", "rows"] = Field(
+    match: Literal["output", "map", "probes", "rows"] = Field(
         "output",
-        description="between a layer and its teacher: output error, exact map error, its estimate by random probes, "
+        description="what of a layer is matched with its teacher's: output error, exact map error, its estimate by random probes, "
         "or cross-entropy of sampled rows",
     )
 

@@ -172,7 +172,7 @@ def _task(
     elif config.mode == "align" and teacher is not None:
         norms = Normalization(teacher.mean, teacher.std), Normalization(plan.mean, plan.std)
         teacher_input = TeacherInput(teacher.model, student, *norms)
-        task = AlignTask(Alignment(teacher.model, student, config.align.loss), teacher_input)
+        task = AlignTask(Alignment(teacher.model, student, config.align.match), teacher_input)
     elif config.mode == "transfer" and teacher is not None:
         calibration = _calibration(config, spec) if config.transfer.heads == "match" else None
         normalization = Normalization(plan.mean, plan.std)

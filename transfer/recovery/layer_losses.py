@@ -78,15 +78,15 @@ LAYER_LOSSES: dict[str, LayerLoss] = {
 def check_layer_loss(name: str, layer: int, choice: str, operator: AttentionOperator) -> None:
     """TransferError where the loss does not exist, or the operator of this layer has no such thing."""
     if name not in LAYER_LOSSES:
-        raise TransferError(f"recovery.loss={name}; {did_you_mean(name, LAYER_LOSSES)}")
+        raise TransferError(f"align.match={name}; {did_you_mean(name, LAYER_LOSSES)}")
     traits = operator.traits
     if name != "output" and not traits.linear_in_v:
         raise TransferError(
-            f"recovery.loss={name}: {choice} of layer {layer} is not linear in V and has no map; use output"
+            f"align.match={name}: {choice} of layer {layer} is not linear in V and has no map; use output"
         )
     if name == "rows" and not (traits.nonnegative and traits.row_stochastic):
         raise TransferError(
-            f"recovery.loss=rows: the rows of {choice} in layer {layer} are no distributions, so they have no "
+            f"align.match=rows: the rows of {choice} in layer {layer} are no distributions, so they have no "
             "cross-entropy; use output, map or probes"
         )
 

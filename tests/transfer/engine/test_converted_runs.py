@@ -60,7 +60,7 @@ def test_alignment_then_output_matching(teacher: Path, tmp_path: Path) -> None:
 
 def test_an_alignment_goes_on_bit_for_bit(teacher: Path, tmp_path: Path) -> None:
     """Probes are drawn anew in every step, so the generators are put back too."""
-    how = {"align": {"loss": "probes"}, "engine": {"save_every": 5}}
+    how = {"align": {"match": "probes"}, "engine": {"save_every": 5}}
     train(align(tmp_path / "whole", teacher, **how))
     train(align(tmp_path / "cut", teacher, **how))
     (tmp_path / "cut" / "checkpoints" / "last.safetensors").unlink()

@@ -130,7 +130,7 @@ def test_mistakes_are_named() -> None:
     teacher = vit()
     with pytest.raises(TransferError, match="no layer of the student is converted"):
         Alignment(teacher, vit())
-    with pytest.raises(TransferError, match=r"recovery\.loss=outpt; did you mean 'output'"):
+    with pytest.raises(TransferError, match=r"align\.match=outpt; did you mean 'output'"):
         Alignment(teacher, convert(teacher, "*: linear"), "outpt")
     with pytest.raises(TransferError, match="have no cross-entropy"):
         Alignment(teacher, convert(teacher, "*: kernel(feature=relu)"), "rows")
