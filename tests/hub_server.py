@@ -261,9 +261,13 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except OSError:  # the client hung up first
             return
-        if self.fault.reset:  # closing with nothing lingering sends a reset
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
+        if self.fault.reset:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Closes rudely: with nothing lingering, which sends a reset."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
 
     def finish(self) -> None:
         try:

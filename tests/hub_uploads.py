@@ -56,19 +56,25 @@ class UploadHandler(HubHandler):
     """Whoever has the token may write for `OWNERS`; commits are built from what was uploaded before."""
 
     store: ClassVar[Store]
+    sent: bytes
     routes: ClassVar[tuple[tuple[str, str, str], ...]] = (
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("POST", MODEL + r"/branch/(?P<branch>[^/]+)", "branch"),
         ("POST", MODEL + r"/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
-        ("PUT", r"/lfs/(?P<digest>[0-9a-f]{64})", "large_upload"),
+        ("PUT", r"/upload/(?P<digest>[0-9a-f]{64})", "large_upload"),
         ("POST", MODEL + r"/commit/(?P<revision>[^/]+)", "commit"),
         *HubHandler.routes,
     )
 
+    def dispatch(self) -> None:
+        """What was sent is read first: an answer before would reach the client as a connection that broke."""
+        self.sent = self.body()
+        super().dispatch()
+
     def create(self) -> None:
-        asked = json.loads(self.body())
+        asked = json.loads(self.sent)
         name = f"{asked['organization']}/{asked['name']}"
         if not self.writes(name):
             return None
@@ -85,7 +91,7 @@ class UploadHandler(HubHandler):
 
     def validate(self) -> None:
         """The hub's own check of a card's head, as far as these tests need it."""
-        card = json.loads(self.body())["content"]
+        card = json.loads(self.sent)["content"]
         self.store.cards.append(card)
         found = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
         head = yaml.safe_load(found[1]) if found else {}
@@ -97,7 +103,6 @@ class UploadHandler(HubHandler):
         self.send_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def branch(self, repo: str, branch: str) -> None:
-        self.body()
         if not self.writes(repo):
             return None
         refs = self.hub.refs.setdefault(repo, {"main": COMMIT})
@@ -108,7 +113,7 @@ class UploadHandler(HubHandler):
         return None
 
     def preupload(self, repo: str, revision: str) -> None:
-        asked = json.loads(self.body())["files"]
+        asked = json.loads(self.sent)["files"]
         commit = self.opened(repo, revision) if self.writes(repo) else None
         if commit is None:
             return
@@ -128,25 +133,27 @@ class UploadHandler(HubHandler):
         )
 
     def batch(self, repo: str) -> None:
-        asked = json.loads(self.body())["objects"]
+        asked = json.loads(self.sent)["objects"]
         if not self.writes(repo):
             return
         objects: list[dict[str, Any]] = [{"oid": one["oid"], "size": one["size"]} for one in asked]
         for one in objects:
             if one["oid"] not in self.store.objects:
-                address = f"{self.hub.cdn}/lfs/{one['oid']}"
+                address = f"{self.hub.cdn}/upload/{one['oid']}"
                 one["actions"] = {"upload": {"href": address, "header": {}}}
         self.send_json({"transfer": "basic", "objects": objects})
 
     def large_upload(self, digest: str) -> None:
-        content = self.body()
+        content = self.sent
+        if self.fault.reset:
+            return self.hang_up()
         if hashlib.sha256(content).hexdigest() != digest:
             return self.reply(400, b"wrong hash")
         self.store.objects[digest] = content
         return self.reply(200, b"", {"ETag": f'"{digest}"'})
 
     def commit(self, repo: str, revision: str) -> None:
-        lines = [json.loads(line) for line in self.body().splitlines()]
+        lines = [json.loads(line) for line in self.sent.splitlines()]
         old = self.opened(repo, revision) if self.writes(repo) else None
         if old is None:
             return None
@@ -187,10 +194,9 @@ class UploadHandler(HubHandler):
         return True
 
     def body(self) -> bytes:
-        """What was sent, with its length or in chunks; less if the connection is cut by the fault's `cut`."""
-        length = self.headers.get("Content-Length")
-        if length is not None:
-            return self.rfile.read(int(length))
+        """What was sent, with its length or in chunks; nothing without either."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = []
         while size := int(self.rfile.readline(), 16):
             parts.append(self.rfile.read(size))
