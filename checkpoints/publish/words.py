@@ -28,8 +28,15 @@ _LOSSES = {
 _WITHOUT_LAYERS = ("feature", "logits")
 _WITHOUT_HEADS = ("block_output", *_WITHOUT_LAYERS)
 _WORDS = {"opt": "timm's", "aa": "policy", "clip_grad": "gradients clipped to", "reprob": "erasing"}
-_MODES = {
+MATCHES = {
+    "output": "what the attention puts out",
+    "map": "the attention map, exactly",
+    "probes": "the attention map, as random probes see it",
+    "rows": "cross-entropy of sampled rows of the attention map",
+}
+MODES = {
     "transfer": "transfer of attention from a frozen teacher",
+    "align": "alignment of each converted layer with a frozen teacher's, on the teacher's own inputs",
     "finetune": "fine-tuning",
     "scratch": "training from scratch, without a teacher",
     "pretrain": "masked autoencoding, without labels; these are the weights of the encoder",
@@ -51,7 +58,10 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def transfer_rows(recipe: Mapping[str, Any]) -> Rows:
-    """Method, layers, heads and weight of the transfer; nothing for a run without one."""
+    """Method, layers, heads and weight of the transfer, or what was aligned; nothing for a run without either."""
+    if recipe.get("mode") == "align":
+        match = section(recipe, "align").get("match")
+        return [("matched", MATCHES.get(str(match), code(match)))] if match else []
     settings = section(recipe, "transfer")
     method = str(settings.get("method", ""))
     if recipe.get("mode") != "transfer" or not method:
@@ -76,7 +86,7 @@ def recipe_rows(recipe: Mapping[str, Any]) -> Rows:
     data, optim, student = (section(recipe, name) for name in ("data", "optim", "student"))
     mode = str(recipe.get("mode", ""))
     rows = [
-        ("what was done", _MODES.get(mode, code(mode)) if mode else None),
+        ("what was done", MODES.get(mode, code(mode)) if mode else None),
         ("trained on", _data(data)),
         ("length", _length(optim)),
         ("optimiser", _named(optim, "opt", "betas", "weight_decay", "layer_decay", "clip_grad")),

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from graftvit.checkpoints.publish.card import MARKER, hub_name, is_generated, student_card
 from graftvit.checkpoints.publish.sections import CardFacts, load_lines
-from graftvit.checkpoints.publish.words import METHODS, copies
-from graftvit.transfer.config import Method, RunConfig
+from graftvit.checkpoints.publish.words import MATCHES, METHODS, MODES, copies
+from graftvit.transfer.config import AlignConfig, Method, Mode, RunConfig
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,6 +128,18 @@ def test_each_method_is_described(method: str) -> None:
     assert (ModelCard(card).data.eval_results is None) == needs_teacher
     assert "91.23" in card
     assert ("with its teacher." in card) == needs_teacher
+
+
+@pytest.mark.parametrize("match", get_args(AlignConfig.model_fields["match"].annotation))
+def test_each_alignment_is_described(match: str) -> None:
+    card = student_card(config(mode="align", student={"plan": "*: linear"}, align={"match": match}), FACTS)
+    assert row(card, "matched") == MATCHES[match]
+    assert row(card, "teacher: revision") == f"`{COMMIT}`"
+    assert "| method |" not in card
+
+
+def test_each_mode_is_described() -> None:
+    assert set(get_args(Mode)) == MODES.keys()
 
 
 def test_a_copying_student_says_how_to_put_the_teacher_back() -> None:
