@@ -101,6 +101,23 @@ def test_large_weights_are_spread_over_files(run: Any, tmp_path: Path) -> None:
         load(str(written))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("part", ["student", "ema"])
+def test_part_dtype_and_shards_together_keep_the_bits(
+    run: Any, tmp_path: Path, part: str, dtype: torch.dtype | None
+) -> None:
+    source = run[0] if part == "student" else f"{run[0]}#ema"
+    wanted = {key: tensor.to(dtype) for key, tensor in run[1 if part == "student" else 2].items()}
+    whole = save_student(source, tmp_path / "whole", dtype=dtype)
+    shards = save_student(str(whole), tmp_path / "shards", dtype=dtype, max_shard_size=4_000)
+    assert len(list(shards.glob("model-*.safetensors"))) > 2
+    assert same(load(str(shards), dtype=dtype), wanted)
+    back = save_student(str(shards), tmp_path / "back", dtype=dtype)
+    name = "model.safetensors"
+    assert (back / name).read_bytes() == (whole / name).read_bytes()
+    assert json.loads((back / "config.json").read_text())["graftvit"]["part"] == part
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_converted_student_comes_back(tmp_path: Path, tiny: Callable[..., nn.Module], shards: bool) -> None:
     student = convert(tiny(**ARGUMENTS), "*: linear(feature=relu); 1: softmax").eval()
