@@ -1,25 +1,29 @@
-"""Weights files, read without ever running what is in them; the suffix tells the container, nothing else."""
+"""Weights files, read without ever running what is in them; the bytes tell the container, never the name."""
 
 from __future__ import annotations
 
 import argparse
-import pickle
-import re
+import pathlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..models.errors import CheckpointError
-from .sources import SAFE_SUFFIXES
+from .safety.outline import outline
+from .safety.regular import check_regular
 from .state_file import check_state, is_state
+
+PLAIN_OBJECTS = (argparse.Namespace, pathlib.PosixPath)
+"""What training files hold beside tensors, as settings; torch makes these only if it is told to."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds, as it is: a tree of dicts from a .pth, flat tensors from a .safetensors."""
+    """What a file holds, as it is: a tree of dicts from a .pth, flat tensors from a .safetensors or .npz."""
 
     path: Path
     tree: dict[str, Any]
@@ -27,59 +31,59 @@ class Content:
     """Of a .safetensors file."""
 
 
-def read_file(path: Path) -> Content:
-    """Reads a .safetensors or a torch file.
+def read_file(path: Path, inside: Path | None = None) -> Content:
+    """Reads a .safetensors, torch or .npz file.
 
-    Torch files are pickles; only tensors, plain containers and `argparse.Namespace` (MAE's training
-    files hold one) are rebuilt, and torch refuses anything else before it could run.
+    What it describes is read and checked first (`safety/outline.py`). Torch files are pickles: only tensors, plain
+    containers and settings (`PLAIN_OBJECTS`) are rebuilt, always by torch's weights-only loading.
 
-    Raises CheckpointError naming the file: missing, empty, truncated, damaged, or holding more than data.
+    Args:
+        inside: the folder that the file must lie in, where its name comes from another file.
+
+    Raises CheckpointError naming the file: as `check_regular` and `outline`.
     """
+    if inside is not None:
+        check_regular(path, inside)
+    described = outline(path)
     try:
-        if path.stat().st_size == 0:
-            raise CheckpointError(f"{path} is empty")
-        return _read_safe(path) if path.suffix.lower() in SAFE_SUFFIXES else _read_torch(path)
+        if described.kind == "safetensors":
+            return _read_safe(path, described.metadata)
+        if described.kind == "npz":
+            return _read_arrays(path)
+        return _read_torch(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_safe(path: Path) -> Content:
+def _read_safe(path: Path, metadata: dict[str, str]) -> Content:
+    if is_state(metadata):
+        check_state(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if is_state(metadata):
-                check_state(path)
-            names = file.keys()
-            return Content(path, {name: file.get_tensor(name) for name in names}, metadata)
+            return Content(path, {name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> Content:
-    with path.open("rb") as file:
-        tree = _unpickle(path, file)
+    try:
+        with torch.serialization.safe_globals(list(PLAIN_OBJECTS)):
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} is damaged or no torch file: {reason}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of weights")
     return Content(path, tree, {})
 
 
-def _unpickle(path: Path, file: BinaryIO) -> Any:
+def _read_arrays(path: Path) -> Content:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from error
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} is damaged or no torch file: {reason}") from error
-
-
-def _refusal(path: Path, message: str) -> str:
-    """What torch says of an object that is not on its list, in one sentence."""
-    found = re.search(r"(?:GLOBAL|[Gg]lobal|class):? `?([A-Za-z_]\w*(?:\.\w+)+)", message)
-    if found is None:
-        return f"{path} is damaged or no torch file: its pickle cannot be read"
-    return (
-        f"{path} is refused: it holds {found[1]}, and rebuilding that could run code; save the weights alone "
-        "(a state dict) or as .safetensors"
-    )
+        with np.load(path, allow_pickle=False) as archive:
+            return Content(path, {name: torch.from_numpy(archive[name]) for name in archive.files}, {})
+    except (ValueError, TypeError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds numbers that torch has no type for: {error}"
+        ) from error

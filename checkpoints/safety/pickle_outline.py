@@ -60,7 +60,7 @@ class Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         try:
-            for opcode, argument, _ in pickletools.genops(self.stream):
+            for opcode, argument, _ in pickletools.genops(self.stream):  # type: ignore[arg-type]
                 if opcode.name == "STOP":
                     break
                 self._step(opcode.name, argument)
@@ -162,7 +162,10 @@ class Machine:
         target = self.stack[-1]
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[plain_key(key)] = value
+                plain = plain_key(key)
+                if plain in target:
+                    raise DamagedPickle(f"it names {str(plain)[:80]!r} twice")
+                target[plain] = value
         elif not isinstance(target, Foreign):
             raise DamagedPickle(f"its pickle sets items of a {type(target).__name__}")
 
@@ -252,30 +255,11 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": set,
 }
-LITERALS = frozenset(
-    [
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "UNICODE",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-    ]
-)
+LITERALS = (
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
+)  # fmt: skip
 
 
 def plain_key(key: Any) -> Hashable:

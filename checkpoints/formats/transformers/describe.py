@@ -39,23 +39,23 @@ def _describe(tell: Tell) -> Describe:
 @_describe
 def vit(weights: Weights, config: Config) -> Weights:
     family = MAE if config.values.get("model_type") in IMAGENET_TYPES else VIT
-    return described(weights, config, family, activation(config, VIT, "gelu") | without_bias(weights))
+    return described(weights, config, family, activation(config, VIT, "gelu") | without_bias(weights, config))
 
 
 @_describe
 def mae(weights: Weights, config: Config) -> Weights:
-    return described(weights, config, MAE, activation(config, MAE, "gelu") | without_bias(weights))
+    return described(weights, config, MAE, activation(config, MAE, "gelu") | without_bias(weights, config))
 
 
 @_describe
 def distilled(weights: Weights, config: Config) -> Weights:
-    arguments = activation(config, DISTILLED, "gelu") | without_bias(weights)
+    arguments = activation(config, DISTILLED, "gelu") | without_bias(weights, config)
     return described(weights, config, DISTILLED, arguments)
 
 
 @_describe
 def deit(weights: Weights, config: Config) -> Weights:
-    arguments = {"reg_tokens": 1, **activation(config, DEIT, "gelu"), **without_bias(weights)}
+    arguments = {"reg_tokens": 1, **activation(config, DEIT, "gelu"), **without_bias(weights, config)}
     known = described(weights, config, DEIT, arguments)
     note = "the distillation token is a register here: the classifier reads the class token alone"
     return replace(known, notes=(*known.notes, note))
@@ -80,7 +80,7 @@ def beit(weights: Weights, config: Config) -> Weights:
         "global_pool": "avg",
     }
     arguments = {key: value for key, value in found.items() if value != published[key]}
-    return described(weights, config, BEIT, arguments | without_bias(weights, "attn.q_bias"))
+    return described(weights, config, BEIT, arguments | without_bias(weights, config, "attn.q_bias"))
 
 
 @_describe
@@ -88,16 +88,14 @@ def dinov2(weights: Weights, config: Config) -> Weights:
     tensors = weights.tensors
     first, second = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     gated = first is not None and second is not None and first.shape[0] == 2 * second.shape[-1]
-    registers = tensors.get("reg_token")
-    count = 0 if registers is None else registers.shape[1]
+    count = _registers(weights, config)
     template = "vit_{size}_patch{patch}_reg4_dinov2" if count else "vit_{size}_patch{patch}_dinov2"
     lineage = Lineage(template, ("giant packed",) if gated else DINOV2_SIZES, (14,))
     family = Family(lineage, "ImageNet's", 1e-6, prefix=0 if count else 1, hidden_setting=None)
     arguments: dict[str, Any] = {"reg_tokens": count} if count not in (0, 4) else {}
     if not gated:
         arguments |= activation(config, family, "gelu")
-    _check_registers(config, count)
-    return described(weights, config, family, arguments | without_bias(weights))
+    return described(weights, config, family, arguments | without_bias(weights, config))
 
 
 @_describe
@@ -109,9 +107,7 @@ def dinov3(weights: Weights, config: Config) -> Weights:
     family = Family(lineage, "ImageNet's", 1e-5, heads=6)
     _check_dinov3(config)
     only_activation(config, family, "silu" if gated else "gelu")
-    registers = tensors.get("reg_token")
-    count = 0 if registers is None else registers.shape[1]
-    _check_registers(config, count)
+    count = _registers(weights, config)
     arguments: dict[str, Any] = {"global_pool": "token"}
     if count != 4:
         arguments["num_reg_tokens"] = count
@@ -123,9 +119,11 @@ def dinov3(weights: Weights, config: Config) -> Weights:
     return described(weights, config, family, arguments)
 
 
-def _check_registers(config: Config, count: int) -> None:
-    if config.values.get("num_register_tokens", count) != count:
-        raise config.wrong("num_register_tokens", f"but its weights have {count}")
+def _registers(weights: Weights, config: Config) -> int:
+    tokens = weights.tensors.get("reg_token")
+    count = tokens.shape[1] if tokens is not None and tokens.ndim == 3 else 0
+    config.must_have("num_register_tokens", count)
+    return count
 
 
 def _check_dinov3(config: Config) -> None:
