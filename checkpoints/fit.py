@@ -39,7 +39,7 @@ class Match:
     @property
     def problems(self) -> dict[str, list[str]]:
         """What stands against loading, by kind."""
-        kinds = {"wrong shapes": self.wrong, "missing keys": self.absent, "unexpected keys": self.foreign}
+        kinds = {"wrong tensors": self.wrong, "missing keys": self.absent, "unexpected keys": self.foreign}
         return {kind: keys for kind, keys in kinds.items() if keys}
 
 
@@ -59,7 +59,7 @@ def fit(
     found = match(model, weights, role=role, method=method, classifiers=classifiers)
     if found.problems:
         words = "; ".join(
-            f"{kind}: {some(keys, 3 if kind == 'wrong shapes' else 4)}"
+            f"{kind}: {some(keys, 3 if keys is found.wrong else 4)}"
             for kind, keys in found.problems.items()
         )
         described: Any = getattr(model, "default_cfg", None) or {}
@@ -100,7 +100,7 @@ def match(
     )
     missing, absent = sort_keys((key for key in target if key not in present), rules.missing)
     unexpected, foreign = sort_keys((key for key in tensors if key not in present), rules.unexpected)
-    return Match(present, missing, unexpected, absent, foreign, _wrong_shapes(present, target), resampled)
+    return Match(present, missing, unexpected, absent, foreign, _wrong(present, target), resampled)
 
 
 def _set_norm_eps(model: nn.Module, epsilon: float) -> None:
@@ -116,12 +116,16 @@ def _head_fits(
     return all(key in tensors and tensors[key].shape == target[key].shape for key in heads)
 
 
-def _wrong_shapes(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{key} is {tuple(tensor.shape)} and not {tuple(target[key].shape)}"
-        for key, tensor in present.items()
-        if tensor.shape != target[key].shape
-    ]
+def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of another shape, or of numbers that stand for something else: whole numbers, truth values."""
+    words = []
+    for key, tensor in present.items():
+        wanted = target[key]
+        if tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex():
+            words.append(f"{key} is {str(tensor.dtype).removeprefix('torch.')}, no floating-point tensor")
+        elif tensor.shape != wanted.shape:
+            words.append(f"{key} is {tuple(tensor.shape)} and not {tuple(wanted.shape)}")
+    return words
 
 
 def _refuse_not_finite(origin: str, tensors: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from .files import read_file
 from .formats import read_weights
 from .hub.download import commit_of, download, try_download
 from .provenance import KEY as PROVENANCE
+from .provenance import NORM_EPS
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource
 from .weights import Weights
@@ -70,9 +71,13 @@ def read_weights_file(source: FileSource) -> Weights:
 
 
 def loads_in_plain_timm(folder: Path) -> bool:
-    """Whether timm alone can build the model of a folder: not one of converted attention, nor spread weights."""
-    architecture = _config(folder / CONFIG).get("architecture")
-    return is_model(str(architecture)) and architecture != CONVERTED and (folder / WEIGHTS_NAMES[0]).is_file()
+    """Whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
+    config = _config(folder / CONFIG)
+    architecture, own = config.get("architecture"), config.get(PROVENANCE) or {}
+    plain = is_model(str(architecture)) and architecture != CONVERTED
+    # Beside what a norm sees, a smaller epsilon is a matter of rounding, whatever the architecture's own.
+    plain = plain and (own.get(NORM_EPS) or 0.0) <= 1e-5
+    return plain and (folder / WEIGHTS_NAMES[0]).is_file()
 
 
 def _existing(path: Path) -> Path | None:
@@ -94,8 +99,15 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     weights = _weights(find, (named,) if named else (), origin, {})
     known = _with_licence(known_fields(described), find)
     words = f"a timm folder ({Path(weights.origin).name})"
-    provenance = config.get(PROVENANCE) or {}
-    return Weights(weights.tensors, origin, words, architecture, model_args, known, provenance=provenance)
+    provenance = dict(config.get(PROVENANCE) or {})
+    epsilon = provenance.pop(NORM_EPS, None)
+    if epsilon is not None and not (isinstance(epsilon, float) and 0 < epsilon < 1):
+        raise CheckpointError(
+            f"{folder / CONFIG} says {NORM_EPS}={epsilon!r}, which is no number from 0 to 1"
+        )
+    return Weights(
+        weights.tensors, origin, words, architecture, model_args, known, epsilon, provenance=provenance
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -114,7 +126,9 @@ def _weights(find: Find, first: tuple[str, ...], origin: str, config: Mapping[st
         path = find(name)
         if path is None:
             continue
-        content = read_shards(path, find) if name.endswith(INDEX_SUFFIX) else read_file(path)
+        content = (
+            read_shards(path, find) if name.endswith(INDEX_SUFFIX) else read_file(path, inside=path.parent)
+        )
         return read_weights(content, config=config)
     raise CheckpointError(f"{origin} has a {CONFIG} but no weights: none of {', '.join(WEIGHTS_NAMES)}")
 

@@ -25,7 +25,7 @@ def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
         path = find(file)
         if path is None:
             raise CheckpointError(f"{index} lists {file}, which is not there: the weights are not whole")
-        tree |= read_file(path).tree
+        tree |= read_file(path, inside=index.parent).tree
     absent = [name for name in names if name not in tree]
     if absent:
         raise CheckpointError(f"{index} lists {some(absent)}, which its files do not hold")

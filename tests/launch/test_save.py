@@ -105,7 +105,7 @@ def test_info_says_what_would_load_and_what_would_not(
     assert "would load    29 of 31 tensors" in out
     assert "would not     missing keys: blocks.*.norm1.bias (2 times)" in out
     assert "would not     unexpected keys: adapter.weight" in out
-    assert "would not     wrong shapes: blocks.*.attn.qkv.weight is (3, 3)" in out
+    assert "would not     wrong tensors: blocks.*.attn.qkv.weight is (3, 3)" in out
     assert err.count("\n") == 1
     assert "does not fit" in err
 

@@ -1,0 +1,425 @@
+"""Files that mean harm, or are broken in a way that only looks harmless: each by name, with what makes it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save, save_file
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS: dict[str, Any] = {
+    "embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 8, "num_classes": 3
+}  # fmt: skip
+HUGE = 1 << 40
+Make = Callable[[Path, Path], Path]
+"""Writes the file into a folder and returns its path; the second path is what a bomb would write."""
+CORPUS: dict[str, Make] = {}
+
+
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return dict(timm.create_model(ARCHITECTURE, **ARGUMENTS).state_dict())
+
+
+def hostile(make: Make) -> Make:
+    CORPUS[make.__name__] = make
+    return make
+
+
+def several(*names: str) -> Callable[[Callable[[str, Path, Path], Path]], None]:
+    """One file for each name, made by the same function."""
+
+    def register(make: Callable[[str, Path, Path], Path]) -> None:
+        for name in names:
+            CORPUS[f"{make.__name__}_{name}"] = lambda folder, canary, name=name: make(name, folder, canary)  # type: ignore[misc]
+
+    return register
+
+
+# Pickles that run code.
+
+
+class Bomb:
+    """Calls `function(*arguments)` when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def bomb(kind: str, canary: Path) -> Any:
+    command = f"touch {canary}"
+    return {
+        "system": Bomb(os.system, command),
+        "eval": Bomb(eval, f"__import__('os').system({command!r})"),
+        "write": Bomb(Path.write_text, canary, "boom"),
+        "getattr": Bomb(getattr, Bomb(__import__, "os"), "system"),
+        "load": Bomb(torch.load, str(canary)),
+        "namespace": argparse.Namespace(hook=Bomb(os.system, command)),
+    }[kind]
+
+
+BOMBS = ("system", "eval", "write", "getattr", "load", "namespace")
+
+
+@several(*BOMBS)
+def code_in_zip(kind: str, folder: Path, canary: Path) -> Path:
+    path = folder / "model.pth"
+    torch.save({"model": weights(), "args": bomb(kind, canary)}, path)
+    return path
+
+
+@several(*BOMBS)
+def code_in_legacy(kind: str, folder: Path, canary: Path) -> Path:
+    path = folder / "model.pth"
+    torch.save({"model": weights(), "args": bomb(kind, canary)}, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+@several("system", "eval")
+def code_in_raw_pickle(kind: str, folder: Path, canary: Path) -> Path:
+    path = folder / "model.pth"
+    path.write_bytes(pickle.dumps(bomb(kind, canary)))
+    return path
+
+
+@several("protocol0", "inst", "object")
+def code_by_old_opcodes(kind: str, folder: Path, canary: Path) -> Path:
+    command = f"touch {canary}".encode()
+    stream = {
+        "protocol0": b"\x80\x02cos\nsystem\n(S'" + command + b"'\ntR.",
+        "inst": b"\x80\x02(S'" + command + b"'\nios\nsystem\n.",
+        "object": b"\x80\x02(cos\nsystem\nS'" + command + b"'\no.",
+    }[kind]
+    path = folder / "model.pth"
+    _torch_zip(path, stream)
+    return path
+
+
+@hostile
+def code_as_torchscript(folder: Path, canary: Path) -> Path:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), folder / "model.pt")
+    return folder / "model.pt"
+
+
+@hostile
+def code_in_numpy_objects(folder: Path, canary: Path) -> Path:
+    np.savez(folder / "model.npz", a=np.array([bomb("system", canary)], dtype=object))
+    return folder / "model.npz"
+
+
+# Pickles and archives that lie about sizes.
+
+
+def _torch_zip(path: Path, pickled: bytes, records: dict[str, bytes] | None = None) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+        for name, content in (records or {}).items():
+            archive.writestr(f"archive/data/{name}", content)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a storage as torch does."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.pid if isinstance(obj, _Storage) else None
+
+
+class _Storage:
+    def __init__(self, elements: Any, key: str = "0") -> None:
+        self.pid = ("storage", torch.FloatStorage, key, "cpu", elements)
+
+
+class _Tensor:
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_tensor_v2, (*self.arguments, False, {})
+
+
+@several(
+    "huge_shape", "huge_storage", "negative_shape", "huge_stride", "negative_offset", "no_record", "repeated"
+)
+def lying_tensor(kind: str, folder: Path, canary: Path) -> Path:
+    tensor = {
+        "huge_shape": _Tensor(_Storage(4), 0, (HUGE,), (1,)),
+        "huge_storage": _Tensor(_Storage(HUGE), 0, (4,), (1,)),
+        "negative_shape": _Tensor(_Storage(4), 0, (-4,), (1,)),
+        "huge_stride": _Tensor(_Storage(4), 0, (2,), (HUGE,)),
+        "negative_offset": _Tensor(_Storage(4), -1, (4,), (1,)),
+        "no_record": _Tensor(_Storage(4, "7"), 0, (4,), (1,)),
+        "repeated": _Tensor(_Storage(4), 0, (1 << 20, 1 << 20), (0, 0)),
+    }[kind]
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump({"pos_embed": tensor})
+    _torch_zip(folder / "model.pth", stream.getvalue(), {"0": bytes(16)})
+    return folder / "model.pth"
+
+
+@several("memo", "nested", "laughs", "key", "self", "long_text")
+def pickle_of_endless(kind: str, folder: Path, canary: Path) -> Path:
+    laughs = b"]q\x00" + b"".join(
+        b"](" + b"h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
+        for level in range(60)
+    )
+    stream = {
+        "memo": b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo index of two thousand million
+        "nested": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+        "laughs": b"\x80\x02}U\x01a" + laughs + b"s.",
+        "key": b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.",  # a tuple of two of the same, sixty times
+        "self": b"\x80\x02}q\x00U\x01ah\x00s.",
+        "long_text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 60) + b"x.",
+    }[kind]
+    _torch_zip(folder / "model.pth", stream)
+    return folder / "model.pth"
+
+
+@hostile
+def legacy_storage_of_terabytes(folder: Path, canary: Path) -> Path:
+    path = folder / "model.pth"
+    torch.save({"a": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    place = len(content) - 16 - 8
+    path.write_bytes(content[:place] + struct.pack("<q", HUGE) + content[place + 8 :])
+    return path
+
+
+@several("parent", "absolute", "backslash")
+def archive_that_escapes(kind: str, folder: Path, canary: Path) -> Path:
+    name = {"parent": f"../{canary.name}", "absolute": str(canary), "backslash": f"..\\{canary.name}"}[kind]
+    torch.save({"a": torch.zeros(4)}, folder / "model.pth")
+    with zipfile.ZipFile(folder / "model.pth", "a") as archive:
+        info = zipfile.ZipInfo("x")
+        info.filename = name
+        archive.writestr(info, "boom")
+    return folder / "model.pth"
+
+
+@hostile
+def archive_bomb(folder: Path, canary: Path) -> Path:
+    with zipfile.ZipFile(folder / "model.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            stream, {"descr": "<f4", "fortran_order": False, "shape": (1 << 26,)}
+        )
+        archive.writestr("a.npy", stream.getvalue() + bytes(1 << 28))
+    return folder / "model.npz"
+
+
+@hostile
+def archive_with_one_name_twice(folder: Path, canary: Path) -> Path:
+    torch.save({"a": torch.zeros(4)}, folder / "model.pth")
+    with zipfile.ZipFile(folder / "model.pth", "a") as archive:
+        name = next(one for one in archive.namelist() if one.endswith("data.pkl"))
+        info = zipfile.ZipInfo("x")
+        info.filename = name
+        archive.writestr(info, pickle.dumps(bomb("system", canary)))
+    return folder / "model.pth"
+
+
+@hostile
+def archive_that_overlaps(folder: Path, canary: Path) -> Path:
+    path = folder / "model.npz"
+    np.savez(path, a=np.zeros(4, np.float32), b=np.ones(4, np.float32))
+    content = bytearray(path.read_bytes())
+    first = content.find(b"PK\x01\x02")
+    second = content.find(b"PK\x01\x02", first + 4)
+    content[second + 42 : second + 46] = content[first + 42 : first + 46]  # both begin at the same place
+    path.write_bytes(content)
+    return path
+
+
+@several("shape", "cut", "version")
+def lying_array(kind: str, folder: Path, canary: Path) -> Path:
+    stream = io.BytesIO()
+    shape = (HUGE,) if kind == "shape" else (4,)
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    content = stream.getvalue() + bytes(8 if kind == "cut" else 16)
+    if kind == "version":
+        content = content[:6] + b"\x09\x00" + content[8:]
+    with zipfile.ZipFile(folder / "model.npz", "w") as archive:
+        archive.writestr("a.npy", content)
+    return folder / "model.npz"
+
+
+# safetensors with a header that lies.
+
+
+def _safe(path: Path, header: Any, body: bytes = bytes(16), length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+    return path
+
+
+def _field(shape: Any = (4,), offsets: Any = (0, 16), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@several(
+    "huge_header", "longer_than_the_file", "huge_shape", "negative_shape", "overflowing_shape", "fraction", "overlap",
+    "hole", "outside", "backwards", "unknown_dtype", "no_shape", "duplicate", "nested", "nan", "metadata", "list",
+)  # fmt: skip
+def lying_header(kind: str, folder: Path, canary: Path) -> Path:
+    path, one = folder / "model.safetensors", _field()
+    if kind == "huge_header":
+        return _safe(path, {"a": one}, length=1 << 62)
+    if kind == "longer_than_the_file":
+        return _safe(path, {"a": one}, length=5000)
+    if kind == "nested":
+        return _safe(path, b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}")
+    header: Any = {
+        "huge_shape": {"a": _field((HUGE,))},
+        "negative_shape": {"a": _field((-4,))},
+        "overflowing_shape": {"a": _field((1 << 62, 4), (0, 0))},
+        "fraction": {"a": _field((4.0,))},
+        "overlap": {"a": one, "b": _field((2,), (8, 16))},
+        "hole": {"a": _field((2,), (0, 8)), "b": _field((1,), (12, 16))},
+        "outside": {"a": one, "b": _field((4,), (16, 32))},
+        "backwards": {"a": _field((4,), (16, 0))},
+        "unknown_dtype": {"a": _field(dtype="F33")},
+        "no_shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
+        "duplicate": b'{"a":%b,"a":%b}' % (json.dumps(one).encode(), json.dumps(one).encode()),
+        "nan": {"a": _field((float("nan"),))},
+        "metadata": {"__metadata__": {"a": {"b": 1}}, "a": one},
+        "list": [],
+    }[kind]
+    return _safe(path, header)
+
+
+# Whole files whose weights are no weights.
+
+
+@several("nan_positions", "infinite_positions", "whole_numbers", "truth_values", "complex", "other_shape")
+def wrong_tensor(kind: str, folder: Path, canary: Path) -> Path:
+    tensors = weights()
+    position = tensors["pos_embed"]
+    tensors["pos_embed"] = {
+        "nan_positions": position.index_fill(1, torch.tensor([2]), torch.nan),
+        "infinite_positions": position.index_fill(1, torch.tensor([0]), torch.inf),
+        "whole_numbers": position.to(torch.int64),
+        "truth_values": position > 0,
+        "complex": position.to(torch.complex64),
+        "other_shape": position[..., :8].contiguous(),
+    }[kind]
+    save_file(tensors, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+@several("safetensors", "zip", "legacy", "npz")
+def one_key_twice(kind: str, folder: Path, canary: Path) -> Path:
+    """A second value under a name that is there already."""
+    if kind == "safetensors":
+        content = save({"a": torch.zeros(4), "b": torch.ones(4)})
+        path = folder / "model.safetensors"
+        path.write_bytes(content.replace(b'"b":', b'"a":'))
+        return path
+    if kind == "npz":
+        path = folder / "model.npz"
+        np.savez(path, a=np.zeros(4, np.float32), b=np.ones(4, np.float32))
+        path.write_bytes(path.read_bytes().replace(b"b.npy", b"a.npy"))
+        return path
+    path = folder / "model.pth"
+    torch.save({"aa": 1, "bb": 2}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    if kind == "legacy":
+        path.write_bytes(content.replace(b"bb", b"aa"))
+    else:
+        _torch_zip(path, pickle.dumps({"aa": 1, "bb": 2}, protocol=2).replace(b"bb", b"aa"))
+    return path
+
+
+CUTS = ("empty", "first_byte", "in_header", "in_tensors", "last_byte")
+
+
+def valid(container: str, folder: Path) -> Path:
+    """A good file of each container."""
+    path = folder / {"safetensors": "m.safetensors", "npz": "m.npz"}.get(container, "m.pth")
+    tensors = weights()
+    if container == "safetensors":
+        save_file(tensors, path)
+    elif container == "npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    else:
+        torch.save({"model": tensors}, path, _use_new_zipfile_serialization=container == "zip")
+    return path
+
+
+@several(*(f"{container}_{cut}" for container in ("safetensors", "zip", "legacy", "npz") for cut in CUTS))
+def truncated(kind: str, folder: Path, canary: Path) -> Path:
+    container, _, cut = kind.partition("_")
+    path = valid(container, folder)
+    content = path.read_bytes()
+    keep = {"empty": 0, "first_byte": 1, "in_header": 100, "in_tensors": len(content) // 2, "last_byte": -1}[
+        cut
+    ]
+    path.write_bytes(content[:keep])
+    return path
+
+
+# What is no file of weights.
+
+
+@several("html", "lfs", "json", "gzip", "text", "zeros", "zip")
+def something_else(kind: str, folder: Path, canary: Path) -> Path:
+    path = folder / "model.safetensors"
+    content = {
+        "html": b"<!DOCTYPE html><html><body>Sign in</body></html>",
+        "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+        "json": b'{"error": "Repository not found"}',
+        "gzip": b"\x1f\x8b\x08" + bytes(50),
+        "text": b"these are not the weights that you are looking for, go about your business",
+        "zeros": bytes(1000),
+        "zip": b"",
+    }[kind]
+    path.write_bytes(content)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", "hello")
+    return path
+
+
+@several("device", "pipe", "folder", "loop", "dangling", "zero")
+def no_regular_file(kind: str, folder: Path, canary: Path) -> Path:
+    path = folder / "model.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        target = {"device": "/dev/tty", "loop": path.name, "dangling": "nowhere", "zero": "/dev/zero"}[kind]
+        path.symlink_to(target)
+    return path
+
+
+@several("parent", "absolute", "link")
+def index_that_escapes(kind: str, folder: Path, canary: Path) -> Path:
+    inner = folder / "model"
+    inner.mkdir()
+    save_file(weights(), folder / "secret.safetensors")
+    name = {
+        "parent": "../secret.safetensors",
+        "absolute": str(folder / "secret.safetensors"),
+        "link": "a.safetensors",
+    }
+    if kind == "link":
+        (inner / "a.safetensors").symlink_to(folder / "secret.safetensors")
+    names = dict.fromkeys(weights(), name[kind])
+    (inner / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (inner / "config.json").write_text(json.dumps({"architecture": ARCHITECTURE, "model_args": ARGUMENTS}))
+    return inner
