@@ -11,16 +11,27 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
-from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, list_pretrained, split_model_name_tag
+from timm.models import (
+    PretrainedCfg,
+    get_pretrained_cfg,
+    is_model,
+    list_pretrained,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 from torch import Tensor, nn
 
 from ..models import conversion  # noqa: F401  timm knows converted models from here on
 from ..models.errors import CheckpointError
-from .hub.download import commit_of, explained
+from .hub.download import commit_of, download, try_download
 from .sources import TimmSource, parse_source
 from .weights import Weights
 
+SAFE_NAMES = {
+    "pytorch_model.bin": "model.safetensors",
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
+"""The safetensors file that the hub may have in place of a pickle of the usual name."""
 SPACE = re.compile(r"\s+")
 
 
@@ -56,25 +67,29 @@ def published_config(name: str) -> dict[str, Any]:
 
 
 def read_timm(source: TimmSource, arguments: Mapping[str, Any]) -> Weights:
-    """The published weights under a timm name, as timm itself loads and converts them.
+    """The published weights under a timm name, as timm itself converts them; those of the hub at `revision`.
 
-    Raises CheckpointError: timm publishes none, they cannot be downloaded, or they are damaged.
+    Raises CheckpointError: timm publishes none, they cannot be downloaded, they are damaged, or a revision
+    is given of weights that are not on the hub.
     """
     check_name(source.name)
-    overlay = {key: value for key, value in arguments.items() if key.startswith("pretrained_cfg")}
-    config = get_pretrained_cfg(source.name)
-    if config is None or not (config.has_weights or overlay):
-        near = list_pretrained(f"{source.name.split('_')[0]}_{source.name.split('_')[1]}*")[:5]
-        raise CheckpointError(
-            f"timm publishes no weights for {source.name!r}; "
-            f"it has some for: {', '.join(near) or 'other names'}"
-        )
     keywords = {
         key: value
         for key, value in arguments.items()
         if key not in ("img_size", "num_classes", "global_pool")
     }
-    model = _create_pretrained(source.name, keywords, config)
+    config = _weights_config(source.name, keywords)
+    path = _from_hub(config, source.revision)
+    if path is not None:
+        # custom_load is of the format behind the address; the hub has the model's own names.
+        here = {"file": str(path), "custom_load": False}
+        keywords["pretrained_cfg_overlay"] = {**keywords.get("pretrained_cfg_overlay", {}), **here}
+    elif source.revision is not None:
+        place = config.file or config.url or "memory"
+        raise CheckpointError(
+            f"revision={source.revision!r} is of the hub, and timm takes {source.name!r} from {place}: leave it out"
+        )
+    model = _create_pretrained(source.name, keywords)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     described = {key: value for key, value in model.default_cfg.items() if key not in ("state_dict", "file")}
     return Weights(
@@ -84,33 +99,44 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any]) -> Weights:
         architecture=source.name,
         model_args={} if size is None else {"img_size": tuple(size)},
         pretrained_cfg=described,
-        revision=_cached_commit(described),
+        revision=None if path is None else commit_of(path),
     )
 
 
-def _create_pretrained(name: str, keywords: Mapping[str, Any], config: PretrainedCfg) -> Any:
-    def create() -> nn.Module:
+def _weights_config(name: str, keywords: Mapping[str, Any]) -> PretrainedCfg:
+    """Where timm has the weights of a name, with what the caller puts over it."""
+    architecture, tag = split_model_name_tag(name)
+    given = {key: value for key, value in keywords.items() if key.startswith("pretrained_cfg")}
+    known = get_pretrained_cfg(name)
+    if known is None or not (known.has_weights or given):
+        near = list_pretrained(f"{name.split('_')[0]}_{name.split('_')[1]}*")[:5]
+        raise CheckpointError(
+            f"timm publishes no weights for {name!r}; it has some for: {', '.join(near) or 'other names'}"
+        )
+    try:
+        return resolve_pretrained_cfg(architecture, **{"pretrained_cfg": tag, **given})
+    except TypeError as error:
+        raise CheckpointError(f"timm does not take the pretrained_cfg of {name!r}: {one_line(error)}") from error
+
+
+def _from_hub(config: PretrainedCfg, revision: str | None) -> Path | None:
+    """The weights file of a repository of the hub, None where timm takes the weights from elsewhere."""
+    if config.file or config.state_dict or not config.hf_hub_id:
+        return None
+    repository, _, own = config.hf_hub_id.partition("@")
+    name = config.hf_hub_filename or "pytorch_model.bin"
+    safe = SAFE_NAMES.get(name) or re.sub(r"\.bin$", ".safetensors", name)
+    revision = revision or own or None
+    return try_download(repository, safe, revision) or download(repository, name, revision)
+
+
+def _create_pretrained(name: str, keywords: Mapping[str, Any]) -> Any:
+    try:
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(name, pretrained=True, **keywords)
-
-    try:
-        return explained(create, config.hf_hub_id or name)
-    except CheckpointError:
-        raise
-    except (
-        Exception
-    ) as error:  # what timm, torch and safetensors raise for a damaged download has no common kind
+    except Exception as error:
+        # What timm, torch and safetensors raise for a damaged file has no common kind.
         raise CheckpointError(f"timm cannot load the weights of {name!r}: {one_line(error)}") from error
-
-
-def _cached_commit(config: Mapping[str, Any]) -> str | None:
-    """The hub commit behind weights that timm has just taken from the cache."""
-    repository = config.get("hf_hub_id")
-    if not repository or config.get("source") == "file":
-        return None
-    name = config.get("hf_hub_filename") or "model.safetensors"
-    found = try_to_load_from_cache(repository, name)
-    return commit_of(Path(found)) if isinstance(found, str) else None
 
 
 def converted(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

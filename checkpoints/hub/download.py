@@ -88,11 +88,12 @@ def _obtain(repository: str, filename: str, revision: str | None) -> Path | None
     except Exception as error:
         if path is None:
             raise _unavailable(error, repository, filename) from error
-        if not is_network(error) and status_of(error) is None:
+        cause = origin(error)
+        if not is_network(cause) and status_of(cause) is None:
             raise
         logger.warning(
             "%s cannot be asked for %s (%s): going on with commit %s of the cache",
-            constants.ENDPOINT, repository, line(error), commit_of(path),
+            constants.ENDPOINT, repository, line(cause), commit_of(path),
         )  # fmt: skip
         return path
 
@@ -169,7 +170,7 @@ def _unavailable(error: Exception, repository: str, filename: str) -> Exception:
     lacking = _lacking(repository, filename)
     if lacking is None or not is_network(origin(error)):
         return error
-    return UnreachableError(unreachable(repository, origin(error), lacking))
+    return UnreachableError(unreachable(repository, error, lacking))
 
 
 def _lacking(repository: str, filename: str) -> str | None:

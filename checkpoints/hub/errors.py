@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -22,7 +21,7 @@ from huggingface_hub.errors import (
 from ...models.errors import CheckpointError
 from ..atomic import FULL
 from .hints import file_names, nearest, nearest_repository, revisions
-from .retry import asked_wait, origin, passes, status_of
+from .retry import ExhaustedError, asked_wait, origin, passes, status_of
 
 Result = TypeVar("Result")
 ELSEWHERE = "download its files elsewhere and give the folder as local-dir:path"
@@ -45,11 +44,13 @@ def explained(action: Callable[[], Result], repository: str, revision: str | Non
     except CheckpointError:
         raise
     except Exception as error:
-        sentence = _sentence(origin(error), repository, revision)
+        cause = origin(error)
+        if passes(cause) or isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+            raise UnreachableError(unreachable(repository, error)) from error
+        sentence = _sentence(cause, repository, revision)
         if sentence is None:
             raise
-        unreachable = passes(error) or isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError))
-        raise (UnreachableError if unreachable else CheckpointError)(sentence) from error
+        raise CheckpointError(sentence) from error
 
 
 def _sentence(error: BaseException, repository: str, revision: str | None) -> str | None:
@@ -62,10 +63,6 @@ def _sentence(error: BaseException, repository: str, revision: str | None) -> st
         return _no_revision(repository, revision)
     if status_of(error) == 401:
         return _bad_token()
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or passes(error):
-        return unreachable(repository, error)
-    if isinstance(error, EntryNotFoundError):
-        return f"{repository} lacks a file that a timm model needs, see {_page(repository)}: {line(error)}"
     if isinstance(error, OSError) and error.errno is not None:
         return _disk(error, repository)
     if isinstance(error, (HFValidationError, HfHubHTTPError, OSError)):
@@ -86,18 +83,24 @@ def absent(repository: str, filename: str, revision: str | None) -> str:
 def unreachable(repository: str, error: BaseException | None = None, lacking: str | None = None) -> str:
     """The sentence for what is neither in the cache nor to be had; `lacking` names the file."""
     what = f"{lacking} of {repository}" if lacking else repository
-    if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
+    cause = None if error is None else origin(error)
+    if constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled):
         return f"{what} is not in the cache and HF_HUB_OFFLINE is set: unset it, or {ELSEWHERE}"
-    wait = None if error is None else asked_wait(error)
-    if error is not None and status_of(error) == 429:
+    status = None if cause is None else status_of(cause)
+    often = f" in {error.attempts} attempts" if isinstance(error, ExhaustedError) else ""
+    if cause is not None and status == 429:
+        wait = asked_wait(cause)
         pause = "a while" if wait is None else f"{wait:.0f} s"
         return (
-            f"{constants.ENDPOINT} limits the rate of requests: "
+            f"{constants.ENDPOINT} limits the rate of requests (429{often}): "
             f"wait {pause}, or log in with `hf auth login` for a higher limit"
         )
-    if error is not None and status_of(error) is not None:
-        return f"{what} is not in the cache and {constants.ENDPOINT} fails with {status_of(error)}: try again later"
-    return f"{what} is not in the cache and {constants.ENDPOINT} cannot be reached: check the network, or {ELSEWHERE}"
+    if status is not None:
+        return f"{what} is not in the cache and {constants.ENDPOINT} fails with {status}{often}: try again later"
+    return (
+        f"{what} is not in the cache and {constants.ENDPOINT} cannot be reached{often}: "
+        f"check the network, or {ELSEWHERE}"
+    )
 
 
 def line(error: BaseException) -> str:

@@ -14,18 +14,13 @@ TIMEOUT = 3.0
 
 
 def nearest_repository(repository: str) -> str | None:
-    """The name on the hub that `repository` may have meant: of the same owner, else of a like name."""
+    """The name on the hub that `repository` may have meant: of the same owner, else of a like one."""
     owner, _, name = repository.rpartition("/")
-    queries: list[dict[str, Any]] = [{"search": name, "limit": 100}]
-    if owner:
-        queries.insert(0, {"author": owner, "limit": 500})
-    for query in queries:
-        listed = _ask("models", **query)
-        names = [_text(model, "id") for model in listed] if isinstance(listed, list) else []
-        near = nearest(repository, [found for found in names if found != repository])
-        if near is not None:
-            return near
-    return None
+    siblings = {found.rpartition("/")[2] for found in _models(author=owner, limit=500)} - {name}
+    near = nearest(name, sorted(siblings))
+    if near is not None:
+        return f"{owner}/{near}"
+    return nearest(repository, [found for found in _models(search=name, limit=100) if found != repository])
 
 
 def revisions(repository: str) -> list[str]:
@@ -47,6 +42,11 @@ def nearest(name: str, valid: Sequence[str]) -> str | None:
     by_lower = {one.lower(): one for one in valid}
     found = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
     return by_lower[found[0]] if found else None
+
+
+def _models(**query: Any) -> list[str]:
+    listed = _ask("models", **query)
+    return [_text(model, "id") for model in listed] if isinstance(listed, list) else []
 
 
 def _text(entry: Any, key: str) -> str:

@@ -27,23 +27,33 @@ PASSING = (408, 429, 500, 502, 503, 504)
 TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
+class ExhaustedError(Exception):
+    """A failure that may pass and did not in `attempts` attempts; its cause is the last one."""
+
+    def __init__(self, attempts: int) -> None:
+        super().__init__(f"failed in {attempts} attempts")
+        self.attempts = attempts
+
+
 def retried(action: Callable[[], Result], progress: Callable[[], int] = lambda: 0) -> Result:
     """What `action` returns, tried again while it fails in a way that may pass.
 
     `progress` counts what is kept of a failed attempt; while it grows, the attempts are not used up.
 
-    Raises the last error of `action`.
+    Raises the error of `action`: as it is where it does not pass, else as the cause of ExhaustedError.
     """
-    failures, reached = 0, progress()
+    attempts, failures, reached = 0, 0, progress()
     while True:
         try:
             return action()
         except Exception as error:
-            now = progress()
+            now, attempts = progress(), attempts + 1
             failures, reached = (1 if now > reached else failures + 1), max(now, reached)
             pause = _pause(error, failures)
-            if pause is None:
+            if pause is None and not passes(error):
                 raise
+            if pause is None:
+                raise ExhaustedError(attempts) from error
             logger.debug("trying again in %.1f s after: %s", pause, type(error).__name__)
         time.sleep(pause)
 
@@ -78,9 +88,9 @@ def is_network(error: BaseException) -> bool:
 
 
 def origin(error: BaseException) -> BaseException:
-    """The error behind the client's "not found in the cache either"."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        return error.__cause__
+    """The error behind "tried so often" and behind the client's "not found in the cache either"."""
+    while isinstance(error, (ExhaustedError, LocalEntryNotFoundError)) and error.__cause__ is not None:
+        error = error.__cause__
     return error
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from graftvit.checkpoints.sources import TimmSource
 from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
+from hub_server import closed_port, serve
 from safetensors.torch import save, save_file
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -46,50 +43,6 @@ print(json.dumps(results))
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves `files[(repository, commit, name)]` the way the hub's resolve address does."""
-
-    files: dict[tuple[str, str, str], bytes]
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, *, with_body: bool) -> None:
-        parts = self.path.partition("?")[0].lstrip("/").split("/")
-        repository = "/".join(parts[:2])
-        if "resolve" not in parts or all(key[0] != repository for key in self.files):
-            return self.refuse("RepoNotFound")
-        revision, name = parts[3], "/".join(parts[4:])
-        commit = COMMITS.get(revision, revision)
-        if commit not in COMMITS.values():
-            return self.refuse("RevisionNotFound")
-        content = self.files.get((repository, commit, name))
-        if content is None:
-            return self.refuse("EntryNotFound", commit)
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
-        return None
-
-    def refuse(self, code: str, commit: str | None = None) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        if commit is not None:
-            self.send_header("X-Repo-Commit", commit)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *arguments: Any) -> None:
-        """Silence."""
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, float]]]:
     """The address of a hub with org/vit at two commits and a published name of timm, and sums of their weights."""
@@ -111,11 +64,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[st
     published = timm.create_model(NAME, **SMALL, num_classes=1000)
     files[PUBLISHED, COMMITS["main"], "model.safetensors"] = save(published.state_dict())
     sums["timm"] = sum(float(tensor.double().sum()) for tensor in published.state_dict().values())
-    handler = type("Handler", (Hub,), {"files": files})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", sums
-        server.shutdown()
+    with serve(files, refs={"org/vit": COMMITS}) as server:
+        yield server.url, sums
 
 
 def ask(
@@ -164,31 +114,17 @@ def test_downloads_revisions_and_refusals(hub: tuple[str, dict[str, float]], tmp
     )
     assert f"org/absent is not on {address}: check the name" in absent["error"]
     assert "org/vit has no revision 'v9'" in revision["error"]
-    assert "org/bare lacks a file that a timm model needs" in bare["error"]
+    assert bare["error"] == "org/bare has no 'config.json'; it has README.md"
     assert "hf-hub:org/empty has a config.json but no weights" in empty["error"]
     # What was downloaded once needs no network any more.
     (again,) = ask(address, tmp_path, [("hf-hub:org/vit@v1", {})], HF_HUB_OFFLINE="1")
     assert again == v1
 
 
-def without_network(cache: Path, requests: list[tuple[str, dict[str, Any]]], **more: str) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        for answer in ask(address, cache, requests, **more):
-            assert "is not in the cache and" in answer["error"]
-            assert "cannot be reached: check the network, or download its files elsewhere" in answer["error"]
-
-
 def test_offline_mode_says_what_to_do(tmp_path: Path) -> None:
     names = ("hf-hub:org/vit", f"{NAME}.augreg_in21k_ft_in1k")
-    without_network(tmp_path, [(name, {}) for name in names], HF_HUB_OFFLINE="1")
-
-
-@pytest.mark.slow
-def test_no_network_says_what_to_do(tmp_path: Path) -> None:
-    """Slow, because the hub's client tries six times over 23 seconds."""
-    without_network(tmp_path, [("hf-hub:org/vit", {})])
+    for answer in ask(closed_port(), tmp_path, [(name, {}) for name in names], HF_HUB_OFFLINE="1"):
+        assert "is not in the cache and HF_HUB_OFFLINE is set: unset it, or download" in answer["error"]
 
 
 @pytest.fixture
