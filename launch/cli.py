@@ -18,6 +18,8 @@ COMMANDS = {
     "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
     "push": "publish a student on the Hugging Face hub, with its card and its licence",
     "save": "one model alone, from a run or any other source, as a folder that timm loads",
+    "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: other people's files of weights",
+    "export": "a model as an ONNX or torch.export file, checked against the model",
     "recipes": "list the recipes that come with the package, or print one",
 }
 

@@ -12,7 +12,8 @@ from graftvit.checkpoints.files import read_file
 from graftvit.checkpoints.safety.outline import outline
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
-from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, valid, weights
+from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
+from hostile_tensors import valid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

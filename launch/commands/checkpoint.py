@@ -1,0 +1,76 @@
+"""`graftvit checkpoint inspect | strip | convert`: other people's files of weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ...models.errors import ConfigError, did_you_mean
+from ..flags import Parser, command_parser
+
+ACTIONS = {
+    "inspect": "list keys, shapes, dtypes and sizes, and what else is in the file; no tensor is read",
+    "strip": "write the weights of one part alone: no teacher, optimiser, average or settings",
+    "convert": "the same as a .safetensors file",
+}
+EXAMPLES = (
+    "graftvit checkpoint inspect dino_vitsmall16_pretrain_full_checkpoint.pth",
+    "graftvit checkpoint strip dino_full.pth backbone.pth --part teacher",
+    "graftvit checkpoint convert mae_pretrain_vit_base.pth mae.safetensors",
+    "graftvit checkpoint convert runs/distill/checkpoints/best.safetensors ema.safetensors --part ema",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Inspect, strip or convert one file."""
+    if not argv or argv[0] in ("-h", "--help"):
+        _parser("", "\n".join(f"{name}: {words}" for name, words in ACTIONS.items())).print_help(sys.stdout)
+        return 0 if argv else 2
+    action, *rest = argv
+    if action not in ACTIONS:
+        raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, ACTIONS)}")
+    return _inspect(rest) if action == "inspect" else _extract(action, rest)
+
+
+def _parser(action: str, description: str) -> Parser:
+    usage = {"inspect": "FILE", "": "ACTION FILE …"}.get(action, "FILE OUT [--part PART] [--force]")
+    examples = [example for example in EXAMPLES if f" {action}" in example]
+    return command_parser(f"checkpoint {action}".strip(), description, examples, usage=usage)
+
+
+def _inspect(argv: list[str]) -> int:
+    parser = _parser("inspect", ACTIONS["inspect"])
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="weights of any container: .safetensors, torch, .npz"
+    )
+    arguments = parser.parse_args(argv)
+    from ...checkpoints.inspect_file import describe_file
+
+    sys.stdout.write("\n".join(describe_file(arguments.file)) + "\n")
+    return 0
+
+
+def _extract(action: str, argv: list[str]) -> int:
+    parser = _parser(action, ACTIONS[action])
+    parser.add_argument("file", metavar="FILE", type=Path, help="weights, or the training state of a run")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the file to write; its suffix says in which container"
+    )
+    parser.add_argument(
+        "--part", choices=["student", "teacher", "ema"], help="which model (default: the one used)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
+    arguments = parser.parse_args(argv)
+    if action == "convert" and arguments.out.suffix != ".safetensors":
+        raise ConfigError(
+            f"OUT is {str(arguments.out)!r}: convert writes a .safetensors file; strip writes others"
+        )
+    from ...checkpoints.inspect_file import extract
+    from ...checkpoints.report import some
+    from ...checkpoints.sources import FileSource
+
+    done = extract(FileSource(arguments.file, arguments.part), arguments.out, overwrite=arguments.force)
+    sys.stdout.write(f"{done.path}  {done.tensors} tensors, {done.nbytes:,} bytes\n")
+    if done.left_out:
+        sys.stdout.write(f"left out: {some(done.left_out, 8)}\n")
+    return 0
