@@ -9,6 +9,7 @@ from functools import partial
 from .attention.base import AttentionOperator, LayerShape
 from .attention.kernel import KernelAttention
 from .attention.softmax import SoftmaxAttention
+from .attention.window import NeighbourhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
 from .plan import Choice
 
@@ -16,6 +17,9 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "softmax": SoftmaxAttention,
     "kernel": KernelAttention,
     "linear": partial(KernelAttention, feature="elu"),
+    "window": WindowAttention,
+    "neighbourhood": NeighbourhoodAttention,
+    "dilated": partial(WindowAttention, dilation=2),
 }
 """By name; the first argument of each is the `LayerShape`, the others are options."""
 

@@ -72,4 +72,11 @@ CASES = [
     Case("softmax"),
     Case("linear"),
     Case("kernel", {"feature": "relu"}),
+    Case("window"),
+    Case("window", {"window": 4}),
+    Case("neighbourhood", {"window": 5}),
+    Case("neighbourhood", {"window": 4}),
+    Case("neighbourhood", {"window": 3, "dilation": 2}),
+    Case("dilated"),
+    Case("dilated", {"window": 3, "dilation": 3}),
 ]

@@ -1,0 +1,120 @@
+"""Local softmax attention: windows, dilated windows and neighbourhoods of the token grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from .softmax import softmax_rows
+from .terms import FirstRows, Term
+from .tiles import Cutter, Table, blocks, neighbours, sparse_term, tile_logits, tile_table, tiled_softmax
+
+PARTS = ("queries", "keys", "sees", "place")
+
+
+class TileTables(torch.nn.Module):
+    """The table of a layer's own grid, on the layer's device; that of another grid is made when it is asked for."""
+
+    def __init__(self, cutter: Cutter, geometry: Geometry, window: int, dilation: int) -> None:
+        super().__init__()
+        for name, value in (("window", window), ("dilation", dilation)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"plan: {name}={value}; it is a whole number of tokens, 1 or more")
+        self.cutter, self.window, self.dilation = cutter, window, dilation
+        self.fit(geometry)
+
+    def fit(self, geometry: Geometry) -> None:
+        """Make the table of this grid."""
+        self.geometry = geometry
+        table = tile_table(self.cutter, geometry, self.window, self.dilation)
+        device = next((buffer.device for buffer in self.buffers()), None)
+        for name, tensor in zip(PARTS, table, strict=True):
+            self.register_buffer(name, tensor.to(device), persistent=False)
+        self.masked = not bool(table[2].all())
+
+    def forward(self, geometry: Geometry, device: torch.device) -> tuple[Table, bool]:
+        """The table on this device, and whether a query is kept from some key of its tile."""
+        own: Table = (self.queries, self.keys, self.sees, self.place)  # type: ignore[assignment]
+        same = geometry.grid == self.geometry.grid and geometry.num_prefix == self.geometry.num_prefix
+        if same and own[0].device == device:
+            return own, self.masked
+        return self._other(geometry, device), True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def _other(self, geometry: Geometry, device: torch.device) -> Table:
+        table = tile_table(self.cutter, geometry, self.window, self.dilation)
+        return tuple(part.to(device) for part in table)  # type: ignore[return-value]
+
+    def products(self, geometry: Geometry) -> int:
+        """Pairs of query and key that are computed, those at ragged ends included."""
+        queries, keys, _, _ = tile_table(self.cutter, geometry, self.window, self.dilation)
+        return queries.numel() * keys.shape[1]
+
+
+class WindowAttention(AttentionOperator):
+    """softmax(s q·k) over the keys of the query's window: windows of at most `window` × `window` tokens.
+
+    The grid is cut into windows as equal as can be (Liu et al. 2021, arXiv 2103.14030, without shifts and bias).
+    With a `dilation` r the windows are of tokens with equal row and column modulo r (the atrous attention of Ibtehaz
+    et al. 2024, arXiv 2406.03751). Prefix tokens are keys of every window, and attend to every token themselves.
+    With a window as large as the grid this is softmax attention. 2 N w² D multiply-adds a head.
+
+    Raises ConfigError: window or dilation is no whole number above 0.
+    """
+
+    cutter = staticmethod(blocks)
+
+    def __init__(self, shape: LayerShape, window: int = 7, dilation: int = 1) -> None:
+        super().__init__(shape)
+        self.tables = TileTables(self.cutter, shape.geometry, window, dilation)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(needs_grid=True, dropout=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        q, k, v = heads.qkv()
+        geometry = heads.tokens()
+        table, masked = self.tables(geometry, q.device)
+        grid = tiled_softmax(q, k, v, table, scale=heads.scale, dropout=heads.dropout, masked=masked)
+        return torch.cat((prefix_softmax(heads), grid), 2)
+
+    def terms(self, heads: Heads) -> list[Term]:
+        q, k, _ = heads.qkv()
+        table, _ = self.tables(heads.tokens(), q.device)
+        weights = tile_logits(q, k, table, heads.scale).softmax(-1)
+        return [prefix_term(heads), sparse_term(weights, table, heads.tokens().num_prefix)]
+
+    def macs(self, geometry: Geometry) -> int:
+        pairs = geometry.num_prefix * geometry.num_tokens + self.tables.products(geometry)
+        return 2 * pairs * self.shape.head_dim * self.shape.num_heads
+
+    def resample(self, geometry: Geometry) -> None:
+        super().resample(geometry)
+        self.tables.fit(geometry)
+
+
+class NeighbourhoodAttention(WindowAttention):
+    """softmax(s q·k) over the `window` × `window` keys around the query, every `dilation`-th of them.
+
+    At the border the window is moved inwards, so that every query has equally many keys (Hassani et al. 2023,
+    arXiv 2204.07143; dilated: arXiv 2209.15001). Prefix tokens as in `WindowAttention`. Queries go in tiles with the
+    keys of all of them, so more than 2 N w² D multiply-adds are done: two to three times as many for a window of 7.
+    """
+
+    cutter = staticmethod(neighbours)
+
+
+def prefix_softmax(heads: Heads) -> Tensor:
+    """The prefix tokens' attention to every token, (B, H, P, D)."""
+    q, k, v = heads.qkv()
+    first = q[:, :, : heads.tokens().num_prefix]
+    return F.scaled_dot_product_attention(first, k, v, dropout_p=heads.dropout, scale=heads.scale)
+
+
+def prefix_term(heads: Heads) -> Term:
+    """The same as rows of the map."""
+    return FirstRows(softmax_rows(heads, slice(heads.tokens().num_prefix)))
