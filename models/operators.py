@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .attention.base import AttentionOperator, LayerShape
+from .attention.hybrid import HybridAttention
 from .attention.kernel import KernelAttention
 from .attention.softmax import SoftmaxAttention
 from .attention.window import NeighbourhoodAttention, WindowAttention
@@ -20,6 +21,7 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "window": WindowAttention,
     "neighbourhood": NeighbourhoodAttention,
     "dilated": partial(WindowAttention, dilation=2),
+    "hybrid": HybridAttention,
 }
 """By name; the first argument of each is the `LayerShape`, the others are options."""
 

@@ -79,4 +79,9 @@ CASES = [
     Case("neighbourhood", {"window": 3, "dilation": 2}),
     Case("dilated"),
     Case("dilated", {"window": 3, "dilation": 3}),
+    Case("hybrid", {"window": 4}),
+    Case("hybrid", {"window": 3, "dilation": 3, "branches": "dilated+kernel", "feature": "relu"}),
+    Case("hybrid", {"window": 4, "branches": "window+dilated"}),
+    Case("hybrid", {"combine": "joint", "window": 4}),
+    Case("hybrid", {"combine": "joint", "window": 3, "branches": "window+kernel", "feature": "relu"}),
 ]
