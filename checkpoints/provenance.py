@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 KEY = "graftvit"
 """The entry of config.json; timm ignores it."""
+NORM_EPS = "norm_eps"
+"""In that entry: the norms' epsilon where it is not the architecture's, for which timm has no setting in JSON."""
 NOT_RECIPE = ("output_dir", "engine")
 """Settings that say where a run ran, and not what it learned."""
 

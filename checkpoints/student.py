@@ -19,6 +19,7 @@ from .atomic import write_folder
 from .build import build, published_config
 from .folders import CONFIG
 from .provenance import KEY as PROVENANCE
+from .provenance import NORM_EPS
 from .report import some
 from .teacher import load_teacher
 
@@ -110,8 +111,9 @@ def write_student(
     name, arguments = _with_plan(model, architecture, model_args)
     arguments = _plain({key: value for key, value in arguments.items() if value is not None})
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    _check(name, arguments, tensors)
-    config = _config(model, name, arguments, mean, std, licence) | {PROVENANCE: dict(provenance or {})}
+    fresh = _check(name, arguments, tensors)
+    made = dict(provenance or {}) | _epsilon(model, fresh, name)
+    config = _config(model, name, arguments, mean, std, licence) | {PROVENANCE: made}
     if dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
@@ -145,17 +147,30 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """CheckpointError where timm would build another model than the one whose weights these are."""
-    wanted = {
-        key: tensor.shape for key, tensor in build(architecture, arguments, on_meta=True).state_dict().items()
-    }
+def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """What timm builds, on the meta device. CheckpointError where that has other weights than these."""
+    fresh = build(architecture, arguments, on_meta=True)
+    wanted = {key: tensor.shape for key, tensor in fresh.state_dict().items()}
     found = {key: tensor.shape for key, tensor in tensors.items()}
     if wanted != found:
         names = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
         raise CheckpointError(
             f"{architecture} built with {dict(arguments)} has other weights than the student: {some(names)}"
         )
+    return fresh
+
+
+def _epsilon(model: nn.Module, fresh: nn.Module, architecture: str) -> dict[str, float]:
+    """The norms' epsilon where it is not the one that timm builds: graftvit.load sets it, plain timm cannot."""
+    wanted = {name: module.eps for name, module in fresh.named_modules() if isinstance(module, nn.LayerNorm)}
+    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
+    own = {norm.eps for name, norm in norms if norm.eps != wanted.get(name)}
+    if len(own) > 1:
+        listed = ", ".join(f"{epsilon:g}" for epsilon in sorted(own))
+        raise CheckpointError(
+            f"the norms of {architecture} have several epsilons ({listed}): give all the same"
+        )
+    return {NORM_EPS: own.pop()} if own else {}
 
 
 def _config(

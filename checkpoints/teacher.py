@@ -16,7 +16,7 @@ from .build import build, check_name, converted, known_fields, published_config,
 from .fit import fit, source_grid
 from .folders import read_folder, read_hub, read_weights_file
 from .position import Method
-from .report import LoadReport
+from .report import LoadReport, some
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .weights import Weights, as_pair
 
@@ -190,7 +190,14 @@ def _without_origin(config: Mapping[str, Any], weights: Weights) -> dict[str, An
 
 
 def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
+    """Of the head that the weights have, 0 without one. Raises CheckpointError: they have a half of it."""
+    parts = [key for key in weights.tensors if key.rpartition(".")[0] in classifiers]
     head = weights.tensors.get(f"{classifiers[0]}.weight")
+    if parts and (head is None or not head.ndim or not len(head)):
+        shown = some(parts) if head is None else f"{classifiers[0]}.weight {tuple(head.shape)}"
+        raise CheckpointError(
+            f"{weights.origin} is not whole: it holds {shown}, no whole head; num_classes=0 loads it without"
+        )
     return 0 if head is None else int(head.shape[0])
 
 

@@ -69,6 +69,11 @@ class Config:
         if self.values.get(key, wanted) != wanted:
             raise self.wrong(key, f"which is not supported: {reason}")
 
+    def must_have(self, key: str, found: bool | int) -> None:
+        """Refuses a setting that the tensors contradict, where config.json has it: a part of them is not there."""
+        if self.values.get(key, found) != found:
+            raise self.wrong(key, f"but its weights have {found if found else 'none'}")
+
     def agree(self, key: str, found: Any) -> None:
         """Refuses a size that the tensors contradict."""
         said = self.pair(key) if isinstance(found, tuple) else self.whole(key)

@@ -11,6 +11,7 @@ from ..keymap import Describe
 from .config import Config, tower_config
 from .families import Family, activation, described, only_activation, without_bias
 from .lineages import Lineage
+from .sizes import matrix
 
 PLAIN_SIZES = ("base", "tiny", "small", "large", "huge", "giant", "gigantic")
 VIT = Family(Lineage("vit_{size}_patch{patch}_{image}", PLAIN_SIZES, (16, 14, 32, 8)), "one half each")
@@ -79,15 +80,17 @@ def beit(weights: Weights, config: Config) -> Weights:
         "init_values": 0.1,
         "global_pool": "avg",
     }
+    config.must_have("use_absolute_position_embeddings", found["use_abs_pos_emb"])
+    config.must_have("use_relative_position_bias", found["use_rel_pos_bias"])
+    config.must_have("use_shared_relative_position_bias", found["use_shared_rel_pos_bias"])
     arguments = {key: value for key, value in found.items() if value != published[key]}
     return described(weights, config, BEIT, arguments | without_bias(weights, config, "attn.q_bias"))
 
 
 @_describe
 def dinov2(weights: Weights, config: Config) -> Weights:
-    tensors = weights.tensors
-    first, second = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
-    gated = first is not None and second is not None and first.shape[0] == 2 * second.shape[-1]
+    rows, _ = matrix(weights, "blocks.0.mlp.fc1.weight")
+    gated = rows == 2 * matrix(weights, "blocks.0.mlp.fc2.weight")[1]
     count = _registers(weights, config)
     template = "vit_{size}_patch{patch}_reg4_dinov2" if count else "vit_{size}_patch{patch}_dinov2"
     lineage = Lineage(template, ("giant packed",) if gated else DINOV2_SIZES, (14,))
@@ -101,11 +104,12 @@ def dinov2(weights: Weights, config: Config) -> Weights:
 @_describe
 def dinov3(weights: Weights, config: Config) -> Weights:
     tensors = weights.tensors
-    gated = "blocks.0.mlp.fc1_g.weight" in tensors
+    first = "blocks.0.mlp.fc1_g.weight"
+    gated = first in tensors
     biased = "blocks.0.attn.q_bias" in tensors
     lineage = Lineage(f"vit_{{size}}_patch{{patch}}_dinov3{'_qkvb' if biased else ''}", DINOV3_SIZES[gated])
     family = Family(lineage, "ImageNet's", 1e-5, heads=6)
-    _check_dinov3(config)
+    _check_dinov3(weights, config)
     only_activation(config, family, "silu" if gated else "gelu")
     count = _registers(weights, config)
     arguments: dict[str, Any] = {"global_pool": "token"}
@@ -114,7 +118,7 @@ def dinov3(weights: Weights, config: Config) -> Weights:
     theta = config.number("rope_theta") or 100.0
     if theta != 100:
         arguments["rope_temperature"] = theta
-    if gated and tensors["blocks.0.mlp.fc1_g.weight"].shape[0] % 8:
+    if gated and matrix(weights, first)[0] % 8:
         arguments["swiglu_align_to"] = 1
     return described(weights, config, family, arguments)
 
@@ -126,14 +130,13 @@ def _registers(weights: Weights, config: Config) -> int:
     return count
 
 
-def _check_dinov3(config: Config) -> None:
+def _check_dinov3(weights: Weights, config: Config) -> None:
+    if config.values.get("query_bias", True) != config.values.get("value_bias", True):
+        raise config.wrong("query_bias", "unlike value_bias, and timm's DINOv3 has both or none")
+    config.must_have("query_bias", "blocks.0.attn.q_bias" in weights.tensors)
     config.must_be("key_bias", False, "timm's DINOv3 has none")
     for part in ("proj_bias", "mlp_bias"):
         config.must_be(part, True, "timm's DINOv3 has one")
-    if config.values.get("query_bias", True) != config.values.get("value_bias", True):
-        raise config.wrong(
-            "query_bias", "unlike value_bias, which is not supported: timm's DINOv3 has both or none"
-        )
 
 
 @_describe
@@ -149,7 +152,10 @@ def clip(weights: Weights, config: Config) -> Weights:
 
 @_describe
 def siglip(weights: Weights, config: Config) -> Weights:
-    pooling = "" if any(name.startswith("attn_pool.") for name in weights.tensors) else "_gap"
+    pooled = any(name.startswith("attn_pool.") for name in weights.tensors)
+    if "head.weight" not in weights.tensors:
+        config.must_have("vision_use_head", pooled)
+    pooling = "" if pooled else "_gap"
     template = f"vit_{{size}}_patch{{patch}}_siglip{pooling}_{{image}}"
     lineage = Lineage(template, SIGLIP_SIZES, (16, 14, 32), (224, 256, 384))
     family = Family(lineage, "one half each", 1e-6, "gelu_pytorch_tanh", prefix=0)

@@ -79,9 +79,11 @@ def only_activation(config: Config, family: Family, wanted: str) -> None:
         raise config.wrong("hidden_act", f"and timm's family has {wanted} alone")
 
 
-def without_bias(weights: Weights, name: str = "attn.qkv.bias") -> dict[str, bool]:
+def without_bias(weights: Weights, config: Config, name: str = "attn.qkv.bias") -> dict[str, bool]:
     """The argument for projections to queries, keys and values that have no bias."""
-    return {} if f"blocks.0.{name}" in weights.tensors else {"qkv_bias": False}
+    biased = f"blocks.0.{name}" in weights.tensors
+    config.must_have("qkv_bias", biased)
+    return {} if biased else {"qkv_bias": False}
 
 
 def _with_statistics(weights: Weights, config: Config, family: Family, channels: int) -> Weights:

@@ -45,7 +45,7 @@ def measure(
     width, channels, *patch = _shape(weights, "patch_embed.proj.weight", 4)
     size = (patch[0], patch[1])
     depth = _depth(weights)
-    (hidden, _) = _shape(weights, _first_projection(weights), 2)
+    hidden, _ = matrix(weights, _first_projection(weights))
     config.agree("hidden_size", width)
     config.agree("num_hidden_layers", depth)
     config.agree("patch_size", size)
@@ -67,6 +67,12 @@ def _shape(weights: Weights, name: str, ndim: int) -> tuple[int, ...]:
             f"{weights.origin} is not whole: {'it lacks ' if tensor is None else 'it has an odd '}{name}"
         )
     return tuple(tensor.shape)
+
+
+def matrix(weights: Weights, name: str) -> tuple[int, int]:
+    """Rows and columns of a weight. Raises CheckpointError: it is not there or is no matrix."""
+    rows, columns = _shape(weights, name, 2)
+    return rows, columns
 
 
 def _first_projection(weights: Weights) -> str:

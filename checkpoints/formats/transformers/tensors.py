@@ -14,7 +14,7 @@ def fold_registers(weights: Weights) -> Weights:
     tensors = dict(weights.tensors)
     prefix = next(key for key in tensors if key.endswith("embeddings.cls_token")).removesuffix("cls_token")
     token, position = tensors[f"{prefix}cls_token"], tensors.get(f"{prefix}position_embeddings")
-    if position is not None and position.ndim == token.ndim == 3 and position.shape[2] == token.shape[2]:
+    if position is not None and position.ndim == 3 and token.shape == (1, 1, position.shape[2]):
         tensors[f"{prefix}cls_token"] = token + position[:, :1]
         tensors[f"{prefix}position_embeddings"] = position[:, 1:]
     return replace(weights, tensors=tensors)
