@@ -36,7 +36,7 @@ class HybridAttention(AttentionOperator):
            zero and β such that the kernel has a tenth of a window's weight.
     joint: out_i = [γ Σ_{j∈W} exp(s q_i·k_j - c_i) v_j + Σ_{j∉W} φ(q_i)·φ(k_j) v_j] / [the same with v = 1], where W is
            what i sees in its window or dilated window, c_i the largest logit there and γ = sigmoid(g) a head's own,
-           0.1 at the start (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, eq. 6, in two dimensions).
+           0.1 at the start (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, in two dimensions).
 
     Prefix tokens are seen exactly by every query, and attend to every token exactly themselves. `branches` joins names
     by "+"; `feature` is that of the kernel.

@@ -59,7 +59,7 @@ class WindowAttention(AttentionOperator):
 
     The grid is cut into windows as equal as can be (Liu et al. 2021, arXiv 2103.14030, without shifts and bias).
     With a `dilation` r the windows are of tokens with equal row and column modulo r (the atrous attention of Ibtehaz
-    et al. 2024, arXiv 2406.03751). Prefix tokens are keys of every window, and attend to every token themselves.
+    et al. 2024, arXiv 2403.04200). Prefix tokens are keys of every window, and attend to every token themselves.
     With a window as large as the grid this is softmax attention. 2 N w² D multiply-adds a head.
 
     Raises ConfigError: window or dilation is no whole number above 0.
