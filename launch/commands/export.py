@@ -34,13 +34,6 @@ def run(argv: list[str]) -> int:
         "--dynamic", nargs="+", choices=["batch", "resolution", "none"], default=["batch"],
         help="sizes left free, of batch and resolution (default: batch)",
     )  # fmt: skip
-    parser.add_argument(
-        "--img_size",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="one number, or height and width (default: its own)",
-    )
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: torch's choice)")
     parser.add_argument(
         "--normalise", action="store_true", help="take images in 0..1, and normalise them in the file"
@@ -50,10 +43,6 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
     how = keywords_of(settings)
-    if arguments.img_size is not None:
-        if len(arguments.img_size) > 2 or min(arguments.img_size) < 1:
-            parser.error(f"--img_size takes one number or two, from 1, not {arguments.img_size}")
-        how["img_size"] = (arguments.img_size[0], arguments.img_size[-1])
     if "none" in arguments.dynamic and len(arguments.dynamic) > 1:
         parser.error("--dynamic none stands alone")
     from ...checkpoints.export.export_source import export_source
