@@ -42,8 +42,8 @@ def _cut_biases(weights: Weights) -> Weights:
     tensors = dict(weights.tensors)
     for name in [name for name in tensors if name.endswith(".attn.qkv.bias")]:
         bias = tensors.pop(name)
-        mask = tensors.get(f"{name}_mask", torch.ones(()))
-        if bias.ndim != 1 or bias.numel() % 3 or mask.numel() not in (1, bias.numel()):
+        mask = tensors.get(f"{name}_mask", torch.ones_like(bias))
+        if bias.ndim != 1 or bias.numel() % 3 or mask.numel() != bias.numel():
             raise CheckpointError(f"{weights.origin}: {name} is {tuple(bias.shape)}, not three equal parts")
         query, key, value = (bias * mask.reshape(-1)).chunk(3)
         if bool(key.any()):

@@ -34,7 +34,7 @@ def describe_plain(weights: Weights, config: Mapping[str, Any]) -> Weights:
 
 
 def _with_heads(weights: Weights) -> Weights:
-    if weights.tensors["cls_token"].shape[-1] != SMALL_WIDTH:
+    if weights.tensors["cls_token"].shape[-1:] != (SMALL_WIDTH,):
         return weights
     note = f"heads: {SMALL_HEADS}, as MoCo-v3's small ViT has"
     return replace(
