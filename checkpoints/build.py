@@ -116,7 +116,9 @@ def _weights_config(name: str, keywords: Mapping[str, Any]) -> PretrainedCfg:
     try:
         return resolve_pretrained_cfg(architecture, **{"pretrained_cfg": tag, **given})
     except TypeError as error:
-        raise CheckpointError(f"timm does not take the pretrained_cfg of {name!r}: {one_line(error)}") from error
+        raise CheckpointError(
+            f"timm does not take the pretrained_cfg of {name!r}: {one_line(error)}"
+        ) from error
 
 
 def _from_hub(config: PretrainedCfg, revision: str | None) -> Path | None:

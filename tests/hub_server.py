@@ -34,7 +34,8 @@ class Fault:
     """What goes wrong with the next `times` requests of `method` whose path contains `where`.
 
     Fields that are set apply together: `content` in place of the file, of which the body ends after `cut`
-    bytes although its announced length is that of the whole (`reset`: rudely), or comes after `hang` seconds.
+    bytes although its announced length is that of the whole (`reset`: rudely), or comes after `hang` seconds;
+    `stall` seconds pass between the body and the end of the connection.
     """
 
     status: int | None = None
@@ -43,6 +44,7 @@ class Fault:
     cut: int | None = None
     reset: bool = False
     hang: float = 0.0
+    stall: float = 0.0
     ignore_range: bool = False
     method: str = ""
     where: str = ""
@@ -74,6 +76,8 @@ class Hub:
     token: str = TOKEN
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
+    sent: int = 0
+    """Bytes of files so far."""
     url: str = ""
     cdn: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -256,11 +260,17 @@ class HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        body = body if self.fault.cut is None else body[: self.fault.cut]
         try:
-            self.wfile.write(body if self.fault.cut is None else body[: self.fault.cut])
+            self.wfile.write(body)
             self.wfile.flush()
         except OSError:  # the client hung up first
             return
+        if status in (200, 206):
+            with self.hub.lock:
+                self.hub.sent += len(body)
+        if self.fault.stall:
+            self.hub.closed.wait(self.fault.stall)
         if self.fault.reset:
             self.hang_up()
 

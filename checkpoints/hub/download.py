@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import (
     constants,
@@ -84,10 +85,10 @@ def _obtain(repository: str, filename: str, revision: str | None) -> Path | None
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise _unavailable(error, repository, filename) from error
+        _give_up(error, repository, filename)
     except Exception as error:
         if path is None:
-            raise _unavailable(error, repository, filename) from error
+            _give_up(error, repository, filename)
         cause = origin(error)
         if not is_network(cause) and status_of(cause) is None:
             raise
@@ -165,12 +166,12 @@ def _known_absent(repository: str, filename: str, revision: str | None) -> bool:
     return found is not None and not isinstance(found, str)
 
 
-def _unavailable(error: Exception, repository: str, filename: str) -> Exception:
-    """An error of the connection names the file where the cache has others of the repository."""
+def _give_up(error: Exception, repository: str, filename: str) -> NoReturn:
+    """Raises `error`; one of the connection names the file where the cache has others of the repository."""
     lacking = _lacking(repository, filename)
     if lacking is None or not is_network(origin(error)):
-        return error
-    return UnreachableError(unreachable(repository, error, lacking))
+        raise error
+    raise UnreachableError(unreachable(repository, error, lacking)) from error
 
 
 def _lacking(repository: str, filename: str) -> str | None:

@@ -96,7 +96,9 @@ def unreachable(repository: str, error: BaseException | None = None, lacking: st
             f"wait {pause}, or log in with `hf auth login` for a higher limit"
         )
     if status is not None:
-        return f"{what} is not in the cache and {constants.ENDPOINT} fails with {status}{often}: try again later"
+        return (
+            f"{what} is not in the cache and {constants.ENDPOINT} fails with {status}{often}: try again later"
+        )
     return (
         f"{what} is not in the cache and {constants.ENDPOINT} cannot be reached{often}: "
         f"check the network, or {ELSEWHERE}"
