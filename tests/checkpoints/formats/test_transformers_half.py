@@ -111,7 +111,7 @@ def test_each_row_of_the_table_has_a_case(folders: Callable[[str], Folder]) -> N
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_half_of_the_tensors_is_refused(folders: Any, tmp_path: Path, row: str, seed: int) -> None:
     _, tensors, config = folders(ROWS[row])
     keep = torch.rand(len(tensors), generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -129,9 +129,9 @@ def test_no_tensor_of_the_tower_may_be_absent_or_of_another_shape(
     )  # block 1 is as block 0
     for number, key in enumerate(key for key in tensors if not unread.fullmatch(key)):
         rest = {name: tensor for name, tensor in tensors.items() if name != key}
-        assert str(tmp_path / "absent") in refusal(write(tmp_path / "absent", rest, config))
         wrong = {**tensors, key: WRONG[number % len(WRONG)]}
-        refusal(write(tmp_path / "wrong", wrong, config))
+        said = refusal(write(tmp_path / "faulty", wrong if number % 2 else rest, config))
+        assert str(tmp_path / "faulty") in said
 
 
 @pytest.mark.parametrize("row", ROWS)
