@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +16,9 @@ from ..transfer.config import RunConfig
 from .fields import find_key, leaf_of, leaves, sections, unknown
 from .recipes import recipe_text
 from .yaml_text import parse_yaml, write_yaml
+
+if TYPE_CHECKING:
+    from ..transfer.recovery.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,20 @@ def load_config(
     return _validate(settings)
 
 
+def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = ()) -> list[Stage]:
+    """The stages of a recipe or YAML file that has `stages:`, each a configuration of its own; none otherwise.
+
+    What stands above the stages holds for all of them, then what a stage says, then the overrides.
+
+    Raises ConfigError: as `load_config`, or a stage has no name.
+    """
+    from ..transfer.recovery.stages import Stage  # loads torch
+
+    recipe = Recipe([]) if source is None else read_recipe(source)
+    given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
+    return [Stage(name, _validate([*recipe.settings, *own, *given])) for name, own in recipe.stages]
+
+
 def dump_config(config: RunConfig) -> str:
     """The YAML that `load_config` reads back as the same configuration."""
     return write_yaml(config.model_dump(mode="json"))
@@ -69,8 +87,25 @@ def parse_setting(name: str, text: str, origin: str) -> Setting:
     return Setting(key, value, origin)
 
 
-def read_settings(source: str | Path, seen: tuple[str, ...] = ()) -> list[Setting]:
-    """The settings of a recipe or a YAML file, after those of its `base:` if it names one."""
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe or a YAML file says: settings, and of each stage its name and its own settings."""
+
+    settings: list[Setting]
+    stages: list[tuple[str, list[Setting]]] = field(default_factory=list)
+
+
+def read_settings(source: str | Path) -> list[Setting]:
+    """The settings of a recipe or a YAML file of one run, after those of its `base:` if it names one."""
+    recipe = read_recipe(source)
+    if recipe.stages:
+        names = ", ".join(name for name, _ in recipe.stages)
+        raise ConfigError(f"{source} has several stages ({names}): only `graftvit train` takes such a recipe")
+    return recipe.settings
+
+
+def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
+    """A recipe or a YAML file, on top of its `base:` if it names one; stages take the place of the base's."""
     label, text, folder = _read(source)
     if label in seen:
         raise ConfigError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, label])})")
@@ -83,8 +118,28 @@ def read_settings(source: str | Path, seen: tuple[str, ...] = ()) -> list[Settin
     if not isinstance(content, dict):
         raise ConfigError(f"{label}: must hold keys and values, for example 'optim: {{blr: 1e-3}}'")
     base = content.pop("base", None)
-    inherited = [] if base is None else read_settings(_base_path(str(base), folder), (*seen, label))
-    return inherited + _flatten(content, "", label)
+    inherited = Recipe([]) if base is None else read_recipe(_base_path(str(base), folder), (*seen, label))
+    stages = _stages(content.pop("stages", None), label) or inherited.stages
+    return Recipe(inherited.settings + _flatten(content, "", label), stages)
+
+
+def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
+    if content is None:
+        return []
+    if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
+        raise ConfigError(
+            f"{label}: 'stages' must be a list of stages, such as '- {{name: align, mode: align}}'"
+        )
+    stages = []
+    for number, entry in enumerate(content):
+        settings = dict(entry)
+        name = settings.pop("name", None)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ConfigError(
+                f"{label}: stages[{number}] needs a name of letters, digits and dashes, not {name!r}"
+            )
+        stages.append((name, _flatten(settings, "", f"{label}: stages.{name}")))
+    return stages
 
 
 def _base_path(base: str, folder: Path | None) -> str | Path:

@@ -19,10 +19,18 @@ from ..transfer.data.loaders import InputSpec, TrainLoader, create_train_loader
 from ..transfer.engine.build import find_teacher, headless
 from ..transfer.engine.optim import freeze, peak_learning_rate
 from ..transfer.engine.schedule import plan_schedule
-from ..transfer.engine.students import StudentPlan, input_size, plan_student, student_normalization
+from ..transfer.engine.students import (
+    StudentPlan,
+    find_whole,
+    find_whole_name,
+    input_size,
+    plan_student,
+    student_normalization,
+)
 from ..transfer.methods.dual import DualViT, build_dual
 from ..transfer.methods.input import Normalization
 from ..transfer.methods.plan import resolve_plan
+from ..transfer.recovery.align import Alignment
 from .memory import describe_memory, estimate_memory, parameter_count
 from .outline import is_timm_name, outline_teacher
 
@@ -73,15 +81,18 @@ def describe_plan(config: RunConfig) -> str:
 
 
 def _outline(config: RunConfig) -> Outline:
-    channels, height, width = input_size(config.student)
+    whole = find_whole(config.student)
+    channels, height, width = input_size(config.student, whole)
     teacher = _teacher(config, (height, width))
-    spec = InputSpec((channels, height, width), *student_normalization(config.student, channels, teacher))
+    spec = InputSpec(
+        (channels, height, width), *student_normalization(config.student, channels, whole or teacher)
+    )
     loader = _loader(config, spec)
     if config.mode == "pretrain":
         plan = plan_student(headless(config.student), 0, None)
     else:
         classes = config.data.num_classes if isinstance(loader, GraftError) else loader.num_classes
-        plan = plan_student(config.student, classes or 0, teacher)
+        plan = plan_student(config.student, classes or 0, teacher, whole)
     student = _unfilled(config, lambda: plan.create(config.student.drop_path))
     model, dual = student, None
     if config.mode == "pretrain":
@@ -91,7 +102,9 @@ def _outline(config: RunConfig) -> Outline:
         model = dual = build_dual(
             config.transfer, teacher, student, normalization, _calibration(config, spec)
         )
-    freeze(student if dual is not None else model, config.optim.trainable)
+    elif config.mode == "align" and teacher is not None:
+        Alignment(teacher.model, student, config.align.match)  # raises what the run would raise
+    freeze(student if dual is not None else model, config.optim.trainable, keep_head=config.mode != "align")
     return Outline(config, spec, teacher, plan, student, model, dual, loader, _processes())
 
 
@@ -148,7 +161,8 @@ def _teacher_words(outline: Outline) -> str:
 def _student_words(outline: Outline) -> str:
     channels, height, width = outline.spec.size
     start = outline.config.student.init or (
-        "teacher" if outline.config.mode == "finetune" else "fresh weights"
+        find_whole_name(outline.config.student)
+        or ("teacher" if outline.config.mode in ("finetune", "align") else "fresh weights")
     )
     count = parameter_count(outline.student)
     classes = outline.plan.arguments["num_classes"]

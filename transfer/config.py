@@ -103,6 +103,11 @@ class TransferConfig(Section):
     )
     feature_loss: Literal["cosine", "smooth_l1"] = Field("cosine", description="loss of method=feature")
     weight: float = Field(3.0, ge=0, description="weight of the transfer loss; 3 as published")
+    task_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the classification loss; 0 learns from the teacher alone, without labels",
+    )
     reduction: Literal["sum", "mean"] = Field(
         "sum",
         description="over layers: sum as published, or mean (multiply the weight by the number of layers to match)",
@@ -128,8 +133,8 @@ class AlignConfig(Section):
 
     match: Literal["output", "map", "probes", "rows"] = Field(
         "output",
-        description="what of a layer is matched with its teacher's: output error, exact map error, its estimate by random probes, "
-        "or cross-entropy of sampled rows",
+        description="what of a layer is matched with its teacher's: output error, exact map error, its estimate by "
+        "random probes, or cross-entropy of sampled rows",
     )
 
 
@@ -211,6 +216,10 @@ class EngineConfig(Section):
     eval_every: int = Field(1, gt=0, description="epochs between evaluations")
     save_every: int | None = Field(
         None, gt=0, description="optimiser steps between checkpoints; each epoch by default"
+    )
+    evaluate_start: bool = Field(
+        False,
+        description="evaluate the student before its first step, too: what a conversion costs by itself",
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues the run in output_dir if it holds one"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
-from ..config import Setting, dump_config, load_config
+from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..flags import Parser, command_parser, parse_command
+
+if TYPE_CHECKING:
+    from ...transfer.engine.train import RunResult
 
 EXAMPLES = (
     "graftvit train attention_distill_vit_large --data_path /data/imagenet --output_dir runs/distill",
@@ -56,6 +61,8 @@ def train_parser(command: str, description: str, examples: Sequence[str]) -> Par
 def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -> int:
     """Resolve the words and act; `fixed` settings come before the user's."""
     arguments, settings = parse_command(parser, argv)
+    if arguments.recipe is not None and read_recipe(arguments.recipe).stages:
+        return _run_stages(arguments, [*fixed, *settings])
     config = load_config(arguments.recipe, [*fixed, *settings])
     for setting in fixed:
         if config.mode != setting.value:
@@ -73,16 +80,51 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
     return _train(config)
 
 
+def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
+    """A recipe of several stages: show them, or run them one after another."""
+    from ...transfer.recovery.stages import chain, train_stages
+
+    stages = load_stages(arguments.recipe, settings)
+    shown = chain(stages)
+    if arguments.print_config:
+        sys.stdout.write(
+            "---\n".join(f"# stage {stage.name}\n{dump_config(stage.config)}" for stage in shown)
+        )
+        return 0
+    if arguments.dry_run:
+        sys.stdout.write("".join(f"stage {stage.name}: mode {stage.config.mode}, {_length(stage.config)}, "
+                                 f"in {stage.config.output_dir}\n" for stage in shown))  # fmt: skip
+        from ..plan import describe_plan
+
+        sys.stdout.write(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
+        return 0
+    done = train_stages(stages)
+    last = list(done.results.values())[-1]
+    for name, result in done.results.items():
+        top1 = result.metrics.get("test_top1")
+        sys.stdout.write(f"{name}: {'' if top1 is None else f'top-1 {top1:.2f} %, '}{result.output_dir}\n")
+    return _stopped(last, shown[0].config) if done.signal is not None else 0
+
+
+def _length(config: RunConfig) -> str:
+    steps = config.optim.max_steps
+    return f"{config.optim.epochs} epochs" if steps is None else f"{steps} steps"
+
+
 def _train(config: RunConfig) -> int:
     from ...transfer.engine.train import train
 
     result = train(config)
-    if result.signal is not None:
-        with_flag = "" if config.engine.resume == "auto" else " with --resume auto"
-        name = signal.Signals(result.signal).name
-        sys.stderr.write(
-            f"graftvit: stopped by {name} after step {result.steps}, state saved in {result.output_dir}; "
-            f"the same command{with_flag} continues from there\n"
-        )
-        return 128 + result.signal
-    return 0
+    return 0 if result.signal is None else _stopped(result, config)
+
+
+def _stopped(result: RunResult, config: RunConfig) -> int:
+    """Says which signal stopped a run, and how to go on; the exit code of that."""
+    assert result.signal is not None
+    with_flag = "" if config.engine.resume == "auto" else " with --resume auto"
+    name = signal.Signals(result.signal).name
+    sys.stderr.write(
+        f"graftvit: stopped by {name} after step {result.steps}, state saved in {result.output_dir}; "
+        f"the same command{with_flag} continues from there\n"
+    )
+    return 128 + result.signal

@@ -14,13 +14,14 @@ from ...checkpoints import provenance
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.errors import ConfigError
 from ...models.mae import MaskedAutoencoder
-from ..config import RunConfig, StudentConfig
+from ..config import RunConfig, StudentConfig, TransferConfig
 from ..data.datasets import check_dataset
 from ..data.loaders import EvalLoader, InputSpec, TrainLoader, create_eval_loader, create_train_loader
 from ..methods.dual import build_dual
 from ..methods.input import Normalization, TeacherInput
+from ..methods.plan import COPY_METHODS
 from ..recovery.align import Alignment
-from .optim import freeze
+from .optim import freeze, freeze_head
 from .randomness import preserved
 from .students import (
     StudentPlan,
@@ -157,6 +158,14 @@ def _start_from(config: RunConfig, student: nn.Module, teacher: Teacher | None) 
     return provenance.of_weights(source, report)
 
 
+def check_free_of_labels(config: TransferConfig) -> None:
+    """ConfigError where nothing would be left to learn from."""
+    if config.method in COPY_METHODS:
+        raise ConfigError(
+            f"transfer.task_weight=0 leaves nothing to learn: transfer.method={config.method} has no loss of its own"
+        )
+
+
 def _calibration(config: RunConfig, spec: InputSpec) -> Tensor:
     """The first images of the first process, on every process: all must match the same heads."""
     with preserved():
@@ -178,8 +187,13 @@ def _task(
         normalization = Normalization(plan.mean, plan.std)
         dual = build_dual(config.transfer, teacher, student, normalization, calibration)
         logger.info("%s", dual.describe())
-        task = TransferTask(dual, config.data.smoothing)
+        task = TransferTask(dual, config.data.smoothing, config.transfer.task_weight)
     else:
         task = ClassificationTask(student, config.data.smoothing)
+    free_of_labels = config.mode == "transfer" and config.transfer.task_weight == 0
+    if free_of_labels:
+        check_free_of_labels(config.transfer)
     freeze(task.trainable, config.optim.trainable, keep_head=config.mode != "align")
+    if free_of_labels and config.transfer.method != "logits":
+        freeze_head(task.trainable)  # nothing reaches it
     return task

@@ -67,6 +67,12 @@ def freeze(model: nn.Module, trainable: str, *, keep_head: bool = True) -> None:
             parameter.requires_grad_(False)
 
 
+def freeze_head(model: nn.Module) -> None:
+    """Freezes the classifier, for a loss that it has no part in."""
+    for parameter in _head_parameters(model):
+        parameter.requires_grad_(False)
+
+
 def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
     head = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
     return list(head.parameters()) if isinstance(head, nn.Module) else []

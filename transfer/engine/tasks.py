@@ -72,10 +72,11 @@ class ClassificationTask(Task):
 class TransferTask(Task):
     """Classification plus the transfer loss of a teacher; a copying method runs through the teacher."""
 
-    def __init__(self, dual: DualViT, smoothing: float) -> None:
+    def __init__(self, dual: DualViT, smoothing: float, task_weight: float = 1.0) -> None:
         super().__init__()
         self.dual = dual
         self.smoothing = smoothing
+        self.task_weight = task_weight
 
     @property
     def trainable(self) -> nn.Module:
@@ -87,7 +88,9 @@ class TransferTask(Task):
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         output = self.dual(images)
-        task = classification_loss(output.logits, targets, self.smoothing)
+        if self.task_weight == 0:
+            return {"loss": output.transfer_loss, **output.parts}
+        task = self.task_weight * classification_loss(output.logits, targets, self.smoothing)
         losses = {"loss": task + output.transfer_loss, "task": task}
         if output.parts:  # a copying method has no transfer loss
             losses = {**losses, "transfer": output.transfer_loss, **output.parts}

@@ -40,7 +40,7 @@ from .resume import (
 from .runlog import RunLog
 from .saving import Saver, position_of
 from .schedule import Schedule, plan_schedule
-from .scoring import teacher_top1
+from .scoring import score, teacher_top1
 from .signals import StopSignals
 from .trackers import create_trackers, hyperparameters
 
@@ -212,6 +212,10 @@ def _begin(loop: Loop) -> None:
         loop.saver.n_parameters,
     )
     loop.recorder.describe(hyperparameters(settings(config), **rates))
+    if config.engine.evaluate_start and loop.parts.eval_loader is not None:
+        saver = loop.saver
+        metrics = score(saver.task, saver.average, loop.parts.eval_loader, loop.accelerator)
+        loop.recorder.plain({"epoch": 0, "step": 0, **metrics})
     top1 = teacher_top1(loop.parts, loop.accelerator) if config.engine.evaluate_teacher else None
     if top1 is not None:
         loop.position.metrics["teacher_top1"] = top1

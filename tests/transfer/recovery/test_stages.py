@@ -1,0 +1,148 @@
+"""Recipes of several stages: chained, resumed, stopped in between, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import graftvit
+import pytest
+import torch
+import yaml
+from engine_runs import config, make_teacher
+from graftvit.launch.cli import main
+from graftvit.models.conversion import plan_of
+from graftvit.models.errors import ConfigError
+from graftvit.transfer.engine.runlog import read_log
+from graftvit.transfer.recovery.stages import Stage, chain, train_stages
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "teacher")
+
+
+def recipe(folder: Path, teacher: Path) -> Path:
+    base = config(folder / "run", teacher).model_dump(mode="json")
+    short: dict[str, Any] = {"optim": {"max_steps": 4}}
+    base["student"] |= {
+        "model": f"local-dir:{teacher}",
+        "plan": "*: linear",
+        "model_args": {},
+        "drop_path": 0.0,
+    }
+    base["optim"] |= {"ema": None}
+    base["stages"] = [
+        {"name": "align", "mode": "align", "engine": {"evaluate_start": True}, **short},
+        {"name": "feature", "transfer": {"method": "feature", "weight": 1.0, "task_weight": 0.0}, **short},
+        {
+            "name": "task",
+            "transfer": {"method": "attention_output", "weight": 50.0, "reduction": "mean"},
+            **short,
+        },
+    ]
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base))
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return graftvit.load(str(folder)).state_dict()
+
+
+def test_stages_go_on_from_one_another(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe(tmp_path, teacher))]) == 0
+    out = capsys.readouterr().out
+    run = tmp_path / "run"
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["align", "feature", "task"]
+    measured = json.loads((run / "stages.json").read_text())
+    assert list(measured) == ["align", "feature", "task"]
+    assert f"task: top-1 {measured['task']['test_top1']:.2f} %" in out
+    zero_shot = read_log(run / "1-align" / "log.jsonl")[0]
+    assert zero_shot["step"] == 0
+    assert 0 <= zero_shot["test_top1"] <= 100
+    first, second, third = (weights(run / name / "student") for name in ("1-align", "2-feature", "3-task"))
+    original = graftvit.load(str(teacher)).state_dict()
+    same = {name for name in original if torch.equal(original[name], first[name])}
+    assert "blocks.0.attn.proj.weight" in same
+    assert "blocks.0.attn.qkv.weight" not in same
+    assert torch.equal(first["head.weight"], second["head.weight"])  # no label was looked at
+    assert not torch.equal(second["head.weight"], third["head.weight"])
+    published = weights(run / "student")
+    assert all(torch.equal(tensor, published[name]) for name, tensor in third.items())
+    assert plan_of(graftvit.load(str(run / "student"))) == "*: linear"
+
+
+def test_a_lost_stage_alone_is_done_again(teacher: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, teacher)
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "run"
+    before, times = weights(run / "student"), {}
+    for name in ("1-align", "2-feature"):
+        times[name] = (run / name / "checkpoints" / "last.safetensors").stat().st_mtime_ns
+    for file in (run / "3-task" / "checkpoints").iterdir():
+        file.unlink()
+    assert main(["train", str(path)]) == 0
+    assert all(
+        (run / name / "checkpoints" / "last.safetensors").stat().st_mtime_ns == was
+        for name, was in times.items()
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run / "student").items())
+
+
+def test_flags_hold_for_all_stages(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, teacher)
+    assert main(["train", str(path), "--print_config", "--batch_size", "7"]) == 0
+    stages = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [stage["data"]["batch_size"] for stage in stages] == [7, 7, 7]
+    assert [stage["mode"] for stage in stages] == ["align", "transfer", "transfer"]
+    assert stages[1]["student"]["model"] == f"local-dir:{tmp_path / 'run' / '1-align' / 'student'}"
+    assert stages[0]["student"]["plan"] == "*: linear"
+    assert stages[1]["student"]["plan"] is None
+    assert main(["train", str(path), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "stage feature: mode transfer, 4 steps" in shown
+    assert "graftvit_converted" in shown
+
+
+def test_a_stage_that_is_stopped_stops_the_rest(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [
+        Stage("a", config(tmp_path, teacher, optim={"max_steps": 2})),
+        Stage("b", config(tmp_path, teacher, optim={"max_steps": 2})),
+    ]
+    from graftvit.transfer.engine import loop
+
+    monkeypatch.setattr(loop.Loop, "_epoch_steps", lambda self: 15)
+    result = train_stages(stages)
+    assert result.signal == 15
+    assert list(result.results) == ["a"]
+    assert not (tmp_path / "2-b").exists()
+    assert not (tmp_path / "student").exists()
+
+
+def test_mistakes(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = Stage("a", config(tmp_path, teacher))
+    with pytest.raises(ConfigError, match="two are called 'a'"):
+        chain([one, one])
+    with pytest.raises(ConfigError, match="stages: is empty"):
+        chain([])
+    with pytest.raises(ConfigError, match=r"stages\.b\.output_dir: all stages share one"):
+        chain([one, Stage("b", config(tmp_path / "other", teacher))])
+
+    def refused(content: Any, *words: str) -> str:
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump(content))
+        assert main(["train", str(path), *words]) == 2
+        return capsys.readouterr().err
+
+    assert "'stages' must be a list" in refused({"stages": {"a": 1}})
+    assert "stages[0] needs a name" in refused({"stages": [{"mode": "align"}]})
+    assert "did you mean 'optim.epochs'" in refused({"stages": [{"name": "a", "optim": {"epoch": 1}}]})
+    labels = {"mode": "transfer", "transfer": {"method": "copy", "task_weight": 0.0}}
+    base = config(tmp_path / "x", teacher).model_dump(mode="json")
+    assert "leaves nothing to learn" in refused({**base, **labels, "transfer": labels["transfer"]})

@@ -1,0 +1,125 @@
+"""Stages: runs one after another, each with its own losses, optimiser and length, on one student.
+
+A stage is a run with a folder of its own, so each resumes as every run does, and a finished one is not done again.
+The first makes the student, the others go on from the student of the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.atomic import write_file, write_folder
+from ...models.errors import ConfigError
+from ..config import RunConfig, StudentConfig
+from ..engine.train import RunResult, train
+
+logger = logging.getLogger(__name__)
+STAGES_FILE = "stages.json"
+STUDENTS = ("student", "student_ema")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named run of several."""
+
+    name: str
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class StagesResult:
+    """How far the stages came; `signal` is the one that stopped them after a save."""
+
+    results: dict[str, RunResult]
+    output_dir: Path
+    signal: int | None
+
+
+def chain(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages with their run folders and with the student that each goes on from.
+
+    Stage i has the folder `output_dir/<i>-<name>`. Its student is that of the stage before.
+
+    Raises ConfigError: there are none, two have one name, they have different output folders, or one but the
+    first says which student it is about.
+    """
+    if not stages:
+        raise ConfigError("stages: is empty; give a list of stages, each with a name")
+    names = [stage.name for stage in stages]
+    folder = stages[0].config.output_dir
+    for index, stage in enumerate(stages):
+        if names.index(stage.name) != index:
+            raise ConfigError(f"stages: two are called {stage.name!r}; each needs a name of its own")
+        if stage.config.output_dir != folder:
+            raise ConfigError(
+                f"stages.{stage.name}.output_dir: all stages share one output_dir, set it above them"
+            )
+    chained: list[Stage] = []
+    for index, stage in enumerate(stages):
+        config = stage.config.model_copy(update={"output_dir": folder / f"{index + 1}-{stage.name}"})
+        if chained:
+            config = config.model_copy(update={"student": _going_on(config, chained[-1].config.output_dir)})
+        chained.append(Stage(stage.name, config))
+    return chained
+
+
+def _going_on(config: RunConfig, before: Path) -> StudentConfig:
+    """The student's settings with the student of the stage before in place of how the first one was made."""
+    made: dict[str, Any] = {
+        "model": f"local-dir:{before / 'student'}",
+        "model_args": {},
+        "plan": None,
+        "init": None,
+    }
+    return config.student.model_copy(update=made)
+
+
+def train_stages(stages: Sequence[Stage]) -> StagesResult:
+    """Runs `chain(stages)` to the end, from where they stand if they were begun.
+
+    The last student is copied to `output_dir/student`, and what each stage measured is in `output_dir/stages.json`.
+    Raises GraftError as `train`.
+    """
+    folder = stages[0].config.output_dir
+    results: dict[str, RunResult] = {}
+    for stage in chain(stages):
+        logger.warning("stage %s in %s", stage.name, stage.config.output_dir)
+        result = train(stage.config)
+        results[stage.name] = result
+        if not result.finished:
+            return StagesResult(results, folder, result.signal)
+        _write_results(folder / STAGES_FILE, results)
+    _publish(result.output_dir, folder)
+    return StagesResult(results, folder, None)
+
+
+def _write_results(path: Path, results: dict[str, RunResult]) -> None:
+    measured = {
+        name: {"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}
+        for name, result in results.items()
+    }
+    text = json.dumps(measured, indent=2) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_file(path, write, size=len(text))
+
+
+def _publish(last: Path, folder: Path) -> None:
+    for name in STUDENTS:
+        source = last / name
+        if source.is_dir():
+            size = sum(path.stat().st_size for path in source.iterdir())
+            write_folder(folder / name, lambda new, source=source: _copy(source, new), size=size)  # type: ignore[misc]
+
+
+def _copy(source: Path, folder: Path) -> None:
+    for path in source.iterdir():
+        shutil.copyfile(path, folder / path.name)
