@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+import os
 import re
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +25,7 @@ from huggingface_hub.file_download import HfFileMetadata
 
 from ...models.errors import CheckpointError
 from .errors import UnreachableError, absent, explained, line, unreachable
-from .fetch import DamagedError, RemoteFile, check, damaged, fetch
+from .fetch import RemoteFile, fetch, folder_of
 from .retry import is_network, origin, retried, status_of
 
 __all__ = ["UnreachableError", "cached", "commit_of", "download", "explained", "try_download"]
@@ -109,9 +109,7 @@ def _metadata(repository: str, filename: str, revision: str | None, *, patient: 
     try:
         return retried(ask) if patient else ask()
     except EntryNotFoundError:
-        hf_hub_download(
-            repository, filename, revision=revision
-        )  # writes down in the cache that there is none
+        hf_hub_download(repository, filename, revision=revision)  # writes down that there is none
         raise
 
 
@@ -123,41 +121,21 @@ def _downloaded(repository: str, filename: str, revision: str | None, metadata: 
                 f"{constants.ENDPOINT} does not answer as a hub: {filename} has no valid {name!r}"
             )
     file = RemoteFile(repository, filename, str(commit), str(etag), metadata.size)
-    by_xet = metadata.xet_file_data is not None and _has_xet()
-    verified = file.blob.exists()
-    if not by_xet:
-        fetch(file)
-        verified = True
-    path = _linked(repository, filename, revision)
-    # The client has downloaded by itself what xet stores, and a branch that has just moved on.
-    if verified and path.resolve() == file.blob.resolve():
-        return path
-    return _checked(path, repository, filename, revision)
+    fetch(file)
+    # The client finds the content in place, and makes the entry of this commit.
+    path = retried(lambda: hf_hub_download(repository, filename, revision=commit))
+    if revision != commit:
+        _remember(file, revision or constants.DEFAULT_REVISION)
+    return Path(path)
 
 
-def _linked(repository: str, filename: str, revision: str | None) -> Path:
-    return Path(retried(lambda: hf_hub_download(repository, filename, revision=revision)))
-
-
-def _checked(path: Path, repository: str, filename: str, revision: str | None) -> Path:
-    """A file that the client has just downloaded, with its hash checked; downloaded again where it is wrong."""
-    try:
-        check(path, path.resolve().name)
-        return path
-    except DamagedError:
-        _remove(path)
-    path = _linked(repository, filename, revision)
-    try:
-        check(path, path.resolve().name)
-        return path
-    except DamagedError as error:
-        _remove(path)
-        raise CheckpointError(damaged(repository, filename, str(error))) from error
-
-
-def _remove(path: Path) -> None:
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+def _remember(file: RemoteFile, revision: str) -> None:
+    """Writes down in the cache, in one step, which commit a branch or tag is at."""
+    known = file.folder / "refs" / revision
+    known.parent.mkdir(parents=True, exist_ok=True)
+    written = file.blob.with_name(f"{os.getpid()}.ref.incomplete")
+    written.write_text(file.commit)
+    written.replace(known)
 
 
 def _known_absent(repository: str, filename: str, revision: str | None) -> bool:
@@ -176,9 +154,5 @@ def _give_up(error: Exception, repository: str, filename: str) -> NoReturn:
 
 def _lacking(repository: str, filename: str) -> str | None:
     """`filename` where the cache has something of the repository."""
-    folder = Path(constants.HF_HUB_CACHE, "--".join(("models", *repository.split("/"))), "snapshots")
+    folder = folder_of(repository) / "snapshots"
     return filename if folder.is_dir() and any(folder.iterdir()) else None
-
-
-def _has_xet() -> bool:
-    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None

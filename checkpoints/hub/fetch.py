@@ -36,7 +36,7 @@ class RemoteFile:
     @property
     def folder(self) -> Path:
         """Where the cache keeps the repository."""
-        return Path(constants.HF_HUB_CACHE, "--".join(("models", *self.repository.split("/"))))
+        return folder_of(self.repository)
 
     @property
     def blob(self) -> Path:
@@ -44,12 +44,17 @@ class RemoteFile:
         return self.folder / "blobs" / self.etag
 
 
+def folder_of(repository: str) -> Path:
+    """Where the cache keeps a repository."""
+    return Path(constants.HF_HUB_CACHE, "--".join(("models", *repository.split("/"))))
+
+
 def fetch(file: RemoteFile) -> None:
     """Puts the content of `file` in the cache, where the client finds it; nothing to do if it is there.
 
     The client itself checks the length only, and from its version 2 on forgets what it had received when a
-    download stops. The unfinished file is kept beside the blobs, one a machine, because a lock on a network
-    file system may hold on one machine only.
+    download stops, as its xet transport does: all comes by plain requests here. The unfinished file is kept
+    beside the blobs, one a machine, because a lock on a network file system may hold on one machine only.
 
     Raises CheckpointError: it came damaged twice. OSError, or the client's own errors: no connection, a
     refusal, a full disk.
@@ -68,7 +73,10 @@ def fetch(file: RemoteFile) -> None:
             try:
                 _receive(file, partial)
             except DamagedError as error:
-                raise CheckpointError(damaged(file.repository, file.filename, str(error))) from error
+                raise CheckpointError(
+                    f"{file.filename} of {file.repository} came damaged twice and was removed: {error}; "
+                    "try again later"
+                ) from error
         partial.replace(file.blob)
 
 
@@ -117,11 +125,6 @@ def check(path: Path, etag: str) -> None:
     found = [_hash(path, name, head) for name, head in _kinds(etag, _size(path))]
     if found and etag.lower() not in found:
         raise DamagedError(f"its hash is {found[0]} instead of {etag}")
-
-
-def damaged(repository: str, filename: str, how: str) -> str:
-    """The sentence for a file that came damaged twice."""
-    return f"{filename} of {repository} came damaged twice and was removed: {how}; try again later"
 
 
 def _kinds(etag: str, size: int) -> list[tuple[str, bytes]]:
