@@ -50,7 +50,7 @@ def read_file(path: Path, inside: Path | None = None) -> Content:
             return _read_safe(path, described.metadata)
         if described.kind == "npz":
             return _read_arrays(path)
-        return _read_torch(path)
+        return _read_torch(path, is_archive=described.kind == "torch")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -65,10 +65,11 @@ def _read_safe(path: Path, metadata: dict[str, str]) -> Content:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _read_torch(path: Path) -> Content:
+def _read_torch(path: Path, *, is_archive: bool) -> Content:
+    """Of an archive only those numbers are read that are used: an optimiser's stay on the disk."""
     try:
         with torch.serialization.safe_globals(list(PLAIN_OBJECTS)):
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes

@@ -81,14 +81,17 @@ def loads_in_plain_timm(folder: Path) -> bool:
 
 
 def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
+    try:
+        return path if path.is_file() else None
+    except OSError:  # a name that no file can have
+        return None
 
 
 def _read(folder: Path, find: Find, origin: str) -> Weights:
     """The model of a folder with a config.json: timm's own, or one of transformers."""
     config = _config(folder / CONFIG)
     if "model_type" in config and "architecture" not in config:
-        weights = _weights(find, (), origin, {**config, **_preprocessor(find)})
+        weights = _weights(find, (), origin, {**config, **_preprocessor(find)}, folder)
         return replace(weights, origin=origin, pretrained_cfg=_with_licence(weights.pretrained_cfg, find))
     try:
         described, architecture, model_args = load_model_config_from_path(folder)
@@ -96,7 +99,9 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
         reason = "is damaged or of no known kind: it names neither timm's architecture nor a model_type"
         raise CheckpointError(f"{folder / CONFIG} {reason}") from error
     named = described.get("hf_hub_filename")
-    weights = _weights(find, (named,) if named else (), origin, {})
+    if named is not None and not isinstance(named, str):
+        raise CheckpointError(f"{folder / CONFIG} says hf_hub_filename={named!r}, which is no name of a file")
+    weights = _weights(find, (named,) if named else (), origin, {}, folder)
     known = _with_licence(known_fields(described), find)
     words = f"a timm folder ({Path(weights.origin).name})"
     provenance = dict(config.get(PROVENANCE) or {})
@@ -113,22 +118,22 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged: it holds a {type(config).__name__}, not settings by name")
     return config
 
 
-def _weights(find: Find, first: tuple[str, ...], origin: str, config: Mapping[str, Any]) -> Weights:
+def _weights(
+    find: Find, first: tuple[str, ...], origin: str, config: Mapping[str, Any], folder: Path
+) -> Weights:
     """The weights in the first file that is there: one file, or the index of several."""
     for name in (*first, *WEIGHTS_NAMES):
         path = find(name)
         if path is None:
             continue
-        content = (
-            read_shards(path, find) if name.endswith(INDEX_SUFFIX) else read_file(path, inside=path.parent)
-        )
+        content = read_shards(path, find) if name.endswith(INDEX_SUFFIX) else read_file(path, inside=folder)
         return read_weights(content, config=config)
     raise CheckpointError(f"{origin} has a {CONFIG} but no weights: none of {', '.join(WEIGHTS_NAMES)}")
 

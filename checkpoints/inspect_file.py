@@ -17,6 +17,7 @@ from ..models.errors import CheckpointError
 from .atomic import write_file
 from .files import read_file
 from .formats.containers import unwrap
+from .report import printable
 from .safety.outline import Outline, outline, tensors_of
 from .safety.pickle_outline import children
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
@@ -60,7 +61,7 @@ def describe_file(path: Path) -> list[str]:
     total = sum(entry.nbytes for *_, entry in rows)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in Counter(dtype for _, dtype, _ in rows).items())
     lines.append(f"{len(rows)} tensors ({kinds or 'none'}), {total:,} bytes")
-    return [*lines, *_entries(found), *_metadata(found.metadata)]
+    return [printable(line) for line in (*lines, *_entries(found), *_metadata(found.metadata))]
 
 
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:

@@ -54,3 +54,8 @@ def some(names: Iterable[str], limit: int = 4) -> str:
     listed = list(names)
     more = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with an escape in place of each character that could steer a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

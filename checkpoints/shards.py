@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..models.errors import CheckpointError
 from .files import Content, read_file
 from .report import some
+from .safety.safe_header import unique
 
 INDEX_SUFFIX = ".index.json"
 
@@ -25,7 +26,8 @@ def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
         path = find(file)
         if path is None:
             raise CheckpointError(f"{index} lists {file}, which is not there: the weights are not whole")
-        tree |= read_file(path, inside=index.parent).tree
+        held = read_file(path, inside=index.parent).tree
+        tree |= {name: tensor for name, tensor in held.items() if names.get(name) == file}
     absent = [name for name in names if name not in tree]
     if absent:
         raise CheckpointError(f"{index} lists {some(absent)}, which its files do not hold")
@@ -35,12 +37,16 @@ def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor names to file names, each a plain name in the index's own folder."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: it has no weight_map") from error
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index} is damaged: its weight_map does not name a file for each tensor")
-    elsewhere = [file for file in names.values() if PurePosixPath(file).name != file or "\\" in file]
+    elsewhere = [file for file in names.values() if not _is_plain(file)]
     if elsewhere:
-        raise CheckpointError(f"{index} is refused: it names {elsewhere[0]!r}, outside of its folder")
+        raise CheckpointError(f"{index} is refused: it names {elsewhere[0][:80]!r}, outside of its folder")
     return names
+
+
+def _is_plain(name: str) -> bool:
+    return 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\:\0")

@@ -6,11 +6,12 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ...models.errors import CheckpointError
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+END, LOCATOR64, END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI"), struct.Struct("<4sQ2H2I4Q")
 MAX_RATIO = 100
 ALLOWANCE = 16 << 20
 """Together an archive may unpack to a hundred times its size and 16 MiB; weights hardly compress at all."""
@@ -37,7 +38,8 @@ def read_records(path: Path, file: BinaryIO, size: int) -> dict[str, Record]:
     """The records of a zip archive by name. `size` is the archive's.
 
     Raises CheckpointError: the directory is damaged, a name leads out of the archive or is there twice, records
-    overlap or reach beyond the file, one is encrypted, or together they would unpack to far more than the file.
+    overlap or reach beyond the file, one is encrypted, another reader could find other ones, or together they
+    would unpack to far more than the file.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -52,6 +54,7 @@ def read_records(path: Path, file: BinaryIO, size: int) -> dict[str, Record]:
     ) as error:
         reason = str(error) or type(error).__name__
         raise CheckpointError(f"{path} is damaged: its zip directory cannot be read, {reason}") from error
+    _check_end(path, file, size, directory)
     records: dict[str, Record] = {}
     for info in infos:
         record = _record(path, file, info, directory)
@@ -65,6 +68,28 @@ def read_records(path: Path, file: BinaryIO, size: int) -> dict[str, Record]:
             f"{path} is refused: its {size:,} bytes would unpack to {total:,}, which no weights do"
         )
     return records
+
+
+def _check_end(path: Path, file: BinaryIO, size: int, directory: int) -> None:
+    """CheckpointError unless every reader of zip finds the directory that this one read.
+
+    Python looks for the directory right before the end and torch where the end says; so they must be one place,
+    and the end must be the last thing in the file, as torch and numpy write it.
+    """
+    end = _fields(file, END, size - END.size)
+    place, last = end[6], end[7]
+    locator = _fields(file, LOCATOR64, size - END.size - LOCATOR64.size)
+    if locator[0] == b"PK\x06\x07":
+        start = size - END.size - LOCATOR64.size - END64.size
+        end64 = _fields(file, END64, start)
+        place = end64[9] if locator[2] == start and end64[0] == b"PK\x06\x06" else -1
+    if end[0] != b"PK\x05\x06" or last or place != directory:
+        raise CheckpointError(f"{path} is refused: its zip directory is not where its end says")
+
+
+def _fields(file: BinaryIO, layout: struct.Struct, position: int) -> tuple[Any, ...]:
+    file.seek(max(0, position))
+    return layout.unpack(file.read(layout.size).ljust(layout.size, b"\0"))
 
 
 def _record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, directory: int) -> Record:

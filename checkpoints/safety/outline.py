@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from ...models.errors import CheckpointError
+from ..report import printable
 from .archive import Record, read_records
 from .extent import count
 from .pickle_outline import DamagedPickle, Machine, children
@@ -26,8 +27,6 @@ from .torch_objects import StorageOutline, TensorOutline, find, storage_of
 
 Kind = Literal["safetensors", "torch", "torch (before 1.6)", "npz"]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-MAX_PICKLE = 512 << 20
-"""Bytes of the pickle in a torch archive; the tensors' numbers lie beside it."""
 WRONG = (
     (
         b"version https://git-lfs",
@@ -75,9 +74,13 @@ def outline(path: Path) -> Outline:
         with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
-            return _outline(path, file, size)
+            found = _outline(path, file, size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    odd = next((name for name, _ in tensors_of(found.tree) if not name.isprintable()), None)
+    if odd is not None:
+        raise CheckpointError(f"{path} is refused: the name {odd[:80]!r} of a tensor in it is no plain text")
+    return found
 
 
 def _outline(path: Path, file: BinaryIO, size: int) -> Outline:
@@ -122,8 +125,7 @@ def _archive(path: Path, file: BinaryIO, size: int) -> Outline:
         raise CheckpointError(
             f"{path} is refused: it is a TorchScript program, which is code; save the model's state dict"
         )
-    if records[pickles[0]].size > MAX_PICKLE:
-        raise CheckpointError(f"{path} is refused: its data.pkl has {records[pickles[0]].size:,} bytes")
+    _check_as_torch_writes(path, records)
 
     def storage(pid: Any) -> StorageOutline:
         found = storage_of(pid)
@@ -134,6 +136,17 @@ def _archive(path: Path, file: BinaryIO, size: int) -> Outline:
 
     data = _read_record(path, file, records[pickles[0]])
     return Outline("torch", _tree(path, Machine(io.BytesIO(data), find, storage)), size=size)
+
+
+def _check_as_torch_writes(path: Path, records: dict[str, Record]) -> None:
+    """Torch looks names up without regard to case, and maps records into memory as they are."""
+    packed = next((name for name, record in records.items() if not record.is_stored), None)
+    if packed is not None:
+        raise CheckpointError(
+            f"{path} is refused: {packed[:80]!r} in it was compressed, which torch never does; save it again"
+        )
+    if len({name.casefold() for name in records}) < len(records):
+        raise CheckpointError(f"{path} is refused: two of the names in it differ in their case only")
 
 
 def _read_record(path: Path, file: BinaryIO, record: Record, limit: int | None = None) -> bytes:
@@ -253,8 +266,8 @@ def _tree(path: Path, machine: Machine) -> dict[Any, Any]:
 def refusal(path: Path, name: str) -> str:
     """What is said of a file that holds `name`."""
     return (
-        f"{path} is refused: it holds {name[:120]}, and rebuilding that could run code; save the weights alone "
-        "(a state dict) or as .safetensors"
+        f"{path} is refused: it holds {printable(name[:120])}, and rebuilding that could run code; "
+        "save the weights alone (a state dict) or as .safetensors"
     )
 
 

@@ -12,8 +12,9 @@ import pickletools
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
-MAX_NODES = 10_000_000
-"""Of the tree, counted as if nothing were shared: small pickles can describe endless ones."""
+MAX_NODES = 2_000_000
+"""Of the tree, counted as if nothing were shared, and of the steps to it: one byte can describe a whole object."""
+TOO_MANY = "its pickle describes more than two million entries"
 MAX_DEPTH = 100
 
 
@@ -60,9 +61,11 @@ class Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         try:
-            for opcode, argument, _ in pickletools.genops(self.stream):  # type: ignore[arg-type]
+            for step, (opcode, argument, _) in enumerate(pickletools.genops(self.stream)):  # type: ignore[arg-type]
                 if opcode.name == "STOP":
                     break
+                if step > MAX_NODES:
+                    raise DamagedPickle(TOO_MANY)
                 self._step(opcode.name, argument)
             (value,) = self.stack
         except DamagedPickle:
@@ -292,7 +295,7 @@ def check_tree(root: Any) -> None:
             open_nodes.discard(id(node))
             sizes[id(node)] = 1 + sum(sizes.get(id(child), 1) for child in children(node))
             if sizes[id(node)] > MAX_NODES:
-                raise DamagedPickle("its pickle describes more than ten million entries")
+                raise DamagedPickle(TOO_MANY)
         elif id(node) in open_nodes:
             raise DamagedPickle("its pickle holds itself")
         elif id(node) not in sizes:

@@ -36,7 +36,7 @@ def check_regular(path: Path, inside: Path | None = None) -> Path:
         raise CheckpointError(f"{path} is {kind}, not a file of weights; give the path of a regular file")
     if inside is not None and not _belongs(resolved, _resolve(inside)):
         raise CheckpointError(
-            f"{path} is refused: it is a link to {resolved}, outside of {inside}; copy the file there"
+            f"{path} is refused: it leads to {resolved}, outside of {inside}; copy the file there"
         )
     return resolved
 

@@ -67,7 +67,7 @@ def read_header(path: Path, file: BinaryIO, size: int) -> SafeHeader:
 
 def _parse(path: Path, header: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        fields = json.loads(header.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
     except (ValueError, RecursionError, MemoryError) as error:
         reason = str(error) or type(error).__name__
         raise CheckpointError(
@@ -78,7 +78,8 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     return fields
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON, for `object_pairs_hook`. Raises ValueError: a name is there twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()

@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import hostile_archives  # noqa: F401  its files join the corpus
 import pytest
 import torch
 from graftvit.checkpoints.files import read_file
