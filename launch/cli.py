@@ -20,6 +20,7 @@ COMMANDS = {
     "save": "one model alone, from a run or any other source, as a folder that timm loads",
     "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: other people's files of weights",
     "export": "a model as an ONNX or torch.export file, checked against the model",
+    "layers": "which layers of a converted student to keep as softmax, and what each choice costs",
     "recipes": "list the recipes that come with the package, or print one",
 }
 

@@ -1,0 +1,65 @@
+"""`graftvit layers STUDENT`: which layers of a converted student to keep as softmax, and what each choice costs."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ...models.errors import ConfigError
+from ..config import load_config
+from ..flags import command_parser, parse_command
+from ..sources import SOURCE_HELP
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...transfer.recovery.layer_search import LayerSearch
+
+EXAMPLES = (
+    "graftvit layers runs/linear/1-align/student --teacher vit_base_patch16_224.mae --data_path /data/imagenet",
+    "graftvit layers local-dir:converted --teacher runs/teacher/student --keep 2 --dataset digits --batches 4",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Search, and print each choice with the plan that it leads to."""
+    parser = command_parser(
+        "layers",
+        "Find which layers of a converted student to give back to softmax attention: greedily, the layer whose return "
+        "brings the final tokens nearest to the teacher's, on images of the training set. Nothing is trained.",
+        EXAMPLES,
+        usage="STUDENT --teacher SOURCE [--flag value ...]",
+    )
+    parser.add_argument("student", metavar="STUDENT", help=SOURCE_HELP)
+    parser.add_argument("--keep", type=int, default=3, metavar="K", help="how many layers (default: 3)")
+    parser.add_argument("--batches", type=int, default=2, metavar="N", help="batches of images (default: 2)")
+    arguments, settings = parse_command(parser, argv, only=("teacher", "data", "seed"))
+    config = load_config(None, settings)
+    if config.teacher.source is None:
+        raise ConfigError("--teacher is missing: give the model that the student was converted from")
+    if arguments.batches < 1:
+        raise ConfigError(f"--batches {arguments.batches}: must be at least 1")
+    from ...transfer.recovery.calibration import calibration_batches
+    from ...transfer.recovery.layer_search import search_layers
+
+    teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)
+    sys.stdout.write(_table(search_layers(teacher, student, batches, arguments.keep), student))
+    return 0
+
+
+def _table(found: LayerSearch, student: nn.Module) -> str:
+    from ...models.conversion import layer_macs
+
+    softmax, own = layer_macs(student)
+    total = sum(own.values())
+    rows = [
+        ("kept", "error", "attention MACs", "plan"),
+        ("none", f"{found.error:.4f}", f"{total:,}", found.plan),
+    ]
+    for count, choice in enumerate(found.kept, start=1):
+        total += softmax - own[choice.layer]
+        rows.append((str(choice.layer), f"{choice.error:.4f}", f"{total:,}", found.plan_keeping(count)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*(f"{row[i]:>{widths[i]}}" for i in range(3)), row[3]]) for row in rows]
+    note = "error: of the final tokens, relative to the teacher's; MACs: of the attention maps of one image"
+    return "\n".join([*lines, note, ""])

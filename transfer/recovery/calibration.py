@@ -1,0 +1,44 @@
+"""A teacher, a student and the same images for both: what a search or a calibration measures on."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor, nn
+
+from ...checkpoints.teacher import load_teacher
+from ..config import RunConfig
+from ..data.loaders import InputSpec, create_train_loader
+from ..engine.randomness import preserved
+from ..methods.input import Normalization, TeacherInput
+
+
+def calibration_batches(
+    config: RunConfig, student: str, count: int
+) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """The teacher of `config`, the model of the source `student`, and the first `count` batches of the training set.
+
+    Each batch is a pair: the images as the teacher wants them, and as the student does. Both models are in eval
+    mode and need no gradients.
+
+    Raises CheckpointError, DataError or TransferError, one sentence each.
+    """
+    ours = load_teacher(student)
+    height, width = ours.model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    channels = int(ours.model.patch_embed.proj.in_channels)  # type: ignore[union-attr, arg-type]
+    how = config.teacher
+    theirs = load_teacher(
+        str(how.source),
+        model=how.model,
+        model_args=how.model_args,
+        img_size=how.img_size or (int(height), int(width)),
+        position_embedding=how.position_embedding,
+        revision=how.revision,
+    )
+    norms = Normalization(theirs.mean, theirs.std), Normalization(ours.mean, ours.std)
+    teacher_input = TeacherInput(theirs.model, ours.model, *norms)
+    spec = InputSpec((channels, int(height), int(width)), ours.mean, ours.std)
+    with preserved():
+        loader = create_train_loader(config.data, spec, seed=config.seed)
+        images = [batch[0] for batch in itertools.islice(loader.epoch(0), count)]
+    return theirs.model, ours.model, [(teacher_input(batch), batch) for batch in images]
