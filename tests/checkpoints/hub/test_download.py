@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from graftvit.checkpoints.hub.download import commit_of, download, try_download
+from hub_client import move_client
 from hub_server import COMMIT, Fault, Hub, closed_port
 from huggingface_hub import constants, hf_hub_download
 
@@ -21,9 +22,7 @@ def gone(server: Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> Ca
 
     def go() -> str:
         address = closed_port()
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        move_client(monkeypatch, address)
         return address
 
     return go

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import huggingface_hub
 import pytest
 from graftvit.checkpoints.hub.download import download
 from graftvit.checkpoints.hub.retry import ATTEMPTS
 from hub_server import COMMIT, Fault, Hub
 
 WEIGHTS = "model.safetensors"
+NEW_CLIENT = pytest.mark.skipif(
+    int(huggingface_hub.__version__.split(".")[0]) < 1,
+    reason="this client waits on 429 by itself, as it likes",
+)
 
 
 def fault(status: int, times: int, **headers: str) -> Fault:
@@ -38,6 +43,7 @@ def test_what_does_not_pass_is_given_up(
     assert waits == [1.0, 2.0, 4.0, 8.0]
 
 
+@NEW_CLIENT
 @pytest.mark.parametrize("headers", [{"Retry_After": "7"}, {"RateLimit": '"resolvers";r=0;t=7'}])
 def test_the_wait_is_the_one_that_the_hub_asks_for(
     server: Hub, waits: list[float], headers: dict[str, str]
@@ -47,6 +53,7 @@ def test_the_wait_is_the_one_that_the_hub_asks_for(
     assert waits == [7.0]
 
 
+@NEW_CLIENT
 def test_a_limit_that_stays_names_the_wait(
     server: Hub, waits: list[float], refused: Callable[..., str]
 ) -> None:
@@ -58,6 +65,7 @@ def test_a_limit_that_stays_names_the_wait(
     assert waits == [7.0] * (ATTEMPTS - 1)
 
 
+@NEW_CLIENT
 def test_nobody_waits_an_hour(server: Hub, waits: list[float], refused: Callable[..., str]) -> None:
     server.faults.append(fault(429, 1000, Retry_After="3600"))
     assert "wait 3600 s, or log in" in refused()
