@@ -52,7 +52,7 @@ def test_a_revision_loads_exactly_that_commit(
 ) -> None:
     teacher = load_teacher(NAME, model_args=SMALL, revision=revision)
     assert same(teacher, published[commit])
-    assert teacher.revision == commit
+    assert teacher.revision == teacher.report.revision == commit
     assert teacher.licence == "cc-by-nc-4.0"
 
 
