@@ -9,7 +9,9 @@ from functools import partial
 from .attention.base import AttentionOperator, LayerShape
 from .attention.hybrid import HybridAttention
 from .attention.kernel import KernelAttention
+from .attention.monarch import MonarchAttention
 from .attention.softmax import SoftmaxAttention
+from .attention.ttt import TTTAttention
 from .attention.window import NeighbourhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
 from .plan import Choice
@@ -22,6 +24,8 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "neighbourhood": NeighbourhoodAttention,
     "dilated": partial(WindowAttention, dilation=2),
     "hybrid": HybridAttention,
+    "ttt": TTTAttention,
+    "monarch": MonarchAttention,
 }
 """By name; the first argument of each is the `LayerShape`, the others are options."""
 

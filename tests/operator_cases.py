@@ -84,4 +84,8 @@ CASES = [
     Case("hybrid", {"window": 4, "branches": "window+dilated"}),
     Case("hybrid", {"combine": "joint", "window": 4}),
     Case("hybrid", {"combine": "joint", "window": 3, "branches": "window+kernel", "feature": "relu"}),
+    Case("ttt"),
+    Case("monarch"),
+    Case("monarch", {"steps": 1}),
+    Case("monarch", {"steps": 3, "block": 5}),
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .jacobian import jacobian_rows
 from .terms import Term, term_rows
 
 QKV = ("q", "k", "v")
@@ -149,13 +150,18 @@ class AttentionOperator(nn.Module, ABC):
         return out if local is None else out + local
 
     def terms(self, heads: Heads) -> list[Term]:
-        """The terms whose sum is A. An operator that is not linear in V has none."""
+        """The terms whose sum is A. An operator that is not linear in V has none, but has `rows`."""
         raise UnsupportedModelError(
             f"{type(self).__name__} is not linear in V: it has no map, only a Jacobian"
         )
 
     def rows(self, heads: Heads, index: Tensor) -> Tensor:
-        """Rows `index` (S,) of A, shape (B, H, S, N): what these tokens take from each token."""
+        """Rows `index` (S,) of A, shape (B, H, S, N): what these tokens take from each token.
+
+        Of an operator that is not linear in V, those of its Jacobian, averaged over channels; no gradient.
+        """
+        if not self.traits.linear_in_v:
+            return jacobian_rows(self, heads, index)
         return torch.stack([term_rows(term, index, heads) for term in self.terms(heads)]).sum(0)
 
     def matrix(self, heads: Heads) -> Tensor:

@@ -1,0 +1,177 @@
+"""MonarchAttention: the map as a Monarch matrix, two batches of small ones, found without training."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from .softmax import softmax_rows
+from .terms import FirstRows, Term
+
+HIDDEN = -1e9
+"""The logit of a key that is padding: finite, so that a block of nothing but padding has no NaN."""
+
+
+class Factors(NamedTuple):
+    """A of query (l, j) and key (k, i) is `blocks` (B, H, J, L, K) times `within` (B, H, K, J, I), and `prefix`
+    (B, H, J, L, P) for the prefix keys: of each grid query the sum over all is one."""
+
+    blocks: Tensor
+    within: Tensor
+    prefix: Tensor
+
+
+class MonarchAttention(AttentionOperator):
+    """Softmax attention projected on Monarch matrices: A[(l, j), (k, i)] = L[j, l, k] R[k, j, i].
+
+    Yaras et al. 2025 (NeurIPS, arXiv 2505.18698). The tokens are cut into blocks of `block`, a row of the grid by
+    default: query (l, j) and key (k, i) are the tokens in places j and i of blocks l and k. A query chooses a block
+    by L, and a key in it by R, which all queries of one place share. L and R maximise Σ A s QKᵀ + entropy(A) in
+    turns, `steps` times, each in closed form, from L = 1: no parameter, no training. Σ over rows of
+    KL(A ‖ softmax) falls with each turn.
+
+    Prefix keys are blocks of their own, so each query weighs them exactly; prefix queries attend to every token
+    exactly. With blocks of one token, or one block, this is softmax attention. About (3 b + 2 N/b) N D
+    multiply-adds a head for one step, N^1.5 D where b is near √N.
+
+    Raises ConfigError: steps or block is no whole number above 0.
+    """
+
+    def __init__(self, shape: LayerShape, steps: int = 2, block: int | None = None) -> None:
+        super().__init__(shape)
+        for name, value in (("steps", steps), ("block", 1 if block is None else block)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"plan: {name}={value}; it is a whole number, 1 or more")
+        self.steps, self.block = steps, block
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(linear_cost=False, needs_grid=True, key_mask=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        _, _, v = heads.qkv()
+        first = heads.tokens().num_prefix
+        factors = self._factors(heads)
+        with torch.autocast(v.device.type, enabled=False):
+            values = v.to(factors.blocks.dtype)
+            summed_BHKJD = factors.within @ self._cut(values[:, :, first:], heads.tokens())
+            grid_BHJLD = factors.blocks @ summed_BHKJD.transpose(2, 3)
+            if first:
+                grid_BHJLD = grid_BHJLD + factors.prefix @ values[:, :, None, :first]
+        grid = grid_BHJLD.transpose(2, 3).flatten(2, 3)[:, :, : v.shape[2] - first]
+        return torch.cat((_prefix_out(heads), grid.to(v.dtype)), 2)
+
+    def rows(self, heads: Heads, index: Tensor) -> Tensor:
+        factors, first = self._factors(heads), heads.tokens().num_prefix
+        places, block = index.sub(first).clamp_min(0), factors.within.shape[-1]
+        column, row = places % block, places // block
+        blocks_BHSK, within_BHKSI = factors.blocks[:, :, column, row], factors.within[:, :, :, column]
+        grid = torch.einsum("bhsk,bhksi->bhski", blocks_BHSK, within_BHKSI).flatten(3)
+        rows = torch.cat((factors.prefix[:, :, column, row], grid[..., : heads.tokens().num_patches]), 3)
+        rows[:, :, index < first] = softmax_rows(heads, index[index < first])
+        return rows
+
+    def terms(self, heads: Heads) -> list[Term]:
+        """The map itself: a Monarch matrix has no low rank. Losses on rows and on probes need no such thing."""
+        return [FirstRows(self.matrix(heads))]
+
+    def macs(self, geometry: Geometry) -> int:
+        block = self._width(geometry)
+        blocks, first, tokens = -(-geometry.num_patches // block), geometry.num_prefix, geometry.num_tokens
+        padded = blocks * block
+        step = padded * (2 * block + blocks + first)  # R, the keys' means, L
+        means = padded * blocks  # the queries', from the second step on
+        out = padded * (block + blocks + first)
+        exact = 2 * first * tokens
+        total = self.steps * step + (self.steps - 1) * means + out + exact
+        return total * self.shape.head_dim * self.shape.num_heads
+
+    def _factors(self, heads: Heads) -> Factors:
+        q, k, _ = heads.qkv()
+        geometry = heads.tokens()
+        precise, first = torch.promote_types(q.dtype, torch.float32), geometry.num_prefix
+        with torch.autocast(q.device.type, enabled=False):
+            q_BHND, k_BHND = q.to(precise) * heads.scale, k.to(precise)
+            q_BHLJD = self._cut(q_BHND[:, :, first:], geometry)
+            k_BHKID = self._cut(k_BHND[:, :, first:], geometry)
+            hidden_BKI = self._hidden(heads)
+            if hidden_BKI is not None:  # a query that is padding has no say in what its place looks at
+                q_BHLJD = q_BHLJD.masked_fill(hidden_BKI[:, None, :, :, None], 0)
+            prefix_BHJLP = q_BHLJD.transpose(2, 3) @ k_BHND[:, :, None, :first].transpose(3, 4)
+            if heads.key_mask is not None:
+                prefix_BHJLP = prefix_BHJLP.masked_fill(~heads.key_mask[:, None, None, None, :first], HIDDEN)
+            return _alternate(q_BHLJD, k_BHKID, prefix_BHJLP, hidden_BKI, self.steps)
+
+    def _width(self, geometry: Geometry) -> int:
+        """Tokens in a block."""
+        return min(self.block or geometry.grid[1], geometry.num_patches)
+
+    def _cut(self, x_BHND: Tensor, geometry: Geometry) -> Tensor:
+        """Grid tokens as blocks (B, H, L, J, D), the last filled up with zeros."""
+        block = self._width(geometry)
+        padded = F.pad(x_BHND, (0, 0, 0, -x_BHND.shape[2] % block))
+        return padded.reshape(*padded.shape[:2], -1, block, padded.shape[3])
+
+    def _hidden(self, heads: Heads) -> Tensor | None:
+        """True at padding, (B or 1, L, J); None where there is none."""
+        geometry = heads.tokens()
+        q, _, _ = heads.qkv()
+        block = self._width(geometry)
+        missing = -geometry.num_patches % block
+        if heads.key_mask is None and missing == 0:
+            return None
+        if heads.key_mask is None:
+            seen = torch.ones(1, geometry.num_patches, dtype=torch.bool, device=q.device)
+        else:
+            seen = heads.key_mask[:, geometry.num_prefix :]
+        return ~F.pad(seen, (0, missing)).reshape(len(seen), -1, block)
+
+
+def _alternate(
+    q_BHLJD: Tensor, k_BHKID: Tensor, prefix_BHJLP: Tensor, hidden_BKI: Tensor | None, steps: int
+) -> Factors:
+    """Best R for L, then best L for R, `steps` times; the queries are scaled already."""
+    mean_BHKJD, blocks = q_BHLJD, k_BHKID.shape[2]
+    queries_BHJLD = q_BHLJD.transpose(2, 3)
+    hidden = None if hidden_BKI is None else hidden_BKI[:, None]
+    log_BHJLS = within_BHKJI = prefix_BHJLP
+    for step in range(steps):
+        if step:
+            mean_BHKJD = _mean_queries(log_BHJLS[..., :blocks], queries_BHJLD, hidden)
+        logits_BHKJI = mean_BHKJD @ k_BHKID.transpose(3, 4)
+        if hidden is not None:
+            logits_BHKJI = logits_BHKJI.masked_fill(hidden[:, :, :, None], HIDDEN)
+        within_BHKJI = logits_BHKJI.softmax(-1)
+        entropy_BHKJ = logits_BHKJI.logsumexp(-1) - (within_BHKJI * logits_BHKJI).sum(-1)
+        keys_BHKJD = within_BHKJI @ k_BHKID
+        scores_BHJLK = queries_BHJLD @ keys_BHKJD.permute(0, 1, 3, 4, 2)
+        scores_BHJLK = scores_BHJLK + entropy_BHKJ.transpose(2, 3)[:, :, :, None]
+        if hidden is not None:
+            scores_BHJLK = scores_BHJLK.masked_fill(hidden.all(-1)[:, :, None, None], HIDDEN)
+        log_BHJLS = torch.cat((scores_BHJLK, prefix_BHJLP), -1).log_softmax(-1)
+    weights = log_BHJLS.exp()
+    return Factors(weights[..., :blocks], within_BHKJI, weights[..., blocks:])
+
+
+def _mean_queries(log_BHJLK: Tensor, queries_BHJLD: Tensor, hidden: Tensor | None) -> Tensor:
+    """For each block k and place j the mean of the queries there, by how much they choose k; (B, H, K, J, D).
+
+    Queries that are padding have no say.
+    """
+    if hidden is not None:
+        log_BHJLK = log_BHJLK.masked_fill(hidden.transpose(2, 3)[..., None], HIDDEN)
+    weights_BHJKL = log_BHJLK.transpose(3, 4).softmax(-1)
+    return (weights_BHJKL @ queries_BHJLD).transpose(2, 3)
+
+
+def _prefix_out(heads: Heads) -> Tensor:
+    """The prefix tokens' exact attention, (B, H, P, D)."""
+    q, k, v = heads.qkv()
+    first = q[:, :, : heads.tokens().num_prefix]
+    mask = None if heads.key_mask is None else heads.key_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(first, k, v, attn_mask=mask, scale=heads.scale)

@@ -1,0 +1,115 @@
+"""TTT-SwiGLU: a small network is trained on keys and values by one gradient step, and answers the queries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+
+NORM_EPSILON = 1.0
+KERNEL = 3
+INITIAL_STD = 0.02
+
+
+class Weights(NamedTuple):
+    """W₁, W₂ and W₃ of the inner network, each (H, D, D), or (B, H, D, D) after its step."""
+
+    gated: Tensor
+    linear: Tensor
+    out: Tensor
+
+
+class TTTAttention(AttentionOperator):
+    """o_i = f_{W − g}(q_i) with f_W(x) = (silu(x W₁) ⊙ x W₂) W₃ and g = ∂/∂W of −(s/N) Σ_j v_j · f_W(k_j).
+
+    Test-time training (Sun et al. 2024, arXiv 2407.04620) with a SwiGLU of D x D matrices a head and one closed-form
+    step on the inner product, as in the conversion of DeiT to linear time ("T5", ICML 2026); its predecessor is ViT³
+    (arXiv 2512.01643). Keys are normalised over the tokens, channel by channel, with 1 added to the variance: the
+    large common mean of pretrained keys would otherwise swamp the step. Queries and keys get a zero-initialised
+    depthwise 3 x 3 convolution of themselves; prefix tokens, which have no place on the grid, go without, and are
+    ordinary tokens otherwise. 9 N D² multiply-adds a head, and 18 N D for the convolutions.
+
+    Not linear in V: there is no map. The values must be as wide as the queries.
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        size = (shape.num_heads, shape.head_dim, shape.head_dim)
+        self.gated, self.linear, self.out = (nn.Parameter(_draw(size)) for _ in range(3))
+        channels = shape.num_heads * shape.head_dim
+        self.q_conv, self.k_conv = (_convolution(channels) for _ in range(2))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(linear_in_v=False, nonnegative=False, row_stochastic=False, needs_grid=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        q, k, v = heads.qkv()
+        precise = torch.promote_types(v.dtype, torch.float32)
+        with torch.autocast(v.device.type, enabled=False):
+            queries = _mixed(q.to(precise), self.q_conv, heads.tokens())
+            keys = _mixed(normalised_keys(k.to(precise)), self.k_conv, heads.tokens())
+            weights = Weights(*(weight.to(precise) for weight in (self.gated, self.linear, self.out)))
+            learned = inner_step(weights, keys, v.to(precise) * (heads.scale / v.shape[2]))
+            return answer(learned, queries).to(v.dtype)
+
+    def macs(self, geometry: Geometry) -> int:
+        width = self.shape.head_dim
+        learning = geometry.num_tokens * 9 * width**2
+        mixing = geometry.num_patches * 2 * KERNEL**2 * width
+        return (learning + mixing) * self.shape.num_heads
+
+
+def normalised_keys(k_BHND: Tensor) -> Tensor:
+    """Keys without their mean over the tokens and by their deviation, where it is not small."""
+    variance, mean = torch.var_mean(k_BHND, dim=2, correction=0, keepdim=True)
+    return (k_BHND - mean) * (variance + NORM_EPSILON).rsqrt()
+
+
+def inner_step(weights: Weights, k_BHND: Tensor, v_BHND: Tensor) -> Weights:
+    """The weights after one step of gradient descent on −Σ_j v_j · f_W(k_j), in closed form."""
+    gate, linear = k_BHND @ weights.gated, k_BHND @ weights.linear
+    sigmoid = gate.sigmoid()
+    gated = gate * sigmoid
+    hidden = v_BHND @ weights.out.transpose(-1, -2)
+    slope = sigmoid + gated * (1 - sigmoid)  # of silu
+    keys_BHDN = k_BHND.transpose(2, 3)
+    return Weights(
+        weights.gated + keys_BHDN @ (hidden * linear * slope),
+        weights.linear + keys_BHDN @ (hidden * gated),
+        weights.out + (gated * linear).transpose(2, 3) @ v_BHND,
+    )
+
+
+def answer(weights: Weights, x_BHND: Tensor) -> Tensor:
+    """f_W(x) = (silu(x W₁) ⊙ x W₂) W₃."""
+    return (F.silu(x_BHND @ weights.gated) * (x_BHND @ weights.linear)) @ weights.out
+
+
+def _mixed(x_BHND: Tensor, convolution: nn.Conv2d, geometry: Geometry) -> Tensor:
+    """x plus the convolution of its grid tokens, all heads' channels at once."""
+    grid_BHND = x_BHND[:, :, geometry.num_prefix :]
+    batch, heads, _, width = grid_BHND.shape
+    image = grid_BHND.transpose(2, 3).reshape(batch, heads * width, *geometry.grid)
+    weight, bias = convolution.weight.to(x_BHND.dtype), convolution.bias
+    assert bias is not None
+    local = F.conv2d(image, weight, bias.to(x_BHND.dtype), padding=KERNEL // 2, groups=heads * width)
+    local_BHND = local.reshape(batch, heads, width, -1).transpose(2, 3)
+    return x_BHND + F.pad(local_BHND, (0, 0, geometry.num_prefix, 0))
+
+
+def _convolution(channels: int) -> nn.Conv2d:
+    """Depthwise, and zero to begin with."""
+    convolution = nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2, groups=channels)
+    nn.init.zeros_(convolution.weight)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return convolution
+
+
+def _draw(size: tuple[int, ...]) -> Tensor:
+    return nn.init.trunc_normal_(torch.empty(size), std=INITIAL_STD)
