@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.config import load_config
+from graftvit.launch.config import load_config, load_stages
 from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
+from graftvit.models.operators import OPERATORS
+from graftvit.models.plan import parse_plan
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
 PUBLISHED = [
@@ -157,22 +159,58 @@ def test_the_published_and_the_small_recipes_are_there() -> None:
     assert {*PUBLISHED, *small} <= set(recipe_names())
 
 
+def runs(name: str) -> list[Any]:
+    """The configuration of a recipe, or those of its stages."""
+    return [stage.config for stage in load_stages(name)] or [load_config(name)]
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_says_where_it_comes_from(name: str) -> None:
     assert recipe_text(name).startswith("# ")
     assert 30 < len(recipe_summary(name)) < 160
-    load_config(name)
+    assert runs(name)
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_name_models_that_timm_has(name: str) -> None:
     import timm
 
-    config = load_config(name)
+    config = runs(name)[0]
     assert timm.is_model(config.student.model)
+    if config.student.plan is not None:
+        choices = parse_plan(config.student.plan, 24)
+        assert {choice.operator for choice in choices} <= set(OPERATORS)
     for source in (config.teacher.source, config.student.init):
-        if source is not None and ":" not in source and "/" not in source:
+        if source not in (None, "teacher") and ":" not in source and "/" not in source:
             assert source in timm.list_pretrained()
+
+
+# "Copy the Same, Distill the Difference": its stated values, and the rate that comes out at its batch of 4096.
+def test_output_matching_has_the_published_values() -> None:
+    check(
+        "copy_same_distill_vit_base",
+        {
+            "transfer.method": "attention_output", "transfer.weight": 50.0, "transfer.task_weight": 1.0,
+            "student.init": "teacher", "student.plan": "*: kernel(feature=relu)", "data.smoothing": 0.1,
+            "data.aa": None, "optim.epochs": 300, "optim.warmup_epochs": 50, "optim.weight_decay": 0.05,
+            "optim.clip_grad": 3.0, "optim.opt": "adamw",
+        },
+    )  # fmt: skip
+    assert load_config("copy_same_distill_vit_base").optim.blr * 4096 / 256 == pytest.approx(2e-3)
+
+
+def test_hedgehogs_maps_learn_alone_from_the_teachers_maps() -> None:
+    align, finetune = (stage.config for stage in load_stages("hedgehog_vit_base"))
+    assert (align.mode, align.align.match, align.optim.trainable) == ("align", "rows", "operator")
+    assert (align.optim.lr, align.optim.weight_decay, align.optim.epochs) == (1e-2, 0.0, 2)
+    assert finetune.mode == "finetune"
+
+
+def test_adalas_stages_are_layers_features_task() -> None:
+    stages = [stage.config for stage in load_stages("adala_vit_large")]
+    assert [stage.mode for stage in stages] == ["align", "transfer", "finetune"]
+    assert (stages[1].transfer.method, stages[1].transfer.layers) == ("block_output", "last:1")
+    assert stages[1].transfer.task_weight == 0
 
 
 def test_recipes_travel_with_the_package() -> None:
