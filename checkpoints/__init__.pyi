@@ -1,5 +1,12 @@
+from .describe import describe_source as describe_source
 from .describe import describe_teacher as describe_teacher
+from .export.export_source import export_model as export_model
+from .export.export_source import export_source as export_source
+from .inspect_file import describe_file as describe_file
+from .inspect_file import extract as extract
 from .loading import load as load
+from .publish.student_files import plan_upload as plan_upload
+from .publish.upload import push_student as push_student
 from .report import LoadReport as LoadReport
 from .state import StateFolder as StateFolder
 from .state_file import TrainingState as TrainingState
