@@ -13,7 +13,7 @@ from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from ..models.conversion import ARCHITECTURE as CONVERTED
-from ..models.conversion import plan_of
+from ..models.conversion import plan_of, plan_size
 from ..models.errors import CheckpointError
 from .atomic import write_folder
 from .build import build, published_config
@@ -131,9 +131,10 @@ def _with_plan(
     """Name and arguments that build `model`: of a converted one, those of the conversion with its plan."""
     name = split_model_name_tag(architecture)[0]
     plan = plan_of(model)
-    if plan is None or name == CONVERTED:
+    if plan is None:
         return name, dict(arguments)
-    return CONVERTED, {"architecture": name, "plan": plan, **arguments}
+    of_plan = {} if name == CONVERTED else {"architecture": name, "plan": plan}
+    return CONVERTED, {**of_plan, **arguments, "plan_size": plan_size(model)}
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:

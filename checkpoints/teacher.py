@@ -10,6 +10,7 @@ from typing import Any
 from timm.models import split_model_name_tag
 from torch import nn
 
+from ..models.conversion import plan_size
 from ..models.errors import CheckpointError
 from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
@@ -17,6 +18,7 @@ from .fit import fit, source_grid
 from .folders import read_folder, read_hub, read_weights_file
 from .position import Method
 from .report import LoadReport, some
+from .resized import late_size, resize_loaded
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .weights import Weights, as_pair
 
@@ -71,9 +73,16 @@ def load_teacher(
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    plan = plan_model(read_source(source, asked, revision), asked, model, img_size, num_classes)
+    weights = read_source(source, asked, revision)
+    later = late_size(weights, asked, img_size)
+    if later is not None:
+        img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
+    plan = plan_model(weights, asked, model, img_size, num_classes)
     built = build(plan.architecture, plan.arguments)
     report = fit(built, plan.weights, role="teacher", method=position_embedding, classifiers=plan.classifiers)
+    if later is not None:
+        report = resize_loaded(built, later, position_embedding, report)
+        plan.arguments.update(img_size=later, plan_size=plan_size(built))
     logger.info("%s", report)
     return _teacher(built, source, plan, report)
 

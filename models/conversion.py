@@ -14,10 +14,13 @@ import timm
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
+from . import small  # noqa: F401  timm knows the small models from here on, as it knows converted ones
 from .attention.base import AttentionOperator, Geometry, LayerShape, Traits
+from .calibration import calibrate_layers
 from .errors import UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, token_layout
 from .host import AttentionHost
+from .initialise import Weights, initialise
 from .operators import check_choice, create_operator
 from .plan import KEEP, Choice, parse_plan, plan_text
 
@@ -26,10 +29,11 @@ ARCHITECTURE = "graftvit_converted"
 
 class TokenGrid:
     """The geometry that all layers of a model share; a hook that reads it off the patches of each batch where the
-    image size is free."""
+    image size is free. `plan_size` is the image size (height, width) that the operators were made for."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, plan_size: tuple[int, int]) -> None:
         self.geometry = geometry
+        self.plan_size = plan_size
 
     def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
         if patches.ndim == 4:  # (B, height, width, C)
@@ -47,39 +51,73 @@ class ConvertedAttention(AttentionHost):
         super().__init__(original, operator)
         self.choice = choice
         self.tokens = tokens
+        self.calibration: tuple[float, float] | None = None
+        """Relative output error on the calibration batch, before and after."""
 
     @property
     def geometry(self) -> Geometry:  # type: ignore[override]
         return self.tokens.geometry
 
 
-def convert(model: nn.Module, plan: str | Mapping[Any, str]) -> nn.Module:
-    """A copy of `model` whose layers have the operators of `plan` (`models/plan.py`); all weights are kept.
+def convert(
+    model: nn.Module,
+    plan: str | Mapping[Any, str],
+    *,
+    weights: Weights = "all",
+    calibration: Tensor | None = None,
+) -> nn.Module:
+    """A copy of `model` whose layers have the operators of `plan` (`models/plan.py`).
 
     A layer that is already converted is converted anew, from the attention layer that it stands for.
+
+    Args:
+        weights: "all" keeps every weight; "mlp" draws the attention of converted layers anew, as timm does for the
+            family; "none" draws everything anew.
+        calibration: images (B, 3, H, W), normalised as the model's; each operator that can starts from them near
+            the output of its layer in `model`, on that layer's own inputs, and never further than without.
 
     Raises:
         UnsupportedModelError: no adapter covers the model, or an operator cannot stand in for a layer.
         ConfigError: the plan is none, or names a layer or operator that is not there.
     """
-    student = copy.deepcopy(model)
-    for block in attention_blocks(student) if hasattr(student, "blocks") else ():
-        if isinstance(block.attn, ConvertedAttention):
-            block.attn = block.attn.original
+    student = _softmax_only(copy.deepcopy(model))
     check_supported(student)
     blocks, layout, layer = attention_blocks(student), token_layout(student), attention_shape(student)
-    tokens = TokenGrid(Geometry(layout.num_prefix, layout.grid))
+    tokens = TokenGrid(Geometry(layout.num_prefix, layout.grid), _img_size(student))
     shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
-    for index, (block, choice) in enumerate(zip(blocks, parse_plan(plan, len(blocks)), strict=True)):
+    choices = parse_plan(plan, len(blocks))
+    for choice in choices:
         check_choice(choice)
-        if choice.operator == KEEP:
-            continue
+    converted = {index: choice for index, choice in enumerate(choices) if choice.operator != KEEP}
+    initialise(student, converted, weights)
+    for index, choice in converted.items():
+        original = cast(nn.Module, blocks[index].attn)
         operator = create_operator(choice, shape)
-        _check_layer(student, block.attn, operator.traits, choice, index)
-        block.attn = ConvertedAttention(cast(nn.Module, block.attn), operator, choice, tokens)
+        _check_layer(student, original, operator.traits, choice, index)
+        like = next(original.parameters())
+        blocks[index].attn = ConvertedAttention(original, operator.to(like), choice, tokens)
     if getattr(student, "dynamic_img_size", False):
         cast(Any, student).patch_embed.register_forward_hook(tokens)
+    if calibration is not None:
+        calibrate_layers(_softmax_only(_sharing_copy(model)), converted_layers(student), calibration)
     return student
+
+
+def _softmax_only(model: nn.Module) -> nn.Module:
+    """`model`, changed in place, with the layers that its converted ones stand for."""
+    for block in getattr(model, "blocks", ()):
+        if isinstance(getattr(block, "attn", None), ConvertedAttention):
+            block.attn = block.attn.original
+    hooks: dict[int, Any] = getattr(getattr(model, "patch_embed", None), "_forward_hooks", {})
+    for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
+        del hooks[key]
+    return model
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose tensors are those of `model`."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
@@ -97,13 +135,49 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def resize(model: nn.Module, img_size: tuple[int, int]) -> None:
-    """Another image size for a model, converted or not: timm resamples positions, the operators their own."""
-    cast(Any, model).set_input_size(img_size=img_size)
+def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
+    """Multiply-adds of the attention of one image: of a softmax layer, and of each converted layer by its number."""
+    layout, layer = token_layout(model), attention_shape(model)
+    geometry = Geometry(layout.num_prefix, layout.grid)
+    softmax = create_operator(Choice(KEEP), LayerShape(layer.num_heads, layer.head_dim, geometry)).macs(
+        geometry
+    )
+    own = {
+        index: cast(AttentionOperator, converted.operator).macs(geometry)
+        for index, converted in converted_layers(model).items()
+    }
+    return softmax, own
+
+
+def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
+    """Another image size (height, width) for a model, converted or not, in place.
+
+    timm resamples position embeddings, the operators what they have that is tied to the grid. The model keeps
+    operators of the size that it was converted at: a window stays as wide as it was.
+
+    Raises UnsupportedModelError: the family cannot, or the patches do not fit.
+    """
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    try:
+        cast(Any, model).set_input_size(img_size=size)
+    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
+        name = type(model).__name__
+        raise UnsupportedModelError(f"{name} cannot be resized to {size[0]}x{size[1]}: {error}") from error
     layout = token_layout(model)
     for layer in converted_layers(model).values():
         layer.tokens.geometry = Geometry(layout.num_prefix, layout.grid)
         cast(AttentionOperator, layer.operator).resample(layer.tokens.geometry)
+
+
+def plan_size(model: nn.Module) -> tuple[int, int] | None:
+    """The image size (height, width) that the operators were made for, None where it is the model's own."""
+    sizes = {layer.tokens.plan_size for layer in converted_layers(model).values()} - {_img_size(model)}
+    return sizes.pop() if sizes else None
+
+
+def _img_size(model: Any) -> tuple[int, int]:
+    height, width = model.patch_embed.img_size
+    return int(height), int(width)
 
 
 def plan_of(model: nn.Module) -> str | None:
@@ -115,7 +189,7 @@ def plan_of(model: nn.Module) -> str | None:
 
 def with_plan(architecture: str, arguments: Mapping[str, Any], plan: str) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which timm builds `architecture` converted by `plan`, in place of an older plan."""
-    given = dict(arguments)
+    given = {key: value for key, value in arguments.items() if key != "plan_size"}
     if architecture == ARCHITECTURE:
         architecture = given.pop("architecture")
     return ARCHITECTURE, {**given, "architecture": architecture, "plan": plan}
@@ -151,11 +225,18 @@ def graftvit_converted(
     *,
     architecture: str,
     plan: str,
+    plan_size: tuple[int, int] | None = None,
     cache_dir: str | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The timm model `architecture` converted by `plan`; `pretrained` loads what its `pretrained_cfg` names."""
-    model: Any = convert(timm.create_model(architecture, pretrained=False, **arguments), plan)
+    """The timm model `architecture` converted by `plan`; `pretrained` loads what its `pretrained_cfg` names.
+
+    With a `plan_size` it is made at that image size, and resized to its own.
+    """
+    made_at = arguments if plan_size is None else {**arguments, "img_size": tuple(plan_size)}
+    model: Any = convert(timm.create_model(architecture, pretrained=False, **made_at), plan)
+    if plan_size is not None and arguments.get("img_size") is not None:
+        resize(model, arguments["img_size"])
     if pretrained:
         channels = arguments.get("in_chans", 3)
         load_pretrained(model, num_classes=model.num_classes, in_chans=channels, cache_dir=cache_dir)

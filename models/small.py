@@ -1,0 +1,79 @@
+"""Small vision transformers that timm has no name for: for images of CIFAR's size, and one with many tokens at 160.
+
+timm knows them from the import of this package's models on: `--model vit_cifar_tiny`, `student.model: vit_cifar_tiny`,
+`timm.create_model("vit_cifar_tiny")`. Heads are 64 wide, as in DeiT's models of the same names.
+
+| name                   | image | patch | tokens | width | depth | heads | parameters | multiply-adds |
+| ---------------------- | ----- | ----- | ------ | ----- | ----- | ----- | ---------- | ------------- |
+| vit_cifar_nano         |  32   |   4   |   65   |  128  |   6   |   2   |     1.21 M |        0.08 G |
+| vit_cifar_tiny         |  32   |   4   |   65   |  192  |  12   |   3   |     5.36 M |        0.37 G |
+| vit_cifar_small        |  32   |   4   |   65   |  384  |  12   |   6   |    21.34 M |        1.42 G |
+| vit_tiny_d8_patch8_160 | 160   |   8   |  401   |  192  |   8   |   3   |     3.68 M |        1.93 G |
+
+Counted with ten classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def _described(img_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    """What timm wants to know of a model that nobody has published weights for."""
+    return {
+        "input_size": (3, img_size, img_size),
+        "num_classes": 10,
+        "fixed_input_size": True,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": mean,
+        "std": std,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_cifar_nano": _described(32, CIFAR_MEAN, CIFAR_STD),
+        "vit_cifar_tiny": _described(32, CIFAR_MEAN, CIFAR_STD),
+        "vit_cifar_small": _described(32, CIFAR_MEAN, CIFAR_STD),
+        "vit_tiny_d8_patch8_160": _described(160, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    }
+)
+
+
+@register_model
+def vit_cifar_nano(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
+    """ViT-Nano/4 at 32 x 32: half of ViT-Tiny's depth and two of its three heads, for runs on a CPU."""
+    return _create("vit_cifar_nano", pretrained, {"embed_dim": 128, "depth": 6, "num_heads": 2}, arguments)
+
+
+@register_model
+def vit_cifar_tiny(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
+    """ViT-Tiny/4 at 32 x 32."""
+    return _create("vit_cifar_tiny", pretrained, {"embed_dim": 192, "depth": 12, "num_heads": 3}, arguments)
+
+
+@register_model
+def vit_cifar_small(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
+    """ViT-Small/4 at 32 x 32."""
+    return _create("vit_cifar_small", pretrained, {"embed_dim": 384, "depth": 12, "num_heads": 6}, arguments)
+
+
+@register_model
+def vit_tiny_d8_patch8_160(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
+    """ViT-Tiny/8 at 160 x 160 with 8 layers: 401 tokens, where the attention maps are a quarter of the work."""
+    shape = {"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3}
+    return _create("vit_tiny_d8_patch8_160", pretrained, shape, arguments)
+
+
+def _create(name: str, pretrained: bool, shape: dict[str, Any], given: dict[str, Any]) -> VisionTransformer:
+    arguments = {"patch_size": 4, **shape, **given}
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **arguments)
