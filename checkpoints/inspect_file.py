@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..models.errors import CheckpointError
 from .atomic import write_file
 from .files import read_file
 from .formats.containers import unwrap
+from .formats.described import as_metadata
+from .formats.normalisation import IMAGENET
 from .report import printable
 from .safety.outline import Outline, outline, tensors_of
 from .safety.pickle_outline import children
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
+from .weights import Weights
 
 METADATA_WIDTH = 80
 
@@ -69,7 +71,8 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
 
     Teacher, optimiser, averages and settings stay behind. Tensors that share their numbers are written once each.
 
-    Raises CheckpointError: as `read_file` and `unwrap`; `out` is there, or its suffix is of no container.
+    Raises CheckpointError: as `read_file` and `unwrap`; `out` is there, its suffix is of no container, or its container
+    cannot say what the source says of its model.
     """
     if out.suffix not in (*SAFE_SUFFIXES, *PICKLE_SUFFIXES):
         valid = ", ".join((*SAFE_SUFFIXES, *PICKLE_SUFFIXES))
@@ -80,18 +83,39 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
     weights = unwrap(content, source.part)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights.tensors.items()}
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_file(out, lambda temporary: _write(tensors, temporary, source), size=nbytes)
+    tree, metadata = _contents(out, replace(weights, tensors=tensors), source)
+    write_file(out, lambda temporary: _write(tree, metadata, temporary), size=nbytes)
     kept = set(map(id, weights.tensors.values()))
     left = tuple(str(key) for key, value in content.tree.items() if not _holds(value, kept))
     return Extracted(out, len(tensors), nbytes, left)
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path, source: FileSource) -> None:
-    if path.suffix in SAFE_SUFFIXES:
+def _contents(out: Path, weights: Weights, source: FileSource) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is written, and its metadata: the model is prepared and built from it as from the source.
+
+    A torch file has no metadata. As MAE and DeiT write them, a dictionary around the weights stands for ImageNet's
+    normalisation; there is none for others.
+    """
+    if out.suffix in SAFE_SUFFIXES:
         part = "" if source.part is None else f"#{source.part}"
-        save_file(dict(tensors), path, metadata={"format": "pt", "source": f"{source.path.name}{part}"})
+        return weights.tensors, {
+            "format": "pt", "source": f"{source.path.name}{part}", **as_metadata(weights)
+        }  # fmt: skip
+    arch = {} if weights.architecture is None else {"arch": weights.architecture}
+    if dict(weights.pretrained_cfg) == dict(IMAGENET) and not weights.model_args:
+        return {"model": weights.tensors, **arch}, {}
+    if weights.pretrained_cfg or weights.model_args:
+        raise CheckpointError(
+            f"{out} could not say how {source.path} prepares its images and builds its model: write .safetensors"
+        )
+    return ({"state_dict": weights.tensors, **arch} if arch else weights.tensors), {}
+
+
+def _write(tree: dict[str, Any], metadata: dict[str, str], path: Path) -> None:
+    if path.suffix in SAFE_SUFFIXES:
+        save_file(tree, path, metadata=metadata)
     else:
-        torch.save(dict(tensors), path)
+        torch.save(tree, path)
 
 
 def _holds(value: Any, kept: set[int]) -> bool:

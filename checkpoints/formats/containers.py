@@ -15,6 +15,7 @@ from ..files import Content
 from ..sources import Part
 from ..state_file import is_state
 from ..weights import Weights
+from .described import with_metadata
 from .normalisation import IMAGENET, NOTE
 from .prefixes import one_model
 from .state import read_state_weights
@@ -99,7 +100,7 @@ def _entry(content: Content, part: Part | None, seen: dict[Part, None]) -> Weigh
             notes=(kind.note,) if kind.note else (),
         )
     if _is_weights(tree):
-        return Weights(dict(tree), origin, "a plain state dict")
+        return with_metadata(Weights(dict(tree), origin, "a plain state dict"), content.metadata)
     known = "; ".join([*(kind.name for kind in DICTIONARIES), "names to tensors"])
     keys = ", ".join(repr(str(key)) for key in list(tree)[:5]) or "nothing"
     raise CheckpointError(f"{origin} is of no known format: it holds {keys}; known are: {known}")

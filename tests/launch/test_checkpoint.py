@@ -14,11 +14,12 @@ from engine_runs import config, make_teacher
 from graftvit.checkpoints.files import read_file
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
+from graftvit.models.errors import CheckpointError
 from graftvit.transfer.engine.train import train
 from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
 from hostile_tensors import valid
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 LOAD: dict[str, Any] = {"model": ARCHITECTURE, "model_args": {**ARGUMENTS, "num_classes": 0}}
 
@@ -88,7 +89,8 @@ def test_strip_keeps_one_model(
     assert "left out: " in text
     assert "optimizer" in text
     tree = read_file(out).tree
-    assert all(isinstance(tensor, torch.Tensor) for tensor in tree.values())
+    tensors = tree if suffix == ".safetensors" else tree.pop("model")
+    assert all(isinstance(tensor, torch.Tensor) for tensor in (*tree.values(), *tensors.values()))
     wanted = load_teacher(f"{training_file}#{part}", **LOAD).model.state_dict()
     found = load_teacher(str(out), **LOAD).model.state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
@@ -140,3 +142,46 @@ def test_mistakes(training_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "none.pth cannot be read: No such file" in refused("inspect", tmp_path / "none.pth")
     assert main(["checkpoint", "--help"]) == 0
     assert "graftvit checkpoint inspect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tensors: {"model": tensors, "epoch": 3},
+        lambda tensors: {"state_dict": tensors, "epoch": 3},
+        lambda tensors: {"state_dict": tensors, "arch": ARCHITECTURE},
+        lambda tensors: {"teacher": tensors, "student": tensors},
+        lambda tensors: tensors,
+    ],
+)
+def test_what_is_taken_out_loads_as_before(tmp_path: Path, suffix: str, around: Any) -> None:
+    """The dictionary around the weights says how images are prepared: without it, the model would see others."""
+    path, out = tmp_path / "all.pth", tmp_path / f"alone.{suffix}"
+    torch.save(around(weights()), path)
+    assert main(["checkpoint", "strip", str(path), str(out)]) == 0
+    before, after = (load_teacher(str(one), **LOAD) for one in (path, out))
+    assert (after.mean, after.std) == (before.mean, before.std)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(after.model(images), before.model(images))
+
+
+def test_an_average_of_a_run_says_its_normalisation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(tmp_path / "run", make_teacher(tmp_path / "teacher"), optim={"max_steps": 1}))
+    state = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    say(capsys, "strip", state, tmp_path / "ema.safetensors", "--part", "ema")
+    before, after = load_teacher(f"{state}#ema"), load_teacher(str(tmp_path / "ema.safetensors"))
+    assert (after.mean, after.std) == (before.mean, before.std)
+    assert main(["checkpoint", "strip", str(state), str(tmp_path / "ema.pth"), "--part", "ema"]) == 2
+    assert "write .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "said", ["[", "[]", '{"architecture": 3}', '{"model_args": 3}', '{"pretrained_cfg": {"mean": "abc"}}']
+)
+def test_a_damaged_description_is_named(tmp_path: Path, said: str) -> None:
+    save_file(weights(), tmp_path / "m.safetensors", metadata={"graftvit.described": said})
+    with pytest.raises(CheckpointError, match=r"m\.safetensors is damaged: its graftvit\.described"):
+        load_teacher(str(tmp_path / "m.safetensors"), **LOAD)
