@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import dense
 import pytest
@@ -22,7 +22,7 @@ IMAGES = dense.images(4, dtype=torch.float32)
 class Gain(SoftmaxAttention):
     """Softmax attention times a number, which calibration fits; `worse` fits it badly."""
 
-    seen: list[tuple[Heads, Tensor]] = []
+    seen: ClassVar[list[tuple[Heads, Tensor]]] = []
 
     def __init__(self, shape: LayerShape, worse: bool = False) -> None:
         super().__init__(shape)
