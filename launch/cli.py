@@ -17,10 +17,13 @@ COMMANDS = {
     "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
     "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
     "push": "publish a student on the Hugging Face hub, with its card and its licence",
+    "convert": "give a model other attention by a plan, and write the folder that recovery starts from",
+    "operators": "what a plan can name: the attention operators, their options, what they are and cost",
     "save": "one model alone, from a run or any other source, as a folder that timm loads",
     "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: other people's files of weights",
     "export": "a model as an ONNX or torch.export file, checked against the model",
     "layers": "which layers of a converted student to keep as softmax, and what each choice costs",
+    "benchmark": "`graftvit benchmark operators | models`: speed, memory and cost against fused softmax",
     "recipes": "list the recipes that come with the package, or print one",
 }
 

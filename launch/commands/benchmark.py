@@ -1,0 +1,180 @@
+"""`graftvit benchmark operators | models`: latency, memory and multiply-adds against fused softmax attention."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...models.errors import ConfigError, did_you_mean
+from ..flags import Parser, command_parser
+from ..sources import SOURCE_HELP
+
+if TYPE_CHECKING:
+    from ...transfer.benchmark.rows import Case, Kind, Row
+
+ACTIONS = {
+    "operators": "single attention operators on random projections, over the number of tokens",
+    "models": "whole models, converted by one plan or several, over the image size",
+}
+EXAMPLES = (
+    "graftvit benchmark operators",
+    "graftvit benchmark operators --operators linear monarch 'kernel(feature=relu)' --tokens 196 1024 4096 --backward",
+    "graftvit benchmark operators --device cuda --dtype float32 bfloat16 --batch 1 8 --compile",
+    "graftvit benchmark models vit_small_patch16_224 --plan '*: linear' '*: linear; 9-11: softmax'",
+    "graftvit benchmark models runs/distill --plan '*: monarch' --img_size 224 448 896 --batch 1 16",
+)
+METHOD = (
+    "Each case is timed in turn with fused softmax attention, after a warm-up: median and quartiles, and how many "
+    "times as fast it is. Peak memory is that of torch's allocator on a GPU, and of the allocations that torch's "
+    "profiler sees on a CPU. Results are written after each case; the same command goes on where it was stopped."
+)
+
+
+def run(argv: list[str]) -> int:
+    """Measure operators or models."""
+    if not argv or argv[0] in ("-h", "--help"):
+        text = "\n".join([*(f"{name}: {words}" for name, words in ACTIONS.items()), "", METHOD])
+        command_parser("benchmark", text, EXAMPLES, usage="ACTION [--flag value ...]").print_help(sys.stdout)
+        return 0 if argv else 2
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
+    action, *rest = argv
+    if action not in ACTIONS:
+        raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, ACTIONS)}")
+    return _operators(rest) if action == "operators" else _models(rest)
+
+
+def _operators(argv: list[str]) -> int:
+    parser = _parser("operators", "[--operators NAME ...] [--flag value ...]")
+    parser.add_argument(
+        "--operators", nargs="+", metavar="NAME",
+        help="operators, with options as in a plan (default: all but softmax)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", nargs="+", type=_whole, default=[64, 196, 576, 1024, 2304, 4096], metavar="N",
+        help="patches of the image (default: 64 196 576 1024 2304 4096)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heads", type=_whole, default=6, metavar="H", help="heads of the layer (default: 6)"
+    )
+    parser.add_argument("--head_dim", type=_whole, default=64, metavar="D", help="their width (default: 64)")
+    parser.add_argument(
+        "--prefix", type=_count, default=0, metavar="P", help="prefix tokens before the patches (default: 0)"
+    )
+    _add_common(parser, [1, 8])
+    arguments = parser.parse_args(argv)
+    from ...models.operators import OPERATORS
+    from ...transfer.benchmark.operators import Layer, measure_operator, operator_cases
+    from ...transfer.benchmark.rows import SOFTMAX
+
+    layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
+    cases = operator_cases(
+        arguments.operators or [name for name in OPERATORS if name != SOFTMAX],
+        arguments.tokens,
+        arguments.batch,
+        arguments.dtype,
+        arguments.device,
+        layer,
+        backward=arguments.backward,
+        compiled=arguments.compile,
+    )
+    measure: Callable[[Case], Row] = lambda case: measure_operator(case, layer, arguments.repeats)  # noqa: E731
+    return _run("operators", cases, measure, arguments.out, arguments.device, arguments.force)
+
+
+def _models(argv: list[str]) -> int:
+    parser = _parser("models", "SOURCE [SOURCE ...] --plan PLAN [PLAN ...] [--flag value ...]")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names get random weights"
+    )
+    parser.add_argument("--plan", nargs="+", required=True, help="how to convert it, e.g. '*: linear'")
+    parser.add_argument(
+        "--img_size", nargs="+", type=_whole, default=[224, 448], metavar="PIXELS",
+        help="sides of square images (default: 224 448)",
+    )  # fmt: skip
+    _add_common(parser, [1, 16])
+    arguments = parser.parse_args(argv)
+    from ...transfer.benchmark.models import measure_model, model_cases
+
+    cases = model_cases(
+        arguments.sources,
+        arguments.plan,
+        arguments.img_size,
+        arguments.batch,
+        arguments.dtype,
+        arguments.device,
+        backward=arguments.backward,
+        compiled=arguments.compile,
+    )
+    measure: Callable[[Case], Row] = lambda case: measure_model(case, arguments.repeats)  # noqa: E731
+    return _run("models", cases, measure, arguments.out, arguments.device, arguments.force)
+
+
+def _parser(action: str, usage: str) -> Parser:
+    examples = [example for example in EXAMPLES if f" {action}" in example]
+    return command_parser(f"benchmark {action}", f"{ACTIONS[action]}. {METHOD}", examples, usage=usage)
+
+
+def _add_common(parser: Parser, batches: list[int]) -> None:
+    shown = " ".join(map(str, batches))
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=_whole,
+        default=batches,
+        metavar="B",
+        help=f"batch sizes (default: {shown})",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"],
+        help="of weights and inputs: float32, bfloat16, float16 (default: float32)",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--compile", action="store_true", help="measure with torch.compile as well")
+    parser.add_argument("--backward", action="store_true", help="measure forward with backward as well")
+    parser.add_argument(
+        "--repeats", type=_whole, default=15, metavar="R", help="rounds, two at least (default: 15)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmark"), metavar="DIR",
+        help="folder for results.json, results.csv, table.md and latency.png (default: benchmark)",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="drop the results in DIR and measure anew")
+
+
+def _run(
+    kind: Kind, cases: list[Case], measure: Callable[[Case], Row], out: Path, device: str, force: bool
+) -> int:
+    from ...transfer.benchmark.report import render
+    from ...transfer.benchmark.run import check_device, run_cases
+
+    check_device(device)
+    results = run_cases(kind, cases, measure, out, force=force, tell=_tell)
+    sys.stdout.write(render(results))
+    sys.stdout.write(f"\n{out / 'table.md'}, latency.png, results.csv, results.json\n")
+    return 0
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _whole(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _count(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    value = int(text)
+    if value < least:
+        raise ValueError
+    return value
+
+
+_whole.__name__ = _count.__name__ = "whole number"
