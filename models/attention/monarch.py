@@ -146,8 +146,9 @@ def _alternate(
         logits_BHKJI = mean_BHKJD @ k_BHKID.transpose(3, 4)
         if hidden is not None:
             logits_BHKJI = logits_BHKJI.masked_fill(hidden[:, :, :, None], HIDDEN)
-        within_BHKJI = logits_BHKJI.softmax(-1)
-        entropy_BHKJ = logits_BHKJI.logsumexp(-1) - (within_BHKJI * logits_BHKJI).sum(-1)
+        log_BHKJI = logits_BHKJI.log_softmax(-1)
+        within_BHKJI = log_BHKJI.exp()
+        entropy_BHKJ = -(within_BHKJI * log_BHKJI).sum(-1)
         keys_BHKJD = within_BHKJI @ k_BHKID
         scores_BHJLK = queries_BHJLD @ keys_BHKJD.permute(0, 1, 3, 4, 2)
         scores_BHJLK = scores_BHJLK + entropy_BHKJ.transpose(2, 3)[:, :, :, None]
