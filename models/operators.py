@@ -12,6 +12,7 @@ from .attention.kernel import KernelAttention
 from .attention.monarch import MonarchAttention
 from .attention.softmax import SoftmaxAttention
 from .attention.ttt import TTTAttention
+from .attention.uniform import UniformAttention
 from .attention.window import NeighbourhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
 from .plan import Choice
@@ -26,6 +27,7 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "hybrid": HybridAttention,
     "ttt": TTTAttention,
     "monarch": MonarchAttention,
+    "uniform": UniformAttention,
 }
 """By name; the first argument of each is the `LayerShape`, the others are options."""
 

@@ -88,4 +88,5 @@ CASES = [
     Case("monarch"),
     Case("monarch", {"steps": 1}),
     Case("monarch", {"steps": 3, "block": 5}),
+    Case("uniform"),
 ]

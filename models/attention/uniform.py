@@ -1,0 +1,49 @@
+"""Uniform attention: every token takes the mean of all values, so that nothing is known of where to look."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import AttentionOperator, Geometry, Heads, Traits
+from .terms import LowRank, Term
+
+
+class UniformAttention(AttentionOperator):
+    """A = 1/N, without queries, keys or parameters: the floor that other operators are measured from.
+
+    Tokens still exchange their mean, so a network that is trained with it is no stack of MLPs on single tokens.
+    """
+
+    needs = ("v",)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(key_mask=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        v = _values(heads)
+        return (_weights(heads) * v).sum(2, keepdim=True).to(v.dtype).expand_as(v)
+
+    def terms(self, heads: Heads) -> list[Term]:
+        v, weights = _values(heads), _weights(heads)
+        right = weights.expand(*v.shape[:3], 1).to(v.dtype)
+        return [LowRank(torch.ones_like(right), right)]
+
+    def macs(self, geometry: Geometry) -> int:
+        return geometry.num_tokens * self.shape.head_dim * self.shape.num_heads
+
+
+def _values(heads: Heads) -> Tensor:
+    assert heads.v is not None
+    return heads.v
+
+
+def _weights(heads: Heads) -> Tensor:
+    """What each key counts, (B or 1, 1, N, 1), in float32 at least: the same for all that are no padding."""
+    v = _values(heads)
+    precise = torch.promote_types(v.dtype, torch.float32)
+    if heads.key_mask is None:
+        return v.new_full((1, 1, v.shape[2], 1), 1 / v.shape[2], dtype=precise)
+    keys = heads.key_mask[:, None, :, None].to(precise)
+    return keys / keys.sum(2, keepdim=True)
