@@ -13,6 +13,7 @@ from ...checkpoints.sources import TimmSource, parse_source
 from ...checkpoints.teacher import load_teacher
 from ...models.attention.base import AttentionOperator
 from ...models.conversion import convert, converted_layers
+from ...models.errors import ConfigError
 from ...models.families import attention_blocks, attention_shape, token_layout
 from .measure import Step, counted_macs, peak_bytes, time_steps
 from .rows import DTYPES, Case, Row, load_average
@@ -61,8 +62,21 @@ def load_model(source: str, img_size: int) -> nn.Module:
     found = parse_source(source)
     if isinstance(found, TimmSource):
         check_name(found.name)
-        return build(found.name.partition(".")[0], {"img_size": img_size}).eval()
-    return load_teacher(source, img_size=img_size).model
+        model = build(found.name.partition(".")[0], {"img_size": img_size}).eval()
+    else:
+        model = load_teacher(source, img_size=img_size).model
+    _check_size(model, img_size)
+    return model
+
+
+def _check_size(model: nn.Module, img_size: int) -> None:
+    """ConfigError where patches do not fill the image: timm leaves the rest out without a word."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is not None and img_size % patch[0]:
+        nearest = patch[0] * max(1, round(img_size / patch[0]))
+        raise ConfigError(
+            f"--img_size {img_size}: patches of {patch[0]} pixels do not fill it; take {nearest}"
+        )
 
 
 def measure_model(case: Case, repeats: int) -> Row:

@@ -114,7 +114,7 @@ def load_results(folder: Path, kind: Kind) -> Results:
 def machine() -> str:
     """Processor, threads and torch in one line."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} CPU cores"
+    threads = f"threads: {torch.get_num_threads()}, CPU cores: {os.cpu_count()}"
     return f"{gpu}{threads}, {platform.machine()}, torch {torch.__version__.split('+')[0]}"
 
 

@@ -1,0 +1,65 @@
+"""Cases of single operators: what is measured is what was asked for, in the layout of a layer."""
+
+from __future__ import annotations
+
+import pytest
+from benchmark_rows import case
+from graftvit.models.errors import ConfigError
+from graftvit.models.operators import OPERATORS
+from graftvit.transfer.benchmark.operators import Layer, grid_of, measure_operator, operator_cases
+
+TINY = Layer(heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid"), [(196, (14, 14)), (4096, (64, 64)), (384, (16, 24)), (1, (1, 1)), (2, (1, 2))]
+)
+def test_the_grid_is_the_squarest(tokens: int, grid: tuple[int, int]) -> None:
+    assert grid_of(tokens) == grid
+
+
+@pytest.mark.parametrize("tokens", [197, 577, 0, 13])
+def test_a_number_that_is_no_grid_is_refused_with_one_that_is(tokens: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--tokens {tokens}: .* take \d+ \("):
+        grid_of(tokens)
+
+
+def test_every_combination_is_a_case_once() -> None:
+    names, dtypes = ["linear", "window(window=4)"], ["float32", "bfloat16"]
+    cases = operator_cases(names, [64, 16], [1, 8], dtypes, "cpu", TINY, backward=True, compiled=True)
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 2 * 2 * 2
+    assert cases[0].size == 16, "short cases come first"
+    plain = operator_cases(["linear"], [16], [1], ["float32"], "cpu", TINY, backward=False, compiled=False)
+    assert [(one.backward, one.compiled) for one in plain] == [(False, False)]
+
+
+@pytest.mark.parametrize("name", ["liner", "linear(windw=3)", "kernel(feature=rellu)", "no operator"])
+def test_mistakes_are_found_before_anything_is_measured(name: str) -> None:
+    with pytest.raises(ConfigError, match="plan"):
+        operator_cases(["linear", name], [16], [1], ["float32"], "cpu", TINY, backward=False, compiled=False)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_own_and_counted_multiply_adds_agree(name: str) -> None:
+    """Save for a few sums over elements, which torch's counter does not see."""
+    layer = Layer(heads=1, head_dim=64, prefix=1)
+    measured = measure_operator(case(name, size=256), layer, repeats=2)
+    assert measured.counted_macs == pytest.approx(measured.macs, rel=0.1, abs=4 * 257 * 64)
+    assert measured.peak_bytes > 0
+    assert 0 < measured.low <= measured.median <= measured.high
+    assert measured.softmax > 0
+
+
+def test_the_batch_and_the_backward_pass_are_measured() -> None:
+    """By the first quartile, which other work on the machine disturbs least."""
+    layer = Layer(heads=2, head_dim=32)
+    one, many = (measure_operator(case(size=256, batch=batch), layer, 7) for batch in (1, 32))
+    assert many.low > 4 * one.low
+    assert many.macs == one.macs, "multiply-adds are of one image"
+    both = measure_operator(case(size=256, batch=32, backward=True), layer, 7)
+    assert both.low > 1.2 * many.low
+    assert both.peak_bytes > many.peak_bytes
+
+
+def test_softmax_is_as_fast_as_itself() -> None:
+    assert measure_operator(case("softmax", size=256), Layer(2, 32), 5).ratio == pytest.approx(1, abs=0.5)
