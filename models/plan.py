@@ -109,7 +109,13 @@ def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier():
         raise ConfigError(f"plan: {text.strip()!r} is no option; write name=value")
-    return name.strip(), yaml.safe_load(value)
+    try:
+        scalar = yaml.safe_load(value)
+    except yaml.YAMLError:
+        scalar = None
+    if not isinstance(scalar, (str, int, float)):
+        raise ConfigError(f"plan: {text.strip()!r}: a value is a number, a name, true or false")
+    return name.strip(), scalar
 
 
 def _scalar(value: Any) -> str:

@@ -1,0 +1,59 @@
+"""A converted model as a student folder, with what it was made from."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.conversion import plan_of, with_plan
+from ..models.errors import ConfigError
+from .provenance import carried_licence, of_weights
+from .student import write_student
+from .teacher import Teacher
+
+
+def write_converted(
+    student: nn.Module, folder: Path, teacher: Teacher, *, weights: str, calibration: str | None = None
+) -> None:
+    """Writes `student`, a conversion of `teacher`'s model, to `folder`.
+
+    Args:
+        weights: which of the teacher's weights it has (`models/initialise.py`).
+        calibration: the images that its operators were calibrated on, in words.
+
+    Raises:
+        ConfigError: no layer of it is converted.
+        CheckpointError as `write_student`.
+    """
+    plan = plan_of(student)
+    if plan is None:
+        raise ConfigError("the plan keeps every layer as it is: name an operator other than softmax")
+    architecture, arguments = with_plan(teacher.architecture, teacher.model_args, plan)
+    made: dict[str, Any] = {
+        "version": version("graftvit"),
+        "conversion": {
+            "source": teacher.source,
+            "plan": plan,
+            "weights": weights,
+            "calibration": calibration,
+        },
+    }
+    if weights != "none":
+        made["init"] = of_weights(teacher.source, teacher.report) | {
+            "architecture": teacher.architecture,
+            "licence": teacher.licence,
+            "revision": teacher.revision,
+        }
+    write_student(
+        student,
+        folder,
+        architecture=architecture,
+        model_args=arguments,
+        mean=teacher.mean,
+        std=teacher.std,
+        licence=carried_licence(made),
+        provenance=made,
+    )

@@ -1,0 +1,168 @@
+"""`graftvit convert SOURCE --plan PLAN --out DIR`: a model with other attention, as a folder."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import ConfigError
+from ..config import load_config
+from ..flags import command_parser, parse_command
+from ..sources import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...checkpoints.teacher import Teacher
+    from ...transfer.config import RunConfig
+
+DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
+EXAMPLES = (
+    "graftvit convert vit_base_patch16_224.augreg_in1k --plan '*: linear; 9-11: softmax' --out linear",
+    "graftvit convert vit_base_patch16_224.mae --plan '*: window(window=7); -1: keep' --dry_run",
+    "graftvit convert runs/teacher --plan '*: kernel(feature=relu)' --out student --calibrate 64 --dataset digits",
+    "graftvit convert hf-hub:facebook/dinov2-base --img_size 518 --plan '*: hybrid' --out hybrid --weights mlp",
+    "graftvit operators   # what a plan can name",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Convert, print a line a layer, and write the folder."""
+    parser = command_parser(
+        "convert",
+        "Give the layers of a pretrained vision transformer other attention operators. Nothing is trained: the folder\n"
+        "is where recovery starts. A plan names layers and operators; where entries overlap, the last one holds.",
+        EXAMPLES,
+        usage="SOURCE --plan PLAN (--out DIR | --dry_run) [--flag value ...]",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("--plan", required=True, metavar="PLAN", help="such as '*: linear; 9-11: softmax'")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--weights", choices=("all", "mlp", "none"), default="all",
+        help="what is kept of the source's weights: all, all but the attention of converted layers (mlp), or none "
+        "(default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrate", type=int, default=0, metavar="N",
+        help="start operators near their layer's output on N images of --dataset or --data_path (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="print the table, write nothing")
+    parser.add_argument("--force", action="store_true", help="replace the model folder that is there")
+    arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
+    config = load_config(None, settings)
+    _check(arguments.out, arguments.dry_run, arguments.calibrate, config)
+    from ...checkpoints.student import refuse_existing
+
+    if arguments.out is not None and not arguments.dry_run:
+        refuse_existing(arguments.out, overwrite=arguments.force)
+    teacher = _source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
+    images = _images(config, teacher, arguments.calibrate) if arguments.calibrate else None
+    return _convert(
+        teacher, arguments.plan, arguments.weights, images, config, arguments.out, arguments.dry_run
+    )
+
+
+def _convert(
+    teacher: Teacher,
+    plan: str,
+    weights: str,
+    images: Tensor | None,
+    config: RunConfig,
+    out: Path | None,
+    dry_run: bool,
+) -> int:
+    import torch
+
+    from ...models.conversion import convert, plan_of
+    from ..conversion_table import conversion_table
+
+    torch.manual_seed(config.seed)
+    student = convert(teacher.model, plan, weights=weights, calibration=images)  # type: ignore[arg-type]
+    if plan_of(student) is None:
+        raise ConfigError(f"--plan {plan!r} keeps every layer: name an operator other than softmax")
+    data = config.data.dataset or config.data.data_path
+    seen = None if images is None else f"{len(images)} images of {data}"
+    sys.stdout.write(_head(teacher) + conversion_table(student, weights, seen))
+    if dry_run or out is None:
+        return 0
+    from ...checkpoints.converted_folder import write_converted
+
+    write_converted(student, out, teacher, weights=weights, calibration=seen)
+    sys.stdout.write(
+        f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
+        f'load it: graftvit.load("{out}")\n'
+        + ("" if plan_of(teacher.model) else _recovery(out, teacher.source))
+    )
+    return 0
+
+
+def _recovery(out: Path, source: str) -> str:
+    """The command that goes on from there; a source that is converted itself is no teacher for it."""
+    return (
+        f"recover it: graftvit train --mode align --student.model {shlex.quote(f'local-dir:{out}')} "
+        f"--teacher.source {shlex.quote(source)}\n"
+    )
+
+
+def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> None:
+    """ConfigError where the flags do not go together."""
+    if out is None and not dry_run:
+        raise ConfigError("--out is missing: give a new folder, or --dry_run to see the table alone")
+    if images < 0:
+        raise ConfigError(f"--calibrate {images}: a number of images, 0 or more")
+    given = bool(config.data.dataset or config.data.data_path)
+    if images and not given:
+        raise ConfigError(f"--calibrate {images} needs images: give --data_path FOLDER, or --dataset digits")
+    if given and not images:
+        raise ConfigError("--dataset and --data_path are of --calibrate N: give N, the number of images")
+
+
+def _source(source: str, config: RunConfig, *, fresh: bool) -> Teacher:
+    """The model to convert; for a table alone, that of a timm name without its weights."""
+    from ...checkpoints.teacher import load_teacher
+    from ..outline import is_timm_name
+
+    if fresh and is_timm_name(source):
+        return _without_weights(source, config)
+    return load_teacher(source, **source_keywords(config.teacher))
+
+
+def _without_weights(source: str, config: RunConfig) -> Teacher:
+    from timm.models import get_pretrained_cfg
+
+    from ...checkpoints.build import check_name
+    from ..outline import outline_teacher
+
+    check_name(source)
+    described = get_pretrained_cfg(source)
+    height, width = described.input_size[1:] if described else (224, 224)
+    return outline_teacher(config.teacher.model_copy(update={"source": source}), (height, width))
+
+
+def _images(config: RunConfig, teacher: Teacher, count: int) -> Tensor:
+    from ...transfer.data.augment import InputSpec
+    from ...transfer.data.sample import sample_images
+
+    embedding: Any = teacher.model.patch_embed
+    spec = InputSpec((embedding.proj.in_channels, *embedding.img_size), teacher.mean, teacher.std)
+    return sample_images(config.data, spec, count, seed=config.seed)
+
+
+def _head(teacher: Teacher) -> str:
+    from ...models.conversion import plan_of
+    from ...models.families import token_layout
+
+    layout = token_layout(teacher.model)
+    height, width = teacher.model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    older = plan_of(teacher.model)
+    known = [f"commit {teacher.revision}"] if teacher.revision else []
+    known += [f"licence {teacher.licence}" if teacher.licence else "licence unknown"]
+    name = [] if teacher.architecture == teacher.source else [teacher.architecture]
+    return (
+        f"{teacher.source}: {', '.join([*name, *known])}\n"
+        + (f"converted before, by {older}: converted anew from its softmax layers\n" if older else "")
+        + f"images of {height}x{width}: {layout.num_tokens} tokens, {layout.num_prefix} of them prefix tokens\n\n"
+    )

@@ -1,0 +1,93 @@
+"""`graftvit operators [NAME]`: what a plan can name."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+
+from ...models.errors import ConfigError, did_you_mean
+from ..conversion_table import aligned
+from ..flags import command_parser
+
+GRIDS = (14, 32, 64)
+HEADS, WIDTH = 12, 64
+FOOT = """
+a map: linear in the values, so that its rows can be shown and matched    grid: it needs to know where the patches are
+bias: it takes a relative position bias (BEiT)    new: parameters of its own in a layer of 12 heads of 64, first grid
+MACs: multiply-adds of the attention map in such a layer on that many patches, against softmax
+
+`graftvit operators NAME` explains one. In a plan: '*: linear; 9-11: softmax', with options: 'window(window=9)'.
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Print the table of operators, or one of them with its equation and options."""
+    parser = command_parser(
+        "operators",
+        "List the attention operators that a plan can name, with what they cost against softmax, or explain one.",
+        ["graftvit operators", "graftvit operators hybrid", "graftvit operators window --grid 64"],
+        usage="[NAME] [--grid N ...]",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="operator to explain")
+    parser.add_argument(
+        "--grid", nargs="+", type=int, default=GRIDS, metavar="N",
+        help="rows of patches to count multiply-adds at (default: 14 32 64)",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    if any(grid < 1 for grid in arguments.grid):
+        raise ConfigError(
+            f"--grid {' '.join(map(str, arguments.grid))}: numbers of patches a side, 1 or more"
+        )
+    from ...models.operators import OPERATORS
+
+    if arguments.name is not None and arguments.name not in OPERATORS:
+        raise ConfigError(f"unknown operator {arguments.name!r}; {did_you_mean(arguments.name, OPERATORS)}")
+    names = list(OPERATORS) if arguments.name is None else [arguments.name]
+    sys.stdout.write(_table(names, arguments.grid))
+    sys.stdout.write(_explained(arguments.name) if arguments.name is not None else FOOT)
+    return 0
+
+
+def _table(names: list[str], grids: list[int]) -> str:
+    head = ["operator", "a map", "grid", "bias", "new"]
+    rows = [[*head, *(f"MACs {grid}x{grid}" for grid in grids), "options"]]
+    for name in names:
+        options = " ".join(f"{key}={value}" for key, value in _options(name).items())
+        rows.append([name, *_facts(name, grids), options or "-"])
+    return aligned(rows, right=tuple(range(4, 5 + len(grids))))
+
+
+def _options(name: str) -> dict[str, object]:
+    from ...models.operators import OPERATORS
+
+    parameters = list(inspect.signature(OPERATORS[name]).parameters.values())[1:]
+    return {each.name: "auto" if each.default is None else each.default for each in parameters}
+
+
+def _facts(name: str, grids: list[int]) -> list[str]:
+    """Traits, new parameters at the first grid, and the cost at each against softmax."""
+    from ...models.attention.base import Geometry, LayerShape
+    from ...models.operators import create_operator
+    from ...models.plan import Choice
+
+    made = []
+    for grid in grids:
+        shape = LayerShape(HEADS, WIDTH, Geometry(1, (grid, grid)))
+        made.append([create_operator(Choice(each), shape).macs(shape.geometry) for each in (name, "softmax")])
+    operator = create_operator(Choice(name), LayerShape(HEADS, WIDTH, Geometry(1, (grids[0], grids[0]))))
+    traits = operator.traits
+    words = ["yes" if holds else "no" for holds in (traits.linear_in_v, traits.needs_grid, traits.bias)]
+    new = sum(parameter.numel() for parameter in operator.parameters())
+    return [*words, f"{new:,}", *(f"{100 * own / softmax:.0f} %" for own, softmax in made)]
+
+
+def _explained(name: str) -> str:
+    """The text of an operator, and how a plan writes it with its options."""
+    from ...models.operators import OPERATORS
+
+    operator = OPERATORS[name]
+    kind = getattr(operator, "func", operator)
+    text = textwrap.dedent("    " + (inspect.getdoc(kind) or "")).split("\n\nRaises")[0]
+    options = ", ".join(f"{key}={value}" for key, value in _options(name).items() if value != "auto")
+    return f"\n{text.strip()}\n\nin a plan: '*: {name}{f'({options})' if options else ''}'\n"

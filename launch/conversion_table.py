@@ -1,0 +1,91 @@
+"""A conversion in words: a line a layer, what it costs, and what each weight starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.attention.base import AttentionOperator
+
+STARTS = {"all": "copied", "mlp": "attention fresh, rest copied", "none": "fresh"}
+KEPT = {"all": "copied", "mlp": "copied", "none": "fresh"}
+
+
+def conversion_table(student: nn.Module, weights: str, calibration: str | None = None) -> str:
+    """Of each layer: operator, new parameters, multiply-adds of its attention maps before and after, its start.
+
+    With the words of a `calibration` the error of each layer before and after it.
+    """
+    from ..models.conversion import converted_layers, layer_macs
+    from ..models.families import attention_blocks
+
+    softmax, own = layer_macs(student)
+    layers = converted_layers(student)
+    measured = calibration is not None
+    rows = [["layer", "operator", "new parameters", "map MACs", "", *(["error"] * measured), "weights"]]
+    for index in range(len(attention_blocks(student))):
+        layer = layers.get(index)
+        if layer is None:
+            costs, error = [_number(softmax), ""], "-"
+            rows.append([str(index), "softmax", "-", *costs, *([error] * measured), KEPT[weights]])
+            continue
+        error = "{:.3f} -> {:.3f}".format(*layer.calibration) if layer.calibration else "-"
+        costs = [f"{_number(softmax)} -> {_number(own[index])}", f"{_percent(own[index], softmax)}"]
+        new = sum(parameter.numel() for parameter in layer.operator.parameters())  # type: ignore[attr-defined]
+        rows.append(
+            [str(index), str(layer.choice), f"{new:,}", *costs, *([error] * measured), STARTS[weights]]
+        )
+    note = f"\nerror: of the layer's output against softmax, before and after calibration on {calibration}\n"
+    return aligned(rows, right=(0, 2, 4)) + note * measured + _totals(student, softmax, own)
+
+
+def operator_cost(operator: AttentionOperator) -> int:
+    """Multiply-adds of an operator at the geometry that it was made for."""
+    return operator.macs(operator.shape.geometry)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows as columns; those in `right` are set to the right. The last one may be as long as it likes."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:>{width}}" if column in right else f"{cell:<{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, ""])
+
+
+def _totals(student: nn.Module, softmax: int, own: dict[int, int]) -> str:
+    from ..models.conversion import new_parameters
+    from ..models.cost import dense_macs
+    from ..models.families import attention_blocks
+
+    count, rest = len(attention_blocks(student)), dense_macs(student)
+    before, after = count * softmax, (count - len(own)) * softmax + sum(own.values())
+    new = sum(parameter.numel() for parameter in new_parameters(student))
+    whole = sum(parameter.numel() for parameter in student.parameters())
+    return "\n".join(
+        [
+            "",
+            f"attention maps: {_number(before)} -> {_number(after)} MACs an image ({_percent(after, before)})",
+            f"whole model:    {_number(rest + before)} -> {_number(rest + after)} MACs "
+            f"({_percent(rest + after, rest + before)}), {whole:,} parameters, {new:,} of them new",
+            "",
+        ]
+    )
+
+
+def _number(value: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return str(value)
+
+
+def _percent(value: int, whole: int) -> str:
+    return f"{100 * value / whole:.0f} %"

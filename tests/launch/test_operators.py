@@ -1,0 +1,45 @@
+"""`graftvit operators`, as typed."""
+
+from __future__ import annotations
+
+import pytest
+from graftvit.launch.cli import main
+from graftvit.models.attention.base import Geometry, LayerShape
+from graftvit.models.operators import OPERATORS, create_operator, options_of
+from graftvit.models.plan import Choice, parse_plan
+
+
+def test_every_operator_is_listed_with_its_traits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators", "--grid", "4", "16"]) == 0
+    head, *lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert "MACs 16x16" in head
+    rows = {line.split()[0]: line.split() for line in lines}
+    assert list(rows) == list(OPERATORS)
+    for name, row in rows.items():
+        operator = create_operator(Choice(name), LayerShape(12, 64, Geometry(1, (4, 4))))
+        traits = operator.traits
+        assert row[1:4] == [
+            "yes" if holds else "no" for holds in (traits.linear_in_v, traits.needs_grid, traits.bias)
+        ]
+        assert int(row[4].replace(",", "")) == sum(parameter.numel() for parameter in operator.parameters())
+        assert all(f"{option}=" in " ".join(row) for option in options_of(name))
+        if traits.linear_cost:
+            assert int(row[7]) <= int(row[5]), "against softmax, linear cost falls"
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_is_explained_as_a_plan_writes_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators", name]) == 0
+    said = capsys.readouterr().out
+    assert "multiply-adds" in said or name in ("softmax", "hybrid") or "MACs" in said
+    plan = said.split("in a plan: ")[1].strip().strip("'")
+    (choice,) = parse_plan(plan, 1)
+    assert choice.operator == name
+    create_operator(choice, LayerShape(2, 8, Geometry(1, (4, 4))))
+
+
+def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators", "linaer"]) == 2
+    assert "unknown operator 'linaer'; did you mean 'linear'" in capsys.readouterr().err
+    assert main(["operators", "--grid", "0"]) == 2
+    assert "--grid 0: numbers of patches a side, 1 or more" in capsys.readouterr().err
