@@ -199,6 +199,11 @@ class OptimConfig(Section):
     new_scale: float = Field(
         1.0, gt=0, description="learning rate factor of the parameters that a conversion brought"
     )
+    lora: int | None = Field(
+        None,
+        gt=0,
+        description="rank of LoRA adapters that learn in place of the attention weights; needs peft",
+    )
     trainable: str = Field(
         ".*", description="regular expression of the parameters that learn; the head always does"
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...models.errors import CheckpointError
+from ...models.lora import merged
 from ..files import Content
 from ..provenance import carried_licence, of_state
 from ..sources import Part
@@ -27,6 +28,7 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     if any(name.startswith("encoder.") for name in tensors):
         encoder = "encoder."
         tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
+    tensors = merged(tensors)
     meta = json.loads(content.metadata[META_KEY])
     provenance = of_state(meta, part)
     architecture, arguments, config = _student_of(meta)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...checkpoints import provenance
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.errors import ConfigError
+from ...models.lora import add_lora
 from ...models.mae import MaskedAutoencoder
 from ..config import RunConfig, StudentConfig, TransferConfig
 from ..data.datasets import check_dataset
@@ -133,6 +134,8 @@ def _student(
         if isinstance(head, nn.Linear):
             trunc_normal_(head.weight, std=HEAD_STD)
     init = _start_from(config, student, teacher)
+    if config.optim.lora is not None:
+        add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
         cast(Any, student).set_grad_checkpointing(True)
     return student, init

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...checkpoints import provenance
 from ...checkpoints.student import write_student
 from ...models.errors import GraftError
+from ...models.lora import merged
 from .build import Parts
 from .ema import WeightAverage
 from .parallel import gathered, raise_together
@@ -58,7 +59,7 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Mappin
         }
     with preserved():
         model = parts.plan.create()
-    model.load_state_dict(tensors)
+    model.load_state_dict(merged(tensors))
     plan = parts.plan
     write_student(
         model,
