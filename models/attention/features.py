@@ -1,31 +1,43 @@
-"""Feature maps φ of kernel attention: what stands in for exp(s q·k) as φ(q)·φ(k).
+"""Feature maps φ of kernel attention: what stands in for exp(s q·k) as φ(q)·φ(k). Here those without parameters.
 
 Shape suffixes: B batch, H heads, N tokens, D head width, F features.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LayerShape
+from ..errors import ConfigError
+from .base import Geometry, Heads, LayerShape
 
 
 class FeatureMap(nn.Module, ABC):
-    """φ for queries and keys."""
+    """φ for queries and keys. `num_features` is an option of those that `sizes_features` alone."""
 
     nonnegative = True
     positive = True
     """No query has φ(q) = 0, whose row of the map would be zero."""
+    needs_grid = False
+    sizes_features = False
+    candidates: tuple[float, ...] = ()
+    """What calibration tries, head by head, as the argument of `adjust`; one of them changes nothing."""
 
-    def __init__(self, shape: LayerShape) -> None:
+    def __init__(self, shape: LayerShape, num_features: int | None = None) -> None:
         super().__init__()
+        if num_features is not None and not self.sizes_features:
+            raise ConfigError(
+                f"plan: num_features={num_features}: this feature map has as many as a head has channels; leave it out"
+            )
+        if num_features is not None and (not isinstance(num_features, int) or num_features < 1):
+            raise ConfigError(f"plan: num_features={num_features} is no positive whole number")
         self.shape = shape
 
-    @property
-    def num_features(self) -> int:
+    def num_features(self, geometry: Geometry) -> int:
         """F, the width of φ(q)."""
         return self.shape.head_dim
 
@@ -35,8 +47,11 @@ class FeatureMap(nn.Module, ABC):
         return 0
 
     @abstractmethod
-    def forward(self, q_BHND: Tensor, k_BHND: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k), each (B, H, N, F)."""
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k), each (B, H, N, F), of projections in float32 or float64."""
+
+    def adjust(self, value_H11: Tensor) -> None:
+        """Change each head's temperature, or what is nearest to it, by one of the `candidates`."""
 
     def refresh(self) -> None:
         """Draw anew what is random."""
@@ -45,8 +60,9 @@ class FeatureMap(nn.Module, ABC):
 class Elu(FeatureMap):
     """φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
 
-    def forward(self, q_BHND: Tensor, k_BHND: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return F.elu(q_BHND) + 1, F.elu(k_BHND) + 1
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k, _ = heads.qkv()
+        return F.elu(q) + 1, F.elu(k) + 1
 
 
 class Relu(FeatureMap):
@@ -54,8 +70,68 @@ class Relu(FeatureMap):
 
     positive = False
 
-    def forward(self, q_BHND: Tensor, k_BHND: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return F.relu(q_BHND), F.relu(k_BHND)
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k, _ = heads.qkv()
+        return F.relu(q), F.relu(k)
 
 
-FEATURES: dict[str, type[FeatureMap]] = {"elu": Elu, "relu": Relu}
+class Identity(FeatureMap):
+    """φ(x) = x, for a normaliser that needs no positive features."""
+
+    nonnegative = False
+    positive = False
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k, _ = heads.qkv()
+        return q, k
+
+
+class Cosine(FeatureMap):
+    """φ(x) = relu(x), with a pair of grid tokens weighted by cos(π/2 Δrow/height) cos(π/2 Δcolumn/width).
+
+    cosFormer (Qin et al. 2022, arXiv 2202.08791) has one cosine along a sequence; on a grid there is one for
+    each axis. As cos(a − b) = cos a cos b + sin a sin b, this is a product of features, 4 D of them. Pairs with a
+    prefix token, which has no place, weigh 1, for which there are 2 D more where there are prefix tokens: grid
+    queries have the second, grid keys the first, prefix queries the first and prefix keys both.
+    """
+
+    positive = False
+    needs_grid = True
+
+    def num_features(self, geometry: Geometry) -> int:
+        return (6 if geometry.num_prefix else 4) * self.shape.head_dim
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k, _ = heads.qkv()
+        geometry = heads.tokens()
+        places_nC = _places(geometry, q)
+        if geometry.num_prefix:
+            q_places = _with_prefix(places_nC, grid=(0.0, 1.0), prefix=(1.0, 0.0), geometry=geometry)
+            k_places = _with_prefix(places_nC, grid=(1.0, 0.0), prefix=(1.0, 1.0), geometry=geometry)
+        else:
+            q_places = k_places = places_nC
+        return _products(F.relu(q), q_places), _products(F.relu(k), k_places)
+
+
+def _places(geometry: Geometry, like: Tensor) -> Tensor:
+    """(n, 4): the products of the cosine and the sine of each patch's row and column, as angles up to π/2."""
+    angles = [
+        torch.arange(size, device=like.device, dtype=like.dtype) * (math.pi / 2 / size)
+        for size in geometry.grid
+    ]
+    rows, columns = (torch.stack([angle.cos(), angle.sin()], 1) for angle in angles)
+    return (rows[:, None, :, None] * columns[None, :, None, :]).reshape(-1, 4)
+
+
+def _with_prefix(
+    places_nC: Tensor, grid: tuple[float, float], prefix: tuple[float, float], geometry: Geometry
+) -> Tensor:
+    """(N, 6): two more columns, `grid` at patches and `prefix` at prefix tokens."""
+    patches = torch.cat([places_nC, places_nC.new_tensor(grid).expand(len(places_nC), 2)], 1)
+    first = places_nC.new_tensor((0.0, 0.0, 0.0, 0.0, *prefix)).expand(geometry.num_prefix, 6)
+    return torch.cat([first, patches], 0)
+
+
+def _products(x_BHND: Tensor, places_NC: Tensor) -> Tensor:
+    """(B, H, N, C·D)."""
+    return (places_NC[:, :, None] * x_BHND[:, :, :, None, :]).flatten(3)

@@ -107,7 +107,7 @@ class HybridAttention(AttentionOperator):
         if self.kernel is not None:
             total += self.kernel.macs(geometry)
             if self.combine == "joint":
-                total += pairs * self.kernel.feature.num_features * self.shape.num_heads
+                total += pairs * self.kernel.feature.num_features(geometry) * self.shape.num_heads
         if self.combine == "gate":
             total += geometry.num_patches * width * self.gate_weight.shape[2] * self.shape.num_heads
         return total
@@ -170,7 +170,7 @@ class HybridAttention(AttentionOperator):
         q, k, _ = heads.qkv()
         precise = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(precise), k.to(precise)
-        left, right = (x.to(precise) for x in self.kernel.feature(q, k, heads.scale))
+        left, right = self.kernel.features(heads)
         tables = [table for table, _ in self._tables(heads)]
         logits = [tile_logits(q, k, table, heads.scale) for table in _disjoint(tables, heads.tokens())]
         largest = torch.cat([part.amax(-1, keepdim=True) for part in logits], -1).amax(-1, keepdim=True)

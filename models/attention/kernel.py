@@ -2,55 +2,193 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
+
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .features import FEATURES
+from .favor import Favor
+from .features import Cosine, Elu, FeatureMap, Identity, Relu
+from .learned_features import T2R, Focused, Hedgehog, JointHedgehog
+from .local import DepthwiseConv
+from .normalisers import NORMALISERS
 from .terms import LowRank, Term
 
-EPSILON = 1e-6
+FEATURES: dict[str, type[FeatureMap]] = {
+    "elu": Elu,
+    "relu": Relu,
+    "identity": Identity,
+    "t2r": T2R,
+    "hedgehog": Hedgehog,
+    "hedgehog_joint": JointHedgehog,
+    "focused": Focused,
+    "favor": Favor,
+    "cosine": Cosine,
+}
+LOCAL = ("none", "v", "qk")
+LOCAL_SIZES = {"v": 5, "qk": 3}
 
 
 class KernelAttention(AttentionOperator):
-    """out_i = φ(q_i)ᵀ S / (φ(q_i)ᵀ z + ε) with S = mean_j φ(k_j) v_jᵀ and z = mean_j φ(k_j).
+    """A = L Rᵀ / N from features φ(q), φ(k), normalised so that the rows sum to one; 2 N F D multiply-adds a head.
 
-    Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 5, with means in place of sums, so that float16 does not
-    overflow; ε is therefore per token. The cost is 2 N F D multiply-adds a head for F features.
+    The parts are free to combine:
 
-    Raises ConfigError: an option has a value that is not in its table.
+    feature:    φ, one of FEATURES; `num_features` is its width, where it can be chosen.
+    normaliser: how A comes from φ(q)·φ(k), one of NORMALISERS.
+    local:      "v" adds a depthwise convolution of the values to A V, "qk" one of each of the queries and the keys to
+                themselves before φ. `local_size` is the width of its window, 5 on values and 3 on queries and keys.
+    centre:     the mean key is subtracted from all keys first. Softmax attention does not notice; a kernel does, and
+                the keys of pretrained models have a large common mean. With it, the map stays the same when all
+                keys shift.
+
+    Features, normalisers and sums are computed in float32 at least. Padding (`Heads.key_mask`) counts in none of
+    the sums and means.
+
+    Raises ConfigError: an option has a value that is not in its table, or that does not go with the others.
     """
 
-    def __init__(self, shape: LayerShape, feature: str = "elu") -> None:
+    def __init__(
+        self,
+        shape: LayerShape,
+        feature: str = "elu",
+        normaliser: str = "sum",
+        local: str = "none",
+        centre: bool = False,
+        num_features: int | None = None,
+        local_size: int | None = None,
+    ) -> None:
         super().__init__(shape)
-        if feature not in FEATURES:
-            raise ConfigError(f"plan: feature={feature}; {did_you_mean(str(feature), FEATURES)}")
-        self.feature = FEATURES[feature](shape)
+        _check("feature", feature, FEATURES)
+        _check("normaliser", normaliser, NORMALISERS)
+        _check("local", local, LOCAL)
+        if not isinstance(centre, bool):
+            raise ConfigError(f"plan: centre={centre}; write true or false")
+        self.feature = FEATURES[feature](shape, num_features)
+        self.normaliser = NORMALISERS[normaliser]
+        if self.normaliser.divides and not self.feature.nonnegative:
+            raise ConfigError(
+                f"plan: feature={feature} can be negative, and normaliser={normaliser} divides by sums of it; "
+                "use normaliser=inline"
+            )
+        self.centre = centre
+        self.v_conv, self.q_conv, self.k_conv = _convolutions(shape, local, local_size)
 
     @property
     def traits(self) -> Traits:
-        return Traits(nonnegative=self.feature.nonnegative, row_stochastic=self.feature.positive)
+        return Traits(
+            nonnegative=self.feature.nonnegative and self.normaliser.nonnegative,
+            row_stochastic=self.feature.positive or not self.normaliser.divides,
+            needs_grid=self.feature.needs_grid or self.v_conv is not None or self.q_conv is not None,
+            key_mask=True,
+        )
 
     def attend(self, heads: Heads) -> Tensor:
-        left_BHNF, right_BHNF = self._factors(heads)
         _, _, v_BHND = heads.qkv()
-        root = v_BHND.shape[2] ** -0.5
-        summary_BHFD = (right_BHNF * root).transpose(2, 3) @ (v_BHND * root)
-        out: Tensor = left_BHNF @ summary_BHFD
-        return out
+        with torch.autocast(v_BHND.device.type, enabled=False):
+            left_BHNF, right_BHNF = self._factors(heads)
+            out: Tensor = left_BHNF @ (right_BHNF.transpose(2, 3) @ v_BHND.to(right_BHNF.dtype))
+        return out.to(v_BHND.dtype)
+
+    def local(self, heads: Heads) -> Tensor | None:
+        if self.v_conv is None:
+            return None
+        _, _, v_BHND = heads.qkv()
+        local: Tensor = self.v_conv(without_padding(v_BHND, heads), heads.tokens())
+        return local
 
     def terms(self, heads: Heads) -> list[Term]:
-        left, right = self._factors(heads)
-        return [LowRank(left / right.shape[2], right)]
+        q, _, _ = heads.qkv()
+        with torch.autocast(q.device.type, enabled=False):
+            return [LowRank(*self._factors(heads))]
+
+    def features(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k), (B, H, N, F), in float32 at least; φ(k) is zero at padding."""
+        q, k, v = heads.qkv()
+        precise = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(precise), without_padding(k.to(precise), heads)
+        if self.centre:
+            k = without_padding(k - mean_of_keys(k, heads), heads)
+        if self.q_conv is not None and self.k_conv is not None:
+            q = q + self.q_conv(without_padding(q, heads), heads.tokens())
+            k = without_padding(k + self.k_conv(k, heads.tokens()), heads)
+        q, k = self.feature(heads.with_qkv(q, k, v))
+        return q, without_padding(k, heads)
 
     def macs(self, geometry: Geometry) -> int:
-        features = self.feature.num_features
-        a_token = 2 * features * self.shape.head_dim + features + 2 * self.feature.macs_per_token
-        return geometry.num_tokens * a_token * self.shape.num_heads
+        features = self.feature.num_features(geometry)
+        sums = 2 * (features + self.normaliser.extra) * self.shape.head_dim + features
+        a_token = sums + 2 * self.feature.macs_per_token
+        convolutions = [conv for conv in (self.v_conv, self.q_conv, self.k_conv) if conv is not None]
+        local = sum(conv.macs(geometry) for conv in convolutions)
+        return geometry.num_tokens * a_token * self.shape.num_heads + local
+
+    @torch.no_grad()
+    def calibrate(self, heads: Heads, target_BHND: Tensor) -> None:
+        """Choose each head's temperature among the candidates of the feature map, by the error of the output."""
+        candidates = self.feature.candidates
+        if not candidates:
+            return
+        start = copy.deepcopy(self.feature.state_dict())
+        errors = torch.stack([self._adjusted_error(start, value, heads, target_BHND) for value in candidates])
+        chosen_H = target_BHND.new_tensor(candidates, dtype=torch.float32)[errors.argmin(0)]
+        self.feature.load_state_dict(start)
+        self.feature.adjust(chosen_H[:, None, None])
+
+    def refresh(self) -> None:
+        self.feature.refresh()
+
+    def _adjusted_error(
+        self, start: dict[str, Tensor], value: float, heads: Heads, target_BHND: Tensor
+    ) -> Tensor:
+        """The squared error of each head's output (H,) with all heads adjusted by one candidate."""
+        self.feature.load_state_dict(start)
+        self.feature.adjust(torch.full((self.shape.num_heads, 1, 1), value, device=target_BHND.device))
+        difference: Tensor = self(heads).float() - target_BHND.float()
+        return difference.square().sum((0, 2, 3))
 
     def _factors(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """φ(q) by its row's normaliser, and φ(k): the map is their product by the number of tokens."""
-        q_BHND, k_BHND, _ = heads.qkv()
-        q_BHNF, k_BHNF = self.feature(q_BHND, k_BHND, heads.scale)
-        norm_BHN1 = (q_BHNF * k_BHNF.mean(dim=2, keepdim=True)).sum(dim=3, keepdim=True) + EPSILON
-        return q_BHNF / norm_BHN1, k_BHNF
+        """The map is their product; right is zero at padding."""
+        q_BHNF, k_BHNF = self.features(heads)
+        mean_BH1F = mean_of_keys(k_BHNF, heads)
+        left, right = self.normaliser.factors(q_BHNF, k_BHNF, mean_BH1F, heads.scale)
+        return left, without_padding(right, heads) / _num_keys(right, heads)
+
+
+def without_padding(x_BHND: Tensor, heads: Heads) -> Tensor:
+    """The same with zeros at the tokens that `key_mask` leaves out."""
+    if heads.key_mask is None:
+        return x_BHND
+    return x_BHND.masked_fill(~heads.key_mask[:, None, :, None], 0.0)
+
+
+def mean_of_keys(x_BHND: Tensor, heads: Heads) -> Tensor:
+    """(B, H, 1, D): over the tokens that are no padding, where x is zero."""
+    return (x_BHND / _num_keys(x_BHND, heads)).sum(2, keepdim=True)
+
+
+def _num_keys(x_BHND: Tensor, heads: Heads) -> Tensor | int:
+    """How many tokens are no padding, (B, 1, 1, 1) or one for all, 1 at least."""
+    if heads.key_mask is None:
+        return x_BHND.shape[2]
+    return heads.key_mask.sum(1).clamp_min(1).to(x_BHND.dtype)[:, None, None, None]
+
+
+def _check(option: str, value: str, table: Collection[str]) -> None:
+    if value not in table:
+        raise ConfigError(f"plan: {option}={value}; {did_you_mean(str(value), table)}")
+
+
+def _convolutions(shape: LayerShape, local: str, size: int | None) -> list[DepthwiseConv | None]:
+    """Those of values, queries and keys."""
+    if local == "none":
+        if size is not None:
+            raise ConfigError(f"plan: local_size={size} needs local=v or local=qk")
+        return [None, None, None]
+    wanted = (local == "v", local == "qk", local == "qk")
+    return [
+        DepthwiseConv(shape, LOCAL_SIZES[local] if size is None else size) if has else None for has in wanted
+    ]

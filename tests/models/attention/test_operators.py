@@ -100,6 +100,8 @@ def test_half_precision_is_finite_and_close(case: Case, dtype: torch.dtype) -> N
     operator = copy.deepcopy(reference).to(dtype)
     for parameter, rounded in zip(reference.parameters(), operator.parameters(), strict=True):
         parameter.data = rounded.data.float()
+    for buffer, rounded in zip(reference.buffers(), operator.buffers(), strict=True):
+        buffer.data = rounded.data.to(buffer.dtype)
     out = operator(heads.with_qkv(q, k, v))
     assert out.dtype == dtype
     assert out.isfinite().all()

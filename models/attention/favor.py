@@ -1,0 +1,81 @@
+"""FAVOR+: positive orthogonal random features of the softmax kernel (Performer)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import Geometry, Heads, LayerShape
+from .features import FeatureMap
+
+EPSILON = 1e-4
+
+
+class Favor(FeatureMap):
+    """φ(x) = exp(Ω x' − ‖x'‖²/2 − c) + 1e-4 with x' = √s τ x (Choromanski et al. 2021, arXiv 2009.14794).
+
+    Without the constants, φ(q)·φ(k) / F is an unbiased estimate of exp(s q·k). The rows of Ω are orthogonal in blocks
+    of D, each as long as a Gaussian vector. c keeps the exponential at most 1 and cancels in the map: the largest
+    exponent of a query, or of all keys of an image's head. The published code takes the largest Ω x' instead, whose
+    1e-4 swamps tokens of large norm.
+
+    Ω is saved, and changes by `refresh` alone; under data parallelism its ranks agree by the broadcast of buffers.
+    τ, one for each head, is 1 unless calibration lowers it: the variance grows as exp(‖q' + k'‖²).
+    """
+
+    sizes_features = True
+    candidates = (1.0, 0.35, 0.5, 0.6, 0.7, 0.85)
+    omega: Tensor
+    temperature: Tensor
+
+    def __init__(self, shape: LayerShape, num_features: int | None = None) -> None:
+        super().__init__(shape, num_features)
+        self.width = num_features or default_features(shape)
+        self.register_buffer("omega", orthogonal_features(self.width, shape.head_dim))
+        self.register_buffer("temperature", torch.ones(shape.num_heads, 1, 1))
+
+    def num_features(self, geometry: Geometry) -> int:
+        return self.width
+
+    @property
+    def macs_per_token(self) -> int:
+        return (self.width + 1) * self.shape.head_dim
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k, _ = heads.qkv()
+        q_BHNF, k_BHNF = (self._exponents(x, heads.scale) for x in (q, k))
+        q_largest = q_BHNF.detach().amax(3, keepdim=True)
+        k_largest = k_BHNF.detach().amax((2, 3), keepdim=True)
+        return (q_BHNF - q_largest).exp() + EPSILON, (k_BHNF - k_largest).exp() + EPSILON
+
+    def adjust(self, value_H11: Tensor) -> None:
+        self.temperature.mul_(value_H11)
+
+    def refresh(self) -> None:
+        self.omega.copy_(orthogonal_features(self.width, self.shape.head_dim))
+
+    def _exponents(self, x_BHND: Tensor, scale: float) -> Tensor:
+        x = x_BHND * (scale**0.5 * self.temperature.to(x_BHND.dtype))
+        exponents: Tensor = x @ self.omega.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
+        return exponents
+
+
+def default_features(shape: LayerShape) -> int:
+    """The paper's D ln D where the image is large, a quarter of the tokens where it is small, D at least.
+
+    More than half as many features as tokens would cost more than softmax attention.
+    """
+    published = int(shape.head_dim * math.log(shape.head_dim))
+    return max(shape.head_dim, min(published, shape.geometry.num_tokens // 4))
+
+
+def orthogonal_features(count: int, width: int) -> Tensor:
+    """(count, width): Gaussian rows, orthogonal within each block of `width`; drawn on the CPU, in float32."""
+    blocks = [
+        torch.linalg.qr(torch.randn(width, width, device="cpu"))[0].T for _ in range(-(-count // width))
+    ]
+    lengths = torch.randn(count, width, device="cpu").norm(dim=1, keepdim=True)
+    rows: Tensor = torch.cat(blocks)[:count] * lengths
+    return rows

@@ -1,0 +1,66 @@
+"""Normalisers of kernel attention: features φ(q), φ(k) to factors L, R of a map A = L Rᵀ / N whose rows sum to one.
+
+Each takes φ(q) and φ(k) of shape (B, H, N, F), the mean key feature (B, H, 1, F) and the scale s of the layer, and
+gives L and R, (B, H, N, F) or one wider. The means are over tokens that are no padding, and keep float16 from
+overflow where sums would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+Factors: TypeAlias = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """How to normalise, and what holds of the map."""
+
+    factors: Callable[[Tensor, Tensor, Tensor, float], Factors]
+    nonnegative: bool
+    """The map is, if the features are."""
+    divides: bool
+    """By φ(q)·φ̄(k), which features of both signs would not keep from zero."""
+    extra: int
+    """Columns of L and R beyond the features."""
+
+
+def by_sum(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
+    """A_ij = φ(q_i)·φ(k_j) / Σ_j φ(q_i)·φ(k_j) (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5)."""
+    return q_BHNF / _sums(q_BHNF, mean_BH1F).clamp_min(EPSILON), k_BHNF
+
+
+def inline(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
+    """A_ij = (1 + s φ(q_i)·(φ(k_j) − φ̄)) / N, signed: InLine (Han et al. 2024, arXiv 2412.06590, eq. 5)."""
+    return _with_ones(scale * q_BHNF), _with_ones(k_BHNF - mean_BH1F)
+
+
+def mala(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
+    """A_ij = (s φ(q_i)·φ(k_j) (1 + 1/z_i) − z_i) / N with z_i = s φ(q_i)·φ̄: MALA (Fan et al. 2025, arXiv 2507.00698).
+
+    This is the map by sums plus that of InLine without its 1/N.
+    """
+    left, right = by_sum(q_BHNF, k_BHNF, mean_BH1F, scale)
+    shift = -scale * _sums(q_BHNF, mean_BH1F)
+    return torch.cat([left + scale * q_BHNF, shift], -1), _with_ones(right)
+
+
+NORMALISERS = {
+    "sum": Normaliser(by_sum, nonnegative=True, divides=True, extra=0),
+    "inline": Normaliser(inline, nonnegative=False, divides=False, extra=1),
+    "mala": Normaliser(mala, nonnegative=False, divides=True, extra=1),
+}
+
+
+def _sums(q_BHNF: Tensor, mean_BH1F: Tensor) -> Tensor:
+    return (q_BHNF * mean_BH1F).sum(-1, keepdim=True)
+
+
+def _with_ones(x_BHNF: Tensor) -> Tensor:
+    return torch.cat([x_BHNF, torch.ones_like(x_BHNF[..., :1])], -1)
