@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from .local import DepthwiseConv
 
 NORM_EPSILON = 1.0
 KERNEL = 3
@@ -30,8 +31,8 @@ class TTTAttention(AttentionOperator):
     step on the inner product, as in the conversion of DeiT to linear time ("T5", ICML 2026); its predecessor is ViT³
     (arXiv 2512.01643). Keys are normalised over the tokens, channel by channel, with 1 added to the variance: the
     large common mean of pretrained keys would otherwise swamp the step. Queries and keys get a zero-initialised
-    depthwise 3 x 3 convolution of themselves; prefix tokens, which have no place on the grid, go without, and are
-    ordinary tokens otherwise. 9 N D² multiply-adds a head, and 18 N D for the convolutions.
+    depthwise 3 x 3 convolution of themselves, without the published bias; prefix tokens, which are off the grid, go
+    without it and are ordinary tokens otherwise. 9 N D² multiply-adds a head, and 18 N D for the convolutions.
 
     Not linear in V: there is no map. The values must be as wide as the queries.
     """
@@ -40,8 +41,7 @@ class TTTAttention(AttentionOperator):
         super().__init__(shape)
         size = (shape.num_heads, shape.head_dim, shape.head_dim)
         self.gated, self.linear, self.out = (nn.Parameter(_draw(size)) for _ in range(3))
-        channels = shape.num_heads * shape.head_dim
-        self.q_conv, self.k_conv = (_convolution(channels) for _ in range(2))
+        self.q_conv, self.k_conv = (DepthwiseConv(shape, KERNEL) for _ in range(2))
 
     @property
     def traits(self) -> Traits:
@@ -51,8 +51,9 @@ class TTTAttention(AttentionOperator):
         q, k, v = heads.qkv()
         precise = torch.promote_types(v.dtype, torch.float32)
         with torch.autocast(v.device.type, enabled=False):
-            queries = _mixed(q.to(precise), self.q_conv, heads.tokens())
-            keys = _mixed(normalised_keys(k.to(precise)), self.k_conv, heads.tokens())
+            queries, keys = q.to(precise), normalised_keys(k.to(precise))
+            queries = queries + self.q_conv(queries, heads.tokens())
+            keys = keys + self.k_conv(keys, heads.tokens())
             weights = Weights(*(weight.to(precise) for weight in (self.gated, self.linear, self.out)))
             learned = inner_step(weights, keys, v.to(precise) * (heads.scale / v.shape[2]))
             return answer(learned, queries).to(v.dtype)
@@ -60,8 +61,8 @@ class TTTAttention(AttentionOperator):
     def macs(self, geometry: Geometry) -> int:
         width = self.shape.head_dim
         learning = geometry.num_tokens * 9 * width**2
-        mixing = geometry.num_patches * 2 * KERNEL**2 * width
-        return (learning + mixing) * self.shape.num_heads
+        mixing = self.q_conv.macs(geometry) + self.k_conv.macs(geometry)
+        return learning * self.shape.num_heads + mixing
 
 
 def normalised_keys(k_BHND: Tensor) -> Tensor:
@@ -88,27 +89,6 @@ def inner_step(weights: Weights, k_BHND: Tensor, v_BHND: Tensor) -> Weights:
 def answer(weights: Weights, x_BHND: Tensor) -> Tensor:
     """f_W(x) = (silu(x W₁) ⊙ x W₂) W₃."""
     return (F.silu(x_BHND @ weights.gated) * (x_BHND @ weights.linear)) @ weights.out
-
-
-def _mixed(x_BHND: Tensor, convolution: nn.Conv2d, geometry: Geometry) -> Tensor:
-    """x plus the convolution of its grid tokens, all heads' channels at once."""
-    grid_BHND = x_BHND[:, :, geometry.num_prefix :]
-    batch, heads, _, width = grid_BHND.shape
-    image = grid_BHND.transpose(2, 3).reshape(batch, heads * width, *geometry.grid)
-    weight, bias = convolution.weight.to(x_BHND.dtype), convolution.bias
-    assert bias is not None
-    local = F.conv2d(image, weight, bias.to(x_BHND.dtype), padding=KERNEL // 2, groups=heads * width)
-    local_BHND = local.reshape(batch, heads, width, -1).transpose(2, 3)
-    return x_BHND + F.pad(local_BHND, (0, 0, geometry.num_prefix, 0))
-
-
-def _convolution(channels: int) -> nn.Conv2d:
-    """Depthwise, and zero to begin with."""
-    convolution = nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2, groups=channels)
-    nn.init.zeros_(convolution.weight)
-    if convolution.bias is not None:
-        nn.init.zeros_(convolution.bias)
-    return convolution
 
 
 def _draw(size: tuple[int, ...]) -> Tensor:
