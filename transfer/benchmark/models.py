@@ -11,10 +11,9 @@ from torch import nn
 from ...checkpoints.build import build, check_name
 from ...checkpoints.sources import TimmSource, parse_source
 from ...checkpoints.teacher import load_teacher
-from ...models.attention.base import AttentionOperator
-from ...models.conversion import convert, converted_layers
+from ...models.conversion import convert, layer_macs
 from ...models.errors import ConfigError
-from ...models.families import attention_blocks, attention_shape, token_layout
+from ...models.families import attention_blocks
 from .measure import Step, counted_macs, peak_bytes, time_steps
 from .rows import DTYPES, Case, Row, load_average
 
@@ -107,14 +106,8 @@ def measure_model(case: Case, repeats: int) -> Row:
 
 def attention_macs(model: nn.Module) -> int:
     """Multiply-adds of all attention operators for one image; projections are not among them."""
-    converted = converted_layers(model)
-    layout, layer = token_layout(model), attention_shape(model)
-    tokens = layout.num_prefix + layout.grid[0] * layout.grid[1]
-    kept = len(attention_blocks(model)) - len(converted)
-    changed = sum(
-        cast(AttentionOperator, layer.operator).macs(layer.geometry) for layer in converted.values()
-    )
-    return changed + kept * 2 * tokens**2 * layer.head_dim * layer.num_heads
+    softmax, own = layer_macs(model)
+    return sum(own.values()) + (len(attention_blocks(model)) - len(own)) * softmax
 
 
 def _step(model: nn.Module, images: torch.Tensor, backward: bool) -> Step:

@@ -21,16 +21,31 @@ def render(results: Results) -> str:
     )
     parts = [first]
     for setting, rows in _settings(results.rows).items():
-        parts += [f"### {setting}", _cases(rows)]
-    found = crossovers(results.rows)
-    if found:
+        parts += [f"### {setting}", size_table(rows) + _miscounted(rows)]
+    if crossovers(results.rows):
         size = "N" if results.kind == "operators" else "image side"
-        rows_of_table = [[case.name, _setting(case), str(value)] for case, value in found.items()]
-        parts += [
-            f"### Crossover: the {size} from which it is faster than fused softmax attention",
-            markdown(["name", "setting", size], rows_of_table),
-        ]
+        heading = f"### Crossover: the {size} from which it is faster than fused softmax attention"
+        parts += [heading, crossover_table(results)]
     return "\n\n".join(parts) + "\n"
+
+
+def crossover_table(results: Results) -> str:
+    """A line an operator or plan, a column a setting."""
+    found = crossovers(results.rows)
+    settings = list(dict.fromkeys(_setting(case) for case in found))
+    names = list(dict.fromkeys(case.name for case in found))
+    cells = {(case.name, _setting(case)): str(value) for case, value in found.items()}
+    head = "operator" if results.kind == "operators" else "plan"
+    return markdown(
+        [head, *settings], [[name, *(cells.get((name, one), "") for one in settings)] for name in names]
+    )
+
+
+def size_table(rows: Sequence[Row]) -> str:
+    """A line a case of one setting, the fastest first."""
+    head = ["operator" if rows[0].case.kind == "operators" else "plan", "ms", "spread", "softmax ms", "ratio"]
+    head += ["images/s", "peak MiB", "attention MMACs", "counted"]
+    return markdown(head, [_line(row) for row in sorted(rows, key=lambda row: -row.ratio)])
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -62,20 +77,15 @@ def _setting(case: Case) -> str:
     return ", ".join(parts + ["compiled"] * case.compiled)
 
 
-def _cases(rows: Sequence[Row]) -> str:
-    operators = rows[0].case.kind == "operators"
-    head = ["operator" if operators else "plan", "ms", "spread", "softmax ms", "ratio"]
-    head += ["images/s", "peak MiB", "attention MMACs", "counted"]
-    ordered = sorted(rows, key=lambda row: -row.ratio)
-    table = markdown(head, [_line(row) for row in ordered])
-    off = [row for row in ordered if abs(row.counted_macs / row.macs - 1) > MISCOUNT]
-    if off:
-        names = ", ".join(row.case.name for row in off)
-        table += (
-            f"\n\nMore than {MISCOUNT:.0%} between own and counted multiply-adds, where sums over elements, "
-            f"poolings or kernels of which torch's counter does not know matter: {names}."
-        )
-    return table
+def _miscounted(rows: Sequence[Row]) -> str:
+    """Who counts otherwise than torch's counter; empty where none does."""
+    names = [row.case.name for row in rows if abs(row.counted_macs - row.macs) > MISCOUNT * row.macs]
+    if not names:
+        return ""
+    return (
+        f"\n\nMore than {MISCOUNT:.0%} between own and counted multiply-adds, where sums over elements, "
+        f"poolings or kernels of which torch's counter does not know matter: {', '.join(names)}."
+    )
 
 
 def _line(row: Row) -> list[str]:

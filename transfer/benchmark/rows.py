@@ -21,6 +21,7 @@ from ...models.errors import ConfigError
 Kind = Literal["operators", "models"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SOFTMAX = "softmax"
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Results:
     def save(self, folder: Path) -> None:
         """`results.json` and `results.csv`, each whole or not at all."""
         document = dataclasses.asdict(self)
-        write_text(folder / "results.json", json.dumps(document, indent=1) + "\n")
+        write_text(folder / RESULTS, json.dumps(document, indent=1) + "\n")
         write_text(folder / "results.csv", _csv(self.rows))
 
 
@@ -94,21 +95,26 @@ def load_results(folder: Path, kind: Kind) -> Results:
 
     Raises ConfigError: the file is none of this kind, or of another machine.
     """
-    path = folder / "results.json"
+    path = folder / RESULTS
     if not path.exists():
         return Results(kind, machine())
-    try:
-        document = json.loads(path.read_text())
-        rows = [_row(row) for row in document["rows"]]
-        found = Results(document["kind"], document["machine"], rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--out: {path} is no file of benchmark results; name another folder") from error
+    found = read_results(path)
     if (found.kind, found.machine) != (kind, machine()):
         raise ConfigError(
             f"--out: {path} has {found.kind} on {found.machine}, and this is {kind} on {machine()}; "
             "name another folder, or measure anew with --force"
         )
     return found
+
+
+def read_results(path: Path) -> Results:
+    """The results of a file, from any machine. Raises ConfigError: it is no such file."""
+    try:
+        document = json.loads(path.read_text())
+        rows = [_row(row) for row in document["rows"]]
+        return Results(document["kind"], document["machine"], rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--out: {path} is no file of benchmark results; name another folder") from error
 
 
 def machine() -> str:
