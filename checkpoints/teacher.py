@@ -138,9 +138,16 @@ def load_weights(
     Raises CheckpointError as `load_teacher`.
     """
     weights = read_source(source, {}, revision)
+    size = late_size(weights, {}, getattr(getattr(model, "patch_embed", None), "img_size", None))
+    resampled: Mapping[str, str] = {}
+    if size is not None and size != weights.img_size:
+        twin = load_teacher(source, img_size=size, position_embedding=position_embedding, revision=revision)
+        arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
+        weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     weights = replace(weights, tensors=converted(model, weights.tensors))
     config: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
-    return fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
+    report = fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
+    return replace(report, resampled={**report.resampled, **resampled})
 
 
 def read_source(text: str, arguments: Mapping[str, Any], revision: str | None = None) -> Weights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,10 +38,12 @@ SIZE, OTHER = (32, 48), (48, 24)
 
 def arguments_of(family: str) -> tuple[str, dict[str, Any]]:
     name, options = dense.FAMILIES[family]
-    return name, {**dense.TINY, "depth": 2, "embed_dim": 16, "num_heads": 2, **options}
+    return name, {**dense.TINY, "depth": 1, "embed_dim": 16, "num_heads": 2, **options}
 
 
+@cache
 def teacher(family: str, **changes: Any) -> nn.Module:
+    """A random model; `convert` copies it, so that all tests can have the same one."""
     _, arguments = arguments_of(family)
     return dense.tiny(family, dtype=torch.float32, **{**arguments, **changes})
 
@@ -64,11 +68,24 @@ def train_a_step(student: nn.Module) -> None:
     student.train()
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-3)
     student(images()).square().mean().backward()
+    unused = _unused(student)
     for name, parameter in student.named_parameters():
+        if name in unused:
+            continue
         assert parameter.grad is not None, f"{name} has no gradient"
         assert torch.isfinite(parameter.grad).all(), f"{name} has a gradient that is not finite"
     optimiser.step()
     student.eval()
+
+
+def _unused(student: nn.Module) -> set[str]:
+    """Parameters of projections that an operator has no use for, as uniform attention of queries and keys."""
+    return {
+        f"blocks.{index}.attn.{name}"
+        for index, layer in converted_layers(student).items()
+        for name, _ in layer.named_parameters()
+        if name[:2] in {f"{part}_" for part in "qkv" if part not in layer.operator.needs}
+    }
 
 
 def test_every_operator_has_a_case() -> None:
@@ -99,7 +116,8 @@ def test_softmax_as_an_operator_gives_the_same_bits(family: str) -> None:
     tokens = TokenGrid(Geometry(layout.num_prefix, layout.grid), SIZE)
     expected = model(images())
     assert torch.equal(convert(model, "*: softmax")(images()), expected)
-    assert torch.equal(convert(model, "0: keep; 1: softmax")(images()), expected)
+    assert torch.equal(convert(model, "0: keep")(images()), expected)
+    model = copy.deepcopy(model)
     for block in cast(Any, model).blocks:
         operator = SoftmaxAttention(LayerShape(shape.num_heads, shape.head_dim, tokens.geometry))
         block.attn = ConvertedAttention(block.attn, operator, Choice("softmax"), tokens)
@@ -121,7 +139,7 @@ def test_a_mixed_plan_keeps_what_it_keeps(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", BIASED)
 @pytest.mark.parametrize("operator", FIRST)
 def test_a_relative_bias_is_refused_or_honoured(operator: str, family: str) -> None:
-    model = teacher(family)
+    model = teacher(family, depth=2)
     shape = LayerShape(2, 8, Geometry(1, (4, 6)))
     if FIRST[operator].build(shape.geometry).traits.bias:
         assert convert(model, plan(operator))(images()).isfinite().all()

@@ -1,0 +1,179 @@
+"""A converted model at another image size: what is tied to the grid is resampled, and what was chosen stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import graftvit
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.student import save_student, write_student
+from graftvit.checkpoints.teacher import load_teacher, load_weights
+from graftvit.models import operators
+from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from graftvit.models.conversion import convert, converted_layers, plan_size, resize
+from graftvit.models.errors import GraftError, UnsupportedModelError
+from torch import Tensor, nn
+
+NAME = "vit_tiny_patch16_224"
+ARGUMENTS: dict[str, Any] = {
+    "img_size": (16, 24), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3,
+}  # fmt: skip
+
+
+class Tied(AttentionOperator):
+    """Values weighted by a number a patch, and by one a row that is there as often as half of the rows at the start."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        height, width = shape.geometry.grid
+        self.weight = nn.Parameter(torch.randn(height, width))
+        self.pooled = nn.Parameter(torch.randn(height // 2, width))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(needs_grid=True, resolution="resampled")
+
+    def attend(self, heads: Heads) -> Tensor:
+        _, _, v = heads.qkv()
+        geometry = heads.tokens()
+        weight = fitted(self.weight, geometry.grid) + fitted(self.pooled.sum(0, keepdim=True), geometry.grid)
+        return v * F.pad(weight.flatten(), (geometry.num_prefix, 0), value=1.0)[:, None]
+
+    def macs(self, geometry: Geometry) -> int:
+        return geometry.num_tokens
+
+    def resample(self, geometry: Geometry) -> None:
+        super().resample(geometry)
+        self.weight = nn.Parameter(fitted(self.weight.data, geometry.grid))
+        self.pooled = nn.Parameter(fitted(self.pooled.data, (len(self.pooled), geometry.grid[1])))
+
+
+def fitted(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(weight[None, None], size, mode="bilinear")[0, 0]
+
+
+@pytest.fixture(autouse=True)
+def tied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(operators.OPERATORS, "tied", Tied)
+
+
+@pytest.fixture
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    return convert(timm.create_model(NAME, **ARGUMENTS), "*: tied; 1: window(window=3)").eval()
+
+
+def write(model: nn.Module, folder: Path, **more: Any) -> str:
+    arguments = {**ARGUMENTS, **more}
+    write_student(
+        model, folder, architecture=NAME, model_args=arguments, mean=(0.5,) * 3, std=(0.5,) * 3, licence="mit"
+    )
+    return str(folder)
+
+
+def images(height: int, width: int) -> Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("how", [{"img_size": (24, 40)}, {"model_args": {"img_size": (24, 40)}}])
+def test_loading_at_another_size_is_loading_and_resizing(
+    student: nn.Module, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    teacher = load_teacher(write(student, tmp_path / "out"), **how)
+    resize(student, (24, 40))
+    assert torch.equal(teacher.model(images(24, 40)), student(images(24, 40)))
+    assert teacher.model_args["img_size"] == (24, 40)
+    assert teacher.report.resampled["blocks.0.attn.operator"] == "from grid 4x6 to 6x10"
+    assert teacher.report.resampled["pos_embed"] == "from grid 4x6 to 6x10 (timm's bicubic)"
+    assert "blocks.1.attn.operator" not in teacher.report.resampled
+
+
+def test_the_stored_size_changes_nothing(student: nn.Module, tmp_path: Path) -> None:
+    folder = write(student, tmp_path / "out")
+    teacher = load_teacher(folder, img_size=(16, 24))
+    assert torch.equal(teacher.model(images(16, 24)), student(images(16, 24)))
+    assert not teacher.report.resampled
+    assert plan_size(teacher.model) is None
+
+
+def test_saved_after_a_resize_and_resized_again(student: nn.Module, tmp_path: Path) -> None:
+    first = write(student, tmp_path / "first")
+    save_student(first, tmp_path / "second", img_size=(24, 40))
+    arguments = json.loads((tmp_path / "second" / "config.json").read_text())["model_args"]
+    assert arguments["img_size"] == [24, 40]
+    assert arguments["plan_size"] == [16, 24], "the operators have two rows, as at 16 pixels, and not three"
+    resize(student, (24, 40))
+    assert torch.equal(load(str(tmp_path / "second"))(images(24, 40)), student(images(24, 40)))
+    by_timm = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()
+    assert torch.equal(by_timm(images(24, 40)), student(images(24, 40)))
+    save_student(str(tmp_path / "second"), tmp_path / "third", img_size=(32, 32))
+    resize(student, (32, 32))
+    assert torch.equal(graftvit.load(str(tmp_path / "third"))(images(32, 32)), student(images(32, 32)))
+    back = save_student(str(tmp_path / "third"), tmp_path / "fourth", img_size=(16, 24))
+    assert "plan_size" not in json.loads((back / "config.json").read_text())["model_args"]
+    assert load(str(back))(images(16, 24)).isfinite().all()
+
+
+def test_a_new_plan_forgets_the_size_of_the_old_one(student: nn.Module, tmp_path: Path) -> None:
+    resize(student, (24, 40))
+    again = convert(student, "*: tied").eval()
+    assert plan_size(again) is None
+    assert again.blocks[0].attn.operator.pooled.shape == (3, 10)  # type: ignore[index, union-attr]
+    folder = write(again, tmp_path / "out", img_size=(24, 40))
+    assert torch.equal(load(folder)(images(24, 40)), again(images(24, 40)))
+
+
+@pytest.mark.parametrize("method", ["timm", "mae"])
+def test_positions_are_resampled_as_of_any_model(student: Any, tmp_path: Path, method: Any) -> None:
+    plain = timm.create_model(NAME, **ARGUMENTS)
+    plain.pos_embed.data.copy_(student.pos_embed.detach())
+    ours, wanted = (
+        load_teacher(write(model, tmp_path / name), img_size=(24, 40), position_embedding=method)
+        for name, model in (("ours", student), ("plain", plain))
+    )
+    assert torch.equal(ours.model.pos_embed, wanted.model.pos_embed)
+    assert ours.report.resampled["pos_embed"] == wanted.report.resampled["pos_embed"]
+
+
+def test_a_size_that_does_not_fit_is_one_sentence(student: nn.Module, tmp_path: Path) -> None:
+    folder = write(student, tmp_path / "out")
+    for size in ((0, 16), (2, 2)):
+        with pytest.raises(GraftError):
+            load(folder, img_size=size)
+    with pytest.raises(UnsupportedModelError, match="ResNet cannot be resized to 8x8"):
+        resize(timm.create_model("resnet10t"), 8)
+
+
+def test_a_student_of_another_size_starts_from_it(student: nn.Module, tmp_path: Path) -> None:
+    folder = write(student, tmp_path / "out")
+    known = load_teacher(folder, img_size=(24, 40))
+    fresh = timm.create_model(known.architecture, **known.model_args).eval()
+    report = load_weights(fresh, folder)
+    assert torch.equal(fresh(images(24, 40)), known.model(images(24, 40)))
+    assert report.resampled == known.report.resampled
+    same = timm.create_model(
+        known.architecture, **{**known.model_args, "img_size": (16, 24), "num_classes": 5}
+    )
+    assert not load_weights(same, folder).resampled
+    assert torch.equal(same.eval().forward_features(images(16, 24)), student.forward_features(images(16, 24)))  # type: ignore[operator]
+
+
+def test_every_operator_stays_with_its_layer(student: nn.Module) -> None:
+    before = {index: id(layer.operator) for index, layer in converted_layers(student).items()}
+    resize(student, 32)
+    assert {index: id(layer.operator) for index, layer in converted_layers(student).items()} == before
+
+
+def test_a_free_image_size_after_loading(student: nn.Module, tmp_path: Path) -> None:
+    folder = write(student, tmp_path / "out")
+    free = load(folder, model_args={"dynamic_img_size": True})
+    assert torch.equal(free(images(16, 24)), student(images(16, 24)))
+    assert free(images(32, 20)).isfinite().all()
+    resize(free, (32, 20))
+    assert torch.equal(free(images(32, 20)), load(folder, img_size=(32, 20))(images(32, 20)))
