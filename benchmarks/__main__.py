@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from graftvit.transfer.benchmark.measure import peak_bytes, time_steps
 
-from .measure import median_seconds, peak_bytes
 from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor
 
 TOKENS_A_STEP = 2305  # the batch is chosen so that each step has about as many tokens
@@ -83,7 +83,8 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     steps = build_steps(case)
-    seconds = median_seconds(steps, repeats, case.device)
+    timings = time_steps(steps, repeats, case.device)
+    seconds = {name: timing.median for name, timing in timings.items()}
     bound = seconds["teacher"] + seconds["plain"]
     peaks = {name: peak_bytes(step, case.device) for name, step in steps.items()}
     methods = [*OURS, *DENSE]

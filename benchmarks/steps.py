@@ -10,11 +10,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from graftvit.transfer.benchmark.measure import Step
 from graftvit.transfer.methods.dual import DualViT
 from torch import Tensor, nn
 
 from .dense import DenseDual
-from .measure import Step
 
 MODELS = {"ViT-S": "vit_small_patch16_224", "ViT-B": "vit_base_patch16_224", "ViT-L": "vit_large_patch16_224"}
 SIDES = {197: 224, 577: 384, 1025: 512, 2305: 768}  # image side in pixels that gives this many tokens
