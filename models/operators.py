@@ -26,7 +26,9 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "t2r": partial(KernelAttention, feature="t2r", centre=True),
     "focused": partial(KernelAttention, feature="focused", local="v", centre=True),
     "cosformer": partial(KernelAttention, feature="cosine", centre=True),
-    "inline": partial(KernelAttention, feature="identity", normaliser="inline", local="v", local_size=3),
+    "inline": partial(
+        KernelAttention, feature="identity", normaliser="inline", local="v", local_size=3, centre=True
+    ),
     "mala": partial(KernelAttention, feature="elu", normaliser="mala", local="v", centre=True),
     "window": WindowAttention,
     "neighbourhood": NeighbourhoodAttention,

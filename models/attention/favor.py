@@ -73,9 +73,14 @@ def default_features(shape: LayerShape) -> int:
 
 def orthogonal_features(count: int, width: int) -> Tensor:
     """(count, width): Gaussian rows, orthogonal within each block of `width`; drawn on the CPU, in float32."""
-    blocks = [
-        torch.linalg.qr(torch.randn(width, width, device="cpu"))[0].T for _ in range(-(-count // width))
-    ]
+    blocks = [_orthogonal(width) for _ in range(-(-count // width))]
     lengths = torch.randn(count, width, device="cpu").norm(dim=1, keepdim=True)
     rows: Tensor = torch.cat(blocks)[:count] * lengths
+    return rows
+
+
+def _orthogonal(width: int) -> Tensor:
+    """Uniform among orthogonal matrices. LAPACK's Q alone is not: the signs that it chooses bias the estimate."""
+    q, r = torch.linalg.qr(torch.randn(width, width, device="cpu"))
+    rows: Tensor = (q * r.diagonal().sign()).T
     return rows
