@@ -90,9 +90,12 @@ def convert(
         check_choice(choice)
     converted = {index: choice for index, choice in enumerate(choices) if choice.operator != KEEP}
     initialise(student, converted, weights)
+    first: dict[str, AttentionOperator] = {}
     for index, choice in converted.items():
         original = cast(nn.Module, blocks[index].attn)
         operator = create_operator(choice, shape)
+        if first.setdefault(str(choice), operator) is not operator:
+            operator.share(first[str(choice)])
         _check_layer(student, original, operator.traits, choice, index)
         like = next(original.parameters())
         blocks[index].attn = ConvertedAttention(original, operator.to(like), choice, tokens)
@@ -158,6 +161,11 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     Raises UnsupportedModelError: the family cannot, or the patches do not fit.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if any(side < least for side, least in zip(size, patch, strict=True)):
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
+        )
     try:
         cast(Any, model).set_input_size(img_size=size)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:

@@ -13,6 +13,7 @@ import torch
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
+from graftvit.models.small import default_cfgs
 from hostile import ARCHITECTURE
 from hostile import ARGUMENTS as SHALLOW
 from torch import nn
@@ -125,6 +126,19 @@ def test_a_dry_run_of_a_timm_name_needs_no_download(capsys: pytest.CaptureFixtur
     assert [line.split()[1] for line in said.splitlines() if line.strip()[:1].isdigit()] == [
         *["linear"] * 9, *["softmax"] * 3,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", default_cfgs)
+def test_the_small_models_are_known_by_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", name, "--plan", "*: linear", "--dry_run"]) == 0
+    assert (
+        "401 tokens" if name.endswith("_160") else "images of 32x32: 65 tokens"
+    ) in capsys.readouterr().out
+    words = ["--student.model", name, "--dataset", "digits", "--student.plan", "*: linear", "--dry_run"]
+    assert main(["train", "--mode", "scratch", *words, "--output_dir", str(tmp_path / "run")]) == 0
+    assert "graftvit_converted" in capsys.readouterr().out
 
 
 def test_a_converted_source_is_converted_anew(
