@@ -6,10 +6,13 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 
+from .attention.agent import AgentAttention
 from .attention.base import AttentionOperator, LayerShape
 from .attention.hybrid import HybridAttention
 from .attention.kernel import KernelAttention
+from .attention.linformer import LinformerAttention
 from .attention.monarch import MonarchAttention
+from .attention.nystrom import NystromAttention
 from .attention.softmax import SoftmaxAttention
 from .attention.ttt import TTTAttention
 from .attention.uniform import UniformAttention
@@ -30,6 +33,9 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
         KernelAttention, feature="identity", normaliser="inline", local="v", local_size=3, centre=True
     ),
     "mala": partial(KernelAttention, feature="elu", normaliser="mala", local="v", centre=True),
+    "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
+    "agent": AgentAttention,
     "window": WindowAttention,
     "neighbourhood": NeighbourhoodAttention,
     "dilated": partial(WindowAttention, dilation=2),

@@ -179,6 +179,12 @@ class AttentionOperator(nn.Module, ABC):
         `heads` and the teacher's output are those of a calibration batch. Most operators have nothing to set.
         """
 
+    def share(self, first: AttentionOperator) -> None:
+        """Take from `first`, of the first layer with the same choice, what all such layers have in common.
+
+        A conversion calls it once, before anything is learned. Most operators have nothing in common.
+        """
+
     def resample(self, geometry: Geometry) -> None:
         """Fit parameters that are tied to the grid to another one."""
         self.shape = LayerShape(self.shape.num_heads, self.shape.head_dim, geometry)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .kernel import KernelAttention
+from .prefix import prefix_softmax, prefix_term
 from .terms import LowRank, Term
 from .tiles import Table, blocks, gather, sparse_term, tile_logits, tiled_softmax
-from .window import TileTables, prefix_softmax, prefix_term
+from .window import TileTables
 
 BRANCHES = ("window", "dilated", "kernel")
 COMBINE = ("gate", "joint")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from .prefix import prefix_softmax
 from .softmax import softmax_rows
 from .terms import FirstRows, Term
 
@@ -64,7 +65,7 @@ class MonarchAttention(AttentionOperator):
             if first:
                 grid_BHJLD = grid_BHJLD + factors.prefix @ values[:, :, None, :first]
         grid = grid_BHJLD.transpose(2, 3).flatten(2, 3)[:, :, : v.shape[2] - first]
-        return torch.cat((_prefix_out(heads), grid.to(v.dtype)), 2)
+        return torch.cat((prefix_softmax(heads), grid.to(v.dtype)), 2)
 
     def rows(self, heads: Heads, index: Tensor) -> Tensor:
         factors, first = self._factors(heads), heads.tokens().num_prefix
@@ -168,11 +169,3 @@ def _mean_queries(log_BHJLK: Tensor, queries_BHJLD: Tensor, hidden: Tensor | Non
         log_BHJLK = log_BHJLK.masked_fill(hidden.transpose(2, 3)[..., None], HIDDEN)
     weights_BHJKL = log_BHJLK.transpose(3, 4).softmax(-1)
     return (weights_BHJKL @ queries_BHJLD).transpose(2, 3)
-
-
-def _prefix_out(heads: Heads) -> Tensor:
-    """The prefix tokens' exact attention, (B, H, P, D)."""
-    q, k, v = heads.qkv()
-    first = q[:, :, : heads.tokens().num_prefix]
-    mask = None if heads.key_mask is None else heads.key_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(first, k, v, attn_mask=mask, scale=heads.scale)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .softmax import softmax_rows
-from .terms import FirstRows, Term
+from .prefix import prefix_softmax, prefix_term
+from .terms import Term
 from .tiles import Cutter, Table, blocks, neighbours, sparse_term, tile_logits, tile_table, tiled_softmax
 
 PARTS = ("queries", "keys", "sees", "place")
@@ -106,15 +105,3 @@ class NeighbourhoodAttention(WindowAttention):
     """
 
     cutter = staticmethod(neighbours)
-
-
-def prefix_softmax(heads: Heads) -> Tensor:
-    """The prefix tokens' attention to every token, (B, H, P, D)."""
-    q, k, v = heads.qkv()
-    first = q[:, :, : heads.tokens().num_prefix]
-    return F.scaled_dot_product_attention(first, k, v, dropout_p=heads.dropout, scale=heads.scale)
-
-
-def prefix_term(heads: Heads) -> Term:
-    """The same as rows of the map."""
-    return FirstRows(softmax_rows(heads, slice(heads.tokens().num_prefix)))

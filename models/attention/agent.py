@@ -1,0 +1,77 @@
+"""Agent attention: a few pooled queries gather the values, and every token asks them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Geometry, Heads, LayerShape, Traits
+from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
+from .prefix import prefix_softmax, prefix_term
+from .softmax import softmax_rows
+from .terms import LowRank, Term
+
+
+class AgentAttention(PooledAttention):
+    """A of grid queries: softmax(s Q [K_P; T]ᵀ + log c) [I_P; softmax(s T Kᵀ)] (Han et al. 2024, arXiv 2312.08874).
+
+    The agents T are the means of the queries over `num_agents` cells of the grid at most, a quarter of the patches
+    and 81 by default; K_P are the keys of the prefix tokens, which every query sees exactly, and c is how many
+    tokens a key stands for. Prefix queries attend exactly. The map is not negative and its rows sum to one.
+
+    The paper's position biases are left out: a converted model has its positions in queries and keys, and their
+    tables would be tied to the grid. 4 N M D multiply-adds a head. `local_size` is the side of a depthwise
+    convolution of the values, 0 for none.
+
+    Raises ConfigError: an option has a value that it cannot have.
+    """
+
+    def __init__(self, shape: LayerShape, num_agents: int | None = None, local_size: int = 3) -> None:
+        count = default_count(shape.geometry, 4, 81) if num_agents is None else num_agents
+        super().__init__(shape, "num_agents", count, local_size)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(needs_grid=True, key_mask=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        q, k, v = heads.qkv()
+        num_prefix = heads.tokens().num_prefix
+        agents, counts = self._agents(heads)
+        mask = None if heads.key_mask is None else heads.key_mask[:, None, None, :]
+        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=mask, scale=heads.scale)
+        keys = torch.cat((k[:, :, :num_prefix], agents), 2)
+        values = torch.cat((v[:, :, :num_prefix], gathered), 2)
+        grid = F.scaled_dot_product_attention(
+            q[:, :, num_prefix:], keys, values, attn_mask=counts, scale=heads.scale
+        )
+        return torch.cat((prefix_softmax(heads), grid), 2)
+
+    def terms(self, heads: Heads) -> list[Term]:
+        q, k, v = heads.qkv()
+        num_prefix = heads.tokens().num_prefix
+        agents, counts = self._agents(heads)
+        precise = torch.promote_types(q.dtype, torch.float32)
+        keys = torch.cat((k[:, :, :num_prefix], agents), 2).to(precise)
+        logits = heads.scale * q[:, :, num_prefix:].to(precise) @ keys.transpose(2, 3) + counts
+        gathering = softmax_rows(heads.with_qkv(agents, k, v), slice(None))
+        itself = torch.eye(num_prefix, k.shape[2], dtype=precise, device=k.device)
+        right = torch.cat((itself.expand(*k.shape[:2], -1, -1), gathering), 2).transpose(2, 3)
+        return [prefix_term(heads), LowRank(F.pad(logits.softmax(-1), (0, 0, num_prefix, 0)), right)]
+
+    def macs(self, geometry: Geometry) -> int:
+        cells, tokens, patches = self.cells(geometry), geometry.num_tokens, geometry.num_patches
+        count = cells[0] * cells[1]
+        maps = 2 * tokens * count + 2 * patches * (count + geometry.num_prefix)
+        total = (maps + pooling_macs(geometry, cells)) * self.shape.head_dim * self.shape.num_heads
+        return total + self.macs_beside(geometry)
+
+    def _agents(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """T (B, H, M, D), and the log-counts of the prefix keys and of the agents, in the dtype of q."""
+        q, _, _ = heads.qkv()
+        cells = self.cells(heads.tokens())
+        precise = q.to(torch.promote_types(q.dtype, torch.float32))
+        with torch.autocast(q.device.type, enabled=False):
+            agents, counts = cell_means(precise, heads, cells), log_counts(heads, cells, precise)
+        return agents.to(q.dtype), counts.to(q.dtype)

@@ -1,0 +1,128 @@
+"""Pooled tokens: means over the cells of the token grid, which operators put in place of the tokens themselves.
+
+A grid is cut into cells as equal as can be; each token is in one. Prefix tokens are in none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .base import AttentionOperator, Geometry, Heads, LayerShape
+from .kernel import without_padding
+from .local import DepthwiseConv
+
+Cells: TypeAlias = tuple[int, int]
+"""Rows and columns of cells."""
+
+
+class PooledAttention(AttentionOperator):
+    """An operator with pooled tokens, `count` at most, and a depthwise convolution of the values, zero to begin with.
+
+    Raises ConfigError: `count` is no number of cells, or `local_size` neither odd nor 0, which stands for no
+    convolution.
+    """
+
+    def __init__(self, shape: LayerShape, option: str, count: int, local_size: int) -> None:
+        super().__init__(shape)
+        check_count(option, count, shape.geometry)
+        self.count = count
+        self.conv = DepthwiseConv(shape, local_size) if local_size else None
+
+    def cells(self, geometry: Geometry) -> Cells:
+        return cells_of(self.count, geometry)
+
+    def local(self, heads: Heads) -> Tensor | None:
+        if self.conv is None:
+            return None
+        _, _, v = heads.qkv()
+        local: Tensor = self.conv(without_padding(v, heads), heads.tokens())
+        return local
+
+    def macs_beside(self, geometry: Geometry) -> int:
+        """Multiply-adds of the exact prefix queries and of the convolution."""
+        exact = 2 * geometry.num_prefix * geometry.num_tokens * self.shape.head_dim * self.shape.num_heads
+        return exact + (0 if self.conv is None else self.conv.macs(geometry))
+
+
+def default_count(geometry: Geometry, part: int, most: int) -> int:
+    """One for each `part` patches, `most` at most, so that the cost of large images grows as they do."""
+    return max(1, min(most, geometry.num_patches // part))
+
+
+def check_count(option: str, value: int, geometry: Geometry) -> None:
+    """ConfigError where there are not so many patches."""
+    patches = geometry.num_patches
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= patches:
+        raise ConfigError(f"plan: {option}={value}; it is a whole number from 1 to {patches}, all patches")
+
+
+def cells_of(count: int, geometry: Geometry) -> Cells:
+    """At most `count` cells, about as long as wide; cells of one token where the grid has no more than `count`."""
+    height, width = geometry.grid
+    if count >= height * width:
+        return height, width
+    rows = max(1, min(height, count, round(math.sqrt(count * height / width))))
+    columns = min(width, count // rows)
+    return min(height, count // columns), columns
+
+
+def cell_means(x_BHND: Tensor, heads: Heads, cells: Cells) -> Tensor:
+    """Means of the grid tokens of each cell, padding left out; (B, H, cells, D), zero where nothing is left."""
+    grid = without_padding(x_BHND, heads)[:, :, heads.tokens().num_prefix :]
+    counts = cell_counts(heads, cells, x_BHND).transpose(2, 3)
+    return _cell_sums(grid, heads.tokens(), cells) / counts.clamp_min(1)
+
+
+def cell_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
+    """How many tokens each cell has, (B or 1, 1, 1, cells); padding does not count."""
+    geometry = heads.tokens()
+    if heads.key_mask is None:
+        seen = like.new_ones(1, 1, geometry.num_patches, 1)
+    else:
+        seen = heads.key_mask[:, None, geometry.num_prefix :, None].to(like.dtype)
+    return _cell_sums(seen, geometry, cells).transpose(2, 3)
+
+
+def log_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
+    """What a logit gains for the tokens that its key stands for, (B or 1, 1, 1, P + cells): one for each prefix token,
+    as many as it has for each cell (proportional attention: Bolya et al. 2023, arXiv 2210.09461, eq. 1)."""
+    num_prefix = heads.tokens().num_prefix
+    if heads.key_mask is None:
+        prefix = like.new_ones(1, 1, 1, num_prefix)
+    else:
+        prefix = heads.key_mask[:, None, None, :num_prefix].to(like.dtype)
+    return torch.cat((prefix, cell_counts(heads, cells, like)), 3).log()
+
+
+def mean_weights(geometry: Geometry, cells: Cells) -> Tensor:
+    """(cells, n): the means as a matrix, in float32 on the CPU."""
+    members = [_members(length, count) for length, count in zip(geometry.grid, cells, strict=True)]
+    return torch.kron(*(each / each.sum(1, keepdim=True) for each in members))
+
+
+def pooling_macs(geometry: Geometry, cells: Cells) -> int:
+    """Multiply-adds of the means of one channel of one head."""
+    (rows, columns), (height, width) = cells, geometry.grid
+    return rows * width * (height + columns)
+
+
+def _cell_sums(x_BHnD: Tensor, geometry: Geometry, cells: Cells) -> Tensor:
+    """(B, H, cells, D): sums along the rows, then along the columns."""
+    height, width = geometry.grid
+    # Products and not torch's adaptive pooling, whose cells overlap where they do not divide the grid.
+    by_row = _members(height, cells[0], x_BHnD) @ x_BHnD.unflatten(2, (height, width)).flatten(3)
+    by_cell: Tensor = _members(width, cells[1], x_BHnD) @ by_row.unflatten(3, (width, -1))
+    return by_cell.flatten(2, 3)
+
+
+def _members(length: int, count: int, like: Tensor | None = None) -> Tensor:
+    """(count, length): one where a position is in a cell of this axis."""
+    device = torch.device("cpu") if like is None else like.device
+    dtype = torch.float32 if like is None else like.dtype
+    cell = torch.arange(length, device=device) * count // length
+    return (cell == torch.arange(count, device=device)[:, None]).to(dtype)

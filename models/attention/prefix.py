@@ -1,0 +1,25 @@
+"""Prefix tokens that attend to every token exactly, beside grid tokens that do not."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Heads
+from .softmax import softmax_rows
+from .terms import FirstRows, Term
+
+
+def prefix_softmax(heads: Heads) -> Tensor:
+    """The prefix tokens' attention to every token, (B, H, P, D)."""
+    q, k, v = heads.qkv()
+    first = q[:, :, : heads.tokens().num_prefix]
+    mask = None if heads.key_mask is None else heads.key_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(
+        first, k, v, attn_mask=mask, dropout_p=heads.dropout, scale=heads.scale
+    )
+
+
+def prefix_term(heads: Heads) -> Term:
+    """The same as rows of the map."""
+    return FirstRows(softmax_rows(heads, slice(heads.tokens().num_prefix)))
