@@ -19,6 +19,7 @@ from graftvit.models.conversion import (
     TokenGrid,
     convert,
     converted_layers,
+    new_parameters,
     plan_of,
     resize,
 )
@@ -134,6 +135,25 @@ def test_a_mixed_plan_keeps_what_it_keeps(family: str, tmp_path: Path) -> None:
     assert type(kept.attn) is type(own.attn)
     folder = save(student, family, tmp_path / "student", depth=4)
     assert torch.equal(loading.load(folder)(images()), student(images()))
+
+
+def test_layers_share_what_their_operator_has_in_common(tmp_path: Path) -> None:
+    apart, shared = (
+        convert(teacher("vit", depth=4), f"*: linformer(sharing={sharing}); 1: keep").eval()
+        for sharing in ("headwise", "layerwise")
+    )
+    train_a_step(shared)
+    assert 0 < len(new_parameters(shared)) < len(new_parameters(apart))
+    folder = save(shared, "vit", tmp_path / "student", depth=4)
+    assert torch.equal(loading.load(folder)(images()), shared(images()))
+    twin = copy.deepcopy(shared)
+    for model in (shared, twin):
+        resize(model, OTHER)
+    assert torch.equal(loading.load(folder, img_size=OTHER)(images(OTHER)), shared(images(OTHER)))
+    with torch.no_grad():
+        for parameter in new_parameters(twin):
+            parameter.normal_()
+    assert not torch.equal(twin(images(OTHER)), shared(images(OTHER)))
 
 
 @pytest.mark.parametrize("family", BIASED)
