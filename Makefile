@@ -1,5 +1,6 @@
 # Each target sets up what it needs in .venv; only Python >= 3.10 and make must be there.
 #   make demo    the whole story on digits, a report in demo/report.html   (QUICK=1: one seed)
+#   make compare one teacher, every attention operator, a report in compare/compare.html
 #   make test    the tests, on a normal (not editable) install             (ARGS="tests/launch -k recipe")
 #   make lint    ruff and mypy --strict
 #   make bench   time and memory against the dense form, results in benchmarks/
@@ -19,10 +20,13 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo compare test lint bench install clean
 
 demo: install
 	env -u OMP_NUM_THREADS $(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
+
+compare: install
+	$(BIN)/graftvit compare digits_compare --output_dir compare $(ARGS)
 
 test: install
 	$(BIN)/pytest -n auto $(ARGS)

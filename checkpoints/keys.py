@@ -16,6 +16,8 @@ NOT_NEEDED = (
     (r"pre_logits\..*", "timm has no representation layer"),
 )
 FINAL_NORMS = ("norm", "fc_norm")
+OPERATOR = re.compile(r"(.*\battn\.operator\.).+")
+"""A parameter that a conversion brought."""
 ADDED_TOKENS = ("reg_token", "dist_token")
 """A student may have them, or lack them, where its source does not."""
 
@@ -41,6 +43,9 @@ class KeyRules:
             return "a fresh final norm: the weights were trained with another pooling"
         if key in ADDED_TOKENS and self.role == "init":
             return "fresh tokens: the weights have none"
+        operator = OPERATOR.fullmatch(key)
+        if operator is not None and self.role == "init" and not self._has(operator[1]):
+            return "a fresh operator: the weights are of a layer with softmax attention"
         return None
 
     def unexpected(self, key: str) -> str | None:
@@ -55,6 +60,9 @@ class KeyRules:
         if key in ("cls_token", *ADDED_TOKENS) and key not in self.model_keys and self.role == "init":
             return "the model has no such token"
         return next((reason for pattern, reason in NOT_NEEDED if re.fullmatch(pattern, key)), None)
+
+    def _has(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self.weight_keys)
 
     def _other_pooling(self, module: str) -> bool:
         """Whether the model has `module` as its final norm where the weights have the other one."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "a model as an ONNX or torch.export file, checked against the model",
     "layers": "which layers of a converted student to keep as softmax, and what each choice costs",
     "benchmark": "`graftvit benchmark operators | models`: speed, memory and cost against fused softmax",
+    "compare": "one teacher, many attention operators, the same budget: accuracy and cost in tables and plots",
     "recipes": "list the recipes that come with the package, or print one",
 }
 

@@ -93,6 +93,8 @@ class Recipe:
 
     settings: list[Setting]
     stages: list[tuple[str, list[Setting]]] = field(default_factory=list)
+    compare: dict[str, Any] | None = None
+    """The section `compare`, for the command of that name alone."""
 
 
 def read_settings(source: str | Path) -> list[Setting]:
@@ -120,7 +122,8 @@ def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
     base = content.pop("base", None)
     inherited = Recipe([]) if base is None else read_recipe(_base_path(str(base), folder), (*seen, label))
     stages = _stages(content.pop("stages", None), label) or inherited.stages
-    return Recipe(inherited.settings + _flatten(content, "", label), stages)
+    compare = content.pop("compare", inherited.compare)
+    return Recipe(inherited.settings + _flatten(content, "", label), stages, compare)
 
 
 def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:

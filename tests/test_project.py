@@ -136,7 +136,7 @@ def test_every_package_folder_is_shipped() -> None:
         assert f'  "{dotted}",' in shipped
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
+@pytest.mark.parametrize("target", ["demo", "compare", "test", "lint", "bench"])
 def test_each_make_target_sets_itself_up(target: str) -> None:
     command = ["make", "--dry-run", "--always-make", "--directory", str(ROOT), target]
     steps = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,88 @@
+"""`graftvit compare`: one teacher, many attention operators, the same budget; tables, plots and a report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ..flags import command_parser, parse_command
+
+if TYPE_CHECKING:
+    from ...transfer.compare.cells import Cell
+    from ...transfer.compare.run import Comparison
+
+EXAMPLES = (
+    "graftvit compare digits_compare",
+    "graftvit compare digits_compare --only teacher uniform linear --output_dir runs/few",
+    "graftvit compare efficient_attention_cifar10 --data_path /data/cifar --download --dry_run",
+    "sbatch --array=0-7 --wrap 'graftvit compare mine.yaml' && graftvit compare mine.yaml --report",
+)
+DESCRIPTION = (
+    "Convert one teacher by each plan of the section 'compare', train every student through the same stages, and "
+    "measure accuracy, parameters, multiply-adds, latency, throughput and memory. Each cell is kept as it is done, "
+    "and the same command goes on where it was stopped. In a SLURM array each job takes its share of the cells; "
+    "--report makes the tables of all of them afterwards."
+)
+
+
+def run(argv: list[str]) -> int:
+    """Run the cells, or list them, or rebuild the report."""
+    parser = command_parser("compare", DESCRIPTION, EXAMPLES, usage="CONFIG [--flag value ...]")
+    parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'compare'")
+    parser.add_argument(
+        "--only", action="append", metavar="NAMES", help="only the cells of these names, with commas between"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
+    parser.add_argument(
+        "--report", action="store_true", help="make the tables and plots of the cells on disk"
+    )
+    arguments, settings = parse_command(parser, argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
+    from ...transfer.compare.report import write_report
+    from ...transfer.compare.run import check_plans, choose_cells, raise_failed, run_compare
+    from ..comparison import load_comparison
+
+    comparison = load_comparison(arguments.config, settings)
+    only = None if arguments.only is None else [name for words in arguments.only for name in words.split(",")]
+    cells = choose_cells(comparison, only)
+    if arguments.report:
+        sys.stdout.write(f"report: {write_report(comparison)}\n")
+        return 0
+    check_plans(comparison)
+    if arguments.dry_run:
+        sys.stdout.write(_listing(comparison, cells))
+        return 0
+    in_array = "SLURM_ARRAY_TASK_ID" in os.environ
+    # jobs of an array would write the same files at once
+    after = None if in_array else lambda: write_report(comparison, figures=False)
+    failed = run_compare(comparison, cells, tell=_tell, after_cell=after)
+    if in_array:
+        _tell(f"`graftvit compare {arguments.config} --report` makes the tables when all jobs are through")
+    else:
+        sys.stdout.write(f"report: {write_report(comparison)}\n")
+    raise_failed(failed, comparison.folder)
+    return 0
+
+
+def _listing(comparison: Comparison, cells: list[Cell]) -> str:
+    """A line a cell: its folder, how far it is, its plan."""
+    from ...transfer.compare.record import load_record
+
+    lines = []
+    for cell in cells:
+        folder = comparison.cell_folder(cell)
+        record = load_record(folder)
+        state = "begun" if folder.exists() else "to do"
+        if record is not None:
+            state = "done" if record.error is None else "failed"
+        lines.append((cell.folder, state, cell.plan or "as it is"))
+    widths = [max((len(line[column]) for line in lines), default=0) for column in range(2)]
+    stages = ", ".join(f"{stage.name} ({stage.config.mode})" for stage in comparison.stages)
+    table = [f"{name:<{widths[0]}}  {state:<{widths[1]}}  {plan}" for name, state, plan in lines]
+    return "\n".join([*table, f"stages of each student: {stages}", f"in {comparison.folder}", ""])
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

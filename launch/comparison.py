@@ -1,0 +1,82 @@
+"""From a YAML file with `compare:` to a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from ..models.errors import ConfigError
+from .config import Setting, load_config, load_stages, read_recipe
+
+if TYPE_CHECKING:
+    from ..transfer.compare.run import Comparison
+    from ..transfer.compare.settings import CompareConfig
+
+FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.workers", "data.download")
+"""What the run that makes the teacher takes over from the comparison."""
+
+
+def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Comparison:
+    """The comparison of a recipe or YAML file; a file without `stages:` is one stage, named by its mode.
+
+    Raises ConfigError: there is no section `compare`, or something in the file is not valid.
+    """
+    from ..transfer.compare.run import Comparison
+    from ..transfer.recovery.stages import Stage
+
+    given = list(overrides)
+    compare = _compare(read_recipe(source).compare, str(source))
+    stages = load_stages(source, given)
+    if not stages:
+        config = load_config(source, given)
+        stages = [Stage(config.mode, config)]
+    for stage in stages:
+        if stage.config.mode == "pretrain":
+            raise ConfigError(
+                f"{source}: stage {stage.name} has mode pretrain, which has no accuracy to compare"
+            )
+    if compare.teacher_recipe is None:
+        return Comparison(stages, compare)
+    folder = stages[0].config.output_dir / "teacher"
+    teacher = load_config(compare.teacher_recipe, _taken_over(given, folder))
+    found = {"source": f"local-dir:{folder / 'student'}"}
+    stages = [
+        Stage(
+            stage.name,
+            stage.config.model_copy(update={"teacher": stage.config.teacher.model_copy(update=found)}),
+        )
+        for stage in stages
+    ]
+    return Comparison(stages, compare, teacher)
+
+
+def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
+    """What of the words of the command holds for the teacher's run, too, and its folder."""
+    kept = [setting for setting in given if setting.key in FOR_THE_TEACHER]
+    return [
+        *kept,
+        Setting("output_dir", str(folder), "output_dir"),
+        Setting("engine.progress", False, "engine.progress"),
+    ]
+
+
+def _compare(values: dict[str, Any] | None, label: str) -> CompareConfig:
+    from ..transfer.compare.settings import CompareConfig
+
+    if values is None:
+        raise ConfigError(
+            f"{label} has no section 'compare'; add compare: {{plans: {{linear: '*: linear', ...}}}}, or take the "
+            "recipe digits_compare"
+        )
+    try:
+        return CompareConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["compare", *map(str, first["loc"])])
+        raise ConfigError(
+            f"{label}: {key} is {first['input']!r}: {first['msg']}; valid keys are "
+            f"{', '.join(CompareConfig.model_fields)}"
+        ) from error

@@ -1,0 +1,1 @@
+"""One teacher, many attention operators, the same budget: what each costs and what it gives."""
