@@ -45,7 +45,7 @@ def parse_plan(plan: str | Mapping[Any, str], depth: int) -> tuple[Choice, ...]:
     choices = [Choice(KEEP)] * depth
     for layers, text in entries:
         choice = _choice(str(text))
-        for layer in _layers(str(layers), depth):
+        for layer in layer_numbers(str(layers), depth):
             choices[layer] = choice
     return tuple(choices)
 
@@ -73,7 +73,8 @@ def _entries(text: str) -> list[tuple[str, str]]:
     return entries
 
 
-def _layers(text: str, depth: int) -> list[int]:
+def layer_numbers(text: str, depth: int, what: str = "plan") -> list[int]:
+    """The layers that `0,2,9-11`, `-1` or `*` mean; `what` names the setting in a ConfigError."""
     if text.strip() == "*":
         return list(range(depth))
     layers: list[int] = []
@@ -81,19 +82,19 @@ def _layers(text: str, depth: int) -> list[int]:
         found = LAYERS.fullmatch(part.strip())
         if found is None:
             raise ConfigError(
-                f"plan: {part.strip()!r} is no layer; write *, 3, 9-11, -1 or several with commas"
+                f"{what}: {part.strip()!r} is no layer; write *, 3, 9-11, -1 or several with commas"
             )
-        first, last = (_layer(number, depth) for number in (found[1], found[2] or found[1]))
+        first, last = (_layer(number, depth, what) for number in (found[1], found[2] or found[1]))
         if last < first:
-            raise ConfigError(f"plan: the range {part.strip()!r} is empty in a model of {depth} layers")
+            raise ConfigError(f"{what}: the range {part.strip()!r} is empty in a model of {depth} layers")
         layers += range(first, last + 1)
     return layers
 
 
-def _layer(number: str, depth: int) -> int:
+def _layer(number: str, depth: int, what: str) -> int:
     layer = int(number)
     if not -depth <= layer < depth:
-        raise ConfigError(f"plan: there is no layer {layer}; the model has layers 0 to {depth - 1}")
+        raise ConfigError(f"{what}: there is no layer {layer}; the model has layers 0 to {depth - 1}")
     return layer % depth
 
 

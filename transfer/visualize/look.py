@@ -85,6 +85,11 @@ def query_token(word: str, layout: TokenLayout) -> int:
     raise ConfigError(f"--query {word!r}: valid are patches 0 to {patches - 1}{names}")
 
 
+def token_word(token: int, layout: TokenLayout) -> str:
+    """The word that `query_token` reads as this token."""
+    return layout.prefix[token] if token < layout.num_prefix else str(token - layout.num_prefix)
+
+
 def default_query(layout: TokenLayout) -> str:
     """The class token, or the patch in the middle where there is none."""
     height, width = layout.grid
@@ -129,16 +134,10 @@ def divergence(teacher: Look, student: Look) -> list[float]:
     return [map_divergence(t[None], s[None], match_heads=match) for t, s in zip(theirs, ours, strict=True)]
 
 
-def cka(teachers: list[Look], students: list[Look]) -> list[float]:
-    """Linear CKA of the patch tokens after each block; a sample is a patch of an image."""
-    return [
-        measures.linear_cka(_patches(teachers, layer), _patches(students, layer))
-        for layer in range(len(students[0].tokens))
-    ]
-
-
-def _patches(looks: list[Look], layer: int) -> Tensor:
-    return torch.cat([each.tokens[layer][each.layout.num_prefix :] for each in looks])
+def cka(teacher: list[list[Tensor]], student: list[list[Tensor]]) -> list[float]:
+    """Linear CKA of the patch tokens (P, C) of each image and layer; a sample is a patch of an image."""
+    by_layer = zip(zip(*teacher, strict=True), zip(*student, strict=True), strict=True)
+    return [measures.linear_cka(torch.cat(theirs), torch.cat(ours)) for theirs, ours in by_layer]
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""`graftvit visualize CHECKPOINT IMAGE ...`: what a model attends to, as pictures, numbers and a page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ...models.errors import ConfigError
+from ..flags import command_parser, parse_command
+from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
+
+EXAMPLES = (
+    "graftvit visualize vit_base_patch16_224.mae cat.jpg dog.jpg",
+    "graftvit visualize runs/linear/student photos/ --teacher vit_base_patch16_224.mae --out seen",
+    "graftvit visualize runs/linear/student cat.jpg --query cls,90 --layers 0,5,9-11",
+    "graftvit visualize local-dir:student street.jpg --img_size 224,448",
+    "graftvit visualize demo/quick/distill_0/student digits:3 digits:8",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Write the folder, and say where its page is."""
+    parser = command_parser(
+        "visualize",
+        "Look inside a model: attention of chosen queries over each image by layer and head, attention rollout, "
+        "entropy and mean distance by layer, and how far a student is from its teacher. Writes PNGs, numbers.json and "
+        "index.html, one file in which a click on a patch shows its row.",
+        EXAMPLES,
+        usage="CHECKPOINT IMAGE [IMAGE ...] [--flag value ...]",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=SOURCE_HELP)
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, folders of them, or digits:N; 16 at most"
+    )
+    parser.add_argument(
+        "--teacher", metavar="SOURCE", help="a model to put beside it, at the same image size"
+    )
+    parser.add_argument(
+        "--query",
+        default="",
+        metavar="LIST",
+        help="patches by number, row by row from 0, and prefix tokens (cls, reg0), with commas (default: cls, or the "
+        "patch in the middle)",
+    )
+    parser.add_argument(
+        "--layers", default="*", metavar="LIST", help="which to show: 0,5,9-11 or -1 (default: all)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("attention"),
+        metavar="DIR",
+        help="where to write (default: attention)",
+    )
+    arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ConfigError(f"--out is {str(arguments.out)!r}, which is a file; give a folder")
+    how = keywords_of(settings)
+    queries = [word.strip() for word in arguments.query.split(",") if word.strip()]
+    from ...transfer.visualize.run import visualize
+
+    page = visualize(
+        arguments.checkpoint,
+        arguments.images,
+        arguments.out,
+        teacher=arguments.teacher,
+        queries=queries,
+        layers=arguments.layers,
+        **how,
+    )
+    sys.stdout.write(f"{page}\n")
+    return 0
