@@ -58,11 +58,13 @@ def _table(names: list[str], grids: list[int]) -> str:
     return aligned(rows, right=tuple(range(4, 5 + len(grids))))
 
 
-def _options(name: str) -> dict[str, object]:
+def _options(name: str) -> dict[str, str]:
+    """The options of an operator by name, with their defaults as a plan writes them."""
     from ...models.operators import OPERATORS
 
     parameters = list(inspect.signature(OPERATORS[name]).parameters.values())[1:]
-    return {each.name: "auto" if each.default is None else each.default for each in parameters}
+    defaults = {each.name: each.default for each in parameters}
+    return {key: "auto" if value is None else str(value).lower() for key, value in defaults.items()}
 
 
 def _facts(name: str, grids: list[int]) -> list[str]:

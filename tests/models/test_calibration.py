@@ -80,6 +80,12 @@ def test_no_operator_gets_worse(case: Any) -> None:
     assert student(IMAGES).isfinite().all()
 
 
+@pytest.mark.parametrize("operator", ["t2r", "hedgehog"])
+def test_feature_maps_start_nearer(operator: str) -> None:
+    student = convert(teacher(), f"*: {operator}", calibration=IMAGES)
+    assert sum(after for _, after in errors(student)) < 0.99 * sum(before for before, _ in errors(student))
+
+
 def test_fresh_projections_are_calibrated_on_the_teachers_inputs() -> None:
     model = teacher()
     student = convert(model, "*: gain", weights="mlp", calibration=IMAGES)
