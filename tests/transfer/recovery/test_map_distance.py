@@ -32,6 +32,8 @@ def test_the_distance_is_the_dense_one(case: Case, with_bias: bool) -> None:
     found = squared_distance(teacher, operator.terms(heads))
     wanted = (softmax_rows(teacher, slice(None)) - operator.matrix(heads)).square().sum((2, 3))
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+    if not found.requires_grad:  # uniform attention has no queries and keys
+        return
     inputs = [q, k, *operator.parameters()]
     gradients = [torch.autograd.grad(x.sum(), inputs, allow_unused=True) for x in (found, wanted)]
     for ours, theirs in zip(*gradients, strict=True):
@@ -76,15 +78,27 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["linear"])
+RANKS: dict[str, Any] = {
+    "linformer": {"num_keys": 16},
+    "nystrom": {"num_landmarks": 16},
+    "agent": {"num_agents": 16},
+}
+"""By default these grow with the grid."""
+CHEAP = sorted({case.operator for case in LINEAR if case.build(GEOMETRY).traits.linear_cost} - {"uniform"})
+
+
+@pytest.mark.parametrize("name", CHEAP)
 def test_memory_is_linear_in_the_number_of_tokens(name: str) -> None:
+    """Four times the tokens take about four times the memory; a map would be sixteen times as large."""
     largest = []
-    for side in (16, 32):
+    for side in (14, 28):
         geometry = Geometry(1, (side, side))
-        operator, heads = Case(name).build(geometry), draw(geometry, batch=1)
+        heads = draw(geometry, torch.float32, batch=1)
+        operator = Case(name, RANKS.get(name, {})).build(geometry, torch.float32)
         q, _, _ = (x.requires_grad_() for x in heads.qkv())
         with Largest() as mode:
-            squared_distance(draw(geometry, batch=1, seed=1), operator.terms(heads)).sum().backward()
+            distance = squared_distance(draw(geometry, torch.float32, batch=1, seed=1), operator.terms(heads))
+            distance.sum().backward()
         assert q.grad is not None
         largest.append(mode.elements)
-    assert largest[1] < 4.5 * largest[0]  # four times the tokens; a map would be sixteen times as large
+    assert largest[1] <= 6 * largest[0]
