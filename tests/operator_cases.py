@@ -68,6 +68,17 @@ def identity_values(heads: Heads) -> Heads:
     return heads.with_qkv(q, k, eye)
 
 
+def coarse(geometry: Geometry, cells: tuple[int, int]) -> Heads:
+    """Keys and values that are the same in each cell of a grid which the cells divide."""
+    heads = draw(geometry, seed=4)
+    q, k, v = heads.qkv()
+    (rows, columns), (height, width) = cells, geometry.grid
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    cell = (y * rows // height * columns + x * columns // width).flatten()
+    first = torch.arange(geometry.num_prefix)
+    return heads.with_qkv(q, *(t[:, :, torch.cat((first, geometry.num_prefix + cell))] for t in (k, v)))
+
+
 CASES = [
     Case("softmax"),
     Case("linear"),

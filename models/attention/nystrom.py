@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .base import Geometry, Heads, LayerShape, Traits
+from .kernel import without_padding
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
 from .prefix import prefix_softmax, prefix_term
 from .terms import LowRank, Term
@@ -28,16 +29,18 @@ class Landmarks(NamedTuple):
 class NystromAttention(PooledAttention):
     """A of grid queries: softmax(s Q K̃ᵀ + log c) Z softmax(s Q̃ Kᵀ) with Z ≈ softmax(s Q̃ K̃ᵀ + log c)⁺.
 
-    Xiong et al. 2021 (arXiv 2102.03902).     The landmarks Q̃, K̃ are the means of queries and keys over `num_landmarks`
+    Xiong et al. 2021 (arXiv 2102.03902). The landmarks Q̃, K̃ are the means of queries and keys over `num_landmarks`
     cells of the grid at most, a fifth of the patches and 64 by default, and each prefix token as it is; c is how
     many tokens a landmark stands for. The paper has means of segments of a sequence, no prefix and no counts.
     Prefix queries attend exactly. With as many landmarks as patches and many iterations this is softmax attention,
     as it is where the keys of each cell are equal.
 
-    Z is iterated in float32 from a scale of each image's and head's own. Six iterations do not converge, which helps:
-    the true pseudo-inverse has huge entries where landmarks are alike. More is not better. A is signed, and its rows
-    sum to one only nearly. 4 N M D + 4 M³ an iteration multiply-adds a head: more than softmax attention from about
-    46 landmarks on at 197 tokens. `local_size` is the side of a depthwise convolution of the values, 0 for none.
+    Z is iterated in float32 from a scale of each image's and head's own. Six iterations do not converge, which
+    helps: the true pseudo-inverse has huge entries where landmarks are alike. More is not better, and with 20 and
+    more the rounding of float32 grows. A is signed, and its rows sum to one only nearly.
+
+    4 N M D + 4 M³ an iteration multiply-adds a head: more than softmax attention from about 46 landmarks on at 197
+    tokens. `local_size` is the side of a depthwise convolution of the values, 0 for none.
 
     Raises ConfigError: an option has a value that it cannot have.
     """
@@ -100,7 +103,8 @@ class NystromAttention(PooledAttention):
 
     def _landmarks(self, heads: Heads) -> Landmarks:
         cells, num_prefix = self.cells(heads.tokens()), heads.tokens().num_prefix
-        q, k = (torch.cat((x[:, :, :num_prefix], cell_means(x, heads, cells)), 2) for x in _precise(heads))
+        tokens = [without_padding(x, heads) for x in _precise(heads)]
+        q, k = (torch.cat((x[:, :, :num_prefix], cell_means(x, heads, cells)), 2) for x in tokens)
         counts = log_counts(heads, cells, q)
         weights = (heads.scale * q @ k.transpose(2, 3) + counts).softmax(-1)
         return Landmarks(q, k, counts, pseudo_inverse(weights, self.iterations))
