@@ -1,0 +1,58 @@
+"""Write the measured tables into docs/efficiency.md: `python -m benchmarks.efficiency`, after the commands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from graftvit.models.claims import FASTER_FROM
+from graftvit.transfer.benchmark.report import crossover_table, markdown, size_table
+from graftvit.transfer.benchmark.rows import Results, read_results
+
+PAGE = Path(__file__).parent.parent / "docs" / "efficiency.md"
+RESULTS = Path(__file__).parent / "results"
+TOKENS = 4096
+MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    operators = read_results(RESULTS / "operators" / "results.json")
+    models = read_results(RESULTS / "models" / "results.json")
+    tables = {
+        "machine": f"{operators.machine}. {loads(operators)}",
+        "operators": size_table(
+            [row for row in operators.rows if (row.case.size, row.case.batch) == (TOKENS, 1)]
+        ),
+        "crossover": crossover_table(operators),
+        "claims": claims(operators),
+        "models": "\n\n".join(model_tables(models)),
+    }
+    page = MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", PAGE.read_text())
+    PAGE.write_text(page)
+    print(f"{PAGE} has {len(operators.rows)} operator and {len(models.rows)} model cases")
+
+
+def loads(results: Results) -> str:
+    """What else the machine did meanwhile."""
+    low, high = min(row.load for row in results.rows), max(row.load for row in results.rows)
+    return f"Load average while measuring {low:.1f} to {high:.1f}, this benchmark included."
+
+
+def claims(results: Results) -> str:
+    """From how many tokens on each operator claims to be faster."""
+    names = dict.fromkeys(row.case.name for row in results.rows)
+    cells = [[f"`{name}`", f"{FASTER_FROM[name]:,}" if name in FASTER_FROM else "none"] for name in names]
+    return markdown(["operator", "claims to be faster from N"], cells)
+
+
+def model_tables(results: Results) -> list[str]:
+    """A heading and a table for each image side and batch."""
+    parts = []
+    for size, batch in dict.fromkeys((row.case.size, row.case.batch) for row in results.rows):
+        rows = [row for row in results.rows if (row.case.size, row.case.batch) == (size, batch)]
+        parts += [f"{rows[0].case.source}, {size} px, batch {batch}:", size_table(rows)]
+    return parts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""docs/efficiency.md, the stored results and the claims of the operators say the same; claims hold on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from benchmark_rows import case
+from graftvit.models.attention.base import Geometry, LayerShape
+from graftvit.models.claims import FASTER_FROM
+from graftvit.models.operators import OPERATORS
+from graftvit.transfer.benchmark.operators import Layer, measure_operator
+from graftvit.transfer.benchmark.report import crossover_table, size_table
+from graftvit.transfer.benchmark.rows import SOFTMAX, Results, Row, read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS = 4096
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return read_results(ROOT / "benchmarks" / "results" / "operators" / "results.json")
+
+
+def measured(results: Results) -> dict[str, Row]:
+    """By name, one image at 4,096 tokens."""
+    return {row.case.name: row for row in results.rows if (row.case.size, row.case.batch) == (TOKENS, 1)}
+
+
+def test_every_operator_was_measured_where_the_claims_are(results: Results) -> None:
+    assert set(measured(results)) == set(OPERATORS) - {SOFTMAX}
+    assert all(row.case.source.endswith("heads of 64") for row in results.rows)
+    assert {row.case.batch for row in results.rows} > {1}
+
+
+def test_the_page_has_the_tables_of_the_results(results: Results) -> None:
+    page = (ROOT / "docs" / "efficiency.md").read_text()
+    rows = [row for row in results.rows if row.case.size == TOKENS and row.case.batch == 1]
+    assert size_table(rows) in page
+    assert crossover_table(results) in page
+    assert results.machine in page
+
+
+def test_the_page_marks_who_claims(results: Results) -> None:
+    page = (ROOT / "docs" / "efficiency.md").read_text()
+    found = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+|none) \|$", page, re.MULTILINE))
+    claims = {name: f"{FASTER_FROM[name]:,}" if name in FASTER_FROM else "none" for name in OPERATORS}
+    del claims[SOFTMAX]
+    assert found == claims
+
+
+def test_what_was_measured_bears_the_claims_out(results: Results) -> None:
+    """At every size from the claimed one on, in every batch that was measured."""
+    assert set(FASTER_FROM) <= set(OPERATORS) - {SOFTMAX}
+    assert max(FASTER_FROM.values()) <= TOKENS
+    for row in results.rows:
+        if row.case.size >= FASTER_FROM.get(row.case.name, 2 * TOKENS):
+            assert row.ratio > 1.25, row.case.describe()
+
+
+def test_operators_of_linear_cost_claim_or_are_measured_to_be_slower(results: Results) -> None:
+    shape = LayerShape(1, 64, Geometry(0, (8, 8)))
+    linear = {name for name, build in OPERATORS.items() if build(shape).traits.linear_cost}
+    silent = linear - set(FASTER_FROM)
+    assert all(measured(results)[name].ratio < 1 for name in silent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FASTER_FROM))
+def test_the_claim_holds_here(name: str) -> None:
+    """Over all quartiles but the last: other work on the machine makes single rounds slow."""
+    row = measure_operator(case(name, size=TOKENS), Layer(heads=1, head_dim=64), repeats=5)
+    assert row.low < row.softmax
+    assert row.ratio > 1
