@@ -5,7 +5,10 @@ from .attention.base import LayerShape as LayerShape
 from .attention.base import Traits as Traits
 from .attention.softmax import Softmax as Softmax
 from .conversion import convert as convert
+from .conversion import converted_layers as converted_layers
+from .conversion import new_parameters as new_parameters
 from .conversion import plan_of as plan_of
+from .conversion import resize as resize
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
