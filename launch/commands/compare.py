@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ DESCRIPTION = (
     "Convert one teacher by each plan of the section 'compare', train every student through the same stages, and "
     "measure accuracy, parameters, multiply-adds, latency, throughput and memory. Each cell is kept as it is done, "
     "and the same command goes on where it was stopped. In a SLURM array each job takes its share of the cells; "
-    "--report makes the tables of all of them afterwards."
+    "--report makes the tables of all of them afterwards. Cells that ran side by side, or on a busy machine, are best "
+    "timed again together with --speed."
 )
 
 
@@ -37,7 +39,15 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--report", action="store_true", help="make the tables and plots of the cells on disk"
     )
+    parser.add_argument(
+        "--speed",
+        type=int,
+        metavar="ROUNDS",
+        help="time all cells that are done anew, in the same rounds, and make the report",
+    )
     arguments, settings = parse_command(parser, argv)
+    if arguments.speed is not None and arguments.speed < 2:
+        raise ConfigError(f"--speed {arguments.speed}: two rounds at least")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
     from ...transfer.compare.report import write_report
     from ...transfer.compare.run import check_plans, choose_cells, raise_failed, run_compare
@@ -46,7 +56,11 @@ def run(argv: list[str]) -> int:
     comparison = load_comparison(arguments.config, settings)
     only = None if arguments.only is None else [name for words in arguments.only for name in words.split(",")]
     cells = choose_cells(comparison, only)
-    if arguments.report:
+    if arguments.speed is not None:
+        from ...transfer.compare.speed_again import measure_again
+
+        measure_again(comparison, arguments.speed, _tell)
+    if arguments.report or arguments.speed is not None:
         sys.stdout.write(f"report: {write_report(comparison)}\n")
         return 0
     check_plans(comparison)

@@ -15,6 +15,7 @@ from sklearn.isotonic import isotonic_regression
 from ..benchmark.crossover import Crossover, crossover
 from .cells import TEACHER, UNIFORM
 from .record import Record, Speed
+from .table import is_softmax
 
 Theme = Literal["light", "dark"]
 INK: dict[Theme, str] = {"light": "#24292f", "dark": "#dfe3e8"}
@@ -54,11 +55,13 @@ def plots_of(records: Sequence[Record]) -> list[Plot]:
     plots = []
     if measured:
         plots += [_accuracy_latency(measured), _accuracy_memory(measured)]
-    swept = [record for record in here if record.plan is not None and len(record.speeds) > 1]
+    changed = [record for record in here if record.plan is not None and not is_softmax(record.plan)]
+    swept = [record for record in changed if len(record.speeds) > 1]
     if swept:
         plots.append(_latency_tokens(swept))
-    if any(record.layer_errors for record in here):
-        plots.append(_errors_layers([record for record in here if record.layer_errors]))
+    compared = [record for record in changed if record.layer_errors]
+    if compared:
+        plots.append(_errors_layers(compared))
     return plots
 
 

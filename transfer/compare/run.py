@@ -234,12 +234,16 @@ def _student_record(comparison: Comparison, cell: Cell) -> Record:
     )
 
 
+def device_of(comparison: Comparison) -> torch.device:
+    """Where speed is measured."""
+    auto = comparison.config.engine.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda" if auto else "cpu")
+
+
 def _speeds(comparison: Comparison, cell: Cell) -> list[Speed]:
     """At the size of the training, and at those of `speed_img_size`, with as many pixels in a batch."""
     compare, config = comparison.compare, comparison.config
-    auto = config.engine.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if auto else "cpu")
-    speeds = []
+    device, speeds = device_of(comparison), []
     for size in sorted({cell.size, *compare.speed_img_size}):
         batch = max(1, compare.batch_size * cell.size**2 // size**2)
         models = speed_models(config, cell.plan, size)

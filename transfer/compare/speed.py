@@ -22,8 +22,8 @@ def measure_speed(
         model.to(device).eval().requires_grad_(False)
     channels = int(cast(Any, student).patch_embed.proj.in_channels)
     images = torch.randn(batch, channels, size, size, device=device)
-    own, theirs = _step(student, images), _step(softmax, images)
-    own_one, theirs_one = _step(student, images[:1]), _step(softmax, images[:1])
+    own, theirs = forward_step(student, images), forward_step(softmax, images)
+    own_one, theirs_one = forward_step(student, images[:1]), forward_step(softmax, images[:1])
     one = time_steps({"softmax": theirs_one, "own": own_one}, repeats, device)
     many = time_steps({"softmax": theirs, "own": own}, repeats, device)
     layout = token_layout(student)
@@ -43,7 +43,9 @@ def measure_speed(
     )
 
 
-def _step(model: nn.Module, images: torch.Tensor) -> Step:
+def forward_step(model: nn.Module, images: torch.Tensor) -> Step:
+    """One forward pass of a batch, without gradients."""
+
     def forward() -> None:
         with torch.no_grad():
             model(images)

@@ -36,7 +36,7 @@ def reference(records: Sequence[Record], size: int) -> Record | None:
     """What students are measured against: the teacher, or without one the student that keeps softmax everywhere."""
     here = [record for record in records if record.size == size and record.final is not None]
     named = [record for record in here if record.name == TEACHER]
-    softmax = [record for record in here if record.plan is not None and _is_softmax(record.plan)]
+    softmax = [record for record in here if record.plan is not None and is_softmax(record.plan)]
     return next(iter(named + softmax), None)
 
 
@@ -193,7 +193,8 @@ def _uniform(records: Sequence[Record], size: int) -> Record | None:
     return next((r for r in records if r.name == UNIFORM and r.size == size and r.scores), None)
 
 
-def _is_softmax(plan: str) -> bool:
+def is_softmax(plan: str) -> bool:
+    """Whether it keeps every layer."""
     return plan.replace(" ", "") in ("*:softmax", "*:keep")
 
 

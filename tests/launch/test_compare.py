@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from compare_runs import cell, write_config
+from graftvit.launch.cli import main
+from graftvit.launch.comparison import load_comparison
+from graftvit.launch.config import load_stages
+from graftvit.models.errors import ConfigError
+
+
+def test_a_dry_run_lists_the_cells_and_makes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+    assert main(["compare", str(path), "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[:3]] == [
+        ["teacher-8", "to", "do"], ["uniform-8", "to", "do"], ["linear-8", "to", "do"],
+    ]  # fmt: skip
+    assert "align (align), task (transfer)" in lines[3]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["digits_compare", "efficient_attention_cifar10"])
+def test_the_recipes_list_their_cells(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", recipe, "--dry_run", "--output_dir", "/nowhere/at/all"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}-" in shown for name in ("uniform", "linformer", "performer", "nystrom", "hybrid"))
+    assert ("teacher-12" in shown) == (recipe == "digits_compare")
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_to_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+        path = write_config(folder, {"linear": "*: linear"})
+    command = [sys.executable, "-m", "graftvit.launch", "compare", str(path), "--only", "linear"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        state = cut / "out" / "cells" / "linear-8" / "1-align" / "checkpoints" / "last.safetensors"
+        for _ in range(600):
+            if state.exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert state.exists()
+    assert not (cut / "out" / "cells" / "linear-8" / "cell.json").exists()
+    for folder in (cut, whole):
+        assert main(["compare", str(folder / "compare.yaml"), "--only", "linear"]) == 0
+    assert "report:" in capsys.readouterr().out
+    first, second = (cell(folder, "linear-8") for folder in (whole, cut))
+    for one, other in zip(first["scores"], second["scores"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert first["layer_errors"] == second["layer_errors"]
+
+
+def test_failed_cells_end_in_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("graftvit.transfer.compare.run.train_cell", broken)
+    assert main(["compare", str(path), "--only", "teacher,linear"]) == 1
+    error = capsys.readouterr().err
+    assert "1 cells failed (linear-8)" in error
+    assert "out of luck" in cell(tmp_path, "linear-8")["error"]
+    assert main(["compare", str(path), "--dry_run"]) == 0
+    assert "linear-8   failed" in capsys.readouterr().out
+    (tmp_path / "out" / "compare.csv").unlink()
+    assert main(["compare", str(path), "--report"]) == 0
+    assert "out of luck" in (tmp_path / "out" / "compare.csv").read_text()
+
+
+def test_the_teacher_is_trained_first_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+    config = yaml.safe_load(path.read_text())
+    student = {key: value for key, value in config["student"].items() if key != "init"}
+    recipe = {"mode": "scratch", "student": student, "data": config["data"], "engine": config["engine"],
+              "optim": {"epochs": 1}}  # fmt: skip
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe))
+    config["compare"]["teacher_recipe"] = str(tmp_path / "teacher.yaml")
+    path.write_text(yaml.safe_dump(config))
+    assert load_comparison(path).config.teacher.source == f"local-dir:{tmp_path}/out/teacher/student"
+    assert main(["compare", str(path), "--only", "teacher"]) == 0
+    log = tmp_path / "out" / "teacher" / "log.jsonl"
+    top1 = json.loads(log.read_text().splitlines()[-1])["test_top1"]
+    assert cell(tmp_path, "teacher-8")["scores"][0]["top1"] == top1
+    before = log.stat().st_mtime_ns
+    assert main(["compare", str(path), "--only", "teacher"]) == 0
+    assert log.stat().st_mtime_ns == before
+    capsys.readouterr()
+
+
+def test_an_array_says_that_the_teacher_comes_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ID": "0", "COUNT": "2"}.items():
+        monkeypatch.setitem(os.environ, f"SLURM_ARRAY_TASK_{name}", value)
+    assert main(["compare", "digits_compare", "--output_dir", str(tmp_path)]) == 2
+    assert "--only teacher first" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no section 'compare'"):
+        load_comparison("digits_scratch")
+    path = write_config(tmp_path, {"linear": "*: linear"}, plan=3)
+    with pytest.raises(ConfigError, match=r"compare\.plan is 3.*valid keys are plans"):
+        load_comparison(path)
+    with pytest.raises(ConfigError, match=r"compare\.plans is \{\}"):
+        load_comparison(write_config(tmp_path / ".", {}))
+
+
+def test_all_cells_are_timed_again_in_the_same_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"}, speed_img_size=[16])
+    assert main(["compare", str(path), "--speed", "1"]) == 2
+    assert main(["compare", str(path)]) == 0
+    before = [cell(tmp_path, name) for name in ("teacher-8", "uniform-8", "linear-8")]
+    assert main(["compare", str(path), "--speed", "3"]) == 0
+    after = [cell(tmp_path, name) for name in ("teacher-8", "uniform-8", "linear-8")]
+    capsys.readouterr()
+    for size in range(2):
+        assert len({record["speeds"][size]["softmax_latency"] for record in before}) == 3
+        assert len({record["speeds"][size]["softmax_latency"] for record in after}) == 1
+    for old, new in zip(before, after, strict=True):
+        assert old["scores"] == new["scores"]
+        assert [speed["macs"] for speed in old["speeds"]] == [speed["macs"] for speed in new["speeds"]]
+        assert [speed["latency"] for speed in old["speeds"]] != [speed["latency"] for speed in new["speeds"]]
+
+
+def test_train_takes_the_stages_of_such_a_recipe() -> None:
+    assert [stage.name for stage in load_stages("digits_compare")] == ["align", "features", "task"]
