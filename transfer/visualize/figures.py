@@ -28,6 +28,14 @@ class Panel:
 
     heat: Array
     signed: bool = False
+    but: int | None = None
+    """A patch that the colour scale does not follow: in a rollout, the query's own residual outshines all others."""
+
+    @property
+    def top(self) -> float:
+        """The weight that has the strongest colour."""
+        weights = np.abs(self.heat).ravel()
+        return float(weights.max() if self.but is None else np.delete(weights, self.but).max(initial=0.0))
 
 
 def draw_grid(
@@ -41,7 +49,7 @@ def draw_grid(
         maps, signed = look.maps[layer], look.signed[layer]
         weights = [maps[:, query].mean(0), *maps[:, query]]
         mean, *each = [Panel(_grid(row, look), signed) for row in weights]
-        rows.append([mean, Panel(_grid(rolled[layer, query], look)), *each])
+        rows.append([mean, _rolled_panel(rolled[layer, query], look, query), *each])
     return _draw(picture, look, query, rows, columns, [f"layer {layer}" for layer in layers], title)
 
 
@@ -65,7 +73,7 @@ def draw_beside(
             for look, query in zip(looks, queries, strict=True)
         ]
         rolls = [
-            Panel(_grid(each[layer, query], look))
+            _rolled_panel(each[layer, query], look, query)
             for each, look, query in zip(rolled, looks, queries, strict=True)
         ]
         rows.append([*means, *rolls])
@@ -76,6 +84,11 @@ def _grid(row: Any, look: Look) -> Array:
     """The patches' part of a row of the map, as the grid."""
     patches: Array = np.asarray(row)[look.layout.num_prefix :].reshape(look.layout.grid)
     return patches
+
+
+def _rolled_panel(row: Array, look: Look, query: int) -> Panel:
+    own = query - look.layout.num_prefix
+    return Panel(_grid(row, look), but=own if own >= 0 else None)
 
 
 def _draw(
@@ -101,9 +114,9 @@ def _draw(
         for each, panel in zip(axes[1:], panels, strict=True):
             _show(each, picture, panel, look, query)
     figure.suptitle(title, color=INK["light"], fontsize=10)
-    _colour_bar(figure, grid, HEAT, 0, "weight / the panel's largest")
+    _colour_bar(figure, grid, HEAT, 0, "weight / the number in the panel")
     if signed:
-        _colour_bar(figure, grid, SIGNED, -1, "the same, layers with negative weights")
+        _colour_bar(figure, grid, SIGNED, -1, "the same, where weights may be negative")
     return figure
 
 
@@ -120,7 +133,7 @@ def _show(axes: Any, picture: Array, panel: Panel | None, look: Look, query: int
     frame = (0, width, height, 0)
     axes.imshow(picture, extent=frame, interpolation="nearest")
     if panel is not None:
-        top = float(np.abs(panel.heat).max())
+        top = panel.top
         axes.imshow(
             panel.heat,
             cmap=SIGNED if panel.signed else HEAT,
@@ -152,13 +165,14 @@ def _mark(axes: Any, look: Look, query: int, height: int, width: int) -> None:
 
 def _colour_bar(figure: Figure, grid: Any, colours: str, low: Literal[-1, 0], label: str) -> None:
     scale = ScalarMappable(Normalize(low, 1), colours)
-    bar = figure.colorbar(scale, ax=grid, fraction=0.025, pad=0.01, aspect=24, shrink=min(1.0, 0.9))
+    bar = figure.colorbar(scale, ax=grid, fraction=0.025, pad=0.01, aspect=24, shrink=0.9)
     bar.set_label(label, color=INK["light"], fontsize=7)
     bar.set_ticks([low, 0, 1] if low else [0, 0.5, 1])
     bar.ax.tick_params(colors=INK["light"], labelsize=7, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def grid_title(name: str, query: int, look: Look) -> str:
     """What the picture of a query is called."""
-    return f"{name}: what the {token_name(query, look.layout)} attends to"
+    the = "the " if query < look.layout.num_prefix else ""
+    return f"{name}: what {the}{token_name(query, look.layout)} attends to"

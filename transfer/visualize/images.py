@@ -89,10 +89,12 @@ def _read(source: Path | int) -> Image.Image:
     if isinstance(source, int):
         if source >= VALIDATION_SIZE:
             raise DataError(f"digits:{source} does not exist; the test images are 0 to {VALIDATION_SIZE - 1}")
-        return DigitsSource("validation", "RGB").read(source)[0]
+        image, _ = DigitsSource("validation", "RGB").read(source)
+        return image
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
+            converted: Image.Image = image.convert("RGB")
+            return converted
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{str(source)!r} cannot be read as an image; give a PNG, JPEG or the like"

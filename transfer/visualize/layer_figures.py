@@ -37,8 +37,9 @@ class Comparison:
 def draw_layers(models: dict[str, Numbers], between: Comparison | None, theme: Theme) -> Figure:
     """Entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
     rows = 1 if between is None else 2
-    figure = Figure(figsize=(9.6, 3.0 * rows), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.0 * rows))
     FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
     grid = figure.subplots(rows, 2, squeeze=False)
     entropy, distance = grid[0]
     for name, numbers in models.items():

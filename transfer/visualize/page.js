@@ -127,13 +127,18 @@ function ask(token) {
 
 function draw() {
   const rows = new Map([...panels.keys()].map((name) => [name, shownRow(name)]));
-  const tops = [...rows].map(([name, row]) => (row ? largest(row.slice(panels.get(name).model.prefix.length)) : 0));
+  const tops = [...rows].map(([name, row]) => (row ? strongest(row, panels.get(name).model) : 0));
   [...panels].forEach(([name, panel], index) => {
     drawPanel(panel, rows.get(name), state.shared ? Math.max(...tops) : tops[index]);
   });
 }
 
-const largest = (row) => row.reduce((most, weight) => Math.max(most, Math.abs(weight)), 0);
+// The weight that has the strongest colour, among patches. In a rollout the query's own residual outshines the others.
+function strongest(row, model) {
+  const skipped = state.head === "rollout" ? tokenOf(model) : null;
+  return row.reduce((most, weight, key) =>
+    (key < model.prefix.length || key === skipped ? most : Math.max(most, Math.abs(weight))), 0);
+}
 
 function drawPanel(panel, row, top) {
   const { model, heat } = panel;
@@ -184,11 +189,11 @@ function patchName(patch, columns) {
 }
 
 function told(row, model, columns) {
-  const asks = typeof state.token === "number" ? patchName(state.token, columns) : state.token;
+  const asks = typeof state.token === "number" ? `Patch ${patchName(state.token, columns).slice(6)}` : `The ${state.token}`;
   const name = (key) => model.prefix[key] ?? patchName(key - model.prefix.length, columns);
   const order = row.map((_, key) => key).sort((a, b) => Math.abs(row[b]) - Math.abs(row[a]));
   const most = order.slice(0, 3).map((key) => `${name(key)} ${row[key].toPrecision(2)}`);
-  return `The ${asks} attends most to: ${most.join("; ")}.`;
+  return `${asks} attends most to: ${most.join("; ")}.`;
 }
 
 function fill(select, options) {

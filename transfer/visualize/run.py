@@ -164,4 +164,7 @@ def _title(source: str, teacher: str | None) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    write_file(path, lambda file: file.write_bytes(data) and None, size=len(data))
+    def write(file: Path) -> None:
+        file.write_bytes(data)
+
+    write_file(path, write, size=len(data))

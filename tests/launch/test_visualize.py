@@ -1,0 +1,121 @@
+"""`graftvit visualize`, as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from graftvit.checkpoints.teacher import load_teacher
+from graftvit.launch.cli import main
+from graftvit.transfer.visualize import page
+from graftvit.transfer.visualize.images import input_spec, read_images, to_tensor
+from graftvit.transfer.visualize.look import look
+from PIL import Image
+from visualize_models import MEAN, STD, picture, save, tiny
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tiny("0: linear"), tmp_path_factory.mktemp("models") / "student")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tiny(), tmp_path_factory.mktemp("models") / "teacher")
+
+
+def test_a_folder_of_images(
+    student: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed, name in enumerate(("one", "two")):
+        picture(folder / f"{name}.png", seed)
+    (folder / "notes.txt").write_text("no image")
+    words = ["visualize", student, str(folder), "--teacher", teacher, "--query", "cls, 7", "--layers", "-1"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'index.html'}\n"
+    pngs = {path.name for path in (tmp_path / "out").glob("*.png")}
+    asked = {
+        f"{name}_{query}{end}.png"
+        for name in ("one", "two")
+        for query in ("cls", "7")
+        for end in ("", "_teacher")
+    }
+    assert pngs == asked | {"layers.png"}
+    for png in pngs:
+        with Image.open(tmp_path / "out" / png) as opened:
+            assert min(opened.size) > 200
+    found = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    loaded = load_teacher(student)
+    spec = input_spec(loaded)
+    looks = [look(loaded.model, to_tensor(each.original, spec)) for each in read_images([str(folder)], spec)]
+    entropy = torch.stack([each.entropy() for each in looks]).mean(0)
+    np.testing.assert_allclose(found["student"]["entropy"], entropy, rtol=1e-5)
+    assert np.shape(found["teacher"]["distance"]) == (2, 2)
+    assert len(found["js"]) == len(found["cka"]) == 2
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "http" not in html.replace("http-equiv", "")
+    assert "$" not in html.partition("<script id")[0]
+
+
+def test_images_are_seen_as_the_model_sees_them(student: str, tmp_path: Path) -> None:
+    spec = input_spec(load_teacher(student))
+    (shown,) = read_images([picture(tmp_path / "x.png")], spec)
+    with Image.open(tmp_path / "x.png") as opened:
+        expected = np.asarray(opened)
+    np.testing.assert_array_equal(shown.pixels, expected)  # it has the model's own size
+    seen = (expected / 255 - np.array(MEAN)) / np.array(STD)
+    np.testing.assert_allclose(to_tensor(shown.original, spec)[0].permute(1, 2, 0), seen, atol=1e-5)
+
+
+def test_another_image_size(student: str, tmp_path: Path) -> None:
+    words = ["visualize", student, "digits:3", "--img_size", "32,16", "--query", "31", "--layers", "0"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "digit_3_31.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["none.png"], "'none.png' is no image file and no folder"),
+        (["digits:500"], "the test images are 0 to 499"),
+        (["{broken}"], "cannot be read as an image"),
+        (["{empty}"], "has no image in it"),
+        (["digits:0"] * 17, "17 images are given and at most 16"),
+        (["digits:0", "--layers", "2"], "--layers: there is no layer 2; the model has layers 0 to 1"),
+        (["digits:0", "--layers", "a"], "--layers: 'a' is no layer"),
+        (["digits:0", "--query", "99"], "--query '99': valid are patches 0 to 23, cls, reg0, reg1"),
+        (["digits:0", "--out", "{broken}"], "which is a file; give a folder"),
+        ([], "IMAGE"),
+    ],
+)
+def test_mistakes(
+    student: str, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    places = {"broken": tmp_path / "broken.png", "empty": tmp_path / "empty"}
+    given = [word.format(**places) for word in words]
+    out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+    assert main(["visualize", student, *given, *out]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_page_that_is_too_large_is_refused(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(page, "MAX_MEGABYTES", 0)
+    assert main(["visualize", student, "digits:0", "--out", str(tmp_path / "out")]) == 2
+    assert "fewer layers by --layers" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["visualize", "--help"]) == 0
+    assert "graftvit visualize runs/linear/student photos/ --teacher" in capsys.readouterr().out

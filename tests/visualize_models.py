@@ -1,0 +1,58 @@
+"""Tiny models and images for the tests of what looks inside models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from graftvit.checkpoints.student import write_student
+from graftvit.models.attention.base import AttentionOperator, Heads
+from graftvit.models.conversion import convert, converted_layers
+from PIL import Image
+from torch import Tensor, nn
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS = {
+    "img_size": (16, 24), "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_classes": 3,
+    "reg_tokens": 2,
+}  # fmt: skip
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+GRID, PREFIX, TOKENS = (4, 6), 3, 27
+
+
+def tiny(plan: str | None = None, seed: int = 0, **more: Any) -> nn.Module:
+    """A model of a 4 x 6 grid behind a class token and two registers, whose maps are far from even."""
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model(ARCHITECTURE, **{**ARGUMENTS, **more})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return (model if plan is None else convert(model, plan)).eval()
+
+
+def save(model: nn.Module, folder: Path, **more: Any) -> str:
+    """A folder that loads it; its name as a source."""
+    arguments = {**ARGUMENTS, **more}
+    write_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, mean=MEAN, std=STD)
+    return f"local-dir:{folder}"
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (24, 16)) -> str:
+    """An image file of random pixels, (width, height)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+@torch.no_grad()
+def operator_inputs(model: nn.Module, image: Tensor, layer: int) -> tuple[AttentionOperator, Heads]:
+    """The operator of a converted layer and what it is given for an image."""
+    taken: list[Heads] = []
+    operator: Any = converted_layers(model)[layer].operator
+    hook = operator.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    model(image)
+    hook.remove()
+    return operator, taken[0]
