@@ -126,6 +126,8 @@ class AttentionOperator(nn.Module, ABC):
     """
 
     needs: Collection[str] = QKV
+    borrows: bool = False
+    """Computes with parameters that are registered in another layer."""
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()

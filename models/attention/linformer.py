@@ -75,6 +75,7 @@ class LinformerAttention(AttentionOperator):
     def share(self, first: AttentionOperator) -> None:
         if self.sharing == "layerwise" and isinstance(first, LinformerAttention):
             self.key_pooling = None
+            self.borrows = True
             self._first = (first,)  # in a tuple, so that it is not registered a second time
 
     def attend(self, heads: Heads) -> Tensor:

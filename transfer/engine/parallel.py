@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...models.attention.base import AttentionOperator
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 
@@ -87,7 +88,14 @@ def shard(task: nn.Module, units: Iterable[nn.Module], accelerator: Accelerator)
 
     The root is resharded after its forward too: a shard that was written to (averaged weights in evaluation)
     is then what the next forward gathers.
+
+    Raises ConfigError: a layer computes with the parameters of another, which are whole in that layer's unit alone.
     """
+    if any(isinstance(module, AttentionOperator) and module.borrows for module in task.modules()):
+        raise ConfigError(
+            "engine.fsdp=true shards layer by layer, and with sharing=layerwise a layer computes with what another "
+            "one holds: choose another sharing, or set engine.fsdp=false"
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for unit in units:
         fully_shard(unit, mesh=mesh)

@@ -151,13 +151,20 @@ def test_rows_keep_their_sum_on_a_grid_one_and_a_half_times_as_large() -> None:
     torch.testing.assert_close(interpolated(image, (12, 1), (12, 3))[0, 1::3] * 3, image[0])
 
 
+def test_no_weight_is_lost_on_a_grid_a_third_as_large() -> None:
+    """Plain bilinear interpolation would look at four of nine tokens."""
+    sums = interpolated(torch.eye(144), (12, 12), (4, 4)).sum(1)
+    assert float(sums.min()) > 0.3
+    assert float(sums.mean()) == pytest.approx(1)
+
+
 def test_a_resampled_start_is_the_start_on_the_other_grid() -> None:
     """Cells of 2x2 tokens stretched to 3x3: the same cells, softened at their edges."""
     operator, other = build(Geometry(1, (8, 12))), build(Geometry(1, (12, 18)), num_keys=24)
     found = operator.pooling(Geometry(1, (12, 18)))[0]
     wanted = other.pooling(Geometry(1, (12, 18)))[0]
     assert found.shape == wanted.shape
-    assert float((found - wanted).norm() / wanted.norm()) < 0.5
+    assert ((found - wanted).norm() / wanted.norm()).item() < 0.5
     assert torch.equal(found.argmax(1), (found * (wanted > 0)).argmax(1))
 
 

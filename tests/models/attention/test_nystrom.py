@@ -115,7 +115,7 @@ def test_landmarks_that_are_all_alike_give_the_mean(iterations: int) -> None:
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v), rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_of_another_size_of_attention_does_not_change_the_inverse() -> None:
+def test_other_matrices_of_the_batch_do_not_change_an_inverse() -> None:
     """Public versions scale all of a batch by its largest norm; here each matrix has its own."""
     x = (torch.randn(2, 1, 9, 9, generator=torch.Generator().manual_seed(0)).double()).softmax(-1)
     x[1] = torch.eye(9) * 0.2 + 0.8 * torch.eye(9)[:1]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
+import dense
 import pytest
 import torch
+from accelerate import Accelerator
 from engine_runs import config
+from graftvit.models.conversion import convert
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine.parallel import (
     create_accelerator,
@@ -14,6 +18,7 @@ from graftvit.transfer.engine.parallel import (
     gathered,
     placed_like,
     raise_together,
+    shard,
     whole,
 )
 
@@ -56,3 +61,9 @@ def test_compilation_does_not_go_with_sharding(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("graftvit.transfer.engine.parallel.Accelerator.num_processes", 2)
     with pytest.raises(ConfigError, match=r"student.compile=true does not go with engine.fsdp=true"):
         create_accelerator(config(Path("runs"), engine={"fsdp": True}, student={"compile": True}))
+
+
+def test_layers_that_share_parameters_are_not_sharded_one_by_one() -> None:
+    student = convert(dense.tiny(dtype=torch.float32), "*: linformer(sharing=layerwise)")
+    with pytest.raises(ConfigError, match=r"sharing=layerwise .* set engine.fsdp=false"):
+        shard(student, [], cast(Accelerator, None))
