@@ -168,8 +168,8 @@ class AttentionOperator(nn.Module, ABC):
 
     def matrix(self, heads: Heads) -> Tensor:
         """A itself, (B, H, N, N): for looking at small images, never in a hot path."""
-        q, _, _ = heads.qkv()
-        return self.rows(heads, torch.arange(q.shape[2], device=q.device))
+        known = next(x for x in (heads.q, heads.k, heads.v) if x is not None)  # not all need a q
+        return self.rows(heads, torch.arange(known.shape[2], device=known.device))
 
     @abstractmethod
     def macs(self, geometry: Geometry) -> int:
