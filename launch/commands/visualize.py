@@ -14,7 +14,7 @@ EXAMPLES = (
     "graftvit visualize runs/linear/student photos/ --teacher vit_base_patch16_224.mae --out seen",
     "graftvit visualize runs/linear/student cat.jpg --query cls,90 --layers 0,5,9-11",
     "graftvit visualize local-dir:student street.jpg --img_size 224,448",
-    "graftvit visualize demo/quick/distill_0/student digits:3 digits:8",
+    "graftvit visualize local-dir:demo/quick/distill_0/student digits:3 digits:8",
 )
 
 
