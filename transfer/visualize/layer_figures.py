@@ -92,4 +92,4 @@ def _axes(axes: Any, title: str, theme: Theme) -> None:
     axes.grid(axis="y", color=FAINT[theme], linewidth=0.7)
     axes.tick_params(colors=INK[theme], length=0, labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.04)  # a dot at the top is shown whole
