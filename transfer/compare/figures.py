@@ -170,7 +170,7 @@ def _names_at_the_edge(
 
 def _apart(values: Sequence[float]) -> Any:
     """The least-squares places (fractions of the height, ascending) that are a line of text apart, all in view."""
-    gap = min(0.062, 1.0 / max(1, len(values) - 1))
+    gap = min(0.062, 0.75 / max(1, len(values) - 1))
     room = gap * np.arange(len(values))
     return isotonic_regression(np.asarray(values) - room, y_min=0.0, y_max=max(1.0 - room[-1], 1e-6)) + room
 
