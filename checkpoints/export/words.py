@@ -71,7 +71,7 @@ def words_of(
     if "resolution" in dynamic:
         pixels += f" or any multiple of {patch[0]} x {patch[1]}"
     values = "values 0..1" if normalise else "normalised"
-    plan = plan_of(model)
+    plan, classes = plan_of(model), int(getattr(model, "num_classes", 0))
     if mean is not None and std is not None and not normalise:
         values = f"normalised, mean {_numbers(mean)} and std {_numbers(std)}"
     return {
@@ -81,7 +81,8 @@ def words_of(
         **({} if mean is None else {"mean": _numbers(mean)}),
         **({} if std is None else {"std": _numbers(std)}),
         "normalise": "in the file" if normalise else "before",
-        "output": "logits" if getattr(model, "num_classes", 0) else "features",
+        "output": "logits" if classes else "features",
+        **({"classes": str(classes)} if classes else {}),
         **({} if plan is None else {"plan": plan}),
     }
 

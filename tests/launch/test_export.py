@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -28,6 +26,8 @@ def student(tmp_path: Path) -> Path:
 
 
 def test_onnx_of_pixels(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     out = tmp_path / "model.onnx"
     assert main(["export", str(student), str(out), "--normalise"]) == 0
     assert str(out) in capsys.readouterr().out
@@ -39,6 +39,7 @@ def test_onnx_of_pixels(student: Path, tmp_path: Path, capsys: pytest.CaptureFix
     np.testing.assert_allclose(logits, wanted.numpy(), rtol=1e-4, atol=1e-5)
     said = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert "cc-by-nc-4.0" in json.dumps(said)
+    assert (said["classes"], said["normalise"]) == (str(ARGUMENTS["num_classes"]), "in the file")
 
 
 def test_torch_at_another_size(student: Path, tmp_path: Path) -> None:
