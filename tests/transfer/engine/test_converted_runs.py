@@ -10,16 +10,13 @@ import pytest
 import timm
 import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher, state
-from graftvit.models.attention.base import Geometry
 from graftvit.models.conversion import convert, new_parameters, plan_of
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.optim import create_optimizer
 from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
-from operator_cases import CASES
 
-GEOMETRY = Geometry(1, (2, 2))
 PLAN = "*: linear; 1: softmax"
 
 
@@ -84,10 +81,7 @@ def test_what_is_missing_is_said(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_new_parameters_learn_faster() -> None:
-    names = [case for case in CASES if list(case.build(GEOMETRY).parameters())]
-    if not names:
-        pytest.skip("no operator has parameters")
-    model = convert(timm.create_model(ARCHITECTURE, **ARGUMENTS), f"*: {names[0]}")
+    model = convert(timm.create_model(ARCHITECTURE, **ARGUMENTS), "*: hedgehog; 1: window(window=1)")
     optimizer = create_optimizer(model, model, OptimConfig(new_scale=20.0), 1e-3)
     scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
     new = {id(parameter) for parameter in new_parameters(model)}

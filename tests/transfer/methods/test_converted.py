@@ -19,8 +19,14 @@ IMAGES = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 
 
 def vit() -> nn.Module:
+    """A model whose attention is far from uniform, and whose logits depend on it."""
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **SMALL)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qkv.weight" in name or "head.weight" in name:
+                parameter.mul_(20)
+    return model
 
 
 @pytest.mark.parametrize("method", ["attention_output", "block_output", "feature", "logits"])
