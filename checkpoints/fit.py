@@ -59,8 +59,7 @@ def fit(
     found = match(model, weights, role=role, method=method, classifiers=classifiers)
     if found.problems:
         words = "; ".join(
-            f"{kind}: {some(keys, 3 if keys is found.wrong else 4)}"
-            for kind, keys in found.problems.items()
+            f"{kind}: {some(keys, 3 if keys is found.wrong else 4)}" for kind, keys in found.problems.items()
         )
         described: Any = getattr(model, "default_cfg", None) or {}
         name = described.get("architecture")
