@@ -12,7 +12,7 @@ from graftvit.models.operators import OPERATORS
 from operator_cases import CASES, GRIDS, PREFIXES, Case, draw, identity_values
 from torch import Tensor
 
-LAYOUTS = [Geometry(prefix, grid) for prefix, grid in zip(PREFIXES, GRIDS, strict=True)]
+LAYOUTS = [Geometry(prefix, grid) for prefix in PREFIXES for grid in GRIDS]
 SMALL = Geometry(1, (4, 6))
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 layouts = pytest.mark.parametrize("geometry", LAYOUTS, ids=str)
