@@ -81,9 +81,9 @@ def trace(
             sizes[axis] = patch * Dim(f"grid_{name}", max=MOST_PATCHES)
     with (
         explained(f"{_name(model)} with dynamic {' and '.join(dynamic) or 'nothing'}"),
-        _size_agnostic(model),
+        _traceable(model),
     ):
-        return torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
+        return _without_types(torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False))
 
 
 @contextmanager
@@ -119,12 +119,31 @@ def _yes() -> bool:
     return True
 
 
+_AUTOCAST = torch.autocast
+
+
+def _autocast(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **how: Any) -> Any:
+    """`torch.autocast`, but nothing where it is switched off: the graph is of float32 throughout."""
+    return _AUTOCAST(device_type, dtype, enabled, **how) if enabled else contextlib.nullcontext()
+
+
+def _without_types(graph: ExportedProgram) -> ExportedProgram:
+    """Without the questions about types, answered while tracing; torch 2.6 writes them and cannot read them."""
+    for node in list(graph.graph.nodes):
+        if node.target == torch.ops.aten.promote_types.default and not node.users:
+            graph.graph.erase_node(node)
+    graph.graph_module.recompile()
+    return graph
+
+
 @contextmanager
-def _size_agnostic(model: nn.Module) -> Iterator[None]:
-    """No branch on the size of the example, which would become that of every image."""
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """No branch on the size of the example, which would become that of every image, and no region of autocast."""
     with contextlib.ExitStack() as stack:
         # timm asks torch whether it is being exported, which torch before 2.7 cannot say
         stack.enter_context(mock.patch.object(timm.layers.pos_embed, "is_exporting", _yes))
+        # such a region of a converted layer becomes a node that torch 2.6 cannot write to a file
+        stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
         for module in model.modules():
             if isinstance(module, RotaryEmbeddingDinoV3) and module.normalize_coords == "separate":
                 stack.enter_context(mock.patch.object(module, "get_embed", _free_rope(module)))
