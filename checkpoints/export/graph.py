@@ -17,6 +17,12 @@ from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ...models.attention.kernel import KernelAttention
+from ...models.attention.monarch import MonarchAttention
+from ...models.attention.softmax import SoftmaxAttention
+from ...models.attention.ttt import TTTAttention
+from ...models.attention.uniform import UniformAttention
+from ...models.conversion import converted_layers
 from ...models.errors import UnsupportedModelError
 from ..build import one_line
 
@@ -24,6 +30,9 @@ Dynamic = Literal["batch", "resolution"]
 MOST_IMAGES = 2**20
 MOST_PATCHES = 2**14
 """Along a side. torch 2.6 refuses a size without an upper limit."""
+ANY_GRID = (SoftmaxAttention, KernelAttention, TTTAttention, MonarchAttention, UniformAttention)
+"""Operators whose graph holds for every grid. The others compute numbers from the grid that a graph keeps as those of
+the example, which the comparison of outputs need not show: near-uniform attention hides them below its tolerance."""
 
 
 class Normalised(nn.Module):
@@ -46,9 +55,18 @@ class Normalised(nn.Module):
 
 def check_dynamic(model: Any, dynamic: Collection[str]) -> None:
     """Raises UnsupportedModelError where the model has no place for another resolution than its own."""
-    if "resolution" not in dynamic or getattr(model, "dynamic_img_size", False):
+    if "resolution" not in dynamic:
         return
     name, way_out = type(model).__name__, "export it at a fixed size (img_size) with dynamic batch alone"
+    for index, layer in converted_layers(model).items():
+        feature = getattr(layer.operator, "feature", None)
+        if not isinstance(layer.operator, ANY_GRID) or getattr(feature, "needs_grid", False):
+            raise UnsupportedModelError(
+                f"dynamic resolution: the graph of {layer.choice.operator!r} in layer {index} holds for one grid "
+                f"alone; {way_out}"
+            )
+    if getattr(model, "dynamic_img_size", False):
+        return
     if getattr(model, "rel_pos_bias", None) is not None or any(
         getattr(getattr(block, "attn", None), "relative_position_bias_table", None) is not None
         for block in getattr(model, "blocks", ())

@@ -109,6 +109,37 @@ def test_a_converted_model_is_exported_with_its_plan(family: str, suffix: str, t
 
 
 @TWO_WAYS
+@pytest.mark.parametrize(
+    "operator", ["kernel(feature=cosine)", "nystrom", "agent", "window", "linformer", "hybrid"]
+)
+def test_an_operator_that_a_graph_ties_to_a_grid_is_refused(
+    operator: str, suffix: str, tmp_path: Path
+) -> None:
+    model = convert(small(dynamic_img_size=True), f"1: {operator}")
+    name = operator.partition("(")[0]
+    with pytest.raises(
+        UnsupportedModelError, match=rf"'{name}' in layer 1 holds for one grid alone.*fixed size"
+    ):
+        export_model(model, tmp_path / f"model{suffix}", dynamic=("batch", "resolution"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["linear", "mala", "focused", "ttt", "monarch", "uniform"])
+def test_an_operator_of_any_grid_is_right_on_grids_it_was_not_traced_on(
+    operator: str, tmp_path: Path
+) -> None:
+    model, path = convert(small(dynamic_img_size=True), f"*: {operator}"), tmp_path / "model.pt2"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "attn" in name:  # strong enough for attention that is far from uniform
+                nn.init.normal_(parameter, std=0.5)
+    export_model(model, path, dynamic=("batch", "resolution"))
+    agrees(path, model, (16, 64), (64, 32), (24, 24))
+
+
+@TWO_WAYS
 def test_a_fixed_batch_is_one(suffix: str, tmp_path: Path) -> None:
     model, path = small(), tmp_path / f"model{suffix}"
     assert export_model(model, path, dynamic=()).checked == ((1, 3, 32, 48),)
