@@ -16,7 +16,7 @@ FASTER_FROM: dict[str, int] = {
     "nystrom": 1024,
     "agent": 576,
     "window": 196,
-    "neighbourhood": 576,
+    "neighbourhood": 2304,
     "dilated": 196,
     "hybrid": 1024,
     "ttt": 2304,
