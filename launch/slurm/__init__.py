@@ -1,0 +1,1 @@
+"""Runs on a cluster: submitting, surviving what happens to a job, and seeing how it is."""
