@@ -8,6 +8,7 @@ import glob
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def write_file(path: Path, write: Callable[[Path], None], *, size: int) -> None:
 
     Raises WriteFailedError: the disk is full, or the file system refuses the file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     with _explained(path, size), _removed(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -51,7 +52,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> Non
 
     Raises WriteFailedError as `write_file`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     aside = path.with_name(f".{path.name}.old")
     with _explained(path, size), _removed(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> Non
             path.rename(aside)
         temporary.rename(path)
         sync(path.parent)
-        _remove(aside)
+        remove(aside)
 
 
 def recover_folder(path: Path) -> None:
@@ -75,7 +76,7 @@ def recover_folder(path: Path) -> None:
     if not aside.exists():
         return
     if path.exists():
-        _remove(aside)
+        remove(aside)
     else:
         aside.rename(path)
 
@@ -83,7 +84,7 @@ def recover_folder(path: Path) -> None:
 def remove_leftovers(path: Path) -> None:
     """Removes the temporary files of `path` that dead attempts left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        _remove(leftover)
+        remove(leftover)
 
 
 def sync(path: Path) -> None:
@@ -98,9 +99,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, if it is there."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # its writer may be removing it, too
     else:
         path.unlink(missing_ok=True)
 
@@ -111,7 +113,7 @@ def _removed(temporary: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            _remove(temporary)
+            remove(temporary)
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from ..models.errors import CheckpointError
-from .atomic import sync
+from .atomic import remove, sync
 from .state_file import TrainingState, check_state, read_state, write_state
 
 __all__ = ["StateFolder", "TrainingState", "read_state", "write_state"]
@@ -19,34 +21,67 @@ class StateFolder:
 
     `save` first writes the new state in full under another name, then renames `last` to `previous` and
     the new one to `last`. A `last` that is not known to be whole never takes the place of `previous`.
-    One process saves at a time.
+    One process saves at a time. Where an attempt that was given up may still run, each names itself as `writer`,
+    and `check` raises once it has been replaced: the one that takes over calls `take_over`, after which a rename
+    that the other had still to do finds nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, writer: str = "", check: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._check = check
         self.last = folder / "last.safetensors"
         self.previous = folder / "previous.safetensors"
         self.best = folder / "best.safetensors"
-        self._incoming = folder / "incoming.safetensors"
+        self._incoming = folder / f"incoming{writer and '.'}{writer}.safetensors"
         self._last_is_whole = False
 
     def save(self, state: TrainingState) -> None:
         """Writes `last`; the one before becomes `previous`.
 
-        Raises CheckpointError (exit code 1) on a full disk, with the states that were there intact.
+        Raises CheckpointError (exit code 1) on a full disk, with the states that were there intact; what `check`
+        raises.
         """
+        self._check()
         if not self._last_is_whole:
             self._last_is_whole = _is_whole(self.last)
         write_state(self._incoming, state)
+        self._check()  # writing takes long
         if self._last_is_whole:
-            self.last.replace(self.previous)
-        self._incoming.replace(self.last)
+            with contextlib.suppress(FileNotFoundError):  # an attempt that was given up has renamed it
+                self.last.replace(self.previous)
+        self._rename_incoming()
         sync(self.folder)
         self._last_is_whole = True
 
     def save_best(self, state: TrainingState) -> None:
         """Writes `best`. Raises as `save`."""
+        self._check()
         write_state(self.best, state)
+
+    def take_over(self) -> None:
+        """Takes the unfinished and unnamed files of other writers out of their way."""
+        for path in self._unnamed():
+            if not self.last.exists() and _is_whole(path):  # died between the two renames
+                path.replace(self.last)
+            else:
+                path.unlink(missing_ok=True)
+        for leftover in self.folder.glob(".*.tmp"):
+            remove(leftover)
+
+    def _unnamed(self) -> list[Path]:
+        """Whole states, or torn ones, that no rename has given their name yet; the newest first."""
+        return sorted(
+            self.folder.glob("incoming*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True
+        )
+
+    def _rename_incoming(self) -> None:
+        try:
+            self._incoming.replace(self.last)
+        except FileNotFoundError as error:
+            self._check()
+            raise CheckpointError(
+                f"{self._incoming} is gone: does another run write into {self.folder}?"
+            ) from error
 
     def load(self) -> TrainingState | None:
         """`last`, else `previous` with a warning that names the damaged file; None where there is no state.
@@ -54,8 +89,8 @@ class StateFolder:
         Raises CheckpointError where there are states and all are damaged.
         """
         damaged: list[str] = []
-        # A process that died between the two renames leaves the newest whole state under the third name.
-        for path in (self.last, self._incoming, self.previous):
+        # A process that died between the two renames leaves the newest whole state without a name.
+        for path in (self.last, *self._unnamed(), self.previous):
             if not path.exists():
                 continue
             try:

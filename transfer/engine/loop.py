@@ -16,7 +16,7 @@ from .build import Parts
 from .health import LossHealth, describe, weights_finite
 from .meters import stacked
 from .optim import set_learning_rate
-from .randomness import preserved
+from .randomness import seed_batch
 from .recorder import Recorder
 from .resume import Position
 from .saving import Saver
@@ -86,8 +86,7 @@ class Loop:
         start = self.position.epoch_step * self.schedule.accum
         batches = self.parts.train_loader.epoch(self.position.epoch, start)
         while True:
-            with preserved():
-                batch = next(batches, None)
+            batch = next(batches, None)
             if batch is None:
                 raise DataError(f"the data set ended in the middle of epoch {self.position.epoch}")
             device = self.accelerator.device
@@ -99,7 +98,7 @@ class Loop:
         for index in range(self.schedule.accum):
             last = index == self.schedule.accum - 1
             with nullcontext() if last else self.accelerator.no_sync(self.saver.model):
-                self._backward(*next(batches))
+                self._backward(*next(batches), index)
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.parts.task.parameters(), self.config.optim.clip_grad)
         self.saver.optimizer.step()
@@ -110,7 +109,9 @@ class Loop:
         self.position.epoch_step += 1
         self.recorder.step(self.position.step, self.position.epoch)
 
-    def _backward(self, images: Tensor, targets: Tensor) -> None:
+    def _backward(self, images: Tensor, targets: Tensor, index: int) -> None:
+        """Adds the gradients of batch `index` of this step."""
+        seed_batch(self.config.seed, self.position.epoch, self._place(index), self.accelerator.device)
         with self.accelerator.autocast():
             losses: dict[str, Tensor] = self.saver.model(images, targets)
         self.accelerator.backward(losses["loss"] / self.schedule.accum)
@@ -119,6 +120,12 @@ class Loop:
         for meter in self.saver.meters.values():
             meter.add(names, values)
         self.recorder.images(len(images) * self.accelerator.num_processes)
+
+    def _place(self, index: int) -> int:
+        """Place of the first sample of this process's batch `index` of the step, in the epoch's order."""
+        size, processes = self.parts.train_loader.batch_size, self.accelerator.num_processes
+        batches = self.position.epoch_step * self.schedule.accum + index
+        return (batches * processes + self.accelerator.process_index) * size
 
     def _write_interval(self) -> None:
         self._check_losses()

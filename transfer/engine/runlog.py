@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ...models.errors import RunFailedError
 
@@ -15,30 +16,46 @@ WALL_CLOCK = ("seconds", "images_per_second")
 
 
 class RunLog:
-    """Appends records. The saved state counts them, so that a resumed run can drop what came after it."""
+    """Appends records. The saved state counts them, so that a resumed run can drop what came after it.
 
-    def __init__(self, path: Path) -> None:
+    `check` is asked before each write and raises where another attempt has taken the run over. The file is opened
+    once: what an attempt that was given up still writes goes into the file that `keep` has replaced.
+    """
+
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self.records = 0
+        self._check = check
+        self._file: TextIO | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one record at once; RunFailedError where the disk does not take it."""
+        self._check()
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            if self._file is None:
+                self._file = self.path.open("a")
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self.records += 1
 
     def sync(self) -> None:
         """Makes the records durable; called before a state that counts them is written."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Nothing is appended any more."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk was told of at the append
+                self._file.close()
+            self._file = None
 
     def keep(self, records: int) -> None:
         """Keeps the first `records` records and drops the rest, in one atomic replacement."""
+        self._check()
+        self.close()
         lines = self.path.read_text().splitlines(keepends=True)[:records] if self.path.exists() else []
         temporary = self.path.with_suffix(".tmp")
         try:

@@ -20,11 +20,11 @@ from .parallel import raise_together
 from .resume import Position, settings
 from .runlog import RunLog
 from .snapshot import (
+    capture_meters,
     capture_optimizer,
-    capture_ranks,
     capture_weights,
+    restore_meters,
     restore_optimizer,
-    restore_ranks,
     restore_weights,
 )
 from .students import StudentPlan
@@ -82,7 +82,7 @@ class Saver:
         keep = self.accelerator.is_main_process
         tensors = capture_weights(self.task.saved, self.average, keep=keep)
         slots, numbers = capture_optimizer(self.task, self.optimizer, keep=keep)
-        ranks, counts = capture_ranks(self.meters, self.group)
+        sums, counts = capture_meters(self.meters, self.group)
         position.records = self.log.records
         scaler = self.accelerator.scaler
         meta = self.meta(position) | {
@@ -92,7 +92,7 @@ class Saver:
             "meters": counts,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        return TrainingState({**tensors, **slots, **ranks}, meta)
+        return TrainingState({**tensors, **slots, **sums}, meta)
 
     def meta(self, position: Position) -> dict[str, Any]:
         """What a state and the students written at the end say of the run, as JSON."""
@@ -105,7 +105,7 @@ class Saver:
         }
 
     def restore(self, state: TrainingState) -> None:
-        """Everything as it was when `state` was captured, the generators last."""
+        """Everything as it was when `state` was captured."""
         restore_optimizer(state.tensors, state.meta["optimizer_numbers"], self.task, self.optimizer)
         restore_weights(state.tensors, self.task.saved, self.average)
         if self.average is not None:
@@ -113,7 +113,7 @@ class Saver:
         if self.accelerator.scaler is not None and state.meta["scaler"]:
             self.accelerator.scaler.load_state_dict(state.meta["scaler"])
         self.last_step = position_of(state).step
-        restore_ranks(state.tensors, state.meta["meters"], self.meters, self.accelerator.process_index)
+        restore_meters(state.tensors, state.meta["meters"], self.meters, self.accelerator.process_index)
 
 
 def position_of(state: TrainingState) -> Position:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import early_signals
+
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = tuple(
@@ -28,7 +30,8 @@ class StopSignals:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.received: int | None = None
+        self.received: int | None = early_signals.received[-1] if early_signals.received else None
+        """The last stop signal that this process got, from before this block too where it was remembered."""
         self._group = group
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
@@ -56,6 +59,7 @@ class StopSignals:
             signal.default_int_handler(number, frame)
         logger.warning("%s received: saving at the next step, then stopping", signal.Signals(number).name)
         self.received = number
+        early_signals.remember(number)
 
     def agreed(self) -> int | None:
         """The signal on which all processes stop at this boundary, or None; all must ask at each boundary."""

@@ -1,4 +1,4 @@
-"""The tensors of a run at a step boundary: weights, average, optimiser, generators and meters, by flat names.
+"""The tensors of a run at a step boundary: weights, average, optimiser and meters, by flat names.
 
 The format does not depend on how the run is spread: sharded tensors are gathered whole and sharded again on
 the way back, so one process, DDP and FSDP2 write the same file.
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...models.errors import CheckpointError
-from . import randomness
 from .ema import WeightAverage
 from .meters import Meters
 from .parallel import gather, gathered, placed_like
@@ -92,32 +91,24 @@ def restore_optimizer(
         optimizer.state[parameter][slot] = value
 
 
-def capture_ranks(
+def capture_meters(
     meters: Mapping[str, Meters], group: dist.ProcessGroup | None
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Generators and meters of every process: `rng.<rank>.…` and `meters.<rank>.…`."""
-    mine = (
-        randomness.capture(),
-        {name: (meter.count, meter.names, meter.sums.cpu()) for name, meter in meters.items()},
-    )
+    """Sums of every process, `meters.<rank>.…`, and what they are sums of."""
+    mine = {name: (meter.count, meter.names, meter.sums.cpu()) for name, meter in meters.items()}
     tensors: Tensors = {}
     counts: dict[str, Any] = {}
-    for rank, (states, sums) in enumerate(gather(mine, group)):
-        tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
+    for rank, sums in enumerate(gather(mine, group)):
         for name, (count, names, values) in sums.items():
             tensors[f"meters.{rank}.{name}"] = values
             counts[f"meters.{rank}.{name}"] = {"count": count, "names": list(names)}
     return tensors, counts
 
 
-def restore_ranks(
+def restore_meters(
     tensors: Mapping[str, Tensor], counts: Mapping[str, Any], meters: Mapping[str, Meters], rank: int
 ) -> None:
-    """Gives this process its generators and meters back. The last thing before training goes on."""
+    """Gives this process its sums back."""
     for name, meter in meters.items():
         key = f"meters.{rank}.{name}"
         meter.load(counts[key]["count"], counts[key]["names"], tensors[key])
-    prefix = f"rng.{rank}."
-    randomness.restore(
-        {name.removeprefix(prefix): state for name, state in tensors.items() if name.startswith(prefix)}
-    )

@@ -15,17 +15,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from ...checkpoints.state import StateFolder, TrainingState
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 from .build import Parts, build
 from .ema import WeightAverage
+from .fence import Fence
 from .finish import export_students
 from .loop import Loop
 from .meters import Meters
 from .optim import create_optimizer
-from .parallel import create_accelerator, gather, host_group, shard
+from .parallel import create_accelerator, gather, host_group, raise_together, shard
 from .progress import ProgressBar
-from .randomness import seed_everything
 from .recorder import Recorder
 from .resume import (
     Position,
@@ -68,13 +68,17 @@ def train(config: RunConfig) -> RunResult:
     """
     accelerator = create_accelerator(config)
     group = host_group(accelerator)
-    with StopSignals(group) as signals:
-        state = _find_state(config, accelerator, group)
+    with StopSignals(group) as signals, _fence(config, accelerator, group) as fence:
+        state = _find_state(config, accelerator, group, fence)
         commit = None if state is None else commit_of(state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes
         parts = build(config, rank=rank, world_size=world, commit=commit)
         check_same_teacher(gather(parts.origins, group))
-        saver, schedule = _prepare(config, accelerator, group, parts)
+        early = max(filter(None, gather(signals.received, group)), default=None)
+        if early is not None:  # nothing was done that a save could keep
+            done = 0 if state is None else position_of(state).step
+            return RunResult({}, config.output_dir, done, False, early)
+        saver, schedule = _prepare(config, accelerator, group, parts, fence)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         check_length(position, schedule.total_steps)
         with _recorder(config, parts, accelerator, saver.log, position, schedule) as recorder:
@@ -84,21 +88,44 @@ def train(config: RunConfig) -> RunResult:
             stopped = loop.run()
         if loop.finished:
             writes = accelerator.is_main_process
+            if writes:
+                fence.check()
             meta = saver.meta(position)
             export_students(parts, saver.average, config.output_dir, meta, writes=writes, group=group)
     best = {} if position.best is None else {"best_top1": position.best}
     return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
 
 
-def _find_state(
-    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None
-) -> TrainingState | None:
-    """The state to go on from. Every process reads it, and all must have read the same."""
+@contextmanager
+def _fence(config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None) -> Iterator[Fence]:
+    """The run folder, taken over from whoever else may still write into it. The first process writes."""
     if config.engine.resume == "never":
         refuse_existing(config.output_dir)
         accelerator.wait_for_everyone()  # before the first process makes the folder
+    fence = Fence(config.output_dir)
+    with fence.held():
+        error: GraftError | None = None
+        if accelerator.is_main_process:
+            try:
+                fence.take()
+                _states(config, fence).take_over()
+            except GraftError as failure:
+                error = failure
+        raise_together(error, group)
+        yield fence
+
+
+def _states(config: RunConfig, fence: Fence) -> StateFolder:
+    return StateFolder(config.output_dir / "checkpoints", fence.token, fence.check)
+
+
+def _find_state(
+    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, fence: Fence
+) -> TrainingState | None:
+    """The state to go on from. Every process reads it, and all must have read the same."""
+    if config.engine.resume == "never":
         return None
-    state = StateFolder(config.output_dir / "checkpoints").load()
+    state = _states(config, fence).load()
     steps = gather(None if state is None else position_of(state).step, group)
     check_agreement(steps, config.output_dir)
     if state is not None:
@@ -107,7 +134,7 @@ def _find_state(
 
 
 def _prepare(
-    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, parts: Parts
+    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, parts: Parts, fence: Fence
 ) -> tuple[Saver, Schedule]:
     """Wraps the task for its processes; makes optimiser, average and the saver that holds them together."""
     batches, world = parts.train_loader.batches_per_epoch, accelerator.num_processes
@@ -120,14 +147,14 @@ def _prepare(
         config=config,
         accelerator=accelerator,
         group=group,
-        folder=StateFolder(config.output_dir / "checkpoints"),
+        folder=_states(config, fence),
         task=parts.task,
         plan=parts.plan,
         model=model,
         optimizer=accelerator.prepare_optimizer(optimizer),
         average=average,
         meters={kind: Meters(accelerator.device) for kind in ("interval", "epoch")},
-        log=RunLog(config.output_dir / "log.jsonl"),
+        log=RunLog(config.output_dir / "log.jsonl", fence.check),
         origins=parts.origins,
         n_parameters=n_parameters,
     )
@@ -169,6 +196,7 @@ def _recorder(
             yield recorder
         finally:
             recorder.finish()
+            log.close()
 
 
 def _write_config(config: RunConfig, parts: Parts) -> None:
@@ -187,10 +215,9 @@ def _write_config(config: RunConfig, parts: Parts) -> None:
 
 
 def _start(loop: Loop, state: TrainingState | None) -> None:
-    """Puts `state` back; without one, seeds the generators and says what begins."""
+    """Puts `state` back; without one, says what begins."""
     position, accelerator = loop.position, loop.accelerator
     if state is None:
-        seed_everything(loop.config.seed, accelerator.process_index)
         _begin(loop)
         return
     loop.saver.restore(state)

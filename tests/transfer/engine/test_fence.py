@@ -1,0 +1,192 @@
+"""Two attempts on one run folder: the newer one writes, the older one stops before it spoils anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from graftvit.checkpoints.state import StateFolder, TrainingState
+from graftvit.models.errors import CheckpointError, ConfigError
+from graftvit.transfer.engine import fence as fence_module
+from graftvit.transfer.engine.fence import Fence, FencedError
+from graftvit.transfer.engine.runlog import RunLog, read_log
+
+
+def state(step: int) -> TrainingState:
+    return TrainingState({"student.w": torch.full((3,), float(step))}, {"step": step})
+
+
+def taken(folder: Path) -> Fence:
+    fence = Fence(folder)
+    fence.take()
+    return fence
+
+
+def test_the_newer_attempt_writes_and_the_older_one_does_not(tmp_path: Path) -> None:
+    old = taken(tmp_path)
+    old.check()
+    new = taken(tmp_path)
+    new.check()
+    with pytest.raises(
+        FencedError, match=rf"process {os.getpid()} on .* has taken over the run in {tmp_path}"
+    ) as caught:
+        old.check()
+    assert caught.value.exit_code == 1
+
+
+def test_an_attempt_whose_successor_is_through_stays_out(tmp_path: Path) -> None:
+    old = taken(tmp_path)
+    with taken(tmp_path).held():
+        pass
+    assert not (tmp_path / "fence.json").exists()
+    with pytest.raises(FencedError, match="another attempt has taken over"):
+        old.check()
+
+
+def test_giving_back_leaves_the_right_of_the_successor(tmp_path: Path) -> None:
+    old = taken(tmp_path)
+    new = taken(tmp_path)
+    with old.held():
+        pass
+    new.check()
+
+
+SLEEPER = "import sys; from graftvit.transfer.engine.fence import Fence; from pathlib import Path\n"
+SLEEPER += "Fence(Path(sys.argv[1])).take(); print('taken', flush=True); sys.stdin.read()"
+
+
+def holding(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "taken\n"
+    return process
+
+
+def test_a_second_command_on_a_machine_is_refused_while_the_first_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = holding(tmp_path)
+    try:
+        with pytest.raises(
+            ConfigError, match=rf"process {first.pid} is writing the run in {tmp_path}: stop it first"
+        ):
+            Fence(tmp_path).take()
+        monkeypatch.setattr(fence_module, "_boot", lambda: "another machine")
+        taken(tmp_path).check()
+    finally:
+        first.communicate()
+    monkeypatch.undo()
+    taken(tmp_path).check()
+
+
+def test_a_requeued_job_takes_over_from_its_own_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = holding(tmp_path, SLURM_JOB_ID="77")
+    try:
+        monkeypatch.setenv("SLURM_JOB_ID", "78")
+        with pytest.raises(ConfigError, match="is writing the run"):
+            Fence(tmp_path).take()
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        taken(tmp_path).check()
+    finally:
+        first.communicate()
+
+
+def test_a_pid_that_was_given_to_another_process_does_not_refuse(tmp_path: Path) -> None:
+    fence = taken(tmp_path)
+    holder = json.loads(fence.path.read_text())
+    fence.path.write_text(json.dumps({**holder, "pid": 1, "began": "something else"}))
+    taken(tmp_path).check()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"token"'])
+def test_a_torn_fence_is_taken_and_fences_off_the_old(tmp_path: Path, text: str) -> None:
+    old = taken(tmp_path)
+    old.path.write_text(text)
+    with pytest.raises(FencedError):
+        old.check()
+    taken(tmp_path).check()
+
+
+def test_a_save_that_was_under_way_when_another_took_over_changes_nothing(tmp_path: Path) -> None:
+    old, folder = taken(tmp_path), tmp_path / "checkpoints"
+    before = StateFolder(folder, old.token, old.check)
+    before.save(state(1))
+    real = old.check
+
+    def replaced_after_writing() -> None:
+        real()
+        if list(folder.glob("incoming*")):  # the file is there, the renames are to come
+            new = taken(tmp_path)
+            StateFolder(folder, new.token, new.check).take_over()
+
+    before._check = replaced_after_writing  # the check passes, then another attempt comes in between
+    with pytest.raises((FencedError, CheckpointError)):
+        before.save(state(2))
+    found = StateFolder(folder).load()
+    assert found is not None
+    assert found.meta["step"] == 1
+
+
+def test_a_late_rename_of_the_old_attempt_loses_no_state(tmp_path: Path) -> None:
+    fence, folder = taken(tmp_path), tmp_path / "checkpoints"
+    states = StateFolder(folder, fence.token, fence.check)
+    states.save(state(1))
+    states.save(state(2))
+    states.last.replace(states.previous)  # as the old attempt's first rename, that the network held back
+    found = StateFolder(folder).load()
+    assert found is not None
+    assert found.meta["step"] == 2
+    states.save(state(3))
+    assert [StateFolder(folder).load().meta["step"]] == [3]  # type: ignore[union-attr]
+
+
+def test_taking_over_names_a_whole_state_that_was_left_between_the_renames(tmp_path: Path) -> None:
+    states = StateFolder(tmp_path, "old")
+    states.save(state(1))
+    states.save(state(2))
+    states.last.replace(tmp_path / "incoming.old.safetensors")
+    (tmp_path / ".last.safetensors.abc.tmp").mkdir()
+    StateFolder(tmp_path, "new").take_over()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.safetensors", "previous.safetensors"]
+    assert StateFolder(tmp_path).load().meta["step"] == 2  # type: ignore[union-attr]
+
+
+def test_taking_over_drops_a_torn_one(tmp_path: Path) -> None:
+    StateFolder(tmp_path, "old").save(state(1))
+    (tmp_path / "incoming.old.safetensors").write_bytes(b"torn")
+    StateFolder(tmp_path, "new").take_over()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
+
+
+def test_a_record_of_the_old_attempt_never_reaches_the_log_of_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    old = RunLog(path)  # whose check comes too late
+    old.keep(0)
+    old.append({"step": 1})
+    new = RunLog(path)
+    new.keep(1)
+    old.append({"step": 2})
+    new.append({"step": 3})
+    assert [record["step"] for record in read_log(path)] == [1, 3]
+
+
+def test_the_log_asks_before_it_writes(tmp_path: Path) -> None:
+    old = taken(tmp_path)
+    log = RunLog(tmp_path / "log.jsonl", old.check)
+    log.append({"step": 1})
+    taken(tmp_path)
+    with pytest.raises(FencedError):
+        log.append({"step": 2})
+    with pytest.raises(FencedError):
+        log.keep(0)
+    assert [record["step"] for record in read_log(log.path)] == [1]

@@ -1,0 +1,35 @@
+"""Signals that come before a run can act on them: remembered from the first moment, without torch.
+
+Loading torch and a teacher takes a minute on a busy file system, and a scheduler may say at any time that the job
+has to stop. Whoever starts a run calls `remember_signals` first; the run then takes up what has come.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+EARLY_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)
+)  # Windows has no SIGUSR2; Ctrl-C ends a run that has not begun at once
+received: list[int] = []
+"""The stop signals that this process got so far, in their order."""
+_owner: int | None = None  # the process that remembers
+
+
+def remember_signals() -> None:
+    """Installs handlers that remember, and lets the signals through that were blocked until now."""
+    global _owner
+    _owner = os.getpid()
+    received.clear()
+    for number in EARLY_SIGNALS:
+        signal.signal(number, remember)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY_SIGNALS)
+
+
+def remember(number: int, frame: FrameType | None = None) -> None:
+    """A handler that does nothing else; a forked loader process does not remember."""
+    if os.getpid() == _owner:
+        received.append(number)

@@ -1,0 +1,132 @@
+"""Which attempt may write a run folder: the newest one.
+
+A scheduler that loses sight of a node starts the job again elsewhere while the old processes may still run, and a
+person may start one command twice. Each attempt puts a token of its own into `fence.json`; one that finds another's
+there has been replaced, and stops before it writes anything more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.atomic import write_file
+from ...models.errors import ConfigError, RunFailedError
+
+
+class FencedError(RunFailedError):
+    """Another attempt has taken the run over; this one must write nothing more."""
+
+
+class Fence:
+    """The right of one attempt to write into `folder`, until another one takes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "fence.json"
+        self.token = uuid.uuid4().hex[:12]
+
+    def take(self) -> None:
+        """From now on this attempt may write, and every other one may not.
+
+        Raises ConfigError: a process of this machine that is not of the same job writes into the folder, or it
+            cannot be made.
+        """
+        holder = self._read()
+        if holder is not None and _works_here(holder):
+            raise ConfigError(
+                f"process {holder['pid']} is writing the run in {self.folder}: "
+                "stop it first, or give another output_dir"
+            )
+        text = json.dumps({"token": self.token, **_me()}) + "\n"
+
+        def write(path: Path) -> None:
+            path.write_text(text, encoding="utf-8")
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.folder} cannot be written: {error.strerror}") from error
+        write_file(self.path, write, size=len(text))
+
+    def check(self) -> None:
+        """Raises FencedError where another attempt has taken the run over."""
+        holder = self._read()
+        if holder is None or holder["token"] != self.token:
+            by = "another attempt" if holder is None else _describe(holder)
+            raise FencedError(f"{by} has taken over the run in {self.folder}; this one writes nothing more")
+
+    @contextmanager
+    def held(self) -> Iterator[Fence]:
+        """Gives the right back at the end, so that nobody waits for a process that is done with the run."""
+        try:
+            yield self
+        finally:
+            holder = self._read()
+            if holder is not None and holder["token"] == self.token:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+                    self.folder.rmdir()  # refused where there is a run in it
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and "token" in found else None
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "began": _began(os.getpid()),
+        "job": _job(),
+    }
+
+
+def _works_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder is another process of this machine that lives, and not an earlier attempt of one job."""
+    if holder.get("boot") != _boot() or not holder.get("boot") or holder.get("pid") == os.getpid():
+        return False
+    if holder.get("job") is not None and holder.get("job") == _job():
+        return False
+    began = _began(int(holder["pid"]))
+    return began is not None and began == holder.get("began")
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    job = holder.get("job")
+    return f"process {holder.get('pid')} on {holder.get('host')}" + ("" if job is None else f" of job {job}")
+
+
+def _job() -> str | None:
+    """The scheduler's name of this job, the same in all its attempts."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _boot() -> str:
+    """What no two machines share, nor two process tables of one; empty where the system does not tell."""
+    try:
+        table = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + table
+    except OSError:
+        return ""
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, in the system's ticks; None where there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if fields[0] == "Z" else fields[19]
