@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-ORDER, SAMPLE, MIXING = 0, 1, 2
-"""What a seed is for; kept apart so that the order of samples says nothing about their augmentation."""
+ORDER, SAMPLE, MIXING, STUDENT = 0, 1, 2, 3
+"""What a seed is for; kept apart so that the order of samples says nothing about their augmentation, nor that
+about what the student draws."""
 
 
 @dataclass(frozen=True)

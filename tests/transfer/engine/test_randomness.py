@@ -1,12 +1,16 @@
-"""Generators: captured, restored, preserved."""
+"""Generators: seeded for a batch, preserved."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
 import torch
-from graftvit.transfer.engine.randomness import capture, preserved, restore, seed_everything
+from graftvit.transfer.data.sampler import MIXING, ORDER, SAMPLE, STUDENT
+from graftvit.transfer.engine.randomness import preserved, seed_batch
+
+CPU = torch.device("cpu")
 
 
 def draws() -> list[float]:
@@ -17,28 +21,29 @@ def draws() -> list[float]:
     ]  # fmt: skip
 
 
-def test_restored_generators_draw_the_same_numbers() -> None:
-    seed_everything(3, rank=1)
-    draws()  # leaves half of a gaussian pair pending in numpy and in Python
-    states = {name: tensor.clone() for name, tensor in capture().items()}
-    first = draws()
-    seed_everything(4, rank=0)
-    restore(states)
+def test_a_batch_draws_the_same_whatever_was_drawn_before() -> None:
+    seed_batch(3, 1, 64, CPU)
+    first = draws()  # leaves half of a gaussian pair pending in numpy and in Python
+    seed_batch(3, 1, 64, CPU)
     assert draws() == first
 
 
-def test_ranks_and_seeds_draw_differently() -> None:
-    seen = []
-    for seed, rank in [(0, 0), (0, 1), (1, 0), (0, 2)]:
-        seed_everything(seed, rank)
-        seen.append(tuple(draws()))
-    assert len(set(seen)) == 4
+def test_seeds_epochs_and_positions_draw_differently() -> None:
+    seen = set()
+    for seed, epoch, position in itertools.product((0, 1), (0, 1), (0, 16, 32)):
+        seed_batch(seed, epoch, position, CPU)
+        seen.add(tuple(draws()))
+    assert len(seen) == 12
+
+
+def test_each_purpose_has_seeds_of_its_own() -> None:
+    assert len({ORDER, SAMPLE, MIXING, STUDENT}) == 4
 
 
 def test_preserved_leaves_no_trace() -> None:
-    seed_everything(5, rank=0)
+    seed_batch(5, 0, 0, CPU)
     first = draws()
-    seed_everything(5, rank=0)
+    seed_batch(5, 0, 0, CPU)
     with preserved():
         draws()
     assert draws() == first
