@@ -31,6 +31,9 @@ class TrainLoader:
     global batch is dropped; a set smaller than a global batch is one smaller batch an epoch.
     """
 
+    streamed = False
+    """Whether the images come in an order of their own, which depends on the number of ranks."""
+
     def __init__(
         self,
         source: ImageSource,
@@ -85,7 +88,12 @@ class TrainLoader:
 
 
 class StreamTrainLoader(TrainLoader):
-    """Training batches of a stream (wds, hfids, tfds); see `streams` for what a resumed epoch costs."""
+    """Training batches of a stream (wds, hfids, tfds); see `streams` for what a resumed epoch costs.
+
+    A stream with fewer than `batches_per_epoch` begins again: a run may set what it began with on other ranks.
+    """
+
+    streamed = True
 
     def __init__(
         self, stream: object, config: DataConfig, spec: InputSpec, *, seed: int, rank: int, world_size: int

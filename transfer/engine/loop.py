@@ -123,9 +123,9 @@ class Loop:
 
     def _place(self, index: int) -> int:
         """Place of the first sample of this process's batch `index` of the step, in the epoch's order."""
-        size, processes = self.parts.train_loader.batch_size, self.accelerator.num_processes
+        rank, processes = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         batches = self.position.epoch_step * self.schedule.accum + index
-        return (batches * processes + self.accelerator.process_index) * size
+        return (batches * processes + rank) * self.parts.train_loader.batch_size
 
     def _write_interval(self) -> None:
         self._check_losses()

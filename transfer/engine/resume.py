@@ -42,25 +42,21 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def check_same_run(saved: Mapping[str, Any], config: RunConfig, world_size: int) -> None:
-    """Refuses to continue a run with another model, method, optimiser, data, seed or number of processes.
+def check_same_run(saved: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses to continue a run with another model, method, optimiser, data or seed.
 
+    `optim.accum_iter` is left to `elastic.check_spread`: it goes with the number of processes.
     Raises ConfigError naming the first setting that differs. `saved` is the meta part of a state.
     """
     before, now = dict(_flat(saved["config"])), dict(_flat(settings(config)))
     for key in sorted(before.keys() | now.keys()):
-        if key.startswith(FREE) or before.get(key) == now.get(key):
+        if key.startswith((*FREE, "optim.accum_iter")) or before.get(key) == now.get(key):
             continue
         if key == "teacher.revision" and _same_commit(before[key], now[key], commit_of(saved)):
             continue
         raise ConfigError(
             f"{key}={now.get(key)!r}, but the run in {config.output_dir} was started with "
             f"{before.get(key)!r}: give the value that it was started with, or another output_dir"
-        )
-    if saved["world_size"] != world_size:
-        raise ConfigError(
-            f"the run in {config.output_dir} was saved by {saved['world_size']} processes and this one has "
-            f"{world_size}: use the same number, or another output_dir"
         )
 
 

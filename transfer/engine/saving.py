@@ -14,6 +14,7 @@ from torch import nn
 from ...checkpoints.state import StateFolder, TrainingState
 from ...models.errors import GraftError
 from ..config import RunConfig
+from .elastic import GlobalBatch
 from .ema import WeightAverage
 from .meters import Meters
 from .parallel import raise_together
@@ -49,6 +50,7 @@ class Saver:
     average: WeightAverage | None
     meters: Mapping[str, Meters]
     log: RunLog
+    batch: GlobalBatch
     origins: dict[str, Any]
     """Where the teacher and the starting weights are from."""
     n_parameters: int
@@ -87,6 +89,7 @@ class Saver:
         scaler = self.accelerator.scaler
         meta = self.meta(position) | {
             "world_size": self.accelerator.num_processes,
+            "global_batch": self.batch.meta(),
             "ema_updates": self.average.updates if self.average else 0,
             "optimizer_numbers": numbers,
             "meters": counts,
@@ -113,7 +116,14 @@ class Saver:
         if self.accelerator.scaler is not None and state.meta["scaler"]:
             self.accelerator.scaler.load_state_dict(state.meta["scaler"])
         self.last_step = position_of(state).step
-        restore_meters(state.tensors, state.meta["meters"], self.meters, self.accelerator.process_index)
+        restore_meters(
+            state.tensors,
+            state.meta["meters"],
+            self.meters,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            before=state.meta["world_size"],
+        )
 
 
 def position_of(state: TrainingState) -> Position:

@@ -106,9 +106,24 @@ def capture_meters(
 
 
 def restore_meters(
-    tensors: Mapping[str, Tensor], counts: Mapping[str, Any], meters: Mapping[str, Meters], rank: int
+    tensors: Mapping[str, Tensor],
+    counts: Mapping[str, Any],
+    meters: Mapping[str, Meters],
+    *,
+    rank: int,
+    processes: int,
+    before: int,
 ) -> None:
-    """Gives this process its sums back."""
+    """Gives this process its sums back; of `before` other processes, all to the first and nothing to the others.
+
+    The count is that of the batches that each of `processes` would have added for the same steps.
+    """
     for name, meter in meters.items():
-        key = f"meters.{rank}.{name}"
-        meter.load(counts[key]["count"], counts[key]["names"], tensors[key])
+        keys = [f"meters.{number}.{name}" for number in range(before)]
+        if processes == before:
+            sums = tensors[keys[rank]]
+        else:
+            sums = torch.stack([tensors[key] for key in keys]).sum(0)
+            sums = sums if rank == 0 else torch.zeros_like(sums)
+        saved = counts[keys[0]]  # all processes have added as many
+        meter.load(saved["count"] * before // processes, saved["names"], sums)

@@ -18,6 +18,7 @@ from ...checkpoints.state import StateFolder, TrainingState
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 from .build import Parts, build
+from .elastic import GlobalBatch, as_started, check_spread, describe, first_batch, saved_batch
 from .ema import WeightAverage
 from .fence import Fence
 from .finish import export_students
@@ -39,7 +40,7 @@ from .resume import (
 )
 from .runlog import RunLog
 from .saving import Saver, position_of
-from .schedule import Schedule, plan_schedule
+from .schedule import Schedule
 from .scoring import score, teacher_top1
 from .signals import StopSignals
 from .trackers import create_trackers, hyperparameters
@@ -78,8 +79,11 @@ def train(config: RunConfig) -> RunResult:
         if early is not None:  # nothing was done that a save could keep
             done = 0 if state is None else position_of(state).step
             return RunResult({}, config.output_dir, done, False, early)
-        saver, schedule = _prepare(config, accelerator, group, parts, fence)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
+        batch = _global_batch(config, parts, world, state)
+        if state is not None:
+            config = as_started(config, state.meta)
+        saver, schedule = _prepare(config, accelerator, group, parts, fence, batch)
         check_length(position, schedule.total_steps)
         with _recorder(config, parts, accelerator, saver.log, position, schedule) as recorder:
             loop = Loop(config, accelerator, parts, saver, schedule, recorder, signals, position)
@@ -129,16 +133,30 @@ def _find_state(
     steps = gather(None if state is None else position_of(state).step, group)
     check_agreement(steps, config.output_dir)
     if state is not None:
-        check_same_run(state.meta, config, accelerator.num_processes)
+        check_same_run(state.meta, config)
     return state
 
 
+def _global_batch(config: RunConfig, parts: Parts, world: int, state: TrainingState | None) -> GlobalBatch:
+    """What a step sees, over all processes; ConfigError where it cannot be what it was."""
+    if state is None:
+        return first_batch(config, parts.train_loader, world)
+    batch = saved_batch(state.meta, parts.train_loader)
+    check_spread(batch, state.meta, position_of(state), config, parts.train_loader, world)
+    return batch
+
+
 def _prepare(
-    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, parts: Parts, fence: Fence
+    config: RunConfig,
+    accelerator: Accelerator,
+    group: dist.ProcessGroup | None,
+    parts: Parts,
+    fence: Fence,
+    batch: GlobalBatch,
 ) -> tuple[Saver, Schedule]:
     """Wraps the task for its processes; makes optimiser, average and the saver that holds them together."""
-    batches, world = parts.train_loader.batches_per_epoch, accelerator.num_processes
-    schedule = plan_schedule(config.optim, batches, config.data.batch_size, world)
+    schedule = batch.schedule(config, accelerator.num_processes)
+    parts.train_loader.batches_per_epoch = schedule.accum * schedule.steps_per_epoch
     n_parameters = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
     model = _wrap(config, accelerator, parts)
     optimizer = create_optimizer(parts.task, parts.task.trainable, config.optim, schedule.peak)
@@ -155,6 +173,7 @@ def _prepare(
         average=average,
         meters={kind: Meters(accelerator.device) for kind in ("interval", "epoch")},
         log=RunLog(config.output_dir / "log.jsonl", fence.check),
+        batch=batch,
         origins=parts.origins,
         n_parameters=n_parameters,
     )
@@ -224,6 +243,11 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
     if accelerator.is_main_process:
         done = f"resumed at step {position.step} of {loop.schedule.total_steps}"
         logger.warning("the run in %s is %s", loop.config.output_dir, "finished" if loop.finished else done)
+        before, now = state.meta["world_size"], accelerator.num_processes
+        if now != before and not loop.finished:
+            logger.warning(
+                "the run in %s %s", loop.config.output_dir, describe(loop.saver.batch, before, now)
+            )
 
 
 def _begin(loop: Loop) -> None:

@@ -1,0 +1,135 @@
+"""One run on any number of processes: what a step sees stays the same, and the processes share it anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ...models.errors import ConfigError
+from ..config import RunConfig
+from ..data.loaders import TrainLoader
+from .resume import Position
+from .schedule import Schedule, plan_schedule
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What an optimiser step sees, for the whole life of a run."""
+
+    processes: int
+    """That the run was started on."""
+    batch_size: int
+    """Images of one batch: `data.batch_size`, or less where the data set is small."""
+    micro_batches: int
+    """Batches of a step, over all processes."""
+    steps_per_epoch: int
+
+    @property
+    def images(self) -> int:
+        """Images of a step."""
+        return self.batch_size * self.micro_batches
+
+    def meta(self) -> dict[str, int]:
+        """As JSON."""
+        return asdict(self)
+
+    def schedule(self, config: RunConfig, processes: int) -> Schedule:
+        """The schedule that `config`, as the run was started with, had then; `processes` now share each step."""
+        batches = self.steps_per_epoch * self.micro_batches // self.processes
+        first = plan_schedule(config.optim, batches, config.data.batch_size, self.processes)
+        return replace(first, accum=self.micro_batches // processes)
+
+
+def first_batch(config: RunConfig, loader: TrainLoader, processes: int) -> GlobalBatch:
+    """That of a run which starts now."""
+    accum = min(config.optim.accum_iter, loader.batches_per_epoch)
+    steps = loader.batches_per_epoch // accum
+    return GlobalBatch(processes, loader.batch_size, accum * processes, steps)
+
+
+def saved_batch(saved: Mapping[str, Any], loader: TrainLoader) -> GlobalBatch:
+    """That of the run whose state has the meta part `saved`."""
+    if "global_batch" in saved:
+        return GlobalBatch(**saved["global_batch"])
+    # Before states said it, a run went on with the processes that it was started on.
+    processes, settings = saved["world_size"], saved["config"]
+    size = _batch_size(settings["data"]["batch_size"], loader, processes)
+    batches = max(1, loader.num_samples // (size * processes))
+    accum = min(settings["optim"]["accum_iter"], batches)
+    return GlobalBatch(processes, size, accum * processes, batches // accum)
+
+
+def as_started(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
+    """`config` with the `optim.accum_iter` that the run was started with, which its schedule follows from."""
+    accum = saved["config"]["optim"]["accum_iter"]
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"accum_iter": accum})})
+
+
+def check_spread(
+    batch: GlobalBatch,
+    saved: Mapping[str, Any],
+    position: Position,
+    config: RunConfig,
+    loader: TrainLoader,
+    processes: int,
+) -> None:
+    """Refuses to go on where `processes` cannot see, together, what the run has seen in a step so far.
+
+    Raises ConfigError that names the numbers of processes which can, or the setting that does not go with them.
+    """
+    before = saved["world_size"]
+    fitting = [
+        count
+        for count in range(1, batch.micro_batches + 1)
+        if batch.micro_batches % count == 0
+        and _batch_size(config.data.batch_size, loader, count) == batch.batch_size
+    ]
+    if processes not in fitting:
+        raise ConfigError(
+            f"the run in {config.output_dir} takes {batch.micro_batches} batches of {batch.batch_size} images a step, "
+            f"which {_processes(processes)} cannot share: use {_listed(fitting)} processes, or another output_dir"
+        )
+    accum, started = batch.micro_batches // processes, saved["config"]["optim"]["accum_iter"]
+    if config.optim.accum_iter not in (started, accum):
+        valid = " or ".join(str(value) for value in dict.fromkeys((started, accum)))
+        raise ConfigError(
+            f"optim.accum_iter={config.optim.accum_iter}, but the run in {config.output_dir} was started with "
+            f"{started}, and {_processes(processes)} keep its batch of {batch.images} images with {accum}: "
+            f"give {valid}, or another output_dir"
+        )
+    if loader.streamed and processes != before and 0 < position.epoch_step < batch.steps_per_epoch:
+        raise ConfigError(
+            f"the run in {config.output_dir} stands in the middle of epoch {position.epoch} of a streamed data set, "
+            f"of which {_processes(processes)} would read other parts than the {before} that began it: "
+            f"use {before} to the end of the epoch, or another output_dir"
+        )
+    if not loader.streamed and loader.num_samples // batch.images != batch.steps_per_epoch:
+        raise ConfigError(
+            f"split {config.data.train_split!r} has {loader.num_samples} images, which are not the "
+            f"{batch.steps_per_epoch} steps an epoch of the run in {config.output_dir}: "
+            "give the images that it was started with, or another output_dir"
+        )
+
+
+def describe(batch: GlobalBatch, before: int, processes: int) -> str:
+    """What another number of processes changes, and what it does not."""
+    now, then = batch.micro_batches // processes, batch.micro_batches // before
+    return (
+        f"continues on {_processes(processes)} with {now} batch{'es' if now > 1 else ''} a step in place of "
+        f"{before} with {then}; the global batch stays {batch.images}"
+    )
+
+
+def _batch_size(setting: int, loader: TrainLoader, processes: int) -> int:
+    """Images of a batch where `processes` share the data set of `loader`."""
+    return setting if loader.streamed else min(setting, loader.num_samples // processes)
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' if count > 1 else ''}"
+
+
+def _listed(counts: list[int]) -> str:
+    *others, last = [str(count) for count in counts]
+    return f"{', '.join(others)} or {last}" if others else last
