@@ -25,6 +25,7 @@ COMMANDS = {
     "layers": "which layers of a converted student to keep as softmax, and what each choice costs",
     "benchmark": "`graftvit benchmark operators | models`: speed, memory and cost against fused softmax",
     "compare": "one teacher, many attention operators, the same budget: accuracy and cost in tables and plots",
+    "summary": "what a sweep came to: mean ± std over seeds as CSV, Markdown and a plot",
     "visualize": "look inside: attention over images, rollout, numbers by layer, a page to click through",
     "recipes": "list the recipes that come with the package, or print one",
 }

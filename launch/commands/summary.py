@@ -1,0 +1,32 @@
+"""`graftvit summary FOLDER`: what a sweep came to, as tables and a plot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..flags import command_parser
+
+EXAMPLES = (
+    "graftvit summary runs/layers",
+    "graftvit summary runs/layers > table.md",
+)
+DESCRIPTION = (
+    "Print what the cells of a sweep measured so far, a row a setting, mean ± standard deviation over seeds, and the "
+    "cells that failed or are not done. Accuracies are in percent, after the last epoch and at the best one. Written "
+    "to FOLDER as summary.csv, summary.md and summary.png."
+)
+
+
+def run(argv: list[str]) -> int:
+    """Print the table as Markdown and write the three files."""
+    parser = command_parser("summary", DESCRIPTION, EXAMPLES, usage="FOLDER")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output_dir of the sweep")
+    arguments = parser.parse_args(argv)
+    from ..slurm.summary import summarize, to_markdown, write_summary
+
+    summary = summarize(arguments.folder)
+    sys.stdout.write(to_markdown(summary))
+    for path in write_summary(summary):
+        sys.stderr.write(f"{path}\n")
+    return 0
