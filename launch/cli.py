@@ -13,6 +13,8 @@ from ..models.errors import ConfigError, GraftError, did_you_mean
 COMMANDS = {
     "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
     "train": "train a student: transfer a teacher's attention, fine-tune, or start from scratch",
+    "submit": "give a run, a sweep or a comparison to a SLURM cluster, where it survives what happens to jobs",
+    "resume": "`graftvit resume RUN`: submit a run again from where it stands, on other nodes if you like",
     "pretrain": "make a teacher by masked autoencoding, without labels",
     "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
     "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
@@ -29,6 +31,8 @@ COMMANDS = {
     "visualize": "look inside: attention over images, rollout, numbers by layer, a page to click through",
     "recipes": "list the recipes that come with the package, or print one",
 }
+DISTRIBUTED = ("train", "pretrain", "evaluate")
+"""Commands that several processes run together."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(words)
+        return dispatch(words)
     except GraftError as error:
         sys.stderr.write(f"graftvit: {_rank()}error: {' '.join(str(error).split())}\n")
         return error.exit_code
@@ -53,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
-def _dispatch(words: list[str]) -> int:
+def dispatch(words: list[str]) -> int:
+    """One command, as `main` runs it; its errors are raised."""
     if not words or words[0] in ("-h", "--help", "help"):
         sys.stdout.write(_overview())
         return 0 if words else 2
@@ -62,6 +67,10 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(f"unknown command {words[0]!r}; {did_you_mean(words[0], COMMANDS)}")
+    if words[0] in DISTRIBUTED:
+        from .slurm.environment import prepare_process
+
+        prepare_process()
     _log(words[0])
     run: Callable[[list[str]], int] = importlib.import_module(f".commands.{words[0]}", __package__).run
     try:

@@ -50,15 +50,15 @@ class Outline:
     processes: int
 
 
-def describe_plan(config: RunConfig) -> str:
-    """The resolved plan of a run.
+def describe_plan(config: RunConfig, processes: int | None = None) -> str:
+    """The resolved plan of a run on so many processes; by default those that a launcher has started.
 
     The data set is read for its size where it is there; without it `data.num_classes` must be given.
 
     Raises:
         GraftError: if the parts do not go together, in one sentence.
     """
-    outline = _outline(config)
+    outline = _outline(config, processes or _processes())
     rows = [
         ("mode", config.mode),
         ("teacher", _teacher_words(outline)),
@@ -80,14 +80,14 @@ def describe_plan(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _outline(config: RunConfig) -> Outline:
+def _outline(config: RunConfig, processes: int) -> Outline:
     whole = find_whole(config.student)
     channels, height, width = input_size(config.student, whole)
     teacher = _teacher(config, (height, width))
     spec = InputSpec(
         (channels, height, width), *student_normalization(config.student, channels, whole or teacher)
     )
-    loader = _loader(config, spec)
+    loader = _loader(config, spec, processes)
     if config.mode == "pretrain":
         plan = plan_student(headless(config.student), 0, None)
     else:
@@ -105,7 +105,7 @@ def _outline(config: RunConfig) -> Outline:
     elif config.mode == "align" and teacher is not None:
         Alignment(teacher.model, student, config.align.match)  # raises what the run would raise
     freeze(student if dual is not None else model, config.optim.trainable, keep_head=config.mode != "align")
-    return Outline(config, spec, teacher, plan, student, model, dual, loader, _processes())
+    return Outline(config, spec, teacher, plan, student, model, dual, loader, processes)
 
 
 def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
@@ -115,11 +115,11 @@ def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
     return find_teacher(config, size)
 
 
-def _loader(config: RunConfig, spec: InputSpec) -> TrainLoader | GraftError:
+def _loader(config: RunConfig, spec: InputSpec, processes: int) -> TrainLoader | GraftError:
     """The training set, or why it is not there; it is not downloaded."""
     data = config.data.model_copy(update={"download": False, "workers": 0})
     try:
-        return create_train_loader(data, spec, seed=config.seed, world_size=_processes())
+        return create_train_loader(data, spec, seed=config.seed, world_size=processes)
     except GraftError as error:
         if config.data.num_classes is None and config.mode != "pretrain":
             raise

@@ -42,6 +42,9 @@ class Submission:
     """Of `ClusterConfig`."""
     code: str
     """Folder with the copy of the package that the job runs."""
+    directory: str = "."
+    """Where it was submitted from, which relative paths of the run are meant from."""
+    cpus_per_task: int = 1
     origin: dict[str, Any] = field(default_factory=dict)
     """Git revision and package versions of that code."""
     earlier: list[str] = field(default_factory=list)
@@ -82,11 +85,11 @@ class JobFolder:
     def write_submission(self, submission: Submission) -> None:
         """Raises WriteFailedError."""
         text = json.dumps(asdict(submission), indent=2) + "\n"
-        write_file(
-            self.submission_path,
-            lambda path: path.write_text(text, encoding="utf-8") and None,
-            size=len(text),
-        )
+
+        def write(path: Path) -> None:
+            path.write_text(text, encoding="utf-8")
+
+        write_file(self.submission_path, write, size=len(text))
 
     def submission(self) -> Submission | None:
         """What was submitted; None where nothing was. Raises CheckpointError for a damaged file."""

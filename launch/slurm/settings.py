@@ -17,7 +17,7 @@ from ..yaml_text import parse_yaml
 class ClusterConfig(BaseModel):
     """Resources and surroundings of a job."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     cluster: Literal["slurm", "local", "debug"] = Field(
         "slurm", description="slurm, local (this machine, in the background) or debug (this process)"

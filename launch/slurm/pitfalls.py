@@ -1,0 +1,105 @@
+"""What submitit does that a run of days must not depend on. One function a behaviour, as read and seen in 1.5.4.
+
+Not here because nothing of ours asks for it: `Job.state`, `done` and `result` (they wait for ever for a killed job
+without accounting, and take NODE_FAIL for an end although the job is started again), the count of time-outs (a limit
+of ten minutes or less makes each preemption one), and the pickle that `checkpoint` would write anew at each requeue (a
+kill in the middle leaves a file that makes every later one fail). The state of a run is in its own files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import submitit
+from submitit.helpers import clean_env
+
+from ...models.errors import RunFailedError
+
+INSIDE_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start_script(code: Path, python: str = sys.executable) -> str:
+    """A shell script in place of the interpreter: it starts it on the copy of the package, signals blocked.
+
+    submitit installs its handlers after it has loaded the job. A SIGUSR2 before that ends the process, and the job
+    fails instead of going on later; a blocked one waits. `early_signals.remember_signals` lets it through. An `env`
+    that cannot block (coreutils before 8.31) leaves the gap as it is.
+    """
+    run, paths = shlex.quote(python), shlex.quote(str(code))
+    return (
+        "#!/bin/sh\n"
+        f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"\n'
+        "if env --block-signal=USR2 true 2>/dev/null; then\n"
+        f'  exec env --block-signal=USR2 --block-signal=TERM {run} "$@"\n'
+        "fi\n"
+        f'exec {run} "$@"\n'
+    )
+
+
+def forget_old_results() -> None:
+    """Removes what an earlier attempt left as this process's result, whole or torn.
+
+    submitit would give it out as the result of this attempt until that is through, and refuses to write beside a
+    torn one. In a folder of an earlier cluster, whose job numbers begin at 1 again, it may be another job's.
+    """
+    path = submitit.JobEnvironment().paths.result_pickle
+    for old in (path, path.with_suffix(path.suffix + ".save_tmp")):
+        old.unlink(missing_ok=True)
+
+
+def requeue() -> None:
+    """Has the scheduler start this job again: the first rank asks once everything is saved. May not return.
+
+    Slurm answers by sending SIGTERM to all processes of the step, `scontrol` itself among them. submitit takes its
+    death for a failure and ends the job; here it, and this process, ignore the signal until the answer is there.
+
+    Raises RunFailedError: the scheduler refused.
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        submitit.JobEnvironment()._requeue(0)  # the hook that every cluster of submitit has
+    except (subprocess.SubprocessError, OSError) as error:
+        raise RunFailedError(
+            f"the job cannot be requeued ({error}); `graftvit resume` goes on from its state"
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def outside_of_a_job() -> Iterator[None]:
+    """Submits as from a login node: a job that submits would hand its own allocation and ranks on.
+
+    `clean_env` takes SLURM_CONF away with them, without which Slurm's commands may find no cluster, or another one.
+    """
+    configuration = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if configuration is not None:
+            os.environ["SLURM_CONF"] = configuration
+        yield
+
+
+def export_ranks(restart: int) -> Mapping[str, str]:
+    """RANK and its like of this process, for torch; a port of its own for each attempt.
+
+    submitit's port depends on the job alone: a process that the scheduler gave up may still hold it. It would also
+    refuse variables that are there, and hide the other devices of the node, among which accelerate chooses by itself.
+    """
+    ranks = submitit.helpers.TorchDistributedEnvironment()
+    if ranks.world_size == 1:
+        for name in INSIDE_A_LAUNCHER:
+            os.environ.pop(name, None)
+        return {}
+    with contextlib.suppress(KeyError):
+        del os.environ["MASTER_PORT"]
+    ranks.export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ["MASTER_PORT"] = str(20000 + (ranks.master_port - 20000 + 7 * restart) % 40000)
+    return {name: os.environ[name] for name in INSIDE_A_LAUNCHER}

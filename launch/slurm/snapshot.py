@@ -1,0 +1,101 @@
+"""The code that a job runs: a copy made when it was submitted, which no later edit reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.atomic import write_folder
+
+PARTS = ("models", "checkpoints", "transfer", "launch", "cfgs")
+
+
+def copy_package(folder: Path) -> Path:
+    """Copies the installed package to `folder/code-<digest>`, and returns that; the same code is copied once.
+
+    In front of the module search path it takes the place of what is installed, its version included.
+    """
+    files = _files()
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name}\0".encode() + path.read_bytes())
+    target = folder / f"code-{digest.hexdigest()[:12]}"
+    if not target.is_dir():
+        size = sum(path.stat().st_size for path in files.values())
+        write_folder(target, lambda new: _copy(files, new), size=size)
+    return target
+
+
+def origin() -> dict[str, Any]:
+    """Git revision of the code, where it lies in a repository, and the versions of the packages that it needs."""
+    names = sorted({_name(line) for line in requires("graftvit") or () if "extra ==" not in line})
+    return {
+        "graftvit": version("graftvit"),
+        **_revision(),
+        "packages": {name: _version(name) for name in names},
+    }
+
+
+def _files() -> dict[str, Path]:
+    """Place under the module search path -> file. The package's parts may lie apart, as in an editable install."""
+    roots = {f"graftvit/{name}": _folder(f"graftvit.{name}") for name in PARTS}
+    found = {f"graftvit/{path.name}": path for path in _folder("graftvit").glob("*.py*") if path.is_file()}
+    for place, root in roots.items():
+        for path in root.rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                found[f"{place}/{path.relative_to(root)}"] = path
+    return dict(sorted(found.items()))
+
+
+def _folder(module: str) -> Path:
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _copy(files: dict[str, Path], folder: Path) -> None:
+    for name, path in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    metadata = folder / f"graftvit-{version('graftvit')}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(distribution("graftvit").read_text("METADATA") or "", encoding="utf-8")
+
+
+def _revision() -> dict[str, Any]:
+    """The commit, and whether files differ from it; nothing outside of a repository."""
+    folder = _folder("graftvit.launch")
+    if "site-packages" in folder.parts:
+        return {}
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    try:
+        answers = [
+            subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+            for words in commands
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git": answers[0], "edited": bool(answers[1])}
+
+
+def _name(requirement: str) -> str:
+    end = next(
+        (i for i, sign in enumerate(requirement) if not (sign.isalnum() or sign in "-_.")), len(requirement)
+    )
+    return requirement[:end]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
