@@ -1,4 +1,4 @@
-"""What a cell of a sweep runs: its whole configuration, and the words of the ordinary command."""
+"""What a cell of a sweep runs: its whole configuration, for the ordinary command."""
 
 from __future__ import annotations
 
@@ -24,13 +24,6 @@ def cell_configs(
     given = list(overrides)
     _check_once(sweep, given)
     return {cell.name: _cell_config(cell, recipe, given) for cell in sweep.cells}
-
-
-def cell_words(cell: Cell, recipe: str | Path | None, overrides: Iterable[Setting] = ()) -> list[str]:
-    """The words after `graftvit` that run the cell by hand."""
-    given = [*overrides, *_own(cell)]
-    flags = [f"--{setting.key}={as_text(setting)}" for setting in given if setting.key != "output_dir"]
-    return ["train", *([] if recipe is None else [str(recipe)]), *flags, f"--output_dir={cell.folder}"]
 
 
 def as_text(setting: Setting) -> str:

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from graftvit.launch.config import Setting, load_config, load_stages, parse_override
 from graftvit.launch.fields import leaves
-from graftvit.launch.flags import command_parser, parse_command
 from graftvit.launch.slurm.sweep import MAX_CELLS, check_folder, load_sweep, parse_sweep
 from graftvit.launch.slurm.sweep_axes import Axis, parse_axes
-from graftvit.launch.slurm.sweep_cells import as_text, cell_configs, cell_words
+from graftvit.launch.slurm.sweep_cells import as_text, cell_configs
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.transfer.config import RunConfig
 from hypothesis import given
@@ -231,25 +230,21 @@ def test_stages_stay_stages(tmp_path: Path) -> None:
     assert {s.config.output_dir for s in stages} == {tmp_path / "out" / "cells" / "seed=1"}
 
 
-def test_the_words_of_a_cell_run_it_by_hand(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, "optim: {epochs: 7}\n")
-    overrides = [
-        Setting("data.crop_scale", [0.1, 1.0], "x"), Setting("data.aa", None, "x"),
-        Setting("engine.fsdp", True, "x"), Setting("student.model_args.name", "1", "x"),
-        Setting("output_dir", "elsewhere", "x"),
-    ]  # fmt: skip
-    sweep = parse_sweep(
-        ["transfer.layers=[0,3],[[0,3],[1,4]]", "student.model_args.depth=2"], tmp_path / "out"
-    )
-    configs = cell_configs(sweep, path, overrides)
-    for cell in sweep.cells:
-        words = cell_words(cell, path, overrides)
-        assert words[:2] == ["train", str(path)]
-        parser = command_parser("train", "", ())
-        parser.add_argument("recipe")
-        _, settings = parse_command(parser, words[1:])
-        assert load_config(path, settings) == read_back(tmp_path, configs[cell.name])
-        path.write_text("optim: {epochs: 7}\n")
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("data.crop_scale", [0.1, 1.0], "[0.1, 1.0]"),
+        ("data.aa", None, "none"),
+        ("engine.fsdp", True, "true"),
+        ("student.model_args", {"depth": 6}, '{"depth": 6}'),
+        ("student.model_args.name", "1", '"1"'),
+        ("transfer.layers", "0,3", "0,3"),
+        ("transfer.layers", [[0, 3], [1, 4]], "[[0, 3], [1, 4]]"),
+    ],
+)
+def test_settings_as_words(key: str, value: object, text: str) -> None:
+    assert as_text(Setting(key, value, key)) == text
+    assert parse_override(f"{key}={text}").value == value
 
 
 @given(st.data())
