@@ -88,14 +88,14 @@ def check_spread(
     if processes not in fitting:
         raise ConfigError(
             f"the run in {config.output_dir} takes {batch.micro_batches} batches of {batch.batch_size} images a step, "
-            f"which {_processes(processes)} cannot share: use {_listed(fitting)} processes, or another output_dir"
+            f"which {_processes(processes)} cannot share: use {_listed(fitting)}, or another output_dir"
         )
     accum, started = batch.micro_batches // processes, saved["config"]["optim"]["accum_iter"]
     if config.optim.accum_iter not in (started, accum):
         valid = " or ".join(str(value) for value in dict.fromkeys((started, accum)))
         raise ConfigError(
             f"optim.accum_iter={config.optim.accum_iter}, but the run in {config.output_dir} was started with "
-            f"{started}, and {_processes(processes)} keep its batch of {batch.images} images with {accum}: "
+            f"{started}, and {_processes(processes)} take {accum} for its batch of {batch.images} images: "
             f"give {valid}, or another output_dir"
         )
     if loader.streamed and processes != before and 0 < position.epoch_step < batch.steps_per_epoch:
@@ -131,5 +131,6 @@ def _processes(count: int) -> str:
 
 
 def _listed(counts: list[int]) -> str:
-    *others, last = [str(count) for count in counts]
-    return f"{', '.join(others)} or {last}" if others else last
+    *others, last = counts
+    words = f"{', '.join(map(str, others))} or " if others else ""
+    return f"{words}{_processes(last)}"

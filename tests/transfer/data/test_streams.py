@@ -60,6 +60,12 @@ def test_a_resumed_epoch_is_fast_forwarded(start: int, workers: int) -> None:
         assert torch.equal(targets, same)
 
 
+def test_a_stream_gives_as_many_batches_as_the_run_began_with() -> None:
+    loader = create_train_loader(CONFIG, SPEC, seed=0)
+    loader.batches_per_epoch = 7
+    assert [len(images) for images, _ in loader.epoch(1)] == [4] * 7
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_counts_each_image_once(world: int) -> None:
     seen: list[int] = []
