@@ -1,0 +1,71 @@
+"""Slurm clusters for tests; a test that takes one is skipped, with the reason, where there can be none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
+from slurm_config import ClusterOptions
+from slurm_processes import ClusterError, marked_under
+
+REQUIRED = "GRAFTVIT_TEST_SLURM"
+"""Set in the environment where the packages were installed: there a cluster that does not start is a failure."""
+
+StartCluster = Callable[..., SlurmCluster]
+
+
+@pytest.fixture(scope="session")
+def cluster_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
+    """Makes names of new folders; when the session ends, no process may be left that works in one."""
+    base = tmp_path_factory.getbasetemp()
+    short = len(os.fsencode(base / "slurm99")) <= LONGEST_FOLDER
+    parent = base if short else Path(tempfile.mkdtemp(prefix="graftvit-", dir="/tmp"))
+    made: list[Path] = []
+
+    def folder() -> Path:
+        made.append(parent / f"slurm{len(made)}")
+        return made[-1]
+
+    yield folder
+    left = [process for path in made for process in marked_under(path)]
+    if not short:
+        shutil.rmtree(parent)
+    if left:
+        pytest.fail(f"left running: {', '.join(map(str, left))}")
+
+
+def start_or_skip(stack: ExitStack, folder: Path, options: ClusterOptions) -> SlurmCluster:
+    reason = missing_programs(options.mode)
+    if not reason:
+        try:
+            return stack.enter_context(SlurmCluster(folder, options))
+        except ClusterError as error:
+            reason = f"no Slurm cluster starts here: {error}"
+    if os.environ.get(REQUIRED) and options.mode == "host":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def cluster(cluster_folders: Callable[[], Path]) -> Iterator[SlurmCluster]:
+    """Three nodes on this host, for all tests of a file."""
+    with ExitStack() as stack:
+        yield start_or_skip(stack, cluster_folders(), ClusterOptions())
+
+
+@pytest.fixture
+def start_cluster(cluster_folders: Callable[[], Path]) -> Iterator[StartCluster]:
+    """Starts a cluster with the given `ClusterOptions`; it is stopped when the test ends."""
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> SlurmCluster:
+            return start_or_skip(stack, cluster_folders(), ClusterOptions(**options))
+
+        yield start
