@@ -1,0 +1,144 @@
+"""The cluster that other tests run on does what a real one does, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
+from slurm_processes import ClusterError, end, marked
+
+pytestmark = pytest.mark.slurm
+StartCluster = Callable[..., SlurmCluster]
+
+
+def show(cluster: SlurmCluster, job: str) -> dict[str, str]:
+    """The controller's record of a job."""
+    words = cluster.run("scontrol", "--oneliner", "show", "job", job).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def wait_for(
+    cluster: SlurmCluster, job: str, field: str, value: str, seconds: float = 15.0
+) -> dict[str, str]:
+    deadline = time.monotonic() + seconds
+    while (record := show(cluster, job))[field] != value:
+        assert time.monotonic() < deadline, record
+        time.sleep(0.05)
+    return record
+
+
+def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
+    words = ["sbatch", "--parsable", "--output=/dev/null", *flags, "--wrap", command]
+    return cluster.run(*words).strip()
+
+
+def test_tasks_of_two_nodes_see_their_place_and_their_gpus(cluster: SlurmCluster) -> None:
+    command = "echo $SLURM_PROCID $SLURMD_NODENAME $SLURM_LOCALID $CUDA_VISIBLE_DEVICES"
+    flags = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
+    lines = sorted(cluster.run("srun", *flags, "sh", "-c", command).splitlines())
+    first, second = cluster.nodes[:2]
+    assert lines == [f"0 {first} 0 0,1", f"1 {first} 1 0,1", f"2 {second} 0 0,1", f"3 {second} 1 0,1"]
+
+
+def test_more_gpus_than_a_node_has_are_refused(cluster: SlurmCluster) -> None:
+    with pytest.raises(ClusterError, match="node configuration is not available"):
+        sbatch(cluster, "true", "--gpus-per-node=5")
+
+
+def test_a_job_whose_node_dies_is_queued_again(cluster: SlurmCluster) -> None:
+    job = sbatch(cluster, "srun sleep 1000", "--nodes=2")
+    wait_for(cluster, job, "JobState", "RUNNING")
+    cluster.kill_node(cluster.nodes[0])
+    assert wait_for(cluster, job, "Restarts", "1")["JobState"] in ("COMPLETING", "PENDING")
+    assert (
+        marked({"SLURM_CONF": cluster.environment["SLURM_CONF"], "SLURMD_NODENAME": cluster.nodes[0]})
+        == set()
+    )
+    cluster.start_node(cluster.nodes[0])
+    cluster.run("scancel", job)
+    everywhere = cluster.run("srun", "--nodes=3", "sh", "-c", "echo $SLURMD_NODENAME")
+    assert sorted(everywhere.split()) == cluster.nodes
+
+
+def test_two_at_once_are_strangers(cluster: SlurmCluster, start_cluster: StartCluster) -> None:
+    other = start_cluster(nodes=1, gpus=0, accounting="shim")
+    job = sbatch(other, "exit 3")
+    wait_for(other, job, "JobState", "FAILED")
+    assert job not in cluster.run("squeue", "--states=all", "--noheader", "--format=%i").split()
+    columns = "JobID,State,ExitCode,NodeList"
+    row = f"{job}|FAILED|3:0|{other.nodes[0]}"
+    assert other.run("sacct", "-o", columns, "--parsable2", "-j", job).split() == [
+        columns.replace(",", "|"),
+        row,
+    ]
+    with pytest.raises(ClusterError, match="accounting storage is disabled"):
+        cluster.run("sacct", "-j", "1")
+
+
+def test_stopping_ends_what_does_not_want_to_end(start_cluster: StartCluster) -> None:
+    cluster = start_cluster(nodes=1)
+    stubborn = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid(); time.sleep(1000)"
+    code = f"{sys.executable} -c '{stubborn}' &"
+    job = sbatch(cluster, f'srun sh -c "{code} wait"')
+    wait_for(cluster, job, "JobState", "RUNNING")
+    mark = {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
+    deadline = time.monotonic() + 10
+    while not any("SIG_IGN" in str(process) for process in marked(mark)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cluster.stop()
+    assert marked(mark) == set()
+    cluster.stop()
+
+
+def test_only_the_marked_and_their_descendants_are_ended(tmp_path: Path) -> None:
+    mark = {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    forgetful = "env -i sh -c 'sleep 1000; :'; :"
+    with (
+        subprocess.Popen(["sh", "-c", forgetful], env=mark) as ours,
+        subprocess.Popen(["sleep", "1000"], env={"SLURM_CONF": f"{tmp_path}/slurm.conf.old"}) as other,
+    ):
+        deadline = time.monotonic() + 10
+        while len(found := marked(mark)) < 3:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+        end(mark)
+        assert ours.wait(timeout=5) == -9
+        assert marked(mark) == set()
+        assert other.poll() is None
+        other.kill()
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="too long for Slurm's sockets"):
+        SlurmCluster(tmp_path / ("x" * LONGEST_FOLDER))
+
+
+def test_a_daemon_that_does_not_come_up_leaves_nothing(
+    cluster_folders: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := missing_programs():
+        pytest.skip(reason)
+    cluster = SlurmCluster(cluster_folders())
+    monkeypatch.setattr("slurm_config._PLUGINS", ["SelectType=select/unheard_of"])
+    with pytest.raises(ClusterError, match=r"slurmctld does not come up: .*unheard_of"):
+        cluster.start()
+    assert marked({"SLURM_CONF": cluster.environment["SLURM_CONF"]}) == set()
+
+
+def test_a_node_in_a_network_of_its_own_can_be_cut_off(start_cluster: StartCluster) -> None:
+    cluster = start_cluster(nodes=2, mode="ns")
+    assert sorted(cluster.run("srun", "--nodes=2", "hostname").split()) == ["n1", "n2"]
+    job = sbatch(cluster, "srun sleep 1000", "--nodelist=n2")
+    wait_for(cluster, job, "JobState", "RUNNING")
+    cluster.cut_node("n2")
+    with pytest.raises((ClusterError, subprocess.TimeoutExpired)):
+        cluster.run("srun", "--jobid", job, "--overlap", "true", timeout=2)
+    assert any("sleep" in str(process) for process in marked({"SLURM_JOB_ID": job}))
+    cluster.mend_node("n2")
+    assert cluster.run("srun", "--jobid", job, "--overlap", "hostname").split() == ["n2"]
