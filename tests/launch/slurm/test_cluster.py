@@ -119,6 +119,18 @@ def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
         SlurmCluster(tmp_path / ("x" * LONGEST_FOLDER))
 
 
+def test_where_slurm_is_missing_the_reason_is_given(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm_cluster.PROGRAMS", ("no_such_daemon",))
+    monkeypatch.delenv("GRAFTVIT_TEST_SLURM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no_such_daemon: not installed"):
+        start_cluster()
+    monkeypatch.setenv("GRAFTVIT_TEST_SLURM", "1")
+    with pytest.raises(pytest.fail.Exception, match="no_such_daemon: not installed"):
+        start_cluster()
+
+
 def test_a_daemon_that_does_not_come_up_leaves_nothing(
     cluster_folders: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +145,8 @@ def test_a_daemon_that_does_not_come_up_leaves_nothing(
 
 def test_a_node_in_a_network_of_its_own_can_be_cut_off(start_cluster: StartCluster) -> None:
     cluster = start_cluster(nodes=2, mode="ns")
+    # has the same addresses, in a network of its own
+    assert start_cluster(nodes=1, mode="ns").run("srun", "hostname").split() == ["n1"]
     assert sorted(cluster.run("srun", "--nodes=2", "hostname").split()) == ["n1", "n2"]
     job = sbatch(cluster, "srun sleep 1000", "--nodelist=n2")
     wait_for(cluster, job, "JobState", "RUNNING")
