@@ -23,6 +23,7 @@ from .saving import Saver
 from .schedule import Schedule
 from .scoring import score
 from .signals import StopSignals
+from .waiting import CommunicationTimer
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Loop:
     def run(self) -> int | None:
         """Trains to the end, or until all processes agree on a signal, which is returned after a save."""
         self.saver.model.train()
+        timer = CommunicationTimer(self.saver.model, self.config.engine.log_interval)
+        self.recorder.communication = timer.seconds
         for kind in self.saver.meters:
             self.recorder.start(kind)
         while not self.finished:
@@ -86,7 +89,8 @@ class Loop:
         start = self.position.epoch_step * self.schedule.accum
         batches = self.parts.train_loader.epoch(self.position.epoch, start)
         while True:
-            batch = next(batches, None)
+            with self.recorder.waiting():
+                batch = next(batches, None)
             if batch is None:
                 raise DataError(f"the data set ended in the middle of epoch {self.position.epoch}")
             device = self.accelerator.device

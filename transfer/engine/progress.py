@@ -12,6 +12,8 @@ from rich.text import Text
 
 SHOWN_PARTS = 6
 """With more losses than these, those of single layers are left to the log."""
+NOTABLE_WAIT = 0.1
+"""Share of the time spent waiting for data above which the line says so."""
 
 
 class _TwoLines(Progress):
@@ -59,9 +61,11 @@ class ProgressBar:
 
 
 def numbers(record: Mapping[str, float]) -> str:
-    """The line under the bar: total loss and its parts, learning rate, images a second."""
+    """The line under the bar: losses, learning rate, images a second, a wait for data that is worth a look."""
     losses = {key.removeprefix("train_"): value for key, value in record.items() if key.startswith("train_")}
     if len(losses) > SHOWN_PARTS:
         losses = {name: value for name, value in losses.items() if not name.startswith("layer")}
     text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    return f"{text}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} img/s"
+    text = f"{text}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} img/s"
+    waiting = record.get("data_wait", 0.0)
+    return f"{text}  {waiting:.0%} waiting for data" if waiting > NOTABLE_WAIT else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate.tracking import GeneralTracker
 
 from .progress import ProgressBar
 from .runlog import RunLog
+from .waiting import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +27,18 @@ class Recorder:
         self._trackers = trackers
         self._bar = bar
         self._writes = writes
-        self._since: dict[str, tuple[float, int]] = {}
+        self._clocks: dict[str, Clock] = {}
+        self.communication: Callable[[], float | None] = lambda: None
+        """Seconds of exposed communication of a step timed since the last call, if one was."""
 
     def start(self, kind: str) -> None:
         """The clock of `kind` (interval or epoch) starts now."""
-        self._since[kind] = (time.perf_counter(), 0)
+        self._clocks[kind] = Clock()
 
     def images(self, count: int) -> None:
         """`count` more images, of all processes, went through a step."""
-        self._since = {kind: (start, seen + count) for kind, (start, seen) in self._since.items()}
+        for clock in self._clocks.values():
+            clock.images += count
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -43,22 +47,31 @@ class Recorder:
         try:
             yield
         finally:
-            gone = time.perf_counter() - begin
-            self._since = {kind: (start + gone, seen) for kind, (start, seen) in self._since.items()}
+            for clock in self._clocks.values():
+                clock.start += time.perf_counter() - begin
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside the block this process waits for its loader."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            for clock in self._clocks.values():
+                clock.waited += time.perf_counter() - begin
 
     def step(self, done: int, epoch: int) -> None:
         """A step is behind."""
+        for clock in self._clocks.values():
+            clock.steps += 1
         self._bar.step(done, epoch)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """One record, with the seconds of its clock and the images a second; the clock starts again."""
-        start, seen = self._since[kind]
-        seconds = time.perf_counter() - start
-        full = {
-            **record,
-            "seconds": round(seconds, 3),
-            "images_per_second": round(seen / max(seconds, 1e-9), 1),
-        }
+        """One record, with what its clock says (`Clock.readings`); the clock starts again."""
+        exposed = self.communication()
+        for clock in self._clocks.values():
+            clock.exposed += [] if exposed is None else [exposed]
+        full = {**record, **self._clocks[kind].readings()}
         self.start(kind)
         self.plain(full)
         if kind == "interval":

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from ...models.errors import RunFailedError
 
-WALL_CLOCK = ("seconds", "images_per_second")
+WALL_CLOCK = ("seconds", "images_per_second", "data_wait", "comm_wait")
 """The keys that depend on the machine's clock. All others are the same after a resume, bit for bit."""
 
 

@@ -17,6 +17,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.demo import parts as demo_parts
 from graftvit.transfer.demo import run as demo
 from graftvit.transfer.engine import loop
+from graftvit.transfer.engine.runlog import WALL_CLOCK
 from graftvit.transfer.engine.train import RunResult
 
 SHORT = {
@@ -43,11 +44,7 @@ def records(folder: Path) -> dict[str, list[dict[str, float]]]:
     """The logs of all runs, without the clock."""
     return {
         log.parent.name: [
-            {
-                key: value
-                for key, value in json.loads(line).items()
-                if key not in ("seconds", "images_per_second")
-            }
+            {key: value for key, value in json.loads(line).items() if key not in WALL_CLOCK}
             for line in log.read_text().splitlines()
         ]
         for log in folder.rglob("log.jsonl")

@@ -16,7 +16,7 @@ from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.runlog import WALL_CLOCK, read_log
+from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +38,7 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path, teacher: Path) -> None:
     log = read_log(tmp_path / "log.jsonl")
     last = log[-1]
     for key in ("train_loss", "train_task", "train_transfer", "train_layer00", "train_layer01", "lr", "test_top1",
-                "test_top5", "test_loss", "test_ema_top1", *WALL_CLOCK):  # fmt: skip
+                "test_top5", "test_loss", "test_ema_top1", "seconds", "images_per_second", "data_wait"):  # fmt: skip
         assert isinstance(last[key], int | float), key
     assert (last["epoch"], last["step"]) == (1, 16)
     assert last["train_transfer"] == pytest.approx(

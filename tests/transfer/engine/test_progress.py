@@ -21,6 +21,13 @@ def test_the_numbers_of_a_record() -> None:
     assert numbers(RECORD) == "loss 11.98  task 2.329  lr 9.38e-04  280 img/s"
 
 
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.1, ""), (0.114, "  11% waiting for data"), (1.0, "  100% waiting for data")]
+)
+def test_a_wait_for_data_is_said_where_it_is_worth_a_look(share: float, said: str) -> None:
+    assert numbers({**RECORD, "data_wait": share}) == numbers(RECORD) + said
+
+
 def test_many_layers_are_left_to_the_log() -> None:
     layers = {f"train_layer{index:02d}": 1.0 for index in range(12)}
     assert "layer" not in numbers({**RECORD, **layers})

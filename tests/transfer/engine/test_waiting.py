@@ -1,0 +1,108 @@
+"""Time that goes by waiting: for the loader, and for other processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import config
+from graftvit.transfer.data.loaders import EvalLoader
+from graftvit.transfer.data.loading import Batch, TrainBatches
+from graftvit.transfer.data.sampler import BatchRequest
+from graftvit.transfer.engine.runlog import read_log
+from graftvit.transfer.engine.train import train
+from graftvit.transfer.engine.waiting import CommunicationTimer
+from torch import nn
+
+TESTS = Path(__file__).parents[2]
+
+
+def timed(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_log(folder / "log.jsonl") if "seconds" in record]
+
+
+def test_a_slow_loader_shows_and_a_quick_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TrainBatches.__getitem__
+
+    def slow(self: TrainBatches, request: BatchRequest) -> Batch:
+        time.sleep(0.1)
+        return real(self, request)
+
+    optim = {"max_steps": 6}
+    train(config(tmp_path / "quick", optim=optim))
+    monkeypatch.setattr(TrainBatches, "__getitem__", slow)
+    train(config(tmp_path / "slow", optim=optim))
+    for record in timed(tmp_path / "slow"):
+        assert 0.5 < record["data_wait"] <= 1
+        assert record["data_wait"] * record["seconds"] >= 0.09 * 3
+        assert "comm_wait" not in record
+    last = timed(tmp_path / "quick")[-1]
+    assert 0 <= last["data_wait"] * last["seconds"] < 0.1 * 6
+
+
+def test_looking_at_the_test_set_is_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = EvalLoader.__iter__
+
+    def slow(self: EvalLoader) -> Any:
+        time.sleep(0.5)
+        return real(self)
+
+    monkeypatch.setattr(EvalLoader, "__iter__", slow)
+    train(config(tmp_path, optim={"epochs": 1}, engine={"log_interval": 3}))
+    for record in timed(tmp_path):
+        assert record["data_wait"] * record["seconds"] < 0.4
+
+
+def test_a_slow_process_is_what_the_others_wait_for(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "engine_waits.py"), str(tmp_path / "run"), "0.1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["ends"] == [0, 0], done.stderr[-4000:]
+    steps = [record["step"] for record in report["log"] if "comm_wait" in record]
+    assert steps == [2, 2, 4, 4, 6, 6], "an interval and an epoch end at each"
+    assert all(0.5 < record["comm_wait"] <= 1 for record in report["log"] if "comm_wait" in record)
+
+
+def test_without_ddp_there_is_nothing_to_read() -> None:
+    assert CommunicationTimer(nn.Linear(2, 2), 5).seconds() is None
+
+
+class Timed(nn.Module):
+    """What DDP says after each of some steps."""
+
+    def __init__(self, said: list[dict[str, int]]) -> None:
+        super().__init__()
+        self.said = said
+        self.rate = 0
+
+    def _get_ddp_logging_data(self) -> dict[str, int]:
+        return self.said.pop(0)
+
+    def _set_ddp_runtime_logging_sample_rate(self, rate: int) -> None:
+        self.rate = rate
+
+
+def test_each_step_that_ddp_timed_counts_once() -> None:
+    keys = ("iteration", "backward_comm_time", "backward_compute_comm_overlap_time")
+    said = [
+        (1, 5_000_000, 2_000_000),
+        (1, 5_000_000, 2_000_000),
+        (7, 1_000_000, 1_500_000),
+        (9, 4_000_000, 0),
+    ]
+    model = Timed([{"iteration": 0}, *(dict(zip(keys, row, strict=True)) for row in said)])
+    timer = CommunicationTimer(model, 7)
+    assert model.rate == 7
+    assert [timer.seconds() for _ in range(5)] == [None, pytest.approx(3e-3), None, 0.0, pytest.approx(4e-3)]

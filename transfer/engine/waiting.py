@@ -1,0 +1,64 @@
+"""How long a process waits: the clock of a record, and the gradient communication that DDP could not hide."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+NANOSECONDS = 1e-9
+
+
+@dataclass
+class Clock:
+    """What happened since the last record of a kind, by the clock of this process."""
+
+    start: float = field(default_factory=lambda: time.perf_counter())
+    images: int = 0
+    steps: int = 0
+    waited: float = 0.0
+    """Seconds in which the loader had no batch ready."""
+    exposed: list[float] = field(default_factory=list)
+    """Seconds of communication after the backward, of the steps that were timed."""
+
+    def readings(self) -> dict[str, float]:
+        """Seconds, images a second, and the shares of the seconds that went by waiting."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        readings = {
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.images / seconds, 1),
+            "data_wait": round(min(1.0, self.waited / seconds), 3),
+        }
+        if self.exposed and self.steps:
+            share = sum(self.exposed) / len(self.exposed) * self.steps / seconds
+            readings["comm_wait"] = round(min(1.0, share), 3)
+        return readings
+
+
+class CommunicationTimer:
+    """DDP's own timing of a step: how long its gradient exchange went on after the backward had ended.
+
+    DDP times its first ten steps and then one in `every`, at the start of the step after it, when it asks the device
+    for the times. With `every` the interval of the log, that is where the log has waited for the device anyway.
+    FSDP and a single process have no such numbers.
+    """
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self._model = model
+        self._seen = 0
+        choose = getattr(model, "_set_ddp_runtime_logging_sample_rate", None)
+        if choose is not None:
+            choose(every)
+
+    def seconds(self) -> float | None:
+        """Of the last step that was timed; None where there is none since the last call."""
+        read = getattr(self._model, "_get_ddp_logging_data", None)
+        timed: dict[str, Any] = {} if read is None else read()
+        total, hidden = timed.get("backward_comm_time"), timed.get("backward_compute_comm_overlap_time")
+        step = timed.get("iteration", 0)
+        if total is None or hidden is None or step == self._seen:
+            return None
+        self._seen = step
+        return float(max(0, total - hidden)) * NANOSECONDS
