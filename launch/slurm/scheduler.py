@@ -1,0 +1,283 @@
+"""What the scheduler says of jobs and nodes, and what it is told to do with a job.
+
+The queue (`squeue`) is right about a job for as long as it knows it, some minutes after the end of the job. After that
+the accounting (`sacct`) knows, where a site keeps one; its rows also tell how each earlier start of a requeued job ended.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+
+from ...models.errors import ConfigError, GraftError
+from .settings import parse_time
+
+UNKNOWN = "UNKNOWN"
+ENDED = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+)
+"""States in which a job holds no node; NODE_FAIL and PREEMPTED may be followed by another start."""
+
+_QUEUE = "JobArrayID State NodeList Reason RestartCnt exit_code StartTime EndTime TimeLimit".split()
+_ACCOUNTING = "JobID State NodeList ExitCode Start End Timelimit Reason".split()
+_TIMEOUT = 20.0
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job, or one cell of an array, as the scheduler knows it."""
+
+    state: str = UNKNOWN
+    """Slurm's word, as in RUNNING or NODE_FAIL."""
+    nodes: tuple[str, ...] = ()
+    reason: str = ""
+    """Why it waits, or why it ended; empty where the scheduler gives none."""
+    restarts: int = 0
+    start: float | None = None
+    """Unix time; for a waiting job the time at which it is expected to start."""
+    end: float | None = None
+    """Unix time; for a running job the time at which its limit ends it."""
+    limit: int | None = None
+    """Minutes."""
+    exit_code: str = ""
+    """`status:signal`."""
+    history: tuple[str, ...] = ()
+    """How earlier starts of the same job ended, where the accounting tells."""
+
+
+def job_states(ids: Iterable[str]) -> dict[str, JobState]:
+    """What is known of each job; state UNKNOWN where nobody knows it any more. Raises GraftError."""
+    wanted = list(dict.fromkeys(ids))
+    if not wanted:
+        return {}
+    queued = parse_queue(_queue_text(wanted))
+    try:
+        recorded = parse_accounting(_accounting_text(wanted))
+    except GraftError:
+        recorded = {}
+    return {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
+
+
+def accounting_works() -> bool:
+    """Whether `sacct` answers here."""
+    try:
+        _accounting_text(["1"])
+    except GraftError:
+        return False
+    return True
+
+
+def cancel(job_id: str) -> None:
+    """Ends a job for good, whether it waits or runs. Raises GraftError."""
+    _ask(["scancel", job_id])
+
+
+def signal_job(job_id: str, name: str) -> None:
+    """Sends a signal to every task of a running job. Raises GraftError.
+
+    Not with `--full`: that also hits the shell of the batch script, which dies of it and takes the job along.
+    """
+    _ask(["scancel", f"--signal={name}", job_id])
+
+
+def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
+    """Why this job was just signalled: one call to the scheduler, from inside of the job.
+
+    Args:
+        job_id: `SLURM_JOB_ID`, or `123_4`.
+        signal_delay: How long before its limit the job is told to save, in seconds; the scheduler may be a minute early.
+
+    Returns:
+        `preempted`, `requeued`, `cancelled`, `time limit`, or nothing where the scheduler does not tell.
+    """
+    try:
+        text = _ask(["scontrol", "--oneliner", "show", "job", job_id], timeout=8)
+    except GraftError:
+        return ""
+    return reason_in(text, int(os.environ.get("SLURM_RESTART_COUNT", "0")), datetime.now(), signal_delay)
+
+
+def reason_in(text: str, restarts: int, now: datetime, signal_delay: int) -> str:
+    """The reason that `scontrol show job` gives away to a job that was started `restarts` times before."""
+    fields = dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
+    state = fields.get("JobState", "")
+    if fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
+        return "preempted"
+    if int(fields.get("Restarts", "0")) > restarts:
+        return "requeued"
+    if fields.get("Reason") == "TimeLimit" or state == "TIMEOUT":
+        return "time limit"
+    end = _time(fields.get("EndTime", ""))
+    if state == "RUNNING":
+        near = end is not None and end - now.timestamp() <= signal_delay + 90
+        return "time limit" if near else ""
+    quiet = fields.get("Reason") == "None" and fields.get("ExitCode") == "0:0"
+    return "cancelled" if state == "CANCELLED" or (state == "COMPLETING" and quiet) else ""
+
+
+def fallen_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of `nodes` that are down, failing or do not answer; none where the scheduler cannot be asked."""
+    if not nodes:
+        return []
+    try:
+        text = _ask(["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"])
+    except GraftError:
+        return []
+    return fallen_in(text)
+
+
+def fallen_in(text: str) -> list[str]:
+    """Nodes of `sinfo` lines `name state`; a `*` marks one that does not answer."""
+    found = []
+    for name, _, state in (line.strip().partition(" ") for line in text.splitlines()):
+        if state.endswith("*") or state.lower().startswith(("down", "fail", "error", "unknown")):
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def parse_queue(text: str) -> dict[str, JobState]:
+    """Job id -> state, of the lines that `squeue` gives for `_QUEUE`."""
+    found = {}
+    for line in text.splitlines():
+        values = [value.strip() for value in line.split("|")]
+        if len(values) < len(_QUEUE):
+            continue
+        row = dict(zip(_QUEUE, values, strict=False))
+        found[row["JobArrayID"]] = JobState(
+            state=_state(row["State"]),
+            nodes=expand_nodes(row["NodeList"]),
+            reason=_word(row["Reason"]),
+            restarts=int(row["RestartCnt"] or 0),
+            start=_time(row["StartTime"]),
+            end=_time(row["EndTime"]),
+            limit=_limit(row["TimeLimit"]),
+            exit_code=_exit_code(row["exit_code"]),
+        )
+    return found
+
+
+def parse_accounting(text: str) -> dict[str, JobState]:
+    """Job id -> state, of what `sacct --duplicates --parsable2` gives, its header included."""
+    lines = [line.split("|") for line in text.splitlines() if "|" in line]
+    found: dict[str, JobState] = {}
+    for values in lines[1:]:
+        row = dict(zip(lines[0], values, strict=False))
+        state = JobState(
+            state=_state(row.get("State", "")),
+            nodes=expand_nodes(row.get("NodeList", "")),
+            reason=_word(row.get("Reason", "")),
+            start=_time(row.get("Start", "")),
+            end=_time(row.get("End", "")),
+            limit=_limit(row.get("Timelimit", "")),
+            exit_code=row.get("ExitCode", ""),
+        )
+        for job in expand_id(row.get("JobID", "")):
+            before = found.get(job)
+            history = () if before is None else (*before.history, before.state)
+            found[job] = replace(state, history=history, restarts=len(history))
+    return found
+
+
+def expand_id(text: str) -> list[str]:
+    """The jobs that `123_[5-7,9%2]` stands for."""
+    match = re.fullmatch(r"(\d+)_\[([^%\]]*)(?:%\d+)?\]", text)
+    if match is None:
+        return [text]
+    found = []
+    for part in match[2].split(","):
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if numbers is not None:  # sacct cuts long lists short with `...`
+            first = int(numbers[1])
+            found += range(first, int(numbers[2] or first) + 1, int(numbers[3] or 1))
+    return [f"{match[1]}_{index}" for index in found]
+
+
+@lru_cache(maxsize=256)
+def expand_nodes(text: str) -> tuple[str, ...]:
+    """The names that `gpu[01-03]` stands for; the packed name itself where Slurm is not here to tell."""
+    packed = "" if text in ("None assigned", "(null)", "N/A") else text
+    if "[" not in packed:
+        return tuple(name for name in packed.split(",") if name)
+    try:
+        return tuple(_ask(["scontrol", "show", "hostnames", packed]).split())
+    except GraftError:
+        return (packed,)
+
+
+def _merged(queued: JobState | None, recorded: JobState | None) -> JobState:
+    if queued is None:
+        return recorded or JobState()
+    history = () if recorded is None else recorded.history
+    return replace(queued, history=history[-queued.restarts :] if queued.restarts else ())
+
+
+def _queue_text(ids: Sequence[str]) -> str:
+    columns = ",".join(f"{name}:|" for name in _QUEUE)
+    flags = ["--states=all", "--array", "--noheader"]
+    try:
+        return _ask(["squeue", f"--jobs={','.join(ids)}", *flags, f"--Format={columns}"])
+    except GraftError as error:
+        if "Invalid job id" in str(error):  # said where it knows none of them
+            return ""
+        raise
+
+
+def _accounting_text(ids: Sequence[str]) -> str:
+    words = ["sacct", "--allocations", "--duplicates", "--parsable2"]
+    return _ask([*words, "-o", ",".join(_ACCOUNTING), "-j", ",".join(ids)])
+
+
+def _ask(words: list[str], timeout: float = _TIMEOUT) -> str:
+    """The output of a command of Slurm. Raises GraftError with one sentence."""
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
+        )
+    except FileNotFoundError as error:
+        raise GraftError(f"{words[0]} is not on this machine: run this where Slurm's commands are") from error
+    except OSError as error:
+        raise GraftError(f"{words[0]} cannot be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise GraftError(f"{words[0]} gave no answer within {timeout:.0f} seconds") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise GraftError(f"{words[0]} failed: {said}")
+    return done.stdout
+
+
+def _state(text: str) -> str:
+    """`CANCELLED by 1000` and `CANCELLED+` as CANCELLED."""
+    return (text.split() or [UNKNOWN])[0].rstrip("+")
+
+
+def _word(text: str) -> str:
+    return "" if text in ("None", "N/A", "(null)") else text
+
+
+def _time(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def _limit(text: str) -> int | None:
+    try:
+        return parse_time(text)
+    except ConfigError:
+        return None
+
+
+def _exit_code(text: str) -> str:
+    """`1792`, the status as wait(2) gives it, as `7:0`."""
+    return f"{int(text) >> 8}:{int(text) & 127}" if text.isdigit() else text
