@@ -8,7 +8,6 @@ import random
 import shlex
 import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +89,9 @@ def _lines(folder: Path, options: ClusterOptions, addresses: Addresses) -> Seque
     user = pwd.getpwuid(os.getuid()).pw_name
     return [
         "ClusterName=tests",
-        # ids that no earlier cluster gave: submitit takes a file of an earlier job with the same id for the job's
-        f"FirstJobId={1000 + int(time.time() * 10) % 60_000_000}",
+        # ids that no other cluster gives: submitit takes a file of an earlier job with the same id for the job's, and
+        # two jobs of one id on this host would meet at one port
+        f"FirstJobId={random.SystemRandom().randrange(1000, 60_000_000)}",
         f"SlurmctldHost={host_name()}({addresses.controller})",
         f"SlurmctldPort={addresses.controller_port}",
         f"SlurmUser={user}",
