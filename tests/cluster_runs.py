@@ -1,0 +1,157 @@
+"""Distillation on digits through `graftvit submit` on a test's Slurm cluster, and what happens to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from engine_runs import config, differences, make_teacher
+from graftvit.launch.slurm.files import Attempt, JobFolder
+from graftvit.transfer.config import RunConfig
+from slurm_cluster import SlurmCluster
+
+RESOURCES = {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "cpus_per_task": 1, "time": "2:00:00"}
+
+
+def until(ready: Callable[[], bool], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise AssertionError(f"{what}: not within {seconds} s")
+        time.sleep(0.05)
+
+
+@dataclass
+class ClusterRun:
+    """A run folder on a cluster, with a user's site file and the commands that he would type."""
+
+    cluster: SlurmCluster
+    root: Path
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output_dir
+
+    @property
+    def jobs(self) -> JobFolder:
+        return JobFolder(self.folder)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return user_environment(self.cluster, self.root)
+
+    def graftvit(self, *words: str, code: int = 0) -> str:
+        return graftvit(self.cluster, self.root, *words, code=code)
+
+    def submit(self, *words: str) -> str:
+        """The job's number."""
+        recipe = self.root / f"{self.folder.name}.yaml"
+        recipe.write_text(yaml.safe_dump(self.config.model_dump(mode="json")))
+        self.graftvit("submit", str(recipe), *words)
+        submission = self.jobs.submission()
+        assert submission is not None
+        return submission.job_id
+
+    def lines(self) -> int:
+        path = self.folder / "log.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def wait_for_lines(self, count: int, seconds: float = 120) -> None:
+        until(
+            lambda: self.lines() >= count,
+            seconds,
+            f"{count} records in {self.folder}/log.jsonl\n{self.logs()}",
+        )
+
+    def wait_for_attempt(self, number: int, seconds: float = 120) -> None:
+        until(lambda: len(self.jobs.attempts()) >= number, seconds, f"attempt {number}")
+
+    def finish(self, seconds: float = 240) -> list[Attempt]:
+        """Waits for the end of the run, and gives its attempts."""
+        until(lambda: self._ended() or self._gone(), seconds, f"the end of {self.folder}\n{self.logs()}")
+        assert self._ended(), self.logs()
+        return self.jobs.attempts()
+
+    def _ended(self) -> bool:
+        attempts = self.jobs.attempts()
+        return bool(attempts) and attempts[-1].outcome == "finished"
+
+    def _gone(self) -> bool:
+        return not self.cluster.run("squeue", "-h").strip() and not self._ended()
+
+    def logs(self) -> str:
+        paths = sorted((self.folder / "jobs" / "logs").glob("*_log.*"))
+        return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in paths)
+
+
+def user_environment(cluster: SlurmCluster, root: Path) -> dict[str, str]:
+    """A user with a site file for this cluster, and no other configuration."""
+    site = root / "config" / "graftvit" / "cluster.yaml"
+    if not site.exists():
+        site.parent.mkdir(parents=True)
+        site.write_text(yaml.safe_dump({**RESOURCES, "shared_folders": [str(root)]}))
+    own = {
+        "XDG_CONFIG_HOME": str(root / "config"),
+        "XDG_STATE_HOME": str(root / "state"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **cluster.environment, **own}
+
+
+def graftvit(cluster: SlurmCluster, root: Path, *words: str, code: int = 0) -> str:
+    """What the command prints; `code` is how it must end."""
+    command = [sys.executable, "-m", "graftvit.launch", *words]
+    done = subprocess.run(
+        command, env=user_environment(cluster, root), cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout if code == 0 else done.stderr
+
+
+def cluster_run(cluster: SlurmCluster, root: Path, name: str = "run", **sections: Any) -> ClusterRun:
+    """Twelve epochs of 25 steps on four ranks; some ten seconds of training."""
+    teacher = root / "teacher"
+    if not teacher.exists():
+        make_teacher(teacher)
+    data = {"train_samples": 400, "batch_size": 4, "eval_batch_size": 128}
+    optim = {"epochs": 12, "blr": 0.03, "ema": 0.9}
+    engine = {"log_interval": 5, "save_every": 20, "eval_every": 6, "evaluate_teacher": False}
+    merged: dict[str, Any] = {"data": data, "optim": optim, "engine": engine}
+    for section, values in sections.items():
+        merged[section] = {**merged.get(section, {}), **values}
+    return ClusterRun(cluster, root, config(root / name, teacher, **merged))
+
+
+FORK = """
+import sys
+from pathlib import Path
+from engine_killer import start, wait
+from graftvit.launch import load_config
+sys.exit(max(wait(start(load_config(Path(sys.argv[1])), int(sys.argv[2])))))
+"""
+
+
+def undisturbed(run: ClusterRun, ranks: int = 4) -> Path:
+    """The same run on as many processes of this machine, without a scheduler."""
+    whole = run.config.model_copy(update={"output_dir": run.root / "undisturbed"})
+    recipe = run.root / "undisturbed.yaml"
+    recipe.write_text(yaml.safe_dump(whole.model_dump(mode="json")))
+    command = [sys.executable, "-c", FORK, str(recipe), str(ranks)]
+    path = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env={**os.environ, **path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return whole.output_dir
+
+
+def assert_undisturbed(run: ClusterRun) -> None:
+    """The run has the weights, the optimiser, the average and the log of one that nothing happened to."""
+    found = differences(undisturbed(run), run.folder)
+    assert not found, found

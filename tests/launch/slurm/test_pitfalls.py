@@ -1,0 +1,166 @@
+"""Each behaviour of submitit that a run must not depend on, provoked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+from graftvit.launch.slurm.pitfalls import (
+    INSIDE_A_LAUNCHER,
+    export_ranks,
+    forget_old_results,
+    outside_of_a_job,
+    requeue,
+    start_script,
+)
+from graftvit.models.errors import RunFailedError
+
+
+@pytest.fixture
+def in_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As in rank 1 of 4 of job 77, with a folder in front of PATH."""
+    for name, value in {
+        "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_NTASKS": "4",
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
+        "SLURM_JOB_NODELIST": "node[1-2]", "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    for name in (*INSIDE_A_LAUNCHER, "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def command(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+BLOCKED = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), flush=True)"
+
+
+def test_a_signal_before_the_handlers_waits_for_them(tmp_path: Path) -> None:
+    script = tmp_path / "start.sh"
+    script.write_text(start_script(tmp_path / "code"))
+    code = (
+        f"{BLOCKED}; import os, time; os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.2)\n"
+        "from graftvit.transfer.engine import early_signals as early\n"
+        "early.remember_signals(); time.sleep(0.05); print(early.received)"
+    )
+    done = subprocess.run(["sh", str(script), "-c", code], capture_output=True, text=True, check=True)
+    blocked, received = done.stdout.splitlines()
+    assert "SIGUSR2" in blocked
+    assert "SIGTERM" in blocked
+    assert received == f"[{signal.SIGUSR2.value}]"
+    assert "torch" not in done.stderr
+
+
+def test_without_the_script_such_a_signal_kills(tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGUSR2
+
+
+def test_the_script_puts_the_copied_code_first_and_keeps_the_rest_of_the_path(tmp_path: Path) -> None:
+    script = tmp_path / "start.sh"
+    script.write_text(start_script(tmp_path / "a folder's code"))
+    show = ["sh", str(script), "-c", "import os; print(os.environ['PYTHONPATH'])"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    alone = subprocess.run(show, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    both = subprocess.run(
+        show, capture_output=True, text=True, check=True, env={**environment, "PYTHONPATH": "/mine"}
+    )
+    assert alone == f"{tmp_path}/a folder's code"
+    assert both.stdout.strip() == f"{tmp_path}/a folder's code:/mine"
+
+
+def test_the_script_starts_where_env_cannot_block(tmp_path: Path) -> None:
+    command(tmp_path, "env", "exit 125")
+    script = tmp_path / "start.sh"
+    script.write_text(start_script(tmp_path))
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", str(script), "-c", BLOCKED], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]")
+
+
+def test_results_of_earlier_attempts_are_forgotten_but_only_ones_own(in_slurm: Path) -> None:
+    mine = submitit.JobEnvironment().paths.result_pickle
+    assert mine.name == "77_1_result.pkl"
+    other = in_slurm / "77_0_result.pkl"
+    torn = in_slurm / "77_1_result.pkl.save_tmp"
+    for path in (mine, other, torn):
+        path.write_bytes(b"old")
+    forget_old_results()
+    assert (mine.exists(), torn.exists(), other.exists()) == (False, False, True)
+    forget_old_results()  # nothing there
+
+
+def test_a_torn_result_would_fail_a_finished_attempt(tmp_path: Path) -> None:
+    """Why the torn one is removed: submitit asserts that it is not there."""
+    (tmp_path / "r.pkl.save_tmp").touch()
+    with pytest.raises(AssertionError), submitit.core.utils.temporary_save_path(tmp_path / "r.pkl"):
+        pass
+
+
+def test_scontrol_survives_the_signal_that_its_own_requeue_sends(in_slurm: Path) -> None:
+    """A slow scontrol, in a step of which every process gets SIGTERM while it runs."""
+    command(in_slurm, "scontrol", f"echo $$ > {in_slurm}/pid; sleep 0.4; echo $@ > {in_slurm}/asked")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end_all() -> None:
+        while not (in_slurm / "pid").exists() or not (in_slurm / "pid").read_text().strip():
+            time.sleep(0.01)
+        os.kill(int((in_slurm / "pid").read_text()), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end_all)
+    thread.start()
+    requeue()
+    thread.join()
+    assert (in_slurm / "asked").read_text() == "requeue 77\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_refused_requeue_says_how_to_go_on(in_slurm: Path) -> None:
+    command(in_slurm, "scontrol", "exit 1")
+    with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit resume` goes on"):
+        requeue()
+
+
+def test_a_job_that_submits_hands_nothing_of_itself_on(
+    in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/ours.conf")
+    monkeypatch.setenv("RANK", "3")
+    before = dict(os.environ)
+    with outside_of_a_job():
+        inside = dict(os.environ)
+    assert dict(os.environ) == before
+    assert inside["SLURM_CONF"] == "/etc/ours.conf"
+    assert [name for name in inside if name.startswith(("SLURM_", "SUBMITIT_"))] == ["SLURM_CONF"]
+    assert "RANK" not in inside
+
+
+def test_each_attempt_meets_at_a_port_of_its_own(in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = {export_ranks(restart)["MASTER_PORT"] for restart in range(50)}
+    assert len(ports) == 50
+    assert all(20000 <= int(port) < 60000 for port in ports)
+    assert os.environ["RANK"] == "1"
+    assert os.environ["WORLD_SIZE"] == "4"
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+    assert os.environ["MASTER_ADDR"] == "node1"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] != "1"
+
+
+def test_one_process_alone_is_no_group(in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert export_ranks(0) == {}
+    assert "WORLD_SIZE" not in os.environ
