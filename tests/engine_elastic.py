@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from engine_killer import Spoil, start, wait
 from engine_runs import config, make_teacher, records, state
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.data import loaders
 from graftvit.transfer.data.loading import Batch, TrainBatches
 from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.engine.loop import Loop
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 Batches = dict[int, list[list[Any]]]
 """Step -> its batches: place in the epoch, samples, sums of pixels and targets after mixing, learning rate."""
@@ -101,7 +105,55 @@ def log_gap(one: Path, other: Path) -> float:
     return max(abs(a - b) / max(abs(a), 1e-6) for a, b in pairs)
 
 
+class Stream(IterableDataset[Any]):
+    """110 images in an order of their own, of which each process reads its share, as timm's streams do it."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = (
+            int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+
+    def __len__(self) -> int:
+        return -(-110 // self.world)
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for number in range(self.rank, 110, self.world):
+            yield Image.new("L", (8, 8), 2 * number), number % 10
+
+
+def streamed(folder: Path) -> dict[str, Any]:
+    """A run on a stream that is stopped in the middle of an epoch and then at its last step.
+
+    Shares of 28 images are 7 steps for 4 processes; those of 55 would be 6 for 2, which begin theirs again instead.
+    """
+    loaders.open_dataset = lambda *_, **__: Stream()
+    data = {"num_classes": 10, "batch_size": 4, "train_samples": None}
+    run = config(folder / "run", None, data=data, optim={"epochs": 3})
+
+    def part(ranks: int, end: int | None = None) -> list[int]:
+        def spoil(rank: int) -> None:
+            step = Loop._step
+
+            def ended(self: Loop, batches: Any) -> None:
+                if self.position.step == end:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                step(self, batches)
+
+            Loop._step = ended  # type: ignore[method-assign]
+
+        return wait(start(run, ranks, spoil))
+
+    ends = [part(4, 1), part(2)]
+    text = (run.output_dir / "error0.txt").read_text()
+    ends += [part(4, 5), part(2)]
+    steps = [record["step"] for record in records(run.output_dir) if "n_parameters" in record]
+    return {"ends": ends, "text": text, "steps": steps}
+
+
 def main(scenario: str, folder: Path, wrap: str) -> None:
+    if scenario == "streamed":
+        sys.stdout.write(json.dumps(streamed(folder)) + "\n")
+        return
     teacher = make_teacher(folder / "teacher")
 
     def run(name: str, **optim: Any) -> RunConfig:

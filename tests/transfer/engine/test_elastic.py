@@ -139,6 +139,13 @@ def test_what_does_not_fit_is_refused_on_every_process(tmp_path: Path) -> None:
     assert not any("\n" in text for text in [*three, *one])
 
 
+def test_a_streamed_run_changes_its_processes_between_epochs(tmp_path: Path) -> None:
+    report = elastic("streamed", tmp_path, "ddp")
+    assert report["ends"] == [[115] * 4, [2] * 2, [115] * 4, [0] * 2], report
+    assert "in the middle of epoch 0 of a streamed data set" in report["text"]
+    assert report["steps"] == [7, 14, 21]
+
+
 @given(
     images=st.integers(1, 400), size=st.integers(1, 16), accum=st.integers(1, 9),
     before=st.integers(1, 8), now=st.integers(1, 8), old=st.booleans(),
