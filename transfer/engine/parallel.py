@@ -43,10 +43,14 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Copied layers skip the student's own projections, so some of its parameters may take no part in a step.
     skips = config.mode == "transfer" and config.transfer.method.startswith("copy")
+    cpu = config.engine.device == "cpu" or not torch.cuda.is_available()
+    # DDP sorts its buckets anew after its first step unless it looks for unused parameters. Three or more gloo ranks
+    # add an element in an order that depends on its place, so a restart would differ by rounding.
+    keeps_order = several and cpu
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu" or (several and not torch.cuda.is_available()),
         mixed_precision="no" if config.engine.precision == "fp32" else config.engine.precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skips)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skips or keeps_order)],
     )
     if config.engine.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")

@@ -1,0 +1,42 @@
+"""A node that lost its network but not the shared folder: two attempts of one job run, and one of them writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster_runs import assert_undisturbed, cluster_run, until
+from slurm_cluster import SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def test_the_orphaned_attempt_is_fenced_off(
+    start_cluster: Callable[..., SlurmCluster], tmp_path: Path
+) -> None:
+    cluster = start_cluster(mode="ns", nodes=2)
+    # long enough for the orphan to be still at work when its successor has loaded
+    run = cluster_run(cluster, tmp_path, optim={"epochs": 90}, engine={"eval_every": 45, "log_interval": 10})
+    run.submit("--nodes", "1")
+    run.wait_for_lines(12)
+    (orphan,) = run.jobs.attempts()
+    cluster.cut_node(orphan.nodes[0])
+    before = run.lines()
+    until(lambda: run.lines() > before, 30, "the orphan writing on")
+    cluster.run("scontrol", "update", f"nodename={orphan.nodes[0]}", "state=down", "reason=cut")
+    run.wait_for_attempt(2)
+    successor = run.finish()[1]
+    assert (successor.job_id, successor.nodes) == (
+        orphan.job_id,
+        [n for n in cluster.nodes if n not in orphan.nodes],
+    )
+    errors = run.jobs.errors(1)
+    until(
+        lambda: "has taken over the run" in "".join(run.jobs.errors(1).values()),
+        30,
+        f"the orphan's end {errors}",
+    )
+    assert run.jobs.attempts()[0].outcome == "failed"
+    assert f"of job {orphan.job_id}" in run.jobs.errors(1)[0]
+    assert_undisturbed(run, ranks=2)

@@ -1,0 +1,135 @@
+"""What happens to jobs happens to a run in the middle of its training; its result is that of an undisturbed one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import submitit
+from cluster_runs import ClusterRun, assert_undisturbed, cluster_run
+from slurm_cluster import SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+StartCluster = Callable[..., SlurmCluster]
+EARLY, LATE = 12, 30
+"""Records of the log after which something happens, of about 75."""
+
+
+def interrupt(run: ClusterRun, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and SIGUSR2, as submitit imitates preemption."""
+    for name, value in run.cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    submitit.SlurmJob(folder=run.folder / "jobs" / "logs", job_id=job, tasks=[0])._interrupt()
+
+
+def preempt(run: ClusterRun) -> None:
+    """A job of a higher partition that needs all nodes, for a moment."""
+    nodes = str(len(run.cluster.nodes))
+    run.cluster.run("sbatch", "-p", "high", "-N", nodes, "--ntasks-per-node=1", "--cpus-per-task=8",
+                    "-o", "/dev/null", "--wrap", "sleep 1")  # fmt: skip
+
+
+def test_interrupt_in_the_middle(
+    start_cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cluster_run(start_cluster(), tmp_path)
+    job = run.submit()
+    run.wait_for_lines(EARLY)
+    interrupt(run, job, monkeypatch)
+    first, second = run.finish()
+    assert (first.outcome, second.outcome) == ("requeued", "finished")
+    assert first.signal.startswith("SIGUSR2")
+    assert (first.job_id, first.restart, second.restart) == (job, 0, 1)
+    assert first.world_size == 4
+    assert len(first.nodes) == 2
+    assert_undisturbed(run)
+
+
+@pytest.mark.parametrize("user_signal", [True, False])
+def test_preemption_by_a_higher_partition(
+    start_cluster: StartCluster, tmp_path: Path, user_signal: bool
+) -> None:
+    run = cluster_run(start_cluster(user_signal=user_signal, grace=6), tmp_path)
+    run.submit()
+    run.wait_for_lines(EARLY)
+    preempt(run)
+    first, second = run.finish()
+    assert second.outcome == "finished"
+    assert "preempted" in first.signal
+    assert first.signal.startswith("SIGUSR2" if user_signal else "SIGTERM")
+    assert first.outcome == ("requeued" if user_signal else None)
+    assert_undisturbed(run)
+
+
+def test_the_time_limit(start_cluster: StartCluster, tmp_path: Path) -> None:
+    # Slurm looks at time limits every 30 s, and the shortest is a minute: the run has to be there for so long
+    run = cluster_run(
+        start_cluster(), tmp_path, optim={"epochs": 2500}, engine={"eval_every": 2500, "log_interval": 500}
+    )
+    run.submit("--time", "1", "--signal_delay", "40")
+    run.wait_for_attempt(2, 150)
+    first = run.jobs.attempts()[0]
+    assert first.outcome == "requeued"
+    assert first.signal == "SIGUSR2 (time limit)"
+
+
+def test_requeue_by_an_administrator(start_cluster: StartCluster, tmp_path: Path) -> None:
+    run = cluster_run(start_cluster(), tmp_path)
+    job = run.submit()
+    run.wait_for_lines(EARLY)
+    run.cluster.run("scontrol", "requeue", job)
+    first, second = run.finish()
+    assert second.outcome == "finished"
+    assert first.outcome != "finished"
+    assert_undisturbed(run)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["batch node", "other node"])
+def test_the_death_of_a_node(start_cluster: StartCluster, tmp_path: Path, place: int) -> None:
+    run = cluster_run(start_cluster(), tmp_path)
+    run.submit()
+    run.wait_for_lines(EARLY)
+    dead = run.jobs.attempts()[0].nodes[place]
+    run.cluster.kill_node(dead)
+    first, second = run.finish()
+    assert second.outcome == "finished"
+    assert first.outcome != "finished"
+    assert dead not in second.nodes
+    assert second.before == f"node failure: {dead}" or first.outcome == "failed"
+    assert_undisturbed(run)
+
+
+def test_three_events_in_one_run(
+    start_cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cluster_run(start_cluster(user_signal=True, grace=6), tmp_path)
+    job = run.submit()
+    run.wait_for_lines(EARLY)
+    preempt(run)
+    run.wait_for_attempt(2)
+    run.wait_for_lines(LATE)
+    run.cluster.kill_node(run.jobs.attempts()[1].nodes[1])
+    run.wait_for_attempt(3)
+    run.wait_for_lines(LATE + 15)
+    interrupt(run, job, monkeypatch)
+    attempts = run.finish()
+    assert [attempt.restart for attempt in attempts] == [0, 1, 2, 3]
+    assert_undisturbed(run)
+
+
+def test_an_administrator_cancels(start_cluster: StartCluster, tmp_path: Path) -> None:
+    run = cluster_run(start_cluster(), tmp_path)
+    job = run.submit()
+    run.wait_for_lines(EARLY)
+    run.cluster.run("scancel", job)
+    deadline = time.monotonic() + 30
+    while run.cluster.run("squeue", "-h").strip() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (only,) = run.jobs.attempts()
+    assert only.signal == "SIGTERM (cancelled)"
+    assert run.cluster.run("squeue", "-h").strip() == ""
+    run.graftvit("resume", str(run.folder))
+    assert run.finish()[-1].outcome == "finished"
+    assert_undisturbed(run)
