@@ -157,7 +157,9 @@ def _words(record: _Record) -> str:
 
     numbers = early_signals.received
     number = signal.SIGUSR2 if signal.SIGUSR2 in numbers else numbers[-1]
-    reason = reason_of_signal(record.job_id) if record.cluster == "slurm" else ""
+    submission = record.folder.submission()
+    delay = 90 if submission is None else int(submission.resources["signal_delay"])
+    reason = reason_of_signal(record.job_id, delay) if record.cluster == "slurm" else ""
     return signal.Signals(number).name + (f" ({reason})" if reason else "")
 
 
