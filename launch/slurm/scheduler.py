@@ -1,7 +1,8 @@
 """What the scheduler says of jobs and nodes, and what it is told to do with a job.
 
-The queue (`squeue`) is right about a job for as long as it knows it, some minutes after the end of the job. After that
-the accounting (`sacct`) knows, where a site keeps one; its rows also tell how each earlier start of a requeued job ended.
+The queue (`squeue`) is right about a job for as long as it knows it, some minutes after the end of the job. After
+that the accounting (`sacct`) knows, where a site keeps one; its rows also tell how each earlier start of a requeued
+job ended.
 """
 
 from __future__ import annotations
@@ -19,12 +20,32 @@ from .settings import parse_time
 
 UNKNOWN = "UNKNOWN"
 ENDED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+    [
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "TIMEOUT",
+    ]
 )
 """States in which a job holds no node; NODE_FAIL and PREEMPTED may be followed by another start."""
 
-_QUEUE = "JobArrayID State NodeList Reason RestartCnt exit_code StartTime EndTime TimeLimit".split()
-_ACCOUNTING = "JobID State NodeList ExitCode Start End Timelimit Reason".split()
+_QUEUE = [
+    "JobArrayID",
+    "State",
+    "NodeList",
+    "Reason",
+    "RestartCnt",
+    "exit_code",
+    "StartTime",
+    "EndTime",
+    "TimeLimit",
+]
+_ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason"]
 _TIMEOUT = 20.0
 
 
@@ -90,7 +111,7 @@ def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
 
     Args:
         job_id: `SLURM_JOB_ID`, or `123_4`.
-        signal_delay: How long before its limit the job is told to save, in seconds; the scheduler may be a minute early.
+        signal_delay: Seconds before its limit at which the job is told to save; the scheduler may be a minute early.
 
     Returns:
         `preempted`, `requeued`, `cancelled`, `time limit`, or nothing where the scheduler does not tell.
@@ -188,7 +209,7 @@ def expand_id(text: str) -> list[str]:
     match = re.fullmatch(r"(\d+)_\[([^%\]]*)(?:%\d+)?\]", text)
     if match is None:
         return [text]
-    found = []
+    found: list[int] = []
     for part in match[2].split(","):
         numbers = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
         if numbers is not None:  # sacct cuts long lists short with `...`

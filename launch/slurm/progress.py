@@ -1,0 +1,106 @@
+"""How far a run is, from its log and its configuration alone."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...models.errors import GraftError
+from ...transfer.engine.runlog import read_log
+from ..config import load_config
+
+INTERVALS = 5
+"""The last records that tell the speed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of the run, or of the stage that a recipe with stages has come to."""
+
+    stage: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    """None before it can be known: at the end of the first epoch, or at once with `optim.max_steps`."""
+    epoch: int = 0
+    """Epochs that are behind."""
+    epochs: int | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    """Of this stage, counted from now as if the run had not paused."""
+    last_top1: float | None = None
+    best_top1: float | None = None
+
+
+def read_progress(folder: Path) -> Progress:
+    """What the files of a run folder tell; all defaults before the first record."""
+    inner = current_stage(folder)
+    stage = "" if inner == folder else inner.name
+    path = inner / "log.jsonl"
+    try:
+        records = [record for record in read_log(path) if isinstance(record, dict) and "step" in record]
+        age = time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
+        return Progress(stage)
+    epochs = [record for record in records if "n_parameters" in record]
+    step = max((int(record["step"]) for record in records), default=0)
+    limit, total = _length(inner, epochs)
+    pace = _seconds_a_step(records, epochs)
+    left = None if total is None or pace is None else max(0.0, (total - step) * pace - age)
+    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
+    scores = [float(value) for record in epochs if (value := _top1(record)) is not None]
+    return Progress(
+        stage=stage,
+        step=step,
+        total_steps=total,
+        epoch=int(epochs[-1]["epoch"]) + 1 if epochs else 0,
+        epochs=limit,
+        images_per_second=float(speeds[-1]) if speeds else None,
+        seconds_left=0.0 if total is not None and step >= total else left,
+        last_top1=scores[-1] if scores else None,
+        best_top1=max(scores, default=None),
+    )
+
+
+def current_stage(folder: Path) -> Path:
+    """The folder `<i>-<name>` of the last stage that has begun; the run folder itself where there is none."""
+    stages = [
+        (int(found[1]), path)
+        for path in folder.glob("*-*")
+        if (found := re.match(r"(\d+)-", path.name)) and (path / "config.yaml").is_file()
+    ]
+    return folder if (folder / "config.yaml").is_file() or not stages else max(stages)[1]
+
+
+def _length(folder: Path, epochs: list[dict[str, Any]]) -> tuple[int | None, int | None]:
+    """Epochs and steps of the whole run, as far as they can be known."""
+    try:
+        optim = load_config(folder).optim
+    except GraftError:
+        return None, None
+    if optim.max_steps is not None:
+        return None, optim.max_steps
+    if not epochs:
+        return optim.epochs, None
+    before = epochs[-2]["step"] if len(epochs) > 1 else 0
+    left = optim.epochs - epochs[-1]["epoch"] - 1
+    return optim.epochs, int(epochs[-1]["step"] + left * (epochs[-1]["step"] - before))
+
+
+def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> float | None:
+    """From the last intervals, else from the last epoch."""
+    intervals = [record for record in records if "n_parameters" not in record and "seconds" in record]
+    chosen = intervals or epochs
+    before = [0, *(int(record["step"]) for record in chosen)]
+    steps = sum(
+        int(record["step"]) - earlier
+        for record, earlier in list(zip(chosen, before, strict=False))[-INTERVALS:]
+    )
+    seconds = sum(float(record.get("seconds", 0)) for record in chosen[-INTERVALS:])
+    return seconds / steps if steps > 0 and seconds > 0 else None
+
+
+def _top1(record: dict[str, Any]) -> Any:
+    return record.get("test_ema_top1", record.get("test_top1"))
