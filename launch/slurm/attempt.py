@@ -47,13 +47,13 @@ class Attempt:
         limit_threads()
         record = _Record(JobFolder(self.output_dir), job, restart)
         code = self._run(record)
-        if code > 128 or early_signals.received:
+        if code == 0:
+            record.note(outcome="finished", ended=time.time())
+            return {"output_dir": str(self.output_dir), "outcome": "finished"}
+        if early_signals.received:
             _leave(record)
-        if code != 0:
-            record.note(outcome="failed", ended=time.time())
-            raise SystemExit(code)
-        record.note(outcome="finished", ended=time.time())
-        return {"output_dir": str(self.output_dir), "outcome": "finished"}
+        record.note(outcome="stopped" if code > 128 else "failed", ended=time.time())
+        raise SystemExit(code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """For submitit's own handler, which this one replaces at its first moment."""

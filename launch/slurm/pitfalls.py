@@ -50,6 +50,8 @@ def forget_old_results() -> None:
     submitit would give it out as the result of this attempt until that is through, and refuses to write beside a
     torn one. In a folder of an earlier cluster, whose job numbers begin at 1 again, it may be another job's.
     """
+    if "SUBMITIT_FOLDER" not in os.environ:  # --cluster debug keeps its result to itself
+        return
     path = submitit.JobEnvironment().paths.result_pickle
     for old in (path, path.with_suffix(path.suffix + ".save_tmp")):
         old.unlink(missing_ok=True)
@@ -85,6 +87,28 @@ def outside_of_a_job() -> Iterator[None]:
         if configuration is not None:
             os.environ["SLURM_CONF"] = configuration
         yield
+
+
+@contextmanager
+def detached(log: Path) -> Iterator[None]:
+    """Lets what is started inside outlive this process and its terminal; what it says goes to `log`.
+
+    submitit starts the controller of a local job as a child like any other: it would die with the terminal, and hold
+    the end of a pipe open that somebody reads this command's output from.
+    """
+    held = [os.dup(number) for number in (0, 1, 2)]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
+    try:
+        sys.stdout.flush()
+        with log.open("ab") as file, Path(os.devnull).open("rb") as nothing:
+            for number, target in enumerate((nothing, file, file)):
+                os.dup2(target.fileno(), number)
+        yield
+    finally:
+        for number, old in enumerate(held):
+            os.dup2(old, number)
+            os.close(old)
+        signal.signal(signal.SIGHUP, before)
 
 
 def export_ranks(restart: int) -> Mapping[str, str]:

@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ...models.errors import ConfigError
 from .attempt import Attempt
 from .checks import check_script
 from .files import JobFolder, Submission
-from .pitfalls import outside_of_a_job, start_script
+from .pitfalls import detached, outside_of_a_job, start_script
 from .settings import ClusterConfig
 from .snapshot import copy_package, origin
 
@@ -40,6 +41,8 @@ class Launch:
     requests: Sequence[Request]
     config: ClusterConfig
     cpus_per_task: int
+    after: str | None = None
+    """The job that has to finish before; where it does not, these are cancelled."""
 
     @property
     def logs(self) -> Path:
@@ -91,12 +94,16 @@ def submit(launch: Launch) -> list[str]:
     code = copy_package(launch.folder / "jobs")
     directory = Path.cwd()
     attempts = [Attempt(request.words, request.output_dir, directory) for request in launch.requests]
+    apart = detached(launch.logs / "controller.log") if launch.config.cluster == "local" else nullcontext()
     with outside_of_a_job():
         executor = executor_of(launch, code)
         for request in launch.requests:
             JobFolder(request.output_dir).stop_path.unlink(missing_ok=True)
         try:
-            jobs = executor.submit_array(attempts) if len(attempts) > 1 else [executor.submit(attempts[0])]
+            with apart:
+                jobs = (
+                    executor.submit_array(attempts) if len(attempts) > 1 else [executor.submit(attempts[0])]
+                )
         except submitit.core.utils.FailedJobError as error:
             raise ConfigError(f"the cluster refused the job: {' '.join(str(error).split())}") from error
     made = origin()
@@ -157,6 +164,9 @@ def _of_slurm(launch: Launch) -> dict[str, Any]:
         name: getattr(config, name)
         for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "dependency", "mem")
     }
+    if launch.after is not None:
+        optional["dependency"] = f"afterok:{launch.after}"
+        more["kill-on-invalid-dep"] = "yes"
     return {
         "cpus_per_task": launch.cpus_per_task,
         "slurm_signal_delay_s": config.signal_delay,
