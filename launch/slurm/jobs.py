@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def judge(job: JobState, last: Attempt | None, *, stopping: bool, problem: str =
     if last is not None and last.outcome == "finished":
         return "finished", ""
     if job.state == UNKNOWN:
-        return _by_files(last, problem)
+        return _by_files(last, problem, stopping)
     return _ended(job, now)
 
 
@@ -197,7 +198,7 @@ def _ended(job: JobState, now: Attempt | None) -> tuple[str, str]:
     return state, said or job.reason
 
 
-def _by_files(last: Attempt | None, problem: str) -> tuple[str, str]:
+def _by_files(last: Attempt | None, problem: str, stopping: bool) -> tuple[str, str]:
     """A job of which nobody but its files can tell."""
     if last is not None and last.outcome in ("finished", "stopped", "failed"):
         return last.outcome, last.why or last.signal
@@ -222,7 +223,7 @@ def restarts_of(attempts: Sequence[Attempt], history: Sequence[str] = ()) -> lis
     """Each attempt but the first, and why there had to be another."""
     found = []
     words = {"NODE_FAIL": "node failure", "PREEMPTED": "preempted", "TIMEOUT": "time limit"}
-    for before, attempt in zip(attempts, attempts[1:], strict=False):
+    for before, attempt in itertools.pairwise(attempts):
         same_job = before.job_id == attempt.job_id
         known = history[before.restart] if same_job and before.restart < len(history) else ""
         why = attempt.before or before.signal or (before.why if before.outcome == "failed" else "")
