@@ -137,10 +137,8 @@ def reason_in(text: str, restarts: int, now: datetime, signal_delay: int) -> str
     if state == "RUNNING":
         near = end is not None and end - now.timestamp() <= signal_delay + 90
         return "time limit" if near else ""
-    quiet = fields.get("Reason") == "None" and fields.get("ExitCode") in (
-        "0:0",
-        "0:15",
-    )  # before and after the batch shell has died of its SIGTERM
+    # the batch shell may have died of its SIGTERM already
+    quiet = fields.get("Reason") == "None" and fields.get("ExitCode") in ("0:0", "0:15")
     return "cancelled" if state == "CANCELLED" or (state == "COMPLETING" and quiet) else ""
 
 
