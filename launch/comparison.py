@@ -41,7 +41,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
     if compare.teacher_recipe is None:
         return Comparison(stages, compare)
     folder = stages[0].config.output_dir / "teacher"
-    teacher = load_config(compare.teacher_recipe, _taken_over(given, folder))
+    teacher = load_config(_beside(compare.teacher_recipe, Path(source)), _taken_over(given, folder))
     found = {"source": f"local-dir:{folder / 'student'}"}
     stages = [
         Stage(
@@ -51,6 +51,12 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
         for stage in stages
     ]
     return Comparison(stages, compare, teacher)
+
+
+def _beside(recipe: str, source: Path) -> str | Path:
+    """The recipe of the teacher: a file beside the one that names it, as with `base:`, or what the name says."""
+    path = source.parent / recipe
+    return path if path.is_file() and path != source and source.is_file() else recipe
 
 
 def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:

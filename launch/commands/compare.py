@@ -35,6 +35,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--only", action="append", metavar="NAMES", help="only the cells of these names, with commas between"
     )
+    parser.add_argument(
+        "--cell",
+        metavar="NAME",
+        help="this cell alone, also in an array, and no report: a job of `graftvit submit`",
+    )
     parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
     parser.add_argument(
         "--report", action="store_true", help="make the tables and plots of the cells on disk"
@@ -48,14 +53,22 @@ def run(argv: list[str]) -> int:
     arguments, settings = parse_command(parser, argv)
     if arguments.speed is not None and arguments.speed < 2:
         raise ConfigError(f"--speed {arguments.speed}: two rounds at least")
+    if arguments.cell is not None and arguments.only is not None:
+        raise ConfigError(
+            f"--cell {arguments.cell} is one cell, and --only asks for others: give one of the two"
+        )
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
+    from ...transfer.compare.cells import only_named
     from ...transfer.compare.report import write_report
     from ...transfer.compare.run import check_plans, choose_cells, raise_failed, run_compare
     from ..comparison import load_comparison
 
     comparison = load_comparison(arguments.config, settings)
     only = None if arguments.only is None else [name for words in arguments.only for name in words.split(",")]
-    cells = choose_cells(comparison, only)
+    if arguments.cell is None:
+        cells = choose_cells(comparison, only)
+    else:
+        cells = only_named(comparison.cells(), [arguments.cell], "--cell")
     if arguments.speed is not None:
         from ...transfer.compare.speed_again import measure_again
 
@@ -67,11 +80,11 @@ def run(argv: list[str]) -> int:
     if arguments.dry_run:
         sys.stdout.write(_listing(comparison, cells))
         return 0
-    in_array = "SLURM_ARRAY_TASK_ID" in os.environ
+    side_by_side = "SLURM_ARRAY_TASK_ID" in os.environ or arguments.cell is not None
     # jobs of an array would write the same files at once
-    after = None if in_array else lambda: write_report(comparison, figures=False)
+    after = None if side_by_side else lambda: write_report(comparison, figures=False)
     failed = run_compare(comparison, cells, tell=_tell, after_cell=after)
-    if in_array:
+    if side_by_side:
         _tell(f"`graftvit compare {arguments.config} --report` makes the tables when all jobs are through")
     else:
         sys.stdout.write(f"report: {write_report(comparison)}\n")

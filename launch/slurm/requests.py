@@ -13,7 +13,7 @@ from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..yaml_text import write_yaml
 from .submit import Request, write_text
 from .sweep import Sweep, check_folder, parse_sweep
-from .sweep_cells import cell_configs
+from .sweep_cells import cell_configs, first_config
 
 if TYPE_CHECKING:
     from ...transfer.compare.run import Comparison
@@ -25,13 +25,14 @@ class Plan:
 
     folder: Path
     configs: list[RunConfig]
-    """A configuration for each kind of run, to check and to describe: the first stage of the first cell."""
+    """What is to run first, to check and to describe: the first stage of the first cell, or the teacher to be made."""
     frozen: dict[Path, str]
     """Files to write before it is submitted."""
     requests: list[Request]
     first: Request | None = None
     """What the others have to wait for: the teacher of a comparison."""
     sweep: Sweep | None = None
+    comparison: bool = False
 
     def write(self) -> None:
         """Freezes the configurations in the run folders. Raises WriteFailedError."""
@@ -72,24 +73,28 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
     requests = [
         Request(["train", str(path)], cell.folder) for path, cell in zip(frozen, sweep.cells, strict=True)
     ]
-    return Plan(folder, _configs(recipe, settings)[:1], frozen, requests, sweep=sweep)
+    return Plan(folder, [first_config(sweep, recipe, settings)], frozen, requests, sweep=sweep)
 
 
 def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> Plan:
-    """A cell each; an array's jobs take their share by their place in it."""
+    """A cell each, of which none may be impossible."""
+    from ...transfer.compare.run import check_plans
     from ..comparison import load_comparison
 
     settings = [*settings, _absolute(load_comparison(recipe, settings).folder)]
     comparison = load_comparison(recipe, settings)
+    check_plans(comparison)
     path = comparison.folder / "jobs" / "config.yaml"
     words = ["compare", str(path), *_taken(settings)]
-    requests = [Request(words, comparison.cell_folder(cell)) for cell in comparison.cells()]
-    first = None
+    requests = [
+        Request([*words, "--cell", cell.folder], comparison.cell_folder(cell)) for cell in comparison.cells()
+    ]
+    first, config = None, comparison.config
     made = comparison.teacher
     if made is not None and not (made.output_dir / "student" / "config.json").exists():
-        first = Request([*words, "--only", "teacher"], made.output_dir)
-    text = _frozen_comparison(comparison, recipe)
-    return Plan(comparison.folder, [comparison.config], {path: text}, requests, first)
+        first, config = Request([*words, "--only", "teacher"], made.output_dir), made
+    frozen = {path: _frozen_comparison(comparison, recipe)} | _frozen_teacher(comparison, path)
+    return Plan(comparison.folder, [config], frozen, requests, first, comparison=True)
 
 
 def _taken(settings: Iterable[Setting]) -> list[str]:
@@ -124,3 +129,13 @@ def _frozen_comparison(comparison: Comparison, recipe: str) -> str:
             values["teacher"].pop("source")  # made in the folder of the comparison
         stages.append({"name": stage.name, **values})
     return write_yaml({"compare": read_recipe(recipe).compare, "stages": stages})
+
+
+def _frozen_teacher(comparison: Comparison, beside: Path) -> dict[Path, str]:
+    """The recipe of the teacher where it is a file of the user: under its name, beside the frozen comparison."""
+    name = comparison.compare.teacher_recipe
+    if comparison.teacher is None or name is None or Path(name).suffix not in (".yaml", ".yml"):
+        return {}
+    path = beside.parent / name
+    inside = path.resolve().is_relative_to(beside.parent.resolve()) and path != beside
+    return {path: dump_config(comparison.teacher)} if inside else {}

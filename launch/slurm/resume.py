@@ -11,7 +11,7 @@ from ...models.errors import ConfigError
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder, Submission
 from .settings import ClusterConfig
-from .submission import active_job, start
+from .submission import active_jobs, start
 from .submit import Launch, Request
 from .sweep import load_sweep
 
@@ -23,11 +23,14 @@ class Unfinished:
     folder: Path
     submissions: dict[Path, Submission]
     """Run folder -> how it was submitted."""
+    first: Request | None = None
+    """The teacher of a comparison, which has to be made before."""
 
     @property
     def resources(self) -> dict[str, Any]:
-        """What was asked of the cluster."""
-        return next(iter(self.submissions.values())).resources
+        """What was asked of the cluster; a job that was waited for then may be forgotten by now."""
+        asked = next(iter(self.submissions.values())).resources
+        return {name: value for name, value in asked.items() if name != "dependency"}
 
 
 def find_unfinished(folder: Path) -> Unfinished:
@@ -50,11 +53,12 @@ def find_unfinished(folder: Path) -> Unfinished:
     left = {run: submission for run, submission in known.items() if not _finished(run)}
     if not left:
         raise ConfigError(f"{folder} has finished: there is nothing to resume")
-    free = {run: submission for run, submission in left.items() if active_job(run) is None}
+    active = active_jobs(left)
+    free = {run: submission for run, submission in left.items() if run not in active}
     if not free:
-        job = active_job(next(iter(left)))
+        job = next(iter(active.values())).partition("_")[0]
         raise ConfigError(f"{folder} is job {job} already: `graftvit jobs {folder}` shows it")
-    return Unfinished(folder, free)
+    return Unfinished(folder, free, _teacher(folder) if runs != [folder] else None)
 
 
 def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> str:
@@ -70,7 +74,14 @@ def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = F
         check_resources(config, cores)
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
     launch = Launch(f"graftvit-{unfinished.folder.name}", unfinished.folder, requests, config, cores)
-    return start(unfinished.folder, launch, unchecked=unchecked)
+    return start(launch, unfinished.first, unchecked=unchecked)
+
+
+def _teacher(folder: Path) -> Request | None:
+    submission = JobFolder(folder / "teacher").submission()
+    if submission is None or _finished(folder / "teacher"):
+        return None
+    return Request(submission.command, folder / "teacher")
 
 
 def _finished(run: Path) -> bool:

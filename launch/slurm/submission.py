@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...models.errors import ConfigError
@@ -12,21 +13,9 @@ from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder
 from .registry import remember
 from .requests import Plan
-from .scheduler import job_states
+from .scheduler import ENDED, UNKNOWN, job_states
 from .settings import ClusterConfig
 from .submit import Launch, Request, script, submit, test_only
-
-ENDED = (
-    "UNKNOWN",
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
-)
 
 
 def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None:
@@ -41,6 +30,8 @@ def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None
         raise ConfigError(
             f"--cluster debug is this process alone, and {config.tasks} are asked for: give one GPU or task"
         )
+    if plan.comparison:
+        _check_comparison(plan, config)
     if config.cluster == "slurm":
         check_commands()
     _check_not_running(plan)
@@ -59,6 +50,8 @@ def describe(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> s
     from ..plan import describe_plan
 
     parts = [] if unchecked else [describe_plan(run, config.world_size) for run in plan.configs]
+    if plan.first is not None:
+        parts.append(f"a job of its own makes the teacher first, in {plan.first.output_dir}\n")
     if len(plan.requests) > 1:
         names = "".join(f"  {request.output_dir.name}\n" for request in plan.requests)
         parts.append(f"{len(plan.requests)} cells, {config.array_parallelism} at a time:\n{names}")
@@ -76,24 +69,30 @@ def describe(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> s
 def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """Submits, and says which jobs these are and what to do next."""
     plan.write()
-    if plan.first is not None:
-        before = submit(_launch(plan, [plan.first], config, "-teacher"))[0]
-        if config.cluster == "slurm":
-            more = {**config.sbatch, "kill-on-invalid-dep": "yes"}
-            config = config.model_copy(update={"dependency": f"afterok:{before}", "sbatch": more})
-    return start(plan.folder, _launch(plan, plan.requests, config), unchecked=unchecked)
+    said = start(_launch(plan, plan.requests, config), plan.first, unchecked=unchecked)
+    if plan.comparison:
+        frozen = next(iter(plan.frozen))
+        said += f"  graftvit compare {frozen} --report    # when all cells are through\n"
+    return said
 
 
-def start(folder: Path, launch: Launch, *, unchecked: bool = False) -> str:
-    """Submits `launch`, and says which jobs these are and what to do next."""
-    if launch.config.cluster == "slurm" and not unchecked:
+def start(launch: Launch, first: Request | None = None, *, unchecked: bool = False) -> str:
+    """Submits `launch`, after a job for `first` where it is given, and says which jobs these are."""
+    slurm = launch.config.cluster == "slurm"
+    if slurm and not unchecked:
         test_only(launch)
+    after = ""
+    if first is not None:
+        made = submit(replace(launch, name=f"{launch.name}-teacher", requests=[first]))[0]
+        launch = replace(launch, after=made if slurm else None)
+        after = f", after job {made} for the teacher,"
     jobs = submit(launch)
-    remember(folder)
-    many = f" ({len(jobs)} cells)" if len(jobs) > 1 else ""
+    remember(launch.folder)
+    cells = len(jobs) > 1 or launch.folder != launch.requests[0].output_dir
+    count = f" ({len(jobs)} cell{'s' if len(jobs) > 1 else ''})" if cells else ""
     return (
-        f"submitted job {jobs[0].partition('_')[0]}{many} in {folder}\n"
-        f"  graftvit jobs {folder}\n  graftvit logs {folder}{'/cells/...' if many else ''} --follow\n"
+        f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {launch.folder}\n"
+        f"  graftvit jobs {launch.folder}\n  graftvit logs {launch.folder}{'/cells/...' if cells else ''} --follow\n"
     )
 
 
@@ -102,28 +101,39 @@ def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
     return config.cpus_per_task or 1 + max((run.data.workers for run in configs), default=0)
 
 
-def _launch(plan: Plan, requests: Sequence[Request], config: ClusterConfig, suffix: str = "") -> Launch:
-    name = f"graftvit-{plan.folder.name}{suffix}"
-    return Launch(name, plan.folder, requests, config, cores(plan.configs, config))
+def _launch(plan: Plan, requests: Sequence[Request], config: ClusterConfig) -> Launch:
+    return Launch(f"graftvit-{plan.folder.name}", plan.folder, requests, config, cores(plan.configs, config))
+
+
+def _check_comparison(plan: Plan, config: ClusterConfig) -> None:
+    if config.world_size > 1:
+        raise ConfigError(
+            f"a cell of a comparison is one process, and {config.nodes} x {config.tasks} are asked for: "
+            "give --nodes 1 --gpus_per_node 1 --tasks_per_node 1"
+        )
+    if plan.first is not None and config.cluster == "local":
+        raise ConfigError(
+            "--cluster local does not wait for the teacher, which is not there yet: make it first by "
+            "`graftvit compare ... --only teacher`, or run all cells one after another without --only"
+        )
 
 
 def _check_not_running(plan: Plan) -> None:
-    for request in plan.requests:
-        job = active_job(request.output_dir)
-        if job is not None:
-            raise ConfigError(
-                f"{request.output_dir} is job {job} already: `graftvit jobs {plan.folder}` shows it, "
-                f"`graftvit stop {plan.folder}` ends it"
-            )
+    requests = [*([] if plan.first is None else [plan.first]), *plan.requests]
+    active = active_jobs(request.output_dir for request in requests)
+    for folder, job in active.items():
+        raise ConfigError(
+            f"{folder} is job {job} already: `graftvit jobs {plan.folder}` shows it, "
+            f"`graftvit stop {plan.folder}` ends it"
+        )
 
 
-def active_job(output_dir: Path) -> str | None:
-    """The job of a run that waits, runs or will be started again; None where there is no such."""
-    submission = JobFolder(output_dir).submission()
-    if submission is None or submission.cluster != "slurm":
-        return None
-    state = job_states([submission.job_id])[submission.job_id].state
-    return None if state in ENDED else submission.job_id
+def active_jobs(folders: Iterable[Path]) -> dict[Path, str]:
+    """Of these runs, those with a job that waits, runs or will be started again, and that job."""
+    found = {folder: JobFolder(folder).submission() for folder in folders}
+    jobs = {folder: one.job_id for folder, one in found.items() if one is not None and one.cluster == "slurm"}
+    states = job_states(jobs.values())
+    return {folder: job for folder, job in jobs.items() if states[job].state not in (*ENDED, UNKNOWN)}
 
 
 def _check_data(run: RunConfig) -> None:

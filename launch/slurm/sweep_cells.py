@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import ConfigError
+from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, parse_setting, read_recipe
 from ..fields import leaf_of
 from ..yaml_text import write_yaml
@@ -26,6 +27,13 @@ def cell_configs(
     return {cell.name: _cell_config(cell, recipe, given) for cell in sweep.cells}
 
 
+def first_config(sweep: Sweep, recipe: str | Path | None, overrides: Sequence[Setting]) -> RunConfig:
+    """What the first cell runs, or its first stage."""
+    own = _settings(sweep.cells[0], overrides)
+    stages = [] if recipe is None else load_stages(recipe, own)
+    return stages[0].config if stages else load_config(recipe, own)
+
+
 def as_text(setting: Setting) -> str:
     """The text of the command line that `parse_setting` reads as the value of this setting."""
     value: Any = setting.value
@@ -37,7 +45,7 @@ def as_text(setting: Setting) -> str:
 
 
 def _cell_config(cell: Cell, recipe: str | Path | None, overrides: Sequence[Setting]) -> str:
-    own = [*overrides, *_own(cell), Setting("output_dir", str(cell.folder), "output_dir")]
+    own = _settings(cell, overrides)
     if recipe is None or not read_recipe(recipe).stages:
         return dump_config(load_config(recipe, own))
     stages = load_stages(recipe, own)
@@ -46,8 +54,9 @@ def _cell_config(cell: Cell, recipe: str | Path | None, overrides: Sequence[Sett
     )
 
 
-def _own(cell: Cell) -> list[Setting]:
-    return [parse_setting(key, value, origin=f"--sweep {key}") for key, value in cell.settings.items()]
+def _settings(cell: Cell, overrides: Sequence[Setting]) -> list[Setting]:
+    own = [parse_setting(key, value, origin=f"--sweep {key}") for key, value in cell.settings.items()]
+    return [*overrides, *own, Setting("output_dir", str(cell.folder), "output_dir")]
 
 
 def _check_once(sweep: Sweep, overrides: Sequence[Setting]) -> None:

@@ -76,7 +76,7 @@ def test_failed_cells_end_in_exit_code_1(
     monkeypatch.setattr("graftvit.transfer.compare.run.train_cell", broken)
     assert main(["compare", str(path), "--only", "teacher,linear"]) == 1
     error = capsys.readouterr().err
-    assert "1 cells failed (linear-8)" in error
+    assert "the cell linear-8 failed: RuntimeError: out of luck; the same command tries it again" in error
     assert "out of luck" in cell(tmp_path, "linear-8")["error"]
     assert main(["compare", str(path), "--dry_run"]) == 0
     assert "linear-8   failed" in capsys.readouterr().out

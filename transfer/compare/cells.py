@@ -44,14 +44,14 @@ def list_cells(plans: Mapping[str, str], sizes: Sequence[int], *, teacher: bool)
     return [Cell(name, plan, size) for size in sizes for name, plan in everyone.items()]
 
 
-def only_named(cells: Sequence[Cell], names: Sequence[str] | None) -> list[Cell]:
+def only_named(cells: Sequence[Cell], names: Sequence[str] | None, origin: str = "--only") -> list[Cell]:
     """The cells of these names, or with these folders; all for None. Raises ConfigError: one is not there."""
     if names is None:
         return list(cells)
     valid = {cell.name for cell in cells} | {cell.folder for cell in cells}
     for name in names:
         if name not in valid:
-            raise ConfigError(f"--only {name}: there is no such cell; {did_you_mean(name, valid)}")
+            raise ConfigError(f"{origin} {name}: there is no such cell; {did_you_mean(name, valid)}")
     return [cell for cell in cells if cell.name in names or cell.folder in names]
 
 

@@ -269,6 +269,10 @@ def _outcome(record: Record) -> str:
 
 def raise_failed(failed: Sequence[str], folder: Path) -> None:
     """RunFailedError that names the cells that failed, where there are any."""
+    if len(failed) == 1:
+        record = load_record(folder / "cells" / failed[0])
+        why = "" if record is None else f": {record.error}"
+        raise RunFailedError(f"the cell {failed[0]} failed{why}; the same command tries it again")
     if failed:
         names = ", ".join(failed)
         raise RunFailedError(
