@@ -76,12 +76,17 @@ class RunStatus:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The run itself, or the cells of a sweep or comparison that were submitted. Raises ConfigError."""
+    """The run itself, or the cells of a sweep or comparison that were submitted, the run of its teacher first.
+
+    Raises ConfigError: nothing was submitted to the folder.
+    """
     folder = folder.absolute()
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give the output_dir of a run")
     sweep = load_sweep(folder)
     cells = [cell.folder for cell in sweep.cells] if sweep else sorted((folder / "cells").glob("*"))
+    if cells and not sweep:
+        cells.insert(0, folder / "teacher")
     found = [cell for cell in cells if JobFolder(cell).submission_path.exists()]
     if found or JobFolder(folder).submission_path.exists():
         return found or [folder]
@@ -207,6 +212,8 @@ def _by_files(last: Attempt | None, problem: str, stopping: bool) -> tuple[str, 
         return "unknown", f"{problem}; {seen}"
     if last is None:
         return "unknown", "it never began, and the scheduler no longer knows it"
+    if stopping and last.outcome is None:
+        return "cancelled", "`graftvit stop`"
     for word, state in {
         "cancelled": "cancelled",
         "time limit": "timed out",

@@ -10,10 +10,10 @@ from typing import Any
 from ...models.errors import ConfigError
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder, Submission
+from .jobs import run_folders
 from .settings import ClusterConfig
 from .submission import active_jobs, start
 from .submit import Launch, Request
-from .sweep import load_sweep
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,11 @@ def find_unfinished(folder: Path) -> Unfinished:
     Raises ConfigError: nothing was submitted to `folder`, all has finished, or a job is at work on what has not.
     """
     folder = folder.absolute()
-    sweep = load_sweep(folder)
-    if sweep is not None:
-        runs = [cell.folder for cell in sweep.cells]
-    elif (folder / "cells").is_dir():
-        runs = sorted(path.parent.parent for path in folder.glob("cells/*/jobs/submission.json"))
-    else:
-        runs = [folder]
-    submissions = {run: JobFolder(run).submission() for run in runs}
+    submissions = {run: JobFolder(run).submission() for run in run_folders(folder)}
     known = {run: submission for run, submission in submissions.items() if submission is not None}
+    teacher = known.pop(folder / "teacher", None)
     if not known:
-        raise ConfigError(f"{folder} was never submitted: `graftvit submit` does that")
+        raise ConfigError(f"the cells of {folder} were never submitted: `graftvit submit` does that")
     left = {run: submission for run, submission in known.items() if not _finished(run)}
     if not left:
         raise ConfigError(f"{folder} has finished: there is nothing to resume")
@@ -58,7 +52,9 @@ def find_unfinished(folder: Path) -> Unfinished:
     if not free:
         job = next(iter(active.values())).partition("_")[0]
         raise ConfigError(f"{folder} is job {job} already: `graftvit jobs {folder}` shows it")
-    return Unfinished(folder, free, _teacher(folder) if runs != [folder] else None)
+    if teacher is None or _finished(folder / "teacher"):
+        return Unfinished(folder, free)
+    return Unfinished(folder, free, Request(teacher.command, folder / "teacher"))
 
 
 def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> str:
@@ -75,13 +71,6 @@ def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = F
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
     launch = Launch(f"graftvit-{unfinished.folder.name}", unfinished.folder, requests, config, cores)
     return start(launch, unfinished.first, unchecked=unchecked)
-
-
-def _teacher(folder: Path) -> Request | None:
-    submission = JobFolder(folder / "teacher").submission()
-    if submission is None or _finished(folder / "teacher"):
-        return None
-    return Request(submission.command, folder / "teacher")
 
 
 def _finished(run: Path) -> bool:
