@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from ...models.errors import DataError, did_you_mean
 
@@ -31,6 +29,9 @@ class DigitsSource:
     def __init__(self, split: str, mode: str) -> None:
         if split not in SPLITS:
             raise DataError(f"digits has no split {split!r}; {did_you_mean(split, SPLITS)}")
+        from sklearn.datasets import load_digits  # a second that runs on other data need not wait
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         train, validation = train_test_split(
             np.arange(len(digits.target)), test_size=VALIDATION_SIZE, stratify=digits.target, random_state=0
