@@ -112,7 +112,7 @@ def _overview() -> str:
 
 def _rank() -> str:
     """Which process speaks, where there are several."""
-    return f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"rank {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _version() -> str:

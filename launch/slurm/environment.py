@@ -14,6 +14,7 @@ from collections.abc import MutableMapping
 from ...models.errors import ConfigError
 
 Environment = MutableMapping[str, str]
+NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launcher(environment: Environment = os.environ) -> str:
@@ -21,24 +22,29 @@ def launcher(environment: Environment = os.environ) -> str:
 
     Raises ConfigError: several processes were started in a way that would make several runs of them.
     """
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_PROCID" in environment else 1
+    starter, started, rank = _starter(environment)
     if "TORCHELASTIC_RUN_ID" in environment:
         groups = int(environment.get("GROUP_WORLD_SIZE", "1"))
-        if tasks not in (1, groups):
+        if started not in (1, groups):
             raise ConfigError(
-                f"srun started torchrun {tasks} times, but each of them knows of {groups} of them: give "
+                f"{starter} started torchrun {started} times, but each of them knows of {groups} of them: give "
                 "`srun --ntasks-per-node 1 torchrun --nnodes $SLURM_JOB_NUM_NODES ...`, or srun alone without torchrun"
             )
         return "torchrun"
-    if "RANK" in environment or "WORLD_SIZE" in environment:
+    if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        _check_ranks(environment, starter, started, rank)
         return "variables"
-    if tasks > 1:
+    if starter == "srun" and started > 1:
         return "srun"
-    size = int(environment.get("OMPI_COMM_WORLD_SIZE", environment.get("PMI_SIZE", "1")))
-    if size > 1:
+    if started > 1:
         raise ConfigError(
-            f"mpirun started {size} processes, which would be {size} runs in one folder: "
+            f"{starter} started {started} processes, which would be {started} runs in one folder: "
             "start them with torchrun, accelerate launch or srun"
+        )
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
+        raise ConfigError(
+            "accelerate launch --cpu gives its processes no ranks, and each would be a run of its own in one folder: "
+            "start them with torchrun, or give accelerate launch --num_processes 1 --num_machines 1"
         )
     return "python"
 
@@ -46,20 +52,53 @@ def launcher(environment: Environment = os.environ) -> str:
 def prepare_process(environment: Environment = os.environ) -> None:
     """Sets RANK and its like where srun started this process, and the number of threads. Before torch is loaded.
 
-    Raises ConfigError as `launcher`, or where variables that were set by hand are not complete.
+    Raises ConfigError as `launcher`.
     """
     kind = launcher(environment)
     if kind == "srun":
         environment.update(srun_ranks(environment))
-    elif kind == "variables":
-        needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in needed if name not in environment]
-        if missing and environment.get("WORLD_SIZE", "1") != "1":
-            raise ConfigError(
-                f"{', '.join(name for name in needed if name in environment)} without {', '.join(missing)}: set all of "
-                f"{', '.join(needed)} and LOCAL_RANK, or start with torchrun or accelerate launch"
-            )
+    elif kind == "variables" and environment["WORLD_SIZE"] == "1":
+        for name in NEEDED:  # one process needs no group, and whoever sets these need not have set all
+            environment.pop(name, None)
     limit_threads(environment)
+
+
+def _starter(environment: Environment) -> tuple[str, int, str]:
+    """Who started how many such processes side by side, and the rank it gave this one."""
+    tasks, rank = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("SLURM_PROCID", "")
+    interactive = "SLURM_PTY_PORT" in environment and os.isatty(
+        0
+    )  # the other tasks of `srun --pty bash` have ended
+    if not rank or interactive:
+        tasks = "1"
+    if "OMPI_COMM_WORLD_SIZE" in environment:  # inside an allocation, srun starts its daemons, one a node
+        return "mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), environment.get("OMPI_COMM_WORLD_RANK", "")
+    pmi = environment.get("PMI_SIZE", "1"), environment.get("PMI_RANK", "")
+    if int(pmi[0]) > 1 and pmi != (tasks, rank):  # `srun --mpi=pmi2` sets them, too
+        return "mpirun", int(pmi[0]), pmi[1]
+    return "srun", int(tasks), rank
+
+
+def _check_ranks(environment: Environment, starter: str, started: int, rank: str) -> None:
+    """Raises ConfigError where the variables that were set by hand are not complete, or are the same in all tasks."""
+    size = environment.get("WORLD_SIZE", "")
+    missing = [name for name in NEEDED if name not in environment]
+    if missing and size != "1":
+        raise ConfigError(
+            f"{', '.join(name for name in NEEDED if name in environment)} without {', '.join(missing)}: set all of "
+            f"{', '.join(NEEDED)}, or start with torchrun or accelerate launch"
+        )
+    own = environment.get("RANK", "0")
+    if not (size.isdecimal() and own.isdecimal() and int(own) < int(size)):
+        raise ConfigError(
+            f"RANK={own} and WORLD_SIZE={size} are not the number of a process and of processes: "
+            "RANK counts from 0 to WORLD_SIZE - 1"
+        )
+    if int(size) < started or (int(size) == started > 1 and rank and own != rank):
+        raise ConfigError(
+            f"{starter} started {started} processes, and this one, {rank}, has RANK={own} and WORLD_SIZE={size} from "
+            "its surroundings: unset RANK, WORLD_SIZE and LOCAL_RANK, and srun's own numbers are taken"
+        )
 
 
 def srun_ranks(environment: Environment) -> dict[str, str]:

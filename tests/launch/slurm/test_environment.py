@@ -1,0 +1,299 @@
+"""Which launcher started a process, what is refused, and the same small run under each of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from engine_runs import config, records
+from graftvit.checkpoints.state import read_state
+from graftvit.launch.slurm import environment as module
+from graftvit.launch.slurm.environment import (
+    first_host,
+    launcher,
+    limit_threads,
+    prepare_process,
+    srun_ranks,
+    tasks_on_node,
+)
+from graftvit.models.errors import ConfigError
+from slurm_cluster import SlurmCluster
+from slurm_config import free_ports
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+INSIDE = ("SLURM", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "GROUP_", "OMPI", "PMI")
+
+
+def task(rank: int = 1, tasks: int = 2, **more: str) -> dict[str, str]:
+    return {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_JOB_ID": "7", **more}
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({}, "python"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "python"),  # the batch script itself
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "python"),  # left over in a shell, no task
+        (task(0, 1), "python"),
+        (task(), "srun"),
+        (task(PMI_SIZE="2", PMI_RANK="1"), "srun"),  # srun --mpi=pmi2
+        (TORCHRUN, "torchrun"),
+        ({**TORCHRUN, **task(0, 1)}, "torchrun"),
+        ({**TORCHRUN, **task(1, 2), "GROUP_WORLD_SIZE": "2"}, "torchrun"),
+        (BY_HAND, "variables"),
+        ({**BY_HAND, **task(1, 2)}, "variables"),
+        ({**BY_HAND, "WORLD_SIZE": "4", **task(0, 2)}, "variables"),  # each task starts two
+        ({**BY_HAND, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", **task(0, 1)}, "variables"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, "python"),  # exported by a batch script for its srun
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "python"),  # accelerate launch of one process
+    ],
+)
+def test_a_launcher_is_recognised(environment: dict[str, str], kind: str) -> None:
+    assert launcher(environment) == kind
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({**TORCHRUN, **task(0, 2)}, "srun started torchrun 2 times, but each of them knows of 1"),
+        ({**TORCHRUN, **task(0, 4), "GROUP_WORLD_SIZE": "2"}, "srun started torchrun 4 times"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes"),
+        ({"OMPI_COMM_WORLD_SIZE": "8", **task(0, 2)}, "mpirun started 8 processes"),  # by srun's daemons
+        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, "mpirun started 3 processes"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3", **task(1, 2)}, "mpirun started 4 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "1", **task(1, 2)}, "srun started 2 processes"),
+        ({**BY_HAND, "RANK": "0", **task(1, 2)}, "this one, 1, has RANK=0 and WORLD_SIZE=2"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "RANK without WORLD_SIZE"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK without RANK"),
+        ({**BY_HAND, "RANK": "2"}, "RANK=2 and WORLD_SIZE=2"),
+        ({**BY_HAND, "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({**BY_HAND, "RANK": "-1"}, "RANK=-1"),
+        ({**BY_HAND, "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ],
+)
+def test_what_would_be_several_runs_is_refused(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        launcher(environment)
+    assert words in str(raised.value)
+
+
+def test_an_interactive_shell_of_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = task(0, 8, SLURM_PTY_PORT="31000")
+    monkeypatch.setattr(os, "isatty", lambda number: number == 0)
+    assert launcher(shell) == "python"
+    assert launcher({**shell, **TORCHRUN}) == "torchrun"
+    monkeypatch.setattr(os, "isatty", lambda number: False)  # an srun that was typed in it
+    assert launcher(shell) == "srun"
+
+
+def accelerate_variables(*words: str) -> dict[str, str]:
+    """What `accelerate launch` adds to the environment of a machine."""
+    arguments = launch_command_parser().parse_args([*words, "train.py"])
+    vars(arguments).update(mixed_precision="no", dynamo_backend="no", use_cpu=arguments.cpu)
+    vars(arguments).update(num_cpu_threads_per_process=1)
+    made = (
+        prepare_simple_launcher_cmd_env(arguments)[1] if arguments.cpu else prepare_multi_gpu_env(arguments)
+    )
+    return {name: value for name, value in made.items() if os.environ.get(name) != value}
+
+
+MACHINES = ("--num_processes", "2", "--num_machines", "2", "--machine_rank", "1",
+            "--main_process_ip", "10.0.0.1", "--main_process_port", "29501")  # fmt: skip
+
+
+def test_accelerate_on_several_machines_with_gpus_is_torchrun() -> None:
+    variables = accelerate_variables("--multi_gpu", *MACHINES)
+    assert not {"RANK", "WORLD_SIZE"} & set(variables)  # torch.distributed.run, which it calls, sets them
+    assert launcher({**variables, **TORCHRUN}) == "torchrun"
+
+
+@pytest.mark.parametrize("words", [MACHINES, ("--num_processes", "2", "--num_machines", "1")])
+def test_accelerate_on_cpus_would_be_several_runs(words: tuple[str, ...]) -> None:
+    variables = accelerate_variables("--cpu", *words)
+    assert variables["MASTER_PORT"]
+    with pytest.raises(ConfigError, match="accelerate launch --cpu gives its processes no ranks"):
+        launcher(variables)
+
+
+def test_srun_tells_what_torch_asks_for() -> None:
+    environment = task(
+        5,
+        7,
+        SLURM_LOCALID="1",
+        SLURM_NODEID="1",
+        SLURM_STEP_TASKS_PER_NODE="4,3",
+        SLURM_STEP_NODELIST="n1,n2",
+    )
+    prepare_process(environment)
+    assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3",
+    }  # fmt: skip
+    assert environment["MASTER_ADDR"] == "n1"
+    assert 1024 < int(environment["MASTER_PORT"]) < 65536
+    assert launcher(environment) == "variables"  # and a second command in this process goes on with them
+
+
+def test_each_step_and_restart_has_a_port_of_its_own() -> None:
+    whole = task(SLURM_STEP_ID="0", SLURM_STEP_NODELIST="n1")
+    others = [{**whole, "SLURM_STEP_ID": "1"}, {**whole, "SLURM_RESTART_COUNT": "1"}]
+    ports = {srun_ranks(one)["MASTER_PORT"] for one in (whole, *others)}
+    assert len(ports) == 3
+    given = {**whole, "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
+    assert (srun_ranks(given)["MASTER_ADDR"], srun_ranks(given)["MASTER_PORT"]) == ("head", "1234")
+
+
+@pytest.mark.parametrize(
+    ("counts", "each"),
+    [("4", [4]), ("4(x2),3", [4, 4, 3]), ("1,2(x3),1", [1, 2, 2, 2, 1]), ("16(x12)", [16] * 12)],
+)
+def test_tasks_of_each_node(counts: str, each: list[int]) -> None:
+    assert [tasks_on_node(counts, node) for node in range(len(each))] == each
+
+
+def test_the_first_host() -> None:
+    assert first_host({"SLURM_STEP_NODELIST": "n7,n9", "SLURM_JOB_NODELIST": "n1"}) == "n7"
+    assert first_host({"SLURM_JOB_NODELIST": "gpu3"}) == "gpu3"
+    assert first_host({}) == "localhost"
+
+
+def test_hosts_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"hosts of n\[1-4\]: set MASTER_ADDR"):
+        first_host({"SLURM_STEP_NODELIST": "n[1-4]"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "8"}, "3"),
+        ({"SLURM_CPUS_PER_TASK": "8"}, "8"),
+        ({"SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "4"}, "8"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "3"),
+        ({"LOCAL_WORLD_SIZE": "64"}, "1"),
+        ({}, None),
+    ],
+)
+def test_threads_come_from_the_allocation(
+    environment: dict[str, str], threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    limit_threads(environment)
+    assert environment.get("OMP_NUM_THREADS") == threads
+
+
+def test_one_process_by_hand_needs_no_group() -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "HOME": "/"}
+    prepare_process(environment)
+    assert environment == {"HOME": "/"}
+
+
+def test_only_commands_that_train_together_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftvit.launch.cli import main
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(module, "limit_threads", pytest.fail)
+    assert main(["recipes"]) == 0
+    assert main(["train", "--print_config"]) == 2  # RANK alone
+
+
+def clean(**more: str) -> dict[str, str]:
+    left = {name: value for name, value in os.environ.items() if not name.startswith(INSIDE)}
+    return {**left, "OMP_NUM_THREADS": "1", **more}
+
+
+def recipe(tmp_path: Path, **engine: Any) -> Path:
+    """Four steps of two ranks, in `tmp_path/run`."""
+    run = config(
+        tmp_path / "run",
+        data={"train_samples": 64, "batch_size": 16},
+        optim={"epochs": 2, "warmup_epochs": 0},
+        engine={"log_interval": 1, **engine},
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    return path
+
+
+def assert_one_run_of_two(folder: Path) -> None:
+    """Two ranks shared the steps of one run; nobody else wrote into its log."""
+    assert read_state(folder / "checkpoints" / "last.safetensors").meta["world_size"] == 2
+    steps = [record["step"] for record in records(folder) if "train_loss" in record]
+    assert steps == [1, 2, 2, 3, 4, 4]  # two steps an epoch, and the epoch's own record
+
+
+def run_all(commands: list[list[str]], environments: list[Mapping[str, str]], cwd: Path) -> list[str]:
+    """Starts the commands side by side, and gives what each says on its standard error."""
+    started = [
+        subprocess.Popen(command, env=dict(environment), cwd=cwd, stderr=subprocess.PIPE, text=True)
+        for command, environment in zip(commands, environments, strict=True)
+    ]
+    try:
+        said = [one.communicate(timeout=150)[1] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0] * len(started), said
+    return said
+
+
+TRAIN = ("-m", "graftvit.launch", "train")
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines(tmp_path: Path) -> None:
+    path, port = recipe(tmp_path), free_ports(1)[0]
+    agents = [
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
+         str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port), *TRAIN, str(path)]
+        for rank in range(2)
+    ]  # fmt: skip
+    run_all(agents, [clean()] * 2, tmp_path)
+    assert_one_run_of_two(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_variables_set_by_hand(tmp_path: Path) -> None:
+    path, port = recipe(tmp_path), free_ports(1)[0]
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environments = [clean(RANK=str(rank), **common) for rank in range(2)]
+    run_all([[sys.executable, *TRAIN, str(path)]] * 2, environments, tmp_path)
+    assert_one_run_of_two(tmp_path / "run")
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_plain_srun(tmp_path: Path, cluster: SlurmCluster) -> None:
+    path = recipe(tmp_path)
+    command = ["srun", "-N", "2", "-n", "2", sys.executable, *TRAIN, str(path)]
+    run_all([command], [clean(**cluster.environment)], tmp_path)
+    assert_one_run_of_two(tmp_path / "run")
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_srun_of_many_torchruns(tmp_path: Path, cluster: SlurmCluster) -> None:
+    path = recipe(tmp_path)
+    command = ["srun", "-n", "2", "-K", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", "0", *TRAIN, str(path)]  # fmt: skip
+    done = subprocess.run(
+        command,
+        env=clean(**cluster.environment),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "error: srun started torchrun 2 times, but each of them knows of 1 of them" in done.stderr
+    assert not (tmp_path / "run").exists()
