@@ -1,0 +1,200 @@
+"""Submitting again: what is left of a folder, and how it goes back to the cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from graftvit.launch.slurm import submission
+from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
+from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm.submit import Launch, Request, script
+from graftvit.models.errors import ConfigError
+from slurm_folders import attempted, say, submitted
+from sweep_folders import make_sweep
+
+GONE = "UNKNOWN"
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
+    """What would have gone to the cluster; the jobs are 100, 200, ..."""
+    monkeypatch.chdir(tmp_path)  # for `resume` goes to where the run was submitted from
+    found: list[Launch] = []
+
+    def submit(launch: Launch) -> list[str]:
+        found.append(launch)
+        many = len(launch.requests) > 1
+        return [
+            f"{len(found)}00_{place}" if many else f"{len(found)}00" for place in range(len(launch.requests))
+        ]
+
+    monkeypatch.setattr(submission, "submit", submit)
+    monkeypatch.setattr(submission, "test_only", lambda launch: None)
+    monkeypatch.setattr(submission, "remember", lambda folder: None)
+    return found
+
+
+def make_comparison(folder: Path) -> list[Path]:
+    """Two cells and their teacher, as jobs 7, 8_0 and 8_1."""
+    cells = [folder / "cells" / name for name in ("linear-8", "uniform-8")]
+    submitted(folder / "teacher", job_id="7", command=["compare", "c.yaml", "--only", "teacher"])
+    for place, cell in enumerate(cells):
+        submitted(cell, job_id=f"8_{place}", command=["compare", "c.yaml", "--cell", cell.name])
+    return cells
+
+
+def test_a_folder_that_was_never_submitted(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path} was never submitted"):
+        find_unfinished(tmp_path)
+    with pytest.raises(ConfigError, match="is no folder"):
+        find_unfinished(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "left"),
+    [
+        ([], True),
+        ([None], True),
+        (["failed"], True),
+        (["stopped"], True),
+        (["finished"], False),
+        (["requeued", "finished"], False),
+        (["finished", "failed"], True),
+    ],
+)
+def test_a_run_is_left_until_its_last_attempt_finishes(
+    tmp_path: Path, outcomes: list[str | None], left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(tmp_path)
+    for outcome in outcomes:
+        attempted(tmp_path, outcome)
+    say(monkeypatch, GONE)
+    if left:
+        assert list(find_unfinished(tmp_path).submissions) == [tmp_path]
+    else:
+        with pytest.raises(ConfigError, match=f"{tmp_path} has finished: there is nothing to resume"):
+            find_unfinished(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("state", "free"),
+    [("PENDING", False), ("RUNNING", False), ("COMPLETING", False), ("REQUEUED", False), ("FAILED", True),
+     ("CANCELLED", True), ("NODE_FAIL", True), ("PREEMPTED", True), ("COMPLETED", True), (GONE, True)],
+)  # fmt: skip
+def test_a_run_with_a_job_is_not_resumed(
+    tmp_path: Path, state: str, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(tmp_path, job_id="77")
+    attempted(tmp_path, None)
+    say(monkeypatch, state)
+    if free:
+        assert list(find_unfinished(tmp_path).submissions) == [tmp_path]
+    else:
+        with pytest.raises(ConfigError, match=f"is job 77 already: `graftvit jobs {tmp_path}` shows it"):
+            find_unfinished(tmp_path)
+
+
+def test_of_a_sweep_what_failed_and_has_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished, failed, running, stopped, begun = make_sweep(tmp_path, "seed=0..4").cells
+    for place, cell in enumerate((finished, failed, running, stopped, begun)):
+        submitted(cell.folder, job_id=f"5_{place}")
+    attempted(finished.folder, "finished")
+    attempted(failed.folder, "failed")
+    attempted(stopped.folder, "stopped")
+    attempted(begun.folder, None)
+    say(monkeypatch, "RUNNING", ["5_2"])
+    assert list(find_unfinished(tmp_path).submissions) == [failed.folder, stopped.folder, begun.folder]
+    say(monkeypatch, "RUNNING")
+    with pytest.raises(ConfigError, match="is job 5 already"):
+        find_unfinished(tmp_path)
+
+
+def test_two_cells_go_again_as_they_were_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[Launch]
+) -> None:
+    cells = make_sweep(tmp_path, "seed=0..3").cells
+    asked = ClusterConfig(cluster="slurm", gpus_per_node=4, dependency="afterok:3", mem="9G")
+    for place, cell in enumerate(cells):
+        values = asked.model_dump(mode="json")
+        submitted(
+            cell.folder, job_id=f"5_{place}", resources=values, cpus_per_task=6, directory=str(tmp_path)
+        )
+        attempted(cell.folder, "failed" if place % 2 else "finished")
+    say(monkeypatch, GONE)
+    unfinished = find_unfinished(tmp_path)
+    # the job that was waited for may be forgotten by now, and would be refused
+    config = ClusterConfig.model_validate(unfinished.resources)
+    assert config == asked.model_copy(update={"dependency": None})
+    said = resume(unfinished, config, unchecked=True)
+    (launch,) = sent
+    assert [request.output_dir for request in launch.requests] == [cells[1].folder, cells[3].folder]
+    assert launch.requests[0].words == ["train", str(cells[1].folder / "config.yaml")]
+    assert (launch.cpus_per_task, launch.folder) == (6, tmp_path)
+    assert said.startswith(f"submitted job 100 (2 cells) in {tmp_path}\n")
+    assert Path.cwd() == tmp_path
+
+
+def test_cells_wait_for_a_teacher_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[Launch]
+) -> None:
+    cells = make_comparison(tmp_path)
+    say(monkeypatch, "PENDING")
+    with pytest.raises(ConfigError, match="is job 8 already"):
+        find_unfinished(tmp_path)
+    attempted(tmp_path / "teacher", "failed")
+    say(monkeypatch, GONE)
+    unfinished = find_unfinished(tmp_path)
+    assert unfinished.first == Request(["compare", "c.yaml", "--only", "teacher"], tmp_path / "teacher")
+    said = resume(unfinished, ClusterConfig(), unchecked=True)
+    teacher, rest = sent
+    assert (teacher.requests, teacher.after) == ([unfinished.first], None)
+    assert ([request.output_dir for request in rest.requests], rest.after) == (cells, "100")
+    assert said.startswith(f"submitted job 200 (2 cells), after job 100 for the teacher, in {tmp_path}\n")
+
+
+def test_a_teacher_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = make_comparison(tmp_path)
+    attempted(tmp_path / "teacher", "finished")
+    attempted(cells[0], "finished")
+    say(monkeypatch, GONE)
+    found = find_unfinished(tmp_path)
+    assert (list(found.submissions), found.first) == ([cells[1]], None)
+    attempted(cells[1], "finished")
+    with pytest.raises(ConfigError, match="has finished"):
+        find_unfinished(tmp_path)
+
+
+def test_a_comparison_of_which_only_the_teacher_was_submitted(tmp_path: Path) -> None:
+    submitted(tmp_path / "teacher")
+    (tmp_path / "cells" / "linear-8").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"the cells of .* were never submitted"):
+        find_unfinished(tmp_path)
+
+
+def test_a_single_cell_is_told_from_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[Launch]
+) -> None:
+    (cell,) = make_sweep(tmp_path, "seed=0").cells
+    submitted(cell.folder)
+    say(monkeypatch, GONE)
+    said = resume(find_unfinished(tmp_path), ClusterConfig(), unchecked=True)
+    assert "job 100 (1 cell) in" in said
+    run = submitted(tmp_path / "run")
+    left = Unfinished(run.output_dir, {run.output_dir: run.submission()})  # type: ignore[dict-item]
+    assert f"job 200 in {run.output_dir}" in resume(left, ClusterConfig(), unchecked=True)
+
+
+def test_what_waits_for_a_teacher_is_cancelled_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srun = tmp_path / "srun"  # submitit looks for it
+    srun.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    requests = [Request(["train"], tmp_path / "a"), Request(["train"], tmp_path / "b")]
+    text = script(Launch("x", tmp_path, requests, ClusterConfig(dependency="afterany:1"), 1, after="7"))
+    assert "#SBATCH --dependency=afterok:7\n" in text
+    assert "#SBATCH --kill-on-invalid-dep=yes\n" in text
+    alone = script(Launch("x", tmp_path, requests, ClusterConfig(dependency="afterany:1"), 1))
+    assert "#SBATCH --dependency=afterany:1\n" in alone
+    assert "kill-on-invalid-dep" not in alone
