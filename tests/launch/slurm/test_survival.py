@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import submitit
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run
+from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, until
 from slurm_cluster import SlurmCluster
+from slurm_processes import marked
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 StartCluster = Callable[..., SlurmCluster]
@@ -64,15 +68,41 @@ def test_preemption_by_a_higher_partition(
 
 
 def test_the_time_limit(start_cluster: StartCluster, tmp_path: Path) -> None:
-    # Slurm looks at time limits every 30 s, and the shortest is a minute: the run has to be there for so long
-    run = cluster_run(
-        start_cluster(), tmp_path, optim={"epochs": 2500}, engine={"eval_every": 2500, "log_interval": 500}
+    # Slurm's shortest limit is a minute, and it looks every 30 s: the tasks stand still until it has signalled.
+    run = cluster_run(start_cluster(), tmp_path)
+    job = run.submit("--time", "1", "--signal_delay", "45")
+    run.wait_for_lines(EARLY)
+    tasks = [
+        process.pid
+        for process in marked({"SLURM_JOB_ID": job})
+        if command_of(process.pid).startswith(f"{sys.executable} -u -m submitit")
+    ]
+    assert len(tasks) == 4
+    for task in tasks:
+        os.kill(task, signal.SIGSTOP)
+    until(lambda: all(is_pending(task, signal.SIGUSR2) for task in tasks), 60, "the signal before the limit")
+    for task in tasks:
+        os.kill(task, signal.SIGCONT)
+    run.wait_for_attempt(2)
+    run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
+    first, second = run.finish()
+    assert (first.outcome, first.signal, second.outcome) == ("requeued", "SIGUSR2 (time limit)", "finished")
+    assert_undisturbed(run)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal waits for a process that stands still."""
+    fields = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
     )
-    run.submit("--time", "1", "--signal_delay", "40")
-    run.wait_for_attempt(2, 150)
-    first = run.jobs.attempts()[0]
-    assert first.outcome == "requeued"
-    assert first.signal == "SIGUSR2 (time limit)"
+    return bool((int(fields["ShdPnd"], 16) | int(fields["SigPnd"], 16)) >> (number - 1) & 1)
 
 
 def test_requeue_by_an_administrator(start_cluster: StartCluster, tmp_path: Path) -> None:
