@@ -84,7 +84,7 @@ def test_what_is_checked_of_a_sweep_is_its_first_cell(folder: Path) -> None:
         "data_path=data-a,seed=3", "data_path=data-a,seed=4", "data_path=data-b,seed=3", "data_path=data-b,seed=4",
     ]  # fmt: skip
     (first,) = plan.configs
-    assert (first.data.data_path, first.seed) == (Path("/data/a"), 3)
+    assert (first.data.data_path, first.seed) == ("/data/a", 3)
     assert first == load_config(plan.requests[0].words[1])
     assert load_sweep(folder / "out") == plan.sweep
 
