@@ -210,10 +210,10 @@ def _by_files(last: Attempt | None, problem: str, stopping: bool) -> tuple[str, 
     if problem:
         seen = "no attempt has begun" if last is None else f"attempt {last.number} has not said how it ended"
         return "unknown", f"{problem}; {seen}"
+    if stopping and (last is None or last.outcome is None):
+        return "cancelled", "`graftvit stop`"
     if last is None:
         return "unknown", "it never began, and the scheduler no longer knows it"
-    if stopping and last.outcome is None:
-        return "cancelled", "`graftvit stop`"
     for word, state in {
         "cancelled": "cancelled",
         "time limit": "timed out",

@@ -1,0 +1,221 @@
+"""What is read from the scheduler's answers: recorded ones first, then those of a real cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graftvit.launch.slurm import scheduler
+from graftvit.launch.slurm.scheduler import (
+    JobState,
+    accounting_works,
+    cancel,
+    expand_id,
+    fallen_in,
+    fallen_nodes,
+    job_states,
+    parse_accounting,
+    parse_queue,
+    reason_in,
+    signal_job,
+)
+from graftvit.models.errors import GraftError
+from slurm_cluster import SlurmCluster
+
+QUEUE = """\
+12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|
+12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|1-00:20:00|
+12632730|RUNNING|gpu1,gpu2|None|2|0|2026-11-21T12:13:56|2026-11-21T12:33:56|UNLIMITED|
+12632729|CANCELLED|gpu1|None|0|15|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|
+"""
+ACCOUNTING = """\
+JobID|State|NodeList|ExitCode|Start|End|Timelimit|Reason
+7|NODE_FAIL|gpu1|1:0|2026-11-21T12:00:00|2026-11-21T12:10:00|20:00|None
+7|PREEMPTED|gpu2|0:0|2026-11-21T12:10:00|2026-11-21T12:20:00|20:00|None
+7|CANCELLED by 1000|gpu3|0:15|2026-11-21T12:20:00|2026-11-21T12:30:00|20:00|None
+8_[3-5,9%2]|PENDING|None assigned|0:0|Unknown|Unknown|20:00|None
+"""
+SIGNALLED = (
+    "JobId=5 JobName=s JobState={state} Reason={reason} Dependency=(null) Requeue=1 Restarts={restarts} "
+    "ExitCode=0:0 StartTime=2026-11-21T12:00:00 EndTime={end} {preempt}Partition=main\n"
+)
+
+
+def test_the_queue_is_read() -> None:
+    jobs = parse_queue(QUEUE)
+    assert jobs["12632732"].exit_code == "7:0"
+    assert jobs["12632732"].reason == "NonZeroExitCode"
+    assert jobs["12632731_2"] == JobState(
+        "PENDING", reason="JobArrayTaskLimit", limit=24 * 60 + 20, exit_code="0:0"
+    )
+    running = jobs["12632730"]
+    assert (running.nodes, running.restarts, running.limit) == (("gpu1", "gpu2"), 2, None)
+    assert running.end is not None
+    assert running.start is not None
+    assert running.end - running.start == 1200
+    assert jobs["12632729"].exit_code == "0:15"
+
+
+def test_the_accounting_tells_how_each_start_ended() -> None:
+    jobs = parse_accounting(ACCOUNTING)
+    assert jobs["7"].state == "CANCELLED"
+    assert jobs["7"].history == ("NODE_FAIL", "PREEMPTED")
+    assert jobs["7"].restarts == 2
+    assert [name for name in jobs if name.startswith("8")] == ["8_3", "8_4", "8_5", "8_9"]
+    assert jobs["8_4"].nodes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("12", ["12"]),
+        ("12_3", ["12_3"]),
+        ("1_[0-4:2%1]", ["1_0", "1_2", "1_4"]),
+        ("1_[7,9-10]", ["1_7", "1_9", "1_10"]),
+    ],
+)
+def test_packed_arrays(text: str, found: list[str]) -> None:
+    assert expand_id(text) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"preempt": "PreemptTime=2026-11-21T12:10:00 "}, "preempted"),
+        ({"restarts": 1, "state": "COMPLETING"}, "requeued"),
+        ({"state": "COMPLETING"}, "cancelled"),
+        ({"state": "COMPLETING", "reason": "TimeLimit"}, "time limit"),
+        ({"state": "COMPLETING", "reason": "JobLaunchFailure"}, ""),
+        ({"end": "2026-11-21T12:12:00"}, "time limit"),
+        ({}, ""),
+    ],
+)
+def test_the_reason_of_a_signal(changes: dict[str, Any], reason: str) -> None:
+    values = {"state": "RUNNING", "reason": "None", "restarts": 0, "end": "2026-11-21T18:00:00"}
+    text = SIGNALLED.format(**{**values, "preempt": "PreemptTime=None ", **changes})
+    assert reason_in(text, 0, datetime(2026, 11, 21, 12, 10), 90) == reason
+
+
+def test_fallen_nodes_are_those_that_do_not_work() -> None:
+    assert fallen_in("a idle\na idle\nb down*\nc mixed*\nd drained\ne failing\nf allocated\n") == [
+        "b",
+        "c",
+        "e",
+    ]
+
+
+def test_without_slurm_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GraftError, match="squeue is not on this machine"):
+        job_states(["1"])
+    assert not accounting_works()
+    assert fallen_nodes(["a"]) == []
+    assert scheduler.reason_of_signal("1") == ""
+
+
+def test_a_scheduler_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(words: list[str], timeout: float, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    with pytest.raises(GraftError, match="no answer within 20 seconds"):
+        job_states(["1"])
+
+
+def use(monkeypatch: pytest.MonkeyPatch, cluster: SlurmCluster) -> None:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+
+
+def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
+    words = ["sbatch", "--parsable", "--output=/dev/null", *flags, "--wrap", command]
+    return cluster.run(*words).strip()
+
+
+def until(job: str, ready: Callable[[JobState], bool], seconds: float = 20) -> JobState:
+    end = time.monotonic() + seconds
+    while not ready(state := job_states([job])[job]):
+        assert time.monotonic() < end, state
+        time.sleep(0.1)
+    return state
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("accounting", ["none", "shim"])
+def test_real_jobs(
+    start_cluster: Callable[..., SlurmCluster],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    accounting: str,
+) -> None:
+    cluster = start_cluster(accounting=accounting)
+    use(monkeypatch, cluster)
+    assert accounting_works() == (accounting == "shim")
+    array = sbatch(cluster, "sleep 100", "--array=0-5%1")
+    failed = sbatch(cluster, "exit 7")
+    mark = tmp_path / "usr2"
+    script = tmp_path / "task.sh"
+    script.write_text(f"trap 'echo $SLURM_PROCID >> {mark}' USR2; while :; do sleep 0.1; done")
+    wide = sbatch(cluster, f"srun bash {script}", "--nodes=2", "--ntasks-per-node=1")
+    assert until(f"{array}_0", lambda job: job.state == "RUNNING").nodes == (cluster.nodes[0],)
+    assert until(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
+    assert until(wide, lambda job: job.state == "RUNNING").nodes == tuple(cluster.nodes[:2])
+    assert job_states([f"{array}_4", "1"]) == {
+        f"{array}_4": JobState("PENDING", reason="JobArrayTaskLimit", limit=10, exit_code="0:0"),
+        "1": JobState(),
+    }
+    time.sleep(1)
+    signal_job(wide, "USR2")
+    end = time.monotonic() + 5
+    while not mark.exists() or len(mark.read_text().split()) < 2:
+        assert time.monotonic() < end, "a task was not signalled"
+        time.sleep(0.1)
+    assert until(wide, lambda job: True).state == "RUNNING"
+    cancel(f"{array}_4")
+    until(
+        f"{array}_4", lambda job: job == JobState()
+    )  # the controller forgets a cell that never began at once
+    cluster.kill_node(cluster.nodes[1])
+    assert until(wide, lambda job: job.restarts == 1).state in ("COMPLETING", "PENDING")
+    assert fallen_nodes(cluster.nodes) == [cluster.nodes[1]]
+
+
+@pytest.mark.slurm
+def test_a_task_learns_why_it_was_signalled(
+    cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, cluster)
+    (tmp_path / "task.py").write_text(
+        "import os, signal, sys, time\n"
+        "from graftvit.launch.slurm.scheduler import reason_of_signal\n"
+        "def tell(*_):\n"
+        "    open(sys.argv[1], 'w').write(reason_of_signal(os.environ['SLURM_JOB_ID']) or 'nothing')\n"
+        "    os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, tell)\n"
+        "open(sys.argv[1] + '.ready', 'w').close()\n"
+        "time.sleep(100)\n"
+    )
+    jobs = {}
+    for reason in ("requeued", "cancelled", "preempted"):
+        command = f"srun {sys.executable} {tmp_path}/task.py {tmp_path}/{reason}"
+        jobs[reason] = sbatch(cluster, command, "--requeue", "--cpus-per-task=8", "--time=60")
+    end = time.monotonic() + 30
+    while len(list(tmp_path.glob("*.ready"))) < 3:
+        assert time.monotonic() < end, "the jobs did not begin"
+        time.sleep(0.1)
+    cluster.run("scontrol", "requeue", jobs["requeued"])
+    cluster.run("scontrol", "hold", jobs["requeued"])
+    cancel(jobs["cancelled"])
+    until(jobs["cancelled"], lambda job: job.state == "CANCELLED")
+    sbatch(cluster, "sleep 1", "--partition=high", "--nodes=3", "--cpus-per-task=8")
+    for reason in jobs:
+        while not (tmp_path / reason).exists() or not (tmp_path / reason).read_text():
+            assert time.monotonic() < end, reason
+            time.sleep(0.1)
+        assert (tmp_path / reason).read_text() == reason
