@@ -1,0 +1,215 @@
+"""What one task of a job does at its start and at each kind of end, with a scheduler that is only pretended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graftvit.launch import cli
+from graftvit.launch.slurm import attempt as module
+from graftvit.launch.slurm import scheduler
+from graftvit.launch.slurm.attempt import Attempt
+from graftvit.launch.slurm.files import Attempt as Record
+from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.pitfalls import INSIDE_A_LAUNCHER
+from graftvit.models.errors import ConfigError, RunFailedError
+from graftvit.transfer.engine import early_signals
+
+
+class Job:
+    """A task of job 77: what it runs, what the scheduler says, how it ends."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self._patch = folder, patch
+        self.reason, self.fallen, self.requeued = "preempted", [], 0
+        patch.setattr(scheduler, "reason_of_signal", lambda *_: self.reason)
+        patch.setattr(scheduler, "fallen_nodes", lambda _: self.fallen)
+        patch.setattr(module, "requeue", self._requeue)
+        patch.setattr(module, "limit_threads", lambda: None)
+        patch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        patch.setenv("SUBMITIT_FOLDER", str(folder / "jobs" / "logs"))
+        for name, value in {
+            "JOB_ID": 77,
+            "NTASKS": 4,
+            "JOB_NUM_NODES": 2,
+            "NODEID": 0,
+            "JOB_NODELIST": "a[1-2]",
+        }.items():
+            patch.setenv(f"SLURM_{name}", str(value))
+
+    def _requeue(self) -> None:
+        self.requeued += 1
+
+    def run(self, work: Callable[[], int], rank: int = 0, restart: int = 0) -> Any:
+        """The result, or the code that the process leaves with."""
+        for name in INSIDE_A_LAUNCHER:
+            self._patch.delenv(name, raising=False)
+        self._patch.setenv("SLURM_PROCID", str(rank))
+        self._patch.setenv("SLURM_LOCALID", str(rank % 2))
+        self._patch.setenv("SLURM_RESTART_COUNT", str(restart))
+        self._patch.setattr(cli, "dispatch", lambda words: work())
+        try:
+            return Attempt(["train", "x.yaml"], self.folder, self.folder)()
+        except SystemExit as leaving:
+            return leaving.code
+
+    @property
+    def last(self) -> Record:
+        return JobFolder(self.folder).attempts()[-1]
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    before = {number: signal.getsignal(number) for number in early_signals.EARLY_SIGNALS}
+    held = Path.cwd(), dict(os.environ)
+    yield Job(tmp_path, monkeypatch)
+    os.chdir(held[0])
+    os.environ.clear()
+    os.environ.update(held[1])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    early_signals.received.clear()
+
+
+def stopped_by(*numbers: int) -> Callable[[], int]:
+    """A run that gets signals, saves, and says which one stopped it."""
+
+    def work() -> int:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return 128 + numbers[-1]
+
+    return work
+
+
+def test_a_finished_run_is_a_result(job: Job) -> None:
+    assert job.run(lambda: 0) == {"output_dir": str(job.folder), "outcome": "finished"}
+    assert (job.last.outcome, job.last.nodes, job.last.world_size) == ("finished", ["a1", "a2"], 4)
+    assert job.last.ended is not None
+
+
+def test_a_run_that_finished_although_a_signal_came_is_not_started_again(job: Job) -> None:
+    def work() -> int:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return 0
+
+    assert job.run(work)["outcome"] == "finished"
+    assert job.requeued == 0
+
+
+def test_the_first_rank_asks_for_the_requeue_and_the_others_leave_in_peace(job: Job) -> None:
+    assert job.run(stopped_by(signal.SIGUSR2), rank=0) == 0
+    assert job.requeued == 1
+    assert (job.last.outcome, job.last.signal) == ("requeued", "SIGUSR2 (preempted)")
+    assert job.run(stopped_by(signal.SIGUSR2), rank=3) == 0
+    assert job.requeued == 1
+
+
+def test_a_termination_waits_for_what_else_may_come(job: Job) -> None:
+    def later() -> None:
+        while not JobFolder(job.folder).attempts()[-1].signal:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    thread = threading.Thread(target=later)
+
+    def work() -> int:
+        thread.start()
+        return stopped_by(signal.SIGTERM)()
+
+    assert job.run(work) == 0
+    thread.join()
+    assert (job.requeued, job.last.outcome) == (1, "requeued")
+
+
+def test_a_termination_that_nothing_follows_ends_the_job_without_a_requeue(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAIT_FOR_THE_END", 0.05)
+    job.reason = "cancelled"
+    assert job.run(stopped_by(signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert (job.requeued, job.last.outcome, job.last.signal) == (0, "stopped", "SIGTERM (cancelled)")
+
+
+def test_a_request_to_stop_is_not_requeued(job: Job) -> None:
+    folder = JobFolder(job.folder)
+    folder.folder.mkdir()
+    folder.stop_path.touch()
+    assert job.run(stopped_by(signal.SIGUSR2)) == 0
+    assert (job.requeued, job.last.outcome) == (0, "stopped")
+
+
+def test_a_limit_that_ends_before_the_first_save_is_not_requeued_for_ever(job: Job) -> None:
+    job.reason = "time limit"
+    assert job.run(stopped_by(signal.SIGUSR2)) == 1
+    assert (job.requeued, job.last.outcome) == (0, "failed")
+    assert "longer --time" in job.last.why
+    state = job.folder / "checkpoints" / "last.safetensors"
+
+    def saves() -> int:
+        state.parent.mkdir()
+        state.touch()
+        return stopped_by(signal.SIGUSR2)()
+
+    assert job.run(saves, restart=1) == 0
+    assert (job.requeued, job.last.outcome) == (1, "requeued")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ConfigError("optim.blr is\n wrong"), 2, "optim.blr is wrong"),
+        (RunFailedError("the disk is full"), 1, "the disk is full"),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_a_failure_is_written_down_by_its_rank(
+    job: Job, rank: int, error: Exception, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        raise error
+
+    assert job.run(work, rank=rank) == code
+    assert words in JobFolder(job.folder).errors(1)[rank]
+    assert words in capsys.readouterr().err
+    if rank == 0:
+        assert (job.last.outcome, job.last.why) == ("failed", words)
+
+
+def test_what_a_rank_says_when_its_neighbours_were_ended_is_no_failure(job: Job) -> None:
+    def work() -> int:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        raise RuntimeError("Connection closed by peer")
+
+    assert job.run(work) == 0
+    assert (job.requeued, job.last.outcome, JobFolder(job.folder).errors(1)) == (1, "requeued", {})
+
+
+def test_ctrl_c_stops(job: Job) -> None:
+    assert job.run(lambda: 130) == 130
+    assert (job.requeued, job.last.outcome) == (0, "stopped")
+
+
+def test_the_next_attempt_says_which_node_was_lost(job: Job) -> None:
+    folder = JobFolder(job.folder)
+    folder.begin(job_id="77", restart=0, nodes=["a1", "a2"], world_size=4, before="")
+    job.fallen = ["a2"]
+    job.run(lambda: 0, restart=1)
+    assert (job.last.number, job.last.before) == (2, "node failure: a2")
+
+
+def test_a_signal_of_before_counts(job: Job) -> None:
+    """It was blocked while the interpreter started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, lambda *_: pytest.fail("an older handler got it"))
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert job.run(lambda: 128 + signal.SIGUSR2) == 0
+    assert job.requeued == 1
