@@ -114,6 +114,24 @@ def test_an_array_says_that_the_teacher_comes_first(
     assert "--only teacher first" in capsys.readouterr().err
 
 
+def test_one_cell_alone_also_in_an_array(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+    for name, value in {"ID": "2", "COUNT": "3"}.items():  # where its share would be another cell
+        monkeypatch.setitem(os.environ, f"SLURM_ARRAY_TASK_{name}", value)
+    assert main(["compare", str(path), "--cell", "teacher-8"]) == 0
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    assert main(["compare", str(path), "--cell", "teacher-8"]) == 0
+    assert "1 of 1 cells are done" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "out" / "cells").iterdir()] == ["teacher-8"]
+    assert not (tmp_path / "out" / "compare.csv").exists()  # others may be writing it
+    assert main(["compare", str(path), "--cell", "teacher-9"]) == 2
+    assert "--cell teacher-9: there is no such cell" in capsys.readouterr().err
+    assert main(["compare", str(path), "--cell", "teacher-8", "--only", "linear"]) == 2
+    assert "give one of the two" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no section 'compare'"):
         load_comparison("digits_scratch")
