@@ -42,8 +42,12 @@ def check_commands() -> None:
 
 
 def check_folder(output_dir: Path, config: ClusterConfig) -> None:
-    """Raises ConfigError where the nodes of a job would not see `output_dir`."""
+    """Raises ConfigError where the nodes of a job would not see `output_dir`, or nothing can be written there."""
     folder = output_dir.resolve()
+    if "%" in str(output_dir):
+        raise ConfigError(
+            f"--output_dir {output_dir} has a %, which Slurm replaces in the names of logs: leave it out"
+        )
     if config.shared_folders:
         if not any(folder.is_relative_to(root.resolve()) for root in config.shared_folders):
             roots = ", ".join(map(str, config.shared_folders))
@@ -56,7 +60,9 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
             "folder on a shared disk; if it is one, name it under shared_folders in the site file"
         )
     above = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(above, os.W_OK):
+    if not above.is_dir():
+        raise ConfigError(f"--output_dir {output_dir} cannot be made: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"--output_dir {output_dir} cannot be written: {above} is not yours to write")
 
 
@@ -108,8 +114,9 @@ def check_script(script: Path) -> None:
     """Raises ConfigError in Slurm's words where sbatch would refuse the script. Nothing is queued."""
     answer = _run("sbatch", "--test-only", str(script))
     if answer.returncode != 0:
-        lines = [line for line in answer.stderr.splitlines() if "error" in line.lower()] or [answer.stderr]
-        words = re.sub(r"^\s*(sbatch|allocation failure): *(error: *)?", "", lines[-1]).strip()
+        lines = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
+        line = lines[-1] if lines else answer.stderr.strip().partition("\n")[0]
+        words = re.sub(r"^\s*(sbatch|allocation failure): *(error: *)?", "", line).strip()
         raise ConfigError(f"sbatch refuses the job: {words}; `--dry_run` prints the script")
 
 
@@ -132,12 +139,9 @@ def _nodes(partition: str) -> list[Node]:
 
 
 def _mebibytes(text: str | None) -> int:
-    if text is None:
-        return 0
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
-    if not found:
-        raise ConfigError(f"--mem {text!r} is no size: give a number with K, M, G or T, as in 240G")
-    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2] or "M") - 1))
+    digits = (text or "0").upper().removesuffix("B")
+    unit = digits[-1] if digits[-1] in "KMGT" else "M"
+    return (int(digits.removesuffix(unit)) << 10 * "KMGT".index(unit)) >> 10
 
 
 def _file_system(folder: Path) -> str:

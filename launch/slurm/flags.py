@@ -25,7 +25,7 @@ def add_cluster_flags(parser: Parser) -> None:
         elif name == "setup":
             keywords = {"metavar": "LINE", "action": "append"}
         elif name == "sbatch":
-            keywords = {"metavar": "OPTION=VALUE", "action": "append"}
+            keywords = {"metavar": "OPTION[=VALUE]", "action": "append"}
         default = "" if field.default in (None, (), {}) else f" (default: {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **keywords)
@@ -41,17 +41,17 @@ def cluster_of(arguments: argparse.Namespace, base: dict[str, Any] | None = None
     """The resources that the flags ask for, over `base` or the site file. Raises ConfigError."""
     given: dict[str, Any] = dict(base or {})
     for name in ClusterConfig.model_fields:
-        if hasattr(arguments, name):
+        if hasattr(arguments, name) and name != "sbatch":
             given[name] = getattr(arguments, name)
     if hasattr(arguments, "sbatch"):
-        given["sbatch"] = dict(_option(word) for word in arguments.sbatch)
+        given["sbatch"] = {**given.get("sbatch", {}), **dict(map(_option, arguments.sbatch))}
     return load_cluster(given, arguments.site)
 
 
-def _option(word: str) -> tuple[str, str]:
-    name, equals, value = word.partition("=")
-    if not equals or not name.lstrip("-"):
+def _option(word: str) -> tuple[str, str | bool]:
+    name, equals, value = word.lstrip("-").partition("=")
+    if not name or (equals and not value):
         raise ConfigError(
-            f"--sbatch {word!r} is no option with a value: give, for example, --sbatch mail-type=END"
+            f"--sbatch {word!r} is no option of sbatch: give, for example, --sbatch mail-type=END or --sbatch exclusive"
         )
-    return name.lstrip("-"), value
+    return name.replace("-", "_"), value if equals else True

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...models.errors import ConfigError, did_you_mean
 from ..yaml_text import parse_yaml
+
+OF_THE_JOB = (
+    "array", "error", "no_requeue", "ntasks", "ntasks_per_node", "open_mode", "output", "requeue", "signal", "wrap",
+)  # fmt: skip
+"""Options of sbatch that follow from what a run needs."""
 
 
 class ClusterConfig(BaseModel):
@@ -44,10 +50,54 @@ class ClusterConfig(BaseModel):
     setup: tuple[str, ...] = Field((), description="shell lines before the run: module loads, conda")
     container: str | None = Field(None, description="image for `srun --container-image` (enroot, pyxis)")
     container_mounts: str | None = Field(None, description="for `srun --container-mounts`")
-    sbatch: dict[str, str | int] = Field({}, description="other options of sbatch by their long names")
+    sbatch: dict[str, bool | str | int] = Field(
+        {}, description="other options of sbatch by their long names, true for one without a value"
+    )
     shared_folders: tuple[Path, ...] = Field(
         (), description="folders that every node sees; a run must lie in one of them"
     )
+
+    @field_validator("time")
+    @classmethod
+    def _check_time(cls, text: str) -> str:
+        try:
+            parse_time(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return text
+
+    @field_validator("mem")
+    @classmethod
+    def _check_memory(cls, text: str | None) -> str | None:
+        if text is not None and not re.fullmatch(r"[0-9]+([KMGT]B?)?", text, re.IGNORECASE):
+            raise ValueError("a size is a whole number with K, M, G or T, as in 240G")
+        return text
+
+    @field_validator("sbatch")
+    @classmethod
+    def _check_options(cls, options: dict[str, bool | str | int]) -> dict[str, bool | str | int]:
+        named = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
+        for name in named:
+            if name in cls.model_fields:
+                raise ValueError(f"{name} has a flag and a key of its own, --{name}")
+            if name in OF_THE_JOB:
+                raise ValueError(f"{name.replace('_', '-')} follows from what the run needs")
+        return {name: value for name, value in named.items() if value is not False}
+
+    @field_validator("setup", mode="before")
+    @classmethod
+    def _split_lines(cls, lines: Any) -> Any:
+        return lines.splitlines() if isinstance(lines, str) else lines
+
+    @field_validator("shared_folders", mode="before")
+    @classmethod
+    def _expand(cls, folders: Any) -> Any:
+        several = [folders] if isinstance(folders, str) else folders
+        if not isinstance(several, list | tuple):
+            return several
+        return [
+            Path(os.path.expandvars(one)).expanduser() if isinstance(one, str) else one for one in several
+        ]
 
     @property
     def tasks(self) -> int:
@@ -61,31 +111,24 @@ class ClusterConfig(BaseModel):
 
     @property
     def minutes(self) -> int:
-        """`time` in minutes, rounded up, as Slurm does. Raises ConfigError."""
+        """`time` in minutes, rounded up, as Slurm does."""
         return parse_time(self.time)
 
 
 def parse_time(text: str) -> int:
     """Minutes of a time limit in Slurm's notation: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError."""
-    days, dash, rest = text.partition("-") if "-" in text else ("0", "", text)
-    try:
-        parts = [int(part) for part in rest.split(":")]
-        count = int(days)
-    except ValueError:
-        parts, count = [], 0
-    if not 1 <= len(parts) <= 3 or min([count, *parts]) < 0:
-        raise ConfigError(
-            f"--time {text!r} is no time limit: give minutes, H:MM:SS or D-HH:MM:SS, as in 2-12:00:00"
-        )
-    if dash:
+    found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
+    if not found:
+        raise ConfigError(f"{text!r} is no time limit: give minutes, H:MM:SS or D-HH:MM:SS, as in 2-12:00:00")
+    days, *rest = found.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None or len(parts) == 3:
         hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
     else:
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    total = ((count * 24 + hours) * 60 + minutes) * 60 + seconds
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     if total == 0:
-        raise ConfigError(f"--time {text!r} leaves no time to run")
+        raise ConfigError(f"{text!r} leaves no time to run")
     return -(-total // 60)
 
 
@@ -101,25 +144,27 @@ def load_cluster(given: Mapping[str, Any], site: Path | None = None) -> ClusterC
     if site is not None and not site.is_file():
         raise ConfigError(f"--site {site} does not exist")
     base = _read(path) if path.is_file() else {}
-    values = {**base, **given}
+    merged = {**base, **given}
+    if isinstance(base.get("sbatch"), dict) and "sbatch" in given:  # options that both name are as given
+        merged["sbatch"] = {**base["sbatch"], **given["sbatch"]}
     try:
-        config = ClusterConfig.model_validate(values)
+        return ClusterConfig.model_validate(merged)
     except ValidationError as error:
         finding = error.errors()[0]
         name = str(finding["loc"][0])
         where = f"--{name}" if name in given else f"{path}: {name}"
-        field = ClusterConfig.model_fields.get(name)
-        meaning = "" if field is None else f" ({field.description})"
-        raise ConfigError(f"{where} is {values[name]!r}: {finding['msg']}{meaning}") from error
-    _ = config.minutes
-    return config
+        what = finding["msg"].removeprefix("Value error, ")
+        meaning = ClusterConfig.model_fields[name].description
+        raise ConfigError(f"{where} is {merged[name]!r}: {what} ({meaning})") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, for example 'partition: gpu'")
     for key in content:
@@ -127,6 +172,4 @@ def _read(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: unknown key {key!r}; {did_you_mean(str(key), ClusterConfig.model_fields)}"
             )
-    if isinstance(content.get("setup"), str):
-        content["setup"] = content["setup"].splitlines()
-    return {**content, "sbatch": dict(content.get("sbatch") or {})}
+    return content
