@@ -179,8 +179,10 @@ def _at_work(job: JobState, now: Attempt | None, stopping: bool) -> tuple[str, s
     """A job that holds nodes."""
     if now is None:
         return ("stopping", "") if stopping else ("running", "starting")
-    if now.outcome is not None:  # the files are ahead of the scheduler
-        return now.outcome, now.why or now.signal
+    if now.outcome == "requeued":
+        return "requeued", now.signal
+    if now.outcome is not None:  # its nodes are not free yet, and its other ranks may hang: it can be stopped
+        return "stopping", f"{now.outcome}: {now.why}" if now.why else now.outcome
     if now.signal or stopping or job.state == "COMPLETING":
         return "stopping", now.signal
     return "running", "" if job.state in ("RUNNING", "COMPLETING") else job.state.lower()

@@ -272,7 +272,8 @@ def _ask(words: list[str], timeout: float = _TIMEOUT) -> str:
     except subprocess.TimeoutExpired as error:
         raise GraftError(f"{words[0]} gave no answer within {timeout:.0f} seconds") from error
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        said = lines[-1].removeprefix(f"{words[0]}: ")  # those before it tell what led there
         raise GraftError(f"{words[0]} failed: {said}")
     return done.stdout
 
