@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,19 +56,19 @@ def describe(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> s
         parts.append(f"{len(plan.requests)} cells, {config.array_parallelism} at a time:\n{names}")
     if config.cluster != "slurm":
         return "\n".join([*parts, f"--cluster {config.cluster}: {config.tasks} processes on this machine\n"])
-    with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves nothing behind
-        launch = _launch(plan, plan.requests, config)
-        shown = Launch(launch.name, Path(scratch), launch.requests, config, launch.cpus_per_task)
-        text = script(shown).replace(scratch, str(plan.folder))
-        if not unchecked:
-            test_only(shown)
-    return "\n".join([*parts, text])
+    launch = _launch(plan, plan.requests, config)
+    if not unchecked:
+        test_only(launch)
+    return "\n".join([*parts, script(launch)])
 
 
 def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """Submits, and says which jobs these are and what to do next."""
+    launch = _launch(plan, plan.requests, config)
+    if config.cluster == "slurm" and not unchecked:
+        test_only(launch)
     plan.write()
-    said = start(_launch(plan, plan.requests, config), plan.first, unchecked=unchecked)
+    said = start(launch, plan.first, unchecked=True)
     if plan.comparison:
         frozen = next(iter(plan.frozen))
         said += f"  graftvit compare {frozen} --report    # when all cells are through\n"

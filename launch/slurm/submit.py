@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -48,13 +49,16 @@ class Launch:
     def logs(self) -> Path:
         return self.folder / "jobs" / "logs"
 
+    @property
+    def start(self) -> Path:
+        """The script that starts the interpreter of each task."""
+        return self.folder / "jobs" / "start.sh"
 
-def executor_of(launch: Launch, code: Path) -> submitit.AutoExecutor:
-    """The executor, its resources set; `code` is where the copy of the package lies or will lie."""
-    config, start = launch.config, launch.folder / "jobs" / "start.sh"
-    launch.logs.mkdir(parents=True, exist_ok=True)
-    write_text(start, start_script(code))
-    python = f"sh {shlex.quote(str(start))}"
+
+def executor_of(launch: Launch) -> submitit.AutoExecutor:
+    """The executor, its resources set; nothing is written."""
+    config = launch.config
+    python = f"sh {shlex.quote(str(launch.start))}"
     executor = submitit.AutoExecutor(
         folder=launch.logs, cluster=config.cluster, slurm_python=python, local_python=python
     )
@@ -67,8 +71,8 @@ def executor_of(launch: Launch, code: Path) -> submitit.AutoExecutor:
 
 
 def script(launch: Launch) -> str:
-    """The sbatch script, as it would be submitted; nothing is written but `start.sh` and an empty folder of logs."""
-    executor: Any = executor_of(launch, launch.folder / "jobs" / "code")._executor
+    """The sbatch script, as it would be submitted; nothing is written."""
+    executor: Any = executor_of(launch)._executor
     count = len(launch.requests)
     if count > 1:
         executor.parameters["map_count"] = count  # as submitit does for an array
@@ -76,14 +80,11 @@ def script(launch: Launch) -> str:
 
 
 def test_only(launch: Launch) -> None:
-    """Raises ConfigError where sbatch would refuse the job. Nothing is queued."""
-    path = launch.folder / "jobs" / "test_only.sh"
-    with outside_of_a_job():
-        write_text(path, script(launch))
-        try:
-            check_script(path)
-        finally:
-            path.unlink()
+    """Raises ConfigError where sbatch would refuse the job. Nothing is queued, and nothing written to its folder."""
+    with outside_of_a_job(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.sh"
+        path.write_text(script(launch), encoding="utf-8")
+        check_script(path)
 
 
 def submit(launch: Launch) -> list[str]:
@@ -96,7 +97,9 @@ def submit(launch: Launch) -> list[str]:
     attempts = [Attempt(request.words, request.output_dir, directory) for request in launch.requests]
     apart = detached(launch.logs / "controller.log") if launch.config.cluster == "local" else nullcontext()
     with outside_of_a_job():
-        executor = executor_of(launch, code)
+        launch.logs.mkdir(parents=True, exist_ok=True)
+        write_text(launch.start, start_script(code))
+        executor = executor_of(launch)
         for request in launch.requests:
             JobFolder(request.output_dir).stop_path.unlink(missing_ok=True)
         try:
