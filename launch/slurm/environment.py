@@ -28,7 +28,8 @@ def launcher(environment: Environment = os.environ) -> str:
         if started not in (1, groups):
             raise ConfigError(
                 f"{starter} started torchrun {started} times, but each of them knows of {groups} of them: give "
-                "`srun --ntasks-per-node 1 torchrun --nnodes $SLURM_JOB_NUM_NODES ...`, or srun alone without torchrun"
+                "`srun --ntasks $SLURM_JOB_NUM_NODES --ntasks-per-node 1 torchrun --nnodes $SLURM_JOB_NUM_NODES ...`, "
+                "or srun alone without torchrun"
             )
         return "torchrun"
     if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
