@@ -66,25 +66,28 @@ def _copy(files: dict[str, Path], folder: Path) -> None:
         shutil.copyfile(path, target)
     metadata = folder / f"graftvit-{version('graftvit')}.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    metadata.write_text(distribution("graftvit").read_text("METADATA") or "", encoding="utf-8")
+    installed = distribution("graftvit")  # PKG-INFO where it is found through the egg-info of a checkout
+    text = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+    metadata.write_text(text, encoding="utf-8")
 
 
 def _revision() -> dict[str, Any]:
-    """The commit, and whether files differ from it; nothing outside of a repository."""
-    folder = _folder("graftvit.launch")
-    if "site-packages" in folder.parts:
-        return {}
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    """The commit, and whether the package's own files differ from it; nothing where none of it is in a repository."""
+    here = _folder("graftvit.launch")
+    parts = [str(_folder(f"graftvit.{name}")) for name in PARTS]
     try:
-        answers = [
-            subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=30
-            ).stdout.strip()
-            for words in commands
-        ]
+        _git(here, "ls-files", "--error-unmatch", "cli.py")  # not a repository that the package only lies in
+        return {
+            "git": _git(here, "rev-parse", "HEAD"),
+            "edited": bool(_git(here, "status", "--porcelain", "--", *parts)),
+        }
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"git": answers[0], "edited": bool(answers[1])}
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 def _name(requirement: str) -> str:

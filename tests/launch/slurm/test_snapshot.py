@@ -1,0 +1,230 @@
+"""The copy of the code that a job runs: whole, made once, and out of reach of later edits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_runs import cluster_run, until, user_environment
+from graftvit.launch.slurm import snapshot
+from graftvit.launch.slurm.snapshot import copy_package, origin
+from slurm_cluster import SlurmCluster
+
+HIDE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.path[:] = [path for path in sys.path if "__editable__" not in path]
+"""
+"""For an interpreter that must not find the installed package."""
+USE = """
+import graftvit, json, pathlib
+import graftvit.checkpoints.state, graftvit.models.errors, graftvit.transfer.config
+from graftvit.launch.recipes import recipe_names
+from graftvit.launch.cli import _version
+modules = [module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "graftvit"]
+print(json.dumps([graftvit.__version__, _version(), list(recipe_names()), [str(path) for path in modules if path]]))
+"""
+
+
+def python(folder: Path, code: str, cwd: Path) -> Any:
+    """What `code` prints as JSON in an interpreter with `folder` in front of its path."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small package in a repository, with a part in a folder of its own each, taken for the installed one."""
+    root = tmp_path / "checkout"
+    places = {"graftvit": root / "launch" / "root"}
+    places |= {f"graftvit.{name}": root / name for name in snapshot.PARTS}
+    for folder in places.values():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").write_text("")
+    (root / "launch" / "cli.py").write_text("x = 1\n")
+    (root / "notes.md").write_text("")
+    (root / ".gitignore").write_text("__pycache__\n")
+    monkeypatch.setattr(snapshot, "_folder", lambda module: places[module])
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    return root
+
+
+def git(folder: Path, *words: str) -> str:
+    known = ["-c", "user.name=me", "-c", "user.email=me@x", "-c", "init.defaultBranch=main"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *known, *words], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_the_copy_is_whole(tmp_path: Path) -> None:
+    code = copy_package(tmp_path / "jobs")
+    assert code.parent == tmp_path / "jobs"
+    found, command, recipes, modules = python(code, HIDE + USE, tmp_path)
+    assert found == command == version("graftvit")
+    assert "attention_distill_vit_large" in recipes
+    assert len(modules) > 5
+    assert all(Path(module).is_relative_to(code) for module in modules)
+    installed = {f"graftvit.{name}": snapshot._folder(f"graftvit.{name}") for name in snapshot.PARTS}
+    for module, folder in installed.items():
+        copied = code.joinpath(*module.split("."))
+        assert names(copied) == names(folder)
+
+
+def names(folder: Path) -> set[str]:
+    """The files of a package, without those that python makes of them."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(folder)) for path in found}
+
+
+def test_the_copy_hides_what_is_installed(tmp_path: Path) -> None:
+    modules = python(copy_package(tmp_path), "import sys\n" + USE, tmp_path)[3]
+    assert all(Path(module).is_relative_to(tmp_path) for module in modules)
+
+
+def test_a_copy_can_be_copied(tmp_path: Path) -> None:
+    """As a job does that submits another one, or a package that was installed and not linked."""
+    code = copy_package(tmp_path / "one")
+    again = "from graftvit.launch.slurm.snapshot import copy_package, origin\n"
+    again += "from pathlib import Path\nprint(json.dumps([str(copy_package(Path('two'))), origin()]))"
+    second, made = python(code, f"{HIDE}import json\n{again}", tmp_path)
+    assert Path(second).name == code.name
+    assert names(tmp_path / second) == names(code)
+    assert "git" not in made
+    assert made["graftvit"] == version("graftvit")
+    third = tmp_path / "site-packages"
+    shutil.copytree(code, third)
+    assert python(tmp_path / second, HIDE + USE, tmp_path)[:3] == python(third, HIDE + USE, tmp_path)[:3]
+
+
+def test_a_checkout_found_by_its_egg_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `python -m graftvit.launch` typed in the folder of the sources: there is no METADATA there."""
+    egg = tmp_path / "here" / "graftvit.egg-info"
+    egg.mkdir(parents=True)
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: graftvit\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(str(egg.parent))
+    assert version("graftvit") == "9.9"
+    code = copy_package(tmp_path / "jobs")
+    monkeypatch.undo()
+    assert python(code, HIDE + USE, tmp_path)[0] == "9.9"
+
+
+def test_the_same_code_is_copied_once(checkout: Path, tmp_path: Path) -> None:
+    first = copy_package(tmp_path / "jobs")
+    stamp = (first / "graftvit" / "launch" / "cli.py").stat().st_ino
+    (checkout / "launch" / "__pycache__").mkdir()
+    (checkout / "launch" / "__pycache__" / "cli.pyc").write_text("")
+    assert copy_package(tmp_path / "jobs") == first
+    assert (first / "graftvit" / "launch" / "cli.py").stat().st_ino == stamp
+
+
+@pytest.mark.parametrize("edit", ["content", "new file", "renamed", "removed", "recipe"])
+def test_an_edit_makes_another_copy(checkout: Path, tmp_path: Path, edit: str) -> None:
+    (checkout / "models" / "extra.py").write_text("y = 1\n")
+    first = copy_package(tmp_path)
+    if edit == "content":
+        (checkout / "launch" / "cli.py").write_text("x = 2\n")
+    elif edit == "new file":
+        (checkout / "models" / "new.py").write_text("")
+    elif edit == "renamed":
+        (checkout / "models" / "extra.py").rename(checkout / "models" / "other.py")
+    elif edit == "removed":
+        (checkout / "models" / "extra.py").unlink()
+    else:
+        (checkout / "cfgs" / "mine.yaml").write_text("seed: 1\n")
+    second = copy_package(tmp_path)
+    assert second != first
+    assert (first / "graftvit" / "launch" / "cli.py").read_text() == "x = 1\n"
+    assert (first / "graftvit" / "models" / "extra.py").exists()
+    assert (second / "graftvit" / "models" / "extra.py").exists() == (edit not in ("renamed", "removed"))
+
+
+def test_the_revision(checkout: Path) -> None:
+    assert "git" not in origin()
+    git(checkout, "init")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-m", "one")
+    head = git(checkout, "rev-parse", "HEAD")
+    assert (origin()["git"], origin()["edited"]) == (head, False)
+    (checkout / "notes.md").write_text("what the job does not run")
+    (checkout / "run.log").write_text("")
+    assert origin()["edited"] is False
+    (checkout / "models" / "new.py").write_text("")
+    assert origin()["edited"] is True  # a new file is in the copy and not in the commit
+    (checkout / "models" / "new.py").unlink()
+    (checkout / "launch" / "cli.py").write_text("x = 2\n")
+    assert (origin()["git"], origin()["edited"]) == (head, True)
+
+
+def test_a_repository_that_the_package_only_lies_in(checkout: Path) -> None:
+    git(checkout, "init")
+    (checkout / ".gitignore").write_text("*\n")
+    git(checkout, "add", "-f", "notes.md")
+    git(checkout, "commit", "-m", "mine")
+    assert "git" not in origin()
+
+
+def test_no_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "git" not in origin()
+
+
+def test_versions_of_what_it_needs() -> None:
+    packages = origin()["packages"]
+    assert packages["torch"] == version("torch")
+    assert packages["submitit"] == version("submitit")
+    assert {"timm", "safetensors", "accelerate"} <= set(packages)
+    assert not {"pytest", "mypy", "ruff"} & set(packages)  # of extras
+    assert all(packages.values())
+    json.dumps(origin())
+
+
+TOLD = 'import pathlib, os\npathlib.Path(os.environ["TOLD"]).open("a").write("{}\\n")\n'
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmCluster) -> None:
+    """The package of the user's PYTHONPATH is edited while the run goes on; both attempts run what was submitted."""
+    sources, told = tmp_path / "sources", tmp_path / "told"
+    shutil.copytree(copy_package(tmp_path / "jobs"), sources)
+    train = sources / "graftvit" / "launch" / "commands" / "train.py"
+    original = train.read_text()
+    train.write_text(original.replace("import signal\n", "import signal\n" + TOLD.format("submitted"), 1))
+    run = cluster_run(cluster, tmp_path, optim={"epochs": 6})
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    environment = {
+        **user_environment(cluster, tmp_path),
+        "PYTHONPATH": str(sources),
+        "TOLD": str(told),
+    }
+    words = ["submit", str(recipe), "--nodes", "1", "--tasks_per_node", "1"]
+    command = [sys.executable, "-m", "graftvit.launch", *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    train.write_text(original.replace("import signal\n", "import signal\n" + TOLD.format("edited"), 1))
+    run.wait_for_lines(3)
+    cluster.run("scontrol", "requeue", done.stdout.split()[2])
+    run.wait_for_attempt(2)
+    attempts = run.finish()
+    assert [attempt.outcome for attempt in attempts][-1] == "finished"
+    assert told.read_text().split() == ["submitted"] * len(attempts)
+    submission = run.jobs.submission()
+    assert submission is not None
+    assert submission.origin["packages"]["torch"] == version("torch")
+    assert Path(submission.code).name in (run.folder / "jobs" / "start.sh").read_text()
+    until(lambda: not cluster.run("squeue", "-h").strip(), 30, "an empty queue")
