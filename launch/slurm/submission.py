@@ -29,6 +29,11 @@ def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None
         raise ConfigError(
             f"--cluster debug is this process alone, and {config.tasks} are asked for: give one GPU or task"
         )
+    if config.cluster == "local" and len(plan.requests) > config.array_parallelism:
+        raise ConfigError(
+            f"--cluster local starts all {len(plan.requests)} cells at once, and --array_parallelism allows "
+            f"{config.array_parallelism}: allow more of them, or take fewer values"
+        )
     if plan.comparison:
         _check_comparison(plan, config)
     if config.cluster == "slurm":

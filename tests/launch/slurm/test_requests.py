@@ -153,6 +153,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "a cell of a comparison is one process, and 1 x 2 are asked for",
     ),
     ({"cluster": "local"}, "--cluster local does not wait for the teacher"),
+    (
+        {"cluster": "local", "array_parallelism": 2},
+        "starts all 3 cells at once, and --array_parallelism allows 2",
+    ),
 ]
 
 
