@@ -36,6 +36,8 @@ COMMANDS = {
 }
 DISTRIBUTED = ("train", "pretrain", "evaluate")
 """Commands that several processes run together."""
+SAVING = ("train", "pretrain")
+"""Commands that a signal stops after a save."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,11 +72,20 @@ def dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(f"unknown command {words[0]!r}; {did_you_mean(words[0], COMMANDS)}")
+    _log(words[0])
     if words[0] in DISTRIBUTED:
         from .slurm.environment import prepare_process
 
         prepare_process()
-    _log(words[0])
+    if words[0] in SAVING:
+        from ..transfer.engine.early_signals import remembering
+
+        with remembering():  # before torch is loaded
+            return _run(words)
+    return _run(words)
+
+
+def _run(words: list[str]) -> int:
     run: Callable[[list[str]], int] = importlib.import_module(f".commands.{words[0]}", __package__).run
     try:
         return run(words[1:])

@@ -123,8 +123,12 @@ def _stopped(result: RunResult, config: RunConfig) -> int:
     assert result.signal is not None
     with_flag = "" if config.engine.resume == "auto" else " with --resume auto"
     name = signal.Signals(result.signal).name
+    done = (
+        f"after step {result.steps}, state saved in {result.output_dir}"
+        if result.steps
+        else "before its first step"
+    )
     sys.stderr.write(
-        f"graftvit: stopped by {name} after step {result.steps}, state saved in {result.output_dir}; "
-        f"the same command{with_flag} continues from there\n"
+        f"graftvit: stopped by {name} {done}; the same command{with_flag} continues from there\n"
     )
     return 128 + result.signal

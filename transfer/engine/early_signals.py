@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EARLY_SIGNALS = tuple(
@@ -16,6 +19,29 @@ EARLY_SIGNALS = tuple(
 received: list[int] = []
 """The stop signals that this process got so far, in their order."""
 _owner: int | None = None  # the process that remembers
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Remembers inside the block, if nothing remembers yet; afterwards the handlers are those of before."""
+    if _owner == os.getpid() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in EARLY_SIGNALS}
+    remember_signals()
+    try:
+        yield
+    finally:
+        forget_signals()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def forget_signals() -> None:
+    """Nothing has come, and nothing is remembered any more."""
+    global _owner
+    _owner = None
+    received.clear()
 
 
 def remember_signals() -> None:
