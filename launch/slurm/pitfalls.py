@@ -32,10 +32,15 @@ def start_script(code: Path, python: str = sys.executable) -> str:
     submitit installs its handlers after it has loaded the job. A SIGUSR2 before that ends the process, and the job
     fails instead of going on later; a blocked one waits. `early_signals.remember_signals` lets it through. An `env`
     that cannot block (coreutils before 8.31) leaves the gap as it is.
+
+    submitit is started as a module, which would put the folder of the submission in front of the copy; python 3.11 and
+    later does without. Where the copy is gone, the job ends instead of running what is installed by now.
     """
     run, paths = shlex.quote(python), shlex.quote(str(code))
     return (
         "#!/bin/sh\n"
+        f'[ -d {paths} ] || {{ echo "the copy of the code is gone, submit again:" {paths} >&2; exit 1; }}\n'
+        "export PYTHONSAFEPATH=1\n"
         f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"\n'
         "if env --block-signal=USR2 true 2>/dev/null; then\n"
         f'  exec env --block-signal=USR2 --block-signal=TERM {run} "$@"\n'
