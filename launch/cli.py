@@ -36,6 +36,8 @@ COMMANDS = {
 }
 DISTRIBUTED = ("train", "pretrain", "evaluate")
 """Commands that several processes run together."""
+ALONE = ("compare", "demo")
+"""Commands that train in one process."""
 SAVING = ("train", "pretrain")
 """Commands that a signal stops after a save."""
 
@@ -77,6 +79,10 @@ def dispatch(words: list[str]) -> int:
         from .slurm.environment import prepare_process
 
         prepare_process()
+    elif words[0] in ALONE:
+        from .slurm.environment import refuse_several
+
+        refuse_several(words[0])
     if words[0] in SAVING:
         from ..transfer.engine.early_signals import remembering
 

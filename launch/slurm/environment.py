@@ -64,6 +64,17 @@ def prepare_process(environment: Environment = os.environ) -> None:
     limit_threads(environment)
 
 
+def refuse_several(command: str, environment: Environment = os.environ) -> None:
+    """Raises ConfigError where several processes were started for a command that is one."""
+    kind = launcher(environment)
+    size = int(environment["SLURM_STEP_NUM_TASKS"] if kind == "srun" else environment.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise ConfigError(
+            f"`graftvit {command}` is one process, and {size} were started, which would write into the same folder: "
+            "start one; `graftvit submit` makes a job of each cell of a comparison"
+        )
+
+
 def _starter(environment: Environment) -> tuple[str, int, str]:
     """Who started how many such processes side by side, and the rank it gave this one."""
     tasks, rank = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("SLURM_PROCID", "")

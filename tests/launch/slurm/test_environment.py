@@ -15,12 +15,14 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from engine_runs import config, records
 from graftvit.checkpoints.state import read_state
+from graftvit.launch.cli import main
 from graftvit.launch.slurm import environment as module
 from graftvit.launch.slurm.environment import (
     first_host,
     launcher,
     limit_threads,
     prepare_process,
+    refuse_several,
     srun_ranks,
     tasks_on_node,
 )
@@ -198,12 +200,33 @@ def test_one_process_by_hand_needs_no_group() -> None:
 
 
 def test_only_commands_that_train_together_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftvit.launch.cli import main
-
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(module, "limit_threads", pytest.fail)
     assert main(["recipes"]) == 0
     assert main(["train", "--print_config"]) == 2  # RANK alone
+
+
+@pytest.mark.parametrize("environment", [task(), TORCHRUN, BY_HAND])
+def test_a_command_of_one_process(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="`graftvit compare` is one process, and 2 were started"):
+        refuse_several("compare", environment)
+    for alone in (
+        {},
+        task(0, 1),
+        {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        {"SLURM_STEP_NUM_TASKS": "8"},
+    ):
+        refuse_several("compare", alone)
+
+
+@pytest.mark.parametrize("command", ["compare", "demo"])
+def test_srun_of_a_command_of_one_process(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in task().items():
+        monkeypatch.setenv(name, value)
+    assert main([command]) == 2
+    assert f"`graftvit {command}` is one process, and 2 were started" in capsys.readouterr().err
 
 
 def clean(**more: str) -> dict[str, str]:
