@@ -49,7 +49,8 @@ class Job:
     def run(self, work: Callable[[], int], rank: int = 0, restart: int = 0) -> Any:
         """The result, or the code that the process leaves with."""
         for name in INSIDE_A_LAUNCHER:
-            self._patch.delenv(name, raising=False)
+            self._patch.setenv(name, "")  # so that what an attempt exports is taken back, too
+            self._patch.delenv(name)
         self._patch.setenv("SLURM_PROCID", str(rank))
         self._patch.setenv("SLURM_LOCALID", str(rank % 2))
         self._patch.setenv("SLURM_RESTART_COUNT", str(restart))

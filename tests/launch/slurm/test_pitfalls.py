@@ -33,7 +33,8 @@ def in_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     for name in (*INSIDE_A_LAUNCHER, "SLURM_ARRAY_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a test exports is taken back, too
+        monkeypatch.delenv(name)
     return tmp_path
 
 
