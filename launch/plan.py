@@ -50,15 +50,18 @@ class Outline:
     processes: int
 
 
-def describe_plan(config: RunConfig, processes: int | None = None) -> str:
+def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data: bool = False) -> str:
     """The resolved plan of a run on so many processes; by default those that a launcher has started.
 
-    The data set is read for its size where it is there; without it `data.num_classes` must be given.
+    The data set is read for its size where it is there; without it `data.num_classes` must be given, and `needs_data`
+    not.
 
     Raises:
         GraftError: if the parts do not go together, in one sentence.
     """
     outline = _outline(config, processes or _processes())
+    if needs_data and isinstance(outline.loader, GraftError):
+        raise outline.loader
     rows = [
         ("mode", config.mode),
         ("teacher", _teacher_words(outline)),

@@ -46,7 +46,7 @@ def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None
         check_resources(config, cores(plan.configs, config))
     for run in plan.configs:
         _check_data(run)
-        describe_plan(run, config.world_size)
+        describe_plan(run, config.world_size, needs_data=not run.data.download)
 
 
 def describe(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:

@@ -83,6 +83,8 @@ def refused(on_cluster: Path, cluster: SlurmCluster, capsys: pytest.CaptureFixtu
         (["--mem", "5G"], "--mem is 5120: partition main has nodes with up to 4000 MiB of memory"),
         (["--output_dir", "/var/tmp/graftvit-run"], "is in none of the folders that every node sees (shared_folders:"),
         (["--data.dataset", "folder", "--data_path", "nowhere"], "nowhere"),
+        (["--data.dataset", "torch/cifar10", "--data_path", "nowhere", "--data.num_classes", "10"], "nowhere"),
+        (["--data.train_samples", "1", "--nodes", "2"], "has 1 images, fewer than 2 ranks"),
         (["--constraint", "a100"], "sbatch refuses the job: Invalid feature specification; `--dry_run` prints"),
         (["--exclude", "n77"], "sbatch refuses the job: Invalid node name specified"),
         (["--sbatch", "reservation=weekend"], "sbatch refuses the job: Requested reservation is invalid"),
@@ -276,12 +278,15 @@ def test_nodes_as_sinfo_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.check_resources(ClusterConfig(gpus_per_node=2, nodes=2, tasks_per_node=1), 64)
 
 
-def write_images(root: Path) -> Path:
-    """An ImageNet of two classes with a picture each."""
+def write_images(root: Path, count: int) -> Path:
+    """An ImageNet of two classes, all of the same picture."""
+    root.mkdir()
+    Image.new("RGB", (32, 32)).save(root / "one.jpg")
     for part in ("train", "val"):
         for kind in ("n01", "n02"):
             (root / part / kind).mkdir(parents=True)
-            Image.new("RGB", (32, 32)).save(root / part / kind / "0.jpg")
+            for number in range(count // 2):
+                (root / part / kind / f"{number}.jpg").hardlink_to(root / "one.jpg")
     return root
 
 
@@ -301,7 +306,7 @@ def test_the_script_of_the_published_recipe_is_accepted(
     big = start_cluster(nodes=8, gpus=8, cpus=96, memory=250_000)
     for name, value in big.environment.items():
         monkeypatch.setenv(name, value)
-    images = write_images(user / "imagenet")
+    images = write_images(user / "imagenet", 2048)
     before = everything(user)
     words = [
         "--nodes",
