@@ -204,13 +204,3 @@ def test_the_next_attempt_says_which_node_was_lost(job: Job) -> None:
     job.fallen = ["a2"]
     job.run(lambda: 0, restart=1)
     assert (job.last.number, job.last.before) == (2, "node failure: a2")
-
-
-def test_a_signal_of_before_counts(job: Job) -> None:
-    """It was blocked while the interpreter started."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, lambda *_: pytest.fail("an older handler got it"))
-    os.kill(os.getpid(), signal.SIGUSR2)
-    assert job.run(lambda: 128 + signal.SIGUSR2) == 0
-    assert job.requeued == 1
