@@ -78,9 +78,8 @@ def refuse_several(command: str, environment: Environment = os.environ) -> None:
 def _starter(environment: Environment) -> tuple[str, int, str]:
     """Who started how many such processes side by side, and the rank it gave this one."""
     tasks, rank = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("SLURM_PROCID", "")
-    interactive = "SLURM_PTY_PORT" in environment and os.isatty(
-        0
-    )  # the other tasks of `srun --pty bash` have ended
+    # the other tasks of `srun --pty bash` have ended
+    interactive = "SLURM_PTY_PORT" in environment and os.isatty(0)
     if not rank or interactive:
         tasks = "1"
     if "OMPI_COMM_WORLD_SIZE" in environment:  # inside an allocation, srun starts its daemons, one a node
@@ -169,4 +168,5 @@ def limit_threads(environment: Environment = os.environ) -> None:
     local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if cores is None and local == 1:
         return
-    environment["OMP_NUM_THREADS"] = cores or str(max(1, len(os.sched_getaffinity(0)) // local))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment["OMP_NUM_THREADS"] = cores or str(max(1, allowed // local))
