@@ -29,7 +29,7 @@ compare: install
 	$(BIN)/graftvit compare digits_compare --output_dir compare $(ARGS)
 
 test: install
-	$(BIN)/pytest -n auto $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 # mypy would take an installed copy in place of the sources; the other targets install it again.
 lint: $(VENV)/.dependencies

@@ -19,6 +19,7 @@ from engine_runs import config, differences, make_teacher
 from graftvit.launch.slurm.files import Attempt, JobFolder
 from graftvit.transfer.config import RunConfig
 from slurm_cluster import SlurmCluster
+from slurm_processes import marked
 
 RESOURCES = {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "cpus_per_task": 1, "time": "2:00:00"}
 
@@ -29,6 +30,19 @@ def until(ready: Callable[[], bool], seconds: float, what: str) -> None:
         if time.monotonic() > end:
             raise AssertionError(f"{what}: not within {seconds} s")
         time.sleep(0.05)
+
+
+def tasks_of(job_id: str) -> list[int]:
+    """The process numbers of the tasks of a job, on whatever node."""
+    found = [process.pid for process in marked({"SLURM_JOB_ID": job_id})]
+    return [pid for pid in found if _command_of(pid).startswith(f"{sys.executable} -u -m submitit")]
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 @dataclass

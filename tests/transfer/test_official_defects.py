@@ -225,7 +225,7 @@ def test_13a_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Mo
     def waits(*_: object) -> None:
         raise AssertionError("a step waits for the device")
 
-    def guarded(loop: Loop, batch: Tensor, targets: Tensor) -> None:
+    def guarded(loop: Loop, batch: Tensor, targets: Tensor, index: int) -> None:
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
                 patch.setattr(torch.Tensor, name, waits)

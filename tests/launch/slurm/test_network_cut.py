@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_runs import assert_undisturbed, cluster_run, until
+from cluster_runs import assert_undisturbed, cluster_run, tasks_of, until
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -16,16 +18,23 @@ def test_the_orphaned_attempt_is_fenced_off(
     start_cluster: Callable[..., SlurmCluster], tmp_path: Path
 ) -> None:
     cluster = start_cluster(mode="ns", nodes=2)
-    # long enough for the orphan to be still at work when its successor has loaded
-    run = cluster_run(cluster, tmp_path, optim={"epochs": 90}, engine={"eval_every": 45, "log_interval": 10})
+    run = cluster_run(cluster, tmp_path, optim={"epochs": 16})
     run.submit("--nodes", "1")
     run.wait_for_lines(12)
     (orphan,) = run.jobs.attempts()
     cluster.cut_node(orphan.nodes[0])
     before = run.lines()
     until(lambda: run.lines() > before, 30, "the orphan writing on")
+    tasks = tasks_of(orphan.job_id)
+    assert len(tasks) == 2
+    for task in tasks:  # stand still, lest they end before their successor has loaded
+        os.kill(task, signal.SIGSTOP)
     cluster.run("scontrol", "update", f"nodename={orphan.nodes[0]}", "state=down", "reason=cut")
     run.wait_for_attempt(2)
+    written = run.lines()
+    until(lambda: run.lines() != written, 60, "the successor writing")
+    for task in tasks:
+        os.kill(task, signal.SIGCONT)
     successor = run.finish()[1]
     assert (successor.job_id, successor.nodes) == (
         orphan.job_id,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import submitit
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, until
+from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, tasks_of, until
 from slurm_cluster import SlurmCluster
-from slurm_processes import marked
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 StartCluster = Callable[..., SlurmCluster]
@@ -72,11 +70,7 @@ def test_the_time_limit(start_cluster: StartCluster, tmp_path: Path) -> None:
     run = cluster_run(start_cluster(), tmp_path)
     job = run.submit("--time", "1", "--signal_delay", "45")
     run.wait_for_lines(EARLY)
-    tasks = [
-        process.pid
-        for process in marked({"SLURM_JOB_ID": job})
-        if command_of(process.pid).startswith(f"{sys.executable} -u -m submitit")
-    ]
+    tasks = tasks_of(job)
     assert len(tasks) == 4
     for task in tasks:
         os.kill(task, signal.SIGSTOP)
@@ -88,13 +82,6 @@ def test_the_time_limit(start_cluster: StartCluster, tmp_path: Path) -> None:
     first, second = run.finish()
     assert (first.outcome, first.signal, second.outcome) == ("requeued", "SIGUSR2 (time limit)", "finished")
     assert_undisturbed(run)
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except OSError:
-        return ""
 
 
 def test_requeue_by_an_administrator(start_cluster: StartCluster, tmp_path: Path) -> None:
