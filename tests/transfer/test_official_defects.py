@@ -229,7 +229,7 @@ def test_13a_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
                 patch.setattr(torch.Tensor, name, waits)
-            backward(loop, batch, targets)
+            backward(loop, batch, targets, index)
         steps.append(len(batch))
 
     monkeypatch.setattr(Loop, "_backward", guarded)
