@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cluster_runs import until
 from slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
 from slurm_processes import ClusterError, end, marked
 
@@ -148,11 +149,15 @@ def test_a_node_in_a_network_of_its_own_can_be_cut_off(start_cluster: StartClust
     # has the same addresses, in a network of its own
     assert start_cluster(nodes=1, mode="ns").run("srun", "hostname").split() == ["n1"]
     assert sorted(cluster.run("srun", "--nodes=2", "hostname").split()) == ["n1", "n2"]
-    job = sbatch(cluster, "srun sleep 1000", "--nodelist=n2")
-    wait_for(cluster, job, "JobState", "RUNNING")
+    job = sbatch(cluster, "exec sleep 1000", "--nodelist=n2")
+
+    def sleeps() -> bool:
+        return any(str(process).endswith("(sleep 1000)") for process in marked({"SLURM_JOB_ID": job}))
+
+    until(sleeps, 15, "the job's script")  # a job is RUNNING before its node has heard of it
     cluster.cut_node("n2")
     with pytest.raises((ClusterError, subprocess.TimeoutExpired)):
         cluster.run("srun", "--jobid", job, "--overlap", "true", timeout=2)
-    assert any("sleep" in str(process) for process in marked({"SLURM_JOB_ID": job}))
+    assert sleeps()
     cluster.mend_node("n2")
     assert cluster.run("srun", "--jobid", job, "--overlap", "hostname").split() == ["n2"]
