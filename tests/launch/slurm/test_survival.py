@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -15,8 +16,8 @@ from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 StartCluster = Callable[..., SlurmCluster]
-EARLY, LATE = 12, 30
-"""Records of the log after which something happens, of about 75."""
+EARLY, LATE = 10, 20
+"""Records of the log after which something happens, of about 50."""
 
 
 def interrupt(run: ClusterRun, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,16 +67,19 @@ def test_preemption_by_a_higher_partition(
 
 
 def test_the_time_limit(start_cluster: StartCluster, tmp_path: Path) -> None:
-    # Slurm's shortest limit is a minute, and it looks every 30 s: the tasks stand still until it has signalled.
+    # A limit is whole minutes, and Slurm looks every 30 s: the tasks stand still until it has signalled.
     run = cluster_run(start_cluster(), tmp_path)
-    job = run.submit("--time", "1", "--signal_delay", "45")
+    started = time.monotonic()
+    job = run.submit("--signal_delay", "60")
     run.wait_for_lines(EARLY)
+    minutes = math.ceil((time.monotonic() - started + 30) / 60)
+    run.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
     tasks = tasks_of(job)
     assert len(tasks) == 4
     for task in tasks:
         os.kill(task, signal.SIGSTOP)
     until(
-        lambda: run.jobs.attempts()[0].outcome is not None, 60, "Slurm signalling, and continuing, the tasks"
+        lambda: run.jobs.attempts()[0].outcome is not None, 150, "Slurm signalling, and continuing, the tasks"
     )
     run.wait_for_attempt(2)
     run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
@@ -121,7 +125,7 @@ def test_three_events_in_one_run(
     run.wait_for_lines(LATE)
     run.cluster.kill_node(run.jobs.attempts()[1].nodes[1])
     run.wait_for_attempt(3)
-    run.wait_for_lines(LATE + 15)
+    run.wait_for_lines(LATE + 10)
     interrupt(run, job, monkeypatch)
     attempts = run.finish()
     assert [attempt.restart for attempt in attempts] == [0, 1, 2, 3]
