@@ -47,21 +47,22 @@ def small(family: str = "vit", **changes: Any) -> nn.Module:
     return tiny(family, dtype=torch.float32, **{"depth": 2, **changes})
 
 
-def run(path: Path, x: Tensor, output: str = "logits") -> Tensor:
-    """What the file gives, without any code of the library under test."""
+def runner(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs the file, without any code of the library under test."""
     if path.suffix == ".pt2":
-        return torch.export.load(path).module()(x)
+        module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+        return module
     session = import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    [given] = session.run([output], {"images": x.numpy()})
-    return torch.from_numpy(given)
+    return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
 
 def agrees(path: Path, model: nn.Module, *sizes: tuple[int, int], batches: tuple[int, ...] = (1, 4)) -> None:
+    run = runner(path)
     for batch in batches:
         for size in sizes or ((32, 48),):
             x = images(batch, seed=batch, dtype=torch.float32, size=size)
             with torch.no_grad():
-                assert relative_error(run(path, x), model(x)) <= 1e-5, (batch, size)
+                assert relative_error(run(x), model(x)) <= 1e-5, (batch, size)
 
 
 @TWO_WAYS
@@ -145,7 +146,7 @@ def test_a_fixed_batch_is_one(suffix: str, tmp_path: Path) -> None:
     assert export_model(model, path, dynamic=()).checked == ((1, 3, 32, 48),)
     agrees(path, model, batches=(1,))
     with pytest.raises(Exception, match=r"images|[Ss]hape|dimension|size"):
-        run(path, images(2, dtype=torch.float32))
+        runner(path)(images(2, dtype=torch.float32))
 
 
 @TWO_WAYS
@@ -156,7 +157,7 @@ def test_normalisation_in_the_file(suffix: str, tmp_path: Path) -> None:
     pixels = torch.rand(2, 3, 32, 48)
     with torch.no_grad():
         expected = model((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
-    assert relative_error(run(path, pixels), expected) <= 1e-5
+    assert relative_error(runner(path)(pixels), expected) <= 1e-5
     assert "0..1" in report.metadata["input"]
     with pytest.raises(CheckpointError, match="mean and std"):
         export_model(model, tmp_path / f"other{suffix}", normalise=True)
