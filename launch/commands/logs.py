@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     folders = run_folders(arguments.run)
     folder = arguments.run.absolute()
     if folders != [folder]:
-        raise ConfigError(f"{folder} is a sweep: name one of its cells, as in {folders[0]}")
+        raise ConfigError(f"{folder} has several runs: name one, as in {folders[0]}")
     files, rank = JobFolder(folder), arguments.rank
     followers: dict[Path, Follower] = {}
 

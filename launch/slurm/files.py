@@ -139,6 +139,12 @@ class JobFolder:
                 found.append(Attempt(**fields))
         return found
 
+    @property
+    def finished(self) -> bool:
+        """Whether the newest attempt ended the run."""
+        attempts = self.attempts()
+        return bool(attempts) and attempts[-1].outcome == "finished"
+
     def write_error(self, number: int, rank: int, text: str) -> None:
         """How `rank` of attempt `number` failed."""
         path = self.folder / "errors" / f"{number:04d}-{rank}.txt"

@@ -11,6 +11,7 @@ from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..yaml_text import write_yaml
+from .files import JobFolder
 from .submit import Request, write_text
 from .sweep import Sweep, check_folder, parse_sweep
 from .sweep_cells import cell_configs, first_config
@@ -29,6 +30,7 @@ class Plan:
     frozen: dict[Path, str]
     """Files to write before it is submitted."""
     requests: list[Request]
+    """Without the cells of a sweep that have finished with these very settings."""
     first: Request | None = None
     """What the others have to wait for: the teacher of a comparison."""
     sweep: Sweep | None = None
@@ -71,9 +73,19 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
     texts = cell_configs(sweep, recipe, [setting for setting in settings if setting.key != "output_dir"])
     frozen = {cell.folder / "jobs" / "config.yaml": texts[cell.name] for cell in sweep.cells}
     requests = [
-        Request(["train", str(path)], cell.folder) for path, cell in zip(frozen, sweep.cells, strict=True)
+        Request(["train", str(path)], cell.folder)
+        for (path, text), cell in zip(frozen.items(), sweep.cells, strict=True)
+        if not (JobFolder(cell.folder).finished and _holds(path, text))
     ]
+    if not requests:
+        raise ConfigError(
+            f"all {len(sweep.cells)} cells of {folder} have finished: `graftvit summary {folder}`"
+        )
     return Plan(folder, [first_config(sweep, recipe, settings)], frozen, requests, sweep=sweep)
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> Plan:

@@ -44,7 +44,7 @@ def find_unfinished(folder: Path) -> Unfinished:
     teacher = known.pop(folder / "teacher", None)
     if not known:
         raise ConfigError(f"the cells of {folder} were never submitted: `graftvit submit` does that")
-    left = {run: submission for run, submission in known.items() if not _finished(run)}
+    left = {run: submission for run, submission in known.items() if not JobFolder(run).finished}
     if not left:
         raise ConfigError(f"{folder} has finished: there is nothing to resume")
     active = active_jobs(left)
@@ -52,7 +52,7 @@ def find_unfinished(folder: Path) -> Unfinished:
     if not free:
         job = next(iter(active.values())).partition("_")[0]
         raise ConfigError(f"{folder} is job {job} already: `graftvit jobs {folder}` shows it")
-    if teacher is None or _finished(folder / "teacher"):
+    if teacher is None or JobFolder(folder / "teacher").finished:
         return Unfinished(folder, free)
     return Unfinished(folder, free, Request(teacher.command, folder / "teacher"))
 
@@ -71,8 +71,3 @@ def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = F
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
     launch = Launch(f"graftvit-{unfinished.folder.name}", unfinished.folder, requests, config, cores)
     return start(launch, unfinished.first, unchecked=unchecked)
-
-
-def _finished(run: Path) -> bool:
-    attempts = JobFolder(run).attempts()
-    return bool(attempts) and attempts[-1].outcome == "finished"

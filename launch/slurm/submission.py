@@ -19,8 +19,6 @@ from .submit import Launch, Request, script, submit, test_only
 
 def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None:
     """Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for."""
-    from ..plan import describe_plan  # loads torch
-
     if config.cluster != "slurm" and config.nodes > 1:
         raise ConfigError(
             f"--nodes {config.nodes}: --cluster {config.cluster} is this machine alone; give --nodes 1"
@@ -44,6 +42,8 @@ def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None
     if config.cluster == "slurm":
         check_folder(plan.folder, config)
         check_resources(config, cores(plan.configs, config))
+    from ..plan import describe_plan  # loads torch, which is slow: what can be told without it is told before
+
     for run in plan.configs:
         _check_data(run)
         describe_plan(run, config.world_size, needs_data=not run.data.download)
@@ -56,6 +56,9 @@ def describe(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> s
     parts = [] if unchecked else [describe_plan(run, config.world_size) for run in plan.configs]
     if plan.first is not None:
         parts.append(f"a job of its own makes the teacher first, in {plan.first.output_dir}\n")
+    cells = len(plan.requests) if plan.sweep is None else len(plan.sweep.cells)
+    if left_out := cells - len(plan.requests):
+        parts.append(f"left out: {left_out} of {cells} cells, which have finished\n")
     if len(plan.requests) > 1:
         names = "".join(f"  {request.output_dir.name}\n" for request in plan.requests)
         parts.append(f"{len(plan.requests)} cells, {config.array_parallelism} at a time:\n{names}")

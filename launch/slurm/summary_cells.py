@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from ...transfer.config import RunConfig
 from ...transfer.engine.runlog import read_log
 from ..config import load_config
 from .files import JobFolder
+from .progress import current_stage
 from .sweep import Cell
 
 State = Literal["done", "failed", "unfinished", "not begun"]
@@ -34,9 +34,9 @@ class CellResult:
 def read_cell(cell: Cell) -> CellResult:
     """A cell is done when its last epoch is in the log and its student is written, failed when its last attempt
     said so, and otherwise unfinished. Of a recipe with stages, the stage that it came to counts."""
-    run, epochs = _last_run(cell.folder), []
-    why = ""
-    if run is not None:
+    run, why = current_stage(cell.folder), ""
+    begun = (run / "config.yaml").is_file()
+    if begun:
         epochs = _epochs(run / "log.jsonl")
         try:
             config = load_config(run)
@@ -50,19 +50,7 @@ def read_cell(cell: Cell) -> CellResult:
     attempts = JobFolder(cell.folder).attempts()
     if attempts and attempts[-1].outcome == "failed":
         return CellResult(cell, "failed", _one_line(attempts[-1].why))
-    return CellResult(cell, "unfinished" if run is not None or attempts else "not begun", why)
-
-
-def _last_run(folder: Path) -> Path | None:
-    """The folder that the run, or its latest stage, writes to; None before the first one began."""
-    if (folder / "config.yaml").is_file():
-        return folder
-    numbered = [
-        (int(found[1]), path)
-        for path in folder.glob("*-*")
-        if (found := re.match(r"(\d+)-", path.name)) and (path / "config.yaml").is_file()
-    ]
-    return max(numbered)[1] if numbered else None
+    return CellResult(cell, "unfinished" if begun or attempts else "not begun", why)
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:

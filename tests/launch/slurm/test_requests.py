@@ -18,7 +18,7 @@ from graftvit.launch.slurm.submission import check, describe
 from graftvit.launch.slurm.sweep import load_sweep
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.compare.run import digest
-from slurm_folders import HERE, say, submitted
+from slurm_folders import HERE, attempted, say, submitted
 
 STAGES = {
     "output_dir": "out",
@@ -87,6 +87,25 @@ def test_what_is_checked_of_a_sweep_is_its_first_cell(folder: Path) -> None:
     assert (first.data.data_path, first.seed) == ("/data/a", 3)
     assert first == load_config(plan.requests[0].words[1])
     assert load_sweep(folder / "out") == plan.sweep
+
+
+def test_cells_that_have_finished_are_left_out(folder: Path) -> None:
+    def plan(*words: str) -> Plan:
+        return planned("digits_scratch", "output_dir=out", *words, sweep=["seed=0..2"])
+
+    cells = [request.output_dir for request in plan().requests]
+    attempted(cells[0], "finished")
+    attempted(cells[1], "failed")
+    again = plan()
+    assert [request.output_dir for request in again.requests] == cells[1:]
+    local = ClusterConfig(cluster="local", nodes=1, gpus_per_node=0)
+    assert "left out: 1 of 3 cells, which have finished\n" in describe(again, local, unchecked=True)
+    attempted(cells[1], "finished")
+    attempted(cells[2], "finished")
+    with pytest.raises(ConfigError, match=r"all 3 cells of .*out have finished: `graftvit summary"):
+        plan()
+    longer = plan("optim.epochs=9")  # whether these can go on is for the run to say
+    assert [request.output_dir for request in longer.requests] == cells
 
 
 def test_a_cell_of_a_comparison_is_a_job(folder: Path) -> None:
