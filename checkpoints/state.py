@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..models.errors import CheckpointError
 from .atomic import remove, sync
-from .state_file import TrainingState, check_state, read_state, write_state
+from .state_file import TrainingState, check_state, read_meta, read_state, write_state
 
 __all__ = ["StateFolder", "TrainingState", "read_state", "write_state"]
 
@@ -89,10 +90,7 @@ class StateFolder:
         Raises CheckpointError where there are states and all are damaged.
         """
         damaged: list[str] = []
-        # A process that died between the two renames leaves the newest whole state without a name.
-        for path in (self.last, *self._unnamed(), self.previous):
-            if not path.exists():
-                continue
+        for path in self._candidates():
             try:
                 state = read_state(path)
             except CheckpointError as error:
@@ -108,6 +106,20 @@ class StateFolder:
                 "move the folder away to start again"
             )
         return None
+
+    def peek(self) -> dict[str, Any] | None:
+        """The JSON part of what `load` would read, as far as the files' headers tell; None where there is none."""
+        for path in self._candidates():
+            with contextlib.suppress(CheckpointError):
+                return read_meta(path)
+        return None
+
+    def _candidates(self) -> Iterator[Path]:
+        """The states to go on from, the best first.
+
+        A process that died between the two renames leaves the newest whole state without a name.
+        """
+        return (path for path in (self.last, *self._unnamed(), self.previous) if path.exists())
 
 
 def _is_whole(path: Path) -> bool:

@@ -73,6 +73,21 @@ def read_state(path: Path) -> TrainingState:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON part of the state in `path`, from its header alone: whether the tensors are whole is not looked at.
+
+    Raises CheckpointError naming the file: missing, no training state, or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta: dict[str, Any] = json.loads(file.metadata()[META_KEY])
+            return meta
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
 def check_state(path: Path) -> None:
     """Raises CheckpointError as `read_state`, without holding the tensors in memory."""
     try:

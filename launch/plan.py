@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,17 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ..checkpoints.state import StateFolder
 from ..checkpoints.teacher import Teacher
 from ..models.errors import GraftError
 from ..models.mae import MaskedAutoencoder
 from ..transfer.config import RunConfig
 from ..transfer.data.loaders import InputSpec, TrainLoader, create_train_loader
 from ..transfer.engine.build import find_teacher, headless
+from ..transfer.engine.elastic import GlobalBatch, as_started, describe, global_batch
 from ..transfer.engine.optim import freeze, peak_learning_rate
-from ..transfer.engine.schedule import plan_schedule
+from ..transfer.engine.resume import Position, check_length, check_same_run, refuse_existing
+from ..transfer.engine.schedule import Schedule
 from ..transfer.engine.students import (
     StudentPlan,
     find_whole,
@@ -48,6 +51,14 @@ class Outline:
     dual: DualViT | None
     loader: TrainLoader | GraftError
     processes: int
+    saved: Mapping[str, Any] | None
+    """The meta part of the state that the run goes on from; None where it starts."""
+    batch: GlobalBatch | None
+    """None where the data set could not be read."""
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return None if self.batch is None else self.batch.schedule(self.config, self.processes)
 
 
 def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data: bool = False) -> str:
@@ -74,6 +85,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("length", _length_words(outline)),
         ("memory", _memory_words(outline)),
         ("run folder", str(config.output_dir)),
+        ("goes on", _going_on_words(outline)),
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = []
@@ -84,6 +96,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
 
 
 def _outline(config: RunConfig, processes: int) -> Outline:
+    saved = _saved(config)
     whole = find_whole(config.student)
     channels, height, width = input_size(config.student, whole)
     teacher = _teacher(config, (height, width))
@@ -91,6 +104,8 @@ def _outline(config: RunConfig, processes: int) -> Outline:
         (channels, height, width), *student_normalization(config.student, channels, whole or teacher)
     )
     loader = _loader(config, spec, processes)
+    batch = None if isinstance(loader, GraftError) else global_batch(config, loader, processes, saved)
+    config = config if saved is None else as_started(config, saved)
     if config.mode == "pretrain":
         plan = plan_student(headless(config.student), 0, None)
     else:
@@ -108,7 +123,21 @@ def _outline(config: RunConfig, processes: int) -> Outline:
     elif config.mode == "align" and teacher is not None:
         Alignment(teacher.model, student, config.align.match)  # raises what the run would raise
     freeze(student if dual is not None else model, config.optim.trainable, keep_head=config.mode != "align")
-    return Outline(config, spec, teacher, plan, student, model, dual, loader, processes)
+    outline = Outline(config, spec, teacher, plan, student, model, dual, loader, processes, saved, batch)
+    if saved is not None and outline.schedule is not None:
+        check_length(Position(**saved["position"]), outline.schedule.total_steps)
+    return outline
+
+
+def _saved(config: RunConfig) -> Mapping[str, Any] | None:
+    """The meta part of the state in the run folder, which `config` may go on from or has to leave alone."""
+    if config.engine.resume == "never":
+        refuse_existing(config.output_dir)
+        return None
+    saved = StateFolder(config.output_dir / "checkpoints").peek()
+    if saved is not None:
+        check_same_run(saved, config)
+    return saved
 
 
 def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
@@ -204,29 +233,44 @@ def _data_words(outline: Outline) -> str:
 
 
 def _batch_words(outline: Outline) -> str:
-    data, optim = outline.config.data, outline.config.optim
-    _, effective = peak_learning_rate(optim, data.batch_size, outline.processes)
+    data, optim, batch = outline.config.data, outline.config.optim, outline.batch
+    size, accum = data.batch_size, optim.accum_iter
+    if batch is not None:
+        size, accum = batch.batch_size, batch.micro_batches // outline.processes
     processes = f"{outline.processes} process{'es' if outline.processes > 1 else ''}"
-    return f"{data.batch_size} x {optim.accum_iter} accumulated x {processes} = {effective} images"
+    return f"{size} x {accum} accumulated x {processes} = {size * accum * outline.processes} images"
 
 
 def _rate_words(outline: Outline) -> str:
-    data, optim = outline.config.data, outline.config.optim
+    data, optim, schedule = outline.config.data, outline.config.optim, outline.schedule
     peak, effective = peak_learning_rate(optim, data.batch_size, outline.processes)
+    if schedule is not None:
+        peak, effective = schedule.peak, schedule.effective_batch
     why = f"blr {optim.blr:g} x {effective} / 256" if optim.lr is None else "as given"
     return f"{peak:g} ({why}), down to {min(optim.min_lr, peak):g}; layer decay {optim.layer_decay:g}"
 
 
 def _length_words(outline: Outline) -> str:
-    optim = outline.config.optim
-    if isinstance(outline.loader, GraftError):
+    optim, schedule = outline.config.optim, outline.schedule
+    if schedule is None:
         return f"{optim.max_steps} steps" if optim.max_steps else f"{optim.epochs} epochs"
-    batch_size = outline.config.data.batch_size
-    schedule = plan_schedule(optim, outline.loader.batches_per_epoch, batch_size, outline.processes)
     return (
         f"{schedule.total_steps:,} steps, {schedule.steps_per_epoch:,} an epoch, "
         f"{schedule.warmup_steps:,.0f} of them warm-up"
     )
+
+
+def _going_on_words(outline: Outline) -> str:
+    saved, batch = outline.saved, outline.batch
+    if saved is None:
+        return ""
+    step, schedule = saved["position"]["step"], outline.schedule
+    if schedule is not None and step >= schedule.total_steps:
+        return "no more: all its steps are done"
+    words = f"after step {step:,}"
+    if batch is None or saved["world_size"] == outline.processes:
+        return words
+    return f"{words}\n{describe(batch, saved['world_size'], outline.processes)}"
 
 
 def _memory_words(outline: Outline) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import ConfigError
+from ..config import load_config
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder, Submission
 from .jobs import run_folders
+from .progress import current_stage
 from .settings import ClusterConfig
 from .submission import active_jobs, start
 from .submit import Launch, Request
@@ -68,6 +70,18 @@ def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = F
         check_commands()
         check_folder(unfinished.folder, config)
         check_resources(config, cores)
+    if not unchecked:
+        _check_state(unfinished, config)
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
     launch = Launch(f"graftvit-{unfinished.folder.name}", unfinished.folder, requests, config, cores)
     return start(launch, unfinished.first, unchecked=unchecked)
+
+
+def _check_state(unfinished: Unfinished, config: ClusterConfig) -> None:
+    """Refuses processes that cannot share the step of a run which has begun; all cells ask for the same ones."""
+    stages = (current_stage(run) for run in unfinished.submissions)
+    begun = next((stage for stage in stages if (stage / "config.yaml").is_file()), None)
+    if begun is not None:
+        from ..plan import describe_plan  # loads torch
+
+        describe_plan(load_config(begun), config.world_size)

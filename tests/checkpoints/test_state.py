@@ -70,6 +70,9 @@ def test_a_damaged_last_is_named_and_the_previous_used(
         damage(folder.last)
     else:
         folder.last.write_bytes(b"" if how == "empty" else content[: len(content) // 2])
+    peeked = StateFolder(tmp_path).peek()
+    assert peeked is not None
+    assert peeked["step"] == (2 if how == "flip" else 1)  # the header alone does not tell of a changed tensor
     with caplog.at_level(logging.WARNING):
         assert step_of(StateFolder(tmp_path).load()) == 1
     assert (str(folder.last) in caplog.text) == (how != "remove")

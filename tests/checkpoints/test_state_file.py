@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from graftvit.checkpoints.state_file import TrainingState, read_state, write_state
+from graftvit.checkpoints.state_file import TrainingState, read_meta, read_state, write_state
 from graftvit.models.errors import CheckpointError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -116,8 +116,9 @@ def test_a_truncated_or_longer_file_is_named(tmp_path: Path, written: bytes, kee
     path = tmp_path / "short.safetensors"
     for content in (written[:keep], written + b"x"):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"short\.safetensors is damaged"):
-            read_state(path)
+        for read in (read_state, read_meta):
+            with pytest.raises(CheckpointError, match=r"short\.safetensors is damaged"):
+                read(path)
 
 
 def test_what_is_no_state_is_refused(tmp_path: Path) -> None:

@@ -3,18 +3,21 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from engine_runs import config as short_run
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.launch.outline import outline_teacher
 from graftvit.launch.plan import describe_plan
-from graftvit.models.errors import GraftError
+from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.config import TeacherConfig
 from graftvit.transfer.engine.build import build
+from graftvit.transfer.engine.train import train
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 STUDENT = [
@@ -127,6 +130,40 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert plan["data"].startswith("not read: ")
     assert "10 classes" in plan["student"]
     assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
+    optim = {"accum_iter": 2, "max_steps": 3}
+    train(short_run(tmp_path / "run", optim=optim))
+    longer = short_run(tmp_path / "run", optim={**optim, "max_steps": 9})
+    plan = rows(describe_plan(longer, 2))
+    assert plan["batch"] == "16 x 1 accumulated x 2 processes = 32 images"
+    assert plan["learning rate"].startswith("0.00375 (blr 0.03 x 32 / 256)")
+    assert plan["length"].startswith("9 steps, 4 an epoch")
+    assert plan["goes on"].splitlines() == [
+        "after step 3",
+        "continues on 2 processes with 1 batch a step in place of 1 with 2; the global batch stays 32",
+    ]
+    assert rows(describe_plan(longer))["goes on"] == "after step 3"
+    assert rows(describe_plan(short_run(tmp_path / "run", optim=optim)))["goes on"].startswith("no more: ")
+
+
+@pytest.mark.parametrize(
+    ("processes", "sections", "sentence"),
+    [
+        (3, {}, "which 3 processes cannot share: use 1 or 2 processes"),
+        (1, {"optim": {"accum_iter": 2, "max_steps": 2}}, "asks for 2 steps, but the run has done 3 already"),
+        (1, {"seed": 5}, "seed=5, but the run in .* was started with 0"),
+        (1, {"engine": {"device": "cpu", "resume": "never"}}, "already holds a run"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_before_it_runs(
+    processes: int, sections: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    optim = {"accum_iter": 2, "max_steps": 3}
+    train(short_run(tmp_path / "run", optim=optim))
+    with pytest.raises(ConfigError, match=sentence):
+        describe_plan(short_run(tmp_path / "run", **{"optim": optim, **sections}), processes)
 
 
 def test_without_data_the_classes_must_be_known(teacher: str) -> None:

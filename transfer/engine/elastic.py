@@ -41,6 +41,20 @@ class GlobalBatch:
         return replace(first, accum=self.micro_batches // processes)
 
 
+def global_batch(
+    config: RunConfig, loader: TrainLoader, processes: int, saved: Mapping[str, Any] | None
+) -> GlobalBatch:
+    """That of a run which goes on from a state with the meta part `saved`, or starts.
+
+    Raises ConfigError: as `check_spread`.
+    """
+    if saved is None:
+        return first_batch(config, loader, processes)
+    batch = saved_batch(saved, loader)
+    check_spread(batch, saved, Position(**saved["position"]), config, loader, processes)
+    return batch
+
+
 def first_batch(config: RunConfig, loader: TrainLoader, processes: int) -> GlobalBatch:
     """That of a run which starts now."""
     accum = min(config.optim.accum_iter, loader.batches_per_epoch)

@@ -18,7 +18,7 @@ from ...checkpoints.state import StateFolder, TrainingState
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 from .build import Parts, build
-from .elastic import GlobalBatch, as_started, check_spread, describe, first_batch, saved_batch
+from .elastic import GlobalBatch, as_started, describe, global_batch
 from .ema import WeightAverage
 from .fence import Fence
 from .finish import export_students
@@ -80,7 +80,7 @@ def train(config: RunConfig) -> RunResult:
             done = 0 if state is None else position_of(state).step
             return RunResult({}, config.output_dir, done, False, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
-        batch = _global_batch(config, parts, world, state)
+        batch = global_batch(config, parts.train_loader, world, None if state is None else state.meta)
         if state is not None:
             config = as_started(config, state.meta)
         saver, schedule = _prepare(config, accelerator, group, parts, fence, batch)
@@ -135,15 +135,6 @@ def _find_state(
     if state is not None:
         check_same_run(state.meta, config)
     return state
-
-
-def _global_batch(config: RunConfig, parts: Parts, world: int, state: TrainingState | None) -> GlobalBatch:
-    """What a step sees, over all processes; ConfigError where it cannot be what it was."""
-    if state is None:
-        return first_batch(config, parts.train_loader, world)
-    batch = saved_batch(state.meta, parts.train_loader)
-    check_spread(batch, state.meta, position_of(state), config, parts.train_loader, world)
-    return batch
 
 
 def _prepare(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from engine_runs import config
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submit import Launch, Request, script
 from graftvit.models.errors import ConfigError
+from graftvit.transfer.engine.train import train
 from slurm_folders import attempted, say, submitted
 from sweep_folders import make_sweep
 
@@ -198,3 +200,24 @@ def test_what_waits_for_a_teacher_is_cancelled_with_it(
     alone = script(Launch("x", tmp_path, requests, ClusterConfig(dependency="afterany:1"), 1))
     assert "#SBATCH --dependency=afterany:1\n" in alone
     assert "kill-on-invalid-dep" not in alone
+
+
+def test_processes_that_cannot_share_the_step_of_the_run_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[Launch]
+) -> None:
+    run = config(tmp_path / "run", optim={"accum_iter": 2, "max_steps": 3})
+    train(run)
+    submitted(run.output_dir)
+    attempted(run.output_dir, "failed")
+    say(monkeypatch, GONE)
+    unfinished = find_unfinished(run.output_dir)
+
+    def here(processes: int) -> ClusterConfig:
+        return ClusterConfig(cluster="local", nodes=1, gpus_per_node=0, tasks_per_node=processes)
+
+    with pytest.raises(ConfigError, match="which 3 processes cannot share: use 1 or 2 processes"):
+        resume(unfinished, here(3))
+    assert not sent
+    resume(unfinished, here(2))
+    resume(unfinished, here(3), unchecked=True)
+    assert len(sent) == 2
