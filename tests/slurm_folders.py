@@ -18,7 +18,8 @@ HERE: dict[str, Any] = {"cluster": "debug", "gpus_per_node": 0}
 def submitted(folder: Path, **changes: Any) -> JobFolder:
     """As job 12, from its own folder."""
     files = JobFolder(folder)
-    files.folder.mkdir(parents=True, exist_ok=True)
+    for made in (files.folder, folder / "logs"):
+        made.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
         "job_id": "12", "cluster": "slurm", "submitted": 1.0, "command": ["train", str(folder / "config.yaml")],
         "logs": str(folder / "logs"), "resources": ClusterConfig().model_dump(mode="json"), "code": "",

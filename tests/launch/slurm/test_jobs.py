@@ -9,22 +9,12 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import jobs
-from graftvit.launch.slurm.files import JobFolder, Submission
+from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.jobs import describe_run, is_alive, run_folders
 from graftvit.launch.slurm.progress import read_progress
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.models.errors import ConfigError, GraftError
-
-
-def submitted(folder: Path, **changes: Any) -> JobFolder:
-    files = JobFolder(folder)
-    files.folder.mkdir(parents=True)
-    values: dict[str, Any] = {
-        "job_id": "12", "cluster": "slurm", "submitted": 1.0, "command": ["train"], "logs": str(folder / "logs"),
-        "resources": {}, "code": "", "directory": str(folder), "cpus_per_task": 1,
-    }  # fmt: skip
-    files.write_submission(Submission(**{**values, **changes}))
-    return files
+from slurm_folders import submitted
 
 
 def attempt(files: JobFolder, restart: int = 0, job_id: str = "12", **event: Any) -> int:
@@ -139,7 +129,6 @@ def test_where_no_rank_wrote_its_error_the_log_tells(monkeypatch: pytest.MonkeyP
     files = submitted(tmp_path / "run")
     attempt(files)
     logs = tmp_path / "run" / "logs"
-    logs.mkdir()
     (logs / "12_0_log.err").write_text("all is well\n")
     (logs / "12_1_log.err").write_text("Traceback\nSegmentation error\n")
     say(monkeypatch, JobState("FAILED"))

@@ -9,34 +9,21 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs, logs
-from graftvit.launch.slurm.files import JobFolder, Submission
 from graftvit.launch.slurm.jobs_text import duration
 from graftvit.launch.slurm.logs import Follower, tail
 from graftvit.launch.slurm.registry import known, registry_file, remember
 from graftvit.launch.slurm.scheduler import JobState
 from slurm_cluster import SlurmCluster
+from slurm_folders import submitted
 
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-
-def submitted(folder: Path, **changes: Any) -> JobFolder:
-    files = JobFolder(folder)
-    (folder / "logs").mkdir(parents=True)
-    files.folder.mkdir()
-    values: dict[str, Any] = {
-        "job_id": "12", "cluster": "slurm", "submitted": 1.0, "command": ["train"], "logs": str(folder / "logs"),
-        "resources": {}, "code": "", "directory": str(folder), "cpus_per_task": 1,
-    }  # fmt: skip
-    files.write_submission(Submission(**{**values, **changes}))
-    return files
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *states: JobState) -> None:

@@ -197,9 +197,9 @@ def test_lines_of_setup() -> None:
 
 def test_shared_folders_as_people_write_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("WORKDIR", "/work/me")
+    monkeypatch.setenv("WORKDIR", "/lustre/me")
     site(shared_folders=["~/runs", "$WORKDIR/x", "/scratch"])
-    assert asked().shared_folders == (Path("/home/me/runs"), Path("/work/me/x"), Path("/scratch"))
+    assert asked().shared_folders == (Path("/home/me/runs"), Path("/lustre/me/x"), Path("/scratch"))
     site(shared_folders="/scratch")
     assert asked().shared_folders == (Path("/scratch"),)
 
