@@ -10,6 +10,7 @@ from ..flags import command_parser
 EXAMPLES = (
     "graftvit resume /scratch/me/distill",
     "graftvit resume /scratch/me/distill --nodes 4 --time 1-00:00:00    # on fewer nodes, the same global batch",
+    "graftvit resume /scratch/me/distill --nodes 2 --dry_run            # how the batch would be shared",
     "graftvit resume /scratch/me/sweep                                  # the cells that failed or were stopped",
 )
 
@@ -28,11 +29,14 @@ def run(argv: list[str]) -> int:
         usage="RUN [--flag value ...]",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or the folder of a sweep")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the plan and the sbatch script and stop"
+    )
     add_cluster_flags(parser)
     arguments = parser.parse_args(
         [word.replace("-", "_") if word.startswith("--") and "=" not in word else word for word in argv]
     )
     unfinished = find_unfinished(arguments.run)
     config = cluster_of(arguments, unfinished.resources)
-    sys.stdout.write(resume(unfinished, config, unchecked=arguments.unchecked))
+    sys.stdout.write(resume(unfinished, config, unchecked=arguments.unchecked, dry_run=arguments.dry_run))
     return 0

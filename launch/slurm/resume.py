@@ -14,7 +14,7 @@ from .files import JobFolder, Submission
 from .jobs import run_folders
 from .progress import current_stage
 from .settings import ClusterConfig
-from .submission import active_jobs, start
+from .submission import active_jobs, show, start
 from .submit import Launch, Request
 
 
@@ -59,8 +59,13 @@ def find_unfinished(folder: Path) -> Unfinished:
     return Unfinished(folder, free, Request(teacher.command, folder / "teacher"))
 
 
-def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> str:
-    """Submits again, and says which jobs these are. Raises ConfigError as `graftvit submit`."""
+def resume(
+    unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False, dry_run: bool = False
+) -> str:
+    """Submits again, and says which jobs these are; `dry_run` says what would be submitted.
+
+    Raises ConfigError as `graftvit submit`.
+    """
     first = next(iter(unfinished.submissions.values()))
     directory = Path(first.directory)
     if directory.is_dir():
@@ -70,18 +75,24 @@ def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = F
         check_commands()
         check_folder(unfinished.folder, config)
         check_resources(config, cores)
-    if not unchecked:
-        _check_state(unfinished, config)
+    plan = "" if unchecked else _plan(unfinished, config)
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
     launch = Launch(f"graftvit-{unfinished.folder.name}", unfinished.folder, requests, config, cores)
-    return start(launch, unfinished.first, unchecked=unchecked)
+    if not dry_run:
+        return start(launch, unfinished.first, unchecked=unchecked)
+    runs = "".join(f"again: {run}\n" for run in unfinished.submissions)
+    return "\n".join([*filter(None, [plan, runs]), show(launch, unchecked=unchecked)])
 
 
-def _check_state(unfinished: Unfinished, config: ClusterConfig) -> None:
-    """Refuses processes that cannot share the step of a run which has begun; all cells ask for the same ones."""
+def _plan(unfinished: Unfinished, config: ClusterConfig) -> str:
+    """Of the first run that has begun, which says what all cells do: they ask for the same processes.
+
+    Raises ConfigError: so many processes cannot share its step.
+    """
     stages = (current_stage(run) for run in unfinished.submissions)
     begun = next((stage for stage in stages if (stage / "config.yaml").is_file()), None)
-    if begun is not None:
-        from ..plan import describe_plan  # loads torch
+    if begun is None:
+        return ""
+    from ..plan import describe_plan  # loads torch
 
-        describe_plan(load_config(begun), config.world_size)
+    return describe_plan(load_config(begun), config.world_size)

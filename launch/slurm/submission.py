@@ -62,12 +62,17 @@ def describe(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> s
     if len(plan.requests) > 1:
         names = "".join(f"  {request.output_dir.name}\n" for request in plan.requests)
         parts.append(f"{len(plan.requests)} cells, {config.array_parallelism} at a time:\n{names}")
+    return "\n".join([*parts, show(_launch(plan, plan.requests, config), unchecked=unchecked)])
+
+
+def show(launch: Launch, *, unchecked: bool = False) -> str:
+    """How the job would start: its script as sbatch gets it. Raises ConfigError where sbatch refuses it."""
+    config = launch.config
     if config.cluster != "slurm":
-        return "\n".join([*parts, f"--cluster {config.cluster}: {config.tasks} processes on this machine\n"])
-    launch = _launch(plan, plan.requests, config)
+        return f"--cluster {config.cluster}: {config.tasks} processes on this machine\n"
     if not unchecked:
         test_only(launch)
-    return "\n".join([*parts, script(launch)])
+    return script(launch)
 
 
 def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:

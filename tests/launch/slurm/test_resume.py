@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import config
+from graftvit.launch.config import dump_config
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
 from graftvit.launch.slurm.settings import ClusterConfig
@@ -207,6 +208,8 @@ def test_processes_that_cannot_share_the_step_of_the_run_are_refused(
 ) -> None:
     run = config(tmp_path / "run", optim={"accum_iter": 2, "max_steps": 3})
     train(run)
+    longer = config(tmp_path / "run", optim={"accum_iter": 2, "max_steps": 9})
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(longer))
     submitted(run.output_dir)
     attempted(run.output_dir, "failed")
     say(monkeypatch, GONE)
@@ -217,6 +220,10 @@ def test_processes_that_cannot_share_the_step_of_the_run_are_refused(
 
     with pytest.raises(ConfigError, match="which 3 processes cannot share: use 1 or 2 processes"):
         resume(unfinished, here(3))
+    told = resume(unfinished, here(2), dry_run=True)
+    assert "16 x 1 accumulated x 2 processes = 32 images" in told
+    assert "after step 3" in told
+    assert told.endswith(f"again: {run.output_dir}\n\n--cluster local: 2 processes on this machine\n")
     assert not sent
     resume(unfinished, here(2))
     resume(unfinished, here(3), unchecked=True)
