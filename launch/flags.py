@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +15,14 @@ from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unkn
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `ConfigError`s, in one sentence."""
+    """An argument parser whose complaints are `ConfigError`s, in one sentence; `--dry-run` is `--dry_run` to it."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
+        """As argparse, after the dashes inside long flags became underscores."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([_underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""

@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("demo"), help="the report's folder (default: demo)"
     )
-    arguments = parser.parse_args([word.replace("--output-dir", "--output_dir") for word in argv])
+    arguments = parser.parse_args(argv)
     if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
         raise ConfigError(f"--output_dir is {str(arguments.output_dir)!r}, which is a file; name a folder")
     from ...transfer.demo.run import run_demo

@@ -33,9 +33,7 @@ def run(argv: list[str]) -> int:
         "--dry_run", action="store_true", help="print the plan and the sbatch script and stop"
     )
     add_cluster_flags(parser)
-    arguments = parser.parse_args(
-        [word.replace("-", "_") if word.startswith("--") and "=" not in word else word for word in argv]
-    )
+    arguments = parser.parse_args(argv)
     unfinished = find_unfinished(arguments.run)
     config = cluster_of(arguments, unfinished.resources)
     sys.stdout.write(resume(unfinished, config, unchecked=arguments.unchecked, dry_run=arguments.dry_run))

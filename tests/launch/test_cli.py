@@ -38,7 +38,7 @@ def resolved(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str) ->
     return load_config(path)
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain", "evaluate", "teacher", "recipes", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_no_torch_and_has_examples(command: str) -> None:
     code = (
         "import sys; from graftvit.launch.cli import main; code = main([sys.argv[1], '--help']);"

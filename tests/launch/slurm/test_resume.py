@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import config
+from graftvit.launch.cli import main
 from graftvit.launch.config import dump_config
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
@@ -228,3 +229,14 @@ def test_processes_that_cannot_share_the_step_of_the_run_are_refused(
     resume(unfinished, here(2))
     resume(unfinished, here(3), unchecked=True)
     assert len(sent) == 2
+
+
+@pytest.mark.parametrize("dry_run", ["--dry_run", "--dry-run"])
+def test_flags_of_the_command(
+    dry_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted(tmp_path)
+    say(monkeypatch, GONE)
+    here = ["--cluster", "local", "--nodes=1", "--gpus-per-node", "0", "--tasks_per_node=3"]
+    assert main(["resume", str(tmp_path), *here, dry_run]) == 0
+    assert capsys.readouterr().out == f"again: {tmp_path}\n\n--cluster local: 3 processes on this machine\n"
