@@ -45,7 +45,7 @@ def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster
     in_the_way.touch()
 
     def wait() -> None:
-        until(lambda: not cluster.run("squeue", "-h").strip(), 90, "the end of all jobs")
+        until(lambda: not cluster.run("squeue", "-h").strip(), 90, "the end of all jobs", every=0.5)
 
     said = graftvit(cluster, tmp_path, "submit", str(recipe), *ONE)
     assert "3 cells" in said

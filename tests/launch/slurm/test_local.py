@@ -49,8 +49,8 @@ def lines(folder: Path) -> int:
 
 
 def test_a_signal_in_the_background_starts_the_run_again_where_it_was(tmp_path: Path) -> None:
-    graftvit(tmp_path, "train", str(recipe(tmp_path, "whole", 60)))
-    graftvit(tmp_path, "submit", str(recipe(tmp_path, "cut", 60)), "--cluster", "local", *HERE)
+    graftvit(tmp_path, "train", str(recipe(tmp_path, "whole", 30)))
+    graftvit(tmp_path, "submit", str(recipe(tmp_path, "cut", 30)), "--cluster", "local", *HERE)
     folder = tmp_path / "cut"
     submission = JobFolder(folder).submission()
     assert submission is not None

@@ -227,4 +227,4 @@ def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmC
     assert submission is not None
     assert submission.origin["packages"]["torch"] == version("torch")
     assert Path(submission.code).name in (run.folder / "jobs" / "start.sh").read_text()
-    until(lambda: not cluster.run("squeue", "-h").strip(), 30, "an empty queue")
+    until(lambda: not cluster.run("squeue", "-h").strip(), 30, "an empty queue", every=0.5)
