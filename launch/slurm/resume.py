@@ -80,7 +80,8 @@ def resume(
     launch = Launch(f"graftvit-{unfinished.folder.name}", unfinished.folder, requests, config, cores)
     if not dry_run:
         return start(launch, unfinished.first, unchecked=unchecked)
-    runs = "".join(f"again: {run}\n" for run in unfinished.submissions)
+    teacher = [] if unfinished.first is None else [unfinished.first.output_dir]
+    runs = "".join(f"again: {run}\n" for run in [*teacher, *unfinished.submissions])
     return "\n".join([*filter(None, [plan, runs]), show(launch, unchecked=unchecked)])
 
 

@@ -123,6 +123,7 @@ def test_three_events_in_one_run(
     assert requeued.signal == "SIGTERM (requeued)"
     assert lost.outcome in (None, "failed")  # Slurm may end the first rank before that misses the others
     assert dead not in interrupted.nodes
+    assert interrupted.before == f"node failure: {dead}" or lost.outcome == "failed"
     assert interrupted.outcome == "requeued"
     assert interrupted.signal.startswith("SIGUSR2")
     assert last.outcome == "finished"
