@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ...transfer.compare.run import Comparison
 
 
+GOES_ON = Setting("engine.resume", "auto", "graftvit submit")
+"""What a job is given: its restarts go on, and `never` has refused by then what the folder held before."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be submitted to `folder`."""
@@ -60,9 +64,15 @@ def plan_run(recipe: str | None, settings: Sequence[Setting], sweep: Sequence[st
     if sweep:
         return _plan_sweep(recipe, settings, sweep)
     configs = _configs(recipe, settings)
-    folder = configs[0].output_dir
+    for config in configs:
+        _refuse_existing(config)
+    folder, settings = configs[0].output_dir, [*settings, GOES_ON]
     frozen = folder / "jobs" / "config.yaml"
-    text = _frozen(recipe, settings) if source is not None and source.stages else dump_config(configs[0])
+    text = (
+        _frozen(recipe, settings)
+        if source is not None and source.stages
+        else dump_config(_configs(recipe, settings)[0])
+    )
     return Plan(folder, configs[:1], {frozen: text}, [Request(["train", str(frozen)], folder)])
 
 
@@ -70,7 +80,10 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
     folder = _configs(recipe, settings)[0].output_dir
     sweep = parse_sweep(words, folder)
     check_folder(sweep)
-    texts = cell_configs(sweep, recipe, [setting for setting in settings if setting.key != "output_dir"])
+    for cell in sweep.cells:
+        _refuse_existing(_configs(recipe, [*settings, _absolute(cell.folder)])[0])
+    plain = [setting for setting in settings if setting.key != "output_dir"]
+    texts = cell_configs(sweep, recipe, [*plain, GOES_ON])
     frozen = {cell.folder / "jobs" / "config.yaml": texts[cell.name] for cell in sweep.cells}
     requests = [
         Request(["train", str(path)], cell.folder)
@@ -82,6 +95,14 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
             f"all {len(sweep.cells)} cells of {folder} have finished: `graftvit summary {folder}`"
         )
     return Plan(folder, [first_config(sweep, recipe, settings)], frozen, requests, sweep=sweep)
+
+
+def _refuse_existing(config: RunConfig) -> None:
+    """Raises ConfigError where the run would be told never to go on with what is there."""
+    if config.engine.resume == "never":
+        from ...transfer.engine.resume import refuse_existing  # loads torch
+
+        refuse_existing(config.output_dir)
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -68,6 +68,16 @@ def test_a_run_is_frozen_with_all_its_settings(folder: Path) -> None:
     assert plan.configs == [load_config(frozen)]
 
 
+@pytest.mark.parametrize("sweep", [[], ["seed=0..1"]])
+def test_a_restart_goes_on_with_a_run_that_was_told_to_begin_anew(folder: Path, sweep: list[str]) -> None:
+    words = ("digits_scratch", "output_dir=out", "engine.resume=never")
+    (*_, last) = planned(*words, sweep=sweep).requests
+    assert load_config(last.words[1]).engine.resume == "auto"
+    (last.output_dir / "log.jsonl").touch()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        planned(*words, sweep=sweep)
+
+
 def test_stages_stay_stages(folder: Path) -> None:
     (folder / "mine.yaml").write_text(yaml.safe_dump(STAGES))
     (request,) = planned("mine.yaml", "optim.blr=0.5").requests
