@@ -261,14 +261,14 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         body = body if self.fault.cut is None else body[: self.fault.cut]
+        if status in (200, 206):
+            with self.hub.lock:  # counted first: a client that has its file may ask for the count at once
+                self.hub.sent += len(body)
         try:
             self.wfile.write(body)
             self.wfile.flush()
         except OSError:  # the client hung up first
             return
-        if status in (200, 206):
-            with self.hub.lock:
-                self.hub.sent += len(body)
         if self.fault.stall:
             self.hub.closed.wait(self.fault.stall)
         if self.fault.reset:
