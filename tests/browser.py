@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from patience import PATIENCE, until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 60
 
 
 def find_browser() -> str:
@@ -55,10 +54,7 @@ class Page:
     def open(self, path: Path) -> None:
         """Loads a file and waits until its scripts have run."""
         self.call("Page.navigate", url=path.as_uri())
-        deadline = time.monotonic() + PATIENCE
-        while self.run("document.readyState + location.protocol") != "completefile:":
-            assert time.monotonic() < deadline, "the page did not load"
-            time.sleep(0.05)
+        until(lambda: self.run("document.readyState + location.protocol") == "completefile:", "the page")
 
     def run(self, code: str) -> Any:
         """The value of an expression in the page."""
@@ -117,14 +113,15 @@ def browser(folder: Path, width: int = 1200, height: int = 900) -> Iterator[Page
 
 def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
     """Where the browser's first page listens."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        found = re.search(r"DevTools listening on ws://([^/\s]+)/", log.read_text(errors="replace"))
-        if found is not None:
-            with urlopen(f"http://{found[1]}/json/list", timeout=PATIENCE) as answer:
-                pages = [each for each in json.load(answer) if each["type"] == "page"]
-            if pages:
-                return str(pages[0]["webSocketDebuggerUrl"])
-        assert process.poll() is None, f"the browser ended: {log.read_text(errors='replace')}"
-        time.sleep(0.1)
-    raise AssertionError("the browser did not start listening")
+
+    def listens() -> str:
+        said = log.read_text(errors="replace")
+        assert process.poll() is None, f"the browser ended: {said}"
+        found = re.search(r"DevTools listening on ws://([^/\s]+)/", said)
+        if found is None:
+            return ""
+        with urlopen(f"http://{found[1]}/json/list", timeout=PATIENCE) as answer:
+            pages = [each for each in json.load(answer) if each["type"] == "page"]
+        return str(pages[0]["webSocketDebuggerUrl"]) if pages else ""
+
+    return until(listens, "the browser listening", every=0.1)

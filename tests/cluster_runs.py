@@ -8,8 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,11 @@ import yaml
 from engine_runs import config, differences, make_teacher
 from graftvit.launch.slurm.files import Attempt, JobFolder
 from graftvit.transfer.config import RunConfig
+from patience import until
 from slurm_cluster import SlurmCluster
 from slurm_processes import marked
 
 RESOURCES = {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "cpus_per_task": 1, "time": "2:00:00"}
-
-
-def until(ready: Callable[[], bool], seconds: float, what: str, every: float = 0.05) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
-            raise AssertionError(f"{what}: not within {seconds} s")
-        time.sleep(every)
 
 
 def tasks_of(job_id: str) -> list[int]:
@@ -81,20 +72,19 @@ class ClusterRun:
         path = self.folder / "log.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
-    def wait_for_lines(self, count: int, seconds: float = 120) -> None:
+    def wait_for_lines(self, count: int) -> None:
         until(
             lambda: self.lines() >= count,
-            seconds,
-            f"{count} records in {self.folder}/log.jsonl\n{self.logs()}",
+            lambda: f"{count} records in {self.folder}/log.jsonl\n{self.logs()}",
         )
 
-    def wait_for_attempt(self, number: int, seconds: float = 120) -> None:
-        until(lambda: len(self.jobs.attempts()) >= number, seconds, f"attempt {number}")
+    def wait_for_attempt(self, number: int) -> None:
+        until(lambda: len(self.jobs.attempts()) >= number, lambda: f"attempt {number}\n{self.logs()}")
 
-    def finish(self, seconds: float = 240) -> list[Attempt]:
+    def finish(self) -> list[Attempt]:
         """Waits for the end of the run, and gives its attempts."""
-        what = f"the end of {self.folder}\n{self.logs()}"
-        until(lambda: self._ended() or self._gone(), seconds, what, every=0.5)
+        what = f"the end of {self.folder}"
+        until(lambda: self._ended() or self._gone(), lambda: f"{what}\n{self.logs()}", every=0.5)
         assert self._ended(), self.logs()
         return self.jobs.attempts()
 

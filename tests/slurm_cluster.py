@@ -187,7 +187,7 @@ class SlurmCluster:
             )
         return self._daemons[daemon]
 
-    def _wait(self, daemon: str, ready: Callable[[], bool], seconds: float = 30.0) -> None:
+    def _wait(self, daemon: str, ready: Callable[[], bool], seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             if self._daemons[daemon].poll() is not None or time.monotonic() > deadline:

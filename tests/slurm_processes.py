@@ -88,7 +88,7 @@ def marked_under(folder: Path) -> set[Process]:
     return marked({"SLURM_CONF": str(folder / "slurm.conf")})
 
 
-def end(mark: Mapping[str, str], seconds: float = 10.0) -> None:
+def end(mark: Mapping[str, str], seconds: float = 30.0) -> None:
     """Kills all that `marked` finds, until it finds nothing.
 
     All are stopped first: a slurmstepd that outlives its task by a millisecond reports that the task was killed,

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from graftvit.launch.cli import main
 from graftvit.launch.comparison import load_comparison
 from graftvit.launch.config import load_stages
 from graftvit.models.errors import ConfigError
+from patience import until
 
 
 def test_a_dry_run_lists_the_cells_and_makes_nothing(
@@ -49,10 +49,7 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     command = [sys.executable, "-m", "graftvit.launch", "compare", str(path), "--only", "linear"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         state = cut / "out" / "cells" / "linear-8" / "1-align" / "checkpoints" / "last.safetensors"
-        for _ in range(600):
-            if state.exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
+        until(lambda: state.exists() or process.poll() is not None, "the first state")
         process.send_signal(signal.SIGKILL)
     assert state.exists()
     assert not (cut / "out" / "cells" / "linear-8" / "cell.json").exists()

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from graftvit.checkpoints.hub.download import download
 from hub_client import PROXIES
 from hub_server import COMMIT, Fault, Hub
+from patience import until
 
 MIB = 1 << 20
 WEIGHTS = "model.safetensors"
@@ -35,11 +35,8 @@ def test_a_killed_download_goes_on_where_it_was(server: Hub, waits: list[float],
     content = server.files["org/vit", COMMIT, WEIGHTS] = os.urandom(3 * MIB)
     server.faults.append(Fault(cut=2 * MIB, stall=60, method="GET", where="/cdn/"))
     killed = start(server, tmp_path)
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not any(
-        path.stat().st_size == 2 * MIB for path in (tmp_path / "cache").glob("*/blobs/*.incomplete")
-    ):
-        time.sleep(0.02)
+    parts = (tmp_path / "cache").glob
+    until(lambda: any(part.stat().st_size == 2 * MIB for part in parts("*/blobs/*.incomplete")), "the part")
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert download("org/vit", WEIGHTS, None).read_bytes() == content

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_runs import until
+from patience import until
 from slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
 from slurm_processes import ClusterError, end, marked
 
@@ -23,14 +22,9 @@ def show(cluster: SlurmCluster, job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def wait_for(
-    cluster: SlurmCluster, job: str, field: str, value: str, seconds: float = 15.0
-) -> dict[str, str]:
-    deadline = time.monotonic() + seconds
-    while (record := show(cluster, job))[field] != value:
-        assert time.monotonic() < deadline, record
-        time.sleep(0.05)
-    return record
+def wait_for(cluster: SlurmCluster, job: str, field: str, value: str) -> dict[str, str]:
+    until(lambda: show(cluster, job)[field] == value, lambda: f"{field}={value}: {show(cluster, job)}")
+    return show(cluster, job)
 
 
 def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
@@ -88,10 +82,7 @@ def test_stopping_ends_what_does_not_want_to_end(start_cluster: StartCluster) ->
     job = sbatch(cluster, f'srun sh -c "{code} wait"')
     wait_for(cluster, job, "JobState", "RUNNING")
     mark = {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
-    deadline = time.monotonic() + 10
-    while not any("SIG_IGN" in str(process) for process in marked(mark)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: any("SIG_IGN" in str(process) for process in marked(mark)), "the stubborn process")
     cluster.stop()
     assert marked(mark) == set()
     cluster.stop()
@@ -104,10 +95,7 @@ def test_only_the_marked_and_their_descendants_are_ended(tmp_path: Path) -> None
         subprocess.Popen(["sh", "-c", forgetful], env=mark) as ours,
         subprocess.Popen(["sleep", "1000"], env={"SLURM_CONF": f"{tmp_path}/slurm.conf.old"}) as other,
     ):
-        deadline = time.monotonic() + 10
-        while len(found := marked(mark)) < 3:
-            assert time.monotonic() < deadline, found
-            time.sleep(0.02)
+        until(lambda: len(marked(mark)) == 3, lambda: marked(mark), every=0.02)
         end(mark)
         assert ours.wait(timeout=5) == -9
         assert marked(mark) == set()
@@ -154,7 +142,7 @@ def test_a_node_in_a_network_of_its_own_can_be_cut_off(start_cluster: StartClust
     def sleeps() -> bool:
         return any(str(process).endswith("(sleep 1000)") for process in marked({"SLURM_JOB_ID": job}))
 
-    until(sleeps, 15, "the job's script")  # a job is RUNNING before its node has heard of it
+    until(sleeps, "the job's script")  # a job is RUNNING before its node has heard of it
     cluster.cut_node("n2")
     with pytest.raises((ClusterError, subprocess.TimeoutExpired)):
         cluster.run("srun", "--jobid", job, "--overlap", "true", timeout=2)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import graftvit, until
+from cluster_runs import graftvit
 from compare_runs import cell, write_config
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.files import JobFolder
+from patience import until
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -45,7 +46,7 @@ def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster
     in_the_way.touch()
 
     def wait() -> None:
-        until(lambda: not cluster.run("squeue", "-h").strip(), 90, "the end of all jobs", every=0.5)
+        until(lambda: not cluster.run("squeue", "-h").strip(), "the end of all jobs", every=0.5)
 
     said = graftvit(cluster, tmp_path, "submit", str(recipe), *ONE)
     assert "3 cells" in said

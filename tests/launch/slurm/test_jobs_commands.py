@@ -17,6 +17,7 @@ from graftvit.launch.slurm.jobs_text import duration
 from graftvit.launch.slurm.logs import Follower, tail
 from graftvit.launch.slurm.registry import known, registry_file, remember
 from graftvit.launch.slurm.scheduler import JobState
+from patience import until
 from slurm_cluster import SlurmCluster
 from slurm_folders import submitted
 
@@ -212,22 +213,15 @@ def test_stopping_on_a_cluster(
     words = ["sbatch", "--parsable", "--output=/dev/null"]
     array = cluster.run(*words, "--array=0-1%1", "--wrap", f"srun bash {task}").strip()
     cells = [submitted(tmp_path / "cells" / f"seed={cell}", job_id=f"{array}_{cell}") for cell in (0, 1)]
-    end = time.monotonic() + 20
-    while not Path(f"{mark}.ready").exists():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(Path(f"{mark}.ready").exists, "the first cell")
     assert main(["jobs", str(tmp_path)]) == 0
     assert "2 runs: 1 running, 1 pending" in capsys.readouterr().out
     assert main(["stop", str(tmp_path)]) == 0
     running, waiting = capsys.readouterr().out.splitlines()
     assert "saves at its next step" in running
     assert "was pending and is cancelled" in waiting
-    while not mark.exists():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(mark.exists, "the signal")
     assert jobs.describe_run(cells[1].output_dir).state == "cancelled"
     third = submitted(tmp_path / "third", job_id=cluster.run(*words, "--wrap", "sleep 100").strip())
     assert main(["stop", str(tmp_path / "third"), "--now"]) == 0
-    while jobs.describe_run(third.output_dir).state != "cancelled":
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: jobs.describe_run(third.output_dir).state == "cancelled", "the cancelling", every=0.1)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_runs import ClusterRun, cluster_run, until
+from cluster_runs import ClusterRun, cluster_run
+from patience import until
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -30,7 +31,7 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     assert (status["state"], status["nodes"], status["world_size"]) == ("running", [cluster.nodes[0]], 1)
     assert 0 < status["progress"]["step"] < status["progress"]["total_steps"]
     assert "saves at its next step" in run.graftvit("stop", str(run.folder))
-    until(lambda: seen(run)["state"] == "stopped", 30, "the stop", every=1)
+    until(lambda: seen(run)["state"] == "stopped", "the stop", every=1)
     assert "step" in run.graftvit("logs", str(run.folder))
 
     run.graftvit("resume", str(run.folder))
@@ -38,9 +39,9 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     lines = run.lines()
     run.wait_for_lines(lines + 5)
     cluster.kill_node(cluster.nodes[0])
-    until(lambda: seen(run)["state"] == "requeued", 15, "the requeue", every=0.3)
+    until(lambda: seen(run)["state"] == "requeued", "the requeue", every=0.3)
     run.finish()
-    until(lambda: seen(run)["state"] == "finished", 15, "the end", every=0.5)
+    until(lambda: seen(run)["state"] == "finished", "the end", every=0.5)
     first, second = seen(run)["restarts"]
     assert first["why"].startswith("SIGUSR2")
     assert second["why"] == f"node failure: {cluster.nodes[0]}"
@@ -51,7 +52,7 @@ def test_a_failure_is_told_with_its_words(start_cluster: Callable[..., SlurmClus
     run = cluster_run(start_cluster(accounting="shim"), tmp_path)
     run.submit(*ALONE)
     (tmp_path / "teacher").rename(tmp_path / "gone")  # before the job has come to read it
-    until(lambda: seen(run)["state"] == "failed", 60, "the failure", every=1)
+    until(lambda: seen(run)["state"] == "failed", "the failure", every=1)
     status = seen(run)
     assert status["error_rank"] == 0
     assert "teacher" in status["error"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import until
 from engine_runs import config, differences, make_teacher
 from graftvit.launch.slurm.files import JobFolder
+from patience import until
 
 pytestmark = pytest.mark.slow
 HERE = ["--nodes", "1", "--gpus_per_node", "0"]
@@ -54,10 +54,10 @@ def test_a_signal_in_the_background_starts_the_run_again_where_it_was(tmp_path: 
     folder = tmp_path / "cut"
     submission = JobFolder(folder).submission()
     assert submission is not None
-    until(lambda: lines(folder) > 20, 60, "training")
+    until(lambda: lines(folder) > 20, "training")
     children = Path(f"/proc/{submission.job_id}/task/{submission.job_id}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGUSR2)
-    until(lambda: outcomes(folder) == ["requeued", "finished"], 90, "the end")
+    until(lambda: outcomes(folder) == ["requeued", "finished"], "the end")
     assert differences(tmp_path / "whole", folder) == []
     assert "torch" not in (folder / "jobs" / "logs" / "controller.log").read_text()
 

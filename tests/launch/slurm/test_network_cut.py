@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_runs import assert_undisturbed, cluster_run, tasks_of, until
+from cluster_runs import assert_undisturbed, cluster_run, tasks_of
+from patience import until
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -24,7 +25,7 @@ def test_the_orphaned_attempt_is_fenced_off(
     (orphan,) = run.jobs.attempts()
     cluster.cut_node(orphan.nodes[0])
     before = run.lines()
-    until(lambda: run.lines() > before, 30, "the orphan writing on")
+    until(lambda: run.lines() > before, "the orphan writing on")
     tasks = tasks_of(orphan.job_id)
     assert len(tasks) == 2
     for task in tasks:  # stand still, lest they end before their successor has loaded
@@ -32,7 +33,7 @@ def test_the_orphaned_attempt_is_fenced_off(
     cluster.run("scontrol", "update", f"nodename={orphan.nodes[0]}", "state=down", "reason=cut")
     run.wait_for_attempt(2)
     written = run.lines()
-    until(lambda: run.lines() != written, 60, "the successor writing")
+    until(lambda: run.lines() != written, "the successor writing")
     for task in tasks:
         os.kill(task, signal.SIGCONT)
     successor = run.finish()[1]
@@ -40,11 +41,9 @@ def test_the_orphaned_attempt_is_fenced_off(
         orphan.job_id,
         [n for n in cluster.nodes if n not in orphan.nodes],
     )
-    errors = run.jobs.errors(1)
     until(
         lambda: "has taken over the run" in "".join(run.jobs.errors(1).values()),
-        30,
-        f"the orphan's end {errors}",
+        lambda: f"the orphan's end: {run.jobs.errors(1)}",
     )
     assert run.jobs.attempts()[0].outcome == "failed"
     assert f"of job {orphan.job_id}" in run.jobs.errors(1)[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from graftvit.launch.slurm.scheduler import (
     signal_job,
 )
 from graftvit.models.errors import GraftError
+from patience import until
 from slurm_cluster import SlurmCluster
 
 QUEUE = """\
@@ -138,11 +138,19 @@ def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
     return cluster.run(*words).strip()
 
 
-def until(job: str, ready: Callable[[JobState], bool], seconds: float = 20) -> JobState:
-    end = time.monotonic() + seconds
-    while not ready(state := job_states([job])[job]):
-        assert time.monotonic() < end, state
-        time.sleep(0.1)
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def state_when(job: str, ready: Callable[[JobState], bool]) -> JobState:
+    """The first state of the job that is `ready`."""
+
+    def found() -> JobState | None:
+        state = job_states([job])[job]
+        return state if ready(state) else None
+
+    state = until(found, lambda: f"{job}: {job_states([job])}", every=0.1)
+    assert state is not None
     return state
 
 
@@ -161,28 +169,26 @@ def test_real_jobs(
     failed = sbatch(cluster, "exit 7")
     mark = tmp_path / "usr2"
     script = tmp_path / "task.sh"
-    script.write_text(f"trap 'echo $SLURM_PROCID >> {mark}' USR2; while :; do sleep 0.1; done")
+    script.write_text(
+        f"trap 'echo $SLURM_PROCID >> {mark}' USR2; echo >> {mark}.ready; while :; do sleep 0.1; done"
+    )
     wide = sbatch(cluster, f"srun bash {script}", "--nodes=2", "--ntasks-per-node=1")
-    assert until(f"{array}_0", lambda job: job.state == "RUNNING").nodes == (cluster.nodes[0],)
-    assert until(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
-    assert until(wide, lambda job: job.state == "RUNNING").nodes == tuple(cluster.nodes[:2])
+    assert state_when(f"{array}_0", lambda job: job.state == "RUNNING").nodes == (cluster.nodes[0],)
+    assert state_when(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
+    assert state_when(wide, lambda job: job.state == "RUNNING").nodes == tuple(cluster.nodes[:2])
     assert job_states([f"{array}_4", "1"]) == {
         f"{array}_4": JobState("PENDING", reason="JobArrayTaskLimit", limit=10, exit_code="0:0"),
         "1": JobState(),
     }
-    time.sleep(1)
+    until(lambda: lines(Path(f"{mark}.ready")) == 2, "both tasks")
     signal_job(wide, "USR2")
-    end = time.monotonic() + 5
-    while not mark.exists() or len(mark.read_text().split()) < 2:
-        assert time.monotonic() < end, "a task was not signalled"
-        time.sleep(0.1)
-    assert until(wide, lambda job: True).state == "RUNNING"
+    until(lambda: lines(mark) == 2, "the signal at both tasks")
+    assert job_states([wide])[wide].state == "RUNNING"
     cancel(f"{array}_4")
-    until(
-        f"{array}_4", lambda job: job == JobState()
-    )  # the controller forgets a cell that never began at once
+    # the controller forgets a cell that never began at once
+    state_when(f"{array}_4", lambda job: job == JobState())
     cluster.kill_node(cluster.nodes[1])
-    assert until(wide, lambda job: job.restarts == 1).state in ("COMPLETING", "PENDING")
+    assert state_when(wide, lambda job: job.restarts == 1).state in ("COMPLETING", "PENDING")
     assert fallen_nodes(cluster.nodes) == [cluster.nodes[1]]
 
 
@@ -205,17 +211,12 @@ def test_a_task_learns_why_it_was_signalled(
     for reason in ("requeued", "cancelled", "preempted"):
         command = f"srun {sys.executable} {tmp_path}/task.py {tmp_path}/{reason}"
         jobs[reason] = sbatch(cluster, command, "--requeue", "--cpus-per-task=8", "--time=60")
-    end = time.monotonic() + 30
-    while len(list(tmp_path.glob("*.ready"))) < 3:
-        assert time.monotonic() < end, "the jobs did not begin"
-        time.sleep(0.1)
+    until(lambda: len(list(tmp_path.glob("*.ready"))) == 3, "the start of the jobs")
     cluster.run("scontrol", "requeue", jobs["requeued"])
     cluster.run("scontrol", "hold", jobs["requeued"])
     cancel(jobs["cancelled"])
-    until(jobs["cancelled"], lambda job: job.state == "CANCELLED")
+    state_when(jobs["cancelled"], lambda job: job.state == "CANCELLED")
     sbatch(cluster, "sleep 1", "--partition=high", "--nodes=3", "--cpus-per-task=8")
     for reason in jobs:
-        while not (tmp_path / reason).exists() or not (tmp_path / reason).read_text():
-            assert time.monotonic() < end, reason
-            time.sleep(0.1)
+        until(lambda path=tmp_path / reason: path.exists() and path.stat().st_size, reason)  # type: ignore[misc]
         assert (tmp_path / reason).read_text() == reason

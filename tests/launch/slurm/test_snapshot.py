@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_runs import cluster_run, until, user_environment
+from cluster_runs import cluster_run, user_environment
 from graftvit.launch.slurm import snapshot
 from graftvit.launch.slurm.snapshot import copy_package, origin
+from patience import until
 from slurm_cluster import SlurmCluster
 
 HIDE = """
@@ -227,4 +228,4 @@ def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmC
     assert submission is not None
     assert submission.origin["packages"]["torch"] == version("torch")
     assert Path(submission.code).name in (run.folder / "jobs" / "start.sh").read_text()
-    until(lambda: not cluster.run("squeue", "-h").strip(), 30, "an empty queue", every=0.5)
+    until(lambda: not cluster.run("squeue", "-h").strip(), "an empty queue", every=0.5)

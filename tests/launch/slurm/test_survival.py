@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import submitit
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, tasks_of, until
+from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, tasks_of
+from patience import until
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -78,9 +79,7 @@ def test_the_time_limit(start_cluster: StartCluster, tmp_path: Path) -> None:
     assert len(tasks) == 4
     for task in tasks:
         os.kill(task, signal.SIGSTOP)
-    until(
-        lambda: run.jobs.attempts()[0].outcome is not None, 150, "Slurm signalling, and continuing, the tasks"
-    )
+    until(lambda: run.jobs.attempts()[0].outcome, "Slurm signalling, and continuing, the tasks")
     run.wait_for_attempt(2)
     run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
     first, second = run.finish()
@@ -135,12 +134,9 @@ def test_an_administrator_cancels(start_cluster: StartCluster, tmp_path: Path) -
     job = run.submit()
     run.wait_for_lines(EARLY)
     run.cluster.run("scancel", job)
-    deadline = time.monotonic() + 30
-    while run.cluster.run("squeue", "-h").strip() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: not run.cluster.run("squeue", "-h").strip(), "the end of the job", every=0.5)
     (only,) = run.jobs.attempts()
     assert only.signal == "SIGTERM (cancelled)"
-    assert run.cluster.run("squeue", "-h").strip() == ""
     run.graftvit("resume", str(run.folder))
     assert run.finish()[-1].outcome == "finished"
     assert_undisturbed(run)

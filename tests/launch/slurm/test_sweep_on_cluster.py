@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import graftvit, until, user_environment
+from cluster_runs import graftvit, user_environment
 from engine_runs import config, make_teacher
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.files import Attempt, JobFolder
 from graftvit.models.errors import ConfigError
+from patience import until
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -88,7 +89,7 @@ def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
     jobs = {path.name: JobFolder(path).submission().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
     assert len({job.partition("_")[0] for job in jobs.values()}) == 1
     assert f"{folder} is job" in refused("resume", str(folder))
-    until(queue_is_empty(cluster), 120, "the end of the array", every=0.5)
+    until(queue_is_empty(cluster), "the end of the array", every=0.5)
     failed = {name for name, attempt in last_attempts(cells).items() if attempt.outcome == "failed"}
     assert failed == set(BROKEN), {name: attempt.why for name, attempt in last_attempts(cells).items()}
     for name, path in BROKEN.items():
@@ -102,7 +103,7 @@ def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
     folder_in_the_way.rmdir()
     assert "2 cells" in graftvit(cluster, tmp_path, "resume", str(folder))
     assert f"{folder} is job" in refused("resume", str(folder))
-    until(queue_is_empty(cluster), 60, "the end of the two", every=0.5)
+    until(queue_is_empty(cluster), "the end of the two", every=0.5)
     assert all(attempt.outcome == "finished" for attempt in last_attempts(cells).values())
     for name, job in jobs.items():
         submission = JobFolder(cells / name).submission()

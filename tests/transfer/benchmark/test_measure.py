@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from graftvit.transfer.benchmark.measure import Step, counted_macs, peak_bytes, time_steps
+from graftvit.transfer.benchmark.measure import SHORTEST, Step, counted_macs, peak_bytes, time_steps
 
 CPU = torch.device("cpu")
 
 
-def test_a_timing_is_of_one_call_and_quick_steps_are_repeated() -> None:
-    calls = {"slow": 0, "quick": 0}
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Work of so many seconds, on a clock that nothing else moves."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def sleeping(name: str, seconds: float) -> Step:
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    return work
+
+
+def test_a_timing_is_of_one_call_and_quick_steps_are_repeated(work: Callable[[float], None]) -> None:
+    seconds = {"slow": 0.02, "quick": 0.0005}
+    calls = dict.fromkeys(seconds, 0)
+
+    def working(name: str) -> Step:
         def step() -> None:
             calls[name] += 1
-            time.sleep(seconds)
+            work(seconds[name])
 
         return step
 
-    steps = {"slow": sleeping("slow", 0.02), "quick": sleeping("quick", 0.0005)}
-    timings = time_steps(steps, 3, CPU)
-    assert 0.019 < timings["slow"].median < 0.2
-    assert 0.0004 < timings["quick"].median < timings["slow"].median
+    timings = time_steps({name: working(name) for name in seconds}, 3, CPU)
+    for name, timing in timings.items():
+        assert timing.median == pytest.approx(seconds[name])
     assert calls["slow"] == 2 + 3
-    assert calls["quick"] > 2 + 3 * 2
+    assert calls["quick"] == 2 + 3 * round(SHORTEST / seconds["quick"])
 
 
-def test_the_quartiles_are_around_the_median() -> None:
-    pauses = iter([0.0, 0.0, 0.01, 0.02, 0.03, 0.04, 0.05])
-    timing = time_steps({"drifts": lambda: time.sleep(next(pauses, 0.0) + 0.006)}, 5, CPU)["drifts"]
-    assert timing.low < timing.median < timing.high
-    assert timing.low == pytest.approx(0.026, abs=0.006)
-    assert timing.high == pytest.approx(0.046, abs=0.006)
+def test_the_quartiles_are_around_the_median(work: Callable[[float], None]) -> None:
+    rounds = iter([1.0, 1.0, 0.01, 0.05, 0.03, 0.02, 0.04])
+    timing = time_steps({"drifts": lambda: work(next(rounds))}, 5, CPU)["drifts"]
+    assert (timing.low, timing.median, timing.high) == pytest.approx((0.02, 0.03, 0.04))
 
 
 def test_the_peak_is_what_lives_at_once() -> None:
