@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,14 @@ class ClusterRun:
     def logs(self) -> str:
         paths = sorted((self.folder / "jobs" / "logs").glob("*_log.*"))
         return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in paths)
+
+
+@contextmanager
+def held(cluster: SlurmCluster) -> Iterator[tuple[str, ...]]:
+    """Flags for a submission whose job waits until the block has ended."""
+    first = cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true").strip()
+    yield "--dependency", f"afterany:{first}"
+    cluster.run("scancel", first)
 
 
 def user_environment(cluster: SlurmCluster, root: Path) -> dict[str, str]:

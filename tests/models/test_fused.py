@@ -145,7 +145,7 @@ def test_fallback_for_other_devices_equals_the_kernel(monkeypatch: pytest.Monkey
     assert relative(v.grad, exact[2].grad) < 1e-12
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 3),
     st.integers(1, 3),

@@ -112,7 +112,7 @@ def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]
 @given(
     ratio=st.floats(0.05, 0.95), rows=st.integers(1, 4), columns=st.integers(2, 5), batch=st.integers(1, 3)
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_exactly_the_stated_number_is_hidden_in_each_image(
     ratio: float, rows: int, columns: int, batch: int
 ) -> None:
@@ -207,7 +207,7 @@ def test_it_learns_to_paint_a_pattern() -> None:
     pw=st.integers(1, 3),
     c=st.integers(1, 3),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_folding_undoes_unfolding(rows: int, columns: int, ph: int, pw: int, c: int) -> None:
     images = torch.randn(2, c, rows * ph, columns * pw)
     patches = unfold_patches(images, (ph, pw))

@@ -293,7 +293,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_config_gives_a_card_that_is_read_back(data: st.DataObject) -> None:
     made = copy.deepcopy(config(transfer={"method": data.draw(st.sampled_from(["copy", "distill"]))}))

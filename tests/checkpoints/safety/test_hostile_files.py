@@ -83,7 +83,7 @@ def never_another_error(path: Path) -> None:
         assert "\n" not in str(error)  # noqa: PT017
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     head=st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x10\0\0\0\0\0\0\0{"]),
     rest=st.binary(max_size=300),
@@ -95,7 +95,7 @@ def test_random_bytes(tmp_path: Path, head: bytes, rest: bytes) -> None:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_changes_of_a_good_file(tmp_path: Path, container: str, data: st.DataObject) -> None:
     """Bytes changed, put in or left out anywhere; the descriptions at both ends are hit more often than numbers."""

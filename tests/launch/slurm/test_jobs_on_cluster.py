@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_runs import ClusterRun, cluster_run
+from cluster_runs import ClusterRun, cluster_run, held
 from patience import until
 from slurm_cluster import SlurmCluster
 
@@ -34,9 +34,9 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     until(lambda: seen(run)["state"] == "stopped", "the stop", every=1)
     assert "step" in run.graftvit("logs", str(run.folder))
 
-    run.graftvit("resume", str(run.folder))
-    run.wait_for_attempt(2)
     lines = run.lines()
+    with held(cluster) as until_it_is_watched:
+        run.graftvit("resume", str(run.folder), *until_it_is_watched)
     run.wait_for_lines(lines + 5)
     cluster.kill_node(cluster.nodes[0])
     until(lambda: seen(run)["state"] == "requeued", "the requeue", every=0.3)
@@ -50,8 +50,9 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
 
 def test_a_failure_is_told_with_its_words(start_cluster: Callable[..., SlurmCluster], tmp_path: Path) -> None:
     run = cluster_run(start_cluster(accounting="shim"), tmp_path)
-    run.submit(*ALONE)
-    (tmp_path / "teacher").rename(tmp_path / "gone")  # before the job has come to read it
+    with held(run.cluster) as until_it_is_gone:
+        run.submit(*ALONE, *until_it_is_gone)
+        (tmp_path / "teacher").rename(tmp_path / "gone")
     until(lambda: seen(run)["state"] == "failed", "the failure", every=1)
     status = seen(run)
     assert status["error_rank"] == 0

@@ -13,7 +13,7 @@ from operator_cases import draw
 SIDES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(count=st.integers(1, 400), grid=SIDES)
 def test_cells_are_as_many_as_asked_for_and_no_more(count: int, grid: tuple[int, int]) -> None:
     rows, columns = cells_of(count, Geometry(1, grid))
@@ -33,7 +33,7 @@ def test_cells_have_the_aspect_of_the_grid(count: int, grid: tuple[int, int], ce
     assert cells_of(count, Geometry(0, grid)) == cells
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(count=st.integers(1, 60), grid=st.tuples(st.integers(1, 9), st.integers(1, 9)))
 def test_means_are_those_of_the_cells_token_by_token(count: int, grid: tuple[int, int]) -> None:
     geometry = Geometry(2, grid)

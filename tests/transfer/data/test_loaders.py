@@ -44,7 +44,7 @@ EPOCHS = {epoch: list(LOADER.epoch(epoch)) for epoch in range(2)}
 
 
 @given(st.integers(0, 1), st.integers(0, 8))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_an_epoch_can_start_at_any_batch(epoch: int, start: int) -> None:
     assert same(list(LOADER.epoch(epoch, start)), EPOCHS[epoch][start:])
 
