@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import graftvit, user_environment
+from cluster_runs import graftvit, held, user_environment
 from engine_runs import config, make_teacher
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.files import Attempt, JobFolder
@@ -83,12 +83,13 @@ def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
     for name, value in user_environment(cluster, tmp_path).items():
         monkeypatch.setenv(name, value)
 
-    said = graftvit(cluster, tmp_path, "submit", str(recipe), *SWEEP, *ARRAY)
-    assert "12 cells" in said
+    with held(cluster) as until_resuming_was_refused:
+        words = ("submit", str(recipe), *SWEEP, *ARRAY, *until_resuming_was_refused)
+        assert "12 cells" in graftvit(cluster, tmp_path, *words)
+        assert f"{folder} is job" in refused("resume", str(folder))
     assert len(list(cells.iterdir())) == 12
     jobs = {path.name: JobFolder(path).submission().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
     assert len({job.partition("_")[0] for job in jobs.values()}) == 1
-    assert f"{folder} is job" in refused("resume", str(folder))
     until(queue_is_empty(cluster), "the end of the array", every=0.5)
     failed = {name for name, attempt in last_attempts(cells).items() if attempt.outcome == "failed"}
     assert failed == set(BROKEN), {name: attempt.why for name, attempt in last_attempts(cells).items()}
@@ -101,8 +102,10 @@ def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
 
     file_in_the_way.unlink()
     folder_in_the_way.rmdir()
-    assert "2 cells" in graftvit(cluster, tmp_path, "resume", str(folder))
-    assert f"{folder} is job" in refused("resume", str(folder))
+    with held(cluster) as until_resuming_was_refused:
+        words = ("resume", str(folder), *until_resuming_was_refused)
+        assert "2 cells" in graftvit(cluster, tmp_path, *words)
+        assert f"{folder} is job" in refused("resume", str(folder))
     until(queue_is_empty(cluster), "the end of the two", every=0.5)
     assert all(attempt.outcome == "finished" for attempt in last_attempts(cells).values())
     for name, job in jobs.items():
