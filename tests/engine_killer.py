@@ -11,7 +11,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -26,6 +25,8 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
+from patience import until
+from ports import free_ports
 
 STOPPED = 100
 Spoil = Callable[[int], None]
@@ -33,9 +34,7 @@ Spoil = Callable[[int], None]
 
 def start(run: RunConfig, ranks: int, spoil: Spoil | None = None) -> list[int]:
     """Forks the processes of one attempt; `spoil(rank)` is called in each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     children = []
     for rank in range(ranks):
         child = os.fork()
@@ -79,9 +78,7 @@ def lines(run: RunConfig) -> int:
 
 def disturb(run: RunConfig, children: list[int], target: int, number: int, pause: float) -> None:
     """Sends `number` to the processes (a stop signal to the last one only) once the log has `target` lines."""
-    until = time.monotonic() + 120
-    while lines(run) < target and time.monotonic() < until:
-        time.sleep(0.001)
+    until(lambda: lines(run) >= target, f"{target} records", every=0.001)
     time.sleep(pause)
     for child in children if number == signal.SIGKILL else children[-1:]:
         os.kill(child, number)

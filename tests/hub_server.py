@@ -23,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from ports import free_ports
+
 COMMIT = "a" * 40
 LARGE = (".safetensors", ".bin", ".pth", ".npz")
 TOKEN = "hf_a_token_that_nobody_may_see"
@@ -327,6 +329,4 @@ class _Server(ThreadingHTTPServer):
 
 def closed_port() -> str:
     """An address where nothing listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_ports(1)[0]}"

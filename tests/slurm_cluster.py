@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from slurm_config import Addresses, ClusterOptions, free_ports, write_config, write_sacct
+from ports import free_ports
+from slurm_config import Addresses, ClusterOptions, write_config, write_sacct
 from slurm_network import CONTROLLER, Network
 from slurm_processes import ClusterError, children, end
 

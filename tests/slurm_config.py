@@ -50,21 +50,6 @@ class Addresses:
     ports: Mapping[str, int]
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports below the ephemeral range that nothing listens on now."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.SystemRandom().randrange(10000, 30000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return found
-
-
 def write_config(folder: Path, options: ClusterOptions, addresses: Addresses) -> None:
     """Writes slurm.conf and the files that Slurm looks for beside it."""
     (folder / "slurm.conf").write_text("\n".join([*_lines(folder, options, addresses), ""]))

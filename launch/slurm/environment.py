@@ -15,6 +15,8 @@ from ...models.errors import ConfigError
 
 Environment = MutableMapping[str, str]
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PORTS = range(20000, 32768)
+"""Where the processes of a run meet. Linux takes the ports of outgoing connections from 32768 on."""
 
 
 def launcher(environment: Environment = os.environ) -> str:
@@ -127,7 +129,7 @@ def srun_ranks(environment: Environment) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(tasks_on_node(here, node)),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment),
         "MASTER_PORT": environment.get("MASTER_PORT")
-        or str(20000 + (int(job) * 31 + int(step) * 7 + int(restart)) % 20000),
+        or str(PORTS[(int(job) * 31 + int(step) * 7 + int(restart)) % len(PORTS)]),
     }
 
 

@@ -22,6 +22,7 @@ import submitit
 from submitit.helpers import clean_env
 
 from ...models.errors import RunFailedError
+from .environment import PORTS
 
 INSIDE_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -119,7 +120,8 @@ def detached(log: Path) -> Iterator[None]:
 def export_ranks(restart: int) -> Mapping[str, str]:
     """RANK and its like of this process, for torch; a port of its own for each attempt.
 
-    submitit's port depends on the job alone: a process that the scheduler gave up may still hold it. It would also
+    submitit's port depends on the job alone: a process that the scheduler gave up may still hold it. Most of its ports
+    are of the range in which Linux puts outgoing connections, and one of these may hold it as well. It would also
     refuse variables that are there, and hide the other devices of the node, among which accelerate chooses by itself.
     """
     ranks = submitit.helpers.TorchDistributedEnvironment()
@@ -130,5 +132,5 @@ def export_ranks(restart: int) -> Mapping[str, str]:
     with contextlib.suppress(KeyError):
         del os.environ["MASTER_PORT"]
     ranks.export(set_cuda_visible_devices=False, overwrite=True)
-    os.environ["MASTER_PORT"] = str(20000 + (ranks.master_port - 20000 + 7 * restart) % 40000)
+    os.environ["MASTER_PORT"] = str(PORTS[(ranks.master_port + 7 * restart) % len(PORTS)])
     return {name: os.environ[name] for name in INSIDE_A_LAUNCHER}

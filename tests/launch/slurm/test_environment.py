@@ -18,6 +18,7 @@ from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import environment as module
 from graftvit.launch.slurm.environment import (
+    PORTS,
     first_host,
     launcher,
     limit_threads,
@@ -27,8 +28,8 @@ from graftvit.launch.slurm.environment import (
     tasks_on_node,
 )
 from graftvit.models.errors import ConfigError
+from ports import free_ports
 from slurm_cluster import SlurmCluster
-from slurm_config import free_ports
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -141,7 +142,7 @@ def test_srun_tells_what_torch_asks_for() -> None:
         "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3",
     }  # fmt: skip
     assert environment["MASTER_ADDR"] == "n1"
-    assert 1024 < int(environment["MASTER_PORT"]) < 65536
+    assert int(environment["MASTER_PORT"]) in PORTS
     assert launcher(environment) == "variables"  # and a second command in this process goes on with them
 
 
@@ -150,6 +151,7 @@ def test_each_step_and_restart_has_a_port_of_its_own() -> None:
     others = [{**whole, "SLURM_STEP_ID": "1"}, {**whole, "SLURM_RESTART_COUNT": "1"}]
     ports = {srun_ranks(one)["MASTER_PORT"] for one in (whole, *others)}
     assert len(ports) == 3
+    assert all(int(port) in PORTS for port in ports)
     given = {**whole, "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
     assert (srun_ranks(given)["MASTER_ADDR"], srun_ranks(given)["MASTER_PORT"]) == ("head", "1234")
 
