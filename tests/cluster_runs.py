@@ -106,8 +106,10 @@ class ClusterRun:
 def held(cluster: SlurmCluster) -> Iterator[tuple[str, ...]]:
     """Flags for a submission whose job waits until the block has ended."""
     first = cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true").strip()
-    yield "--dependency", f"afterany:{first}"
-    cluster.run("scancel", first)
+    try:
+        yield "--dependency", f"afterany:{first}"
+    finally:
+        cluster.run("scancel", first)
 
 
 def user_environment(cluster: SlurmCluster, root: Path) -> dict[str, str]:

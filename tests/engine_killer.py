@@ -78,10 +78,12 @@ def lines(run: RunConfig) -> int:
 
 def disturb(run: RunConfig, children: list[int], target: int, number: int, pause: float) -> None:
     """Sends `number` to the processes (a stop signal to the last one only) once the log has `target` lines."""
-    until(lambda: lines(run) >= target, f"{target} records", every=0.001)
-    time.sleep(pause)
-    for child in children if number == signal.SIGKILL else children[-1:]:
-        os.kill(child, number)
+    try:
+        until(lambda: lines(run) >= target, f"{target} records", every=0.001)
+        time.sleep(pause)
+    finally:
+        for child in children if number == signal.SIGKILL else children[-1:]:
+            os.kill(child, number)
 
 
 def interrupted(scenario: str, run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
