@@ -41,7 +41,7 @@ def test_a_slow_loader_shows_and_a_quick_one_does_not(
     monkeypatch.setattr(TrainBatches, "__getitem__", slow)
     train(config(tmp_path / "slow", optim=optim))
     for record in timed(tmp_path / "slow"):
-        assert record["data_wait"] <= 1
+        assert 0.5 < record["data_wait"] <= 1
         assert record["data_wait"] * record["seconds"] >= 0.09 * 3
         assert "comm_wait" not in record
     last = timed(tmp_path / "quick")[-1]
@@ -72,7 +72,7 @@ def test_a_slow_process_is_what_the_others_wait_for(tmp_path: Path) -> None:
     assert report["ends"] == [0, 0], done.stderr[-4000:]
     steps = [record["step"] for record in report["log"] if "comm_wait" in record]
     assert steps == [2, 2, 4, 4, 6, 6], "an interval and an epoch end at each"
-    assert all(0.4 < record["comm_wait"] <= 1 for record in report["log"] if "comm_wait" in record)
+    assert all(0.5 < record["comm_wait"] <= 1 for record in report["log"] if "comm_wait" in record)
 
 
 def test_without_ddp_there_is_nothing_to_read() -> None:
