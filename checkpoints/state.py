@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ class StateFolder:
     `save` first writes the new state in full under another name, then renames `last` to `previous` and
     the new one to `last`. A `last` that is not known to be whole never takes the place of `previous`.
     One process saves at a time. Where an attempt that was given up may still run, each names itself as `writer`,
-    and `check` raises once it has been replaced: the one that takes over calls `take_over`, after which a rename
-    that the other had still to do finds nothing.
+    and the `guard` around all that is written raises once it has been replaced: the one that takes over calls
+    `take_over`, after which a rename that the other had still to do finds nothing.
     """
 
-    def __init__(self, folder: Path, writer: str = "", check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, writer: str = "", guard: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.folder = folder
-        self._check = check
+        self._guard = guard
         self.last = folder / "last.safetensors"
         self.previous = folder / "previous.safetensors"
         self.best = folder / "best.safetensors"
@@ -39,31 +42,32 @@ class StateFolder:
     def save(self, state: TrainingState) -> None:
         """Writes `last`; the one before becomes `previous`.
 
-        Raises CheckpointError (exit code 1) on a full disk, with the states that were there intact; what `check`
+        Raises CheckpointError (exit code 1) on a full disk, with the states that were there intact; what `guard`
         raises.
         """
-        self._check()
-        if not self._last_is_whole:
-            self._last_is_whole = _is_whole(self.last)
-        write_state(self._incoming, state)
-        self._check()  # writing takes long
-        if self._last_is_whole:
-            with contextlib.suppress(FileNotFoundError):  # an attempt that was given up has renamed it
-                self.last.replace(self.previous)
-        self._rename_incoming()
-        sync(self.folder)
+        with self._guard():
+            if not self._last_is_whole:
+                self._last_is_whole = _is_whole(self.last)
+            write_state(self._incoming, state)
+        with self._guard():  # again, for writing takes long
+            if self._last_is_whole:
+                with contextlib.suppress(FileNotFoundError):  # an attempt that was given up has renamed it
+                    self.last.replace(self.previous)
+            self._rename_incoming()
+            sync(self.folder)
         self._last_is_whole = True
 
     def save_best(self, state: TrainingState) -> None:
         """Writes `best`. Raises as `save`."""
-        self._check()
-        write_state(self.best, state)
+        with self._guard():
+            write_state(self.best, state)
 
     def take_over(self) -> None:
         """Takes the unfinished and unnamed files of other writers out of their way."""
         for path in self._unnamed():
             if not self.last.exists() and _is_whole(path):  # died between the two renames
-                path.replace(self.last)
+                with contextlib.suppress(FileNotFoundError):  # not dead, and did so itself
+                    path.replace(self.last)
             else:
                 path.unlink(missing_ok=True)
         for leftover in self.folder.glob(".*.tmp"):
@@ -71,15 +75,16 @@ class StateFolder:
 
     def _unnamed(self) -> list[Path]:
         """Whole states, or torn ones, that no rename has given their name yet; the newest first."""
-        return sorted(
-            self.folder.glob("incoming*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True
-        )
+        changed: dict[Path, float] = {}
+        for path in self.folder.glob("incoming*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # its writer has renamed it since
+                changed[path] = path.stat().st_mtime
+        return sorted(changed, key=changed.__getitem__, reverse=True)
 
     def _rename_incoming(self) -> None:
         try:
             self._incoming.replace(self.last)
         except FileNotFoundError as error:
-            self._check()
             raise CheckpointError(
                 f"{self._incoming} is gone: does another run write into {self.folder}?"
             ) from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.atomic import write_file
-from ...models.errors import ConfigError, RunFailedError
+from ...models.errors import ConfigError, GraftError, RunFailedError
 
 
 class FencedError(RunFailedError):
@@ -62,6 +62,20 @@ class Fence:
         if holder is None or holder["token"] != self.token:
             by = "another attempt" if holder is None else _describe(holder)
             raise FencedError(f"{by} has taken over the run in {self.folder}; this one writes nothing more")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Inside the block this attempt writes.
+
+        Raises FencedError where another attempt has taken the run over: before the block, and in place of what
+            fails in it, for the other one removes what is under way.
+        """
+        self.check()
+        try:
+            yield
+        except (OSError, GraftError):
+            self.check()
+            raise
 
     @contextmanager
     def held(self) -> Iterator[Fence]:

@@ -15,6 +15,7 @@ from ...models.errors import GraftError
 from ...models.lora import merged
 from .build import Parts
 from .ema import WeightAverage
+from .fence import Fence
 from .parallel import gathered, raise_together
 from .randomness import preserved
 from .tasks import PretrainTask
@@ -26,6 +27,7 @@ def export_students(
     folder: Path,
     meta: Mapping[str, Any],
     *,
+    fence: Fence,
     writes: bool,
     group: dist.ProcessGroup | None,
 ) -> None:
@@ -44,7 +46,8 @@ def export_students(
         try:
             for name, tensors in named.items():
                 made = provenance.of_state(meta, "ema" if name == "student_ema" else "student")
-                _export(parts, tensors, folder / name, made)
+                with fence.guard():
+                    _export(parts, tensors, folder / name, made)
         except GraftError as failure:
             failure.exit_code = 1
             error = failure

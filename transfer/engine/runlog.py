@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,32 +19,30 @@ WALL_CLOCK = ("seconds", "images_per_second", "data_wait", "comm_wait")
 class RunLog:
     """Appends records. The saved state counts them, so that a resumed run can drop what came after it.
 
-    `check` is asked before each write and raises where another attempt has taken the run over. The file is opened
+    Each write is inside a `guard`, which raises where another attempt has taken the run over. The file is opened
     once: what an attempt that was given up still writes goes into the file that `keep` has replaced.
     """
 
-    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, guard: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self.path = path
         self.records = 0
-        self._check = check
+        self._guard = guard
         self._file: TextIO | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one record at once; RunFailedError where the disk does not take it."""
-        self._check()
-        try:
+        with self._writing():
             if self._file is None:
                 self._file = self.path.open("a")
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
         self.records += 1
 
     def sync(self) -> None:
-        """Makes the records durable; called before a state that counts them is written."""
+        """Makes the records durable; called before a state that counts them is written. Raises as `append`."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with self._writing():
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Nothing is appended any more."""
@@ -54,20 +53,23 @@ class RunLog:
 
     def keep(self, records: int) -> None:
         """Keeps the first `records` records and drops the rest, in one atomic replacement."""
-        self._check()
-        self.close()
-        lines = self.path.read_text().splitlines(keepends=True)[:records] if self.path.exists() else []
-        temporary = self.path.with_suffix(".tmp")
-        try:
+        with self._writing():
+            self.close()
+            lines = self.path.read_text().splitlines(keepends=True)[:records] if self.path.exists() else []
+            temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(lines))
             temporary.replace(self.path)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
         self.records = len(lines)
 
-
-def _unwritable(path: Path, error: OSError) -> RunFailedError:
-    return RunFailedError(f"{path} cannot be written: {error.strerror}; the last saved state is intact")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._guard():
+            try:
+                yield
+            except OSError as error:
+                raise RunFailedError(
+                    f"{self.path} cannot be written: {error.strerror}; the last saved state is intact"
+                ) from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

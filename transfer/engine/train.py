@@ -91,11 +91,15 @@ def train(config: RunConfig) -> RunResult:
             del state  # as large as all that learns, and the run is long
             stopped = loop.run()
         if loop.finished:
-            writes = accelerator.is_main_process
-            if writes:
-                fence.check()
-            meta = saver.meta(position)
-            export_students(parts, saver.average, config.output_dir, meta, writes=writes, group=group)
+            export_students(
+                parts,
+                saver.average,
+                config.output_dir,
+                saver.meta(position),
+                fence=fence,
+                writes=accelerator.is_main_process,
+                group=group,
+            )
     best = {} if position.best is None else {"best_top1": position.best}
     return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
 
@@ -120,7 +124,7 @@ def _fence(config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup
 
 
 def _states(config: RunConfig, fence: Fence) -> StateFolder:
-    return StateFolder(config.output_dir / "checkpoints", fence.token, fence.check)
+    return StateFolder(config.output_dir / "checkpoints", fence.token, fence.guard)
 
 
 def _find_state(
@@ -163,7 +167,7 @@ def _prepare(
         optimizer=accelerator.prepare_optimizer(optimizer),
         average=average,
         meters={kind: Meters(accelerator.device) for kind in ("interval", "epoch")},
-        log=RunLog(config.output_dir / "log.jsonl", fence.check),
+        log=RunLog(config.output_dir / "log.jsonl", fence.guard),
         batch=batch,
         origins=parts.origins,
         n_parameters=n_parameters,

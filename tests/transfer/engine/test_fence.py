@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from graftvit.checkpoints import state_file
 from graftvit.checkpoints.state import StateFolder, TrainingState
-from graftvit.models.errors import CheckpointError, ConfigError
+from graftvit.models.errors import CheckpointError, ConfigError, RunFailedError
 from graftvit.transfer.engine import fence as fence_module
 from graftvit.transfer.engine.fence import Fence, FencedError
 from graftvit.transfer.engine.runlog import RunLog, read_log
@@ -119,27 +124,69 @@ def test_a_torn_fence_is_taken_and_fences_off_the_old(tmp_path: Path, text: str)
 
 def test_a_save_that_was_under_way_when_another_took_over_changes_nothing(tmp_path: Path) -> None:
     old, folder = taken(tmp_path), tmp_path / "checkpoints"
-    before = StateFolder(folder, old.token, old.check)
-    before.save(state(1))
-    real = old.check
 
-    def replaced_after_writing() -> None:
-        real()
-        if list(folder.glob("incoming*")):  # the file is there, the renames are to come
-            new = taken(tmp_path)
-            StateFolder(folder, new.token, new.check).take_over()
+    @contextmanager
+    def replaced_after_the_check() -> Iterator[None]:
+        with old.guard():
+            if list(folder.glob("incoming*")):  # the file is there, the renames are to come
+                new = taken(tmp_path)
+                StateFolder(folder, new.token, new.guard).take_over()
+            yield
 
-    before._check = replaced_after_writing  # the check passes, then another attempt comes in between
-    with pytest.raises((FencedError, CheckpointError)):
-        before.save(state(2))
+    StateFolder(folder, old.token, old.guard).save(state(1))
+    with pytest.raises(FencedError):
+        StateFolder(folder, old.token, replaced_after_the_check).save(state(2))
     found = StateFolder(folder).load()
     assert found is not None
     assert found.meta["step"] == 1
 
 
+@pytest.mark.parametrize("save", [StateFolder.save, StateFolder.save_best])
+def test_a_save_whose_files_the_successor_removes_says_who_took_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[StateFolder, TrainingState], None]
+) -> None:
+    old, folder = taken(tmp_path), tmp_path / "checkpoints"
+    before = StateFolder(folder, old.token, old.guard)
+    before.save(state(1))
+    real = state_file.save_file
+
+    def replaced_while_writing(*args: Any, **keywords: Any) -> None:
+        new = taken(tmp_path)
+        StateFolder(folder, new.token, new.guard).take_over()
+        real(*args, **keywords)
+
+    monkeypatch.setattr(state_file, "save_file", replaced_while_writing)
+    with pytest.raises(FencedError, match="has taken over the run"):
+        save(before, state(2))
+    assert [path.name for path in folder.iterdir()] == ["last.safetensors"]
+
+
+def test_a_save_that_fails_for_another_reason_says_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = taken(tmp_path)
+    monkeypatch.setattr(state_file, "save_file", failing(errno.EIO))
+    with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
+        StateFolder(tmp_path / "checkpoints", only.token, only.guard).save(state(1))
+
+
+def failing(number: int, first: Callable[[], object] = lambda: None) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        first()
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_taking_over_passes_by_a_file_that_its_writer_renames_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "incoming.old.safetensors").symlink_to("gone")  # found by name, and not there any more
+    StateFolder(tmp_path, "new").take_over()
+    assert StateFolder(tmp_path).load() is None
+
+
 def test_a_late_rename_of_the_old_attempt_loses_no_state(tmp_path: Path) -> None:
     fence, folder = taken(tmp_path), tmp_path / "checkpoints"
-    states = StateFolder(folder, fence.token, fence.check)
+    states = StateFolder(folder, fence.token, fence.guard)
     states.save(state(1))
     states.save(state(2))
     states.last.replace(states.previous)  # as the old attempt's first rename, that the network held back
@@ -180,9 +227,35 @@ def test_a_record_of_the_old_attempt_never_reaches_the_log_of_the_new(tmp_path: 
     assert [record["step"] for record in read_log(path)] == [1, 3]
 
 
+@pytest.mark.parametrize("step", ["append", "sync"])
+def test_a_log_that_is_gone_with_the_right_to_write_says_who_took_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    old = taken(tmp_path)
+    log = RunLog(tmp_path / "log.jsonl", old.guard)
+    log.append({"step": 1})
+
+    def replaced() -> None:
+        monkeypatch.undo()
+        taken(tmp_path)
+
+    stale = failing(errno.ESTALE, replaced)  # what NFS says once another machine has replaced an open file
+    monkeypatch.setattr(*((os, "fsync") if step == "sync" else (log._file, "write")), stale)
+    with pytest.raises(FencedError, match="has taken over the run"):
+        log.sync() if step == "sync" else log.append({"step": 2})
+
+
+def test_a_log_that_cannot_be_made_durable_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path / "log.jsonl")
+    log.append({"step": 1})
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(RunFailedError, match=r"log\.jsonl cannot be written: Input/output error"):
+        log.sync()
+
+
 def test_the_log_asks_before_it_writes(tmp_path: Path) -> None:
     old = taken(tmp_path)
-    log = RunLog(tmp_path / "log.jsonl", old.check)
+    log = RunLog(tmp_path / "log.jsonl", old.guard)
     log.append({"step": 1})
     taken(tmp_path)
     with pytest.raises(FencedError):
