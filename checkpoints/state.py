@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ class StateFolder:
             write_state(self._incoming, state)
         with self._guard():  # again, for writing takes long
             if self._last_is_whole:
-                with contextlib.suppress(FileNotFoundError):  # an attempt that was given up has renamed it
+                with suppress(FileNotFoundError):  # an attempt that was given up has renamed it
                     self.last.replace(self.previous)
             self._rename_incoming()
             sync(self.folder)
@@ -66,7 +65,7 @@ class StateFolder:
         """Takes the unfinished and unnamed files of other writers out of their way."""
         for path in self._unnamed():
             if not self.last.exists() and _is_whole(path):  # died between the two renames
-                with contextlib.suppress(FileNotFoundError):  # not dead, and did so itself
+                with suppress(FileNotFoundError):  # not dead, and did so itself
                     path.replace(self.last)
             else:
                 path.unlink(missing_ok=True)
@@ -77,7 +76,7 @@ class StateFolder:
         """Whole states, or torn ones, that no rename has given their name yet; the newest first."""
         changed: dict[Path, float] = {}
         for path in self.folder.glob("incoming*.safetensors"):
-            with contextlib.suppress(FileNotFoundError):  # its writer has renamed it since
+            with suppress(FileNotFoundError):  # its writer has renamed it since
                 changed[path] = path.stat().st_mtime
         return sorted(changed, key=changed.__getitem__, reverse=True)
 
@@ -115,7 +114,7 @@ class StateFolder:
     def peek(self) -> dict[str, Any] | None:
         """The JSON part of what `load` would read, as far as the files' headers tell; None where there is none."""
         for path in self._candidates():
-            with contextlib.suppress(CheckpointError):
+            with suppress(CheckpointError):
                 return read_meta(path)
         return None
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,7 +46,7 @@ class RunLog:
     def close(self) -> None:
         """Nothing is appended any more."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk was told of at the append
+            with suppress(OSError):  # a full disk was told of at the append
                 self._file.close()
             self._file = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -17,6 +18,8 @@ from engine_runs import config, differences, make_teacher, records, state
 from graftvit.checkpoints.state import StateFolder
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError, RunFailedError
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine import finish
+from graftvit.transfer.engine.fence import Fence, FencedError
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
@@ -52,6 +55,30 @@ def one_sentence(error: BaseException) -> str:
     assert "\n" not in text
     assert "Traceback" not in text
     return text
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_run_that_was_taken_over_at_its_end_leaves_no_student(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    train_loop = Loop.run
+
+    def replaced_after_training(self: Loop) -> int | None:
+        stopped = train_loop(self)
+        Fence(tmp_path / "run").take()
+        return stopped
+
+    def replaced_while_writing(*_: object, **__: object) -> None:
+        Fence(tmp_path / "run").take()
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    if when == "before":
+        monkeypatch.setattr(Loop, "run", replaced_after_training)
+    else:
+        monkeypatch.setattr(finish, "write_student", replaced_while_writing)
+    with pytest.raises(FencedError, match="has taken over the run"):
+        train(config(tmp_path / "run", teacher))
+    assert not (tmp_path / "run" / "student").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
