@@ -52,8 +52,7 @@ def write_converted(
         folder,
         architecture=architecture,
         model_args=arguments,
-        mean=teacher.mean,
-        std=teacher.std,
+        preprocessing=teacher.preprocessing,
         licence=carried_licence(made),
         provenance=made,
     )

@@ -27,8 +27,7 @@ def teacher_facts(teacher: Teacher) -> dict[str, str]:
         **_shape(teacher),
         "classes": str(getattr(teacher.model, "num_classes", 0)) if teacher.has_head else "no head",
         "pooling": str(getattr(teacher.model, "global_pool", "") or "none"),
-        "mean": _numbers(teacher.mean),
-        "std": _numbers(teacher.std),
+        "images": teacher.preprocessing.describe(),
         "licence": teacher.licence or "unknown: look where the weights come from",
     }
     if teacher.revision is not None:
@@ -105,7 +104,3 @@ def _shape(teacher: Teacher) -> dict[str, str]:
         "prefix tokens": ", ".join(layout.prefix) or "none",
         "patch grid": f"{layout.grid[0]} x {layout.grid[1]}",
     }
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..models.errors import CheckpointError
 from .atomic import write_folder
 from .build import build, published_config
 from .folders import CONFIG
+from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
 from .report import some
@@ -25,7 +26,7 @@ from .teacher import load_teacher
 
 SHARD_SIZE = "5GB"
 
-KEPT = ("classifier", "first_conv", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "pool_size")
+KEPT = ("classifier", "first_conv", "fixed_input_size", "pool_size")
 """Fields of timm's description that are the architecture's and not of some published weights."""
 
 
@@ -60,8 +61,7 @@ def save_student(
         folder,
         architecture=teacher.architecture,
         model_args=teacher.model_args,
-        mean=teacher.mean,
-        std=teacher.std,
+        preprocessing=teacher.preprocessing,
         licence=teacher.licence,
         provenance=teacher.provenance,
         dtype=dtype,
@@ -90,8 +90,7 @@ def write_student(
     *,
     architecture: str,
     model_args: Mapping[str, Any],
-    mean: Sequence[float],
-    std: Sequence[float],
+    preprocessing: Preprocessing,
     licence: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -102,7 +101,7 @@ def write_student(
     Args:
         architecture: timm name; a tag is dropped, for the weights are no longer those that it names.
         model_args: what timm's constructor needs besides the name to build this model; JSON.
-        mean, std: normalisation of the input, one number a channel.
+        preprocessing: how its images are made, as it was trained and measured.
         provenance: what the model learned from and how (`provenance.py`); JSON.
 
     Raises CheckpointError: these arguments do not build a model with these weights, or one is not JSON;
@@ -113,7 +112,7 @@ def write_student(
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     fresh = _check(name, arguments, tensors)
     made = dict(provenance or {}) | _epsilon(model, fresh, name)
-    config = _config(model, name, arguments, mean, std, licence) | {PROVENANCE: made}
+    config = _config(model, name, arguments, preprocessing, licence) | {PROVENANCE: made}
     if dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
@@ -175,16 +174,16 @@ def _epsilon(model: nn.Module, fresh: nn.Module, architecture: str) -> dict[str,
 
 
 def _config(
-    model: Any, architecture: str, arguments: Mapping[str, Any], mean: Sequence[float], std: Sequence[float],
+    model: Any,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    preprocessing: Preprocessing,
     licence: str | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     described = {**published_config(architecture), **(getattr(model, "default_cfg", None) or {})}
-    channels, height, width = _input_size(model, arguments, described)
     pretrained = {key: described[key] for key in KEPT if key in described}
     pretrained |= {
-        "input_size": [channels, height, width],
-        "mean": list(mean),
-        "std": list(std),
+        **preprocessing.described(),
         "num_classes": model.num_classes,
         "custom_load": False,
     }
@@ -198,12 +197,3 @@ def _config(
         "model_args": dict(arguments),
         "pretrained_cfg": pretrained,
     }
-
-
-def _input_size(
-    model: Any, arguments: Mapping[str, Any], described: Mapping[str, Any]
-) -> tuple[int, int, int]:
-    channels, height, width = described.get("input_size", (3, 224, 224))
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = size if size is not None else (height, width)
-    return int(arguments.get("in_chans", channels)), int(height), int(width)

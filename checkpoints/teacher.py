@@ -17,6 +17,7 @@ from .build import build, check_name, converted, known_fields, published_config,
 from .fit import fit, source_grid
 from .folders import read_folder, read_hub, read_weights_file
 from .position import Method
+from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, some
 from .resized import late_size, resize_loaded
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
@@ -34,8 +35,8 @@ class Teacher:
     """As the user gave it."""
     architecture: str
     """timm name, without a tag."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
+    """How its images are made."""
     licence: str | None
     revision: str | None
     """Commit on the hub."""
@@ -46,6 +47,16 @@ class Teacher:
     """What timm's constructor needs besides the architecture."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Of a student of this package: what it learned from and how."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel, of images in 0..1."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Deviation of each channel, of images in 0..1."""
+        return self.preprocessing.std
 
 
 def load_teacher(
@@ -150,6 +161,20 @@ def load_weights(
     return replace(report, resampled={**report.resampled, **resampled})
 
 
+def read_preprocessing(source: str, revision: str | None = None) -> Preprocessing:
+    """What weights say of their images, without building their model; of a timm name nothing is downloaded.
+
+    Raises CheckpointError as `load_teacher`.
+    """
+    parsed = parse_source(source)
+    if isinstance(parsed, TimmSource):
+        return Preprocessing.read(published_config(parsed.name))
+    weights = _with_architecture(read_source(source, {}, revision), None)
+    return Preprocessing.read(
+        published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
+    )
+
+
 def read_source(text: str, arguments: Mapping[str, Any], revision: str | None = None) -> Weights:
     """The weights of a source under timm's names, and all that it says of them.
 
@@ -250,8 +275,7 @@ def _teacher(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport)
         model=model,
         source=source,
         architecture=plan.architecture,
-        mean=tuple(plan.config.get("mean") or (0.5,)),
-        std=tuple(plan.config.get("std") or (0.5,)),
+        preprocessing=Preprocessing.read(plan.config, input_size(model, plan.config)),
         licence=weights.pretrained_cfg.get("license"),
         revision=weights.revision,
         has_head=arguments["num_classes"] > 0,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import FolderSource, parse_source
 from ..checkpoints.teacher import Teacher, load_teacher
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, TeacherConfig
-from ..transfer.data.loaders import InputSpec, create_train_loader
+from ..transfer.data.loaders import create_train_loader
 from ..transfer.engine.build import find_teacher
 from ..transfer.methods.dual import build_dual
 from ..transfer.methods.input import Normalization
@@ -29,7 +29,7 @@ class Candidate:
     name: str
     module: nn.Module
     predict: Callable[[Tensor], Tensor]
-    spec: InputSpec
+    spec: Preprocessing
     num_classes: int
 
 
@@ -60,7 +60,7 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
         raise ConfigError(
             f"{source!r} has no classification head; evaluate a run, or a fine-tuned checkpoint"
         )
-    spec = _spec(loaded)
+    spec = loaded.preprocessing
     classes = int(getattr(loaded.model, "num_classes", 0))
     if config is not None and config.mode == "transfer" and config.transfer.method in COPY_METHODS:
         return _beside_its_teacher(source, loaded, config, spec, classes)
@@ -76,14 +76,20 @@ def check_alike(candidates: list[Candidate]) -> None:
                 f"{other.name!r} has {other.num_classes} classes and {first.name!r} has {first.num_classes}; "
                 "evaluate them one by one"
             )
-        if other.spec.size != first.spec.size:
+        theirs, ours = (replace(each.spec, mean=(), std=()) for each in (other, first))
+        differ = [
+            field.name for field in fields(ours) if getattr(theirs, field.name) != getattr(ours, field.name)
+        ]
+        if differ:
+            name = differ[0]
             raise ConfigError(
-                f"{other.name!r} takes images {_words(other.spec)} and {first.name!r} {_words(first.spec)}; "
-                "evaluate them one by one"
+                f"{other.name!r} takes images of {name}={getattr(theirs, name)} and {first.name!r} of "
+                f"{name}={getattr(ours, name)}; evaluate them one by one"
+                + ("" if name == "input_size" else f", or give --{name} for all")
             )
 
 
-def predictor(candidate: Candidate, spec: InputSpec) -> Callable[[Tensor], Tensor]:
+def predictor(candidate: Candidate, spec: Preprocessing) -> Callable[[Tensor], Tensor]:
     """`candidate.predict` for images that are normalised as `spec` says."""
     own = candidate.spec
     if (own.mean, own.std) == (spec.mean, spec.std):
@@ -100,9 +106,9 @@ def predictor(candidate: Candidate, spec: InputSpec) -> Callable[[Tensor], Tenso
 
 
 def _beside_its_teacher(
-    source: str, student: Teacher, config: RunConfig, spec: InputSpec, classes: int
+    source: str, student: Teacher, config: RunConfig, spec: Preprocessing, classes: int
 ) -> Candidate:
-    teacher = find_teacher(config, (spec.size[1], spec.size[2]))
+    teacher = find_teacher(config, spec.input_size[1:])
     if teacher is None:
         raise ConfigError(f"{source!r} copies the attention of a teacher that its config.yaml does not name")
     calibration = None
@@ -113,17 +119,3 @@ def _beside_its_teacher(
     normalization = Normalization(spec.mean, spec.std)
     dual = build_dual(config.transfer, teacher, student.model, normalization, calibration).eval()
     return Candidate(source, dual, dual.predict, spec, classes)
-
-
-def _spec(loaded: Teacher) -> InputSpec:
-    model: Any = loaded.model
-    channels, height, width = model.pretrained_cfg["input_size"]
-    embedding = getattr(model, "patch_embed", None)
-    if embedding is not None:
-        channels = embedding.proj.in_channels
-        height, width = embedding.img_size or (height, width)
-    return InputSpec((int(channels), int(height), int(width)), loaded.mean, loaded.std)
-
-
-def _words(spec: InputSpec) -> str:
-    return "x".join(map(str, spec.size))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig
+from ..transfer.data.augment import with_settings
 from ..transfer.data.loaders import create_eval_loader
 from ..transfer.engine.parallel import create_accelerator
 from ..transfer.evaluate import Metrics, evaluate
@@ -35,7 +37,9 @@ def evaluate_sources(
     if repeated:
         raise ConfigError(f"checkpoint {repeated[0]!r} is named twice; name each once")
     how = load_config(None, [each for each in settings if each.key.startswith("teacher.")]).teacher
+    asked = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
     candidates = [load_candidate(source, how) for source in sources]
+    candidates = [replace(each, spec=with_settings(each.spec, asked)) for each in candidates]
     check_alike(candidates)
     config = _data_settings(sources, settings)
     accelerator = create_accelerator(config)

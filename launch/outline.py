@@ -10,6 +10,8 @@ from accelerate import init_empty_weights
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
+from ..checkpoints.build import published_config
+from ..checkpoints.preprocessing import Preprocessing, input_size
 from ..checkpoints.report import LoadReport
 from ..checkpoints.sources import TimmSource, parse_source
 from ..checkpoints.teacher import Teacher
@@ -29,7 +31,7 @@ def outline_teacher(config: TeacherConfig, size: tuple[int, int], *, empty: bool
         ConfigError: if timm refuses the arguments.
     """
     source = str(config.source)
-    pretrained = get_pretrained_cfg(source)
+    described = published_config(source)
     wanted = config.img_size or size
     try:
         model = _create(source, config.model_args | {"img_size": wanted}, empty)
@@ -37,15 +39,14 @@ def outline_teacher(config: TeacherConfig, size: tuple[int, int], *, empty: bool
         if config.img_size is not None:
             raise
         model = _create(source, config.model_args, empty)
-    mean, std = (pretrained.mean, pretrained.std) if pretrained else ((0.5,) * 3, (0.5,) * 3)
+    pretrained = get_pretrained_cfg(source)
     has_head = bool(pretrained and pretrained.has_weights and pretrained.num_classes)
     return Teacher(
         model=model.eval().requires_grad_(False),
         source=source,
         architecture=split_model_name_tag(source)[0],
-        mean=tuple(mean),
-        std=tuple(std),
-        licence=pretrained.license if pretrained else None,
+        preprocessing=Preprocessing.read(described, input_size(model, described)),
+        licence=described.get("license"),
         revision=None,
         has_head=has_head,
         report=LoadReport(source, "timm name", 0, notes=("weights not read",)),

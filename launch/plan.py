@@ -11,12 +11,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.state import StateFolder
 from ..checkpoints.teacher import Teacher
 from ..models.errors import GraftError
 from ..models.mae import MaskedAutoencoder
 from ..transfer.config import RunConfig
-from ..transfer.data.loaders import InputSpec, TrainLoader, create_train_loader
+from ..transfer.data.loaders import TrainLoader, create_train_loader
 from ..transfer.engine.build import find_teacher, headless
 from ..transfer.engine.elastic import GlobalBatch, as_started, describe, global_batch
 from ..transfer.engine.optim import freeze, peak_learning_rate
@@ -28,7 +29,7 @@ from ..transfer.engine.students import (
     find_whole_name,
     input_size,
     plan_student,
-    student_normalization,
+    resolve_preprocessing,
 )
 from ..transfer.methods.dual import DualViT, build_dual
 from ..transfer.methods.input import Normalization
@@ -43,7 +44,7 @@ class Outline:
     """The parts of a run, of the right shapes and without weights."""
 
     config: RunConfig
-    spec: InputSpec
+    spec: Preprocessing
     teacher: Teacher | None
     plan: StudentPlan
     student: nn.Module
@@ -77,6 +78,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("mode", config.mode),
         ("teacher", _teacher_words(outline)),
         ("student", _student_words(outline)),
+        ("images", outline.spec.describe()),
         ("transfer", _transfer_words(outline)),
         ("trained", _trained_words(outline)),
         ("data", _data_words(outline)),
@@ -98,25 +100,22 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
 def _outline(config: RunConfig, processes: int) -> Outline:
     saved = _saved(config)
     whole = find_whole(config.student)
-    channels, height, width = input_size(config.student, whole)
-    teacher = _teacher(config, (height, width))
-    spec = InputSpec(
-        (channels, height, width), *student_normalization(config.student, channels, whole or teacher)
-    )
+    teacher = _teacher(config, input_size(config.student, whole)[1:])
+    spec = resolve_preprocessing(config, teacher, whole)
     loader = _loader(config, spec, processes)
     batch = None if isinstance(loader, GraftError) else global_batch(config, loader, processes, saved)
     config = config if saved is None else as_started(config, saved)
     if config.mode == "pretrain":
-        plan = plan_student(headless(config.student), 0, None)
+        plan = plan_student(headless(config.student), 0, None, spec)
     else:
         classes = config.data.num_classes if isinstance(loader, GraftError) else loader.num_classes
-        plan = plan_student(config.student, classes or 0, teacher, whole)
+        plan = plan_student(config.student, classes or 0, teacher, spec, whole)
     student = _unfilled(config, lambda: plan.create(config.student.drop_path))
     model, dual = student, None
     if config.mode == "pretrain":
         model = MaskedAutoencoder(student, **config.pretrain.model_dump())
     elif config.mode == "transfer" and teacher is not None:
-        normalization = Normalization(plan.mean, plan.std)
+        normalization = Normalization(spec.mean, spec.std)
         model = dual = build_dual(
             config.transfer, teacher, student, normalization, _calibration(config, spec)
         )
@@ -147,7 +146,7 @@ def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
     return find_teacher(config, size)
 
 
-def _loader(config: RunConfig, spec: InputSpec, processes: int) -> TrainLoader | GraftError:
+def _loader(config: RunConfig, spec: Preprocessing, processes: int) -> TrainLoader | GraftError:
     """The training set, or why it is not there; it is not downloaded."""
     data = config.data.model_copy(update={"download": False, "workers": 0})
     try:
@@ -175,8 +174,8 @@ def _unfilled(config: RunConfig, create: Callable[[], nn.Module]) -> nn.Module:
         return create()
 
 
-def _calibration(config: RunConfig, spec: InputSpec) -> Any:
-    return torch.randn(2, *spec.size) if config.transfer.heads == "match" else None
+def _calibration(config: RunConfig, spec: Preprocessing) -> Any:
+    return torch.randn(2, *spec.input_size) if config.transfer.heads == "match" else None
 
 
 def _teacher_words(outline: Outline) -> str:
@@ -191,7 +190,6 @@ def _teacher_words(outline: Outline) -> str:
 
 
 def _student_words(outline: Outline) -> str:
-    channels, height, width = outline.spec.size
     start = outline.config.student.init or (
         find_whole_name(outline.config.student)
         or ("teacher" if outline.config.mode in ("finetune", "align") else "fresh weights")
@@ -199,7 +197,7 @@ def _student_words(outline: Outline) -> str:
     count = parameter_count(outline.student)
     classes = outline.plan.arguments["num_classes"]
     return (
-        f"{outline.plan.architecture}: {count / 1e6:.1f} M parameters, images {channels}x{height}x{width}, "
+        f"{outline.plan.architecture}: {count / 1e6:.1f} M parameters, "
         f"{f'{classes} classes' if classes else 'no head'}, from {start}"
     )
 

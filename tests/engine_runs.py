@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
 from graftvit.transfer.config import RunConfig
@@ -22,7 +23,7 @@ def tiny_vit(**overrides: Any) -> nn.Module:
     return model
 
 
-def make_teacher(folder: Path) -> Path:
+def make_teacher(folder: Path, **described: Any) -> Path:
     """A plain timm folder with random weights whose attention is far from uniform."""
     torch.manual_seed(11)
     model = tiny_vit()
@@ -31,7 +32,13 @@ def make_teacher(folder: Path) -> Path:
             if "qkv.weight" in name:
                 parameter.mul_(20)
     arguments = {**ARGUMENTS, "num_classes": 10}
-    write_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, mean=(0.5,), std=(0.5,))
+    write_student(
+        model,
+        folder,
+        architecture=ARCHITECTURE,
+        model_args=arguments,
+        preprocessing=Preprocessing.of(model, **{"mean": (0.5,), "std": (0.5,), **described}),
+    )
     return folder
 
 

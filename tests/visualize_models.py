@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import AttentionOperator, Heads
 from graftvit.models.conversion import convert, converted_layers
@@ -36,7 +37,13 @@ def tiny(plan: str | None = None, seed: int = 0, **more: Any) -> nn.Module:
 def save(model: nn.Module, folder: Path, **more: Any) -> str:
     """A folder that loads it; its name as a source."""
     arguments = {**ARGUMENTS, **more}
-    write_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, mean=MEAN, std=STD)
+    write_student(
+        model,
+        folder,
+        architecture=ARCHITECTURE,
+        model_args=arguments,
+        preprocessing=Preprocessing.of(model, mean=MEAN, std=STD),
+    )
     return f"local-dir:{folder}"
 
 

@@ -164,7 +164,16 @@ class DataConfig(Section):
         "rand-m9-mstd0.5-inc1", description="timm auto-augment policy, 'affine' for digits, or none"
     )
     color_jitter: float = Field(0.0, ge=0, description="strength of colour jitter when aa is none")
-    interpolation: Literal["bicubic", "bilinear", "random"] = Field("bicubic", description="of the crop")
+    interpolation: Literal["bicubic", "bilinear", "random"] | None = Field(
+        None,
+        description="of resizing; that of the weights by default, and with random their own in evaluation",
+    )
+    crop_pct: float | None = Field(
+        None, gt=0, le=1, description="share of a side that evaluation sees; that of the weights by default"
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = Field(
+        None, description="how evaluation crops, in timm's words; that of the weights by default"
+    )
     reprob: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
     mixup: float = Field(0.0, ge=0, description="mixup alpha")
     cutmix: float = Field(0.0, ge=0, description="cutmix alpha")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ...models.errors import CheckpointError
 from ...models.lora import merged
 from ..files import Content
+from ..preprocessing import Preprocessing
 from ..provenance import carried_licence, of_state
 from ..sources import Part
 from ..state_file import META_KEY
 from ..weights import Weights
+
+DESCRIBED = tuple(field.name for field in fields(Preprocessing))
 
 
 def read_state_weights(content: Content, part: Part) -> Weights:
@@ -52,7 +56,7 @@ def _student_of(meta: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], di
     """Architecture, arguments, normalisation from a state's meta: its `student` entry, else its settings."""
     entry = meta.get("student")
     if isinstance(entry, Mapping):
-        config = {key: tuple(entry[key]) for key in ("mean", "std") if entry.get(key)}
+        config = {key: entry[key] for key in DESCRIBED if entry.get(key) is not None}
         return entry.get("architecture"), dict(entry.get("model_args") or {}), config
     settings = meta.get("config") or {}
     student = settings.get("student") or {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..config import load_config
@@ -143,12 +143,9 @@ def _without_weights(source: str, config: RunConfig) -> Teacher:
 
 
 def _images(config: RunConfig, teacher: Teacher, count: int) -> Tensor:
-    from ...transfer.data.augment import InputSpec
     from ...transfer.data.sample import sample_images
 
-    embedding: Any = teacher.model.patch_embed
-    spec = InputSpec((embedding.proj.in_channels, *embedding.img_size), teacher.mean, teacher.std)
-    return sample_images(config.data, spec, count, seed=config.seed)
+    return sample_images(config.data, teacher.preprocessing, count, seed=config.seed)
 
 
 def _head(teacher: Teacher) -> str:

@@ -19,7 +19,7 @@ EXAMPLES = (
 )
 DATA = (
     "dataset", "data_path", "val_split", "download", "num_classes", "batch_size", "eval_batch_size", "workers",
-    "interpolation", "max_bad_images",
+    "interpolation", "crop_pct", "crop_mode", "max_bad_images",
 )  # fmt: skip
 SETTINGS = (
     *(f"data.{name}" for name in DATA),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher, load_weights
@@ -25,7 +26,13 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
 def save(model: nn.Module, folder: Path) -> None:
     arguments = {**ARGUMENTS, "num_classes": model.num_classes}
-    write_student(model, folder, architecture=NAME, model_args=arguments, mean=MEAN, std=STD)
+    write_student(
+        model,
+        folder,
+        architecture=NAME,
+        model_args=arguments,
+        preprocessing=Preprocessing.of(model, mean=MEAN, std=STD),
+    )
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.checkpoints.teacher import load_teacher, load_weights
 from graftvit.models import operators
@@ -72,7 +73,12 @@ def student() -> nn.Module:
 def write(model: nn.Module, folder: Path, **more: Any) -> str:
     arguments = {**ARGUMENTS, **more}
     write_student(
-        model, folder, architecture=NAME, model_args=arguments, mean=(0.5,) * 3, std=(0.5,) * 3, licence="mit"
+        model,
+        folder,
+        architecture=NAME,
+        model_args=arguments,
+        preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
+        licence="mit",
     )
     return str(folder)
 

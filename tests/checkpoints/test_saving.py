@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.checkpoints.teacher import load_teacher
@@ -122,8 +123,9 @@ def test_part_dtype_and_shards_together_keep_the_bits(
 def test_a_converted_student_comes_back(tmp_path: Path, tiny: Callable[..., nn.Module], shards: bool) -> None:
     student = convert(tiny(**ARGUMENTS), "*: linear(feature=relu); 1: softmax").eval()
     size = 8_000 if shards else "5GB"
+    images = Preprocessing.of(student, mean=MEAN, std=STD)
     write_student(
-        student, tmp_path / "out", architecture=NAME, model_args=ARGUMENTS, mean=MEAN, std=STD, max_shard_size=size
+        student, tmp_path / "out", architecture=NAME, model_args=ARGUMENTS, preprocessing=images, max_shard_size=size
     )  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "graftvit_converted"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
@@ -54,7 +55,14 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def save(model: nn.Module, folder: Path, architecture: str, arguments: dict[str, Any], **more: Any) -> None:
-    write_student(model, folder, architecture=architecture, model_args=arguments, mean=MEAN, std=STD, **more)
+    write_student(
+        model,
+        folder,
+        architecture=architecture,
+        model_args=arguments,
+        preprocessing=Preprocessing.of(model, mean=MEAN, std=STD),
+        **more,
+    )
 
 
 SMALL: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -82,7 +90,11 @@ def test_plain_timm_gives_the_same_bits(tmp_path: Path) -> None:
         channels = arguments.get("in_chans", 3)
         folder, mean, std = tmp_path / kind, MEAN[:channels], STD[:channels]
         write_student(
-            models[kind], folder, architecture=architecture, model_args=arguments, mean=mean, std=std
+            models[kind],
+            folder,
+            architecture=architecture,
+            model_args=arguments,
+            preprocessing=Preprocessing.of(models[kind], mean=mean, std=std),
         )
     command = [sys.executable, "-c", READER, *(str(tmp_path / kind) for kind in STUDENTS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -115,7 +127,8 @@ def test_a_saved_student_is_a_teacher(tmp_path: Path, kind: str) -> None:
     ours, theirs = teacher.model.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert (teacher.mean, teacher.std, teacher.licence) == (MEAN, STD, "mit")
+    channels = arguments.get("in_chans", 3)
+    assert (teacher.mean, teacher.std, teacher.licence) == (MEAN[:channels], STD[:channels], "mit")
     assert teacher.has_head == (arguments["num_classes"] > 0)
     assert (teacher.report.missing, teacher.report.unexpected, teacher.report.resampled) == ({}, {}, {})
 

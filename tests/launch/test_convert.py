@@ -10,6 +10,7 @@ import graftvit
 import pytest
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
@@ -27,8 +28,9 @@ ARGUMENTS = {**SHALLOW, "depth": 2}
 def teacher(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = timm.create_model(ARCHITECTURE, **ARGUMENTS)
+    images = Preprocessing.of(model, mean=(0.4,) * 3, std=(0.2,) * 3)
     write_student(
-        model, tmp_path / "teacher", architecture=ARCHITECTURE, model_args=ARGUMENTS, mean=(0.4,) * 3, std=(0.2,) * 3,
+        model, tmp_path / "teacher", architecture=ARCHITECTURE, model_args=ARGUMENTS, preprocessing=images,
         licence="cc-by-nc-4.0",
     )  # fmt: skip
     return tmp_path / "teacher"

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.candidates import load_candidate, predictor
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.transfer.config import TeacherConfig
-from graftvit.transfer.data.loaders import InputSpec, create_eval_loader
+from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.train import train
 from torch import Tensor, nn
 
@@ -43,13 +44,12 @@ def save(folder: Path, seed: int, mean: float = 0.5, std: float = 0.5, **changes
         folder,
         architecture="vit_tiny_patch16_224",
         model_args=arguments,
-        mean=(mean,) * 3,
-        std=(std,) * 3,
+        preprocessing=Preprocessing.of(model, mean=(mean,) * 3, std=(std,) * 3),
     )
     return model
 
 
-def digits(spec: InputSpec) -> tuple[Tensor, Tensor]:
+def digits(spec: Preprocessing) -> tuple[Tensor, Tensor]:
     loader = create_eval_loader(load_config(None, ["dataset=digits", "workers=0"]).data, spec)
     batches = [(images[valid], targets[valid]) for images, targets, valid in loader]
     return torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
@@ -71,8 +71,8 @@ def test_each_and_the_ensemble_are_what_a_plain_loop_gives(
     names = [f"local-dir:{tmp_path / name}" for name in "ab"]
     found = scores(capsys, tmp_path, *names, "--dataset", "digits", "--batch_size", "64")
     half, other = (
-        InputSpec((3, 16, 16), (0.5,) * 3, (0.5,) * 3),
-        InputSpec((3, 16, 16), (0.2,) * 3, (0.3,) * 3),
+        Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3, crop_pct=0.9),
+        Preprocessing((3, 16, 16), (0.2,) * 3, (0.3,) * 3, crop_pct=0.9),
     )
     images, targets = digits(half)
     with torch.no_grad():
@@ -107,11 +107,11 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(
 
 
 def test_images_are_renormalised() -> None:
-    own = InputSpec((3, 4, 4), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    shown = InputSpec((3, 4, 4), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    own = Preprocessing((3, 4, 4), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    shown = Preprocessing((3, 4, 4), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
     pixels = torch.rand(2, 3, 4, 4)
 
-    def normalise(spec: InputSpec) -> Tensor:
+    def normalise(spec: Preprocessing) -> Tensor:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
         return (pixels - mean) / std
 
@@ -125,7 +125,7 @@ def test_images_are_renormalised() -> None:
     ("words", "parts"),
     [
         (["{a}", "{a}"], ["named twice"]),
-        (["{a}", "{large}"], ["3x32x32", "3x16x16"]),
+        (["{a}", "{large}"], ["input_size=(3, 32, 32)", "input_size=(3, 16, 16)"]),
         (["{a}", "{seven}"], ["7 classes", "10"]),
         (["{headless}"], ["no classification head"]),
         (["{a}", "--subset", "imagenet-a"], ["10 classes", "subset"]),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from hostile import ARCHITECTURE, ARGUMENTS
@@ -18,8 +19,9 @@ from hostile import ARCHITECTURE, ARGUMENTS
 def student(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = timm.create_model(ARCHITECTURE, **ARGUMENTS)
+    images = Preprocessing.of(model, mean=(0.4,) * 3, std=(0.2,) * 3)
     write_student(
-        model, tmp_path / "student", architecture=ARCHITECTURE, model_args=ARGUMENTS, mean=(0.4,) * 3, std=(0.2,) * 3,
+        model, tmp_path / "student", architecture=ARCHITECTURE, model_args=ARGUMENTS, preprocessing=images,
         licence="cc-by-nc-4.0",
     )  # fmt: skip
     return tmp_path / "student"

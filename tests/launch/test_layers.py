@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 from engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
@@ -22,8 +23,7 @@ def folders(tmp_path: Path) -> tuple[str, str]:
         tmp_path / "student",
         architecture=ARCHITECTURE,
         model_args=arguments,
-        mean=(0.5,),
-        std=(0.5,),
+        preprocessing=Preprocessing.of(student, mean=(0.5,), std=(0.5,)),
     )
     return str(tmp_path / "student"), f"local-dir:{teacher}"
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from engine_runs import config as short_run
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
@@ -47,7 +48,11 @@ def teacher(tmp_path: Path) -> str:
     folder = tmp_path / "teacher"
     mean_std = (0.5, 0.5, 0.5)
     write_student(
-        model, folder, architecture="vit_tiny_patch16_224", model_args=arguments, mean=mean_std, std=mean_std
+        model,
+        folder,
+        architecture="vit_tiny_patch16_224",
+        model_args=arguments,
+        preprocessing=Preprocessing.of(model, mean=mean_std, std=mean_std),
     )
     return f"local-dir:{folder}"
 

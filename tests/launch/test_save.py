@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from engine_runs import config, make_teacher
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
@@ -25,7 +26,11 @@ SMALL: dict[str, Any] = {
 def model_folder(tmp_path: Path) -> Path:
     model = timm.create_model(NAME, **SMALL)
     write_student(
-        model, tmp_path / "model", architecture=NAME, model_args=SMALL, mean=(0.5,) * 3, std=(0.5,) * 3
+        model,
+        tmp_path / "model",
+        architecture=NAME,
+        model_args=SMALL,
+        preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
     )
     return tmp_path / "model"
 
@@ -54,7 +59,11 @@ def test_what_plain_timm_cannot_load_says_graftvit(
     if how == "converted":
         model = convert(timm.create_model(NAME, **SMALL), "*: linear")
         write_student(
-            model, model_folder, architecture=NAME, model_args=SMALL, mean=(0.5,) * 3, std=(0.5,) * 3
+            model,
+            model_folder,
+            architecture=NAME,
+            model_args=SMALL,
+            preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
         )
     else:
         size = "10KB"

@@ -11,6 +11,7 @@ import dense
 import graftvit.checkpoints.loading as loading
 import pytest
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import AttentionOperator, Geometry, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
@@ -60,7 +61,11 @@ def plan(operator: str) -> str:
 def save(model: nn.Module, family: str, folder: Path, **changes: Any) -> str:
     name, arguments = arguments_of(family)
     write_student(
-        model, folder, architecture=name, model_args={**arguments, **changes}, mean=(0.5,) * 3, std=(0.5,) * 3
+        model,
+        folder,
+        architecture=name,
+        model_args={**arguments, **changes},
+        preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
     )
     return str(folder)
 

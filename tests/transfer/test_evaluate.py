@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.labels import real_labels, subset_classes
-from graftvit.transfer.data.loaders import EvalLoader, InputSpec, create_eval_loader
+from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader
 from graftvit.transfer.evaluate import Metrics, evaluate, evaluate_to_table, to_json
 from torch import Tensor, nn
 
-SPEC = InputSpec((1, 8, 8), (0.5,), (0.5,))
+SPEC = Preprocessing((1, 8, 8), (0.5,), (0.5,))
 
 
 class Fixed(EvalLoader):
@@ -137,14 +138,15 @@ def test_results_become_a_table_and_json() -> None:
 
 RANK = """
 import sys, torch, torch.distributed as dist
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data.loaders import InputSpec, create_eval_loader
+from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.evaluate import evaluate, to_json
 rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if world > 1:
     dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
 config = DataConfig(dataset="digits", eval_batch_size=93, workers=0)
-loader = create_eval_loader(config, InputSpec((1, 8, 8), (0.5,), (0.5,)), rank=rank, world_size=world)
+loader = create_eval_loader(config, Preprocessing((1, 8, 8), (0.5,), (0.5,)), rank=rank, world_size=world)
 weight = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
 models = {"m": lambda x: x.flatten(1) @ weight.T, "n": lambda x: -x.flatten(1) @ weight.T}
 print(to_json(evaluate(models, loader)))

@@ -18,13 +18,14 @@ import pytest
 import timm
 import torch
 import yaml
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from graftvit.models.patches import grid_positions
 from graftvit.transfer.config import DataConfig, OptimConfig, RunConfig
-from graftvit.transfer.data.loaders import InputSpec, create_eval_loader
+from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine import health
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.optim import create_optimizer
@@ -168,7 +169,11 @@ def short_run(folder: Path) -> RunConfig:
     teacher = vit(0, **small)
     architecture = "vit_tiny_patch16_224"
     write_student(
-        teacher, folder / "teacher", architecture=architecture, model_args=small, mean=(0.5,), std=(0.5,)
+        teacher,
+        folder / "teacher",
+        architecture=architecture,
+        model_args=small,
+        preprocessing=Preprocessing.of(teacher, mean=(0.5,), std=(0.5,)),
     )
     config = {
         "output_dir": folder / "run",
@@ -259,7 +264,7 @@ def test_13c_no_process_leaves_on_its_own() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_14_evaluation_sees_every_image_once_whatever_the_number_of_ranks(world_size: int) -> None:
-    spec = InputSpec((1, 8, 8), (0.5,), (0.5,))
+    spec = Preprocessing((1, 8, 8), (0.5,), (0.5,))
     config = DataConfig(dataset="digits", eval_batch_size=64, workers=0)
     loaders = [
         create_eval_loader(config, spec, rank=rank, world_size=world_size) for rank in range(world_size)

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints.build import published_config
+from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher
 from ...models.attention.base import AttentionOperator
 from ...models.conversion import convert, converted_layers, new_parameters
 from ...models.families import attention_blocks
 from ..config import RunConfig
-from ..data.loaders import InputSpec, create_eval_loader
+from ..data.loaders import create_eval_loader
 from ..engine.build import build
 from ..engine.runlog import read_log
-from ..engine.students import plan_student
+from ..engine.students import input_size, plan_student
 from ..evaluate import evaluate
 from ..recovery.stages import Stage, chain, train_stages
 from .cells import Cell
@@ -62,7 +64,8 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
 def fresh_model(config: RunConfig, plan: str | None, size: int) -> nn.Module:
     """The student's architecture with random weights, at any image size. Raises GraftError: it cannot be built."""
     student = config.student.model_copy(update={"plan": plan, "img_size": size})
-    return plan_student(student, config.data.num_classes or 10, None).create()
+    images = Preprocessing.read(published_config(student.model), input_size(student))
+    return plan_student(student, config.data.num_classes or 10, None, images).create()
 
 
 def is_linear(model: nn.Module) -> bool:
@@ -146,11 +149,7 @@ def score_teacher(config: RunConfig, teacher: Teacher) -> Score | None:
 
 
 def _loader(config: RunConfig, teacher: Teacher) -> Any:
-    model: Any = teacher.model
-    height, width = model.patch_embed.img_size
-    channels = int(model.patch_embed.proj.in_channels)
-    spec = InputSpec((channels, int(height), int(width)), teacher.mean, teacher.std)
-    return create_eval_loader(config.data, spec)
+    return create_eval_loader(config.data, teacher.preprocessing)
 
 
 def speed_models(config: RunConfig, plan: str | None, size: int) -> tuple[nn.Module, nn.Module]:

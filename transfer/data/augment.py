@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -16,33 +16,22 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
 
+from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError
 from ..config import DataConfig
 
 Transform = Callable[[Image.Image], Tensor]
 
-WHOLE_IMAGE_BELOW = 128
-"""Pixels a side under which evaluation looks at the whole image: small images have no border to spare."""
+
+def with_settings(own: Preprocessing, config: DataConfig) -> Preprocessing:
+    """`own` with what the settings say above it; `aa: affine` looks at the whole image, as in training."""
+    whole = {"crop_pct": 1.0, "crop_mode": "squash"} if config.aa == "affine" else {}
+    given = {name: getattr(config, name) for name in ("crop_pct", "crop_mode", "interpolation")}
+    given = {name: value for name, value in given.items() if value not in (None, "random")}
+    return replace(own, **{**whole, **given})
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What a model wants to see: `size` is (C, H, W), `crop_pct` what evaluation keeps of a side."""
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float | None = None  # by size where None: see `center_crop`
-
-    @property
-    def center_crop(self) -> float:
-        """MAE's rule: 224 of 256 pixels up to a side of 224, all above it; small images are seen whole."""
-        if self.crop_pct is not None:
-            return self.crop_pct
-        return 0.875 if WHOLE_IMAGE_BELOW <= max(self.size[1:]) <= 224 else 1.0
-
-
-def train_transform(config: DataConfig, spec: InputSpec) -> Transform:
+def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
     """timm's training transform with the keys of `config`; `aa: affine` neither crops nor flips.
 
     Raises ConfigError for an auto-augment policy that timm does not know.
@@ -52,13 +41,13 @@ def train_transform(config: DataConfig, spec: InputSpec) -> Transform:
         return _affine(config, spec)
     try:
         transform = create_transform(
-            input_size=spec.size,
+            input_size=spec.input_size,
             is_training=True,
             scale=config.crop_scale,
             hflip=config.hflip,
             color_jitter=cast(float, config.color_jitter or None),  # timm takes None, against its annotation
             auto_augment=policy,
-            interpolation=config.interpolation,
+            interpolation=config.interpolation or spec.interpolation,
             mean=spec.mean,
             std=spec.std,
             re_prob=config.reprob,
@@ -72,10 +61,10 @@ def train_transform(config: DataConfig, spec: InputSpec) -> Transform:
     return cast(Transform, transform)
 
 
-def _affine(config: DataConfig, spec: InputSpec) -> Transform:
+def _affine(config: DataConfig, spec: Preprocessing) -> Transform:
     """Rotation, shift, scale and shear small enough that a handwritten digit stays the same digit."""
     steps: list[Callable[..., object]] = [
-        _resize(config, spec),
+        transforms.Resize(list(spec.input_size[1:]), transforms.InterpolationMode(spec.interpolation)),
         transforms.RandomAffine(
             degrees=15,
             translate=(0.1, 0.1),
@@ -89,28 +78,6 @@ def _affine(config: DataConfig, spec: InputSpec) -> Transform:
     if config.reprob > 0:
         steps.append(RandomErasing(config.reprob, mode="pixel", device="cpu"))
     return cast(Transform, transforms.Compose(steps))
-
-
-def _resize(config: DataConfig, spec: InputSpec) -> transforms.Resize:
-    name = "bicubic" if config.interpolation == "random" else config.interpolation
-    return transforms.Resize(list(spec.size[1:]), transforms.InterpolationMode(name))
-
-
-def eval_transform(config: DataConfig, spec: InputSpec) -> Transform:
-    """Resize, centre crop and normalise, as timm evaluates; with `aa: affine`, the whole image."""
-    if config.aa == "affine":
-        normalise = transforms.Normalize(spec.mean, spec.std)
-        whole = transforms.Compose([_resize(config, spec), transforms.ToTensor(), normalise])
-        return cast(Transform, whole)
-    transform = create_transform(
-        input_size=spec.size,
-        is_training=False,
-        interpolation="bicubic" if config.interpolation == "random" else config.interpolation,
-        mean=spec.mean,
-        std=spec.std,
-        crop_pct=spec.center_crop,
-    )
-    return cast(Transform, transform)
 
 
 def seed_generators(seed: int) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
-from .augment import InputSpec, create_mixing, eval_transform, train_transform
+from .augment import create_mixing, train_transform
 from .datasets import open_dataset
 from .fetch import Fetcher
 from .images import ImageSource
@@ -20,7 +21,7 @@ from .loading import EvalBatches, TrainBatches
 from .sampler import Indices, balanced_subset, epoch_order, eval_requests, train_requests
 from .streams import StreamFetcher, read_all_on_every_rank
 
-__all__ = ["EvalLoader", "InputSpec", "TrainLoader", "create_eval_loader", "create_train_loader"]
+__all__ = ["EvalLoader", "TrainLoader", "create_eval_loader", "create_train_loader"]
 
 
 class TrainLoader:
@@ -38,7 +39,7 @@ class TrainLoader:
         self,
         source: ImageSource,
         config: DataConfig,
-        spec: InputSpec,
+        spec: Preprocessing,
         *,
         seed: int,
         rank: int,
@@ -96,7 +97,14 @@ class StreamTrainLoader(TrainLoader):
     streamed = True
 
     def __init__(
-        self, stream: object, config: DataConfig, spec: InputSpec, *, seed: int, rank: int, world_size: int
+        self,
+        stream: object,
+        config: DataConfig,
+        spec: Preprocessing,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         if config.train_samples is not None:
             raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} is a stream")
@@ -138,7 +146,7 @@ class EvalLoader:
         self,
         source: ImageSource,
         config: DataConfig,
-        spec: InputSpec,
+        spec: Preprocessing,
         *,
         rank: int,
         world_size: int,
@@ -149,7 +157,7 @@ class EvalLoader:
         self.num_classes = 1000 if real else _count_classes(config, source.class_names, source.targets)
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
-        batches = EvalBatches(source, eval_transform(config, spec), spec.size, labels)
+        batches = EvalBatches(source, spec.transform(), spec.input_size, labels)
         self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
 
     @property
@@ -169,14 +177,14 @@ class StreamEvalLoader(EvalLoader):
     """A stream, read whole by every rank, which counts every `world_size`-th batch: sums are exact."""
 
     def __init__(
-        self, stream: object, config: DataConfig, spec: InputSpec, *, rank: int, world_size: int
+        self, stream: object, config: DataConfig, spec: Preprocessing, *, rank: int, world_size: int
     ) -> None:
         read_all_on_every_rank(stream)
         self.num_classes = _count_classes(config, _stream_classes(stream), None)
         self._rank, self._world_size = rank, world_size
         self._stream = StreamFetcher(
             stream,
-            eval_transform(config, spec),
+            spec.transform(),
             batch_size=config.eval_batch_size or config.batch_size,
             workers=config.workers,
             seed=0,
@@ -196,19 +204,19 @@ class StreamEvalLoader(EvalLoader):
 
 
 def create_train_loader(
-    config: DataConfig, spec: InputSpec, *, seed: int, rank: int = 0, world_size: int = 1
+    config: DataConfig, spec: Preprocessing, *, seed: int, rank: int = 0, world_size: int = 1
 ) -> TrainLoader:
     """The training loader of `config.train_split`. Raises DataError or ConfigError, one sentence each."""
-    dataset = open_dataset(config, config.train_split, spec.size[0], training=True, seed=seed)
+    dataset = open_dataset(config, config.train_split, spec.input_size[0], training=True, seed=seed)
     kind = StreamTrainLoader if isinstance(dataset, IterableDataset) else TrainLoader
     return kind(dataset, config, spec, seed=seed, rank=rank, world_size=world_size)  # type: ignore[arg-type]
 
 
 def create_eval_loader(
-    config: DataConfig, spec: InputSpec, *, rank: int = 0, world_size: int = 1, real: bool = False
+    config: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1, real: bool = False
 ) -> EvalLoader:
     """The loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels."""
-    dataset = open_dataset(config, config.val_split, spec.size[0], training=False)
+    dataset = open_dataset(config, config.val_split, spec.input_size[0], training=False)
     if isinstance(dataset, IterableDataset):
         if real:
             raise DataError(f"ReaL labels need the images' file names; {config.dataset} is a stream")

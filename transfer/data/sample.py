@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
 from ..config import DataConfig
 from ..engine.randomness import preserved
-from .augment import InputSpec
 from .loaders import create_train_loader
 
 PLAIN = {"aa": None, "color_jitter": 0.0, "hflip": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
-def sample_images(config: DataConfig, spec: InputSpec, count: int, *, seed: int = 0) -> Tensor:
+def sample_images(config: DataConfig, spec: Preprocessing, count: int, *, seed: int = 0) -> Tensor:
     """`count` images (count, C, H, W) of `config.train_split`, or all if it has fewer; cropped by little, not flipped.
 
     Raises DataError: the set cannot be read, or is empty. ConfigError: it is not known.

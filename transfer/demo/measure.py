@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import load_teacher
 from ...models.families import token_layout
 from ...models.patches import unfold_patches
 from ..analysis import attention_maps, divergence_by_layer
-from ..data.loaders import EvalLoader, InputSpec, create_eval_loader, create_train_loader
+from ..data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from ..engine.runlog import read_log
-from ..engine.students import input_size
 from ..evaluate import evaluate
 from .gaze_figures import Gaze
 from .parts import STUDENTS, Part
@@ -59,13 +59,13 @@ def measure(parts: Sequence[Part], quick: bool) -> DemoResults:
     )
 
 
-def load_student(part: Part) -> tuple[nn.Module, InputSpec]:
+def load_student(part: Part) -> tuple[nn.Module, Preprocessing]:
     """What a run left, frozen, and what its images look like."""
     loaded = load_teacher(f"local-dir:{part.folder / 'student'}")
-    return loaded.model, InputSpec(input_size(part.config.student), loaded.mean, loaded.std)
+    return loaded.model, loaded.preprocessing
 
 
-def load_test_set(part: Part, spec: InputSpec) -> TestSet:
+def load_test_set(part: Part, spec: Preprocessing) -> TestSet:
     """The images that a run was evaluated on, padding left out."""
     loader = create_eval_loader(part.config.data, spec)
     batches = [(images[valid], targets[valid]) for images, targets, valid in loader]

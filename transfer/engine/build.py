@@ -11,13 +11,14 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
+from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.errors import ConfigError
 from ...models.lora import add_lora
 from ...models.mae import MaskedAutoencoder
 from ..config import RunConfig, StudentConfig, TransferConfig
 from ..data.datasets import check_dataset
-from ..data.loaders import EvalLoader, InputSpec, TrainLoader, create_eval_loader, create_train_loader
+from ..data.loaders import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
 from ..methods.dual import build_dual
 from ..methods.input import Normalization, TeacherInput
 from ..methods.plan import COPY_METHODS
@@ -30,7 +31,7 @@ from .students import (
     find_whole_name,
     input_size,
     plan_student,
-    student_normalization,
+    resolve_preprocessing,
 )
 from .tasks import AlignTask, ClassificationTask, PretrainTask, Task, TransferTask
 
@@ -65,10 +66,8 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     check_dataset(config.data)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
     whole = find_whole(config.student)
-    channels, height, width = input_size(config.student, whole)
-    teacher = find_teacher(config, (height, width), commit)
-    mean, std = student_normalization(config.student, channels, whole or teacher)
-    spec = InputSpec((channels, height, width), mean, std)
+    teacher = find_teacher(config, input_size(config.student, whole)[1:], commit)
+    spec = resolve_preprocessing(config, teacher, whole)
     with preserved():
         train_loader = create_train_loader(
             config.data, spec, seed=config.seed, rank=rank, world_size=world_size
@@ -77,9 +76,9 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
         if config.mode != "pretrain":
             eval_loader = create_eval_loader(config.data, spec, rank=rank, world_size=world_size)
     if config.mode == "pretrain":
-        plan = plan_student(headless(config.student), 0, None)
+        plan = plan_student(headless(config.student), 0, None, spec)
     else:
-        plan = plan_student(config.student, train_loader.num_classes, teacher, whole)
+        plan = plan_student(config.student, train_loader.num_classes, teacher, spec, whole)
     student, init = _student(config, plan, teacher)
     task = _task(config, student, plan, teacher, spec)
     origins = {"teacher": provenance.of_teacher(teacher), "init": init}
@@ -169,25 +168,25 @@ def check_free_of_labels(config: TransferConfig) -> None:
         )
 
 
-def _calibration(config: RunConfig, spec: InputSpec) -> Tensor:
+def _calibration(config: RunConfig, spec: Preprocessing) -> Tensor:
     """The first images of the first process, on every process: all must match the same heads."""
     with preserved():
         return next(create_train_loader(config.data, spec, seed=config.seed).epoch(0))[0]
 
 
 def _task(
-    config: RunConfig, student: nn.Module, plan: StudentPlan, teacher: Teacher | None, spec: InputSpec
+    config: RunConfig, student: nn.Module, plan: StudentPlan, teacher: Teacher | None, spec: Preprocessing
 ) -> Task:
     if config.mode == "pretrain":
         settings = config.pretrain.model_dump()
         task: Task = PretrainTask(MaskedAutoencoder(student, **settings))
     elif config.mode == "align" and teacher is not None:
-        norms = Normalization(teacher.mean, teacher.std), Normalization(plan.mean, plan.std)
+        norms = Normalization(teacher.mean, teacher.std), Normalization(spec.mean, spec.std)
         teacher_input = TeacherInput(teacher.model, student, *norms)
         task = AlignTask(Alignment(teacher.model, student, config.align.match), teacher_input)
     elif config.mode == "transfer" and teacher is not None:
         calibration = _calibration(config, spec) if config.transfer.heads == "match" else None
-        normalization = Normalization(plan.mean, plan.std)
+        normalization = Normalization(spec.mean, spec.std)
         dual = build_dual(config.transfer, teacher, student, normalization, calibration)
         logger.info("%s", dual.describe())
         task = TransferTask(dual, config.data.smoothing, config.transfer.task_weight)

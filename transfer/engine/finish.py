@@ -69,8 +69,7 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Mappin
         folder,
         architecture=plan.architecture,
         model_args=plan.arguments,
-        mean=plan.mean,
-        std=plan.std,
+        preprocessing=plan.preprocessing,
         licence=provenance.carried_licence(made),
         provenance=made,
     )

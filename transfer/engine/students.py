@@ -10,13 +10,14 @@ import timm
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
 
-from ...checkpoints.teacher import Teacher, load_teacher
+from ...checkpoints.build import published_config
+from ...checkpoints.preprocessing import Preprocessing
+from ...checkpoints.teacher import Teacher, load_teacher, read_preprocessing
 from ...models.conversion import with_plan
 from ...models.errors import ConfigError, did_you_mean
 from ...models.mirror import mirror_arguments
-from ..config import StudentConfig
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from ..config import RunConfig, StudentConfig
+from ..data.augment import with_settings
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,14 @@ class StudentPlan:
 
     architecture: str
     arguments: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
 
     def meta(self) -> dict[str, Any]:
         """As JSON, for a state file: enough to build the student without the run's settings."""
         return {
             "architecture": self.architecture,
             "model_args": self.arguments,
-            "mean": self.mean,
-            "std": self.std,
+            **self.preprocessing.described(),
         }
 
     def create(self, drop_path: float = 0.0) -> nn.Module:
@@ -73,9 +72,7 @@ def input_size(config: StudentConfig, whole: Teacher | None = None) -> tuple[int
     Raises ConfigError where timm does not know the architecture.
     """
     if whole is not None:
-        model: Any = whole.model
-        height, width = model.patch_embed.img_size
-        return int(model.patch_embed.proj.in_channels), int(height), int(width)
+        return whole.preprocessing.input_size
     base, _ = split_model_name_tag(config.model)
     if not is_model(base):
         raise ConfigError(f"student.model={config.model!r} is not a timm model: {_suggest(base)}")
@@ -92,20 +89,23 @@ def _suggest(name: str) -> str:
 
 
 def plan_student(
-    config: StudentConfig, num_classes: int, teacher: Teacher | None, whole: Teacher | None = None
+    config: StudentConfig,
+    num_classes: int,
+    teacher: Teacher | None,
+    preprocessing: Preprocessing,
+    whole: Teacher | None = None,
 ) -> StudentPlan:
-    """The student with `num_classes` outputs, its images normalised as the teacher's where there is one.
+    """The student with `num_classes` outputs.
 
-    `whole` is the model that it goes on from, whose architecture, plan and normalisation it keeps.
+    `whole` is the model that it goes on from, whose architecture and plan it keeps.
     """
+    channels, height, width = preprocessing.input_size
     if whole is not None:
-        size = input_size(config, whole)[1:]
-        arguments = {**whole.model_args, "num_classes": num_classes, "img_size": size}
+        arguments = {**whole.model_args, "num_classes": num_classes, "img_size": (height, width)}
         architecture = whole.architecture
         if config.plan is not None:
             architecture, arguments = with_plan(architecture, arguments, config.plan)
-        return StudentPlan(architecture, arguments, whole.mean, whole.std)
-    channels, height, width = input_size(config)
+        return StudentPlan(architecture, arguments, preprocessing)
     arguments = {
         **config.model_args,
         "num_classes": num_classes,
@@ -121,20 +121,25 @@ def plan_student(
         architecture, arguments = mirror_arguments(teacher.model, architecture, arguments)
     if config.plan is not None:
         architecture, arguments = with_plan(architecture, arguments, config.plan)
-    mean, std = student_normalization(config, channels, teacher)
-    return StudentPlan(architecture, arguments, mean, std)
+    return StudentPlan(architecture, arguments, preprocessing)
 
 
-def student_normalization(
-    config: StudentConfig, channels: int, teacher: Teacher | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel: the teacher's, else those of the architecture in timm."""
-    if teacher is not None:
-        return teacher.mean, teacher.std
-    pretrained = get_pretrained_cfg(config.model)
-    mean, std = (pretrained.mean, pretrained.std) if pretrained else (IMAGENET_MEAN, IMAGENET_STD)
-    return (
-        (tuple(mean), tuple(std))
-        if len(mean) == channels
-        else (tuple(mean[:1]) * channels, tuple(std[:1]) * channels)
-    )
+def resolve_preprocessing(
+    config: RunConfig, teacher: Teacher | None, whole: Teacher | None = None
+) -> Preprocessing:
+    """How the student's images are made, in training, in evaluation and for whoever gets the student.
+
+    As the weights say that it starts from (`whole`, student.init), else as its teacher's, else as timm says of the
+    architecture; `data.crop_pct`, `data.crop_mode` and `data.interpolation` stand above that.
+    """
+    init = config.student.init
+    if whole is not None:
+        own = whole.preprocessing
+    elif init not in (None, "teacher"):
+        own = read_preprocessing(init)
+    elif teacher is not None:
+        own = teacher.preprocessing
+    else:
+        own = Preprocessing.read(published_config(config.student.model))
+    own = Preprocessing.read(own.described(), input_size(config.student, whole))
+    return with_settings(own, config.data)

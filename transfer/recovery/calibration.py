@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.teacher import load_teacher
 from ..config import RunConfig
-from ..data.loaders import InputSpec, create_train_loader
+from ..data.loaders import create_train_loader
 from ..engine.randomness import preserved
 from ..methods.input import Normalization, TeacherInput
 
@@ -24,21 +24,18 @@ def calibration_batches(
     Raises CheckpointError, DataError or TransferError, one sentence each.
     """
     ours = load_teacher(student)
-    height, width = ours.model.patch_embed.img_size  # type: ignore[union-attr, misc]
-    channels = int(ours.model.patch_embed.proj.in_channels)  # type: ignore[union-attr, arg-type]
     how = config.teacher
     theirs = load_teacher(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
-        img_size=how.img_size or (int(height), int(width)),
+        img_size=how.img_size or ours.preprocessing.input_size[1:],
         position_embedding=how.position_embedding,
         revision=how.revision,
     )
     norms = Normalization(theirs.mean, theirs.std), Normalization(ours.mean, ours.std)
     teacher_input = TeacherInput(theirs.model, ours.model, *norms)
-    spec = InputSpec((channels, int(height), int(width)), ours.mean, ours.std)
     with preserved():
-        loader = create_train_loader(config.data, spec, seed=config.seed)
+        loader = create_train_loader(config.data, ours.preprocessing, seed=config.seed)
         images = [batch[0] for batch in itertools.islice(loader.epoch(0), count)]
     return theirs.model, ours.model, [(teacher_input(batch), batch) for batch in images]

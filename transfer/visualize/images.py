@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ...checkpoints.teacher import Teacher
+from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
-from ..config import DataConfig
-from ..data.augment import InputSpec, eval_transform
 from ..data.digits import VALIDATION_SIZE, DigitsSource
 
 MAX_IMAGES = 16
@@ -34,16 +31,7 @@ class Shown:
     pixels: NDArray[np.uint8]
 
 
-def input_spec(loaded: Teacher) -> InputSpec:
-    """What the model wants to see: its image size, mean and standard deviation."""
-    model: Any = loaded.model
-    height, width = model.patch_embed.img_size
-    return InputSpec(
-        (int(model.patch_embed.proj.in_channels), int(height), int(width)), loaded.mean, loaded.std
-    )
-
-
-def read_images(words: Sequence[str], spec: InputSpec) -> list[Shown]:
+def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
     """The images of `words`: files, folders of images, and `digits:N`, test image N of the digits data.
 
     Raises DataError: there is no such file, it is no image, or there are more than `MAX_IMAGES`.
@@ -63,9 +51,9 @@ def read_images(words: Sequence[str], spec: InputSpec) -> list[Shown]:
     return shown
 
 
-def to_tensor(image: Image.Image, spec: InputSpec) -> Tensor:
+def to_tensor(image: Image.Image, spec: Preprocessing) -> Tensor:
     """(1, C, H, W) as the model of `spec` wants it, by the transform of evaluation."""
-    return eval_transform(DataConfig(), spec)(image.convert("L" if spec.size[0] == 1 else "RGB"))[None]
+    return spec.transform()(image.convert("L" if spec.input_size[0] == 1 else "RGB"))[None]
 
 
 def _find(word: str) -> list[tuple[str, Path | int]]:
@@ -111,7 +99,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _pixels(image_1CHW: Tensor, spec: InputSpec) -> NDArray[np.uint8]:
+def _pixels(image_1CHW: Tensor, spec: Preprocessing) -> NDArray[np.uint8]:
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     picture = (image_1CHW[0] * std + mean).clamp(0, 1).expand(3, -1, -1)
     array: NDArray[np.uint8] = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()

@@ -16,7 +16,7 @@ from ...models.families import check_supported, token_layout
 from ...models.plan import layer_numbers
 from ..demo.figures import to_png
 from .figures import draw_beside, draw_grid, grid_title
-from .images import Shown, input_spec, read_images, to_tensor
+from .images import Shown, read_images, to_tensor
 from .layer_figures import Comparison, Numbers, draw_layers
 from .look import Look, check_comparable, cka, default_query, divergence, look, query_token, token_word
 from .page import View, check_page_size, embed, render_page
@@ -54,7 +54,7 @@ def visualize(
     layout = token_layout(student)
     chosen = layer_numbers(layers, len(student.blocks), "--layers")  # type: ignore[arg-type]
     asked = [query_token(word, layout) for word in queries or [default_query(layout)]]
-    shown = read_images(images, input_spec(loaded["student"]))
+    shown = read_images(images, loaded["student"].preprocessing)
     check_page_size([each.model for each in loaded.values()], len(shown), len(chosen))
     seen = Seen()
     embedded = []
@@ -126,19 +126,19 @@ class Seen:
 
 def _beside(source: str, student: Teacher) -> Teacher:
     """The teacher at the student's image size."""
-    spec = input_spec(student)
-    teacher = load_teacher(source, img_size=(spec.size[1], spec.size[2]))
+    channels, height, width = student.preprocessing.input_size
+    teacher = load_teacher(source, img_size=(height, width))
     check_comparable(teacher.model, student.model)
-    channels = input_spec(teacher).size[0]
-    if channels != spec.size[0]:
-        raise TransferError(f"the teacher takes {channels} channels and the student {spec.size[0]}")
+    theirs = teacher.preprocessing.input_size[0]
+    if theirs != channels:
+        raise TransferError(f"the teacher takes {theirs} channels and the student {channels}")
     return teacher
 
 
 def _view(image: Shown, loaded: dict[str, Teacher]) -> View:
     """What each model does with an image, prepared for each as it wants it."""
     looks = {
-        name: look(each.model, to_tensor(image.original, input_spec(each))) for name, each in loaded.items()
+        name: look(each.model, to_tensor(image.original, each.preprocessing)) for name, each in loaded.items()
     }
     return View(image, looks, {name: each.rollout() for name, each in looks.items()})
 

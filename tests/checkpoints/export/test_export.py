@@ -18,6 +18,7 @@ from graftvit.checkpoints.export import check, files
 from graftvit.checkpoints.export.check import ExportFailedError
 from graftvit.checkpoints.export.export_source import export_model, export_source
 from graftvit.checkpoints.export.files import data_file
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert
 from graftvit.models.errors import CheckpointError, GraftError, RunFailedError, UnsupportedModelError
@@ -167,9 +168,11 @@ def test_normalisation_in_the_file(suffix: str, tmp_path: Path) -> None:
 def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
     folder, path = tmp_path / "student", tmp_path / f"model{suffix}"
     sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 4, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    images = Preprocessing.of(model, mean=(0.25,) * 3, std=(0.5,) * 3, crop_pct=0.8)
     write_student(
-        timm.create_model("vit_tiny_patch16_224", **sizes), folder, architecture="vit_tiny_patch16_224",
-        model_args=sizes, mean=(0.25,) * 3, std=(0.5,) * 3, licence="cc-by-nc-4.0",
+        model, folder, architecture="vit_tiny_patch16_224", model_args=sizes, preprocessing=images,
+        licence="cc-by-nc-4.0",
     )  # fmt: skip
     report = export_source(folder, path)
     if suffix == ".onnx":
@@ -196,7 +199,7 @@ def test_a_source_of_one_size_is_exported_for_any(suffix: str, tmp_path: Path) -
     nn.init.normal_(model.pos_embed)
     write_student(
         model, tmp_path / "student", architecture="eva02_tiny_patch14_224", model_args=sizes,
-        mean=(0.5,) * 3, std=(0.5,) * 3,
+        preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
     )  # fmt: skip
     path = tmp_path / f"model{suffix}"
     export_source(tmp_path / "student", path, dynamic=("batch", "resolution"))

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.build import read_timm
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.sources import TimmSource
 from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
@@ -53,7 +54,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[st
     for revision, commit in COMMITS.items():
         model = timm.create_model(NAME, **arguments)
         write_student(
-            model, folder / revision, architecture=NAME, model_args=arguments, mean=(0.1,) * 3, std=(0.2,) * 3
+            model,
+            folder / revision,
+            architecture=NAME,
+            model_args=arguments,
+            preprocessing=Preprocessing.of(model, mean=(0.1,) * 3, std=(0.2,) * 3),
         )
         for path in (folder / revision).iterdir():
             files["org/vit", commit, path.name] = path.read_bytes()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import timm
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.publish.card import MARKER
 from graftvit.checkpoints.publish.student_files import Upload, plan_upload
 from graftvit.checkpoints.student import write_student
@@ -34,7 +35,7 @@ def student(tmp_path: Path) -> Path:
 
 def write(folder: Path, **how: Any) -> Path:
     model = timm.create_model(NAME, **ARGUMENTS)
-    how = {"architecture": NAME, "model_args": ARGUMENTS, "mean": (0.5,) * 3, "std": (0.5,) * 3} | how
+    how = {"architecture": NAME, "model_args": ARGUMENTS, "preprocessing": Preprocessing.of(model)} | how
     write_student(model, folder, **how)
     return folder
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import timm
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.publish.student_files import plan_upload
 from graftvit.checkpoints.publish.upload import (
     Pushed,
@@ -46,8 +47,7 @@ def write(folder: Path, **how: Any) -> Path:
     how = {
         "architecture": NAME,
         "model_args": ARGUMENTS,
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
+        "preprocessing": Preprocessing.of(model),
         "licence": "mit",
     } | how
     write_student(model, folder, **how)

@@ -11,6 +11,7 @@ import graftvit.checkpoints.loading as loading
 import pytest
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.attention.linformer import LinformerAttention, interpolated
@@ -228,7 +229,13 @@ def test_shared_pooling_is_saved_once_and_loaded(tmp_path: Path) -> None:
     load_model(again, str(tmp_path / "w.safetensors"))
     assert torch.equal(again.eval()(images()), model(images()))
     folder = tmp_path / "student"
-    write_student(model, folder, architecture=name, model_args=arguments, mean=(0.5,) * 3, std=(0.5,) * 3)
+    write_student(
+        model,
+        folder,
+        architecture=name,
+        model_args=arguments,
+        preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
+    )
     loaded = loading.load(str(folder))
     assert torch.equal(loaded(images()), model(images()))
     assert operators(loaded)[4]._first == (operators(loaded)[0],)

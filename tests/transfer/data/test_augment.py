@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.augment import (
-    InputSpec,
     create_mixing,
-    eval_transform,
     mix,
     seed_generators,
     train_transform,
+    with_settings,
 )
 from PIL import Image
 from torch import Tensor
 
 NOISE = np.random.RandomState(0).randint(0, 256, (40, 52, 3), dtype=np.uint8)
-RGB = InputSpec((3, 24, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-GREY = InputSpec((1, 24, 32), (0.5,), (0.2,))
+RGB = Preprocessing((3, 24, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+GREY = Preprocessing((1, 24, 32), (0.5,), (0.2,))
 
 
-def augmented(seed: int = 0, spec: InputSpec = RGB, **keys: Any) -> Tensor:
-    image = Image.fromarray(NOISE).convert("RGB" if spec.size[0] == 3 else "L")
+def augmented(seed: int = 0, spec: Preprocessing = RGB, **keys: Any) -> Tensor:
+    image = Image.fromarray(NOISE).convert("RGB" if spec.input_size[0] == 3 else "L")
     transform = train_transform(DataConfig(**keys), spec)
     seed_generators(seed)
     return transform(image)
@@ -36,10 +37,10 @@ def augmented(seed: int = 0, spec: InputSpec = RGB, **keys: Any) -> Tensor:
 @pytest.mark.parametrize("spec", [RGB, GREY])
 @pytest.mark.parametrize("aa", [None, "none", "affine", "rand-m9-mstd0.5-inc1", "original", "3a"])
 def test_every_policy_gives_the_models_shape_and_depends_on_the_seed_alone(
-    spec: InputSpec, aa: str | None
+    spec: Preprocessing, aa: str | None
 ) -> None:
     first = augmented(1, spec, aa=aa, color_jitter=0.2, reprob=0.5)
-    assert first.shape == spec.size
+    assert first.shape == spec.input_size
     assert torch.equal(first, augmented(1, spec, aa=aa, color_jitter=0.2, reprob=0.5))
     assert not torch.equal(first, augmented(2, spec, aa=aa, color_jitter=0.2, reprob=0.5))
 
@@ -64,7 +65,7 @@ def test_each_key_changes_the_image(key: str, value: object) -> None:
 def test_pixels_are_normalised_as_the_model_wants() -> None:
     white = Image.new("RGB", (40, 52), "white")
     expected = (1 - torch.tensor(RGB.mean)) / torch.tensor(RGB.std)
-    for transform in (train_transform(DataConfig(aa=None), RGB), eval_transform(DataConfig(), RGB)):
+    for transform in (train_transform(DataConfig(aa=None), RGB), RGB.transform()):
         torch.testing.assert_close(transform(white).amax(dim=(1, 2)), expected)
 
 
@@ -73,16 +74,25 @@ def test_an_unknown_policy_is_named() -> None:
         train_transform(DataConfig(aa="rnad-m9"), RGB)
 
 
-@pytest.mark.parametrize(("side", "kept"), [(32, 1.0), (224, 0.875), (384, 1.0)])
-def test_evaluation_crops_as_mae_does_and_sees_small_images_whole(side: int, kept: float) -> None:
-    assert InputSpec((3, side, side), RGB.mean, RGB.std).center_crop == kept
-    assert InputSpec((3, side, side), RGB.mean, RGB.std, crop_pct=0.9).center_crop == 0.9
+def test_settings_stand_above_what_the_weights_say() -> None:
+    own = Preprocessing(
+        (3, 24, 24), RGB.mean, RGB.std, crop_pct=0.9, crop_mode="border", interpolation="bilinear"
+    )
+    assert with_settings(own, DataConfig()) == own
+    assert with_settings(own, DataConfig(interpolation="random")) == own
+    given = {"crop_pct": 0.5, "crop_mode": "center", "interpolation": "bicubic"}
+    assert with_settings(own, DataConfig(**given)) == replace(own, **given)
+    whole = with_settings(own, DataConfig(aa="affine"))
+    assert whole == replace(own, crop_pct=1.0, crop_mode="squash")
+    assert with_settings(own, DataConfig(aa="affine", crop_pct=0.5)).crop_pct == 0.5
 
 
 def test_affine_evaluation_keeps_the_border() -> None:
     image = Image.new("L", (8, 8), 0)
     image.paste(255, (0, 0, 8, 1))
-    seen = eval_transform(DataConfig(aa="affine"), InputSpec((1, 16, 16), (0.0,), (1.0,)))(image)
+    seen = with_settings(
+        Preprocessing((1, 16, 16), (0.0,), (1.0,), 0.5), DataConfig(aa="affine")
+    ).transform()(image)
     assert seen[0, 0].min() > 0.9
 
 

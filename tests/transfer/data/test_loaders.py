@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data.loaders import InputSpec, TrainLoader, create_eval_loader, create_train_loader
+from graftvit.transfer.data.loaders import TrainLoader, create_eval_loader, create_train_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-SPEC = InputSpec((1, 12, 8), (0.5,), (0.5,))
+SPEC = Preprocessing((1, 12, 8), (0.5,), (0.5,))
 MIXED: dict[str, Any] = {"aa": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5}
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -129,7 +130,7 @@ def test_every_rank_has_the_same_number_of_batches(
         loader = digits((rank, world), batch_size=batch, train_samples=samples, **MIXED)
         made = list(loader.epoch(0))
         assert loader.batches_per_epoch == len(made) == batches
-        assert all(images.shape == (size, *SPEC.size) for images, _ in made)
+        assert all(images.shape == (size, *SPEC.input_size) for images, _ in made)
         assert all(targets.shape == (size, 10) for _, targets in made)
 
 
@@ -176,6 +177,6 @@ def test_non_square_images_of_many_sizes_become_one_batch(tmp_path: Path) -> Non
         (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, "red").save(tmp_path / "train" / "a" / f"{number}.png")
     config = DataConfig(data_path=str(tmp_path), batch_size=4, workers=0, val_split="train")
-    spec = InputSpec((3, 24, 16), (0.5,) * 3, (0.5,) * 3)
+    spec = Preprocessing((3, 24, 16), (0.5,) * 3, (0.5,) * 3)
     assert next(create_train_loader(config, spec, seed=0).epoch(0))[0].shape == (4, 3, 24, 16)
     assert next(iter(create_eval_loader(config, spec)))[0].shape == (4, 3, 24, 16)

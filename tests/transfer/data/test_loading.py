@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data.loaders import InputSpec, TrainLoader, create_eval_loader, create_train_loader
+from graftvit.transfer.data.loaders import TrainLoader, create_eval_loader, create_train_loader
 from PIL import Image
 
-SPEC = InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+SPEC = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
 GOOD = 9
 
 
@@ -101,7 +102,7 @@ def workers_of(train: TrainLoader) -> tuple[Any, set[int]]:
 
 def digits(workers: int) -> TrainLoader:
     config = DataConfig(dataset="digits", batch_size=4, workers=workers, aa="affine")
-    return create_train_loader(config, InputSpec((1, 8, 8), (0.5,), (0.5,)), seed=0)
+    return create_train_loader(config, Preprocessing((1, 8, 8), (0.5,), (0.5,)), seed=0)
 
 
 def test_a_killed_process_ends_in_one_sentence() -> None:

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders as data
-from graftvit.transfer.data.loaders import InputSpec, create_eval_loader, create_train_loader
+from graftvit.transfer.data.loaders import create_eval_loader, create_train_loader
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-SPEC = InputSpec((1, 4, 4), (0.0,), (1.0,))
+SPEC = Preprocessing((1, 4, 4), (0.0,), (1.0,))
 
 
 class Stream(IterableDataset[Any]):

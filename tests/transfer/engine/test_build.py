@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import timm
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import RunConfig
@@ -31,7 +32,11 @@ def test_all_processes_match_heads_on_the_same_images(
     size = {"img_size": 8, **small, "num_classes": 0}
     teacher = timm.create_model("vit_tiny_patch16_224", **size)
     write_student(
-        teacher, tmp_path / "t", architecture="vit_tiny_patch16_224", model_args=size, mean=(0.5,), std=(0.5,)
+        teacher,
+        tmp_path / "t",
+        architecture="vit_tiny_patch16_224",
+        model_args=size,
+        preprocessing=Preprocessing.of(teacher, mean=(0.5,), std=(0.5,)),
     )
     config = RunConfig(
         teacher={"source": f"local-dir:{tmp_path / 't'}"},

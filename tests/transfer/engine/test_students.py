@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.teacher import Teacher, load_teacher
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.config import StudentConfig
+from graftvit.transfer.config import RunConfig, StudentConfig
 from graftvit.transfer.engine.build import build
-from graftvit.transfer.engine.students import input_size, plan_student
+from graftvit.transfer.engine.students import input_size, plan_student, resolve_preprocessing
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
 
 
 @pytest.mark.parametrize(
@@ -28,19 +32,58 @@ def test_input_size_is_known_without_building(
     assert input_size(StudentConfig.model_validate(settings)) == size
 
 
-def test_images_are_normalised_as_the_teachers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    source = make_teacher(tmp_path_factory.mktemp("teacher") / "vit")
-    teacher = load_teacher(f"local-dir:{source}")
-    settings = StudentConfig(model=ARCHITECTURE, model_args=ARGUMENTS)
-    plan = plan_student(settings, 7, teacher)
-    assert (plan.mean, plan.std) == (teacher.mean, teacher.std)
-    alone = plan_student(settings, 7, None)
-    assert len(alone.mean) == len(alone.std) == 1
-    assert plan.create().get_parameter("head.weight").shape == (7, 16)
+def settings(**sections: dict[str, object]) -> RunConfig:
+    student = {"model": ARCHITECTURE, "model_args": ARGUMENTS} | sections.pop("student", {})
+    return RunConfig.model_validate({"student": student, **sections})
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Teacher]:
+    """Three models of one channel whose images are made in three ways."""
+    loaded = {}
+    for name, mean in {"teacher": 0.3, "init": 0.4, "whole": 0.5}.items():
+        folder = make_teacher(tmp_path_factory.mktemp("sources") / name, mean=(mean,), crop_pct=mean)
+        loaded[name] = load_teacher(f"local-dir:{folder}")
+    return loaded
+
+
+def test_images_are_those_of_the_weights_that_a_student_starts_from(sources: dict[str, Teacher]) -> None:
+    teacher, init, whole = (sources[name] for name in ("teacher", "init", "whole"))
+    from_init = settings(student={"init": init.source})
+    assert (
+        resolve_preprocessing(from_init, teacher)
+        == resolve_preprocessing(from_init, None)
+        == init.preprocessing
+    )
+    for start in (None, "teacher"):
+        assert resolve_preprocessing(settings(student={"init": start}), teacher) == teacher.preprocessing
+    assert resolve_preprocessing(settings(), teacher, whole) == whole.preprocessing
+    assert {each.preprocessing.crop_pct for each in (teacher, init, whole)} == {0.3, 0.4, 0.5}
+
+
+def test_images_of_fresh_weights_are_those_of_the_architecture() -> None:
+    found = resolve_preprocessing(settings(), None)
+    published = get_pretrained_cfg(ARCHITECTURE)
+    assert (found.input_size, found.mean, found.std) == ((1, 8, 8), published.mean[:1], published.std[:1])
+    assert found.crop_pct == published.crop_pct
+
+
+def test_weights_known_by_name_are_not_downloaded() -> None:
+    recipe = settings(
+        student={"model": "vit_base_patch16_224", "model_args": {}, "init": "vit_base_patch16_224.mae"}
+    )
+    found = resolve_preprocessing(recipe, None)
+    assert (found.mean, found.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def test_settings_stand_above_the_weights(sources: dict[str, Teacher]) -> None:
+    found = resolve_preprocessing(settings(data={"crop_pct": 0.8, "crop_mode": "border"}), sources["teacher"])
+    assert found == replace(sources["teacher"].preprocessing, crop_pct=0.8, crop_mode="border")
 
 
 def test_what_timm_refuses_is_said_in_one_sentence() -> None:
-    plan = plan_student(StudentConfig(model=ARCHITECTURE, model_args={**ARGUMENTS, "num_heads": 3}), 7, None)
+    config = settings(student={"model_args": {**ARGUMENTS, "num_heads": 3}})
+    plan = plan_student(config.student, 7, None, resolve_preprocessing(config, None))
     with pytest.raises(
         ConfigError, match=r"student.model='vit_tiny_patch16_224' cannot be built with"
     ) as caught:

@@ -1,0 +1,118 @@
+"""How an image becomes a model's input: read from timm's description of weights, and written with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from ..models.errors import CheckpointError
+
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model wants to see, under the names of timm's `pretrained_cfg`.
+
+    Evaluation resizes an image so that `crop_pct` of a side is `input_size`, and crops by `crop_mode` (center, squash
+    or border, as timm has them); values 0..1 are normalized by `mean` and `std`, one number a channel.
+    """
+
+    input_size: tuple[int, int, int]
+    """Channels, height, width."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def read(
+        cls, described: Mapping[str, Any], input_size: tuple[int, int, int] | None = None
+    ) -> Preprocessing:
+        """From timm's description of weights; timm's own defaults stand for what it does not say.
+
+        `input_size` is that of the model at hand. Another number of channels than the description's takes the mean and
+        deviation of its first channel.
+        """
+        found = resolve_data_config(pretrained_cfg={"input_size": None, **described})
+        try:
+            channels, height, width = map(int, input_size or found["input_size"])
+            mean, std = (_by_channel(found[name], channels) for name in ("mean", "std"))
+            crop = float(found["crop_pct"]), found["crop_mode"], found["interpolation"]
+            read = cls((channels, height, width), mean, std, *crop)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"the description of the weights says no such images as {found}: {error}"
+            ) from error
+        read._check()
+        return read
+
+    @classmethod
+    def of(cls, model: Any, **own: Any) -> Preprocessing:
+        """Of a timm model at its resolution, from its `pretrained_cfg`, with fields of `own` above that."""
+        described = {**(getattr(model, "pretrained_cfg", None) or {}), **own}
+        return cls.read(described, input_size(model, described))
+
+    def _check(self) -> None:
+        """CheckpointError where no image can be made so."""
+        numbers = {
+            "input_size": min(self.input_size) > 0,
+            "mean": all(map(math.isfinite, self.mean)),
+            "std": all(0 < value < math.inf for value in self.std),
+            "crop_pct": 0 < self.crop_pct <= 1,
+            "crop_mode": self.crop_mode in CROP_MODES,
+            "interpolation": self.interpolation in INTERPOLATIONS,
+        }
+        wrong = next((name for name, valid in numbers.items() if not valid), None)
+        if wrong is not None:
+            raise CheckpointError(
+                f"the description of the weights says {wrong}={getattr(self, wrong)!r}, and valid are sizes above 0, "
+                f"finite means, deviations above 0, a crop_pct from 0 to 1, crop_mode {', '.join(CROP_MODES)}, "
+                f"interpolation {', '.join(INTERPOLATIONS)}"
+            )
+
+    def described(self) -> dict[str, Any]:
+        """As fields of timm's `pretrained_cfg`; JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+        }
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """timm's own transform of evaluation: what anyone gets who asks timm for it."""
+        return cast(Callable[[Image.Image], Tensor], create_transform(**asdict(self), is_training=False))
+
+    def describe(self) -> str:
+        """In words, for a plan or a log."""
+        channels, height, width = self.input_size
+        return (
+            f"{channels}x{height}x{width}, mean {_numbers(self.mean)}, std {_numbers(self.std)}; "
+            f"evaluated at {self.crop_pct:g} of a side, {self.crop_mode}, {self.interpolation}"
+        )
+
+
+def input_size(model: Any, described: Mapping[str, Any] | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of a model's images; what `described` says where its patches leave it open."""
+    channels, height, width = (described or {}).get("input_size") or (3, 224, 224)
+    embedding = getattr(model, "patch_embed", None)
+    channels = getattr(getattr(embedding, "proj", None), "in_channels", channels)
+    height, width = getattr(embedding, "img_size", None) or (height, width)
+    return int(channels), int(height), int(width)
+
+
+def _by_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    values = tuple(map(float, values))
+    return values if len(values) == channels else values[:1] * channels
+
+
+def _numbers(values: Sequence[float]) -> str:
+    """One number where all are the same."""
+    return ", ".join(f"{value:g}" for value in (values if len(set(values)) > 1 else values[:1]))
