@@ -14,13 +14,14 @@ from timm.models._hub import load_model_config_from_path
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.errors import CheckpointError
 from .build import known_fields
-from .files import read_file
+from .files import Content, read_file
 from .formats import read_weights
 from .hub.download import commit_of, download, try_download
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
 from .shards import INDEX_SUFFIX, read_shards
-from .sources import FileSource, FolderSource, HubSource
+from .sources import FileSource, FolderSource, HubSource, Part
+from .state_file import read_meta
 from .weights import Weights
 
 CONFIG = "config.json"
@@ -34,22 +35,47 @@ Find = Callable[[str], Path | None]
 
 
 def read_folder(source: FolderSource) -> Weights:
-    """The model of a timm folder, or of a run folder (its `student/`, `student_ema/`, else its last state).
+    """The model of a timm folder, or of a run: what is exported of its newest step, else its state.
 
-    Raises CheckpointError: neither is there, or the files are damaged.
+    Raises CheckpointError: there is no such model, or the files are damaged.
     """
-    folder = source.path
+    folder, part = source.path, source.part
     if (folder / CONFIG).is_file():
+        if part not in (None, "student"):
+            raise CheckpointError(
+                f"{folder} is one model, and #{part} is of the folder of a run; leave it out"
+            )
         return _read(folder, lambda name: _existing(folder / name), str(folder))
-    exported = folder / ("student_ema" if source.part == "ema" else "student")
-    if (exported / CONFIG).is_file():
+    exported = folder / ("student_ema" if part == "ema" else "student")
+    state = folder / "checkpoints" / ("best.safetensors" if part == "best" else "last.safetensors")
+    if part != "best" and (exported / CONFIG).is_file() and not _went_on(exported, state):
         return read_folder(FolderSource(exported))
-    state = folder / "checkpoints" / "last.safetensors"
     if state.is_file():
-        return read_weights_file(FileSource(state, source.part))
+        content = read_file(state)
+        return read_weights(
+            content, _part_of(content) if part == "best" else "ema" if part == "ema" else None
+        )
+    if part == "best" and ((exported / CONFIG).is_file() or (state.parent / "last.safetensors").is_file()):
+        raise CheckpointError(
+            f"the run {folder} has no best state, for nothing was scored in it; leave #best out"
+        )
     raise CheckpointError(
         f"the folder {folder} has no {CONFIG} (a timm folder) and no {exported.name}/ or checkpoints/ (a run)"
     )
+
+
+def _went_on(exported: Path, state: Path) -> bool:
+    """Whether the run has trained on since it exported its student."""
+    step = (_config(exported / CONFIG).get(PROVENANCE) or {}).get("step")
+    try:
+        return step is not None and int(read_meta(state)["position"]["step"]) > step
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return False  # no state, or a damaged one
+
+
+def _part_of(state: Content) -> Part:
+    """The model of a run's state that its score is of: the average where it holds one."""
+    return "ema" if any(name.startswith("ema.") for name in state.tree) else "student"
 
 
 def read_hub(source: HubSource) -> Weights:

@@ -62,6 +62,7 @@ def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {
         "version": version("graftvit"),
         "part": part,
+        "step": (meta.get("position") or {}).get("step"),
         **(meta.get("origins") or {}),
         "recipe": {key: value for key, value in config.items() if key not in NOT_RECIPE},
         "results": _results(metrics, part, dataset),

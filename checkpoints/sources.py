@@ -19,7 +19,9 @@ SYNTAX = (
     "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
     "or a weights file (.safetensors, .pth, .npz, …)"
 )
-Part = Literal["student", "teacher", "ema"]
+Part = Literal["student", "teacher", "ema", "best", "last"]
+"""One of several models. Of a run: `last`, as `student`, is the student as trained to the newest step, `ema` its moving
+average there, `best` the model with the best score, which is the average where the run keeps one."""
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -41,9 +43,9 @@ class HubSource:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A timm folder (config.json and weights) or the folder of a run; `part` picks the run's average.
+    """A timm folder (config.json and weights) or the folder of a run; `part` picks one of the run's models.
 
-    None is the part that such a source is used for.
+    None is the part that such a source is used for, `last` of a run.
     """
 
     path: Path
@@ -62,8 +64,7 @@ Source = TimmSource | HubSource | FolderSource | FileSource
 
 
 def parse_source(text: str) -> Source:
-    """Reads a source as the user gave it. `#student`, `#teacher` or `#ema` (the moving average) behind a path
-    picks one of the models in it.
+    """Reads a source as the user gave it. A `Part` behind a path, such as `#ema`, picks one of the models in it.
 
     Raises CheckpointError: it is none of the known kinds, the file or folder is not there, or timm has
     no such model; the sentence says what would be valid.

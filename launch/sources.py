@@ -10,7 +10,7 @@ from .config import Setting, load_config
 
 NAMES = ("model", "model_args", "revision", "img_size", "position_embedding")
 SOURCE_SETTINGS = tuple(f"teacher.{name}" for name in NAMES)
-SOURCE_HELP = "timm name, hf-hub:org/name[@revision], run or model folder, weights file; #ema, #teacher, #student behind a path"  # noqa: E501
+SOURCE_HELP = "timm name, hf-hub:org/name[@revision], run or model folder, weights file; #best, #last, #ema, #teacher, #student behind a path"  # noqa: E501
 
 
 def source_keywords(how: TeacherConfig) -> dict[str, Any]:

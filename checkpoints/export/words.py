@@ -51,8 +51,12 @@ class ExportReport:
 
 
 def provenance_words(teacher: Teacher) -> dict[str, str]:
-    """Where a model comes from, for its file; no path of this machine."""
+    """Where a model comes from and how its images are cropped, for its file; no path of this machine."""
+    images = teacher.preprocessing
     facts = {
+        "crop_pct": f"{images.crop_pct:g}",
+        "crop_mode": images.crop_mode,
+        "interpolation": images.interpolation,
         "architecture": teacher.architecture,
         "source": public_text(teacher.source, "source"),
         "revision": teacher.revision,

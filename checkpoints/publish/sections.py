@@ -119,6 +119,9 @@ def _loading(config: Mapping[str, Any], facts: CardFacts) -> str:
         values = described.get(name)
         if isinstance(values, list):
             rows.append((f"{name} of each channel", ", ".join(map(number, values))))
+    for name in ("crop_pct", "crop_mode", "interpolation"):
+        if name in described:
+            rows.append((name, code(described[name])))
     rows.append(("output", f"logits of {classes(config)} classes" if classes(config) else "features"))
     block = "\n".join(["```python", *load_lines(config, facts), "```"])
     return f"{needs}\n\n{block}\n\n{table(rows)}\n{_with_teacher(config)}"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
@@ -13,8 +17,8 @@ if TYPE_CHECKING:
     from ...checkpoints.publish.upload import Pushed, Remote
 
 EXAMPLES = (
-    "graftvit push runs/distill/student me/vit-b-cifar --dry_run",
-    "graftvit push runs/distill/student me/vit-b-cifar --private",
+    "graftvit push runs/distill me/vit-b-cifar --dry_run",
+    "graftvit push runs/distill#best me/vit-b-cifar --private",
     "graftvit push runs/distill/student_ema me/vit-b-cifar --revision ema --message 'The moving average'",
     "graftvit push exported me/vit-b-imagenet --dataset_name 'ImageNet-1k'",
 )
@@ -31,7 +35,11 @@ def run(argv: list[str]) -> int:
         EXAMPLES,
         usage="DIR ORG/NAME [--flag value ...]",
     )
-    parser.add_argument("folder", metavar="DIR", help="student folder: config.json and model.safetensors")
+    parser.add_argument(
+        "source",
+        metavar="DIR",
+        help="run folder (#best or #ema behind it), or student folder: config.json and weights",
+    )
     parser.add_argument(
         "repository", metavar="ORG/NAME", help="repository on the hub; created if it is not there"
     )
@@ -55,21 +63,35 @@ def run(argv: list[str]) -> int:
     from ...checkpoints.publish.student_files import plan_upload
     from ...checkpoints.publish.upload import push_student
 
-    upload = plan_upload(
-        arguments.folder,
-        arguments.repository,
-        licence=arguments.licence,
-        confirm_licence=arguments.confirm_licence,
-        revision=arguments.revision,
-        dataset_name=arguments.dataset_name,
-    )
-    if arguments.dry_run:
-        sys.stdout.write(_dry(upload, private=arguments.private))
-        return 0
-    _behind(upload)
-    pushed = push_student(upload, private=arguments.private, message=arguments.message)
+    with _student_folder(arguments.source) as folder:
+        upload = plan_upload(
+            folder,
+            arguments.repository,
+            licence=arguments.licence,
+            confirm_licence=arguments.confirm_licence,
+            revision=arguments.revision,
+            dataset_name=arguments.dataset_name,
+        )
+        if arguments.dry_run:
+            sys.stdout.write(_dry(upload, private=arguments.private))
+            return 0
+        _behind(upload)
+        pushed = push_student(upload, private=arguments.private, message=arguments.message)
     sys.stdout.write(_done(upload, pushed))
     return 0
+
+
+@contextmanager
+def _student_folder(source: str) -> Iterator[Path]:
+    """The folder of a student as it is; of a run, with its part behind the path, what `graftvit save` writes of it."""
+    run = Path(source.partition("#")[0]).expanduser()
+    if (run / "config.json").is_file() or not ((run / "checkpoints").is_dir() or (run / "student").is_dir()):
+        yield Path(source).expanduser()
+        return
+    from ...checkpoints.student import save_student
+
+    with TemporaryDirectory(prefix="graftvit-push-") as temporary:
+        yield save_student(source, Path(temporary) / "student")
 
 
 def _behind(upload: Upload) -> None:

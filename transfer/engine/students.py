@@ -53,7 +53,7 @@ class StudentPlan:
 def find_whole_name(config: StudentConfig) -> str | None:
     """`config.model` where it is a source of a whole model, and not the architecture of a fresh student."""
     text = config.model
-    is_source = ":" in text or "/" in text or Path(text).exists()
+    is_source = ":" in text or "/" in text or Path(text.partition("#")[0]).exists()
     return text if is_source and not is_model(split_model_name_tag(text)[0]) else None
 
 

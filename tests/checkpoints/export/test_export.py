@@ -185,6 +185,7 @@ def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
     expected = {
         "mean": "0.25,0.25,0.25", "std": "0.5,0.5,0.5", "input_size": "3,16,16", "output": "features",
         "architecture": "vit_tiny_patch16_224", "licence": "cc-by-nc-4.0", "source": "student",
+        "crop_pct": "0.8", "crop_mode": "center", "interpolation": "bicubic",
     }  # fmt: skip
     assert expected.items() <= words.items()
     assert "classes" not in words
