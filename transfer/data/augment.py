@@ -19,6 +19,7 @@ from torchvision import transforms
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError
 from ..config import DataConfig
+from .policies import keep_no_bits
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -58,6 +59,7 @@ def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
             f"data.aa={config.aa!r} is no policy that timm knows; valid: affine, none, or timm's rand-..., "
             "augmix-..., original, v0, 3a with their options, such as rand-m9-mstd0.5-inc1"
         ) from error
+    keep_no_bits(transform.transforms)
     return cast(Transform, transform)
 
 
