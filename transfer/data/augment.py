@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError
 from ..config import DataConfig
 from .policies import keep_no_bits
+from .steps import Steps, training_settings
 
 Transform = Callable[[Image.Image], Tensor]
+
+CROPPING = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
+"""The steps that evaluation's `crop_mode` is made of."""
 
 
 def with_settings(own: Preprocessing, config: DataConfig) -> Preprocessing:
@@ -60,7 +64,7 @@ def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
             "augmix-..., original, v0, 3a with their options, such as rand-m9-mstd0.5-inc1"
         ) from error
     keep_no_bits(transform.transforms)
-    return cast(Transform, transform)
+    return Steps(transform.transforms, "training", training_settings(config))
 
 
 def _affine(config: DataConfig, spec: Preprocessing) -> Transform:
@@ -79,7 +83,14 @@ def _affine(config: DataConfig, spec: Preprocessing) -> Transform:
     ]
     if config.reprob > 0:
         steps.append(RandomErasing(config.reprob, mode="pixel", device="cpu"))
-    return cast(Transform, transforms.Compose(steps))
+    return Steps(steps, "training", training_settings(config))
+
+
+def eval_transform(spec: Preprocessing) -> Transform:
+    """timm's own transform of evaluation."""
+    steps = cast(Any, spec.transform()).transforms
+    how = f"crop_pct={spec.crop_pct:g}, crop_mode={spec.crop_mode}, interpolation={spec.interpolation}"
+    return Steps(steps, "evaluation", dict.fromkeys(CROPPING, how))
 
 
 def seed_generators(seed: int) -> None:

@@ -90,10 +90,13 @@ def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Bat
 
 
 def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The batches of a loader; DataError when one of its processes dies."""
+    """The batches of a loader; DataError where one cannot be made, or when one of its processes dies."""
     batches = iter(loader)
     try:
-        yield from batches
+        for batch in batches:
+            if batch.failure is not None:
+                raise DataError(batch.failure)
+            yield batch
     except (RuntimeError, *LOST_PROCESS) as error:
         if str(error).startswith("Caught ") or not (
             isinstance(error, LOST_PROCESS) or str(error).startswith("DataLoader worker")

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
-from .augment import create_mixing, train_transform
+from .augment import create_mixing, eval_transform, train_transform
 from .datasets import open_dataset
 from .fetch import Fetcher
 from .images import ImageSource
@@ -157,7 +157,7 @@ class EvalLoader:
         self.num_classes = 1000 if real else _count_classes(config, source.class_names, source.targets)
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
-        batches = EvalBatches(source, spec.transform(), spec.input_size, labels)
+        batches = EvalBatches(source, eval_transform(spec), spec.input_size, labels)
         self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
 
     @property
@@ -184,7 +184,7 @@ class StreamEvalLoader(EvalLoader):
         self._rank, self._world_size = rank, world_size
         self._stream = StreamFetcher(
             stream,
-            spec.transform(),
+            eval_transform(spec),
             batch_size=config.eval_batch_size or config.batch_size,
             workers=config.workers,
             seed=0,

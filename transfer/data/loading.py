@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...models.errors import DataError
 from ..engine.randomness import preserved
 from .augment import Transform, mix, seed_generators
 from .images import ImageSource
 from .sampler import MIXING, SAMPLE, BatchRequest, Indices, derive_seed
+from .steps import StepError, reason_of
 
 
 class BadImage(NamedTuple):
@@ -27,13 +30,38 @@ class BadImage(NamedTuple):
     reason: str
 
 
+class Labelled(NamedTuple):
+    """An image with its label and its place in the set."""
+
+    image: Image.Image
+    target: int
+    place: int
+
+
 class Batch(NamedTuple):
-    """What a loader process sends. `images` is None where too many images in a row were unreadable."""
+    """What a loader process sends. `images` is None where too many images in a row were unreadable.
+
+    An error travels as `failure`, its sentence: torch would send a traceback in its place.
+    """
 
     images: Tensor | None
     targets: Tensor
     valid: Tensor
     bad: list[BadImage]
+    failure: str | None = None
+
+
+def failed(failure: str) -> Batch:
+    """What is sent in place of a batch that cannot be made."""
+    return Batch(None, torch.empty(0), torch.empty(0), [], failure)
+
+
+def transformed(transform: Transform, image: Image.Image, name: Callable[[], str]) -> Tensor:
+    """The image as a tensor. Raises DataError, with the image's name."""
+    try:
+        return transform(image)
+    except StepError as error:
+        raise DataError(f"{name()}: {error}") from error
 
 
 class TrainBatches(Dataset[Batch]):
@@ -57,24 +85,30 @@ class TrainBatches(Dataset[Batch]):
         self._tries = min(tries, len(subset))
 
     def __getitem__(self, request: BatchRequest) -> Batch:
+        try:
+            with preserved():
+                return self._make(request)
+        except DataError as error:
+            return failed(str(error))
+
+    def _make(self, request: BatchRequest) -> Batch:
         bad: list[BadImage] = []
         images: list[Tensor] = []
         targets: list[int] = []
-        with preserved():
-            for index in request.indices:
-                found = self._first_readable(index, bad)
-                if found is None:
-                    return Batch(None, torch.empty(0), torch.empty(0), bad)
-                seed_generators(derive_seed(SAMPLE, self._seed, request.epoch, index))
-                images.append(self._transform(found[0]))
-                targets.append(found[1])
-            images_BCHW, targets_B = torch.stack(images), torch.tensor(targets)
-            if self._mixing is not None:
-                seed = derive_seed(MIXING, self._seed, request.epoch, request.position)
-                images_BCHW, targets_B = mix(self._mixing, images_BCHW, targets_B, seed)
+        for index in request.indices:
+            found = self._first_readable(index, bad)
+            if found is None:
+                return Batch(None, torch.empty(0), torch.empty(0), bad)
+            seed_generators(derive_seed(SAMPLE, self._seed, request.epoch, index))
+            images.append(transformed(self._transform, found.image, partial(self._source.path, found.place)))
+            targets.append(found.target)
+        images_BCHW, targets_B = torch.stack(images), torch.tensor(targets)
+        if self._mixing is not None:
+            seed = derive_seed(MIXING, self._seed, request.epoch, request.position)
+            images_BCHW, targets_B = mix(self._mixing, images_BCHW, targets_B, seed)
         return Batch(images_BCHW, targets_B, torch.ones(len(images), dtype=torch.bool), bad)
 
-    def _first_readable(self, index: int, bad: list[BadImage]) -> tuple[Image.Image, int] | None:
+    def _first_readable(self, index: int, bad: list[BadImage]) -> Labelled | None:
         for place in range(index, index + self._tries):
             result = read(self._source, int(self._subset[place % len(self._subset)]))
             if not isinstance(result, BadImage):
@@ -95,6 +129,12 @@ class EvalBatches(Dataset[Batch]):
         self._labels = labels
 
     def __getitem__(self, request: BatchRequest) -> Batch:
+        try:
+            return self._make(request)
+        except DataError as error:
+            return failed(str(error))
+
+    def _make(self, request: BatchRequest) -> Batch:
         images = torch.zeros(len(request.indices), *self._size)
         targets = torch.zeros(len(request.indices), dtype=torch.long)
         valid = torch.zeros(len(request.indices), dtype=torch.bool)
@@ -104,24 +144,24 @@ class EvalBatches(Dataset[Batch]):
             if isinstance(result, BadImage):
                 bad.append(result)
                 continue
-            images[row] = self._transform(result[0])
-            targets[row], valid[row] = result[1], True
+            images[row] = transformed(self._transform, result.image, partial(self._source.path, index))
+            targets[row], valid[row] = result.target, True
         if self._labels is not None:
             targets = self._labels[torch.tensor(request.indices)].float()
             valid &= targets.any(dim=1)
         return Batch(images, targets, valid, bad)
 
 
-def read(source: ImageSource, index: int) -> tuple[Image.Image, int] | BadImage:
+def read(source: ImageSource, index: int) -> Labelled | BadImage:
     """An image and its label, or why it cannot be read."""
     try:
-        return source.read(index)
+        return Labelled(*source.read(index), index)
     except MemoryError:
         raise
     except (
         Exception
     ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        return BadImage(source.path(index), f"{type(error).__name__}: {error}")
+        return BadImage(source.path(index), reason_of(error))
 
 
 def as_it_is(batch: Batch) -> Batch:

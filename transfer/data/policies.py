@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
-from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment, posterize
 
 
 def keep_no_bits(steps: list[Any]) -> None:
@@ -20,8 +20,8 @@ def keep_no_bits(steps: list[Any]) -> None:
             operation.aug_fn = _posterize
 
 
-def operations(steps: list[Any]) -> Iterator[AugmentOp]:
-    """The operations of the policy among the steps of a transform, if there is one."""
+def operations(steps: list[Any]) -> Iterator[Any]:
+    """The operations (timm's `AugmentOp`) of the policy among the steps of a transform, if there is one."""
     for step in steps:
         if isinstance(step, AutoAugment):
             for row in step.policy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from ...models.errors import DataError
 from ..engine.randomness import preserved
 from .augment import Transform, mix, seed_generators
 from .fetch import create_loader, guarded
-from .loading import Batch
+from .loading import Batch, failed, transformed
 from .sampler import MIXING, SAMPLE, derive_seed
+from .steps import reason_of
 
 
 class StreamBatches(IterableDataset[Batch]):
@@ -36,18 +38,44 @@ class StreamBatches(IterableDataset[Batch]):
         self._rank = rank
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        place = (0 if worker is None else worker.id, self._rank)
         rows: list[tuple[Tensor, int]] = []
-        for number, (image, target) in enumerate(self._stream):
-            with preserved():
-                seed_generators(derive_seed(SAMPLE, self._seed, self.epoch, *place, number))
-                rows.append((self._transform(image), int(target)))
-            if len(rows) == self._batch_size:
-                yield _collate(rows, self._batch_size)
-                rows = []
+        try:
+            for row in self._rows():
+                rows.append(row)
+                if len(rows) == self._batch_size:
+                    yield _collate(rows, self._batch_size)
+                    rows = []
+        except DataError as error:
+            yield failed(str(error))
+            return
         if rows:
             yield _collate(rows, self._batch_size)
+
+    def _rows(self) -> Iterator[tuple[Tensor, int]]:
+        """The augmented images. Raises DataError, with the place in the stream, where there is no next one."""
+        worker = get_worker_info()
+        place = (0 if worker is None else worker.id, self._rank)
+        for number, (image, target) in enumerate(_read(self._stream)):
+            with preserved():
+                seed_generators(derive_seed(SAMPLE, self._seed, self.epoch, *place, number))
+                name = partial("image {} of the stream (loader process {})".format, number, place[0])
+                pixels = transformed(self._transform, image, name)
+            yield pixels, int(target)
+
+
+def _read(stream: Any) -> Iterator[tuple[Any, Any]]:
+    """What the stream gives. Its errors are of many kinds: of the network, of files, of what a sample lacks."""
+    count = 0
+    try:
+        for sample in stream:
+            count += 1
+            yield sample
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the streamed data set cannot be read after {count} images: {reason_of(error)}"
+        ) from error
 
 
 def _collate(rows: list[tuple[Tensor, int]], size: int) -> Batch:

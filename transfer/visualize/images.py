@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
+from ..data.augment import eval_transform
 from ..data.digits import VALIDATION_SIZE, DigitsSource
 
 MAX_IMAGES = 16
@@ -53,7 +54,7 @@ def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
 
 def to_tensor(image: Image.Image, spec: Preprocessing) -> Tensor:
     """(1, C, H, W) as the model of `spec` wants it, by the transform of evaluation."""
-    return spec.transform()(image.convert("L" if spec.input_size[0] == 1 else "RGB"))[None]
+    return eval_transform(spec)(image.convert("L" if spec.input_size[0] == 1 else "RGB"))[None]
 
 
 def _find(word: str) -> list[tuple[str, Path | int]]:

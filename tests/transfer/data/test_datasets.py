@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     cifar = refusal(DataError, dataset="torch/cifar10", data_path=str(tmp_path))
     assert "torch/cifar10" in cifar
     assert "download" in cifar
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install datasets" in refusal(DataError, dataset="hfds/mnist")
     assert "pip install webdataset" in refusal(DataError, dataset="wds/shards", data_path=str(tmp_path))
 

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data.augment import InputSpec, seed_generators, train_transform
+from graftvit.transfer.data.augment import seed_generators, train_transform
 from PIL import Image
 from timm.data import auto_augment
 
 ROOT = Path(__file__).parents[3]
 NOISE = np.random.RandomState(0).randint(0, 256, (8, 8, 3), dtype=np.uint8)
-RGB = InputSpec((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-GREY = InputSpec((1, 8, 8), (0.5,), (0.2,))
+RGB = Preprocessing((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+GREY = Preprocessing((1, 8, 8), (0.5,), (0.2,))
 KINDS = ["original", "v0", "3a", "rand-m9", "rand-m6-t3aw-inc1", "rand-m20-mmax30-inc1", "augmix-m10-w1-d1"]
 """Of each kind of timm's policies one, of magnitudes that reach both ends and beyond."""
 FAMILIES = [
@@ -42,7 +43,7 @@ def policies() -> list[str]:
     return sorted({*words, *named, *KINDS, str(DataConfig().aa)})
 
 
-def policy_step(aa: str, spec: InputSpec = RGB) -> Any:
+def policy_step(aa: str, spec: Preprocessing = RGB) -> Any:
     """The step of the training transform that applies the policy."""
     steps = train_transform(DataConfig(aa=aa), spec).transforms  # type: ignore[attr-defined]
     kinds = (auto_augment.RandAugment, auto_augment.AutoAugment, auto_augment.AugMixAugment)
@@ -57,14 +58,14 @@ def test_20_000_draws_of_a_policy_give_images(aa: str) -> None:
     assert {(each.mode, each.size) for each in (step(image) for _ in range(20_000))} == {("RGB", (8, 8))}
 
 
-def operations(aa: str, spec: InputSpec = RGB) -> list[Any]:
+def operations(aa: str, spec: Preprocessing = RGB) -> list[Any]:
     step = policy_step(aa, spec)
     nested = step.policy if hasattr(step, "policy") else [step.ops]
     return [operation for row in nested for operation in row]
 
 
 @pytest.mark.parametrize("spec", [RGB, GREY])
-def test_each_operation_takes_each_magnitude(spec: InputSpec) -> None:
+def test_each_operation_takes_each_magnitude(spec: Preprocessing) -> None:
     image = Image.fromarray(NOISE).convert("RGB" if spec.size[0] == 3 else "L")
     seen = set()
     for aa in FAMILIES:
