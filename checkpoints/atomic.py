@@ -39,6 +39,7 @@ def write_file(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         remove_leftovers(path)
         temporary.mkdir()
         write(temporary / path.name)
+        follow_umask(temporary)
         sync(temporary / path.name)
         (temporary / path.name).replace(path)
         sync(path.parent)
@@ -60,6 +61,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> Non
         remove_leftovers(path)
         temporary.mkdir()
         write(temporary)
+        follow_umask(temporary)
         for file in sorted(temporary.rglob("*")):
             sync(file)
         sync(temporary)
@@ -85,6 +87,19 @@ def remove_leftovers(path: Path) -> None:
     """Removes the temporary files of `path` that dead attempts left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         remove(leftover)
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives what is in `folder`, which was made by `mkdir`, the permissions that the user's umask leaves.
+
+    safetensors and temporary folders keep what they write to its user. The folder shows the umask: asking the
+    system for it would set it, for all threads.
+    """
+    allowed = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            with contextlib.suppress(OSError):  # a file system that has no permissions
+                path.chmod(allowed if path.is_dir() else allowed & 0o666)
 
 
 def sync(path: Path) -> None:
