@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import FolderSource, parse_source
 from ..checkpoints.teacher import Teacher, load_teacher
+from ..models.copying.input import Normalization
+from ..models.copying.operators import COPY_METHODS
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, TeacherConfig
 from ..transfer.data.loaders import create_train_loader
 from ..transfer.engine.build import find_teacher
 from ..transfer.methods.dual import build_dual
-from ..transfer.methods.input import Normalization
-from ..transfer.methods.install import COPY_METHODS
 from .config import load_config
 from .sources import source_keywords
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.state import StateFolder
 from ..checkpoints.teacher import Teacher
+from ..models.copying.input import Normalization
 from ..models.errors import GraftError
 from ..models.mae import MaskedAutoencoder
 from ..transfer.config import RunConfig
@@ -32,7 +33,6 @@ from ..transfer.engine.students import (
     resolve_preprocessing,
 )
 from ..transfer.methods.dual import DualViT, build_dual
-from ..transfer.methods.input import Normalization
 from ..transfer.methods.plan import resolve_plan
 from ..transfer.recovery.align import Alignment
 from .memory import describe_memory, estimate_memory, parameter_count

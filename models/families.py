@@ -50,9 +50,19 @@ class AttentionShape:
     width: int
 
 
-def check_supported(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` where the model or any block of it is of a kind that no adapter covers."""
+def check_supported(model: nn.Module, *, copied: bool = False) -> None:
+    """Raise `UnsupportedModelError` where the model or any block of it is of a kind that no adapter covers.
+
+    A model that copies its teacher's attention is one only for those who say `copied`: it has none of its own that
+    could be converted, taught or learned from.
+    """
     name = type(model).__name__
+    if not copied and hasattr(model, "copied"):
+        raise UnsupportedModelError(
+            f"this {name} runs with its teacher's attention and has none of its own to convert, teach or learn from: "
+            "take its teacher, a student that was trained by distilling, or its own weights alone "
+            "(`graftvit save SOURCE DIR --bare`)"
+        )
     if not isinstance(model, MODELS):
         raise UnsupportedModelError(f"{name} is not a supported model; supported are {SUPPORTED}")
     for index, block in enumerate(attention_blocks(model)):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ...checkpoints import provenance
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
+from ...models.copying.input import Normalization, TeacherInput
+from ...models.copying.operators import COPY_METHODS
 from ...models.errors import ConfigError
 from ...models.lora import add_lora
 from ...models.mae import MaskedAutoencoder
@@ -20,8 +22,6 @@ from ..config import RunConfig, StudentConfig, TransferConfig
 from ..data.datasets import check_dataset
 from ..data.loaders import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
 from ..methods.dual import build_dual
-from ..methods.input import Normalization, TeacherInput
-from ..methods.plan import COPY_METHODS
 from ..recovery.align import Alignment
 from .optim import freeze, freeze_head
 from .randomness import preserved

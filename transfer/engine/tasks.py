@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.copying.input import TeacherInput
 from ...models.families import attention_blocks
 from ..methods.dual import DualViT
-from ..methods.input import TeacherInput
 from ..recovery.align import Alignment
 
 Losses = dict[str, Tensor]

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from ...checkpoints.teacher import Teacher
 from ...models.conversion import converted_layers
+from ...models.copied import CopiedTeacher, Copying, copied_layers
+from ...models.copying.input import Normalization, TeacherInput
+from ...models.copying.operators import COPY_METHODS
+from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean
 from ...models.families import check_supported
 from ...models.host import release_attention
 from ..config import Method, TransferConfig
 from .drop_path import release_drop_paths, share_drop_paths
-from .input import Normalization, TeacherInput
-from .install import COPY_METHODS, install
+from .install import install
 from .plan import TransferPlan, resolve_plan
-from .tape import Tape
 
 
 @dataclass
@@ -60,9 +62,8 @@ class DualViT(nn.Module):
         if isinstance(teacher, Teacher):
             teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
             teacher = teacher.model
-        check_supported(release_attention(teacher))
+        _check_teacher(release_attention(teacher), self.config.method)
         check_supported(release_attention(student))
-        _check_teacher(teacher, self.config.method)
         release_drop_paths(student)
         self.student = student
         self._teacher = (teacher.eval().requires_grad_(False),)
@@ -137,6 +138,14 @@ class DualViT(nn.Module):
         release_drop_paths(self.student)
         return release_attention(self.student)
 
+    def copying(self, teacher: CopiedTeacher) -> Copying | None:
+        """What the student copies of a teacher that is built as described; None for a student that needs none."""
+        if not self.needs_teacher:
+            return None
+        links = self.plan.links
+        pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)
+        return Copying(self.config.method, pairs, heads, self._normalizations[1], teacher)
+
     def describe(self) -> str:
         """What goes from where to where, in words."""
         return "\n".join([*self.plan.describe(), *self.teacher_input.describe()])
@@ -177,11 +186,13 @@ class DualViT(nn.Module):
 
 
 def _check_teacher(teacher: nn.Module, method: Method) -> None:
-    converted = converted_layers(teacher)
-    if converted and method not in ("block_output", "feature", "logits"):
-        first, layer = next(iter(converted.items()))
+    check_supported(teacher, copied=True)
+    others = {index: str(layer.choice) for index, layer in converted_layers(teacher).items()}
+    others |= dict.fromkeys(copied_layers(teacher), "the attention of a teacher of its own")
+    if others and method not in ("block_output", "feature", "logits"):
+        first, attention = next(iter(others.items()))
         raise TransferError(
-            f"layer {first} of the teacher has {layer.choice} in place of softmax attention, so "
+            f"layer {first} of the teacher has {attention} in place of softmax attention, so "
             f"transfer.method={method} has nothing to take from it; use block_output, feature or logits"
         )
 

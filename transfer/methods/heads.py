@@ -13,46 +13,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ...models.copying.links import HeadMap
 from ...models.errors import TransferError
 
 GRAMMAR = "all, a list 0,1,4, teacher>student pairs 3>0,1>2, mean or match"
 CHUNK_ELEMENTS = 2**22  # attention probabilities held at once while distances are measured
 _LIST = re.compile(r"-?\d+(,-?\d+)*")
 _PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
-
-
-@dataclass(frozen=True)
-class HeadMap:
-    """For each student head the teacher heads whose mean map is its target; None where it is left alone."""
-
-    groups: tuple[tuple[int, ...] | None, ...]
-    teacher_heads: int
-
-    @property
-    def student_heads(self) -> tuple[int, ...]:
-        """The student heads that learn from the teacher."""
-        return tuple(head for head, group in enumerate(self.groups) if group is not None)
-
-    @property
-    def targets(self) -> tuple[tuple[int, ...], ...]:
-        """The teacher heads of each of `student_heads`."""
-        return tuple(group for group in self.groups if group is not None)
-
-    @property
-    def is_identity(self) -> bool:
-        """Head h learns from head h, for all heads of both models."""
-        return self.groups == tuple((head,) for head in range(self.teacher_heads))
-
-    @property
-    def is_grouped(self) -> bool:
-        """Some student head learns from the mean of several teacher heads."""
-        return any(len(group) > 1 for group in self.targets)
 
 
 def resolve_heads(heads: str | Sequence[int], teacher_heads: int, student_heads: int) -> HeadMap:

@@ -12,23 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.conversion import ConvertedAttention
+from ...models.copying.links import Link
+from ...models.copying.operators import COPY_METHODS, Part, Taught, copy_operator, teacher_parts
+from ...models.copying.tape import Tape, pick_dim
+from ...models.copying.teacher_view import view_attention, view_blocks, view_whole
 from ...models.errors import TransferError
 from ...models.host import AttentionHost, host_attention
 from ..config import TransferConfig
 from .map_loss import MapLoss
-from .operators import (
-    CopyMap,
-    CopyProjection,
-    DistillMap,
-    DistillProjection,
-    MatchOutput,
-    Part,
-    Taught,
-    squared_error,
-)
-from .plan import COPY_METHODS, COPY_PARTS, DISTILL_PARTS, TransferPlan
-from .tape import Link, Tape, pick_dim
-from .teacher_view import view_attention, view_blocks, view_whole
+from .operators import DistillMap, DistillProjection, MatchOutput, squared_error
+from .plan import DISTILL_PARTS, TransferPlan
 
 HEADS = ("head", "head_dist")
 
@@ -58,8 +51,8 @@ def install(
     if method == "logits":
         return _install_logits(config, teacher, student, tape)
     output = method == "attention_output"
-    parts = {"copy": "qk", "distill": "qk", **COPY_PARTS, **DISTILL_PARTS}.get(method, "qkv")
-    installed = Installed(view_attention(teacher, plan.teacher_layers, tape, tuple(parts), output))
+    parts = teacher_parts(method) if method in COPY_METHODS else tuple(DISTILL_PARTS.get(method, "qk"))
+    installed = Installed(view_attention(teacher, plan.teacher_layers, tape, parts, output))
     hosts = host_attention(student)
     for link in plan.links:
         host = hosts[link.pair.student]
@@ -88,10 +81,8 @@ def _operator(
     config: TransferConfig, plan: TransferPlan, link: Link, tape: Tape, projectors: nn.ModuleDict
 ) -> Taught:
     method = config.method
-    if method == "copy":
-        return CopyMap(link, tape)
-    if method in COPY_PARTS:
-        return CopyProjection(link, tape, part=cast(Part, COPY_PARTS[method]))
+    if method in COPY_METHODS:
+        return copy_operator(method, link, tape)
     if method == "distill":
         loss = MapLoss(config.loss == "kl", config.temperature, config.rows)
         return DistillMap(link, tape, loss=loss)
@@ -243,6 +234,3 @@ def _freeze_parameters(parameters: list[nn.Parameter | None]) -> list[Undo]:
             parameter.requires_grad_(False)
             undo.append(lambda p=parameter: p.requires_grad_(True))  # type: ignore[misc]
     return undo
-
-
-__all__ = ["COPY_METHODS", "Installed", "install"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
 from ...models.attention.kernels import mean_map
-from .tape import average_heads, spread_heads
+from ...models.copying.tape import average_heads, spread_heads
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from ...models.copying.links import LayerPair
 from ...models.errors import TransferError
 
 GRAMMAR = "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1 or teacher>student pairs 2>0,5>1"
@@ -26,14 +26,6 @@ _COUNTED = re.compile(r"(first|last|every):(-?\d+)")
 _RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
 _LIST = re.compile(r"-?\d+(,-?\d+)*")
 _PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
-
-
-@dataclass(frozen=True)
-class LayerPair:
-    """Indices, from 0, of a teacher block and of the student block that learns from it."""
-
-    teacher: int
-    student: int
 
 
 def resolve_layers(

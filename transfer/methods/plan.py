@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...models.copying.links import HeadMap, Link, link_layers
+from ...models.copying.operators import COPY_METHODS, COPY_PARTS
+from ...models.copying.tape import Tape, take
+from ...models.copying.teacher_view import view_attention
+from ...models.copying.tokens import match_tokens
 from ...models.errors import TransferError
-from ...models.families import AttentionShape, TokenLayout, attention_blocks, attention_shape, token_layout
+from ...models.families import AttentionShape, attention_blocks, attention_shape, token_layout
 from ..config import TransferConfig
-from .heads import HeadMap, map_distance, match_heads, resolve_heads
+from .heads import map_distance, match_heads, resolve_heads
 from .mismatch import compare_models, report_mismatch
-from .pairs import LayerPair, resolve_layers
-from .tape import GridChange, Link, Tape, take
-from .teacher_view import view_attention
-from .tokens import TokenMatch, match_tokens
+from .pairs import resolve_layers
 
 MAP_METHODS = ("copy", "distill")
-COPY_PARTS = {"copy_q": "q", "copy_k": "k", "copy_v": "v"}
 DISTILL_PARTS = {"distill_q": "q", "distill_k": "k", "distill_v": "v"}
-COPY_METHODS = ("copy", *COPY_PARTS)
 HEAD_METHODS = (*MAP_METHODS, *COPY_PARTS, *DISTILL_PARTS, "attention_output")
 LAYER_METHODS = (*HEAD_METHODS, "block_output")
 
@@ -95,7 +95,7 @@ def resolve_plan(config: TransferConfig, teacher: nn.Module, student: nn.Module)
     needs_calibration = config.heads == "match" and config.method in HEAD_METHODS
     heads = _first_heads(config, *shapes) if needs_calibration else _heads(config, *shapes)
     links = tuple(
-        _link(pair, heads, tokens, *layouts, shapes[1].num_heads)
+        link_layers(pair, heads, tokens, *layouts)
         for pair in resolve_layers(config.layers, shapes[0].depth, shapes[1].depth)
     )
     return TransferPlan(config.method, links, *shapes, (*tokens.report, *notes), needs_calibration)
@@ -118,22 +118,6 @@ def _first_heads(config: TransferConfig, teacher: AttentionShape, student: Atten
     """Any one-to-one map, to stand in until the heads are matched."""
     count = min(teacher.num_heads, student.num_heads)
     return HeadMap(tuple((h,) if h < count else None for h in range(student.num_heads)), teacher.num_heads)
-
-
-def _link(
-    pair: LayerPair,
-    heads: HeadMap,
-    tokens: TokenMatch,
-    teacher: TokenLayout,
-    student: TokenLayout,
-    student_heads: int,
-) -> Link:
-    patches = student.grid[0] * student.grid[1]
-    matched = student.num_tokens if tokens.student is None else len(tokens.student)
-    grid = (
-        None if teacher.grid == student.grid else GridChange(teacher.num_prefix, teacher.grid, student.grid)
-    )
-    return Link(pair, heads, tokens, student_heads, matched - patches, grid)
 
 
 def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
@@ -181,7 +165,7 @@ def _has_relative_bias(model: Any) -> bool:
 
 def _describe_heads(links: tuple[Link, ...]) -> list[str]:
     if all(link.heads.is_identity for link in links):
-        return [f"heads: all {links[0].student_heads}, one to one"]
+        return [f"heads: all {len(links[0].heads.groups)}, one to one"]
     texts = {link.pair.student: _describe_head_map(link.heads) for link in links}
     if len(set(texts.values())) == 1:
         return [f"heads (teacher>student): {texts[links[0].pair.student]}"]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ...models.attention.base import AttentionOperator, Heads
 from ...models.attention.softmax import Softmax
 from ...models.conversion import ConvertedAttention, converted_layers
+from ...models.copying.teacher_view import shallow, truncated
 from ...models.errors import TransferError
 from ...models.families import attention_blocks, attention_shape, check_supported
 from ...models.host import AttentionHost
-from ..methods.teacher_view import shallow, truncated
 from .layer_losses import LAYER_LOSSES, LayerLoss, check_layer_loss
 
 

@@ -7,10 +7,10 @@ import itertools
 from torch import Tensor, nn
 
 from ...checkpoints.teacher import load_teacher
+from ...models.copying.input import Normalization, TeacherInput
 from ..config import RunConfig
 from ..data.loaders import create_train_loader
 from ..engine.randomness import preserved
-from ..methods.input import Normalization, TeacherInput
 
 
 def calibration_batches(

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 from dense import FAMILIES, cross_entropy, gradient, images, relative_error, run, tiny
+from graftvit.models.attention.base import Heads
+from graftvit.models.copying.input import Normalization
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.transfer.config import TransferConfig
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.methods.input import Normalization
 from graftvit.transfer.methods.map_loss import sample_rows
-from graftvit.transfer.methods.operators import Heads
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

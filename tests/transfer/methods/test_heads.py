@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graftvit.models.copying.links import HeadMap
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods import heads as heads_module
-from graftvit.transfer.methods.heads import HeadMap, map_distance, match_heads, resolve_heads
+from graftvit.transfer.methods.heads import map_distance, match_heads, resolve_heads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

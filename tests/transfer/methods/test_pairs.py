@@ -8,8 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from graftvit.models.copying.links import LayerPair
 from graftvit.models.errors import TransferError
-from graftvit.transfer.methods.pairs import LayerPair, resolve_layers
+from graftvit.transfer.methods.pairs import resolve_layers
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -13,12 +13,16 @@ from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from ...models.families import attention_blocks
-from ...models.host import AttentionHost
+from ..families import attention_blocks
+from ..host import AttentionHost
 from .operators import Recorder
 from .tape import Tape
 
 POST_NORM = (ResPostBlock, EvaBlockPostNorm)
+
+
+AFTER_ATTENTION = ("norm", "gate", "proj", "proj_drop")
+AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head_drop", "head", "head_dist")
 
 
 class LastAttention(nn.Module):
@@ -26,13 +30,14 @@ class LastAttention(nn.Module):
 
     def __init__(self, block: nn.Module, host: AttentionHost, recorder: Recorder) -> None:
         super().__init__()
-        self.norm = nn.Identity() if isinstance(block, POST_NORM) else block.norm1
-        self.host = host
+        self.norm1 = nn.Identity() if isinstance(block, POST_NORM) else block.norm1
+        self.attn = host
         self.recorder = recorder
+        _leave_out(host, AFTER_ATTENTION)
 
     def forward(self, x: Tensor, rope: Tensor | None = None, **options: Any) -> Tensor:
-        x_normed: Tensor = cast(nn.Module, self.norm)(x)
-        heads = self.host.project(x_normed, rope, options.get("shared_rel_pos_bias"))
+        x_normed: Tensor = cast(nn.Module, self.norm1)(x)
+        heads = self.attn.project(x_normed, rope, options.get("shared_rel_pos_bias"))
         if self.recorder.keep_output:
             self.recorder(heads)
         else:
@@ -56,12 +61,13 @@ class RecordedBlock(nn.Module):
 
 
 class TokensOnly(nn.Module):
-    """A truncated model without its final norm, pooling and head."""
+    """A truncated model without its final norm, pooling and head, always in eval mode."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        model._modules["norm"] = nn.Identity()
+        _leave_out(model, AFTER_BLOCKS)
         self.model = model
+        self.eval()
 
     @property
     def blocks(self) -> Any:
@@ -69,6 +75,10 @@ class TokensOnly(nn.Module):
 
     def forward(self, images: Tensor) -> None:
         self.model.forward_features(images)  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> TokensOnly:
+        """Stay in eval mode."""
+        return super().train(False)
 
 
 def shallow(module: nn.Module) -> Any:
@@ -119,3 +129,10 @@ def _with_blocks(teacher: nn.Module, blocks: list[nn.Module]) -> Any:
     sequential = isinstance(teacher.blocks, nn.Sequential)
     twin._modules["blocks"] = nn.Sequential(*blocks) if sequential else nn.ModuleList(blocks)
     return twin
+
+
+def _leave_out(module: nn.Module, names: Collection[str]) -> None:
+    """Put nothing in place of these children, where they are there."""
+    for name in names:
+        if module._modules.get(name) is not None:
+            module._modules[name] = nn.Identity()

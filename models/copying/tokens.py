@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.errors import TransferError
-from ...models.families import TokenLayout
+from ..errors import TransferError
+from ..families import TokenLayout
 
 
 @dataclass(frozen=True)

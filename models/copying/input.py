@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.errors import TransferError
+from ..errors import TransferError
 
 
 class Normalization(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graftvit.models.copying.tokens import interpolate_tokens, match_tokens
 from graftvit.models.errors import TransferError
 from graftvit.models.families import TokenLayout
-from graftvit.transfer.methods.tokens import interpolate_tokens, match_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,207 @@
+"""Copied attention: a student and the part of its teacher that it runs with, as one model.
+
+It is known to timm as `graftvit_copied` with the arguments `student` (an architecture) and `copied` (what of which
+teacher, `Copying`) beside the student's own, so `timm.create_model` and saved folders rebuild it wherever this package
+is imported. The model is the student, of timm's own class; its weights are the student's, and under `teacher.` those
+of the teacher up to the last copied layer's queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import timm
+from timm.models import load_pretrained, register_model
+from torch import Tensor, nn
+
+from . import conversion
+from .copying.input import Normalization, TeacherInput
+from .copying.links import HeadMap, LayerPair, Link, link_layers
+from .copying.operators import COPY_METHODS, Copy, copy_operator, teacher_parts
+from .copying.tape import Tape
+from .copying.teacher_view import view_attention
+from .copying.tokens import match_tokens
+from .errors import UnsupportedModelError
+from .families import attention_blocks, attention_shape, check_supported, token_layout
+from .host import AttentionHost
+
+ARCHITECTURE = "graftvit_copied"
+
+
+@dataclass(frozen=True)
+class CopiedTeacher:
+    """How timm builds the teacher, and how its images are normalised."""
+
+    architecture: str
+    model_args: Mapping[str, Any]
+    normalization: Normalization
+    norm_eps: float | None = None
+    """Of all its norms, where it is not the architecture's own."""
+
+    def build(self) -> nn.Module:
+        """The whole teacher, with fresh weights."""
+        model: nn.Module = timm.create_model(self.architecture, pretrained=False, **self.model_args)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm) and self.norm_eps is not None:
+                module.eps = self.norm_eps
+        return model
+
+
+@dataclass(frozen=True)
+class Copying:
+    """What a student copies: the method, the layers, for each of them the heads, and from which teacher."""
+
+    method: str
+    layers: tuple[LayerPair, ...]
+    heads: tuple[tuple[tuple[int, ...] | None, ...], ...]
+    """By layer: for each student head the teacher heads whose mean it takes; None where it is left alone."""
+    normalization: Normalization
+    """Of the student's images."""
+    teacher: CopiedTeacher
+
+    def to_json(self) -> dict[str, Any]:
+        """As the argument `copied` of the architecture."""
+        norms = [dict(each.normalization._asdict()) for each in (self, self.teacher)]
+        return {
+            **asdict(self),
+            "normalization": norms[0],
+            "teacher": {**asdict(self.teacher), "normalization": norms[1]},
+        }
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any]) -> Copying:
+        """From that argument. Raises ValueError where it is none."""
+        try:
+            teacher = CopiedTeacher(**{**described["teacher"], "normalization": _norm(described["teacher"])})
+            return cls(
+                str(described["method"]),
+                tuple(LayerPair(int(pair["teacher"]), int(pair["student"])) for pair in described["layers"]),
+                tuple(tuple(group and tuple(group) for group in groups) for groups in described["heads"]),
+                _norm(described),
+                teacher,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"copied={described!r} does not describe what a student copies") from error
+
+    def links(self, teacher: Any, student: Any) -> list[Link]:
+        """Which heads and tokens of which layers go together. Raises ValueError for one that is not there."""
+        layouts, shapes = [[read(m) for m in (teacher, student)] for read in (token_layout, attention_shape)]
+        tokens = match_tokens(*layouts, interpolate_grid=False, copy=True)
+        given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
+        if self.method not in COPY_METHODS or given != {(True, True)} or len(self.heads) != len(self.layers):
+            raise ValueError(f"{self} does not go with these models, of {shapes[0]} and {shapes[1]}")
+        maps = [HeadMap(groups, shapes[0].num_heads) for groups in self.heads]
+        return [link_layers(p, heads, tokens, *layouts) for p, heads in zip(self.layers, maps, strict=True)]
+
+
+class CopiedAttention(AttentionHost):
+    """A host that stays: its layer runs with the teacher's attention, in training and ever after."""
+
+    permanent = True
+    operator: Copy
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Attention over tokens (B, N, C), once the teacher has run on the images."""
+        if not self.operator.tape.active:
+            raise UnsupportedModelError(
+                "a layer that copies the teacher's attention runs within its model alone: call the model, on images"
+            )
+        return super().forward(x, *args, **options)
+
+
+class TeacherFirst:
+    """A hook that runs the teacher's part on the images that the student's patch embedding is about to see."""
+
+    def __init__(self, student: nn.Module, tape: Tape) -> None:
+        self.student = student
+        self.tape = tape
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        student: Any = self.student
+        self.tape.clear()
+        student.teacher(student.teacher_input(inputs[0]))
+        self.tape.active = True
+
+
+def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> nn.Module:
+    """`student`, changed in place, with the part of `teacher` that it needs, frozen and sharing its tensors.
+
+    Raises:
+        UnsupportedModelError: no adapter covers a model, or a layer has no softmax attention to replace.
+        ValueError: `copying` does not go with these models.
+    """
+    check_supported(student)
+    check_supported(teacher)
+    model, tape, links = cast(Any, student), Tape(), copying.links(teacher, student)
+    layers = {pair.teacher for pair in copying.layers}
+    model.teacher = view_attention(teacher, layers, tape, teacher_parts(copying.method), output=False)
+    model.teacher.requires_grad_(False)
+    model.teacher_input = TeacherInput(teacher, student, copying.teacher.normalization, copying.normalization)
+    for link in links:
+        block: Any = attention_blocks(student)[link.pair.student]
+        if getattr(block.attn, "permanent", False):
+            raise UnsupportedModelError(f"layer {link.pair.student} has no softmax attention to replace")
+        block.attn = CopiedAttention(block.attn, copy_operator(copying.method, link, tape))
+    model.patch_embed.register_forward_pre_hook(TeacherFirst(student, tape))
+    model.copied = copying
+    return student
+
+
+def copying_of(model: nn.Module) -> Copying | None:
+    """What a model copies, None for one that runs with its own attention."""
+    return cast("Copying | None", getattr(model, "copied", None))
+
+
+def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
+    """The copied layers by their number."""
+    layers = enumerate(getattr(block, "attn", None) for block in getattr(model, "blocks", ()))
+    return {index: layer for index, layer in layers if isinstance(layer, CopiedAttention)}
+
+
+def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
+    """Another image size (height, width) for a model, converted, copying or not, in place.
+
+    As `conversion.resize`; the teacher's part takes the size at which it has the student's grid.
+
+    Raises UnsupportedModelError: a family cannot, or the patches do not fit.
+    """
+    conversion.resize(model, img_size)
+    copying = copying_of(model)
+    if copying is None:
+        return
+    own: Any = model
+    teacher, grid = own.teacher.model, token_layout(model).grid
+    size = tuple(side * patch for side, patch in zip(grid, teacher.patch_embed.patch_size, strict=True))
+    conversion.resize(teacher, cast("tuple[int, int]", size))
+    teacher.requires_grad_(False)
+    arguments = {**copying.teacher.model_args, "img_size": size}
+    own.copied = replace(copying, teacher=replace(copying.teacher, model_args=arguments))
+    own.teacher_input = TeacherInput(teacher, model, copying.teacher.normalization, copying.normalization)
+    tokens = match_tokens(token_layout(teacher), token_layout(model), interpolate_grid=False, copy=True)
+    for layer in copied_layers(model).values():
+        layer.operator.link = replace(layer.operator.link, tokens=tokens)
+
+
+def _norm(described: Mapping[str, Any]) -> Normalization:
+    return Normalization(*(tuple(described["normalization"][name]) for name in Normalization._fields))
+
+
+@register_model
+def graftvit_copied(
+    pretrained: bool = False,
+    *,
+    student: str,
+    copied: Mapping[str, Any],
+    cache_dir: str | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """The timm model `student` with what it copies of its teacher; `pretrained` loads what its `pretrained_cfg` names."""
+    copying = Copying.from_json(copied)
+    model: Any = timm.create_model(student, pretrained=False, **arguments)
+    copy_attention(model, copying.teacher.build(), copying)
+    if pretrained:
+        channels = arguments.get("in_chans", 3)
+        load_pretrained(model, num_classes=model.num_classes, in_chans=channels, cache_dir=cache_dir)
+    return cast(nn.Module, model)

@@ -1,0 +1,182 @@
+"""The operators of a student's layer that copies from its teacher's, and of the teacher's own; alone, each is plain
+softmax attention."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..attention.base import QKV, Heads
+from ..attention.fused import apply_map
+from ..attention.softmax import Softmax
+from .links import Link
+from .tape import Tape, average_heads, pick_dim, spread_heads
+
+Part = Literal["q", "k", "v"]
+COPY_PARTS: dict[str, Part] = {"copy_q": "q", "copy_k": "k", "copy_v": "v"}
+COPY_METHODS = ("copy", *COPY_PARTS)
+softmax = Softmax()
+
+
+@dataclass
+class Taught(ABC):
+    """A student operator: what it does with the teacher's layer, and plain softmax when no teacher ran."""
+
+    link: Link
+    tape: Tape
+
+    @property
+    def needs(self) -> Collection[str]:
+        return self.taught_needs if self.tape.active else QKV
+
+    @property
+    def taught_needs(self) -> Collection[str]:
+        return QKV
+
+    def __call__(self, heads: Heads) -> Tensor:
+        return self.taught(heads) if self.tape.active else softmax(heads)
+
+    @abstractmethod
+    def taught(self, heads: Heads) -> Tensor:
+        """The layer's attention while the teacher's side is on the tape."""
+
+    def record(self, loss: Tensor) -> None:
+        self.tape.losses[self.link.pair.student] = loss
+
+
+@dataclass
+class Copy(Taught):
+    """An operator that computes with a part of the teacher's attention."""
+
+    @abstractmethod
+    def map(self, heads: Heads) -> Tensor:
+        """The map that `taught` applies, (B, H, N, N): for looking at small images, never in a hot path."""
+
+
+@dataclass
+class CopyMap(Copy):
+    """The teacher's map applied to the student's values: softmax(s_t Q_t K_tᵀ) V_s.
+
+    Student heads that are not copied, and student tokens that the teacher does not have, attend by the
+    student's own map; only for them are its queries and keys computed.
+    """
+
+    @property
+    def taught_needs(self) -> Collection[str]:
+        return ("v",) if self.link.all_heads and not self.link.tokens.student_only else QKV
+
+    def taught(self, heads: Heads) -> Tensor:
+        link, teacher = self.link, self.link.teacher_heads(self.tape)
+        assert heads.v is not None
+        assert teacher.q is not None
+        assert teacher.k is not None
+        values = pick_dim(heads.v, 1, None if link.all_heads else link.student_index)
+        values = spread_heads(pick_dim(values, 2, link.tokens.student), link.sizes)
+        copied = average_heads(
+            apply_map(teacher.q, teacher.k, values, teacher.scale, teacher.bias), link.sizes
+        )
+        if "q" not in self.taught_needs:
+            return copied
+        own = softmax(heads)
+        return blend(link, copied, own)
+
+    def map(self, heads: Heads) -> Tensor:
+        return self.taught(_with_values(heads, _identity(heads)))
+
+
+@dataclass
+class CopyProjection(Copy):
+    """The teacher's queries, keys or values in place of the student's; the rest is the student's own."""
+
+    part: Part = "q"
+
+    @property
+    def taught_needs(self) -> Collection[str]:
+        if self.link.all_heads and not self.link.tokens.student_only:
+            return [part for part in QKV if part != self.part]
+        return QKV
+
+    def taught(self, heads: Heads) -> Tensor:
+        return softmax(self.mixed(heads))
+
+    def map(self, heads: Heads) -> Tensor:
+        mixed = self.mixed(heads)
+        return softmax(_with_values(mixed, _identity(mixed)))
+
+    def mixed(self, heads: Heads) -> Heads:
+        """The student's projections with the teacher's in their place."""
+        copied = getattr(self.link.teacher_heads(self.tape), self.part)
+        own = getattr(heads, self.part)
+        mixed = copied if own is None else blend(self.link, copied, own)
+        other = heads.v if self.part != "v" else heads.q
+        assert other is not None
+        mixed = mixed.to(other.dtype)
+        return Heads(
+            q=mixed if self.part == "q" else heads.q,
+            k=mixed if self.part == "k" else heads.k,
+            v=mixed if self.part == "v" else heads.v,
+            bias=heads.bias,
+            scale=heads.scale,
+            dropout=heads.dropout,
+        )
+
+
+def copy_operator(method: str, link: Link, tape: Tape) -> Copy:
+    """The operator of a method of `COPY_METHODS`."""
+    return CopyMap(link, tape) if method == "copy" else CopyProjection(link, tape, part=COPY_PARTS[method])
+
+
+def teacher_parts(method: str) -> tuple[Part, ...]:
+    """What a method of `COPY_METHODS` takes of the teacher's layer."""
+    return ("q", "k") if method == "copy" else (COPY_PARTS[method],)
+
+
+def blend(link: Link, copied: Tensor, own: Tensor) -> Tensor:
+    """`own` (B, H, N, D) with the heads and tokens that the link covers taken from `copied`."""
+    copied = copied.to(own.dtype)
+    if link.tokens.student_only:
+        copied = _scatter(
+            copied, pick_dim(own, 1, None if link.all_heads else link.student_index), 2, link.tokens.student
+        )
+    return copied if link.all_heads else _scatter(copied, own, 1, link.student_index)
+
+
+def _scatter(part: Tensor, whole: Tensor, dim: int, index: list[int] | tuple[int, ...] | None) -> Tensor:
+    assert index is not None
+    return whole.index_copy(dim, torch.tensor(index, device=whole.device), part)
+
+
+def _identity(heads: Heads) -> Tensor:
+    """Values (B, H, N, N) to which a map applied is the map itself."""
+    known = next(x for x in (heads.v, heads.q, heads.k) if x is not None)
+    eye = torch.eye(known.shape[2], dtype=known.dtype, device=known.device)
+    return eye.expand(*known.shape[:2], -1, -1)
+
+
+def _with_values(heads: Heads, values: Tensor) -> Heads:
+    return Heads(heads.q, heads.k, values, heads.bias, heads.scale, geometry=heads.geometry)
+
+
+@dataclass
+class Recorder:
+    """A teacher operator: keeps the layer's projections, and its output where that is asked for."""
+
+    layer: int
+    tape: Tape
+    keep_output: bool = False
+    needs: Collection[str] = QKV
+
+    def __call__(self, heads: Heads) -> Tensor:
+        out = softmax(heads)
+        self.keep(heads)
+        if self.keep_output:
+            self.tape.outputs[self.layer] = out
+        return out
+
+    def keep(self, heads: Heads) -> None:
+        self.tape.heads[self.layer] = heads
