@@ -8,7 +8,8 @@ from .conversion import convert as convert
 from .conversion import converted_layers as converted_layers
 from .conversion import new_parameters as new_parameters
 from .conversion import plan_of as plan_of
-from .conversion import resize as resize
+from .copied import copied_layers as copied_layers
+from .copied import resize as resize
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError

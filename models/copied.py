@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
@@ -124,6 +125,11 @@ class TeacherFirst:
         student.teacher(student.teacher_input(inputs[0]))
         self.tape.active = True
 
+    def forget(self, module: nn.Module, inputs: object, output: object) -> None:
+        """Drops what the teacher gave, unless the backward pass may run a block again."""
+        if not torch.is_grad_enabled():
+            self.tape.clear()
+
 
 def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> nn.Module:
     """`student`, changed in place, with the part of `teacher` that it needs, frozen and sharing its tensors.
@@ -144,7 +150,9 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
         if getattr(block.attn, "permanent", False):
             raise UnsupportedModelError(f"layer {link.pair.student} has no softmax attention to replace")
         block.attn = CopiedAttention(block.attn, copy_operator(copying.method, link, tape))
-    model.patch_embed.register_forward_pre_hook(TeacherFirst(student, tape))
+    run = TeacherFirst(student, tape)
+    model.patch_embed.register_forward_pre_hook(run)
+    attention_blocks(student)[max(copied_layers(student))].register_forward_hook(run.forget)
     model.copied = copying
     return student
 
@@ -197,7 +205,7 @@ def graftvit_copied(
     cache_dir: str | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The timm model `student` with what it copies of its teacher; `pretrained` loads what its `pretrained_cfg` names."""
+    """The timm model `student` with what it copies of a teacher; `pretrained` loads what its `pretrained_cfg` names."""
     copying = Copying.from_json(copied)
     model: Any = timm.create_model(student, pretrained=False, **arguments)
     copy_attention(model, copying.teacher.build(), copying)

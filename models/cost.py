@@ -1,4 +1,4 @@
-"""What one image costs outside the attention maps, counted from the layers."""
+"""What one image costs, counted from the layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any, cast
 
 from torch import nn
 
+from .attention.base import QKV
+from .copied import CopiedAttention
+from .copying.operators import CopyMap
+from .copying.teacher_view import LastAttention
 from .families import attention_blocks, token_layout
 
 
@@ -13,17 +17,60 @@ def dense_macs(model: nn.Module) -> int:
     """Multiply-adds of one image in the patch embedding, the linear layers of the blocks, and the classifier.
 
     With those of the attention maps (`conversion.layer_macs`) these are all of a model but norms and activations,
-    and an attention pool where it has one.
+    and an attention pool where it has one. Projections that a copied layer takes from its teacher are not among them.
     """
     layout, any_model = token_layout(model), cast(Any, model)
     tokens, patches = layout.num_tokens, layout.grid[0] * layout.grid[1]
-    linear = [module for block in attention_blocks(model) for module in _linear(block)]
+    blocks = attention_blocks(model)
+    linear = [module for block in blocks for module in _linear(block)]
     heads = [head for name in ("head", "head_dist") for head in _linear(getattr(model, name, None))]
     return (
         patches * int(any_model.patch_embed.proj.weight.numel())
-        + tokens * sum(layer.weight.numel() for layer in linear)
+        + tokens * (sum(layer.weight.numel() for layer in linear) - sum(map(_unused, blocks)))
         + sum(head.weight.numel() for head in heads)
     )
+
+
+def copied_macs(model: nn.Module) -> tuple[int, int]:
+    """Multiply-adds of one image in a student that copies attention, and in the part of its teacher."""
+    teacher: nn.Module = cast(Any, model).teacher.model
+    width = _head_dim(cast(Any, attention_blocks(teacher)[0]).attn)
+    student = dense_macs(model) + sum(_map_macs(model, block, width) for block in attention_blocks(model))
+    beside = sum(_map_macs(teacher, block, width) for block in attention_blocks(teacher)[:-1])
+    return student, dense_macs(teacher) + beside
+
+
+def _map_macs(model: nn.Module, block: nn.Module, teacher_width: int) -> int:
+    """Of softmax attention: 2 N² D a head, by whomever's queries and keys."""
+    attention: Any = block.attn
+    tokens, own_width = token_layout(model).num_tokens, _head_dim(attention)
+    own = 2 * tokens**2 * own_width * int(attention.num_heads)
+    if not isinstance(attention, CopiedAttention) or not isinstance(attention.operator, CopyMap):
+        return own
+    link = attention.operator.link
+    matched = tokens if link.tokens.student is None else len(link.tokens.student)
+    copied = 2 * matched**2 * max(teacher_width, own_width) * sum(link.sizes)
+    return copied + (own if "q" in attention.operator.taught_needs else 0)
+
+
+def _head_dim(attention: Any) -> int:
+    projection = attention._modules.get("qkv")
+    rows = attention.q_proj.out_features if projection is None else projection.out_features // 3
+    return int(rows) // int(attention.num_heads)
+
+
+def _unused(block: nn.Module) -> int:
+    """Weights of the projections that a copied layer, or the last layer of a teacher's part, does not compute."""
+    attention: Any = block.attn
+    if isinstance(attention, CopiedAttention):
+        needs = attention.operator.taught_needs
+    elif isinstance(block, LastAttention):
+        needs = block.recorder.needs
+    else:
+        return 0
+    fused = attention._modules.get("qkv")
+    parts = [attention._modules.get(f"{part}_proj") for part in QKV if part not in needs]
+    return sum(int(fused.weight.numel()) // 3 if part is None else int(part.weight.numel()) for part in parts)
 
 
 def _linear(module: nn.Module | None) -> list[nn.Linear]:

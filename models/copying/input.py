@@ -51,7 +51,10 @@ class TeacherInput(nn.Module):
         if not self.same_normalization:
             images = images * self.scale + self.shift
         if self.size is not None and images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+            precise = images.to(
+                torch.promote_types(images.dtype, torch.float32)
+            )  # torch has none in half precision
+            images = F.interpolate(precise, self.size, mode="bicubic", antialias=True).to(images.dtype)
         return images
 
     def describe(self) -> list[str]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dense
 import pytest
 import torch
+from copied_models import CASES, MAPS, METHODS, pair, whole
+from graftvit.models.attention import fused
 from graftvit.models.conversion import convert, layer_macs
-from graftvit.models.cost import dense_macs
+from graftvit.models.cost import copied_macs, dense_macs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 # BEiT and EVA-02 call their fused weight through F.linear too; siglip pools by attention, which is not counted.
@@ -29,3 +32,17 @@ def test_what_an_operator_brings_counts_as_its_own() -> None:
     assert (
         dense_macs(convert(model, "*: ttt")) == dense_macs(convert(model, "*: hybrid")) == dense_macs(model)
     )
+
+
+@pytest.mark.parametrize("case", [*CASES, *MAPS])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copying_student_and_its_teachers_part_are_counted(
+    case: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case in MAPS and method != "copy":
+        return
+    monkeypatch.setattr(fused, "_exporting", lambda: True)  # the counter does not know our operator
+    alone = whole(*pair(case, method, torch.float32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        alone(dense.images(1, dtype=torch.float32))
+    assert sum(copied_macs(alone)) == counter.get_total_flops() / 2
