@@ -98,8 +98,6 @@ EXPORTED = [("larger images", "copy"), ("prefix tokens", "copy_k"), ("means", "c
 
 
 @pytest.mark.parametrize(("case", "method"), EXPORTED)
-    ("case", "method"), [("larger images", "copy"), ("prefix tokens", "copy_k"), ("means", "copy")]
-)
 def test_it_is_exported_as_one_graph(case: str, method: str, tmp_path: Any) -> None:
     dual, teacher = pair(case, method, torch.float32)
     alone, x = whole(dual, teacher), images(3, dtype=torch.float32)
