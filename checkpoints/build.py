@@ -21,7 +21,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..models import conversion  # noqa: F401  timm knows converted models from here on
+from ..models import copied  # noqa: F401  timm knows converted and copying models from here on
 from ..models.errors import CheckpointError
 from .hub.download import commit_of, download, try_download
 from .sources import TimmSource, parse_source

@@ -8,6 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
+from ..models.copied import copying_of
+from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, UnsupportedModelError
 from ..models.families import attention_shape, check_supported, token_layout
 from .build import build
@@ -28,6 +32,7 @@ def teacher_facts(teacher: Teacher) -> dict[str, str]:
         "classes": str(getattr(teacher.model, "num_classes", 0)) if teacher.has_head else "no head",
         "pooling": str(getattr(teacher.model, "global_pool", "") or "none"),
         "images": teacher.preprocessing.describe(),
+        **_copied(teacher.model),
         "licence": teacher.licence or "unknown: look where the weights come from",
     }
     if teacher.revision is not None:
@@ -92,9 +97,27 @@ def by_block(keys: Iterable[str]) -> list[str]:
     return [key if count == 1 else f"{key} ({count} times)" for key, count in counts.items()]
 
 
+def _copied(model: nn.Module) -> dict[str, str]:
+    """What a model copies of its teacher, and what both parts cost."""
+    copying = copying_of(model)
+    if copying is None:
+        return {}
+    pairs = ", ".join(f"{pair.teacher}>{pair.student}" for pair in copying.layers)
+    costs = zip(
+        ("the student", "its teacher's part"), copied_parameters(model), copied_macs(model), strict=True
+    )
+    return {
+        "copies": f"{copying.method} of {copying.teacher.architecture}, layers (teacher>student) {pairs}",
+        "cost": "; ".join(
+            f"{name}: {count:,} parameters, {macs / 1e6:,.1f} M multiply-adds an image"
+            for name, count, macs in costs
+        ),
+    }
+
+
 def _shape(teacher: Teacher) -> dict[str, str]:
     try:
-        check_supported(teacher.model)
+        check_supported(teacher.model, copied=True)
     except UnsupportedModelError as error:
         return {"attention": str(error)}
     shape, layout = attention_shape(teacher.model), token_layout(teacher.model)

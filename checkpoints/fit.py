@@ -102,9 +102,26 @@ def match(
     return Match(present, missing, unexpected, absent, foreign, _wrong(present, target), resampled)
 
 
+def own_norm_eps(model: nn.Module, fresh: nn.Module, architecture: str) -> float | None:
+    """The norms' epsilon where it is not the one that timm builds, as in `fresh`.
+
+    Raises CheckpointError: there are several.
+    """
+    wanted = {name: module.eps for name, module in fresh.named_modules() if isinstance(module, nn.LayerNorm)}
+    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
+    own = {norm.eps for name, norm in norms if norm.eps != wanted.get(name)}
+    if len(own) > 1:
+        listed = ", ".join(f"{epsilon:g}" for epsilon in sorted(own))
+        raise CheckpointError(
+            f"the norms of {architecture} have several epsilons ({listed}): give all the same"
+        )
+    return own.pop() if own else None
+
+
 def _set_norm_eps(model: nn.Module, epsilon: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+    """Of all norms but those of a teacher in the model, which are as `models/copied.py` builds them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and not name.startswith("teacher."):
             module.eps = epsilon
 
 

@@ -12,6 +12,7 @@ from timm.models import is_model
 from timm.models._hub import load_model_config_from_path
 
 from ..models.conversion import ARCHITECTURE as CONVERTED
+from ..models.copied import ARCHITECTURE as COPIED
 from ..models.errors import CheckpointError
 from .build import known_fields
 from .files import Content, read_file
@@ -100,7 +101,7 @@ def loads_in_plain_timm(folder: Path) -> bool:
     """Whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
     config = _config(folder / CONFIG)
     architecture, own = config.get("architecture"), config.get(PROVENANCE) or {}
-    plain = is_model(str(architecture)) and architecture != CONVERTED
+    plain = is_model(str(architecture)) and architecture not in (CONVERTED, COPIED)
     # Beside what a norm sees, a smaller epsilon is a matter of rounding, whatever the architecture's own.
     plain = plain and (own.get(NORM_EPS) or 0.0) <= 1e-5
     return plain and (folder / WEIGHTS_NAMES[0]).is_file()

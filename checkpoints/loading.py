@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..models.copied import copying_of
 from .teacher import load_teacher
 
 
 def load(source: str, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
     """The model of any source, in eval mode and with gradients: a saved student (converted ones too), a teacher.
 
+    A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
+
     Args:
         source: a folder or file, `hf-hub:org/name`, a timm name; `#ema` behind a run's path takes its average.
         dtype: of the weights, float32 by default.
-        how: `model`, `model_args`, `img_size`, `num_classes` and the rest, as of `load_teacher`.
+        how: `model`, `model_args`, `img_size`, `num_classes`, `bare` and the rest, as of `load_teacher`.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     model = load_teacher(source, **how).model.requires_grad_(True)
+    if copying_of(model) is not None:
+        cast(Any, model).teacher.requires_grad_(False)
     return model if dtype is None else model.to(dtype)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.copying.operators import COPY_METHODS
 from ..models.errors import CheckpointError
 from .licences import carried
 
@@ -18,6 +19,10 @@ KEY = "graftvit"
 """The entry of config.json; timm ignores it."""
 NORM_EPS = "norm_eps"
 """In that entry: the norms' epsilon where it is not the architecture's, for which timm has no setting in JSON."""
+BARE = "bare"
+"""In that entry: true of a student that was written without the teacher's attention that it was trained with."""
+COST = "cost"
+"""In that entry, of a student with a part of its teacher: parameters and multiply-adds of an image, of both."""
 NOT_RECIPE = ("output_dir", "engine")
 """Settings that say where a run ran, and not what it learned."""
 
@@ -51,6 +56,15 @@ def carried_licence(provenance: Mapping[str, Any]) -> str | None:
         return carried(*licences(provenance))
     except CheckpointError:
         return None  # two that contradict each other: publishing asks, saving does not
+
+
+def copies(provenance: Mapping[str, Any]) -> bool:
+    """Whether a student was trained with its teacher's attention in place of its own."""
+    recipe = provenance.get("recipe")
+    settings = (
+        recipe.get("transfer") if isinstance(recipe, Mapping) and recipe.get("mode") == "transfer" else None
+    )
+    return isinstance(settings, Mapping) and settings.get("method") in COPY_METHODS
 
 
 def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Another image size for a converted model, whose operators have shapes of their own making: load, then resize."""
+"""Another image size for a converted model, whose operators have shapes of their own making, and for one that copies
+its teacher's attention: load, then resize."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 
 from ..models.attention.base import AttentionOperator
-from ..models.conversion import ARCHITECTURE, converted_layers, resize
+from ..models.conversion import ARCHITECTURE as CONVERTED
+from ..models.conversion import converted_layers
+from ..models.copied import ARCHITECTURE as COPIED
+from ..models.copied import copying_of, resize
 from ..models.families import token_layout
 from .position import Method, resample_position
 from .prefix_tokens import num_prefix_rows
@@ -21,9 +25,9 @@ from .weights import Weights, as_pair
 def late_size(
     weights: Weights, asked: Mapping[str, Any], img_size: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """The image size to take on after loading: of a converted model of a known size, if one is asked for."""
+    """The image size to take on after loading: of a converted or copying model of a known size, if one is asked for."""
     wanted = img_size if img_size is not None else asked.get("img_size")
-    known = weights.architecture == ARCHITECTURE and weights.img_size is not None
+    known = weights.architecture in (CONVERTED, COPIED) and weights.img_size is not None
     return as_pair(wanted) if known and wanted is not None else None
 
 
@@ -32,8 +36,10 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
 
     Raises UnsupportedModelError: the model has no such size.
     """
-    positions = getattr(model, "pos_embed", None)
-    positions = None if positions is None else positions.detach().clone()
+    parts = (
+        {"": model} if copying_of(model) is None else {"": model, "teacher.": cast(Any, model).teacher.model}
+    )
+    positions = {prefix: getattr(part, "pos_embed", None) for prefix, part in parts.items()}
     old = token_layout(model).grid
     resize(model, size)
     new = token_layout(model).grid
@@ -45,10 +51,11 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
         for index, layer in converted_layers(model).items()
         if cast(AttentionOperator, layer.operator).traits.resolution == "resampled"
     }
-    if positions is not None:
+    for prefix, position in positions.items():
+        if position is None:
+            continue
+        part = cast(Any, parts[prefix])
         with torch.no_grad():
-            cast(Any, model).pos_embed.copy_(
-                resample_position(positions, old, new, num_prefix_rows(model), method)
-            )
-        done["pos_embed"] = f"{change} ({method}'s bicubic)"
+            part.pos_embed.copy_(resample_position(position, old, new, num_prefix_rows(part), method))
+        done[f"{prefix}pos_embed"] = f"{change} ({method}'s bicubic)"
     return replace(report, resampled={**report.resampled, **done})

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import plan_of, plan_size
+from ..models.copied import ARCHITECTURE as COPIED
+from ..models.copied import copying_of, with_copying
+from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
 from .atomic import write_folder
 from .build import build, published_config
+from .fit import own_norm_eps
 from .folders import CONFIG
 from .preprocessing import Preprocessing
+from .provenance import COST, NORM_EPS
 from .provenance import KEY as PROVENANCE
-from .provenance import NORM_EPS
 from .report import some
 from .teacher import load_teacher
 
@@ -49,7 +53,7 @@ def save_student(
         dtype: of the floating-point weights, float32 by default.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
         overwrite: replace a model folder that is there.
-        how: `model`, `model_args`, `img_size` and the rest, as of `load_teacher`.
+        how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_teacher`.
 
     Raises CheckpointError as `load_teacher` and `write_student`, or where `folder` holds something.
     """
@@ -107,11 +111,12 @@ def write_student(
     Raises CheckpointError: these arguments do not build a model with these weights, or one is not JSON;
     with exit code 1 if the disk is full, and the old folder is then intact.
     """
-    name, arguments = _with_plan(model, architecture, model_args)
+    name, arguments = _whole(model, architecture, model_args)
     arguments = _plain({key: value for key, value in arguments.items() if value is not None})
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     fresh = _check(name, arguments, tensors)
-    made = dict(provenance or {}) | _epsilon(model, fresh, name)
+    epsilon = own_norm_eps(model, fresh, name)
+    made = {**(provenance or {}), **({NORM_EPS: epsilon} if epsilon else {}), **_cost(model)}
     config = _config(model, name, arguments, preprocessing, licence) | {PROVENANCE: made}
     if dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
@@ -122,6 +127,27 @@ def write_student(
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     write_folder(folder, write, size=size)
+
+
+def _whole(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments that build `model`: of one that copies attention, those of the student with what it copies."""
+    copying = copying_of(model)
+    if copying is None:
+        return _with_plan(model, architecture, arguments)
+    own = {key: value for key, value in arguments.items() if key != "copied"}
+    name = own.pop("student") if architecture == COPIED else architecture
+    return with_copying(*_with_plan(model, name, own), copying)
+
+
+def _cost(model: nn.Module) -> dict[str, Any]:
+    """What a copying student and the part of its teacher cost, for the card."""
+    if copying_of(model) is None:
+        return {}
+    names = ("student", "teacher")
+    costs = zip(copied_parameters(model), copied_macs(model), strict=True)
+    return {
+        COST: {name: {"parameters": n, "macs": macs} for name, (n, macs) in zip(names, costs, strict=True)}
+    }
 
 
 def _with_plan(
@@ -158,19 +184,6 @@ def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str
             f"{architecture} built with {dict(arguments)} has other weights than the student: {some(names)}"
         )
     return fresh
-
-
-def _epsilon(model: nn.Module, fresh: nn.Module, architecture: str) -> dict[str, float]:
-    """The norms' epsilon where it is not the one that timm builds: graftvit.load sets it, plain timm cannot."""
-    wanted = {name: module.eps for name, module in fresh.named_modules() if isinstance(module, nn.LayerNorm)}
-    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
-    own = {norm.eps for name, norm in norms if norm.eps != wanted.get(name)}
-    if len(own) > 1:
-        listed = ", ".join(f"{epsilon:g}" for epsilon in sorted(own))
-        raise CheckpointError(
-            f"the norms of {architecture} have several epsilons ({listed}): give all the same"
-        )
-    return {NORM_EPS: own.pop()} if own else {}
 
 
 def _config(

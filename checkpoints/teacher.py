@@ -11,9 +11,11 @@ from timm.models import split_model_name_tag
 from torch import nn
 
 from ..models.conversion import plan_size
+from ..models.copied import copying_of
 from ..models.errors import CheckpointError
 from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
+from .copying import described_architecture, make_whole, refuse_as_start
 from .fit import fit, source_grid
 from .folders import read_folder, read_hub, read_weights_file
 from .position import Method
@@ -68,6 +70,7 @@ def load_teacher(
     num_classes: int | None = None,
     position_embedding: Method = "timm",
     revision: str | None = None,
+    bare: bool = False,
 ) -> Teacher:
     """Loads a teacher and freezes it.
 
@@ -80,11 +83,13 @@ def load_teacher(
         num_classes: 0 drops the head; by default the model has the head that the weights have, or none.
         position_embedding: how they are resampled, timm's way or MAE's.
         revision: branch, tag or commit on the hub, whatever `source` says.
+        bare: of a student that copies its teacher's attention, its own weights alone, as a plain model whose
+            attention was never trained.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    weights = read_source(source, asked, revision)
+    weights = make_whole(read_source(source, asked, revision), load_teacher, bare=bare)
     later = late_size(weights, asked, img_size)
     if later is not None:
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
@@ -94,6 +99,9 @@ def load_teacher(
     if later is not None:
         report = resize_loaded(built, later, position_embedding, report)
         plan.arguments.update(img_size=later, plan_size=plan_size(built))
+        copying = copying_of(built)
+        if copying is not None:
+            plan.arguments["copied"] = copying.to_json()
     logger.info("%s", report)
     return _teacher(built, source, plan, report)
 
@@ -125,7 +133,7 @@ def plan_model(
     Raises CheckpointError: the architecture is not known, or timm cannot build it so.
     """
     weights = _with_architecture(weights, model)
-    config = published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
+    config = published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
     arguments = {**weights.model_args, **asked}
     classes = num_classes if num_classes is not None else asked.get("num_classes")
     arguments["num_classes"] = _num_classes(weights, _classifiers(config)) if classes is None else classes
@@ -149,6 +157,8 @@ def load_weights(
     Raises CheckpointError as `load_teacher`.
     """
     weights = read_source(source, {}, revision)
+    refuse_as_start(weights)
+    weights = make_whole(weights, load_teacher, bare=False)
     size = late_size(weights, {}, getattr(getattr(model, "patch_embed", None), "img_size", None))
     resampled: Mapping[str, str] = {}
     if size is not None and size != weights.img_size:
@@ -171,7 +181,7 @@ def read_preprocessing(source: str, revision: str | None = None) -> Preprocessin
         return Preprocessing.read(published_config(parsed.name))
     weights = _with_architecture(read_source(source, {}, revision), None)
     return Preprocessing.read(
-        published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
+        published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
     )
 
 

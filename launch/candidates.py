@@ -10,14 +10,9 @@ from torch import Tensor, nn
 
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import FolderSource, parse_source
-from ..checkpoints.teacher import Teacher, load_teacher
-from ..models.copying.input import Normalization
-from ..models.copying.operators import COPY_METHODS
+from ..checkpoints.teacher import load_teacher
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, TeacherConfig
-from ..transfer.data.loaders import create_train_loader
-from ..transfer.engine.build import find_teacher
-from ..transfer.methods.dual import build_dual
 from .config import load_config
 from .sources import source_keywords
 
@@ -44,7 +39,7 @@ def run_config(source: str) -> RunConfig | None:
 
 
 def load_candidate(source: str, how: TeacherConfig) -> Candidate:
-    """The model of a source; a student that copies attention is put beside its teacher again.
+    """The model of a source.
 
     Args:
         source: A run folder, a student folder, or any teacher source.
@@ -62,8 +57,6 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
         )
     spec = loaded.preprocessing
     classes = int(getattr(loaded.model, "num_classes", 0))
-    if config is not None and config.mode == "transfer" and config.transfer.method in COPY_METHODS:
-        return _beside_its_teacher(source, loaded, config, spec, classes)
     return Candidate(source, loaded.model, loaded.model, spec, classes)
 
 
@@ -103,19 +96,3 @@ def predictor(candidate: Candidate, spec: Preprocessing) -> Callable[[Tensor], T
         return candidate.predict(images * scale.to(images) + shift.to(images))
 
     return predict
-
-
-def _beside_its_teacher(
-    source: str, student: Teacher, config: RunConfig, spec: Preprocessing, classes: int
-) -> Candidate:
-    teacher = find_teacher(config, spec.input_size[1:])
-    if teacher is None:
-        raise ConfigError(f"{source!r} copies the attention of a teacher that its config.yaml does not name")
-    calibration = None
-    if config.transfer.heads == "match":
-        # the batch that the run itself measured the heads on
-        loader = create_train_loader(config.data, spec, seed=config.seed)
-        calibration = next(iter(loader.epoch(0)))[0]
-    normalization = Normalization(spec.mean, spec.std)
-    dual = build_dual(config.transfer, teacher, student.model, normalization, calibration).eval()
-    return Candidate(source, dual, dual.predict, spec, classes)

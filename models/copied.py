@@ -168,6 +168,13 @@ def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
     return {index: layer for index, layer in layers if isinstance(layer, CopiedAttention)}
 
 
+def with_copying(
+    architecture: str, arguments: Mapping[str, Any], copying: Copying
+) -> tuple[str, dict[str, Any]]:
+    """Name and arguments with which timm builds `architecture` with what it copies."""
+    return ARCHITECTURE, {**arguments, "student": architecture, "copied": copying.to_json()}
+
+
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     """Another image size (height, width) for a model, converted, copying or not, in place.
 

@@ -40,6 +40,12 @@ def copied_macs(model: nn.Module) -> tuple[int, int]:
     return student, dense_macs(teacher) + beside
 
 
+def copied_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of parameters of a student that copies attention, and of the part of its teacher."""
+    teacher = sum(parameter.numel() for parameter in cast(Any, model).teacher.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) - teacher, teacher
+
+
 def _map_macs(model: nn.Module, block: nn.Module, teacher_width: int) -> int:
     """Of softmax attention: 2 N² D a head, by whomever's queries and keys."""
     attention: Any = block.attn

@@ -48,6 +48,4 @@ def pair(case: str, method: str, dtype: torch.dtype = torch.float64) -> tuple[Du
 
 
 def whole(dual: DualViT, teacher: CopiedTeacher) -> nn.Module:
-    copying = dual.copying(teacher)
-    assert copying is not None
-    return copy_attention(copy.deepcopy(dual.release()), dual.teacher, copying).eval()
+    return copy_attention(copy.deepcopy(dual.release()), dual.teacher, dual.copying(teacher)).eval()

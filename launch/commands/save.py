@@ -17,12 +17,13 @@ def run(argv: list[str]) -> int:
     parser = command_parser(
         "save",
         "Write the model of a run, or of any other source, to a folder of its own: safetensors and config.json, "
-        "which plain timm loads as local-dir:DIR, and graftvit.load where its attention was converted.",
+        "which plain timm loads as local-dir:DIR, and graftvit.load where its attention was converted or is copied.",
         [
             "graftvit save runs/distill student",
             "graftvit save runs/distill#ema student --dtype bfloat16",
             "graftvit save runs/distill/checkpoints/best.safetensors#ema student --max_shard_size 2GB",
             "graftvit save mae_finetuned_vit_base.pth mae_vit_base",
+            "graftvit save runs/copy student --bare",
         ],
         usage="SOURCE DIR [--flag value ...]",
     )
@@ -37,6 +38,11 @@ def run(argv: list[str]) -> int:
         metavar="SIZE",
         help="larger weights get several files (default: 5GB)",
     )
+    parser.add_argument(
+        "--bare",
+        action="store_true",
+        help="of a student that copies its teacher's attention, its own weights alone: its attention was never trained",
+    )
     parser.add_argument("--force", action="store_true", help="replace the model folder that is there")
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
     how = keywords_of(settings)
@@ -50,11 +56,16 @@ def run(argv: list[str]) -> int:
         dtype=getattr(torch, arguments.dtype),
         max_shard_size=_size(arguments.max_shard_size),
         overwrite=arguments.force,
+        bare=arguments.bare,
         **how,
     )
     for path in sorted(folder.iterdir()):
         sys.stdout.write(f"{path}  {path.stat().st_size:,} bytes\n")
     sys.stdout.write(_how_to_load(folder))
+    if arguments.bare:
+        from ...checkpoints.copying import BARE_WORDS
+
+        sys.stdout.write(f"{folder} is {BARE_WORDS}\n")
     return 0
 
 

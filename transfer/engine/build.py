@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
+from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.copying.input import Normalization, TeacherInput
@@ -84,6 +85,8 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     origins = {"teacher": provenance.of_teacher(teacher), "init": init}
     # Fine-tuning has taken the teacher's weights and needs it no more.
     needed = teacher if config.mode in TAUGHT else None
+    if isinstance(task, TransferTask) and teacher is not None and task.dual.needs_teacher:
+        plan = replace(plan, copying=task.dual.copying(copied_teacher(teacher)))
     return Parts(task, plan, needed, train_loader, eval_loader, origins)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...checkpoints import provenance
 from ...checkpoints.student import write_student
+from ...models.copied import copy_attention
 from ...models.errors import GraftError
 from ...models.lora import merged
 from .build import Parts
@@ -34,8 +35,8 @@ def export_students(
     """Writes `student/` and `student_ema/`; of a masked autoencoder, the encoder alone.
 
     The weights are loaded into a model that timm made from the same arguments, so nothing of the training is
-    in it; `meta` is what a state would say of the run. All processes take part; those that do not write only
-    help to gather.
+    in it; a student that copies attention gets what it needs of the teacher. `meta` is what a state would say of the
+    run. All processes take part; those that do not write only help to gather.
     """
     named = {"student": gathered(parts.task.trainable.state_dict(), keep=writes)}
     if average is not None:
@@ -64,6 +65,8 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Mappin
         model = parts.plan.create()
     model.load_state_dict(merged(tensors))
     plan = parts.plan
+    if plan.copying is not None and parts.teacher is not None:
+        copy_attention(model, parts.teacher.model, plan.copying)
     write_student(
         model,
         folder,

@@ -14,6 +14,7 @@ from ...checkpoints.build import published_config
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, read_preprocessing
 from ...models.conversion import with_plan
+from ...models.copied import Copying, copying_of, with_copying
 from ...models.errors import ConfigError, did_you_mean
 from ...models.mirror import mirror_arguments
 from ..config import RunConfig, StudentConfig
@@ -27,14 +28,15 @@ class StudentPlan:
     architecture: str
     arguments: dict[str, Any]
     preprocessing: Preprocessing
+    copying: Copying | None = None
+    """What of its teacher it runs with, once that is resolved."""
 
     def meta(self) -> dict[str, Any]:
-        """As JSON, for a state file: enough to build the student without the run's settings."""
-        return {
-            "architecture": self.architecture,
-            "model_args": self.arguments,
-            **self.preprocessing.described(),
-        }
+        """As JSON, for a state file: enough to build what the run leaves without the run's settings."""
+        name, arguments = self.architecture, self.arguments
+        if self.copying is not None:
+            name, arguments = with_copying(name, arguments, self.copying)
+        return {"architecture": name, "model_args": arguments, **self.preprocessing.described()}
 
     def create(self, drop_path: float = 0.0) -> nn.Module:
         """A fresh model; ConfigError in timm's words where it refuses the arguments."""
@@ -60,10 +62,18 @@ def find_whole_name(config: StudentConfig) -> str | None:
 def find_whole(config: StudentConfig) -> Teacher | None:
     """The model that the student goes on from; None for a fresh one.
 
-    Raises CheckpointError: it cannot be loaded.
+    Raises CheckpointError: it cannot be loaded. ConfigError: it runs with its teacher's attention.
     """
     source = find_whole_name(config)
-    return None if source is None else load_teacher(source, img_size=config.img_size)
+    whole = None if source is None else load_teacher(source, img_size=config.img_size)
+    copying = None if whole is None else copying_of(whole.model)
+    if copying is not None:
+        raise ConfigError(
+            f"student.model={source!r} runs with its teacher's attention, and is not trained further so: write its own "
+            f"weights alone with `graftvit save {source} DIR --bare`, and go on from DIR by "
+            f"transfer.method={copying.method} with the same teacher"
+        )
+    return whole
 
 
 def input_size(config: StudentConfig, whole: Teacher | None = None) -> tuple[int, int, int]:

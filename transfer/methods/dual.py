@@ -138,10 +138,8 @@ class DualViT(nn.Module):
         release_drop_paths(self.student)
         return release_attention(self.student)
 
-    def copying(self, teacher: CopiedTeacher) -> Copying | None:
-        """What the student copies of a teacher that is built as described; None for a student that needs none."""
-        if not self.needs_teacher:
-            return None
+    def copying(self, teacher: CopiedTeacher) -> Copying:
+        """What the student of a copy method copies, of a teacher that is built as described."""
         links = self.plan.links
         pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)
         return Copying(self.config.method, pairs, heads, self._normalizations[1], teacher)

@@ -1,0 +1,121 @@
+"""Students that copy their teacher's attention: made whole when they are read, or bare for whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from timm.models import split_model_name_tag
+
+from ..models.copied import ARCHITECTURE, CopiedTeacher
+from ..models.copying.input import Normalization
+from ..models.errors import CheckpointError, GraftError
+from .build import build
+from .fit import own_norm_eps
+from .provenance import BARE, COST, copies
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
+
+TEACHER = "teacher."
+"""Before the names of the weights that are the teacher's."""
+BARE_WORDS = (
+    "the bare student: the attention of its copied layers is its teacher's, and its own was never trained"
+)
+
+
+def copied_teacher(teacher: Teacher) -> CopiedTeacher:
+    """How timm builds this teacher again."""
+    fresh = build(teacher.architecture, teacher.model_args, on_meta=True)
+    return CopiedTeacher(
+        teacher.architecture,
+        teacher.model_args,
+        Normalization(teacher.mean, teacher.std),
+        own_norm_eps(teacher.model, fresh, teacher.architecture),
+    )
+
+
+def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: bool) -> Weights:
+    """`weights` with the teacher's part where the student copies attention, or with `bare` without it.
+
+    A training state holds the student alone: its teacher is loaded from where the run had it.
+
+    Raises CheckpointError: that teacher cannot be loaded; these are the weights of a bare student, and nobody said
+    so; `bare` is said of a model that copies nothing.
+    """
+    if weights.architecture == ARCHITECTURE:
+        if bare:
+            return _bare(weights)
+        has_teacher = any(name.startswith(TEACHER) for name in weights.tensors)
+        return weights if has_teacher else _with_teacher(weights, load_teacher)
+    unnamed = copies(weights.provenance) and not weights.provenance.get(BARE)
+    if bare and not unnamed:
+        raise CheckpointError(f"bare: {weights.origin} copies no teacher's attention; leave it out")
+    if unnamed and not bare:
+        raise CheckpointError(
+            f"{weights.origin}, written by an older version for transfer.method={_method(weights.provenance)}, is "
+            f"{BARE_WORDS}: train it again, or take it as it is with bare (`graftvit save SOURCE DIR --bare`)"
+        )
+    return _marked(weights) if bare else weights
+
+
+def refuse_as_start(weights: Weights) -> None:
+    """CheckpointError for weights of a student that copies attention: another model cannot go on from them."""
+    if weights.architecture == ARCHITECTURE:
+        method = weights.model_args["copied"]["method"]
+        raise CheckpointError(
+            f"{weights.origin} runs with its teacher's attention, and another model cannot start from that: write its "
+            f"own weights alone with `graftvit save SOURCE DIR --bare`, and go on from DIR by transfer.method={method}"
+        )
+
+
+def described_architecture(weights: Weights) -> str:
+    """The timm name that describes the model; of a copying student, the student's."""
+    return str(
+        weights.model_args["student"] if weights.architecture == ARCHITECTURE else weights.architecture
+    )
+
+
+def _bare(weights: Weights) -> Weights:
+    arguments = dict(weights.model_args)
+    arguments.pop("copied")
+    own = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith(TEACHER)}
+    name = split_model_name_tag(arguments.pop("student"))[0]
+    return _marked(replace(weights, architecture=name, model_args=arguments, tensors=own))
+
+
+def _marked(weights: Weights) -> Weights:
+    """With a word on it, and without the accuracy of the whole."""
+    made = {key: value for key, value in weights.provenance.items() if key not in ("results", COST)}
+    return replace(weights, provenance=made | {BARE: True}, notes=(*weights.notes, BARE_WORDS))
+
+
+def _with_teacher(weights: Weights, load_teacher: Callable[..., Teacher]) -> Weights:
+    recipe: Mapping[str, Any] = weights.provenance["recipe"]["teacher"]
+    known: Mapping[str, Any] = weights.provenance.get("teacher") or {}
+    try:
+        teacher = load_teacher(
+            recipe["source"],
+            model=recipe["model"],
+            model_args=recipe["model_args"],
+            img_size=weights.model_args["copied"]["teacher"]["model_args"].get("img_size"),
+            position_embedding=recipe["position_embedding"],
+            revision=known.get("revision") or recipe["revision"],
+        )
+    except GraftError as error:
+        raise CheckpointError(
+            f"{weights.origin} copies the attention of {recipe['source']!r}, which it does not hold and which does not "
+            f"load ({error}): put it back, or take the bare student (`graftvit save SOURCE DIR --bare`)"
+        ) from error
+    model = build(ARCHITECTURE, weights.model_args, on_meta=True)
+    prefix = f"{TEACHER}model."
+    wanted = [name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)]
+    found = teacher.model.state_dict()
+    tensors = {f"{prefix}{name}": found[name] for name in wanted if name in found}
+    return replace(weights, tensors={**weights.tensors, **tensors})
+
+
+def _method(provenance: Mapping[str, Any]) -> str:
+    return str(provenance["recipe"]["transfer"]["method"])
