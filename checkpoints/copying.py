@@ -50,15 +50,26 @@ def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: 
             return _bare(weights)
         has_teacher = any(name.startswith(TEACHER) for name in weights.tensors)
         return weights if has_teacher else _with_teacher(weights, load_teacher)
-    unnamed = copies(weights.provenance) and not weights.provenance.get(BARE)
-    if bare and not unnamed:
+    if not bare:
+        refuse_unnamed(weights.architecture, weights.provenance, weights.origin)
+        return weights
+    if not is_unnamed(weights.architecture, weights.provenance):
         raise CheckpointError(f"bare: {weights.origin} copies no teacher's attention; leave it out")
-    if unnamed and not bare:
+    return _marked(weights)
+
+
+def is_unnamed(architecture: str | None, provenance: Mapping[str, Any]) -> bool:
+    """Whether this is a bare student that does not say so, as older versions wrote them."""
+    return architecture != ARCHITECTURE and copies(provenance) and not provenance.get(BARE)
+
+
+def refuse_unnamed(architecture: str | None, provenance: Mapping[str, Any], origin: str) -> None:
+    """CheckpointError for a bare student that does not say that it is one."""
+    if is_unnamed(architecture, provenance):
         raise CheckpointError(
-            f"{weights.origin}, written by an older version for transfer.method={_method(weights.provenance)}, is "
-            f"{BARE_WORDS}: train it again, or take it as it is with bare (`graftvit save SOURCE DIR --bare`)"
+            f"{origin}, written by an older version for transfer.method={provenance['recipe']['transfer']['method']}, "
+            f"is {BARE_WORDS}: train it again, or take it as it is (`graftvit save SOURCE DIR --bare`)"
         )
-    return _marked(weights) if bare else weights
 
 
 def refuse_as_start(weights: Weights) -> None:
@@ -115,7 +126,3 @@ def _with_teacher(weights: Weights, load_teacher: Callable[..., Teacher]) -> Wei
     found = teacher.model.state_dict()
     tensors = {f"{prefix}{name}": found[name] for name in wanted if name in found}
     return replace(weights, tensors={**weights.tensors, **tensors})
-
-
-def _method(provenance: Mapping[str, Any]) -> str:
-    return str(provenance["recipe"]["transfer"]["method"])

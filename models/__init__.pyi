@@ -10,6 +10,7 @@ from .conversion import new_parameters as new_parameters
 from .conversion import plan_of as plan_of
 from .copied import copied_layers as copied_layers
 from .copied import resize as resize
+from .copying.input import Normalization as Normalization
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError

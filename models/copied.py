@@ -88,11 +88,12 @@ class Copying:
 
     def links(self, teacher: Any, student: Any) -> list[Link]:
         """Which heads and tokens of which layers go together. Raises ValueError for one that is not there."""
-        layouts, shapes = [[read(m) for m in (teacher, student)] for read in (token_layout, attention_shape)]
-        tokens = match_tokens(*layouts, interpolate_grid=False, copy=True)
+        shapes = attention_shape(teacher), attention_shape(student)
         given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
         if self.method not in COPY_METHODS or given != {(True, True)} or len(self.heads) != len(self.layers):
             raise ValueError(f"{self} does not go with these models, of {shapes[0]} and {shapes[1]}")
+        layouts = token_layout(teacher), token_layout(student)
+        tokens = match_tokens(*layouts, interpolate_grid=False, copy=True)
         maps = [HeadMap(groups, shapes[0].num_heads) for groups in self.heads]
         return [link_layers(p, heads, tokens, *layouts) for p, heads in zip(self.layers, maps, strict=True)]
 

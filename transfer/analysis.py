@@ -18,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from ..models.attention.base import QKV, AttentionOperator, Heads
 from ..models.attention.softmax import Softmax
 from ..models.conversion import ConvertedAttention
+from ..models.copied import CopiedAttention, copied_layers
+from ..models.copying.operators import Copy
+from ..models.copying.tape import Tape
 from ..models.errors import TransferError
 from ..models.families import attention_blocks, check_supported
 from ..models.host import AttentionHost, release_attention
@@ -42,6 +45,23 @@ class MapRecorder:
     def watch(self, operator: nn.Module, inputs: tuple[Heads, ...]) -> None:
         """Before a converted layer's operator runs: keep its map."""
         self.maps.append(cast(AttentionOperator, operator).matrix(inputs[0]).float())
+
+
+@dataclass
+class CopiedMap:
+    """A copied layer's operator that keeps the map it applied: the teacher's, where it copies that."""
+
+    original: Copy
+    recorder: MapRecorder
+    needs: Collection[str] = QKV
+
+    @property
+    def tape(self) -> Tape:
+        return self.original.tape
+
+    def __call__(self, heads: Heads) -> Tensor:
+        self.recorder.maps.append(self.original.map(heads).float())
+        return self.original(heads)
 
 
 @torch.no_grad()
@@ -142,15 +162,18 @@ def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: b
 def _recording(model: nn.Module) -> Iterator[list[MapRecorder]]:
     """Recorders in all attention layers while inside; then the layers and the modes are what they were."""
     layers: list[tuple[Any, nn.Module]] = [(block, block.attn) for block in getattr(model, "blocks", ())]
+    copied = {layer: layer.operator for layer in copied_layers(model).values()}
     modes = [(module, module.training) for module in model.modules()]
     recorders = [MapRecorder() for _ in layers]
     hooks: list[RemovableHandle] = []
     try:
-        check_supported(release_attention(model))
+        check_supported(release_attention(model), copied=True)
         model.eval()
         for (block, layer), recorder in zip(layers, recorders, strict=True):
             if isinstance(layer, ConvertedAttention):
                 hooks.append(cast(nn.Module, layer.operator).register_forward_pre_hook(recorder.watch))
+            elif isinstance(layer, CopiedAttention):
+                layer.operator = cast(Copy, CopiedMap(copied[layer], recorder))
             else:
                 block.attn = AttentionHost(layer, recorder).eval()
         yield recorders
@@ -159,5 +182,7 @@ def _recording(model: nn.Module) -> Iterator[list[MapRecorder]]:
             hook.remove()
         for block, layer in layers:
             block.attn = layer
+        for layer, operator in copied.items():
+            layer.operator = operator
         for module, training in modes:
             module.training = training

@@ -12,7 +12,7 @@ from ..licences import card_fields
 from ..provenance import KEY
 from ..public import public
 from .sections import CardFacts, body, classes, measured, needs_graftvit
-from .words import copies, section
+from .words import section
 
 MARKER = "<!-- Written by graftvit push. Remove this line to keep a card that you edit. -->"
 METRICS = {"top1": "Top-1 accuracy (%)", "top5": "Top-5 accuracy (%)"}
@@ -74,12 +74,12 @@ def _bases(made: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eval_results(config: Mapping[str, Any], facts: CardFacts) -> list[EvalResult]:
-    """Measured accuracies; none of a copying student, for whoever loads it alone would not find them."""
+    """Measured accuracies."""
     made = section(config, KEY)
     recipe = section(made, "recipe")
     dataset = str(section(made, "results").get("dataset") or "")
     name, split = facts.dataset_name or dataset.rpartition("/")[2], section(recipe, "data").get("val_split")
-    if not name or copies(recipe):
+    if not name:
         return []
     found = measured(config)
     return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from typing import Any
 import yaml
 
 from ...models.conversion import ARCHITECTURE as CONVERTED
+from ...models.copied import ARCHITECTURE as COPIED
+from ..copying import BARE_WORDS
 from ..licences import normal
-from ..provenance import KEY, licences
-from .words import code, copies, number, recipe_rows, section, table, transfer_rows
+from ..provenance import BARE, COST, KEY, licences
+from .words import METHODS, code, number, recipe_rows, section, table, transfer_rows
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,7 @@ def load_lines(config: Mapping[str, Any], facts: CardFacts) -> list[str]:
 
 def needs_graftvit(config: Mapping[str, Any], facts: CardFacts) -> bool:
     """Whether timm alone cannot load it."""
-    return is_converted(config) or facts.sharded
-
-
-def is_converted(config: Mapping[str, Any]) -> bool:
-    """Whether graftvit is needed to build the architecture."""
-    return config.get("architecture") == CONVERTED
+    return config.get("architecture") in (CONVERTED, COPIED) or facts.sharded
 
 
 def classes(config: Mapping[str, Any]) -> int:
@@ -91,7 +87,11 @@ def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _summary(config: Mapping[str, Any], facts: CardFacts) -> str:
     arguments = section(config, "model_args")
-    architecture = arguments.get("architecture") if is_converted(config) else config.get("architecture")
+    architecture = config.get("architecture")
+    copying = architecture == COPIED
+    architecture = arguments.get("student") if copying else architecture
+    converted = architecture == CONVERTED
+    architecture = arguments.get("architecture") if converted else architecture
     count = facts.parameters or 0
     size = f", {count / 1e6:.1f} M parameters" if count >= 1e6 else f", {count:,} parameters" if count else ""
     use = (
@@ -103,7 +103,10 @@ def _summary(config: Mapping[str, Any], facts: CardFacts) -> str:
     source = section(section(config, KEY), "teacher").get("source")
     if source:
         lines.append(f"It learned from a frozen teacher, {code(source)}.")
-    if is_converted(config):
+    if copying:
+        method = METHODS.get(str(section(arguments, "copied").get("method")), "parts of its attention")
+        lines.append(f"It runs with {method}, and holds the part of the teacher that this takes.")
+    if converted:
         lines.append(f"Its attention was converted: {code(arguments.get('plan'))}.")
     return " ".join(lines)
 
@@ -124,35 +127,27 @@ def _loading(config: Mapping[str, Any], facts: CardFacts) -> str:
             rows.append((name, code(described[name])))
     rows.append(("output", f"logits of {classes(config)} classes" if classes(config) else "features"))
     block = "\n".join(["```python", *load_lines(config, facts), "```"])
-    return f"{needs}\n\n{block}\n\n{table(rows)}\n{_with_teacher(config)}"
+    rows += _cost_rows(config)
+    note = f"**It is {BARE_WORDS}.**" if _is_bare(config) else ""
+    return f"{needs}\n\n{block}\n\n{table(rows)}\n{note}"
 
 
-def _with_teacher(config: Mapping[str, Any]) -> str:
-    """How to put a copying student and its teacher together; nothing for the others."""
-    recipe = _recipe(config)
-    if not copies(recipe):
-        return ""
-    settings, teacher = section(recipe, "transfer"), section(section(config, KEY), "teacher")
-    source, revision = str(teacher.get("source", "THE TEACHER")), teacher.get("revision")
-    if revision and source.startswith("hf-hub:") and "@" not in source:
-        source = f"{source}@{revision}"
-    options = "".join(
-        f", {name}={json.dumps(settings[name])}" for name in ("layers", "heads") if name in settings
+def _cost_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a copying student and the part of its teacher cost; nothing for the others."""
+    cost, names = (
+        section(section(config, KEY), COST),
+        {"student": "the student itself", "teacher": "the part of its teacher"},
     )
-    size = section(recipe, "teacher").get("img_size")
-    loaded = json.dumps(source) + (f", img_size={json.dumps(size)}" if size else "")
-    return "\n".join(
-        [
-            "**It needs its teacher.** At the copied layers it was trained with parts of the teacher's attention",
-            "in place of its own, which were not trained. The lines above load the student alone; put the two",
-            "together to get what was trained:\n",
-            "```python",
-            "from graftvit import DualViT, load_teacher",
-            f"dual = DualViT(load_teacher({loaded}), model, {json.dumps(settings['method'])}{options}).eval()",
-            "logits = dual(images).logits",
-            "```",
-        ]
-    )
+    known = [(name, section(cost, key)) for key, name in names.items()]
+    return [
+        (name, f"{part['parameters']:,} parameters, {part['macs'] / 1e6:,.1f} M multiply-adds an image")
+        for name, part in known
+        if all(isinstance(part.get(key), int) for key in ("parameters", "macs"))
+    ]
+
+
+def _is_bare(config: Mapping[str, Any]) -> bool:
+    return section(config, KEY).get(BARE) is True
 
 
 def _making(config: Mapping[str, Any]) -> str:
@@ -202,19 +197,18 @@ def _results(config: Mapping[str, Any], facts: CardFacts) -> str:
     split = section(_recipe(config), "data").get("val_split")
     name = (code(dataset) if dataset else "not recorded") + (f", {code(split)}" if split and dataset else "")
     values = (f"{found[key]:.4g}" if key in ("loss", "epoch") else f"{found[key]:.2f}" for key in shown)
-    note = "Measured by the run that trained it" + (", with its teacher." if copies(_recipe(config)) else ".")
-    return f"{table([(name, *values)], 'data', *(names[key] for key in shown))}\n{note}"
+    results = table([(name, *values)], "data", *(names[key] for key in shown))
+    return f"{results}\nMeasured by the run that trained it."
 
 
 def _limits(config: Mapping[str, Any]) -> str:
-    recipe = _recipe(config)
     if classes(config):
         use = f"To sort images into its {classes(config)} classes, and as a start for fine-tuning."
     else:
         use = "As image features, and as a start for fine-tuning."
     limits = ["Images must be prepared as above; `transform` does it."]
-    if copies(recipe):
-        limits.append("Without its teacher it does not compute what it was trained to compute.")
+    if _is_bare(config):
+        limits.append(f"It is {BARE_WORDS}: it does not compute what it was trained to compute.")
     if section(config, KEY).get("teacher"):
         limits.append(
             "What is wrong with the teacher, or with the data that it saw, may be wrong with it too."

@@ -15,7 +15,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
 from ...models.errors import CheckpointError
+from ..copying import refuse_unnamed
 from ..folders import CONFIG
+from ..provenance import KEY
 from ..public import public
 from ..report import some
 from ..shards import weight_map
@@ -87,6 +89,7 @@ def plan_upload(
     _check_repository(repository)
     folder = Path(folder)
     config = _config(folder)
+    refuse_unnamed(str(config["architecture"]), section(config, KEY), str(folder))
     weights = _weights(folder)
     claim = claim_licence(config, licence, confirmed=confirm_licence)
     own = _own_card(folder)

@@ -45,12 +45,6 @@ MODES = {
 Rows = list[tuple[str, str]]
 
 
-def copies(recipe: Mapping[str, Any]) -> bool:
-    """Whether the student computes with parts of its teacher's attention, so that it is nothing without it."""
-    method = str(section(recipe, "transfer").get("method", ""))
-    return recipe.get("mode") == "transfer" and method.startswith("copy")
-
-
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A section of a config, empty where it is absent or is none."""
     found = config.get(name)

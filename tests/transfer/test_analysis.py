@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from copied_models import CASES, MAPS, pair, whole
+from dense import images as dense_images
+from graftvit.models.attention.base import QKV, Heads
 from graftvit.models.conversion import convert
+from graftvit.models.copied import copied_layers
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.models.host import AttentionHost, host_attention
 from graftvit.transfer.analysis import attention_maps, divergence_by_layer, js_divergence, map_divergence
@@ -168,3 +173,50 @@ def test_maps_of_converted_layers_are_their_operators_own() -> None:
     softmax = attention_maps(model, images(model))[0]
     assert not torch.allclose(found[0], softmax, atol=1e-3)
     assert not layer.attn.operator._forward_pre_hooks
+
+
+class Watched:
+    """A copied layer's operator, run by `watch`."""
+
+    needs = QKV
+
+    def __init__(self, operator: Any, watch: Callable[[Heads], Tensor]) -> None:
+        self.operator, self.tape, self.watch = operator, operator.tape, watch
+
+    def __call__(self, heads: Heads) -> Tensor:
+        return self.watch(heads)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MAPS])
+@pytest.mark.parametrize("method", ["copy", "copy_q", "copy_k"])
+def test_a_copied_layers_map_is_the_one_that_it_applies(case: str, method: str) -> None:
+    if case in MAPS and method != "copy":
+        return
+    model = whole(*pair(case, method))
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    for index, layer in copied_layers(model).items():
+        operator = layer.operator
+
+        def watch(heads: Heads, index: int = index, operator: Any = operator) -> Tensor:
+            out: Tensor = operator.taught(Heads(heads.q, heads.k, heads.v, heads.bias, heads.scale))
+            assert heads.v is not None
+            seen[index] = heads.v, out
+            return out
+
+        layer.operator = Watched(operator, watch)  # type: ignore[assignment]
+    with torch.no_grad():
+        model(dense_images())
+    for layer in copied_layers(model).values():
+        layer.operator = layer.operator.operator  # type: ignore[attr-defined]
+    maps = attention_maps(model, dense_images())
+    assert maps.keys() == set(range(len(model.blocks)))  # type: ignore[arg-type]
+    assert seen.keys() == copied_layers(model).keys()
+    for index, (v, out) in seen.items():
+        torch.testing.assert_close(maps[index].double() @ v, out, rtol=1e-5, atol=1e-5)
+    assert all(layer.operator.map for layer in copied_layers(model).values())  # left as it was
+
+
+def test_a_layer_that_copies_values_has_its_own_map() -> None:
+    dual, teacher = pair("alike", "copy_v")
+    maps = attention_maps(whole(dual, teacher), dense_images())
+    torch.testing.assert_close(maps[0], attention_maps(dual.release(), dense_images())[0])

@@ -48,7 +48,7 @@ def visualize(
     """
     loaded = {"student": load_teacher(source, **how)}
     student = loaded["student"].model
-    check_supported(student)
+    check_supported(student, copied=True)
     if teacher is not None:
         loaded["teacher"] = _beside(teacher, loaded["student"])
     layout = token_layout(student)
