@@ -216,7 +216,10 @@ def _transfer_words(outline: Outline) -> str:
         loss += f", temperature {settings.temperature:g}"
     if settings.rows < 1:
         loss += f", {settings.rows:.0%} of the query rows"
-    return "\n".join([*lines, "the student needs its teacher at inference" if dual.needs_teacher else loss])
+    if dual.needs_teacher:
+        count = parameter_count(dual.teacher_part)
+        loss = f"the student leaves with the part of its teacher that it runs with, {count / 1e6:.1f} M parameters"
+    return "\n".join([*lines, loss])
 
 
 def _trained_words(outline: Outline) -> str:

@@ -100,7 +100,7 @@ def test_the_plan_is_that_of_the_run(method: str, teacher: str, tmp_path: Path) 
     assert "2>2, 3>3" in plan["transfer"]
     assert plan["data"] == "200 training images, 10 classes"
     assert plan["length"] == "12 steps, 4 an epoch, 4 of them warm-up"
-    assert ("needs its teacher" in plan["transfer"]) == method.startswith("copy")
+    assert ("the part of its teacher" in plan["transfer"]) == method.startswith("copy")
     assert not (tmp_path / "run").exists(), "a plan leaves nothing behind"
 
 

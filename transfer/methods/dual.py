@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -81,6 +81,11 @@ class DualViT(nn.Module):
     def teacher(self) -> nn.Module:
         """The whole frozen teacher."""
         return self._teacher[0]
+
+    @property
+    def teacher_part(self) -> nn.Module:
+        """What of the teacher a step runs."""
+        return cast(nn.Module, self._view[0])
 
     @property
     def needs_teacher(self) -> bool:
