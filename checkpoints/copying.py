@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm.models import split_model_name_tag
+from torch import Tensor
 
 from ..models.copied import ARCHITECTURE, CopiedTeacher
 from ..models.copying.input import Normalization
 from ..models.errors import CheckpointError, GraftError
 from .build import build
 from .fit import own_norm_eps
+from .folders import read_folder
 from .provenance import BARE, COST, copies
+from .sources import FolderSource
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -40,7 +45,8 @@ def copied_teacher(teacher: Teacher) -> CopiedTeacher:
 def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: bool) -> Weights:
     """`weights` with the teacher's part where the student copies attention, or with `bare` without it.
 
-    A training state holds the student alone: its teacher is loaded from where the run had it.
+    A training state holds the student alone: its teacher is taken from what the run has exported, or loaded from where
+    the run had it.
 
     Raises CheckpointError: that teacher cannot be loaded; these are the weights of a bare student, and nobody said
     so; `bare` is said of a model that copies nothing.
@@ -48,8 +54,10 @@ def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: 
     if weights.architecture == ARCHITECTURE:
         if bare:
             return _bare(weights)
-        has_teacher = any(name.startswith(TEACHER) for name in weights.tensors)
-        return weights if has_teacher else _with_teacher(weights, load_teacher)
+        if _of_teacher(weights):
+            return weights
+        part = _part_beside(weights) or _load_part(weights, load_teacher)
+        return replace(weights, tensors={**weights.tensors, **part})
     if not bare:
         refuse_unnamed(weights.architecture, weights.provenance, weights.origin)
         return weights
@@ -103,7 +111,21 @@ def _marked(weights: Weights) -> Weights:
     return replace(weights, provenance=made | {BARE: True}, notes=(*weights.notes, BARE_WORDS))
 
 
-def _with_teacher(weights: Weights, load_teacher: Callable[..., Teacher]) -> Weights:
+def _of_teacher(weights: Weights) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.tensors.items() if name.startswith(TEACHER)}
+
+
+def _part_beside(weights: Weights) -> dict[str, Tensor]:
+    """The part of the same teacher in the student that the run of this state has exported; nothing without one."""
+    with suppress(CheckpointError):
+        exported = read_folder(FolderSource(Path(weights.origin).parent.parent / "student"))
+        if exported.model_args.get("copied") == weights.model_args["copied"]:
+            return _of_teacher(exported)
+    return {}
+
+
+def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[str, Tensor]:
+    """That part of the teacher, loaded as the run loaded it."""
     recipe: Mapping[str, Any] = weights.provenance["recipe"]["teacher"]
     known: Mapping[str, Any] = weights.provenance.get("teacher") or {}
     try:
@@ -124,5 +146,4 @@ def _with_teacher(weights: Weights, load_teacher: Callable[..., Teacher]) -> Wei
     prefix = f"{TEACHER}model."
     wanted = [name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)]
     found = teacher.model.state_dict()
-    tensors = {f"{prefix}{name}": found[name] for name in wanted if name in found}
-    return replace(weights, tensors={**weights.tensors, **tensors})
+    return {f"{prefix}{name}": found[name] for name in wanted if name in found}
