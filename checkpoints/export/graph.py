@@ -23,6 +23,7 @@ from ...models.attention.softmax import SoftmaxAttention
 from ...models.attention.ttt import TTTAttention
 from ...models.attention.uniform import UniformAttention
 from ...models.conversion import converted_layers
+from ...models.copied import copying_of
 from ...models.errors import UnsupportedModelError
 from ..build import one_line
 
@@ -58,6 +59,10 @@ def check_dynamic(model: Any, dynamic: Collection[str]) -> None:
     if "resolution" not in dynamic:
         return
     name, way_out = type(model).__name__, "export it at a fixed size (img_size) with dynamic batch alone"
+    if copying_of(model) is not None:
+        raise UnsupportedModelError(
+            f"dynamic resolution: this {name} runs with a part of its teacher, whose grid is fixed; {way_out}"
+        )
     for index, layer in converted_layers(model).items():
         feature = getattr(layer.operator, "feature", None)
         if not isinstance(layer.operator, ANY_GRID) or getattr(feature, "needs_grid", False):

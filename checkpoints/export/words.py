@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.conversion import plan_of
+from ...models.copied import copying_of
 from ..public import public_text
 from ..teacher import Teacher
 from .check import Shape
@@ -76,6 +77,7 @@ def words_of(
         pixels += f" or any multiple of {patch[0]} x {patch[1]}"
     values = "values 0..1" if normalise else "normalised"
     plan, classes = plan_of(model), int(getattr(model, "num_classes", 0))
+    copying = copying_of(model)
     if mean is not None and std is not None and not normalise:
         values = f"normalised, mean {_numbers(mean)} and std {_numbers(std)}"
     return {
@@ -88,6 +90,7 @@ def words_of(
         "output": "logits" if classes else "features",
         **({"classes": str(classes)} if classes else {}),
         **({} if plan is None else {"plan": plan}),
+        **({} if copying is None else {"copies": f"{copying.method} of {copying.teacher.architecture}"}),
     }
 
 

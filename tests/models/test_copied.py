@@ -114,6 +114,12 @@ def test_it_is_exported_as_one_graph(case: str, method: str, tmp_path: Any) -> N
     torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_free_resolution_is_refused(tmp_path: Any) -> None:
+    alone = whole(*pair("alike", "copy", torch.float32))
+    with pytest.raises(UnsupportedModelError, match=r"dynamic resolution: .* part of its teacher"):
+        export_model(alone, tmp_path / "model.pt2", dynamic=("batch", "resolution"))
+
+
 @torch.no_grad()
 def test_another_image_size() -> None:
     dual, teacher = pair("larger images", "copy")
