@@ -148,6 +148,19 @@ class DataConfig(Section):
     train_split: str = Field("train", description="split to train on")
     val_split: str = Field("validation", description="split to evaluate on")
     download: bool = Field(False, description="let torchvision download the data set")
+    image_column: str | None = Field(
+        None,
+        description="column of the images in hfds and hfids, feature in tfds, file ending in wds; guessed by default",
+    )
+    label_column: str | None = Field(
+        None,
+        description="column of the labels in hfds and hfids, feature in tfds, field of the .json in wds; guessed by "
+        "default",
+    )
+    classes: str | list[str] | None = Field(
+        None,
+        description="classes to keep of a larger set: names joined by commas, or a text file with a name a line",
+    )
     num_classes: int | None = Field(None, description="number of classes; read from the data set by default")
     train_samples: int | None = Field(
         None, gt=0, description="use only this many training samples, balanced over classes"

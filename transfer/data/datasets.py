@@ -5,28 +5,34 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from timm.data.dataset_factory import create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
+from .classes import keep_classes, wanted_classes
 from .digits import DigitsSource
+from .folders import tidy
+from .hub import open_hub
 from .images import ImageSource, ReaderSource, TorchvisionSource
+from .readers import create
+from .splits import EVAL_NAMES, TRAIN_NAMES, synonyms
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 FAMILIES = ("folder", "digits", "torch/...", *(f"{name}/..." for name in PACKAGES))
 MODES = {1: "L", 3: "RGB"}
-TRAIN_NAMES = ("train", "training")
-EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
+EXTRAS = {"hfds": "hfds", "hfids": "hfds", "wds": "wds"}
+"""The extra of this package that brings what a family needs."""
 
 
 def check_dataset(config: DataConfig) -> None:
     """Raise what `open_dataset` would for an unknown name, a missing package or folder, without reading any image."""
+    wanted_classes(config)
     if _check_family(config.dataset if config.dataset != "folder" else "") == "":
         _check_folder(config, config.train_split)
 
@@ -42,16 +48,32 @@ def open_dataset(
         raise DataError(f"images of {channels} channels cannot be read; a model's in_chans must be 1 or 3")
     name = config.dataset if config.dataset != "folder" else ""
     family = _check_family(name)
+    found = _open(config, name, family, split, MODES[channels], training, seed)
+    if not isinstance(found, IterableDataset):
+        return keep_classes(config, found)
+    if config.classes is not None:
+        raise ConfigError(f"data.classes needs labels by index; {config.dataset} is a stream")
+    return found
+
+
+def _open(
+    config: DataConfig, name: str, family: str, split: str, mode: str, training: bool, seed: int
+) -> ImageSource | IterableDataset[Any]:
     if family == "digits":
-        return DigitsSource(split, MODES[channels])
+        return DigitsSource(split, mode)
+    if family == "hfds":
+        return open_hub(config, split, mode)
     if family == "":
         _check_folder(config, split)
-    dataset = _create(config, name, split, MODES[channels], training, seed)
+    labels = _class_map(config, split) if family == "" else None
+    dataset = create(config, name, split, mode, training=training, seed=seed, class_map=labels)
     if isinstance(dataset, IterableDataset):
         return dataset
+    if isinstance(getattr(dataset, "reader", None), ReaderImageFolder):
+        tidy(dataset.reader)
     if hasattr(dataset, "reader"):
-        return ReaderSource(dataset.reader, MODES[channels])
-    return TorchvisionSource(dataset, MODES[channels])
+        return ReaderSource(dataset.reader, mode)
+    return TorchvisionSource(dataset, mode)
 
 
 def _check_family(name: str) -> str:
@@ -63,7 +85,8 @@ def _check_family(name: str) -> str:
         raise ConfigError(f"data.dataset={name!r} is not known; {did_you_mean(name, FAMILIES)}")
     if family in PACKAGES and importlib.util.find_spec(PACKAGES[family]) is None:
         package = PACKAGES[family]
-        raise DataError(f"data.dataset={name} needs the package {package}: pip install {package}")
+        extra = f" (or pip install 'graftvit[{EXTRAS[family]}]')" if family in EXTRAS else ""
+        raise DataError(f"data.dataset={name} needs the package {package}: pip install {package}{extra}")
     return family
 
 
@@ -77,46 +100,18 @@ def _check_folder(config: DataConfig, split: str) -> None:
         raise DataError(f"data.data_path={config.data_path} does not exist")
     if root.is_file():
         return
-    wanted = _synonyms(split)
+    wanted = synonyms(split)
     if any((root / name).exists() for name in wanted):
         return
-    others = [name for name in (*TRAIN_NAMES, *EVAL_NAMES) if name not in wanted and (root / name).is_dir()]
+    usual = (*TRAIN_NAMES, *EVAL_NAMES, "test")
+    others = [name for name in usual if name not in wanted and (root / name).is_dir()]
     if others:
         # timm would read the whole folder, and so evaluate on the training images.
         raise DataError(
-            f"data.data_path={config.data_path} has no folder for split {split!r}, only {', '.join(others)}"
+            f"data.data_path={config.data_path} has no folder for split {split!r}, only {', '.join(others)}; "
+            f"data.{'train_split' if split == config.train_split else 'val_split'} names another"
         )
     logger.warning("%s has no folder for split %r: all of it is used", config.data_path, split)
-
-
-def _synonyms(split: str) -> tuple[str, ...]:
-    split = split.split("[")[0]
-    return next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), (split,))
-
-
-def _create(config: DataConfig, name: str, split: str, mode: str, training: bool, seed: int) -> Any:
-    try:
-        return create_dataset(
-            name,
-            root=config.data_path,
-            split=split,
-            is_training=training,
-            download=config.download,
-            batch_size=config.batch_size,
-            seed=seed,
-            input_img_mode=mode,
-            class_map=cast("dict[str, int]", _class_map(config, split) if name == "" else None),
-        )
-    except ImportError as error:
-        raise DataError(f"data.dataset={name} needs a package that is missing: {error}") from error
-    except (
-        Exception
-    ) as error:  # each reader fails in its own way: asserts, RuntimeError, errors of the network
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"data.dataset={name or 'folder'}, split {split!r}, cannot be read from "
-            f"data.data_path={config.data_path}: {reason}"
-        ) from error
 
 
 def _class_map(config: DataConfig, split: str) -> dict[str, int] | None:
@@ -136,7 +131,7 @@ def _class_map(config: DataConfig, split: str) -> dict[str, int] | None:
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
-    return next((root / name for name in (split, *_synonyms(split)) if (root / name).is_dir()), None)
+    return next((root / name for name in (split, *synonyms(split)) if (root / name).is_dir()), None)
 
 
 def _subfolders(folder: Path) -> set[str]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from PIL import Image
 
+UNLABELED = -1
+"""The label of an image that has none."""
+
 
 class ImageSource(Protocol):
-    """Images that are read by index; nothing is decoded before `read`."""
+    """Images that are read by index; nothing is decoded before `read`.
+
+    `targets` are the labels where they are known without reading, `UNLABELED` for images in no class folder.
+    """
 
     @property
     def targets(self) -> Sequence[int] | None: ...
@@ -26,8 +33,14 @@ class ReaderSource:
     def __init__(self, reader: Any, mode: str) -> None:
         self._reader = reader
         self._mode = mode
-        self.class_names: Sequence[str] | None = tuple(getattr(reader, "class_to_idx", ())) or None
-        self.targets: Sequence[int] | None = _reader_targets(reader)
+        names: tuple[str, ...] = tuple(
+            getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or ()
+        )
+        self._flat = names == ("",)  # timm takes a folder without class folders for one class
+        self.class_names: Sequence[str] | None = None if self._flat else names or None
+        self.targets: Sequence[int] | None = (
+            [UNLABELED] * len(reader) if self._flat else _reader_targets(reader)
+        )
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -35,7 +48,7 @@ class ReaderSource:
     def read(self, index: int) -> tuple[Image.Image, int]:
         stream, target, *_ = self._reader[index]
         with stream, Image.open(stream) as image:
-            return image.convert(self._mode), int(target)
+            return image.convert(self._mode), UNLABELED if self._flat else int(target)
 
     def path(self, index: int) -> str:
         return str(self._reader.filename(index, absolute=True))
@@ -44,6 +57,8 @@ class ReaderSource:
 def _reader_targets(reader: Any) -> Sequence[int] | None:
     if hasattr(reader, "iter_targets"):
         return [int(target) for target in reader.iter_targets()]
+    if hasattr(reader, "targets"):  # of tar files
+        return [int(target) for target in reader.targets]
     samples = getattr(reader, "samples", None)
     return None if samples is None else [int(sample[1]) for sample in samples]
 
@@ -68,3 +83,29 @@ class TorchvisionSource:
     def path(self, index: int) -> str:
         files = getattr(self._dataset, "samples", None)
         return f"sample {index}" if files is None else str(files[index][0])
+
+
+@dataclass(frozen=True)
+class SubsetSource:
+    """The images `indices` of another source, in that order."""
+
+    source: ImageSource
+    indices: Sequence[int]
+
+    @property
+    def targets(self) -> Sequence[int] | None:
+        targets = self.source.targets
+        return None if targets is None else [targets[index] for index in self.indices]
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.read(self.indices[index])
+
+    def path(self, index: int) -> str:
+        return self.source.path(self.indices[index])

@@ -100,8 +100,16 @@ class StreamFetcher:
         self._batches = StreamBatches(stream, transform, batch_size, seed, rank)
 
     def once(self) -> Iterator[Batch]:
-        """The stream from its beginning to its end."""
-        yield from guarded(create_loader(self._batches, self._workers))
+        """The stream from its beginning to its end. Raises DataError where nothing comes."""
+        some = False
+        for batch in guarded(create_loader(self._batches, self._workers)):
+            some = True
+            yield batch
+        if not some:
+            raise DataError(
+                f"the streamed data set gave none of its {len(self.stream)} images: each was skipped, as a warning "
+                "says, or its shards are empty; data.image_column and data.label_column say where a sample has them"
+            )
 
     def epoch(
         self, epoch: int, start: int, length: int, mixing: Mixup | None

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_sets import encoded, write_classes, write_images, write_tar
 from graftvit.models.errors import ConfigError, DataError, GraftError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import open_dataset
-from graftvit.transfer.data.images import ImageSource
+from graftvit.transfer.data.images import UNLABELED, ImageSource
 from PIL import Image
 
 
@@ -120,3 +121,73 @@ def test_an_unknown_torchvision_set_is_named(tmp_path: Path) -> None:
 def test_other_channels_are_refused() -> None:
     with pytest.raises(DataError, match="4 channels"):
         source(channels=4, dataset="digits")
+
+
+def test_a_tar_file_is_read_with_its_folders_as_classes(tmp_path: Path) -> None:
+    members = {"cat/0.png": encoded(0), "cat/1.png": encoded(1), "dog/0.png": encoded(2)}
+    images = source(data_path=str(write_tar(tmp_path / "set.tar", members)))
+    assert images.class_names == ("cat", "dog")
+    assert images.targets == [0, 0, 1]
+    assert images.read(2)[1] == 1
+
+
+def test_a_folder_without_class_folders_has_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    images = source(data_path=str(tmp_path))
+    assert images.class_names is None
+    assert images.targets == [UNLABELED] * 3
+    assert images.read(0)[1] == UNLABELED
+
+
+def test_images_beside_class_folders_are_no_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_classes(tmp_path, ["cat", "dog"])
+    write_images(tmp_path / "train", 2)
+    with caplog.at_level(logging.WARNING):
+        images = source(data_path=str(tmp_path))
+    assert images.class_names == ("cat", "dog")
+    assert images.targets == [0, 0, 0, 1, 1, 1]
+    assert images.read(5)[1] == 1
+    assert "dog/102.png" in images.path(5)
+    assert "2 images beside the class folders" in caplog.text
+
+
+def test_class_folders_of_one_name_in_several_places_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for parent in ("red", "blue"):
+        write_images(tmp_path / "train" / parent / "cat", 1)
+    write_images(tmp_path / "train" / "red" / "dog", 1)
+    with caplog.at_level(logging.WARNING):
+        images = source(data_path=str(tmp_path))
+    assert images.class_names == ("cat", "dog")
+    assert "cat (blue/cat, red/cat)" in caplog.text
+    assert "dog (" not in caplog.text
+
+
+def test_some_classes_are_kept_of_a_larger_folder(tmp_path: Path) -> None:
+    write_classes(tmp_path, ["ant", "bee", "cat", "class10", "class2"])
+    images = source(data_path=str(tmp_path), classes="class10,bee,class2")
+    assert images.class_names == ("bee", "class2", "class10")
+    assert images.targets == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [Path(images.path(index)).parent.name for index in (0, 3, 6)] == ["bee", "class2", "class10"]
+    assert images.read(8)[1] == 2
+    names = tmp_path / "names.txt"
+    names.write_text("# three\nclass10\n\nbee\nclass2\n")
+    for classes in (str(names), ["bee", "class10", "class2"]):
+        again = source("validation", data_path=str(tmp_path), classes=classes)
+        assert (again.class_names, again.targets) == (images.class_names, images.targets)
+
+
+def test_classes_that_are_not_there_are_named(tmp_path: Path) -> None:
+    write_classes(tmp_path, ["bee", "cat"])
+    assert "data.classes names 'bea'" in refusal(DataError, data_path=str(tmp_path), classes="bea,cat")
+    assert "missing.txt" in refusal(ConfigError, data_path=str(tmp_path), classes="missing.txt")
+    assert "names no class" in refusal(ConfigError, data_path=str(tmp_path), classes=" ,")
+    write_images(tmp_path / "flat", 1)
+    assert "has none" in refusal(DataError, data_path=str(tmp_path / "flat"), classes="cat")
+
+
+def test_a_split_of_another_name_is_hinted_at(tmp_path: Path) -> None:
+    write_classes(tmp_path, ["bee"], ["train", "test"])
+    message = refusal(DataError, "validation", data_path=str(tmp_path))
+    assert "only train, test; data.val_split names another" in message

@@ -66,7 +66,7 @@ def operations(aa: str, spec: Preprocessing = RGB) -> list[Any]:
 
 @pytest.mark.parametrize("spec", [RGB, GREY])
 def test_each_operation_takes_each_magnitude(spec: Preprocessing) -> None:
-    image = Image.fromarray(NOISE).convert("RGB" if spec.size[0] == 3 else "L")
+    image = Image.fromarray(NOISE).convert("RGB" if spec.input_size[0] == 3 else "L")
     seen = set()
     for aa in FAMILIES:
         for operation in operations(aa, spec):

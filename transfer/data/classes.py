@@ -1,0 +1,80 @@
+"""Some classes of a larger set (`data.classes`), such as the hundred of ImageNet-100."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from timm.utils.misc import natural_key
+
+from ...models.errors import ConfigError, DataError, did_you_mean
+from ..config import DataConfig
+from .images import ImageSource
+
+
+class KeptClasses:
+    """The images of `source` that are of the classes `names`, which are numbered in that order."""
+
+    def __init__(self, source: ImageSource, names: Sequence[str]) -> None:
+        known = {name: place for place, name in enumerate(source.class_names or ())}
+        places = {known[name]: place for place, name in enumerate(names)}
+        self.class_names = tuple(names)
+        self._source = source
+        self._indices = [index for index, target in enumerate(source.targets or ()) if target in places]
+        self.targets = [places[(source.targets or ())[index]] for index in self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self._source.read(self._indices[index])[0], self.targets[index]
+
+    def path(self, index: int) -> str:
+        return self._source.path(self._indices[index])
+
+
+def keep_classes(config: DataConfig, source: ImageSource) -> ImageSource:
+    """`source` without the classes that `data.classes` leaves out, in the order that folders of these alone have.
+
+    Raises DataError: the set has no classes with names, or not these.
+    """
+    names = wanted_classes(config)
+    if names is None:
+        return source
+    if source.class_names is None or source.targets is None:
+        raise DataError("data.classes needs a data set whose classes have names, and this one has none")
+    for name in names:
+        if name not in source.class_names:
+            near = did_you_mean(name, source.class_names)
+            raise DataError(f"data.classes names {name!r}, which is no class of the data set; {near}")
+    return KeptClasses(source, names)
+
+
+def wanted_classes(config: DataConfig) -> list[str] | None:
+    """The names in `data.classes`, sorted as timm sorts folders; None where all are kept.
+
+    Raises ConfigError: the file cannot be read, or no name is given.
+    """
+    given = config.classes
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = _read(Path(given)) if given.endswith(".txt") or Path(given).is_file() else given.split(",")
+    names = sorted({name.strip() for name in given} - {""}, key=natural_key)
+    if not names:
+        raise ConfigError(
+            f"data.classes={config.classes!r} names no class; give names, or a file with a name a line"
+        )
+    return names
+
+
+def _read(path: Path) -> list[str]:
+    """The lines of a file, without comments."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.classes={path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    return [line for line in lines if not line.startswith("#")]

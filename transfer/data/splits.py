@@ -1,0 +1,12 @@
+"""Names of splits: what people call the training and the validation images."""
+
+from __future__ import annotations
+
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
+
+
+def synonyms(split: str) -> tuple[str, ...]:
+    """The names that mean the same split, this one among them."""
+    split = split.split("[")[0]
+    return next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), (split,))
