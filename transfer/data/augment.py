@@ -101,14 +101,17 @@ def seed_generators(seed: int) -> None:
 
 
 def create_mixing(config: DataConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, or None where both are off; it smooths the labels that it mixes."""
+    """timm's mixup and cutmix, or None where both are off; it smooths the labels that it mixes.
+
+    Without classes (0) images are mixed as those of one class.
+    """
     if config.mixup <= 0 and config.cutmix <= 0:
         return None
     return Mixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
         label_smoothing=config.smoothing,
-        num_classes=num_classes,
+        num_classes=max(1, num_classes),
     )
 
 
@@ -119,6 +122,8 @@ def mix(mixing: Mixup, images: Tensor, targets: Tensor, seed: int) -> tuple[Tens
     image a twin, which is dropped again.
     """
     seed_generators(seed)
+    if mixing.num_classes == 1:
+        targets = torch.zeros_like(targets)  # also of images without a label
     count = len(images)
     if count % 2:
         images, targets = torch.cat([images, images[-1:]]), torch.cat([targets, targets[-1:]])

@@ -37,6 +37,13 @@ def check_dataset(config: DataConfig) -> None:
         _check_folder(config, config.train_split)
 
 
+def has_split(config: DataConfig, split: str) -> bool:
+    """Whether a folder has a folder for this split; of any other data set only its reader can tell."""
+    if config.dataset not in ("", "folder"):
+        return True
+    return config.data_path is not None and _split_folder(Path(config.data_path), split) is not None
+
+
 def open_dataset(
     config: DataConfig, split: str, channels: int, *, training: bool, seed: int = 0
 ) -> ImageSource | IterableDataset[Any]:

@@ -29,6 +29,16 @@ def subset_classes(name: str) -> tuple[int, ...]:
     return tuple(int(line) for line in text.split())
 
 
+def find_subset(folders: Sequence[str] | None) -> str | None:
+    """The subset whose WordNet ids are the names of these class folders; None for any other folders."""
+    for name in get_args(Subset):
+        if folders is not None and set(folders) == set(
+            _shipped(f"{name.replace('-', '_')}_synsets.txt").split()
+        ):
+            return str(name)
+    return None
+
+
 def real_labels(paths: Sequence[str], file: Path | None = None) -> Tensor:
     """ReaL labels (arXiv:2006.07159) of ImageNet validation images by file name: (images, 1000) bool.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -13,15 +14,20 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, eval_transform, train_transform
-from .datasets import open_dataset
+from .datasets import has_split, open_dataset
 from .fetch import Fetcher
-from .images import ImageSource
-from .labels import real_labels
+from .images import ImageSource, SubsetSource
+from .labels import IMAGENET_CLASSES, real_labels
 from .loading import EvalBatches, TrainBatches
 from .sampler import Indices, balanced_subset, epoch_order, eval_requests, train_requests
 from .streams import StreamFetcher, read_all_on_every_rank
 
-__all__ = ["EvalLoader", "TrainLoader", "create_eval_loader", "create_train_loader"]
+__all__ = [
+    "EvalLoader", "TrainLoader",
+    "create_eval_loader", "create_reference_loader", "create_train_loader", "find_eval_loader",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class TrainLoader:
@@ -44,9 +50,10 @@ class TrainLoader:
         seed: int,
         rank: int,
         world_size: int,
+        labels: bool = True,
     ) -> None:
-        self.num_classes = _count_classes(config, source.class_names, source.targets)
-        subset = _subset(config, source)
+        self.num_classes = _count_classes(config, source.class_names, source.targets, labels)
+        subset = _subset(config, source, labels)
         self.num_samples = len(subset)
         if self.num_samples < world_size:
             raise DataError(
@@ -105,10 +112,11 @@ class StreamTrainLoader(TrainLoader):
         seed: int,
         rank: int,
         world_size: int,
+        labels: bool = True,
     ) -> None:
         if config.train_samples is not None:
             raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} is a stream")
-        self.num_classes = _count_classes(config, _stream_classes(stream), None)
+        self.num_classes = _count_classes(config, _stream_classes(stream), None, labels)
         self.batch_size = config.batch_size
         self._stream = StreamFetcher(
             stream,
@@ -139,8 +147,11 @@ class EvalLoader:
     """Evaluation batches of this rank: (images, targets, valid), as many on every rank, padding not valid.
 
     Over all ranks each image is valid once; unreadable ones, and those without a ReaL label, never. Targets
-    are (B,) long, or (B, classes) float, 1 for each accepted class, with ReaL labels.
+    are (B,) long, or (B, classes) float, 1 for each accepted class, with ReaL labels. `num_classes` is 0 for
+    images without labels.
     """
+
+    class_names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -150,14 +161,18 @@ class EvalLoader:
         *,
         rank: int,
         world_size: int,
-        real: bool,
+        real: bool = False,
+        labels: bool = True,
     ) -> None:
-        labels = real_labels([source.path(index) for index in range(len(source))]) if real else None
+        accepted = real_labels([source.path(index) for index in range(len(source))]) if real else None
         self.num_samples = len(source)
-        self.num_classes = 1000 if real else _count_classes(config, source.class_names, source.targets)
+        self.class_names = None if real else source.class_names
+        self.num_classes = (
+            IMAGENET_CLASSES if real else _count_classes(config, source.class_names, source.targets, labels)
+        )
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
-        batches = EvalBatches(source, eval_transform(spec), spec.input_size, labels)
+        batches = EvalBatches(source, eval_transform(spec), spec.input_size, accepted)
         self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
 
     @property
@@ -177,10 +192,18 @@ class StreamEvalLoader(EvalLoader):
     """A stream, read whole by every rank, which counts every `world_size`-th batch: sums are exact."""
 
     def __init__(
-        self, stream: object, config: DataConfig, spec: Preprocessing, *, rank: int, world_size: int
+        self,
+        stream: object,
+        config: DataConfig,
+        spec: Preprocessing,
+        *,
+        rank: int,
+        world_size: int,
+        labels: bool = True,
     ) -> None:
         read_all_on_every_rank(stream)
-        self.num_classes = _count_classes(config, _stream_classes(stream), None)
+        self.class_names = _stream_classes(stream)
+        self.num_classes = _count_classes(config, self.class_names, None, labels)
         self._rank, self._world_size = rank, world_size
         self._stream = StreamFetcher(
             stream,
@@ -204,27 +227,85 @@ class StreamEvalLoader(EvalLoader):
 
 
 def create_train_loader(
-    config: DataConfig, spec: Preprocessing, *, seed: int, rank: int = 0, world_size: int = 1
+    config: DataConfig,
+    spec: Preprocessing,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    labels: bool = True,
 ) -> TrainLoader:
-    """The training loader of `config.train_split`. Raises DataError or ConfigError, one sentence each."""
+    """The training loader of `config.train_split`. Raises DataError or ConfigError, one sentence each.
+
+    Without `labels` the data set may have none: `num_classes` is then 0, and the targets say nothing.
+    """
     dataset = open_dataset(config, config.train_split, spec.input_size[0], training=True, seed=seed)
     kind = StreamTrainLoader if isinstance(dataset, IterableDataset) else TrainLoader
-    return kind(dataset, config, spec, seed=seed, rank=rank, world_size=world_size)  # type: ignore[arg-type]
+    return kind(dataset, config, spec, seed=seed, rank=rank, world_size=world_size, labels=labels)  # type: ignore[arg-type]
 
 
 def create_eval_loader(
-    config: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1, real: bool = False
+    config: DataConfig,
+    spec: Preprocessing,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    real: bool = False,
+    labels: bool = True,
 ) -> EvalLoader:
-    """The loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels."""
+    """The loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels.
+
+    Without `labels` the data set may have none, as for `create_train_loader`.
+    """
     dataset = open_dataset(config, config.val_split, spec.input_size[0], training=False)
     if isinstance(dataset, IterableDataset):
         if real:
             raise DataError(f"ReaL labels need the images' file names; {config.dataset} is a stream")
+        return StreamEvalLoader(dataset, config, spec, rank=rank, world_size=world_size, labels=labels)
+    return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size, real=real, labels=labels)
+
+
+def find_eval_loader(
+    config: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1
+) -> EvalLoader | None:
+    """As `create_eval_loader` without labels; None where no split is named and the data set has none of the usual name.
+
+    Raises DataError: it has not the split that `data.val_split` names.
+    """
+    named = config.val_split != DataConfig.model_fields["val_split"].default
+    try:
+        if not has_split(config, config.val_split):
+            raise DataError(f"data.val_split={config.val_split} is no folder of {config.data_path}")
+        return create_eval_loader(config, spec, rank=rank, world_size=world_size, labels=False)
+    except DataError as error:
+        if named:
+            raise
+        logger.warning("nothing is evaluated: %s", error)
+        return None
+
+
+def create_reference_loader(
+    config: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1
+) -> EvalLoader:
+    """The labelled images of `config.train_split`, `train_samples` of them, each once and as evaluation sees them.
+
+    Raises DataError: they are the images of `config.val_split`, among which each would find itself.
+    """
+    if config.train_split == config.val_split or not has_split(config, config.train_split):
+        raise DataError(
+            "knn and probe need labelled training images apart from the test images, and "
+            f"{config.data_path or config.dataset} has no folder for split {config.train_split!r} beside "
+            f"{config.val_split!r}"
+        )
+    dataset = open_dataset(config, config.train_split, spec.input_size[0], training=False)
+    if isinstance(dataset, IterableDataset):
         return StreamEvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
-    return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size, real=real)
+    if config.train_samples is not None:
+        dataset = SubsetSource(dataset, _subset(config, dataset).tolist())
+    return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
 
 
-def _subset(config: DataConfig, source: ImageSource) -> Indices:
+def _subset(config: DataConfig, source: ImageSource, labels: bool = True) -> Indices:
     count = config.train_samples
     if count is None:
         return np.arange(len(source), dtype=np.int64)
@@ -232,15 +313,32 @@ def _subset(config: DataConfig, source: ImageSource) -> Indices:
         raise ConfigError(
             f"data.train_samples={count} is more than the {len(source)} images of {config.train_split!r}"
         )
-    if source.targets is None:
+    if source.targets is None and labels:
         raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} has none")
-    return balanced_subset(source.targets, count, config.label_seed)
+    return balanced_subset(source.targets or [0] * len(source), count, config.label_seed)
 
 
-def _count_classes(config: DataConfig, names: Sequence[str] | None, targets: Sequence[int] | None) -> int:
-    """`num_classes` as given or as the set says; ConfigError where neither is there, or they disagree."""
+def _count_classes(
+    config: DataConfig, names: Sequence[str] | None, targets: Sequence[int] | None, labels: bool
+) -> int:
+    """`num_classes` as given or as the set says; ConfigError where neither is there, or they disagree.
+
+    Where no `labels` are needed, 0 for a set that has none, and what the set says counts.
+    """
     largest = max(targets, default=-1) if targets is not None else -1
-    count = config.num_classes or max(len(names or ()), largest + 1)
+    known = max(len(names or ()), largest + 1)
+    if targets and largest < 0:
+        if labels and config.dataset not in ("", "folder"):
+            raise DataError(f"{config.dataset} has no labels, and this needs them: set data.label_column")
+        if labels:
+            raise DataError(
+                f"data.data_path={config.data_path} has no class folders, and this needs labels: put the images of "
+                "each class into a folder of its own"
+            )
+        return 0
+    if not labels:
+        return max(known, config.num_classes or 0)
+    count = config.num_classes or known
     if count == 0:
         raise ConfigError(f"data.num_classes must be set: {config.dataset} does not say how many it has")
     if largest >= count:

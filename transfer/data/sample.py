@@ -21,7 +21,7 @@ def sample_images(config: DataConfig, spec: Preprocessing, count: int, *, seed: 
     """
     plain = config.model_copy(update={**PLAIN, "crop_scale": (0.8, 1.0), "batch_size": count, "workers": 0})
     with preserved():
-        loader = create_train_loader(plain, spec, seed=seed)
+        loader = create_train_loader(plain, spec, seed=seed, labels=False)
         batch = next(iter(loader.epoch(0)), None)
     if batch is None:
         name = config.dataset or config.data_path

@@ -36,6 +36,6 @@ def calibration_batches(
     norms = Normalization(theirs.mean, theirs.std), Normalization(ours.mean, ours.std)
     teacher_input = TeacherInput(theirs.model, ours.model, *norms)
     with preserved():
-        loader = create_train_loader(config.data, ours.preprocessing, seed=config.seed)
+        loader = create_train_loader(config.data, ours.preprocessing, seed=config.seed, labels=False)
         images = [batch[0] for batch in itertools.islice(loader.epoch(0), count)]
     return theirs.model, ours.model, [(teacher_input(batch), batch) for batch in images]
