@@ -26,6 +26,7 @@ class Candidate:
     predict: Callable[[Tensor], Tensor]
     spec: Preprocessing
     num_classes: int
+    """0 of a model without a head."""
 
 
 def run_config(source: str) -> RunConfig | None:
@@ -47,16 +48,11 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
 
     Raises:
         CheckpointError: if it cannot be read.
-        ConfigError: if it has no head, so that there is nothing to evaluate.
     """
     config = run_config(source)
     loaded = load_teacher(source) if config is not None else load_teacher(source, **source_keywords(how))
-    if not loaded.has_head:
-        raise ConfigError(
-            f"{source!r} has no classification head; evaluate a run, or a fine-tuned checkpoint"
-        )
     spec = loaded.preprocessing
-    classes = int(getattr(loaded.model, "num_classes", 0))
+    classes = int(getattr(loaded.model, "num_classes", 0)) if loaded.has_head else 0
     return Candidate(source, loaded.model, loaded.model, spec, classes)
 
 

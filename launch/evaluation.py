@@ -1,41 +1,57 @@
-"""Evaluation of what the command line names: which data, which device, which models."""
+"""Evaluation of what the command line names: which data, which device, which models, which numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..checkpoints.preprocessing import Preprocessing
+from ..models.copying.input import Normalization, TeacherInput
 from ..models.errors import ConfigError
-from ..transfer.config import RunConfig
+from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
-from ..transfer.data.loaders import create_eval_loader
+from ..transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
 from ..transfer.engine.parallel import create_accelerator
-from ..transfer.evaluate import Metrics, evaluate
-from .candidates import check_alike, load_candidate, predictor, run_config
+from ..transfer.evaluate import check_folders
+from ..transfer.metrics.distance import ComparedLayers, compared_layers
+from ..transfer.metrics.measure import PROBES, Against, Family, measure
+from ..transfer.metrics.reader import Reader
+from .candidates import Candidate, check_alike, load_candidate, predictor, run_config
 from .config import Setting, load_config
 
 
 def evaluate_sources(
-    sources: Sequence[str], settings: Sequence[Setting], *, subset: str | None = None, real: bool = False
-) -> dict[str, Metrics]:
-    """Metrics of each source and, where there are several, of their ensemble.
+    sources: Sequence[str],
+    settings: Sequence[Setting],
+    *,
+    metrics: Collection[Family] | None = None,
+    against: str | None = None,
+    subset: str | None = None,
+    real: bool = False,
+) -> dict[str, dict[str, float]]:
+    """The numbers of each source and, where there are several heads, of their ensemble.
 
     Args:
         sources: Run folders, student folders or teacher sources.
         settings: Of `data`, `engine` and `teacher`; data settings are those of the first run among the sources
             where these do not say otherwise.
+        metrics: What is measured; by default what `_families` says.
+        against: The source of a teacher that distances are measured from.
         subset: `imagenet-a` or `imagenet-r`.
         real: Score against the ReaL labels of ImageNet's validation set.
 
     Raises:
-        GraftError: if a source cannot be read, or the sources do not go together.
+        GraftError: if a source cannot be read, or the sources, the data and the metrics do not go together.
     """
     repeated = [source for source in sources if sources.count(source) > 1]
     if repeated:
         raise ConfigError(f"checkpoint {repeated[0]!r} is named twice; name each once")
+    _check_metrics(metrics or (), against)
+    _check_own_head(metrics or (), subset, real)
     how = load_config(None, [each for each in settings if each.key.startswith("teacher.")]).teacher
     asked = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
     candidates = [load_candidate(source, how) for source in sources]
@@ -43,18 +59,115 @@ def evaluate_sources(
     check_alike(candidates)
     config = _data_settings(sources, settings)
     accelerator = create_accelerator(config)
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     spec = candidates[0].spec
-    loader = create_eval_loader(
-        config.data,
-        spec,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        real=real,
-    )
+    loader = create_eval_loader(config.data, spec, real=real, labels=False, **ranks)
+    families = {each.name: metrics or _families(each, loader, against) for each in candidates}
+    _check_labels(candidates, families, loader, config.data, subset, real)
+    reference = None
+    if any(family in PROBES for chosen in families.values() for family in chosen):
+        reference = create_reference_loader(config.data, spec, **ranks)
     for candidate in candidates:
         candidate.module.to(accelerator.device).eval()
-    models = {each.name: _autocast(predictor(each, spec), accelerator) for each in candidates}
-    return evaluate(models, loader, accelerator=accelerator, subset=subset)
+    compared = None if against is None else _against(against, how, candidates, spec, accelerator)
+    readers = {
+        each.name: Reader(
+            each.module,
+            _autocast(predictor(each, spec), accelerator),
+            () if compared is None else compared.layers[each.name].student,
+        )
+        for each in candidates
+    }
+    return measure(
+        readers,
+        families,
+        loader,
+        reference=reference,
+        against=compared,
+        accelerator=accelerator,
+        subset=subset,
+    )
+
+
+def _check_metrics(metrics: Collection[Family], against: str | None) -> None:
+    if "distance" in metrics and against is None:
+        raise ConfigError(
+            "--metrics distance needs the model that it is measured from: add --against TEACHER"
+        )
+    if against is not None and metrics and "distance" not in metrics:
+        raise ConfigError("--against changes nothing without the metric distance; add it to --metrics")
+
+
+def _check_own_head(metrics: Collection[Family], subset: str | None, real: bool) -> None:
+    if (real or subset is not None) and any(family in PROBES for family in metrics):
+        raise ConfigError(
+            f"{'--real' if real else '--subset'} is for a model's own head, not for --metrics knn or probe, by which a "
+            "model without a head is measured"
+        )
+
+
+def _learned_from(source: str, data: DataConfig) -> bool:
+    """Whether a source is a run on this data set, whose labels its logits are numbered by."""
+    config = run_config(source)
+    return config is not None and (config.data.dataset, config.data.data_path) == (
+        data.dataset,
+        data.data_path,
+    )
+
+
+def _families(candidate: Candidate, loader: EvalLoader, against: str | None) -> tuple[Family, ...]:
+    """By default the model's own head where there are labels, else its nearest neighbors; distances from a teacher."""
+    labelled: tuple[Family, ...] = ("top1" if candidate.num_classes else "knn",) if loader.num_classes else ()
+    return (*labelled, "distance") if against is not None else labelled
+
+
+def _check_labels(
+    candidates: Sequence[Candidate],
+    families: Mapping[str, Collection[Family]],
+    loader: EvalLoader,
+    data: DataConfig,
+    subset: str | None,
+    real: bool,
+) -> None:
+    """Raises ConfigError or DataError where what is measured of a candidate needs other labels, or a head."""
+    for candidate in candidates:
+        chosen = families[candidate.name]
+        if not loader.num_classes and set(chosen) != {"distance"}:
+            raise ConfigError(
+                "the images have no labels that say how many classes there are: set --num_classes, put each class "
+                "into a folder of its own, or measure distances with --against TEACHER"
+            )
+        if "top1" in chosen and not candidate.num_classes:
+            raise ConfigError(
+                f"{candidate.name!r} has no classification head to score; use --metrics knn, probe or distance"
+            )
+        _check_own_head(chosen, subset, real)
+        if "top1" in chosen and subset is None and not _learned_from(candidate.name, data):
+            check_folders(candidate.name, candidate.num_classes, loader)
+
+
+def _against(
+    source: str,
+    how: TeacherConfig,
+    candidates: Sequence[Candidate],
+    spec: Preprocessing,
+    accelerator: Accelerator,
+) -> Against:
+    """The teacher, which sees the images that the candidates see, normalised and sized as its own are."""
+    teacher = load_candidate(source, how)
+    model = teacher.module
+    norms = Normalization(teacher.spec.mean, teacher.spec.std), Normalization(spec.mean, spec.std)
+    shown = TeacherInput(model, candidates[0].module, *norms).to(accelerator.device)
+    teacher.module.to(accelerator.device).eval()
+    layers: dict[str, ComparedLayers] = {
+        each.name: compared_layers(model, each.module) for each in candidates
+    }
+    used = {layer for compared in layers.values() for layer in compared.teacher}
+
+    def predict(images: Tensor) -> Tensor:
+        return teacher.predict(shown(images))
+
+    return Against(Reader(model, _autocast(predict, accelerator), sorted(used)), layers)
 
 
 def _data_settings(sources: Sequence[str], settings: Sequence[Setting]) -> RunConfig:
@@ -63,7 +176,15 @@ def _data_settings(sources: Sequence[str], settings: Sequence[Setting]) -> RunCo
     if not runs:
         return load_config(None, others)
     own = runs[0].data.model_dump()
+    if {"data.dataset", "data.data_path"} & {each.key for each in others}:
+        own["num_classes"] = None if _is_folder(others, own) else own["num_classes"]
     return load_config(None, [*(Setting(f"data.{name}", own[name], f"data.{name}") for name in own), *others])
+
+
+def _is_folder(settings: Sequence[Setting], own: Mapping[str, Any]) -> bool:
+    """Whether the data set is a folder, which says itself how many classes it has."""
+    given = [str(each.value) for each in settings if each.key == "data.dataset"]
+    return (given[-1] if given else own["dataset"]) in ("", "folder")
 
 
 def _autocast(predict: Callable[[Tensor], Tensor], accelerator: Accelerator) -> Callable[[Tensor], Tensor]:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.errors import DataError
-from .data.labels import IMAGENET_CLASSES, subset_classes
+from .data.labels import IMAGENET_CLASSES, find_subset, subset_classes
 from .data.loaders import EvalLoader
+from .metrics.ranks import exact, summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ENSEMBLE = "ensemble"
+SUBSET_CLASSES = 200
+"""Of ImageNet-A and of ImageNet-R."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def evaluate(
     models: Mapping[str, Callable[[Tensor], Tensor]],
     loader: EvalLoader,
     *,
+    others: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     accelerator: Accelerator | None = None,
     ensemble: bool = True,
     subset: str | None = None,
@@ -48,43 +50,76 @@ def evaluate(
 
     A model maps images (B, C, H, W) on `device` (the accelerator's where there is one) to logits (B,
     classes), under whatever autocast it opens itself; modules are in eval mode meanwhile. `subset` keeps only
-    the logits of an ImageNet variant's classes. Sums stay on the device and are added over ranks at the end;
-    call it on all ranks. Targets of several classes (ReaL labels) count as right if any is among the top;
-    their loss is against the uniform distribution over them.
+    the logits of an ImageNet variant's classes. `others` are measured alike, and are no part of the ensemble.
+    Sums stay on the device and are added over ranks at the end; call it on all ranks. Targets of several classes
+    (ReaL labels) count as right if any is among the top; their loss is against the uniform distribution over them.
 
     Raises DataError where classes and logits do not fit, or nothing could be evaluated.
     """
     device = accelerator.device if accelerator is not None else torch.device(device)
     classes = None if subset is None else torch.tensor(subset_classes(subset), device=device)
     names = [*models, ENSEMBLE] if ensemble and len(models) > 1 else list(models)
-    precision = torch.float32 if device.type == "mps" else torch.float64
-    sums = {name: torch.zeros(4, dtype=precision, device=device) for name in names}
-    with _eval_mode(models):
+    precision = exact(device)
+    every = {**models, **(others or {})}
+    sums = {name: torch.zeros(4, dtype=precision, device=device) for name in [*names, *(others or ())]}
+    with _eval_mode(every):
         for images, targets, valid in loader:
             images = images.to(device, non_blocking=True)
             targets, valid = targets.to(device, non_blocking=True), valid.to(device, non_blocking=True)
             if classes is not None:
-                targets, valid = _within(targets, valid, classes, loader.num_classes)
+                targets, valid = _within(targets, valid, classes, _numbered(loader))
             log_probabilities = []
-            for name, model in models.items():
-                logits = _logits(name, model(images), classes, loader.num_classes)
+            for name, model in every.items():
+                logits = model(images)
+                check_classes(name, logits.shape[-1], loader, subset)
+                logits = logits if classes is None else logits[:, classes]
                 log_probabilities.append(F.log_softmax(logits.float(), dim=-1))
                 sums[name] += _score(log_probabilities[-1], targets, valid, precision)
             if ENSEMBLE in sums and len(models) > 1:
-                sums[ENSEMBLE] += _score(_mean(log_probabilities), targets, valid, precision)
-    return {name: _metrics(total) for name, total in zip(names, _over_ranks(sums), strict=True)}
+                sums[ENSEMBLE] += _score(_mean(log_probabilities[: len(models)]), targets, valid, precision)
+    totals: list[list[float]] = summed(torch.stack(list(sums.values()))).tolist()
+    return {name: _metrics(total) for name, total in zip(sums, totals, strict=True)}
 
 
-def _logits(name: str, logits: Tensor, classes: Tensor | None, num_classes: int) -> Tensor:
-    if classes is not None:
-        if logits.shape[-1] != IMAGENET_CLASSES:
-            raise DataError(f"a subset of ImageNet needs 1000 logits; model {name!r} has {logits.shape[-1]}")
-        return logits[:, classes]
-    if logits.shape[-1] < num_classes:
-        raise DataError(
-            f"the data set has {num_classes} classes; model {name!r} has {logits.shape[-1]} logits"
-        )
-    return logits
+def check_classes(name: str, logits: int, loader: EvalLoader, subset: str | None = None) -> None:
+    """DataError where a model's logits are not the classes of the data set, or of ImageNet with a `subset`.
+
+    With more logits than classes the labels would stand for other classes than the model's, and the accuracy would be
+    a plausible wrong number.
+    """
+    if subset is not None:
+        if logits != IMAGENET_CLASSES:
+            raise DataError(f"a subset of ImageNet needs 1000 logits; model {name!r} has {logits}")
+        return
+    if logits != loader.num_classes:
+        raise DataError(_misfit(name, logits, loader))
+
+
+def check_folders(name: str, logits: int, loader: EvalLoader) -> None:
+    """DataError where 1,000 logits meet the 200 folders of an ImageNet variant, whatever number of classes is given.
+
+    A model that was trained on these folders, with logits to spare, is right to be scored so.
+    """
+    if logits == IMAGENET_CLASSES and find_subset(loader.class_names) is not None:
+        raise DataError(_misfit(name, logits, loader))
+
+
+def _misfit(name: str, logits: int, loader: EvalLoader) -> str:
+    classes = _numbered(loader)
+    fitting = find_subset(loader.class_names) if logits == IMAGENET_CLASSES else None
+    advice = "evaluate the model on the classes that it was trained for, or its features with --metrics knn"
+    if fitting is not None:
+        advice = f"its folders are those of {fitting}, so add --subset {fitting}"
+    elif logits == IMAGENET_CLASSES and classes == SUBSET_CLASSES:
+        advice = "add --subset imagenet-a or --subset imagenet-r if it is one of these"
+    elif loader.class_names is None and logits > classes:
+        advice = f"set --num_classes {logits} if its labels are numbered as the model's classes are"
+    return f"the data set has {classes} classes; model {name!r} has {logits} logits: {advice}"
+
+
+def _numbered(loader: EvalLoader) -> int:
+    """How many classes the labels are numbered by: the folders where these are known, whatever number is given."""
+    return len(loader.class_names or ()) or loader.num_classes
 
 
 def _within(targets: Tensor, valid: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -119,18 +154,8 @@ def _score(log_probabilities: Tensor, targets: Tensor, valid: Tensor, precision:
 
 
 def _mean(log_probabilities: list[Tensor]) -> Tensor:
-    """The log of the mean probability. Raises DataError where the models' classes differ."""
-    if len({each.shape[-1] for each in log_probabilities}) > 1:
-        raise DataError("models with different numbers of classes have no ensemble; evaluate them one by one")
+    """The log of the mean probability."""
     return torch.stack(log_probabilities).logsumexp(dim=0) - math.log(len(log_probabilities))
-
-
-def _over_ranks(sums: Mapping[str, Tensor]) -> list[list[float]]:
-    total = torch.stack(list(sums.values()))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    rows: list[list[float]] = total.tolist()
-    return rows
 
 
 def _metrics(total: list[float]) -> Metrics:
@@ -154,21 +179,3 @@ def _eval_mode(models: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[Non
         for mode in modes:
             for module, training in mode.items():
                 module.training = training
-
-
-def evaluate_to_table(results: Mapping[str, Metrics]) -> str:
-    """The results as a Markdown table."""
-    width = max(len("model"), *(len(name) for name in results)) if results else len("model")
-    lines = [
-        f"| {'model':<{width}} | top-1 % | top-5 % |   loss | images |",
-        f"| {'-' * width} | ------: | ------: | -----: | -----: |",
-    ]
-    for name, metrics in results.items():
-        scores = f"{metrics.top1:7.2f} | {metrics.top5:7.2f} | {metrics.loss:6.4f}"
-        lines.append(f"| {name:<{width}} | {scores} | {metrics.samples:6d} |")
-    return "\n".join(lines)
-
-
-def to_json(results: Mapping[str, Metrics]) -> str:
-    """The results as a JSON object of objects."""
-    return json.dumps({name: asdict(metrics) for name, metrics in results.items()}, indent=2)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, did_you_mean
 from ..flags import command_parser, parse_command
 from ..sources import SOURCE_SETTINGS
+
+if TYPE_CHECKING:
+    from ...transfer.metrics.measure import Family
 
 EXAMPLES = (
     "graftvit evaluate runs/distill --data_path /data/imagenet",
@@ -16,10 +20,12 @@ EXAMPLES = (
     "graftvit evaluate runs/distill#ema --data_path /data/imagenet-a --subset imagenet-a",
     "graftvit evaluate vit_base_patch16_224.augreg_in1k --data_path /data/imagenet --real",
     "graftvit evaluate mae_finetuned_vit_base.pth --data_path /data/imagenet --batch_size 128",
+    "graftvit evaluate vit_base_patch16_224.mae --data_path /data/imagenet --metrics knn,probe",
+    "graftvit evaluate runs/align --against deit_base_patch16_224.fb_in1k --data_path /data/photographs",
 )
 DATA = (
-    "dataset", "data_path", "val_split", "download", "num_classes", "batch_size", "eval_batch_size", "workers",
-    "interpolation", "crop_pct", "crop_mode", "max_bad_images",
+    "dataset", "data_path", "train_split", "val_split", "download", "num_classes", "train_samples", "label_seed",
+    "batch_size", "eval_batch_size", "workers", "interpolation", "crop_pct", "crop_mode", "max_bad_images",
 )  # fmt: skip
 SETTINGS = (
     *(f"data.{name}" for name in DATA),
@@ -34,29 +40,58 @@ def run(argv: list[str]) -> int:
     """Evaluate each checkpoint and, where there are several, their ensemble."""
     parser = command_parser(
         "evaluate",
-        "Top-1, top-5 and loss, exact over processes. Several checkpoints also give their ensemble, the mean "
-        "of their probabilities. A run folder brings its own data settings; flags change them.",
+        "Top-1, top-5 and loss of a model's head, weighted nearest neighbors and a linear probe on its features, "
+        "distances from a teacher; exact over processes. Several checkpoints also give their ensemble, the mean of "
+        "their heads' probabilities. A run folder brings its own data settings; flags change them.",
         EXAMPLES,
         usage="CHECKPOINT [CHECKPOINT ...] [--flag value ...]",
     )
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="run folder, student folder or teacher source"
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        help="any of top1, knn, probe, distance, joined by commas (default: top1 of a model with a head, else knn; "
+        "distance with --against)",
+    )
+    parser.add_argument("--against", metavar="TEACHER", help="the model that distances are measured from")
     parser.add_argument("--subset", choices=["imagenet-a", "imagenet-r"], help="classes of a variant")
     parser.add_argument("--real", action="store_true", help="score against the ReaL labels of ImageNet")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     arguments, settings = parse_command(parser, argv, only=SETTINGS)
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         raise ConfigError(f"--json is {str(arguments.json)!r}, but its folder does not exist; make it first")
-    from ...transfer.evaluate import evaluate_to_table, to_json
+    from ...transfer.metrics.table import to_json, to_table
     from ..evaluation import evaluate_sources
 
-    results = evaluate_sources(arguments.checkpoints, settings, subset=arguments.subset, real=arguments.real)
+    results = evaluate_sources(
+        arguments.checkpoints,
+        settings,
+        metrics=_metrics(arguments.metrics),
+        against=arguments.against,
+        subset=arguments.subset,
+        real=arguments.real,
+    )
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(evaluate_to_table(results) + "\n")
+        sys.stdout.write(to_table(results) + "\n")
         if arguments.json is not None:
             _write(arguments.json, to_json(results) + "\n")
     return 0
+
+
+def _metrics(text: str | None) -> list[Family] | None:
+    from ...transfer.metrics.measure import FAMILIES
+
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in FAMILIES:
+            raise ConfigError(
+                f"--metrics is {text!r}, and {name!r} is none of them; {did_you_mean(name, FAMILIES)}"
+            )
+    return cast("list[Family]", names)
 
 
 def _write(path: Path, text: str) -> None:

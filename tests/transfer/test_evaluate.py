@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.labels import real_labels, subset_classes
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader
-from graftvit.transfer.evaluate import Metrics, evaluate, evaluate_to_table, to_json
+from graftvit.transfer.evaluate import Metrics, check_folders, evaluate
+from graftvit.transfer.metrics.table import to_json, to_table
 from torch import Tensor, nn
 
 SPEC = Preprocessing((1, 8, 8), (0.5,), (0.5,))
@@ -102,6 +105,38 @@ def test_a_subset_looks_at_its_own_classes_alone() -> None:
     whole = torch.cat([classes[targets], torch.tensor([0])])  # class 0 is not in the subset
     filtered = Fixed(torch.cat([wide, wide[:1]]), whole, classes=1000)
     assert evaluate({"m": identity}, filtered, subset="imagenet-r")["m"] == own
+    folders = Fixed(wide, targets, classes=1000)  # as a run says that was trained on all of ImageNet
+    folders.class_names = synsets("imagenet-r")
+    assert evaluate({"m": identity}, folders, subset="imagenet-r")["m"] == own
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "advice"),
+    [
+        ("imagenet-a", 200, "its folders are those of imagenet-a, so add --subset imagenet-a"),
+        ("imagenet-r", 200, "so add --subset imagenet-r"),
+        (None, 200, "--subset imagenet-a or --subset imagenet-r"),
+        (("cat", "dog"), 2, "its features with --metrics knn"),
+    ],
+)
+def test_more_logits_than_classes_are_refused(folders: object, classes: int, advice: str) -> None:
+    """200 folders against 1,000 logits gave a plausible wrong number: label 7 of one is not class 7 of the other."""
+    loader = Fixed(torch.randn(6, 1000), torch.arange(6) % 2, classes=classes)
+    loader.class_names = synsets(folders) if isinstance(folders, str) else folders  # type: ignore[assignment]
+    with pytest.raises(DataError, match=f"model 'm' has 1000 logits: .*{advice}"):
+        evaluate({"m": identity}, loader)
+    if isinstance(folders, str):
+        assert evaluate({"m": identity}, loader, subset=folders)["m"].samples == 6
+        loader.num_classes = 1000  # as somebody may say with --num_classes
+        with pytest.raises(DataError, match=advice):
+            check_folders("m", 1000, loader)
+        assert evaluate({"m": identity}, loader)["m"].samples == 6, "a run that learned from these folders"
+
+
+def synsets(subset: str) -> tuple[str, ...]:
+    """The class folders of a subset, in order."""
+    every = (resources.files("timm.data") / "_info" / "imagenet_synsets.txt").read_text().split()
+    return tuple(every[index] for index in subset_classes(subset))
 
 
 def test_several_labels_count_if_any_is_right() -> None:
@@ -121,18 +156,17 @@ def test_what_does_not_fit_is_named() -> None:
         evaluate({"m": identity}, Fixed(logits, targets, classes=12))
     with pytest.raises(DataError, match="needs 1000 logits; model 'm' has 10"):
         evaluate({"m": identity}, Fixed(logits, targets, classes=200), subset="imagenet-a")
-    with pytest.raises(DataError, match="have no ensemble"):
+    with pytest.raises(DataError, match=r"has 10 classes; model 'n' has 11 logits: set --num_classes 11"):
         evaluate({"m": identity, "n": lambda x: F.pad(x, (0, 1))}, Fixed(logits, targets))
     with pytest.raises(DataError, match="no image could be evaluated"):
         evaluate({"m": identity}, Fixed(logits, targets, torch.zeros(6, dtype=torch.bool)))
 
 
 def test_results_become_a_table_and_json() -> None:
-    results = {"student": Metrics(81.25, 99.5, 0.6543, 500), "ensemble": Metrics(100, 100, 0.1, 500)}
-    assert evaluate_to_table(results).splitlines()[2] == (
-        "| student  |   81.25 |   99.50 | 0.6543 |    500 |"
-    )
-    assert len({len(line) for line in evaluate_to_table(results).splitlines()}) == 1
+    metrics = {"student": Metrics(81.25, 99.5, 0.6543, 500), "ensemble": Metrics(100, 100, 0.1, 500)}
+    results = {name: asdict(each) for name, each in metrics.items()}
+    assert to_table(results).splitlines()[2] == ("| student  |   81.25 |   99.50 | 0.6543 |    500 |")
+    assert len({len(line) for line in to_table(results).splitlines()}) == 1
     assert json.loads(to_json(results))["ensemble"]["top1"] == 100
 
 
@@ -141,7 +175,9 @@ import sys, torch, torch.distributed as dist
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_eval_loader
-from graftvit.transfer.evaluate import evaluate, to_json
+from dataclasses import asdict
+from graftvit.transfer.evaluate import evaluate
+from graftvit.transfer.metrics.table import to_json
 rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if world > 1:
     dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
@@ -149,7 +185,7 @@ config = DataConfig(dataset="digits", eval_batch_size=93, workers=0)
 loader = create_eval_loader(config, Preprocessing((1, 8, 8), (0.5,), (0.5,)), rank=rank, world_size=world)
 weight = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
 models = {"m": lambda x: x.flatten(1) @ weight.T, "n": lambda x: -x.flatten(1) @ weight.T}
-print(to_json(evaluate(models, loader)))
+print(to_json({name: asdict(found) for name, found in evaluate(models, loader).items()}))
 """
 
 

@@ -1,0 +1,1 @@
+"""What a model is worth: its features against labels, and against those of its teacher."""

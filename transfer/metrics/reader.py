@@ -1,0 +1,90 @@
+"""A model that shows its features: what its head reads, and what its blocks put out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...models.families import attention_blocks
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Reading:
+    """Of one batch. DeiT's two heads read two tokens, and the mean of these is the feature."""
+
+    logits: Tensor
+    feature: Tensor
+    """In float32."""
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, (B, N, D)."""
+
+
+class Reader:
+    """`reader(images)` runs `predict`, in which `model` takes part, and keeps what passes through the model.
+
+    The feature is the input of the model's classifier, which timm leaves in place as an identity where there is no
+    head; tokens that are not pooled before it are averaged. The same images in a row are run once.
+    """
+
+    def __init__(
+        self, model: nn.Module, predict: Predictor | None = None, layers: Collection[int] = ()
+    ) -> None:
+        self.model = model
+        self._predict = model if predict is None else predict
+        self._layers = layers
+        self._last: tuple[Tensor, Reading] | None = None
+
+    def __call__(self, images: Tensor) -> Reading:
+        if self._last is None or self._last[0] is not images:
+            self._last = images, self._read(images)
+        return self._last[1]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the head gives, (B, classes)."""
+        return self(images).logits
+
+    def feature(self, images: Tensor) -> Tensor:
+        """What the head reads, (B, D)."""
+        return self(images).feature
+
+    def forget(self) -> None:
+        """Lets go of the last images: the weights may change."""
+        self._last = None
+
+    def _read(self, images: Tensor) -> Reading:
+        features: list[Tensor] = []
+        blocks: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for head in _classifiers(self.model):
+                hooks.callback(head.register_forward_pre_hook(partial(_keep_input, features)).remove)
+            for layer in self._layers:
+                block = attention_blocks(self.model)[layer]
+                hooks.callback(block.register_forward_hook(partial(_keep_output, blocks, layer)).remove)
+            logits = self._predict(images)
+        return Reading(logits, torch.stack([_pooled(feature) for feature in features]).mean(0), blocks)
+
+
+def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    found = cast(Any, model).get_classifier()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _keep_input(kept: list[Tensor], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    kept.append(inputs[0])
+
+
+def _keep_output(kept: dict[int, Tensor], layer: int, _: nn.Module, inputs: object, output: Tensor) -> None:
+    kept[layer] = output
+
+
+def _pooled(feature: Tensor) -> Tensor:
+    feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    return feature.mean(1) if feature.ndim == 3 else feature.flatten(1)
