@@ -171,6 +171,19 @@ def load_weights(
     return replace(report, resampled={**report.resampled, **resampled})
 
 
+def count_classes(source: str) -> int:
+    """The classes of the head that the weights of a source have, 0 without one; of a timm name by its description.
+
+    Raises CheckpointError as `load_teacher`.
+    """
+    parsed = parse_source(source)
+    if isinstance(parsed, TimmSource):
+        return int(published_config(parsed.name).get("num_classes") or 0)
+    weights = _with_architecture(read_source(source, {}), None)
+    described = published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
+    return _num_classes(weights, _classifiers(described))
+
+
 def read_preprocessing(source: str, revision: str | None = None) -> Preprocessing:
     """What weights say of their images, without building their model; of a timm name nothing is downloaded.
 

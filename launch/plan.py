@@ -19,15 +19,16 @@ from ..models.errors import GraftError
 from ..models.mae import MaskedAutoencoder
 from ..transfer.config import RunConfig
 from ..transfer.data.loaders import TrainLoader, create_train_loader
-from ..transfer.engine.build import find_teacher, headless
+from ..transfer.engine.best import choose
+from ..transfer.engine.build import find_teacher, headless, open_eval_loader
 from ..transfer.engine.elastic import GlobalBatch, as_started, describe, global_batch
-from ..transfer.engine.optim import freeze, peak_learning_rate
+from ..transfer.engine.labels import freeze_for, head_size, needs_labels, starting_source
+from ..transfer.engine.optim import peak_learning_rate
 from ..transfer.engine.resume import Position, check_length, check_same_run, refuse_existing
 from ..transfer.engine.schedule import Schedule
 from ..transfer.engine.students import (
     StudentPlan,
     find_whole,
-    find_whole_name,
     input_size,
     plan_student,
     resolve_preprocessing,
@@ -56,6 +57,8 @@ class Outline:
     """The meta part of the state that the run goes on from; None where it starts."""
     batch: GlobalBatch | None
     """None where the data set could not be read."""
+    best: str = ""
+    """Which state is the best, in words."""
 
     @property
     def schedule(self) -> Schedule | None:
@@ -86,6 +89,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("learning rate", _rate_words(outline)),
         ("length", _length_words(outline)),
         ("memory", _memory_words(outline)),
+        ("best", outline.best),
         ("run folder", str(config.output_dir)),
         ("goes on", _going_on_words(outline)),
     ]
@@ -105,11 +109,12 @@ def _outline(config: RunConfig, processes: int) -> Outline:
     loader = _loader(config, spec, processes)
     batch = None if isinstance(loader, GraftError) else global_batch(config, loader, processes, saved)
     config = config if saved is None else as_started(config, saved)
+    known = config.data.num_classes if isinstance(loader, GraftError) else loader.num_classes
+    classes = head_size(config, known or 0, teacher, whole)
     if config.mode == "pretrain":
-        plan = plan_student(headless(config.student), 0, None, spec)
+        plan = plan_student(headless(config.student), classes, None, spec)
     else:
-        classes = config.data.num_classes if isinstance(loader, GraftError) else loader.num_classes
-        plan = plan_student(config.student, classes or 0, teacher, spec, whole)
+        plan = plan_student(config.student, classes, teacher, spec, whole)
     student = _unfilled(config, lambda: plan.create(config.student.drop_path))
     model, dual = student, None
     if config.mode == "pretrain":
@@ -120,9 +125,14 @@ def _outline(config: RunConfig, processes: int) -> Outline:
             config.transfer, teacher, student, normalization, _calibration(config, spec)
         )
     elif config.mode == "align" and teacher is not None:
-        Alignment(teacher.model, student, config.align.match)  # raises what the run would raise
-    freeze(student if dual is not None else model, config.optim.trainable, keep_head=config.mode != "align")
-    outline = Outline(config, spec, teacher, plan, student, model, dual, loader, processes, saved, batch)
+        Alignment(teacher.model, student, config.align.match).freeze_others()
+    freeze_for(config, student if dual is not None else model)
+    best = (
+        "" if isinstance(loader, GraftError) else _best_words(config, spec, loader, classes, student, teacher)
+    )
+    outline = Outline(
+        config, spec, teacher, plan, student, model, dual, loader, processes, saved, batch, best
+    )
     if saved is not None and outline.schedule is not None:
         check_length(Position(**saved["position"]), outline.schedule.total_steps)
     return outline
@@ -150,11 +160,29 @@ def _loader(config: RunConfig, spec: Preprocessing, processes: int) -> TrainLoad
     """The training set, or why it is not there; it is not downloaded."""
     data = config.data.model_copy(update={"download": False, "workers": 0})
     try:
-        return create_train_loader(data, spec, seed=config.seed, world_size=processes)
+        return create_train_loader(
+            data, spec, seed=config.seed, world_size=processes, labels=needs_labels(config)
+        )
     except GraftError as error:
-        if config.data.num_classes is None and config.mode != "pretrain":
+        if config.data.num_classes is None and needs_labels(config):
             raise
         return error
+
+
+def _best_words(
+    config: RunConfig,
+    spec: Preprocessing,
+    loader: TrainLoader,
+    classes: int,
+    student: nn.Module,
+    teacher: Teacher | None,
+) -> str:
+    """What picks the best state; the test images are opened as the run will open them."""
+    data = config.data.model_copy(update={"download": False, "workers": 0})
+    tested = open_eval_loader(config.model_copy(update={"data": data}), spec, loader.num_classes)
+    taught = None if teacher is None else teacher.model
+    choice = choose(config, classes=classes, loader=tested, student=student, teacher=taught)
+    return "the last state: nothing is evaluated" if choice is None else choice.describe()
 
 
 def _processes() -> int:
@@ -190,10 +218,7 @@ def _teacher_words(outline: Outline) -> str:
 
 
 def _student_words(outline: Outline) -> str:
-    start = outline.config.student.init or (
-        find_whole_name(outline.config.student)
-        or ("teacher" if outline.config.mode in ("finetune", "align") else "fresh weights")
-    )
+    start = starting_source(outline.config) or "fresh weights"
     count = parameter_count(outline.student)
     classes = outline.plan.arguments["num_classes"]
     return (
@@ -230,7 +255,10 @@ def _trained_words(outline: Outline) -> str:
 def _data_words(outline: Outline) -> str:
     if isinstance(outline.loader, GraftError):
         return f"not read: {outline.loader}"
-    return f"{outline.loader.num_samples:,} training images, {outline.loader.num_classes} classes"
+    classes = outline.loader.num_classes
+    return (
+        f"{outline.loader.num_samples:,} training images, {f'{classes} classes' if classes else 'no labels'}"
+    )
 
 
 def _batch_words(outline: Outline) -> str:

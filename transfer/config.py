@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
+Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
 Method = Literal[
     "copy", "copy_q", "copy_k", "copy_v",
     "distill", "distill_q", "distill_k", "distill_v",
@@ -241,6 +242,11 @@ class EngineConfig(Section):
         20, gt=0, description="optimiser steps between log records; the only device synchronisation"
     )
     eval_every: int = Field(1, gt=0, description="epochs between evaluations")
+    metric: Metric = Field(
+        "auto",
+        description="what picks the best state; auto is top1 where labels and head go together, else the distance to "
+        "the teacher, or the run's own loss, on the test images",
+    )
     save_every: int | None = Field(
         None, gt=0, description="optimiser steps between checkpoints; each epoch by default"
     )

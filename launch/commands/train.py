@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
@@ -101,9 +101,16 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
     done = train_stages(stages)
     last = list(done.results.values())[-1]
     for name, result in done.results.items():
-        top1 = result.metrics.get("test_top1")
-        sys.stdout.write(f"{name}: {'' if top1 is None else f'top-1 {top1:.2f} %, '}{result.output_dir}\n")
+        sys.stdout.write(f"{name}: {_measured(result.metrics)}{result.output_dir}\n")
     return _stopped(last, shown[0].config) if done.signal is not None else 0
+
+
+def _measured(metrics: Mapping[str, float]) -> str:
+    """What a stage says of its student: its accuracy, or how far it is from its teacher."""
+    if "test_top1" in metrics:
+        return f"top-1 {metrics['test_top1']:.2f} %, "
+    error = metrics.get("test_relative_error")
+    return "" if error is None else f"relative error {error:.4f}, "
 
 
 def _length(config: RunConfig) -> str:

@@ -15,16 +15,24 @@ from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.copying.input import Normalization, TeacherInput
-from ...models.copying.operators import COPY_METHODS
 from ...models.errors import ConfigError
 from ...models.lora import add_lora
 from ...models.mae import MaskedAutoencoder
-from ..config import RunConfig, StudentConfig, TransferConfig
+from ..config import RunConfig, StudentConfig
 from ..data.datasets import check_dataset
-from ..data.loaders import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
+from ..data.loaders import (
+    EvalLoader,
+    TrainLoader,
+    create_eval_loader,
+    create_reference_loader,
+    create_train_loader,
+    find_eval_loader,
+)
 from ..methods.dual import build_dual
+from ..metrics.measure import PROBES
 from ..recovery.align import Alignment
-from .optim import freeze, freeze_head
+from .best import Choice, choose, classifies
+from .labels import freeze_for, head_size, needs_labels, starting_source
 from .randomness import preserved
 from .students import (
     StudentPlan,
@@ -53,6 +61,12 @@ class Parts:
     teacher: Teacher | None
     train_loader: TrainLoader
     eval_loader: EvalLoader | None
+    classified: bool
+    """Whether the student's head can be scored by the labels of the test images."""
+    choice: Choice | None
+    """What picks the best state; None where the last one is."""
+    reference_loader: EvalLoader | None
+    """The labelled training images, where the choice needs them."""
     origins: dict[str, Any]
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them."""
 
@@ -69,25 +83,51 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     whole = find_whole(config.student)
     teacher = find_teacher(config, input_size(config.student, whole)[1:], commit)
     spec = resolve_preprocessing(config, teacher, whole)
+    ranks = {"rank": rank, "world_size": world_size}
     with preserved():
-        train_loader = create_train_loader(
-            config.data, spec, seed=config.seed, rank=rank, world_size=world_size
-        )
-        eval_loader = None
-        if config.mode != "pretrain":
-            eval_loader = create_eval_loader(config.data, spec, rank=rank, world_size=world_size)
+        labels = needs_labels(config)
+        train_loader = create_train_loader(config.data, spec, seed=config.seed, labels=labels, **ranks)
+        eval_loader = open_eval_loader(config, spec, train_loader.num_classes, **ranks)
+    classes = head_size(config, train_loader.num_classes, teacher, whole)
     if config.mode == "pretrain":
-        plan = plan_student(headless(config.student), 0, None, spec)
+        plan = plan_student(headless(config.student), classes, None, spec)
     else:
-        plan = plan_student(config.student, train_loader.num_classes, teacher, spec, whole)
+        plan = plan_student(config.student, classes, teacher, spec, whole)
     student, init = _student(config, plan, teacher)
     task = _task(config, student, plan, teacher, spec)
+    taught = None if teacher is None else teacher.model
+    choice = choose(config, classes=classes, loader=eval_loader, student=task.backbone, teacher=taught)
+    reference = None
+    if choice is not None and choice.kind in PROBES:
+        reference = create_reference_loader(config.data, spec, **ranks)
     origins = {"teacher": provenance.of_teacher(teacher), "init": init}
     # Fine-tuning has taken the teacher's weights and needs it no more.
     needed = teacher if config.mode in TAUGHT else None
     if isinstance(task, TransferTask) and teacher is not None and task.dual.needs_teacher:
         plan = replace(plan, copying=task.dual.copying(copied_teacher(teacher)))
-    return Parts(task, plan, needed, train_loader, eval_loader, origins)
+    return Parts(
+        task=task,
+        plan=plan,
+        teacher=needed,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        classified=classifies(classes, eval_loader),
+        choice=choice,
+        reference_loader=reference,
+        origins=origins,
+    )
+
+
+def open_eval_loader(
+    config: RunConfig, spec: Preprocessing, num_classes: int, *, rank: int = 0, world_size: int = 1
+) -> EvalLoader | None:
+    """The test images, labelled as the training images are; a run without labels may have none."""
+    if config.mode == "pretrain" and config.engine.metric == "auto":
+        return None
+    data = config.data.model_copy(update={"num_classes": num_classes or None})
+    if not needs_labels(config):
+        return find_eval_loader(data, spec, rank=rank, world_size=world_size)
+    return create_eval_loader(data, spec, rank=rank, world_size=world_size)
 
 
 def find_teacher(config: RunConfig, size: tuple[int, int], commit: str | None = None) -> Teacher | None:
@@ -145,9 +185,7 @@ def _student(
 
 def _start_from(config: RunConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, Any] | None:
     """Loads the weights to start from, the teacher's own or others, and says where they are from."""
-    source = config.student.init or find_whole_name(config.student)
-    if source is None and config.mode in ("finetune", "align"):
-        source = "teacher"
+    source = starting_source(config)
     if source is None:
         return None
     revision = None
@@ -163,18 +201,10 @@ def _start_from(config: RunConfig, student: nn.Module, teacher: Teacher | None) 
     return provenance.of_weights(source, report)
 
 
-def check_free_of_labels(config: TransferConfig) -> None:
-    """ConfigError where nothing would be left to learn from."""
-    if config.method in COPY_METHODS:
-        raise ConfigError(
-            f"transfer.task_weight=0 leaves nothing to learn: transfer.method={config.method} has no loss of its own"
-        )
-
-
 def _calibration(config: RunConfig, spec: Preprocessing) -> Tensor:
     """The first images of the first process, on every process: all must match the same heads."""
     with preserved():
-        return next(create_train_loader(config.data, spec, seed=config.seed).epoch(0))[0]
+        return next(create_train_loader(config.data, spec, seed=config.seed, labels=False).epoch(0))[0]
 
 
 def _task(
@@ -195,10 +225,5 @@ def _task(
         task = TransferTask(dual, config.data.smoothing, config.transfer.task_weight)
     else:
         task = ClassificationTask(student, config.data.smoothing)
-    free_of_labels = config.mode == "transfer" and config.transfer.task_weight == 0
-    if free_of_labels:
-        check_free_of_labels(config.transfer)
-    freeze(task.trainable, config.optim.trainable, keep_head=config.mode != "align")
-    if free_of_labels and config.transfer.method != "logits":
-        freeze_head(task.trainable)  # nothing reaches it
+    freeze_for(config, task.trainable)
     return task

@@ -21,7 +21,7 @@ from .recorder import Recorder
 from .resume import Position
 from .saving import Saver
 from .schedule import Schedule
-from .scoring import score
+from .scoring import best_value, score
 from .signals import StopSignals
 from .waiting import CommunicationTimer
 
@@ -164,15 +164,16 @@ class Loop:
 
     def _evaluate(self, record: dict[str, Any]) -> bool:
         """Adds the test metrics to `record`; whether they are the best so far."""
-        if self.parts.eval_loader is None:
-            return False
-        metrics = score(self.parts.task, self.saver.average, self.parts.eval_loader, self.accelerator)
+        metrics = score(self.parts, self.saver.average, self.accelerator)
         record |= metrics
         self.position.metrics |= metrics
-        top1 = metrics.get("test_ema_top1", metrics["test_top1"])
-        better = self.position.best is None or top1 > self.position.best
+        choice = self.parts.choice
+        if choice is None:
+            return False
+        value = best_value(choice, metrics)
+        better = choice.better(value, self.position.best)
         if better:
-            self.position.best = top1
+            self.position.best, self.position.best_metric = value, choice.key
         return better
 
     def _save(self, *, best: bool = False, last: bool = True) -> None:

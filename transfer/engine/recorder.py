@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
+from ..metrics.table import LAYER
 from .progress import ProgressBar
 from .runlog import RunLog
 from .waiting import Clock
@@ -82,7 +83,10 @@ class Recorder:
         if not self._writes:
             return
         self.log.append(record)
-        logger.info("%s", "  ".join(f"{key} {_short(value)}" for key, value in record.items()))
+        shown = {
+            key: value for key, value in record.items() if not (key.startswith("test_") and LAYER in key)
+        }
+        logger.info("%s", "  ".join(f"{key} {_short(value)}" for key, value in shown.items()))
         for tracker in self._trackers:
             tracker.log(
                 {key: value for key, value in record.items() if key != "step"}, step=int(record["step"])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...models.errors import CheckpointError, ConfigError
+from ...models.errors import CheckpointError, ConfigError, DataError
 from ..config import RunConfig
 
 FREE = (
@@ -26,6 +26,8 @@ class Position:
     epoch: int = 0
     epoch_step: int = 0
     best: float | None = None
+    best_metric: str = "top1"
+    """What `best` is a value of."""
     metrics: dict[str, float] = field(default_factory=dict)
     records: int = 0
     """Records of log.jsonl that belong to the run up to here."""
@@ -113,4 +115,13 @@ def check_same_teacher(origins: list[dict[str, Any]]) -> None:
         loaded = [[origin and origin["revision"] for origin in own.values()] for own in origins]
         raise CheckpointError(
             f"the processes loaded different weights from the hub (commits {loaded}): give teacher.revision"
+        )
+
+
+def check_same_split(found: list[bool]) -> None:
+    """DataError where only some processes could open the test images: the others would wait for them for ever."""
+    if len(set(found)) > 1:
+        raise DataError(
+            "some processes could open the validation split and some could not: put the data set on a disk that "
+            "every machine sees"
         )

@@ -1,4 +1,4 @@
-"""Accuracy of the student, of its average and of its teacher during a run."""
+"""What an evaluation during a run measures: of the student, of its average and of its teacher."""
 
 from __future__ import annotations
 
@@ -10,34 +10,41 @@ from torch import Tensor
 
 from ..data.loaders import EvalLoader
 from ..evaluate import evaluate
+from ..metrics.distance import compared_layers
+from ..metrics.measure import PROBES, Against, Family, measure
+from ..metrics.ranks import exact, summed
+from ..metrics.reader import Reader
+from .best import Choice
 from .build import Parts
 from .ema import WeightAverage
-from .randomness import preserved
+from .randomness import preserved, seed_batch
 from .tasks import Task, TransferTask
 
 Predictor = Callable[[Tensor], Tensor]
 
 
-def score(
-    task: Task, average: WeightAverage | None, loader: EvalLoader, accelerator: Accelerator
-) -> dict[str, float]:
-    """`test_top1`, `test_top5`, `test_loss`, and `test_ema_…` where there is an average, in one pass.
+def score(parts: Parts, average: WeightAverage | None, accelerator: Accelerator) -> dict[str, float]:
+    """`test_top1` and the rest by name, and `test_ema_…` where there is an average; nothing without test images.
 
+    Top-1, top-5 and loss where the head's classes are those of the labels; besides them what picks the best state.
     Leaves the random generators and the train mode as they were: evaluating more often does not change a run.
     """
-    models: dict[str, Predictor] = {"test": _autocast(task.predict, accelerator)}
-    if average is not None:
-        models["test_ema"] = average.predictor(models["test"])
+    loader, task = parts.eval_loader, parts.task
+    if loader is None:
+        return {}
     training = task.training
     task.eval()
     with preserved(), torch.no_grad():
-        results = evaluate(models, loader, accelerator=accelerator, ensemble=False)
+        numbers = _measured(parts, loader, average, accelerator)
+        if parts.choice is not None and parts.choice.kind == "objective":
+            numbers |= _objectives(task, loader, average, accelerator)
     task.train(training)
-    return {
-        f"{name}_{key}": getattr(metrics, key)
-        for name, metrics in results.items()
-        for key in ("top1", "top5", "loss")
-    }
+    return numbers
+
+
+def best_value(choice: Choice, metrics: dict[str, float]) -> float:
+    """The number that picks the best state: the average's where there is one."""
+    return metrics.get(f"test_ema_{choice.key}", metrics[f"test_{choice.key}"])
 
 
 def teacher_top1(parts: Parts, accelerator: Accelerator) -> float | None:
@@ -58,6 +65,79 @@ def teacher_top1(parts: Parts, accelerator: Accelerator) -> float | None:
             {"teacher": _autocast(predict, accelerator)}, loader, accelerator=accelerator, ensemble=False
         )
     return float(results["teacher"].top1)
+
+
+def _measured(
+    parts: Parts, loader: EvalLoader, average: WeightAverage | None, accelerator: Accelerator
+) -> dict[str, float]:
+    families: list[Family] = ["top1"] if parts.classified else []
+    if parts.choice is not None and parts.choice.kind in ("distance", *PROBES):
+        families.append(parts.choice.kind)
+    if not families:
+        return {}
+    task = parts.task
+    against = _against(parts, accelerator) if "distance" in families else None
+    layers = () if against is None else against.layers["test"].student
+    predict = _autocast(task.predict, accelerator)
+    readers = {"test": Reader(task.backbone, predict, layers)}
+    if average is not None:
+        readers["test_ema"] = Reader(task.backbone, average.predictor(predict), layers)
+    results = measure(
+        readers,
+        dict.fromkeys(readers, families),
+        loader,
+        reference=parts.reference_loader,
+        against=against,
+        accelerator=accelerator,
+        ensemble=False,
+    )
+    return {
+        f"{name}_{key}": value
+        for name, numbers in results.items()
+        for key, value in numbers.items()
+        if key != "samples"
+    }
+
+
+def _against(parts: Parts, accelerator: Accelerator) -> Against | None:
+    teacher, task = parts.teacher, parts.task
+    if teacher is None or task.teacher_input is None:
+        return None
+    model, shown = teacher.model.to(accelerator.device), task.teacher_input
+    layers = compared_layers(model, task.backbone)
+
+    def predict(images: Tensor) -> Tensor:
+        logits: Tensor = model(shown(images))
+        return logits
+
+    reader = Reader(model, _autocast(predict, accelerator), layers.teacher)
+    return Against(reader, dict.fromkeys(("test", "test_ema"), layers))
+
+
+def _objectives(
+    task: Task, loader: EvalLoader, average: WeightAverage | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """The mean of the run's own loss over the test images, the same draws each time."""
+    numbers = {"test_objective": _objective(task, loader, accelerator)}
+    if average is not None:
+        with average.applied():
+            numbers["test_ema_objective"] = _objective(task, loader, accelerator)
+    return numbers
+
+
+def _objective(task: Task, loader: EvalLoader, accelerator: Accelerator) -> float:
+    device = accelerator.device
+    total = torch.zeros(2, dtype=exact(device), device=device)
+    for number, (images, targets, valid) in enumerate(loader):
+        count = int(valid.sum())
+        if count:  # a batch of padding alone is run for the sake of the other processes
+            images, targets = images[valid], targets[valid]
+        seed_batch(0, 0, number * accelerator.num_processes + accelerator.process_index, device)
+        with accelerator.autocast():
+            loss = task(images.to(device), targets.to(device))["loss"]
+        total += torch.stack([loss.to(total) * count, total.new_tensor(count)])
+    loss_sum, images_seen = summed(total).tolist()
+    return float(loss_sum / max(1, images_seen))
 
 
 def _autocast(predict: Predictor, accelerator: Accelerator) -> Predictor:

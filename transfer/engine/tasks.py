@@ -40,6 +40,14 @@ class Task(nn.Module, ABC):
         return self
 
     @property
+    def backbone(self) -> nn.Module:
+        """The model whose features count: the one that leaves the run."""
+        return self.trainable
+
+    teacher_input: TeacherInput | None
+    """How images are shown to the teacher, where there is one."""
+
+    @property
     def shard_units(self) -> list[nn.Module]:
         """The modules that FSDP shards one by one."""
         return attention_blocks(self.trainable)
@@ -49,7 +57,7 @@ class Task(nn.Module, ABC):
         """Losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, classes), of a task that has classes."""
+        """Logits (B, classes), or features (B, D) of a student without a head."""
         return cast(Tensor, self.trainable(images))
 
 
@@ -60,6 +68,7 @@ class ClassificationTask(Task):
         super().__init__()
         self.student = student
         self.smoothing = smoothing
+        self.teacher_input = None
 
     @property
     def trainable(self) -> nn.Module:
@@ -77,6 +86,10 @@ class TransferTask(Task):
         self.dual = dual
         self.smoothing = smoothing
         self.task_weight = task_weight
+
+    @property
+    def teacher_input(self) -> TeacherInput:  # type: ignore[override]
+        return self.dual.teacher_input
 
     @property
     def trainable(self) -> nn.Module:
@@ -103,13 +116,13 @@ class TransferTask(Task):
 class AlignTask(Task):
     """Each converted layer learns on its teacher's inputs; labels are not looked at."""
 
+    teacher_input: TeacherInput
+
     def __init__(self, alignment: Alignment, teacher_input: TeacherInput) -> None:
         super().__init__()
         self.alignment = alignment
         self.teacher_input = teacher_input
-        used = {id(parameter) for parameter in alignment.used_parameters()}
-        for parameter in alignment.student.parameters():
-            parameter.requires_grad_(id(parameter) in used)
+        alignment.freeze_others()
 
     @property
     def trainable(self) -> nn.Module:
@@ -131,10 +144,15 @@ class PretrainTask(Task):
     def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
         self.student = autoencoder
+        self.teacher_input = None
 
     @property
     def trainable(self) -> nn.Module:
         return self.student
+
+    @property
+    def backbone(self) -> nn.Module:
+        return cast(nn.Module, self.student.encoder)
 
     @property
     def shard_units(self) -> list[nn.Module]:
@@ -142,3 +160,7 @@ class PretrainTask(Task):
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         return {"loss": self.student(images)}
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The encoder's features of whole images."""
+        return cast(Tensor, self.backbone(images))

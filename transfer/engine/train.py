@@ -33,6 +33,7 @@ from .resume import (
     check_agreement,
     check_length,
     check_same_run,
+    check_same_split,
     check_same_teacher,
     commit_of,
     refuse_existing,
@@ -52,7 +53,8 @@ logger = logging.getLogger(__name__)
 class RunResult:
     """How a run ended. `signal` is the one that stopped it after a save.
 
-    `metrics` are those of the last evaluation, with `best_top1` and `teacher_top1` where there are such.
+    `metrics` are those of the last evaluation, with `teacher_top1` and the best of what picks the best state
+    (`best_top1`, `best_relative_error`, ...) where there are such.
     """
 
     metrics: dict[str, float]
@@ -75,6 +77,7 @@ def train(config: RunConfig) -> RunResult:
         rank, world = accelerator.process_index, accelerator.num_processes
         parts = build(config, rank=rank, world_size=world, commit=commit)
         check_same_teacher(gather(parts.origins, group))
+        check_same_split(gather(parts.eval_loader is not None, group))
         early = max(filter(None, gather(signals.received, group)), default=None)
         if early is not None:  # nothing was done that a save could keep
             done = 0 if state is None else position_of(state).step
@@ -100,7 +103,7 @@ def train(config: RunConfig) -> RunResult:
                 writes=accelerator.is_main_process,
                 group=group,
             )
-    best = {} if position.best is None else {"best_top1": position.best}
+    best = {} if position.best is None else {f"best_{position.best_metric}": position.best}
     return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
 
 
@@ -235,6 +238,9 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
         _begin(loop)
         return
     loop.saver.restore(state)
+    choice = loop.parts.choice
+    if position.best is not None and choice is not None and choice.key != position.best_metric:
+        position.best = None  # a value of another metric, which this run measures no more
     if accelerator.is_main_process:
         done = f"resumed at step {position.step} of {loop.schedule.total_steps}"
         logger.warning("the run in %s is %s", loop.config.output_dir, "finished" if loop.finished else done)
@@ -260,7 +266,7 @@ def _begin(loop: Loop) -> None:
     loop.recorder.describe(hyperparameters(settings(config), **rates))
     if config.engine.evaluate_start and loop.parts.eval_loader is not None:
         saver = loop.saver
-        metrics = score(saver.task, saver.average, loop.parts.eval_loader, loop.accelerator)
+        metrics = score(loop.parts, saver.average, loop.accelerator)
         loop.recorder.plain({"epoch": 0, "step": 0, **metrics})
     top1 = teacher_top1(loop.parts, loop.accelerator) if config.engine.evaluate_teacher else None
     if top1 is not None:

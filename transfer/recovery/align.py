@@ -112,6 +112,12 @@ class Alignment(nn.Module):
             for parameter in child.parameters()
         ] + [p for layer in converted_layers(self.student).values() for p in layer.parameters(recurse=False)]
 
+    def freeze_others(self) -> None:
+        """Leaves to learn only what a loss depends on."""
+        used = {id(parameter) for parameter in self.used_parameters()}
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(id(parameter) in used)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Alignment:
         self._view[0]._apply(fn)  # the teacher is no part of the module, but goes where it goes
         super()._apply(fn, recurse)

@@ -1,0 +1,111 @@
+"""Which number picks the best state of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from ...models.errors import ConfigError
+from ..config import Metric, RunConfig
+from ..data.loaders import EvalLoader
+from ..metrics.measure import PROBES, Family
+from .labels import needs_labels
+
+FEATURE_METHODS = ("block_output", "feature")
+"""Methods that pull the student's features to the teacher's, so that their distance says how far it is."""
+
+Kind = Family | Literal["objective"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number of an evaluation, `test_<key>` in the log."""
+
+    key: str
+    kind: Kind
+    """What is measured for it; `objective` is the run's own loss on the test images."""
+
+    @property
+    def smaller(self) -> bool:
+        """Whether less is better."""
+        return self.key in ("loss", "objective", "relative_error")
+
+    def describe(self) -> str:
+        """Which state is the best, in words."""
+        return f"the state with the {'smallest' if self.smaller else 'largest'} test_{self.key}"
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Whether `value` beats `best`, which anything does that is the first."""
+        return best is None or (value < best if self.smaller else value > best)
+
+
+CHOICES: dict[Metric, Choice] = {
+    "top1": Choice("top1", "top1"),
+    "knn": Choice("knn_top1", "knn"),
+    "probe": Choice("probe_top1", "probe"),
+}
+
+
+def classifies(num_classes: int, loader: EvalLoader | None) -> bool:
+    """Whether a head of so many classes can be scored by the labels of these images."""
+    return loader is not None and 0 < num_classes == loader.num_classes
+
+
+def choose(
+    config: RunConfig,
+    *,
+    classes: int,
+    loader: EvalLoader | None,
+    student: nn.Module,
+    teacher: nn.Module | None,
+) -> Choice | None:
+    """The number that `engine.metric` asks for; None where nothing is evaluated, and the last state is the best.
+
+    `classes` are those of the student's head, `loader` has the test images.
+
+    Raises ConfigError: it cannot be measured in this run.
+    """
+    classified = classifies(classes, loader)
+    metric = config.engine.metric
+    if metric == "auto":
+        metric = _default(config, classified)
+        if loader is None or metric == "auto":
+            return None
+    if loader is None:
+        raise ConfigError(
+            f"engine.metric={metric} needs test images: give a validation split, or set it to auto"
+        )
+    if metric == "top1" and not classified:
+        raise ConfigError(
+            "engine.metric=top1 needs labels and a head of as many classes; use knn, probe, distance or loss"
+        )
+    if metric in PROBES and not loader.num_classes:
+        raise ConfigError(
+            f"engine.metric={metric} needs labels, and the test images have none; use distance or loss"
+        )
+    if metric == "distance" and config.mode not in ("transfer", "align"):
+        raise ConfigError(
+            f"engine.metric=distance needs a teacher, and mode={config.mode} has none; use loss or knn"
+        )
+    if metric == "distance":
+        same_width = teacher is not None and _width(teacher) == _width(student)
+        return Choice("relative_error" if same_width else "cka", "distance")
+    if metric == "loss":
+        return Choice("loss", "top1") if needs_labels(config) else Choice("objective", "objective")
+    return CHOICES[metric]
+
+
+def _default(config: RunConfig, classified: bool) -> Metric:
+    """top1 where it means something, else how near the student is to what it learns from."""
+    if classified:
+        return "top1"
+    if config.mode == "align" or (config.mode == "transfer" and config.transfer.method in FEATURE_METHODS):
+        return "distance"
+    return "loss" if config.mode == "transfer" else "auto"
+
+
+def _width(model: nn.Module) -> int:
+    """Of what the head reads."""
+    return int(getattr(model, "head_hidden_size", None) or cast(Any, model).num_features)
