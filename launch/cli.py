@@ -20,6 +20,7 @@ COMMANDS = {
     "resume": "`graftvit resume RUN`: submit a run again from where it stands, on other nodes if you like",
     "pretrain": "make a teacher by masked autoencoding, without labels",
     "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
+    "data": "what a data set holds, and a picture of training images as the model sees them",
     "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
     "push": "publish a student on the Hugging Face hub, with its card and its licence",
     "convert": "give a model other attention by a plan, and write the folder that recovery starts from",
@@ -102,7 +103,7 @@ def _run(words: list[str]) -> int:
 def _log(command: str) -> None:
     """Messages go to stderr: what a long command tells, from its first process, and all warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    tells = command in ("demo", "train", "pretrain") and os.environ.get("RANK", "0") == "0"
+    tells = command in ("demo", "train", "pretrain", "data") and os.environ.get("RANK", "0") == "0"
     logging.getLogger("graftvit").setLevel(logging.INFO if tells else logging.WARNING)
     # a hub that cannot be reached ends in one error; its client would warn at each of its ten tries
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -10,7 +10,7 @@ from timm.utils.misc import natural_key
 
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
-from .images import ImageSource
+from .images import Header, ImageSource
 
 
 class KeptClasses:
@@ -29,6 +29,9 @@ class KeptClasses:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return self._source.read(self._indices[index])[0], self.targets[index]
+
+    def header(self, index: int) -> Header:
+        return self._source.header(self._indices[index])
 
     def path(self, index: int) -> str:
         return self._source.path(self._indices[index])

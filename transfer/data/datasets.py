@@ -83,12 +83,16 @@ def _open(
     return TorchvisionSource(dataset, mode)
 
 
+def is_name(word: str) -> bool:
+    """Whether a word names a data set, and no folder."""
+    family, slash, _ = word.partition("/")
+    return word == "digits" if not slash else family.lower() in (*PACKAGES, "torch")
+
+
 def _check_family(name: str) -> str:
     """The part of a data set's name before the slash. timm would read any other name as a folder."""
-    family, slash, _ = name.partition("/")
-    family = family.lower()
-    known = name in ("", "digits") if not slash else family in (*PACKAGES, "torch")
-    if not known:
+    family = name.partition("/")[0].lower()
+    if name and not is_name(name):
         raise ConfigError(f"data.dataset={name!r} is not known; {did_you_mean(name, FAMILIES)}")
     if family in PACKAGES and importlib.util.find_spec(PACKAGES[family]) is None:
         package = PACKAGES[family]
@@ -119,6 +123,15 @@ def _check_folder(config: DataConfig, split: str) -> None:
             f"data.{'train_split' if split == config.train_split else 'val_split'} names another"
         )
     logger.warning("%s has no folder for split %r: all of it is used", config.data_path, split)
+
+
+def undivided(config: DataConfig) -> bool:
+    """Whether a folder has no folders for splits, so that each split is all of it."""
+    root = Path(config.data_path or "")
+    if config.dataset not in ("", "folder") or not root.is_dir():
+        return config.dataset in ("", "folder") and root.is_file()
+    usual = (*TRAIN_NAMES, *EVAL_NAMES, config.train_split, config.val_split)
+    return not any((root / name).is_dir() for name in usual)
 
 
 def _class_map(config: DataConfig, split: str) -> dict[str, int] | None:

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ...models.errors import DataError, did_you_mean
+from .images import Header
 
 VALIDATION_SIZE = 500
 SPLITS = {
@@ -46,6 +47,9 @@ class DigitsSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self._pixels[index]).convert(self._mode), self.targets[index]
+
+    def header(self, index: int) -> Header:
+        return Header(None, "L", self._pixels[index].shape)
 
     def path(self, index: int) -> str:
         return f"digits[{self._places[index]}]"

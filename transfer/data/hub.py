@@ -12,7 +12,7 @@ from PIL import Image
 from ...models.errors import DataError
 from ..config import DataConfig
 from .columns import Columns, find_columns
-from .images import UNLABELED
+from .images import UNLABELED, Header
 from .splits import synonyms
 from .steps import reason_of
 
@@ -45,10 +45,17 @@ class HubSource:
         return len(self._images)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        stored = self._images[index][self._column]
-        content = stored["bytes"] or Path(stored["path"]).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(self._content(index))) as image:
             return image.convert(self._mode), self.targets[index]
+
+    def header(self, index: int) -> Header:
+        with Image.open(io.BytesIO(self._content(index))) as image:
+            return Header.of(image)
+
+    def _content(self, index: int) -> bytes:
+        stored = self._images[index][self._column]
+        content: bytes = stored["bytes"] or Path(stored["path"]).read_bytes()
+        return content
 
     def path(self, index: int) -> str:
         stored = self._images[index][self._column] or {}

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from PIL import Image
 
 UNLABELED = -1
 """The label of an image that has none."""
+
+
+class Header(NamedTuple):
+    """What a file says of its image before that is decoded; `kind` is the format, where there is a file."""
+
+    kind: str | None
+    mode: str
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Header:
+        return cls(image.format, image.mode, image.size)
 
 
 class ImageSource(Protocol):
@@ -24,6 +36,7 @@ class ImageSource(Protocol):
     def class_names(self) -> Sequence[str] | None: ...
     def __len__(self) -> int: ...
     def read(self, index: int) -> tuple[Image.Image, int]: ...
+    def header(self, index: int) -> Header: ...
     def path(self, index: int) -> str: ...
 
 
@@ -49,6 +62,11 @@ class ReaderSource:
         stream, target, *_ = self._reader[index]
         with stream, Image.open(stream) as image:
             return image.convert(self._mode), UNLABELED if self._flat else int(target)
+
+    def header(self, index: int) -> Header:
+        stream = self._reader[index][0]
+        with stream, Image.open(stream) as image:
+            return Header.of(image)
 
     def path(self, index: int) -> str:
         return str(self._reader.filename(index, absolute=True))
@@ -80,6 +98,9 @@ class TorchvisionSource:
         image, target = self._dataset[index]
         return cast(Image.Image, image.convert(self._mode)), int(target)
 
+    def header(self, index: int) -> Header:
+        return Header.of(self._dataset[index][0])
+
     def path(self, index: int) -> str:
         files = getattr(self._dataset, "samples", None)
         return f"sample {index}" if files is None else str(files[index][0])
@@ -106,6 +127,9 @@ class SubsetSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return self.source.read(self.indices[index])
+
+    def header(self, index: int) -> Header:
+        return self.source.header(self.indices[index])
 
     def path(self, index: int) -> str:
         return self.source.path(self.indices[index])

@@ -1,0 +1,113 @@
+"""`graftvit data SOURCE`: what a data set holds, and what a model sees of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...models.errors import ConfigError
+from ..config import Setting, load_config, load_stages
+from ..flags import command_parser, parse_command
+
+if TYPE_CHECKING:
+    from ...transfer.config import RunConfig
+
+EXAMPLES = (
+    "graftvit data /data/flowers --out look.png",
+    "graftvit data /data/imagenet --recipe attention_distill_vit_large --limit 10000 --out look.png",
+    "graftvit data digits --recipe digits_distill --out look.png",
+    "graftvit data torch/cifar10 --data_path data --download --json cifar10.json",
+    "graftvit data hfds/food101 --label_column label --val_split validation",
+    "graftvit data wds/shards --data_path /data/shards --num_classes 1000",
+)
+SETTINGS = ("data", "student.model", "student.model_args", "student.img_size", "seed")
+
+
+def run(argv: list[str]) -> int:
+    """Print what was found, and write the picture and the numbers where they are asked for."""
+    parser = command_parser(
+        "data",
+        "Say what a data set holds: splits, classes and their labels, images a class, sizes, formats, files that "
+        "cannot be read; and write a picture of training images as the model sees them, after augmentation and mixing.",
+        EXAMPLES,
+        usage="[SOURCE] [--out PNG] [--flag value ...]",
+    )
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE",
+        help="a folder, a .tar file, or a data set's name as for --dataset: digits, torch/cifar10, hfds/..., wds/...",
+    )  # fmt: skip
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe, YAML file or run whose settings count")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="write a picture of augmented training images"
+    )
+    parser.add_argument("--images", type=int, default=32, metavar="N", help="images in it (default: 32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
+    parser.add_argument("--decode", action="store_true", help="read files whole; headers alone by default")
+    parser.add_argument(
+        "--limit", type=int, metavar="N",
+        help="images of a split to open, evenly over it (default: all, and the first 1,000 of a stream)",
+    )  # fmt: skip
+    arguments, given = parse_command(parser, argv, only=SETTINGS)
+    _check(arguments.images, arguments.limit, arguments.out, arguments.json)
+    config = _config(arguments.recipe, [*_source(arguments.source), *given])
+    from ...transfer.data.survey import survey
+    from ..data_table import to_json, to_text
+
+    found = survey(config.data, limit=arguments.limit, decode=arguments.decode)
+    sys.stdout.write(to_text(found))
+    if arguments.json is not None:
+        _write(arguments.json, (to_json(found) + "\n").encode())
+    if arguments.out is not None:
+        _write(arguments.out, _picture(config, arguments.images))
+        sys.stdout.write(f"{arguments.out}\n")
+    return 0
+
+
+def _source(word: str | None) -> list[Setting]:
+    """The settings that a word for a data set stands for: a name of a known family, else a path."""
+    if word is None:
+        return []
+    from ...transfer.data.datasets import is_name
+
+    if is_name(word) and (word == "digits" or not Path(word).exists()):
+        return [Setting("data.dataset", word, "SOURCE")]
+    path = str(Path(word).expanduser())
+    return [Setting("data.dataset", "", "SOURCE"), Setting("data.data_path", path, "SOURCE")]
+
+
+def _config(recipe: str | None, settings: list[Setting]) -> RunConfig:
+    """Of a recipe of several stages, the last: its images are those of training."""
+    stages = [] if recipe is None else load_stages(recipe, settings)
+    return stages[-1].config if stages else load_config(recipe, settings)
+
+
+def _check(images: int, limit: int | None, *files: Path | None) -> None:
+    """Raises ConfigError for what can be seen before anything is read."""
+    if images < 1:
+        raise ConfigError(f"--images {images}: must be at least 1")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: must be at least 1")
+    for file in files:
+        if file is not None and not file.resolve().parent.is_dir():
+            raise ConfigError(f"{str(file)!r} cannot be written: its folder does not exist; make it first")
+
+
+def _picture(config: RunConfig, count: int) -> bytes:
+    """A PNG of the first training images, at the size and with the interpolation of the student."""
+    from ...transfer.compare.figures import to_png
+    from ...transfer.data.preview import preview
+    from ...transfer.engine.students import find_whole, resolve_preprocessing
+
+    fresh = config.model_copy(update={"student": config.student.model_copy(update={"init": None})})
+    spec = resolve_preprocessing(fresh, None, find_whole(config.student))
+    return to_png(preview(config.data, spec, count, seed=config.seed), ground="white")
+
+
+def _write(path: Path, content: bytes) -> None:
+    from ...checkpoints.atomic import write_file
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_file(path, write, size=len(content))

@@ -1,0 +1,106 @@
+"""What `graftvit data` says: the survey of a data set as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ..transfer.data.survey import Split, Survey, differences
+from .conversion_table import aligned
+
+SHOWN_LABELS = 20
+"""With more classes than these, the text shows those at both ends; the JSON has all."""
+
+
+def to_text(found: Survey) -> str:
+    """A table of the splits, what their files are, the labels, and what to look at."""
+    rows = [["split", "images", "classes", "a class: min", "median", "max", "unlabeled", "unreadable"]]
+    rows += [_row(split) for split in found.splits]
+    blocks = [aligned(rows, right=tuple(range(1, len(rows[0]))))]
+    blocks += [_files(split) for split in found.splits]
+    blocks.append(_labels(found.splits[0]))
+    remarks = [f"WARNING  {line}" for line in differences(found)]
+    remarks += [f"no split {name}: {reason}" for name, reason in found.missing.items()]
+    remarks += [line for split in found.splits for line in _unreadable(split)]
+    return "\n".join([*blocks, *remarks]).rstrip() + "\n"
+
+
+def to_json(found: Survey) -> str:
+    """All numbers, and the label of each class."""
+    splits = {split.name: _numbers(split) for split in found.splits}
+    whole = {"splits": splits, "missing": found.missing, "warnings": differences(found)}
+    return json.dumps(whole, indent=2)
+
+
+def _row(split: Split) -> list[str]:
+    counts = split.counts()
+    spread = _spread(counts) if counts else ("-", "-", "-")
+    images = f"{split.images:,}" + (f" ({split.looked_at:,} looked at)" if split.streamed else "")
+    numbers = (f"{split.unlabeled:,}", f"{split.unreadable:,}")
+    return [split.name, images, f"{len(counts):,}" if counts else "none", *spread, *numbers]
+
+
+def _files(split: Split) -> str:
+    if not split.widths:
+        return f"{split.name}: no image can be read\n"
+    lines = [
+        f"{split.name}: width {' / '.join(_spread(split.widths))}, height {' / '.join(_spread(split.heights))} "
+        "(min / median / max)",
+        f"  formats {_listed(split.kinds)}; modes {_listed(split.modes)}",
+    ]
+    if split.looked_at < split.images and not split.streamed:
+        lines[0] += f", of {split.looked_at:,} images"
+    return "\n".join([*lines, ""])
+
+
+def _labels(split: Split) -> str:
+    counts = split.counts()
+    if not counts:
+        return f"labels of {split.name}: no classes\n"
+    names = [*(split.class_names or ()), *[""] * len(counts)]
+    rows = [[str(label), names[label], f"{count:,}"] for label, count in enumerate(counts)]
+    if len(rows) > SHOWN_LABELS:
+        half = SHOWN_LABELS // 2
+        rows = [*rows[:half], ["...", "", ""], *rows[-half:]]
+    return f"labels of {split.name}\n" + aligned([["label", "class", "images"], *rows], right=(0, 2))
+
+
+def _unreadable(split: Split) -> list[str]:
+    lines = [f"unreadable in {split.name}: {path} ({reason})" for path, reason in split.named]
+    more = split.unreadable - len(split.named)
+    return [*lines, f"unreadable in {split.name}: and {more:,} more"] if more > 0 else lines
+
+
+def _numbers(split: Split) -> dict[str, Any]:
+    names = split.class_names
+    return {
+        "images": split.images,
+        "looked_at": split.looked_at,
+        "streamed": split.streamed,
+        "classes": None if names is None else {name: label for label, name in enumerate(names)},
+        "images_by_label": split.counts(),
+        "unlabeled": split.unlabeled,
+        "width": _three(split.widths),
+        "height": _three(split.heights),
+        "formats": dict(split.kinds.most_common()),
+        "modes": dict(split.modes.most_common()),
+        "unreadable": split.unreadable,
+        "unreadable_files": [each._asdict() for each in split.named],
+    }
+
+
+def _three(values: Sequence[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def _spread(values: Sequence[int]) -> tuple[str, str, str]:
+    return f"{min(values):,}", f"{statistics.median(values):,.10g}", f"{max(values):,}"
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())

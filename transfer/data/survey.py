@@ -1,0 +1,197 @@
+"""What is in a data set: images by class, their sizes and kinds, what cannot be read, and how labels are numbered."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch.utils.data import IterableDataset
+
+from ...models.errors import DataError
+from ..config import DataConfig
+from .datasets import open_dataset, undivided
+from .images import UNLABELED, Header, ImageSource
+from .loading import BadImage
+from .steps import reason_of
+
+logger = logging.getLogger(__name__)
+Each = TypeVar("Each")
+
+NAMED = 20
+"""How many unreadable files are named; all are counted."""
+INTERVAL_S = 10.0
+"""Time between two lines that say how far it is."""
+
+
+@dataclass
+class Split:
+    """One split. `looked_at` of its `images` were opened; a stream tells only what it gives."""
+
+    name: str
+    images: int
+    streamed: bool
+    class_names: tuple[str, ...] | None
+    looked_at: int = 0
+    by_label: Counter[int] = field(default_factory=Counter)
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    unreadable: int = 0
+    named: list[BadImage] = field(default_factory=list)
+
+    @property
+    def unlabeled(self) -> int:
+        return self.by_label[UNLABELED]
+
+    def counts(self) -> list[int]:
+        """Images of each class, in the order of the labels, those of no image among them."""
+        size = max([len(self.class_names or ()), *(label + 1 for label in self.by_label)])
+        return [self.by_label[label] for label in range(size)]
+
+    def add(self, header: Header) -> None:
+        self.looked_at += 1
+        self.widths.append(header.size[0])
+        self.heights.append(header.size[1])
+        self.kinds[header.kind or "decoded"] += 1
+        self.modes[header.mode] += 1
+
+    def refuse(self, bad: BadImage) -> None:
+        self.looked_at += 1
+        self.unreadable += 1
+        if len(self.named) < NAMED:
+            self.named.append(bad)
+
+
+@dataclass
+class Survey:
+    """The splits that are there, and why others are not."""
+
+    splits: list[Split]
+    missing: dict[str, str]
+
+
+def survey(
+    config: DataConfig, *, limit: int | None = None, decode: bool = False, stream_limit: int = 1000
+) -> Survey:
+    """Looks at the training and the validation split.
+
+    Args:
+        limit: Images of a split whose files are opened, evenly over it; all by default, of a stream `stream_limit`.
+        decode: Read whole files, not their headers alone.
+
+    Raises DataError: neither split can be read. ConfigError: the data set is not known.
+    """
+    found = Survey([], {})
+    names = ["all"] if undivided(config) else [config.train_split, config.val_split]
+    for name in dict.fromkeys(names):
+        try:
+            split = config.train_split if name == "all" else name
+            dataset = open_dataset(config, split, 3, training=False)
+        except DataError as error:
+            found.missing[name] = str(error)
+            continue
+        if isinstance(dataset, IterableDataset):
+            found.splits.append(_stream(name, dataset, limit or stream_limit))
+        else:
+            found.splits.append(_source(name, dataset, limit, decode))
+    if not found.splits:
+        raise DataError(next(iter(found.missing.values())))
+    return found
+
+
+def differences(found: Survey) -> list[str]:
+    """Where two splits name or number their classes differently: each is a sentence."""
+    lines = []
+    for first, second in itertools.combinations(found.splits, 2):
+        names, others = first.class_names, second.class_names
+        if names is None or others is None:
+            if (names is None) != (others is None):
+                lines.append(f"{first.name} {_has(names)} and {second.name} {_has(others)}")
+            continue
+        places = {name: place for place, name in enumerate(others)}
+        moved = [name for place, name in enumerate(names) if places.get(name, place) != place]
+        if moved:
+            name = moved[0]
+            lines.append(
+                f"{_some(moved)}: another label in {second.name} than in {first.name}, such as {name!r}: "
+                f"{places[name]} and not {names.index(name)}; accuracy there says nothing"
+            )
+        for one, only in ((first, [n for n in names if n not in places]), (second, _without(others, names))):
+            if only:
+                lines.append(f"only {one.name} has {_some(only)}")
+    for each in found.splits:
+        empty = [
+            name for name, count in zip(each.class_names or (), each.counts(), strict=False) if not count
+        ]
+        if empty and not each.streamed:
+            lines.append(f"{each.name} has no image of {_some(empty)}")
+    return lines
+
+
+def _has(names: Sequence[str] | None) -> str:
+    return "has no classes with names" if names is None else f"has {len(names)} classes"
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    known = set(others)
+    return [name for name in names if name not in known]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} classes: {', '.join(names[:5])}{more}" if len(names) > 1 else f"class {names[0]}"
+
+
+def _source(name: str, source: ImageSource, limit: int | None, decode: bool) -> Split:
+    names = None if source.class_names is None else tuple(source.class_names)
+    split = Split(name, len(source), False, names)
+    if source.targets is not None:
+        split.by_label.update(source.targets)
+    step = max(1, -(-len(source) // limit)) if limit else 1
+    for index in told(name, range(0, len(source), step)):
+        try:
+            split.add(source.header(index))
+            if decode or source.targets is None:
+                _, target = source.read(index)
+                if source.targets is None:
+                    split.by_label[target] += 1
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders fail in many ways
+            split.refuse(BadImage(source.path(index), reason_of(error)))
+    return split
+
+
+def _stream(name: str, stream: Any, limit: int) -> Split:
+    names = tuple(getattr(stream.reader, "class_to_idx", ())) or None
+    split = Split(name, len(stream), True, names)
+    try:
+        for image, target in told(name, itertools.islice(stream, limit), total=min(limit, len(stream))):
+            split.add(Header.of(image))
+            split.by_label[int(target)] += 1
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{name} cannot be read after {split.looked_at} images: {reason_of(error)}"
+        ) from error
+    return split
+
+
+def told(name: str, items: Iterable[Each], total: int | None = None) -> Iterator[Each]:
+    """The items; says every few seconds how many of them are done, and how long the rest will take."""
+    count = len(items) if isinstance(items, Sequence) else total or 0
+    begin = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= INTERVAL_S and done:
+            last = now
+            left = max(0.0, (now - begin) / done * (count - done))
+            logger.info("%s: %s of %s images, about %.0f s left", name, f"{done:,}", f"{count:,}", left)
+        yield item
