@@ -160,7 +160,8 @@ class DataConfig(Section):
     )
     classes: str | list[str] | None = Field(
         None,
-        description="classes to keep of a larger set: names joined by commas, or a text file with a name a line",
+        description="classes to keep of a larger set: names joined by commas, imagenet-100, or a text file with a "
+        "name a line",
     )
     num_classes: int | None = Field(None, description="number of classes; read from the data set by default")
     train_samples: int | None = Field(

@@ -12,6 +12,9 @@ from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from .images import Header, ImageSource
 
+IMAGENET_100 = "imagenet-100"
+"""The name of the list that comes with the package."""
+
 
 class KeptClasses:
     """The images of `source` that are of the classes `names`, which are numbered in that order."""
@@ -62,6 +65,8 @@ def wanted_classes(config: DataConfig) -> list[str] | None:
     given = config.classes
     if given is None:
         return None
+    if given == IMAGENET_100:
+        given = _read(Path(__file__).with_name("imagenet100.txt"))
     if isinstance(given, str):
         given = _read(Path(given)) if given.endswith(".txt") or Path(given).is_file() else given.split(",")
     names = sorted({name.strip() for name in given} - {""}, key=natural_key)
