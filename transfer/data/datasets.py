@@ -33,7 +33,9 @@ EXTRAS = {"hfds": "hfds", "hfids": "hfds", "wds": "wds"}
 def check_dataset(config: DataConfig) -> None:
     """Raise what `open_dataset` would for an unknown name, a missing package or folder, without reading any image."""
     wanted_classes(config)
-    if _check_family(config.dataset if config.dataset != "folder" else "") == "":
+    family = _check_family(config.dataset if config.dataset != "folder" else "")
+    _check_place(config, family)
+    if family == "":
         _check_folder(config, config.train_split)
 
 
@@ -55,6 +57,7 @@ def open_dataset(
         raise DataError(f"images of {channels} channels cannot be read; a model's in_chans must be 1 or 3")
     name = config.dataset if config.dataset != "folder" else ""
     family = _check_family(name)
+    _check_place(config, family)
     found = _open(config, name, family, split, MODES[channels], training, seed)
     if not isinstance(found, IterableDataset):
         return keep_classes(config, found)
@@ -101,12 +104,18 @@ def _check_family(name: str) -> str:
     return family
 
 
-def _check_folder(config: DataConfig, split: str) -> None:
-    if config.data_path is None:
+def _check_place(config: DataConfig, family: str) -> None:
+    """DataError where what is read from a folder has none."""
+    if config.data_path is None and family == "":
         raise DataError(
             "data.data_path is not set: give the data set's folder, or data.dataset=digits to try"
         )
-    root = Path(config.data_path)
+    if config.data_path is None and family in ("torch", "wds"):
+        raise DataError(f"data.data_path is not set: {config.dataset} needs a folder to be read from")
+
+
+def _check_folder(config: DataConfig, split: str) -> None:
+    root = Path(str(config.data_path))
     if not root.exists():
         raise DataError(f"data.data_path={config.data_path} does not exist")
     if root.is_file():

@@ -12,7 +12,7 @@ import pytest
 from data_sets import encoded, write_classes, write_images, write_tar
 from graftvit.models.errors import ConfigError, DataError, GraftError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data.datasets import open_dataset
+from graftvit.transfer.data.datasets import check_dataset, open_dataset
 from graftvit.transfer.data.images import UNLABELED, ImageSource
 from PIL import Image
 
@@ -191,3 +191,10 @@ def test_a_split_of_another_name_is_hinted_at(tmp_path: Path) -> None:
     write_classes(tmp_path, ["bee"], ["train", "test"])
     message = refusal(DataError, "validation", data_path=str(tmp_path))
     assert "only train, test; data.val_split names another" in message
+
+
+@pytest.mark.parametrize("name", ["torch/cifar10", "wds/shards"])
+def test_a_set_without_its_folder_is_told_to_name_one(name: str) -> None:
+    assert f"data.data_path is not set: {name} needs a folder" in refusal(DataError, dataset=name)
+    with pytest.raises(DataError, match=r"data\.data_path is not set"):
+        check_dataset(DataConfig(dataset=name))
