@@ -129,6 +129,9 @@ def test_it_is_evaluated_without_its_teacher(
     scores = json.loads((tmp_path / "scores.json").read_text())[str(run)]
     assert scores["top1"] == pytest.approx(metrics["test_top1"], abs=1e-9)
     assert scores["loss"] == pytest.approx(metrics["test_loss"], rel=1e-6)
+    assert main(["visualize", str(run), "digits:1", "--out", str(tmp_path / "seen")]) == 0
+    numbers = json.loads((tmp_path / "seen" / "numbers.json").read_text())
+    assert len(numbers["student"]["entropy"]) == ARGUMENTS["depth"]
 
 
 def test_it_says_its_licence_and_what_it_costs(finished: Any) -> None:
