@@ -42,7 +42,7 @@ def save(model: nn.Module, folder: Path, **more: Any) -> str:
         folder,
         architecture=ARCHITECTURE,
         model_args=arguments,
-        preprocessing=Preprocessing.of(model, mean=MEAN, std=STD),
+        preprocessing=Preprocessing.of(model, mean=MEAN, std=STD, crop_pct=1.0),
     )
     return f"local-dir:{folder}"
 

@@ -10,6 +10,7 @@ from .evaluate import Metrics as Metrics
 from .evaluate import evaluate as evaluate
 from .methods.dual import DualOutput as DualOutput
 from .methods.dual import DualViT as DualViT
+from .methods.dual import Normalization as Normalization
 from .methods.dual import build_dual as build_dual
 from .methods.mismatch import compare_models as compare_models
 from .methods.mismatch import report_mismatch as report_mismatch

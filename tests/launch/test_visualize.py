@@ -11,7 +11,7 @@ import torch
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.transfer.visualize import page
-from graftvit.transfer.visualize.images import input_spec, read_images, to_tensor
+from graftvit.transfer.visualize.images import read_images, to_tensor
 from graftvit.transfer.visualize.look import look
 from PIL import Image
 from visualize_models import MEAN, STD, picture, save, tiny
@@ -51,7 +51,7 @@ def test_a_folder_of_images(
             assert min(opened.size) > 200
     found = json.loads((tmp_path / "out" / "numbers.json").read_text())
     loaded = load_teacher(student)
-    spec = input_spec(loaded)
+    spec = loaded.preprocessing
     looks = [look(loaded.model, to_tensor(each.original, spec)) for each in read_images([str(folder)], spec)]
     entropy = torch.stack([each.entropy() for each in looks]).mean(0)
     np.testing.assert_allclose(found["student"]["entropy"], entropy, rtol=1e-5)
@@ -63,7 +63,7 @@ def test_a_folder_of_images(
 
 
 def test_images_are_seen_as_the_model_sees_them(student: str, tmp_path: Path) -> None:
-    spec = input_spec(load_teacher(student))
+    spec = load_teacher(student).preprocessing
     (shown,) = read_images([picture(tmp_path / "x.png")], spec)
     with Image.open(tmp_path / "x.png") as opened:
         expected = np.asarray(opened)

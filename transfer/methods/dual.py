@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...checkpoints.teacher import Teacher
 from ...models.conversion import converted_layers
 from ...models.copied import CopiedTeacher, Copying, copied_layers
-from ...models.copying.input import Normalization, TeacherInput
+from ...models.copying.input import Normalization as Normalization
+from ...models.copying.input import TeacherInput
 from ...models.copying.operators import COPY_METHODS
 from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean

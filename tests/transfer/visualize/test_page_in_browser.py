@@ -12,7 +12,7 @@ import torch
 from browser import Page, browser, find_browser
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.transfer.analysis import attention_maps
-from graftvit.transfer.visualize.images import input_spec, read_images, to_tensor
+from graftvit.transfer.visualize.images import read_images, to_tensor
 from graftvit.transfer.visualize.run import visualize
 from numpy.typing import NDArray
 from visualize_models import GRID, PREFIX, TOKENS, operator_inputs, picture, save, tiny
@@ -49,7 +49,7 @@ class Shown:
     def operator_row(self, layer: int, head: int, token: int) -> NDArray[Any]:
         """The row by the operator's own `rows`, from the model as loaded."""
         loaded = load_teacher(self.student)
-        spec = input_spec(loaded)
+        spec = loaded.preprocessing
         image = to_tensor(read_images([self.image], spec)[0].original, spec)
         operator, heads = operator_inputs(loaded.model, image, layer)
         with torch.no_grad():
@@ -92,7 +92,7 @@ def test_the_teacher_answers_beside(shown: Shown) -> None:
     shown.choose("head", "mean")
     shown.page.click("#panel-teacher .stage", 1.5 / GRID[1], 2.5 / GRID[0])
     loaded = load_teacher(shown.teacher)
-    spec = input_spec(loaded)
+    spec = loaded.preprocessing
     image = to_tensor(read_images([shown.image], spec)[0].original, spec)
     heads = attention_maps(loaded.model, image)[1][0][:, PREFIX + 2 * GRID[1] + 1].numpy()
     np.testing.assert_allclose(shown.row("teacher"), heads.mean(0), atol=heads.max() / 250)
