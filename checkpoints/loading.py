@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from ..models.copied import copying_of
 from .teacher import load_teacher
 
 
-def load(source: str, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
+def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
     """The model of any source, in eval mode and with gradients: a saved student (converted ones too), a teacher.
 
     A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
@@ -23,7 +24,7 @@ def load(source: str, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Mod
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
-    model = load_teacher(source, **how).model.requires_grad_(True)
+    model = load_teacher(str(source), **how).model.requires_grad_(True)
     if copying_of(model) is not None:
         cast(Any, model).teacher.requires_grad_(False)
     return model if dtype is None else model.to(dtype)

@@ -144,6 +144,12 @@ def test_a_converted_student_comes_back(tmp_path: Path, tiny: Callable[..., nn.M
         assert torch.equal(by_timm(images), loaded(images))
 
 
+def test_a_path_is_a_source_like_its_text(tmp_path: Path, tiny: Callable[..., nn.Module]) -> None:
+    write_student(tiny(**ARGUMENTS), tmp_path, architecture=NAME, model_args=ARGUMENTS, mean=MEAN, std=STD)
+    by_path, by_text = graftvit.load(tmp_path).state_dict(), graftvit.load(str(tmp_path)).state_dict()
+    assert all(torch.equal(by_path[name], by_text[name]) for name in by_text)
+
+
 def test_loaded_models_are_ready_to_use_and_to_train(run: Any) -> None:
     model = load(str(run[0]))
     assert not model.training
