@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +15,15 @@ import graftvit
 import pytest
 import timm
 from graftvit.launch.cli import main
-from graftvit.launch.config import load_config, load_stages, read_recipe
+from graftvit.launch.config import load_config
 from graftvit.launch.recipes import recipe_names
-from graftvit.transfer import RunConfig
+from support.cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
 from support.interrupting import terminated_after
 from support.measure import measure
-from support.photos import CLASSES
 from support.plain_timm import PlainTimm
-from support.tiny_weights import write_stand_in
 
-PATCHES_OF_16 = {"embed_dim": 48, "depth": 2, "num_heads": 3}
-DEEP = {**PATCHES_OF_16, "depth": 8}
+DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a recipe is made small and short. What is not named here stays as the recipe has it."""
-
-    model_args: Mapping[str, Any] = field(default_factory=lambda: PATCHES_OF_16)
-    img_size: int | None = 64
-    batch_size: int | None = 24  # three steps an epoch
-    length: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 2, "warmup_epochs": 0.5})
-    stop_after: int = 4
-    workers: int = 0
-    alone: bool = True
-    """Whether timm alone loads the student."""
-
-
 STAGES = {"epochs": 2}
 DIGITS = Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2})
 """Models that are small already; 40 labels are one step an epoch."""
@@ -67,7 +47,7 @@ CUTS = {
     "digits_pretrain": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
     "digits_scratch": DIGITS,
     "digits_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
-    "efficient_attention_cifar10": Cut({"embed_dim": 48, "depth": 2, "num_heads": 3}, img_size=32),
+    "efficient_attention_cifar10": Cut(img_size=32, alone=False),
     "hedgehog_vit_base": Cut(length=STAGES, stop_after=8, alone=False),
     "mae_finetune_vit_base": Cut(),
     "mae_finetune_vit_huge": Cut(img_size=56),
@@ -77,65 +57,18 @@ CUTS = {
 }
 COMPARED = {"digits_compare"}
 """Recipes of `graftvit compare` alone: see `test_compare.py`."""
-CUT_KEYS = {
-    "output_dir", "teacher.source", "teacher.img_size", "student.model_args", "student.img_size", "student.init",
-    "data.dataset", "data.data_path", "data.download", "data.num_classes", "data.batch_size", "data.workers",
-    "optim.epochs", "optim.max_steps", "optim.warmup_epochs", "engine.device",
-}  # fmt: skip
-"""The only settings that differ from the recipe's."""
 
 
 def test_no_recipe_is_left_out() -> None:
     assert set(CUTS) | COMPARED == set(recipe_names())
 
 
-def stages_of(recipe: str) -> list[RunConfig]:
-    """The configuration of each stage of a recipe; of one without stages, its own."""
-    if read_recipe(recipe).stages:
-        return [stage.config for stage in load_stages(recipe)]
-    return [load_config(recipe)]
-
-
 @pytest.fixture(scope="session")
 def digits_teacher(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What `digits_pretrain` leaves, on photographs."""
     folder = tmp_path_factory.mktemp("digits") / "pretrain"
-    assert main(words("digits_pretrain", CUTS["digits_pretrain"], photos, folder, [])) == 0
+    assert main(command("digits_pretrain", CUTS["digits_pretrain"], photos, folder, [])) == 0
     return f"local-dir:{folder / 'student'}"
-
-
-def words(recipe: str, cut: Cut, photos: Path, out: Path, sources: list[str]) -> list[str]:
-    """The command line."""
-    own = stages_of(recipe)[0]
-    flags = {"data_path": photos, "output_dir": out, "device": "cpu", "workers": cut.workers, **cut.length}
-    if own.data.dataset:
-        flags["dataset"] = "folder"
-    if own.data.num_classes:
-        flags["num_classes"] = len(CLASSES)
-    if cut.batch_size:
-        flags["batch_size"] = cut.batch_size
-    if cut.img_size:
-        flags["student.img_size"] = cut.img_size
-    if cut.model_args:
-        flags["student.model_args"] = json.dumps(dict(cut.model_args))
-    if own.teacher.img_size:
-        flags["teacher.img_size"] = cut.img_size
-    return ["train", recipe, *sources, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
-
-
-def weights(recipe: str, cut: Cut, folder: Path, digits_teacher: str) -> list[str]:
-    """The flags that put small weights in the place of the recipe's."""
-    own = stages_of(recipe)[0]
-    flags = []
-    for flag, source in (("--teacher.source", own.teacher.source), ("--student.init", own.student.init)):
-        if source is None or source == "teacher":
-            continue
-        if not source.startswith("local-dir:runs/digits"):
-            arguments = {**cut.model_args, "img_size": cut.img_size}
-            flags += [flag, write_stand_in(source, folder / "weights", arguments, len(CLASSES))]
-        else:
-            flags += [flag, digits_teacher]
-    return flags
 
 
 @pytest.mark.parametrize("recipe", sorted(CUTS))
@@ -143,11 +76,11 @@ def test_a_recipe_on_photographs(
     recipe: str, photos: Path, digits_teacher: str, plain_timm: PlainTimm, tmp_path: Path
 ) -> None:
     cut, run = CUTS[recipe], tmp_path / "run"
-    command = words(recipe, cut, photos, run, weights(recipe, cut, tmp_path, digits_teacher))
+    words = command(recipe, cut, photos, run, stand_ins(recipe, cut, tmp_path, digits_teacher))
     with terminated_after(cut.stop_after):
-        assert main(command) == 128 + 15
+        assert main(words) == 128 + 15
     assert not (run / "student").exists()
-    assert main(command) == 0
+    assert main(words) == 0
     check_settings(recipe, run)
     for part in [path.name for path in (run / "student", run / "student_ema") if path.is_dir()]:
         check_student(recipe, run, part, plain_timm, photos / "validation")
@@ -165,13 +98,21 @@ def check_settings(recipe: str, run: Path) -> None:
         if folder.name[:1].isdigit() and folder.name[:2] != "1-":
             for key in ("student.model", "student.plan"):  # goes on from the student of the stage before
                 ran[key] = wanted[key]
-        assert {key for key in ran | wanted if ran.get(key) != wanted.get(key)} <= CUT_KEYS
+        assert {key for key in ran | wanted if ran.get(key) != wanted.get(key)} <= KEYS
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict) and name in ("teacher", "student", "data", "optim", "engine", "transfer", "align"):
+        if isinstance(value, dict) and name in (
+            "teacher",
+            "student",
+            "data",
+            "optim",
+            "engine",
+            "transfer",
+            "align",
+        ):
             found |= {f"{name}.{key}": each for key, each in value.items()}
         else:
             found[name] = value
@@ -212,13 +153,16 @@ def logged(run: Path, prefix: str, reported: Mapping[str, Any]) -> bool:
     """Whether an epoch of the log has these numbers."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return any(
-        all(record.get(prefix + key) == reported[key] for key in ("top1", "top5", "loss")) for record in records
+        all(record.get(prefix + key) == reported[key] for key in ("top1", "top5", "loss"))
+        for record in records
     )
 
 
 def evaluate(source: Path, precision: str) -> dict[str, Any]:
     """What `graftvit evaluate` writes of a student's folder in its run."""
     file = source.parent / "evaluated.json"
-    assert main(["evaluate", str(source), "--device", "cpu", "--precision", precision, "--json", str(file)]) == 0
+    assert (
+        main(["evaluate", str(source), "--device", "cpu", "--precision", precision, "--json", str(file)]) == 0
+    )
     (found,) = json.loads(file.read_text()).values()
     return dict(found)

@@ -11,12 +11,16 @@ import torch
 from PIL import Image
 
 
-def measure(model: Callable[[Any], Any], transform: Callable[[Any], Any], folder: str, mode: str = "RGB") -> dict[str, Any]:
+def measure(
+    model: Callable[[Any], Any], transform: Callable[[Any], Any], folder: str, mode: str = "RGB"
+) -> dict[str, Any]:
     """`right` of `images` and their mean cross-entropy; `folder` holds a folder a class, numbered by name."""
     labels, pictures = read_folder(folder, mode)
     targets = torch.tensor(labels)
     with torch.no_grad():
-        logits = torch.cat([model(torch.stack([transform(each) for each in some])) for some in _parts(pictures)])
+        logits = torch.cat(
+            [model(torch.stack([transform(each) for each in some])) for some in _parts(pictures)]
+        )
     right = int((logits.argmax(1) == targets).sum())
     loss = float(torch.nn.functional.cross_entropy(logits.double(), targets))
     return {"right": right, "images": len(labels), "loss": loss}

@@ -30,7 +30,11 @@ def write_stand_in(name: str, folder: Path, arguments: Mapping[str, Any], classe
     config = {key: value for key, value in described.to_dict().items() if key not in ("url", "hf_hub_id")}
     config |= {"input_size": size, "num_classes": outputs}
     save_for_hf(
-        model, str(folder), model_config={"pretrained_cfg": config}, model_args=dict(arguments), safe_serialization=True
+        model,
+        str(folder),
+        model_config={"pretrained_cfg": config},
+        model_args=dict(arguments),
+        safe_serialization=True,
     )
     return f"local-dir:{folder}"
 

@@ -1,0 +1,145 @@
+"""The other commands on the same photographs, as a newcomer types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graftvit.launch.cli import main
+from graftvit.launch.slurm.files import JobFolder
+from patience import until
+from support.cut_recipes import SMALL, Cut, command
+from support.photos import CLASSES
+from support.plain_timm import PlainTimm
+from support.tiny_weights import write_stand_in
+
+DISTILL = "cifar10_distill"
+TRAINED = 'model = timm.create_model("local-dir:{}", pretrained=True)'
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A stand-in for a classifier of somebody else."""
+    folder = tmp_path_factory.mktemp("weights") / "deit"
+    return write_stand_in("deit_base_patch16_224.fb_in1k", folder, {**SMALL, "img_size": 64}, len(CLASSES))
+
+
+@pytest.fixture(scope="session")
+def converted(teacher: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The classifier with linear attention, its new parts fitted to photographs."""
+    out = tmp_path_factory.mktemp("converted") / "out"
+    images = ["--calibrate", "8", "--data_path", str(photos)]
+    assert main(["convert", teacher, "--plan", "*: linformer", "--out", str(out), *images]) == 0
+    return f"local-dir:{out}"
+
+
+def run_elsewhere(words: list[str], home: Path) -> subprocess.Popen[str]:
+    """`graftvit` in a process of its own."""
+    own = {
+        "XDG_CONFIG_HOME": str(home / "config"),
+        "XDG_STATE_HOME": str(home / "state"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "graftvit.launch", *words],
+        env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def reported(student: Path) -> dict[str, Any]:
+    return dict(json.loads((student / "config.json").read_text())["graftvit"]["results"])
+
+
+def check(student: Path, photos: Path, plain_timm: PlainTimm) -> None:
+    """timm alone gives the number that the run reports."""
+    found = plain_timm.measure(TRAINED.format(student), photos / "validation")
+    assert 100 * found["right"] / found["images"] == pytest.approx(reported(student)["top1"])
+    assert found["loss"] == pytest.approx(reported(student)["loss"], rel=1e-5)
+
+
+def test_a_process_that_is_stopped_goes_on(
+    teacher: str, photos: Path, plain_timm: PlainTimm, tmp_path: Path
+) -> None:
+    cut = Cut(length={"epochs": 30, "warmup_epochs": 1}, workers=2)
+    words = command(DISTILL, cut, photos, tmp_path / "run", ["--teacher.source", teacher])
+    first = run_elsewhere(words, tmp_path)
+    log = tmp_path / "run" / "log.jsonl"
+    until(lambda: log.exists() and log.read_text().count("\n") > 1, "training")
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate()
+    assert first.returncode == 128 + signal.SIGTERM, said
+    assert "the same command continues from there" in said
+    assert main(words) == 0
+    check(tmp_path / "run" / "student", photos, plain_timm)
+
+
+def test_submit_on_this_machine(teacher: str, photos: Path, plain_timm: PlainTimm, tmp_path: Path) -> None:
+    words = command(DISTILL, Cut(), photos, tmp_path / "run", ["--teacher.source", teacher])[1:]
+    here = ["--cluster", "local", "--nodes", "1", "--gpus_per_node", "0"]
+    submitted = run_elsewhere(["submit", *words, *here], tmp_path)
+    _, said = submitted.communicate()
+    assert submitted.returncode == 0, said
+    folder = JobFolder(tmp_path / "run")
+    until(lambda: [attempt.outcome for attempt in folder.attempts()] == ["finished"], "the end")
+    check(tmp_path / "run" / "student", photos, plain_timm)
+
+
+def test_evaluate_somebody_elses_model_as_it_wants_to_be(
+    teacher: str, converted: str, photos: Path, plain_timm: PlainTimm, tmp_path: Path
+) -> None:
+    file = tmp_path / "found.json"
+    words = ["--data_path", str(photos), "--device", "cpu", "--workers", "0", "--json", str(file)]
+    assert main(["evaluate", teacher, converted, *words]) == 0
+    found = json.loads(file.read_text())
+    assert found.keys() == {teacher, converted, "ensemble"}
+    anybody = plain_timm.measure(TRAINED.format(teacher.removeprefix("local-dir:")), photos / "validation")
+    assert 100 * anybody["right"] / anybody["images"] == pytest.approx(found[teacher]["top1"])
+    assert anybody["loss"] == pytest.approx(found[teacher]["loss"], rel=1e-5)
+
+
+def test_layers(teacher: str, converted: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data_path", str(photos), "--batch_size", "8", "--workers", "0", "--keep", "2"]
+    assert main(["layers", converted, "--teacher", teacher, *words]) == 0
+    _, none, one, both, *_ = capsys.readouterr().out.splitlines()
+    errors = [float(line.split()[1]) for line in (none, one, both)]
+    assert errors[0] > errors[1] > errors[2] == 0
+
+
+def test_benchmark(converted: str, tmp_path: Path) -> None:
+    words = [
+        "--plan",
+        "*: linear",
+        "--img_size",
+        "64",
+        "--batch",
+        "2",
+        "--repeats",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["benchmark", "models", converted, *words]) == 0
+    assert "linear" in (tmp_path / "table.md").read_text()
+
+
+def test_visualize_odd_formats_beside_the_teacher(
+    teacher: str, converted: str, photos: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "odd", tmp_path / "out"
+    folder.mkdir()
+    files = sorted((photos / "validation" / CLASSES[0]).iterdir())
+    for place in (3, 6, 9):  # CMYK, transparent, 3000 x 40
+        shutil.copy(files[place], folder)
+    words = [str(folder), "--teacher", teacher, "--layers", "-1", "--out", str(out)]
+    assert main(["visualize", converted, *words]) == 0
+    numbers = json.loads((out / "numbers.json").read_text())
+    assert len(numbers["js"]) == SMALL["depth"]
+    assert all(0 <= each < 0.7 for each in numbers["js"])  # at most ln 2
+    assert len(list(out.glob("*_teacher.png"))) == 3
