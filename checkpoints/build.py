@@ -16,6 +16,7 @@ from timm.models import (
     get_pretrained_cfg,
     is_model,
     list_pretrained,
+    model_entrypoint,
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
@@ -58,6 +59,15 @@ def check_name(name: str) -> None:
     if tag and name not in list_pretrained(f"{architecture}.*"):
         tags = ", ".join(list_pretrained(f"{architecture}.*")) or "none"
         raise CheckpointError(f"timm has no tag {tag!r} of {architecture}; valid: {tags}")
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether timm has an architecture only where this package is installed."""
+    name = split_model_name_tag(architecture)[0]
+    return (
+        is_model(name)
+        and model_entrypoint(name).__module__.partition(".")[0] == __package__.partition(".")[0]
+    )
 
 
 def published_config(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
+from ..build import is_ours
 from ..copying import BARE_WORDS
 from ..licences import normal
 from ..provenance import BARE, COST, KEY, licences
@@ -63,7 +64,7 @@ def load_lines(config: Mapping[str, Any], facts: CardFacts) -> list[str]:
 
 def needs_graftvit(config: Mapping[str, Any], facts: CardFacts) -> bool:
     """Whether timm alone cannot load it."""
-    return config.get("architecture") in (CONVERTED, COPIED) or facts.sharded
+    return is_ours(str(config.get("architecture"))) or facts.sharded
 
 
 def classes(config: Mapping[str, Any]) -> int:

@@ -51,6 +51,17 @@ def test_a_run_is_saved_and_its_loading_line_works(
     assert torch.equal(loaded.head.weight, stored["head.weight"].float())
 
 
+def test_an_architecture_of_our_own_says_graftvit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model("vit_cifar_nano", depth=1)
+    described = Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    folder = tmp_path / "model"
+    write_student(
+        model, folder, architecture="vit_cifar_nano", model_args={"depth": 1}, preprocessing=described
+    )
+    assert main(["save", str(folder), str(tmp_path / "out")]) == 0
+    assert 'load it: graftvit.load("' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", ["converted", "shards"])
 def test_what_plain_timm_cannot_load_says_graftvit(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], how: str

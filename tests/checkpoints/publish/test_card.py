@@ -231,6 +231,12 @@ def test_a_converted_student_needs_graftvit() -> None:
     assert "pip install graftvit" in card
 
 
+def test_an_architecture_of_our_own_needs_graftvit() -> None:
+    made = {**config(), "architecture": "vit_cifar_tiny"}
+    assert load_lines(made, FACTS)[1] == 'model = graftvit.load("hf-hub:me/my-vit").eval()'
+    assert ModelCard(student_card(made, FACTS)).data.library_name == "graftvit"
+
+
 def test_what_timm_cannot_load_is_not_said_to_load_with_timm() -> None:
     assert "timm.create_model" in load_lines(config(), FACTS)[1]
     sharded = CardFacts("me/vit", None, sharded=True, revision="half")
