@@ -11,10 +11,8 @@ from typing import Any
 from timm.models import is_model
 from timm.models._hub import load_model_config_from_path
 
-from ..models.conversion import ARCHITECTURE as CONVERTED
-from ..models.copied import ARCHITECTURE as COPIED
 from ..models.errors import CheckpointError
-from .build import known_fields
+from .build import is_ours, known_fields
 from .files import Content, read_file
 from .formats import read_weights
 from .hub.download import commit_of, download, try_download
@@ -26,6 +24,8 @@ from .state_file import read_meta
 from .weights import Weights
 
 CONFIG = "config.json"
+STAGES_FILE = "stages.json"
+"""In the folder of a run of several stages, beside the folders of the stages: what each measured."""
 WEIGHTS_NAMES = (
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pth", "model.pth",
@@ -51,6 +51,9 @@ def read_folder(source: FolderSource) -> Weights:
     state = folder / "checkpoints" / ("best.safetensors" if part == "best" else "last.safetensors")
     if part != "best" and (exported / CONFIG).is_file() and not _went_on(exported, state):
         return read_folder(FolderSource(exported))
+    stage = last_stage(folder)
+    if stage is not None:
+        return read_folder(FolderSource(stage, part))
     if state.is_file():
         content = read_file(state)
         return read_weights(
@@ -63,6 +66,15 @@ def read_folder(source: FolderSource) -> Weights:
     raise CheckpointError(
         f"the folder {folder} has no {CONFIG} (a timm folder) and no {exported.name}/ or checkpoints/ (a run)"
     )
+
+
+def last_stage(folder: Path) -> Path | None:
+    """The run folder of the last stage that was begun, of a run of several stages; None for any other folder."""
+    if not (folder / STAGES_FILE).is_file():
+        return None
+    begun = {path.parent.name.partition("-")[0]: path.parent for path in folder.glob("*-*/config.yaml")}
+    last = max((number for number in begun if number.isdecimal()), key=int, default="")
+    return begun.get(last)
 
 
 def _went_on(exported: Path, state: Path) -> bool:
@@ -101,7 +113,7 @@ def loads_in_plain_timm(folder: Path) -> bool:
     """Whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
     config = _config(folder / CONFIG)
     architecture, own = config.get("architecture"), config.get(PROVENANCE) or {}
-    plain = is_model(str(architecture)) and architecture not in (CONVERTED, COPIED)
+    plain = is_model(str(architecture)) and not is_ours(str(architecture))
     # Beside what a norm sees, a smaller epsilon is a matter of rounding, whatever the architecture's own.
     plain = plain and (own.get(NORM_EPS) or 0.0) <= 1e-5
     return plain and (folder / WEIGHTS_NAMES[0]).is_file()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import FolderSource, parse_source
 from ..checkpoints.teacher import load_teacher
@@ -30,11 +31,11 @@ class Candidate:
 
 
 def run_config(source: str) -> RunConfig | None:
-    """The configuration of the run whose folder `source` is, or None."""
+    """The configuration of the run whose folder `source` is, or None; of several stages, that of the last."""
     parsed = parse_source(source)
     if not isinstance(parsed, FolderSource):
         return None
-    folders = (parsed.path, parsed.path.parent)
+    folders = [last_stage(folder) or folder for folder in (parsed.path, parsed.path.parent)]
     found = [folder for folder in folders if (folder / "config.yaml").is_file()]
     return load_config(found[0] / "config.yaml") if found else None
 

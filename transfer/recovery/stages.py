@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.atomic import write_file, write_folder
+from ...checkpoints.folders import STAGES_FILE
 from ...models.errors import ConfigError
 from ..config import RunConfig, StudentConfig
 from ..engine.train import RunResult, train
 
 logger = logging.getLogger(__name__)
-STAGES_FILE = "stages.json"
 STUDENTS = ("student", "student_ema")
 
 

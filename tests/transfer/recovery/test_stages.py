@@ -76,6 +76,25 @@ def test_stages_go_on_from_one_another(
     assert plan_of(graftvit.load(str(run / "student"))) == "*: linear"
 
 
+def test_a_run_of_stages_is_a_source_and_brings_its_data(teacher: Path, tmp_path: Path) -> None:
+    assert main(["train", str(recipe(tmp_path, teacher))]) == 0
+    run, file = tmp_path / "run", tmp_path / "found.json"
+    last = [record for record in read_log(run / "3-task" / "log.jsonl") if "test_top1" in record]
+    best = max(record["test_top1"] for record in last)
+    wanted = {
+        str(run): last[-1]["test_top1"],
+        f"{run}#best": best,
+        str(run / "student"): last[-1]["test_top1"],
+    }
+    for source, top1 in wanted.items():
+        assert main(["evaluate", source, "--device", "cpu", "--json", str(file)]) == 0
+        assert json.loads(file.read_text())[source]["top1"] == top1
+    (run / "student").rename(tmp_path / "student")  # as before the last stage has ended
+    assert all(
+        torch.equal(tensor, weights(run)[name]) for name, tensor in weights(tmp_path / "student").items()
+    )
+
+
 def test_a_lost_stage_alone_is_done_again(teacher: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, teacher)
     assert main(["train", str(path)]) == 0
