@@ -2,6 +2,7 @@
 #   make demo    the whole story on digits, a report in demo/report.html   (QUICK=1: one seed)
 #   make compare one teacher, every attention operator, a report in compare/compare.html
 #   make test    the tests, on a normal (not editable) install             (ARGS="tests/launch -k recipe")
+#   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
 #   make bench   time and memory against the dense form, results in benchmarks/
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
@@ -20,7 +21,7 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo compare test lint bench install clean
+.PHONY: demo compare test acceptance lint bench install clean
 
 demo: install
 	env -u OMP_NUM_THREADS $(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
@@ -30,6 +31,10 @@ compare: install
 
 test: install
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+# The tests of one model run in one process, which trains it once.
+acceptance: install
+	$(BIN)/python -m pytest -n auto --dist loadgroup tests/acceptance $(ARGS)
 
 # mypy would take an installed copy in place of the sources; the other targets install it again.
 lint: $(VENV)/.dependencies

@@ -136,7 +136,7 @@ def test_every_package_folder_is_shipped() -> None:
         assert f'  "{dotted}",' in shipped
 
 
-@pytest.mark.parametrize("target", ["demo", "compare", "test", "lint", "bench"])
+@pytest.mark.parametrize("target", ["demo", "compare", "test", "acceptance", "lint", "bench"])
 def test_each_make_target_sets_itself_up(target: str) -> None:
     command = ["make", "--dry-run", "--always-make", "--directory", str(ROOT), target]
     steps = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -153,13 +153,20 @@ def test_make_without_a_usable_python_says_so(python: str, words: str, tmp_path:
     assert words in result.stderr
 
 
-def test_ci_is_a_script_that_runs_both() -> None:
+def test_ci_is_a_script_that_runs_all_of_them() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
     assert "set -euo pipefail" in text
-    assert "\nmake test\nmake lint\n" in text
+    assert "\nmake test\nmake acceptance\nmake lint\n" in text
+
+
+def test_make_test_leaves_out_the_acceptance_suite_alone(request: pytest.FixtureRequest) -> None:
+    named = [path for pattern in request.config.getini("testpaths") for path in ROOT.glob(pattern)]
+    tests = {path for path in (ROOT / "tests").rglob("test_*.py")}
+    left_out = {path for path in tests if not any(path.is_relative_to(each) for each in named)}
+    assert {path.parent for path in left_out} == {ROOT / "tests" / "acceptance"}
 
 
 @functools.cache
