@@ -164,7 +164,7 @@ def test_ci_is_a_script_that_runs_all_of_them() -> None:
 
 def test_make_test_leaves_out_the_acceptance_suite_alone(request: pytest.FixtureRequest) -> None:
     named = [path for pattern in request.config.getini("testpaths") for path in ROOT.glob(pattern)]
-    tests = {path for path in (ROOT / "tests").rglob("test_*.py")}
+    tests = set((ROOT / "tests").rglob("test_*.py"))
     left_out = {path for path in tests if not any(path.is_relative_to(each) for each in named)}
     assert {path.parent for path in left_out} == {ROOT / "tests" / "acceptance"}
 
