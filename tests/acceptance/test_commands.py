@@ -67,16 +67,19 @@ def check(student: Path, photos: Path, plain_timm: PlainTimm) -> None:
 def test_a_process_that_is_stopped_goes_on(
     teacher: str, photos: Path, plain_timm: PlainTimm, tmp_path: Path
 ) -> None:
-    cut = Cut(length={"epochs": 30, "warmup_epochs": 1}, workers=2)
-    words = command(DISTILL, cut, photos, tmp_path / "run", ["--teacher.source", teacher])
-    first = run_elsewhere(words, tmp_path)
+    def words(epochs: int) -> list[str]:
+        cut = Cut(length={"epochs": epochs, "warmup_epochs": 1}, workers=2)
+        return command(DISTILL, cut, photos, tmp_path / "run", ["--teacher.source", teacher])
+
+    first = run_elsewhere(words(100_000), tmp_path)
     log = tmp_path / "run" / "log.jsonl"
     until(lambda: log.exists() and log.read_text().count("\n") > 1, "training")
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate()
     assert first.returncode == 128 + signal.SIGTERM, said
     assert "the same command continues from there" in said
-    assert main(words) == 0
+    done = json.loads(log.read_text().splitlines()[-1])["epoch"] + 1
+    assert main(words(done + 1)) == 0
     check(tmp_path / "run" / "student", photos, plain_timm)
 
 

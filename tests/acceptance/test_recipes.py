@@ -77,6 +77,7 @@ def test_a_recipe_on_photographs(
 ) -> None:
     cut, run = CUTS[recipe], tmp_path / "run"
     words = command(recipe, cut, photos, run, stand_ins(recipe, cut, tmp_path, digits_teacher))
+    assert main([*words, "--dry_run"]) == 0
     with terminated_after(cut.stop_after):
         assert main(words) == 128 + 15
     assert not (run / "student").exists()
