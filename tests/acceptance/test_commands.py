@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import graftvit
 import pytest
+import timm
 from graftvit.launch.cli import main
 from graftvit.launch.slurm.files import JobFolder
 from patience import until
+from PIL import Image
 from support.cut_recipes import SMALL, Cut, command
+from support.measure import measure
 from support.photos import CLASSES
 from support.plain_timm import PlainTimm
 from support.tiny_weights import write_stand_in
@@ -146,3 +150,44 @@ def test_visualize_odd_formats_beside_the_teacher(
     assert len(numbers["js"]) == SMALL["depth"]
     assert all(0 <= each < 0.7 for each in numbers["js"])  # at most ln 2
     assert len(list(out.glob("*_teacher.png"))) == 3
+
+
+def test_data_says_what_is_there_and_draws_it(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, file = tmp_path / "look.png", tmp_path / "found.json"
+    assert main(["data", str(photos), "--out", str(picture), "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in CLASSES)
+    assert Image.open(picture).size > (100, 100)
+
+
+def test_align_on_photographs_without_classes_keeps_the_head(
+    teacher: str, photos: Path, plain_timm: PlainTimm, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for place, path in enumerate(sorted((photos / "train").rglob("*.*"))):
+        shutil.copy(path, flat / f"{place:03d}{path.suffix}")
+    run, file = tmp_path / "run", tmp_path / "found.json"
+    words = f"--mode align --teacher {teacher} --init teacher --plan *:linformer --student.img_size 64 --max_steps 3"
+    small = [
+        "--model",
+        "deit_base_patch16_224",
+        "--student.model_args",
+        json.dumps(SMALL),
+        "--global_pool",
+        "token",
+    ]
+    own = ["--data_path", str(flat), "--batch_size", "24", "--workers", "0", "--device", "cpu"]
+    assert main(["train", *words.split(), *small, *own, "--output_dir", str(run)]) == 0
+    held = json.loads((run / "student" / "config.json").read_text())
+    assert held["num_classes"] == len(CLASSES)
+    scored = ["--data_path", str(photos), "--workers", "0", "--device", "cpu", "--json", str(file)]
+    metrics = ["--metrics", "top1,knn,probe,distance", "--against", teacher]
+    assert main(["evaluate", str(run / "student"), *scored, *metrics]) == 0
+    model = graftvit.load(run / "student").eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    found = measure(model, transform, str(photos / "validation"))
+    (scores,) = json.loads(file.read_text()).values()
+    assert 100 * found["right"] / found["images"] == pytest.approx(scores["top1"])
