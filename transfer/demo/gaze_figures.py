@@ -32,33 +32,43 @@ def draw_gazes(gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme) -
     return figure
 
 
-def draw_summary(
-    top1: Mapping[str, tuple[str, Sequence[float]]],
-    gazes: Sequence[Gaze],
-    titles: Mapping[str, str],
-    theme: Theme,
-) -> Figure:
-    """Accuracies on the left (`top1`: method to label and one value a seed), attention maps on the right.
+@dataclass(frozen=True)
+class SummaryRow:
+    """A method with one value a seed; a heading has neither."""
 
-    A dot is a seed, an upright stroke the mean.
-    """
-    figure = _figure((10.4, 1.3 * len(gazes) + 0.4))
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(4.2, 6.2), wspace=0.03)[0]
+    label: str
+    method: str | None = None
+    values: Sequence[float] = ()
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def words(self) -> str:
+        return self.label if self.method is None else f"{self.label}  {self.mean:.0f}"
+
+
+def draw_summary(
+    rows: Sequence[SummaryRow], gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme
+) -> Figure:
+    """Accuracies on the left, attention maps on the right. A dot is a seed, an upright stroke the mean."""
+    figure = _figure((11.6, max(1.3 * len(gazes), 0.42 * len(rows)) + 0.4))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(4.2, 7.4), wspace=0.03)[0]
     axes = left.subplots()
-    for place, (method, (label, values)) in enumerate(reversed(list(top1.items()))):
-        mean, colour = sum(values) / len(values), COLOURS[method]
-        axes.plot(
-            values, [place] * len(values), "o", color=colour, markersize=7, alpha=0.55, markeredgewidth=0
-        )
-        axes.plot([mean], [place], "|", color=colour, markersize=26, markeredgewidth=3)
-        axes.annotate(
-            f"{label}  {mean:.1f}", (0, place + 0.34), xycoords=("axes fraction", "data"), color=INK[theme]
-        )
-    axes.set_ylim(-0.5, len(top1) - 0.4)
-    axes.set_yticks([])
+    for place, row in enumerate(reversed(rows)):
+        if row.method is not None:
+            colour = COLOURS[row.method]
+            dots = {"color": colour, "markersize": 7, "alpha": 0.55, "markeredgewidth": 0}
+            axes.plot(row.values, [place] * len(row.values), "o", **dots)
+            axes.plot([row.mean], [place], "|", color=colour, markersize=18, markeredgewidth=3)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_yticks(range(len(rows)), [row.words for row in reversed(rows)])
+    for words, row in zip(axes.get_yticklabels(), reversed(rows), strict=True):
+        words.set_fontweight("bold" if row.method is None else "normal")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT[theme])
-    axes.tick_params(colors=INK[theme], length=0, labelsize=9)
+    axes.tick_params(colors=INK[theme], length=0, labelsize=10)
     axes.grid(axis="x", color=FAINT[theme], linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_title("top-1, %: a dot is a seed", color=INK[theme], fontsize=10)

@@ -1,4 +1,4 @@
-"""From the demo's finished runs to its results: accuracies, curves, the ensemble, maps and divergences."""
+"""From the demo's finished cells to its results: accuracies, curves, the ensemble, maps and divergences."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ...models.families import token_layout
 from ...models.patches import unfold_patches
 from ..analysis import attention_maps, divergence_by_layer
 from ..data.loaders import EvalLoader, create_eval_loader, create_train_loader
-from ..engine.runlog import read_log
 from ..evaluate import evaluate
+from .cells import STUDENTS, TEACHERS, Cell, TeacherName
 from .gaze_figures import Gaze
-from .parts import STUDENTS, Part
 from .results import DemoResults, MethodResult
 
 SHOWN_CLASSES = (0, 3, 8)
 SHOWN_LAYERS = (1, 3)
 ENSEMBLE = ("finetune", "distill")
+"""The methods of the masked autoencoder's students whose probabilities are averaged."""
 
 
 @dataclass(frozen=True)
@@ -34,55 +34,75 @@ class TestSet:
     targets: Tensor
 
 
-def measure(parts: Sequence[Part], quick: bool) -> DemoResults:
-    """Reads the finished runs of `demo_parts`; the ensemble and the attention maps are computed here."""
-    teacher_part, first = parts[0], parts[1]
-    seeds = list(dict.fromkeys(part.seed for part in parts[1:] if part.seed is not None))
-    runs = {name: [part for part in parts if part.name == name] for name in STUDENTS}
-    teacher, spec = load_student(teacher_part)
-    test = load_test_set(first, spec)
-    methods = [_method(name, runs[name], teacher, test.images) for name in STUDENTS]
-    together = zip(*(runs[name] for name in ENSEMBLE), strict=True)
-    methods.append(MethodResult("ensemble", [ensemble_top1(pair, test.loader) for pair in together]))
-    shown = {name: load_student(runs[name][0])[0] for name in ("distill", "scratch")}
+def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
+    """Reads the finished `demo_cells`; the ensemble and the attention maps are computed here."""
+    made = {cell.teacher: cell for cell in cells if cell.method == "teacher" and cell.teacher is not None}
+    runs = {
+        (method, teacher): [cell for cell in cells if (cell.method, cell.teacher) == (method, teacher)]
+        for method, teacher in STUDENTS
+    }
+    loaded = {name: load_student(made[name]) for name in TEACHERS}
+    teachers = {name: model for name, (model, _) in loaded.items()}
+    spec = loaded["supervised"][1]
+    scratch = runs["scratch", None]
+    test = load_test_set(scratch[0], spec)
+    methods = [_method(found) for found in runs.values()]
+    divergences = {}
+    for name, teacher in teachers.items():
+        shown = {method: found for (method, of), found in runs.items() if of in (name, None)}
+        divergences[name] = _divergences(teacher, shown, test.images)
+    together = zip(*(runs[method, "mae"] for method in ENSEMBLE), strict=True)
+    top1 = [ensemble_top1(pair, test.loader) for pair in together]
+    methods.append(MethodResult("ensemble", "mae", top1))
+    distilled = {name: load_student(runs["distill", name][0])[0] for name in TEACHERS}
     return DemoResults(
         methods=methods,
-        gazes=find_gazes({"teacher": teacher, "copy": teacher, **shown}, test),
-        seeds=seeds,
-        labels=first.config.data.train_samples or 0,
-        unlabelled=create_train_loader(teacher_part.config.data, spec, seed=0).num_samples,
+        divergences=divergences,
+        gazes=find_gazes(
+            {
+                "supervised": teachers["supervised"],
+                "distill_supervised": distilled["supervised"],
+                "mae": teachers["mae"],
+                "distill_mae": distilled["mae"],
+                "scratch": load_student(scratch[0])[0],
+            },
+            test,
+        ),
+        seeds=[cell.seed for cell in scratch if cell.seed is not None],
+        labels=scratch[0].config.data.train_samples or 0,
+        all_labels=create_train_loader(made["supervised"].config.data, spec, seed=0).num_samples,
         test_images=len(test.images),
-        teacher_steps=int(_records(teacher_part)[-1]["step"]),
-        student_steps=int(_records(first)[-1]["step"]),
-        minutes=sum(record["seconds"] for part in parts for record in _records(part)) / 60,
+        teacher_top1=made["supervised"].curve()[-1][1],
+        teacher_steps={name: int(made[name].records()[-1]["step"]) for name in TEACHERS},
+        student_steps=int(scratch[0].records()[-1]["step"]),
+        minutes=sum(record["seconds"] for cell in cells for record in cell.records()) / 60,
         quick=quick,
     )
 
 
-def load_student(part: Part) -> tuple[nn.Module, Preprocessing]:
+def load_student(cell: Cell) -> tuple[nn.Module, Preprocessing]:
     """What a run left, frozen, and what its images look like."""
-    loaded = load_teacher(f"local-dir:{part.folder / 'student'}")
+    loaded = load_teacher(f"local-dir:{cell.folder / 'student'}")
     return loaded.model, loaded.preprocessing
 
 
-def load_test_set(part: Part, spec: Preprocessing) -> TestSet:
+def load_test_set(cell: Cell, spec: Preprocessing) -> TestSet:
     """The images that a run was evaluated on, padding left out."""
-    loader = create_eval_loader(part.config.data, spec)
+    loader = create_eval_loader(cell.config.data, spec)
     batches = [(images[valid], targets[valid]) for images, targets, valid in loader]
     images, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     return TestSet(loader, images, targets)
 
 
-def ensemble_top1(parts: Sequence[Part], loader: EvalLoader) -> float:
+def ensemble_top1(cells: Sequence[Cell], loader: EvalLoader) -> float:
     """Accuracy, in percent, of the mean of the models' probabilities."""
-    models = {part.name: load_student(part)[0] for part in parts}
+    models = {cell.method: load_student(cell)[0] for cell in cells}
     return evaluate(models, loader)["ensemble"].top1
 
 
 def find_gazes(models: Mapping[str, nn.Module], test: TestSet) -> list[Gaze]:
     """Where the brightest patch of the first test image of some classes looks, mean over heads."""
-    teacher = models["teacher"]
-    layout = token_layout(teacher)
+    layout = token_layout(next(iter(models.values())))
     chosen = [int((test.targets == target).nonzero()[0]) for target in SHOWN_CLASSES]
     images = test.images[chosen]
     patch = (images.shape[2] // layout.grid[0], images.shape[3] // layout.grid[1])
@@ -106,23 +126,25 @@ def find_gazes(models: Mapping[str, nn.Module], test: TestSet) -> list[Gaze]:
     return gazes
 
 
-def _method(name: str, runs: Sequence[Part], teacher: nn.Module, images: Tensor) -> MethodResult:
-    curves = [[(r["step"], r["test_top1"]) for r in _records(part) if "test_top1" in r] for part in runs]
+def _method(cells: Sequence[Cell]) -> MethodResult:
+    curves = [cell.curve() for cell in cells]
     return MethodResult(
-        name,
+        cells[0].method,
+        cells[0].teacher,
         top1=[curve[-1][1] for curve in curves],
-        steps=[int(step) for step, _ in curves[0]],
+        steps=[step for step, _ in curves[0]],
         curve=[[top1 for _, top1 in curve] for curve in curves],
-        divergence=[_divergence(part, teacher, images) for part in runs],
     )
 
 
-def _divergence(part: Part, teacher: nn.Module, images: Tensor) -> list[float]:
-    """By layer. A copying student attends by the teacher's maps: its own projections were never trained."""
-    student = teacher if part.name == "copy" else load_student(part)[0]
-    return divergence_by_layer(teacher, student, images)
-
-
-def _records(part: Part) -> list[dict[str, float]]:
-    """The epoch records of a run's log."""
-    return [record for record in read_log(part.folder / "log.jsonl") if "n_parameters" in record]
+def _divergences(
+    teacher: nn.Module, runs: Mapping[str, Sequence[Cell]], images: Tensor
+) -> dict[str, list[list[float]]]:
+    """By method, seed and layer. A copying student attends by the teacher's maps, whatever its own would be."""
+    return {
+        method: [
+            divergence_by_layer(teacher, teacher if method == "copy" else load_student(cell)[0], images)
+            for cell in cells
+        ]
+        for method, cells in runs.items()
+    }

@@ -14,11 +14,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from . import report_text as text
-from .figures import COLOURS, Curve, Theme, draw_curves, draw_divergence, to_png
-from .gaze_figures import draw_gazes, draw_summary
-from .results import DemoResults, MethodResult
+from .cells import TEACHERS
+from .figures import COLOURS, Curve, Panel, Theme, draw_curves, draw_divergence, to_png
+from .gaze_figures import SummaryRow, draw_gazes, draw_summary
+from .results import SHORT_TITLES, TEACHER_TITLES, DemoResults, MethodResult
 
-GAZE_TITLES = {"teacher": "teacher", "distill": "distilled", "copy": "copied", "scratch": "scratch"}
+GAZE_TITLES = {
+    "supervised": "teacher,\nlabels",
+    "distill_supervised": "distilled\nfrom it",
+    "mae": "teacher,\nno label",
+    "distill_mae": "distilled\nfrom it",
+    "scratch": "scratch",
+}
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,7 @@ def write_report(results: DemoResults, folder: Path) -> Path:
 
 def report_sections(results: DemoResults) -> list[Section]:
     """Learning curves, attention maps and divergence, each with what to see in it."""
-    curves = [
-        Curve(m.name, m.title, m.steps, np.asarray(m.curve)) for m in results.methods if len(m.curve) > 0
-    ]
-    divergences = [
-        Curve(m.name, m.title, range(1, len(m.divergence[0]) + 1), np.asarray(m.divergence))
-        for m in results.methods
-        if len(m.divergence) > 0
-    ]
+    curves, divergences = _curves(results), _divergences(results)
     return [
         Section(
             "curves",
@@ -84,14 +84,42 @@ def report_sections(results: DemoResults) -> list[Section]:
     ]
 
 
+def _curves(results: DemoResults) -> list[Panel]:
+    return [
+        Panel(
+            TEACHER_TITLES[teacher],
+            [
+                Curve(m.method, SHORT_TITLES[m.method], m.steps, np.asarray(m.curve))
+                for m in (results.scratch, *results.of(teacher))
+                if len(m.curve) > 0
+            ],
+        )
+        for teacher in TEACHERS
+    ]
+
+
+def _divergences(results: DemoResults) -> list[Panel]:
+    return [
+        Panel(
+            TEACHER_TITLES[teacher],
+            [
+                Curve(method, SHORT_TITLES[method], range(1, len(rows[0]) + 1), np.asarray(rows))
+                for method, rows in results.divergences[teacher].items()
+            ],
+        )
+        for teacher in TEACHERS
+    ]
+
+
 def render_markdown(results: DemoResults, sections: Sequence[Section]) -> str:
     """The report as Markdown; its images are in `images/`."""
     seeds = [f"seed {seed}" for seed in results.seeds] if len(results.seeds) > 1 else []
     rows = [["method", "top-1", "against scratch", *seeds]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for method in results.methods:
-        each = [f"{value:.1f}" for value in method.top1] if seeds else []
-        rows.append([method.title, text.percent(method), text.against_scratch(results, method.name), *each])
+    rows.append(_markdown_row(results, results.scratch))
+    for teacher in TEACHERS:
+        rows.append([f"**{text.teacher_title(results, teacher)}**", *[""] * (len(rows[0]) - 1)])
+        rows += [_markdown_row(results, method) for method in results.of(teacher)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     parts = [f"# {text.TITLE}", text.asked(results), text.found(results), table, text.table_note(results)]
     for section in sections:
@@ -105,6 +133,11 @@ def render_markdown(results: DemoResults, sections: Sequence[Section]) -> str:
         text.footer(results),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_row(results: DemoResults, method: MethodResult) -> list[str]:
+    each = [f"{value:.1f}" for value in method.top1] if len(results.seeds) > 1 else []
+    return [method.title, text.percent(method), text.against_scratch(results, method), *each]
 
 
 def render_html(results: DemoResults, sections: Sequence[Section]) -> str:
@@ -126,30 +159,42 @@ def render_html(results: DemoResults, sections: Sequence[Section]) -> str:
 
 def _summary(results: DemoResults) -> bytes:
     """Accuracies and the maps of the last layer in one small picture, for a README."""
-    top1 = {method.name: (method.title, method.top1) for method in results.methods}
+    rows = [_summary_row(results.scratch)]
+    for teacher in TEACHERS:
+        rows += [SummaryRow(TEACHER_TITLES[teacher]), *map(_summary_row, results.of(teacher))]
     last = [gaze for gaze in results.gazes if gaze.layer == results.gazes[-1].layer]
-    return to_png(draw_summary(top1, last, GAZE_TITLES, "light"), ground="white", dots_per_inch=130)
+    return to_png(draw_summary(rows, last, GAZE_TITLES, "light"), ground="white", dots_per_inch=130)
+
+
+def _summary_row(method: MethodResult) -> SummaryRow:
+    return SummaryRow(SHORT_TITLES[method.method], method.method, method.top1)
 
 
 def _html_table(results: DemoResults) -> str:
-    rows = "\n".join(_html_row(results, method) for method in results.methods)
+    rows = [_html_row(results, results.scratch)]
+    columns = 4 if len(results.seeds) > 1 else 3
+    for teacher in TEACHERS:
+        title = _escape(text.teacher_title(results, teacher))
+        rows.append(f'<tr><th class="teacher" colspan="{columns}" scope="rowgroup">{title}</th></tr>')
+        rows += [_html_row(results, method) for method in results.of(teacher)]
+    body = "\n".join(rows)
     each = '<th class="number">each seed</th>' if len(results.seeds) > 1 else ""
     return (
         '<div class="scroll"><table>\n<thead><tr><th>method</th><th class="number">top-1</th>'
-        f'<th class="number">against scratch</th>{each}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+        f'<th class="number">against scratch</th>{each}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
 
 
 def _html_row(results: DemoResults, method: MethodResult) -> str:
     """Name and what it does, mean and deviation, the difference, the single seeds."""
-    colour = COLOURS[method.name]
+    colour = COLOURS[method.method]
     name = f'<span class="dot" style="background:{colour}"></span>{_escape(method.title)}'
     each = " · ".join(f"{value:.1f}" for value in method.top1)
     cells = [
-        f'<td>{name}<span class="what">{_escape(text.WHAT[method.name])}</span></td>',
+        f'<td>{name}<span class="what">{_escape(text.WHAT[method.method])}</span></td>',
         f'<td class="number"><strong>{_escape(text.percent(method))}</strong>'
         f'<span class="bar" style="background:{colour};width:{method.mean:.1f}%"></span></td>',
-        f'<td class="number">{text.against_scratch(results, method.name)}</td>',
+        f'<td class="number">{text.against_scratch(results, method)}</td>',
     ]
     if len(results.seeds) > 1:
         cells.append(f'<td class="number each">{each}</td>')

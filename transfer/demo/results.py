@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .cells import TeacherName
 from .gaze_figures import Gaze
 
 TITLES = {
     "scratch": "Scratch",
-    "finetune": "Fine-tune",
     "copy": "Attention copy",
     "distill": "Attention distillation",
+    "finetune": "Fine-tune",
     "ensemble": "Ensemble",
+}
+SHORT_TITLES = {
+    "scratch": "scratch",
+    "copy": "copied",
+    "distill": "distilled",
+    "finetune": "fine-tuned",
+    "ensemble": "ensemble",
+}
+TEACHER_TITLES: dict[TeacherName, str] = {
+    "supervised": "the teacher knows the labels",
+    "mae": "the teacher saw no label",
 }
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method over the seeds. Accuracies are in percent; curve and divergence have a row a seed."""
+    """A method with a teacher, over the seeds. Accuracies are in percent; a curve has a row a seed."""
 
-    name: str
+    method: str
+    teacher: TeacherName | None
     top1: Sequence[float]
     steps: Sequence[int] = ()
     curve: Sequence[Sequence[float]] = ()
-    divergence: Sequence[Sequence[float]] = ()
 
     @property
     def title(self) -> str:
-        return TITLES[self.name]
+        return TITLES[self.method]
 
     @property
     def mean(self) -> float:
@@ -47,25 +59,36 @@ class DemoResults:
     """The methods in the order of the table, and the setting that they were compared in."""
 
     methods: Sequence[MethodResult]
+    divergences: Mapping[TeacherName, Mapping[str, Sequence[Sequence[float]]]]
+    """From each teacher's maps, by method and layer, in nats: a row a seed."""
     gazes: Sequence[Gaze]
     seeds: Sequence[int]
     labels: int
-    unlabelled: int
+    all_labels: int
     test_images: int
-    teacher_steps: int
+    teacher_top1: float
+    """Of the supervised teacher; the other one names nothing."""
+    teacher_steps: Mapping[TeacherName, int]
     student_steps: int
     minutes: float
     quick: bool
 
-    def method(self, name: str) -> MethodResult:
-        return next(method for method in self.methods if method.name == name)
+    @property
+    def scratch(self) -> MethodResult:
+        return self.find("scratch", None)
 
-    def gains(self, name: str) -> list[float]:
+    def find(self, method: str, teacher: TeacherName | None) -> MethodResult:
+        return next(found for found in self.methods if (found.method, found.teacher) == (method, teacher))
+
+    def of(self, teacher: TeacherName) -> list[MethodResult]:
+        """The methods that take something from this teacher."""
+        return [method for method in self.methods if method.teacher == teacher]
+
+    def gains(self, method: MethodResult) -> list[float]:
         """What a method is better by than training from scratch, in points, seed by seed."""
-        scratch = self.method("scratch").top1
-        return [ours - theirs for ours, theirs in zip(self.method(name).top1, scratch, strict=True)]
+        return [ours - theirs for ours, theirs in zip(method.top1, self.scratch.top1, strict=True)]
 
-    def gain_error(self, name: str) -> float | None:
+    def gain_error(self, method: MethodResult) -> float | None:
         """Standard error of the mean of `gains`; None for a single seed."""
-        gains = self.gains(name)
+        gains = self.gains(method)
         return statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None

@@ -12,6 +12,7 @@ from graftvit.transfer.demo.figures import (
     COLOURS,
     INK,
     Curve,
+    Panel,
     Theme,
     draw_curves,
     draw_divergence,
@@ -25,9 +26,13 @@ def curve(method: str, *rows: list[float]) -> Curve:
     return Curve(method, method.title(), range(len(rows[0])), np.array(rows))
 
 
+def panel(*curves: Curve) -> Panel:
+    return Panel("the teacher", curves)
+
+
 @pytest.mark.parametrize("draw", [draw_curves, draw_divergence])
 def test_a_line_is_the_mean_and_its_band_one_sample_deviation(draw: object) -> None:
-    axes = draw([curve("copy", [10.0, 60.0, 80.0], [20.0, 70.0, 84.0])], "light").axes[0]  # type: ignore[operator]
+    axes = draw([panel(curve("copy", [10.0, 60.0, 80.0], [20.0, 70.0, 84.0]))], "light").axes[0]  # type: ignore[operator]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [15, 65, 82])
     assert axes.lines[0].get_color() == COLOURS["copy"]
     (band,) = (c for c in axes.collections if isinstance(c, PolyCollection))
@@ -40,19 +45,21 @@ def test_a_line_is_the_mean_and_its_band_one_sample_deviation(draw: object) -> N
 def test_one_seed_has_no_band_and_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        to_png(draw_curves([curve("copy", [10.0, 60.0])], "dark"))
+        to_png(draw_curves([panel(curve("copy", [10.0, 60.0]))], "dark"))
 
 
 def test_the_end_of_every_curve_stays_in_view() -> None:
-    axes = draw_curves([curve("scratch", [9.0, 20.0]), curve("copy", [11.0, 99.0])], "light").axes[0]
-    low, high = axes.get_ylim()
-    assert low < 20
-    assert high > 99
+    panels = [panel(curve("scratch", [9.0, 20.0])), panel(curve("copy", [11.0, 99.0]))]
+    for axes in draw_curves(panels, "light").axes:  # on one scale
+        low, high = axes.get_ylim()
+        assert low < 20
+        assert high > 99
 
 
 def test_names_of_lines_that_meet_do_not_touch() -> None:
     curves = [curve(name, [0.0, 80.0 + shift]) for shift, name in enumerate(("scratch", "copy", "distill"))]
-    figure = draw_curves([*curves, curve("finetune", [0.0, 20.0])], "light")
+    figure = draw_curves([panel(*curves, curve("finetune", [0.0, 20.0])), panel(curves[0])], "light")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["the teacher"] * 2
     to_png(figure)
     boxes = sorted(label.get_window_extent().extents[[1, 3]].tolist() for label in figure.axes[0].texts)
     assert len(boxes) == 4
@@ -64,7 +71,7 @@ def test_names_of_lines_that_meet_do_not_touch() -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_ground_is_transparent_and_the_ink_is_the_theme_s(theme: Theme) -> None:
-    figure = draw_curves([curve("copy", [10.0, 60.0])], theme)
+    figure = draw_curves([panel(curve("copy", [10.0, 60.0]))], theme)
     assert figure.axes[0].xaxis.label.get_color() == INK[theme]
     image = Image.open(io.BytesIO(to_png(figure)))
     assert image.getpixel((0, 0))[3] == 0  # type: ignore[index]

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from graftvit.transfer.demo.figures import COLOURS, to_png
-from graftvit.transfer.demo.gaze_figures import Gaze, draw_gazes, draw_summary
+from graftvit.transfer.demo.gaze_figures import Gaze, SummaryRow, draw_gazes, draw_summary
 from PIL import Image
 
 
@@ -32,8 +32,12 @@ def test_maps_of_a_row_share_one_scale_and_the_query_is_outlined() -> None:
 
 
 def test_the_summary_shows_means_as_strokes_and_seeds_as_dots() -> None:
-    top1 = {"scratch": ("Scratch", (80.0, 90.0)), "copy": ("Attention copy", (88.0, 96.0))}
-    figure = draw_summary(top1, [gaze()], {"teacher": "teacher", "scratch": "scratch"}, "light")
+    rows = [
+        SummaryRow("scratch", "scratch", (80.0, 90.0)),
+        SummaryRow("the teacher knows"),
+        SummaryRow("copied", "copy", (88.0, 96.0)),
+    ]
+    figure = draw_summary(rows, [gaze()], {"teacher": "teacher", "scratch": "scratch"}, "light")
     axes = figure.axes[0]
     drawn = [(line.get_marker(), list(line.get_xdata()), line.get_color()) for line in axes.lines]
     assert drawn == [
@@ -42,6 +46,7 @@ def test_the_summary_shows_means_as_strokes_and_seeds_as_dots() -> None:
         ("o", [80.0, 90.0], COLOURS["scratch"]),
         ("|", [85.0], COLOURS["scratch"]),
     ]
-    assert axes.lines[0].get_ydata()[0] < axes.lines[2].get_ydata()[0]  # the first method is on top
-    assert [label.get_text() for label in axes.texts] == ["Attention copy  92.0", "Scratch  85.0"]
+    assert [line.get_ydata()[0] for line in axes.lines[::2]] == [0, 2]  # the first row is on top
+    labels = [(label.get_text(), label.get_fontweight()) for label in axes.get_yticklabels()]
+    assert labels == [("copied  92", "normal"), ("the teacher knows", "bold"), ("scratch  85", "normal")]
     assert Image.open(io.BytesIO(to_png(figure))).width > 1000

@@ -1,12 +1,14 @@
-"""The demo from end to end with a handful of steps: its report, and what an interruption leaves."""
+"""The demo from end to end with a handful of steps: its report, and what an interruption or a failure leaves."""
 
 from __future__ import annotations
 
 import json
-import logging
+import multiprocessing
 import os
 import signal
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import pytest
 import torch
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.demo import parts as demo_parts
+from graftvit.transfer.demo import cells as demo_cells
+from graftvit.transfer.demo import pool
 from graftvit.transfer.demo import run as demo
-from graftvit.transfer.engine import loop
+from graftvit.transfer.demo.board import Board
+from graftvit.transfer.demo.cells import Cell
 from graftvit.transfer.engine.runlog import WALL_CLOCK
-from graftvit.transfer.engine.train import RunResult
+from patience import until
 
 SHORT = {
     "optim": {"max_steps": 4, "epochs": 4, "warmup_epochs": 1},
@@ -30,14 +34,13 @@ SHORT = {
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = demo_parts.recipe
+    plain = demo_cells.recipe
 
     def short(name: str, folder: Path, changes: Mapping[str, Any]) -> RunConfig:
-        return plain(
-            name, folder, demo_parts._merged(SHORT, {k: v for k, v in changes.items() if k != "optim"})
-        )
+        left = {key: value for key, value in changes.items() if key != "optim"}
+        return plain(name, folder, demo_cells._merged(SHORT, left))
 
-    monkeypatch.setattr(demo_parts, "recipe", short)
+    monkeypatch.setattr(demo_cells, "recipe", short)
 
 
 def records(folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -51,56 +54,121 @@ def records(folder: Path) -> dict[str, list[dict[str, float]]]:
     }
 
 
+def at_each_look(monkeypatch: pytest.MonkeyPatch, act: Callable[[Collection[Cell]], None]) -> None:
+    """`act` gets the running cells each time the demo looks at them."""
+    look = Board.look
+
+    def looked(self: Board, running: Collection[Cell]) -> None:
+        look(self, running)
+        act(running)
+
+    monkeypatch.setattr(Board, "look", looked)
+
+
 @pytest.mark.slow
-def test_it_writes_a_report_and_does_finished_parts_once(
+def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads, level = torch.get_num_threads(), logging.getLogger("graftvit").level
-    report = demo.run_demo(tmp_path, seeds=(0, 5))
-    assert report == tmp_path / "report.html"
+    threads = torch.get_num_threads()
+    report = demo.run_demo(tmp_path / "whole", seeds=(0, 5), processes=2)
+    assert report == tmp_path / "whole" / "report.html"
     assert "of 2 seeds" in report.read_text()
     out = capsys.readouterr().out
-    assert "9/9 distill, seed 5" in out
+    assert "14 cells; 2 at a time" in out
+    assert "cell 14 of 14, " in out
     assert "Attention distillation" in out
-    assert (torch.get_num_threads(), logging.getLogger("graftvit").level) == (threads, level)
-    assert len(records(tmp_path)) == 9
-    before = {path: path.read_bytes() for path in tmp_path.rglob("log.jsonl")}
-    monkeypatch.setattr(loop.Loop, "_step", lambda *_: pytest.fail("a finished run was trained again"))
-    monkeypatch.chdir(tmp_path.parent)
-    again = demo.run_demo(Path(tmp_path.name), seeds=(0, 5), progress=False)
-    assert again.resolve() == report
+    assert torch.get_num_threads() == threads
+    whole = records(tmp_path / "whole")
+    assert len(whole) == 14
+
+    with monkeypatch.context() as patch:
+        at_each_look(patch, lambda running: os.kill(os.getpid(), signal.SIGINT) if len(running) < 2 else None)
+        with pytest.raises(GraftError, match=r"SIGINT with \d+ of 14 cells finished.*same command") as stopped:
+            demo.run_demo(tmp_path / "broken", seeds=(0, 5), processes=2, progress=False)
+    assert stopped.value.exit_code == 130
+    assert multiprocessing.active_children() == []
+    assert not (tmp_path / "broken" / "report.html").exists()
+    demo.run_demo(tmp_path / "broken", seeds=(0, 5), processes=1, progress=False)
+    assert records(tmp_path / "broken") == whole
+
+    monkeypatch.setattr(pool, "_start", lambda *_: pytest.fail("a finished cell was run again"))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert demo.run_demo(Path("whole"), seeds=(0, 5), progress=False).resolve() == report
     assert capsys.readouterr().out == ""
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("log.jsonl")}
+
+
+def test_a_cell_that_fails_is_named_with_its_log_and_the_others_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(name: str, folder: Path, changes: Mapping[str, Any]) -> RunConfig:
+        wrong = {"data": {"dataset": "digitz"}} if name == "digits_teacher" else {"optim": {"epochs": 10**6}}
+        return plain(name, folder, demo_cells._merged(changes, wrong))
+
+    plain = demo_cells.recipe
+    monkeypatch.setattr(demo_cells, "recipe", spoil)
+    with pytest.raises(GraftError, match=r"^supervised teacher failed: .*digitz") as failed:
+        demo.run_demo(tmp_path, quick=True, processes=2, progress=False)
+    assert failed.value.exit_code == 1
+    assert "\n" not in str(failed.value)
+    log = tmp_path / "quick" / "teacher_supervised" / "output.log"
+    assert f"(log: {log})" in str(failed.value)
+    assert log.exists()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_cell_that_is_killed_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(running: Collection[Cell]) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    at_each_look(monkeypatch, kill)
+    with pytest.raises(GraftError, match=r"teacher failed: it was ended by SIGKILL \(log: "):
+        demo.run_demo(tmp_path, quick=True, processes=2, progress=False)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(running: Collection[Cell]) -> None:
+        raise KeyboardInterrupt
+
+    at_each_look(monkeypatch, impatient)
+    with pytest.raises(GraftError, match="0 of 8 cells") as stopped:
+        demo.run_demo(tmp_path, quick=True, processes=2, progress=False)
+    assert stopped.value.exit_code == 130
+    assert multiprocessing.active_children() == []
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from graftvit.transfer.demo import cells, run
+plain = cells.recipe
+cells.recipe = lambda name, folder, changes: plain(name, folder, {**changes, "optim": {"epochs": 10**6}})
+run.run_demo(Path(sys.argv[1]), quick=True, processes=1, progress=False)
+"""
 
 
 @pytest.mark.slow
-def test_interrupted_and_started_again_it_ends_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    demo.run_demo(tmp_path / "whole", quick=True, progress=False)
-    step, count = loop.Loop._step, iter(range(1000))
-
-    def interrupted(self: loop.Loop, *batches: Any) -> None:
-        step(self, *batches)
-        if next(count) == 9:  # the teacher's four, scratch's four, the second of fine-tuning
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(loop.Loop, "_step", interrupted)
-    with pytest.raises(GraftError, match=r"SIGINT with 2 of 5 runs finished.*same command") as stopped:
-        demo.run_demo(tmp_path / "broken", quick=True, progress=False)
-    assert stopped.value.exit_code == 130
-    assert not (tmp_path / "broken" / "report.html").exists()
-    demo.run_demo(tmp_path / "broken", quick=True, progress=False)
-    assert records(tmp_path / "broken") == records(tmp_path / "whole")
+def test_no_cell_outlives_a_demo_that_is_killed(tmp_path: Path) -> None:
+    teacher = tmp_path / "quick" / "teacher_supervised"
+    with subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)]) as endless:
+        until((teacher / "log.jsonl").exists, "the first cell has begun")
+        pid = json.loads((teacher / "fence.json").read_text())["pid"]
+        endless.kill()
+    until(lambda: not (teacher / "fence.json").exists(), "the cell has given up its run")
+    until(lambda: not alive(pid), "the cell's process is gone")
 
 
-def test_a_second_ctrl_c_is_answered_in_one_sentence_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def impatient(config: RunConfig) -> RunResult:
-        raise KeyboardInterrupt
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
-    monkeypatch.setattr(demo, "train", impatient)
-    with pytest.raises(GraftError, match="0 of 5 runs") as stopped:
-        demo.run_demo(tmp_path, quick=True, progress=False)
-    assert stopped.value.exit_code == 130
+
+@pytest.mark.parametrize("wrong", [{"processes": 0}, {"threads": 0}])
+def test_nothing_runs_on_no_process(wrong: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="at least 1"):
+        demo.run_demo(tmp_path, **wrong)
