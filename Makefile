@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo compare test acceptance lint bench install clean
 
 demo: install
-	env -u OMP_NUM_THREADS $(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
+	$(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
 
 compare: install
 	$(BIN)/graftvit compare digits_compare --output_dir compare $(ARGS)

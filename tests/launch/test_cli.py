@@ -238,18 +238,23 @@ def test_the_rank_is_named_where_there_are_several(
     assert "graftvit: rank 2: error:" in capsys.readouterr().err
 
 
-def test_demo_hands_its_folder_on(
+def test_demo_hands_on_what_it_was_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    seen: list[tuple[Path, bool]] = []
+    seen: list[tuple[Path, bool, dict[str, Any]]] = []
 
-    def run_demo(output_dir: Path, quick: bool) -> Path:
-        seen.append((output_dir, quick))
+    def run_demo(output_dir: Path, quick: bool, **more: Any) -> Path:
+        seen.append((output_dir, quick, more))
         return output_dir / "report.html"
 
     monkeypatch.setitem(sys.modules, "graftvit.transfer.demo.run", SimpleNamespace(run_demo=run_demo))
     assert main(["demo", "--quick", "--output-dir", str(tmp_path)]) == 0
-    assert seen == [(tmp_path, True)]
+    assert main(["demo", "--seeds", "7", "9", "--processes", "3", "--threads", "2"]) == 0
+    assert seen == [
+        (tmp_path, True, {"seeds": None, "processes": None, "threads": 1}),
+        (Path("demo"), False, {"seeds": [7, 9], "processes": 3, "threads": 2}),
+    ]
     assert str(tmp_path / "report.html") in capsys.readouterr().out
+    assert "--seeds" in complaint(capsys, "demo", "--seeds", "7..9")
     (tmp_path / "file").write_text("")
     assert "file" in complaint(capsys, "demo", "--output_dir", str(tmp_path / "file"))

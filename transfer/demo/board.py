@@ -36,7 +36,8 @@ class Board:
             transient=True,
             disable=not console.is_terminal or console.quiet,
         )
-        self._task = self._bar.add_task("", total=sum(self._left.values()), left="")
+        self._total = sum(self._left.values())
+        self._task = self._bar.add_task("", total=self._total, left="")
 
     def __enter__(self) -> Board:
         self._bar.start()
@@ -74,7 +75,7 @@ class Board:
         left = self._time_left()
         self._bar.update(
             self._task,
-            completed=self._bar.tasks[0].total - sum(self._left.values()),
+            completed=self._total - sum(self._left.values()),
             description=f"{self._finished} of {self._cells} cells",
             left=left.removeprefix(", "),
         )

@@ -15,7 +15,7 @@ from ...models.patches import unfold_patches
 from ..analysis import attention_maps, divergence_by_layer
 from ..data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from ..evaluate import evaluate
-from .cells import STUDENTS, TEACHERS, Cell, TeacherName
+from .cells import STUDENTS, TEACHERS, Cell
 from .gaze_figures import Gaze
 from .results import DemoResults, MethodResult
 

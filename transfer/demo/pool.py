@@ -80,11 +80,12 @@ def _ready(waiting: Sequence[Cell]) -> list[Cell]:
 
 def _start(cell: Cell, threads: int) -> BaseProcess:
     """A process that starts as a copy of one that has loaded the engine, which takes seconds to load."""
-    server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if server else "spawn")
-    if server:
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "sklearn.datasets"])
-    process = context.Process(target=_run, args=(cell, threads), name=str(cell))
+        process: BaseProcess = context.Process(target=_run, args=(cell, threads))
+    else:  # Windows
+        process = multiprocessing.get_context("spawn").Process(target=_run, args=(cell, threads))
     process.start()
     return process
 

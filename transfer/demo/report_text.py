@@ -30,7 +30,7 @@ DIVERGENCE = (
     "by construction."
 )
 OWN_IMAGES = (
-    "The demo is six recipes and one loop; the same commands take a folder of images and a real "
+    "The demo is six recipes, run side by side; the same commands take a folder of images and a real "
     "teacher. Every setting is a key of the YAML file and a flag of the command line, and --dry_run "
     "prints the plan first."
 )
@@ -49,9 +49,9 @@ def asked(results: DemoResults) -> str:
     return (
         "A good teacher helps a vision transformer, but what of it is it that helps: the features, or only "
         f"knowing where to look? Students had {results.labels} labelled digits to learn from. One began with "
-        "nothing. The others took nothing but the attention of a teacher: either of one that had learned to "
+        "nothing. Others took nothing but the attention of a teacher: either of one that had learned to "
         f"name all {results.all_labels:,} training digits, or of one that had only learned to paint their "
-        "hidden halves and never saw a label."
+        "hidden halves and never saw a label. For comparison, one began with all weights of the latter."
     )
 
 
@@ -59,11 +59,9 @@ def found(results: DemoResults) -> str:
     """What came out, for the one teacher and for the other."""
     words = [
         f"From scratch the student names {results.scratch.mean:.1f} % of the {results.test_images} test digits.",
-        f"The teacher that knows the labels names {results.teacher_top1:.1f} %, and where it looks is enough "
-        "to tell a student much of that:",
-        _attention(results, "supervised"),
-        "The attention of the teacher that saw no label is worth",
-        _attention(results, "mae"),
+        f"The teacher that knows the labels names {results.teacher_top1:.1f} %. With its attention alone, "
+        f"students reach {_attention(results, 'supervised')}",
+        f"With the attention of the teacher that saw no label, they reach {_attention(results, 'mae')}",
     ]
     tuned, together = results.find("finetune", "mae"), results.find("ensemble", "mae")
     words.append(
@@ -174,7 +172,7 @@ def _named(method: MethodResult) -> str:
 
 def _attention(results: DemoResults, teacher: TeacherName) -> str:
     copied, distilled = (_gain(results, results.find(name, teacher)) for name in ("copy", "distill"))
-    return f"{copied} copied, and {distilled} distilled."
+    return f"{copied} when it is copied, and {distilled} when it is distilled."
 
 
 def _gain(results: DemoResults, method: MethodResult) -> str:

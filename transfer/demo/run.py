@@ -48,11 +48,14 @@ def run_demo(
         DemoStoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
         RunFailedError: a cell failed; its log is named.
     """
+    seeds = seeds or (SEEDS[:1] if quick else SEEDS)
     processes = joblib.cpu_count() if processes is None else processes
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {' '.join(map(str, seeds))} must be whole numbers from 0 on, each once")
     if min(processes, threads) < 1:
         raise ConfigError(f"--processes {processes} and --threads {threads} must be at least 1")
     # Absolute, so that a run goes on wherever the command is given next time.
-    cells = demo_cells(output_dir.resolve(), seeds or (SEEDS[:1] if quick else SEEDS), quick)
+    cells = demo_cells(output_dir.resolve(), seeds, quick)
     console = Console(quiet=not progress)
     with Board(cells, processes, console) as board:
         run_cells(cells, board, processes=processes, threads=threads)

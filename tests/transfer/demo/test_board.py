@@ -67,7 +67,10 @@ def test_the_last_cell_takes_no_less_than_its_own_time(tmp_path: Path) -> None:
     board = Board([cell], 16, Console(file=said))
     board.start([cell], 0)
     board.finish(cell)
-    assert lines(said) == ["1 cells; 16 at a time, about 10 min left", "cell 1 of 1, supervised teacher: finished"]
+    assert lines(said) == [
+        "1 cells; 16 at a time, about 10 min left",
+        "cell 1 of 1, supervised teacher: finished",
+    ]
 
 
 def test_silence_is_broken_now_and_then_only(tmp_path: Path, clock: Clock) -> None:
