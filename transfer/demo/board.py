@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
+from ..engine.progress import TwoLines
 from .cells import Cell
 
 LINE_EVERY = 15.0
@@ -28,7 +29,7 @@ class Board:
         self._cells, self._finished = len(cells), 0
         self._worked = self._busy = 0.0
         self._looked = self._said = time.monotonic()
-        self._bar = Progress(
+        self._bar = TwoLines(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
@@ -79,6 +80,7 @@ class Board:
             description=f"{self._finished} of {self._cells} cells",
             left=left.removeprefix(", "),
         )
+        self._bar.numbers = _names(running)
         if self._bar.disable and running:
             self._say(f"{self._finished} of {self._cells} cells finished; running: {_names(running)}{left}")
 

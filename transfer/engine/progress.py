@@ -16,7 +16,7 @@ NOTABLE_WAIT = 0.1
 """Share of the time spent waiting for data above which the line says so."""
 
 
-class _TwoLines(Progress):
+class TwoLines(Progress):
     """The bar, and a line of numbers under it: together they are too wide for most terminals."""
 
     numbers = ""
@@ -33,7 +33,7 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, *, shown: bool, done: int = 0) -> None:
-        self._bar = _TwoLines(
+        self._bar = TwoLines(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
