@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess, parent_process
@@ -56,7 +56,7 @@ def run_cells(cells: Sequence[Cell], board: Board, *, processes: int, threads: i
     with StopSignals() as signals, _stopped_at_the_end(running):
         try:
             while waiting or running:
-                for cell in _ready(waiting)[: processes - len(running)]:
+                for cell in _ready(waiting, running.values())[: processes - len(running)]:
                     waiting.remove(cell)
                     running[_start(cell, threads)] = cell
                 wait([process.sentinel for process in running], timeout=LOOK_EVERY)
@@ -72,9 +72,9 @@ def run_cells(cells: Sequence[Cell], board: Board, *, processes: int, threads: i
             raise DemoStoppedError(signal.SIGINT, len(finished), len(cells)) from interrupt
 
 
-def _ready(waiting: Sequence[Cell]) -> list[Cell]:
+def _ready(waiting: Collection[Cell], running: Collection[Cell]) -> list[Cell]:
     """The cells whose teacher is finished, or that need none."""
-    missing = {cell.folder for cell in waiting}
+    missing = {cell.folder for cell in (*waiting, *running)}
     return [cell for cell in waiting if cell.needs not in missing]
 
 
