@@ -59,6 +59,7 @@ def run_demo(
     console = Console(quiet=not progress)
     with Board(cells, processes, console) as board:
         run_cells(cells, board, processes=processes, threads=threads)
+    console.print("comparing the students and writing the report")
     with _threads(threads):
         results = measure(cells, quick)
     report = write_report(results, output_dir)

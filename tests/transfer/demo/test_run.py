@@ -70,8 +70,8 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
+    monkeypatch.setattr(demo, "write_report", lambda _, folder: folder / "report.html")
     report = demo.run_demo(tmp_path / "whole", seeds=(5,), processes=8)  # students wait for their teacher
-    assert report == tmp_path / "whole" / "report.html"
     out = capsys.readouterr().out
     assert out.startswith("8 cells; 8 at a time, ")
     assert "cell 8 of 8, " in out
@@ -82,15 +82,20 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(
 
     monkeypatch.setattr(demo, "measure", lambda *_: None)  # once is enough
     monkeypatch.setattr(demo, "_table", lambda _: "")
-    monkeypatch.setattr(demo, "write_report", lambda _, folder: folder / "report.html")
-    with monkeypatch.context() as patch:
-        at_each_look(patch, lambda running: os.kill(os.getpid(), signal.SIGINT) if len(running) < 2 else None)
-        with pytest.raises(GraftError, match=r"SIGINT with \d of 8 cells finished.*same command") as stopped:
-            demo.run_demo(tmp_path / "broken", seeds=(5,), processes=2, progress=False)
-    assert stopped.value.exit_code == 130
-    assert multiprocessing.active_children() == []
-    demo.run_demo(tmp_path / "broken", seeds=(5,), processes=1, progress=False)
-    assert records(tmp_path / "broken") == whole
+    with monkeypatch.context() as few:
+        few.setattr(demo_cells, "TEACHERS", {"supervised": "digits_teacher"})
+        few.setattr(demo_cells, "STUDENTS", (("scratch", None), ("copy", "supervised")))
+        with few.context() as patch:
+            at_each_look(
+                patch, lambda running: os.kill(os.getpid(), signal.SIGINT) if len(running) < 2 else None
+            )
+            with pytest.raises(GraftError, match=r"SIGINT with \d of 3 cells.*same command") as stopped:
+                demo.run_demo(tmp_path / "broken", seeds=(5,), processes=2, progress=False)
+        assert stopped.value.exit_code == 130
+        assert multiprocessing.active_children() == []
+        demo.run_demo(tmp_path / "broken", seeds=(5,), processes=1, progress=False)
+    broken = records(tmp_path / "broken")
+    assert broken == {name: whole[name] for name in ("teacher_supervised", "scratch_5", "copy_supervised_5")}
 
     monkeypatch.setattr(pool, "_start", lambda *_: pytest.fail("a finished cell was run again"))
     monkeypatch.chdir(tmp_path)
