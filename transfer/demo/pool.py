@@ -106,9 +106,9 @@ def _run(cell: Cell, threads: int) -> None:
     try:
         result = train(cell.config)
     except GraftError as error:
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if result.signal is not None:
-        sys.exit(f"stopped by {signal.Signals(result.signal).name}")
+        raise SystemExit(f"stopped by {signal.Signals(result.signal).name}")
     cell.finish(threads)
 
 
