@@ -11,7 +11,9 @@ from graftvit.models.errors import ConfigError
 from graftvit.transfer.demo.cells import STUDENTS, TEACHERS, Cell, demo_cells, recipe
 
 
-@pytest.mark.parametrize("name", [*TEACHERS.values(), *{f"digits_{method}" for method, _ in STUDENTS}])
+@pytest.mark.parametrize(
+    "name", [*TEACHERS.values(), *dict.fromkeys(f"digits_{method}" for method, _ in STUDENTS)]
+)
 def test_a_recipe_is_what_the_command_line_makes_of_it(name: str, tmp_path: Path) -> None:
     ours = recipe(name, tmp_path, {})
     theirs = load_config(name, {"output_dir": tmp_path, "engine.trackers": ()})
