@@ -14,7 +14,12 @@ from ..models.copying.input import Normalization, TeacherInput
 from ..models.errors import ConfigError
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
-from ..transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
+from ..transfer.data.loaders import (
+    EvalLoader,
+    check_num_classes,
+    create_eval_loader,
+    create_reference_loader,
+)
 from ..transfer.engine.parallel import create_accelerator
 from ..transfer.evaluate import check_folders
 from ..transfer.metrics.distance import ComparedLayers, compared_layers
@@ -142,8 +147,10 @@ def _check_labels(
                 f"{candidate.name!r} has no classification head to score; use --metrics knn, probe or distance"
             )
         _check_own_head(chosen, subset, real)
-        if "top1" in chosen and subset is None and not _learned_from(candidate.name, data):
-            check_folders(candidate.name, candidate.num_classes, loader)
+        if "top1" in chosen and subset is None:
+            if not _learned_from(candidate.name, data):
+                check_folders(candidate.name, candidate.num_classes, loader)
+            check_num_classes(data, loader.class_names)
 
 
 def _against(

@@ -147,7 +147,7 @@ class DataConfig(Section):
     )
     data_path: str | None = Field(None, description="root folder of the data set")
     train_split: str = Field("train", description="split to train on")
-    val_split: str = Field("validation", description="split to evaluate on")
+    val_split: str | None = Field("validation", description="split to evaluate on; none for no evaluation")
     download: bool = Field(False, description="let torchvision download the data set")
     image_column: str | None = Field(
         None,

@@ -71,8 +71,7 @@ def test_labels_that_differ_are_told_loudly(tmp_path: Path, capsys: pytest.Captu
     root = write_classes(tmp_path / "set", ["ant", "cat"], ["train"])
     write_classes(root, ["ant", "bee", "cat"], ["val"])
     text = run(capsys, str(root))
-    assert "WARNING  class cat: another label in validation than in train, such as 'cat': 2 and not 1" in text
-    assert "WARNING  only validation has class bee" in text
+    assert "WARNING  only validation has class bee: training and evaluation refuse it" in text
     same = run(capsys, str(write_classes(tmp_path / "same", ["ant", "cat"])))
     assert "WARNING" not in same
 
@@ -84,7 +83,6 @@ def test_a_class_without_images_in_a_split_is_told(
     write_classes(root, ["ant", "cat"], ["val"])
     text = run(capsys, str(root))
     assert "WARNING  validation has no image of class bee" in text
-    assert "another label" not in text
 
 
 def test_a_folder_without_classes_and_one_without_splits(

@@ -129,8 +129,11 @@ def test_a_run_is_held_against_the_classes_of_the_folder_that_is_given(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run's own number of classes is that of its own data, and says nothing of another folder."""
-    run, model = tmp_path / "run", f"local-dir:{place / 'classifier'}"
-    words = ["--student.model", model, "--data_path", str(place / "photos"), "--num_classes", "1000", *SHORT]
+    run, model, thousand = tmp_path / "run", f"local-dir:{place / 'classifier'}", tmp_path / "thousand"
+    for label in range(1000):
+        write_images(thousand / "train" / f"{label:03d}", 1)
+    write_images(thousand / "validation" / "007", 12)
+    words = ["--student.model", model, "--data_path", str(thousand), "--num_classes", "1000", *SHORT]
     assert main(["train", "--mode", "finetune", *words, "--output_dir", str(run)]) == 0
     assert measured(place, tmp_path, str(run))[str(run)]["samples"] == 12
     variant = [str(run), "--data_path", str(place / "imagenet-a")]
@@ -171,7 +174,7 @@ def test_models_without_a_head_are_compared_by_their_neighbors(place: Path, tmp_
         (["{classifier}", "--data_path", "{photos}"], ["2 classes", "1000 logits", "--metrics knn"]),
         (["{encoder}", "--data_path", "{imagenet-a}", "--subset", "imagenet-a"], ["--subset", "without a head"]),
         (["{two}", "--data_path", "{imagenet-a}"], ["200 classes", "2 logits"]),
-        (["{two}", "--data_path", "{uneven}", "--metrics", "knn"], ["the training images have no class 'grey'"]),
+        (["{two}", "--data_path", "{uneven}", "--metrics", "knn"], ["training split has no images of: grey"]),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(

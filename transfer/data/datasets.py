@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.utils.misc import natural_key
+from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
 from torch.utils.data import IterableDataset
 
 from ...models.errors import ConfigError, DataError, did_you_mean
@@ -18,7 +18,8 @@ from .digits import DigitsSource
 from .folders import tidy
 from .hub import open_hub
 from .images import ImageSource, ReaderSource, TorchvisionSource
-from .readers import create
+from .numbering import number_by_name
+from .readers import IMAGE_TYPES, create
 from .splits import EVAL_NAMES, TRAIN_NAMES, synonyms
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,14 @@ def has_split(config: DataConfig, split: str) -> bool:
 
 
 def open_dataset(
-    config: DataConfig, split: str, channels: int, *, training: bool, seed: int = 0
+    config: DataConfig, split: str, channels: int, *, training: bool, seed: int = 0, by_training: bool = True
 ) -> ImageSource | IterableDataset[Any]:
     """The images of a split with `channels` 1 (grey) or 3 (RGB); a stream for wds, hfids and tfds.
 
-    Raises DataError for a folder, package or split that is not there, ConfigError for an unknown `dataset`.
+    Labels go by name: a class has the number that it has in the training split, or, without `by_training`, in its own.
+
+    Raises DataError for a folder, package or split that is not there, and for a class that the training split has not;
+    ConfigError for an unknown `dataset`.
     """
     if channels not in MODES:
         raise DataError(f"images of {channels} channels cannot be read; a model's in_chans must be 1 or 3")
@@ -60,7 +64,8 @@ def open_dataset(
     _check_place(config, family)
     found = _open(config, name, family, split, MODES[channels], training, seed)
     if not isinstance(found, IterableDataset):
-        return keep_classes(config, found)
+        names = _training_names(config, family, split, MODES[channels]) if by_training else None
+        return number_by_name(keep_classes(config, found), split, names)
     if config.classes is not None:
         raise ConfigError(f"data.classes needs labels by index; {config.dataset} is a stream")
     return found
@@ -75,8 +80,7 @@ def _open(
         return open_hub(config, split, mode)
     if family == "":
         _check_folder(config, split)
-    labels = _class_map(config, split) if family == "" else None
-    dataset = create(config, name, split, mode, training=training, seed=seed, class_map=labels)
+    dataset = create(config, name, split, mode, training=training, seed=seed)
     if isinstance(dataset, IterableDataset):
         return dataset
     if isinstance(getattr(dataset, "reader", None), ReaderImageFolder):
@@ -129,7 +133,11 @@ def _check_folder(config: DataConfig, split: str) -> None:
         # timm would read the whole folder, and so evaluate on the training images.
         raise DataError(
             f"data.data_path={config.data_path} has no folder for split {split!r}, only {', '.join(others)}; "
-            f"data.{'train_split' if split == config.train_split else 'val_split'} names another"
+            + (
+                "data.train_split names another"
+                if split == config.train_split
+                else "data.val_split names another, or none to train without evaluation"
+            )
         )
     logger.warning("%s has no folder for split %r: all of it is used", config.data_path, split)
 
@@ -140,28 +148,27 @@ def undivided(config: DataConfig) -> bool:
     if config.dataset not in ("", "folder") or not root.is_dir():
         return config.dataset in ("", "folder") and root.is_file()
     usual = (*TRAIN_NAMES, *EVAL_NAMES, config.train_split, config.val_split)
-    return not any((root / name).is_dir() for name in usual)
+    return not any((root / name).is_dir() for name in usual if name)
 
 
-def _class_map(config: DataConfig, split: str) -> dict[str, int] | None:
-    """Labels of the training folder for another split that lacks some of its classes; else the split's own.
-
-    Without it timm numbers each split's folders by themselves, and one missing class shifts all after it.
-    """
+def _training_names(config: DataConfig, family: str, split: str, mode: str) -> Sequence[str] | None:
+    """The classes of the training split, by which another split of a folder or of `hfds` is numbered."""
+    if split == config.train_split or config.classes is not None:
+        return None  # `data.classes` numbers each split alike
+    if family == "hfds":
+        try:
+            return open_hub(config, config.train_split, mode).class_names
+        except DataError:
+            return None  # there is no training split
+    if family != "":
+        return None
     root = Path(str(config.data_path))
-    if not root.is_dir():
-        return None
-    folder = _split_folder(root, split)
     train = _split_folder(root, config.train_split)
-    if folder in (None, train) or train is None or folder is None:
+    if train is None or train == _split_folder(root, split):
         return None
-    present, known = _subfolders(folder), sorted(_subfolders(train), key=natural_key)
-    return {label: place for place, label in enumerate(known)} if present < set(known) else None
+    found = find_images_and_targets(str(train), IMAGE_TYPES, sort=False)[1]
+    return [name for name in found if name != ""] or None
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in (split, *synonyms(split)) if (root / name).is_dir()), None)
-
-
-def _subfolders(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if entry.is_dir()}

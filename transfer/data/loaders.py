@@ -257,6 +257,8 @@ def create_eval_loader(
 
     Without `labels` the data set may have none, as for `create_train_loader`.
     """
+    if config.val_split is None:
+        raise ConfigError("data.val_split is none, and this needs images to evaluate on: name a split")
     dataset = open_dataset(config, config.val_split, spec.input_size[0], training=False)
     if isinstance(dataset, IterableDataset):
         if real:
@@ -274,7 +276,7 @@ def find_eval_loader(
     """
     named = config.val_split != DataConfig.model_fields["val_split"].default
     try:
-        if not has_split(config, config.val_split):
+        if config.val_split is not None and not has_split(config, config.val_split):
             raise DataError(f"data.val_split={config.val_split} is no folder of {config.data_path}")
         return create_eval_loader(config, spec, rank=rank, world_size=world_size, labels=False)
     except DataError as error:
@@ -318,6 +320,15 @@ def _subset(config: DataConfig, source: ImageSource, labels: bool = True) -> Ind
     return balanced_subset(source.targets or [0] * len(source), count, config.label_seed)
 
 
+def check_num_classes(config: DataConfig, names: Sequence[str] | None) -> None:
+    """ConfigError where `data.num_classes` is not the number of a data set's named classes."""
+    if names and config.num_classes not in (None, len(names)):
+        raise ConfigError(
+            f"data.num_classes={config.num_classes}, but the data set has {len(names)} named classes: leave it out "
+            f"(--num_classes none) or give {len(names)}"
+        )
+
+
 def _count_classes(
     config: DataConfig, names: Sequence[str] | None, targets: Sequence[int] | None, labels: bool
 ) -> int:
@@ -327,7 +338,12 @@ def _count_classes(
     """
     largest = max(targets, default=-1) if targets is not None else -1
     known = max(len(names or ()), largest + 1)
-    if targets and largest < 0:
+    unlabeled = sum(target < 0 for target in targets or ())
+    if unlabeled and largest >= 0 and labels:
+        raise DataError(
+            f"{unlabeled} of {len(targets or ())} images have no label, and this needs one for each"
+        )
+    if unlabeled:
         if labels and config.dataset not in ("", "folder"):
             raise DataError(f"{config.dataset} has no labels, and this needs them: set data.label_column")
         if labels:
@@ -338,6 +354,7 @@ def _count_classes(
         return 0
     if not labels:
         return max(known, config.num_classes or 0)
+    check_num_classes(config, names)
     count = config.num_classes or known
     if count == 0:
         raise ConfigError(f"data.num_classes must be set: {config.dataset} does not say how many it has")

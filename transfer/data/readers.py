@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 from timm.data.dataset_factory import create_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...models.errors import DataError
 from ..config import DataConfig
 from .hub import stream_columns
 
+IMAGE_TYPES = IMG_EXTENSIONS
+"""Endings of the files that are read as images; timm alone reads the first three kinds."""
 SHARDS = "shards-{0000..0009}.tar|50000"
 HINTS = {
     "Dataset length is unknown": "; give --download, or read it with hfds/",
@@ -27,7 +31,6 @@ def create(
     *,
     training: bool,
     seed: int,
-    class_map: dict[str, int] | None,
 ) -> Any:
     """timm's data set. Raises DataError with its reason, and what to do about it where that is known."""
     try:
@@ -41,7 +44,6 @@ def create(
             batch_size=config.batch_size,
             seed=seed,
             input_img_mode=mode,
-            class_map=cast("dict[str, int]", class_map),  # timm takes None, against its annotation
             **keys,
         )
     except DataError:
@@ -66,7 +68,8 @@ def _keys(config: DataConfig, name: str, split: str) -> dict[str, Any]:
         return {"input_key": ";".join(dict.fromkeys([*kinds, "jpg"])), "target_key": config.label_column}
     if family == "tfds":
         return {"input_key": config.image_column, "target_key": config.label_column}
-    return {}
+    folder = name == "" and Path(str(config.data_path)).is_dir()
+    return {"input_key": ";".join(IMAGE_TYPES)} if folder else {}
 
 
 def _sentence(config: DataConfig, name: str, split: str, error: Exception) -> str:

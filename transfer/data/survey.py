@@ -88,11 +88,12 @@ def survey(
     Raises DataError: neither split can be read. ConfigError: the data set is not known.
     """
     found = Survey([], {})
-    names = ["all"] if undivided(config) else [config.train_split, config.val_split]
+    names = (
+        ["all"] if undivided(config) else [name for name in (config.train_split, config.val_split) if name]
+    )
     for name in dict.fromkeys(names):
         try:
-            split = config.train_split if name == "all" else name
-            dataset = open_dataset(config, split, 3, training=False)
+            dataset = _open(config, config.train_split if name == "all" else name)
         except DataError as error:
             found.missing[name] = str(error)
             continue
@@ -105,6 +106,14 @@ def survey(
     return found
 
 
+def _open(config: DataConfig, split: str) -> Any:
+    """A split as training reads it, or, where training refuses its classes, as it is."""
+    try:
+        return open_dataset(config, split, 3, training=False)
+    except DataError:
+        return open_dataset(config, split, 3, training=False, by_training=False)
+
+
 def differences(found: Survey) -> list[str]:
     """Where two splits name or number their classes differently: each is a sentence."""
     lines = []
@@ -114,17 +123,10 @@ def differences(found: Survey) -> list[str]:
             if (names is None) != (others is None):
                 lines.append(f"{first.name} {_has(names)} and {second.name} {_has(others)}")
             continue
-        places = {name: place for place, name in enumerate(others)}
-        moved = [name for place, name in enumerate(names) if places.get(name, place) != place]
-        if moved:
-            name = moved[0]
-            lines.append(
-                f"{_some(moved)}: another label in {second.name} than in {first.name}, such as {name!r}: "
-                f"{places[name]} and not {names.index(name)}; accuracy there says nothing"
-            )
-        for one, only in ((first, [n for n in names if n not in places]), (second, _without(others, names))):
-            if only:
-                lines.append(f"only {one.name} has {_some(only)}")
+        if only := _without(names, others):
+            lines.append(f"only {first.name} has {_some(only)}")
+        if only := _without(others, names):
+            lines.append(f"only {second.name} has {_some(only)}: training and evaluation refuse it")
     for each in found.splits:
         empty = [
             name for name, count in zip(each.class_names or (), each.counts(), strict=False) if not count

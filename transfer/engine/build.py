@@ -122,7 +122,7 @@ def open_eval_loader(
     config: RunConfig, spec: Preprocessing, num_classes: int, *, rank: int = 0, world_size: int = 1
 ) -> EvalLoader | None:
     """The test images, labelled as the training images are; a run without labels may have none."""
-    if config.mode == "pretrain" and config.engine.metric == "auto":
+    if config.data.val_split is None or (config.mode == "pretrain" and config.engine.metric == "auto"):
         return None
     data = config.data.model_copy(update={"num_classes": num_classes or None})
     if not needs_labels(config):
