@@ -39,8 +39,12 @@ SPACE = re.compile(r"\s+")
 def build(architecture: str, arguments: Mapping[str, Any], *, on_meta: bool = False) -> nn.Module:
     """A fresh timm model; the global random state stays as it was. On the meta device it has no memory.
 
-    Raises CheckpointError in timm's words where it refuses the arguments.
+    Raises CheckpointError in timm's words where it refuses the arguments, and for one that names a file to load.
     """
+    if "checkpoint_path" in arguments:
+        raise CheckpointError(
+            f"model_args of {architecture!r} name a checkpoint_path, which is not opened: leave it out"
+        )
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
             return timm.create_model(architecture, pretrained=False, **arguments)

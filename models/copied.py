@@ -29,6 +29,8 @@ from .families import attention_blocks, attention_shape, check_supported, token_
 from .host import AttentionHost
 
 ARCHITECTURE = "graftvit_copied"
+PLACES = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
+"""Arguments of timm's constructors that name weights to load; a description of a model has none."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Copying:
         """From that argument. Raises ValueError where it is none."""
         try:
             teacher = CopiedTeacher(**{**described["teacher"], "normalization": _norm(described["teacher"])})
+            if PLACES & set(teacher.model_args):
+                raise ValueError(
+                    f"copied names weights of its own: {sorted(PLACES & set(teacher.model_args))}"
+                )
             return cls(
                 str(described["method"]),
                 tuple(LayerPair(int(pair["teacher"]), int(pair["student"])) for pair in described["layers"]),
@@ -94,6 +100,8 @@ class Copying:
             raise ValueError(f"{self} does not go with these models, of {shapes[0]} and {shapes[1]}")
         layouts = token_layout(teacher), token_layout(student)
         tokens = match_tokens(*layouts, interpolate_grid=False, copy=True)
+        for groups in self.heads:
+            _check_heads(groups, shapes[0].num_heads, shapes[1].num_heads)
         maps = [HeadMap(groups, shapes[0].num_heads) for groups in self.heads]
         return [link_layers(p, heads, tokens, *layouts) for p, heads in zip(self.layers, maps, strict=True)]
 
@@ -198,6 +206,17 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     tokens = match_tokens(token_layout(teacher), token_layout(model), interpolate_grid=False, copy=True)
     for layer in copied_layers(model).values():
         layer.operator.link = replace(layer.operator.link, tokens=tokens)
+
+
+def _check_heads(groups: tuple[tuple[int, ...] | None, ...], teacher: int, student: int) -> None:
+    """ValueError where a layer's heads are not those of the two models."""
+    given = [group for group in groups if group is not None]
+    numbers = [head for group in given for head in group]
+    valid = len(groups) == student and given and all(given)
+    if not valid or not all(type(head) is int and 0 <= head < teacher for head in numbers):
+        raise ValueError(
+            f"heads={groups!r} do not go with {student} heads of the student and {teacher} of the teacher"
+        )
 
 
 def _norm(described: Mapping[str, Any]) -> Normalization:

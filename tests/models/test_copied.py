@@ -170,3 +170,33 @@ def test_a_description_that_is_none_is_refused(change: dict[str, Any]) -> None:
     copied = {**whole(dual, teacher).copied.to_json(), **change}  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match=r"copied=|does not go"):
         timm.create_model(ARCHITECTURE, student=name, copied=copied, **given)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        [[-1], [1], [2], [3]],
+        [[4], [1], [2], [3]],
+        [[0], [1], [2]],
+        [[0], [1], [2], [3], [0]],
+        [None, None, None, None],
+        [[0], [], [2], [3]],
+        [["a"], [1], [2], [3]],
+        [[0.5], [1], [2], [3]],
+    ],
+)
+def test_heads_that_are_not_there_are_refused(heads: list[Any]) -> None:
+    dual, teacher = pair("alike", "copy")
+    described = json.loads(json.dumps(dual.copying(teacher).to_json()))
+    copying = Copying.from_json(described | {"heads": [heads] * len(described["heads"])})
+    with pytest.raises(ValueError, match="do not go with"):
+        copying.links(dual.teacher, dual.student)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained"])
+def test_a_description_names_no_weights(name: str) -> None:
+    dual, teacher = pair("alike", "copy")
+    described = json.loads(json.dumps(dual.copying(teacher).to_json()))
+    described["teacher"]["model_args"] |= {name: "/somewhere"}
+    with pytest.raises(ValueError, match=name):
+        Copying.from_json(described)
