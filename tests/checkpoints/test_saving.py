@@ -145,7 +145,9 @@ def test_a_converted_student_comes_back(tmp_path: Path, tiny: Callable[..., nn.M
 
 
 def test_a_path_is_a_source_like_its_text(tmp_path: Path, tiny: Callable[..., nn.Module]) -> None:
-    write_student(tiny(**ARGUMENTS), tmp_path, architecture=NAME, model_args=ARGUMENTS, mean=MEAN, std=STD)
+    model = tiny(**ARGUMENTS)
+    images = Preprocessing.of(model, mean=MEAN, std=STD)
+    write_student(model, tmp_path, architecture=NAME, model_args=ARGUMENTS, preprocessing=images)
     by_path, by_text = graftvit.load(tmp_path).state_dict(), graftvit.load(str(tmp_path)).state_dict()
     assert all(torch.equal(by_path[name], by_text[name]) for name in by_text)
 

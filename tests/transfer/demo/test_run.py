@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ SHORT = {
     "student": {"model_args": {"embed_dim": 8, "num_heads": 2}},
     "pretrain": {"decoder_dim": 8, "decoder_heads": 2},
 }
+
+
+OTHERS: list[BaseProcess] = []
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    """The processes of other tests of this worker, such as a small hub."""
+    OTHERS[:] = multiprocessing.active_children()
+
+
+def cell_processes() -> list[BaseProcess]:
+    return [process for process in multiprocessing.active_children() if process not in OTHERS]
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +106,7 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(
             with pytest.raises(GraftError, match=r"SIGINT with \d of 3 cells.*same command") as stopped:
                 demo.run_demo(tmp_path / "broken", seeds=(5,), processes=2, progress=False)
         assert stopped.value.exit_code == 130
-        assert multiprocessing.active_children() == []
+        assert cell_processes() == []
         demo.run_demo(tmp_path / "broken", seeds=(5,), processes=1, progress=False)
     broken = records(tmp_path / "broken")
     assert broken == {name: whole[name] for name in ("teacher_supervised", "scratch_5", "copy_supervised_5")}
@@ -120,18 +134,18 @@ def test_a_cell_that_fails_is_named_with_its_log_and_the_others_are_stopped(
     log = tmp_path / "quick" / "teacher_supervised" / "output.log"
     assert f"(log: {log})" in str(failed.value)
     assert log.exists()
-    assert multiprocessing.active_children() == []
+    assert cell_processes() == []
 
 
 def test_a_cell_that_is_killed_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(running: Collection[Cell]) -> None:
-        for process in multiprocessing.active_children():
+        for process in cell_processes():
             process.kill()
 
     at_each_look(monkeypatch, kill)
     with pytest.raises(GraftError, match=r"teacher failed: it was ended by SIGKILL \(log: "):
         demo.run_demo(tmp_path, quick=True, processes=2, progress=False)
-    assert multiprocessing.active_children() == []
+    assert cell_processes() == []
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +156,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_cells(tmp_path: Path, monkeypatch
     with pytest.raises(GraftError, match="0 of 8 cells") as stopped:
         demo.run_demo(tmp_path, quick=True, processes=2, progress=False)
     assert stopped.value.exit_code == 130
-    assert multiprocessing.active_children() == []
+    assert cell_processes() == []
 
 
 ENDLESS = """
