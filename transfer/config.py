@@ -51,7 +51,7 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that learns. It stays an ordinary timm model, or one with other attention by a plan."""
+    """The model that learns. It is a timm model; a plan, or a method that copies, changes its attention."""
 
     model: str = Field(
         "vit_base_patch16_224",

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the student, and its average, as plain timm folders."""
+"""What a finished run leaves: the student, and its average, in timm's layout."""
 
 from __future__ import annotations
 
