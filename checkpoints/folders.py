@@ -20,7 +20,7 @@ from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
-from .state_file import read_meta
+from .state_file import BEST, read_meta
 from .weights import Weights
 
 CONFIG = "config.json"
@@ -48,7 +48,7 @@ def read_folder(source: FolderSource) -> Weights:
             )
         return _read(folder, lambda name: _existing(folder / name), str(folder))
     exported = folder / ("student_ema" if part == "ema" else "student")
-    state = folder / "checkpoints" / ("best.safetensors" if part == "best" else "last.safetensors")
+    state = folder / "checkpoints" / (BEST if part == "best" else "last.safetensors")
     if part != "best" and (exported / CONFIG).is_file() and not _went_on(exported, state):
         return read_folder(FolderSource(exported))
     stage = last_stage(folder)

@@ -21,6 +21,8 @@ NORM_EPS = "norm_eps"
 """In that entry: the norms' epsilon where it is not the architecture's, for which timm has no setting in JSON."""
 BARE = "bare"
 """In that entry: true of a student that was written without the teacher's attention that it was trained with."""
+PICKED = "picked"
+"""In that entry: the number (`test_…` in the log) by which this state was picked from those of its run."""
 COST = "cost"
 """In that entry, of a student with a part of its teacher: parameters and multiply-adds of an image, of both."""
 NOT_RECIPE = ("output_dir", "engine")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..models.errors import CheckpointError
 from .atomic import remove, sync
-from .state_file import TrainingState, check_state, read_meta, read_state, write_state
+from .state_file import BEST, TrainingState, check_state, read_meta, read_state, write_state
 
 __all__ = ["StateFolder", "TrainingState", "read_state", "write_state"]
 
@@ -34,7 +34,7 @@ class StateFolder:
         self._guard = guard
         self.last = folder / "last.safetensors"
         self.previous = folder / "previous.safetensors"
-        self.best = folder / "best.safetensors"
+        self.best = folder / BEST
         self._incoming = folder / f"incoming{writer and '.'}{writer}.safetensors"
         self._last_is_whole = False
 

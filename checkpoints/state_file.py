@@ -22,6 +22,8 @@ from ..models.errors import CheckpointError
 from .atomic import write_file
 
 META_KEY = "graftvit.state"
+BEST = "best.safetensors"
+"""The file of the state that a run's metric picks."""
 DIGEST_KEY = "sha256"
 _BLANK = b"0" * 64
 _MARK = f'"{DIGEST_KEY}":"'.encode()

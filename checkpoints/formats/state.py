@@ -11,9 +11,9 @@ from ...models.errors import CheckpointError
 from ...models.lora import merged
 from ..files import Content
 from ..preprocessing import Preprocessing
-from ..provenance import carried_licence, of_state
+from ..provenance import PICKED, carried_licence, of_state
 from ..sources import Part
-from ..state_file import META_KEY
+from ..state_file import BEST, META_KEY
 from ..weights import Weights
 
 DESCRIBED = tuple(field.name for field in fields(Preprocessing))
@@ -35,6 +35,8 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     tensors = merged(tensors)
     meta = json.loads(content.metadata[META_KEY])
     provenance = of_state(meta, part)
+    if content.path.name == BEST:
+        provenance[PICKED] = (meta.get("position") or {}).get("best_metric", "top1")
     architecture, arguments, config = _student_of(meta)
     config["license"] = carried_licence(provenance)
     notes = (

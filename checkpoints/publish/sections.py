@@ -14,7 +14,7 @@ from ...models.copied import ARCHITECTURE as COPIED
 from ..build import is_ours
 from ..copying import BARE_WORDS
 from ..licences import normal
-from ..provenance import BARE, COST, KEY, licences
+from ..provenance import BARE, COST, KEY, PICKED, licences
 from .words import METHODS, code, number, recipe_rows, section, table, transfer_rows
 
 
@@ -157,12 +157,19 @@ def _making(config: Mapping[str, Any]) -> str:
         return "Nothing is recorded of how it was made."
     recipe = _recipe(config)
     rows = _origin("teacher", made, recipe) + transfer_rows(recipe) + _origin("init", made, recipe)
-    parts = {"student": "the weights at the end", "ema": "the moving average of the weights"}
-    part = parts.get(str(made.get("part")))
-    rows += [("what is published", part)] if part else []
+    rows += _part_rows(made)
     rows += recipe_rows(recipe)
     rows += [("graftvit", number(made["version"]))] if made.get("version") else []
     return f"{table(rows)}\n{_fold(recipe)}" if rows else "Nothing is recorded of how it was made."
+
+
+def _part_rows(made: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which weights of the run these are."""
+    parts = {"student": "the weights", "ema": "the moving average of the weights"}
+    part, step, picked = parts.get(str(made.get("part"))), made.get("step"), made.get(PICKED)
+    after = "" if step is None else f" after step {number(step)}"
+    best = f", the best by {code(f'test_{picked}')}" if picked else ""
+    return [("what is published", f"{part}{after}{best}")] if part else []
 
 
 def _origin(key: str, made: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -199,7 +206,10 @@ def _results(config: Mapping[str, Any], facts: CardFacts) -> str:
     name = (code(dataset) if dataset else "not recorded") + (f", {code(split)}" if split and dataset else "")
     values = (f"{found[key]:.4g}" if key in ("loss", "epoch") else f"{found[key]:.2f}" for key in shown)
     results = table([(name, *values)], "data", *(names[key] for key in shown))
-    return f"{results}\nMeasured by the run that trained it."
+    by = "Measured by the run that trained it"
+    if section(config, KEY).get(PICKED):
+        by += ", on the images that this state was picked by: expect a little less on others"
+    return f"{results}\n{by}."
 
 
 def _limits(config: Mapping[str, Any]) -> str:

@@ -27,6 +27,8 @@ _LOSSES = {
 }
 _WITHOUT_LAYERS = ("feature", "logits")
 _WITHOUT_HEADS = ("block_output", *_WITHOUT_LAYERS)
+_OFF = {"layer_decay": 1}
+"""The value with which a setting does nothing, where it is not 0."""
 _WORDS = {"opt": "timm's", "aa": "policy", "clip_grad": "gradients clipped to", "reprob": "erasing"}
 MATCHES = {
     "output": "what the attention puts out",
@@ -173,8 +175,9 @@ def _batch(data: Mapping[str, Any], optim: Mapping[str, Any]) -> str | None:
 
 def _named(settings: Mapping[str, Any], *names: str) -> str | None:
     """Settings as words; those that are off are left out."""
-    off = (None, "", 0, 1)
-    found = {name: settings[name] for name in names if settings.get(name) not in off}
+    found = {
+        name: settings[name] for name in names if settings.get(name) not in (None, "", _OFF.get(name, 0))
+    }
     words = [f"{_WORDS.get(name) or name.replace('_', ' ')} {_plain(value)}" for name, value in found.items()]
     return ", ".join(words) or None
 

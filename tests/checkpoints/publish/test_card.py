@@ -156,6 +156,29 @@ def test_a_copying_student_says_what_it_holds_and_what_that_costs() -> None:
     assert "never trained" not in card
 
 
+def test_settings_that_are_on_are_all_in_the_table() -> None:
+    made = config(
+        data={"dataset": "digits", "mixup": 1.0, "cutmix": 1.0, "reprob": 0.25, "smoothing": 0.0},
+        optim={"layer_decay": 1.0},
+    )
+    card = student_card(made, FACTS)
+    assert "mixup 1, cutmix 1, erasing 0.25" in row(card, "augmentation")
+    assert "smoothing" not in row(card, "augmentation")
+    assert "layer decay" not in row(card, "optimiser")
+
+
+def test_a_state_that_was_picked_says_by_what_and_when() -> None:
+    made = config()
+    made["graftvit"] |= {"step": 7, "picked": "top1"}
+    card = student_card(made, FACTS)
+    assert row(card, "what is published") == "the weights after step 7, the best by `test_top1`"
+    assert "on the images that this state was picked by" in card
+    del made["graftvit"]["picked"]
+    card = student_card(made, FACTS)
+    assert row(card, "what is published") == "the weights after step 7"
+    assert "picked by" not in card
+
+
 def test_a_bare_student_says_that_it_is_one() -> None:
     made = config(transfer={"method": "copy"})
     made["graftvit"]["bare"] = True

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from engine_runs import config, differences, make_teacher, records, state
 from graftvit.checkpoints.state import read_state
+from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.plan import describe_plan
 from graftvit.models.errors import ConfigError
@@ -82,6 +83,9 @@ def test_it_changes_which_state_is_the_best(
         folder = tmp_path / metric
         train(short(folder, images, engine={"metric": metric}, optim={"epochs": 2}))
         steps[metric] = position(folder)["epoch"]
+        made = load_teacher(f"{folder}#best").provenance
+        assert (made["picked"], made["step"]) == (metric, position(folder)["step"])
+        assert "picked" not in load_teacher(str(folder)).provenance
     assert steps == {"top1": 1, "loss": 2}
 
 
