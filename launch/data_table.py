@@ -51,6 +51,8 @@ def _files(split: Split) -> str:
         "(min / median / max)",
         f"  formats {_listed(split.kinds)}; modes {_listed(split.modes)}",
     ]
+    if split.turned:
+        lines.append(f"  {split.turned:,} with an EXIF orientation, which is ignored")
     if split.looked_at < split.images and not split.streamed:
         lines[0] += f", of {split.looked_at:,} images"
     return "\n".join([*lines, ""])
@@ -87,6 +89,7 @@ def _numbers(split: Split) -> dict[str, Any]:
         "height": _three(split.heights),
         "formats": dict(split.kinds.most_common()),
         "modes": dict(split.modes.most_common()),
+        "turned": split.turned,
         "unreadable": split.unreadable,
         "unreadable_files": [each._asdict() for each in split.named],
     }

@@ -15,7 +15,7 @@ from graftvit.launch.cli import main
 from graftvit.transfer.data import survey as looking
 from graftvit.transfer.data.augment import eval_transform
 from graftvit.transfer.data.preview import for_the_eye
-from PIL import Image
+from PIL import ExifTags, Image
 
 SMALL = ["--img_size", "32", "--images", "8"]
 
@@ -65,6 +65,17 @@ def test_a_folder_is_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert whole["unreadable"] == 2
     part = numbers(capsys, tmp_path, str(root), "--limit", "4")["splits"]["train"]
     assert (part["images"], part["looked_at"]) == (8, 4)
+
+
+def test_images_that_are_to_be_turned_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_classes(tmp_path / "set", ["ant", "bee"], count=3)
+    assert "orientation" not in run(capsys, str(root))
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (30, 6)).save(root / "train" / "ant" / f"{orientation}.jpg", exif=exif)
+    assert numbers(capsys, tmp_path, str(root))["splits"]["train"]["turned"] == 1
+    assert "1 with an EXIF orientation, which is ignored" in run(capsys, str(root))
 
 
 def test_labels_that_differ_are_told_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,22 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 UNLABELED = -1
 """The label of an image that has none."""
 
 
 class Header(NamedTuple):
-    """What a file says of its image before that is decoded; `kind` is the format, where there is a file."""
+    """What a file says of its image before that is decoded; `kind` is the format, where there is a file.
+
+    `turned` is whether its EXIF orientation is not upright, which no loader heeds.
+    """
 
     kind: str | None
     mode: str
     size: tuple[int, int]
+    turned: bool = False
 
     @classmethod
     def of(cls, image: Image.Image) -> Header:
-        return cls(image.format, image.mode, image.size)
+        exif = image.getexif() if "exif" in image.info else {}  # a PNG without one would be decoded for it
+        return cls(image.format, image.mode, image.size, exif.get(ExifTags.Base.Orientation, 1) != 1)
 
 
 class ImageSource(Protocol):

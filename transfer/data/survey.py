@@ -42,6 +42,8 @@ class Split:
     heights: list[int] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
+    turned: int = 0
+    """Images with an EXIF orientation."""
     unreadable: int = 0
     named: list[BadImage] = field(default_factory=list)
 
@@ -60,6 +62,7 @@ class Split:
         self.heights.append(header.size[1])
         self.kinds[header.kind or "decoded"] += 1
         self.modes[header.mode] += 1
+        self.turned += header.turned
 
     def refuse(self, bad: BadImage) -> None:
         self.looked_at += 1
