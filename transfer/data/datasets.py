@@ -84,6 +84,8 @@ def _open(
     if isinstance(dataset, IterableDataset):
         return dataset
     if isinstance(getattr(dataset, "reader", None), ReaderImageFolder):
+        if not has_split(config, split):
+            logger.warning("%s has no folder for split %r: all of it is used", config.data_path, split)
         tidy(dataset.reader)
     if hasattr(dataset, "reader"):
         return ReaderSource(dataset.reader, mode)
@@ -122,8 +124,12 @@ def _check_folder(config: DataConfig, split: str) -> None:
     root = Path(str(config.data_path))
     if not root.exists():
         raise DataError(f"data.data_path={config.data_path} does not exist")
-    if root.is_file():
+    if root.is_file() and root.suffix == ".tar":
         return
+    if root.is_file():
+        raise DataError(
+            f"data.data_path={config.data_path} is a file, not a folder or a .tar file of folders"
+        )
     wanted = synonyms(split)
     if any((root / name).exists() for name in wanted):
         return
@@ -139,7 +145,6 @@ def _check_folder(config: DataConfig, split: str) -> None:
                 else "data.val_split names another, or none to train without evaluation"
             )
         )
-    logger.warning("%s has no folder for split %r: all of it is used", config.data_path, split)
 
 
 def undivided(config: DataConfig) -> bool:

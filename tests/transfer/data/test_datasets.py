@@ -75,9 +75,20 @@ def test_a_folder_without_splits_is_read_whole_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder(tmp_path, ".", {"a": 1, "b": 1})
-    with caplog.at_level(logging.WARNING):
-        assert len(source(data_path=str(tmp_path))) == 2
-    assert "all of it is used" in caplog.text
+    check_dataset(DataConfig(data_path=str(tmp_path)))
+    assert len(source(data_path=str(tmp_path))) == 2
+    assert caplog.text.count("all of it is used") == 1
+
+
+def test_an_empty_folder_is_only_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "Found 0 images" in refusal(DataError, data_path=str(tmp_path))
+    assert not caplog.records
+
+
+def test_an_image_is_no_folder(tmp_path: Path) -> None:
+    folder(tmp_path, ".", {"a": 1})
+    message = refusal(DataError, data_path=str(tmp_path / "a" / "0.png"))
+    assert message == f"data.data_path={tmp_path}/a/0.png is a file, not a folder or a .tar file of folders"
 
 
 def test_a_torchvision_set_is_read(tmp_path: Path) -> None:
