@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -77,16 +78,19 @@ class Fetcher:
 
 def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Batch]:
     """A DataLoader over a data set that makes whole batches. It does not draw from the run's generator."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=cast(Any, as_it_is),
-        worker_init_fn=start_worker if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-        **keywords,
-    )
+    with warnings.catch_warnings():
+        # `data_wait` in the log says whether there are too few processes, or too many
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=cast(Any, as_it_is),
+            worker_init_fn=start_worker if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+            **keywords,
+        )
 
 
 def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:

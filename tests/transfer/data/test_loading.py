@@ -132,3 +132,9 @@ def test_a_loader_obeys_the_run_that_ends_it() -> None:
     os.kill(pid, signal.SIGTERM)
     with pytest.raises(DataError, match="a loader process died"):
         list(batches)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loader_of_more_processes_than_cores_is_no_warning_of_torch(damaged: Path) -> None:
+    config = DataConfig(data_path=str(damaged), batch_size=3, workers=10_000)
+    assert create_train_loader(config, SPEC, seed=0).num_samples > 0
