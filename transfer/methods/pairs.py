@@ -76,10 +76,13 @@ def _parse(text: str, depth: int) -> list[int] | list[tuple[int, int]]:
     raise TransferError(f"transfer.layers={text!r} is not a choice of layers; valid: {GRAMMAR}")
 
 
+ANOTHER = "give another --layers, such as all"
+
+
 def _counted(word: str, number: int, text: str, depth: int) -> list[int]:
     if not 1 <= number <= depth:
         raise TransferError(
-            f"transfer.layers={text!r} needs a number from 1 to {depth}, the depth of the student"
+            f"transfer.layers={text!r} needs a number from 1 to {depth}, the depth of the student; {ANOTHER}"
         )
     if word == "first":
         return list(range(number))
@@ -92,7 +95,7 @@ def _range(start: str | None, stop: str | None, text: str, depth: int) -> list[i
     bounds = (0 if start is None else int(start), depth if stop is None else int(stop))
     if any(not -depth <= bound <= depth for bound in bounds):
         raise TransferError(
-            f"transfer.layers={text!r} needs bounds from {-depth} to {depth}, the depth of the student"
+            f"transfer.layers={text!r} needs bounds from {-depth} to {depth}, the depth of the student; {ANOTHER}"
         )
     return list(range(depth))[slice(*bounds)]
 
@@ -114,6 +117,6 @@ def _index(layer: int, depth: int, owner: str, layers: object) -> int:
     if not -depth <= layer < depth:
         raise TransferError(
             f"transfer.layers={layers!r} names layer {layer} of the {owner}, which has 0 to {depth - 1} "
-            f"(or {-depth} to -1 from the end)"
+            f"(or {-depth} to -1 from the end); {ANOTHER}"
         )
     return layer % depth

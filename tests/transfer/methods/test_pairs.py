@@ -149,6 +149,12 @@ def test_mistakes_name_the_key_and_the_valid_values(layers: object, message: str
     assert f"transfer.layers={layers!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize("layers", [":-6", "first:6", [0, 6]])
+def test_a_student_that_is_too_shallow_is_told_what_to_give(layers: str | list[int]) -> None:
+    with pytest.raises(TransferError, match="another --layers, such as all"):
+        resolve_layers(layers, 24, 2)
+
+
 def test_the_examples_of_the_guide_hold() -> None:
     guide = (Path(__file__).parents[3] / "docs" / "layers-and-heads.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`>]+)` \| ([\d, to]+) \|$", guide, flags=re.MULTILINE)
