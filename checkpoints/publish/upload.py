@@ -29,7 +29,11 @@ Result = TypeVar("Result")
 
 
 class UploadFailedError(CheckpointError, RunFailedError):
-    """The hub failed or could not be reached; exit code 1."""
+    """The hub failed or could not be reached, for a `reason` that is no advice; exit code 1."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,9 @@ def _explained(action: Callable[[], Result], upload: Upload) -> Result:
             raise CheckpointError(refused) from error
         failed = _failed(cause)
         if failed is not None:
-            raise UploadFailedError(f"{upload.facts.repository} cannot be pushed: {failed}") from error
+            reason, advice = failed
+            name = upload.facts.repository
+            raise UploadFailedError(f"{name} cannot be pushed: {reason}; {advice}", reason) from error
         if isinstance(cause, JSONDecodeError) or not isinstance(cause, (HfHubHTTPError, ValueError, OSError)):
             if not _is_of_client(cause):
                 raise
@@ -211,16 +217,16 @@ def _refused(error: BaseException, repository: str) -> str | None:
     return None
 
 
-def _failed(error: BaseException) -> str | None:
-    """The reason that may pass by itself."""
+def _failed(error: BaseException) -> tuple[str, str] | None:
+    """The reason that may pass by itself, and what to do then."""
     status = status_of(error)
-    again = "push again, what is uploaded already is not sent twice"
+    again = "push again (what is uploaded already is not sent twice)"
     if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set: unset it, or look with --dry_run"
+        return "HF_HUB_OFFLINE is set", "unset it, or look with --dry_run"
     if status == 429:
-        return f"{constants.ENDPOINT} limits the rate of requests: wait a while, then {again}"
+        return f"{constants.ENDPOINT} limits the rate of requests", f"wait a while, then {again}"
     if status is not None and status >= 500:
-        return f"{constants.ENDPOINT} fails with {status}: try later, {again}"
+        return f"{constants.ENDPOINT} fails with {status}", f"wait a while, then {again}"
     if is_network(error):
-        return f"{constants.ENDPOINT} cannot be reached or hung up: check the network, {again}"
+        return f"{constants.ENDPOINT} cannot be reached, or it hung up", f"check the network and {again}"
     return None

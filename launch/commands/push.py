@@ -143,7 +143,7 @@ def _on_the_hub(upload: Upload, *, private: bool) -> list[str]:
     try:
         remote = ask_remote(upload)
     except UploadFailedError as error:
-        return [f"On the hub: not known, {error}"]
+        return [f"On the hub: not known, as {error.reason}"]
     check_visibility(upload, remote, private=private)
     kept = keeps_remote_card(upload, remote)
     replaced, removed = replaced_and_removed(upload, remote)

@@ -166,7 +166,10 @@ def test_a_dry_run_works_without_a_network(
     use_hub(monkeypatch, closed_port(), tmp_path / "home")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert main(["push", str(student), "org/vit", "--dry_run"]) == 0
-    assert "On the hub: not known, org/vit cannot be pushed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("On the hub")]
+    assert line.startswith("On the hub: not known, as http://")
+    assert line.endswith(" cannot be reached, or it hung up")
 
 
 def test_a_dry_run_says_what_it_would_replace(

@@ -279,7 +279,9 @@ def test_a_head_that_the_hub_refuses_is_said(hub: tuple[Hub, Store], student: Pa
 def test_no_network_is_said(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_hub(monkeypatch, closed_port(), tmp_path / "home")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert "cannot be reached" in refusal(student, code=1)
+    said = refusal(student, code=1)
+    assert "cannot be reached" in said
+    assert said.endswith("; check the network and push again (what is uploaded already is not sent twice)")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal(student, code=1)
 
