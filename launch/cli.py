@@ -103,7 +103,7 @@ def _run(words: list[str]) -> int:
 def _log(command: str) -> None:
     """Messages go to stderr: what a long command tells, from its first process, and all warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    tells = command in ("train", "pretrain", "data") and os.environ.get("RANK", "0") == "0"
+    tells = command in ("train", "pretrain", "data", "export") and os.environ.get("RANK", "0") == "0"
     logging.getLogger("graftvit").setLevel(logging.INFO if tells else logging.WARNING)
     # a hub that cannot be reached ends in one error; its client would warn at each of its ten tries
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from .files import Format, check_onnx, data_file, format_of, write_onnx, write_t
 from .graph import Dynamic, Normalised, check_dynamic, trace
 from .words import ExportReport, channels_of, provenance_words, words_of
 
+logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 DYNAMIC: tuple[Dynamic, ...] = ("batch",)
 
@@ -110,13 +112,16 @@ def export_model(
     found: dict[str, Any] = {}
     with _for_inference(model) as plain:
         module = Normalised(plain, mean, std) if normalise and mean is not None and std is not None else plain
+        logger.info("tracing %s", type(model).__name__)
         graph = trace(module, example, dynamic, patch)
 
         def write(temporary: Path) -> None:
+            logger.info("writing %s", path.name)
             if kind == "onnx":
                 found["opset"] = write_onnx(graph, temporary, example, words, opset)
             else:
                 write_torch(graph, temporary, words)
+            logger.info("checking %s against the model", path.name)
             found["error"] = compare(module, temporary, kind, shapes, tolerance)
             if kind == "onnx":
                 _place_data(temporary, path)

@@ -27,12 +27,21 @@ def student(tmp_path: Path) -> Path:
     return tmp_path / "student"
 
 
-def test_onnx_of_pixels(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_of_pixels(
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out = tmp_path / "model.onnx"
     assert main(["export", str(student), str(out), "--normalise"]) == 0
     assert str(out) in capsys.readouterr().out
+    told = [
+        record.getMessage().split()[0] for record in caplog.records if record.name.endswith(".export_source")
+    ]
+    assert told == ["tracing", "writing", "checking"]
     pixels = torch.rand(3, 3, 16, 16)
     [logits] = onnxruntime.InferenceSession(str(out)).run(None, {"images": pixels.numpy()})
     model = timm.create_model(f"local-dir:{student}", pretrained=True).eval()
