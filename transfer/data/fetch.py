@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -78,9 +79,7 @@ class Fetcher:
 
 def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Batch]:
     """A DataLoader over a data set that makes whole batches. It does not draw from the run's generator."""
-    with warnings.catch_warnings():
-        # `data_wait` in the log says whether there are too few processes, or too many
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    with _any_number():
         return DataLoader(
             dataset,
             batch_size=None,
@@ -93,9 +92,18 @@ def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Bat
         )
 
 
+@contextmanager
+def _any_number() -> Iterator[None]:
+    """Leaves out torch's warning of more processes than cores: `data_wait` in the log says what they are worth."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
+
+
 def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """The batches of a loader; DataError where one cannot be made, or when one of its processes dies."""
-    batches = iter(loader)
+    with _any_number():
+        batches = iter(loader)
     try:
         for batch in batches:
             if batch.failure is not None:
