@@ -23,15 +23,15 @@ def tiny_vit(**overrides: Any) -> nn.Module:
     return model
 
 
-def make_teacher(folder: Path, **described: Any) -> Path:
+def make_teacher(folder: Path, classes: int = 10, **described: Any) -> Path:
     """A plain timm folder with random weights whose attention is far from uniform."""
     torch.manual_seed(11)
-    model = tiny_vit()
+    model = tiny_vit(num_classes=classes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "qkv.weight" in name:
                 parameter.mul_(20)
-    arguments = {**ARGUMENTS, "num_classes": 10}
+    arguments = {**ARGUMENTS, "num_classes": classes}
     write_student(
         model,
         folder,

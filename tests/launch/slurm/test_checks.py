@@ -329,6 +329,8 @@ def test_the_script_of_the_published_recipe_is_accepted(
         "module load cuda",
         "--output_dir",
         str(user / "distill"),
+        "--num_classes",  # of the stand-in's two
+        "none",
     ]
     assert (
         main(["submit", "attention_distill_vit_large", "--data_path", str(images), *words, "--dry_run"]) == 0

@@ -100,8 +100,9 @@ def test_every_kind_of_transfer_runs(tmp_path: Path, teacher: Path, method: str)
     assert ("train_transfer" in records(tmp_path)[-1]) == (not method.startswith("copy"))
 
 
-def test_finetuning_starts_from_the_teacher_with_a_small_head(tmp_path: Path, teacher: Path) -> None:
-    run = config(tmp_path, teacher, mode="finetune", data={"num_classes": 12})
+def test_finetuning_starts_from_the_teacher_with_a_small_head(tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "teacher", classes=12)
+    run = config(tmp_path / "run", teacher, mode="finetune")
     parts = build(run)
     assert parts.teacher is None
     weights = load_teacher(f"local-dir:{teacher}").model.state_dict()
