@@ -133,7 +133,7 @@ def plan_model(
     Raises CheckpointError: the architecture is not known, or timm cannot build it so.
     """
     weights = _with_architecture(weights, model)
-    config = published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
+    config = _described(weights)
     arguments = {**weights.model_args, **asked}
     classes = num_classes if num_classes is not None else asked.get("num_classes")
     arguments["num_classes"] = _num_classes(weights, _classifiers(config)) if classes is None else classes
@@ -176,26 +176,34 @@ def count_classes(source: str) -> int:
 
     Raises CheckpointError as `load_teacher`.
     """
-    parsed = parse_source(source)
-    if isinstance(parsed, TimmSource):
-        return int(published_config(parsed.name).get("num_classes") or 0)
-    weights = _with_architecture(read_source(source, {}), None)
-    described = published_config(str(weights.architecture)) | known_fields(weights.pretrained_cfg)
-    return _num_classes(weights, _classifiers(described))
+    config, weights = _look_up(source)
+    return (
+        int(config.get("num_classes") or 0)
+        if weights is None
+        else _num_classes(weights, _classifiers(config))
+    )
 
 
-def read_preprocessing(source: str, revision: str | None = None) -> Preprocessing:
+def read_preprocessing(source: str) -> Preprocessing:
     """What weights say of their images, without building their model; of a timm name nothing is downloaded.
 
     Raises CheckpointError as `load_teacher`.
     """
+    return Preprocessing.read(_look_up(source)[0])
+
+
+def _look_up(source: str) -> tuple[dict[str, Any], Weights | None]:
+    """timm's description of the weights of a source, and the weights; of a timm name the description alone."""
     parsed = parse_source(source)
     if isinstance(parsed, TimmSource):
-        return Preprocessing.read(published_config(parsed.name))
-    weights = _with_architecture(read_source(source, {}, revision), None)
-    return Preprocessing.read(
-        published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
-    )
+        return published_config(parsed.name), None
+    weights = _with_architecture(read_source(source, {}), None)
+    return _described(weights), weights
+
+
+def _described(weights: Weights) -> dict[str, Any]:
+    """What timm says of the architecture, and above it what the weights say of themselves."""
+    return published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
 
 
 def read_source(text: str, arguments: Mapping[str, Any], revision: str | None = None) -> Weights:

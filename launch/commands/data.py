@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
 
 
 def _source(word: str | None) -> list[Setting]:
-    """The settings that a word for a data set stands for: a name of a known family, else a path."""
+    """Read SOURCE as settings: the name of a data set, else the path of one."""
     if word is None:
         return []
     from ...transfer.data.datasets import is_name

@@ -89,7 +89,7 @@ def _metrics(text: str | None) -> list[Family] | None:
     for name in names:
         if name not in FAMILIES:
             raise ConfigError(
-                f"--metrics is {text!r}, and {name!r} is none of them; {did_you_mean(name, FAMILIES)}"
+                f"--metrics is {text!r}, and {name!r} is not a metric; {did_you_mean(name, FAMILIES)}"
             )
     return cast("list[Family]", names)
 
