@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import timm
-import torch
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from . import conversion
 from .copying.input import Normalization, TeacherInput
 from .copying.links import HeadMap, LayerPair, Link, link_layers
 from .copying.operators import COPY_METHODS, Copy, copy_operator, teacher_parts
+from .copying.replay import replay_blocks
 from .copying.tape import Tape
 from .copying.teacher_view import view_attention
 from .copying.tokens import match_tokens
@@ -122,22 +122,26 @@ class CopiedAttention(AttentionHost):
 
 
 class TeacherFirst:
-    """A hook that runs the teacher's part on the images that the student's patch embedding is about to see."""
+    """A hook that runs the teacher's part on the images that the student's patch embedding has just seen."""
 
     def __init__(self, student: nn.Module, tape: Tape) -> None:
         self.student = student
         self.tape = tape
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
         student: Any = self.student
-        self.tape.clear()
-        student.teacher(student.teacher_input(inputs[0]))
-        self.tape.active = True
+        self.tape.begin()
+        try:
+            student.teacher(student.teacher_input(inputs[0]))
+        except BaseException:
+            self.tape.end()
+            raise
+        replay_blocks(student, self.tape)
 
     def forget(self, module: nn.Module, inputs: object, output: object) -> None:
-        """Drops what the teacher gave, unless the backward pass may run a block again."""
-        if not torch.is_grad_enabled():
-            self.tape.clear()
+        """Drops what the teacher gave, once no layer of this forward pass reads it any more."""
+        if not self.tape.replaying:
+            self.tape.end()
 
 
 def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> nn.Module:
@@ -160,7 +164,7 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
             raise UnsupportedModelError(f"layer {link.pair.student} has no softmax attention to replace")
         block.attn = CopiedAttention(block.attn, copy_operator(copying.method, link, tape))
     run = TeacherFirst(student, tape)
-    model.patch_embed.register_forward_pre_hook(run)
+    model.patch_embed.register_forward_hook(run)
     attention_blocks(student)[max(copied_layers(student))].register_forward_hook(run.forget)
     model.copied = copying
     return student

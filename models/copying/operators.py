@@ -46,7 +46,7 @@ class Taught(ABC):
         """The layer's attention while the teacher's side is on the tape."""
 
     def record(self, loss: Tensor) -> None:
-        self.tape.losses[self.link.pair.student] = loss
+        self.tape.record(self.link.pair.student, loss)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,23 +14,69 @@ from ..attention.base import Heads
 
 
 @dataclass
-class Tape:
-    """The teacher's side of a step by teacher layer, and the losses by student layer.
+class Step:
+    """What one forward pass of a student reads: the teacher's side by teacher layer, and shared drop-path masks."""
 
-    While `active`, the student's operators read it; otherwise the student is an ordinary model. A copy, and what
-    is pickled, is empty.
-    """
-
-    active: bool = False
     heads: dict[int, Heads] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    losses: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
 
-    def clear(self) -> None:
-        self.active = False
-        self.heads.clear()
-        self.outputs.clear()
-        self.losses.clear()
+
+@dataclass
+class Tape:
+    """The step that the student's layers run in, and what they give: losses by student layer, inputs of its heads.
+
+    Without a step the student is an ordinary model. A copy, and what is pickled, is empty.
+    """
+
+    step: Step | None = None
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    replaying: bool = False
+
+    @property
+    def active(self) -> bool:
+        return self.step is not None
+
+    @property
+    def heads(self) -> dict[int, Heads]:
+        return self._step.heads
+
+    @property
+    def outputs(self) -> dict[int, Tensor]:
+        return self._step.outputs
+
+    @property
+    def masks(self) -> dict[int, Tensor]:
+        return self._step.masks
+
+    @property
+    def _step(self) -> Step:
+        assert self.step is not None
+        return self.step
+
+    def begin(self) -> None:
+        """Begin a step; what the step before gave is forgotten here, and kept where its backward pass needs it."""
+        self.step, self.losses, self.features = Step(), {}, {}
+
+    def end(self) -> None:
+        """Leave the step: the student is an ordinary model again."""
+        self.step, self.losses, self.features = None, {}, {}
+
+    def record(self, layer: int, loss: Tensor) -> None:
+        """Keep a layer's loss; the loss of a layer that is run again is known."""
+        if not self.replaying:
+            self.losses[layer] = loss
+
+    @contextmanager
+    def replay(self, step: Step) -> Iterator[None]:
+        """Within it, layers run again as they did in `step`."""
+        before = self.step, self.replaying
+        self.step, self.replaying = step, True
+        try:
+            yield
+        finally:
+            self.step, self.replaying = before
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Tape, ())

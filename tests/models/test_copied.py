@@ -75,7 +75,7 @@ def test_nothing_of_a_step_is_kept() -> None:
     dual, teacher = pair("alike", "copy")
     alone = whole(dual, teacher)
     alone(images())
-    assert not alone.blocks[0].attn.operator.tape.heads
+    assert alone.blocks[0].attn.operator.tape.step is None
 
 
 def test_a_layer_does_not_run_without_the_teacher() -> None:

@@ -9,6 +9,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ...models.copying.tape import Tape
 from ...models.errors import TransferError
 from ...models.families import attention_blocks
 
@@ -21,24 +22,27 @@ class SharedDropPath(nn.Module):
     Without a drawn mask it is the `DropPath` that it stands for.
     """
 
-    def __init__(self, original: DropPath) -> None:
+    def __init__(self, original: DropPath, tape: Tape, index: int) -> None:
         super().__init__()
         self.original = original
-        self.mask: Tensor | None = None
+        self.tape = tape
+        self.index = index
 
     def draw(self, batch: int, like: Tensor) -> None:
         """Keep each image with probability 1 − p, scaled by 1 / (1 − p): shape (B, 1, 1)."""
         keep = 1.0 - float(self.original.drop_prob or 0.0)
-        self.mask = torch.empty(batch, 1, 1, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+        mask = torch.empty(batch, 1, 1, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+        self.tape.masks[self.index] = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mask is None:
+        mask = self.tape.masks.get(self.index) if self.tape.active else None
+        if mask is None:
             out: Tensor = self.original(x)
             return out
-        return x * self.mask
+        return x * mask
 
 
-def share_drop_paths(student: nn.Module, teacher_view: nn.Module) -> list[SharedDropPath]:
+def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) -> list[SharedDropPath]:
     """Let every block of the view use the masks of the student's block; returns the modules to draw."""
     blocks, teacher_blocks = attention_blocks(student), attention_blocks(teacher_view)
     if len(blocks) < len(teacher_blocks):
@@ -46,10 +50,10 @@ def share_drop_paths(student: nn.Module, teacher_view: nn.Module) -> list[Shared
             f"transfer.share_drop_path needs a student as deep as the teacher's last layer in use: "
             f"{len(blocks)} blocks, not {len(teacher_blocks)}; set it to false"
         )
-    shared = []
+    shared: list[SharedDropPath] = []
     for index, block in enumerate(blocks):
         for branch, drop in _branches(block):
-            module = drop if isinstance(drop, SharedDropPath) else SharedDropPath(drop)
+            module = SharedDropPath(drop, tape, len(shared))
             block._modules[branch] = module
             shared.append(module)
             if index < len(teacher_blocks):

@@ -16,13 +16,14 @@ from ...models.copied import CopiedTeacher, Copying, copied_layers
 from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import TeacherInput
 from ...models.copying.operators import COPY_METHODS
+from ...models.copying.replay import replay_blocks, restore_blocks
 from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean
 from ...models.families import check_supported
-from ...models.host import release_attention
 from ..config import Method, TransferConfig
-from .drop_path import release_drop_paths, share_drop_paths
+from .drop_path import share_drop_paths
 from .install import install
+from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .plan import TransferPlan, resolve_plan
 
 
@@ -47,6 +48,8 @@ class DualViT(nn.Module):
     images as the student wants them.
     """
 
+    _in_use = False
+
     def __init__(
         self,
         teacher: nn.Module | Teacher,
@@ -63,9 +66,11 @@ class DualViT(nn.Module):
         if isinstance(teacher, Teacher):
             teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
             teacher = teacher.model
-        _check_teacher(release_attention(teacher), self.config.method)
-        check_supported(release_attention(student))
-        release_drop_paths(student)
+        check_free(teacher, student)
+        for model in (teacher, student):
+            end_lesson(model)
+        _check_teacher(teacher, self.config.method)
+        check_supported(student)
         self.student = student
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._normalizations = (
@@ -95,54 +100,54 @@ class DualViT(nn.Module):
 
     def forward(self, images: Tensor) -> DualOutput:
         """One step on images (B, C, H, W) as the student wants them."""
-        self._run_teacher(images)
-        logits = self.student(images)
-        layers = [link.pair.student for link in self.plan.links if link.pair.student in self._tape.losses]
-        parts = {f"layer{layer:02d}": self._tape.losses[layer] for layer in layers}
-        if self._finish is not None:
-            parts = self._finish(logits)
+        self._check_in_use()
+        self._tape.begin()
+        try:
+            self._run_teacher(images)
+            logits = self._run_student(images)
+            parts = self._losses(logits)
+        finally:
+            self._tape.end()
         total = torch.zeros((), device=images.device)
         for loss in parts.values():
             total = total + loss
         if self.config.reduction == "mean" and parts:
             total = total / len(parts)
-        if not (self.training and self._recomputes):
-            self._forget()
         return DualOutput(logits, self.config.weight * total, parts)
 
     def predict(self, images: Tensor) -> Tensor:
         """The student's logits; the teacher runs only for the copy methods."""
         if self.needs_teacher:
             return self.forward(images).logits
-        self._forget()
         logits: Tensor = self.student(images)
         return logits
 
     def train(self, mode: bool = True) -> DualViT:
         """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
-        self._forget()
         return self
 
     def with_student(self, student: nn.Module) -> DualViT:
         """The same teacher, settings and resolved heads around another student, such as a moving average."""
+        check_free(self.teacher, student)
+        end_lesson(student)
         twin = DualViT.__new__(DualViT)
         nn.Module.__init__(twin)
         twin.config, twin._teacher, twin._normalizations = self.config, self._teacher, self._normalizations
         twin.student, twin.teacher_input = student, self.teacher_input
-        release_attention(student)
-        release_drop_paths(student)
         twin._install(self.plan)
         twin.train(student.training)
         return twin
 
     def release(self) -> nn.Module:
-        """The student as plain timm made it: its own attention layers, every parameter trainable again."""
-        self._forget()
-        for undo in self._undo:
-            undo()
-        release_drop_paths(self.student)
-        return release_attention(self.student)
+        """The student as plain timm made it: its own attention layers, every parameter trainable again.
+
+        It is then no longer taught: `forward` is refused.
+        """
+        if self._in_use:
+            end_lesson(self.student)
+            self._in_use = False
+        return self.student
 
     def copying(self, teacher: CopiedTeacher) -> Copying:
         """What the student of a copy method copies, of a teacher that is built as described."""
@@ -154,33 +159,56 @@ class DualViT(nn.Module):
         """What goes from where to where, in words."""
         return "\n".join([*self.plan.describe(), *self.teacher_input.describe()])
 
-    def _install(self, plan: TransferPlan) -> None:
-        self.plan = plan
-        self._tape = Tape()
-        installed = install(self.config, plan, self.teacher, self.student, self._tape)
-        self._view, self._finish, self._undo = (installed.view,), installed.finish, installed.undo
-        self.projectors = installed.projectors
-        shared = share_drop_paths(self.student, installed.view) if self.config.share_drop_path else []
-        self._drop_paths = tuple(shared)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._in_use:  # of a copy, the lesson is its own
+            begin_lesson(self.student, self, self._changes)
 
-    @property
-    def _recomputes(self) -> bool:
-        # Checkpointed blocks run again in the backward pass and must find the teacher's side still there.
-        return bool(getattr(self.student, "grad_checkpointing", False))
+    def _install(self, plan: TransferPlan) -> None:
+        self.plan, self._tape, self._changes = plan, Tape(), Changes()
+        begin_lesson(self.student, self, self._changes)
+        try:
+            installed = install(self.config, plan, self.teacher, self.student, self._tape, self._changes)
+            share = self.config.share_drop_path
+            shared = share_drop_paths(self.student, installed.view, self._tape) if share else []
+        except BaseException:
+            end_lesson(self.student)
+            raise
+        self._view, self._finish = (installed.view,), installed.finish
+        self.projectors = installed.projectors.to(next(self.student.parameters()))
+        self._drop_paths = tuple(shared)
+        self._in_use = True
+
+    def _check_in_use(self) -> None:
+        if not self._in_use:
+            raise TransferError(
+                "this DualViT was released and teaches nobody: call its student, or make another DualViT"
+            )
 
     def _run_teacher(self, images: Tensor) -> None:
-        self._forget()
         if self.training:
             for drop_path in self._drop_paths:
                 drop_path.draw(images.shape[0], images)
+        if self.teacher.training:
+            self.teacher.eval()
         with torch.no_grad():
             self._view[0](self.teacher_input(images))
-        self._tape.active = True
 
-    def _forget(self) -> None:
-        self._tape.clear()
-        for drop_path in self._drop_paths:
-            drop_path.mask = None
+    def _run_student(self, images: Tensor) -> Tensor:
+        replay_blocks(self.student, self._tape)
+        try:
+            logits: Tensor = self.student(images)
+        finally:
+            restore_blocks(self.student)
+        return logits
+
+    def _losses(self, logits: Tensor) -> dict[str, Tensor]:
+        """The unweighted losses of a step, layer by layer in the order of the plan."""
+        if self._finish is not None:
+            return self._finish(logits)
+        losses = self._tape.losses
+        layers = [link.pair.student for link in self.plan.links if link.pair.student in losses]
+        return {f"layer{layer:02d}": losses[layer] for layer in layers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualViT:
         # The teacher follows the student to a device although it is not registered.

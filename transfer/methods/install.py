@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...models.conversion import ConvertedAttention
 from ...models.copying.links import Link
@@ -19,35 +19,39 @@ from ...models.copying.teacher_view import view_attention, view_blocks, view_who
 from ...models.errors import TransferError
 from ...models.host import AttentionHost, host_attention
 from ..config import TransferConfig
+from .lessons import Changes
 from .map_loss import MapLoss
 from .operators import DistillMap, DistillProjection, MatchOutput, squared_error
 from .plan import DISTILL_PARTS, TransferPlan
 
 HEADS = ("head", "head_dist")
 
-Undo = Callable[[], object]
 Finish = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass
 class Installed:
-    """What `install` did: the teacher as the step runs it, extra modules, and how to take it back."""
+    """What `install` made: the teacher as the step runs it, extra modules, and losses of the student's logits."""
 
     view: Any
     projectors: nn.ModuleDict = field(default_factory=nn.ModuleDict)
-    finish: Finish | None = None  # losses that need the student's logits
-    undo: list[Undo] = field(default_factory=list)
+    finish: Finish | None = None
 
 
 def install(
-    config: TransferConfig, plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape
+    config: TransferConfig,
+    plan: TransferPlan,
+    teacher: nn.Module,
+    student: nn.Module,
+    tape: Tape,
+    changes: Changes,
 ) -> Installed:
-    """Make the student's layers run the method, reading the teacher's side from `tape`."""
+    """Make the student's layers run the method, reading the teacher's side from `tape`; `changes` is added to."""
     method = config.method
     if method == "block_output":
-        return _install_block_output(plan, teacher, student, tape)
+        return _install_block_output(plan, teacher, student, tape, changes)
     if method == "feature":
-        return _install_feature(config, plan, teacher, student, tape)
+        return _install_feature(config, plan, teacher, student, tape, changes)
     if method == "logits":
         return _install_logits(config, teacher, student, tape)
     output = method == "attention_output"
@@ -58,23 +62,23 @@ def install(
         host = hosts[link.pair.student]
         operator = _operator(config, plan, link, tape, installed.projectors)
         if isinstance(host, ConvertedAttention):
-            installed.undo.append(_watch_converted(host, link, operator))
+            changes.hooks.append(_watch_converted(host, link, operator))
             continue
         host.operator = operator
-        installed.undo += _freeze_unused(host, operator)
+        changes.frozen += _freeze_unused(host, operator)
     if method == "copy" and len(plan.links) == len(hosts):
-        installed.undo += _freeze(getattr(student, "rel_pos_bias", None))
+        changes.frozen += _freeze(getattr(student, "rel_pos_bias", None))
     return installed
 
 
-def _watch_converted(host: ConvertedAttention, link: Link, operator: Taught) -> Undo:
+def _watch_converted(host: ConvertedAttention, link: Link, operator: Taught) -> RemovableHandle:
     """A converted layer keeps its own operator; only what comes out of it can be matched."""
     if not isinstance(operator, MatchOutput):
         raise TransferError(
             f"layer {link.pair.student} of the student has {host.choice} in place of softmax attention: use mode=align "
             "for its map, or transfer.method attention_output, block_output, feature or logits"
         )
-    return cast(nn.Module, host.operator).register_forward_hook(operator.watch).remove
+    return cast(nn.Module, host.operator).register_forward_hook(operator.watch)
 
 
 def _operator(
@@ -106,33 +110,24 @@ def _projector(
 
 
 def _install_block_output(
-    plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape
+    plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape, changes: Changes
 ) -> Installed:
     installed = Installed(view_blocks(teacher, plan.teacher_layers, tape))
     blocks = cast(Any, student).blocks
     for link in plan.links:
         projector = _projector(installed.projectors, link, plan.student.width, plan.teacher.width)
-
-        def match(
-            module: nn.Module,
-            inputs: object,
-            out: Tensor,
-            link: Link = link,
-            projector: nn.Module | None = projector,
-        ) -> None:
-            if tape.active:
-                student_tokens = pick_dim(out, 1, link.tokens.student)
-                teacher_tokens = pick_dim(tape.outputs[link.pair.teacher], 1, link.tokens.teacher)
-                if projector is not None:
-                    student_tokens = projector(student_tokens)
-                tape.losses[link.pair.student] = squared_error(student_tokens, teacher_tokens, None)
-
-        installed.undo.append(blocks[link.pair.student].register_forward_hook(match).remove)
+        match = _MatchBlock(link, tape, projector)
+        changes.hooks.append(blocks[link.pair.student].register_forward_hook(match))
     return installed
 
 
 def _install_feature(
-    config: TransferConfig, plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape
+    config: TransferConfig,
+    plan: TransferPlan,
+    teacher: nn.Module,
+    student: nn.Module,
+    tape: Tape,
+    changes: Changes,
 ) -> Installed:
     """The pooled feature before the head; DeiT's two heads read two tokens, and their mean is the feature."""
     view = view_whole(teacher)
@@ -140,24 +135,14 @@ def _install_feature(
         if name in view._modules:
             view._modules[name] = nn.Identity()
     installed = Installed(_Recorded(view, tape))
-    seen: dict[str, Tensor] = {}
     for name in HEADS:
         head = student._modules.get(name)
         if head is not None:
-            hook = partial(_keep_input, seen, name)
-            installed.undo.append(head.register_forward_pre_hook(hook).remove)
+            changes.hooks.append(head.register_forward_pre_hook(_KeepInput(tape, name)))
     widths = int(cast(Any, student).num_features), int(cast(Any, teacher).num_features)
     if widths[0] != widths[1]:
         installed.projectors["feature"] = nn.Linear(*widths)
-
-    def finish(_: Tensor) -> dict[str, Tensor]:
-        feature, target = torch.stack(list(seen.values())).mean(0), tape.outputs[0]
-        seen.clear()
-        if "feature" in installed.projectors:
-            feature = installed.projectors["feature"](feature)
-        return {"feature": _feature_loss(config, _precise(feature), _precise(target))}
-
-    installed.finish = finish
+    installed.finish = _FeatureLoss(tape, config.feature_loss, installed.projectors)
     return installed
 
 
@@ -168,25 +153,66 @@ def _install_logits(config: TransferConfig, teacher: nn.Module, student: nn.Modu
             f"transfer.method=logits needs one set of classes, and the teacher has {classes[0]} and the student "
             f"{classes[1]}; use a teacher fine-tuned on this data, or method=feature"
         )
-    temperature = config.temperature
+    return Installed(_Recorded(view_whole(teacher), tape), finish=_LogitsLoss(tape, config.temperature))
 
-    def finish(logits: Tensor) -> dict[str, Tensor]:
-        target = F.log_softmax(_precise(tape.outputs[0]) / temperature, dim=-1)
-        mine = F.log_softmax(_precise(logits) / temperature, dim=-1)
+
+@dataclass(eq=False)
+class _MatchBlock:
+    """A forward hook of a student's block: the error of its output."""
+
+    link: Link
+    tape: Tape
+    projector: nn.Module | None
+
+    def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+        if not self.tape.active:
+            return
+        pair, tokens = self.link.pair, self.link.tokens
+        student = pick_dim(out, 1, tokens.student)
+        teacher = pick_dim(self.tape.outputs[pair.teacher], 1, tokens.teacher)
+        if self.projector is not None:
+            student = self.projector(student)
+        self.tape.record(pair.student, squared_error(student, teacher, None))
+
+
+@dataclass(eq=False)
+class _KeepInput:
+    """A hook before a student's head: what goes into it is the feature."""
+
+    tape: Tape
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.tape.active:
+            self.tape.features[self.name] = inputs[0]
+
+
+@dataclass(eq=False)
+class _FeatureLoss:
+    tape: Tape
+    loss: str
+    projectors: nn.ModuleDict
+
+    def __call__(self, logits: Tensor) -> dict[str, Tensor]:
+        student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.outputs[0]
+        if "feature" in self.projectors:
+            student = self.projectors["feature"](student)
+        student, teacher = _precise(student), _precise(teacher)
+        if self.loss == "smooth_l1":
+            return {"feature": F.smooth_l1_loss(student, teacher)}
+        return {"feature": 1 - F.cosine_similarity(student, teacher, dim=-1).mean()}
+
+
+@dataclass(eq=False)
+class _LogitsLoss:
+    tape: Tape
+    temperature: float
+
+    def __call__(self, logits: Tensor) -> dict[str, Tensor]:
+        target = F.log_softmax(_precise(self.tape.outputs[0]) / self.temperature, dim=-1)
+        mine = F.log_softmax(_precise(logits) / self.temperature, dim=-1)
         loss = F.kl_div(mine, target, reduction="batchmean", log_target=True)
-        return {"logits": loss * temperature**2}
-
-    return Installed(_Recorded(view_whole(teacher), tape), finish=finish)
-
-
-def _keep_input(seen: dict[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    seen[name] = inputs[0]
-
-
-def _feature_loss(config: TransferConfig, student: Tensor, teacher: Tensor) -> Tensor:
-    if config.feature_loss == "smooth_l1":
-        return F.smooth_l1_loss(student, teacher)
-    return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+        return {"logits": loss * self.temperature**2}
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -210,27 +236,26 @@ class _Recorded(nn.Module):
         self.tape.outputs[0] = self.model(images)
 
 
-def _freeze_unused(host: AttentionHost, operator: Taught) -> list[Undo]:
+def _freeze_unused(host: AttentionHost, operator: Taught) -> list[nn.Parameter]:
     """Freeze what a copied layer never uses, so that DDP does not wait for its gradient."""
     needs = operator.taught_needs
-    undo: list[Undo] = []
+    frozen: list[nn.Parameter] = []
     for part in ("q", "k", "v"):
         if part not in needs:
             for name in (f"{part}_proj", f"{part}_norm"):
-                undo += _freeze(host._modules.get(name))
+                frozen += _freeze(host._modules.get(name))
     if "q" not in needs and "k" not in needs:
-        undo += _freeze_parameters([host._parameters.get("relative_position_bias_table")])
-    return undo
+        frozen += _freeze_parameters([host._parameters.get("relative_position_bias_table")])
+    return frozen
 
 
-def _freeze(module: nn.Module | None) -> list[Undo]:
+def _freeze(module: nn.Module | None) -> list[nn.Parameter]:
     return [] if module is None else _freeze_parameters(list(module.parameters()))
 
 
-def _freeze_parameters(parameters: list[nn.Parameter | None]) -> list[Undo]:
-    undo: list[Undo] = []
-    for parameter in parameters:
-        if parameter is not None and parameter.requires_grad:
-            parameter.requires_grad_(False)
-            undo.append(lambda p=parameter: p.requires_grad_(True))  # type: ignore[misc]
-    return undo
+def _freeze_parameters(parameters: list[nn.Parameter | None]) -> list[nn.Parameter]:
+    """Those that were not frozen before."""
+    frozen = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...models.copying.links import HeadMap, Link, link_layers
 from ...models.copying.operators import COPY_METHODS, COPY_PARTS
-from ...models.copying.tape import Tape, take
+from ...models.copying.tape import Step, Tape, take
 from ...models.copying.teacher_view import view_attention
 from ...models.copying.tokens import match_tokens
 from ...models.errors import TransferError
@@ -58,7 +58,7 @@ class TransferPlan:
             (teacher, self.teacher_layers, teacher_input(images)),
             (student, {link.pair.student for link in self.links}, images),
         ):
-            tape = Tape()
+            tape = Tape(Step())
             was_training = model.training
             view_attention(model.eval(), layers, tape, ("q", "k"), output=False)(batch)
             model.train(was_training)

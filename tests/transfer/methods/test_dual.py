@@ -137,7 +137,7 @@ def test_copied_layers_skip_the_projections_that_they_do_not_use() -> None:
     for method, width in widths.items():
         dual = DualViT(teacher, copy.deepcopy(student), method)
         with Shapes() as shapes:
-            dual.student.blocks[0].attn.operator.tape.active = True
+            dual.student.blocks[0].attn.operator.tape.begin()
             dual.student.blocks[0].attn._projections(
                 torch.randn(1, TOKENS, 32).double(),
                 [p for p in "qkv" if p in dual.student.blocks[0].attn.operator.needs],

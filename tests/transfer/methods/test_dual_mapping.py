@@ -106,7 +106,7 @@ def test_match_finds_permuted_heads() -> None:
     assert all(link.heads.groups == tuple((h,) for h in order) for link in dual.plan.links)
     assert abs(float(dual(x).transfer_loss.detach())) < 1e-12
     with pytest.raises(TransferError, match="calibration"):
-        DualViT(teacher, student, heads="match")
+        DualViT(teacher, copy.deepcopy(student), heads="match")
 
 
 @pytest.mark.parametrize(
