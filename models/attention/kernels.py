@@ -22,10 +22,9 @@ def same_dtype(
     The bias, of shape (1 or B, 1 or H, M, N) or without the batch, is expanded over the heads, never over the batch.
     """
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if torch.is_autocast_enabled(device) and dtype is not torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if bias is not None:
         bias = bias.to(dtype)[(None,) * (4 - bias.dim())].expand(-1, q.shape[1], -1, -1)
     return q.to(dtype), k.to(dtype), v.to(dtype), bias

@@ -17,7 +17,7 @@ from ..errors import TransferError
 from ..families import attention_blocks
 from .tape import Step, Tape
 
-_State = tuple[bool, tuple[int, ...]]
+_State = tuple[bool, list[tuple[int, ...]], list[tuple[int, int]]]
 
 
 @dataclass(eq=False)
@@ -35,8 +35,8 @@ class ReplayedBlock:
             return self._first(*args, **options)
         if self.state != _state(self.block):
             raise TransferError(
-                "the student's weights or its mode (train, eval) changed between a forward pass and its backward "
-                "pass, which runs the blocks again (grad_checkpointing=true): change them after the backward pass"
+                "the student's weights, its modules or its mode (train, eval) changed between a forward pass and its "
+                "backward pass, which runs the blocks again (grad_checkpointing=true): change them afterwards"
             )
         with self.tape.replay(self.step):
             return self.block(*args, **options)
@@ -67,7 +67,9 @@ def restore_blocks(model: nn.Module) -> None:
 
 
 def _state(block: nn.Module) -> _State:
-    """What a block computes with that may change in place: its mode and the versions of its parameters."""
+    """What a block computes with that may change: its mode, modules, hooks, and the versions of its parameters."""
+    modules = list(block.modules())
+    parts = [(id(module), *module._forward_hooks) for module in modules]
     if isinstance(block, FSDPModule):  # gathers its parameters in between
-        return block.training, ()
-    return block.training, tuple(parameter._version for parameter in block.parameters())
+        return block.training, parts, []
+    return block.training, parts, [(id(parameter), parameter._version) for parameter in block.parameters()]

@@ -141,15 +141,19 @@ def test_a_copied_model_that_is_loaded(method: str, between: bool) -> None:
     assert relative_error(*grads) < 1e-12
 
 
-@pytest.mark.parametrize("change", ["weights", "mode"])
+@pytest.mark.parametrize("change", ["weights", "new weights", "mode", "release"])
 def test_what_a_recomputation_cannot_give_back_is_refused(change: str) -> None:
     _, dual = two("distill")
     loss = total(dual(images()))
     if change == "weights":
         with torch.no_grad():
             dual.student.blocks[1].mlp.fc1.weight.mul_(2)
-    else:
+    elif change == "new weights":
+        dual.student.blocks[1].load_state_dict(dual.student.blocks[1].state_dict(), assign=True)
+    elif change == "mode":
         dual.eval()
+    else:
+        dual.release()
     with pytest.raises(TransferError, match="between a forward pass and its backward"):
         loss.backward()
 
