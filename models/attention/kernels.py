@@ -113,14 +113,11 @@ def has_transposed(q: Tensor, bias: Tensor | None) -> bool:
 def transposed_map(q_BHMD: Tensor, k_BHND: Tensor, g_BHMD: Tensor, lse_BHM: Tensor, scale: float) -> Tensor:
     """Pᵀ G of shape (B, H, N, D) by one forward kernel; see the module `fused`.
 
-    The bias is rounded to the dtype of the kernel and what rounding lost is put into G, so that half precision
-    costs no more than the rounding of G.
+    The bias stays as precise as it is: half precision would lose hundreds of a large log-sum-exp. The row sums, by
+    which the last line multiplies, are those of Pᵀ and at most M.
     """
-    bias = -lse_BHM.to(q_BHMD.dtype)
-    lost = -lse_BHM - bias.to(lse_BHM.dtype)
-    values = (g_BHMD * lost.exp()[..., None]).to(q_BHMD.dtype)
-    bias_BHNM = bias[:, :, None, :].expand(-1, -1, k_BHND.shape[2], -1)
-    out, lse = forward(k_BHND, q_BHMD, values, bias_BHNM, scale)
+    bias_BHNM = (-lse_BHM)[:, :, None, :].expand(-1, -1, k_BHND.shape[2], -1)
+    out, lse = forward(k_BHND, q_BHMD, g_BHMD.to(q_BHMD.dtype), bias_BHNM, scale)
     return (out * lse.exp()[..., None]).to(g_BHMD.dtype).contiguous()
 
 
@@ -143,8 +140,7 @@ def backward_with_bias(
     rows = q.shape[2]
     per_image = bias is not None and bias.shape[0] > 1
     for image in range(q.shape[0]):
-        logits = scale * q[image] @ k[image].transpose(-2, -1)
-        logits = logits if bias is None else logits + bias[image if per_image else 0]
+        logits = _logits(q, k, bias, scale, image)
         probabilities = (logits - lse[image, :, :rows, None]).exp().to(q.dtype)
         delta = (grad_out[image] * out[image]).sum(-1) - grad_lse[image, :, :rows]
         grad = probabilities * (grad_out[image] @ v[image].transpose(-2, -1) - delta[..., None].to(q.dtype))
@@ -196,8 +192,7 @@ def _forward_by_image(
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_out(q), empty_lse(q)
     for image in range(q.shape[0]):
-        logits = scale * q[image] @ k[image].transpose(-2, -1)
-        logits = logits if bias is None else logits + bias[image]
+        logits = _logits(q, k, bias, scale, image)
         lse[image] = logits.logsumexp(-1)
         out[image] = logits.softmax(-1).to(v.dtype) @ v[image]
     return out, lse
@@ -209,8 +204,16 @@ def mean_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         q.shape[1], q.shape[2], k.shape[2], dtype=empty_lse(q[:1, :1, :1]).dtype, device=q.device
     )
     for image in range(q.shape[0]):
-        logits = (scale * q[image] @ k[image].transpose(-2, -1)).to(total.dtype)
-        if bias is not None:
-            logits = logits + bias[image if bias.shape[0] > 1 else 0]
-        total += logits.softmax(-1)
+        total += _logits(q, k, bias, scale, image).softmax(-1)
     return total / q.shape[0]
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, image: int) -> Tensor:
+    """s Q Kᵀ + bias of one image, (H, M, N), in float32 at least: so do the fused kernels, whose lse stands beside it.
+
+    In bfloat16 a logit of 1,000 is rounded by up to 2, and its exponential wrong by e².
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = scale * q[image].to(precise) @ k[image].to(precise).transpose(-2, -1)
+    return logits if bias is None else logits + bias[min(image, len(bias) - 1)]

@@ -119,6 +119,69 @@ def test_extreme_logits_stay_finite(operator: object) -> None:
     assert all(x.grad is None or bool(x.grad.isfinite().all()) for x in (q, k, v))
 
 
+LARGE = {torch.float32: 2e-2, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Of logits as large as this a float32 leaves an absolute error of a thousandth or so, which the softmax makes relative."""
+
+
+@pytest.mark.parametrize("kernel", ["own", "other"])
+@pytest.mark.parametrize("bias", ["none", "learned"])
+@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("dtype", LARGE)
+def test_large_logits(
+    dtype: torch.dtype, size: float, bias: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "other":
+        monkeypatch.setattr(kernels, "_kernel", lambda q, bias: "other")
+    q, k, v = (x.detach() for x in tensors((2, 3, 33, 29, 8), dtype))
+    given = [q * (size / 3) ** 0.5, k * (size / 3) ** 0.5, v]
+    if bias == "learned":
+        generator = torch.Generator().manual_seed(1)
+        given.append((size / 10 * torch.randn(1, 3, 33, 29, generator=generator)).to(dtype))
+    inputs, exact = (
+        [x.to(kind, copy=True).requires_grad_() for x in given] for kind in (dtype, torch.float64)
+    )
+    (q, k, v, *b), (Q, K, V, *B) = inputs, exact
+    grad, grad_lse = torch.randn(2, 3, 33, 8).to(dtype), torch.randn(2, 3, 33)
+    teacher = [x.detach() for x in b]
+    teacher_exact = [x.detach() for x in B]
+    for learned in ("map", "values", "rows"):
+        for x in (*inputs, *exact):
+            x.grad = None
+        if learned == "map":
+            out, lse = attention_with_lse(q, k, v, 0.5, *b)
+            out_ref, lse_ref = dense(Q, K, V, 0.5, *B)
+            assert relative(out, out_ref) < LARGE[dtype]
+            ((out * grad).sum() + (lse * grad_lse).sum()).backward()
+            ((out_ref * grad.double()).sum() + (lse_ref * grad_lse.double()).sum()).backward()
+        elif learned == "values":
+            apply_map(q, k, v, 0.5, *teacher).backward(grad)
+            dense(Q.detach(), K.detach(), V, 0.5, *teacher_exact)[0].backward(grad.double())
+        else:
+            map_logsumexp(q, k, 0.5, *teacher).backward(grad_lse)
+            dense(Q, K, K, 0.5, *teacher_exact)[1].backward(grad_lse.double())
+        pairs = [(x.grad, y.grad) for x, y in zip(inputs, exact, strict=True)]
+        taught = [pair for pair in pairs if pair != (None, None)]
+        assert len(taught) == {"map": len(given), "values": 1, "rows": 2}[learned]
+        whole = [torch.cat([x.double().flatten() for x in side]) for side in zip(*taught, strict=True)]
+        assert relative(*whole) < LARGE[dtype], learned
+    if bias == "learned":
+        found = kernels.mean_map(q.detach(), k.detach(), b[0].detach(), 0.5)
+        wanted = dense(Q.detach(), K.detach(), torch.eye(29, dtype=torch.float64), 0.5, B[0].detach())[0]
+        assert relative(found, wanted.mean(0)) < LARGE[dtype]
+
+
+@given(st.integers(0, 99), st.sampled_from(list(LARGE)), st.floats(0, 4.5))
+@settings(max_examples=30)
+def test_large_logits_of_any_size_stay_finite(seed: int, dtype: torch.dtype, exponent: float) -> None:
+    q, k, v = (x.detach() for x in tensors((1, 2, 17, 17, 8), dtype, seed))
+    q, k = (x * 10 ** (exponent / 2) for x in (q, k))
+    grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    lse = dense(q.double(), k.double(), v.double(), 1.0)[1].float()
+    pulled = kernels.transposed_map(q, k, grad, lse, 1.0)
+    wanted = (q.double() @ k.double().transpose(-2, -1)).softmax(-1).transpose(-2, -1) @ grad.double()
+    assert relative(pulled, wanted) < 5e-2
+
+
 def test_layout_of_projections_as_timm_makes_them() -> None:
     qkv = torch.randn(2, 11, 3, 4, 8, dtype=torch.float64).permute(2, 0, 3, 1, 4)
     q, k, v = (x.clone(memory_format=torch.preserve_format).requires_grad_() for x in qkv.unbind(0))
