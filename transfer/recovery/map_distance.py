@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
+from ...models.attention.kernels import same_dtype
 from ...models.attention.softmax import softmax_rows
 from ...models.attention.terms import FirstRows, LowRank, Sparse, Term
 
@@ -67,11 +68,21 @@ def _with_teacher(teacher: Heads, lse_BHN: Tensor, term: Term) -> Tensor:
     if isinstance(term, FirstRows):
         rows = torch.arange(term.weights.shape[2], device=q_BHND.device)
         return (term.weights * softmax_rows(teacher, rows)).sum((2, 3))
-    logits_BHNS = teacher.scale * torch.einsum("bhnd,bhnsd->bhns", q_BHND, k_BHND[:, :, term.index])
-    if teacher.bias is not None:
-        bias = teacher.bias[(None,) * (4 - teacher.bias.dim())]
-        logits_BHNS = logits_BHNS + bias.gather(3, term.index.expand(*bias.shape[:2], -1, -1))
+    logits_BHNS = _logits_at(teacher, term.index, lse_BHN.dtype)
     return (term.weights * (logits_BHNS - lse_BHN[..., None]).exp()).sum((2, 3))
+
+
+def _logits_at(teacher: Heads, index_NS: Tensor, dtype: torch.dtype) -> Tensor:
+    """s q_i·k_j + b_ij for the keys j of `index_NS`, of what the kernel takes q, k and b for, yet summed precisely:
+    exp(logit − lse) is at most 1 only where both are rounded alike."""
+    q_BHND, k_BHND, _ = teacher.qkv()
+    q_BHND, k_BHND, _, bias = same_dtype(q_BHND, k_BHND, k_BHND, teacher.bias)
+    keys_BHNSD = k_BHND[:, :, index_NS].to(dtype)
+    with torch.autocast(q_BHND.device.type, enabled=False):
+        logits = teacher.scale * torch.einsum("bhnd,bhnsd->bhns", q_BHND.to(dtype), keys_BHNSD)
+    if bias is None:
+        return logits
+    return logits + bias.gather(3, index_NS.expand(*bias.shape[:2], -1, -1))
 
 
 def _logsumexp(teacher: Heads, factor: float) -> Tensor:

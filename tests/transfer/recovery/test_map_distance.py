@@ -42,6 +42,31 @@ def test_the_distance_is_the_dense_one(case: Case, with_bias: bool) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
+SPARSE = [
+    case
+    for case in LINEAR
+    if any(isinstance(t, Sparse) for t in case.build(GEOMETRY).terms(draw(GEOMETRY)))
+]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("case", SPARSE, ids=str)
+def test_large_logits_in_half_precision(case: Case, with_bias: bool) -> None:
+    half, operator = torch.bfloat16, case.build(GEOMETRY).float()
+    student = draw(GEOMETRY)
+    student = student.with_qkv(*(x.float() for x in student.qkv()))
+    q, k, v = (60 * x.to(half) for x in draw(GEOMETRY, seed=1, size=2).qkv())
+    bias = None
+    if with_bias:
+        bias = 99 * torch.randn(2, *2 * (GEOMETRY.num_tokens,), generator=torch.Generator().manual_seed(0))
+    teacher = Heads(q, k, v, None if bias is None else bias.to(half), 0.3)
+    exact = Heads(q.double(), k.double(), v.double(), None if bias is None else bias.to(half).double(), 0.3)
+    with torch.autocast("cpu", half):
+        found = squared_distance(teacher, operator.terms(student))
+    wanted = (softmax_rows(exact, slice(None)) - operator.matrix(student)).square().sum((2, 3))
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-2, atol=1e-2)
+
+
 def test_inner_products_of_all_kinds_of_terms() -> None:
     heads, tokens = draw(GEOMETRY), GEOMETRY.num_tokens
     generator = torch.Generator().manual_seed(0)
