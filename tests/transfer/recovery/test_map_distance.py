@@ -43,9 +43,7 @@ def test_the_distance_is_the_dense_one(case: Case, with_bias: bool) -> None:
 
 
 SPARSE = [
-    case
-    for case in LINEAR
-    if any(isinstance(t, Sparse) for t in case.build(GEOMETRY).terms(draw(GEOMETRY)))
+    case for case in LINEAR if any(isinstance(t, Sparse) for t in case.build(GEOMETRY).terms(draw(GEOMETRY)))
 ]
 
 
