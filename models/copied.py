@@ -17,8 +17,9 @@ from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
 from . import conversion
+from .copying.grids import GridRule
 from .copying.input import Normalization, TeacherInput
-from .copying.links import HeadMap, LayerPair, Link, link_layers
+from .copying.links import HeadMap, LayerPair, Link
 from .copying.operators import COPY_METHODS, Copy, copy_operator, teacher_parts
 from .copying.replay import replay_blocks
 from .copying.tape import Tape
@@ -29,6 +30,7 @@ from .families import attention_blocks, attention_shape, check_supported, token_
 from .host import AttentionHost
 
 ARCHITECTURE = "graftvit_copied"
+EQUAL = GridRule(copy=True)
 PLACES = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
 """Arguments of timm's constructors that name weights to load; a description of a model has none."""
 
@@ -98,12 +100,11 @@ class Copying:
         given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
         if self.method not in COPY_METHODS or given != {(True, True)} or len(self.heads) != len(self.layers):
             raise ValueError(f"{self} does not go with these models, of {shapes[0]} and {shapes[1]}")
-        layouts = token_layout(teacher), token_layout(student)
-        tokens = match_tokens(*layouts, interpolate_grid=False, copy=True)
+        tokens = match_tokens(token_layout(teacher), token_layout(student), EQUAL)
         for groups in self.heads:
             _check_heads(groups, shapes[0].num_heads, shapes[1].num_heads)
         maps = [HeadMap(groups, shapes[0].num_heads) for groups in self.heads]
-        return [link_layers(p, heads, tokens, *layouts) for p, heads in zip(self.layers, maps, strict=True)]
+        return [Link(pair, heads, tokens) for pair, heads in zip(self.layers, maps, strict=True)]
 
 
 class CopiedAttention(AttentionHost):
@@ -130,7 +131,7 @@ class TeacherFirst:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
         student: Any = self.student
-        self.tape.begin()
+        self.tape.begin(student.teacher_input.grids(inputs[0], EQUAL))
         try:
             student.teacher(student.teacher_input(inputs[0]))
         except BaseException:
@@ -157,7 +158,8 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
     layers = {pair.teacher for pair in copying.layers}
     model.teacher = view_attention(teacher, layers, tape, teacher_parts(copying.method), output=False)
     model.teacher.requires_grad_(False)
-    model.teacher_input = TeacherInput(teacher, student, copying.teacher.normalization, copying.normalization)
+    norms = copying.teacher.normalization, copying.normalization
+    model.teacher_input = TeacherInput(model.teacher.model, student, *norms)
     for link in links:
         block: Any = attention_blocks(student)[link.pair.student]
         if getattr(block.attn, "permanent", False):
@@ -206,10 +208,6 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     teacher.requires_grad_(False)
     arguments = {**copying.teacher.model_args, "img_size": size}
     own.copied = replace(copying, teacher=replace(copying.teacher, model_args=arguments))
-    own.teacher_input = TeacherInput(teacher, model, copying.teacher.normalization, copying.normalization)
-    tokens = match_tokens(token_layout(teacher), token_layout(model), interpolate_grid=False, copy=True)
-    for layer in copied_layers(model).values():
-        layer.operator.link = replace(layer.operator.link, tokens=tokens)
 
 
 def _check_heads(groups: tuple[tuple[int, ...] | None, ...], teacher: int, student: int) -> None:

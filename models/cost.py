@@ -54,7 +54,7 @@ def _map_macs(model: nn.Module, block: nn.Module, teacher_width: int) -> int:
     if not isinstance(attention, CopiedAttention) or not isinstance(attention.operator, CopyMap):
         return own
     link = attention.operator.link
-    matched = tokens if link.tokens.student is None else len(link.tokens.student)
+    matched = len(link.tokens.student.index(tokens))
     copied = 2 * matched**2 * max(teacher_width, own_width) * sum(link.sizes)
     return copied + (own if "q" in attention.operator.taught_needs else 0)
 

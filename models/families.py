@@ -86,14 +86,29 @@ def attention_blocks(model: Any) -> list[nn.Module]:
 
 
 def token_layout(model: Any) -> TokenLayout:
-    """The tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width)."""
+    """The tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width).
+
+    They are those of images of the size that the model was built for; with `dynamic_img_size` others have another grid.
+    """
     registers = getattr(model, "reg_token", None)
     prefix = ["cls"] if model.cls_token is not None else []
     if getattr(model, "dist_token", None) is not None:
         prefix.append("dist")
     prefix += [f"reg{index}" for index in range(0 if registers is None else registers.shape[1])]
-    height, width = model.patch_embed.grid_size
-    return TokenLayout(tuple(prefix), (int(height), int(width)))
+    embedding = model.patch_embed
+    if embedding.img_size is None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} was built without an image size, and nothing says how many patches it has: "
+            "build it with img_size"
+        )
+    return TokenLayout(tuple(prefix), patch_grid(embedding, embedding.img_size))
+
+
+def patch_grid(embedding: Any, images: tuple[int, int]) -> tuple[int, int]:
+    """Patches (down, across) that a patch embedding cuts images of a size (height, width) into; what is left over is
+    no patch, or one that is filled up."""
+    height, width = embedding.dynamic_feat_size(images)
+    return int(height), int(width)
 
 
 def attention_shape(model: nn.Module) -> AttentionShape:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TransferError
+from .grids import Embeddings, GridRule, Grids
 
 
 class Normalization(NamedTuple):
@@ -19,7 +20,10 @@ class Normalization(NamedTuple):
 
 
 class TeacherInput(nn.Module):
-    """x · std_s / std_t + (mean_s − mean_t) / std_t, then a bicubic resize where the teacher's resolution differs."""
+    """x · std_s / std_t + (mean_s − mean_t) / std_t, then a bicubic resize where the teacher's resolution differs.
+
+    The teacher sees the student's images at its own size; `Embeddings.teacher_size` says how those of another size.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -43,34 +47,39 @@ class TeacherInput(nn.Module):
             "shift", ((mean - teacher_mean) / teacher_std).float().view(-1, 1, 1), persistent=False
         )
         self.same_normalization = teacher_norm == student_norm
-        self.size = _fixed_size(teacher)
-        student_size = _size(student)
-        self.resizes = self.size is not None and self.size != student_size
+        self.embeddings = Embeddings(teacher, student)
+        self.embeddings.grids(
+            self.embeddings.own_sizes[1]
+        )  # a size that a model does not take is refused at once
 
     def forward(self, images: Tensor) -> Tensor:
+        size = self.embeddings.teacher_size((images.shape[-2], images.shape[-1]))
         if not self.same_normalization:
             images = images * self.scale + self.shift
-        if self.size is not None and images.shape[-2:] != self.size:
+        if images.shape[-2:] != size:
             precise = images.to(
                 torch.promote_types(images.dtype, torch.float32)
             )  # torch has none in half precision
-            images = F.interpolate(precise, self.size, mode="bicubic", antialias=True).to(images.dtype)
+            images = F.interpolate(precise, size, mode="bicubic", antialias=True).to(images.dtype)
         return images
+
+    def grids(self, images: Tensor, rule: GridRule | None) -> Grids:
+        """The patch grids of teacher and student for these images.
+
+        Raises `TransferError`: a model does not take images of this size, or the rule refuses the grids.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        grids = self.embeddings.grids(size)
+        if rule is not None:
+            rule.check(*grids, batch=size)
+        return grids
 
     def describe(self) -> list[str]:
         """One sentence for each thing that is done to the images."""
         lines = []
         if not self.same_normalization:
             lines.append("images are re-normalised for the teacher")
-        if self.resizes:
-            lines.append(f"images are resized to {self.size} for the teacher")
+        teacher, student = self.embeddings.own_sizes
+        if teacher != student:
+            lines.append(f"images are resized to {teacher} for the teacher")
         return lines
-
-
-def _size(model: Any) -> tuple[int, int] | None:
-    size = model.patch_embed.img_size
-    return None if size is None else (int(size[0]), int(size[1]))
-
-
-def _fixed_size(model: Any) -> tuple[int, int] | None:
-    return None if getattr(model, "dynamic_img_size", False) else _size(model)

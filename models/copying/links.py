@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..attention.base import Heads
-from ..families import TokenLayout
 from .tape import Tape, take
 from .tokens import TokenMatch, interpolate_tokens
 
@@ -47,23 +46,17 @@ class HeadMap:
 
 
 @dataclass(frozen=True)
-class GridChange:
-    """Patch grids to interpolate the teacher's queries and keys between."""
-
-    num_prefix: int
-    teacher: tuple[int, int]
-    student: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class Link:
     """One pair of layers: which heads and tokens of the teacher stand for which of the student."""
 
     pair: LayerPair
     heads: HeadMap
     tokens: TokenMatch
-    num_prefix: int
-    grid: GridChange | None = None
+
+    @property
+    def num_prefix(self) -> int:
+        """How many prefix tokens the two have in common."""
+        return len(self.tokens.student.prefix)
 
     @property
     def teacher_index(self) -> list[int]:
@@ -85,30 +78,17 @@ class Link:
 
     def teacher_heads(self, tape: Tape) -> Heads:
         """The teacher's q, k, v in the student's order of heads and tokens."""
-        heads = tape.heads[self.pair.teacher]
         index = None if self.heads.is_identity else self.teacher_index
-        return take(self.resample(heads), index, self.tokens.teacher)
+        return take(self.resample(tape), index, self.tokens.teacher)
 
     def matched_student(self, heads: Heads) -> Heads:
         """The student's q, k, v for the heads and tokens that have a counterpart."""
         return take(heads, None if self.all_heads else self.student_index, self.tokens.student)
 
-    def resample(self, heads: Heads) -> Heads:
-        if self.grid is None:
+    def resample(self, tape: Tape) -> Heads:
+        """The teacher's projections, in the student's grid."""
+        heads, grids = tape.heads[self.pair.teacher], tape.grids
+        if grids is None or grids.teacher == grids.student:
             return heads
-        grid = self.grid
-        return heads.each(
-            lambda x: interpolate_tokens(x, grid.num_prefix, grid.teacher, grid.student), heads.bias
-        )
-
-
-def link_layers(
-    pair: LayerPair, heads: HeadMap, tokens: TokenMatch, teacher: TokenLayout, student: TokenLayout
-) -> Link:
-    """The link of a pair of layers of two models with these tokens."""
-    patches = student.grid[0] * student.grid[1]
-    matched = student.num_tokens if tokens.student is None else len(tokens.student)
-    grid = (
-        None if teacher.grid == student.grid else GridChange(teacher.num_prefix, teacher.grid, student.grid)
-    )
-    return Link(pair, heads, tokens, matched - patches, grid)
+        prefix = self.tokens.teacher.num_prefix
+        return heads.each(lambda x: interpolate_tokens(x, prefix, *grids), heads.bias)

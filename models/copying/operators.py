@@ -15,7 +15,8 @@ from ..attention.base import QKV, Heads
 from ..attention.fused import apply_map
 from ..attention.softmax import Softmax
 from .links import Link
-from .tape import Tape, average_heads, pick_dim, spread_heads
+from .tape import Tape, average_heads, spread_heads
+from .tokens import pick_dim
 
 Part = Literal["q", "k", "v"]
 COPY_PARTS: dict[str, Part] = {"copy_q": "q", "copy_k": "k", "copy_v": "v"}
@@ -76,7 +77,7 @@ class CopyMap(Copy):
         assert teacher.q is not None
         assert teacher.k is not None
         values = pick_dim(heads.v, 1, None if link.all_heads else link.student_index)
-        values = spread_heads(pick_dim(values, 2, link.tokens.student), link.sizes)
+        values = spread_heads(link.tokens.student.pick(values, 2), link.sizes)
         copied = average_heads(
             apply_map(teacher.q, teacher.k, values, teacher.scale, teacher.bias), link.sizes
         )
@@ -140,14 +141,12 @@ def blend(link: Link, copied: Tensor, own: Tensor) -> Tensor:
     """`own` (B, H, N, D) with the heads and tokens that the link covers taken from `copied`."""
     copied = copied.to(own.dtype)
     if link.tokens.student_only:
-        copied = _scatter(
-            copied, pick_dim(own, 1, None if link.all_heads else link.student_index), 2, link.tokens.student
-        )
+        picked = pick_dim(own, 1, None if link.all_heads else link.student_index)
+        copied = _scatter(copied, picked, 2, link.tokens.student.index(own.shape[2]))
     return copied if link.all_heads else _scatter(copied, own, 1, link.student_index)
 
 
-def _scatter(part: Tensor, whole: Tensor, dim: int, index: list[int] | tuple[int, ...] | None) -> Tensor:
-    assert index is not None
+def _scatter(part: Tensor, whole: Tensor, dim: int, index: list[int]) -> Tensor:
     return whole.index_copy(dim, torch.tensor(index, device=whole.device), part)
 
 

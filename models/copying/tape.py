@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from ..attention.base import Heads
+from .grids import Grids
+from .tokens import Tokens, pick_dim
 
 
 @dataclass
 class Step:
     """What one forward pass of a student reads: the teacher's side by teacher layer, and shared drop-path masks."""
 
+    grids: Grids | None = None
+    """Of its images."""
     heads: dict[int, Heads] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
@@ -39,6 +43,10 @@ class Tape:
         return self.step is not None
 
     @property
+    def grids(self) -> Grids | None:
+        return self._step.grids
+
+    @property
     def heads(self) -> dict[int, Heads]:
         return self._step.heads
 
@@ -55,9 +63,9 @@ class Tape:
         assert self.step is not None
         return self.step
 
-    def begin(self) -> None:
+    def begin(self, grids: Grids | None = None) -> None:
         """Begin a step; what the step before gave is forgotten here, and kept where its backward pass needs it."""
-        self.step, self.losses, self.features = Step(), {}, {}
+        self.step, self.losses, self.features = Step(grids), {}, {}
 
     def end(self) -> None:
         """Leave the step: the student is an ordinary model again."""
@@ -82,15 +90,15 @@ class Tape:
         return (Tape, ())
 
 
-def take(heads: Heads, head_index: list[int] | None, token_index: tuple[int, ...] | None) -> Heads:
-    """Some heads and tokens of every tensor; None keeps them all, without a copy."""
+def take(heads: Heads, head_index: list[int] | None, tokens: Tokens) -> Heads:
+    """Some heads and tokens of every tensor; None keeps all heads, without a copy."""
 
     bias = heads.bias
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         bias = pick_dim(bias, 1, head_index if bias.shape[1] > 1 else None)
-        bias = pick_dim(pick_dim(bias, 2, token_index), 3, token_index)
-    return heads.each(lambda x: pick_dim(pick_dim(x, 1, head_index), 2, token_index), bias)
+        bias = tokens.pick(tokens.pick(bias, 2), 3)
+    return heads.each(lambda x: tokens.pick(pick_dim(x, 1, head_index), 2), bias)
 
 
 def spread_heads(x_BHND: Tensor, sizes: list[int]) -> Tensor:
@@ -105,13 +113,3 @@ def average_heads(x_BEND: Tensor, sizes: list[int]) -> Tensor:
     if max(sizes) == 1:
         return x_BEND
     return torch.stack([group.mean(1) for group in x_BEND.split(sizes, dim=1)], dim=1)
-
-
-def pick_dim(x: Tensor, dim: int, index: list[int] | tuple[int, ...] | None) -> Tensor:
-    """`x` at `index` along `dim`: a view where the index is a run, a copy otherwise."""
-    if index is None:
-        return x
-    start = index[0]
-    if list(index) == list(range(start, start + len(index))):
-        return x.narrow(dim, start, len(index))
-    return x.index_select(dim, torch.tensor(index, device=x.device))

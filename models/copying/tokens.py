@@ -5,45 +5,60 @@ Prefix tokens are matched by kind (class, distillation, register by its number),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import TransferError
 from ..families import TokenLayout
+from .grids import GridRule
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a sequence: some of its prefix tokens, in this order, then every patch, however many there are."""
+
+    prefix: tuple[int, ...]
+    num_prefix: int
+    """How many prefix tokens the sequence has."""
+
+    @property
+    def whole(self) -> bool:
+        """All tokens in order: the fast path."""
+        return self.prefix == tuple(range(self.num_prefix))
+
+    def index(self, length: int) -> list[int]:
+        """Their places in a sequence of this length."""
+        return [*self.prefix, *range(self.num_prefix, length)]
+
+    def pick(self, x: Tensor, dim: int) -> Tensor:
+        """`x` at these tokens along `dim`: a view where they are a run, a copy otherwise."""
+        length, start = x.shape[dim], self.num_prefix - len(self.prefix)
+        if self.whole:
+            return x
+        if self.prefix == tuple(range(start, self.num_prefix)):
+            return x.narrow(dim, start, length - start)
+        return x.index_select(dim, torch.tensor(self.index(length), device=x.device))
 
 
 @dataclass(frozen=True)
 class TokenMatch:
-    """Token k of `teacher` stands for token k of `student`; both are indices into their sequences.
+    """Token k of `teacher` stands for token k of `student`, in sequences whose patches lie in one grid.
 
-    None stands for all tokens in order, the fast path. Where grids differ, the teacher's indices are into its
-    sequence after `interpolate_tokens` has brought it to the student's grid.
+    Where grids differ, the teacher's sequence is that which `interpolate_tokens` has brought to the student's grid.
     """
 
-    teacher: tuple[int, ...] | None
-    student: tuple[int, ...] | None
+    teacher: Tokens
+    student: Tokens
     student_only: tuple[int, ...]  # student tokens without a counterpart
     report: tuple[str, ...]  # what was left out or interpolated, in sentences
 
 
-def match_tokens(
-    teacher: TokenLayout, student: TokenLayout, *, interpolate_grid: bool, copy: bool
-) -> TokenMatch:
-    """Match the tokens of two models. Raises `TransferError` for unequal grids.
-
-    Unequal grids are always refused for the copy methods; distillation accepts them with `interpolate_grid`.
-    """
-    report = _check_grids(teacher, student, interpolate_grid, copy)
+def match_tokens(teacher: TokenLayout, student: TokenLayout, rule: GridRule) -> TokenMatch:
+    """Match the tokens of two models. Raises `TransferError` for grids that the rule refuses."""
+    report = rule.check(teacher.grid, student.grid)
     shared = [kind for kind in student.prefix if kind in teacher.prefix]
-    patches = student.grid[0] * student.grid[1]
-    teacher_tokens = [teacher.prefix.index(kind) for kind in shared]
-    teacher_tokens += range(teacher.num_prefix, teacher.num_prefix + patches)
-    student_tokens = [student.prefix.index(kind) for kind in shared]
-    student_tokens += range(student.num_prefix, student.num_prefix + patches)
     teacher_only = [kind for kind in teacher.prefix if kind not in shared]
     student_only = [kind for kind in student.prefix if kind not in shared]
     if teacher_only:
@@ -51,8 +66,8 @@ def match_tokens(
     if student_only:
         report.append(f"student tokens without a counterpart in the teacher: {', '.join(student_only)}")
     return TokenMatch(
-        teacher=_unless_all(teacher_tokens, teacher.num_prefix + patches),
-        student=_unless_all(student_tokens, student.num_tokens),
+        teacher=Tokens(tuple(teacher.prefix.index(kind) for kind in shared), teacher.num_prefix),
+        student=Tokens(tuple(student.prefix.index(kind) for kind in shared), student.num_prefix),
         student_only=tuple(student.prefix.index(kind) for kind in student_only),
         report=tuple(report),
     )
@@ -74,26 +89,11 @@ def interpolate_tokens(x_BHND: Tensor, num_prefix: int, old: tuple[int, int], ne
     return torch.cat((prefix_BHPD, patches_BHND), dim=2)
 
 
-def _check_grids(teacher: TokenLayout, student: TokenLayout, interpolate_grid: bool, copy: bool) -> list[str]:
-    if teacher.grid == student.grid:
-        return []
-    grids = f"the teacher's patch grid is {_size(teacher.grid)} and the student's {_size(student.grid)}"
-    if copy:
-        raise TransferError(
-            f"{grids}, and attention can be copied only between equal grids; set teacher.img_size (or "
-            "student.img_size) so that both models have the same number of patches a side"
-        )
-    if not interpolate_grid:
-        raise TransferError(
-            f"{grids}; set teacher.img_size (or student.img_size) so that they agree, or "
-            "transfer.interpolate_grid=true to interpolate the teacher's attention logits"
-        )
-    return [f"{grids}: the teacher's queries and keys are interpolated, and so its attention logits"]
-
-
-def _size(grid: tuple[int, int]) -> str:
-    return f"{grid[0]}x{grid[1]}"
-
-
-def _unless_all(tokens: Sequence[int], count: int) -> tuple[int, ...] | None:
-    return None if list(tokens) == list(range(count)) else tuple(tokens)
+def pick_dim(x: Tensor, dim: int, index: list[int] | tuple[int, ...] | None) -> Tensor:
+    """`x` at `index` along `dim`: a view where the index is a run, a copy otherwise."""
+    if index is None:
+        return x
+    start = index[0]
+    if list(index) == list(range(start, start + len(index))):
+        return x.narrow(dim, start, len(index))
+    return x.index_select(dim, torch.tensor(index, device=x.device))

@@ -101,7 +101,7 @@ class DualViT(nn.Module):
     def forward(self, images: Tensor) -> DualOutput:
         """One step on images (B, C, H, W) as the student wants them."""
         self._check_in_use()
-        self._tape.begin()
+        self._tape.begin(self.teacher_input.grids(images, self.plan.grids))
         try:
             self._run_teacher(images)
             logits = self._run_student(images)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ...models.conversion import ConvertedAttention
 from ...models.copying.links import Link
 from ...models.copying.operators import COPY_METHODS, Part, Taught, copy_operator, teacher_parts
-from ...models.copying.tape import Tape, pick_dim
+from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_attention, view_blocks, view_whole
 from ...models.errors import TransferError
 from ...models.host import AttentionHost, host_attention
@@ -168,8 +168,8 @@ class _MatchBlock:
         if not self.tape.active:
             return
         pair, tokens = self.link.pair, self.link.tokens
-        student = pick_dim(out, 1, tokens.student)
-        teacher = pick_dim(self.tape.outputs[pair.teacher], 1, tokens.teacher)
+        student = tokens.student.pick(out, 1)
+        teacher = tokens.teacher.pick(self.tape.outputs[pair.teacher], 1)
         if self.projector is not None:
             student = self.projector(student)
         self.tape.record(pair.student, squared_error(student, teacher, None))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...models.attention.base import Heads
 from ...models.attention.fused import attention_with_lse
 from ...models.copying.operators import Part, Taught, softmax
-from ...models.copying.tape import pick_dim
+from ...models.copying.tokens import pick_dim
 from .map_loss import MapLoss
 
 
@@ -24,7 +24,7 @@ class DistillMap(Taught):
     def taught(self, heads: Heads) -> Tensor:
         link, teacher = self.link, self.link.teacher_heads(self.tape)
         lse = None
-        if self.loss.needs_own_rows or link.tokens.student is not None:
+        if self.loss.needs_own_rows or not link.tokens.student.whole:
             out = softmax(heads)
         else:
             assert heads.q is not None
@@ -81,8 +81,8 @@ class MatchOutput(Taught):
         student = pick_dim(out_BHND, 1, None if link.all_heads else link.student_index)
         self.record(
             squared_error(
-                pick_dim(student, 2, link.tokens.student),
-                pick_dim(teacher, 2, link.tokens.teacher),
+                link.tokens.student.pick(student, 2),
+                link.tokens.teacher.pick(teacher, 2),
                 self.projector,
             )
         )

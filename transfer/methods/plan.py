@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...models.copying.links import HeadMap, Link, link_layers
+from ...models.copying.grids import GridRule, has_relative_bias
+from ...models.copying.input import TeacherInput
+from ...models.copying.links import HeadMap, Link
 from ...models.copying.operators import COPY_METHODS, COPY_PARTS
 from ...models.copying.tape import Step, Tape, take
 from ...models.copying.teacher_view import view_attention
@@ -24,6 +25,8 @@ MAP_METHODS = ("copy", "distill")
 DISTILL_PARTS = {"distill_q": "q", "distill_k": "k", "distill_v": "v"}
 HEAD_METHODS = (*MAP_METHODS, *COPY_PARTS, *DISTILL_PARTS, "attention_output")
 LAYER_METHODS = (*HEAD_METHODS, "block_output")
+EQUAL_GRIDS = (*COPY_METHODS, "attention_output", "block_output")
+"""Methods that take something of each patch that cannot be interpolated."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class TransferPlan:
     student: AttentionShape
     notes: tuple[str, ...]
     needs_calibration: bool = False
+    grids: GridRule | None = None
+    """Which patch grids of a batch go together; None where no tokens are matched."""
 
     @property
     def teacher_layers(self) -> set[int]:
@@ -45,7 +50,7 @@ class TransferPlan:
         self,
         teacher: nn.Module,
         student: nn.Module,
-        teacher_input: Callable[[Tensor], Tensor],
+        teacher_input: TeacherInput,
         images: Tensor | None,
     ) -> TransferPlan:
         """Heads assigned layer by layer by the distance of their maps on a batch of images."""
@@ -53,12 +58,12 @@ class TransferPlan:
             raise TransferError(
                 "transfer.heads='match' is measured on a batch of images: give DualViT(calibration=images)"
             )
-        tapes = []
+        tapes, grids = [], teacher_input.grids(images, self.grids)
         for model, layers, batch in (
             (teacher, self.teacher_layers, teacher_input(images)),
             (student, {link.pair.student for link in self.links}, images),
         ):
-            tape = Tape(Step())
+            tape = Tape(Step(grids))
             was_training = model.training
             view_attention(model.eval(), layers, tape, ("q", "k"), output=False)(batch)
             model.train(was_training)
@@ -85,20 +90,19 @@ def resolve_plan(config: TransferConfig, teacher: nn.Module, student: nn.Module)
     notes = (report_mismatch(compare_models(teacher, student)),)
     if config.method not in LAYER_METHODS:
         return TransferPlan(config.method, (), *shapes, notes)
-    layouts = token_layout(teacher), token_layout(student)
-    _check_method(config, teacher, student, *shapes)
-    tokens = match_tokens(
-        *layouts,
-        interpolate_grid=config.interpolate_grid,
-        copy=config.method in COPY_METHODS or config.method in ("attention_output", "block_output"),
+    _check_method(config, student, *shapes)
+    rule = GridRule(
+        copy=config.method in EQUAL_GRIDS,
+        interpolate=config.interpolate_grid,
+        relative_bias=has_relative_bias(teacher),
     )
+    tokens = match_tokens(token_layout(teacher), token_layout(student), rule)
     needs_calibration = config.heads == "match" and config.method in HEAD_METHODS
     heads = _first_heads(config, *shapes) if needs_calibration else _heads(config, *shapes)
     links = tuple(
-        link_layers(pair, heads, tokens, *layouts)
-        for pair in resolve_layers(config.layers, shapes[0].depth, shapes[1].depth)
+        Link(pair, heads, tokens) for pair in resolve_layers(config.layers, shapes[0].depth, shapes[1].depth)
     )
-    return TransferPlan(config.method, links, *shapes, (*tokens.report, *notes), needs_calibration)
+    return TransferPlan(config.method, links, *shapes, (*tokens.report, *notes), needs_calibration, rule)
 
 
 def _heads(config: TransferConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
@@ -121,7 +125,7 @@ def _first_heads(config: TransferConfig, teacher: AttentionShape, student: Atten
 
 
 def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
-    t = take(link.resample(teacher.heads[link.pair.teacher]), None, link.tokens.teacher)
+    t = take(link.resample(teacher), None, link.tokens.teacher)
     s = take(student.heads[link.pair.student], None, link.tokens.student)
     if t.q is None or t.k is None or s.q is None or s.k is None:
         raise AssertionError("a calibration tape holds queries and keys")
@@ -129,9 +133,7 @@ def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
     return match_heads(distance)
 
 
-def _check_method(
-    config: TransferConfig, teacher: nn.Module, student: nn.Module, t: AttentionShape, s: AttentionShape
-) -> None:
+def _check_method(config: TransferConfig, student: nn.Module, t: AttentionShape, s: AttentionShape) -> None:
     method = config.method
     if t.head_dim != s.head_dim:
         widths = f"needs heads of one width, and the teacher's are {t.head_dim} wide and the student's {s.head_dim}"
@@ -148,19 +150,12 @@ def _check_method(
         raise TransferError(
             "student.model_args.attn_drop_rate must be 0: a dropped-out map is not the map that is transferred"
         )
-    if token_layout(teacher).grid != token_layout(student).grid and _has_relative_bias(teacher):
+    drop = getattr(student, "patch_drop", None)
+    if drop is not None and not isinstance(drop, nn.Identity):
         raise TransferError(
-            "transfer.interpolate_grid cannot interpolate a teacher's relative position bias; "
-            "set teacher.img_size so that the patch grids agree"
+            f"student.model_args.patch_drop_rate must be 0 for transfer.method={method}: a dropped patch has no "
+            "counterpart in the teacher"
         )
-
-
-def _has_relative_bias(model: Any) -> bool:
-    if getattr(model, "rel_pos_bias", None) is not None:
-        return True
-    return any(
-        getattr(block.attn, "relative_position_bias_table", None) is not None for block in model.blocks
-    )
 
 
 def _describe_heads(links: tuple[Link, ...]) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.copying.grids import GridRule
 from ...models.copying.links import LayerPair
-from ...models.copying.tape import pick_dim
 from ...models.copying.tokens import TokenMatch, match_tokens
 from ...models.errors import DataError, TransferError, UnsupportedModelError
 from ...models.families import attention_shape, check_supported, token_layout
@@ -124,9 +124,10 @@ class ComparedLayers:
         self, pair: LayerPair, student: Reading, teacher: Reading, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of a pair of blocks as rows, the student's and the teacher's, and which of them are valid."""
-        tokens = (None, None) if self.tokens is None else (self.tokens.student, self.tokens.teacher)
-        student_BND = pick_dim(student.blocks[pair.student], 1, tokens[0])
-        teacher_BND = pick_dim(teacher.blocks[pair.teacher], 1, tokens[1])
+        student_BND, teacher_BND = student.blocks[pair.student], teacher.blocks[pair.teacher]
+        if self.tokens is not None:
+            student_BND = self.tokens.student.pick(student_BND, 1)
+            teacher_BND = self.tokens.teacher.pick(teacher_BND, 1)
         valid_N = valid.repeat_interleave(student_BND.shape[1])
         return student_BND.flatten(0, 1), teacher_BND.flatten(0, 1), valid_N
 
@@ -136,7 +137,7 @@ def compared_layers(teacher: nn.Module, student: nn.Module) -> ComparedLayers:
     try:
         for model in (teacher, student):
             check_supported(model)
-        tokens = match_tokens(token_layout(teacher), token_layout(student), interpolate_grid=False, copy=True)
+        tokens = match_tokens(token_layout(teacher), token_layout(student), GridRule(copy=True))
     except (TransferError, UnsupportedModelError):
         return ComparedLayers()
     depths = attention_shape(teacher).depth, attention_shape(student).depth
