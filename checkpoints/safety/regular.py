@@ -8,7 +8,10 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ...models.errors import CheckpointError
+from ...models.errors import CheckpointError, GraftError
+
+MAX_TEXT = 16 << 20
+"""Bytes of a text file (settings, an index, a card) that is read whole; the largest of these has a few."""
 
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -19,35 +22,43 @@ KINDS = (
 )
 
 
-def check_regular(path: Path, inside: Path | None = None) -> Path:
+def check_regular(
+    path: Path, inside: Path | None = None, *, refusal: type[GraftError] = CheckpointError
+) -> Path:
     """The file that `path` leads to, every link resolved, without opening it.
 
     Args:
+        refusal: the error to raise.
         inside: the folder that `path` belongs to. A link out of it is refused, except where the folder is a
             snapshot of the hub's cache, whose files are links to the `blobs` of the same repository.
 
-    Raises CheckpointError: it is not there, a link leads nowhere, in a circle or out of the folder, or it is a
-    folder, a device, a pipe or a socket.
+    Raises `refusal`: it is not there, a link leads nowhere, in a circle or out of the folder, or it is a folder, a
+    device, a pipe or a socket.
     """
-    resolved = _resolve(path)
-    mode = resolved.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kind = next((words for test, words in KINDS if test(mode)), "no regular file")
-        raise CheckpointError(f"{path} is {kind}, not a file of weights; give the path of a regular file")
-    if inside is not None and not _belongs(resolved, _resolve(inside)):
-        raise CheckpointError(
-            f"{path} is refused: it leads to {resolved}, outside of {inside}; copy the file there"
-        )
+    try:
+        resolved = _resolve(path, refusal)
+        mode = resolved.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = next((words for test, words in KINDS if test(mode)), "something else")
+            raise refusal(f"{path} is {kind}, not a regular file")
+        if inside is not None and not _belongs(resolved, _resolve(inside, refusal)):
+            raise refusal(
+                f"{path} is refused: it leads to {resolved}, outside of {inside}; copy the file there"
+            )
+    except OSError as error:
+        raise refusal(f"{path} cannot be read: {error.strerror or error}") from error
     return resolved
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(
+    path: Path, inside: Path | None = None, *, refusal: type[GraftError] = CheckpointError
+) -> BinaryIO:
     """`path` open for reading, if it is a regular file; never waits for a pipe or a device.
 
-    Raises CheckpointError as `check_regular`, or where it cannot be read.
+    Raises `refusal` as `check_regular`, or where it cannot be read.
     """
+    resolved = check_regular(path, inside, refusal=refusal)
     try:
-        resolved = check_regular(path)
         # what lies there may have changed since: do not wait for a writer, and look again
         descriptor = os.open(
             resolved, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -55,27 +66,50 @@ def open_regular(path: Path) -> BinaryIO:
         file = os.fdopen(descriptor, "rb")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             file.close()
-            raise CheckpointError(f"{path} is no regular file")
+            raise refusal(f"{path} is no regular file")
         return file
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise refusal(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _resolve(path: Path) -> Path:
+def read_regular(
+    path: Path,
+    inside: Path | None = None,
+    *,
+    limit: int = MAX_TEXT,
+    refusal: type[GraftError] = CheckpointError,
+) -> str:
+    """The text of a regular file of at most `limit` bytes, which is UTF-8.
+
+    Raises `refusal` as `open_regular`, or: it is larger, or no such text.
+    """
+    try:
+        with open_regular(path, inside, refusal=refusal) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise refusal(f"{path} is refused: it has more than {limit:,} bytes, which no such file needs")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refusal(f"{path} is damaged: it is no UTF-8 text") from error
+    except OSError as error:
+        raise refusal(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _resolve(path: Path, refusal: type[GraftError]) -> Path:
     try:
         return path.resolve(strict=True)
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise CheckpointError(f"{path} is a link that leads nowhere: {path.readlink()}") from error
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise refusal(f"{path} is a link that leads nowhere: {path.readlink()}") from error
+        raise refusal(f"{path} cannot be read: {error.strerror}") from error
     except RuntimeError as error:  # Python before 3.13
-        raise CheckpointError(f"{path} is a link that leads in a circle") from error
+        raise refusal(f"{path} is a link that leads in a circle") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise CheckpointError(f"{path} is a link that leads in a circle") from error
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise refusal(f"{path} is a link that leads in a circle") from error
+        raise refusal(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name
-        raise CheckpointError(f"{str(path)!r} is no path of a file: {error}") from error
+        raise refusal(f"{str(path)!r} is no path of a file: {error}") from error
 
 
 def _belongs(file: Path, folder: Path) -> bool:
