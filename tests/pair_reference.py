@@ -193,7 +193,7 @@ def layer_loss(
 
 
 def map_loss(pair: Pair, theirs: Tensor, mine: Tensor) -> Tensor:
-    """Cross-entropy, or KL divergence, of the mean of the teachers' maps and the student's, over the heads that learn."""
+    """Cross-entropy, or KL divergence, of the mean of the teacher's maps and the student's, by head."""
     warmth, losses = pair.options.get("temperature", 1.0), []
     maps = (theirs / warmth).softmax(-1)
     for head, group in pair.heads.items():

@@ -90,9 +90,11 @@ def _operator(
     if method == "distill":
         loss = MapLoss(config.loss == "kl", config.temperature, config.rows)
         return DistillMap(link, tape, loss=loss)
-    widths = [shape.num_heads * shape.head_dim for shape in (plan.student, plan.teacher)]
-    joined = config.heads == "all" and plan.student.num_heads != plan.teacher.num_heads
-    projector = _projector(projectors, link, *widths, joined=joined)
+    projector = None
+    if config.heads == "all":  # chosen heads are of one width, and compared one by one
+        widths = [shape.num_heads * shape.head_dim for shape in (plan.student, plan.teacher)]
+        joined = plan.student.num_heads != plan.teacher.num_heads
+        projector = _projector(projectors, link, *widths, joined=joined)
     if method in DISTILL_PARTS:
         return DistillProjection(link, tape, part=cast(Part, DISTILL_PARTS[method]), projector=projector)
     return MatchOutput(link, tape, projector=projector)

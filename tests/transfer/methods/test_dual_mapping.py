@@ -212,3 +212,14 @@ def test_pairs_that_do_not_fit_are_refused_by_name(options: dict[str, object], m
     teacher = tiny(seed=1, **{key: value for key, value in options.items() if key not in transfer})
     with pytest.raises(TransferError, match=message):
         DualViT(teacher, tiny(seed=2), **transfer)
+
+
+@pytest.mark.parametrize("method", ["distill_q", "attention_output"])
+def test_chosen_heads_of_models_of_unequal_width(method: str) -> None:
+    teacher, student = tiny(seed=1, embed_dim=64, num_heads=8), tiny(seed=2)
+    twin, x = copy.deepcopy(student), images()
+    (logits, s), (_, t) = run(twin, x), run(teacher, x)
+    name = "q" if method == "distill_q" else "out"
+    pairs = [(getattr(b, name)[:, [0, 2]], getattr(a, name)[:, [7, 1]]) for a, b in zip(t, s, strict=True)]
+    loss = sum(F.mse_loss(mine, theirs.detach()) for mine, theirs in pairs)
+    agree(DualViT(teacher, student, method, heads="7>0,1>2", weight=1.0), twin, logits, loss, x)
