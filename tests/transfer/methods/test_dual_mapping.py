@@ -223,3 +223,13 @@ def test_chosen_heads_of_models_of_unequal_width(method: str) -> None:
     pairs = [(getattr(b, name)[:, [0, 2]], getattr(a, name)[:, [7, 1]]) for a, b in zip(t, s, strict=True)]
     loss = sum(F.mse_loss(mine, theirs.detach()) for mine, theirs in pairs)
     agree(DualViT(teacher, student, method, heads="7>0,1>2", weight=1.0), twin, logits, loss, x)
+
+
+def test_a_bias_that_other_heads_still_use_is_trained() -> None:
+    teacher, student = tiny(seed=1), tiny("beit_shared", seed=2)
+    dual = DualViT(teacher, student, "copy", heads=[0, 3])
+    dual(images()).logits.square().sum().backward()
+    assert student.rel_pos_bias.relative_position_bias_table.grad.any()
+    dual.release()
+    DualViT(teacher, student, "copy")
+    assert not student.rel_pos_bias.relative_position_bias_table.requires_grad
