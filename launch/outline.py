@@ -32,11 +32,11 @@ def outline_teacher(config: TeacherConfig, size: tuple[int, int], *, empty: bool
     """
     source = str(config.source)
     described = published_config(source)
-    wanted = config.img_size or size
+    wanted = config.image_size(size)
     try:
         model = _create(source, config.model_args | {"img_size": wanted}, empty)
     except ConfigError:
-        if config.img_size is not None:
+        if wanted != size:
             raise
         model = _create(source, config.model_args, empty)
     pretrained = get_pretrained_cfg(source)

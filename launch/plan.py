@@ -20,7 +20,7 @@ from ..models.mae import MaskedAutoencoder
 from ..transfer.config import RunConfig
 from ..transfer.data.loaders import TrainLoader, create_train_loader
 from ..transfer.engine.best import choose
-from ..transfer.engine.build import find_teacher, headless, open_eval_loader
+from ..transfer.engine.build import align_task, find_teacher, headless, open_eval_loader
 from ..transfer.engine.elastic import GlobalBatch, as_started, describe, global_batch
 from ..transfer.engine.labels import freeze_for, head_size, needs_labels, starting_source
 from ..transfer.engine.optim import peak_learning_rate
@@ -35,7 +35,6 @@ from ..transfer.engine.students import (
 )
 from ..transfer.methods.dual import DualViT, build_dual
 from ..transfer.methods.plan import resolve_plan
-from ..transfer.recovery.align import Alignment
 from .memory import describe_memory, estimate_memory, parameter_count
 from .outline import is_timm_name, outline_teacher
 
@@ -125,7 +124,7 @@ def _outline(config: RunConfig, processes: int) -> Outline:
             config.transfer, teacher, student, normalization, _calibration(config, spec)
         )
     elif config.mode == "align" and teacher is not None:
-        Alignment(teacher.model, student, config.align.match).freeze_others()
+        align_task(config, teacher, student, spec)
     freeze_for(config, student if dual is not None else model)
     best = (
         "" if isinstance(loader, GraftError) else _best_words(config, spec, loader, classes, student, teacher)

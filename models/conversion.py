@@ -166,6 +166,13 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
         raise UnsupportedModelError(
             f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
         )
+    embedding = getattr(model, "patch_embed", None)
+    cuts = not getattr(embedding, "strict_img_size", True) and not getattr(embedding, "dynamic_img_pad", True)
+    if cuts and any(side % step for side, step in zip(size, patch, strict=True)):
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, as a model with "
+            "dynamic_img_size needs them: give another img_size"
+        )
     try:
         cast(Any, model).set_input_size(img_size=size)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:

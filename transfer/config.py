@@ -49,6 +49,11 @@ class TeacherConfig(Section):
         description="how position embeddings are resampled: timm's antialiased bicubic, or MAE's plain bicubic",
     )
 
+    def image_size(self, student: tuple[int, int]) -> int | tuple[int, int]:
+        """Of the teacher's images: as it is given, else the student's."""
+        size: int | tuple[int, int] = self.img_size or self.model_args.get("img_size") or student
+        return size
+
 
 class StudentConfig(Section):
     """The model that learns. It is a timm model; a plan, or a method that copies, changes its attention."""

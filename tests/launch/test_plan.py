@@ -15,10 +15,11 @@ from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.launch.outline import outline_teacher
 from graftvit.launch.plan import describe_plan
-from graftvit.models.errors import ConfigError, GraftError
+from graftvit.models.errors import ConfigError, GraftError, TransferError
 from graftvit.transfer.config import TeacherConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
+from support.tiny_weights import write_stand_in
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 STUDENT = [
@@ -195,6 +196,53 @@ def test_what_does_not_go_together_is_refused(
     assert captured.out == ""
     assert captured.err.startswith("graftvit: error: ")
     assert part in captured.err
+
+
+DINOV3 = {"img_size": 64, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
+
+
+@pytest.fixture
+def free(tmp_path: Path) -> str:
+    """A teacher that takes any image size; its folder says nothing of 8 pixels a side."""
+    return write_stand_in("vit_small_patch16_dinov3.lvd1689m", tmp_path / "dinov3", DINOV3, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [([], (4, 4)), (["teacher.img_size=32"], (8, 8)), (["teacher.model_args.img_size=32"], (8, 8))],
+)
+def test_the_size_of_a_teacher_that_takes_any(
+    size: list[str], grid: tuple[int, int], free: str, tmp_path: Path
+) -> None:
+    overrides = [
+        *STUDENT, "dataset=digits", f"teacher={free}", "method=feature", f"output_dir={tmp_path / 'run'}", *size,
+    ]  # fmt: skip
+    plan = rows(describe_plan(load_config(None, overrides)))["transfer"]
+    dual: Any = build(load_config(None, overrides)).task.dual  # type: ignore[attr-defined]
+    images = torch.randn(2, 3, 16, 16)
+    assert dual.teacher_input.grids(images, None).teacher == grid
+    assert dual.teacher_input(images).shape[-2:] == tuple(4 * side for side in grid)
+    assert ("resized to (32, 32)" in plan) == bool(size)
+    assert ("resized to (32, 32)" in dual.describe()) == bool(size)
+    if not size:
+        return
+    copying = load_config(None, [*overrides, "method=copy"])
+    sentences = []
+    for attempt in (describe_plan, build):
+        with pytest.raises(TransferError, match="patch grid is 8x8 and the student's 4x4") as refused:
+            attempt(copying)
+        sentences.append(str(refused.value))
+    assert sentences[0] == sentences[1]
+
+
+def test_a_teacher_of_another_grid_is_refused_before_alignment(teacher: str, tmp_path: Path) -> None:
+    overrides = [
+        *STUDENT, "dataset=digits", f"teacher={teacher}", "mode=align", "plan=*: linear", "teacher.img_size=32",
+        f"output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    for attempt in (describe_plan, build):
+        with pytest.raises(TransferError, match=r"cls \+ 8x8 patches"):
+            attempt(load_config(None, overrides))
 
 
 def test_a_timm_teacher_is_outlined_without_storage() -> None:

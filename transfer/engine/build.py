@@ -149,7 +149,7 @@ def find_teacher(config: RunConfig, size: tuple[int, int], commit: str | None = 
         source,
         model=config.teacher.model,
         model_args=config.teacher.model_args,
-        img_size=config.teacher.img_size or size,
+        img_size=config.teacher.image_size(size),
         position_embedding=config.teacher.position_embedding,
         revision=commit or config.teacher.revision,
     )
@@ -207,6 +207,13 @@ def _calibration(config: RunConfig, spec: Preprocessing) -> Tensor:
         return next(create_train_loader(config.data, spec, seed=config.seed, labels=False).epoch(0))[0]
 
 
+def align_task(config: RunConfig, teacher: Teacher, student: nn.Module, spec: Preprocessing) -> AlignTask:
+    """The student's converted layers beside the teacher's, on the images that the teacher wants."""
+    norms = Normalization(teacher.mean, teacher.std), Normalization(spec.mean, spec.std)
+    teacher_input = TeacherInput(teacher.model, student, *norms)
+    return AlignTask(Alignment(teacher.model, student, config.align.match), teacher_input)
+
+
 def _task(
     config: RunConfig, student: nn.Module, plan: StudentPlan, teacher: Teacher | None, spec: Preprocessing
 ) -> Task:
@@ -214,9 +221,7 @@ def _task(
         settings = config.pretrain.model_dump()
         task: Task = PretrainTask(MaskedAutoencoder(student, **settings))
     elif config.mode == "align" and teacher is not None:
-        norms = Normalization(teacher.mean, teacher.std), Normalization(spec.mean, spec.std)
-        teacher_input = TeacherInput(teacher.model, student, *norms)
-        task = AlignTask(Alignment(teacher.model, student, config.align.match), teacher_input)
+        task = align_task(config, teacher, student, spec)
     elif config.mode == "transfer" and teacher is not None:
         calibration = _calibration(config, spec) if config.transfer.heads == "match" else None
         normalization = Normalization(spec.mean, spec.std)

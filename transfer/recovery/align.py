@@ -11,12 +11,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...models.attention.base import AttentionOperator, Heads
+from ...models.attention.base import AttentionOperator, Geometry, Heads
 from ...models.attention.softmax import Softmax
 from ...models.conversion import ConvertedAttention, converted_layers
 from ...models.copying.teacher_view import shallow, truncated
 from ...models.errors import TransferError
-from ...models.families import attention_blocks, attention_shape, check_supported
+from ...models.families import (
+    TokenLayout,
+    attention_blocks,
+    attention_shape,
+    check_supported,
+    patch_grid,
+    token_layout,
+)
 from ...models.host import AttentionHost
 from .layer_losses import LAYER_LOSSES, LayerLoss, check_layer_loss
 
@@ -73,6 +80,12 @@ class Alignment(nn.Module):
             raise TransferError(
                 f"the teacher has {shapes[0]} and the student {shapes[1]}: alignment needs the same"
             )
+        layouts = token_layout(teacher), token_layout(student)
+        if layouts[0] != layouts[1]:
+            raise TransferError(
+                f"the teacher's tokens are {_words(layouts[0])}, the student's {_words(layouts[1])}: alignment needs "
+                "the same; leave teacher.img_size out, or set it so that the patch grids agree"
+            )
         for index, layer in layers.items():
             check_layer_loss(loss, index, str(layer.choice), cast(AttentionOperator, layer.operator))
         self.student = student
@@ -94,6 +107,7 @@ class Alignment(nn.Module):
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """The loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
         (view,) = self._view
+        self._take_grid(cast(Any, view).model.patch_embed, (images.shape[-2], images.shape[-1]))
         with torch.no_grad():
             view(images)
         losses = {}
@@ -101,6 +115,21 @@ class Alignment(nn.Module):
             assert host.last_loss is not None
             losses[index], host.last_loss = host.last_loss, None
         return losses
+
+    def _take_grid(self, embedding: nn.Module, images: tuple[int, int]) -> None:
+        """Let the student's operators have the teacher's grid of these images: their own model does not run.
+
+        TransferError where the student has one grid, and this is another.
+        """
+        grid, student = patch_grid(embedding, images), cast(Any, self.student)
+        own = token_layout(student).grid
+        if grid != own and student.patch_embed.strict_img_size:
+            raise TransferError(
+                f"images of {images[0]}x{images[1]} have the patch grid {grid[0]}x{grid[1]} in the teacher, and the "
+                f"student has {own[0]}x{own[1]} alone: align them on images of the student's size"
+            )
+        for layer in converted_layers(student).values():
+            layer.tokens.geometry = Geometry(layer.tokens.geometry.num_prefix, grid)
 
     def used_parameters(self) -> list[nn.Parameter]:
         """The student's parameters that a loss depends on: of converted layers, all but the output projection."""
@@ -122,3 +151,7 @@ class Alignment(nn.Module):
         self._view[0]._apply(fn)  # the teacher is no part of the module, but goes where it goes
         super()._apply(fn, recurse)
         return self
+
+
+def _words(layout: TokenLayout) -> str:
+    return " + ".join((*layout.prefix, f"{layout.grid[0]}x{layout.grid[1]} patches"))

@@ -29,7 +29,7 @@ def calibration_batches(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
-        img_size=how.img_size or ours.preprocessing.input_size[1:],
+        img_size=how.image_size(ours.preprocessing.input_size[1:]),
         position_embedding=how.position_embedding,
         revision=how.revision,
     )

@@ -10,7 +10,7 @@ import timm
 import torch
 from graftvit.models.attention.base import Geometry
 from graftvit.models.attention.softmax import softmax_rows
-from graftvit.models.conversion import convert, converted_layers, new_parameters
+from graftvit.models.conversion import convert, converted_layers, new_parameters, resize
 from graftvit.models.errors import TransferError
 from graftvit.transfer.recovery.align import Alignment
 from graftvit.transfer.recovery.layer_losses import (
@@ -136,6 +136,27 @@ def test_mistakes_are_named() -> None:
         Alignment(teacher, convert(teacher, "*: kernel(feature=relu)"), "rows")
     with pytest.raises(TransferError, match="alignment needs the same"):
         Alignment(vit(depth=2), convert(teacher, "*: linear"))
+    with pytest.raises(
+        TransferError,
+        match=r"cls \+ 6x4 patches, .* cls \+ 4x6 patches: alignment needs the same; leave teacher\.img_size",
+    ):
+        Alignment(vit(img_size=(24, 16)), convert(teacher, "*: linear"))
+    free, fixed = vit(dynamic_img_size=True), convert(teacher, "*: linear")
+    with pytest.raises(TransferError, match="images of 24x16 have the patch grid 6x4 in the teacher"):
+        Alignment(free, fixed)(torch.zeros(1, 3, 24, 16))
+
+
+def test_images_of_another_size_have_their_own_grid() -> None:
+    free = vit(dynamic_img_size=True).double()
+    images = torch.randn(2, 3, 24, 8, dtype=torch.float64)
+    found = Alignment(free, convert(free, "*: window(window=2)"))(images)
+    sized = convert(free, "*: window(window=2)")
+    for model in (sized, free):
+        resize(model, (24, 8))
+    wanted = Alignment(free, sized)(images)
+    assert {index: float(loss) for index, loss in found.items()} == {
+        index: pytest.approx(float(loss), rel=1e-12) for index, loss in wanted.items()
+    }
 
 
 def test_new_parameters_are_those_of_operators() -> None:
