@@ -13,6 +13,7 @@ from torch import nn
 from ..models.conversion import plan_size
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError
+from ..models.families import check_patches
 from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
 from .copying import described_architecture, make_whole, refuse_as_start
@@ -87,6 +88,7 @@ def load_teacher(
             attention was never trained.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
+    UnsupportedModelError: the model does not take images of this size.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
     weights = make_whole(read_source(source, asked, revision), load_teacher, bare=bare)
@@ -95,6 +97,7 @@ def load_teacher(
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
     plan = plan_model(weights, asked, model, img_size, num_classes)
     built = build(plan.architecture, plan.arguments)
+    check_patches(built)
     report = fit(built, plan.weights, role="teacher", method=position_embedding, classifiers=plan.classifiers)
     if later is not None:
         report = resize_loaded(built, later, position_embedding, report)

@@ -18,7 +18,7 @@ from . import small  # noqa: F401  timm knows the small models from here on, as 
 from .attention.base import AttentionOperator, Geometry, LayerShape, Traits
 from .calibration import calibrate_layers
 from .errors import UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported, token_layout
+from .families import attention_blocks, attention_shape, check_patches, check_supported, token_layout
 from .host import AttentionHost
 from .initialise import Weights, initialise
 from .operators import check_choice, create_operator
@@ -166,13 +166,7 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
         raise UnsupportedModelError(
             f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
         )
-    embedding = getattr(model, "patch_embed", None)
-    cuts = not getattr(embedding, "strict_img_size", True) and not getattr(embedding, "dynamic_img_pad", True)
-    if cuts and any(side % step for side, step in zip(size, patch, strict=True)):
-        raise UnsupportedModelError(
-            f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, as a model with "
-            "dynamic_img_size needs them: give another img_size"
-        )
+    check_patches(model, size)
     try:
         cast(Any, model).set_input_size(img_size=size)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
@@ -109,6 +109,27 @@ def patch_grid(embedding: Any, images: tuple[int, int]) -> tuple[int, int]:
     no patch, or one that is filled up."""
     height, width = embedding.dynamic_feat_size(images)
     return int(height), int(width)
+
+
+def fills(embedding: Any, images: tuple[int, int]) -> bool:
+    """Whether a patch embedding takes images of this size (height, width), if it takes any: whole patches alone, unless
+    it pads them. One of a single size takes what it was built for and leaves out what is over."""
+    if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", True):
+        return True
+    patch = embedding.patch_size
+    return images[0] % int(patch[0]) == 0 and images[1] % int(patch[1]) == 0
+
+
+def check_patches(model: Any, size: tuple[int, int] | None = None) -> None:
+    """UnsupportedModelError where a model that takes any image size cannot take this one, by default its own."""
+    embedding = getattr(model, "patch_embed", None)
+    size = getattr(embedding, "img_size", None) if size is None else size
+    if size is not None and not fills(embedding, size):
+        patch = cast(Any, embedding).patch_size
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, as a model with "
+            "dynamic_img_size needs them: give another img_size"
+        )
 
 
 def attention_shape(model: nn.Module) -> AttentionShape:

@@ -42,7 +42,7 @@ class TeacherConfig(Section):
     model_args: dict[str, Any] = Field({}, description="keyword arguments of the teacher's timm constructor")
     img_size: int | tuple[int, int] | None = Field(
         None,
-        description="resolution to resample the teacher to; the student's by default where the teacher allows",
+        description="image size that the teacher is resampled to and shown; the student's by default",
     )
     position_embedding: Literal["timm", "mae"] = Field(
         "timm",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..errors import TransferError
-from ..families import patch_grid
+from ..families import fills, patch_grid
 
 Size = tuple[int, int]
 """Height and width."""
@@ -131,8 +131,7 @@ def _take(embedding: Any, name: str, images: Size) -> Size:
             f"{name}.img_size, or build it with {name}.model_args.dynamic_img_size=true"
         )
     grid = patch_grid(embedding, images)
-    cut = not embedding.strict_img_size and not embedding.dynamic_img_pad
-    if min(grid) < 1 or (cut and (images[0] % patch[0] or images[1] % patch[1])):
+    if min(grid) < 1 or not fills(embedding, images):
         raise TransferError(
             f"images of {words(images)} are not whole patches of {words(patch)}, as the {name} needs them: "
             f"set {name}.img_size to whole patches, such as {words(_whole(images, patch))}"

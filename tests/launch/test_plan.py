@@ -11,6 +11,7 @@ import torch
 from engine_runs import config as short_run
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
+from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.launch.outline import outline_teacher
@@ -233,6 +234,19 @@ def test_the_size_of_a_teacher_that_takes_any(
             attempt(copying)
         sentences.append(str(refused.value))
     assert sentences[0] == sentences[1]
+
+
+@pytest.mark.parametrize("mode", ["scratch", "transfer"])
+def test_a_student_that_takes_any_size_needs_whole_patches(mode: str, teacher: str, tmp_path: Path) -> None:
+    overrides = [
+        *STUDENT, "dataset=digits", f"mode={mode}", "student.model_args.dynamic_img_size=true", "student.img_size=18",
+        f"output_dir={tmp_path / 'run'}", *([f"teacher={teacher}"] if mode == "transfer" else []),
+    ]  # fmt: skip
+    for attempt in (describe_plan, build):
+        with pytest.raises(GraftError, match="images of 18x18 are not whole patches of 4x4"):
+            attempt(load_config(None, overrides))
+    with pytest.raises(GraftError, match="images of 18x18 are not whole patches of 4x4"):
+        load_teacher(teacher, img_size=18, model_args={"dynamic_img_size": True})
 
 
 def test_a_teacher_of_another_grid_is_refused_before_alignment(teacher: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ...checkpoints.teacher import Teacher, load_teacher, read_preprocessing
 from ...models.conversion import with_plan
 from ...models.copied import Copying, copying_of, with_copying
 from ...models.errors import ConfigError, did_you_mean
+from ...models.families import check_patches
 from ...models.mirror import mirror_arguments
 from ..config import RunConfig, StudentConfig
 from ..data.augment import with_settings
@@ -39,7 +40,10 @@ class StudentPlan:
         return {"architecture": name, "model_args": arguments, **self.preprocessing.described()}
 
     def create(self, drop_path: float = 0.0) -> nn.Module:
-        """A fresh model; ConfigError in timm's words where it refuses the arguments."""
+        """A fresh model; ConfigError in timm's words where it refuses the arguments.
+
+        UnsupportedModelError: it does not take images of this size.
+        """
         try:
             model: nn.Module = timm.create_model(
                 self.architecture, drop_path_rate=drop_path, **self.arguments
@@ -49,6 +53,7 @@ class StudentPlan:
                 f"student.model={self.architecture!r} cannot be built with {self.arguments}: "
                 f"{error or 'timm refused them'}"
             ) from error
+        check_patches(model)
         return model
 
 
