@@ -16,7 +16,6 @@ METHODS = [
     "attention_output", "block_output", "feature", "logits",
 ]  # fmt: skip
 PROJECTIONS = ("distill_q", "distill_k", "distill_v")
-ROTARY = ("eva02", "dinov3")
 GRIDS = [(2, 3), (3, 2), (2, 2), (1, 3)]
 NORMS = [(1.0, 0.0), (2.0, 0.5), (0.5, -0.25)]  # exact in float32
 Draw = Any
@@ -29,7 +28,8 @@ class Case:
     teacher: dict[str, Any]
     student: dict[str, Any]
     pair: Pair
-    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+    """Of the images: that of the student, and others where both models take any."""
 
     def models(self) -> tuple[nn.Module, nn.Module]:
         return tiny(seed=1, **self.teacher), tiny(seed=2, **self.student)
@@ -44,15 +44,20 @@ class Case:
 
 @st.composite
 def cases(draw: Draw) -> Case:
-    method = draw(st.sampled_from(METHODS))
+    method, dynamic = draw(st.sampled_from(METHODS)), draw(st.booleans())
     student = _model(draw, draw(st.sampled_from(GRIDS)), 8)
     grid = tuple(side // 8 for side in student["img_size"])
     other = method in ("distill", *PROJECTIONS) and draw(st.booleans())
     patch = draw(st.sampled_from([4, 8]))
     teacher = _model(draw, draw(st.sampled_from(GRIDS)) if other else grid, patch)
     differs = tuple(side // patch for side in teacher["img_size"]) != grid
-    if differs and "beit" in teacher["family"]:
-        teacher["family"] = "vit"  # a relative position bias is not interpolated
+    for model in (teacher, student):
+        if "beit" in model["family"] and (dynamic or (differs and model is teacher)):
+            model["family"] = "vit"  # a relative position bias has one size, and is not interpolated
+    sizes = [student["img_size"]]
+    if dynamic:
+        teacher["dynamic_img_size"] = student["dynamic_img_size"] = True
+        sizes += [(8 * height, 8 * width) for height, width in draw(st.permutations(GRIDS))[:2]]
     if method == "distill" or (method in ("copy_q", "copy_k", "copy_v") and not _alike(teacher, student)):
         teacher |= {name: student[name] for name in ("embed_dim", "num_heads")}
     options: dict[str, Any] = {"weight": draw(st.sampled_from([1.0, 3.0]))}
@@ -70,7 +75,7 @@ def cases(draw: Draw) -> Case:
     layers = _layers(draw, method, teacher["depth"], student["depth"], options)
     heads = _heads(draw, method, teacher, student, options)
     scale, shift = draw(st.sampled_from(NORMS))
-    return Case(teacher, student, Pair(method, layers, heads, options, scale, shift), student["img_size"])
+    return Case(teacher, student, Pair(method, layers, heads, options, scale, shift), tuple(sizes))
 
 
 def _model(draw: Draw, grid: tuple[int, ...], patch: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def expected(
 ) -> tuple[Tensor, Tensor]:
     """The student's logits and the weighted transfer loss."""
     with torch.no_grad():
-        shown = resized(x * pair.scale + pair.shift, teacher)
+        shown = resized(x * pair.scale + pair.shift, teacher, student)
         target = Target(teacher, student, shown, x)
     if pair.method.startswith("copy"):
         logits, _ = run(student, x, copying(pair, target))
@@ -55,8 +55,14 @@ def expected(
     return logits, loss * pair.options.get("weight", 3.0)
 
 
-def resized(x: Tensor, teacher: Any) -> Tensor:
+def resized(x: Tensor, teacher: Any, student: Any) -> Tensor:
+    """At the teacher's own size; with as many more patches as the student has where the teacher takes any size."""
     size = tuple(teacher.patch_embed.img_size)
+    if x.shape[-2:] != student.patch_embed.img_size and not teacher.patch_embed.strict_img_size:
+        ours, theirs = student.patch_embed, teacher.patch_embed
+        growth = [n // p / g for n, p, g in zip(x.shape[-2:], ours.patch_size, ours.grid_size, strict=True)]
+        patches = [max(1, int(g * more + 0.5)) for g, more in zip(theirs.grid_size, growth, strict=True)]
+        size = tuple(n * p for n, p in zip(patches, theirs.patch_size, strict=True))
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bicubic", antialias=True)
 
 

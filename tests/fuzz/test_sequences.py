@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointError
 
 COUNT = int(os.environ.get("GRAFTVIT_FUZZ") or 0)
 TOLERANCE = 1e-9
+FLOAT32 = 1e-6  # timm resamples position embeddings in it
 CALLS = [
     "forward", "forward", "forward", "forward under autocast", "forward without gradient", "backward", "backward",
     "backward of all", "backward twice", "predict", "predict with gradient", "the student alone", "eval", "train",
@@ -95,7 +96,8 @@ class Session:
         return World(dual, twin, copy.deepcopy(dual.projectors), call)
 
     def run(self, name: str, world: World, number: int) -> None:
-        x = images(batch=1 + number % 2, seed=number, size=self.case.size)
+        sizes = self.case.sizes
+        x = images(batch=1 + number % 2, seed=number, size=sizes[number % len(sizes)])
         if name.startswith("forward"):
             self.forward(world, x, name)
         elif name.startswith("backward"):
@@ -158,6 +160,8 @@ class Session:
 
     def wait(self, world: World, loss: Tensor, reference: Tensor) -> None:
         gradients = torch.autograd.grad(reference, world.parameters[1], allow_unused=True)
+        trained = [parameter.requires_grad for parameter in world.parameters[0]]  # some are frozen for DDP
+        gradients = tuple(grad if wanted else None for grad, wanted in zip(gradients, trained, strict=True))
         self.pending.append(Pending(world, loss, gradients, world.changes))
 
     def backward(self, name: str, number: int) -> None:
@@ -189,7 +193,7 @@ class Session:
     def compare(self, world: World) -> None:
         ours = [torch.zeros_like(p) if p.grad is None else p.grad for p in world.parameters[0]]
         vectors = [torch.cat([grad.flatten() for grad in grads]) for grads in (ours, world.gradients)]
-        assert relative_error(*vectors) < TOLERANCE
+        assert relative_error(*vectors) < (TOLERANCE if len(self.case.sizes) == 1 else FLOAT32)
 
     def change(self, world: World, name: str, number: int) -> None:
         world.changes += 1
@@ -223,9 +227,12 @@ class Session:
             dual = pickle.loads(pickle.dumps(world.dual)) if name == "pickle" else copy.deepcopy(world.dual)
         made = self.world(dual)
         made.taught = world.taught or name == "wrap again"
-        made.gradients = [grad.clone() for grad in world.gradients]
-        if name in ("wrap again", "with_student"):  # projectors of their own
-            made.forget_gradients()
+        made.forget_gradients()  # which stay behind where parameters are copied
+        if name == "wrap again":  # what waits is of the same student, with projectors of its own
+            self.pending = [each for each in self.pending if each.world is not world or not world.projectors]
+            for each in self.pending:
+                if each.world is world:
+                    each.world, each.changes = made, -1
         self.worlds.append(made)
 
 

@@ -66,7 +66,9 @@ def install(
             continue
         host.operator = operator
         changes.frozen += _freeze_unused(host, operator)
-    if not any({"q", "k"} & set(getattr(host.operator, "taught_needs", host.operator.needs)) for host in hosts):
+    if not any(
+        {"q", "k"} & set(getattr(host.operator, "taught_needs", host.operator.needs)) for host in hosts
+    ):
         changes.frozen += _freeze(getattr(student, "rel_pos_bias", None))
     return installed
 
