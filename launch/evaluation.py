@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoints.preprocessing import Preprocessing
-from ..models.copying.input import Normalization, TeacherInput
+from ..models.copying.input import Normalization, Renormalized
 from ..models.errors import ConfigError
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
@@ -164,7 +164,13 @@ def _against(
     teacher = load_candidate(source, how)
     model = teacher.module
     norms = Normalization(teacher.spec.mean, teacher.spec.std), Normalization(spec.mean, spec.std)
-    shown = TeacherInput(model, candidates[0].module, *norms).to(accelerator.device)
+    channels, *size = teacher.spec.input_size
+    if channels != spec.input_size[0]:
+        raise ConfigError(
+            f"--against {source}: it takes images of {channels} channels, and the models measured take "
+            f"{spec.input_size[0]}"
+        )
+    shown = Renormalized(channels, *norms, (size[0], size[1])).to(accelerator.device)
     teacher.module.to(accelerator.device).eval()
     layers: dict[str, ComparedLayers] = {
         each.name: compared_layers(model, each.module) for each in candidates

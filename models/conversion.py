@@ -160,7 +160,7 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
 
     Raises UnsupportedModelError: the family cannot, or the patches do not fit.
     """
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if any(side < least for side, least in zip(size, patch, strict=True)):
         raise UnsupportedModelError(

@@ -19,27 +19,22 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
-class TeacherInput(nn.Module):
-    """x · std_s / std_t + (mean_s − mean_t) / std_t, then a bicubic resize where the teacher's resolution differs.
-
-    The teacher sees the student's images at its own size; `Embeddings.teacher_size` says how those of another size.
-    """
+class Renormalized(nn.Module):
+    """x · std_s / std_t + (mean_s − mean_t) / std_t, then a bicubic resize to `size`, where it is given."""
 
     scale: Tensor
     shift: Tensor
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
+        self,
+        channels: int,
+        teacher_norm: Normalization,
+        student_norm: Normalization,
+        size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        channels = [int(model.patch_embed.proj.in_channels) for model in (teacher, student)]  # type: ignore[union-attr, arg-type]
-        if channels[0] != channels[1]:
-            raise TransferError(
-                f"teacher takes {channels[0]} image channels and student {channels[1]}; "
-                "set student.model_args.in_chans or teacher.model_args.in_chans so that they agree"
-            )
         teacher_mean, teacher_std, mean, std = (
-            torch.tensor(values, dtype=torch.float64).expand(channels[0])
+            torch.tensor(values, dtype=torch.float64).expand(channels)
             for values in (*teacher_norm, *student_norm)
         )
         self.register_buffer("scale", (std / teacher_std).float().view(-1, 1, 1), persistent=False)
@@ -47,21 +42,45 @@ class TeacherInput(nn.Module):
             "shift", ((mean - teacher_mean) / teacher_std).float().view(-1, 1, 1), persistent=False
         )
         self.same_normalization = teacher_norm == student_norm
-        self.embeddings = Embeddings(teacher, student)
-        self.embeddings.grids(
-            self.embeddings.own_sizes[1]
-        )  # a size that a model does not take is refused at once
+        self.size = size
+
+    def teacher_size(self, images: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which images of this size are shown."""
+        return images if self.size is None else self.size
 
     def forward(self, images: Tensor) -> Tensor:
-        size = self.embeddings.teacher_size((images.shape[-2], images.shape[-1]))
+        size = self.teacher_size((images.shape[-2], images.shape[-1]))
         if not self.same_normalization:
             images = images * self.scale + self.shift
-        if images.shape[-2:] != size:
-            precise = images.to(
-                torch.promote_types(images.dtype, torch.float32)
-            )  # torch has none in half precision
+        if images.shape[-2:] != size:  # in float32, for torch has no such resize in half precision
+            precise = images.to(torch.promote_types(images.dtype, torch.float32))
             images = F.interpolate(precise, size, mode="bicubic", antialias=True).to(images.dtype)
         return images
+
+
+class TeacherInput(Renormalized):
+    """The images of a student, as a teacher of it is shown them.
+
+    It sees them at its own size; `Embeddings.teacher_size` says how those of another size than the student's own.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
+    ) -> None:
+        channels = [int(model.patch_embed.proj.in_channels) for model in (teacher, student)]  # type: ignore[union-attr, arg-type]
+        if channels[0] != channels[1]:
+            raise TransferError(
+                f"teacher takes {channels[0]} image channels and student {channels[1]}; "
+                "set student.model_args.in_chans or teacher.model_args.in_chans so that they agree"
+            )
+        super().__init__(channels[0], teacher_norm, student_norm)
+        self.embeddings = Embeddings(teacher, student)
+        _, own = self.embeddings.own_sizes
+        self.embeddings.grids(own)  # a size that a model does not take is refused at once
+
+    def teacher_size(self, images: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which images of this size are shown."""
+        return self.embeddings.teacher_size(images)
 
     def grids(self, images: Tensor, rule: GridRule | None) -> Grids:
         """The patch grids of teacher and student for these images.

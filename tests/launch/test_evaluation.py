@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.candidates import predictor
@@ -14,6 +15,7 @@ from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.train import train
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 3}
@@ -101,6 +103,32 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(
     moved = f"local-dir:{tmp_path / 'moved'}"
     again = scores(capsys, tmp_path, moved, "--dataset", "digits", "--batch_size", "20")[moved]
     assert again["top1"] == found["top1"]
+
+
+def test_a_teacher_of_any_kind_is_shown_its_own_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformer = save(tmp_path / "vit", 0)
+    free = save(tmp_path / "free", 1, img_size=32, dynamic_img_size=True)
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", num_classes=10)
+    small = {"pretrained_cfg": {**network.pretrained_cfg, "input_size": (3, 32, 32)}}
+    save_for_hf(network, str(tmp_path / "cnn"), model_config=small, safe_serialization=True)
+    vit, cnn, other = (f"local-dir:{tmp_path / name}" for name in ("vit", "cnn", "free"))
+    words = ("--dataset", "digits", "--metrics", "distance")
+    for student, teacher in ((cnn, vit), (vit, cnn)):
+        assert 0 < scores(capsys, tmp_path, student, *words, "--against", teacher)[student]["cka"] <= 1
+    found = scores(capsys, tmp_path, vit, *words, "--against", other)[vit]
+    images, _ = digits(Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3, crop_pct=0.9))
+    with torch.no_grad():
+        ours = transformer.forward_head(transformer.forward_features(images), pre_logits=True)
+        images = F.interpolate(images, (32, 32), mode="bicubic", antialias=True)
+        theirs = free.forward_head(free.forward_features(images), pre_logits=True)
+    assert found["cosine"] == pytest.approx(float(F.cosine_similarity(ours, theirs).mean()), rel=1e-3)
+    save(tmp_path / "grey", 0, in_chans=1)
+    grey = f"local-dir:{tmp_path / 'grey'}"
+    assert main(["evaluate", vit, *words, "--against", grey, "--device", "cpu", "--workers", "0"]) == 2
+    assert "takes images of 1 channels" in capsys.readouterr().err
 
 
 def test_images_are_renormalised() -> None:
