@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
 from torch.utils.data import IterableDataset
 
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from .classes import keep_classes, wanted_classes
 from .digits import DigitsSource
-from .folders import tidy
+from .folders import FolderSource, Found, count_shared, find_images
 from .hub import open_hub
 from .images import ImageSource, ReaderSource, TorchvisionSource
-from .numbering import number_by_name
-from .readers import IMAGE_TYPES, create
+from .numbering import MODEL, TRAINING, number_by_name
+from .readers import create
 from .splits import EVAL_NAMES, TRAIN_NAMES, synonyms
 
 logger = logging.getLogger(__name__)
@@ -48,14 +47,22 @@ def has_split(config: DataConfig, split: str) -> bool:
 
 
 def open_dataset(
-    config: DataConfig, split: str, channels: int, *, training: bool, seed: int = 0, by_training: bool = True
+    config: DataConfig,
+    split: str,
+    channels: int,
+    *,
+    training: bool,
+    seed: int = 0,
+    by_training: bool = True,
+    names: Sequence[str] | None = None,
 ) -> ImageSource | IterableDataset[Any]:
     """The images of a split with `channels` 1 (grey) or 3 (RGB); a stream for wds, hfids and tfds.
 
-    Labels go by name: a class has the number that it has in the training split, or, without `by_training`, in its own.
+    Labels go by name: a class has its place in `names`, those of a model's outputs; else the number that it has in the
+    training split, or, without `by_training`, in its own.
 
-    Raises DataError for a folder, package or split that is not there, and for a class that the training split has not;
-    ConfigError for an unknown `dataset`.
+    Raises DataError for a folder, package or split that is not there, and for a class that `names` or the training
+    split has not; ConfigError for an unknown `dataset`.
     """
     if channels not in MODES:
         raise DataError(f"images of {channels} channels cannot be read; a model's in_chans must be 1 or 3")
@@ -63,12 +70,18 @@ def open_dataset(
     family = _check_family(name)
     _check_place(config, family)
     found = _open(config, name, family, split, MODES[channels], training, seed)
-    if not isinstance(found, IterableDataset):
-        names = _training_names(config, family, split, MODES[channels]) if by_training else None
-        return number_by_name(keep_classes(config, found), split, names)
-    if config.classes is not None:
-        raise ConfigError(f"data.classes needs labels by index; {config.dataset} is a stream")
-    return found
+    if isinstance(found, IterableDataset):
+        if config.classes is not None:
+            raise ConfigError(f"data.classes needs labels by index; {config.dataset} is a stream")
+        return found
+    source = keep_classes(config, found)
+    if names is not None:
+        return number_by_name(source, split, names, MODEL)
+    if not by_training or split == config.train_split:
+        return source
+    trained = _training_names(config, family, found, split, MODES[channels])
+    # `data.classes` numbers each split alike
+    return source if config.classes is not None else number_by_name(source, split, trained, TRAINING)
 
 
 def _open(
@@ -80,16 +93,23 @@ def _open(
         return open_hub(config, split, mode)
     if family == "":
         _check_folder(config, split)
+        if Path(str(config.data_path)).is_dir():
+            return _open_folder(config, split, mode)
     dataset = create(config, name, split, mode, training=training, seed=seed)
     if isinstance(dataset, IterableDataset):
         return dataset
-    if isinstance(getattr(dataset, "reader", None), ReaderImageFolder):
-        if not has_split(config, split):
-            logger.warning("%s has no folder for split %r: all of it is used", config.data_path, split)
-        tidy(dataset.reader)
     if hasattr(dataset, "reader"):
         return ReaderSource(dataset.reader, mode)
     return TorchvisionSource(dataset, mode)
+
+
+def _open_folder(config: DataConfig, split: str, mode: str) -> FolderSource:
+    root = Path(str(config.data_path))
+    folder = _split_folder(root, split)
+    source = FolderSource(find_images(folder or root), mode)
+    if folder is None:
+        logger.warning("%s has no folder for split %r: all of it is used", root, split)
+    return source
 
 
 def is_name(word: str) -> bool:
@@ -156,23 +176,47 @@ def undivided(config: DataConfig) -> bool:
     return not any((root / name).is_dir() for name in usual if name)
 
 
-def _training_names(config: DataConfig, family: str, split: str, mode: str) -> Sequence[str] | None:
+def _training_names(
+    config: DataConfig, family: str, found: ImageSource, split: str, mode: str
+) -> Sequence[str] | None:
     """The classes of the training split, by which another split of a folder or of `hfds` is numbered."""
-    if split == config.train_split or config.classes is not None:
-        return None  # `data.classes` numbers each split alike
-    if family == "hfds":
+    if family == "hfds" and config.classes is None:
         try:
             return open_hub(config, config.train_split, mode).class_names
         except DataError:
             return None  # there is no training split
-    if family != "":
+    if not isinstance(found, FolderSource):
         return None
     root = Path(str(config.data_path))
     train = _split_folder(root, config.train_split)
     if train is None or train == _split_folder(root, split):
         return None
-    found = find_images_and_targets(str(train), IMAGE_TYPES, sort=False)[1]
-    return [name for name in found if name != ""] or None
+    trained = find_images(train)
+    if shared := _shared(config, split, found.found, trained):
+        logger.warning("%s", shared)
+    return trained.class_names() or None
+
+
+def _shared(config: DataConfig, split: str, found: Found, trained: Found) -> str | None:
+    """Says that images of a split are training images, which links can bring about."""
+    count = count_shared(found, trained)
+    if not count:
+        return None
+    words = (
+        f"1 image of split {split!r} is an image"
+        if count == 1
+        else f"{count} images of split {split!r} are images"
+    )
+    return f"{words} of split {config.train_split!r}, by links in {config.data_path}"
+
+
+def check_apart(config: DataConfig, source: ImageSource | IterableDataset[Any]) -> None:
+    """DataError where training images of a folder, `source`, are images of `data.val_split` too."""
+    folder = _split_folder(Path(str(config.data_path)), config.val_split or "")
+    if isinstance(source, FolderSource) and folder is not None:
+        shared = _shared(config, str(config.val_split), find_images(folder), source.found)
+        if shared:
+            raise DataError(f"knn and probe need other images for training than for the test: {shared}")
 
 
 def _split_folder(root: Path, split: str) -> Path | None:

@@ -1,44 +1,193 @@
-"""What a folder of class folders may hold besides: images beside them, and class folders of one name."""
+"""A folder of class folders: each real file once, however many links lead to it, labelled by its folder's name."""
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from PIL import Image
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ...models.errors import DataError
+from .images import UNLABELED, Header
+from .regular import open_regular
 
 logger = logging.getLogger(__name__)
 
+IMAGE_TYPES = IMG_EXTENSIONS
+"""Endings of the files that are read as images; timm alone reads the first three kinds."""
 NAMED = 5
 """How many of a kind a warning names."""
+Key = tuple[int, int]
+"""Device and number of a file, which all of its names share."""
 
 
-def tidy(reader: Any) -> None:
-    """Leaves out the images of timm's folder `reader` that lie beside class folders, and tells what may be no class.
+@dataclass
+class Found:
+    """The images below `root`, in no order. Links are followed where they lead to what is not there already."""
 
-    timm names a class after the folder that an image lies in, wherever that is, and takes images beside the class
-    folders for the first class.
-    """
-    root = Path(reader.root)
-    names = list(reader.class_to_idx)
-    if "" in names and len(names) > 1:
-        _leave_out(reader, reader.class_to_idx[""], root)
-    places: dict[str, set[str]] = {}
-    for path, _ in reader.samples:
-        folder = Path(path).parent
-        places.setdefault(folder.name, set()).add(str(folder.relative_to(root)))
-    several = {name: sorted(found) for name, found in places.items() if len(found) > 1}
-    if several:
-        listed = "; ".join(
-            f"{name} ({', '.join(found[:NAMED])})" for name, found in list(several.items())[:NAMED]
+    root: Path
+    files: list[str] = field(default_factory=list)
+    folders: set[Key] = field(default_factory=set)
+    linked: bool = False
+    """Whether some files are links."""
+    left_out: list[str] = field(default_factory=list)
+    """Links to folders and files that are there already."""
+
+    def class_names(self) -> tuple[str, ...]:
+        """Of the folders that images lie in, in natural order; none where all lie in `root` itself."""
+        names = {self.class_of(path) for path in self.files} - {""}
+        return tuple(sorted(names, key=natural_key))
+
+    def class_of(self, path: str) -> str:
+        """The name of the folder that an image lies in, "" for `root` itself."""
+        parent = os.path.dirname(path)
+        return "" if parent == str(self.root) else os.path.basename(parent)
+
+    def keys(self) -> set[Key]:
+        """Of all files that are there."""
+        return {key for path in self.files if (key := _key(path)) is not None}
+
+
+def find_images(root: Path) -> Found:
+    """Looks through `root`. A folder or file in it is taken before a link to it, and of several links the first."""
+    found = Found(root)
+    files: list[str] = []
+    folders = [str(root)]
+    while folders:
+        linked_folders: list[str] = []
+        for folder in folders:
+            _walk(found, folder, files, linked_folders)
+        folders = sorted(linked_folders, key=natural_key)
+    if files:
+        _add_links(found, sorted(files, key=natural_key))
+    return found
+
+
+def _walk(found: Found, folder: str, linked_files: list[str], linked_folders: list[str]) -> None:
+    """Takes what lies in `folder` and below it; links are only listed."""
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        key = _key(folder)
+        if key in found.folders:
+            found.left_out.append(folder)
+            continue
+        if key is not None:
+            found.folders.add(key)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if _is_folder(entry):
+                        (linked_folders if entry.is_symlink() else waiting).append(entry.path)
+                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_TYPES:
+                        (linked_files if entry.is_symlink() else found.files).append(entry.path)
+        except OSError as error:
+            logger.warning("%s cannot be read and is left out: %s", folder, error.strerror or error)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _add_links(found: Found, links: list[str]) -> None:
+    """Adds the files that are links, unless they lead to one that is there."""
+    found.linked = True
+    known = found.keys()
+    for path in links:
+        key = _key(path)
+        if key in known:
+            found.left_out.append(path)
+            continue
+        found.files.append(path)
+        if key is not None:
+            known.add(key)
+
+
+def _key(path: str) -> Key | None:
+    """None for what is not there, and where the file system does not number its files."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def count_shared(one: Found, other: Found) -> int:
+    """How many images of `one` are images of `other`."""
+    if not (one.linked or other.linked or one.folders & other.folders):
+        return 0
+    return len(one.keys() & other.keys())
+
+
+class FolderSource:
+    """The images of a folder, numbered by the names of their folders, in natural order of their paths."""
+
+    def __init__(self, found: Found, mode: str) -> None:
+        """Raises DataError: there is no image."""
+        if not found.files:
+            raise DataError(
+                f"Found 0 images in {found.root} and below it; the names of images end in {', '.join(IMAGE_TYPES)}"
+            )
+        self.found = found
+        self._mode = mode
+        self._files = sorted(_classified(found), key=natural_key)
+        names = found.class_names()
+        numbers = {name: number for number, name in enumerate(names)} or {"": UNLABELED}
+        self.class_names: Sequence[str] | None = names or None
+        self.targets: list[int] = [numbers[found.class_of(path)] for path in self._files]
+        _tell(found, self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        with open_regular(self._files[index]) as file, Image.open(file) as image:
+            return image.convert(self._mode), self.targets[index]
+
+    def header(self, index: int) -> Header:
+        with open_regular(self._files[index]) as file, Image.open(file) as image:
+            return Header.of(image)
+
+    def path(self, index: int) -> str:
+        return self._files[index]
+
+
+def _classified(found: Found) -> list[str]:
+    """All images where none lies in a class folder, else those that do."""
+    kept = [path for path in found.files if found.class_of(path)]
+    if kept and len(kept) < len(found.files):
+        logger.warning(
+            "%s: %d images beside the class folders are left out", found.root, len(found.files) - len(kept)
         )
-        logger.warning("%s: class folders of one name in several places are one class: %s", root, listed)
+    return kept or found.files
 
 
-def _leave_out(reader: Any, beside: int, root: Path) -> None:
-    kept = [(path, target) for path, target in reader.samples if target != beside]
-    logger.warning(
-        "%s: %d images beside the class folders are left out", root, len(reader.samples) - len(kept)
-    )
-    names = [name for name in reader.class_to_idx if name != ""]
-    reader.class_to_idx = {name: place for place, name in enumerate(names)}
-    reader.samples = [(path, reader.class_to_idx[Path(path).parent.name]) for path, _ in kept]
+def _tell(found: Found, files: Collection[str]) -> None:
+    """Warns of links that are left out, and of classes that lie in several places."""
+    if found.left_out:
+        logger.warning(
+            "%s: %d links lead to images that are there already and are left out: %s",
+            found.root, len(found.left_out), _named(sorted(found.left_out)),
+        )  # fmt: skip
+    places: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(path) for path in files}:
+        places.setdefault(os.path.basename(folder), set()).add(os.path.relpath(folder, found.root))
+    several = [f"{name} ({_named(sorted(each))})" for name, each in sorted(places.items()) if len(each) > 1]
+    if several:
+        logger.warning(
+            "%s: class folders of one name in several places are one class: %s",
+            found.root, "; ".join(several[:NAMED]),
+        )  # fmt: skip
+
+
+def _named(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return f"{', '.join(paths[:NAMED])}{more}"

@@ -14,7 +14,7 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, eval_transform, train_transform
-from .datasets import has_split, open_dataset
+from .datasets import check_apart, has_split, open_dataset
 from .fetch import Fetcher
 from .images import ImageSource, SubsetSource
 from .labels import IMAGENET_CLASSES, real_labels
@@ -302,6 +302,7 @@ def create_reference_loader(
     dataset = open_dataset(config, config.train_split, spec.input_size[0], training=False)
     if isinstance(dataset, IterableDataset):
         return StreamEvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
+    check_apart(config, dataset)
     if config.train_samples is not None:
         dataset = SubsetSource(dataset, _subset(config, dataset).tolist())
     return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size)

@@ -12,6 +12,9 @@ from .images import UNLABELED, Header, ImageSource
 
 NAMED = 5
 """How many classes an error names."""
+TRAINING = "the training split has no images of: {}; name the class folders alike, or take these away"
+MODEL = "the model was not trained for: {}; name the class folders as its label_names are, or take these away"
+"""Whose classes these are, in an error."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,24 @@ class Renumbered:
         return target if target == UNLABELED else self.labels[target]
 
 
-def number_by_name(source: ImageSource, split: str, training: Sequence[str] | None) -> ImageSource:
-    """`source` with the labels of the training split's classes, `training`, where both name theirs.
+def number_by_name(
+    source: ImageSource, split: str, names: Sequence[str] | None, owner: str = TRAINING
+) -> ImageSource:
+    """`source` with a label for each class that is its place in `names`, where both sides name theirs.
 
-    Raises DataError: it has classes that the training split has not, so that there is no label for them.
+    `owner` says in an error whose names these are. Raises DataError: `source` has a class that is not in `names`.
     """
     own = source.class_names
-    if own is None or training is None or list(own) == list(training):
+    if own is None or names is None or list(own) == list(names):
         return source
-    known = {name: label for label, name in enumerate(training)}
+    known = {name: label for label, name in enumerate(names)}
     foreign = [name for name in own if name not in known]
     if foreign:
-        more = f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else ""
-        raise DataError(
-            f"split {split!r} has classes that the training split has no images of: "
-            f"{', '.join(foreign[:NAMED])}{more}; name the class folders alike, or take these away"
-        )
-    return Renumbered(source, tuple(training), tuple(known[name] for name in own))
+        raise DataError(f"split {split!r} has classes that {owner.format(listed(foreign))}")
+    return Renumbered(source, tuple(names), tuple(known[name] for name in own))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"

@@ -1,19 +1,15 @@
-"""What timm reads: folders, tar files, torchvision's data sets and streams, with errors of one sentence."""
+"""What timm reads: tar files, torchvision's data sets and streams, with errors of one sentence."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from timm.data.dataset_factory import create_dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...models.errors import DataError
 from ..config import DataConfig
 from .hub import stream_columns
 
-IMAGE_TYPES = IMG_EXTENSIONS
-"""Endings of the files that are read as images; timm alone reads the first three kinds."""
 SHARDS = "shards-{0000..0009}.tar|50000"
 HINTS = {
     "Dataset length is unknown": "; give --download, or read it with hfds/",
@@ -68,8 +64,7 @@ def _keys(config: DataConfig, name: str, split: str) -> dict[str, Any]:
         return {"input_key": ";".join(dict.fromkeys([*kinds, "jpg"])), "target_key": config.label_column}
     if family == "tfds":
         return {"input_key": config.image_column, "target_key": config.label_column}
-    folder = name == "" and Path(str(config.data_path)).is_dir()
-    return {"input_key": ";".join(IMAGE_TYPES)} if folder else {}
+    return {}
 
 
 def _sentence(config: DataConfig, name: str, split: str, error: Exception) -> str:
