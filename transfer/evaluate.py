@@ -162,7 +162,8 @@ def _metrics(total: list[float]) -> Metrics:
     right, among, loss, count = total
     if count == 0:
         raise DataError(
-            "no image could be evaluated: the split is empty, or no image has a label of the subset"
+            "no image could be evaluated: the split is empty, or none of its images can be read, as the log says, or "
+            "none has a label of the subset"
         )
     return Metrics(100 * right / count, 100 * among / count, loss / count, round(count))
 

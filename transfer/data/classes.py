@@ -11,6 +11,7 @@ from timm.utils.misc import natural_key
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from .images import Header, ImageSource
+from .regular import read_text
 
 IMAGENET_100 = "imagenet-100"
 """The name of the list that comes with the package."""
@@ -80,7 +81,7 @@ def wanted_classes(config: DataConfig) -> list[str] | None:
 def _read(path: Path) -> list[str]:
     """The lines of a file, without comments."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.classes={path} cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ...models.errors import DataError
-from .loading import Batch, Requests, as_it_is, start_worker
+from .loading import BadImage, Batch, Requests, as_it_is, start_worker
 from .sampler import BatchRequest
 
 logger = logging.getLogger(__name__)
@@ -27,28 +27,31 @@ SIGNALS_OF_A_DEATH = 8
 
 
 class BadImages:
-    """The unreadable images of a loader: each is logged once, and more than `limit` of them stop the run."""
+    """The bad images of a loader: each is logged once, and more than `limit` of them stop the run."""
 
     def __init__(self, limit: int) -> None:
-        self.paths: list[str] = []
+        self.found: list[BadImage] = []
         self._limit = limit
         self._known: set[str] = set()
 
+    @property
+    def paths(self) -> list[str]:
+        return [bad.path for bad in self.found]
+
     def add(self, batch: Batch) -> None:
-        """Raises DataError beyond the limit, or when `batch` found nothing to put in their place."""
-        for path, reason in batch.bad:
-            if path in self._known:
+        """Raises DataError beyond the limit."""
+        for bad in batch.bad:
+            identity = bad.identity or bad.path
+            if identity in self._known:
                 continue
-            self._known.add(path)
-            self.paths.append(path)
-            logger.warning("skipped an unreadable image: %s (%s)", path, reason)
-        if len(self.paths) > self._limit:
+            self._known.add(identity)
+            self.found.append(bad)
+            logger.warning("skipped an unreadable image: %s (%s)", bad.path, bad.reason)
+        if len(self.found) > self._limit:
             raise DataError(
-                f"{len(self.paths)} images cannot be read, more than data.max_bad_images={self._limit}; "
-                f"the last is {self.paths[-1]}"
+                f"{len(self.found)} images cannot be read, more than data.max_bad_images={self._limit}; "
+                f"the last is {self.found[-1].describe()}"
             )
-        if batch.images is None:
-            raise DataError(f"no image of the set can be read; the last tried is {self.paths[-1]}")
 
 
 class Fetcher:
@@ -67,6 +70,10 @@ class Fetcher:
         try:
             for batch in guarded(self._loader):
                 self.bad.add(batch)
+                if batch.images is None:
+                    raise DataError(
+                        f"no image of the set can be read; the last tried is {batch.bad[-1].describe()}"
+                    )
                 yield batch
         except DataError:
             self._loader = self._open()
@@ -109,11 +116,14 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
             if batch.failure is not None:
                 raise DataError(batch.failure)
             yield batch
-    except (RuntimeError, *LOST_PROCESS) as error:
-        if str(error).startswith("Caught ") or not (
-            isinstance(error, LOST_PROCESS) or str(error).startswith("DataLoader worker")
-        ):
-            raise  # an error in the data set itself
+    except DataError:
+        raise
+    except Exception as error:
+        words = [line for line in str(error).splitlines() if line.strip()]
+        if words and words[0].startswith("Caught "):  # and torch has put a traceback behind it
+            raise DataError(f"a loader process failed: {words[-1].strip()}") from error
+        if not isinstance(error, LOST_PROCESS) and not str(error).startswith("DataLoader worker"):
+            raise
         _forget(batches)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

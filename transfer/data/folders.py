@@ -45,8 +45,8 @@ class Found:
 
     def class_of(self, path: str) -> str:
         """The name of the folder that an image lies in, "" for `root` itself."""
-        parent = os.path.dirname(path)
-        return "" if parent == str(self.root) else os.path.basename(parent)
+        parent = path.rpartition(os.sep)[0]
+        return "" if parent == str(self.root) else parent.rpartition(os.sep)[2]
 
     def keys(self) -> set[Key]:
         """Of all files that are there."""
@@ -84,7 +84,7 @@ def _walk(found: Found, folder: str, linked_files: list[str], linked_folders: li
                 for entry in entries:
                     if _is_folder(entry):
                         (linked_folders if entry.is_symlink() else waiting).append(entry.path)
-                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_TYPES:
+                    elif Path(entry.name).suffix.lower() in IMAGE_TYPES:
                         (linked_files if entry.is_symlink() else found.files).append(entry.path)
         except OSError as error:
             logger.warning("%s cannot be read and is left out: %s", folder, error.strerror or error)
@@ -114,7 +114,7 @@ def _add_links(found: Found, links: list[str]) -> None:
 def _key(path: str) -> Key | None:
     """None for what is not there, and where the file system does not number its files."""
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if status.st_ino else None
@@ -178,8 +178,8 @@ def _tell(found: Found, files: Collection[str]) -> None:
             found.root, len(found.left_out), _named(sorted(found.left_out)),
         )  # fmt: skip
     places: dict[str, set[str]] = {}
-    for folder in {os.path.dirname(path) for path in files}:
-        places.setdefault(os.path.basename(folder), set()).add(os.path.relpath(folder, found.root))
+    for folder in {Path(path.rpartition(os.sep)[0]) for path in files}:
+        places.setdefault(folder.name, set()).add(str(folder.relative_to(found.root)))
     several = [f"{name} ({_named(sorted(each))})" for name, each in sorted(places.items()) if len(each) > 1]
     if several:
         logger.warning(

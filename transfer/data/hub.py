@@ -13,6 +13,7 @@ from ...models.errors import DataError
 from ..config import DataConfig
 from .columns import Columns, find_columns
 from .images import UNLABELED, Header
+from .regular import open_regular
 from .splits import synonyms
 from .steps import reason_of
 
@@ -54,8 +55,11 @@ class HubSource:
 
     def _content(self, index: int) -> bytes:
         stored = self._images[index][self._column]
-        content: bytes = stored["bytes"] or Path(stored["path"]).read_bytes()
-        return content
+        content: bytes | None = stored["bytes"]
+        if content:
+            return content
+        with open_regular(stored["path"]) as file:
+            return file.read()
 
     def path(self, index: int) -> str:
         stored = self._images[index][self._column] or {}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 from PIL import ExifTags, Image
+
+from .regular import open_regular
 
 UNLABELED = -1
 """The label of an image that has none."""
@@ -46,7 +49,7 @@ class ImageSource(Protocol):
 
 
 class ReaderSource:
-    """A timm reader (folder, tar, hfds). timm's own data set replaces a bad image silently; this one fails."""
+    """A timm reader (tar). timm's own data set replaces a bad image silently; this one fails."""
 
     def __init__(self, reader: Any, mode: str) -> None:
         self._reader = reader
@@ -90,9 +93,12 @@ class TorchvisionSource:
     """A torchvision data set that gives (PIL image, label)."""
 
     def __init__(self, dataset: Any, mode: str) -> None:
+        if hasattr(dataset, "loader"):  # of files
+            dataset.loader = partial(_load, mode)
         self._dataset = dataset
         self._mode = mode
-        self.class_names: Sequence[str] | None = getattr(dataset, "classes", None)
+        names = getattr(dataset, "classes", None)
+        self.class_names: Sequence[str] | None = None if names is None else tuple(map(_name, names))
         targets = getattr(dataset, "targets", None)
         self.targets: Sequence[int] | None = None if targets is None else [int(target) for target in targets]
 
@@ -109,6 +115,16 @@ class TorchvisionSource:
     def path(self, index: int) -> str:
         files = getattr(self._dataset, "samples", None)
         return f"sample {index}" if files is None else str(files[index][0])
+
+
+def _load(mode: str, path: str) -> Image.Image:
+    with open_regular(path) as file, Image.open(file) as image:
+        return image.convert(mode)
+
+
+def _name(name: Any) -> str:
+    """A class by its name, or by its synonyms as ImageNet has them."""
+    return name if isinstance(name, str) else ", ".join(map(str, name))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...models.errors import ConfigError, DataError, did_you_mean
+from .regular import read_text
 
 Subset = Literal["imagenet-a", "imagenet-r"]
 """Natural adversarial examples (arXiv:1907.07174) and renditions (arXiv:2006.16241), 200 classes each."""
@@ -57,7 +58,7 @@ def real_labels(paths: Sequence[str], file: Path | None = None) -> Tensor:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except OSError as error:
         raise DataError(f"the ReaL labels {file} cannot be read: {error.strerror}") from error
 

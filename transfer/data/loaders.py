@@ -125,6 +125,7 @@ class StreamTrainLoader(TrainLoader):
             workers=config.workers,
             seed=seed,
             rank=rank,
+            limit=config.max_bad_images,
         )
         self.num_samples = len(stream) * world_size  # type: ignore[arg-type]  # timm counts a rank's share
         self.batches_per_epoch = max(1, self.num_samples // (config.batch_size * world_size))
@@ -132,8 +133,8 @@ class StreamTrainLoader(TrainLoader):
 
     @property
     def bad_images(self) -> list[str]:
-        """Empty: timm's streams log and skip an unreadable image by themselves."""
-        return []
+        """Places of the images that no transform takes; those that cannot be decoded timm logs and skips by itself."""
+        return self._stream.bad.paths
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """As for `TrainLoader`, but the batches before `start` are read and discarded."""
@@ -186,6 +187,11 @@ class EvalLoader:
         )
         for batch in self._fetcher.fetch(requests):
             yield cast(Tensor, batch.images), batch.targets, batch.valid
+        bad = self._fetcher.bad.found
+        if len(bad) >= self.num_samples:
+            raise DataError(
+                f"none of the {self.num_samples} images can be read; the first is {bad[0].describe()}"
+            )
 
 
 class StreamEvalLoader(EvalLoader):
@@ -212,13 +218,14 @@ class StreamEvalLoader(EvalLoader):
             workers=config.workers,
             seed=0,
             rank=0,
+            limit=config.max_bad_images,
         )
         self.num_samples = len(stream)  # type: ignore[arg-type]
 
     @property
     def bad_images(self) -> list[str]:
-        """Empty: timm's streams log and skip an unreadable image by themselves."""
-        return []
+        """Places of the images that no transform takes; those that cannot be decoded timm logs and skips by itself."""
+        return self._stream.bad.paths
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for number, batch in enumerate(self._stream.once()):

@@ -1,4 +1,4 @@
-"""What a loader process does: read images, replace the unreadable ones, augment, mix. It keeps no state."""
+"""What a loader process does: read images, augment, replace the bad ones, mix. It keeps no state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,18 +23,23 @@ from .steps import StepError, reason_of
 
 
 class BadImage(NamedTuple):
-    """An image that could not be read."""
+    """An image that could not be read or made ready."""
 
     path: str
     reason: str
+    identity: str | None = None
+    """What it is known by where `path` differs from one pass to the next."""
+
+    def describe(self) -> str:
+        """Which image, and why."""
+        return f"{self.path}: {self.reason}"
 
 
-class Labelled(NamedTuple):
-    """An image with its label and its place in the set."""
+class Ready(NamedTuple):
+    """An image as a tensor, with its label."""
 
-    image: Image.Image
+    pixels: Tensor
     target: int
-    place: int
 
 
 class Batch(NamedTuple):
@@ -56,16 +60,55 @@ def failed(failure: str) -> Batch:
     return Batch(None, torch.empty(0), torch.empty(0), [], failure)
 
 
-def transformed(transform: Transform, image: Image.Image, name: Callable[[], str]) -> Tensor:
-    """The image as a tensor. Raises DataError, with the image's name."""
+def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | BadImage:
+    """An image that is ready for a batch, or why it cannot be.
+
+    Raises DataError where the memory does not suffice, which is no fault of the image.
+    """
     try:
-        return transform(image)
-    except StepError as error:
-        raise DataError(f"{name()}: {error}") from error
+        image, target = source.read(index)
+        return Ready(transform(image), target)
+    except MemoryError as error:
+        raise out_of_memory(name_of(source, index)) from error
+    except (
+        Exception
+    ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        return BadImage(name_of(source, index), cause(error))
+
+
+def name_of(source: ImageSource, index: int) -> str:
+    """The path of an image, or its number where the source cannot say that either."""
+    try:
+        return source.path(index)
+    except Exception:  # of a damaged table
+        return f"image {index}"
+
+
+def cause(error: Exception) -> str:
+    """Why an image is bad, in one line."""
+    return str(error) if isinstance(error, StepError) else reason_of(error)
+
+
+def out_of_memory(name: str) -> DataError:
+    return DataError(
+        f"the memory is full at {name}: give fewer data.workers or a smaller batch, or take the image away if it is "
+        "huge"
+    )
+
+
+def made(make: Callable[[BatchRequest], Batch], request: BatchRequest, name: Callable[[int], str]) -> Batch:
+    """A batch, or the sentence that says why it cannot be made; no error leaves the process that makes it."""
+    try:
+        return make(request)
+    except DataError as error:
+        return failed(str(error))
+    except Exception as error:
+        first = name(request.indices[0])
+        return failed(f"a batch of images, of which {first} is the first, cannot be made: {reason_of(error)}")
 
 
 class TrainBatches(Dataset[Batch]):
-    """BatchRequest -> Batch. An unreadable image is replaced by the next one of the set that can be read."""
+    """BatchRequest -> Batch. A bad image is replaced by the next one of the set that is none."""
 
     def __init__(
         self,
@@ -85,40 +128,39 @@ class TrainBatches(Dataset[Batch]):
         self._tries = min(tries, len(subset))
 
     def __getitem__(self, request: BatchRequest) -> Batch:
-        try:
-            with preserved():
-                return self._make(request)
-        except DataError as error:
-            return failed(str(error))
+        with preserved():
+            return made(self._make, request, lambda index: name_of(self._source, self._place(index)))
 
     def _make(self, request: BatchRequest) -> Batch:
         bad: list[BadImage] = []
-        images: list[Tensor] = []
-        targets: list[int] = []
+        ready: list[Ready] = []
         for index in request.indices:
-            found = self._first_readable(index, bad)
+            found = self._first_ready(index, request.epoch, bad)
             if found is None:
                 return Batch(None, torch.empty(0), torch.empty(0), bad)
-            seed_generators(derive_seed(SAMPLE, self._seed, request.epoch, index))
-            images.append(transformed(self._transform, found.image, partial(self._source.path, found.place)))
-            targets.append(found.target)
-        images_BCHW, targets_B = torch.stack(images), torch.tensor(targets)
+            ready.append(found)
+        images_BCHW = torch.stack([each.pixels for each in ready])
+        targets_B = torch.tensor([each.target for each in ready])
         if self._mixing is not None:
             seed = derive_seed(MIXING, self._seed, request.epoch, request.position)
             images_BCHW, targets_B = mix(self._mixing, images_BCHW, targets_B, seed)
-        return Batch(images_BCHW, targets_B, torch.ones(len(images), dtype=torch.bool), bad)
+        return Batch(images_BCHW, targets_B, torch.ones(len(ready), dtype=torch.bool), bad)
 
-    def _first_readable(self, index: int, bad: list[BadImage]) -> Labelled | None:
+    def _first_ready(self, index: int, epoch: int, bad: list[BadImage]) -> Ready | None:
         for place in range(index, index + self._tries):
-            result = read(self._source, int(self._subset[place % len(self._subset)]))
+            seed_generators(derive_seed(SAMPLE, self._seed, epoch, index))
+            result = prepared(self._source, self._place(place), self._transform)
             if not isinstance(result, BadImage):
                 return result
             bad.append(result)
         return None
 
+    def _place(self, index: int) -> int:
+        return int(self._subset[index % len(self._subset)])
+
 
 class EvalBatches(Dataset[Batch]):
-    """BatchRequest -> Batch. An unreadable image is marked invalid: in its place another would count twice."""
+    """BatchRequest -> Batch. A bad image is marked invalid: in its place another would count twice."""
 
     def __init__(
         self, source: ImageSource, transform: Transform, size: tuple[int, int, int], labels: Tensor | None
@@ -129,10 +171,7 @@ class EvalBatches(Dataset[Batch]):
         self._labels = labels
 
     def __getitem__(self, request: BatchRequest) -> Batch:
-        try:
-            return self._make(request)
-        except DataError as error:
-            return failed(str(error))
+        return made(self._make, request, partial(name_of, self._source))
 
     def _make(self, request: BatchRequest) -> Batch:
         images = torch.zeros(len(request.indices), *self._size)
@@ -140,28 +179,15 @@ class EvalBatches(Dataset[Batch]):
         valid = torch.zeros(len(request.indices), dtype=torch.bool)
         bad: list[BadImage] = []
         for row, index in enumerate(request.indices[: request.valid]):
-            result = read(self._source, index)
+            result = prepared(self._source, index, self._transform)
             if isinstance(result, BadImage):
                 bad.append(result)
                 continue
-            images[row] = transformed(self._transform, result.image, partial(self._source.path, index))
-            targets[row], valid[row] = result.target, True
+            images[row], targets[row], valid[row] = result.pixels, result.target, True
         if self._labels is not None:
             targets = self._labels[torch.tensor(request.indices)].float()
             valid &= targets.any(dim=1)
         return Batch(images, targets, valid, bad)
-
-
-def read(source: ImageSource, index: int) -> Labelled | BadImage:
-    """An image and its label, or why it cannot be read."""
-    try:
-        return Labelled(*source.read(index), index)
-    except MemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        return BadImage(source.path(index), reason_of(error))
 
 
 def as_it_is(batch: Batch) -> Batch:

@@ -44,7 +44,8 @@ def preview(config: DataConfig, spec: Preprocessing, count: int, *, seed: int = 
         names = dataset.class_names or ()
         batch = _of_source(dataset, config, spec, count, seed)
     if batch.failure is not None or batch.images is None:
-        raise DataError(batch.failure or f"no image of split {config.train_split!r} can be read")
+        last = f"; the last tried is {batch.bad[-1].describe()}" if batch.bad else ""
+        raise DataError(batch.failure or f"no image of split {config.train_split!r} can be read{last}")
     captions = [_caption(target, names) for target in batch.targets[batch.valid]]
     return _draw(for_the_eye(batch.images[batch.valid], spec), captions)
 

@@ -7,12 +7,13 @@ them.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -20,8 +21,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...models.errors import DataError
 from ..engine.randomness import preserved
 from .augment import Transform, mix, seed_generators
-from .fetch import create_loader, guarded
-from .loading import Batch, failed, transformed
+from .fetch import BadImages, create_loader, guarded
+from .loading import BadImage, Batch, Ready, cause, failed, out_of_memory
 from .sampler import MIXING, SAMPLE, derive_seed
 from .steps import reason_of
 
@@ -38,29 +39,51 @@ class StreamBatches(IterableDataset[Batch]):
         self._rank = rank
 
     def __iter__(self) -> Iterator[Batch]:
-        rows: list[tuple[Tensor, int]] = []
+        rows: list[Ready] = []
+        bad: list[BadImage] = []
+        example: Ready | None = None
         try:
             for row in self._rows():
+                if isinstance(row, BadImage):
+                    bad.append(row)
+                    continue
+                example = row
                 rows.append(row)
                 if len(rows) == self._batch_size:
-                    yield _collate(rows, self._batch_size)
-                    rows = []
+                    yield _collate(rows, self._batch_size, row, bad)
+                    rows, bad = [], []
         except DataError as error:
             yield failed(str(error))
             return
-        if rows:
-            yield _collate(rows, self._batch_size)
+        if rows or bad:
+            yield _collate(rows, self._batch_size, example, bad)
 
-    def _rows(self) -> Iterator[tuple[Tensor, int]]:
+    def _rows(self) -> Iterator[Ready | BadImage]:
         """The augmented images. Raises DataError, with the place in the stream, where there is no next one."""
         worker = get_worker_info()
         place = (0 if worker is None else worker.id, self._rank)
         for number, (image, target) in enumerate(_read(self._stream)):
             with preserved():
                 seed_generators(derive_seed(SAMPLE, self._seed, self.epoch, *place, number))
-                name = partial("image {} of the stream (loader process {})".format, number, place[0])
-                pixels = transformed(self._transform, image, name)
-            yield pixels, int(target)
+                row = _prepared(
+                    image,
+                    target,
+                    self._transform,
+                    f"image {number} of the stream (loader process {place[0]})",
+                )
+            yield row
+
+
+def _prepared(image: Any, target: Any, transform: Transform, name: str) -> Ready | BadImage:
+    """As `prepared`; a bad image is known by its pixels, for the next pass meets it elsewhere."""
+    try:
+        return Ready(transform(image), int(target))
+    except MemoryError as error:
+        raise out_of_memory(name) from error
+    except Exception as error:
+        known = isinstance(image, Image.Image)
+        identity = hashlib.sha256(image.tobytes()).hexdigest() if known else None
+        return BadImage(name, cause(error), identity)
 
 
 def _read(stream: Any) -> Iterator[tuple[Any, Any]]:
@@ -78,19 +101,31 @@ def _read(stream: Any) -> Iterator[tuple[Any, Any]]:
         ) from error
 
 
-def _collate(rows: list[tuple[Tensor, int]], size: int) -> Batch:
-    """A batch of `size`, padded with its first image where the stream ended."""
-    padded = rows + rows[:1] * (size - len(rows))
-    images = torch.stack([image for image, _ in padded])
-    return Batch(images, torch.tensor([target for _, target in padded]), torch.arange(size) < len(rows), [])
+def _collate(rows: list[Ready], size: int, example: Ready | None, bad: list[BadImage]) -> Batch:
+    """A batch of `size`, padded with `example` where the stream ended; without images where there is none."""
+    if example is None:
+        return Batch(None, torch.empty(0), torch.empty(0), bad)
+    padded = rows + [example] * (size - len(rows))
+    images = torch.stack([each.pixels for each in padded])
+    targets = torch.tensor([each.target for each in padded])
+    return Batch(images, targets, torch.arange(size) < len(rows), bad)
 
 
 class StreamFetcher:
     """Passes over a stream, each with fresh loader processes."""
 
     def __init__(
-        self, stream: Any, transform: Transform, *, batch_size: int, workers: int, seed: int, rank: int
+        self,
+        stream: Any,
+        transform: Transform,
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        rank: int,
+        limit: int,
     ) -> None:
+        self.bad = BadImages(limit)
         if hasattr(stream, "set_loader_cfg"):
             stream.set_loader_cfg(num_workers=workers)
         self.stream = stream
@@ -103,8 +138,14 @@ class StreamFetcher:
         """The stream from its beginning to its end. Raises DataError where nothing comes."""
         some = False
         for batch in guarded(create_loader(self._batches, self._workers)):
-            some = True
-            yield batch
+            self.bad.add(batch)
+            if batch.images is not None:
+                some = True
+                yield batch
+        if not some and self.bad.found:
+            raise DataError(
+                f"no image of the stream can be read; the last is {self.bad.found[-1].describe()}"
+            )
         if not some:
             raise DataError(
                 f"the streamed data set gave none of its {len(self.stream)} images: each was skipped, as a warning "

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..evaluate import evaluate
 from ..metrics.distance import compared_layers
@@ -137,7 +138,9 @@ def _objective(task: Task, loader: EvalLoader, accelerator: Accelerator) -> floa
             loss = task(images.to(device), targets.to(device))["loss"]
         total += torch.stack([loss.to(total) * count, total.new_tensor(count)])
     loss_sum, images_seen = summed(total).tolist()
-    return float(loss_sum / max(1, images_seen))
+    if not images_seen:
+        raise DataError("no test image can be read, so that the run's own loss cannot be measured on them")
+    return float(loss_sum / images_seen)
 
 
 def _autocast(predict: Predictor, accelerator: Accelerator) -> Predictor:

@@ -1,0 +1,206 @@
+"""Whatever goes wrong with one image counts it as a bad one, and the sentence has file and cause."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_sets import image, write_classes
+from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.models.errors import DataError
+from graftvit.transfer.config import DataConfig
+from graftvit.transfer.data import loaders, loading
+from graftvit.transfer.data.augment import eval_transform
+from graftvit.transfer.data.columns import Columns
+from graftvit.transfer.data.datasets import open_dataset
+from graftvit.transfer.data.hub import HubSource
+from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
+from graftvit.transfer.evaluate import evaluate
+from PIL import Image
+from torch.utils.data import IterableDataset
+from torchvision import transforms
+
+SPEC = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+BORDER = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, crop_mode="border")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_classes(tmp_path, ["cat", "dog"], count=3)
+
+
+def config(root: Path, **keys: Any) -> DataConfig:
+    return DataConfig.model_validate(
+        {"data_path": str(root), "workers": 0, "batch_size": 3, "eval_batch_size": 3, "aa": None, **keys}
+    )
+
+
+def refusal(batches: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def valid_images(loader: EvalLoader) -> int:
+    return sum(int(valid.sum()) for *_, valid in loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_a_transform_refuses_is_left_out(root: Path, workers: int) -> None:
+    """An image of 900 x 1 has no row left when its longer side is made to fit."""
+    thin = root / "val" / "cat" / "thin.png"
+    Image.new("RGB", (900, 1)).save(thin)
+    loader = create_eval_loader(config(root, workers=workers), BORDER)
+    assert valid_images(loader) == 6
+    assert loader.bad_images == [str(thin)]
+    message = refusal(create_eval_loader(config(root, workers=workers, max_bad_images=0), BORDER))
+    assert f"the last is {thin}" in message
+    assert "ResizeKeepRatio of the evaluation transform" in message
+    assert "crop_mode=border" in message
+
+
+def test_a_training_image_that_a_transform_refuses_is_replaced(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (13, 13)
+    image(5, 13).save(root / "train" / "cat" / "odd.png")
+    plain = transforms.ToTensor.__call__
+
+    def refuse(self: Any, picture: Image.Image) -> Any:
+        if picture.size == size:
+            raise ValueError("no\nodd ones")
+        return plain(self, picture)
+
+    made = transforms.Compose([transforms.ToTensor(), transforms.Resize((8, 8))])
+    monkeypatch.setattr(transforms.ToTensor, "__call__", refuse)
+    monkeypatch.setattr(loaders, "train_transform", lambda *_: made)
+    train = create_train_loader(config(root), SPEC, seed=0)
+    for epoch in range(3):
+        assert [len(images) for images, _ in train.epoch(epoch)] == [3, 3]
+    assert [Path(path).name for path in train.bad_images] == ["odd.png"]
+    message = refusal(create_train_loader(config(root, max_bad_images=0), SPEC, seed=0).epoch(0))
+    assert message.endswith("odd.png: ValueError: no odd ones")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling link"])
+def test_what_is_no_regular_file_is_a_bad_image(root: Path, kind: str) -> None:
+    """A pipe without a writer was waited for, and a device had no end."""
+    path = root / "val" / "cat" / "0.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        (root / "val" / "cat" / "hidden").mkdir()
+        path.symlink_to(root / "nothing")
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else root / "nothing")
+    loader = create_eval_loader(config(root), SPEC)
+    assert valid_images(loader) == 6
+    assert loader.bad_images == [str(path)]
+
+
+def is_no_regular_file(source: Any) -> bool:
+    found = loading.prepared(source, 0, eval_transform(SPEC))
+    return isinstance(found, loading.BadImage) and "no regular file" in found.reason
+
+
+def test_a_pipe_in_other_data_sets_is_a_bad_image(root: Path) -> None:
+    pipe = root / "train" / "cat" / "0.png"
+    os.mkfifo(pipe)
+    keys = {"dataset": "torch/image_folder", "data_path": str(root)}
+    assert is_no_regular_file(open_dataset(config(root, **keys), "train", 3, training=True))
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [{"bytes": None, "path": str(pipe)}], "label": [0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    assert is_no_regular_file(HubSource(table, Columns("image", "label"), "RGB", "x", None))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_memory_names_the_image(root: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the image, which is not left out; and no traceback."""
+
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(transforms.Resize, "forward", exhausted)
+    message = refusal(create_eval_loader(config(root, workers=workers), SPEC))
+    assert f"the memory is full at {root}/val/cat/010.png" in message
+    assert "data.workers" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_other_error_of_a_loader_process_is_one_sentence(
+    root: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("not\nthis way")
+
+    monkeypatch.setattr(loading, "mix", broken)
+    train = create_train_loader(config(root, workers=workers, mixup=0.5), SPEC, seed=0)
+    message = refusal(train.epoch(0))
+    assert "ZeroDivisionError: not this way" in message
+    assert f"{root}/train/" in message
+
+
+def test_a_split_without_a_readable_image_is_not_called_empty(root: Path) -> None:
+    for path in (root / "val").rglob("*.png"):
+        path.write_text("no image")
+    loader = create_eval_loader(config(root), SPEC)
+    with pytest.raises(DataError) as caught:
+        evaluate({"m": lambda images: torch.zeros(len(images), 2)}, loader)
+    message = str(caught.value)
+    assert "none of the 6 images can be read" in message
+    assert f"{root}/val/cat/010.png: UnidentifiedImageError" in message
+    assert "empty" not in message
+
+
+class Stream(IterableDataset[Any]):
+    """Twelve images in an order that differs by epoch; the third of the set is a bad one."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for place in range(12):
+            number = (place * 5 + self.epoch) % 12
+            yield (Image.new("RGB", (900, 1)) if number == 2 else image(number)), number % 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_of_a_stream_is_left_out_and_counted_once(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "open_dataset", lambda *_, **__: Stream())
+    monkeypatch.setattr(loaders, "train_transform", lambda *_: eval_transform(BORDER))
+    keys = {"dataset": "wds/x", "num_classes": 2, "workers": workers, "data_path": None}
+    train = create_train_loader(config(Path(), **keys), BORDER, seed=0)
+    assert train.batches_per_epoch == 4
+    for epoch in range(3):
+        assert [len(images) for images, _ in train.epoch(epoch)] == [3] * 4
+    assert len(train.bad_images) == 1
+    evaluation = create_eval_loader(config(Path(), **keys), BORDER)
+    assert [valid_images(evaluation), valid_images(evaluation)] == [11, 11]
+    assert len(evaluation.bad_images) == 1
+    message = refusal(create_eval_loader(config(Path(), **keys | {"max_bad_images": 0}), BORDER))
+    assert "ResizeKeepRatio" in message
+
+
+def test_a_stream_of_bad_images_alone_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bad(Stream):
+        def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+            for _ in range(12):
+                yield Image.new("RGB", (900, 1)), 0
+
+    monkeypatch.setattr(loaders, "open_dataset", lambda *_, **__: Bad())
+    keys = {"dataset": "wds/x", "num_classes": 2, "data_path": None}
+    assert "ResizeKeepRatio" in refusal(create_eval_loader(config(Path(), **keys), BORDER))
