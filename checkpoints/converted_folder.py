@@ -55,4 +55,5 @@ def write_converted(
         preprocessing=teacher.preprocessing,
         licence=carried_licence(made),
         provenance=made,
+        label_names=teacher.label_names if student.num_classes == teacher.model.num_classes else None,
     )

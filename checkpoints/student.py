@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
 from .atomic import write_folder
 from .build import build, published_config
+from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps
 from .folders import CONFIG
 from .preprocessing import Preprocessing
@@ -68,6 +69,7 @@ def save_student(
         preprocessing=teacher.preprocessing,
         licence=teacher.licence,
         provenance=teacher.provenance,
+        label_names=teacher.label_names,
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
@@ -97,6 +99,7 @@ def write_student(
     preprocessing: Preprocessing,
     licence: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    label_names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
@@ -107,6 +110,7 @@ def write_student(
         model_args: what timm's constructor needs besides the name to build this model; JSON.
         preprocessing: how its images are made, as it was trained and measured.
         provenance: what the model learned from and how (`provenance.py`); JSON.
+        label_names: the classes of its head in their order, where they are known.
 
     Raises CheckpointError: these arguments do not build a model with these weights, or one is not JSON;
     with exit code 1 if the disk is full, and the old folder is then intact.
@@ -118,6 +122,8 @@ def write_student(
     epsilon = own_norm_eps(model, fresh, name)
     made = {**(provenance or {}), **({NORM_EPS: epsilon} if epsilon else {}), **_cost(model)}
     config = _config(model, name, arguments, preprocessing, licence) | {PROVENANCE: made}
+    if label_names is not None:
+        config[LABEL_NAMES] = list(label_names)
     if dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 

@@ -16,6 +16,7 @@ from ..models.errors import CheckpointError
 from ..models.families import check_patches
 from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
+from .class_names import read_names
 from .copying import described_architecture, make_whole, refuse_as_start
 from .fit import fit, source_grid
 from .folders import read_folder, read_hub, read_weights_file
@@ -50,6 +51,8 @@ class Teacher:
     """What timm's constructor needs besides the architecture."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Of a student of this package: what it learned from and how."""
+    label_names: tuple[str, ...] | None = None
+    """The classes of its head in their order, where the weights say them."""
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -174,17 +177,26 @@ def load_weights(
     return replace(report, resampled={**report.resampled, **resampled})
 
 
-def count_classes(source: str) -> int:
-    """The classes of the head that the weights of a source have, 0 without one; of a timm name by its description.
+@dataclass(frozen=True)
+class Head:
+    """What a head tells apart."""
+
+    num_classes: int = 0
+    """0 without a head."""
+    label_names: tuple[str, ...] | None = None
+    """The classes in their order, where that is known."""
+
+
+def find_head(source: str) -> Head:
+    """The head that the weights of a source have; of a timm name by its description.
 
     Raises CheckpointError as `load_teacher`.
     """
     config, weights = _look_up(source)
-    return (
-        int(config.get("num_classes") or 0)
-        if weights is None
-        else _num_classes(weights, _classifiers(config))
-    )
+    if weights is None:
+        return Head(int(config.get("num_classes") or 0))
+    count = _num_classes(weights, _classifiers(config))
+    return Head(count, read_names(weights.pretrained_cfg, count))
 
 
 def read_preprocessing(source: str) -> Preprocessing:
@@ -260,7 +272,17 @@ def _classifiers(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _without_origin(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """timm's description of the model without what it says of other weights of the same architecture."""
     own = weights.pretrained_cfg
-    foreign = {"license", "description", "origin_url", "paper_name", "paper_ids", "notes", "tag"} - own.keys()
+    foreign = {
+        "license",
+        "description",
+        "origin_url",
+        "paper_name",
+        "paper_ids",
+        "notes",
+        "tag",
+        "label_names",
+        "label_descriptions",
+    } - own.keys()
     return {key: value for key, value in known_fields(config).items() if key not in foreign}
 
 
@@ -316,4 +338,5 @@ def _teacher(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport)
         report=report,
         model_args={key: value for key, value in arguments.items() if not key.startswith("pretrained_cfg")},
         provenance=weights.provenance,
+        label_names=read_names(weights.pretrained_cfg, arguments["num_classes"]),
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
+from ..checkpoints.class_names import comparable, places, same_classes
 from ..checkpoints.folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import FolderSource, parse_source
 from ..checkpoints.teacher import load_teacher
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, TeacherConfig
+from ..transfer.data.numbering import listed
 from .config import load_config
 from .sources import source_keywords
 
@@ -28,6 +31,8 @@ class Candidate:
     spec: Preprocessing
     num_classes: int
     """0 of a model without a head."""
+    label_names: tuple[str, ...] | None = None
+    """The classes of the head in their order, where they are known."""
 
 
 def run_config(source: str) -> RunConfig | None:
@@ -54,7 +59,7 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
     loaded = load_teacher(source) if config is not None else load_teacher(source, **source_keywords(how))
     spec = loaded.preprocessing
     classes = int(getattr(loaded.model, "num_classes", 0)) if loaded.has_head else 0
-    return Candidate(source, loaded.model, loaded.model, spec, classes)
+    return Candidate(source, loaded.model, loaded.model, spec, classes, loaded.label_names)
 
 
 def check_alike(candidates: list[Candidate]) -> None:
@@ -77,6 +82,38 @@ def check_alike(candidates: list[Candidate]) -> None:
                 f"{name}={getattr(ours, name)}; evaluate them one by one"
                 + ("" if name == "input_size" else f", or give --{name} for all")
             )
+
+
+def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
+    """The classes that the labels of an evaluation are numbered by: those of the first candidate that names its own.
+
+    Raises ConfigError where another one has other classes, or may have them in another order.
+    """
+    first = next((each for each in candidates if each.label_names is not None), None)
+    names = None if first is None else first.label_names
+    if first is None or names is None:
+        return None
+    for other in candidates:
+        theirs = other.label_names
+        if not same_classes(names, theirs):
+            foreign = [name for name in theirs or () if name not in names]
+            raise ConfigError(
+                f"{other.name!r} has classes that {first.name!r} has not: {listed(foreign)}; evaluate them one by one"
+            )
+        if not comparable(names, theirs) and list(names) != sorted(names, key=natural_key):
+            raise ConfigError(
+                f"{other.name!r} does not say the names of its classes, and those of {first.name!r} are in an order of "
+                "their own; evaluate them one by one"
+            )
+    return names
+
+
+def in_order(
+    predict: Callable[[Tensor], Tensor], own: Sequence[str] | None, names: Sequence[str] | None
+) -> Callable[[Tensor], Tensor]:
+    """`predict` with its logits, those of the classes `own`, in the order of `names`."""
+    columns = places(own, names)
+    return predict if columns is None else lambda images: predict(images)[:, columns]
 
 
 def predictor(candidate: Candidate, spec: Preprocessing) -> Callable[[Tensor], Tensor]:

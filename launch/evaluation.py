@@ -9,14 +9,16 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..checkpoints.class_names import same_classes
 from ..checkpoints.preprocessing import Preprocessing
 from ..models.copying.input import Normalization, Renormalized
 from ..models.errors import ConfigError
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
+from ..transfer.data.class_counts import check_num_classes
+from ..transfer.data.labels import imagenet_names
 from ..transfer.data.loaders import (
     EvalLoader,
-    check_num_classes,
     create_eval_loader,
     create_reference_loader,
 )
@@ -25,7 +27,15 @@ from ..transfer.evaluate import check_folders
 from ..transfer.metrics.distance import ComparedLayers, compared_layers
 from ..transfer.metrics.measure import PROBES, Against, Family, measure
 from ..transfer.metrics.reader import Reader
-from .candidates import Candidate, check_alike, load_candidate, predictor, run_config
+from .candidates import (
+    Candidate,
+    check_alike,
+    common_names,
+    in_order,
+    load_candidate,
+    predictor,
+    run_config,
+)
 from .config import Setting, load_config
 
 
@@ -66,19 +76,20 @@ def evaluate_sources(
     accelerator = create_accelerator(config)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     spec = candidates[0].spec
-    loader = create_eval_loader(config.data, spec, real=real, labels=False, **ranks)
+    names, numbered = _numbering(candidates, metrics, imagenet=real or subset is not None)
+    loader = create_eval_loader(config.data, spec, real=real, labels=False, names=numbered, **ranks)
     families = {each.name: metrics or _families(each, loader, against) for each in candidates}
     _check_labels(candidates, families, loader, config.data, subset, real)
     reference = None
     if any(family in PROBES for chosen in families.values() for family in chosen):
-        reference = create_reference_loader(config.data, spec, **ranks)
+        reference = create_reference_loader(config.data, spec, names=numbered, **ranks)
     for candidate in candidates:
         candidate.module.to(accelerator.device).eval()
     compared = None if against is None else _against(against, how, candidates, spec, accelerator)
     readers = {
         each.name: Reader(
             each.module,
-            _autocast(predictor(each, spec), accelerator),
+            _autocast(in_order(predictor(each, spec), each.label_names, names), accelerator),
             () if compared is None else compared.layers[each.name].student,
         )
         for each in candidates
@@ -109,6 +120,26 @@ def _check_own_head(metrics: Collection[Family], subset: str | None, real: bool)
             f"{'--real' if real else '--subset'} is for a model's own head, not for --metrics knn or probe, by which a "
             "model without a head is measured"
         )
+
+
+def _numbering(
+    candidates: Sequence[Candidate], metrics: Collection[Family] | None, *, imagenet: bool
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """The classes in whose order all logits are put, and those that the labels of the images are numbered by.
+
+    ReaL labels and subsets are numbered as ImageNet is; none are where no head is scored.
+    """
+    scored = [each for each in candidates if each.num_classes and "top1" in (metrics or ("top1",))]
+    if not imagenet:
+        names = common_names(scored)
+        return names, names
+    names = imagenet_names()
+    for each in scored:
+        if not same_classes(each.label_names, names):
+            raise ConfigError(
+                f"--real and --subset are for the classes of ImageNet; {each.name!r} has others"
+            )
+    return names, None
 
 
 def _learned_from(source: str, data: DataConfig) -> bool:

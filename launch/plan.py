@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.state import StateFolder
-from ..checkpoints.teacher import Teacher
+from ..checkpoints.teacher import Head, Teacher
 from ..models.copying.input import Normalization
 from ..models.errors import GraftError
 from ..models.mae import MaskedAutoencoder
@@ -22,9 +22,21 @@ from ..transfer.data.loaders import TrainLoader, create_train_loader
 from ..transfer.engine.best import choose
 from ..transfer.engine.build import align_task, find_teacher, headless, open_eval_loader
 from ..transfer.engine.elastic import GlobalBatch, as_started, describe, global_batch
-from ..transfer.engine.labels import freeze_for, head_size, needs_labels, starting_source
+from ..transfer.engine.labels import (
+    check_teacher_classes,
+    freeze_for,
+    needs_labels,
+    starting_source,
+    student_head,
+)
 from ..transfer.engine.optim import peak_learning_rate
-from ..transfer.engine.resume import Position, check_length, check_same_run, refuse_existing
+from ..transfer.engine.resume import (
+    Position,
+    check_length,
+    check_same_classes,
+    check_same_run,
+    refuse_existing,
+)
 from ..transfer.engine.schedule import Schedule
 from ..transfer.engine.students import (
     StudentPlan,
@@ -108,8 +120,12 @@ def _outline(config: RunConfig, processes: int) -> Outline:
     loader = _loader(config, spec, processes)
     batch = None if isinstance(loader, GraftError) else global_batch(config, loader, processes, saved)
     config = config if saved is None else as_started(config, saved)
-    known = config.data.num_classes if isinstance(loader, GraftError) else loader.num_classes
-    classes = head_size(config, known or 0, teacher, whole)
+    known = Head(config.data.num_classes or 0) if isinstance(loader, GraftError) else loader.head()
+    head = student_head(config, known, teacher, whole)
+    check_teacher_classes(config, teacher, head.label_names)
+    if saved is not None:
+        check_same_classes(saved, head.label_names, config.output_dir)
+    classes = head.num_classes
     if config.mode == "pretrain":
         plan = plan_student(headless(config.student), classes, None, spec)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...models.errors import CheckpointError
 from ...models.lora import merged
+from ..class_names import KEY as LABEL_NAMES
 from ..files import Content
 from ..preprocessing import Preprocessing
 from ..provenance import PICKED, carried_licence, of_state
@@ -16,7 +17,7 @@ from ..sources import Part
 from ..state_file import BEST, META_KEY
 from ..weights import Weights
 
-DESCRIBED = tuple(field.name for field in fields(Preprocessing))
+DESCRIBED = (*(field.name for field in fields(Preprocessing)), LABEL_NAMES)
 
 
 def read_state_weights(content: Content, part: Part) -> Weights:

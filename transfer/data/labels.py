@@ -30,6 +30,11 @@ def subset_classes(name: str) -> tuple[int, ...]:
     return tuple(int(line) for line in text.split())
 
 
+def imagenet_names() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet-1k's classes in their order."""
+    return tuple(_shipped("imagenet_synsets.txt").split())
+
+
 def find_subset(folders: Sequence[str] | None) -> str | None:
     """The subset whose WordNet ids are the names of these class folders; None for any other folders."""
     for name in get_args(Subset):

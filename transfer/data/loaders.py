@@ -10,15 +10,20 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ...checkpoints.class_names import KEY as LABEL_NAMES
+from ...checkpoints.class_names import read_names
 from ...checkpoints.preprocessing import Preprocessing
+from ...checkpoints.teacher import Head
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, eval_transform, train_transform
+from .class_counts import check_stream, count_classes, stream_classes
 from .datasets import check_apart, has_split, open_dataset
 from .fetch import Fetcher
 from .images import ImageSource, SubsetSource
 from .labels import IMAGENET_CLASSES, real_labels
 from .loading import EvalBatches, TrainBatches
+from .numbering import MODEL, number_by_name
 from .sampler import Indices, balanced_subset, epoch_order, eval_requests, train_requests
 from .streams import StreamFetcher, read_all_on_every_rank
 
@@ -40,6 +45,7 @@ class TrainLoader:
 
     streamed = False
     """Whether the images come in an order of their own, which depends on the number of ranks."""
+    class_names: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -52,7 +58,8 @@ class TrainLoader:
         world_size: int,
         labels: bool = True,
     ) -> None:
-        self.num_classes = _count_classes(config, source.class_names, source.targets, labels)
+        self.class_names = source.class_names
+        self.num_classes = count_classes(config, source.class_names, source.targets, labels)
         subset = _subset(config, source, labels)
         self.num_samples = len(subset)
         if self.num_samples < world_size:
@@ -71,6 +78,10 @@ class TrainLoader:
             tries=config.max_bad_images + 1,
         )
         self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
+
+    def head(self) -> Head:
+        """A head for the classes of these images."""
+        return Head(self.num_classes, read_names({LABEL_NAMES: self.class_names}, self.num_classes))
 
     @property
     def bad_images(self) -> list[str]:
@@ -116,7 +127,8 @@ class StreamTrainLoader(TrainLoader):
     ) -> None:
         if config.train_samples is not None:
             raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} is a stream")
-        self.num_classes = _count_classes(config, _stream_classes(stream), None, labels)
+        self.class_names = stream_classes(stream)
+        self.num_classes = count_classes(config, self.class_names, None, labels)
         self.batch_size = config.batch_size
         self._stream = StreamFetcher(
             stream,
@@ -169,7 +181,7 @@ class EvalLoader:
         self.num_samples = len(source)
         self.class_names = None if real else source.class_names
         self.num_classes = (
-            IMAGENET_CLASSES if real else _count_classes(config, source.class_names, source.targets, labels)
+            IMAGENET_CLASSES if real else count_classes(config, source.class_names, source.targets, labels)
         )
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
@@ -208,8 +220,8 @@ class StreamEvalLoader(EvalLoader):
         labels: bool = True,
     ) -> None:
         read_all_on_every_rank(stream)
-        self.class_names = _stream_classes(stream)
-        self.num_classes = _count_classes(config, self.class_names, None, labels)
+        self.class_names = stream_classes(stream)
+        self.num_classes = count_classes(config, self.class_names, None, labels)
         self._rank, self._world_size = rank, world_size
         self._stream = StreamFetcher(
             stream,
@@ -259,15 +271,18 @@ def create_eval_loader(
     world_size: int = 1,
     real: bool = False,
     labels: bool = True,
+    names: Sequence[str] | None = None,
 ) -> EvalLoader:
     """The loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels.
 
-    Without `labels` the data set may have none, as for `create_train_loader`.
+    Without `labels` the data set may have none, as for `create_train_loader`. A class has its place in `names` for a
+    label, where they are given, and in the training split else.
     """
     if config.val_split is None:
         raise ConfigError("data.val_split is none, and this needs images to evaluate on: name a split")
-    dataset = open_dataset(config, config.val_split, spec.input_size[0], training=False)
+    dataset = open_dataset(config, config.val_split, spec.input_size[0], training=False, names=names)
     if isinstance(dataset, IterableDataset):
+        check_stream(config, dataset, names)
         if real:
             raise DataError(f"ReaL labels need the images' file names; {config.dataset} is a stream")
         return StreamEvalLoader(dataset, config, spec, rank=rank, world_size=world_size, labels=labels)
@@ -294,9 +309,16 @@ def find_eval_loader(
 
 
 def create_reference_loader(
-    config: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1
+    config: DataConfig,
+    spec: Preprocessing,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    names: Sequence[str] | None = None,
 ) -> EvalLoader:
     """The labelled images of `config.train_split`, `train_samples` of them, each once and as evaluation sees them.
+
+    `names` number the classes as for `create_eval_loader`.
 
     Raises DataError: they are the images of `config.val_split`, among which each would find itself.
     """
@@ -308,8 +330,11 @@ def create_reference_loader(
         )
     dataset = open_dataset(config, config.train_split, spec.input_size[0], training=False)
     if isinstance(dataset, IterableDataset):
+        check_stream(config, dataset, names)
         return StreamEvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
     check_apart(config, dataset)
+    if names is not None:
+        dataset = number_by_name(dataset, config.train_split, names, MODEL)
     if config.train_samples is not None:
         dataset = SubsetSource(dataset, _subset(config, dataset).tolist())
     return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
@@ -326,50 +351,3 @@ def _subset(config: DataConfig, source: ImageSource, labels: bool = True) -> Ind
     if source.targets is None and labels:
         raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} has none")
     return balanced_subset(source.targets or [0] * len(source), count, config.label_seed)
-
-
-def check_num_classes(config: DataConfig, names: Sequence[str] | None) -> None:
-    """ConfigError where `data.num_classes` is not the number of a data set's named classes."""
-    if names and config.num_classes not in (None, len(names)):
-        raise ConfigError(
-            f"data.num_classes={config.num_classes}, but the data set has {len(names)} named classes: leave it out "
-            f"(--num_classes none) or give {len(names)}"
-        )
-
-
-def _count_classes(
-    config: DataConfig, names: Sequence[str] | None, targets: Sequence[int] | None, labels: bool
-) -> int:
-    """`num_classes` as given or as the set says; ConfigError where neither is there, or they disagree.
-
-    Where no `labels` are needed, 0 for a set that has none, and what the set says counts.
-    """
-    largest = max(targets, default=-1) if targets is not None else -1
-    known = max(len(names or ()), largest + 1)
-    unlabeled = sum(target < 0 for target in targets or ())
-    if unlabeled and largest >= 0 and labels:
-        raise DataError(
-            f"{unlabeled} of {len(targets or ())} images have no label, and this needs one for each"
-        )
-    if unlabeled:
-        if labels and config.dataset not in ("", "folder"):
-            raise DataError(f"{config.dataset} has no labels, and this needs them: set data.label_column")
-        if labels:
-            raise DataError(
-                f"data.data_path={config.data_path} has no class folders, and this needs labels: put the images of "
-                "each class into a folder of its own"
-            )
-        return 0
-    if not labels:
-        return max(known, config.num_classes or 0)
-    check_num_classes(config, names)
-    count = config.num_classes or known
-    if count == 0:
-        raise ConfigError(f"data.num_classes must be set: {config.dataset} does not say how many it has")
-    if largest >= count:
-        raise ConfigError(f"data.num_classes={count}, but the data set has the label {largest}")
-    return count
-
-
-def _stream_classes(stream: object) -> Sequence[str] | None:
-    return tuple(getattr(getattr(stream, "reader", None), "class_to_idx", ())) or None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+from ...checkpoints.class_names import comparable
 from ...models.errors import DataError
 from .images import UNLABELED, Header, ImageSource
+
+logger = logging.getLogger(__name__)
 
 NAMED = 5
 """How many classes an error names."""
@@ -56,6 +60,9 @@ def number_by_name(
     """
     own = source.class_names
     if own is None or names is None or list(own) == list(names):
+        return source
+    if not comparable(own, names):
+        logger.warning("split %r and its model name classes in other words: they go by number", split)
         return source
     known = {name: label for label, name in enumerate(names)}
     foreign = [name for name in own if name not in known]

@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
+from ...checkpoints.class_names import same_classes
+from ...checkpoints.teacher import Head
 from ...models.errors import ConfigError
 from ..config import Metric, RunConfig
 from ..data.loaders import EvalLoader
@@ -48,26 +50,28 @@ CHOICES: dict[Metric, Choice] = {
 }
 
 
-def classifies(num_classes: int, loader: EvalLoader | None) -> bool:
-    """Whether a head of so many classes can be scored by the labels of these images."""
-    return loader is not None and 0 < num_classes == loader.num_classes
+def classifies(head: Head, loader: EvalLoader | None) -> bool:
+    """Whether a head can be scored by the labels of these images: they are its classes, in any order."""
+    if loader is None or not 0 < head.num_classes == loader.num_classes:
+        return False
+    return same_classes(head.label_names, loader.class_names)
 
 
 def choose(
     config: RunConfig,
     *,
-    classes: int,
+    head: Head,
     loader: EvalLoader | None,
     student: nn.Module,
     teacher: nn.Module | None,
 ) -> Choice | None:
     """The number that `engine.metric` asks for; None where nothing is evaluated, and the last state is the best.
 
-    `classes` are those of the student's head, `loader` has the test images.
+    `head` is the student's, `loader` has the test images.
 
     Raises ConfigError: it cannot be measured in this run.
     """
-    classified = classifies(classes, loader)
+    classified = classifies(head, loader)
     metric = config.engine.metric
     if metric == "auto":
         metric = _default(config, classified)

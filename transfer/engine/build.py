@@ -32,7 +32,7 @@ from ..methods.dual import build_dual
 from ..metrics.measure import PROBES
 from ..recovery.align import Alignment
 from .best import Choice, choose, classifies
-from .labels import freeze_for, head_size, needs_labels, starting_source
+from .labels import check_teacher_classes, freeze_for, needs_labels, starting_source, student_head
 from .randomness import preserved
 from .students import (
     StudentPlan,
@@ -88,15 +88,18 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
         labels = needs_labels(config)
         train_loader = create_train_loader(config.data, spec, seed=config.seed, labels=labels, **ranks)
         eval_loader = open_eval_loader(config, spec, train_loader.num_classes, **ranks)
-    classes = head_size(config, train_loader.num_classes, teacher, whole)
+    head = student_head(config, train_loader.head(), teacher, whole)
+    check_teacher_classes(config, teacher, head.label_names)
+    classes = head.num_classes
     if config.mode == "pretrain":
         plan = plan_student(headless(config.student), classes, None, spec)
     else:
         plan = plan_student(config.student, classes, teacher, spec, whole)
+    plan = replace(plan, label_names=head.label_names)
     student, init = _student(config, plan, teacher)
     task = _task(config, student, plan, teacher, spec)
     taught = None if teacher is None else teacher.model
-    choice = choose(config, classes=classes, loader=eval_loader, student=task.backbone, teacher=taught)
+    choice = choose(config, head=head, loader=eval_loader, student=task.backbone, teacher=taught)
     reference = None
     if choice is not None and choice.kind in PROBES:
         reference = create_reference_loader(config.data, spec, **ranks)
@@ -111,7 +114,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
         teacher=needed,
         train_loader=train_loader,
         eval_loader=eval_loader,
-        classified=classifies(classes, eval_loader),
+        classified=classifies(head, eval_loader),
         choice=choice,
         reference_loader=reference,
         origins=origins,

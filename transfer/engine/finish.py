@@ -75,4 +75,5 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Mappin
         preprocessing=plan.preprocessing,
         licence=provenance.carried_licence(made),
         provenance=made,
+        label_names=plan.label_names,
     )

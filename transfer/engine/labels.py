@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 from torch import nn
 
-from ...checkpoints.teacher import Teacher, count_classes
+from ...checkpoints.class_names import comparable, difference
+from ...checkpoints.teacher import Head, Teacher, find_head
 from ...models.copying.operators import COPY_METHODS
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, TransferError
 from ..config import RunConfig
 from .optim import freeze, freeze_head
 from .students import find_whole_name
@@ -25,28 +29,43 @@ def starting_source(config: RunConfig) -> str | None:
     return "teacher" if source is None and config.mode in ("finetune", "align") else source
 
 
-def head_size(config: RunConfig, data_classes: int, teacher: Teacher | None, whole: Teacher | None) -> int:
-    """The student's number of classes: those of the data set where its head learns from labels.
+def student_head(config: RunConfig, data: Head, teacher: Teacher | None, whole: Teacher | None) -> Head:
+    """The student's head: that of the data set where it learns from labels.
 
     Without labels a head that comes with the weights stays as it is, and a fresh one would stay random, so there is
-    none: 0. `logits` is the exception, whose head learns the teacher's classes.
+    none. `logits` is the exception, whose head learns the teacher's classes.
     """
     if needs_labels(config):
-        return data_classes
+        return data
     if config.mode == "pretrain":
-        return 0
+        return Head()
     source = starting_source(config)
     if whole is not None and source == config.student.model:
-        return _classes_of(whole)
+        return _head_of(whole)
     if config.mode == "transfer" and config.transfer.method == "logits":
-        return _classes_of(teacher)
+        return _head_of(teacher)
     if source is None:
-        return 0
-    return _classes_of(teacher) if source == "teacher" else count_classes(source)
+        return Head()
+    return _head_of(teacher) if source == "teacher" else find_head(source)
 
 
-def _classes_of(model: Teacher | None) -> int:
-    return int(model.model.num_classes) if model is not None and model.has_head else 0  # type: ignore[arg-type]
+def _head_of(model: Teacher | None) -> Head:
+    if model is None or not model.has_head:
+        return Head()
+    return Head(int(cast(Any, model.model).num_classes), model.label_names)
+
+
+def check_teacher_classes(config: RunConfig, teacher: Teacher | None, names: Sequence[str] | None) -> None:
+    """TransferError where `logits` would teach classes under the numbers of others."""
+    if teacher is None or config.mode != "transfer" or config.transfer.method != "logits":
+        return
+    taught = teacher.label_names
+    if taught is None or names is None or not comparable(taught, names) or list(taught) == list(names):
+        return
+    raise TransferError(
+        "transfer.method=logits needs a teacher with the classes of the data set in the same order, and the two have "
+        f"{difference(taught, names)}: choose another teacher or method, or transfer.task_weight=0"
+    )
 
 
 def freeze_for(config: RunConfig, trainable: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.class_names import KEY as LABEL_NAMES
+from ...checkpoints.class_names import difference
 from ...models.errors import CheckpointError, ConfigError, DataError
 from ..config import RunConfig
 
@@ -60,6 +62,22 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig) -> None:
             f"{key}={now.get(key)!r}, but the run in {config.output_dir} was started with "
             f"{before.get(key)!r}: give the value that it was started with, or another output_dir"
         )
+
+
+def check_same_classes(saved: Mapping[str, Any], names: Sequence[str] | None, folder: Path) -> None:
+    """ConfigError where the outputs of the student would stand for other classes than before.
+
+    States of older versions, and data sets whose classes have no names, say nothing of it.
+    """
+    student = saved.get("student") or {}
+    before = student.get(LABEL_NAMES)
+    if before is None or names is None or list(before) == list(names):
+        return
+    raise ConfigError(
+        f"the run in {folder} was started with other classes than data.data_path has now: it was started with "
+        f"{len(before)} classes, and now there are {len(names)}; the first that differ are "
+        f"{difference(before, names)}: name the class folders as they were, or give another output_dir"
+    )
 
 
 def _same_commit(before: str | None, now: str | None, commit: str | None) -> bool:

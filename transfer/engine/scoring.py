@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...checkpoints.class_names import places
+from ...checkpoints.teacher import Head
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..evaluate import evaluate
@@ -15,7 +17,7 @@ from ..metrics.distance import compared_layers
 from ..metrics.measure import PROBES, Against, Family, measure
 from ..metrics.ranks import exact, summed
 from ..metrics.reader import Reader
-from .best import Choice
+from .best import Choice, classifies
 from .build import Parts
 from .ema import WeightAverage
 from .randomness import preserved, seed_batch
@@ -53,13 +55,13 @@ def teacher_top1(parts: Parts, accelerator: Accelerator) -> float | None:
     task, teacher, loader = parts.task, parts.teacher, parts.eval_loader
     if teacher is None or loader is None or not isinstance(task, TransferTask) or not teacher.has_head:
         return None
-    if getattr(teacher.model, "num_classes", None) != loader.num_classes:
+    if not classifies(Head(getattr(teacher.model, "num_classes", 0), teacher.label_names), loader):
         return None
-    dual = task.dual
+    dual, columns = task.dual, places(teacher.label_names, loader.class_names)
 
     def predict(images: Tensor) -> Tensor:
         logits: Tensor = dual.teacher(dual.teacher_input(images))
-        return logits
+        return logits if columns is None else logits[:, columns]
 
     with preserved(), torch.no_grad():
         results = evaluate(
@@ -79,7 +81,7 @@ def _measured(
     task = parts.task
     against = _against(parts, accelerator) if "distance" in families else None
     layers = () if against is None else against.layers["test"].student
-    predict = _autocast(task.predict, accelerator)
+    predict = _autocast(_by_name(parts, loader), accelerator)
     readers = {"test": Reader(task.backbone, predict, layers)}
     if average is not None:
         readers["test_ema"] = Reader(task.backbone, average.predictor(predict), layers)
@@ -98,6 +100,13 @@ def _measured(
         for key, value in numbers.items()
         if key != "samples"
     }
+
+
+def _by_name(parts: Parts, loader: EvalLoader) -> Predictor:
+    """The student's logits, in the order that the labels have where it has the same classes."""
+    predict, names = parts.task.predict, parts.plan.label_names
+    columns = places(names, loader.class_names) if parts.classified else None
+    return predict if columns is None else lambda images: predict(images)[:, columns]
 
 
 def _against(parts: Parts, accelerator: Accelerator) -> Against | None:

@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg, is_model, list_models, split_model_n
 from torch import nn
 
 from ...checkpoints.build import published_config
+from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, read_preprocessing
 from ...models.conversion import with_plan
@@ -31,13 +32,16 @@ class StudentPlan:
     preprocessing: Preprocessing
     copying: Copying | None = None
     """What of its teacher it runs with, once that is resolved."""
+    label_names: tuple[str, ...] | None = None
+    """The classes of its head in their order, where they are known."""
 
     def meta(self) -> dict[str, Any]:
         """As JSON, for a state file: enough to build what the run leaves without the run's settings."""
         name, arguments = self.architecture, self.arguments
         if self.copying is not None:
             name, arguments = with_copying(name, arguments, self.copying)
-        return {"architecture": name, "model_args": arguments, **self.preprocessing.described()}
+        known = {} if self.label_names is None else {LABEL_NAMES: list(self.label_names)}
+        return {"architecture": name, "model_args": arguments, **self.preprocessing.described(), **known}
 
     def create(self, drop_path: float = 0.0) -> nn.Module:
         """A fresh model; ConfigError in timm's words where it refuses the arguments.

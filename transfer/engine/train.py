@@ -32,6 +32,7 @@ from .resume import (
     Position,
     check_agreement,
     check_length,
+    check_same_classes,
     check_same_run,
     check_same_split,
     check_same_teacher,
@@ -76,6 +77,8 @@ def train(config: RunConfig) -> RunResult:
         commit = None if state is None else commit_of(state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes
         parts = build(config, rank=rank, world_size=world, commit=commit)
+        if state is not None:
+            check_same_classes(state.meta, parts.plan.label_names, config.output_dir)
         check_same_teacher(gather(parts.origins, group))
         check_same_split(gather(parts.eval_loader is not None, group))
         early = max(filter(None, gather(signals.received, group)), default=None)

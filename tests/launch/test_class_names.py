@@ -1,0 +1,158 @@
+"""Classes go by name from the folders to the student's config, and from there to every evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from engine_runs import ARCHITECTURE, ARGUMENTS
+from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.teacher import load_teacher
+from graftvit.launch.cli import main
+from graftvit.launch.config import load_config
+from graftvit.transfer.engine.train import train
+from image_folders import class_folder, write_images
+
+NAMES = ("bright", "dark")
+"""In the order of folders; the first is brighter than the second."""
+
+
+def run(root: Path, folder: Path, *words: str) -> dict[str, float]:
+    settings = [
+        f"data_path={root}", f"output_dir={folder}", f"student.model={ARCHITECTURE}", "mode=scratch",
+        *(f"student.model_args.{name}={value}" for name, value in ARGUMENTS.items()),
+        "aa=none", "batch_size=8", "epochs=8", "warmup_epochs=0", "workers=0", "device=cpu", "trackers=none",
+        "progress=false", "blr=0.1", "hflip=0", "smoothing=0",
+    ]  # fmt: skip
+    return train(load_config(None, [*settings, *words])).metrics
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run of two classes, and its accuracy."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = folder / "set"
+    for split, count, seed in (("train", 8, 0), ("validation", 6, 9)):
+        write_images(root / split / "bright", count, seed=seed, level=225)
+        write_images(root / split / "dark", count, seed=seed + 1, level=30)
+    return folder / "run", run(root, folder / "run")["test_top1"]
+
+
+def others(root: Path, names: dict[str, int], count: int = 6) -> Path:
+    """A validation split alone, of classes with a brightness."""
+    for place, (name, level) in enumerate(names.items()):
+        write_images(root / "validation" / name, count, seed=20 + place, level=level)
+    return root
+
+
+def evaluated(capsys: Any, tmp_path: Path, source: str, root: Path, *words: str) -> dict[str, float]:
+    path = tmp_path / "scores.json"
+    given = ["evaluate", source, "--data_path", str(root), "--device", "cpu", "--workers", "0", *words]
+    code = main([*given, "--json", str(path)])
+    error = capsys.readouterr().err.splitlines()
+    assert code == 0, error[-1]
+    found: dict[str, float] = json.loads(path.read_text())[source]
+    return found
+
+
+def refused(capsys: Any, source: str, root: Path, *words: str) -> str:
+    given = ["evaluate", source, "--data_path", str(root), "--device", "cpu", "--workers", "0", *words]
+    assert main(given) == 2
+    return str(capsys.readouterr().err.splitlines()[-1])
+
+
+def renamed(source: Path, folder: Path, names: Any) -> str:
+    """A copy of a student whose config says other class names."""
+    save_student(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("label_names", None)
+    (folder / "config.json").write_text(
+        json.dumps(config | ({} if names is None else {"label_names": names}))
+    )
+    return str(folder)
+
+
+def test_what_a_run_leaves_says_its_classes(trained: tuple[Path, float], tmp_path: Path) -> None:
+    run_folder, top1 = trained
+    assert top1 == 100
+    for folder in (run_folder / "student", save_student(f"{run_folder}#best", tmp_path / "best"),
+                   save_student(run_folder / "checkpoints" / "last.safetensors", tmp_path / "file")):  # fmt: skip
+        assert json.loads((folder / "config.json").read_text())["label_names"] == list(NAMES)
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert tuple(plain.pretrained_cfg["label_names"]) == NAMES
+        assert load_teacher(str(folder)).label_names == NAMES
+    assert load_teacher(str(run_folder / "student"), num_classes=0).label_names is None
+
+
+@pytest.mark.parametrize("source", ["", "/student", "#best"])
+def test_a_validation_set_in_another_order_goes_by_name(
+    source: str, trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The images of one class alone had the number 0, whichever class it was."""
+    found = evaluated(capsys, tmp_path, f"{trained[0]}{source}", others(tmp_path / "o", {"dark": 30}))
+    assert (found["top1"], found["samples"]) == (100, 6)
+
+
+def test_foreign_classes_are_refused_by_name(
+    trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = others(tmp_path / "o", {"bright": 225, "gloomy": 30})
+    message = refused(capsys, str(trained[0] / "student"), root)
+    assert "classes that the model was not trained for: gloomy" in message
+    found = evaluated(capsys, tmp_path, renamed(trained[0], tmp_path / "unnamed", None), root)
+    assert found["top1"] == 100, "names that nobody knows go by number, as ever"
+
+
+def test_features_need_no_names(
+    trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = class_folder(tmp_path / "o", ("a", "b"))
+    found = evaluated(capsys, tmp_path, str(trained[0] / "student"), root, "--metrics", "knn")
+    assert found["knn_top1"] == 100
+
+
+def test_students_in_several_orders_are_evaluated_together(
+    trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = str(trained[0] / "student")
+    swapped = renamed(trained[0], tmp_path / "swapped", list(NAMES[::-1]))
+    root = str(others(tmp_path / "o", {"bright": 225, "dark": 30}))
+    path = tmp_path / "scores.json"
+    data = ["--data_path", root, "--device", "cpu", "--workers", "0"]
+    assert main(["evaluate", first, swapped, *data, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found[first]["top1"] == 100
+    assert found[swapped]["top1"] == 0, "each of its classes is called as the other"
+    other = renamed(trained[0], tmp_path / "other", ["bright", "gloomy"])
+    assert main(["evaluate", first, other, *data]) == 2
+    assert "gloomy" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "names", ["dark", 5, ["bright"], ["a", "a"], [1, 2], {"0": "bright"}, {"x": "a", "1": "b"}]
+)
+def test_names_that_say_nothing_are_unknown(names: Any, trained: tuple[Path, float], tmp_path: Path) -> None:
+    assert load_teacher(renamed(trained[0], tmp_path / "s", names)).label_names is None
+
+
+def test_names_by_number_are_read(trained: tuple[Path, float], tmp_path: Path) -> None:
+    folder = renamed(trained[0], tmp_path / "s", {"1": "dark", "0": "bright"})
+    assert load_teacher(folder).label_names == NAMES
+
+
+def test_other_names_at_a_resume_are_refused(tmp_path: Path) -> None:
+    """A class folder that was renamed between stop and resume gave its labels to others."""
+    root = class_folder(tmp_path / "set", ("ant", "bee", "cat"))
+    short = ["epochs=3", "batch_size=6", "save_every=1"]
+    run(root, tmp_path / "run", *short, "max_steps=4")
+    for split in ("train", "validation"):
+        (root / split / "ant").rename(root / split / "dog")
+    with pytest.raises(Exception, match=r"class 0 .*'ant'.*'bee'") as caught:
+        run(root, tmp_path / "run", *short)
+    assert "\n" not in str(caught.value)
+    for split in ("train", "validation"):
+        (root / split / "dog").rename(root / split / "ant")
+    run(root, tmp_path / "run", *short)
