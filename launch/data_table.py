@@ -71,7 +71,7 @@ def _labels(split: Split) -> str:
 
 
 def _unreadable(split: Split) -> list[str]:
-    lines = [f"unreadable in {split.name}: {path} ({reason})" for path, reason in split.named]
+    lines = [f"unreadable in {split.name}: {each.path} ({each.reason})" for each in split.named]
     more = split.unreadable - len(split.named)
     return [*lines, f"unreadable in {split.name}: and {more:,} more"] if more > 0 else lines
 
@@ -91,7 +91,7 @@ def _numbers(split: Split) -> dict[str, Any]:
         "modes": dict(split.modes.most_common()),
         "turned": split.turned,
         "unreadable": split.unreadable,
-        "unreadable_files": [each._asdict() for each in split.named],
+        "unreadable_files": [{"path": each.path, "reason": each.reason} for each in split.named],
     }
 
 

@@ -142,9 +142,7 @@ def _outline(config: RunConfig, processes: int) -> Outline:
     elif config.mode == "align" and teacher is not None:
         align_task(config, teacher, student, spec)
     freeze_for(config, student if dual is not None else model)
-    best = (
-        "" if isinstance(loader, GraftError) else _best_words(config, spec, loader, classes, student, teacher)
-    )
+    best = "" if isinstance(loader, GraftError) else _best_words(config, spec, loader, head, student, teacher)
     outline = Outline(
         config, spec, teacher, plan, student, model, dual, loader, processes, saved, batch, best
     )
@@ -188,7 +186,7 @@ def _best_words(
     config: RunConfig,
     spec: Preprocessing,
     loader: TrainLoader,
-    classes: int,
+    head: Head,
     student: nn.Module,
     teacher: Teacher | None,
 ) -> str:
@@ -196,7 +194,7 @@ def _best_words(
     data = config.data.model_copy(update={"download": False, "workers": 0})
     tested = open_eval_loader(config.model_copy(update={"data": data}), spec, loader.num_classes)
     taught = None if teacher is None else teacher.model
-    choice = choose(config, classes=classes, loader=tested, student=student, teacher=taught)
+    choice = choose(config, head=head, loader=tested, student=student, teacher=taught)
     return "the last state: nothing is evaluated" if choice is None else choice.describe()
 
 

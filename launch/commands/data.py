@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
     arguments, given = parse_command(parser, argv, only=SETTINGS)
     _check(arguments.images, arguments.limit, arguments.out, arguments.json)
     config = _config(arguments.recipe, [*_source(arguments.source), *given])
-    from ...transfer.data.survey import survey
+    from ...transfer.data.survey import check_readable, survey
     from ..data_table import to_json, to_text
 
     found = survey(config.data, limit=arguments.limit, decode=arguments.decode)
@@ -61,6 +61,7 @@ def run(argv: list[str]) -> int:
     if arguments.out is not None:
         _write(arguments.out, _picture(config, arguments.images))
         sys.stdout.write(f"{arguments.out}\n")
+    check_readable(found)
     return 0
 
 

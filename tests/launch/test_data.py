@@ -67,6 +67,20 @@ def test_a_folder_is_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (part["images"], part["looked_at"]) == (8, 4)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_split_without_a_readable_image_is_an_error(
+    decode: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command ended with 0, as if all were well."""
+    root = write_classes(tmp_path / "set", ["ant", "bee"], count=2)
+    for path in (root / "val").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2] if decode else b"no image")
+    assert main(["data", str(root), *(["--decode"] if decode else [])]) == 2
+    shown = capsys.readouterr()
+    assert "validation" in shown.out
+    assert "none of the 4 images of validation that were opened can be read" in shown.err
+
+
 def test_images_that_are_to_be_turned_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_classes(tmp_path / "set", ["ant", "bee"], count=3)
     assert "orientation" not in run(capsys, str(root))

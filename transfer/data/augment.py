@@ -19,13 +19,11 @@ from torchvision import transforms
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError
 from ..config import DataConfig
+from .crop import ResizeAndCenterCrop
 from .policies import keep_no_bits
 from .steps import Steps, training_settings
 
 Transform = Callable[[Image.Image], Tensor]
-
-CROPPING = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
-"""The steps that evaluation's `crop_mode` is made of."""
 
 
 def with_settings(own: Preprocessing, config: DataConfig) -> Preprocessing:
@@ -87,10 +85,11 @@ def _affine(config: DataConfig, spec: Preprocessing) -> Transform:
 
 
 def eval_transform(spec: Preprocessing) -> Transform:
-    """timm's own transform of evaluation."""
-    steps = cast(Any, spec.transform()).transforms
+    """timm's own transform of evaluation, without the pixels that it would make and not keep."""
+    resize, crop, *others = cast(Any, spec.transform()).transforms
     how = f"crop_pct={spec.crop_pct:g}, crop_mode={spec.crop_mode}, interpolation={spec.interpolation}"
-    return Steps(steps, "evaluation", dict.fromkeys(CROPPING, how))
+    steps = [ResizeAndCenterCrop(resize, crop), *others]
+    return Steps(steps, "evaluation", {ResizeAndCenterCrop.__name__: how})
 
 
 def seed_generators(seed: int) -> None:

@@ -117,6 +117,16 @@ def _open(config: DataConfig, split: str) -> Any:
         return open_dataset(config, split, 3, training=False, by_training=False)
 
 
+def check_readable(found: Survey) -> None:
+    """DataError where no image of a split can be read."""
+    for split in found.splits:
+        if split.named and split.unreadable == split.looked_at:
+            first = split.named[0].describe()
+            raise DataError(
+                f"none of the {split.looked_at} images of {split.name} that were opened can be read; the first is {first}"
+            )
+
+
 def differences(found: Survey) -> list[str]:
     """Where two splits name or number their classes differently: each is a sentence."""
     lines = []
@@ -161,11 +171,12 @@ def _source(name: str, source: ImageSource, limit: int | None, decode: bool) -> 
     step = max(1, -(-len(source) // limit)) if limit else 1
     for index in told(name, range(0, len(source), step)):
         try:
-            split.add(source.header(index))
+            header = source.header(index)
             if decode or source.targets is None:
                 _, target = source.read(index)
                 if source.targets is None:
                     split.by_label[target] += 1
+            split.add(header)
         except MemoryError:
             raise
         except Exception as error:  # decoders fail in many ways

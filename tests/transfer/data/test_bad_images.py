@@ -60,7 +60,7 @@ def test_an_image_that_a_transform_refuses_is_left_out(root: Path, workers: int)
     assert loader.bad_images == [str(thin)]
     message = refusal(create_eval_loader(config(root, workers=workers, max_bad_images=0), BORDER))
     assert f"the last is {thin}" in message
-    assert "ResizeKeepRatio of the evaluation transform" in message
+    assert "ResizeAndCenterCrop of the evaluation transform" in message
     assert "crop_mode=border" in message
 
 
@@ -192,7 +192,7 @@ def test_a_bad_image_of_a_stream_is_left_out_and_counted_once(
     assert [valid_images(evaluation), valid_images(evaluation)] == [11, 11]
     assert len(evaluation.bad_images) == 1
     message = refusal(create_eval_loader(config(Path(), **keys | {"max_bad_images": 0}), BORDER))
-    assert "ResizeKeepRatio" in message
+    assert "ResizeAndCenterCrop" in message
 
 
 def test_a_stream_of_bad_images_alone_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,4 +203,4 @@ def test_a_stream_of_bad_images_alone_ends_in_one_sentence(monkeypatch: pytest.M
 
     monkeypatch.setattr(loaders, "open_dataset", lambda *_, **__: Bad())
     keys = {"dataset": "wds/x", "num_classes": 2, "data_path": None}
-    assert "ResizeKeepRatio" in refusal(create_eval_loader(config(Path(), **keys), BORDER))
+    assert "ResizeAndCenterCrop" in refusal(create_eval_loader(config(Path(), **keys), BORDER))

@@ -114,5 +114,5 @@ def test_a_transform_by_itself_says_the_same(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(transforms.Resize, "forward", broken)
     message = refusal(eval_transform(SPEC)(image) for image in [Image.new("RGB", (9, 9))])
     assert message.startswith(
-        "Resize of the evaluation transform (crop_pct=1, crop_mode=center, interpolation=bicubic)"
+        "ResizeAndCenterCrop of the evaluation transform (crop_pct=1, crop_mode=center, interpolation=bicubic)"
     )
