@@ -146,7 +146,7 @@ def _check_folder(config: DataConfig, split: str) -> None:
         raise DataError(f"data.data_path={config.data_path} does not exist")
     if root.is_file() and root.suffix == ".tar":
         return
-    if root.is_file():
+    if not root.is_dir():
         raise DataError(
             f"data.data_path={config.data_path} is a file, not a folder or a .tar file of folders"
         )

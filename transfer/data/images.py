@@ -119,7 +119,8 @@ class TorchvisionSource:
 
 def _load(mode: str, path: str) -> Image.Image:
     with open_regular(path) as file, Image.open(file) as image:
-        return image.convert(mode)
+        converted: Image.Image = image.convert(mode)
+        return converted
 
 
 def _name(name: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from timm.data.dataset_factory import create_dataset
@@ -30,6 +31,8 @@ def create(
 ) -> Any:
     """timm's data set. Raises DataError with its reason, and what to do about it where that is known."""
     try:
+        if name.startswith("wds/"):
+            _check_shards(Path(str(config.data_path)))
         keys = _keys(config, name, split)
         return create_dataset(
             name,
@@ -50,6 +53,13 @@ def create(
         Exception
     ) as error:  # each reader fails in its own way: asserts, RuntimeError, errors of the network
         raise DataError(_sentence(config, name, split, error)) from error
+
+
+def _check_shards(folder: Path) -> None:
+    """DataError where a shard is a pipe or a device, which its reader would wait for."""
+    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+        if path.suffix in (".tar", ".json", ".yaml") and path.exists() and not path.is_file():
+            raise DataError(f"{path} is no regular file, and shards are read from files")
 
 
 def _keys(config: DataConfig, name: str, split: str) -> dict[str, Any]:

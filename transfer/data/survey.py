@@ -123,7 +123,8 @@ def check_readable(found: Survey) -> None:
         if split.named and split.unreadable == split.looked_at:
             first = split.named[0].describe()
             raise DataError(
-                f"none of the {split.looked_at} images of {split.name} that were opened can be read; the first is {first}"
+                f"none of the {split.looked_at} images of {split.name} that were opened can be read; the first is "
+                f"{first}"
             )
 
 

@@ -83,11 +83,14 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     whole = find_whole(config.student)
     teacher = find_teacher(config, input_size(config.student, whole)[1:], commit)
     spec = resolve_preprocessing(config, teacher, whole)
-    ranks = {"rank": rank, "world_size": world_size}
     with preserved():
         labels = needs_labels(config)
-        train_loader = create_train_loader(config.data, spec, seed=config.seed, labels=labels, **ranks)
-        eval_loader = open_eval_loader(config, spec, train_loader.num_classes, **ranks)
+        train_loader = create_train_loader(
+            config.data, spec, seed=config.seed, rank=rank, world_size=world_size, labels=labels
+        )
+        eval_loader = open_eval_loader(
+            config, spec, train_loader.num_classes, rank=rank, world_size=world_size
+        )
     head = student_head(config, train_loader.head(), teacher, whole)
     check_teacher_classes(config, teacher, head.label_names)
     classes = head.num_classes
@@ -102,7 +105,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     choice = choose(config, head=head, loader=eval_loader, student=task.backbone, teacher=taught)
     reference = None
     if choice is not None and choice.kind in PROBES:
-        reference = create_reference_loader(config.data, spec, **ranks)
+        reference = create_reference_loader(config.data, spec, rank=rank, world_size=world_size)
     origins = {"teacher": provenance.of_teacher(teacher), "init": init}
     # Fine-tuning has taken the teacher's weights and needs it no more.
     needed = teacher if config.mode in TAUGHT else None

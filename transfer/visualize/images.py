@@ -17,6 +17,7 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
 from ..data.augment import eval_transform
 from ..data.digits import VALIDATION_SIZE, DigitsSource
+from ..data.regular import open_regular
 
 MAX_IMAGES = 16
 """More make a page that no browser likes, and that nobody reads."""
@@ -81,7 +82,7 @@ def _read(source: Path | int) -> Image.Image:
         image, _ = DigitsSource("validation", "RGB").read(source)
         return image
     try:
-        with Image.open(source) as image:
+        with open_regular(source) as file, Image.open(file) as image:
             converted: Image.Image = image.convert("RGB")
             return converted
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:

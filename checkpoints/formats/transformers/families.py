@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ....models.errors import CheckpointError
+from ...class_names import KEY as LABEL_NAMES
 from ...weights import Weights
 from ..normalisation import IMAGENET, INCEPTION, normalised
 from .config import Config
@@ -18,6 +20,8 @@ from .sizes import measure
 CLIP = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
 STATISTICS = {"ImageNet's": IMAGENET, "one half each": INCEPTION, "CLIP's": CLIP}
 """Mean and std by their name in reports."""
+PLACEHOLDER = re.compile(r"LABEL_\d+")
+"""What transformers calls a class that nobody named."""
 LIMIT = 1e6
 """Of mean and std, so that no number of a damaged file overflows."""
 
@@ -60,11 +64,19 @@ def described(weights: Weights, config: Config, family: Family, arguments: Mappi
         weights,
         architecture=architecture,
         model_args={**sizes, **arguments},
-        pretrained_cfg=size,
+        pretrained_cfg={**size, **_class_names(config)},
         notes=notes,
         norm_eps=epsilon,
     )
     return _with_statistics(known, config, family, tower.channels)
+
+
+def _class_names(config: Config) -> dict[str, Any]:
+    """The classes under timm's key; none where they are numbers under another name."""
+    names = config.values.get("id2label")
+    if not isinstance(names, Mapping) or all(PLACEHOLDER.fullmatch(str(name)) for name in names.values()):
+        return {}
+    return {LABEL_NAMES: dict(names)}
 
 
 def activation(config: Config, family: Family, published: str | None) -> dict[str, str]:

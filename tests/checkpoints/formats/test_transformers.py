@@ -35,3 +35,12 @@ def test_features_are_those_of_transformers(case: Case, tmp_path: Path) -> None:
     model = case.build()
     check_same(case, model, load_teacher(save(model, tmp_path / "saved")))
     check_same(case, model, load_teacher(save_modules(model, tmp_path / "modules")))
+
+
+def test_the_classes_of_a_classifier_are_known_by_name(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "vit-classifier")
+    model = case.build()
+    assert load_teacher(save(model, tmp_path / "unnamed")).label_names is None
+    names = ("dog", "cat", "ant", "bee", "cow")
+    model.config.id2label = dict(enumerate(names))
+    assert load_teacher(save(model, tmp_path / "named")).label_names == names

@@ -11,15 +11,17 @@ import pytest
 import torch
 from data_sets import image, write_classes
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.models.errors import DataError
+from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders, loading
 from graftvit.transfer.data.augment import eval_transform
 from graftvit.transfer.data.columns import Columns
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.hub import HubSource
+from graftvit.transfer.data.labels import real_labels
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from graftvit.transfer.evaluate import evaluate
+from graftvit.transfer.visualize.images import read_images
 from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision import transforms
@@ -118,6 +120,25 @@ def test_a_pipe_in_other_data_sets_is_a_bad_image(root: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict(rows, features=features)
     assert is_no_regular_file(HubSource(table, Columns("image", "label"), "RGB", "x", None))
+
+
+def test_a_pipe_in_place_of_a_list_or_of_shards_is_refused(root: Path) -> None:
+    pipe = root / "names.txt"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match=r"names\.txt cannot be read: it is no regular file"):
+        open_dataset(config(root, classes=str(pipe)), "train", 3, training=True)
+    with pytest.raises(DataError, match="cannot be read: it is no regular file"):
+        real_labels(["ILSVRC2012_val_00000001.JPEG"], pipe)
+    with pytest.raises(DataError, match=r"not a folder or a \.tar file"):
+        open_dataset(config(pipe), "train", 3, training=True)
+    (root / "one").mkdir()
+    os.mkfifo(root / "one" / "0.png")
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_images([str(root / "one")], SPEC)
+    pytest.importorskip("webdataset")
+    os.mkfifo(root / "train-0000.tar")
+    with pytest.raises(DataError, match=r"train-0000\.tar is no regular file"):
+        open_dataset(config(root, dataset="wds/x", num_classes=2), "train", 3, training=True)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
