@@ -8,10 +8,10 @@ from pathlib import Path
 from PIL import Image
 from timm.utils.misc import natural_key
 
+from ...checkpoints.safety.regular import read_regular
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from .images import Header, ImageSource
-from .regular import read_text
 
 IMAGENET_100 = "imagenet-100"
 """The name of the list that comes with the package."""
@@ -81,9 +81,7 @@ def wanted_classes(config: DataConfig) -> list[str] | None:
 def _read(path: Path) -> list[str]:
     """The lines of a file, without comments."""
     try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"data.classes={path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        lines = read_regular(path, refusal=ConfigError).splitlines()
+    except ConfigError as error:
+        raise ConfigError(f"data.classes: {error}") from error
     return [line for line in lines if not line.startswith("#")]

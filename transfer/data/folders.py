@@ -13,8 +13,7 @@ from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...models.errors import DataError
-from .images import UNLABELED, Header
-from .regular import open_regular
+from .images import UNLABELED, Header, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -149,11 +148,11 @@ class FolderSource:
         return len(self._files)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        with open_regular(self._files[index]) as file, Image.open(file) as image:
+        with open_image(self._files[index]) as image:
             return image.convert(self._mode), self.targets[index]
 
     def header(self, index: int) -> Header:
-        with open_regular(self._files[index]) as file, Image.open(file) as image:
+        with open_image(self._files[index]) as image:
             return Header.of(image)
 
     def path(self, index: int) -> str:

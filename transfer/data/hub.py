@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
+from ...checkpoints.safety.regular import open_regular
 from ...models.errors import DataError
 from ..config import DataConfig
 from .columns import Columns, find_columns
 from .images import UNLABELED, Header
-from .regular import open_regular
 from .splits import synonyms
 from .steps import reason_of
 
@@ -58,7 +58,7 @@ class HubSource:
         content: bytes | None = stored["bytes"]
         if content:
             return content
-        with open_regular(stored["path"]) as file:
+        with open_regular(Path(stored["path"]), refusal=DataError) as file:
             return file.read()
 
     def path(self, index: int) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 from PIL import ExifTags, Image
 
-from .regular import open_regular
+from ...checkpoints.safety.regular import open_regular
+from ...models.errors import DataError
 
 UNLABELED = -1
 """The label of an image that has none."""
@@ -30,6 +33,13 @@ class Header(NamedTuple):
     def of(cls, image: Image.Image) -> Header:
         exif = image.getexif() if "exif" in image.info else {}  # a PNG without one would be decoded for it
         return cls(image.format, image.mode, image.size, exif.get(ExifTags.Base.Orientation, 1) != 1)
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, not decoded yet. Raises DataError where it is no regular file, and whatever Pillow does."""
+    with open_regular(Path(path), refusal=DataError) as file, Image.open(file) as image:
+        yield image
 
 
 class ImageSource(Protocol):
@@ -118,9 +128,8 @@ class TorchvisionSource:
 
 
 def _load(mode: str, path: str) -> Image.Image:
-    with open_regular(path) as file, Image.open(file) as image:
-        converted: Image.Image = image.convert(mode)
-        return converted
+    with open_image(path) as image:
+        return image.convert(mode)
 
 
 def _name(name: Any) -> str:

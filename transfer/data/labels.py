@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ...checkpoints.safety.regular import read_regular
 from ...models.errors import ConfigError, DataError, did_you_mean
-from .regular import read_text
 
 Subset = Literal["imagenet-a", "imagenet-r"]
 """Natural adversarial examples (arXiv:1907.07174) and renditions (arXiv:2006.16241), 200 classes each."""
@@ -63,9 +63,9 @@ def real_labels(paths: Sequence[str], file: Path | None = None) -> Tensor:
 
 def _text(file: Path) -> str:
     try:
-        return read_text(file)
-    except OSError as error:
-        raise DataError(f"the ReaL labels {file} cannot be read: {error.strerror}") from error
+        return read_regular(file, refusal=DataError)
+    except DataError as error:
+        raise DataError(f"the ReaL labels: {error}") from error
 
 
 def _shipped(name: str) -> str:

@@ -19,7 +19,7 @@ from ..engine.randomness import preserved
 from .augment import Transform, mix, seed_generators
 from .images import ImageSource
 from .sampler import MIXING, SAMPLE, BatchRequest, Indices, derive_seed
-from .steps import StepError, reason_of
+from .steps import reason_of
 
 
 class BadImage(NamedTuple):
@@ -73,7 +73,8 @@ def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | B
     except (
         Exception
     ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        return BadImage(name_of(source, index), cause(error))
+        name = name_of(source, index)
+        return BadImage(name, cause(error).removeprefix(f"{name} "))
 
 
 def name_of(source: ImageSource, index: int) -> str:
@@ -86,7 +87,7 @@ def name_of(source: ImageSource, index: int) -> str:
 
 def cause(error: Exception) -> str:
     """Why an image is bad, in one line."""
-    return str(error) if isinstance(error, StepError) else reason_of(error)
+    return str(error) if isinstance(error, DataError) else reason_of(error)
 
 
 def out_of_memory(name: str) -> DataError:

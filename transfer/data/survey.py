@@ -16,7 +16,7 @@ from ...models.errors import DataError
 from ..config import DataConfig
 from .datasets import open_dataset, undivided
 from .images import UNLABELED, Header, ImageSource
-from .loading import BadImage
+from .loading import BadImage, cause, name_of
 from .steps import reason_of
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _source(name: str, source: ImageSource, limit: int | None, decode: bool) -> 
         except MemoryError:
             raise
         except Exception as error:  # decoders fail in many ways
-            split.refuse(BadImage(source.path(index), reason_of(error)))
+            split.refuse(BadImage(name_of(source, index), cause(error)))
     return split
 
 

@@ -17,7 +17,7 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
 from ..data.augment import eval_transform
 from ..data.digits import VALIDATION_SIZE, DigitsSource
-from ..data.regular import open_regular
+from ..data.images import open_image
 
 MAX_IMAGES = 16
 """More make a page that no browser likes, and that nobody reads."""
@@ -82,10 +82,10 @@ def _read(source: Path | int) -> Image.Image:
         image, _ = DigitsSource("validation", "RGB").read(source)
         return image
     try:
-        with open_regular(source) as file, Image.open(file) as image:
+        with open_image(source) as image:
             converted: Image.Image = image.convert("RGB")
             return converted
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (DataError, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{str(source)!r} cannot be read as an image; give a PNG, JPEG or the like"
         ) from error
