@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 from engine_runs import ARCHITECTURE, ARGUMENTS
+from graftvit.checkpoints.publish.student_files import plan_upload
 from graftvit.checkpoints.student import save_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
@@ -85,6 +86,14 @@ def test_what_a_run_leaves_says_its_classes(trained: tuple[Path, float], tmp_pat
         assert tuple(plain.pretrained_cfg["label_names"]) == NAMES
         assert load_teacher(str(folder)).label_names == NAMES
     assert load_teacher(str(run_folder / "student"), num_classes=0).label_names is None
+    stripped = tmp_path / "stripped.safetensors"
+    assert (
+        main(["checkpoint", "strip", str(run_folder / "checkpoints" / "last.safetensors"), str(stripped)])
+        == 0
+    )
+    assert load_teacher(str(stripped)).label_names == NAMES
+    pushed = plan_upload(run_folder / "student", "someone/student", licence="mit", confirm_licence=True)
+    assert pushed.config["label_names"] == list(NAMES)
 
 
 @pytest.mark.parametrize("source", ["", "/student", "#best"])

@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 NAMED = 5
 """How many classes an error names."""
 TRAINING = "the training split has no images of: {}; name the class folders alike, or take these away"
-MODEL = "the model was not trained for: {}; name the class folders as its label_names are, or take these away"
+MODEL = (
+    "the model was not trained for: {}; name the class folders as its label_names are, take these away, or measure "
+    "its features with --metrics knn"
+)
 """Whose classes these are, in an error."""
 
 
