@@ -20,7 +20,13 @@ from ..models.mae import MaskedAutoencoder
 from ..transfer.config import RunConfig
 from ..transfer.data.loaders import TrainLoader, create_train_loader
 from ..transfer.engine.best import choose
-from ..transfer.engine.build import align_task, find_teacher, headless, open_eval_loader
+from ..transfer.engine.build import (
+    align_task,
+    check_recomputation,
+    find_teacher,
+    headless,
+    open_eval_loader,
+)
 from ..transfer.engine.elastic import GlobalBatch, as_started, describe, global_batch
 from ..transfer.engine.labels import (
     check_teacher_classes,
@@ -113,6 +119,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
 
 
 def _outline(config: RunConfig, processes: int) -> Outline:
+    check_recomputation(config)
     saved = _saved(config)
     whole = find_whole(config.student)
     teacher = _teacher(config, input_size(config.student, whole)[1:])

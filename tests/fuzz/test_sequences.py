@@ -109,6 +109,8 @@ class Session:
             getattr(world.dual, name)()
             world.twin.train(name == "train")
         elif name.endswith("checkpointing"):
+            if self.compiled and not self.case.pair.method.startswith("copy"):
+                return  # torch refuses to compile blocks that give a loss and are run again
             world.dual.student.set_grad_checkpointing(not name.startswith("no"))
         elif name in ("a step of the weights", "load_state_dict"):
             self.change(world, name, number)

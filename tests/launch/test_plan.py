@@ -273,3 +273,11 @@ def test_an_outline_takes_the_students_resolution_where_its_patches_allow() -> N
     assert resized.has_head
     own = outline_teacher(TeacherConfig(source="vit_tiny_patch16_224", img_size=32), (64, 96), empty=False)
     assert own.model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_what_torch_cannot_compile_is_refused_by_the_plan_and_the_run(tmp_path: Path, teacher: str) -> None:
+    words = [*STUDENT, f"teacher.source={teacher}", f"output_dir={tmp_path / 'run'}", "data.dataset=digits"]
+    settings = load_config(None, [*words, "student.compile=true", "student.grad_checkpointing=true"])
+    for start in (describe_plan, build):
+        with pytest.raises(ConfigError, match="does not go with student.grad_checkpointing=true"):
+            start(settings)

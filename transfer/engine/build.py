@@ -15,6 +15,7 @@ from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.copying.input import Normalization, TeacherInput
+from ...models.copying.operators import COPY_METHODS
 from ...models.errors import ConfigError
 from ...models.lora import add_lora
 from ...models.mae import MaskedAutoencoder
@@ -29,6 +30,7 @@ from ..data.loaders import (
     find_eval_loader,
 )
 from ..methods.dual import build_dual
+from ..methods.plan import LAYER_METHODS
 from ..metrics.measure import PROBES
 from ..recovery.align import Alignment
 from .best import Choice, choose, classifies
@@ -78,6 +80,7 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
 
     Raises ConfigError, CheckpointError, DataError or TransferError, one sentence each.
     """
+    check_recomputation(config)
     check_dataset(config.data)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
     whole = find_whole(config.student)
@@ -122,6 +125,17 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
         reference_loader=reference,
         origins=origins,
     )
+
+
+def check_recomputation(config: RunConfig) -> None:
+    """Raise ConfigError where torch cannot compile blocks that are run again and give losses of their own."""
+    student, method = config.student, config.transfer.method
+    inside = config.mode == "transfer" and method in LAYER_METHODS and method not in COPY_METHODS
+    if inside and student.compile and student.grad_checkpointing:
+        raise ConfigError(
+            f"student.compile=true does not go with student.grad_checkpointing=true for transfer.method={method}, whose "
+            "losses come from within the blocks: set one of them to false"
+        )
 
 
 def open_eval_loader(
