@@ -119,15 +119,21 @@ def _part_beside(weights: Weights) -> dict[str, Tensor]:
     """The part of the same teacher in the student that the run of this state has exported; nothing without one."""
     with suppress(CheckpointError):
         exported = read_folder(FolderSource(Path(weights.origin).parent.parent / "student"))
-        if exported.model_args.get("copied") == weights.model_args["copied"]:
+        alike = exported.model_args.get("copied") == weights.model_args["copied"]
+        if alike and _known(exported).get("digest") == _known(weights).get("digest"):
             return _of_teacher(exported)
     return {}
+
+
+def _known(weights: Weights) -> Mapping[str, Any]:
+    """What a student says of the teacher that it was trained with."""
+    return weights.provenance.get("teacher") or {}
 
 
 def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[str, Tensor]:
     """That part of the teacher, loaded as the run loaded it."""
     recipe: Mapping[str, Any] = weights.provenance["recipe"]["teacher"]
-    known: Mapping[str, Any] = weights.provenance.get("teacher") or {}
+    known = _known(weights)
     try:
         teacher = load_teacher(
             recipe["source"],
@@ -136,12 +142,18 @@ def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[s
             img_size=weights.model_args["copied"]["teacher"]["model_args"].get("img_size"),
             position_embedding=recipe["position_embedding"],
             revision=known.get("revision") or recipe["revision"],
+            identified=known.get("digest") is not None,
         )
     except GraftError as error:
         raise CheckpointError(
             f"{weights.origin} copies the attention of {recipe['source']!r}, which it does not hold and which does not "
             f"load ({error}): put it back, or take the bare student (`graftvit save SOURCE DIR --bare`)"
         ) from error
+    if teacher.digest != known.get("digest"):
+        raise CheckpointError(
+            f"{weights.origin} copies the attention of {recipe['source']!r}, which holds other weights than those that "
+            "it was trained with: put those back, or take the bare student (`graftvit save SOURCE DIR --bare`)"
+        )
     model = build(ARCHITECTURE, weights.model_args, on_meta=True)
     prefix = f"{TEACHER}model."
     wanted = [name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -30,15 +31,20 @@ NOT_RECIPE = ("output_dir", "engine")
 
 
 def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
-    """A teacher as provenance: source, architecture, commit on the hub, licence."""
+    """A teacher as provenance, in JSON: where it is from, which weights it has, and how it is built and shown images."""
     if teacher is None:
         return None
-    return {
+    known = {
         "source": teacher.source,
         "architecture": teacher.architecture,
         "revision": teacher.revision,
         "licence": teacher.licence,
+        "digest": teacher.digest,
+        "model_args": dict(teacher.model_args),
+        "preprocessing": teacher.preprocessing.described(),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(known, default=str))
+    return plain
 
 
 def of_weights(source: str, report: LoadReport) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .class_names import read_names
 from .copying import described_architecture, make_whole, refuse_as_start
 from .fit import fit, source_grid
 from .folders import read_folder, read_hub, read_weights_file
+from .identity import identify
 from .position import Method
 from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, some
@@ -53,6 +54,8 @@ class Teacher:
     """Of a student of this package: what it learned from and how."""
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where the weights say them."""
+    digest: str | None = None
+    """Of the weights as the source has them (`identity.py`), where `load_teacher` was asked for it."""
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -75,6 +78,7 @@ def load_teacher(
     position_embedding: Method = "timm",
     revision: str | None = None,
     bare: bool = False,
+    identified: bool = False,
 ) -> Teacher:
     """Loads a teacher and freezes it.
 
@@ -89,6 +93,7 @@ def load_teacher(
         revision: branch, tag or commit on the hub, whatever `source` says.
         bare: of a student that copies its teacher's attention, its own weights alone, as a plain model whose
             attention was never trained.
+        identified: also compute the digest of the weights: a second or two for a large model.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     UnsupportedModelError: the model does not take images of this size.
@@ -109,7 +114,7 @@ def load_teacher(
         if copying is not None:
             plan.arguments["copied"] = copying.to_json()
     logger.info("%s", report)
-    return _teacher(built, source, plan, report)
+    return replace(_teacher(built, source, plan, report), digest=identify(weights) if identified else None)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ..checkpoints import provenance
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.state import StateFolder
 from ..checkpoints.teacher import Head, Teacher
@@ -41,6 +42,8 @@ from ..transfer.engine.resume import (
     check_length,
     check_same_classes,
     check_same_run,
+    check_same_weights,
+    commit_of,
     refuse_existing,
 )
 from ..transfer.engine.schedule import Schedule
@@ -122,7 +125,8 @@ def _outline(config: RunConfig, processes: int) -> Outline:
     check_recomputation(config)
     saved = _saved(config)
     whole = find_whole(config.student)
-    teacher = _teacher(config, input_size(config.student, whole)[1:])
+    commit = None if saved is None else commit_of(saved)
+    teacher = _teacher(config, input_size(config.student, whole)[1:], commit)
     spec = resolve_preprocessing(config, teacher, whole)
     loader = _loader(config, spec, processes)
     batch = None if isinstance(loader, GraftError) else global_batch(config, loader, processes, saved)
@@ -137,6 +141,9 @@ def _outline(config: RunConfig, processes: int) -> Outline:
         plan = plan_student(headless(config.student), classes, None, spec)
     else:
         plan = plan_student(config.student, classes, teacher, spec, whole)
+    if saved is not None:
+        origins = {"teacher": provenance.of_teacher(teacher)}
+        check_same_weights(saved, origins, spec.described(), config.output_dir)
     student = _unfilled(config, lambda: plan.create(config.student.drop_path))
     model, dual = student, None
     if config.mode == "pretrain":
@@ -169,11 +176,11 @@ def _saved(config: RunConfig) -> Mapping[str, Any] | None:
     return saved
 
 
-def _teacher(config: RunConfig, size: tuple[int, int]) -> Teacher | None:
+def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None) -> Teacher | None:
     source = config.teacher.source
     if config.mode in ("transfer", "finetune") and source is not None and is_timm_name(source):
         return outline_teacher(config.teacher, size, empty=_without_storage(config))
-    return find_teacher(config, size)
+    return find_teacher(config, size, commit)
 
 
 def _loader(config: RunConfig, spec: Preprocessing, processes: int) -> TrainLoader | GraftError:

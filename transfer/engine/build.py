@@ -172,6 +172,7 @@ def find_teacher(config: RunConfig, size: tuple[int, int], commit: str | None = 
         img_size=config.teacher.image_size(size),
         position_embedding=config.teacher.position_embedding,
         revision=commit or config.teacher.revision,
+        identified=True,
     )
 
 

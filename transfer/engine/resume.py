@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,14 @@ FREE = (
     "optim.epochs", "optim.max_steps",
 )  # fmt: skip
 """Settings that may change when a run goes on: where and how it runs, and how long it is."""
+HELD = ("engine.precision",)
+"""Of these, what changes the numbers."""
+
+
+BUILT = (
+    "architecture", "model_args", "preprocessing", "input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation",
+)  # fmt: skip
+"""What a state says of a teacher and a student, and what must stay as it is."""
 
 
 @dataclass
@@ -54,7 +63,8 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig) -> None:
     """
     before, now = dict(_flat(saved["config"])), dict(_flat(settings(config)))
     for key in sorted(before.keys() | now.keys()):
-        if key.startswith((*FREE, "optim.accum_iter")) or before.get(key) == now.get(key):
+        free = key.startswith((*FREE, "optim.accum_iter")) and key not in HELD
+        if free or before.get(key) == now.get(key):
             continue
         if key == "teacher.revision" and _same_commit(before[key], now[key], commit_of(saved)):
             continue
@@ -78,6 +88,47 @@ def check_same_classes(saved: Mapping[str, Any], names: Sequence[str] | None, fo
         f"{len(before)} classes, and now there are {len(names)}; the first that differ are "
         f"{difference(before, names)}: name the class folders as they were, or give another output_dir"
     )
+
+
+def check_same_weights(
+    saved: Mapping[str, Any], origins: Mapping[str, Any], student: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuses to continue a run with another teacher behind the same path, or with images that are made in another way.
+
+    What a state does not know, because an older version wrote it, is not compared.
+
+    Args:
+        saved: The meta part of a state.
+        origins: What is known of the weights that were loaded now (`Parts.origins`).
+        student: What is known of the student that was built now (`StudentPlan.meta`).
+        folder: The run folder, for the sentence.
+
+    Raises ConfigError naming what differs.
+    """
+    teacher = origins.get("teacher") or {}
+    before = (saved.get("origins") or {}).get("teacher") or {}
+    if _differ(before.get("digest"), teacher.get("digest")):
+        raise ConfigError(
+            f"teacher.source={teacher.get('source')!r} holds other weights than those that the run in {folder} was "
+            f"started with (sha256 {before['digest'][:12]} then, {teacher['digest'][:12]} now): put those back, or "
+            "give another output_dir"
+        )
+    if teacher.get("digest") is None:  # known by its name alone, for a plan
+        teacher = {}
+    pairs = {"teacher": (before, teacher), "student": (saved.get("student") or {}, student)}
+    for name, (then, now) in pairs.items():
+        now = json.loads(json.dumps({key: now[key] for key in BUILT if key in now and key in then}))
+        known, found = dict(_flat({key: then[key] for key in now})), dict(_flat(now))
+        for key in sorted(known.keys() | found.keys()):
+            if known.get(key) != found.get(key):
+                raise ConfigError(
+                    f"{name}.{key}={found.get(key)!r}, but the run in {folder} was started with {known.get(key)!r}: put the "
+                    "weights and their config.json back as they were, or give another output_dir"
+                )
+
+
+def _differ(before: str | None, now: str | None) -> bool:
+    return before is not None and now is not None and before != now
 
 
 def _same_commit(before: str | None, now: str | None, commit: str | None) -> bool:
@@ -128,12 +179,19 @@ def check_agreement(steps: list[int | None], folder: Path) -> None:
 
 
 def check_same_teacher(origins: list[dict[str, Any]]) -> None:
-    """CheckpointError where a branch on the hub moved while the processes loaded from it."""
-    if any(own != origins[0] for own in origins):
-        loaded = [[origin and origin["revision"] for origin in own.values()] for own in origins]
+    """CheckpointError where a branch on the hub moved while the processes loaded from it, or their disks differ."""
+    if all(own == origins[0] for own in origins):
+        return
+    loaded = [[origin and origin["revision"] for origin in own.values()] for own in origins]
+    if any(commits != loaded[0] for commits in loaded):
         raise CheckpointError(
             f"the processes loaded different weights from the hub (commits {loaded}): give teacher.revision"
         )
+    digests = [((own.get("teacher") or {}).get("digest") or "unknown")[:12] for own in origins]
+    raise CheckpointError(
+        f"the processes loaded different weights or descriptions of them (sha256 {', '.join(digests)}): put them on a "
+        "disk that every machine sees"
+    )
 
 
 def check_same_split(found: list[bool]) -> None:

@@ -36,6 +36,7 @@ from .resume import (
     check_same_run,
     check_same_split,
     check_same_teacher,
+    check_same_weights,
     commit_of,
     refuse_existing,
     settings,
@@ -80,6 +81,8 @@ def train(config: RunConfig) -> RunResult:
         if state is not None:
             check_same_classes(state.meta, parts.plan.label_names, config.output_dir)
         check_same_teacher(gather(parts.origins, group))
+        if state is not None:
+            check_same_weights(state.meta, parts.origins, parts.plan.meta(), config.output_dir)
         check_same_split(gather(parts.eval_loader is not None, group))
         early = max(filter(None, gather(signals.received, group)), default=None)
         if early is not None:  # nothing was done that a save could keep
