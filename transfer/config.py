@@ -256,6 +256,12 @@ class EngineConfig(Section):
     save_every: int | None = Field(
         None, gt=0, description="optimiser steps between checkpoints; each epoch by default"
     )
+    stop_grace: float = Field(
+        300.0,
+        gt=0,
+        description="seconds after a stop signal in which no step and no batch of an evaluation ends, at which the "
+        "process ends without a save",
+    )
     evaluate_start: bool = Field(
         False,
         description="evaluate the student before its first step, too: what a conversion costs by itself",

@@ -18,7 +18,7 @@ from typing import NoReturn
 import submitit
 
 from ...models.errors import GraftError
-from ...transfer.engine import early_signals
+from ...transfer.engine import deadline, early_signals
 from .environment import limit_threads
 from .files import JobFolder
 from .pitfalls import export_ranks, forget_old_results, requeue
@@ -38,7 +38,7 @@ class Attempt:
 
     def __call__(self) -> dict[str, str]:
         """Runs to the end; leaves by SystemExit where the run was stopped or failed."""
-        early_signals.remember_signals()
+        early_signals.remember_signals(least=WAIT_FOR_THE_END)
         forget_old_results()
         os.chdir(self.directory)
         job = submitit.JobEnvironment()
@@ -51,6 +51,7 @@ class Attempt:
             record.note(outcome="finished", ended=time.time())
             return {"output_dir": str(self.output_dir), "outcome": "finished"}
         if early_signals.received:
+            deadline.clear()  # the run has saved, or has failed
             _leave(record)
         record.note(outcome="stopped" if code > 128 else "failed", ended=time.time())
         raise SystemExit(code)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from . import deadline
+
 EARLY_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)
 )  # Windows has no SIGUSR2; Ctrl-C ends a run that has not begun at once
@@ -40,17 +42,22 @@ def remembering() -> Iterator[None]:
 def forget_signals() -> None:
     """Nothing has come, and nothing is remembered any more."""
     global _owner
+    deadline.stop()
     _owner = None
     received.clear()
 
 
-def remember_signals() -> None:
-    """Installs handlers that remember, and lets the signals through that were blocked until now."""
+def remember_signals(least: float = 0.0) -> None:
+    """Installs handlers that remember, and lets the signals through that were blocked until now.
+
+    A process that nothing moves in after one is ended, but not before `least` seconds (`deadline`).
+    """
     global _owner
     _owner = os.getpid()
     received.clear()
     for number in EARLY_SIGNALS:
         signal.signal(number, remember)
+    deadline.start(least=least)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY_SIGNALS)
 

@@ -17,6 +17,7 @@ from ..metrics.distance import compared_layers
 from ..metrics.measure import PROBES, Against, Family, measure
 from ..metrics.ranks import exact, summed
 from ..metrics.reader import Reader
+from . import deadline
 from .best import Choice, classifies
 from .build import Parts
 from .ema import WeightAverage
@@ -145,6 +146,7 @@ def _objective(task: Task, loader: EvalLoader, accelerator: Accelerator) -> floa
         seed_batch(0, 0, number * accelerator.num_processes + accelerator.process_index, device)
         with accelerator.autocast():
             loss = task(images.to(device), targets.to(device))["loss"]
+        deadline.moved()
         total += torch.stack([loss.to(total) * count, total.new_tensor(count)])
     loss_sum, images_seen = summed(total).tolist()
     if not images_seen:
@@ -154,6 +156,7 @@ def _objective(task: Task, loader: EvalLoader, accelerator: Accelerator) -> floa
 
 def _autocast(predict: Predictor, accelerator: Accelerator) -> Predictor:
     def run(images: Tensor) -> Tensor:
+        deadline.moved()
         with accelerator.autocast():
             return predict(images)
 

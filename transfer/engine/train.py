@@ -73,7 +73,7 @@ def train(config: RunConfig) -> RunResult:
     """
     accelerator = create_accelerator(config)
     group = host_group(accelerator)
-    with StopSignals(group) as signals, _fence(config, accelerator, group) as fence:
+    with StopSignals(group, config.engine.stop_grace) as signals, _fence(config, accelerator, group) as fence:
         state = _find_state(config, accelerator, group, fence)
         commit = None if state is None else commit_of(state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes

@@ -75,7 +75,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     os.environ.update(held[1])
     for number, handler in before.items():
         signal.signal(number, handler)
-    early_signals.received.clear()
+    early_signals.forget_signals()
 
 
 def stopped_by(*numbers: int) -> Callable[[], int]:

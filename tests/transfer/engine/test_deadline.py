@@ -1,0 +1,171 @@
+"""A signal that comes while nothing moves ends the process after a stated time, and leaves what was saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_runs import config, state
+from graftvit.transfer.engine import deadline
+from graftvit.transfer.engine.runlog import read_log
+from graftvit.transfer.engine.train import train
+from patience import PATIENCE, until
+
+STUCK = """
+import hashlib, os, signal, sys, threading, time
+from graftvit.transfer.engine import deadline
+from graftvit.transfer.engine.early_signals import remembering
+deadline.GRACE = 0.2
+deadline.SECOND = 0.2
+"""
+IN_A_LIBRARY = """
+def send():
+    time.sleep(0.2)
+    for number in map(int, sys.argv[1:]):
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+threading.Thread(target=send, daemon=True).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, in which no handler of Python runs
+"""
+LOADING = (
+    STUCK
+    + "\nwith remembering():\n    deadline.start(0.2)\n"
+    + "".join(f"    {line}\n" for line in IN_A_LIBRARY.splitlines())
+)
+STEPPING = (
+    STUCK
+    + "\nfrom graftvit.transfer.engine.signals import StopSignals\nwith StopSignals(grace=float(1000)):\n"
+    + "".join(f"    {line}\n" for line in IN_A_LIBRARY.splitlines())
+)
+
+
+def ends(script: str, *words: object) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_process_that_is_stuck_in_a_library_ends(number: signal.Signals) -> None:
+    code, said = ends(LOADING, int(number))
+    assert code == 128 + number, said
+    assert said == (
+        f"graftvit: {number.name} came and nothing moved in the 0.2 seconds after it (engine.stop_grace): this process "
+        "ends; what was saved stays\n"
+    )
+
+
+def test_a_second_ctrl_c_ends_at_once_what_is_stuck() -> None:
+    code, said = ends(STEPPING, int(signal.SIGINT), int(signal.SIGINT))
+    assert code == 128 + signal.SIGINT, said
+    assert said == "graftvit: SIGINT came twice: this process ends; what was saved stays\n"
+
+
+HANGING = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from engine_runs import config
+from graftvit.transfer.data.loaders import TrainLoader
+from graftvit.transfer.engine.train import train
+
+folder, epoch = Path(sys.argv[1]), TrainLoader.epoch
+
+def stubborn(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(1000)
+
+def hang(self, number, start=0):
+    for done, batch in enumerate(epoch(self, number, start)):
+        if done == 5:
+            ready = multiprocessing.Event()
+            worker = multiprocessing.Process(target=stubborn, args=(ready,), daemon=True)
+            worker.start()
+            ready.wait()
+            (folder / "worker").write_text(str(worker.pid))
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.open(folder / "pipe", os.O_RDONLY)  # waits for a writer for ever
+        yield batch
+
+TrainLoader.epoch = hang
+train(config(folder / "run", engine={"stop_grace": 0.3, "save_every": 2}))
+"""
+
+
+def test_a_loader_that_hangs_costs_no_more_than_the_steps_since_the_last_state(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code, said = ends(HANGING, tmp_path)
+    assert code == 128 + signal.SIGTERM, said
+    assert "graftvit: SIGTERM came and nothing moved in the 0.3 seconds after it (engine.stop_grace)" in said
+    worker = int((tmp_path / "worker").read_text())
+    assert until(lambda: not Path(f"/proc/{worker}/stat").exists(), "the worker stays")
+    assert len(read_log(tmp_path / "run" / "log.jsonl")) == 1
+    assert state(tmp_path / "run")
+    done = train(config(tmp_path / "run", engine={"stop_grace": 0.3, "save_every": 2}))
+    assert (done.finished, done.steps) == (True, 16)
+
+
+@pytest.fixture
+def watch() -> Iterator[deadline.Watch]:
+    deadline.start(100.0)
+    watch = deadline.current()
+    assert watch is not None
+    yield watch
+    deadline.stop()
+    assert deadline.current() is None
+
+
+def test_the_time_counts_anew_with_each_step(watch: deadline.Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: now)
+    assert watch._left() is None
+    deadline.moved()
+    assert watch._left() is None  # nothing came
+    now = 10.0
+    watch._note(signal.SIGTERM)
+    now = 60.0
+    watch._note(signal.SIGTERM)
+    assert watch._left() == 50.0
+    deadline.moved()
+    assert watch._left() == 100.0
+    watch._note(signal.SIGINT)
+    assert watch._left() == 100.0
+    watch._note(signal.SIGINT)
+    assert watch._left() == deadline.SECOND
+    deadline.clear()
+    assert watch._left() is None
+    watch._note(signal.SIGCHLD)
+    assert watch._left() is None
+
+
+def test_a_run_says_how_long_and_a_job_how_long_at_least(watch: deadline.Watch) -> None:
+    with deadline.watched(7.0):
+        assert watch.grace == 7.0
+    assert watch.grace == 100.0
+    deadline.start(least=600.0)
+    with deadline.watched(7.0):
+        found = deadline.current()
+        assert found is not None
+        assert found.grace == 600.0
+
+
+def test_a_forked_process_does_not_tell_its_parent_of_its_signals(watch: deadline.Watch) -> None:
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0 if deadline.current() is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    signal.signal(signal.SIGTERM, before)
+    assert watch._left() is None

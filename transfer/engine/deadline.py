@@ -1,0 +1,170 @@
+"""The end of a process that was told to stop and does not come to it, without torch.
+
+A stop signal is acted on where a run can be saved: at a step boundary. A process that loads from a disk that hangs, or
+waits for a data worker or for another process, may never come to one, and Python's own handlers do not even run while
+it waits inside of a library. So the system writes each signal into a socket, a thread reads there, and what has moved
+nothing for a stated time after a signal is ended. What was saved is written whole or not at all, so it stays.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+GRACE = 300.0
+"""Seconds after a signal, or after the last that moved since, at which the process ends; `engine.stop_grace`."""
+SECOND = 5.0
+"""Seconds for a second Ctrl-C to end the process in Python's own way."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
+
+
+class Watch(threading.Thread):
+    """Ends the process `grace` seconds after a stop signal in which nothing moved."""
+
+    def __init__(self, grace: float, least: float = 0.0) -> None:
+        super().__init__(name="graftvit-deadline", daemon=True)
+        self.owner = os.getpid()
+        self.least = least
+        self.grace = max(grace, least)
+        self._since: float | None = None
+        self._limit = float("inf")
+        self._number = 0
+        self._interrupts = 0
+        self._reads, self._writes = socket.socketpair()
+        self._writes.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
+
+    def moved(self) -> None:
+        """Something moved: from here the time counts anew."""
+        if self._since is not None:
+            self._since = time.monotonic()
+
+    def clear(self) -> None:
+        """What came so far has been dealt with."""
+        self._since, self._limit, self._interrupts = None, float("inf"), 0
+
+    def close(self) -> None:
+        """Nothing is watched any more. Only for the main thread."""
+        signal.set_wakeup_fd(self._before)
+        self.clear()
+        self._writes.send(b"\0")
+        self.join()
+        self._reads.close()
+        self._writes.close()
+
+    def run(self) -> None:
+        """The life of the thread."""
+        while True:
+            left = self._left()
+            if left is not None and left <= 0:
+                self._end()
+            if select.select([self._reads], [], [], left)[0]:
+                came = self._reads.recv(512)
+                if 0 in came:
+                    return
+                for number in came:
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        now = time.monotonic()
+        self._number = number
+        self._since = self._since or now
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self._limit = min(self._limit, now + SECOND)
+
+    def _left(self) -> float | None:
+        since = self._since
+        return None if since is None else min(since + self.grace, self._limit) - time.monotonic()
+
+    def _end(self) -> None:
+        """Leaves without any clean-up, for that might hang as well; data workers are ended first, for they might stay."""
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        why = f"and nothing moved in the {self.grace:g} seconds after it (engine.stop_grace)"
+        if self._limit < float("inf"):
+            why = "twice"
+        name = signal.Signals(self._number).name
+        os.write(2, f"graftvit: {rank}{name} came {why}: this process ends; what was saved stays\n".encode())
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + self._number)
+
+
+_watch: Watch | None = None
+
+
+def current() -> Watch | None:
+    """What watches this process; nothing in a forked one."""
+    return _watch if _watch is not None and _watch.owner == os.getpid() else None
+
+
+def start(grace: float = GRACE, least: float = 0.0) -> None:
+    """Watches from now on, for at least `least` seconds whatever a run's own settings say."""
+    global _watch
+    stop()
+    _watch = Watch(grace, least)
+    _watch.start()
+
+
+def stop() -> None:
+    """Watches no more."""
+    global _watch
+    watch, _watch = current(), None
+    if watch is not None:
+        watch.close()
+
+
+@contextmanager
+def watched(grace: float) -> Iterator[None]:
+    """Inside the block a signal ends the process after `grace` seconds in which nothing moved.
+
+    Goes on with what watches already, and leaves it to whoever began that to end it.
+    """
+    watch = current()
+    if threading.current_thread() is not threading.main_thread():  # Python tells the main thread alone
+        yield
+    elif watch is None:
+        start(grace)
+        try:
+            yield
+        finally:
+            stop()
+    else:
+        before, watch.grace = watch.grace, max(grace, watch.least)
+        try:
+            yield
+        finally:
+            watch.grace = before
+
+
+def moved() -> None:
+    """A step, or a batch of an evaluation, is behind."""
+    watch = current()
+    if watch is not None:
+        watch.moved()
+
+
+def clear() -> None:
+    """The signals that came were acted on."""
+    watch = current()
+    if watch is not None:
+        watch.clear()
+
+
+def _forget_in_a_fork() -> None:
+    """A forked loader worker does not tell its parent of its own signals."""
+    if _watch is not None:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_a_fork)
