@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
 def _beside(recipe: str, source: Path) -> str | Path:
     """The recipe of the teacher: a file beside the one that names it, as with `base:`, or what the name says."""
     path = source.parent / recipe
-    return path if path.is_file() and path != source and source.is_file() else recipe
+    return path if os.path.isfile(path) and path != source and source.is_file() else recipe  # noqa: PTH113 - no error for any name
 
 
 def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:

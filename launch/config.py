@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig
 from .fields import find_key, leaf_of, leaves, sections, unknown
 from .recipes import recipe_text
-from .yaml_text import parse_yaml, write_yaml
+from .yaml_text import YamlError, parse_yaml, read_yaml, write_yaml
 
 if TYPE_CHECKING:
     from ..transfer.recovery.stages import Stage
@@ -113,14 +113,16 @@ def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
         raise ConfigError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, label])})")
     try:
         content = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{label}: not valid YAML, {' '.join(str(error).split())}") from error
+    except YamlError as error:
+        raise ConfigError(f"{label}: not valid YAML, {error}") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{label}: must hold keys and values, for example 'optim: {{blr: 1e-3}}'")
     base = content.pop("base", None)
-    inherited = Recipe([]) if base is None else read_recipe(_base_path(str(base), folder), (*seen, label))
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{label}: 'base' must be the name of a recipe or a file, not {base!r}")
+    inherited = Recipe([]) if base is None else read_recipe(_base_path(base, folder), (*seen, label))
     stages = _stages(content.pop("stages", None), label) or inherited.stages
     compare = content.pop("compare", inherited.compare)
     return Recipe(inherited.settings + _flatten(content, "", label), stages, compare)
@@ -147,7 +149,7 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
 
 def _base_path(base: str, folder: Path | None) -> str | Path:
     """A base that is a file lies beside the file that names it."""
-    if folder is not None and (folder / base).is_file():
+    if folder is not None and os.path.exists(folder / base):  # noqa: PTH110 - no error for a name that none can have
         return folder / base
     return base
 
@@ -155,16 +157,16 @@ def _base_path(base: str, folder: Path | None) -> str | Path:
 def _read(source: str | Path) -> tuple[str, str, Path | None]:
     """What errors call the source, its text, and the folder that its `base:` is looked for in."""
     path = Path(source)
-    if path.is_dir() and (path / "config.yaml").is_file():
+    there = os.path.exists(path)  # noqa: PTH110 - no error for a name that none can have
+    if there and path.is_dir() and (path / "config.yaml").is_file():
         path = path / "config.yaml"
-    is_name = isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not path.is_file()
+    is_name = isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not there
     if is_name and len(path.parts) == 1:
         return str(source), recipe_text(str(source)), None
     try:
-        return str(path), path.read_text(encoding="utf-8"), path.parent
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the configuration {str(path)!r}: {reason}") from error
+        return str(path), read_yaml(path), path.parent
+    except ConfigError as error:
+        raise ConfigError(f"cannot read the configuration: {error}") from error
 
 
 def _flatten(content: Mapping[Any, Any], prefix: str, label: str) -> list[Setting]:
@@ -193,7 +195,7 @@ def _known(name: str) -> str:
 def _plain_value(text: str) -> Any:
     try:
         return parse_yaml(text)
-    except yaml.YAMLError:
+    except YamlError:
         return text
 
 
@@ -229,6 +231,11 @@ def _explain(error: ValidationError, values: dict[str, Any], given: Mapping[str,
         value: Any = values
         for name in key.split("."):
             value = value[name]
+        if finding["type"] == "value_error":
+            sentences[key] = (
+                f"{given[key].origin} is {value!r}: {finding['msg'].removeprefix('Value error, ')}"
+            )
+            continue
         field = leaf_of(key).field
         meaning = f" ({field.description})" if field.description else ""
         sentences[key] = f"{given[key].origin} is {value!r}, but must be {leaf_of(key).valid()}{meaning}"

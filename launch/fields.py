@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, Section
-from .yaml_text import parse_yaml
+from .yaml_text import YamlError, parse_yaml
 
 ALIASES = {
     "teacher": "teacher.source",
@@ -82,7 +81,7 @@ class Leaf:
             text = "[]" if text.lower() in ("", "none") else f"[{text}]"
         try:
             return parse_yaml(text)
-        except yaml.YAMLError:
+        except YamlError:
             return text
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..checkpoints.safety.plain_yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES, BoundedLoader, YamlError, parse
+from ..checkpoints.safety.regular import read_regular
+from ..models.errors import ConfigError
 
-class Loader(yaml.SafeLoader):
+__all__ = ["MAX_DEPTH", "MAX_NODES", "YamlError", "parse_yaml", "read_yaml", "write_yaml"]
+
+
+class Loader(BoundedLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2 (`2:5` is 125 in YAML 1.1, and `1e-3` is text)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -50,9 +57,14 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        yaml.YAMLError: if the text is not YAML.
+        YamlError: if the text is not YAML, or larger, deeper or more than anybody writes.
     """
-    return yaml.load(text, Loader)
+    return parse(text, Loader)
+
+
+def read_yaml(path: Path) -> str:
+    """The text of a YAML file. Raises ConfigError: it is no regular file, too large, or cannot be read."""
+    return read_regular(path, limit=MAX_BYTES, refusal=ConfigError)
 
 
 def write_yaml(value: Any) -> str:

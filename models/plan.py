@@ -9,6 +9,7 @@ a layer, the last one holds; a layer that none names is kept.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from .errors import ConfigError
 KEEP = "softmax"
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
+MAX_VALUE = 200
+"""Characters of an option's value."""
 SYNTAX = "write e.g. '*: linear; 9-11: softmax'"
 
 
@@ -111,11 +114,11 @@ def _option(text: str) -> tuple[str, Any]:
     if not equals or not name.strip().isidentifier():
         raise ConfigError(f"plan: {text.strip()!r} is no option; write name=value")
     try:
-        scalar = yaml.safe_load(value)
-    except yaml.YAMLError:
+        scalar = yaml.safe_load(value) if len(value) <= MAX_VALUE else None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError):  # of a tag that lies, too
         scalar = None
-    if not isinstance(scalar, (str, int, float)):
-        raise ConfigError(f"plan: {text.strip()!r}: a value is a number, a name, true or false")
+    if not isinstance(scalar, (str, int, float)) or (isinstance(scalar, float) and not math.isfinite(scalar)):
+        raise ConfigError(f"plan: {text.strip()!r}: a value is a finite number, a name, true or false")
     return name.strip(), scalar
 
 

@@ -6,10 +6,12 @@ unique), and every default below is the default of the flag.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
@@ -20,10 +22,41 @@ Method = Literal[
 ]  # fmt: skip
 
 
+MAX_WHOLE = 2**63
+"""Whole numbers stay below what torch and the file formats hold."""
+
+
+def check_plain(value: Any, depth: int = 50) -> None:
+    """ValueError for what no setting can mean: a number that is not finite, text with a NUL, endless nesting."""
+    if depth == 0:
+        raise ValueError("it nests too many levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("numbers must be finite")
+    if isinstance(value, int) and abs(value) >= MAX_WHOLE:
+        raise ValueError("whole numbers must be below 2^63")
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise ValueError("text and paths must be without a NUL character")
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set):
+        for part in value:
+            check_plain(part, depth - 1)
+
+
 class Section(BaseModel):
     """A group of settings; an unknown key or a value of the wrong kind is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not (
+            isinstance(kind, type) and issubclass(kind, Section)
+        ):  # its fields are looked at by themselves
+            check_plain(value)
+        return value
 
 
 class TeacherConfig(Section):

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...models.errors import ConfigError, did_you_mean
-from ..yaml_text import parse_yaml
+from ...transfer.config import check_plain
+from ..yaml_text import YamlError, parse_yaml, read_yaml
 
 OF_THE_JOB = (
     "array", "error", "no_requeue", "ntasks", "ntasks_per_node", "open_mode", "output", "requeue", "signal", "wrap",
@@ -56,6 +56,12 @@ class ClusterConfig(BaseModel):
     shared_folders: tuple[Path, ...] = Field(
         (), description="folders that every node sees; a run must lie in one of them"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_plain(cls, value: Any) -> Any:
+        check_plain(value)
+        return value
 
     @field_validator("time")
     @classmethod
@@ -141,9 +147,10 @@ def site_file() -> Path:
 def load_cluster(given: Mapping[str, Any], site: Path | None = None) -> ClusterConfig:
     """Defaults, then the site file, then what was given. Raises ConfigError that names the file or the flag."""
     path = site or site_file()
-    if site is not None and not site.is_file():
+    there = os.path.exists(path)  # noqa: PTH110 - no error for a name that none can have
+    if site is not None and not there:
         raise ConfigError(f"--site {site} does not exist")
-    base = _read(path) if path.is_file() else {}
+    base = _read(path) if there else {}
     merged = {**base, **given}
     if isinstance(base.get("sbatch"), dict) and "sbatch" in given:  # options that both name are as given
         merged["sbatch"] = {**base["sbatch"], **given["sbatch"]}
@@ -160,9 +167,9 @@ def load_cluster(given: Mapping[str, Any], site: Path | None = None) -> ClusterC
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        content = parse_yaml(read_yaml(path))
+    except YamlError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

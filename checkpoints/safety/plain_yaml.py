@@ -1,0 +1,80 @@
+"""YAML that anybody may have written: bounded in bytes, levels and values, and in one kind of error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 50
+"""Levels of lists and mappings."""
+MAX_NODES = 100_000
+"""Values and keys, with each alias counted as all that it stands for."""
+
+
+class YamlError(yaml.YAMLError):
+    """What is wrong with a text, in one line."""
+
+
+class BoundedLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses what would fill the memory or the stack before it builds it."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._nodes = 0
+        self._sizes: dict[str, int | None] = {}  # of what an anchor names, None while it is being read
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count, then read as PyYAML does."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            size = self._sizes.get(event.anchor, 1)
+            if size is None:
+                raise YamlError(f"the value that &{event.anchor} names holds itself{_place(event)}")
+            self._count(size, event)
+            return super().compose_node(parent, index)
+        if self._depth >= MAX_DEPTH and not isinstance(event, yaml.ScalarEvent):
+            raise YamlError(f"it nests more than {MAX_DEPTH} levels{_place(event)}")
+        self._count(1, event)
+        before = self._nodes
+        if event.anchor is not None:
+            self._sizes[event.anchor] = None
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if event.anchor is not None:
+            self._sizes[event.anchor] = 1 + self._nodes - before
+        return node
+
+    def _count(self, nodes: int, event: yaml.NodeEvent) -> None:
+        self._nodes += nodes
+        if self._nodes > MAX_NODES:
+            raise YamlError(f"it has more than {MAX_NODES:,} values{_place(event)}")
+
+
+def parse(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        YamlError: the text is not YAML, a value is none of its kind, or there is more of it than anybody writes.
+    """
+    if len(text) > MAX_BYTES:
+        raise YamlError(f"it has more than {MAX_BYTES:,} bytes")
+    try:
+        return yaml.load(text, loader)
+    except YamlError:
+        raise
+    except yaml.YAMLError as error:
+        raise YamlError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise YamlError("it nests too many levels") from error
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # PyYAML's constructors trust that a tag says what the text is
+        raise YamlError(f"something in it is no value: {' '.join(str(error).split())}") from error
+
+
+def _place(event: yaml.Event) -> str:
+    mark = event.start_mark
+    return "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
