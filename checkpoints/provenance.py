@@ -31,7 +31,7 @@ NOT_RECIPE = ("output_dir", "engine")
 
 
 def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
-    """A teacher as provenance, in JSON: where it is from, which weights it has, and how it is built and shown images."""
+    """A teacher as provenance, in JSON: where it is from, which weights it has, how it is built and shown images."""
     if teacher is None:
         return None
     known = {

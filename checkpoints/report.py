@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..models.errors import escaped
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -58,4 +60,4 @@ def some(names: Iterable[str], limit: int = 4) -> str:
 
 def printable(text: str) -> str:
     """`text` in one line, with an escape in place of each character that could steer a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return escaped(text).replace("\t", "\\t").replace("\n", "\\n")

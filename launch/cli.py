@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from ..models.errors import ConfigError, GraftError, did_you_mean
+from .say import log_plainly
 
 COMMANDS = {
     "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
@@ -54,15 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return dispatch(words)
     except GraftError as error:
-        sys.stderr.write(f"graftvit: {_rank()}error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"graftvit: {_rank()}error: {error}\n")
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # the reader of our output has left (`graftvit recipes | head`); python must not flush into it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        if error.filename is None:
+            raise
+        sentence = GraftError(f"{error.filename}: {error.strerror or error}")
+        sys.stderr.write(f"graftvit: {_rank()}error: {sentence}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("graftvit: stopped by Ctrl-C\n")
         return 130
-    except BrokenPipeError:
-        # the reader of our output has left (`graftvit recipes | head`); python must not flush into it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def dispatch(words: list[str]) -> int:
@@ -102,7 +109,7 @@ def _run(words: list[str]) -> int:
 
 def _log(command: str) -> None:
     """Messages go to stderr: what a long command tells, from its first process, and all warnings."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log_plainly(logging.WARNING)
     tells = command in ("train", "pretrain", "data", "export") and os.environ.get("RANK", "0") == "0"
     logging.getLogger("graftvit").setLevel(logging.INFO if tells else logging.WARNING)
     # a hub that cannot be reached ends in one error; its client would warn at each of its ten tries

@@ -5,11 +5,48 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2_000
+"""Characters of a sentence."""
+LONGEST_WORD = 300
+"""Characters of a name or a path in it."""
+ENDS = 120
+"""Characters of a longer one that are shown at each end."""
+
+
+def escaped(text: str) -> str:
+    """`text` with an escape in place of each character that could steer a terminal; lines and tabs stay."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def one_sentence(text: str) -> str:
+    """`text` as it may be shown: one line, nothing that steers a terminal, what is too long without its middle.
+
+    A sentence that is fit already stays as it is.
+    """
+    words = " ".join(_shortened(escaped(word)) for word in text.split())
+    if len(words) <= LONGEST:
+        return words
+    left_out = f" ... ({len(words):,} characters) ... "
+    half = (LONGEST - len(left_out)) // 2
+    return words[:half].rstrip() + left_out + words[-half:].lstrip()
+
+
+def _shortened(word: str) -> str:
+    if len(word) <= LONGEST_WORD:
+        return word
+    return f"{word[:ENDS]}...({len(word):,} characters)...{word[-ENDS:]}"
+
 
 class GraftError(Exception):
     """A mistake that the user can mend. The command line prints it in one line and exits with `exit_code`."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return one_sentence(super().__str__())
 
 
 class UnsupportedModelError(GraftError):

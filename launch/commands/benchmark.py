@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, did_you_mean
 from ..flags import Parser, command_parser
+from ..say import say, say_aside
 from ..sources import SOURCE_HELP
 
 if TYPE_CHECKING:
@@ -152,13 +153,13 @@ def _run(
 
     check_device(device)
     results = run_cases(kind, cases, measure, out, force=force, tell=_tell)
-    sys.stdout.write(render(results))
-    sys.stdout.write(f"\n{out / 'table.md'}, latency.png, results.csv, results.json\n")
+    say(render(results))
+    say(f"\n{out / 'table.md'}, latency.png, results.csv, results.json\n")
     return 0
 
 
 def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    say_aside(f"{line}\n")
     sys.stderr.flush()
 
 

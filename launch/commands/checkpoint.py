@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...models.errors import ConfigError, did_you_mean
 from ..flags import Parser, command_parser
+from ..say import say
 
 ACTIONS = {
     "inspect": "list keys, shapes, dtypes and sizes, and what else is in the file; no tensor is read",
@@ -46,7 +47,7 @@ def _inspect(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from ...checkpoints.inspect_file import describe_file
 
-    sys.stdout.write("\n".join(describe_file(arguments.file)) + "\n")
+    say("\n".join(describe_file(arguments.file)) + "\n")
     return 0
 
 
@@ -70,7 +71,7 @@ def _extract(action: str, argv: list[str]) -> int:
     from ...checkpoints.sources import FileSource
 
     done = extract(FileSource(arguments.file, arguments.part), arguments.out, overwrite=arguments.force)
-    sys.stdout.write(f"{done.path}  {done.tensors} tensors, {done.nbytes:,} bytes\n")
+    say(f"{done.path}  {done.tensors} tensors, {done.nbytes:,} bytes\n")
     if done.left_out:
-        sys.stdout.write(f"left out: {some(done.left_out, 8)}\n")
+        say(f"left out: {some(done.left_out, 8)}\n")
     return 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
+from ..say import say, say_aside
 
 if TYPE_CHECKING:
     from ...transfer.compare.cells import Cell
@@ -74,11 +75,11 @@ def run(argv: list[str]) -> int:
 
         measure_again(comparison, arguments.speed, _tell)
     if arguments.report or arguments.speed is not None:
-        sys.stdout.write(f"report: {write_report(comparison)}\n")
+        say(f"report: {write_report(comparison)}\n")
         return 0
     check_plans(comparison)
     if arguments.dry_run:
-        sys.stdout.write(_listing(comparison, cells))
+        say(_listing(comparison, cells))
         return 0
     side_by_side = "SLURM_ARRAY_TASK_ID" in os.environ or arguments.cell is not None
     # jobs of an array would write the same files at once
@@ -87,7 +88,7 @@ def run(argv: list[str]) -> int:
     if side_by_side:
         _tell(f"`graftvit compare {arguments.config} --report` makes the tables when all jobs are through")
     else:
-        sys.stdout.write(f"report: {write_report(comparison)}\n")
+        say(f"report: {write_report(comparison)}\n")
     raise_failed(failed, comparison.folder)
     return 0
 
@@ -111,5 +112,5 @@ def _listing(comparison: Comparison, cells: list[Cell]) -> str:
 
 
 def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    say_aside(f"{line}\n")
     sys.stderr.flush()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..config import load_config
 from ..flags import command_parser, parse_command
+from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
 
 if TYPE_CHECKING:
@@ -85,13 +85,13 @@ def _convert(
         raise ConfigError(f"--plan {plan!r} keeps every layer: name an operator other than softmax")
     data = config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
-    sys.stdout.write(_head(teacher) + conversion_table(student, weights, seen))
+    say(_head(teacher) + conversion_table(student, weights, seen))
     if dry_run or out is None:
         return 0
     from ...checkpoints.converted_folder import write_converted
 
     write_converted(student, out, teacher, weights=weights, calibration=seen)
-    sys.stdout.write(
+    say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
         f'load it: graftvit.load("{out}")\n'
         + ("" if plan_of(teacher.model) else _recovery(out, teacher.source))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..config import Setting, load_config, load_stages
 from ..flags import command_parser, parse_command
+from ..say import say
 
 if TYPE_CHECKING:
     from ...transfer.config import RunConfig
@@ -55,12 +55,12 @@ def run(argv: list[str]) -> int:
     from ..data_table import to_json, to_text
 
     found = survey(config.data, limit=arguments.limit, decode=arguments.decode)
-    sys.stdout.write(to_text(found))
+    say(to_text(found))
     if arguments.json is not None:
         _write(arguments.json, (to_json(found) + "\n").encode())
     if arguments.out is not None:
         _write(arguments.out, _picture(config, arguments.images))
-        sys.stdout.write(f"{arguments.out}\n")
+        say(f"{arguments.out}\n")
     check_readable(found)
     return 0
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ...models.errors import ConfigError
 from ..flags import command_parser
+from ..say import say
 
 
 def run(argv: list[str]) -> int:
@@ -45,5 +45,5 @@ def run(argv: list[str]) -> int:
         processes=arguments.processes,
         threads=arguments.threads,
     )
-    sys.stdout.write(f"report: {report}\n")
+    say(f"report: {report}\n")
     return 0

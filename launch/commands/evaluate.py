@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ...models.errors import ConfigError, did_you_mean
 from ..flags import command_parser, parse_command
+from ..say import say
 from ..sources import SOURCE_SETTINGS
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
         real=arguments.real,
     )
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(to_table(results) + "\n")
+        say(to_table(results) + "\n")
         if arguments.json is not None:
             _write(arguments.json, to_json(results) + "\n")
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ..flags import command_parser, parse_command
+from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 EXAMPLES = (
@@ -58,5 +58,5 @@ def run(argv: list[str]) -> int:
         overwrite=arguments.force,
         **how,
     )
-    sys.stdout.write("\n".join(report.lines()) + "\n")
+    say("\n".join(report.lines()) + "\n")
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...models.errors import GraftError
 from ..flags import command_parser
+from ..say import say
 
 EXAMPLES = (
     "graftvit jobs                         # all runs that this user submitted from here",
@@ -44,11 +45,11 @@ def run(argv: list[str]) -> int:
         names += [str(given) if path == given.absolute() else f"{given.name}/{path.name}" for path in found]
     status = describe_runs(folders)
     if arguments.json:
-        sys.stdout.write(to_json(status))
+        say(to_json(status))
     elif not status:
-        sys.stdout.write("no run was submitted by this user; `graftvit submit --help` tells how\n")
+        say("no run was submitted by this user; `graftvit submit --help` tells how\n")
     elif len(status) == 1 and arguments.runs:
-        sys.stdout.write(describe(status[0]))
+        say(describe(status[0]))
     else:
         write_table(status, names, sys.stdout)
     return 0

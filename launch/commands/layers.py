@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..config import load_config
 from ..flags import command_parser, parse_command
+from ..say import say
 from ..sources import SOURCE_HELP
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     from ...transfer.recovery.layer_search import search_layers
 
     teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)
-    sys.stdout.write(_table(search_layers(teacher, student, batches, arguments.keep), student))
+    say(_table(search_layers(teacher, student, batches, arguments.keep), student))
     return 0
 
 

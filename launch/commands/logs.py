@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...models.errors import ConfigError
 from ..flags import command_parser
+from ..say import say, say_aside
 
 EXAMPLES = (
     "graftvit logs /scratch/me/distill",
@@ -46,12 +47,12 @@ def run(argv: list[str]) -> int:
             shown = _write(path, text, shown)
     if not arguments.follow:
         if shown is None:
-            sys.stderr.write(f"graftvit: nothing is written yet: `graftvit jobs {folder}` tells how it is\n")
+            say_aside(f"graftvit: nothing is written yet: `graftvit jobs {folder}` tells how it is\n")
         return 0
     for path, text in follow(paths, lambda: not describe_run(folder).active, followers):
         shown = _write(path, text, shown)
     status = describe_run(folder)
-    sys.stderr.write(f"graftvit: the run is {status.state}{f': {status.why}' if status.why else ''}\n")
+    say_aside(f"graftvit: the run is {status.state}{f': {status.why}' if status.why else ''}\n")
     return 0
 
 
@@ -78,8 +79,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _write(path: Path, text: str, shown: Path | None) -> Path:
     """Prints, under the name of the file where it is another than before."""
     if path != shown:
-        sys.stdout.write(f"==> {path} <==\n")
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        say(f"==> {path} <==\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    say(lines if lines.endswith("\n") else f"{lines}\n")
     sys.stdout.flush()
     return path
 

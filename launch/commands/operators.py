@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import textwrap
 
 from ...models.errors import ConfigError, did_you_mean
 from ..conversion_table import aligned
 from ..flags import command_parser
+from ..say import say
 
 GRIDS = (14, 32, 64)
 HEADS, WIDTH = 12, 64
@@ -44,8 +44,8 @@ def run(argv: list[str]) -> int:
     if arguments.name is not None and arguments.name not in OPERATORS:
         raise ConfigError(f"unknown operator {arguments.name!r}; {did_you_mean(arguments.name, OPERATORS)}")
     names = list(OPERATORS) if arguments.name is None else [arguments.name]
-    sys.stdout.write(_table(names, arguments.grid))
-    sys.stdout.write(_explained(arguments.name) if arguments.name is not None else FOOT)
+    say(_table(names, arguments.grid))
+    say(_explained(arguments.name) if arguments.name is not None else FOOT)
     return 0
 
 

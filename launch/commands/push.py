@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
+from ..say import say, say_aside
 
 if TYPE_CHECKING:
     from ...checkpoints.publish.student_files import Upload
@@ -73,11 +73,11 @@ def run(argv: list[str]) -> int:
             dataset_name=arguments.dataset_name,
         )
         if arguments.dry_run:
-            sys.stdout.write(_dry(upload, private=arguments.private))
+            say(_dry(upload, private=arguments.private))
             return 0
         _behind(upload)
         pushed = push_student(upload, private=arguments.private, message=arguments.message)
-    sys.stdout.write(_done(upload, pushed))
+    say(_done(upload, pushed))
     return 0
 
 
@@ -97,7 +97,7 @@ def _student_folder(source: str) -> Iterator[Path]:
 def _behind(upload: Upload) -> None:
     """Say before the upload what it leaves out."""
     if upload.left_behind:
-        sys.stderr.write(f"left behind: {', '.join(upload.left_behind)}\n")
+        say_aside(f"left behind: {', '.join(upload.left_behind)}\n")
 
 
 def _done(upload: Upload, pushed: Pushed) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from ..flags import command_parser
 from ..recipes import recipe_names, recipe_summary, recipe_text
+from ..say import say
 
 
 def run(argv: list[str]) -> int:
@@ -18,9 +17,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
     name = parser.parse_args(argv).name
     if name is not None:
-        sys.stdout.write(recipe_text(name))
+        say(recipe_text(name))
         return 0
     width = max(map(len, recipe_names()), default=0)
     for recipe in recipe_names():
-        sys.stdout.write(f"{recipe:<{width}}  {recipe_summary(recipe)}\n")
+        say(f"{recipe:<{width}}  {recipe_summary(recipe)}\n")
     return 0

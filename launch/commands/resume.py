@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ..flags import command_parser
+from ..say import say
 
 EXAMPLES = (
     "graftvit resume /scratch/me/distill",
@@ -36,5 +36,5 @@ def run(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     unfinished = find_unfinished(arguments.run)
     config = cluster_of(arguments, unfinished.resources)
-    sys.stdout.write(resume(unfinished, config, unchecked=arguments.unchecked, dry_run=arguments.dry_run))
+    say(resume(unfinished, config, unchecked=arguments.unchecked, dry_run=arguments.dry_run))
     return 0

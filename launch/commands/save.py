@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
+from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -60,12 +60,12 @@ def run(argv: list[str]) -> int:
         **how,
     )
     for path in sorted(folder.iterdir()):
-        sys.stdout.write(f"{path}  {path.stat().st_size:,} bytes\n")
-    sys.stdout.write(_how_to_load(folder))
+        say(f"{path}  {path.stat().st_size:,} bytes\n")
+    say(_how_to_load(folder))
     if arguments.bare:
         from ...checkpoints.copying import BARE_WORDS
 
-        sys.stdout.write(f"{folder} is {BARE_WORDS}\n")
+        say(f"{folder} is {BARE_WORDS}\n")
     return 0
 
 

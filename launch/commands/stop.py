@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ..flags import command_parser
+from ..say import say
 
 EXAMPLES = (
     "graftvit stop /scratch/me/distill          # saves at the next step, then ends; not requeued",
@@ -30,8 +30,8 @@ def run(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     done = stop(arguments.run, now=arguments.now)
     for sentence in done:
-        sys.stdout.write(f"{sentence}\n")
+        say(f"{sentence}\n")
     if not done:
         states = sorted({status.state for status in describe_runs(run_folders(arguments.run))})
-        sys.stdout.write(f"{arguments.run} has no job that waits or runs: it is {', '.join(states)}\n")
+        say(f"{arguments.run} has no job that waits or runs: it is {', '.join(states)}\n")
     return 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from ..flags import command_parser, parse_command
+from ..say import say
 
 EXAMPLES = (
     "graftvit submit attention_distill_vit_large --data_path /data/imagenet --output_dir /scratch/me/distill "
@@ -44,7 +43,7 @@ def run(argv: list[str]) -> int:
 
     check(plan, config, unchecked=arguments.unchecked)
     if arguments.dry_run:
-        sys.stdout.write(describe(plan, config, unchecked=arguments.unchecked))
+        say(describe(plan, config, unchecked=arguments.unchecked))
         return 0
-    sys.stdout.write(send(plan, config, unchecked=arguments.unchecked))
+    say(send(plan, config, unchecked=arguments.unchecked))
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ..flags import command_parser
+from ..say import say, say_aside
 
 EXAMPLES = (
     "graftvit summary runs/layers",
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     from ..slurm.summary import summarize, to_markdown, write_summary
 
     summary = summarize(arguments.folder)
-    sys.stdout.write(to_markdown(summary))
+    say(to_markdown(summary))
     for path in write_summary(summary):
-        sys.stderr.write(f"{path}\n")
+        say_aside(f"{path}\n")
     return 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from ..flags import command_parser, parse_command
+from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 
@@ -28,7 +27,7 @@ def run(argv: list[str]) -> int:
     from ...checkpoints.describe import describe_source
 
     text, error = describe_source(arguments.source, **how)
-    sys.stdout.write(text)
+    say(text)
     if error is not None:
         raise error
     return 0

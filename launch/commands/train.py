@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..flags import Parser, command_parser, parse_command
+from ..say import say, say_aside
 
 if TYPE_CHECKING:
     from ...transfer.engine.train import RunResult
@@ -70,12 +70,12 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
                 f"`{parser.prog}` always runs mode={setting.value}; use `graftvit train` for {config.mode!r}"
             )
     if arguments.print_config:
-        sys.stdout.write(dump_config(config))
+        say(dump_config(config))
         return 0
     if arguments.dry_run:
         from ..plan import describe_plan
 
-        sys.stdout.write(describe_plan(config))
+        say(describe_plan(config))
         return 0
     return _train(config)
 
@@ -87,21 +87,19 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
     stages = load_stages(arguments.recipe, settings)
     shown = chain(stages)
     if arguments.print_config:
-        sys.stdout.write(
-            "---\n".join(f"# stage {stage.name}\n{dump_config(stage.config)}" for stage in shown)
-        )
+        say("---\n".join(f"# stage {stage.name}\n{dump_config(stage.config)}" for stage in shown))
         return 0
     if arguments.dry_run:
-        sys.stdout.write("".join(f"stage {stage.name}: mode {stage.config.mode}, {_length(stage.config)}, "
+        say("".join(f"stage {stage.name}: mode {stage.config.mode}, {_length(stage.config)}, "
                                  f"in {stage.config.output_dir}\n" for stage in shown))  # fmt: skip
         from ..plan import describe_plan
 
-        sys.stdout.write(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
+        say(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
         return 0
     done = train_stages(stages)
     last = list(done.results.values())[-1]
     for name, result in done.results.items():
-        sys.stdout.write(f"{name}: {_measured(result.metrics)}{result.output_dir}\n")
+        say(f"{name}: {_measured(result.metrics)}{result.output_dir}\n")
     return _stopped(last, shown[0].config) if done.signal is not None else 0
 
 
@@ -135,7 +133,5 @@ def _stopped(result: RunResult, config: RunConfig) -> int:
         if result.steps
         else "before its first step"
     )
-    sys.stderr.write(
-        f"graftvit: stopped by {name} {done}; the same command{with_flag} continues from there\n"
-    )
+    say_aside(f"graftvit: stopped by {name} {done}; the same command{with_flag} continues from there\n")
     return 128 + result.signal

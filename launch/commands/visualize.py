@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
+from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 EXAMPLES = (
@@ -68,5 +68,5 @@ def run(argv: list[str]) -> int:
         layers=arguments.layers,
         **how,
     )
-    sys.stdout.write(f"{page}\n")
+    say(f"{page}\n")
     return 0

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import submitit
 
-from ...models.errors import GraftError
+from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
 from .environment import limit_threads
 from .files import JobFolder
@@ -66,14 +66,14 @@ class Attempt:
         try:
             return dispatch(self.words)
         except GraftError as error:
-            sentence = " ".join(str(error).split())
+            sentence = str(error)
             sys.stderr.write(f"graftvit: rank {record.rank}: error: {sentence}\n")
             if error.exit_code <= 128:
                 record.fail(sentence)
             return error.exit_code
         except Exception:
             text = traceback.format_exc()
-            sys.stderr.write(text)
+            sys.stderr.write(escaped(text))
             # what a rank says whose neighbours the scheduler has ended is not why the run stopped
             if not early_signals.received:
                 record.fail(text)
@@ -118,7 +118,7 @@ class _Record:
 
     def fail(self, text: str) -> None:
         self.folder.write_error(self.number, self.rank, text)
-        self.note(why=text.strip().splitlines()[-1][:500])
+        self.note(why=one_sentence(text.strip().splitlines()[-1])[:500])
 
 
 def _leave(record: _Record) -> NoReturn:

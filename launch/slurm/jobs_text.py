@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TextIO
 
+from ...models.errors import escaped
 from .jobs import RunStatus
 from .progress import Progress
 
@@ -22,7 +23,7 @@ def to_json(runs: Sequence[RunStatus]) -> str:
 
 def write_table(runs: Sequence[RunStatus], names: Sequence[str], file: TextIO) -> None:
     """A line a run, and below it how many there are in each state."""
-    rows = [_row(run, name) for run, name in zip(runs, names, strict=True)]
+    rows = [[escaped(word) for word in _row(run, name)] for run, name in zip(runs, names, strict=True)]
     if file.isatty():
         from rich.console import Console
         from rich.table import Table

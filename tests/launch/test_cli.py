@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from graftvit.launch import cli
 from graftvit.launch.cli import COMMANDS, main
 from graftvit.launch.config import load_config
 from graftvit.launch.fields import leaves
+from graftvit.launch.say import PlainFormatter, say, say_aside
 from graftvit.models.errors import GraftError, RunFailedError
 from graftvit.transfer.config import RunConfig
 
@@ -131,7 +134,7 @@ def test_switches_go_both_ways(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["train", "--layers", "{a: 1}", "--heads", "[x]"], ["--heads", "['x']"]),
         (["train", "nope"], ["'nope'", "attention_copy_vit_base"]),
         (["train", "attention_distil_vit_base"], ["did you mean 'attention_distill_vit_base'"]),
-        (["train", "nope.yaml"], ["'nope.yaml'", "No such file"]),
+        (["train", "nope.yaml"], ["nope.yaml", "No such file"]),
         (["train", "cifar10_copy", "cifar10_distill"], ["cifar10_distill", "graftvit train --help"]),
         (["train", "--fsdp=perhaps"], ["--fsdp", "'perhaps'", "true or false"]),
         (["train", "blrr=3"], ["'blrr'", "'optim.blr'"]),
@@ -258,3 +261,43 @@ def test_demo_hands_on_what_it_was_told(
     assert "--seeds" in complaint(capsys, "demo", "--seeds", "7..9")
     (tmp_path / "file").write_text("")
     assert "file" in complaint(capsys, "demo", "--output_dir", str(tmp_path / "file"))
+
+
+STEERING = "\x1b[31mred\x07\u202e"
+
+
+def test_names_steer_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(f"{STEERING}.yaml")
+    mistakes = (["train", str(folder)], ["train", f"--{STEERING}", "1"], [STEERING], ["evaluate", STEERING])
+    for words in mistakes:
+        assert cli.main(words) == 2
+        said = capsys.readouterr()
+        assert (said.out + said.err).replace("\n", "").isprintable()
+        assert r"\x1b[31mred\x07\u202e" in said.err
+        assert said.err.count("\n") == 1
+
+
+def test_what_a_command_and_a_log_say_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"{STEERING}\n\tx\n")
+    say_aside(f"{STEERING}\n")
+    record = logging.LogRecord("graftvit", logging.WARNING, "", 0, "skipped %s", (STEERING,), None)
+    assert PlainFormatter("%(message)s").format(record) == "skipped \\x1b[31mred\\x07\\u202e"
+    said = capsys.readouterr()
+    assert said.out == "\\x1b[31mred\\x07\\u202e\n\tx\n"
+    assert said.err == "\\x1b[31mred\\x07\\u202e\n"
+
+
+def test_an_error_of_the_system_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(words: list[str]) -> int:
+        Path("a" * 6_000).stat()
+        return 0
+
+    monkeypatch.setattr(cli, "_run", refused)
+    assert cli.main(["recipes"]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"graftvit: error: a+\.\.\.\(6,001 characters\)\.\.\.a+: File name too long\n", said)

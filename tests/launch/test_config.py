@@ -149,21 +149,23 @@ def test_every_wrong_value_is_told_at_once() -> None:
     assert "seed" not in found
 
 
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+WHOLE = st.integers(-(2**62), 2**62)
 configurations = st.builds(
     RunConfig,
     output_dir=st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1).map(Path),
     transfer=st.builds(
         TransferConfig,
         layers=st.sampled_from(["all", "2:5", ":-6", "first:6", "0,3"])
-        | st.lists(st.integers(), min_size=1)
+        | st.lists(WHOLE, min_size=1)
         | st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1),
         heads=st.sampled_from(["all", "match", "1,2"]) | st.lists(st.integers(0, 9)),
     ),
     student=st.builds(
         StudentConfig,
-        model=st.text(),
+        model=TEXT,
         img_size=st.none() | st.integers(1, 999) | st.tuples(st.integers(1, 99), st.integers(1, 99)),
-        model_args=st.dictionaries(st.text(), st.integers() | st.booleans() | st.text() | st.none()),
+        model_args=st.dictionaries(TEXT, WHOLE | st.booleans() | TEXT | st.none()),
     ),
     optim=st.builds(OptimConfig, blr=st.floats(0, 1), clip_grad=st.none() | st.floats(1e-9, 1e9)),
 )

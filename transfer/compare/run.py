@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ...models.errors import ConfigError, GraftError, RunFailedError
+from ...models.errors import ConfigError, GraftError, RunFailedError, one_sentence
 from ..benchmark.rows import load_average, machine
 from ..config import RunConfig
 from ..engine.train import train
@@ -182,10 +182,10 @@ def _run_cell(comparison: Comparison, cell: Cell) -> Record:
     except KeyboardInterrupt as interrupt:
         raise CompareStoppedError(signal.SIGINT, cell.folder) from interrupt
     except GraftError as error:
-        return _record(comparison, cell, error=" ".join(str(error).split()))
+        return _record(comparison, cell, error=str(error))
     except Exception as error:  # whatever breaks in one cell, the others go on
         logger.warning("%s failed", cell.folder, exc_info=True)
-        return _record(comparison, cell, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return _record(comparison, cell, error=one_sentence(f"{type(error).__name__}: {error}"))
 
 
 def _record(comparison: Comparison, cell: Cell, error: str) -> Record:

@@ -106,7 +106,7 @@ def _run(cell: Cell, threads: int) -> None:
     try:
         result = train(cell.config)
     except GraftError as error:
-        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
     if result.signal is not None:
         raise SystemExit(f"stopped by {signal.Signals(result.signal).name}")
     cell.finish(threads)

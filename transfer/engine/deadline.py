@@ -87,7 +87,7 @@ class Watch(threading.Thread):
         return None if since is None else min(since + self.grace, self._limit) - time.monotonic()
 
     def _end(self) -> None:
-        """Leaves without any clean-up, for that might hang as well; data workers are ended first, for they might stay."""
+        """Leaves without any clean-up, for that might hang as well; data workers, which might stay, are ended first."""
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         why = f"and nothing moved in the {self.grace:g} seconds after it (engine.stop_grace)"
         if self._limit < float("inf"):

@@ -24,7 +24,8 @@ HELD = ("engine.precision",)
 
 
 BUILT = (
-    "architecture", "model_args", "preprocessing", "input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation",
+    "architecture", "model_args", "preprocessing",
+    "input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation",
 )  # fmt: skip
 """What a state says of a teacher and a student, and what must stay as it is."""
 
@@ -122,8 +123,8 @@ def check_same_weights(
         for key in sorted(known.keys() | found.keys()):
             if known.get(key) != found.get(key):
                 raise ConfigError(
-                    f"{name}.{key}={found.get(key)!r}, but the run in {folder} was started with {known.get(key)!r}: put the "
-                    "weights and their config.json back as they were, or give another output_dir"
+                    f"{name}.{key}={found.get(key)!r}, but the run in {folder} was started with {known.get(key)!r}: "
+                    "put the weights and their config.json back as they were, or give another output_dir"
                 )
 
 

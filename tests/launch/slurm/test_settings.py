@@ -135,7 +135,7 @@ def test_a_wrong_site_file_is_named_with_its_key(content: str, words: str) -> No
 def test_a_site_file_that_is_no_text() -> None:
     path = site()
     path.write_bytes(b"partition: \xff\xfe")
-    assert f"{path} cannot be read" in refusal()
+    assert f"{path} is damaged: it is no UTF-8 text" in refusal()
 
 
 @pytest.mark.parametrize(

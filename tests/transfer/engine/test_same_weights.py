@@ -130,5 +130,5 @@ def test_a_state_that_knows_no_digest_goes_on(tmp_path: Path, teacher: Path) -> 
 
 def test_processes_that_read_different_weights_stop() -> None:
     origins = [{"teacher": {"revision": None, "digest": digit * 64}, "init": None} for digit in "12"]
-    with pytest.raises(CheckpointError, match="different weights .*11111.*22222.*every machine"):
+    with pytest.raises(CheckpointError, match=r"different weights .*11111.*22222.*every machine"):
         check_same_teacher(origins)

@@ -1,0 +1,58 @@
+"""One sentence stays one sentence, whatever names are in it."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from graftvit.models.errors import LONGEST, CheckpointError, ConfigError, GraftError, escaped, one_sentence
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(st.text())
+def test_a_sentence_is_one_line_that_steers_no_terminal(text: str) -> None:
+    said = str(GraftError(text))
+    assert said.isprintable()
+    assert len(said) <= LONGEST
+    assert said == one_sentence(said)
+
+
+@pytest.mark.parametrize("length", [6_000, 200_000])
+def test_a_name_is_abbreviated_and_its_ends_stay(length: int) -> None:
+    said = str(
+        CheckpointError(f"/home/{'a' * length}/end.pth cannot be read: it is damaged; give another file")
+    )
+    assert said.startswith("/home/aaaa")
+    assert "end.pth cannot be read: it is damaged; give another file" in said
+    assert f"({length + 14:,} characters)" in said
+    assert len(said) < 500
+
+
+def test_a_list_without_end_is_abbreviated_and_the_advice_stays() -> None:
+    names = ", ".join(f"blocks.{number}.attn.qkv.weight" for number in range(20_000))
+    said = str(ConfigError(f"these do not fit: {names}: give another model"))
+    assert said.startswith("these do not fit: blocks.0.attn")
+    assert said.endswith("blocks.19999.attn.qkv.weight: give another model")
+    assert len(said) <= LONGEST
+
+
+def test_what_people_write_stays_as_it_is() -> None:
+    plain = "--blr is 'größer', but must be a number of at least 0 (see 学習率); did you mean …? valid: a, b"
+    assert str(ConfigError(plain)) == plain
+    assert str(ConfigError("one\n  two\tthree\r\n")) == "one two three"
+
+
+def test_what_would_steer_a_terminal_is_shown() -> None:
+    said = str(ConfigError("a\x1b[31mred\x07 b\u202egnp.exe \x9b2J \udcff \u200b"))
+    assert said == r"a\x1b[31mred\x07 b\u202egnp.exe \x9b2J \udcff \u200b"
+
+
+def test_the_error_itself_is_whole_and_can_be_sent() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError("a\n" + "b" * 9_000)))
+    assert error.args == ("a\n" + "b" * 9_000,)
+    assert len(str(error)) < 500
+
+
+def test_lines_and_columns_of_a_text_stay() -> None:
+    assert escaped("a\tb\n\x1b[1mc\r") == "a\tb\n\\x1b[1mc\\r"
