@@ -21,16 +21,16 @@ def escaped(text: str) -> str:
     )
 
 
-def one_sentence(text: str) -> str:
+def one_sentence(text: str, longest: int = LONGEST) -> str:
     """`text` as it may be shown: one line, nothing that steers a terminal, what is too long without its middle.
 
     A sentence that is fit already stays as it is.
     """
     words = " ".join(_shortened(escaped(word)) for word in text.split())
-    if len(words) <= LONGEST:
+    if len(words) <= longest:
         return words
     left_out = f" ... ({len(words):,} characters) ... "
-    half = (LONGEST - len(left_out)) // 2
+    half = (longest - len(left_out)) // 2
     return words[:half].rstrip() + left_out + words[-half:].lstrip()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from ...models.copied import ARCHITECTURE as COPIED
 from ..build import is_ours
 from ..copying import BARE_WORDS
 from ..licences import normal
+from ..markdown import code, fenced, plain
 from ..provenance import BARE, COST, KEY, PICKED, licences
-from .words import METHODS, code, number, recipe_rows, section, table, transfer_rows
+from .words import METHODS, number, recipe_rows, section, table, transfer_rows
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ def body(config: Mapping[str, Any], facts: CardFacts) -> str:
 
 def load_lines(config: Mapping[str, Any], facts: CardFacts) -> list[str]:
     """The three lines of Python that load the model from the hub, by timm alone where it can."""
-    source = f"hf-hub:{facts.repository}" + (f"@{facts.revision}" if facts.revision else "")
+    source = json.dumps(f"hf-hub:{facts.repository}" + (f"@{facts.revision}" if facts.revision else ""))
     prepared = "timm.data.resolve_model_data_config(model)"
     transform = f"transform = timm.data.create_transform(**{prepared}, is_training=False)"
     if needs_graftvit(config, facts):
-        return ["import graftvit, timm", f'model = graftvit.load("{source}").eval()', transform]
-    return ["import timm", f'model = timm.create_model("{source}", pretrained=True).eval()', transform]
+        return ["import graftvit, timm", f"model = graftvit.load({source}).eval()", transform]
+    return ["import timm", f"model = timm.create_model({source}, pretrained=True).eval()", transform]
 
 
 def needs_graftvit(config: Mapping[str, Any], facts: CardFacts) -> bool:
@@ -118,7 +120,7 @@ def _loading(config: Mapping[str, Any], facts: CardFacts) -> str:
     rows = [("architecture", code(config.get("architecture")))] if config.get("architecture") else []
     size = described.get("input_size")
     if isinstance(size, list):
-        rows.append(("input (channels x height x width)", " x ".join(map(str, size))))
+        rows.append(("input (channels x height x width)", " x ".join(map(number, size))))
     for name in ("mean", "std"):
         values = described.get(name)
         if isinstance(values, list):
@@ -127,7 +129,7 @@ def _loading(config: Mapping[str, Any], facts: CardFacts) -> str:
         if name in described:
             rows.append((name, code(described[name])))
     rows.append(("output", f"logits of {classes(config)} classes" if classes(config) else "features"))
-    block = "\n".join(["```python", *load_lines(config, facts), "```"])
+    block = fenced("\n".join(load_lines(config, facts)), "python")
     rows += _cost_rows(config)
     note = f"**It is {BARE_WORDS}.**" if _is_bare(config) else ""
     return f"{needs}\n\n{block}\n\n{table(rows)}\n{note}"
@@ -182,17 +184,19 @@ def _origin(key: str, made: Mapping[str, Any], recipe: Mapping[str, Any]) -> lis
     if origin.get("architecture"):
         rows.append((f"{name}: architecture", code(origin["architecture"])))
     rows.append((f"{name}: revision", code(origin["revision"]) if origin.get("revision") else "not recorded"))
-    rows.append((f"{name}: licence", normal(origin.get("licence")) or "unknown"))
+    rows.append((f"{name}: licence", _named(origin.get("licence"))))
     return rows
+
+
+def _named(licence: str | None) -> str:
+    return plain(normal(licence) or "unknown")
 
 
 def _fold(recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return ""
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
-    fence = "`" * (4 if "```" in text else 3)
-    title = "<summary>All settings</summary>"
-    return f"<details>\n{title}\n\n{fence}yaml\n{text}{fence}\n\n</details>"
+    return f"<details>\n<summary>All settings</summary>\n\n{fenced(text, 'yaml')}\n\n</details>"
 
 
 def _results(config: Mapping[str, Any], facts: CardFacts) -> str:
@@ -229,7 +233,7 @@ def _limits(config: Mapping[str, Any]) -> str:
 
 
 def _licence(config: Mapping[str, Any], licence: str | None) -> str:
-    sources = [normal(source) or "unknown" for source in licences(section(config, KEY))]
+    sources = [_named(source) for source in licences(section(config, KEY))]
     made_of = (
         f"The weights that it was made from are under: {', '.join(dict.fromkeys(sources))}."
         if sources

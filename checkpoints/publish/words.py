@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..markdown import code
+
 METHODS = {
     "copy": "the teacher's attention maps in place of the student's, on the student's values",
     "copy_q": "the teacher's queries in place of the student's",
@@ -102,12 +104,6 @@ def table(rows: Iterable[tuple[str, ...]], *head: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def code(value: object) -> str:
-    """A value in a line or a table cell, as code; nothing in it can end either."""
-    text = " ".join(str(value).split()).replace("`", "'").replace("|", r"\|")
-    return f"`{text}`" if text else "(empty)"
-
-
 def number(value: object) -> str:
     """A number the way people write it; anything else as code."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -146,7 +142,7 @@ def _data(data: Mapping[str, Any]) -> str | None:
     name = data.get("dataset") or data.get("data_path")
     if not name:
         return None
-    few = f", {data['train_samples']} training samples" if data.get("train_samples") else ""
+    few = f", {number(data['train_samples'])} training samples" if data.get("train_samples") else ""
     return code(name) + few
 
 

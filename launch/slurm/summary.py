@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...checkpoints.atomic import write_file
+from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError
 from .summary_cells import ACCURACIES, LOSS, CellResult, read_cell
 from .sweep import SWEEP_FILE, load_sweep
@@ -137,7 +138,7 @@ def to_markdown(summary: Summary) -> str:
         settings = [row.settings[key] for key in summary.keys] or ["as in the recipe"]
         numbers = [shown(row.measures.get(name), name) for name in summary.names]
         lines.append([*settings, f"{row.done}/{row.asked}", *numbers])
-    left = "\n".join(f"- {_state(result)}" for result in summary.missing)
+    left = "\n".join(f"- {plain(_state(result))}" for result in summary.missing)
     parts = [_table(lines, len(summary.keys) or 1)]
     if summary.missing:
         parts.append(f"{len(summary.missing)} cells are not done:\n\n{left}")
@@ -160,8 +161,8 @@ def _state(result: CellResult) -> str:
 def _table(lines: Sequence[Sequence[str]], words: int) -> str:
     """Markdown; the first `words` columns to the left, the numbers to the right."""
     rule = ["---"] * words + ["---:"] * (len(lines[0]) - words)
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [escaped[0], rule, *escaped[1:]])
+    shown = [[plain(cell) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [shown[0], rule, *shown[1:]])
 
 
 def _write(path: Path, content: bytes) -> None:

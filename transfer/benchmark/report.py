@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ...checkpoints.markdown import plain
 from .crossover import crossovers
 from .rows import Case, Results, Row
 
@@ -51,7 +52,8 @@ def size_table(rows: Sequence[Row]) -> str:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; all but the first column to the right."""
     line = "| --- |" + " ---: |" * (len(head) - 1)
-    return "\n".join(["| " + " | ".join(head) + " |", line, *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = [" | ".join(map(plain, cells)) for cells in (head, *rows)]
+    return "\n".join([f"| {lines[0]} |", line, *(f"| {cells} |" for cells in lines[1:])])
 
 
 def milliseconds(seconds: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...checkpoints.atomic import write_file
+from ...checkpoints.markdown import plain
 from ..benchmark.rows import write_text
 from . import table
 from .figures import Plot, plots_of, to_png
@@ -42,9 +43,14 @@ def write_report(comparison: Comparison, *, figures: bool = True) -> Path:
 
 def render_markdown(records: Sequence[Record], plots: Sequence[Plot]) -> str:
     """The report as Markdown; its images are in `images/`."""
-    parts = [asked(records), found(records), table.to_markdown(records).strip(), how_to_read(records)]
+    said = [plain(words(records)) for words in (asked, found, how_to_read)]
+    parts = [*said[:2], table.to_markdown(records).strip(), said[2]]
     for plot in plots:
-        parts += [f"## {plot.heading}", plot.paragraph, f"![{plot.alt}](images/{plot.name}.png)"]
+        parts += [
+            f"## {plain(plot.heading)}",
+            plain(plot.paragraph),
+            f"![{plain(plot.alt)}](images/{plot.name}.png)",
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ...checkpoints.markdown import plain
 from ..benchmark.report import markdown, milliseconds
 from .cells import TEACHER, UNIFORM
 from .record import Record
@@ -160,7 +161,7 @@ def cost_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def to_markdown(records: Sequence[Record]) -> str:
     """Both tables, and the cells that failed."""
     parts = [markdown(*accuracy_table(records)), markdown(*cost_table(records))]
-    return "\n\n".join([*parts, *failures(records)]) + "\n"
+    return "\n\n".join([*parts, *map(plain, failures(records))]) + "\n"
 
 
 def failures(records: Sequence[Record]) -> list[str]:

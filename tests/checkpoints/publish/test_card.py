@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -350,3 +351,43 @@ def test_any_config_gives_a_card_that_is_read_back(data: st.DataObject) -> None:
     card = ModelCard(student_card(made, FACTS))
     assert card.data.license == "cc-by-nc-4.0"
     assert "## Licence" in card.text
+
+
+MARKED = "<img src=x onerror=alert(1)>\n\n# x\n````\n```` [a](javascript:alert(1)) `<b>` | \x1b[2J\u202e"
+
+
+def rendered(card: str) -> str:
+    """What of a card Markdown takes for more than text: its head, blocks and spans of code are left out."""
+    text = card.split("---\n", 2)[2]
+    text = re.sub(r"^(`{3,})[^`\n]*\n.*?^\1`*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"(?<!\\)`[^`\n]*`", "", text)
+
+
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found = [leaf for key, value in pairs for leaf in leaves(value, (*path, key))]
+    return found or [path]
+
+
+def test_nothing_that_is_recorded_becomes_html_or_a_link() -> None:
+    plain_lines = len(rendered(student_card(config(), FACTS)).splitlines())
+    for path in leaves(config()):
+        made = config()
+        place: Any = made
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = MARKED
+        if path == ("pretrained_cfg", "input_size", 0) or path[-1] in ("train_samples", "licence"):
+            assert "&lt;img" in (card := student_card(made, FACTS)) or "`<img" in card, path
+        text = rendered(student_card(made, FACTS))
+        assert "<img" not in text, path
+        assert "<b>" not in text, path
+        assert not re.search(r"(?<!\\)\]\(javascript", text), path
+        assert text.replace("\n", "").isprintable(), path
+        assert len(text.splitlines()) <= plain_lines + 3, path
+
+
+def test_facts_that_a_person_gives_are_no_html_either() -> None:
+    text = rendered(student_card(config(), CardFacts("me/vit", MARKED, revision=MARKED, dataset_name=MARKED)))
+    assert "<img" not in text
+    assert "javascript" not in text
