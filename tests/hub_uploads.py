@@ -65,6 +65,7 @@ class UploadHandler(HubHandler):
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/upload/(?P<digest>[0-9a-f]{64})", "large_upload"),
         ("POST", MODEL + r"/commit/(?P<revision>[^/]+)", "commit"),
+        ("PUT", MODEL + r"/settings", "settings"),
         *HubHandler.routes,
     )
 
@@ -88,6 +89,15 @@ class UploadHandler(HubHandler):
             self.hub.readable.add(name)
         self.send_json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
         return None
+
+    def settings(self, repo: str) -> None:
+        """Who may see the repository."""
+        if not self.writes(repo):
+            return
+        asked = json.loads(self.sent)
+        if asked.get("private") is False or asked.get("visibility") == "public":
+            self.hub.private.discard(repo)
+        self.send_json({})
 
     def validate(self) -> None:
         """The hub's own check of a card's head, as far as these tests need it."""

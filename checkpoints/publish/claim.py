@@ -80,8 +80,8 @@ def _sources(config: Mapping[str, Any]) -> tuple[str | None, ...]:
 def _stated(card: str, place: str) -> list[str]:
     try:
         data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"the head of {place} is damaged: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"the head of {place} is damaged: {error}") from error
     stated = data.get("license") or []
     names = [str(name) for name in (stated if isinstance(stated, list) else [stated])]
     other = normal(str(data.get("license_name") or ""))

@@ -20,6 +20,7 @@ from ..folders import CONFIG
 from ..provenance import KEY
 from ..public import public
 from ..report import some
+from ..safety.regular import read_regular
 from ..shards import weight_map
 from ..sources import PICKLE_SUFFIXES
 from .card import is_generated, student_card
@@ -135,8 +136,8 @@ def _config(folder: Path) -> dict[str, Any]:
         hint = f"it is a run, push {folder / runs[0]}" if runs else "a finished run writes one"
         raise CheckpointError(f"{folder} is no student folder, for it has no {CONFIG}: {hint}")
     try:
-        config = json.loads(_inside(folder, CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_regular(_inside(folder, CONFIG)))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged: it is not JSON") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{folder / CONFIG} names no architecture: it is not that of a student")
@@ -189,9 +190,9 @@ def _own_card(folder: Path) -> str | None:
     if not (folder / CARD).exists():
         return None
     try:
-        card = _inside(folder, CARD).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CARD} cannot be read: it is no UTF-8 text") from error
+        card = read_regular(_inside(folder, CARD))
+    except OSError as error:
+        raise CheckpointError(f"{folder / CARD} cannot be read: {error.strerror}") from error
     return None if is_generated(card) else card
 
 

@@ -59,6 +59,8 @@ class Pushed:
     """False where the hub had all of it already."""
     kept_card: bool
     """Whether the hub's card stayed, because a person edited it."""
+    private: bool
+    """Whether it is for its owner alone."""
 
 
 def ask_remote(upload: Upload) -> Remote:
@@ -116,10 +118,18 @@ def check_visibility(upload: Upload, remote: Remote, *, private: bool) -> None:
         )
 
 
-def push_student(upload: Upload, *, private: bool = False, message: str | None = None) -> Pushed:
+def push_student(
+    upload: Upload, *, private: bool = False, public: bool = False, message: str | None = None
+) -> Pushed:
     """Creates the repository and the branch where they are not there, and commits the files at once.
 
-    What a stopped push has uploaded stays on the hub; the next one goes on from there.
+    A new repository is private until all is there, so that a push which fails has published nothing. What a stopped
+    push has uploaded stays on the hub; the next one goes on from there.
+
+    Args:
+        private: keep a new repository private, and refuse one that is public.
+        public: make a private repository public, too, once all is there. A new one is made so without it.
+        message: of the commit.
 
     Raises CheckpointError in one sentence: no login, no permission, a repository that is public although
     `private` is asked for, a change by somebody else in the meantime. UploadFailedError: the hub failed or
@@ -128,10 +138,13 @@ def push_student(upload: Upload, *, private: bool = False, message: str | None =
     name, revision = upload.facts.repository, upload.facts.revision
     remote = ask_remote(upload)
     check_visibility(upload, remote, private=private)
+    opens, hidden = not private and (public or not remote.exists), remote.private
 
     def send() -> Pushed:
+        nonlocal hidden
         if not remote.exists:
-            _api().create_repo(name, private=private or None, exist_ok=True)
+            _api().create_repo(name, private=True)
+            hidden = True
         if revision is not None and remote.commit is None:
             _api().create_branch(name, branch=revision, exist_ok=True)
         kept = keeps_remote_card(upload, remote)
@@ -142,9 +155,17 @@ def push_student(upload: Upload, *, private: bool = False, message: str | None =
             revision=revision,
             parent_commit=remote.commit,
         )
-        return Pushed(str(info.commit_url), info.oid, info.oid != remote.commit, kept)
+        if opens and hidden:
+            _api().update_repo_settings(name, private=False)
+            hidden = False
+        return Pushed(str(info.commit_url), info.oid, info.oid != remote.commit, kept, hidden)
 
-    return _explained(send, upload)
+    try:
+        return _explained(send, upload)
+    except CheckpointError as error:
+        if opens and hidden:
+            error.args = (f"{error}; {name} is private until it is pushed with --public",)
+        raise
 
 
 def _operations(

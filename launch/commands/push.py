@@ -44,6 +44,11 @@ def run(argv: list[str]) -> int:
         "repository", metavar="ORG/NAME", help="repository on the hub; created if it is not there"
     )
     parser.add_argument("--private", action="store_true", help="create it for you alone")
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="make it public if it is private, once all is there; a new one is",
+    )
     parser.add_argument("--licence", metavar="ID", help="hub identifier; the teacher's by default")
     parser.add_argument(
         "--confirm_licence",
@@ -60,6 +65,8 @@ def run(argv: list[str]) -> int:
     for flag in ("licence", "revision", "message", "dataset_name"):
         if getattr(arguments, flag) is not None and not getattr(arguments, flag).strip():
             raise ConfigError(f"--{flag} is empty: give it a value or leave it out")
+    if arguments.private and arguments.public:
+        raise ConfigError("--private and --public contradict each other: leave one out")
     from ...checkpoints.publish.student_files import plan_upload
     from ...checkpoints.publish.upload import push_student
 
@@ -73,10 +80,12 @@ def run(argv: list[str]) -> int:
             dataset_name=arguments.dataset_name,
         )
         if arguments.dry_run:
-            say(_dry(upload, private=arguments.private))
+            say(_dry(upload, private=arguments.private, public=arguments.public))
             return 0
         _behind(upload)
-        pushed = push_student(upload, private=arguments.private, message=arguments.message)
+        pushed = push_student(
+            upload, private=arguments.private, public=arguments.public, message=arguments.message
+        )
     say(_done(upload, pushed))
     return 0
 
@@ -110,18 +119,20 @@ def _done(upload: Upload, pushed: Pushed) -> str:
         lines.append(
             "README.md on the hub was edited by a person and stayed; one in the folder would replace it."
         )
+    if pushed.private:
+        lines.append("It is private; --public makes it public.")
     lines.append(f"licence: {_licence(upload)}")
     return "\n".join([*lines, "", *load_lines(upload.config, upload.facts), ""])
 
 
-def _dry(upload: Upload, *, private: bool) -> str:
+def _dry(upload: Upload, *, private: bool, public: bool) -> str:
     facts = upload.facts
     width = max(len(file.name) for file in upload.files)
     branch = f" (branch {facts.revision})" if facts.revision else ""
     lines = [f"Would push to {facts.repository}{branch}:"]
     lines += [f"  {file.name:<{width}}  {file.size:>14,} bytes" for file in upload.files]
     lines += [f"Left behind: {', '.join(upload.left_behind)}"] if upload.left_behind else []
-    lines += [*_on_the_hub(upload, private=private), f"Licence: {_licence(upload)}"]
+    lines += [*_on_the_hub(upload, private=private, public=public), f"Licence: {_licence(upload)}"]
     kind = "your own README.md" if upload.own_card else "generated"
     return "\n".join([*lines, f"Card ({kind}):", "", upload.card.rstrip("\n"), ""])
 
@@ -130,7 +141,7 @@ def _licence(upload: Upload) -> str:
     return upload.facts.licence or "unknown; --licence names one"
 
 
-def _on_the_hub(upload: Upload, *, private: bool) -> list[str]:
+def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
     """What the commit would meet there, if the hub can be asked."""
     from ...checkpoints.publish.upload import (
         UploadFailedError,
@@ -148,6 +159,8 @@ def _on_the_hub(upload: Upload, *, private: bool) -> list[str]:
     kept = keeps_remote_card(upload, remote)
     replaced, removed = replaced_and_removed(upload, remote)
     lines = [f"On the hub: {_state(remote)}"]
+    if not private and (not remote.exists or (public and remote.private)):
+        lines.append("Public: once all of it is there")
     if kept:
         replaced.remove("README.md")
         lines.append("Stays there: README.md, edited by a person")

@@ -122,3 +122,13 @@ def test_a_licence_that_the_hub_does_not_list_is_known_by_its_name() -> None:
     claim = claim_licence(config(teacher="dinov3-license"), None, confirmed=False)
     head = "license: other\nlicense_name: dinov3-license"
     assert licence_of_card(card(head), claim, "README.md") == "dinov3-license"
+
+
+@pytest.mark.parametrize(
+    "head", ["a: " + "[" * 20_000, "&a [*a]", "a: !!bool x", "license: !!timestamp x", "- 1"]
+)
+def test_a_head_that_is_no_metadata_is_refused(head: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^the head of README\.md is damaged: "):
+        licence_of_card(
+            f"---\n{head}\n---\n# x\n", claim_licence(config("mit"), None, confirmed=False), "README.md"
+        )

@@ -55,9 +55,15 @@ def write(folder: Path, **how: Any) -> Path:
 
 
 def push(
-    folder: Path, name: str = "org/vit", private: bool = False, message: str | None = None, **how: Any
+    folder: Path,
+    name: str = "org/vit",
+    private: bool = False,
+    message: str | None = None,
+    public: bool = False,
+    **how: Any,
 ) -> Pushed:
-    return push_student(plan_upload(folder, name, **how), private=private, message=message)
+    upload = plan_upload(folder, name, **how)
+    return push_student(upload, private=private, public=public, message=message)
 
 
 def refusal(folder: Path, name: str = "org/vit", code: int = 2, **how: Any) -> str:
@@ -90,7 +96,7 @@ def test_a_second_push_sends_only_what_changed(hub: tuple[Hub, Store], student: 
     again = push(student)
     assert not again.changed
     assert again.commit == first.commit
-    assert len(server.asked("PUT")) == 1
+    assert len(server.asked("PUT", "/upload/")) == 1
     write(student)
     third = push(student)
     assert store.commits[-1].added == ["model.safetensors"]
@@ -220,10 +226,10 @@ def test_a_push_that_failed_at_its_end_goes_on_from_there(hub: tuple[Hub, Store]
     sentence = refusal(student, code=1)
     assert "fails with 500" in sentence
     assert "not sent twice" in sentence
-    assert len(server.asked("PUT")) == 1
+    assert len(server.asked("PUT", "/upload/")) == 1
     push(student)
     assert len(store.commits) == 1
-    assert len(server.asked("PUT")) == 1
+    assert len(server.asked("PUT", "/upload/")) == 1
 
 
 @pytest.mark.parametrize(
@@ -250,6 +256,48 @@ def test_each_refusal_of_the_commit_is_one_sentence(
     echo = {"X-Error-Message": f"no, Bearer {TOKEN} may not"}
     hub[0].faults.append(Fault(status=status, where="/commit/", headers=echo, times=99))
     assert words in refusal(student, code=code)
+
+
+@pytest.mark.parametrize("status", [400, 403, 429, 500])
+@pytest.mark.parametrize(
+    "where", ["/validate-yaml", "/preupload/", "/objects/batch", "/upload/", "/commit/", "/settings"]
+)
+def test_a_push_that_fails_leaves_nothing_public(
+    hub: tuple[Hub, Store], student: Path, where: str, status: int
+) -> None:
+    server, _ = hub
+    server.faults.append(Fault(status=status, where=where, times=99))
+    said = refusal(student, code=1 if status in (429, 500) or "yaml" in where else 2)
+    assert server.private == {"org/vit"}
+    assert said.endswith("; org/vit is private until it is pushed with --public")
+    server.faults.clear()
+    assert push(student).private
+    assert server.private == {"org/vit"}
+    assert not push(student, public=True).private
+    assert not server.private
+
+
+def test_a_push_is_public_once_all_of_it_is_there(hub: tuple[Hub, Store], student: Path) -> None:
+    server, store = hub
+    assert not push(student).private
+    assert [request.path for request in server.asked() if request.method in ("POST", "PUT")][-2:] == [
+        "/api/models/org/vit/commit/main",
+        "/api/models/org/vit/settings",
+    ]
+    assert store.created[0].get("private") or store.created[0].get("visibility") == "private"
+    assert "org/vit" not in server.private
+
+
+def test_a_private_push_that_fails_says_nothing_of_it(hub: tuple[Hub, Store], student: Path) -> None:
+    hub[0].faults.append(Fault(status=500, where="/commit/", times=99))
+    assert "--public" not in refusal(student, code=1, private=True)
+
+
+def test_a_repository_that_was_private_before_stays_so(hub: tuple[Hub, Store], student: Path) -> None:
+    push(student, private=True)
+    write(student)
+    assert push(student).private
+    assert "org/vit" in hub[0].private
 
 
 NONSENSE = (b"", b"[]", b"{}", b"not json", b'{"files": [{"path": "x"}]}')
