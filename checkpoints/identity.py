@@ -26,5 +26,5 @@ def digest(tensors: Mapping[str, Tensor], said: str = "") -> str:
         tensor = tensors[name].detach()
         whole.update(f"\n{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
         numbers = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        whole.update(memoryview(numbers.numpy()))
+        whole.update(numbers.numpy().data)
     return whole.hexdigest()

@@ -28,9 +28,9 @@ class BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Count, then read as PyYAML does."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            size = self._sizes.get(event.anchor, 1)
+            size = self._sizes.get(str(event.anchor), 1)
             if size is None:
                 raise YamlError(f"the value that &{event.anchor} names holds itself{_place(event)}")
             self._count(size, event)
