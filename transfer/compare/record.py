@@ -71,6 +71,8 @@ class Record:
     speeds: list[Speed] = field(default_factory=list)
     layer_errors: dict[str, dict[int, float]] = field(default_factory=dict)
     """By stage and layer: relative error of the layer's output on the teacher's inputs."""
+    teacher: str = ""
+    """The digest of the teacher's weights; empty in records of older versions."""
 
     @property
     def speed(self) -> Speed | None:

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,17 +111,18 @@ def run_compare(
 
     Raises:
         CompareStoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
-        ConfigError: a cell was measured with other settings before.
+        ConfigError: a cell was measured with other settings, or with another teacher, before.
     """
     left = [cell for cell in cells if not _done(comparison, cell)]
     tell(f"{len(cells) - len(left)} of {len(cells)} cells are done")
     with _quiet_log():
         _make_teacher(comparison, tell)
+        teacher = _identify_teacher(comparison) if left else ""
         failed = []
         for number, cell in enumerate(left, 1):
             tell(f"[{number}/{len(left)}] {cell.name}, {cell.size} px: {cell.plan or 'as it is'}")
             record = _run_cell(comparison, cell)
-            save_record(record, comparison.cell_folder(cell))
+            save_record(replace(record, teacher=teacher), comparison.cell_folder(cell))
             if after_cell is not None:
                 after_cell()
             tell(f"    {_outcome(record)}")
@@ -140,6 +141,19 @@ def _done(comparison: Comparison, cell: Cell) -> bool:
     return True
 
 
+def _identify_teacher(comparison: Comparison) -> str:
+    """The digest of the teacher's weights. Raises ConfigError: a cell was measured with others."""
+    now = teacher_of(comparison.config).digest or ""
+    for cell in comparison.cells():
+        record = load_record(comparison.cell_folder(cell))
+        if record is not None and record.error is None and record.teacher not in ("", now):
+            raise ConfigError(
+                f"{comparison.cell_folder(cell)} was measured with another teacher than "
+                f"{comparison.config.teacher.source} now holds; take another --output_dir, or remove it"
+            )
+    return now
+
+
 def digest(comparison: Comparison, cell: Cell) -> str:
     """Of all settings that the cell's numbers depend on."""
     settings = [stage.config.model_dump(mode="json", exclude={"output_dir"}) for stage in comparison.stages]
@@ -147,10 +161,13 @@ def digest(comparison: Comparison, cell: Cell) -> str:
         each["student"].pop("plan")
         each["data"].pop("data_path")
         each["data"].pop("workers")
+        each["engine"].pop("stop_grace")
     made = (
         None
         if comparison.teacher is None
-        else comparison.teacher.model_dump(mode="json", exclude={"output_dir"})
+        else comparison.teacher.model_dump(
+            mode="json", exclude={"output_dir": True, "engine": {"stop_grace"}}
+        )
     )
     if made is not None:
         for each in settings:

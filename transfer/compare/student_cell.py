@@ -132,6 +132,7 @@ def teacher_of(config: RunConfig) -> Teacher:
         img_size=how.img_size or config.student.img_size,
         position_embedding=how.position_embedding,
         revision=how.revision,
+        identified=True,
     )
 
 

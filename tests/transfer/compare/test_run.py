@@ -10,9 +10,11 @@ from compare_runs import cell, write_config
 from graftvit.launch.comparison import load_comparison
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.compare import run as compare_run
+from graftvit.transfer.compare.cells import only_named
 from graftvit.transfer.compare.report import write_report
 from graftvit.transfer.compare.run import CompareStoppedError, Comparison, choose_cells, run_compare
 from graftvit.transfer.compare.student_cell import fresh_model, is_linear
+from safetensors.torch import load_file, save_file
 
 PLANS = {"linear": "*: linear", "focused": "0: focused", "softmax": "*: softmax"}
 
@@ -102,6 +104,19 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
     said: list[str] = []
     assert all_of(comparison, tell=said.append) == []
     assert said == ["5 of 5 cells are done"]
+
+
+def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+    run_compare(load_comparison(path), only_named(load_comparison(path).cells(), ["teacher"]))
+    (record,) = (tmp_path / "out" / "cells").glob("teacher*/cell.json")
+    assert len(json.loads(record.read_text())["teacher"]) == 64
+    weights = tmp_path / "given-teacher" / "model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
+    comparison = load_comparison(path)
+    with pytest.raises(ConfigError, match=r"cells.teacher\S* was measured with another teacher"):
+        run_compare(comparison, only_named(comparison.cells(), ["linear"]))
+    assert not list((tmp_path / "out" / "cells").glob("linear*"))
 
 
 def test_a_failed_cell_is_named_stops_no_other_and_is_tried_again(
