@@ -26,7 +26,8 @@ def one_sentence(text: str, longest: int = LONGEST) -> str:
 
     A sentence that is fit already stays as it is.
     """
-    words = " ".join(_shortened(escaped(word)) for word in text.split())
+    lines = (line.strip() for line in text.replace("\t", " ").splitlines())
+    words = " ".join(_shortened(escaped(word)) for word in " ".join(filter(None, lines)).split(" "))
     if len(words) <= longest:
         return words
     left_out = f" ... ({len(words):,} characters) ... "

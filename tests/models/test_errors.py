@@ -41,6 +41,7 @@ def test_what_people_write_stays_as_it_is() -> None:
     plain = "--blr is 'größer', but must be a number of at least 0 (see 学習率); did you mean …? valid: a, b"
     assert str(ConfigError(plain)) == plain
     assert str(ConfigError("one\n  two\tthree\r\n")) == "one two three"
+    assert str(ConfigError("'a  b' is no time")) == "'a  b' is no time"
 
 
 def test_what_would_steer_a_terminal_is_shown() -> None:
