@@ -279,5 +279,5 @@ def test_what_torch_cannot_compile_is_refused_by_the_plan_and_the_run(tmp_path: 
     words = [*STUDENT, f"teacher.source={teacher}", f"output_dir={tmp_path / 'run'}", "data.dataset=digits"]
     settings = load_config(None, [*words, "student.compile=true", "student.grad_checkpointing=true"])
     for start in (describe_plan, build):
-        with pytest.raises(ConfigError, match="does not go with student.grad_checkpointing=true"):
+        with pytest.raises(ConfigError, match=r"does not go with student.grad_checkpointing=true"):
             start(settings)

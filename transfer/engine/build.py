@@ -133,8 +133,8 @@ def check_recomputation(config: RunConfig) -> None:
     inside = config.mode == "transfer" and method in LAYER_METHODS and method not in COPY_METHODS
     if inside and student.compile and student.grad_checkpointing:
         raise ConfigError(
-            f"student.compile=true does not go with student.grad_checkpointing=true for transfer.method={method}, whose "
-            "losses come from within the blocks: set one of them to false"
+            f"student.compile=true does not go with student.grad_checkpointing=true for transfer.method={method}, "
+            "whose losses come from within the blocks: set one of them to false"
         )
 
 
