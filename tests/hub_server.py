@@ -72,6 +72,8 @@ class Hub:
     refs: dict[str, dict[str, str]]
     """Commit by branch or tag, by repository; `main` is `COMMIT` where a repository is not named."""
     private: set[str] = field(default_factory=set)
+    private_by_default: set[str] = field(default_factory=set)
+    """Organizations whose new repositories are private unless they are asked for as public."""
     gated: set[str] = field(default_factory=set)
     readable: set[str] = field(default_factory=set)
     """The private and the gated repositories that the account behind `token` may read."""

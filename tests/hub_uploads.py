@@ -84,7 +84,12 @@ class UploadHandler(HubHandler):
         self.store.created.append(asked)
         self.hub.refs[name] = {"main": hashlib.sha1(name.encode()).hexdigest()}
         self.hub.files[name, self.hub.refs[name]["main"], ".gitattributes"] = b""
-        if asked.get("private") or asked.get("visibility") == "private":
+        said = asked.get("private"), asked.get("visibility")
+        if (
+            True in said
+            or "private" in said
+            or (said == (None, None) and asked["organization"] in self.hub.private_by_default)
+        ):
             self.hub.private.add(name)
             self.hub.readable.add(name)
         self.send_json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
@@ -97,6 +102,9 @@ class UploadHandler(HubHandler):
         asked = json.loads(self.sent)
         if asked.get("private") is False or asked.get("visibility") == "public":
             self.hub.private.discard(repo)
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(repo)
+            self.hub.readable.add(repo)
         self.send_json({})
 
     def validate(self) -> None:

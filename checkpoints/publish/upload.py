@@ -123,12 +123,12 @@ def push_student(
 ) -> Pushed:
     """Creates the repository and the branch where they are not there, and commits the files at once.
 
-    A new repository is private until all is there, so that a push which fails has published nothing. What a stopped
-    push has uploaded stays on the hub; the next one goes on from there.
+    A new repository is as visible as its owner has them by default, but private until all is there, so that a push
+    which fails has published nothing. What a stopped push has uploaded stays on the hub; the next one goes on from there.
 
     Args:
         private: keep a new repository private, and refuse one that is public.
-        public: make a private repository public, too, once all is there. A new one is made so without it.
+        public: make a repository public once all is there, whatever it is or would be by default.
         message: of the commit.
 
     Raises CheckpointError in one sentence: no login, no permission, a repository that is public although
@@ -138,12 +138,12 @@ def push_student(
     name, revision = upload.facts.repository, upload.facts.revision
     remote = ask_remote(upload)
     check_visibility(upload, remote, private=private)
-    opens, hidden = not private and (public or not remote.exists), remote.private
+    opens, hidden = public and not private, remote.private
 
     def send() -> Pushed:
-        nonlocal hidden
+        nonlocal opens, hidden
         if not remote.exists:
-            _api().create_repo(name, private=True)
+            opens |= _create_private(name, private=private)
             hidden = True
         if revision is not None and remote.commit is None:
             _api().create_branch(name, branch=revision, exist_ok=True)
@@ -166,6 +166,15 @@ def push_student(
         if opens and hidden:
             error.args = (f"{error}; {name} is private until it is pushed with --public",)
         raise
+
+
+def _create_private(name: str, *, private: bool) -> bool:
+    """Creates an empty private repository; returns whether it would be public by its owner's default."""
+    _api().create_repo(name, private=private or None)
+    if _api().model_info(name).private:
+        return False
+    _api().update_repo_settings(name, private=True)
+    return True
 
 
 def _operations(

@@ -266,7 +266,8 @@ def test_a_push_that_fails_leaves_nothing_public(
     hub: tuple[Hub, Store], student: Path, where: str, status: int
 ) -> None:
     server, _ = hub
-    server.faults.append(Fault(status=status, where=where, times=99))
+    after = [Fault(where=where)] if where == "/settings" else []  # the first makes it private
+    server.faults += [*after, Fault(status=status, where=where, times=99)]
     said = refusal(student, code=1 if status in (429, 500) or "yaml" in where else 2)
     assert server.private == {"org/vit"}
     assert said.endswith("; org/vit is private until it is pushed with --public")
@@ -284,8 +285,20 @@ def test_a_push_is_public_once_all_of_it_is_there(hub: tuple[Hub, Store], studen
         "/api/models/org/vit/commit/main",
         "/api/models/org/vit/settings",
     ]
-    assert store.created[0].get("private") or store.created[0].get("visibility") == "private"
     assert "org/vit" not in server.private
+
+
+def test_a_repository_that_cannot_be_made_private_stays_empty(hub: tuple[Hub, Store], student: Path) -> None:
+    server, _ = hub
+    server.faults.append(Fault(status=500, where="/settings", times=99))
+    refusal(student, code=1)
+    assert [name for repository, _, name in server.files if repository == "org/vit"] == [".gitattributes"]
+
+
+def test_the_default_of_an_organization_is_kept(hub: tuple[Hub, Store], student: Path) -> None:
+    hub[0].private_by_default.add("org")
+    assert push(student).private
+    assert not push(student, public=True).private
 
 
 def test_a_private_push_that_fails_says_nothing_of_it(hub: tuple[Hub, Store], student: Path) -> None:
