@@ -124,7 +124,8 @@ def push_student(
     """Creates the repository and the branch where they are not there, and commits the files at once.
 
     A new repository is as visible as its owner has them by default, but private until all is there, so that a push
-    which fails has published nothing. What a stopped push has uploaded stays on the hub; the next one goes on from there.
+    which fails has published nothing. What a stopped push has uploaded stays on the hub; the next one goes on from
+    there.
 
     Args:
         private: keep a new repository private, and refuse one that is public.

@@ -279,7 +279,7 @@ def test_a_push_that_fails_leaves_nothing_public(
 
 
 def test_a_push_is_public_once_all_of_it_is_there(hub: tuple[Hub, Store], student: Path) -> None:
-    server, store = hub
+    server, _ = hub
     assert not push(student).private
     assert [request.path for request in server.asked() if request.method in ("POST", "PUT")][-2:] == [
         "/api/models/org/vit/commit/main",
