@@ -7,7 +7,9 @@ A converted model is known to timm as `graftvit_converted` with the arguments `a
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import timm
@@ -23,6 +25,7 @@ from .host import AttentionHost
 from .initialise import Weights, initialise
 from .operators import check_choice, create_operator
 from .plan import KEEP, Choice, parse_plan, plan_text
+from .replay import replay_blocks
 
 ARCHITECTURE = "graftvit_converted"
 
@@ -31,13 +34,34 @@ class TokenGrid:
     """The geometry that all layers of a model share; a hook that reads it off the patches of each batch where the
     image size is free. `plan_size` is the image size (height, width) that the operators were made for."""
 
-    def __init__(self, geometry: Geometry, plan_size: tuple[int, int]) -> None:
+    def __init__(self, model: nn.Module, geometry: Geometry, plan_size: tuple[int, int]) -> None:
+        self.model = model
         self.geometry = geometry
         self.plan_size = plan_size
 
     def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
         if patches.ndim == 4:  # (B, height, width, C)
             self.geometry = Geometry(self.geometry.num_prefix, (patches.shape[1], patches.shape[2]))
+            replay_blocks(self.model, GridMoment(self, self.geometry))
+
+
+@dataclass(frozen=True)
+class GridMoment:
+    """The geometry of one forward pass."""
+
+    tokens: TokenGrid
+    geometry: Geometry
+
+    def is_now(self) -> bool:
+        return self.tokens.geometry is self.geometry
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        before, self.tokens.geometry = self.tokens.geometry, self.geometry
+        try:
+            yield
+        finally:
+            self.tokens.geometry = before
 
 
 class ConvertedAttention(AttentionHost):
@@ -83,7 +107,7 @@ def convert(
     student = _softmax_only(copy.deepcopy(model))
     check_supported(student)
     blocks, layout, layer = attention_blocks(student), token_layout(student), attention_shape(student)
-    tokens = TokenGrid(Geometry(layout.num_prefix, layout.grid), _img_size(student))
+    tokens = TokenGrid(student, Geometry(layout.num_prefix, layout.grid), _img_size(student))
     shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
     choices = parse_plan(plan, len(blocks))
     for choice in choices:

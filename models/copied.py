@@ -21,13 +21,13 @@ from .copying.grids import GridRule
 from .copying.input import Normalization, TeacherInput
 from .copying.links import HeadMap, LayerPair, Link
 from .copying.operators import COPY_METHODS, Copy, copy_operator, teacher_parts
-from .copying.replay import replay_blocks
 from .copying.tape import Tape
 from .copying.teacher_view import view_attention
 from .copying.tokens import match_tokens
 from .errors import UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, token_layout
 from .host import AttentionHost
+from .replay import replay_blocks
 
 ARCHITECTURE = "graftvit_copied"
 EQUAL = GridRule(copy=True)
@@ -137,7 +137,7 @@ class TeacherFirst:
         except BaseException:
             self.tape.end()
             raise
-        replay_blocks(student, self.tape)
+        replay_blocks(student, self.tape.moment)
 
     def forget(self, module: nn.Module, inputs: object, output: object) -> None:
         """Drops what the teacher gave, once no layer of this forward pass reads it any more."""

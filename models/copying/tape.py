@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,20 @@ class Step:
     heads: dict[int, Heads] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepMoment:
+    """The step in which a tape is."""
+
+    tape: Tape
+    step: Step | None
+
+    def is_now(self) -> bool:
+        return self.tape.step is self.step
+
+    def again(self) -> AbstractContextManager[None]:
+        return self.tape.replay(self.step)
 
 
 @dataclass
@@ -76,8 +90,12 @@ class Tape:
         if not self.replaying:
             self.losses[layer] = loss
 
+    @property
+    def moment(self) -> StepMoment:
+        return StepMoment(self, self.step)
+
     @contextmanager
-    def replay(self, step: Step) -> Iterator[None]:
+    def replay(self, step: Step | None) -> Iterator[None]:
         """Within it, layers run again as they did in `step`."""
         before = self.step, self.replaying
         self.step, self.replaying = step, True

@@ -16,10 +16,10 @@ from ...models.copied import CopiedTeacher, Copying, copied_layers
 from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import TeacherInput
 from ...models.copying.operators import COPY_METHODS
-from ...models.copying.replay import replay_blocks, restore_blocks
 from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean
 from ...models.families import check_supported
+from ...models.replay import replay_blocks, restore_blocks
 from ..config import Method, TransferConfig
 from .drop_path import share_drop_paths
 from .install import install
@@ -195,7 +195,7 @@ class DualViT(nn.Module):
             self._view[0](self.teacher_input(images))
 
     def _run_student(self, images: Tensor) -> Tensor:
-        replay_blocks(self.student, self._tape)
+        replay_blocks(self.student, self._tape.moment)
         try:
             logits: Tensor = self.student(images)
         finally:

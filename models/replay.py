@@ -1,23 +1,34 @@
 """Blocks that a backward pass runs again: each reads what its own forward pass gave it, whatever ran in between.
 
 timm's gradient checkpointing keeps the callables that it finds in `model.blocks` and calls them again in the backward
-pass. For one forward pass it is given callables that hold the `Step` of that pass.
+pass. For one forward pass it is given callables that hold what belongs to that pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..errors import TransferError
-from ..families import attention_blocks
-from .tape import Step, Tape
+from .errors import TransferError
+from .families import attention_blocks
 
 _State = tuple[bool, list[tuple[int, ...]], list[tuple[int, int]]]
+
+
+class Moment(Protocol):
+    """What the blocks of one forward pass read beside their input."""
+
+    def is_now(self) -> bool:
+        """Whether it is what they read now."""
+
+    def again(self) -> AbstractContextManager[None]:
+        """Within it, they read it again."""
 
 
 @dataclass(eq=False)
@@ -26,8 +37,7 @@ class ReplayedBlock:
 
     block: nn.Module
     model: nn.Module
-    tape: Tape
-    step: Step
+    moments: Sequence[Moment]
     state: _State | None = field(default=None, init=False)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -38,7 +48,9 @@ class ReplayedBlock:
                 "the student's weights, its modules or its mode (train, eval) changed between a forward pass and its "
                 "backward pass, which runs the blocks again (grad_checkpointing=true): change them afterwards"
             )
-        with self.tape.replay(self.step):
+        with ExitStack() as stack:
+            for moment in self.moments:
+                stack.enter_context(moment.again())
             return self.block(*args, **options)
 
     def _first(self, *args: Any, **options: Any) -> Any:
@@ -52,13 +64,16 @@ class ReplayedBlock:
         return self.block(*args, **options)
 
 
-def replay_blocks(model: nn.Module, tape: Tape) -> None:
-    """Where the coming forward pass of `model` is checkpointed, let its backward pass read what is now on the tape."""
+def replay_blocks(model: nn.Module, moment: Moment) -> None:
+    """Where the coming forward pass of `model` is checkpointed, let its backward pass read this moment again."""
     recomputes = bool(getattr(model, "grad_checkpointing", False)) and torch.is_grad_enabled()
-    if recomputes and not torch.compiler.is_compiling():  # a compiled step has its inputs in its graph
-        assert tape.step is not None
-        blocks = [ReplayedBlock(block, model, tape, tape.step) for block in attention_blocks(model)]
-        object.__setattr__(model, "blocks", blocks)  # before the module of that name, which stays where it is
+    if not recomputes or torch.compiler.is_compiling():  # a compiled step has its inputs in its graph
+        return
+    before: list[ReplayedBlock] = model.__dict__.get("blocks", [])
+    moments = [*(each for block in before[:1] for each in block.moments if each.is_now()), moment]
+    restore_blocks(model)
+    blocks = [ReplayedBlock(block, model, moments) for block in attention_blocks(model)]
+    object.__setattr__(model, "blocks", blocks)  # before the module of that name, which stays where it is
 
 
 def restore_blocks(model: nn.Module) -> None:

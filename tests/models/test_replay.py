@@ -1,0 +1,60 @@
+"""Blocks that are run again in the backward pass read the geometry of their own forward pass."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from dense import gradient, images, relative_error, tiny
+from graftvit.models.conversion import convert
+from graftvit.transfer.methods.dual import DualViT
+from torch import nn
+
+SIZES = [(32, 48), (48, 32), (16, 96)]  # as many patches in other grids
+
+
+def converted(plan: str, checkpointing: bool) -> Any:
+    torch.manual_seed(0)
+    model: Any = convert(tiny(seed=2, dynamic_img_size=True), plan).train()
+    model.set_grad_checkpointing(checkpointing)
+    return model
+
+
+@pytest.mark.parametrize("plan", ["*: window(window=2)", "*: hybrid", "*: agent", "0: dilated"])
+def test_a_converted_model_with_images_of_several_sizes(plan: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = converted(plan, checkpointing)
+        losses = [model(images(size=size)).square().sum() for size in SIZES]
+        for loss in losses:
+            loss.backward()
+        assert isinstance(model.blocks, nn.Module)
+        grads.append(gradient(model))
+    assert relative_error(*grads) < 1e-6  # timm resamples position embeddings in float32
+
+
+@pytest.mark.parametrize("method", ["attention_output", "block_output"])
+def test_a_converted_model_that_is_taught(method: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = converted("*: window(window=2)", checkpointing)
+        dual = DualViT(tiny(seed=1, dynamic_img_size=True), model, method).train()
+        outs = [dual(images(size=size)) for size in SIZES]
+        for out in outs:
+            (out.logits.square().sum() + out.transfer_loss).backward()
+        grads.append(gradient(model))
+    assert relative_error(*grads) < 1e-6
+
+
+def test_a_forward_that_fails_leaves_nothing_to_the_next() -> None:
+    plain, failing = converted("*: window(window=2)", False), converted("*: window(window=2)", True)
+    handle = failing.norm_pre.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing(images(size=SIZES[1]))
+    handle.remove()
+    for model in (plain, failing):
+        model(images()).square().sum().backward()
+    assert torch.equal(gradient(plain), gradient(failing))
+    assert isinstance(copy.deepcopy(failing).blocks, nn.Module)
