@@ -64,7 +64,9 @@ def fit(
         described: Any = getattr(model, "default_cfg", None) or {}
         name = described.get("architecture")
         raise CheckpointError(f"{weights.origin} does not fit {name or type(model).__name__}: {words}")
-    _refuse_not_finite(weights.origin, found.present)
+    refuse_not_finite(
+        weights.origin, found.present, {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    )
     model.load_state_dict(found.present, strict=False)
     if role == "teacher" and weights.norm_eps is not None:
         _set_norm_eps(model, weights.norm_eps)
@@ -144,14 +146,18 @@ def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[
     return words
 
 
-def _refuse_not_finite(origin: str, tensors: Mapping[str, Tensor]) -> None:
-    bad = [
-        key
-        for key, tensor in tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-    ]
+def refuse_not_finite(origin: str, tensors: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> None:
+    """CheckpointError for numbers that are not finite, or not any more in the kind of number that they become."""
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    bad = [key for key, tensor in floating.items() if not _is_finite(tensor.to(kinds[key]))]
     if bad:
-        raise CheckpointError(f"{origin} holds values that are not finite in {some(bad)}")
+        kind = str(kinds[bad[0]]).removeprefix("torch.")
+        beyond = f" as {kind}" if _is_finite(tensors[bad[0]]) else ""
+        raise CheckpointError(f"{origin} holds values that are not finite{beyond} in {some(bad)}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _resample(

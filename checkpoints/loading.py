@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..models.copied import copying_of
+from .fit import refuse_not_finite
 from .teacher import load_teacher
 
 
@@ -27,4 +28,8 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) ->
     model = load_teacher(str(source), **how).model.requires_grad_(True)
     if copying_of(model) is not None:
         cast(Any, model).teacher.requires_grad_(False)
-    return model if dtype is None else model.to(dtype)
+    if dtype is None:
+        return model
+    tensors = model.state_dict()
+    refuse_not_finite(str(source), tensors, dict.fromkeys(tensors, dtype))
+    return model.to(dtype)

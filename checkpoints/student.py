@@ -21,7 +21,7 @@ from ..models.errors import CheckpointError
 from .atomic import write_folder
 from .build import build, published_config
 from .class_names import KEY as LABEL_NAMES
-from .fit import own_norm_eps
+from .fit import own_norm_eps, refuse_not_finite
 from .folders import CONFIG
 from .preprocessing import Preprocessing
 from .provenance import COST, NORM_EPS
@@ -125,6 +125,7 @@ def write_student(
     if label_names is not None:
         config[LABEL_NAMES] = list(label_names)
     if dtype is not None:
+        refuse_not_finite(f"the student for {folder}", tensors, dict.fromkeys(tensors, dtype))
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
     def write(temporary: Path) -> None:
