@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ..models.errors import CheckpointError
 from .atomic import write_file
+from .safety.regular import open_regular
+from .safety.safe_header import MAX_HEADER, read_header
 
 META_KEY = "graftvit.state"
 BEST = "best.safetensors"
@@ -51,8 +54,8 @@ def write_state(path: Path, state: TrainingState) -> None:
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata={META_KEY: meta, DIGEST_KEY: _BLANK.decode()})
         with temporary.open("r+b") as file:
-            position = _digest_position(file.read(_header_length(temporary))) or 0
-            digest = _digest(temporary, position)
+            position = _digest_position(_header(temporary, file, file.seek(0, os.SEEK_END))) or 0
+            digest = _digest(file, position)
             file.seek(position)
             file.write(digest.encode())
 
@@ -64,14 +67,14 @@ def read_state(path: Path) -> TrainingState:
 
     Raises CheckpointError naming the file: missing, no training state, truncated, or changed since.
     """
+    check_state(path)
     try:
-        check_state(path)
         with safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()[META_KEY])
+            meta = _meta(file.metadata())
             return TrainingState({name: file.get_tensor(name) for name in file.keys()}, meta)  # noqa: SIM118
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
@@ -80,20 +83,27 @@ def read_meta(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError naming the file: missing, no training state, or cut short.
     """
+    with open_regular(path) as file:
+        metadata = read_header(path, file, file.seek(0, 2)).metadata
     try:
-        with safe_open(path, framework="pt") as file:
-            meta: dict[str, Any] = json.loads(file.metadata()[META_KEY])
-            return meta
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return _meta(metadata)
+    except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _meta(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON part of a state. Raises ValueError, KeyError or RecursionError: it is none."""
+    meta = json.loads(metadata[META_KEY])
+    if not isinstance(meta, dict):
+        raise ValueError(f"its {META_KEY} is no table")
+    return meta
 
 
 def check_state(path: Path) -> None:
     """Raises CheckpointError as `read_state`, without holding the tensors in memory."""
     try:
-        _check_digest(path)
+        with open_regular(path) as file:
+            _check_digest(path, file)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -115,27 +125,24 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _check_digest(path: Path) -> None:
-    header_length = _header_length(path)
-    with path.open("rb") as file:
-        header = file.read(header_length)
-    if len(header) < header_length:
-        raise CheckpointError(f"{path} is damaged: it ends inside its header")
+def _check_digest(path: Path, file: BinaryIO) -> None:
+    size = file.seek(0, os.SEEK_END)
+    header = _header(path, file, size)
     position = _digest_position(header)
     if position is None:
         raise CheckpointError(f"{path} is damaged or no training state: its header holds no {DIGEST_KEY}")
-    if header[position : position + 64] != _digest(path, position).encode():
+    if header[position : position + 64] != _digest(file, position).encode():
         raise CheckpointError(f"{path} is damaged: its {DIGEST_KEY} does not match its content")
 
 
-def _header_length(path: Path) -> int:
-    """Bytes up to the tensors: eight for the length of the JSON header, and the header."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = 8 + int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size:
+def _header(path: Path, file: BinaryIO, size: int) -> bytes:
+    """All before the tensors: eight bytes for the length of the JSON header, and the header."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
         raise CheckpointError(f"{path} is damaged: {size} bytes are too few for a safetensors file")
-    return length
+    file.seek(0)
+    return file.read(8 + length)
 
 
 def _digest_position(header: bytes) -> int | None:
@@ -146,11 +153,11 @@ def _digest_position(header: bytes) -> int | None:
     return found + len(_MARK)
 
 
-def _digest(path: Path, position: int) -> str:
+def _digest(file: BinaryIO, position: int) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(position) + _BLANK)
-        file.seek(position + 64)
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    file.seek(0)
+    digest.update(file.read(position) + _BLANK)
+    file.seek(position + 64)
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
     return digest.hexdigest()

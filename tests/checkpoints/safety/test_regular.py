@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import tempfile
 from pathlib import Path
 
 import pytest
 from graftvit.checkpoints.safety.regular import check_regular, open_regular, read_regular
 from graftvit.models.errors import CheckpointError, ConfigError
-
-KINDS = {"pipe": "a pipe", "device": "a device", "folder": "a folder", "socket": "a socket"}
-
-
-def irregular(kind: str, folder: Path) -> Path:
-    """Something of this kind that is no regular file."""
-    path = folder / "it"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(f"{short}/s")  # the name of a socket has at most a hundred characters
-            Path(short, "s").rename(path)
-    return path
+from irregular_files import KINDS, irregular
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("read", [check_regular, open_regular, read_regular])
 def test_what_is_no_regular_file_is_refused_by_its_kind(kind: str, read: object, tmp_path: Path) -> None:
-    path = irregular(kind, tmp_path)
+    path = irregular(kind, tmp_path / "it")
     with pytest.raises(ConfigError, match=rf"it is {KINDS[kind]}, not a regular file"):
         read(path, refusal=ConfigError)  # type: ignore[operator]
 
@@ -41,7 +21,7 @@ def test_what_is_no_regular_file_is_refused_by_its_kind(kind: str, read: object,
 def test_a_file_that_became_a_pipe_since_it_was_looked_at_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = irregular("pipe", tmp_path)
+    path = irregular("pipe", tmp_path / "it")
     monkeypatch.setattr("graftvit.checkpoints.safety.regular.check_regular", lambda *_, **__: path)
     with pytest.raises(CheckpointError, match="is no regular file"):
         open_regular(path)
