@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ...models.errors import CheckpointError
@@ -13,17 +14,27 @@ from ..class_names import KEY as LABEL_NAMES
 from ..files import Content
 from ..preprocessing import Preprocessing
 from ..provenance import PICKED, carried_licence, of_state
+from ..safety.settings import shortened
 from ..sources import Part
 from ..state_file import BEST, META_KEY
 from ..weights import Weights
 
+TABLES = (
+    "", "student", "student.model_args", "config", "config.student", "config.student.model_args", "config.data",
+    "config.transfer", "position", "position.metrics", "origins", "origins.teacher", "origins.init",
+)  # fmt: skip
+"""Places of a state's meta that hold a table, where they hold anything."""
+NAMES = (
+    "student.architecture", "config.student.model", "config.data.dataset", "config.data.data_path",
+    "config.transfer.method", "origins.teacher.licence", "origins.init.licence",
+)  # fmt: skip
 DESCRIBED = (*(field.name for field in fields(Preprocessing)), LABEL_NAMES)
 
 
 def read_state_weights(content: Content, part: Part) -> Weights:
     """A run's state: `student.…` as trained, `ema.…` its average; of an autoencoder, the encoder alone.
 
-    Raises CheckpointError: the state has no such part.
+    Raises CheckpointError: the state has no such part, or is damaged.
     """
     prefix = f"{part}."
     tensors = {name.removeprefix(prefix): t for name, t in content.tree.items() if name.startswith(prefix)}
@@ -33,8 +44,14 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     if any(name.startswith("encoder.") for name in tensors):
         encoder = "encoder."
         tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
-    tensors = merged(tensors)
-    meta = json.loads(content.metadata[META_KEY])
+    try:
+        tensors = merged(tensors)
+        meta = json.loads(content.metadata[META_KEY])
+    except (ValueError, KeyError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        raise CheckpointError(
+            f"{content.path} is damaged: {type(error).__name__} {str(error)[:200]}"
+        ) from error
+    _check_meta(content.path, meta)
     provenance = of_state(meta, part)
     if content.path.name == BEST:
         provenance[PICKED] = (meta.get("position") or {}).get("best_metric", "top1")
@@ -53,6 +70,25 @@ def read_state_weights(content: Content, part: Part) -> Weights:
         notes=notes,
         provenance=provenance,
     )
+
+
+def _check_meta(path: Path, meta: Any) -> None:
+    """CheckpointError where what is read as a table is none, or what is read as a name is no text."""
+    for place in TABLES:
+        found = _at(meta, place)
+        if found is not None and not isinstance(found, Mapping):
+            raise CheckpointError(f"{path} is damaged: {place or 'it'}={shortened(found)} is no table")
+    for place in NAMES:
+        found = _at(meta, place)
+        if found is not None and not isinstance(found, str):
+            raise CheckpointError(f"{path} is damaged: {place}={shortened(found)} is no text")
+
+
+def _at(meta: Any, place: str) -> Any:
+    """What lies at a place such as `config.data`, None where nothing does."""
+    for name in filter(None, place.split(".")):
+        meta = meta.get(name) if isinstance(meta, Mapping) else None
+    return meta
 
 
 def _student_of(meta: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], dict[str, Any]]:

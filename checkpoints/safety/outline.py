@@ -113,7 +113,10 @@ def _safetensors(path: Path, file: BinaryIO, size: int) -> Outline:
 def _archive(path: Path, file: BinaryIO, size: int) -> Outline:
     records = read_records(path, file, size)
     if records and all(name.endswith(".npy") for name in records):
-        arrays = {name.removesuffix(".npy"): _array(path, file, record) for name, record in records.items()}
+        with zipfile.ZipFile(file) as archive:
+            arrays = {
+                name.removesuffix(".npy"): _array(path, archive, record) for name, record in records.items()
+            }
         return Outline("npz", arrays, size=size)
     pickles = [name for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -134,7 +137,8 @@ def _archive(path: Path, file: BinaryIO, size: int) -> Outline:
             raise DamagedPickle(f"its storage {found.key[:40]!r} is not there or too short")
         return found
 
-    data = _read_record(path, file, records[pickles[0]])
+    with zipfile.ZipFile(file) as archive:
+        data = _read_record(path, archive, records[pickles[0]])
     return Outline("torch", _tree(path, Machine(io.BytesIO(data), find, storage)), size=size)
 
 
@@ -149,18 +153,18 @@ def _check_as_torch_writes(path: Path, records: dict[str, Record]) -> None:
         raise CheckpointError(f"{path} is refused: two of the names in it differ in their case only")
 
 
-def _read_record(path: Path, file: BinaryIO, record: Record, limit: int | None = None) -> bytes:
+def _read_record(path: Path, archive: zipfile.ZipFile, record: Record, limit: int | None = None) -> bytes:
     """The first `limit` bytes of a record, unpacked; all of them for None."""
     try:
-        with zipfile.ZipFile(file) as archive, archive.open(record.info) as stream:
+        with archive.open(record.info) as stream:
             return stream.read(record.size if limit is None else min(limit, record.size))
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {record.name[:80]!r} in it cannot be unpacked") from error
 
 
-def _array(path: Path, file: BinaryIO, record: Record) -> ArrayOutline:
+def _array(path: Path, archive: zipfile.ZipFile, record: Record) -> ArrayOutline:
     where = f"{path}: array {record.name.removesuffix('.npy')[:80]!r}"
-    stream = io.BytesIO(_read_record(path, file, record, 1 << 16))
+    stream = io.BytesIO(_read_record(path, archive, record, 1 << 16))
     try:
         version = np.lib.format.read_magic(stream)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

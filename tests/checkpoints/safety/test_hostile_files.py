@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import resource
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hostile_archives  # noqa: F401  its files join the corpus
+import numpy as np
 import pytest
 import torch
 from graftvit.checkpoints.files import read_file
@@ -110,3 +113,19 @@ def test_random_changes_of_a_good_file(tmp_path: Path, container: str, data: st.
         content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
     )
     never_another_error(path)
+
+
+def test_the_directory_of_an_archive_is_not_read_again_for_each_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "m.npz", **{f"a{number}": np.zeros(1, np.float32) for number in range(50)})
+    opened: list[object] = []
+    plain = zipfile.ZipFile.__init__
+
+    def count(archive: zipfile.ZipFile, *arguments: Any, **options: Any) -> None:
+        opened.append(archive)
+        plain(archive, *arguments, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", count)
+    assert len(outline(tmp_path / "m.npz").tree) == 50
+    assert len(opened) <= 2
