@@ -6,6 +6,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..models import copied  # noqa: F401  timm knows converted and copying models from here on
-from ..models.errors import CheckpointError
+from ..models.errors import CheckpointError, GraftError
 from .hub.download import commit_of, download, try_download
+from .safety.budget import bounded
+from .safety.settings import shortened
 from .sources import TimmSource, parse_source
 from .weights import Weights
 
@@ -36,22 +39,39 @@ SAFE_NAMES = {
 SPACE = re.compile(r"\s+")
 
 
-def build(architecture: str, arguments: Mapping[str, Any], *, on_meta: bool = False) -> nn.Module:
+def build(
+    architecture: str,
+    arguments: Mapping[str, Any],
+    *,
+    on_meta: bool = False,
+    within: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """A fresh timm model; the global random state stays as it was. On the meta device it has no memory.
 
-    Raises CheckpointError in timm's words where it refuses the arguments, and for one that names a file to load.
+    Args:
+        within: the weights that it is built for, where what they say of themselves is not to be trusted.
+
+    Raises CheckpointError in the constructor's words where it refuses the arguments, for one that names a file to
+    load, and for a model that is far larger than `within`.
     """
     if "checkpoint_path" in arguments:
         raise CheckpointError(
             f"model_args of {architecture!r} name a checkpoint_path, which is not opened: leave it out"
         )
+    limit = nullcontext() if within is None else bounded(within.values())
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"), limit:
             return timm.create_model(architecture, pretrained=False, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except GraftError:
+        raise
+    except (
+        Exception
+    ) as error:  # constructors check little: what they raise for a wrong argument has no common kind
         shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg"}
-        reason = one_line(error) or "timm refuses them"
-        raise CheckpointError(f"timm cannot build {architecture!r} with {shown}: {reason}") from error
+        reason = f"{type(error).__name__} {one_line(error)}".strip()
+        raise CheckpointError(
+            f"timm cannot build {architecture!r} with {shortened(shown)}: {reason}"
+        ) from error
 
 
 def check_name(name: str) -> None:

@@ -132,30 +132,34 @@ def _known(weights: Weights) -> Mapping[str, Any]:
 
 def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[str, Tensor]:
     """That part of the teacher, loaded as the run loaded it."""
-    recipe: Mapping[str, Any] = weights.provenance["recipe"]["teacher"]
     known = _known(weights)
     try:
+        recipe: Mapping[str, Any] = weights.provenance["recipe"]["teacher"]
+        how = {key: recipe[key] for key in ("model", "model_args", "position_embedding")}
+        source, revision = str(recipe["source"]), known.get("revision") or recipe["revision"]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{weights.origin} copies the attention of a teacher that it does not hold, and does not say where it is: "
+            "take the bare student (`graftvit save SOURCE DIR --bare`)"
+        ) from error
+    try:
+        size = weights.model_args["copied"]["teacher"]["model_args"].get("img_size")
         teacher = load_teacher(
-            recipe["source"],
-            model=recipe["model"],
-            model_args=recipe["model_args"],
-            img_size=weights.model_args["copied"]["teacher"]["model_args"].get("img_size"),
-            position_embedding=recipe["position_embedding"],
-            revision=known.get("revision") or recipe["revision"],
-            identified=known.get("digest") is not None,
+            source, img_size=size, revision=revision, identified=known.get("digest") is not None, **how
         )
     except GraftError as error:
         raise CheckpointError(
-            f"{weights.origin} copies the attention of {recipe['source']!r}, which it does not hold and which does not "
+            f"{weights.origin} copies the attention of {source!r}, which it does not hold and which does not "
             f"load ({error}): put it back, or take the bare student (`graftvit save SOURCE DIR --bare`)"
         ) from error
     if teacher.digest != known.get("digest"):
         raise CheckpointError(
-            f"{weights.origin} copies the attention of {recipe['source']!r}, which holds other weights than those that "
+            f"{weights.origin} copies the attention of {source!r}, which holds other weights than those that "
             "it was trained with: put those back, or take the bare student (`graftvit save SOURCE DIR --bare`)"
         )
-    model = build(ARCHITECTURE, weights.model_args, on_meta=True)
+    found = teacher.model.state_dict()
+    within = {**weights.tensors, **{f"{TEACHER}{name}": tensor for name, tensor in found.items()}}
+    model = build(ARCHITECTURE, weights.model_args, on_meta=True, within=within)
     prefix = f"{TEACHER}model."
     wanted = [name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)]
-    found = teacher.model.state_dict()
     return {f"{prefix}{name}": found[name] for name in wanted if name in found}

@@ -78,7 +78,7 @@ def _describe_misfit(source: str, weights: Weights, asked: Mapping[str, Any], mo
     ]
     with contextlib.suppress(CheckpointError):
         plan = plan_model(weights, asked, model)
-        built = build(plan.architecture, plan.arguments, on_meta=True)
+        built = build(plan.architecture, plan.arguments, on_meta=True, within=plan.weights.tensors)
         found = match(built, plan.weights, role="teacher", method="timm", classifiers=plan.classifiers)
         rows.append(
             ("would load", f"{len(found.present) - len(found.wrong)} of {len(weights.tensors)} tensors")

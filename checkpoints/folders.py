@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from timm.models import is_model
-from timm.models._hub import load_model_config_from_path
+from timm.models._hub import _parse_model_cfg
 
 from ..models.errors import CheckpointError
 from .build import is_ours, known_fields
 from .files import Content, read_file
 from .formats import read_weights
 from .hub.download import commit_of, download, try_download
+from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
+from .safety.regular import read_regular
+from .safety.settings import shortened
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
 from .state_file import BEST, read_meta
@@ -31,6 +36,8 @@ WEIGHTS_NAMES = (
     "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pth", "model.pth",
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
+MAX_CARD = 1 << 20
+"""Bytes of a model card; what a longer one says of its licence is left out."""
 Find = Callable[[str], Path | None]
 """The path of a file of the folder or repository by its name, None where it has none."""
 
@@ -79,7 +86,7 @@ def last_stage(folder: Path) -> Path | None:
 
 def _went_on(exported: Path, state: Path) -> bool:
     """Whether the run has trained on since it exported its student."""
-    step = (_config(exported / CONFIG).get(PROVENANCE) or {}).get("step")
+    step = _provenance(_config(exported / CONFIG), exported).get("step")
     try:
         return step is not None and int(read_meta(state)["position"]["step"]) > step
     except (CheckpointError, KeyError, TypeError, ValueError):
@@ -112,7 +119,7 @@ def read_weights_file(source: FileSource) -> Weights:
 def loads_in_plain_timm(folder: Path) -> bool:
     """Whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
     config = _config(folder / CONFIG)
-    architecture, own = config.get("architecture"), config.get(PROVENANCE) or {}
+    architecture, own = config.get("architecture"), _provenance(config, folder)
     plain = is_model(str(architecture)) and not is_ours(str(architecture))
     # Beside what a norm sees, a smaller epsilon is a matter of rounding, whatever the architecture's own.
     plain = plain and (own.get(NORM_EPS) or 0.0) <= 1e-5
@@ -132,9 +139,12 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     if "model_type" in config and "architecture" not in config:
         weights = _weights(find, (), origin, {**config, **_preprocessor(find)}, folder)
         return replace(weights, origin=origin, pretrained_cfg=_with_licence(weights.pretrained_cfg, find))
+    made, own = _provenance(config, folder), config.get("pretrained_cfg")
+    if isinstance(own, dict):
+        Preprocessing.read(own)  # as it stands there: timm puts other settings in place of a size
     try:
-        described, architecture, model_args = load_model_config_from_path(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        described, architecture, model_args = _parse_model_cfg(copy.deepcopy(config), {})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = "is damaged or of no known kind: it names neither timm's architecture nor a model_type"
         raise CheckpointError(f"{folder / CONFIG} {reason}") from error
     named = described.get("hf_hub_filename")
@@ -143,7 +153,7 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     weights = _weights(find, (named,) if named else (), origin, {}, folder)
     known = _with_licence(known_fields(described), find)
     words = f"a timm folder ({Path(weights.origin).name})"
-    provenance = dict(config.get(PROVENANCE) or {})
+    provenance = dict(made)
     epsilon = provenance.pop(NORM_EPS, None)
     if epsilon is not None and not (isinstance(epsilon, float) and 0 < epsilon < 1):
         raise CheckpointError(
@@ -154,10 +164,21 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     )
 
 
+def _provenance(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a student of this package says of its making."""
+    made = config.get(PROVENANCE) or {}
+    if not isinstance(made, dict):
+        raise CheckpointError(
+            f"{folder / CONFIG} says {PROVENANCE}={shortened(made)}, which is no table of facts"
+        )
+    return made
+
+
 def _config(path: Path) -> dict[str, Any]:
+    text = read_regular(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged: it holds a {type(config).__name__}, not settings by name")
@@ -197,8 +218,9 @@ def _card_licence(card: Path | None) -> str | None:
     from huggingface_hub import ModelCard
 
     try:
-        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (OSError, ValueError):
+        licence = ModelCard(read_regular(card, limit=MAX_CARD), ignore_metadata_errors=True).data.get(
+            "license"
+        )
+    except (CheckpointError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return None
-    licence = data.to_dict().get("license")
-    return str(licence) if licence else None
+    return licence if isinstance(licence, str) and licence else None

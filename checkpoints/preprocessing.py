@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -13,8 +12,12 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from ..models.errors import CheckpointError
+from .safety.settings import shortened
 
 CROP_MODES = ("center", "squash", "border")
+LARGEST = 1e6
+"""Of a mean or a deviation, so that an image is finite in float32."""
+MOST_CHANNELS = 10_000
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -43,15 +46,20 @@ class Preprocessing:
         `input_size` is that of the model at hand. Another number of channels than the description's takes the mean and
         deviation of its first channel.
         """
+        for name in ("mean", "std", "crop_pct"):  # timm would take its default for what counts as nothing
+            if described.get(name) is not None and not described[name]:
+                raise CheckpointError(
+                    f"the description of the weights says {name}={shortened(described[name])}"
+                )
         found = resolve_data_config(pretrained_cfg={"input_size": None, **described})
         try:
-            channels, height, width = map(int, input_size or found["input_size"])
-            mean, std = (_by_channel(found[name], channels) for name in ("mean", "std"))
+            channels, height, width = input_size or found["input_size"]
+            mean, std = (_by_channel(found[name], min(channels, MOST_CHANNELS)) for name in ("mean", "std"))
             crop = float(found["crop_pct"]), found["crop_mode"], found["interpolation"]
             read = cls((channels, height, width), mean, std, *crop)
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
-                f"the description of the weights says no such images as {found}: {error}"
+                f"the description of the weights says no such images as {shortened(found)}: {error}"
             ) from error
         read._check()
         return read
@@ -64,10 +72,12 @@ class Preprocessing:
 
     def _check(self) -> None:
         """CheckpointError where no image can be made so."""
+        channels = self.input_size[0]
         numbers = {
-            "input_size": min(self.input_size) > 0,
-            "mean": all(map(math.isfinite, self.mean)),
-            "std": all(0 < value < math.inf for value in self.std),
+            "input_size": all(type(side) is int and side > 0 for side in self.input_size)
+            and channels <= MOST_CHANNELS,
+            "mean": len(self.mean) == channels and all(abs(value) <= LARGEST for value in self.mean),
+            "std": len(self.std) == channels and all(1 / LARGEST <= value <= LARGEST for value in self.std),
             "crop_pct": 0 < self.crop_pct <= 1,
             "crop_mode": self.crop_mode in CROP_MODES,
             "interpolation": self.interpolation in INTERPOLATIONS,
@@ -75,8 +85,10 @@ class Preprocessing:
         wrong = next((name for name, valid in numbers.items() if not valid), None)
         if wrong is not None:
             raise CheckpointError(
-                f"the description of the weights says {wrong}={getattr(self, wrong)!r}, and valid are sizes above 0, "
-                f"finite means, deviations above 0, a crop_pct from 0 to 1, crop_mode {', '.join(CROP_MODES)}, "
+                f"the description of the weights says {wrong}={shortened(getattr(self, wrong))}, and valid are sizes "
+                f"above 0, at most {MOST_CHANNELS:,} channels, "
+                f"means from {-LARGEST:,.0f} to {LARGEST:,.0f}, deviations from {1 / LARGEST:g} to "
+                f"{LARGEST:,.0f}, a crop_pct from 0 to 1, crop_mode {', '.join(CROP_MODES)}, "
                 f"interpolation {', '.join(INTERPOLATIONS)}"
             )
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..models.errors import CheckpointError
 from .files import Content, read_file
 from .report import some
+from .safety.regular import read_regular
 from .safety.safe_header import unique
 
 INDEX_SUFFIX = ".index.json"
@@ -36,9 +37,10 @@ def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor names to file names, each a plain name in the index's own folder."""
+    text = read_regular(index)
     try:
-        names = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        names = json.loads(text, object_pairs_hook=unique)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: it has no weight_map") from error
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index} is damaged: its weight_map does not name a file for each tensor")

@@ -25,6 +25,8 @@ from .position import Method
 from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, some
 from .resized import late_size, resize_loaded
+from .safety.description import check_description
+from .safety.settings import check_settings
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .weights import Weights, as_pair
 
@@ -104,7 +106,7 @@ def load_teacher(
     if later is not None:
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
     plan = plan_model(weights, asked, model, img_size, num_classes)
-    built = build(plan.architecture, plan.arguments)
+    built = build(plan.architecture, plan.arguments, within=plan.weights.tensors)
     check_patches(built)
     report = fit(built, plan.weights, role="teacher", method=position_embedding, classifiers=plan.classifiers)
     if later is not None:
@@ -229,8 +231,14 @@ def _described(weights: Weights) -> dict[str, Any]:
 def read_source(text: str, arguments: Mapping[str, Any], revision: str | None = None) -> Weights:
     """The weights of a source under timm's names, and all that it says of them.
 
-    Raises CheckpointError: there is no such source, or it cannot be read.
+    Raises CheckpointError: there is no such source, it cannot be read, or what it or `arguments` say of a model cannot
+    be meant.
     """
+    check_settings("model_args", arguments)
+    return check_description(_read_source(text, arguments, revision))
+
+
+def _read_source(text: str, arguments: Mapping[str, Any], revision: str | None) -> Weights:
     source = parse_source(text)
     if revision is not None:
         if not isinstance(source, HubSource | TimmSource):
@@ -292,7 +300,10 @@ def _without_origin(config: Mapping[str, Any], weights: Weights) -> dict[str, An
 
 
 def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
-    """Of the head that the weights have, 0 without one. Raises CheckpointError: they have a half of it."""
+    """Of the head that the weights have, 0 without one.
+
+    Raises CheckpointError: they have a half of it, or say another number.
+    """
     parts = [key for key in weights.tensors if key.rpartition(".")[0] in classifiers]
     head = weights.tensors.get(f"{classifiers[0]}.weight")
     if parts and (head is None or not head.ndim or not len(head)):
@@ -300,7 +311,10 @@ def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
         raise CheckpointError(
             f"{weights.origin} is not whole: it holds {shown}, no whole head; num_classes=0 loads it without"
         )
-    return 0 if head is None else int(head.shape[0])
+    said = weights.model_args.get("num_classes")
+    if head is not None and said is not None and said != len(head):
+        raise CheckpointError(f"{weights.origin} says num_classes={said}, but its head has {len(head)}")
+    return 0 if head is None else len(head)
 
 
 def _target_size(
@@ -310,7 +324,8 @@ def _target_size(
     img_size: int | tuple[int, int] | None,
 ) -> tuple[Weights, tuple[int, int] | None]:
     """The weights under timm's names with the size that they were trained at, and the size to build for."""
-    probe: Any = build(split_model_name_tag(str(weights.architecture))[0], arguments, on_meta=True)
+    name = split_model_name_tag(str(weights.architecture))[0]
+    probe: Any = build(name, arguments, on_meta=True, within=weights.tensors)
     weights = replace(weights, tensors=converted(probe, weights.tensors))
     if weights.img_size is None and asked.get("img_size") is not None:
         weights = replace(weights, model_args={**weights.model_args, "img_size": asked["img_size"]})

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.errors import CheckpointError
+from .safety.settings import shortened
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -44,8 +47,10 @@ class Weights:
 
 
 def as_pair(size: Any) -> tuple[int, int]:
-    """(height, width) from one number or two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
+    """(height, width) from one whole number or two. Raises CheckpointError: it is neither."""
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(side) is int for side in pair):
+        raise CheckpointError(
+            f"img_size={shortened(size)} is no size in pixels: write one whole number, or height and width"
+        )
+    return pair[0], pair[1]

@@ -8,12 +8,13 @@ of the teacher up to the last copied layer's queries and keys.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import timm
-from timm.models import load_pretrained, register_model
+from timm.models import is_model, load_pretrained, register_model, split_model_name_tag
 from torch import Tensor, nn
 
 from . import conversion
@@ -33,6 +34,8 @@ ARCHITECTURE = "graftvit_copied"
 EQUAL = GridRule(copy=True)
 PLACES = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
 """Arguments of timm's constructors that name weights to load; a description of a model has none."""
+LARGEST = 1e6
+"""Of a mean or a deviation of images."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +82,28 @@ class Copying:
     def from_json(cls, described: Mapping[str, Any]) -> Copying:
         """From that argument. Raises ValueError where it is none."""
         try:
-            teacher = CopiedTeacher(**{**described["teacher"], "normalization": _norm(described["teacher"])})
-            if PLACES & set(teacher.model_args):
-                raise ValueError(
-                    f"copied names weights of its own: {sorted(PLACES & set(teacher.model_args))}"
-                )
             return cls(
                 str(described["method"]),
-                tuple(LayerPair(int(pair["teacher"]), int(pair["student"])) for pair in described["layers"]),
+                tuple(
+                    LayerPair(_index(pair["teacher"]), _index(pair["student"]))
+                    for pair in described["layers"]
+                ),
                 tuple(tuple(group and tuple(group) for group in groups) for groups in described["heads"]),
                 _norm(described),
-                teacher,
+                _teacher(described["teacher"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"copied={described!r} does not describe what a student copies") from error
+            raise ValueError(
+                f"copied={reprlib.repr(described)} does not describe what a student copies"
+            ) from error
 
     def links(self, teacher: Any, student: Any) -> list[Link]:
         """Which heads and tokens of which layers go together. Raises ValueError for one that is not there."""
         shapes = attention_shape(teacher), attention_shape(student)
         given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
-        if self.method not in COPY_METHODS or given != {(True, True)} or len(self.heads) != len(self.layers):
+        students = {pair.student for pair in self.layers}
+        one_each = len(students) == len(self.layers) == len(self.heads)
+        if self.method not in COPY_METHODS or given != {(True, True)} or not one_each:
             raise ValueError(f"{self} does not go with these models, of {shapes[0]} and {shapes[1]}")
         tokens = match_tokens(token_layout(teacher), token_layout(student), EQUAL)
         for groups in self.heads:
@@ -221,8 +226,43 @@ def _check_heads(groups: tuple[tuple[int, ...] | None, ...], teacher: int, stude
         )
 
 
+def _index(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"copied names a layer {reprlib.repr(value)}, and layers are numbered from 0")
+    return value
+
+
+def _teacher(described: Mapping[str, Any]) -> CopiedTeacher:
+    """ValueError where no teacher of timm is described, or one with weights of its own."""
+    teacher = CopiedTeacher(**{**described, "normalization": _norm(described)})
+    name, arguments, epsilon = teacher.architecture, teacher.model_args, teacher.norm_eps
+    if not isinstance(name, str) or not is_model(split_model_name_tag(name)[0]):
+        raise ValueError(
+            f"copied says teacher.architecture={reprlib.repr(name)}, which is no architecture of timm"
+        )
+    if not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"copied says teacher.model_args={reprlib.repr(arguments)}, which is no table of settings"
+        )
+    if PLACES & set(arguments):
+        raise ValueError(f"copied names weights of its own: {sorted(PLACES & set(arguments))}")
+    if epsilon is not None and not (isinstance(epsilon, float) and 0 < epsilon < 1):
+        raise ValueError(
+            f"copied says teacher.norm_eps={reprlib.repr(epsilon)}, which is no number from 0 to 1"
+        )
+    return teacher
+
+
 def _norm(described: Mapping[str, Any]) -> Normalization:
-    return Normalization(*(tuple(described["normalization"][name]) for name in Normalization._fields))
+    """ValueError where no image can be normalized so."""
+    mean, std = (tuple(described["normalization"][name]) for name in Normalization._fields)
+    numbers = all(isinstance(value, (int, float)) and abs(value) <= LARGEST for value in mean + std)
+    if not numbers or not mean or len(mean) != len(std) or min(std) < 1 / LARGEST:
+        raise ValueError(
+            f"copied says normalization={reprlib.repr(described['normalization'])}, and valid are one mean and one "
+            f"deviation a channel, means from {-LARGEST:,.0f} to {LARGEST:,.0f}, deviations from {1 / LARGEST:g}"
+        )
+    return Normalization(mean, std)
 
 
 @register_model

@@ -46,6 +46,9 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
 }
 """By name; the first argument of each is the `LayerShape`, the others are options."""
 
+MOST = 16_384
+"""Of an option: features, landmarks, windows, iterations. A plan may come from a file, and its sizes are built."""
+
 
 def options_of(name: str) -> list[str]:
     """The options that an operator takes."""
@@ -53,16 +56,20 @@ def options_of(name: str) -> list[str]:
 
 
 def check_choice(choice: Choice) -> None:
-    """ConfigError where there is no such operator, or it has no such option."""
+    """ConfigError where there is no such operator, it has no such option, or a number is beyond `MOST`."""
     if choice.operator not in OPERATORS:
         raise ConfigError(
             f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
         )
     valid = options_of(choice.operator)
-    for name in choice.options:
+    for name, value in choice.options.items():
         if name not in valid:
             known = did_you_mean(name, valid) if valid else "it has none"
             raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
+        if isinstance(value, (int, float)) and not abs(value) <= MOST:  # NaN is no such number either
+            raise ConfigError(
+                f"plan: {choice.operator} has {name}={value:g}; valid are numbers up to {MOST:,}"
+            )
 
 
 def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:

@@ -137,7 +137,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no student folder, for it has no {CONFIG}: {hint}")
     try:
         config = json.loads(read_regular(_inside(folder, CONFIG)))
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged: it is not JSON") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{folder / CONFIG} names no architecture: it is not that of a student")
@@ -189,10 +189,7 @@ def _own_card(folder: Path) -> str | None:
     """The card of the folder if a person wrote or edited it."""
     if not (folder / CARD).exists():
         return None
-    try:
-        card = read_regular(_inside(folder, CARD))
-    except OSError as error:
-        raise CheckpointError(f"{folder / CARD} cannot be read: {error.strerror}") from error
+    card = read_regular(_inside(folder, CARD))
     return None if is_generated(card) else card
 
 

@@ -58,17 +58,18 @@ class TokenMatch:
 def match_tokens(teacher: TokenLayout, student: TokenLayout, rule: GridRule) -> TokenMatch:
     """Match the tokens of two models. Raises `TransferError` for grids that the rule refuses."""
     report = rule.check(teacher.grid, student.grid)
-    shared = [kind for kind in student.prefix if kind in teacher.prefix]
-    teacher_only = [kind for kind in teacher.prefix if kind not in shared]
-    student_only = [kind for kind in student.prefix if kind not in shared]
+    theirs, ours = ({kind: place for place, kind in enumerate(each.prefix)} for each in (teacher, student))
+    shared = [kind for kind in ours if kind in theirs]
+    teacher_only = [kind for kind in theirs if kind not in ours]
+    student_only = [kind for kind in ours if kind not in theirs]
     if teacher_only:
         report.append(f"teacher tokens without a counterpart in the student: {', '.join(teacher_only)}")
     if student_only:
         report.append(f"student tokens without a counterpart in the teacher: {', '.join(student_only)}")
     return TokenMatch(
-        teacher=Tokens(tuple(teacher.prefix.index(kind) for kind in shared), teacher.num_prefix),
-        student=Tokens(tuple(student.prefix.index(kind) for kind in shared), student.num_prefix),
-        student_only=tuple(student.prefix.index(kind) for kind in student_only),
+        teacher=Tokens(tuple(theirs[kind] for kind in shared), teacher.num_prefix),
+        student=Tokens(tuple(ours[kind] for kind in shared), student.num_prefix),
+        student_only=tuple(ours[kind] for kind in student_only),
         report=tuple(report),
     )
 
