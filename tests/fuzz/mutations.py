@@ -72,6 +72,10 @@ def damage_bytes(rng: Random, path: Path) -> str:
             file.truncate(SPARSE)
         return "sparse"
     content, done = bytearray(path.read_bytes()), []
+    if rng.random() < 0.25:  # one number, as a bad disk changes it
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        return "one bit"
     for damage in rng.choices(DAMAGES, k=rng.randint(1, 3)):
         damage(rng, content)
         done.append(damage.__name__)
@@ -150,6 +154,7 @@ SCALARS = (
     ".inf", "-.inf", ".nan", "1e400", "1" * 5000, "-1", "0", "[]", "{}", "null", "~", "'abc'",
     "!!python/name:os.system",
     "&a [*a, *a]", "2000000000", "0x10", "1_000", "2:5", "no", '"\\0"', "'/dev/zero'", "{a: 1}", "[[1, 2], 3]", "1e-3",
+    "0.3", "16", "64", "0.05", "2.0", "1", "1e-5", "0.9", "32", "'0.3'",
 )  # fmt: skip
 
 
