@@ -53,6 +53,10 @@ def read_file(path: Path, inside: Path | None = None) -> Content:
         return _read_torch(path, is_archive=described.kind == "torch")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: its {described.size:,} bytes need more memory than there is"
+        ) from error
 
 
 def _read_safe(path: Path, metadata: dict[str, str]) -> Content:

@@ -76,6 +76,8 @@ def read_state(path: Path) -> TrainingState:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path} cannot be read: it needs more memory than there is") from error
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_digest(path: Path, file: BinaryIO) -> None:
     size = file.seek(0, os.SEEK_END)
+    read_header(path, file, size)  # what is longer than its tensors is not read to its end
     header = _header(path, file, size)
     position = _digest_position(header)
     if position is None:

@@ -144,3 +144,18 @@ def test_other_things_under_a_weights_suffix(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=name) as caught:
             read_file(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_a_file_for_which_there_is_no_memory_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.zeros(4)}, tmp_path / "m.safetensors")
+
+    def none_left(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("graftvit.checkpoints.files.safe_open", none_left)
+    with pytest.raises(
+        CheckpointError, match=r"m\.safetensors cannot be read: its [\d,]+ bytes need more memory"
+    ):
+        read_file(tmp_path / "m.safetensors")

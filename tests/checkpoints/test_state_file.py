@@ -128,7 +128,7 @@ def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
         read_state(path)
     with pytest.raises(CheckpointError, match=r"absent\.safetensors cannot be read: No such file"):
         read_state(tmp_path / "absent.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is a folder, not a regular file"):
         read_state(tmp_path)
 
 
@@ -195,3 +195,15 @@ def test_the_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
     with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["graftvit.state"]) == {"step": 1}
         assert torch.equal(file.get_tensor("a"), torch.ones(2))
+
+
+def test_a_state_that_goes_on_behind_its_tensors_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.safetensors"
+    write_state(path, TrainingState({"a": torch.ones(3)}, {}))
+    with path.open("r+b") as file:
+        file.truncate(5 << 30)
+    monkeypatch.setattr("graftvit.checkpoints.state_file._digest", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(CheckpointError, match=r"last\.safetensors is damaged: its header names 12 bytes"):
+        read_state(path)

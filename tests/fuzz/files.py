@@ -108,7 +108,8 @@ def run(count: int, seed: int, first: int = 0) -> Iterator[dict[str, str | int]]
             begun = [int(line) for line in lines if line.isdecimal()]
             if not begun:
                 raise RuntimeError(f"the process of the fuzzer does not start: {errors.read()[-2000:]}")
-            how = "it waits for ever" if hung else f"the process ended with {process.returncode}"
+            words = errors.read()[-300:]
+            how = "it waits for ever" if hung else f"the process ended with {process.returncode}: {words}"
             name = list(FORMATS)[begun[-1] % len(FORMATS)]
             yield {"case": begun[-1], "format": name, "damage": "", "outcome": "FAILED", "words": how}
             first = begun[-1] + 1

@@ -21,7 +21,8 @@ from graftvit.launch.config import dump_config, load_config
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import open_dataset
-from graftvit.transfer.data.loading import BadImage, read
+from graftvit.transfer.data.loading import EvalBatches
+from graftvit.transfer.data.sampler import BatchRequest
 from hostile import ARCHITECTURE, ARGUMENTS, weights
 from hostile_configs import write_model
 from hostile_tensors import valid
@@ -271,18 +272,23 @@ def _damage_images(rng: Random, folder: Path) -> str:
     return f"{name} {damage_bytes(rng, folder / 'train' / 'class' / name)}"
 
 
+def _pixels(image: Image.Image) -> Tensor:
+    """Of a size that all images have, however they were damaged."""
+    return torch.from_numpy(np.array(image.resize((32, 24)), np.float32)).permute(2, 0, 1)
+
+
 def _check_images(folder: Path) -> None:
     source: Any = open_dataset(
         DataConfig(dataset="folder", data_path=str(folder)), "train", 3, training=False
     )
-    refused = []
+    batches, refused = EvalBatches(source, _pixels, (3, 24, 32), None), []
     for index in range(len(source)):
-        found = read(source, index)
-        if isinstance(found, BadImage):
-            refused.append(found.reason)
+        batch = batches[BatchRequest(0, index, (index,), 1)]
+        refused += [batch.failure] if batch.failure else [bad.reason for bad in batch.bad]
+        if batch.images is None or not bool(batch.valid.all()):
             continue
         with Image.open(source.path(index)) as image:
-            if not np.array_equal(np.asarray(image.convert("RGB")), np.asarray(found.image)):
+            if not torch.equal(_pixels(image.convert("RGB")), batch.images[0]):
                 raise WrongError(f"{source.path(index)} was read as another image")
     if len(refused) > 1:
         raise WrongError(f"one image was changed, and these cannot be read: {refused}")

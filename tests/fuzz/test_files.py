@@ -8,7 +8,7 @@ import pytest
 from fuzz.files import run
 from fuzz.formats import FORMATS
 
-COUNT, SHARES = 200, 4
+COUNT, SHARES = 200, 2
 
 
 @pytest.mark.parametrize("share", range(SHARES))
