@@ -209,7 +209,7 @@ def _damage_state(rng: Random, folder: Path) -> str:
     how = damage_json(rng, scratch)
     try:
         meta = json.loads(scratch.read_text())
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, MemoryError):
         meta = {"student": "torn"}
     scratch.unlink()
     write_state(path, TrainingState(state.tensors, meta))
