@@ -64,9 +64,7 @@ def build(
             return timm.create_model(architecture, pretrained=False, **arguments)
     except GraftError:
         raise
-    except (
-        Exception
-    ) as error:  # constructors check little: what they raise for a wrong argument has no common kind
+    except Exception as error:  # constructors check little, and raise anything for a wrong argument
         shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg"}
         reason = f"{type(error).__name__} {one_line(error)}".strip()
         raise CheckpointError(
