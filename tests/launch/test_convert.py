@@ -178,7 +178,7 @@ def test_a_folder_is_replaced_only_if_asked(
         (["--plan", "*: linaer", "--out", "x"], "unknown operator 'linaer'; did you mean 'linear'"),
         (["--plan", "2: linear", "--out", "x"], "there is no layer 2; the model has layers 0 to 1"),
         (["--plan", "*: keep", "--out", "x"], "keeps every layer: name an operator other than softmax"),
-        (["--plan", "*: linear(feature=[1])", "--out", "x"], "a value is a number, a name, true or false"),
+        (["--plan", "*: linear(feature=[1])", "--out", "x"], "a value is a finite number, a name, true or false"),
         (["--plan", "*: linear", "--out", "x", "--weights", "some"], "invalid choice: 'some'"),
         (["--plan", "*: linear", "--out", "x", "--calibrate", "4"], "--calibrate 4 needs images"),
         (["--plan", "*: linear", "--out", "x", "--calibrate", "-1"], "--calibrate -1: a number of images"),
