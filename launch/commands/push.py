@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--public",
         action="store_true",
-        help="make it public if it is private, once all is there; a new one is",
+        help="make it public once all is there, whatever it is or would be by its owner's default",
     )
     parser.add_argument("--licence", metavar="ID", help="hub identifier; the teacher's by default")
     parser.add_argument(
@@ -159,8 +159,10 @@ def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
     kept = keeps_remote_card(upload, remote)
     replaced, removed = replaced_and_removed(upload, remote)
     lines = [f"On the hub: {_state(remote)}"]
-    if not private and (not remote.exists or (public and remote.private)):
+    if public and not (remote.exists and not remote.private):
         lines.append("Public: once all of it is there")
+    elif not private and not remote.exists:
+        lines.append("Private until all of it is there, then as new repositories of its owner are")
     if kept:
         replaced.remove("README.md")
         lines.append("Stays there: README.md, edited by a person")
