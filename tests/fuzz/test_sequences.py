@@ -186,8 +186,9 @@ class Session:
                 each.world.forget_gradients()
             return
         for each in chosen:
-            for known, new in zip(each.world.gradients, each.gradients, strict=True):
-                if new is not None:
+            ours, _ = each.world.parameters
+            for known, new, parameter in zip(each.world.gradients, each.gradients, ours, strict=True):
+                if new is not None and parameter.requires_grad:  # a wrapper may have frozen it since
                     known += times * new
         for each in chosen:
             self.compare(each.world)
