@@ -132,9 +132,10 @@ def convert(
 
 def _softmax_only(model: nn.Module) -> nn.Module:
     """`model`, changed in place, with the layers that its converted ones stand for."""
-    for block in getattr(model, "blocks", ()):
-        if isinstance(getattr(block, "attn", None), ConvertedAttention):
-            block.attn = block.attn.original
+    for block in attention_blocks(model):
+        layer = getattr(block, "attn", None)
+        if isinstance(layer, ConvertedAttention):
+            block.attn = layer.original
     hooks: dict[int, Any] = getattr(getattr(model, "patch_embed", None), "_forward_hooks", {})
     for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
         del hooks[key]
@@ -149,7 +150,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
 
 def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
     """The converted layers by their number."""
-    layers = enumerate(getattr(block, "attn", None) for block in getattr(model, "blocks", ()))
+    layers = enumerate(getattr(block, "attn", None) for block in attention_blocks(model))
     return {index: layer for index, layer in layers if isinstance(layer, ConvertedAttention)}
 
 
@@ -215,7 +216,7 @@ def _img_size(model: Any) -> tuple[int, int]:
 
 def plan_of(model: nn.Module) -> str | None:
     """The plan of a converted model, None for one that is timm's own."""
-    layers = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    layers = [getattr(block, "attn", None) for block in attention_blocks(model)]
     choices = [layer.choice if isinstance(layer, ConvertedAttention) else Choice(KEEP) for layer in layers]
     return plan_text(tuple(choices)) if any(choice.operator != KEEP for choice in choices) else None
 

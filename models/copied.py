@@ -184,7 +184,7 @@ def copying_of(model: nn.Module) -> Copying | None:
 
 def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
     """The copied layers by their number."""
-    layers = enumerate(getattr(block, "attn", None) for block in getattr(model, "blocks", ()))
+    layers = enumerate(getattr(block, "attn", None) for block in attention_blocks(model))
     return {index: layer for index, layer in layers if isinstance(layer, CopiedAttention)}
 
 

@@ -81,8 +81,11 @@ def check_supported(model: nn.Module, *, copied: bool = False) -> None:
 
 
 def attention_blocks(model: Any) -> list[nn.Module]:
-    """The transformer blocks, first to last."""
-    return list(model.blocks)
+    """The transformer blocks, first to last; none for a model without."""
+    own = getattr(model, "_modules", {}).get(
+        "blocks"
+    )  # not what stands before it for one forward pass (`replay.py`)
+    return list(getattr(model, "blocks", ()) if own is None else own)
 
 
 def token_layout(model: Any) -> TokenLayout:

@@ -170,7 +170,7 @@ def host_attention(model: nn.Module) -> list[AttentionHost]:
 
 def release_attention(model: nn.Module) -> nn.Module:
     """Put timm's own attention layers back in place of their hosts (not of converted ones); returns the model."""
-    for block in getattr(model, "blocks", ()):
+    for block in attention_blocks(model):
         host = getattr(block, "attn", None)
         if isinstance(host, AttentionHost) and not host.permanent:
             block.attn = host.original

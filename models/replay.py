@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from .errors import TransferError
 from .families import attention_blocks
 
-_State = tuple[bool, list[tuple[int, ...]], list[tuple[int, int]]]
+_State = tuple[bool, list[tuple[int, ...]], list[tuple[int, int, int]]]
 
 
 class Moment(Protocol):
@@ -66,12 +66,12 @@ class ReplayedBlock:
 
 def replay_blocks(model: nn.Module, moment: Moment) -> None:
     """Where the coming forward pass of `model` is checkpointed, let its backward pass read this moment again."""
+    before: list[ReplayedBlock] = model.__dict__.get("blocks", [])
+    restore_blocks(model)  # what a forward pass that was interrupted has left
     recomputes = bool(getattr(model, "grad_checkpointing", False)) and torch.is_grad_enabled()
     if not recomputes or torch.compiler.is_compiling():  # a compiled step has its inputs in its graph
         return
-    before: list[ReplayedBlock] = model.__dict__.get("blocks", [])
     moments = [*(each for block in before[:1] for each in block.moments if each.is_now()), moment]
-    restore_blocks(model)
     blocks = [ReplayedBlock(block, model, moments) for block in attention_blocks(model)]
     object.__setattr__(model, "blocks", blocks)  # before the module of that name, which stays where it is
 
@@ -87,4 +87,5 @@ def _state(block: nn.Module) -> _State:
     parts = [(id(module), *module._forward_hooks) for module in modules]
     if isinstance(block, FSDPModule):  # gathers its parameters in between
         return block.training, parts, []
-    return block.training, parts, [(id(parameter), parameter._version) for parameter in block.parameters()]
+    weights = [(id(each), each._version, each.data_ptr()) for each in block.parameters()]
+    return block.training, parts, weights

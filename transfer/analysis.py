@@ -161,7 +161,7 @@ def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: b
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[list[MapRecorder]]:
     """Recorders in all attention layers while inside; then the layers and the modes are what they were."""
-    layers: list[tuple[Any, nn.Module]] = [(block, block.attn) for block in getattr(model, "blocks", ())]
+    layers: list[tuple[Any, Any]] = [(block, block.attn) for block in attention_blocks(model)]
     copied = {layer: layer.operator for layer in copied_layers(model).values()}
     modes = [(module, module.training) for module in model.modules()]
     recorders = [MapRecorder() for _ in layers]

@@ -25,6 +25,7 @@ from ...models.attention.uniform import UniformAttention
 from ...models.conversion import converted_layers
 from ...models.copied import copying_of
 from ...models.errors import UnsupportedModelError
+from ...models.families import attention_blocks
 from ..build import one_line
 
 Dynamic = Literal["batch", "resolution"]
@@ -74,7 +75,7 @@ def check_dynamic(model: Any, dynamic: Collection[str]) -> None:
         return
     if getattr(model, "rel_pos_bias", None) is not None or any(
         getattr(getattr(block, "attn", None), "relative_position_bias_table", None) is not None
-        for block in getattr(model, "blocks", ())
+        for block in attention_blocks(model)
     ):
         raise UnsupportedModelError(
             f"dynamic resolution: {name} has a relative position bias, a table for one grid alone; {way_out}"

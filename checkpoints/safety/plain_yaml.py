@@ -11,6 +11,8 @@ MAX_DEPTH = 50
 """Levels of lists and mappings."""
 MAX_NODES = 100_000
 """Values and keys, with each alias counted as all that it stands for."""
+MAX_DIGITS = 1_000
+"""Characters of a whole number."""
 
 
 class YamlError(yaml.YAMLError):
@@ -48,10 +50,19 @@ class BoundedLoader(yaml.SafeLoader):
             self._sizes[event.anchor] = 1 + self._nodes - before
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """As PyYAML, which takes quadratic time for the parts of a long 1:2:3."""
+        if len(str(node.value)) > MAX_DIGITS:
+            raise YamlError(f"it has a whole number of more than {MAX_DIGITS} characters{_place(node)}")
+        return int(super().construct_yaml_int(node))
+
     def _count(self, nodes: int, event: yaml.NodeEvent) -> None:
         self._nodes += nodes
         if self._nodes > MAX_NODES:
             raise YamlError(f"it has more than {MAX_NODES:,} values{_place(event)}")
+
+
+BoundedLoader.add_constructor("tag:yaml.org,2002:int", BoundedLoader.construct_yaml_int)
 
 
 def parse(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
@@ -75,6 +86,6 @@ def parse(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
         raise YamlError(f"something in it is no value: {' '.join(str(error).split())}") from error
 
 
-def _place(event: yaml.Event) -> str:
-    mark = event.start_mark
+def _place(at: yaml.Event | yaml.Node) -> str:
+    mark = at.start_mark
     return "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"

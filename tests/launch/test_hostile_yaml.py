@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from graftvit.checkpoints.safety.plain_yaml import parse
 from graftvit.launch import cli
 from graftvit.launch.config import load_config, parse_override, read_recipe
 from graftvit.launch.slurm.settings import load_cluster
@@ -24,7 +25,7 @@ HOSTILE = {
     "aliases": ("a: &a [1, 2]\nb: [" + "*a, " * MAX_NODES + "]", "has more than"),
     "self": ("&a [*a]", "holds itself"),
     "self, deep": ("a: &a {b: {c: *a}}", "holds itself"),
-    "digits": ("a: " + "9" * 5_000, "is no value"),
+    "digits": ("a: " + "9" * 5_000, "a whole number of more than"),
     "tag": ("a: !!bool x", "is no value"),
     "time": ("a: !!timestamp x", "is no value"),
     "int": ("a: !!int ''", "is no value"),
@@ -175,3 +176,8 @@ def test_a_path_that_no_file_can_have_is_one_sentence(
 
 def test_an_override_keeps_the_text_that_it_is() -> None:
     assert parse_override("output_dir=[[").value == "[["
+
+
+def test_a_long_number_to_the_base_60_is_refused_at_once() -> None:
+    with pytest.raises(YamlError, match="a whole number of more than"):
+        parse("a: " + ":".join(["1"] * 400_000))

@@ -119,7 +119,7 @@ def test_an_operator_in_a_family(operator: str, family: str, tmp_path: Path) -> 
 def test_softmax_as_an_operator_gives_the_same_bits(family: str) -> None:
     model = teacher(family)
     layout, shape = token_layout(model), attention_shape(model)
-    tokens = TokenGrid(Geometry(layout.num_prefix, layout.grid), SIZE)
+    tokens = TokenGrid(model, Geometry(layout.num_prefix, layout.grid), SIZE)
     expected = model(images())
     assert torch.equal(convert(model, "*: softmax")(images()), expected)
     assert torch.equal(convert(model, "0: keep")(images()), expected)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense import gradient, images, relative_error, tiny
-from graftvit.models.conversion import convert
+from graftvit.models.conversion import convert, converted_layers, plan_of
 from graftvit.transfer.methods.dual import DualViT
 from torch import nn
 
@@ -58,3 +58,13 @@ def test_a_forward_that_fails_leaves_nothing_to_the_next() -> None:
         model(images()).square().sum().backward()
     assert torch.equal(gradient(plain), gradient(failing))
     assert isinstance(copy.deepcopy(failing).blocks, nn.Module)
+
+
+def test_an_interrupted_forward_hides_no_layer() -> None:
+    model = converted("*: linear", True)
+    plan, expected = plan_of(model), copy.deepcopy(model).eval()
+    model.patch_embed(images())
+    assert plan_of(model) == plan
+    assert len(converted_layers(model)) == len(expected.blocks)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images()), expected(images()))

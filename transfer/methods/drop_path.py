@@ -65,7 +65,7 @@ def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) ->
 
 def release_drop_paths(student: nn.Module) -> None:
     """Put timm's own `DropPath` modules back."""
-    for block in getattr(student, "blocks", ()):
+    for block in attention_blocks(student):
         for branch, drop in _branches(block):
             block._modules[branch] = drop.original if isinstance(drop, SharedDropPath) else drop
 

@@ -69,6 +69,11 @@ class DualViT(nn.Module):
         check_free(teacher, student)
         for model in (teacher, student):
             end_lesson(model)
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise TransferError(
+                "every weight of the student is frozen, so it could not learn: call requires_grad_(True) of it, or of "
+                "the part that shall"
+            )
         _check_teacher(teacher, self.config.method)
         check_supported(student)
         self.student = student
@@ -162,11 +167,11 @@ class DualViT(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._in_use:  # of a copy, the lesson is its own
-            begin_lesson(self.student, self, self._changes)
+            begin_lesson(self.teacher, self.student, self, self._changes)
 
     def _install(self, plan: TransferPlan) -> None:
         self.plan, self._tape, self._changes = plan, Tape(), Changes()
-        begin_lesson(self.student, self, self._changes)
+        begin_lesson(self.teacher, self.student, self, self._changes)
         try:
             installed = install(self.config, plan, self.teacher, self.student, self._tape, self._changes)
             share = self.config.share_drop_path
@@ -207,7 +212,12 @@ class DualViT(nn.Module):
         if self._finish is not None:
             return self._finish(logits)
         losses = self._tape.losses
-        layers = [link.pair.student for link in self.plan.links if link.pair.student in losses]
+        layers = [] if self.needs_teacher else [link.pair.student for link in self.plan.links]
+        if any(layer not in losses for layer in layers):
+            raise TransferError(
+                "layers of the student gave no loss: it was compiled before it was taught, or its blocks were "
+                "replaced; wrap the plain model, and compile the DualViT"
+            )
         return {f"layer{layer:02d}": losses[layer] for layer in layers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualViT:

@@ -198,6 +198,11 @@ class _FeatureLoss:
     projectors: nn.ModuleDict
 
     def __call__(self, logits: Tensor) -> dict[str, Tensor]:
+        if not self.tape.features:
+            raise TransferError(
+                "the student's head was not seen to run: it was compiled before it was taught, or replaced; wrap the "
+                "plain model, and compile the DualViT"
+            )
         student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.outputs[0]
         if "feature" in self.projectors:
             student = self.projectors["feature"](student)

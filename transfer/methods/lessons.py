@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -28,11 +28,14 @@ class _Lesson(NamedTuple):
 
 
 _lessons: WeakKeyDictionary[nn.Module, _Lesson] = WeakKeyDictionary()
+_taught_by: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""The students of each teacher."""
 
 
-def begin_lesson(student: nn.Module, dual: nn.Module, changes: Changes) -> None:
+def begin_lesson(teacher: nn.Module, student: nn.Module, dual: nn.Module, changes: Changes) -> None:
     """Note that `dual` teaches `student`, and what it changed in it."""
     _lessons[student] = _Lesson(ref(dual), changes)
+    _taught_by.setdefault(teacher, WeakSet()).add(student)
 
 
 def end_lesson(model: nn.Module) -> None:
@@ -48,7 +51,7 @@ def end_lesson(model: nn.Module) -> None:
 
 
 def check_free(teacher: nn.Module, student: nn.Module) -> None:
-    """Raise `TransferError` where one of the two is taught by a `DualViT` in use, or both share weights."""
+    """Raise `TransferError` where one of the two has another part in a `DualViT` in use, or both share weights."""
     shared = {id(parameter) for parameter in teacher.parameters()}
     if any(id(parameter) in shared for parameter in student.parameters()):
         raise TransferError(
@@ -56,9 +59,18 @@ def check_free(teacher: nn.Module, student: nn.Module) -> None:
             "such as copy.deepcopy(teacher)"
         )
     for role, model in (("student", student), ("teacher", teacher)):
-        lesson = _lessons.get(model)
-        if lesson is not None and lesson.dual() is not None:
+        if _is_taught(model):
             raise TransferError(
                 f"the {role} is the student of another DualViT, which would stop to teach it: call release() of that "
                 "one first"
             )
+    if any(_is_taught(other) for other in _taught_by.get(student, ())):
+        raise TransferError(
+            "the student is the teacher of another DualViT, and a teacher is frozen: give it weights of its own, such "
+            "as copy.deepcopy(student).requires_grad_(True)"
+        )
+
+
+def _is_taught(model: nn.Module) -> bool:
+    lesson = _lessons.get(model)
+    return lesson is not None and lesson.dual() is not None

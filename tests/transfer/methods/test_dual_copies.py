@@ -137,3 +137,25 @@ def test_the_teacher_stays_in_eval_mode() -> None:
     expected = dual(images()).transfer_loss
     teacher.train()
     assert torch.equal(dual(images()).transfer_loss, expected)
+
+
+def test_a_teacher_in_use_does_not_become_a_student() -> None:
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    dual = DualViT(teacher, student, "copy")
+    with pytest.raises(TransferError, match="the student is the teacher of another DualViT"):
+        DualViT(tiny(seed=3), teacher)
+    del dual
+    with pytest.raises(TransferError, match="every weight of the student is frozen"):
+        DualViT(tiny(seed=3), teacher)
+    DualViT(tiny(seed=3), teacher.requires_grad_(True))
+
+
+@pytest.mark.parametrize("method", ["block_output", "feature"])
+def test_a_student_whose_losses_are_not_seen_is_refused(method: str) -> None:
+    student = tiny(seed=2)
+    dual = DualViT(tiny(seed=1), student, method)
+    for module in student.modules():
+        module._forward_hooks.clear()  # as a student that was compiled before calls none
+        module._forward_pre_hooks.clear()
+    with pytest.raises(TransferError, match="it was compiled before it was taught"):
+        dual(images())
