@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -40,17 +41,18 @@ class StepMoment:
         return self.tape.replay(self.step)
 
 
-@dataclass
-class Tape:
+class Tape(threading.local):
     """The step that the student's layers run in, and what they give: losses by student layer, inputs of its heads.
 
-    Without a step the student is an ordinary model. A copy, and what is pickled, is empty.
+    Without a step the student is an ordinary model. Each thread has a step of its own. A copy, and what is pickled, is
+    empty.
     """
 
-    step: Step | None = None
-    losses: dict[int, Tensor] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
-    replaying: bool = False
+    def __init__(self, step: Step | None = None) -> None:
+        self.step = step
+        self.losses: dict[int, Tensor] = {}
+        self.features: dict[str, Tensor] = {}
+        self.replaying = False
 
     @property
     def active(self) -> bool:

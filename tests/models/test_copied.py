@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import onnxruntime
@@ -200,3 +201,13 @@ def test_a_description_names_no_weights(name: str) -> None:
     described["teacher"]["model_args"] |= {name: "/somewhere"}
     with pytest.raises(ValueError, match=name):
         Copying.from_json(described)
+
+
+@torch.no_grad()
+def test_threads_do_not_meet() -> None:
+    dual, teacher = pair("alike", "copy")
+    alone, batches = whole(dual, teacher), [images(seed=seed) for seed in range(8)]
+    expected = [alone(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(alone, batches), expected))
