@@ -122,6 +122,8 @@ def input_size(model: Any, described: Mapping[str, Any] | None = None) -> tuple[
 
 def _by_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     values = tuple(map(float, values))
+    if 1 < len(values) < channels:
+        raise ValueError(f"{len(values)} numbers for {channels} channels")
     return values if len(values) == channels else values[:1] * channels
 
 

@@ -50,13 +50,12 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
 
     Args:
         source: A run folder, a student folder, or any teacher source.
-        how: How to load what is not a run: architecture, arguments, resolution.
+        how: Architecture, arguments and resolution, where they are not the source's own.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
-    config = run_config(source)
-    loaded = load_teacher(source) if config is not None else load_teacher(source, **source_keywords(how))
+    loaded = load_teacher(source, **source_keywords(how))
     spec = loaded.preprocessing
     classes = int(getattr(loaded.model, "num_classes", 0)) if loaded.has_head else 0
     return Candidate(source, loaded.model, loaded.model, spec, classes, loaded.label_names)

@@ -59,6 +59,13 @@ class Section(BaseModel):
         return value
 
 
+def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+    """ValueError for an image size without pixels."""
+    if size is not None and min((size,) if isinstance(size, int) else size) <= 0:
+        raise ValueError("an image size is a whole number above 0, or two: height, width")
+    return size
+
+
 class TeacherConfig(Section):
     """The frozen model that is copied or distilled."""
 
@@ -81,6 +88,8 @@ class TeacherConfig(Section):
         "timm",
         description="how position embeddings are resampled: timm's antialiased bicubic, or MAE's plain bicubic",
     )
+
+    _check_size = field_validator("img_size")(check_size)
 
     def image_size(self, student: tuple[int, int]) -> int | tuple[int, int]:
         """Of the teacher's images: as it is given, else the student's."""
@@ -122,6 +131,8 @@ class StudentConfig(Section):
     )
     grad_checkpointing: bool = Field(False, description="recompute block activations in the backward pass")
     compile: bool = Field(False, description="compile the step's forward with torch.compile(fullgraph=True)")
+
+    _check_size = field_validator("img_size")(check_size)
 
 
 class TransferConfig(Section):
@@ -234,6 +245,15 @@ class DataConfig(Section):
     max_bad_images: int = Field(
         100, ge=0, description="unreadable images skipped, with their paths, before the run stops"
     )
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_crop_scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(
+                "the least and the largest share of the area are above 0, at most 1, in this order"
+            )
+        return scale
 
 
 class OptimConfig(Section):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import save_student
 from graftvit.checkpoints.teacher import load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
@@ -62,3 +63,11 @@ def test_a_smaller_kind_of_number_that_cannot_hold_the_weights_is_refused(tmp_pa
     with pytest.raises(CheckpointError, match=r"not finite as float16 in norm\.bias"):
         save_student(folder, tmp_path / "half", dtype=torch.float16)
     assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_two_numbers_for_three_channels_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="2 numbers for 3 channels"):
+        Preprocessing.read({"input_size": (3, 32, 32), name: [0.9, 0.1]})
+    assert Preprocessing.read({"input_size": (3, 32, 32), name: [0.9]}).described()[name] == [0.9] * 3
+    assert Preprocessing.read({"input_size": (1, 32, 32), name: [0.9, 0.5, 0.1]}).described()[name] == [0.9]

@@ -165,3 +165,13 @@ def test_other_names_at_a_resume_are_refused(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         (root / split / "dog").rename(root / split / "ant")
     run(root, tmp_path / "run", *short)
+
+
+def test_a_run_is_measured_at_the_size_that_is_asked_for(
+    trained: tuple[Path, float], tmp_path: Path, capsys: Any
+) -> None:
+    run_folder, _ = trained
+    root, size = others(tmp_path, {"dark": 30, "bright": 225}), ARGUMENTS["patch_size"] * 3
+    for source in (run_folder, run_folder / "student"):
+        own = evaluated(capsys, tmp_path, str(source), root)
+        assert evaluated(capsys, tmp_path, str(source), root, "--img_size", str(size)) != own

@@ -178,3 +178,15 @@ def test_a_resolved_configuration_round_trips(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), "config.yaml", dump_config(config))
         assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("student.img_size", 0), ("teacher.img_size", -32), ("student.img_size", [32, 0]),
+        ("data.crop_scale", [2.0, 3.0]), ("data.crop_scale", [1.0, 0.5]), ("data.crop_scale", [0.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_sizes_and_ranges_that_cannot_be_meant_are_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is .*above 0"):
+        load_config(None, [f"{key}={value}"])
