@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ...checkpoints.safety.regular import open_regular
 from ...models.errors import DataError
@@ -38,8 +39,14 @@ class Header(NamedTuple):
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
     """An image file, not decoded yet. Raises DataError where it is no regular file, and whatever Pillow does."""
-    with open_regular(Path(path), refusal=DataError) as file, Image.open(file) as image:
-        yield image
+    with open_regular(Path(path), refusal=DataError) as file:
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError as error:
+            empty = not file.seek(0, os.SEEK_END)
+            raise DataError(f"{path} {'is empty' if empty else 'is no image that can be read'}") from error
+        with image:
+            yield image
 
 
 class ImageSource(Protocol):

@@ -18,6 +18,7 @@ from graftvit.transfer.data.augment import eval_transform
 from graftvit.transfer.data.columns import Columns
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.hub import HubSource
+from graftvit.transfer.data.images import open_image
 from graftvit.transfer.data.labels import real_labels
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from graftvit.transfer.evaluate import evaluate
@@ -176,7 +177,7 @@ def test_a_split_without_a_readable_image_is_not_called_empty(root: Path) -> Non
         evaluate({"m": lambda images: torch.zeros(len(images), 2)}, loader)
     message = str(caught.value)
     assert "none of the 6 images can be read" in message
-    assert f"{root}/val/cat/010.png: UnidentifiedImageError" in message
+    assert f"{root}/val/cat/010.png: is no image that can be read" in message
     assert "empty" not in message
 
 
@@ -225,3 +226,13 @@ def test_a_stream_of_bad_images_alone_ends_in_one_sentence(monkeypatch: pytest.M
     monkeypatch.setattr(loaders, "open_dataset", lambda *_, **__: Bad())
     keys = {"dataset": "wds/x", "num_classes": 2, "data_path": None}
     assert "ResizeAndCenterCrop" in refusal(create_eval_loader(config(Path(), **keys), BORDER))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "is empty"), (b"no image at all", "is no image that can")]
+)
+def test_a_file_that_is_no_image_says_so(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"a.jpg {reason}"), open_image(path):
+        pass
