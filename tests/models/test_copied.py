@@ -158,7 +158,7 @@ def test_its_attention_is_no_teacher_but_its_outputs_are() -> None:
     zero = DualViT(alone, copy.deepcopy(pair("alike", "copy")[0].student), "logits")
     assert zero(images()).transfer_loss > 0
     with pytest.raises(UnsupportedModelError, match="--bare"):
-        DualViT(tiny(seed=1), alone, "distill")
+        DualViT(tiny(seed=1), copy.deepcopy(alone), "distill")
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,6 @@ class DualViT(nn.Module):
         check_free(teacher, student)
         for model in (teacher, student):
             end_lesson(model)
-        if not any(parameter.requires_grad for parameter in student.parameters()):
-            raise TransferError(
-                "every weight of the student is frozen, so it could not learn: call requires_grad_(True) of it, or of "
-                "the part that shall"
-            )
         _check_teacher(teacher, self.config.method)
         check_supported(student)
         self.student = student
@@ -179,6 +174,12 @@ class DualViT(nn.Module):
         except BaseException:
             end_lesson(self.student)
             raise
+        if len(installed.projectors) and not any(each.requires_grad for each in self.student.parameters()):
+            end_lesson(self.student)
+            raise TransferError(
+                "every weight of the student is frozen, so the projectors alone would learn: call requires_grad_(True) "
+                "of it, or of the part that shall learn"
+            )
         self._view, self._finish = (installed.view,), installed.finish
         self.projectors = installed.projectors.to(next(self.student.parameters()))
         self._drop_paths = tuple(shared)

@@ -145,9 +145,10 @@ def test_a_teacher_in_use_does_not_become_a_student() -> None:
     with pytest.raises(TransferError, match="the student is the teacher of another DualViT"):
         DualViT(tiny(seed=3), teacher)
     del dual
+    wider = tiny(seed=3, embed_dim=48)
     with pytest.raises(TransferError, match="every weight of the student is frozen"):
-        DualViT(tiny(seed=3), teacher)
-    DualViT(tiny(seed=3), teacher.requires_grad_(True))
+        DualViT(wider, teacher, "block_output")
+    DualViT(wider, teacher.requires_grad_(True), "block_output")
 
 
 @pytest.mark.parametrize("method", ["block_output", "feature"])
