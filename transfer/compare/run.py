@@ -142,7 +142,7 @@ def _done(comparison: Comparison, cell: Cell) -> bool:
 
 
 def _identify_teacher(comparison: Comparison) -> str:
-    """The digest of the teacher's weights, "" without a teacher. Raises ConfigError: a cell was measured with others."""
+    """The digest of the teacher's weights, "" without one. Raises ConfigError: a cell was measured with others."""
     if comparison.config.teacher.source is None:
         return ""
     now = teacher_of(comparison.config).digest or ""
