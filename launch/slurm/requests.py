@@ -11,8 +11,9 @@ from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..yaml_text import write_yaml
+from .batch import Request
 from .files import JobFolder
-from .submit import Request, write_text
+from .submit import write_text
 from .sweep import Sweep, check_folder, parse_sweep
 from .sweep_cells import cell_configs, first_config
 

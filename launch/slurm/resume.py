@@ -9,13 +9,13 @@ from typing import Any
 
 from ...models.errors import ConfigError
 from ..config import load_config
+from .batch import Launch, Request
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder, Submission
 from .jobs import run_folders
 from .progress import current_stage
 from .settings import ClusterConfig
 from .submission import active_jobs, show, start
-from .submit import Launch, Request
 
 
 @dataclass(frozen=True)

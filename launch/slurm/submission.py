@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
+from .batch import Launch, Request, script
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder
 from .registry import remember
 from .requests import Plan
 from .scheduler import ENDED, UNKNOWN, job_states
 from .settings import ClusterConfig
-from .submit import Launch, Request, script, submit, test_only
+from .submit import submit, test_only
 
 
 def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None:

@@ -9,9 +9,9 @@ from engine_runs import config
 from graftvit.launch.cli import main
 from graftvit.launch.config import dump_config
 from graftvit.launch.slurm import submission
+from graftvit.launch.slurm.batch import Launch, Request, script
 from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
 from graftvit.launch.slurm.settings import ClusterConfig
-from graftvit.launch.slurm.submit import Launch, Request, script
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.train import train
 from slurm_folders import attempted, say, submitted

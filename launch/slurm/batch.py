@@ -1,0 +1,112 @@
+"""The batch script of a job: its resources as submitit and sbatch want them. Nothing here writes or submits."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from .settings import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run to submit: the words after `graftvit`, and the folder that it writes."""
+
+    words: list[str]
+    output_dir: Path
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Runs that go to the cluster together, as one job or as one array, and what they ask of it."""
+
+    name: str
+    folder: Path
+    """Its `jobs/` has the logs, the copy of the code and what submitit writes."""
+    requests: Sequence[Request]
+    config: ClusterConfig
+    cpus_per_task: int
+    after: str | None = None
+    """The job that has to finish before; where it does not, these are cancelled."""
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "jobs" / "logs"
+
+    @property
+    def start(self) -> Path:
+        """The script that starts the interpreter of each task."""
+        return self.folder / "jobs" / "start.sh"
+
+
+def executor_of(launch: Launch) -> submitit.AutoExecutor:
+    """The executor, its resources set; nothing is written."""
+    config = launch.config
+    python = f"sh {shlex.quote(str(launch.start))}"
+    executor = submitit.AutoExecutor(
+        folder=launch.logs, cluster=config.cluster, slurm_python=python, local_python=python
+    )
+    executor.update_parameters(**_common(launch))
+    if config.cluster == "slurm":
+        executor.update_parameters(**_of_slurm(launch))
+    elif config.cluster == "local" and config.setup:
+        executor.update_parameters(local_setup=list(config.setup))
+    return executor
+
+
+def script(launch: Launch) -> str:
+    """The sbatch script, as it would be submitted; nothing is written."""
+    executor: Any = executor_of(launch)._executor
+    count = len(launch.requests)
+    if count > 1:
+        executor.parameters["map_count"] = count  # as submitit does for an array
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "%j"))
+
+
+def _common(launch: Launch) -> dict[str, Any]:
+    """Resources under the names that submitit has for every cluster."""
+    config = launch.config
+    common: dict[str, Any] = {
+        "name": launch.name,
+        "timeout_min": config.minutes,
+        "nodes": config.nodes,
+        "tasks_per_node": config.tasks,
+    }
+    if config.gpus_per_node:
+        common["gpus_per_node"] = config.gpus_per_node
+    return common
+
+
+def _of_slurm(launch: Launch) -> dict[str, Any]:
+    config = launch.config
+    more: dict[str, Any] = {"requeue": True, "chdir": os.getcwd(), **config.sbatch}  # noqa: PTH109
+    steps = [
+        f"--cpus-per-task={launch.cpus_per_task}",
+        "--kill-on-bad-exit=1",
+    ]  # srun >= 22.05 inherits no cores
+    if config.container:
+        steps.append(f"--container-image={config.container}")
+    if config.container_mounts:
+        steps.append(f"--container-mounts={config.container_mounts}")
+    optional = {
+        name: getattr(config, name)
+        for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "dependency", "mem")
+    }
+    if launch.after is not None:
+        optional["dependency"] = f"afterok:{launch.after}"
+        more["kill-on-invalid-dep"] = "yes"
+    return {
+        "cpus_per_task": launch.cpus_per_task,
+        "slurm_signal_delay_s": config.signal_delay,
+        "slurm_array_parallelism": config.array_parallelism,
+        "slurm_setup": list(config.setup),
+        "slurm_srun_args": steps,
+        "slurm_additional_parameters": more,
+        **{f"slurm_{name}": value for name, value in optional.items() if value is not None},
+    }
