@@ -82,7 +82,7 @@ class SlurmCluster:
             write_config(self.folder, self.options, self._addresses())
             if self.options.accounting == "shim":
                 write_sacct(self.folder / "bin" / "sacct")
-            self._start("slurmctld", self._inside(["slurmctld", "-D"]))
+            self._start_controller()
             for name in self.nodes:
                 self._start_slurmd(name)
             self._wait_until_up(self.nodes)
@@ -118,6 +118,26 @@ class SlurmCluster:
         """Brings back a node that was killed."""
         self._start_slurmd(name)
         self._wait_until_up([name])
+
+    def drain(self, *names: str) -> None:
+        """Lets nothing new start on nodes, as an administrator does before maintenance."""
+        self.run("scontrol", "update", f"nodename={','.join(names)}", "state=drain", "reason=maintenance")
+
+    def undrain(self, *names: str) -> None:
+        """Ends the maintenance; a controller that has just started refuses until the nodes have registered."""
+        command = ["scontrol", "update", f"nodename={','.join(names)}", "state=undrain"]
+        self._wait("slurmctld", lambda: self._try(*command).returncode == 0)
+
+    def stop_controller(self) -> None:
+        """Ends slurmctld; jobs go on, and no command gets an answer."""
+        controller = self._daemons.pop("slurmctld")
+        controller.terminate()
+        controller.wait(timeout=30)
+
+    def start_controller(self) -> None:
+        """Brings back the controller that was stopped, with what it knew."""
+        self._start_controller()
+        self._wait("slurmctld", lambda: self._try("scontrol", "ping").returncode == 0)
 
     def cut_node(self, name: str) -> None:
         """Pulls the network cable of a node, whose tasks go on (mode `ns` only)."""
@@ -162,6 +182,9 @@ class SlurmCluster:
         self._network.holder = self._start("bridge", self._network.bridge_command()).pid
         self._wait("bridge", self._network.ready.exists)
         self._network.write_commands(self.folder / "bin")
+
+    def _start_controller(self) -> None:
+        self._start("slurmctld", self._inside(["slurmctld", "-D"]))
 
     def _start_slurmd(self, name: str) -> None:
         (self.folder / name).mkdir(exist_ok=True)

@@ -149,3 +149,18 @@ def test_a_node_in_a_network_of_its_own_can_be_cut_off(start_cluster: StartClust
     assert sleeps()
     cluster.mend_node("n2")
     assert cluster.run("srun", "--jobid", job, "--overlap", "hostname").split() == ["n2"]
+
+
+def test_a_restart_of_the_controller_and_drained_nodes(start_cluster: StartCluster) -> None:
+    cluster = start_cluster()
+    job = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 600").strip()
+    until(lambda: "RUNNING" in cluster.run("squeue", "-h", "-o", "%T"), "the start of the job")
+    cluster.stop_controller()
+    with pytest.raises(ClusterError, match="Unable to contact"):
+        cluster.run("squeue")
+    cluster.start_controller()
+    assert cluster.run("squeue", "-h", "-o", "%i %T").split() == [job, "RUNNING"]
+    cluster.drain(*cluster.nodes)
+    assert set(cluster.run("sinfo", "-h", "-N", "-o", "%T").split()) <= {"drain", "draining", "drained"}
+    cluster.undrain(*cluster.nodes)
+    assert not {"drain", "draining", "drained"} & set(cluster.run("sinfo", "-h", "-N", "-o", "%T").split())
