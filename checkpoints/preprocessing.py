@@ -11,12 +11,11 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
+from ..models.copying.input import LARGEST
 from ..models.errors import CheckpointError
 from .safety.settings import shortened
 
 CROP_MODES = ("center", "squash", "border")
-LARGEST = 1e6
-"""Of a mean or a deviation, so that an image is finite in float32."""
 MOST_CHANNELS = 10_000
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 

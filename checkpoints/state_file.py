@@ -94,7 +94,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def _meta(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON part of a state. Raises ValueError, KeyError or RecursionError: it is none."""
+    """The JSON part of a state. Raises ValueError, KeyError or RecursionError where there is no valid one."""
     meta = json.loads(metadata[META_KEY])
     if not isinstance(meta, dict):
         raise ValueError(f"its {META_KEY} is no table")

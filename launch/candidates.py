@@ -67,7 +67,7 @@ def check_alike(candidates: list[Candidate]) -> None:
     for other in candidates[1:]:
         if other.num_classes != first.num_classes:
             raise ConfigError(
-                f"{other.name!r} has {other.num_classes} classes and {first.name!r} has {first.num_classes}; "
+                f"{other.name!r} has {other.num_classes} classes and {first!r} has {first.num_classes}; "
                 "evaluate them one by one"
             )
         theirs, ours = (replace(each.spec, mean=(), std=()) for each in (other, first))
@@ -77,7 +77,7 @@ def check_alike(candidates: list[Candidate]) -> None:
         if differ:
             name = differ[0]
             raise ConfigError(
-                f"{other.name!r} takes images of {name}={getattr(theirs, name)} and {first.name!r} of "
+                f"{other.name!r} takes images of {name}={getattr(theirs, name)} and {first!r} of "
                 f"{name}={getattr(ours, name)}; evaluate them one by one"
                 + ("" if name == "input_size" else f", or give --{name} for all")
             )
@@ -88,20 +88,20 @@ def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
 
     Raises ConfigError where another one has other classes, or may have them in another order.
     """
-    first = next((each for each in candidates if each.label_names is not None), None)
-    names = None if first is None else first.label_names
-    if first is None or names is None:
+    named = [(each.name, each.label_names) for each in candidates if each.label_names is not None]
+    if not named:
         return None
+    first, names = named[0]
     for other in candidates:
         theirs = other.label_names
         if not same_classes(names, theirs):
             foreign = [name for name in theirs or () if name not in names]
             raise ConfigError(
-                f"{other.name!r} has classes that {first.name!r} has not: {listed(foreign)}; evaluate them one by one"
+                f"{other.name!r} has classes that {first!r} has not: {listed(foreign)}; evaluate them one by one"
             )
         if not comparable(names, theirs) and list(names) != sorted(names, key=natural_key):
             raise ConfigError(
-                f"{other.name!r} does not say the names of its classes, and those of {first.name!r} are in an order of "
+                f"{other.name!r} does not say the names of its classes, and those of {first!r} are in an order of "
                 "their own; evaluate them one by one"
             )
     return names

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import conversion
 from .copying.grids import GridRule
-from .copying.input import Normalization, TeacherInput
+from .copying.input import LARGEST, Normalization, TeacherInput
 from .copying.links import HeadMap, LayerPair, Link
 from .copying.operators import COPY_METHODS, Copy, copy_operator, teacher_parts
 from .copying.tape import Tape
@@ -34,8 +34,6 @@ ARCHITECTURE = "graftvit_copied"
 EQUAL = GridRule(copy=True)
 PLACES = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
 """Arguments of timm's constructors that name weights to load; a description of a model has none."""
-LARGEST = 1e6
-"""Of a mean or a deviation of images."""
 
 
 @dataclass(frozen=True)

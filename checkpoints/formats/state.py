@@ -73,7 +73,7 @@ def read_state_weights(content: Content, part: Part) -> Weights:
 
 
 def _check_meta(path: Path, meta: Any) -> None:
-    """CheckpointError where what is read as a table is none, or what is read as a name is no text."""
+    """Raises CheckpointError unless each of `TABLES` is a mapping and each of `NAMES` a text, where they are there."""
     for place in TABLES:
         found = _at(meta, place)
         if found is not None and not isinstance(found, Mapping):

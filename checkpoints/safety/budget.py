@@ -17,10 +17,9 @@ PARTS_EACH, SPARE_PARTS, MOST_PARTS = 8, 10_000, 200_000
 """Modules, parameters and buffers for each tensor of the weights, and beside that; however many tensors there are."""
 SPARE_ELEMENTS = 1 << 26
 """Numbers that a model may have beside twice those of its weights: positions of larger images, tables of offsets."""
-
 MOST_INDICES = 1 << 29
-"""Numbers of tables that say where to look, which grow with the image and lie in no file: of 24 layers of a BEiT at
-1,024 pixels, 400 million."""
+"""Numbers in integer tables, as of relative positions. They grow with the image and lie in no file: a BEiT of 24 layers
+has 400 million of them at 1,024 pixels."""
 
 
 class OutgrownError(ValueError):

@@ -20,10 +20,11 @@ INNER = {CONVERTED: "architecture", COPIED: "student"}
 
 
 def check_description(weights: Weights) -> Weights:
-    """The weights themselves, if all that they say of their model can be meant.
+    """The weights themselves, once what they say of their model has been checked.
 
-    Raises CheckpointError: architecture, arguments, description of the images or provenance are of another kind, a
-    number is out of bounds, an architecture within is none of timm's, or what a student copies is no description.
+    Raises CheckpointError: the architecture, its arguments, the description of the images or the provenance have the
+    wrong type; a number is out of bounds; the base of a converted model is not one of timm's architectures; or the
+    description of what a student copies cannot be read.
     """
     _check_kinds(weights)
     for name in ("model_args", "pretrained_cfg"):

@@ -10,7 +10,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
 """Levels of lists and mappings."""
 MAX_NODES = 100_000
-"""Values and keys, with each alias counted as all that it stands for."""
+"""Values and keys. An alias counts as many as what it stands for."""
 MAX_DIGITS = 1_000
 """Characters of a whole number."""
 
@@ -69,7 +69,7 @@ def parse(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """The value of a YAML document.
 
     Raises:
-        YamlError: the text is not YAML, a value is none of its kind, or there is more of it than anybody writes.
+        YamlError: the text is not YAML, a value is not of the form of its type, or a bound is passed.
     """
     if len(text) > MAX_BYTES:
         raise YamlError(f"it has more than {MAX_BYTES:,} bytes")

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..errors import TransferError
 from .grids import Embeddings, GridRule, Grids
 
+LARGEST = 1e6
+"""Bound of a mean, of a deviation and of its inverse, so that an image is finite in float32."""
+
 
 class Normalization(NamedTuple):
     """Mean and standard deviation of each channel, of images in [0, 1]."""

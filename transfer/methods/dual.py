@@ -22,7 +22,7 @@ from ...models.families import check_supported
 from ...models.replay import replay_blocks, restore_blocks
 from ..config import Method, TransferConfig
 from .drop_path import share_drop_paths
-from .install import install
+from .install import Pairing, install
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .plan import TransferPlan, resolve_plan
 
@@ -168,7 +168,8 @@ class DualViT(nn.Module):
         self.plan, self._tape, self._changes = plan, Tape(), Changes()
         begin_lesson(self.teacher, self.student, self, self._changes)
         try:
-            installed = install(self.config, plan, self.teacher, self.student, self._tape, self._changes)
+            pairing = Pairing(self.config, plan, self.teacher, self.student, self._tape, self._changes)
+            installed = install(pairing)
             share = self.config.share_drop_path
             shared = share_drop_paths(self.student, installed.view, self._tape) if share else []
         except BaseException:

@@ -29,6 +29,20 @@ HEADS = ("head", "head_dist")
 Finish = Callable[[Tensor], dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """A teacher and a student, and what is to happen between them."""
+
+    config: TransferConfig
+    plan: TransferPlan
+    teacher: nn.Module
+    student: nn.Module
+    tape: Tape
+    """From which the student's layers read the teacher's side."""
+    changes: Changes
+    """What was changed in the student, which is added to."""
+
+
 @dataclass
 class Installed:
     """What `install` made: the teacher as the step runs it, extra modules, and losses of the student's logits."""
@@ -38,29 +52,22 @@ class Installed:
     finish: Finish | None = None
 
 
-def install(
-    config: TransferConfig,
-    plan: TransferPlan,
-    teacher: nn.Module,
-    student: nn.Module,
-    tape: Tape,
-    changes: Changes,
-) -> Installed:
-    """Make the student's layers run the method, reading the teacher's side from `tape`; `changes` is added to."""
-    method = config.method
-    if method == "block_output":
-        return _install_block_output(plan, teacher, student, tape, changes)
-    if method == "feature":
-        return _install_feature(config, plan, teacher, student, tape, changes)
-    if method == "logits":
-        return _install_logits(config, teacher, student, tape)
+def install(pairing: Pairing) -> Installed:
+    """Make the student's layers run the method of `pairing.config`."""
+    method = pairing.config.method
+    whole = {"block_output": _install_block_output, "feature": _install_feature, "logits": _install_logits}
+    return whole.get(method, _install_attention)(pairing)
+
+
+def _install_attention(pairing: Pairing) -> Installed:
+    method, tape, changes = pairing.config.method, pairing.tape, pairing.changes
     output = method == "attention_output"
     parts = teacher_parts(method) if method in COPY_METHODS else tuple(DISTILL_PARTS.get(method, "qk"))
-    installed = Installed(view_attention(teacher, plan.teacher_layers, tape, parts, output))
-    hosts = host_attention(student)
-    for link in plan.links:
+    installed = Installed(view_attention(pairing.teacher, pairing.plan.teacher_layers, tape, parts, output))
+    hosts = host_attention(pairing.student)
+    for link in pairing.plan.links:
         host = hosts[link.pair.student]
-        operator = _operator(config, plan, link, tape, installed.projectors)
+        operator = _operator(pairing, link, installed.projectors)
         if isinstance(host, ConvertedAttention):
             changes.hooks.append(_watch_converted(host, link, operator))
             continue
@@ -69,7 +76,7 @@ def install(
     if not any(
         {"q", "k"} & set(getattr(host.operator, "taught_needs", host.operator.needs)) for host in hosts
     ):
-        changes.frozen += _freeze(getattr(student, "rel_pos_bias", None))
+        changes.frozen += _freeze(getattr(pairing.student, "rel_pos_bias", None))
     return installed
 
 
@@ -83,9 +90,8 @@ def _watch_converted(host: ConvertedAttention, link: Link, operator: Taught) -> 
     return cast(nn.Module, host.operator).register_forward_hook(operator.watch)
 
 
-def _operator(
-    config: TransferConfig, plan: TransferPlan, link: Link, tape: Tape, projectors: nn.ModuleDict
-) -> Taught:
+def _operator(pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Taught:
+    config, plan, tape = pairing.config, pairing.plan, pairing.tape
     method = config.method
     if method in COPY_METHODS:
         return copy_operator(method, link, tape)
@@ -113,27 +119,20 @@ def _projector(
     return projectors[name]
 
 
-def _install_block_output(
-    plan: TransferPlan, teacher: nn.Module, student: nn.Module, tape: Tape, changes: Changes
-) -> Installed:
-    installed = Installed(view_blocks(teacher, plan.teacher_layers, tape))
-    blocks = cast(Any, student).blocks
+def _install_block_output(pairing: Pairing) -> Installed:
+    plan, tape = pairing.plan, pairing.tape
+    installed = Installed(view_blocks(pairing.teacher, plan.teacher_layers, tape))
+    blocks = cast(Any, pairing.student).blocks
     for link in plan.links:
         projector = _projector(installed.projectors, link, plan.student.width, plan.teacher.width)
         match = _MatchBlock(link, tape, projector)
-        changes.hooks.append(blocks[link.pair.student].register_forward_hook(match))
+        pairing.changes.hooks.append(blocks[link.pair.student].register_forward_hook(match))
     return installed
 
 
-def _install_feature(
-    config: TransferConfig,
-    plan: TransferPlan,
-    teacher: nn.Module,
-    student: nn.Module,
-    tape: Tape,
-    changes: Changes,
-) -> Installed:
+def _install_feature(pairing: Pairing) -> Installed:
     """The pooled feature before the head; DeiT's two heads read two tokens, and their mean is the feature."""
+    teacher, student, tape = pairing.teacher, pairing.student, pairing.tape
     view = view_whole(teacher)
     for name in HEADS:
         if name in view._modules:
@@ -142,22 +141,25 @@ def _install_feature(
     for name in HEADS:
         head = student._modules.get(name)
         if head is not None:
-            changes.hooks.append(head.register_forward_pre_hook(_KeepInput(tape, name)))
+            pairing.changes.hooks.append(head.register_forward_pre_hook(_KeepInput(tape, name)))
     widths = int(cast(Any, student).num_features), int(cast(Any, teacher).num_features)
     if widths[0] != widths[1]:
         installed.projectors["feature"] = nn.Linear(*widths)
-    installed.finish = _FeatureLoss(tape, config.feature_loss, installed.projectors)
+    installed.finish = _FeatureLoss(tape, pairing.config.feature_loss, installed.projectors)
     return installed
 
 
-def _install_logits(config: TransferConfig, teacher: nn.Module, student: nn.Module, tape: Tape) -> Installed:
-    classes = [int(cast(Any, model).num_classes) for model in (teacher, student)]
+def _install_logits(pairing: Pairing) -> Installed:
+    teacher, tape = pairing.teacher, pairing.tape
+    classes = [int(cast(Any, model).num_classes) for model in (teacher, pairing.student)]
     if classes[0] != classes[1] or classes[0] == 0:
         raise TransferError(
             f"transfer.method=logits needs one set of classes, and the teacher has {classes[0]} and the student "
             f"{classes[1]}; use a teacher fine-tuned on this data, or method=feature"
         )
-    return Installed(_Recorded(view_whole(teacher), tape), finish=_LogitsLoss(tape, config.temperature))
+    return Installed(
+        _Recorded(view_whole(teacher), tape), finish=_LogitsLoss(tape, pairing.config.temperature)
+    )
 
 
 @dataclass(eq=False)
