@@ -8,13 +8,15 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_wandb_available
 
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, one_sentence
+
+HELP = {"wandb": ": `wandb login` once, or WANDB_MODE=offline where there is no network"}
 
 
 def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int) -> list[GeneralTracker]:
     """The trackers of a run that stands at `step`; what an earlier attempt logged after it is dropped.
 
-    Raises ConfigError where a tracker's package is missing.
+    Raises ConfigError where a tracker's package is missing, or it does not start.
     """
     trackers: list[GeneralTracker] = []
     for name in names:
@@ -29,8 +31,19 @@ def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int
                 WandBTracker("graftvit", name=folder.name, dir=str(folder), id=run_id, resume="allow")
             )
     for tracker in trackers:
-        tracker.start()
+        _start(tracker)
     return trackers
+
+
+def _start(tracker: GeneralTracker) -> None:
+    try:
+        tracker.start()
+    except (
+        Exception
+    ) as error:  # of the tracker's own kinds: no key, no network, a folder that it cannot write
+        raise ConfigError(
+            f"engine.trackers={tracker.name} does not start ({one_sentence(str(error))}){HELP.get(tracker.name, '')}"
+        ) from error
 
 
 def hyperparameters(settings: dict[str, Any], **extra: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import trackers
@@ -43,3 +44,20 @@ def test_hyperparameters_are_flat_scalars() -> None:
     assert flat["optim.blr"] == 1e-3
     assert flat["mode"] == "transfer"
     assert all(isinstance(value, int | float | str | bool) for value in flat.values())
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unknown(GeneralTracker):
+        name = "wandb"
+        requires_logging_directory = False
+        tracker = None
+
+        def start(self) -> None:
+            raise RuntimeError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(trackers, "is_wandb_available", lambda: True)
+    monkeypatch.setattr(trackers, "WandBTracker", lambda *args, **words: Unknown())
+    with pytest.raises(ConfigError, match=r"trackers=wandb does not start \(No API key.* WANDB_MODE=offline"):
+        trackers.create_trackers(("wandb",), tmp_path, "id", 0)
