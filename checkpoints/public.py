@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-PATH_KEYS = ("source", "init", "data_path", "output_dir")
+PATH_KEYS = ("source", "init", "data_path", "stage", "output_dir")
 """Settings that may hold a path, relative ones included."""
 _HUB = ("hf-hub:", "hf_hub:")
 _BEGIN = r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:[\\/]|\\\\)"

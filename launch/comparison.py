@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..transfer.compare.run import Comparison
     from ..transfer.compare.settings import CompareConfig
 
-FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.workers", "data.download")
+FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.stage", "data.workers", "data.download")
 """What the run that makes the teacher takes over from the comparison."""
 
 

@@ -22,7 +22,9 @@ import torch
 from engine_runs import config, differences, make_teacher, state
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine import save_clock
 from graftvit.transfer.engine.loop import Loop
+from graftvit.transfer.engine.saving import Saver
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
 from patience import until
@@ -141,6 +143,35 @@ def failed(spoil: Spoil, run: Callable[..., RunConfig], ranks: int) -> dict[str,
     return {"ends": ends, "texts": texts, "finite": finite, "last": wait(start(run("cut"), ranks))}
 
 
+def clocked(run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
+    """A run that saves by clocks which go at different speeds in its processes, is killed and goes on."""
+    folder = run("cut").output_dir.parent
+
+    def spoil(rank: int) -> None:
+        minutes = [0]
+        real, save = Loop._step, Saver.save
+
+        def step(self: Loop, batches: Any) -> None:
+            if self.position.step == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, batches)
+            minutes[0] += 1 + rank
+
+        def noted(self: Saver, position: Any, *, best: bool = False, last: bool = True) -> None:
+            save(self, position, best=best, last=last)
+            with (folder / f"saved{rank}").open("a") as file:
+                file.write(f"{position.step}\n")
+
+        save_clock.now = lambda: 60.0 * minutes[0]
+        Loop._step, Saver.save = step, noted  # type: ignore[method-assign]
+
+    engine = run("cut").engine.model_copy(update={"save_every": None, "save_minutes": 2})
+    cut = run("cut").model_copy(update={"engine": engine})
+    ends = [wait(start(run("whole"), ranks)), wait(start(cut, ranks, spoil)), wait(start(cut, ranks))]
+    saved = [(folder / f"saved{rank}").read_text().split() for rank in range(ranks)]
+    return {"ends": ends, "saved": saved, "differences": differences(run("whole").output_dir, cut.output_dir)}
+
+
 def rewrapped(run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
     """A run that is stopped under DDP and goes on under FSDP2, against DDP to the end."""
     assert wait(start(run("whole"), ranks)) == [0] * ranks, "the undisturbed run failed"
@@ -157,13 +188,15 @@ def main(scenario: str, folder: Path, ranks: int, wrap: str) -> None:
 
     def run(name: str, fsdp: bool = wrap == "fsdp") -> RunConfig:
         engine = {"log_interval": 1, "save_every": 3, "fsdp": fsdp, "eval_every": 2}
-        optim: dict[str, Any] = {"epochs": 6, "accum_iter": 2 if ranks > 1 else 1}
+        optim: dict[str, Any] = {"epochs": 6, "accum_iter": 2 if ranks > 1 and scenario != "clock" else 1}
         if scenario == "rewrap":  # Adam makes a whole step of rounding where a gradient is zero
             optim |= {"opt": "sgd", "lr": 0.05}
         return config(folder / name, teacher, engine=engine, optim=optim)
 
     if scenario in ("kill", "terminate"):
         report = interrupted(scenario, run, ranks)
+    elif scenario == "clock":
+        report = clocked(run, ranks)
     elif scenario == "rewrap":
         report = rewrapped(run, ranks)
     else:

@@ -195,6 +195,11 @@ class DataConfig(Section):
         "", description="timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits"
     )
     data_path: str | None = Field(None, description="root folder of the data set")
+    stage: str | None = Field(
+        None,
+        description="folder of a node's own disk that the data set is copied to once a node, as in '$SLURM_TMPDIR', "
+        "which each node replaces by itself",
+    )
     train_split: str = Field("train", description="split to train on")
     val_split: str | None = Field("validation", description="split to evaluate on; none for no evaluation")
     download: bool = Field(False, description="let torchvision download the data set")
@@ -245,6 +250,15 @@ class DataConfig(Section):
     max_bad_images: int = Field(
         100, ge=0, description="unreadable images skipped, with their paths, before the run stops"
     )
+
+    @field_validator("stage")
+    @classmethod
+    def _check_stage(cls, folder: str | None) -> str | None:
+        if folder is not None and not folder.strip():
+            raise ValueError(
+                "a folder has a name; quote a variable, as in '$SLURM_TMPDIR': the shell put nothing in"
+            )
+        return folder
 
     @field_validator("crop_scale")
     @classmethod
@@ -308,6 +322,12 @@ class EngineConfig(Section):
     )
     save_every: int | None = Field(
         None, gt=0, description="optimiser steps between checkpoints; each epoch by default"
+    )
+    save_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="minutes after the last checkpoint at which another is saved, at the next step; besides those of "
+        "save_every or of the epochs",
     )
     stop_grace: float = Field(
         300.0,

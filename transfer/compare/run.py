@@ -161,14 +161,16 @@ def digest(comparison: Comparison, cell: Cell) -> str:
     settings = [stage.config.model_dump(mode="json", exclude={"output_dir"}) for stage in comparison.stages]
     for each in settings:
         each["student"].pop("plan")
-        each["data"].pop("data_path")
-        each["data"].pop("workers")
-        each["engine"].pop("stop_grace")
+        for name in ("data_path", "workers", "stage"):
+            each["data"].pop(name)
+        for name in ("stop_grace", "save_minutes"):
+            each["engine"].pop(name)
     made = (
         None
         if comparison.teacher is None
         else comparison.teacher.model_dump(
-            mode="json", exclude={"output_dir": True, "engine": {"stop_grace"}}
+            mode="json",
+            exclude={"output_dir": True, "data": {"stage"}, "engine": {"stop_grace", "save_minutes"}},
         )
     )
     if made is not None:

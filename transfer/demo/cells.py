@@ -85,8 +85,9 @@ class Cell:
     def digest(self, threads: int) -> str:
         """Of all that the cell's numbers depend on, but for its teacher's weights."""
         settings = self.config.model_dump(mode="json", exclude={"output_dir", "teacher"})
-        for name in ("progress", "stop_grace"):
+        for name in ("progress", "stop_grace", "save_minutes"):
             settings["engine"].pop(name)
+        settings["data"].pop("stage")
         return hashlib.sha256(json.dumps([settings, threads], sort_keys=True).encode()).hexdigest()[:16]
 
     def is_finished(self, threads: int) -> bool:

@@ -19,6 +19,7 @@ from .optim import set_learning_rate
 from .randomness import seed_batch
 from .recorder import Recorder
 from .resume import Position
+from .save_clock import SaveClock
 from .saving import Saver
 from .schedule import Schedule
 from .scoring import best_value, score
@@ -41,6 +42,10 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.health = LossHealth()
+        first = self.accelerator.is_main_process
+        self.clock = SaveClock(self.config.engine.save_minutes if first else None)
+        self.due = False
+        """Whether the clock asked for a state that is not saved yet, as all processes know."""
 
     @property
     def finished(self) -> bool:
@@ -50,6 +55,7 @@ class Loop:
     def run(self) -> int | None:
         """Trains to the end, or until all processes agree on a signal, which is returned after a save."""
         self.saver.model.train()
+        self.clock.restart()  # a teacher's evaluation may lie behind
         timer = CommunicationTimer(self.saver.model, self.config.engine.log_interval)
         self.recorder.communication = timer.seconds
         for kind in self.saver.meters:
@@ -74,15 +80,21 @@ class Loop:
         with closing(self._batches()) as batches:
             while self._steps_left:
                 self._step(batches)
-                stopped = self.signals.agreed()
+                stopped, due = self.signals.agreed(save=self.clock.due())
+                self.due |= due
                 if self.position.step % self.config.engine.log_interval == 0:
                     self._write_interval()
                 if stopped is not None:
                     return stopped
-                every = self.config.engine.save_every
-                if every and self.position.step % every == 0 and self._steps_left:
+                if self._save_due and self._steps_left:
                     self._save()
         return None
+
+    @property
+    def _save_due(self) -> bool:
+        """Whether a state is due at this step, by the clock or by the number of steps."""
+        every = self.config.engine.save_every
+        return self.due or (every is not None and self.position.step % every == 0)
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Batches of this epoch on the device, from where the run stands."""
@@ -157,8 +169,7 @@ class Loop:
         self.recorder.write("epoch", {**record, "n_parameters": self.saver.n_parameters})
         self.position.epoch += 1
         self.position.epoch_step = 0
-        every = self.config.engine.save_every
-        due = over or every is None or self.position.step % every == 0
+        due = over or self.config.engine.save_every is None or self._save_due
         if due or better:
             self._save(best=better, last=due)
 
@@ -183,6 +194,9 @@ class Loop:
             raise RunFailedError(f"a weight is not finite at step {self.position.step}{self._last_good()}")
         with self.recorder.paused():
             self.saver.save(self.position, best=best, last=last)
+        if last:
+            self.due = False
+            self.clock.restart()
 
     def _check_losses(self) -> None:
         failures = self.health.failures(self.accelerator)

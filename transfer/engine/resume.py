@@ -15,7 +15,7 @@ from ..config import RunConfig
 
 FREE = (
     "output_dir", "engine.", "student.compile", "student.grad_checkpointing",
-    "data.data_path", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
+    "data.data_path", "data.stage", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
     "optim.epochs", "optim.max_steps",
 )  # fmt: skip
 """Settings that may change when a run goes on: where and how it runs, and how long it is."""

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, SIGUSR2 and Ctrl-C become a flag that is read at step boundaries."""
+"""What all processes agree on at a step boundary: to stop, after SIGTERM, SIGUSR2 or Ctrl-C, and to save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import threading
 from contextlib import nullcontext
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,21 @@ STOP_SIGNALS = tuple(
 )  # Windows has no SIGUSR2
 
 
+class Agreed(NamedTuple):
+    """What holds for all processes at a boundary."""
+
+    signal: int | None
+    """The signal on which they stop."""
+    save: bool
+    """Whether a state is due by the clock."""
+
+
 class StopSignals:
-    """Handlers for the life of a `with` block; `agreed()` once a step says whether all processes stop now.
+    """Handlers for the life of a `with` block; `agreed()` once a step says whether all processes stop or save now.
 
     With several processes each boundary starts an all-reduce of the flags on the CPU and reads the one
-    started at the boundary before: all see the same value, nothing waits for a device, and the stop comes one
-    step later. A second SIGINT aborts at once. The handlers that were there before are put back on exit.
+    started at the boundary before: all see the same values, nothing waits for a device, and the stop, or the
+    save, comes one step later. A second SIGINT aborts at once. The handlers that were there before are put back on exit.
     With `grace`, a process that comes to no boundary in so many seconds after a signal is ended (`deadline`).
     """
 
@@ -66,15 +75,19 @@ class StopSignals:
         self.received = number
         early_signals.remember(number)
 
-    def agreed(self) -> int | None:
-        """The signal on which all processes stop at this boundary, or None; all must ask at each boundary."""
+    def agreed(self, *, save: bool = False) -> Agreed:
+        """What all processes do at this boundary; all must ask at each one.
+
+        `save` says that this process finds a state due.
+        """
         deadline.moved()
         if self._group is None:
-            return self.received
-        flag = torch.tensor(self.received or 0)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        before, self._pending = self._pending, (flag, work)
+            return Agreed(self.received, save)
+        flags = torch.tensor([self.received or 0, save])
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        before, self._pending = self._pending, (flags, work)
         if before is None:
-            return None
+            return Agreed(None, False)
         before[1].wait()
-        return int(before[0]) or None
+        number, due = before[0].tolist()
+        return Agreed(number or None, bool(due))

@@ -87,3 +87,16 @@ def test_a_run_stopped_under_ddp_goes_on_under_fsdp(tmp_path: Path) -> None:
     assert report["ends"] == [[115, 115], [0, 0]], report
     assert report["same_names"]
     assert report["gap"] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "wrap"), [(1, "single"), (2, "ddp"), pytest.param(2, "fsdp", marks=NEEDS_FSDP)]
+)
+def test_clocks_that_differ_save_together_and_leave_no_trace(tmp_path: Path, ranks: int, wrap: str) -> None:
+    report = killer("clock", tmp_path, ranks, wrap)
+    assert report["ends"] == [[0] * ranks, [-9] * ranks, [0] * ranks], report
+    assert all(steps == report["saved"][0] for steps in report["saved"]), report
+    between = {int(step) for step in report["saved"][0] if int(step) % (8 if ranks == 1 else 4)}
+    assert len(between) >= 2, report
+    assert report["differences"] == []

@@ -18,10 +18,10 @@ from graftvit.transfer.engine.signals import STOP_SIGNALS, StopSignals
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_read_at_the_boundary(number: int) -> None:
     with StopSignals() as signals:
-        assert signals.agreed() is None
+        assert signals.agreed().signal is None
         os.kill(os.getpid(), number)
-        assert signals.agreed() == number
-        assert signals.agreed() == number
+        assert signals.agreed().signal == number
+        assert signals.agreed().signal == number
 
 
 def test_a_second_interrupt_aborts_at_once() -> None:
@@ -69,7 +69,7 @@ def test_outside_the_main_thread_no_handler_is_installed() -> None:
 
     def run() -> None:
         with StopSignals() as signals:
-            seen.append((signals.agreed(), signal.getsignal(signal.SIGTERM)))
+            seen.append((signals.agreed().signal, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -84,7 +84,7 @@ def test_signals_are_remembered_from_before_a_run_and_only_until_its_end() -> No
         with remembering():  # a job remembers already
             assert early_signals.received == [signal.SIGTERM]
         with StopSignals() as signals:
-            assert signals.agreed() == signal.SIGTERM
+            assert signals.agreed().signal == signal.SIGTERM
             os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGTERM)
         assert early_signals.received == [signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]
