@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 
 from ...models.errors import ConfigError, GraftError
+from .ask import TRIES, NoSuchJobError, ask
 from .settings import parse_time
 
 UNKNOWN = "UNKNOWN"
@@ -46,7 +46,8 @@ _QUEUE = [
     "TimeLimit",
 ]
 _ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason"]
-_TIMEOUT = 20.0
+_NAMED = ["JobArrayID", "State", "Name"]
+_FLAGS = ("--states=all", "--array", "--noheader")
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,35 @@ class JobState:
     """How earlier starts of the same job ended, where the accounting tells."""
 
 
-def job_states(ids: Iterable[str]) -> dict[str, JobState]:
+def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]:
     """What is known of each job; state UNKNOWN where nobody knows it any more. Raises GraftError."""
     wanted = list(dict.fromkeys(ids))
     if not wanted:
         return {}
-    queued = parse_queue(_queue_text(wanted))
+    queued = parse_queue(_queue_text(wanted, tries))
     try:
         recorded = parse_accounting(_accounting_text(wanted))
     except GraftError:
         recorded = {}
     return {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
+
+
+def jobs_named(name: str) -> list[str]:
+    """This user's jobs of that name that wait, run or will be started again, with their array indices.
+
+    Raises GraftError. The queue alone knows all that wait or run; its own `--name` splits a name at commas.
+    """
+    text = ask("squeue", f"--user={os.getuid()}", *_FLAGS, f"--Format={_columns(_NAMED)}")
+    return [job for job, state in parse_names(text).get(name, {}).items() if state not in ENDED]
+
+
+def parse_names(text: str) -> dict[str, dict[str, str]]:
+    """Job name -> job id -> Slurm's word, of the lines that `squeue` gives for `_NAMED`."""
+    found: dict[str, dict[str, str]] = {}
+    for line in text.splitlines():
+        job, state, name = [*line.split("|", 2), "", ""][:3]
+        found.setdefault(name.removesuffix("|").rstrip(), {})[job.strip()] = _state(state)
+    return found
 
 
 def accounting_works() -> bool:
@@ -95,15 +114,15 @@ def accounting_works() -> bool:
 
 def cancel(job_id: str) -> None:
     """Ends a job for good, whether it waits or runs. Raises GraftError."""
-    _ask(["scancel", job_id])
+    ask("scancel", job_id)
 
 
 def signal_job(job_id: str, name: str) -> None:
-    """Sends a signal to every task of a running job. Raises GraftError.
+    """Sends a signal to every task of a running job. Raises GraftError, NoSuchJobError where it has just ended.
 
     Not with `--full`: that also hits the shell of the batch script, which dies of it and takes the job along.
     """
-    _ask(["scancel", f"--signal={name}", job_id])
+    ask("scancel", f"--signal={name}", job_id)
 
 
 def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
@@ -117,7 +136,7 @@ def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
         `preempted`, `requeued`, `cancelled`, `time limit`, or nothing where the scheduler does not tell.
     """
     try:
-        text = _ask(["scontrol", "--oneliner", "show", "job", job_id], timeout=8)
+        text = ask("scontrol", "--oneliner", "show", "job", job_id, timeout=8, tries=1)
     except GraftError:
         return ""
     return reason_in(text, int(os.environ.get("SLURM_RESTART_COUNT", "0")), datetime.now(), signal_delay)
@@ -147,7 +166,7 @@ def fallen_nodes(nodes: Sequence[str]) -> list[str]:
     if not nodes:
         return []
     try:
-        text = _ask(["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"])
+        text = ask("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T", tries=1)
     except GraftError:
         return []
     return fallen_in(text)
@@ -226,7 +245,7 @@ def expand_nodes(text: str) -> tuple[str, ...]:
     if "[" not in packed:
         return tuple(name for name in packed.split(",") if name)
     try:
-        return tuple(_ask(["scontrol", "show", "hostnames", packed]).split())
+        return tuple(ask("scontrol", "show", "hostnames", packed).split())
     except GraftError:
         return (packed,)
 
@@ -238,44 +257,20 @@ def _merged(queued: JobState | None, recorded: JobState | None) -> JobState:
     return replace(queued, history=history[-queued.restarts :] if queued.restarts else ())
 
 
-def _queue_text(ids: Sequence[str]) -> str:
-    columns = ",".join(f"{name}:|" for name in _QUEUE)
-    flags = ["--states=all", "--array", "--noheader"]
+def _queue_text(ids: Sequence[str], tries: int) -> str:
     try:
-        return _ask(["squeue", f"--jobs={','.join(ids)}", *flags, f"--Format={columns}"])
-    except GraftError as error:
-        if "Invalid job id" in str(error):  # said where it knows none of them
-            return ""
-        raise
+        return ask("squeue", f"--jobs={','.join(ids)}", *_FLAGS, f"--Format={_columns(_QUEUE)}", tries=tries)
+    except NoSuchJobError:  # said where it knows none of them, or shows none of them to this user
+        return ""
 
 
 def _accounting_text(ids: Sequence[str]) -> str:
     words = ["sacct", "--allocations", "--duplicates", "--parsable2"]
-    return _ask([*words, "-o", ",".join(_ACCOUNTING), "-j", ",".join(ids)])
+    return ask(*words, "-o", ",".join(_ACCOUNTING), "-j", ",".join(ids), tries=1)
 
 
-def _ask(words: list[str], timeout: float = _TIMEOUT) -> str:
-    """The output of a command of Slurm. Raises GraftError with one sentence."""
-    try:
-        done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
-        )
-    except FileNotFoundError as error:
-        raise GraftError(f"{words[0]} is not on this machine: run this where Slurm's commands are") from error
-    except OSError as error:
-        raise GraftError(f"{words[0]} cannot be run: {error.strerror}") from error
-    except subprocess.TimeoutExpired as error:
-        raise GraftError(f"{words[0]} gave no answer within {timeout:.0f} seconds") from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        said = lines[-1].removeprefix(f"{words[0]}: ")  # those before it tell what led there
-        raise GraftError(f"{words[0]} failed: {said}")
-    return done.stdout
+def _columns(names: Sequence[str]) -> str:
+    return ",".join(f"{name}:|" for name in names)
 
 
 def _state(text: str) -> str:

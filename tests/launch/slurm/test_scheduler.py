@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm import scheduler
+from graftvit.launch.slurm import ask, scheduler
+from graftvit.launch.slurm.ask import NoAnswerError, NoSuchJobError
 from graftvit.launch.slurm.scheduler import (
     JobState,
     accounting_works,
@@ -19,7 +20,9 @@ from graftvit.launch.slurm.scheduler import (
     fallen_in,
     fallen_nodes,
     job_states,
+    jobs_named,
     parse_accounting,
+    parse_names,
     parse_queue,
     reason_in,
     signal_job,
@@ -124,8 +127,50 @@ def test_a_scheduler_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
         raise subprocess.TimeoutExpired(words, timeout)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    with pytest.raises(GraftError, match="no answer within 20 seconds"):
+    monkeypatch.setattr(ask, "PAUSE", 0.0)
+    with pytest.raises(NoAnswerError, match=r"asked 3 times in .* no answer within 15 seconds"):
         job_states(["1"])
+    assert ask.TRIES * ask.TIMEOUT + (ask.TRIES - 1) * 2 < 60
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "tries"),
+    [
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", NoAnswerError, 3),
+        ("slurm_load_jobs error: Socket timed out on send/recv operation", NoAnswerError, 3),
+        ("scancel: error: Kill job error on job id 9: Access/permission denied", GraftError, 1),
+        ("scancel: error: Kill job error on job id 9: Invalid job id specified", NoSuchJobError, 1),
+        (
+            "scancel: error: Kill job error on job id 9: Job can not be altered now, try again later",
+            GraftError,
+            1,
+        ),
+    ],
+)
+def test_only_a_controller_that_is_away_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, said: str, kind: type[GraftError], tries: int
+) -> None:
+    calls = []
+
+    def answer(words: Any, **_: Any) -> Any:
+        calls.append(words)
+        return subprocess.CompletedProcess(words, 1, stdout="", stderr=f"{said}\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(ask, "PAUSE", 0.0)
+    with pytest.raises(GraftError) as raised:
+        cancel("9")
+    assert type(raised.value) is kind
+    assert said.rpartition(": ")[2] in str(raised.value)
+    assert len(calls) == tries
+
+
+def test_jobs_are_known_by_their_name() -> None:
+    text = "7_0|PENDING|graftvit-a b=1,2|\n7_1|COMPLETED|graftvit-a b=1,2|\n9|RUNNING|graftvit-x|y|\n"
+    assert parse_names(text) == {
+        "graftvit-a b=1,2": {"7_0": "PENDING", "7_1": "COMPLETED"},
+        "graftvit-x|y": {"9": "RUNNING"},
+    }
 
 
 def use(monkeypatch: pytest.MonkeyPatch, cluster: SlurmCluster) -> None:
@@ -190,6 +235,22 @@ def test_real_jobs(
     cluster.kill_node(cluster.nodes[1])
     assert state_when(wide, lambda job: job.restarts == 1).state in ("COMPLETING", "PENDING")
     assert fallen_nodes(cluster.nodes) == [cluster.nodes[1]]
+
+
+@pytest.mark.slurm
+def test_jobs_are_found_by_their_name(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, cluster)
+    name = f"graftvit-a run={'x' * 60},seed=0"
+    array = sbatch(cluster, "true", "--hold", "--array=0-3%2", f"--job-name={name}")
+    alone = sbatch(cluster, "sleep 100", f"--job-name={name}")
+    ended = sbatch(cluster, "true", f"--job-name={name}")
+    state_when(ended, lambda job: job.state == "COMPLETED")
+    assert sorted(jobs_named(name)) == sorted([f"{array}_{index}" for index in range(4)] + [alone])
+    assert jobs_named("graftvit-a") == []
+    cancel(array)
+    cancel(alone)
+    state_when(alone, lambda job: job.state == "CANCELLED")
+    assert jobs_named(name) == []
 
 
 @pytest.mark.slurm
