@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +36,32 @@ class Launch:
     cpus_per_task: int
     after: str | None = None
     """The job that has to finish before; where it does not, these are cancelled."""
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     @property
     def logs(self) -> Path:
         return self.folder / "jobs" / "logs"
 
     @property
+    def place(self) -> Path:
+        """Where the job finds what it runs, and where its number is written down."""
+        return self.folder / "jobs" / f"launch-{self.identity}"
+
+    @property
     def start(self) -> Path:
         """The script that starts the interpreter of each task."""
-        return self.folder / "jobs" / "start.sh"
+        return self.place / "start.sh"
+
+
+def job_name(folder: Path) -> str:
+    """The name of what is submitted to `folder`; it tells runs of the same name in different places apart."""
+    return f"graftvit-{folder.name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]}"
 
 
 def executor_of(launch: Launch) -> submitit.AutoExecutor:
     """The executor, its resources set; nothing is written."""
     config = launch.config
-    python = f"sh {shlex.quote(str(launch.start))}"
-    executor = submitit.AutoExecutor(
-        folder=launch.logs, cluster=config.cluster, slurm_python=python, local_python=python
-    )
+    executor = submitit.AutoExecutor(folder=launch.logs, cluster=config.cluster)
     executor.update_parameters(**_common(launch))
     if config.cluster == "slurm":
         executor.update_parameters(**_of_slurm(launch))
@@ -66,7 +76,12 @@ def script(launch: Launch) -> str:
     count = len(launch.requests)
     if count > 1:
         executor.parameters["map_count"] = count  # as submitit does for an array
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "%j"))
+    return str(executor._make_submission_file_text(command(launch), "%j"))
+
+
+def command(launch: Launch) -> str:
+    """What each task runs: the request that stands in the folder of the launch."""
+    return f"sh {shlex.quote(str(launch.start))} -u -m submitit.core._submit {shlex.quote(str(launch.place))}"
 
 
 def _common(launch: Launch) -> dict[str, Any]:

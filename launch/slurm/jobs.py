@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 from ...models.errors import ConfigError, GraftError
 from .files import Attempt, JobFolder, Submission
 from .logs import error_of
+from .lookup import find_submissions
+from .processes import is_alive
 from .progress import Progress, read_progress
 from .scheduler import UNKNOWN, JobState, job_states
 from .sweep import load_sweep
@@ -87,12 +88,20 @@ def run_folders(folder: Path) -> list[Path]:
     cells = [cell.folder for cell in sweep.cells] if sweep else sorted((folder / "cells").glob("*"))
     if cells and not sweep:
         cells.insert(0, folder / "teacher")
-    found = [cell for cell in cells if JobFolder(cell).submission_path.exists()]
-    if found or JobFolder(folder).submission_path.exists():
-        return found or [folder]
+    found = _submitted(cells) or _submitted([folder])
+    if found:
+        return found
     raise ConfigError(
         f"{folder} was never submitted: `graftvit submit CONFIG --output_dir {folder}` does that"
     )
+
+
+def _submitted(runs: Sequence[Path]) -> list[Path]:
+    """Those with a submission, or a job without one. What Slurm is not there to tell is left out."""
+    try:
+        return [run for run, known in find_submissions(runs).items() if known]
+    except GraftError:
+        return [run for run in runs if JobFolder(run).submissions()]
 
 
 def describe_run(folder: Path) -> RunStatus:
@@ -102,36 +111,73 @@ def describe_run(folder: Path) -> RunStatus:
 
 def describe_runs(folders: Iterable[Path]) -> list[RunStatus]:
     """How runs are, with one question to the scheduler for all. Raises ConfigError: one was never submitted."""
-    found: list[tuple[JobFolder, Submission]] = []
-    for folder in folders:
-        files = JobFolder(folder)
-        submission = files.submission()
-        if submission is None:
+    found = judge_jobs(folders)
+    for folder, jobs in found.items():
+        if not jobs:
             raise ConfigError(f"{folder} was never submitted: `graftvit submit` does that")
-        found.append((files, submission))
-    states, problem = _ask([submission.job_id for _, submission in found if submission.cluster == "slurm"])
-    return [_status(files, submission, states, problem) for files, submission in found]
+    return [_status(JobFolder(folder), jobs) for folder, jobs in found.items()]
 
 
-def _ask(ids: Sequence[str]) -> tuple[Mapping[str, JobState], str]:
+@dataclass(frozen=True)
+class JudgedJob:
+    """A submission, and how its job is."""
+
+    submission: Submission
+    job: JobState
+    """What the scheduler says of it."""
+    state: str
+    """As in `RunStatus`."""
+    why: str
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits, runs, or will be started again."""
+        return self.state in ACTIVE
+
+
+def judge_jobs(runs: Iterable[Path], *, strict: bool = False) -> dict[Path, list[JudgedJob]]:
+    """How all jobs of each run are, the oldest first; `strict` raises GraftError where Slurm does not answer."""
+    runs, problem = list(runs), ""
     try:
-        return job_states(ids), ""
+        found = find_submissions(runs)
+        ids = [
+            one.job_id for known in found.values() for one in known if one.cluster == "slurm" and one.job_id
+        ]
+        states = job_states(ids)
     except GraftError as error:
-        return {}, str(error)
+        if strict:
+            raise
+        found = {run: JobFolder(run).submissions() for run in runs}
+        states, problem = {}, str(error)
+    return {
+        run: [_judged(JobFolder(run), one, states, problem) for one in known] for run, known in found.items()
+    }
 
 
-def _status(
+def _judged(
     files: JobFolder, submission: Submission, states: Mapping[str, JobState], problem: str
-) -> RunStatus:
-    attempts = files.attempts()
-    of_job = [attempt for attempt in attempts if attempt.job_id == submission.job_id]
+) -> JudgedJob:
     job = states.get(submission.job_id, JobState())
+    last = _last_attempt(files, submission)
+    if not submission.job_id and not problem:
+        return JudgedJob(submission, job, "pending", "being submitted")
     if submission.cluster != "slurm":
         problem = ""
-        alive = submission.cluster == "local" and is_alive(submission.job_id)
-        job = JobState("RUNNING", restarts=of_job[-1].restart if of_job else 0) if alive else JobState()
-    last = of_job[-1] if of_job else None
-    state, why = judge(job, last, stopping=files.stop_path.exists(), problem=problem)
+        if is_alive(submission):
+            job = JobState("RUNNING", restarts=0 if last is None else last.restart)
+    return JudgedJob(submission, job, *judge(job, last, stopping=files.stop_path.exists(), problem=problem))
+
+
+def _last_attempt(files: JobFolder, submission: Submission) -> Attempt | None:
+    of_job = [attempt for attempt in files.attempts() if attempt.job_id == submission.job_id]
+    return of_job[-1] if of_job else None
+
+
+def _status(files: JobFolder, jobs: Sequence[JudgedJob]) -> RunStatus:
+    """Of the newest job that is at work, or of the newest."""
+    now = next((one for one in reversed(jobs) if one.active), jobs[-1])
+    submission, job, state = now.submission, now.job, now.state
+    last = _last_attempt(files, submission)
     rank, error = None, ""
     if state in ("failed", "unknown") and last is not None:
         rank, error = error_of(files, last.number, submission, silent=last.outcome is None)
@@ -142,10 +188,10 @@ def _status(
         cluster=submission.cluster,
         submitted=submission.submitted,
         state=state,
-        why=why,
+        why=now.why,
         nodes=nodes,
         world_size=None if last is None else last.world_size,
-        restarts=restarts_of(attempts, job.history),
+        restarts=restarts_of(files.attempts(), job.history),
         progress=read_progress(files.output_dir),
         ends=job.end if state == "running" else None,
         error=error,
@@ -239,26 +285,3 @@ def restarts_of(attempts: Sequence[Attempt], history: Sequence[str] = ()) -> lis
         why = why or words.get(known, "") or (before.outcome or SILENT)
         found.append(Restart(attempt.number, attempt.started, attempt.nodes, why))
     return found
-
-
-def is_alive(job_id: str) -> bool:
-    """Whether the process that watches over a `local` job runs on this machine."""
-    if not job_id.isdigit():
-        return False
-    try:
-        words = Path(f"/proc/{job_id}/cmdline").read_bytes()
-    except OSError:
-        if Path("/proc/self").exists():
-            return False
-        return _answers(int(job_id))
-    return b"submitit" in words  # the number may be another process's by now; a zombie has no words
-
-
-def _answers(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return False
-    return True

@@ -16,10 +16,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import submitit
 from submitit.helpers import clean_env
+from submitit.local import local
 
 from ...models.errors import RunFailedError
 from .environment import PORTS
@@ -27,7 +31,7 @@ from .environment import PORTS
 INSIDE_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def start_script(code: Path, python: str = sys.executable) -> str:
+def start_script(code: Path, launch: Path, python: str = sys.executable) -> str:
     """A shell script in place of the interpreter: it starts it on the copy of the package, signals blocked.
 
     submitit installs its handlers after it has loaded the job. A SIGUSR2 before that ends the process, and the job
@@ -36,11 +40,19 @@ def start_script(code: Path, python: str = sys.executable) -> str:
 
     submitit is started as a module, which would put the folder of the submission in front of the copy; python 3.11 and
     later does without. Where the copy is gone, the job ends instead of running what is installed by now.
+
+    submitit gives a job what it runs after it has learned the job's number, and a submission that is killed before
+    never does. Here the job takes it from the folder of its launch, and writes its number down where it is missing.
     """
-    run, paths = shlex.quote(python), shlex.quote(str(code))
+    run, paths, place = shlex.quote(python), shlex.quote(str(code)), shlex.quote(str(launch))
     return (
         "#!/bin/sh\n"
         f'[ -d {paths} ] || {{ echo "the copy of the code is gone, submit again:" {paths} >&2; exit 1; }}\n'
+        "number=${SUBMITIT_LOCAL_JOB_ID:-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}\n"
+        "job=$number${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}\n"
+        f'[ -s {place}/job ] || echo "$number" > {place}/job\n'
+        f'[ -e {place}/"$job"_submitted.pkl ] ||\n'
+        f'  ln -s "${{SLURM_ARRAY_TASK_ID:-0}}.pkl" {place}/"$job"_submitted.pkl 2>/dev/null\n'
         "export PYTHONSAFEPATH=1\n"
         f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"\n'
         "if env --block-signal=USR2 true 2>/dev/null; then\n"
@@ -97,24 +109,22 @@ def outside_of_a_job() -> Iterator[None]:
 
 @contextmanager
 def detached(log: Path) -> Iterator[None]:
-    """Lets what is started inside outlive this process and its terminal; what it says goes to `log`.
+    """Lets what is started inside outlive this process, its terminal and its Ctrl-C; what it says goes to `log`.
 
     submitit starts the controller of a local job as a child like any other: it would die with the terminal, and hold
     the end of a pipe open that somebody reads this command's output from.
     """
-    held = [os.dup(number) for number in (0, 1, 2)]
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
-    try:
-        sys.stdout.flush()
-        with log.open("ab") as file, Path(os.devnull).open("rb") as nothing:
-            for number, target in enumerate((nothing, file, file)):
-                os.dup2(target.fileno(), number)
-        yield
-    finally:
-        for number, old in enumerate(held):
-            os.dup2(old, number)
-            os.close(old)
-        signal.signal(signal.SIGHUP, before)
+    module: Any = local
+    plain = module.subprocess
+    with log.open("ab") as file:
+        apart = partial(
+            subprocess.Popen, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+        module.subprocess = SimpleNamespace(Popen=apart)
+        try:
+            yield
+        finally:
+            module.subprocess = plain
 
 
 def export_ranks(restart: int) -> Mapping[str, str]:

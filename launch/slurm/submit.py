@@ -1,24 +1,35 @@
-"""From a run and its resources to a job: the copy of the code, the order to the scheduler, the record."""
+"""From a run and its resources to a job: the copy of the code, the record, the order to the scheduler, its number."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import os
+import socket
+import subprocess
 import tempfile
 import time
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import submitit
+from submitit.core.utils import DelayedSubmission
 
 from ...checkpoints.atomic import write_file
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, GraftError
 from .attempt import Attempt
-from .batch import Launch, Request, executor_of, script
+from .batch import Launch, Request, command, executor_of, job_name, script
 from .checks import check_script
 from .files import JobFolder, Submission
+from .lookup import number_by_name, write_number
 from .pitfalls import detached, outside_of_a_job, start_script
 from .snapshot import copy_package, origin
+from .unbroken import InterruptedSubmissionError, unbroken
+
+logger = logging.getLogger(__name__)
+ANSWER = 120.0
+"""Seconds that sbatch may take to answer."""
 
 
 def test_only(launch: Launch) -> None:
@@ -32,52 +43,149 @@ def test_only(launch: Launch) -> None:
 def submit(launch: Launch) -> list[str]:
     """Submits, and returns the job of each request. What was submitted stands in each run folder.
 
-    Raises ConfigError: the cluster refused.
+    Raises:
+        ConfigError: if the cluster refused.
+        GraftError: if it is not known whether the cluster took the job.
+        InterruptedSubmissionError: if it did, and this command was told to end meanwhile.
     """
-    code = copy_package(launch.folder / "jobs")
-    directory = Path.cwd()
-    attempts = [Attempt(request.words, request.output_dir, directory) for request in launch.requests]
-    apart = detached(launch.logs / "controller.log") if launch.config.cluster == "local" else nullcontext()
-    with outside_of_a_job():
-        launch.logs.mkdir(parents=True, exist_ok=True)
-        write_text(launch.start, start_script(code))
-        executor = executor_of(launch)
-        for request in launch.requests:
-            JobFolder(request.output_dir).stop_path.unlink(missing_ok=True)
-        try:
-            with apart:
-                jobs = (
-                    executor.submit_array(attempts) if len(attempts) > 1 else [executor.submit(attempts[0])]
-                )
-        except submitit.core.utils.FailedJobError as error:
-            raise ConfigError(f"the cluster refused the job: {' '.join(str(error).split())}") from error
-    made = origin()
-    for request, job in zip(launch.requests, jobs, strict=True):
-        _record(launch, request, str(job.job_id), code, made)
+    code, made = copy_package(launch.folder / "jobs"), origin()
     if launch.config.cluster == "debug":
-        for job in jobs:
-            job.results()
+        return _run(launch, code, made)
+    if launch.config.cluster == "local":
+        return [_order(_alone(launch, request), code, made) for request in launch.requests]
+    number = _order(launch, code, made)
+    return [f"{number}_{index}" for index in range(len(launch.requests))] if _is_array(launch) else [number]
+
+
+def _alone(launch: Launch, request: Request) -> Launch:
+    """A cell that is started by itself, and has its own folder for all that belongs to its job."""
+    folder = request.output_dir
+    return Launch(job_name(folder), folder, [request], launch.config, launch.cpus_per_task)
+
+
+def _order(launch: Launch, code: Path, made: dict[str, Any]) -> str:
+    """The number of the job. What is slow is done before; what a signal must not cut is done at once."""
+    _prepare(launch, code)
+    with outside_of_a_job(), unbroken() as held:
+        _record(launch, code, made)
+        try:
+            number = _sbatch(launch) if launch.config.cluster == "slurm" else _start(launch)
+        except ConfigError:
+            _withdraw(launch)
+            raise
+        try:
+            write_number(launch.place, number)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be written (%s): the job is found by its name", launch.place, error.strerror
+            )
+    if held:
+        raise InterruptedSubmissionError(held[0], number, launch.folder)
+    return number
+
+
+def _prepare(launch: Launch, code: Path) -> None:
+    """All that the job reads: a job whose number never came back to us finds it, too."""
+    launch.logs.mkdir(parents=True, exist_ok=True)
+    directory = Path.cwd()
+    write_text(launch.start, start_script(code, launch.place))
+    write_text(
+        launch.place / "runs.json", json.dumps([str(request.output_dir) for request in launch.requests])
+    )
+    if launch.config.cluster == "slurm":
+        write_text(launch.place / "submit.sh", script(launch))
+    for index, request in enumerate(launch.requests):
+        delayed = DelayedSubmission(Attempt(request.words, request.output_dir, directory))
+        delayed.set_timeout(launch.config.minutes, 0)
+        delayed.dump(launch.place / f"{index}.pkl")
+
+
+def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") -> None:
+    """The intention, in each run folder."""
+    for index, request in enumerate(launch.requests):
+        folder = JobFolder(request.output_dir)
+        folder.stop_path.unlink(missing_ok=True)
+        folder.write_submission(
+            Submission(
+                job_id=job_id,
+                cluster=launch.config.cluster,
+                submitted=time.time(),
+                command=request.words,
+                logs=str(launch.logs),
+                resources=launch.config.model_dump(mode="json"),
+                code=str(code),
+                directory=os.getcwd(),  # noqa: PTH109
+                cpus_per_task=launch.cpus_per_task,
+                origin=made,
+                name=launch.name,
+                index=index if _is_array(launch) else None,
+                launch=str(launch.place),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+            )
+        )
+
+
+def _withdraw(launch: Launch) -> None:
+    for request in launch.requests:
+        JobFolder(request.output_dir).withdraw_submission(str(launch.place))
+
+
+def _sbatch(launch: Launch) -> str:
+    """Orders the job.
+
+    Raises ConfigError: it is refused; GraftError: neither sbatch nor the queue tells whether it is.
+    """
+    words = ["sbatch", "--parsable", str(launch.place / "submit.sh")]
+    said = f"gave no answer within {ANSWER:.0f} seconds"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        # in a session of its own it does not hear Ctrl-C
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER,
+            start_new_session=True,
+        )
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split(";")[0].strip()
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    try:
+        number = number_by_name(launch.place)  # an answer may be lost on its way, and the job be queued
+    except GraftError as error:
+        raise GraftError(
+            f"sbatch: {said}; whether the job is queued is not known: `graftvit jobs {launch.folder}` tells when "
+            f"Slurm answers again"
+        ) from error
+    if not number:
+        raise ConfigError(f"the cluster refused the job: {said}")
+    return number
+
+
+def _start(launch: Launch) -> str:
+    """Starts the job on this machine."""
+    executor: Any = executor_of(launch)._executor
+    with detached(launch.logs / "controller.log"):
+        return str(executor._submit_command(command(launch)).job_id)
+
+
+def _run(launch: Launch, code: Path, made: dict[str, Any]) -> list[str]:
+    """Runs each in this process."""
+    jobs = []
+    for request in launch.requests:
+        one = replace(launch, requests=[request])
+        with outside_of_a_job():
+            job = executor_of(one).submit(Attempt(request.words, request.output_dir, Path.cwd()))
+            _record(one, code, made, str(job.job_id))
+        jobs.append(job)
+    for job in jobs:
+        job.results()
     return [str(job.job_id) for job in jobs]
 
 
-def _record(launch: Launch, request: Request, job_id: str, code: Path, made: dict[str, Any]) -> None:
-    folder = JobFolder(request.output_dir)
-    before = folder.submission()
-    folder.write_submission(
-        Submission(
-            job_id=job_id,
-            cluster=launch.config.cluster,
-            submitted=time.time(),
-            command=request.words,
-            logs=str(launch.logs),
-            resources=launch.config.model_dump(mode="json"),
-            code=str(code),
-            directory=os.getcwd(),  # noqa: PTH109
-            cpus_per_task=launch.cpus_per_task,
-            origin=made,
-            earlier=[] if before is None else [*before.earlier, before.job_id],
-        )
-    )
+def _is_array(launch: Launch) -> bool:
+    return len(launch.requests) > 1
 
 
 def write_text(path: Path, text: str) -> None:

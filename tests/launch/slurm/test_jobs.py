@@ -91,7 +91,7 @@ def test_states(
 def test_what_an_earlier_job_said_is_not_said_of_this_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    files = submitted(tmp_path / "run", job_id="13", earlier=["12"])
+    files = submitted(tmp_path / "run", job_id="13")
     attempt(files, outcome="finished")
     say(monkeypatch, GONE)
     assert describe_run(tmp_path / "run").state == "unknown"
