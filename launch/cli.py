@@ -19,6 +19,7 @@ COMMANDS = {
     "logs": "`graftvit logs RUN --follow`: what the processes of a run write",
     "stop": "`graftvit stop RUN`: a running job saves and ends, a waiting one is cancelled",
     "resume": "`graftvit resume RUN`: submit a run again from where it stands, on other nodes if you like",
+    "forget": "`graftvit forget RUN`: take a run out of the list of `graftvit jobs`; its folder stays",
     "pretrain": "make a teacher by masked autoencoding, without labels",
     "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
     "data": "what a data set holds, and a picture of training images as the model sees them",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm import submission
+from graftvit.launch.slurm import jobs
 from graftvit.launch.slurm.files import JobFolder, Submission
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.launch.slurm.settings import ClusterConfig
@@ -37,11 +37,11 @@ def attempted(folder: Path, outcome: str | None) -> None:
         files.note(number, outcome=outcome)
 
 
-def say(monkeypatch: pytest.MonkeyPatch, state: str, jobs: Iterable[str] | None = None) -> None:
+def say(monkeypatch: pytest.MonkeyPatch, state: str, of: Iterable[str] | None = None) -> None:
     """The scheduler says `state` of these jobs, or of all, and knows no other."""
-    known = None if jobs is None else set(jobs)
+    known = None if of is None else set(of)
 
     def states(ids: Iterable[str]) -> dict[str, JobState]:
         return {job: JobState(state) if known is None or job in known else JobState() for job in ids}
 
-    monkeypatch.setattr(submission, "job_states", states)
+    monkeypatch.setattr(jobs, "job_states", states)

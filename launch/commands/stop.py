@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..flags import command_parser
-from ..say import say
+from ..say import say, say_aside
 
 EXAMPLES = (
     "graftvit stop /scratch/me/distill          # saves at the next step, then ends; not requeued",
@@ -28,10 +28,14 @@ def run(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of a sweep")
     parser.add_argument("--now", action="store_true", help="do not wait for a save")
     arguments = parser.parse_args(argv)
-    done = stop(arguments.run, now=arguments.now)
-    for sentence in done:
+    stopped = stop(arguments.run, now=arguments.now)
+    for sentence in stopped.done:
         say(f"{sentence}\n")
-    if not done:
+    for sentence in stopped.failed:
+        say_aside(f"graftvit: error: {sentence}\n")
+    if stopped.failed:
+        return 1
+    if not stopped.done:
         states = sorted({status.state for status in describe_runs(run_folders(arguments.run))})
         say(f"{arguments.run} has no job that waits or runs: it is {', '.join(states)}\n")
     return 0

@@ -24,6 +24,11 @@ class Request:
     output_dir: Path
 
 
+def new_identity() -> str:
+    """Tells a launch from all others of its folder."""
+    return uuid.uuid4().hex[:8]
+
+
 @dataclass(frozen=True)
 class Launch:
     """Runs that go to the cluster together, as one job or as one array, and what they ask of it."""
@@ -36,7 +41,7 @@ class Launch:
     cpus_per_task: int
     after: str | None = None
     """The job that has to finish before; where it does not, these are cancelled."""
-    identity: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    identity: str = field(default_factory=new_identity)
 
     @property
     def logs(self) -> Path:

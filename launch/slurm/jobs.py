@@ -97,11 +97,14 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def _submitted(runs: Sequence[Path]) -> list[Path]:
-    """Those with a submission, or a job without one. What Slurm is not there to tell is left out."""
+    """Those with a submission, or with a job without one. Raises GraftError: nobody tells."""
     try:
         return [run for run, known in find_submissions(runs).items() if known]
     except GraftError:
-        return [run for run in runs if JobFolder(run).submissions()]
+        recorded = [run for run in runs if JobFolder(run).submissions()]
+        if recorded:
+            return recorded
+        raise
 
 
 def describe_run(folder: Path) -> RunStatus:
@@ -134,12 +137,25 @@ class JudgedJob:
         """Whether it waits, runs, or will be started again."""
         return self.state in ACTIVE
 
+    @property
+    def words(self) -> str:
+        """What to call it in a sentence."""
+        return f"job {self.submission.job_id}" if self.submission.job_id else self.why
 
-def judge_jobs(runs: Iterable[Path], *, strict: bool = False) -> dict[Path, list[JudgedJob]]:
-    """How all jobs of each run are, the oldest first; `strict` raises GraftError where Slurm does not answer."""
+
+def judge_jobs(
+    runs: Iterable[Path], *, strict: bool = False, by_name: bool = True
+) -> dict[Path, list[JudgedJob]]:
+    """How all jobs of each run are, the oldest first.
+
+    Args:
+        runs: Run folders, submitted or not.
+        strict: Raise GraftError where Slurm does not answer; else the files tell.
+        by_name: As in `find_submissions`.
+    """
     runs, problem = list(runs), ""
     try:
-        found = find_submissions(runs)
+        found = find_submissions(runs, by_name=by_name)
         ids = [
             one.job_id for known in found.values() for one in known if one.cluster == "slurm" and one.job_id
         ]

@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from .ask import ask
 from .batch import job_name
-from .files import JobFolder, Submission, job_id
+from .files import Cluster, JobFolder, Submission, job_id
+from .lock import FILE as LOCK
 from .lock import is_submitting
 from .processes import controllers, is_ordered
-from .scheduler import _ask
+from .settings import ClusterConfig
 
 _COLUMNS = ("JobArrayID", "SubmitTime", "Name", "Command")
 
@@ -41,20 +44,30 @@ class NamedJob:
         return int(place) if place.isdigit() else None
 
 
-def find_submissions(runs: Iterable[Path]) -> dict[Path, list[Submission]]:
+def find_submissions(runs: Iterable[Path], *, by_name: bool = True) -> dict[Path, list[Submission]]:
     """All submissions of each run, the oldest first, with the numbers of their jobs.
 
     What was interrupted before the scheduler knew of it is left out; what another command submits at this moment has
-    no number. A run without records may have jobs: the names tell.
+    no number.
 
-    Raises GraftError: Slurm has to be asked, and does not answer.
+    Args:
+        runs: Run folders, submitted or not.
+        by_name: Ask Slurm for jobs of runs that have lost their records, too.
+
+    Raises:
+        GraftError: if Slurm has to be asked, and does not answer.
     """
     found = {run: JobFolder(run).submissions() for run in runs}
-    unsure = [run for run, known in found.items() if not all(one.job_id for one in known) or not known]
-    named = _named_jobs(unsure, found) if unsure else []
-    for run in unsure:
-        known = [_with_number(one, run, named) for one in found[run]]
-        found[run] = [one for one in known if one is not None] if known else _without_records(run, named)
+    if all(one.job_id for known in found.values() for one in known) and all(found.values()):
+        return found
+    here = controllers()
+    for run, known in found.items():
+        found[run] = known or _on_this_machine(run, here)
+    lost = [run for run, known in found.items() if not known] if by_name else []
+    named = queued_jobs() if _slurm_may_tell(found, lost) else []
+    for run, known in found.items():
+        numbered = [_with_number(one, run, named, here) for one in known]
+        found[run] = [one for one in numbered if one is not None] or _in_queue(run, named)
     return found
 
 
@@ -80,7 +93,7 @@ def write_number(launch: Path, number: str) -> None:
 def queued_jobs() -> list[NamedJob]:
     """All jobs of this user that Slurm knows. Raises GraftError."""
     columns = ",".join(f"{name}:|" for name in _COLUMNS)
-    text = _ask(["squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}"])
+    text = ask("squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}")
     rows = [[value.strip() for value in line.split("|")] for line in text.splitlines()]
     return [
         NamedJob(row[0], row[2], Path(row[3]), datetime.fromisoformat(row[1]).timestamp())
@@ -89,20 +102,21 @@ def queued_jobs() -> list[NamedJob]:
     ]
 
 
-def _named_jobs(unsure: Sequence[Path], found: dict[Path, list[Submission]]) -> list[NamedJob]:
-    """None where there is no Slurm, and nothing was submitted to it."""
-    ordered = any(one.cluster == "slurm" and not one.job_id for run in unsure for one in found[run])
-    there = any(run.is_dir() for run in unsure) and shutil.which("squeue") is not None
-    return queued_jobs() if ordered or there else []
+def _slurm_may_tell(found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path]) -> bool:
+    if any(one.cluster == "slurm" and not one.job_id for known in found.values() for one in known):
+        return True
+    return any((home(run) / LOCK).exists() for run in lost) and shutil.which("squeue") is not None
 
 
-def _with_number(one: Submission, run: Path, named: Sequence[NamedJob]) -> Submission | None:
+def _with_number(
+    one: Submission, run: Path, named: Sequence[NamedJob], here: Mapping[Path, list[int]]
+) -> Submission | None:
     """None where it never came to a job."""
     if one.job_id:
         return one
     launch = Path(one.launch)
     numbers = (
-        [str(pid) for pid in controllers(Path(one.logs))]
+        [str(pid) for pid in here.get(Path(one.logs), [])]
         if one.cluster == "local"
         else [job.job_id.partition("_")[0] for job in named if job.script.parent == launch]
     )
@@ -116,20 +130,23 @@ def _with_number(one: Submission, run: Path, named: Sequence[NamedJob]) -> Submi
     return one if is_submitting(home(run)) or is_ordered(launch / "submit.sh") else None
 
 
-def _without_records(run: Path, named: Sequence[NamedJob]) -> list[Submission]:
-    """Jobs of a run whose `jobs/` was removed."""
+def _in_queue(run: Path, named: Sequence[NamedJob]) -> list[Submission]:
+    """Jobs of a run without records, as after `rm -r jobs`."""
     top = home(run)
-    logs = top / "jobs" / "logs"
     jobs = [job for job in named if job.name == job_name(top) and (top == run or _run_of(job) == run)]
-    queued = [
-        Submission(job.job_id, "slurm", job.submitted, [], str(logs), {}, "", name=job.name, index=job.index)
-        for job in jobs
-    ]
-    here = [
-        Submission(str(pid), "local", 0.0, [], str(run / "jobs" / "logs"), {}, "")
-        for pid in controllers(run / "jobs" / "logs")
-    ]
-    return queued + here
+    return [_bare(job.job_id, "slurm", top, submitted=job.submitted, name=job.name) for job in jobs]
+
+
+def _on_this_machine(run: Path, here: Mapping[Path, list[int]]) -> list[Submission]:
+    """The same without Slurm."""
+    return [_bare(str(pid), "local", run) for pid in here.get(run / "jobs" / "logs", [])]
+
+
+def _bare(number: str, cluster: Cluster, folder: Path, **known: Any) -> Submission:
+    """What is known of a job whose record is gone."""
+    logs, resources = str(folder / "jobs" / "logs"), ClusterConfig(cluster=cluster).model_dump(mode="json")
+    values = {"submitted": 0.0, "command": [], "logs": logs, "resources": resources, "code": "", **known}
+    return Submission(job_id=number, cluster=cluster, **values)
 
 
 def _run_of(job: NamedJob) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,18 +23,28 @@ def is_alive(submission: Submission) -> bool:
     if submission.cluster == "debug":
         elsewhere = submission.pid in (0, os.getpid()) or submission.host != socket.gethostname()
         return not elsewhere and _is_older(submission.pid, submission.submitted)
-    return submission.job_id.isdigit() and int(submission.job_id) in controllers(Path(submission.logs))
+    try:
+        words = psutil.Process(int(submission.job_id)).cmdline()
+    except (ValueError, psutil.Error):
+        return False
+    return " ".join(words).endswith(
+        f"{CONTROLLER} {submission.logs}"
+    )  # else the number is another process's by now
 
 
-def controllers(logs: Path) -> list[int]:
-    """The processes that watch over the jobs with these logs: submitit's, or the shell that set it up."""
-    found = {process.pid: process.info["ppid"] for process in _with_words(f"{CONTROLLER} {logs}")}
-    return [pid for pid, parent in found.items() if parent not in found]
+def controllers() -> dict[Path, list[int]]:
+    """Folder of logs -> the processes that watch over its jobs: submitit's, or the shell that set it up."""
+    found: dict[Path, dict[int, int]] = {}
+    for process in _processes():
+        _, is_one, logs = _line(process).partition(f"{CONTROLLER} ")
+        if is_one:
+            found.setdefault(Path(logs), {})[process.pid] = process.info["ppid"]
+    return {logs: [pid for pid, parent in pids.items() if parent not in pids] for logs, pids in found.items()}
 
 
 def is_ordered(script: Path) -> bool:
     """Whether an sbatch still runs with this script, as after the end of the command that started it."""
-    return bool(_with_words(f" {script}"))
+    return any(_line(process).endswith(f" {script}") for process in _processes())
 
 
 def stop_process(submission: Submission, *, now: bool = False) -> None:
@@ -51,16 +62,19 @@ def stop_process(submission: Submission, *, now: bool = False) -> None:
 def _innermost(submission: Submission) -> int:
     """submitit's controller, which is a child of the job's process where setup lines need a shell."""
     job = int(submission.job_id)
-    children = {
-        process.info["ppid"]: process.pid for process in _with_words(f"{CONTROLLER} {submission.logs}")
-    }
-    return int(children.get(job, job))
+    try:
+        children = psutil.Process(job).children()
+        return next((one.pid for one in children if CONTROLLER in one.cmdline()), job)
+    except psutil.Error:
+        return job
 
 
-def _with_words(words: str) -> list[psutil.Process]:
-    """Processes whose command line ends with `words`; a zombie has none."""
-    everything = psutil.process_iter(["ppid", "cmdline"])
-    return [one for one in everything if " ".join(one.info["cmdline"] or ()).endswith(words)]
+def _processes() -> Iterator[psutil.Process]:
+    return iter(psutil.process_iter(["ppid", "cmdline"]))
+
+
+def _line(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or ())  # a zombie has none
 
 
 def _is_older(pid: int, moment: float) -> bool:

@@ -1,4 +1,7 @@
-"""Which runs this user has submitted: one absolute folder a line, so that `graftvit jobs` finds them."""
+"""Which runs this user has submitted: one absolute folder a line, so that `graftvit jobs` finds them.
+
+Lines are only added, so that two shells need no lock: `-` in front of a folder takes it out again.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,40 @@ def registry_file() -> Path:
 
 def remember(folder: Path) -> None:
     """Adds a run. A home that cannot be written keeps no run from being submitted: then there is a warning."""
-    path = registry_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{folder.absolute()}\n")
+        _add(f"{folder.absolute()}")
     except OSError as error:
-        logger.warning("%s cannot be written (%s): name the run to `graftvit jobs`", path, error.strerror)
+        logger.warning(
+            "%s cannot be written (%s): name the run to `graftvit jobs`", registry_file(), error.strerror
+        )
 
 
-def known() -> list[Path]:
-    """The runs that still exist, the one submitted last at the end."""
+def forget(folder: Path) -> None:
+    """Takes a run out of the list; nothing of the run itself is touched. Raises OSError."""
+    _add(f"-{folder.absolute()}")
+
+
+def listed() -> list[Path]:
+    """The runs, also those whose folder is not there (any more); the one submitted last at the end."""
     try:
         lines = registry_file().read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    newest_first = dict.fromkeys(line for line in reversed(lines) if line)
-    return [Path(line) for line in reversed(newest_first) if Path(line).is_dir()]
+    found: dict[str, None] = {}
+    for line in filter(None, lines):
+        found.pop(line.removeprefix("-"), None)
+        if not line.startswith("-"):
+            found[line] = None
+    return [Path(line) for line in found]
+
+
+def known() -> list[Path]:
+    """The runs that still exist, the one submitted last at the end."""
+    return [folder for folder in listed() if folder.is_dir()]
+
+
+def _add(line: str) -> None:
+    path = registry_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")

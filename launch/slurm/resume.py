@@ -9,13 +9,15 @@ from typing import Any
 
 from ...models.errors import ConfigError
 from ..config import load_config
-from .batch import Launch, Request
+from .batch import Launch, Request, job_name
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder, Submission
-from .jobs import run_folders
+from .jobs import judge_jobs, run_folders
+from .lock import submitting
+from .lookup import home
 from .progress import current_stage
 from .settings import ClusterConfig
-from .submission import active_jobs, show, start
+from .submission import refuse_active, show, start
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def find_unfinished(folder: Path) -> Unfinished:
     """
     folder = folder.absolute()
     submissions = {run: JobFolder(run).submission() for run in run_folders(folder)}
+    lost = [run for run, submission in submissions.items() if submission is None]
+    refuse_active(lost, folder)
     known = {run: submission for run, submission in submissions.items() if submission is not None}
     teacher = known.pop(folder / "teacher", None)
     if not known:
@@ -49,13 +53,15 @@ def find_unfinished(folder: Path) -> Unfinished:
     left = {run: submission for run, submission in known.items() if not JobFolder(run).finished}
     if not left:
         raise ConfigError(f"{folder} has finished: there is nothing to resume")
-    active = active_jobs(left)
+    jobs = judge_jobs(left, strict=True)
+    active = {run: one for run, judged in jobs.items() for one in judged if one.active}
     free = {run: submission for run, submission in left.items() if run not in active}
     if not free:
-        job = next(iter(active.values())).partition("_")[0]
-        raise ConfigError(f"{folder} is job {job} already: `graftvit jobs {folder}` shows it")
+        words = next(iter(active.values())).words.partition("_")[0]
+        raise ConfigError(f"{folder} is {words} already: `graftvit jobs {folder}` shows it")
     if teacher is None or JobFolder(folder / "teacher").finished:
         return Unfinished(folder, free)
+    refuse_active([folder / "teacher"], folder)
     return Unfinished(folder, free, Request(teacher.command, folder / "teacher"))
 
 
@@ -66,23 +72,30 @@ def resume(
 
     Raises ConfigError as `graftvit submit`.
     """
+    launch = _launch(unfinished, config)
+    if config.cluster == "slurm" and not unchecked:
+        check_commands()
+        check_folder(unfinished.folder, config)
+        check_resources(config, launch.cpus_per_task)
+    plan = "" if unchecked else _plan(unfinished, config)
+    if not dry_run:
+        with submitting(home(unfinished.folder)):
+            left = find_unfinished(unfinished.folder)  # another shell may have been quicker
+            return start(_launch(left, config), left.first, unchecked=unchecked)
+    teacher = [] if unfinished.first is None else [unfinished.first.output_dir]
+    runs = "".join(f"again: {run}\n" for run in [*teacher, *unfinished.submissions])
+    return "\n".join([*filter(None, [plan, runs]), show(launch, unchecked=unchecked)])
+
+
+def _launch(unfinished: Unfinished, config: ClusterConfig) -> Launch:
+    """The runs with what they ask of the cluster, from where they were submitted."""
     first = next(iter(unfinished.submissions.values()))
     directory = Path(first.directory)
     if directory.is_dir():
         os.chdir(directory)  # relative paths of the run are meant from there
-    cores = config.cpus_per_task or first.cpus_per_task
-    if config.cluster == "slurm" and not unchecked:
-        check_commands()
-        check_folder(unfinished.folder, config)
-        check_resources(config, cores)
-    plan = "" if unchecked else _plan(unfinished, config)
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
-    launch = Launch(f"graftvit-{unfinished.folder.name}", unfinished.folder, requests, config, cores)
-    if not dry_run:
-        return start(launch, unfinished.first, unchecked=unchecked)
-    teacher = [] if unfinished.first is None else [unfinished.first.output_dir]
-    runs = "".join(f"again: {run}\n" for run in [*teacher, *unfinished.submissions])
-    return "\n".join([*filter(None, [plan, runs]), show(launch, unchecked=unchecked)])
+    cores = config.cpus_per_task or first.cpus_per_task
+    return Launch(job_name(unfinished.folder), unfinished.folder, requests, config, cores)
 
 
 def _plan(unfinished: Unfinished, config: ClusterConfig) -> str:

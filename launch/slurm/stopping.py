@@ -1,19 +1,34 @@
-"""Ending a run early: after a save, or at once."""
+"""Ending runs early: after a save, or at once."""
 
 from __future__ import annotations
 
-import os
-import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...models.errors import GraftError
+from ...models.errors import ConfigError, GraftError
 from .files import JobFolder
-from .jobs import RunStatus, describe_runs, run_folders
+from .jobs import JudgedJob, judge_jobs, run_folders
+from .lock import submitting
+from .lookup import home
+from .processes import stop_process
 from .scheduler import cancel, signal_job
 
+ROUNDS = 3
+"""How often a job is told that was told in vain: it may have begun, ended or been requeued in that moment."""
 
-def stop(folder: Path, *, now: bool = False) -> list[str]:
-    """Stops a run, or the cells of a sweep; one sentence for each that had a job.
+
+@dataclass
+class Stopped:
+    """What came of it."""
+
+    done: list[str] = field(default_factory=list)
+    """A sentence for each job that was told to end."""
+    failed: list[str] = field(default_factory=list)
+    """A sentence for each that goes on."""
+
+
+def stop(folder: Path, *, now: bool = False) -> Stopped:
+    """Stops all jobs of a run, or of the cells of a sweep; one that cannot be stopped keeps no other from it.
 
     Args:
         folder: Of the run or the sweep.
@@ -21,46 +36,63 @@ def stop(folder: Path, *, now: bool = False) -> list[str]:
 
     Raises:
         ConfigError: if nothing was submitted to the folder.
-        GraftError: if the scheduler does not take the order.
+        GraftError: if Slurm does not answer.
     """
-    runs = describe_runs(run_folders(folder))
-    return [_stop(run, now) for run in runs if run.active]
+    runs = run_folders(folder)
+    _wait_for_submissions(runs)
+    made, told = Stopped(), set[str]()
+    for _ in range(ROUNDS):
+        made.failed = []
+        for run, one in _active(runs):
+            job = one.submission.job_id
+            if job in told:
+                continue
+            try:
+                made.done.append(_stop(run, one, now))
+                told.add(job)
+            except GraftError as error:
+                made.failed.append(f"{one.words} of {run} goes on: {error}")
+        if not made.failed:
+            break
+    return made
 
 
-def _stop(run: RunStatus, now: bool) -> str:
-    files = JobFolder(run.folder)
-    files.folder.mkdir(parents=True, exist_ok=True)
-    files.stop_path.touch()  # first: an attempt that is told to save looks for it afterwards
-    job, go_on = f"job {run.job_id} of {run.folder}", f"`graftvit resume {run.folder}` goes on with it"
-    if run.cluster == "slurm":
-        waits = run.state in ("pending", "requeued")
-        if now or waits:
-            cancel(run.job_id)
-            return f"{job} was {run.state} and is cancelled; {go_on}"
-        signal_job(run.job_id, "USR2")
-    else:
-        # the controller of submitit passes SIGTERM on to its tasks, and kills them on SIGINT; it does not know SIGUSR2
-        _signal_controller(int(run.job_id), signal.SIGINT if now else signal.SIGTERM)
-        if now:
-            return f"{job} is cancelled; {go_on}"
+def _active(runs: list[Path]) -> list[tuple[Path, JudgedJob]]:
+    judged = judge_jobs(runs, strict=True)
+    return [(run, one) for run, jobs in judged.items() for one in jobs if one.active]
+
+
+def _wait_for_submissions(runs: list[Path]) -> None:
+    """Until a submission at this very moment is through, whose job has no number yet."""
+    for top in dict.fromkeys(home(run) for run, one in _active(runs) if not one.submission.job_id):
+        with submitting(top):
+            pass
+
+
+def _stop(run: Path, one: JudgedJob, now: bool) -> str:
+    submission = one.submission
+    if not submission.job_id:
+        raise ConfigError("it has no number yet; stop it again in a moment")
+    files = JobFolder(run)
+    job, go_on = f"{one.words} of {run}", f"`graftvit resume {run}` goes on with it"
+    waits = submission.cluster == "slurm" and one.state in ("pending", "requeued")
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        files.stop_path.touch()  # first: an attempt that is told to save looks for it afterwards
+    except OSError as error:
+        raise ConfigError(f"{files.stop_path} cannot be written ({error.strerror}){_owner(run)}") from error
+    if submission.cluster != "slurm":
+        stop_process(submission, now=now)
+        return f"{job} is cancelled; {go_on}" if now else f"{job} saves at its next step and ends; {go_on}"
+    if now or waits:
+        cancel(submission.job_id)
+        return f"{job} was {one.state} and is cancelled; {go_on}"
+    signal_job(submission.job_id, "USR2")
     return f"{job} saves at its next step and ends; {go_on}"
 
 
-def _signal_controller(pid: int, number: int) -> None:
-    """Sends a signal to submitit's controller, which is a child of `pid` where setup lines need a shell."""
+def _owner(run: Path) -> str:
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    except OSError:
-        children = []
-    inner = [child for child in map(int, children) if b"submitit.local" in _words(child)]
-    try:
-        os.kill(inner[0] if inner else pid, number)
-    except OSError as error:
-        raise GraftError(f"process {pid} cannot be signalled: {error.strerror}") from error
-
-
-def _words(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+        return f": it is the run of {run.owner()}"
+    except (OSError, KeyError):
+        return ""

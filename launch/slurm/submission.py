@@ -8,14 +8,16 @@ from pathlib import Path
 
 from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
-from .batch import Launch, Request, script
+from .batch import Launch, Request, job_name, new_identity, script
 from .checks import check_commands, check_folder, check_resources
-from .files import JobFolder
+from .jobs import judge_jobs
+from .lock import submitting
+from .lookup import home
 from .registry import remember
 from .requests import Plan
-from .scheduler import ENDED, UNKNOWN, job_states
 from .settings import ClusterConfig
 from .submit import submit, test_only
+from .sweep import check_folder as check_sweep
 
 
 def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None:
@@ -37,7 +39,7 @@ def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None
         _check_comparison(plan, config)
     if config.cluster == "slurm":
         check_commands()
-    _check_not_running(plan)
+    _refuse_second(plan, config)
     if unchecked:
         return
     if config.cluster == "slurm":
@@ -81,8 +83,12 @@ def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     launch = _launch(plan, plan.requests, config)
     if config.cluster == "slurm" and not unchecked:
         test_only(launch)
-    plan.write()
-    said = start(launch, plan.first, unchecked=True)
+    with submitting(home(plan.folder)):
+        _refuse_second(plan, config)
+        if plan.sweep is not None:
+            check_sweep(plan.sweep)
+        plan.write()
+        said = start(launch, plan.first, unchecked=True)
     if plan.comparison:
         frozen = next(iter(plan.frozen))
         said += f"  graftvit compare {frozen} --report    # when all cells are through\n"
@@ -90,17 +96,20 @@ def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
 
 
 def start(launch: Launch, first: Request | None = None, *, unchecked: bool = False) -> str:
-    """Submits `launch`, after a job for `first` where it is given, and says which jobs these are."""
+    """Submits `launch`, after a job for `first` where it is given, and says which jobs these are.
+
+    The caller keeps others out (`submitting`), and has seen that none of the runs has a job.
+    """
+    remember(launch.folder)  # before: an interrupted submission may have made a job
     slurm = launch.config.cluster == "slurm"
     if slurm and not unchecked:
         test_only(launch)
     after = ""
     if first is not None:
-        made = submit(replace(launch, name=f"{launch.name}-teacher", requests=[first]))[0]
+        made = submit(replace(launch, requests=[first], identity=new_identity()))[0]
         launch = replace(launch, after=made if slurm else None)
         after = f", after job {made} for the teacher,"
     jobs = submit(launch)
-    remember(launch.folder)
     cells = len(jobs) > 1 or launch.folder != launch.requests[0].output_dir
     count = f" ({len(jobs)} cell{'s' if len(jobs) > 1 else ''})" if cells else ""
     return (
@@ -115,7 +124,7 @@ def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
 
 
 def _launch(plan: Plan, requests: Sequence[Request], config: ClusterConfig) -> Launch:
-    return Launch(f"graftvit-{plan.folder.name}", plan.folder, requests, config, cores(plan.configs, config))
+    return Launch(job_name(plan.folder), plan.folder, requests, config, cores(plan.configs, config))
 
 
 def _check_comparison(plan: Plan, config: ClusterConfig) -> None:
@@ -131,22 +140,22 @@ def _check_comparison(plan: Plan, config: ClusterConfig) -> None:
         )
 
 
-def _check_not_running(plan: Plan) -> None:
-    requests = [*([] if plan.first is None else [plan.first]), *plan.requests]
-    active = active_jobs(request.output_dir for request in requests)
-    for folder, job in active.items():
-        raise ConfigError(
-            f"{folder} is job {job} already: `graftvit jobs {plan.folder}` shows it, "
-            f"`graftvit stop {plan.folder}` ends it"
-        )
+def _refuse_second(plan: Plan, config: ClusterConfig) -> None:
+    """Raises ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
+    first = [] if plan.first is None else [plan.first]
+    own = [request.output_dir for request in [*first, *plan.requests]]
+    there = [] if plan.folder in own else [plan.folder]
+    refuse_active([*there, *own], plan.folder, by_name=config.cluster == "slurm")
 
 
-def active_jobs(folders: Iterable[Path]) -> dict[Path, str]:
-    """Of these runs, those with a job that waits, runs or will be started again, and that job."""
-    found = {folder: JobFolder(folder).submission() for folder in folders}
-    jobs = {folder: one.job_id for folder, one in found.items() if one is not None and one.cluster == "slurm"}
-    states = job_states(jobs.values())
-    return {folder: job for folder, job in jobs.items() if states[job].state not in (*ENDED, UNKNOWN)}
+def refuse_active(runs: Iterable[Path], shown: Path, *, by_name: bool = True) -> None:
+    """Raises ConfigError where one of these runs has a job; GraftError where Slurm has to be asked and is silent."""
+    for run, jobs in judge_jobs(runs, strict=True, by_name=by_name).items():
+        for one in jobs:
+            if one.active:
+                raise ConfigError(
+                    f"{run} is {one.words} already: `graftvit jobs {shown}` shows it, `graftvit stop {shown}` ends it"
+                )
 
 
 def _check_data(run: RunConfig) -> None:

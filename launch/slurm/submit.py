@@ -105,6 +105,9 @@ def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") 
     for index, request in enumerate(launch.requests):
         folder = JobFolder(request.output_dir)
         folder.stop_path.unlink(missing_ok=True)
+        for one in folder.submissions():
+            if not one.job_id:  # an interrupted one, of which no job has come: the caller has asked
+                folder.withdraw_submission(one.launch)
         folder.write_submission(
             Submission(
                 job_id=job_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_run_that_is_queued_already(
     finally:
         cluster.run("scancel", job)
     assert main(["submit", "run.yaml", "--sbatch", "hold"]) == 0  # and it is free again
-    cluster.run("scancel", "--name=graftvit-run")
+    cluster.run("scancel", "--me")
 
 
 @pytest.mark.slurm
@@ -167,7 +168,10 @@ def test_a_folder_with_unusual_letters(
     cluster.run("scancel", job)
     assert f"StdOut={folder}/jobs/logs/{job}_0_log.out" in shown
     assert "Comment=it's 5 o'clock" in shown
-    sent = (folder / "jobs" / "logs" / f"{job}_submission.sh").read_text()
+    (script,) = (folder / "jobs").glob("launch-*/submit.sh")
+    shown_as = re.search(r"launch-[0-9a-f]{8}", printed)
+    assert shown_as is not None
+    sent = script.read_text().replace(script.parent.name, shown_as[0])
     assert printed.endswith(sent)  # a dry run shows what is sent, to the letter
     assert "has a %, which Slurm replaces" in refused("--output_dir", str(on_cluster / "50%job"))
 

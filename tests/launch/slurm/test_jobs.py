@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from graftvit.launch.slurm import jobs
 from graftvit.launch.slurm.files import JobFolder
-from graftvit.launch.slurm.jobs import describe_run, is_alive, run_folders
+from graftvit.launch.slurm.jobs import describe_run, run_folders
+from graftvit.launch.slurm.processes import is_alive
 from graftvit.launch.slurm.progress import read_progress
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.models.errors import ConfigError, GraftError
@@ -138,8 +139,10 @@ def test_where_no_rank_wrote_its_error_the_log_tells(monkeypatch: pytest.MonkeyP
 
 def test_local_runs_live_as_long_as_their_process(tmp_path: Path) -> None:
     mine = str(os.getpid())
-    assert not is_alive(mine)  # this process is no controller of submitit
     files = submitted(tmp_path / "run", cluster="local", job_id=mine)
+    submission = files.submission()
+    assert submission is not None
+    assert not is_alive(submission)  # this process is no controller of submitit
     attempt(files, job_id=mine)
     assert describe_run(tmp_path / "run").why == "ended without a word"
     files.stop_path.touch()

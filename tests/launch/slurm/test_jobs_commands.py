@@ -181,14 +181,14 @@ def test_a_local_run_is_stopped_through_its_controller(
     program = "import signal, sys; print(flush=True); print(signal.sigwait([15, 2]))"
     blocked = "import signal, sys; signal.pthread_sigmask(0, [15, 2]);"
     for words, number in (([], signal.SIGTERM), (["--now"], signal.SIGINT)):
+        folder = tmp_path / f"run{number}"
         controller = subprocess.Popen(
-            [sys.executable, "-c", blocked + program, "submitit.local._local"],
+            [sys.executable, "-c", blocked + program, "submitit.local._local", str(folder / "logs")],
             stdout=subprocess.PIPE,
             text=True,
         )
         assert controller.stdout is not None
         controller.stdout.readline()
-        folder = tmp_path / f"run{number}"
         files = submitted(folder, cluster="local", job_id=str(controller.pid))
         assert main(["stop", str(folder), *words]) == 0
         assert f"`graftvit resume {folder}` goes on" in capsys.readouterr().out

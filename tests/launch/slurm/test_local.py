@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 from engine_runs import config, differences, make_teacher
@@ -27,14 +31,18 @@ def recipe(root: Path, name: str, epochs: int = 2) -> Path:
     return path
 
 
-def graftvit(root: Path, *words: str, code: int = 0) -> str:
+def user(root: Path) -> dict[str, str]:
     own = {
         "XDG_CONFIG_HOME": str(root / "config"),
         "XDG_STATE_HOME": str(root / "state"),
         "OMP_NUM_THREADS": "1",
     }
+    return {**os.environ, **own}
+
+
+def graftvit(root: Path, *words: str, code: int = 0) -> str:
     command = [sys.executable, "-m", "graftvit.launch", *words]
-    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=user(root), capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -78,3 +86,64 @@ def test_several_tasks_in_one_process_are_refused(tmp_path: Path) -> None:
     )
     assert "--nodes 2: --cluster local is this machine alone" in told
     assert not (tmp_path / "run").exists()
+
+
+def shown(root: Path, folder: Path) -> dict[str, Any]:
+    words = [sys.executable, "-m", "graftvit.launch", "jobs", str(folder), "--json"]
+    done = subprocess.run(words, env=user(root), capture_output=True, text=True, check=True)
+    (status,) = json.loads(done.stdout)
+    return dict(status)
+
+
+def test_a_second_submission_is_refused_and_the_first_can_be_stopped(tmp_path: Path) -> None:
+    words = ("submit", str(recipe(tmp_path, "run", 500)), "--cluster", "local", "--unchecked", *HERE)
+    folder = tmp_path / "run"
+    graftvit(tmp_path, *words)
+    until(lambda: lines(folder) > 5, "training")
+    job = shown(tmp_path, folder)["job_id"]
+    assert f"{folder} is job {job} already" in graftvit(tmp_path, *words, code=2)
+    debug = (*words[:3], "debug", *words[4:])
+    assert f"{folder} is job {job} already" in graftvit(tmp_path, *debug, code=2)
+    assert shown(tmp_path, folder)["state"] == "running"
+    shutil.rmtree(folder / "jobs")
+    assert shown(tmp_path, folder)["job_id"] == job
+    assert f"{folder} is job {job} already" in graftvit(tmp_path, *words, code=2)
+    assert f"{folder} is job {job} already" in graftvit(tmp_path, "resume", str(folder), code=2)
+    assert f"job {job} of {folder}" in graftvit(tmp_path, "stop", str(folder), "--now")
+    until(lambda: not psutil.pid_exists(int(job)), "the end")
+
+
+def test_a_local_job_whose_submission_was_killed_is_known_and_runs(tmp_path: Path) -> None:
+    """Killed before it could write the number down."""
+    folder = tmp_path / "run"
+    words = ["submit", str(recipe(tmp_path, "run", 500)), "--cluster", "local", "--unchecked", *HERE]
+    program = (
+        "import os, signal, sys\n"
+        "from graftvit.launch.slurm import submit\n"
+        "submit.write_number = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from graftvit.launch.cli import main\n"
+        f"main({words!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=user(tmp_path), capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    until(lambda: lines(folder) > 5, "training")
+    assert shown(tmp_path, folder)["state"] == "running"
+    assert "is job" in graftvit(tmp_path, "resume", str(folder), code=2)
+    graftvit(tmp_path, "stop", str(folder))
+    until(lambda: outcomes(folder) == ["stopped"], "the stop")
+
+
+def test_a_debug_run_is_one_while_its_process_lives(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("submit", str(recipe(tmp_path, "run", 500)), "--cluster", "debug", "--unchecked", *HERE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "graftvit.launch", *words], env=user(tmp_path),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    until(lambda: lines(folder) > 5, "training")
+    assert shown(tmp_path, folder)["state"] == "running"
+    assert "already" in graftvit(tmp_path, "resume", str(folder), code=2)
+    graftvit(tmp_path, "stop", str(folder))
+    process.communicate(timeout=60)
+    assert outcomes(folder) == ["stopped"]
+    assert shown(tmp_path, folder)["state"] == "stopped"

@@ -50,7 +50,7 @@ BLOCKED = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, 
 
 def test_a_signal_before_the_handlers_waits_for_them(tmp_path: Path) -> None:
     script = tmp_path / "start.sh"
-    script.write_text(start_script(tmp_path))
+    script.write_text(start_script(tmp_path, tmp_path))
     code = (
         f"{BLOCKED}; import os, time; os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.2)\n"
         "from graftvit.transfer.engine import early_signals as early\n"
@@ -72,7 +72,7 @@ def test_without_the_script_such_a_signal_kills(tmp_path: Path) -> None:
 def test_the_script_puts_the_copied_code_first_and_keeps_the_rest_of_the_path(tmp_path: Path) -> None:
     script = tmp_path / "start.sh"
     (tmp_path / "a folder's code").mkdir()
-    script.write_text(start_script(tmp_path / "a folder's code"))
+    script.write_text(start_script(tmp_path / "a folder's code", tmp_path))
     show = ["sh", str(script), "-c", "import os; print(os.environ['PYTHONPATH'])"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     alone = subprocess.run(show, capture_output=True, text=True, check=True, env=environment).stdout.strip()
@@ -85,7 +85,7 @@ def test_the_script_puts_the_copied_code_first_and_keeps_the_rest_of_the_path(tm
 
 def test_the_script_does_not_take_other_code_for_the_copy(tmp_path: Path) -> None:
     script = tmp_path / "start.sh"
-    script.write_text(start_script(tmp_path / "code"))
+    script.write_text(start_script(tmp_path / "code", tmp_path))
     done = subprocess.run(["sh", str(script), "-c", "print('started')"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"the copy of the code is gone, submit again: {tmp_path}/code\n"
@@ -99,7 +99,7 @@ def test_the_script_does_not_look_where_it_was_submitted(tmp_path: Path) -> None
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "thing.py").write_text(f"print('{folder}')")
     script = tmp_path / "start.sh"
-    script.write_text(start_script(tmp_path / "code"))
+    script.write_text(start_script(tmp_path / "code", tmp_path))
     show = ["sh", str(script), "-m", "thing"]
     done = subprocess.run(show, capture_output=True, text=True, check=True, cwd=tmp_path / "here")
     assert done.stdout == "code\n"
@@ -108,7 +108,7 @@ def test_the_script_does_not_look_where_it_was_submitted(tmp_path: Path) -> None
 def test_the_script_starts_where_env_cannot_block(tmp_path: Path) -> None:
     command(tmp_path, "env", "exit 125")
     script = tmp_path / "start.sh"
-    script.write_text(start_script(tmp_path))
+    script.write_text(start_script(tmp_path, tmp_path))
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", str(script), "-c", BLOCKED], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout.strip()) == (0, "[]")

@@ -227,5 +227,5 @@ def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmC
     submission = run.jobs.submission()
     assert submission is not None
     assert submission.origin["packages"]["torch"] == version("torch")
-    assert Path(submission.code).name in (run.folder / "jobs" / "start.sh").read_text()
+    assert Path(submission.code).name in (Path(submission.launch) / "start.sh").read_text()
     until(lambda: not cluster.run("squeue", "-h").strip(), "an empty queue", every=0.5)

@@ -1,0 +1,38 @@
+"""Taking runs out of the list of `graftvit jobs`; their folders stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...models.errors import ConfigError
+from .jobs import JudgedJob, judge_jobs, run_folders
+from .registry import forget, known, listed
+
+
+def forget_run(folder: Path) -> None:
+    """Raises ConfigError: the run is not in the list, or has a job; GraftError: Slurm does not answer."""
+    folder = folder.absolute()
+    if folder not in listed():
+        raise ConfigError(f"{folder} is not in the list of runs: `graftvit jobs` shows it")
+    active = _active(folder)
+    if active:
+        raise ConfigError(
+            f"{folder} is {active[0].words}, and stays in the list: `graftvit stop {folder}` ends it"
+        )
+    forget(folder)
+
+
+def forget_ended() -> list[Path]:
+    """Forgets all runs that are there and have no job, and returns them. Raises GraftError: Slurm does not answer."""
+    ended = [folder for folder in known() if not _active(folder)]
+    for folder in ended:
+        forget(folder)
+    return ended
+
+
+def _active(folder: Path) -> list[JudgedJob]:
+    try:
+        runs = run_folders(folder)
+    except ConfigError:  # gone, or something else by now
+        return []
+    return [one for jobs in judge_jobs(runs, strict=True).values() for one in jobs if one.active]

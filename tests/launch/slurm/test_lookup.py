@@ -1,0 +1,83 @@
+"""Jobs of runs whose records are not whole: what is taken for whose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from graftvit.launch.slurm import lookup
+from graftvit.launch.slurm.batch import job_name
+from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.lock import submitting
+from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
+from graftvit.models.errors import GraftError
+from slurm_folders import submitted
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two cells of which the scheduler was told, and whose number never came back."""
+    folder = tmp_path / "sweep"
+    launch = folder / "jobs" / "launch-0"
+    launch.mkdir(parents=True)
+    cells = [folder / "cells" / name for name in ("a", "b")]
+    (launch / "runs.json").write_text(json.dumps([str(cell) for cell in cells]))
+    with submitting(folder):
+        for index, cell in enumerate(cells):
+            submitted(cell, job_id="", launch=str(launch), index=index)
+    return folder
+
+
+def queue(monkeypatch: pytest.MonkeyPatch, *jobs: NamedJob) -> None:
+    monkeypatch.setattr(lookup, "queued_jobs", lambda: list(jobs))
+    monkeypatch.setattr(lookup.shutil, "which", lambda _: "/usr/bin/squeue")
+
+
+def array_of(sweep: Path, launch: str = "launch-0") -> list[NamedJob]:
+    script = sweep / "jobs" / launch / "submit.sh"
+    return [NamedJob(f"7_{index}", job_name(sweep), script, 1.0) for index in range(2)]
+
+
+def test_a_number_that_never_came_back_is_written_down(monkeypatch: pytest.MonkeyPatch, sweep: Path) -> None:
+    cells = sorted((sweep / "cells").iterdir())
+    queue(monkeypatch, *array_of(sweep))
+    assert [[one.job_id for one in known] for known in find_submissions(cells).values()] == [["7_0"], ["7_1"]]
+    monkeypatch.setattr(lookup, "queued_jobs", lambda: pytest.fail("asked again"))
+    assert find_submissions(cells[1:])[cells[1]][0].job_id == "7_1"
+
+
+def test_what_never_came_to_a_job_is_left_out(monkeypatch: pytest.MonkeyPatch, sweep: Path) -> None:
+    cell = sweep / "cells" / "a"
+    queue(monkeypatch, *array_of(sweep, "launch-of-another-submission"))
+    assert find_submissions([cell])[cell] == []
+    with submitting(sweep):  # it is being submitted at this moment
+        assert [one.job_id for one in find_submissions([cell])[cell]] == [""]
+    queue(monkeypatch)
+    monkeypatch.setattr(lookup, "is_ordered", lambda script: script.name == "submit.sh")  # by an orphan
+    assert len(find_submissions([cell])[cell]) == 1
+    assert len(JobFolder(cell).submissions()) == 1
+
+
+def test_a_cell_without_records_is_told_from_the_others(monkeypatch: pytest.MonkeyPatch, sweep: Path) -> None:
+    cell = sweep / "cells" / "b"
+    shutil.rmtree(cell / "jobs")
+    queue(monkeypatch, *array_of(sweep))
+    (found,) = find_submissions([cell])[cell]
+    assert (found.job_id, found.cluster, found.logs) == ("7_1", "slurm", str(sweep / "jobs" / "logs"))
+    assert home(cell) == sweep
+    assert find_submissions([cell], by_name=False)[cell] == []
+
+
+def test_slurm_is_not_asked_of_a_folder_that_nothing_was_submitted_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sweep: Path
+) -> None:
+    def silent() -> list[NamedJob]:
+        raise GraftError("Slurm does not answer")
+
+    queue(monkeypatch)
+    monkeypatch.setattr(lookup, "queued_jobs", silent)
+    assert find_submissions([tmp_path])[tmp_path] == []
+    with pytest.raises(GraftError, match="does not answer"):
+        find_submissions([sweep / "cells" / "a"])

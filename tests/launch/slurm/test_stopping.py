@@ -1,0 +1,107 @@
+"""`graftvit stop` where something is in its way: all others are stopped, and what goes on is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from graftvit.launch.cli import main
+from graftvit.launch.slurm import jobs, processes
+from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.scheduler import JobState
+from graftvit.models.errors import CheckpointError
+from patience import until
+from slurm_cluster import SlurmCluster
+from slurm_folders import submitted
+
+WAIT = ("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 100")
+
+
+def controller_of(folder: Path) -> subprocess.Popen[str]:
+    """A process that looks like submitit's for a run in `folder`."""
+    words = [sys.executable, "-c", "input()", processes.CONTROLLER, str(folder / "logs")]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, text=True)
+
+
+def test_older_records_are_understood(tmp_path: Path) -> None:
+    files = submitted(tmp_path, job_id="13")
+    (record,) = (files.folder / "submissions").glob("*.json")
+    older = {**json.loads(record.read_text()), "job_id": "12", "earlier": ["11"]}
+    for name in ("name", "index", "launch", "host", "pid"):
+        del older[name]
+    (files.folder / "submission.json").write_text(json.dumps(older))
+    assert [one.job_id for one in files.submissions()] == ["12", "13"]
+    record.unlink()
+    assert files.submission() == files.submissions()[0]
+    (files.folder / "submission.json").write_text('{"job_id": "12"}')
+    with pytest.raises(CheckpointError, match=r"submission.json is damaged"):
+        files.submissions()
+
+
+@pytest.mark.slurm
+def test_a_cell_that_has_just_ended_keeps_no_other_from_being_stopped(
+    cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    ids = ["1", *(cluster.run(*WAIT).strip() for _ in range(2))]  # no job has number 1 (any more)
+    for place, job in enumerate(ids):
+        submitted(tmp_path / "cells" / f"seed={place}", job_id=job)
+    asked, real = [], jobs.job_states
+
+    def states(wanted: list[str]) -> dict[str, JobState]:
+        asked.append(wanted)
+        return dict.fromkeys(wanted, JobState("RUNNING")) if len(asked) == 1 else real(wanted)
+
+    monkeypatch.setattr(jobs, "job_states", states)
+    assert main(["stop", str(tmp_path), "--now"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ids[1:]
+    left = ("squeue", "--noheader", f"--jobs={','.join(ids[1:])}")
+    until(lambda: not cluster.run(*left).strip(), "the end of the others", every=0.2)
+
+
+def test_a_run_of_another_user_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / "cells" / name for name in ("his", "mine")]
+    controllers = [controller_of(folder) for folder in folders]
+    for folder, process in zip(folders, controllers, strict=True):
+        submitted(folder, cluster="local", job_id=str(process.pid))
+    touch = Path.touch
+
+    def refuse(path: Path, **kwargs: object) -> None:
+        if folders[0] in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        touch(path)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert main(["stop", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert f"job {controllers[1].pid} of {folders[1]} saves" in said.out
+    his = JobFolder(folders[0]).stop_path
+    assert said.err.startswith(
+        f"graftvit: error: job {controllers[0].pid} of {folders[0]} goes on: {his} cannot be "
+    )
+    assert "it is the run of" in said.err
+    assert said.err.count("\n") == 1
+    assert controllers[1].wait(10) != 0
+
+    monkeypatch.undo()
+    kill = os.kill
+
+    def forbid(pid: int, number: int) -> None:
+        if pid == controllers[0].pid:
+            raise PermissionError(1, "Operation not permitted")
+        kill(pid, number)
+
+    monkeypatch.setattr(processes.os, "kill", forbid)
+    assert main(["stop", str(tmp_path)]) == 1
+    assert (
+        f"process {controllers[0].pid} cannot be signalled: Operation not permitted"
+        in capsys.readouterr().err
+    )
+    controllers[0].communicate("\n")
