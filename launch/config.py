@@ -202,12 +202,22 @@ def _plain_value(text: str) -> Any:
 def _validate(settings: list[Setting]) -> RunConfig:
     values: dict[str, Any] = {}
     for setting in settings:
-        _put(values, setting.key.split("."), setting.value)
+        texts = {str, Path} & {*leaf_of(setting.key).kinds}
+        value = at_home(setting.value) if texts else setting.value
+        _put(values, setting.key.split("."), value)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         given = {leaf_of(setting.key).key: setting for setting in settings}
         raise _explain(error, values, given) from error
+
+
+def at_home(value: Any) -> Any:
+    """A path with the home folder in place of its leading `~`: a shell leaves that of `--output_dir=~/x` alone."""
+    if not isinstance(value, str | Path):
+        return value
+    scheme, mark, path = str(value).rpartition("local-dir:")
+    return type(value)(scheme + mark + os.path.expanduser(path))  # noqa: PTH111 - leaves a user that none knows
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:

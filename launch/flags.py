@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from ..models.errors import ConfigError
-from .config import Setting, parse_override, parse_setting
+from .config import Setting, at_home, parse_override, parse_setting
 from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unknown
 
 
@@ -87,11 +87,11 @@ def parse_command(
 
 
 def _underscored(word: str) -> str:
-    """`--dry-run=x-y` as `--dry_run=x-y`; anything but a long flag unchanged."""
+    """`--dry-run=x-y` as `--dry_run=x-y`, and `=~/x` as a shell would expand it; other words unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+    return f"--{name.replace('-', '_')}{equals}{at_home(value)}"
 
 
 def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str] | None) -> Setting:

@@ -24,6 +24,11 @@ class ClusterOptions:
     cpus: int = 8
     gpus: int = 4
     """A node's GPUs, which can be asked for but do not exist."""
+    gpu_types: tuple[str, ...] = ()
+    """Of the GPUs of each node; they have none by default."""
+    gres: str = ""
+    """What else a node has, as in `tmpdisk:100`."""
+    mail_program: str = "/bin/true"
     memory: int = 4000
     """A node's memory in MB."""
     user_signal: bool = False
@@ -56,8 +61,7 @@ def write_config(folder: Path, options: ClusterOptions, addresses: Addresses) ->
     for number in range(options.gpus):
         # must be a character device, or it is not counted
         (folder / f"gpu{number}").symlink_to("/dev/null")
-    files = f"Name=gpu File={folder}/gpu[0-{options.gpus - 1}]\n" if options.gpus else ""
-    (folder / "gres.conf").write_text(f"AutoDetect=off\n{files}")
+    (folder / "gres.conf").write_text("\n".join(["AutoDetect=off", *_generic(folder, options), ""]))
     # 22.05 must have a plug-in, which does nothing when no other plug-in asks for cgroups
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (folder / "plugstack.conf").write_text("")
@@ -93,6 +97,7 @@ def _lines(folder: Path, options: ClusterOptions, addresses: Addresses) -> Seque
         f"SlurmctldLogFile={folder}/log/slurmctld.log",
         f"SlurmdLogFile={folder}/log/slurmd.%n.log",
         f"PlugStackConfig={folder}/plugstack.conf",
+        f"MailProg={options.mail_program}",
         *_PLUGINS,
         *_TIMES,
         *_FAILURES,
@@ -109,7 +114,6 @@ _PLUGINS = [
     "AccountingStorageType=accounting_storage/none",
     "JobCompType=jobcomp/none",
     "MpiDefault=none",
-    "MailProg=/bin/true",
     "SwitchType=switch/none",
     "PropagateResourceLimits=NONE",
     # the nodes may be bigger than this machine
@@ -117,7 +121,7 @@ _PLUGINS = [
     "SelectType=select/cons_tres",
     "SelectTypeParameters=CR_Core_Memory",
     "DefMemPerCPU=100",
-    "GresTypes=gpu",
+    "GresTypes=gpu,tmpdisk",
 ]
 _TIMES = [
     "SchedulerType=sched/backfill",
@@ -142,8 +146,29 @@ def _node(name: str, options: ClusterOptions, addresses: Addresses) -> str:
     return (
         f"NodeName={name} NodeHostname={host} NodeAddr={addresses.nodes[name]} Port={addresses.ports[name]} "
         f"CPUs={options.cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={options.cpus} ThreadsPerCore=1 "
-        f"RealMemory={options.memory}" + (f" Gres=gpu:{options.gpus}" if options.gpus else "")
+        f"RealMemory={options.memory}" + (f" Gres={gres}" if (gres := _gres(name, options)) else "")
     )
+
+
+def _gres(name: str, options: ClusterOptions) -> str:
+    kind = f"{options.gpu_types[options.names.index(name)]}:" if options.gpu_types else ""
+    gpus = f"gpu:{kind}{options.gpus}" if options.gpus else ""
+    return ",".join(filter(None, [gpus, options.gres]))
+
+
+def _generic(folder: Path, options: ClusterOptions) -> list[str]:
+    """The lines of gres.conf, which are the same for all nodes where they have the same."""
+    lines = []
+    files = f"Name=gpu File={folder}/gpu[0-{options.gpus - 1}]"
+    if options.gpus and options.gpu_types:
+        pairs = zip(options.names, options.gpu_types, strict=True)
+        lines += [f"NodeName={name} {files} Type={kind}" for name, kind in pairs]
+    elif options.gpus:
+        lines.append(files)
+    if options.gres:
+        name, _, count = options.gres.partition(":")
+        lines.append(f"Name={name} Count={count}")
+    return lines
 
 
 def _partitions(options: ClusterOptions) -> list[str]:

@@ -17,7 +17,9 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Submit again what was submitted."""
-    from ..slurm.flags import add_cluster_flags, cluster_of
+    from ..slurm.flags import add_cluster_flags, asked_by
+    from ..slurm.layers import describe
+    from ..slurm.preview import preview_again
     from ..slurm.resume import find_unfinished, resume
 
     parser = command_parser(
@@ -30,11 +32,20 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or the folder of a sweep")
     parser.add_argument(
-        "--dry_run", action="store_true", help="print the plan and the sbatch script and stop"
+        "--dry_run",
+        action="store_true",
+        help="print the plan, what is asked of the cluster and the sbatch script, then what is wrong with it, and stop",
     )
     add_cluster_flags(parser)
     arguments = parser.parse_args(argv)
     unfinished = find_unfinished(arguments.run)
-    config = cluster_of(arguments, unfinished.resources)
-    say(resume(unfinished, config, unchecked=arguments.unchecked, dry_run=arguments.dry_run))
+    asked = asked_by(arguments, unfinished.resources)
+    config = asked.config()
+    if arguments.dry_run:
+        shown = preview_again(unfinished, config, unchecked=arguments.unchecked)
+        say(f"{describe(asked)}\n{shown.text}")
+        if shown.problem is not None:
+            raise shown.problem
+        return 0
+    say(resume(unfinished, config, unchecked=arguments.unchecked))
     return 0

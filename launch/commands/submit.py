@@ -21,7 +21,8 @@ DESCRIPTION = (
 
 def run(argv: list[str]) -> int:
     """Check, show or submit."""
-    from ..slurm.flags import add_cluster_flags, cluster_of
+    from ..slurm.flags import add_cluster_flags, asked_by
+    from ..slurm.layers import describe
 
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser("submit", DESCRIPTION, EXAMPLES, usage)
@@ -31,19 +32,26 @@ def run(argv: list[str]) -> int:
         help="run a setting with each value, as an array of jobs: a,b,c or 0..4; several make all combinations",
     )  # fmt: skip
     parser.add_argument(
-        "--dry_run", action="store_true", help="print the plan and the sbatch script and stop"
+        "--dry_run",
+        action="store_true",
+        help="print the plan, what is asked of the cluster and the sbatch script, then what is wrong with it, and stop",
     )
     add_cluster_flags(parser)
     arguments, settings = parse_command(parser, argv)
     from ..slurm.requests import plan_run
 
-    config = cluster_of(arguments)
+    asked = asked_by(arguments)
+    config = asked.config()
     plan = plan_run(arguments.recipe, settings, arguments.sweep)
-    from ..slurm.submission import check, describe, send
+    from ..slurm.preview import preview
+    from ..slurm.submission import check, send
 
-    check(plan, config, unchecked=arguments.unchecked)
     if arguments.dry_run:
-        say(describe(plan, config, unchecked=arguments.unchecked))
+        shown = preview(plan, config, unchecked=arguments.unchecked)
+        say(f"{describe(asked)}\n{shown.text}")
+        if shown.problem is not None:
+            raise shown.problem
         return 0
+    check(plan, config, unchecked=arguments.unchecked)
     say(send(plan, config, unchecked=arguments.unchecked))
     return 0

@@ -130,7 +130,7 @@ def _leave(record: _Record) -> NoReturn:
         raise SystemExit(144 if record.cluster == "local" and not record.folder.stop_path.exists() else 0)
     if record.folder.stop_path.exists():
         record.note(signal=_words(record), outcome="stopped", ended=time.time())
-        raise SystemExit(0)
+        raise SystemExit(128 + signal.SIGUSR2)  # what waits for this run by `--after` must not begin
     until = time.monotonic() + WAIT_FOR_THE_END
     told = False
     while signal.SIGUSR2 not in early_signals.received:

@@ -70,8 +70,8 @@ def executor_of(launch: Launch) -> submitit.AutoExecutor:
     executor.update_parameters(**_common(launch))
     if config.cluster == "slurm":
         executor.update_parameters(**_of_slurm(launch))
-    elif config.cluster == "local" and config.setup:
-        executor.update_parameters(local_setup=list(config.setup))
+    elif config.cluster == "local" and (config.setup or config.node_setup):
+        executor.update_parameters(local_setup=[*config.setup, *config.node_setup])
     return executor
 
 
@@ -98,14 +98,14 @@ def _common(launch: Launch) -> dict[str, Any]:
         "nodes": config.nodes,
         "tasks_per_node": config.tasks,
     }
-    if config.gpus_per_node:
-        common["gpus_per_node"] = config.gpus_per_node
+    if config.gpu_count and config.cluster != "slurm":
+        common["gpus_per_node"] = config.gpu_count
     return common
 
 
 def _of_slurm(launch: Launch) -> dict[str, Any]:
     config = launch.config
-    more: dict[str, Any] = {"requeue": True, "chdir": os.getcwd(), **config.sbatch}  # noqa: PTH109
+    more: dict[str, Any] = {"requeue": True, "chdir": os.getcwd(), **config.options()}  # noqa: PTH109
     steps = [
         f"--cpus-per-task={launch.cpus_per_task}",
         "--kill-on-bad-exit=1",
@@ -114,19 +114,33 @@ def _of_slurm(launch: Launch) -> dict[str, Any]:
         steps.append(f"--container-image={config.container}")
     if config.container_mounts:
         steps.append(f"--container-mounts={config.container_mounts}")
-    optional = {
-        name: getattr(config, name)
-        for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "dependency", "mem")
-    }
     if launch.after is not None:
-        optional["dependency"] = f"afterok:{launch.after}"
-        more["kill-on-invalid-dep"] = "yes"
+        more["dependency"] = f"afterok:{launch.after}"
+        more["kill_on_invalid_dep"] = "yes"
     return {
         "cpus_per_task": launch.cpus_per_task,
         "slurm_signal_delay_s": config.signal_delay,
         "slurm_array_parallelism": config.array_parallelism,
-        "slurm_setup": list(config.setup),
+        "slurm_setup": [*config.setup, *_node_setup(launch)],
         "slurm_srun_args": steps,
         "slurm_additional_parameters": more,
-        **{f"slurm_{name}": value for name, value in optional.items() if value is not None},
     }
+
+
+def _node_setup(launch: Launch) -> list[str]:
+    """A step of one task a node, which has all cores of the job there.
+
+    Signals wait for its end: a preempted job whose step dies of SIGTERM has failed, and is not started again.
+    """
+    config = launch.config
+    if not config.node_setup:
+        return []
+    lines = "\n".join(["trap '' TERM USR2", *config.node_setup])
+    step = [
+        f"--nodes={config.nodes}",
+        f"--ntasks={config.nodes}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    ]
+    cores = f"--cpus-per-task={launch.cpus_per_task * config.tasks}"
+    return [shlex.join(["srun", *step, cores, "bash", "-e", "-c", lines]) + " || exit $?"]

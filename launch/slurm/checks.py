@@ -9,26 +9,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.errors import ConfigError, did_you_mean
+from .gpus import gpus_in, has_gpus
+from .inventory import Node, nodes_of, partitions, reserved_nodes, run
 from .settings import ClusterConfig, parse_time
 
 OF_ONE_MACHINE = ("tmpfs", "ramfs", "devtmpfs")
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # folders that no two machines share
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a machine of a partition has."""
-
-    name: str
-    cpus: int
-    memory: int
-    """MiB."""
-    gpus: int
+UNCLEAR = ("Requested node configuration is not available", "Requested nodes are busy")
+"""Said of nodes that do not exist, and of those that are drained, down or reserved."""
+ALL_THE_SAME = "; `--unchecked` submits it all the same"
 
 
 def check_commands() -> None:
@@ -57,7 +51,7 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
     elif any(folder.is_relative_to(root) for root in TEMPORARY) or _file_system(folder) in OF_ONE_MACHINE:
         raise ConfigError(
             f"--output_dir {output_dir} is on this machine alone, and the nodes of the job would not see it: give a "
-            "folder on a shared disk; if it is one, name it under shared_folders in the site file"
+            "folder on a shared disk; if it is one, name it under shared_folders in the site file, or give --unchecked"
         )
     above = next(path for path in (folder, *folder.parents) if path.exists())
     if not above.is_dir():
@@ -67,75 +61,160 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
 
 
 def check_resources(config: ClusterConfig, cpus_per_task: int) -> None:
-    """Raises ConfigError where no nodes of the partition have what is asked for."""
-    partitions = _partitions()
-    name = config.partition or next(
-        (name for name, fields in partitions.items() if fields["Default"] == "YES"), None
-    )
-    if name is None:
+    """Raises ConfigError where the nodes of no partition that may be taken have what is asked for."""
+    cluster = partitions()
+    problems = []
+    for name in _asked_partitions(config, cluster):
+        try:
+            _check_partition(config, cpus_per_task, name, cluster[name])
+        except ConfigError as error:
+            problems.append(str(error))
+        else:
+            return
+    raise ConfigError("; ".join(problems))
+
+
+def waits_for(config: ClusterConfig, cpus_per_task: int) -> str:
+    """Which nodes a job has to wait for, as too few of those that fit it can be used now; nothing where enough can."""
+    reserved, found = reserved_nodes(config.reservation), []
+    for name in _asked_partitions(config, partitions()):
+        fitting = [node for node in nodes_of(name) if not _lacks(node, config, cpus_per_task)]
+        away = [node.away or "reserved" for node in fitting if node.away or node.name in reserved]
+        if len(fitting) - len(away) >= config.nodes:
+            return ""
+        if len(fitting) >= config.nodes:
+            every = f"all {len(fitting)}" if len(away) == len(fitting) else f"{len(away)} of {len(fitting)}"
+            states = " or ".join(sorted(set(away)))
+            found.append(f"{every} nodes of partition {name} that fit are {states} now")
+    return f"{', and '.join(found)}: the job waits for them" if found else ""
+
+
+def _closed(config: ClusterConfig) -> str:
+    """That all partitions which may be taken are down; sbatch does not tell, and takes the job."""
+    cluster = partitions()
+    names = _asked_partitions(config, cluster)
+    if any(cluster[name].get("State") != "DOWN" for name in names):
+        return ""
+    return f"partition {' and '.join(names)} is down now: the job waits for it"
+
+
+def _asked_partitions(config: ClusterConfig, cluster: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The partitions that may be taken: those of a list, or the default one. Raises ConfigError."""
+    if config.partition is not None:
+        names = [name.strip() for name in config.partition.split(",")]
+    else:
+        names = [name for name, fields in cluster.items() if fields["Default"] == "YES"]
+    if not names:
         raise ConfigError(
-            f"--partition is not given and the cluster has no default one: valid: {', '.join(partitions)}"
+            f"--partition is not given and the cluster has no default one: valid: {', '.join(cluster)}"
         )
-    if name not in partitions:
-        raise ConfigError(
-            f"--partition {name!r} is not one of this cluster; {did_you_mean(name, partitions)}"
-        )
-    limit = partitions[name].get("MaxTime", "UNLIMITED")
+    for name in names:
+        if name not in cluster:
+            raise ConfigError(
+                f"--partition {name!r} is not one of this cluster; {did_you_mean(name, cluster)}"
+            )
+    return names
+
+
+def _check_partition(config: ClusterConfig, cpus_per_task: int, name: str, fields: Mapping[str, str]) -> None:
+    limit = fields.get("MaxTime", "UNLIMITED")
     if limit not in ("UNLIMITED", "INFINITE", "NONE") and config.minutes > parse_time(limit):
         raise ConfigError(f"--time {config.time} is more than partition {name} allows, {limit}")
-    nodes = _nodes(name)
+    nodes = nodes_of(name)
     if config.nodes > len(nodes):
-        raise ConfigError(f"--nodes {config.nodes}: partition {name} has {len(nodes)}")
-    largest = partitions[name].get("MaxNodes", "UNLIMITED")
+        raise ConfigError(f"--nodes {config.nodes}: partition {name} has {len(nodes)}{ALL_THE_SAME}")
+    largest = fields.get("MaxNodes", "UNLIMITED")
     if largest.isdigit() and config.nodes > int(largest):
-        raise ConfigError(f"--nodes {config.nodes}: partition {name} gives a job {largest} at most")
+        raise ConfigError(
+            f"--nodes {config.nodes}: partition {name} gives a job {largest} at most{ALL_THE_SAME}"
+        )
     _check_nodes(config, cpus_per_task, name, nodes)
 
 
 def _check_nodes(config: ClusterConfig, cpus_per_task: int, partition: str, nodes: list[Node]) -> None:
-    wanted = [
-        ("--gpus_per_node", config.gpus_per_node, "gpus", "GPUs"),
-        ("--cpus_per_task x tasks a node", cpus_per_task * config.tasks, "cpus", "cores"),
-        ("--mem", _mebibytes(config.mem), "memory", "MiB of memory"),
-    ]
     fitting = nodes
-    for flag, count, attribute, unit in wanted:
-        fitting = [node for node in fitting if getattr(node, attribute) >= count]
+    for resource in _wanted(config, cpus_per_task):
+        fitting = [node for node in fitting if resource.fits(node)]
         if len(fitting) < config.nodes:
-            most = max((getattr(node, attribute) for node in nodes), default=0)
+            most = max(map(resource.most, nodes), default=0)
             having = f"{len(fitting)} of its {len(nodes)} nodes have so many"
             raise ConfigError(
-                f"{flag} is {count}: partition {partition} has nodes with up to {most} {unit}, "
-                f"and {having}; {config.nodes} are asked for"
+                f"{resource.flag} is {resource.asked}: partition {partition} has nodes with up to {most} "
+                f"{resource.unit}, and {having}; {config.nodes} are asked for{resource.hint}"
             )
 
 
-def check_script(script: Path) -> None:
-    """Raises ConfigError in Slurm's words where sbatch would refuse the script. Nothing is queued."""
-    answer = _run("sbatch", "--test-only", str(script))
-    if answer.returncode != 0:
-        lines = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
-        line = lines[-1] if lines else answer.stderr.strip().partition("\n")[0]
-        words = re.sub(r"^\s*(sbatch|allocation failure): *(error: *)?", "", line).strip()
-        raise ConfigError(f"sbatch refuses the job: {words}; `--dry_run` prints the script")
+@dataclass(frozen=True)
+class _Wanted:
+    """What each node of a job must have."""
+
+    flag: str
+    asked: str | int
+    unit: str
+    fits: Callable[[Node], bool]
+    most: Callable[[Node], int]
+    hint: str = ""
 
 
-def _partitions() -> dict[str, dict[str, str]]:
-    found = {}
-    for line in _output("scontrol", "--oneliner", "show", "partition").splitlines():
-        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        if "PartitionName" in fields:
-            found[fields["PartitionName"]] = fields
-    return found
+def _wanted(config: ClusterConfig, cpus_per_task: int) -> list[_Wanted]:
+    gpus, cores = config.gpus, cpus_per_task * config.tasks
+    flag, size = _memory(config, cores)
+    of_types = " and ".join(filter(None, gpus))
+    return [
+        _Wanted(
+            "--gres" if gpus_in(config.gres) else "--gpus_per_node",
+            config.gres if gpus_in(config.gres) and config.gres else config.gpus_per_node or "1",
+            f"GPUs of type {of_types}" if of_types else "GPUs",
+            lambda node: has_gpus(node.gpus, gpus),
+            lambda node: sum(
+                count
+                for kind, count in node.gpus.items()
+                if not of_types or kind.lower() in map(str.lower, gpus)
+            ),
+        ),
+        _Wanted(
+            "--cpus_per_task x tasks a node",
+            cores,
+            "cores",
+            lambda node: node.cpus >= cores,
+            lambda node: node.cpus,
+            ALL_THE_SAME,
+        ),
+        _Wanted(flag, size, "MiB of memory", lambda node: node.memory >= size, lambda node: node.memory),
+    ]
 
 
-def _nodes(partition: str) -> list[Node]:
-    nodes = {}
-    for line in _output("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%c|%m|%G").splitlines():
-        name, cpus, memory, generic = line.split("|")
-        counts = re.findall(r"gpu(?::[\w.-]+)?:(\d+)", generic)
-        nodes[name] = Node(name, int(cpus.rstrip("+")), int(memory.rstrip("+")), sum(map(int, counts)))
-    return list(nodes.values())
+def _memory(config: ClusterConfig, cores: int) -> tuple[str, int]:
+    """What a node must have, in MiB, and the flag that says so."""
+    if config.mem_per_cpu is not None:
+        return "--mem_per_cpu x cores a node", _mebibytes(config.mem_per_cpu) * cores
+    if config.mem_per_gpu is not None:
+        return "--mem_per_gpu x GPUs a node", _mebibytes(config.mem_per_gpu) * config.gpu_count
+    return "--mem", _mebibytes(config.mem)
+
+
+def _lacks(node: Node, config: ClusterConfig, cpus_per_task: int) -> bool:
+    return not all(resource.fits(node) for resource in _wanted(config, cpus_per_task))
+
+
+def ask_sbatch(script: Path, config: ClusterConfig, cpus_per_task: int) -> str:
+    """What the job has to wait for, or nothing, as `sbatch --test-only` tells; nothing is queued.
+
+    Of nodes that are drained or down it says what it says of nodes that do not exist, though sbatch takes the job.
+
+    Raises ConfigError in Slurm's words where sbatch would refuse the script.
+    """
+    answer = run("sbatch", "--test-only", str(script))
+    if answer.returncode == 0:
+        return _closed(config)
+    lines = [line for line in answer.stderr.splitlines() if "error" in line.lower()]
+    line = lines[-1] if lines else answer.stderr.strip().partition("\n")[0]
+    words = re.sub(r"^\s*(sbatch|allocation failure): *(error: *)?", "", line).strip()
+    unclear = words in UNCLEAR
+    if unclear and (waiting := waits_for(config, cpus_per_task)):
+        return waiting
+    hint = "; with `--unchecked` sbatch itself decides" if unclear else ""
+    raise ConfigError(f"sbatch refuses the job: {words}{hint}; `--dry_run` prints the script")
 
 
 def _mebibytes(text: str | None) -> int:
@@ -156,17 +235,3 @@ def _file_system(folder: Path) -> str:
     }
     inside = [point for point in mounts if above.is_relative_to(point)]
     return mounts[max(inside, key=len)] if inside else ""
-
-
-def _output(*command: str) -> str:
-    answer = _run(*command)
-    if answer.returncode != 0:
-        raise ConfigError(f"{command[0]} does not reach the cluster: {' '.join(answer.stderr.split())}")
-    return answer.stdout
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"{command[0]} does not answer: {error}") from error

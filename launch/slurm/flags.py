@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from ...models.errors import ConfigError
 from ..flags import Parser
-from .settings import ClusterConfig, load_cluster, site_file
+from .layers import Asked, Layer, ask, site_file
+from .settings import ClusterConfig
 
 ONLY_IN_THE_SITE_FILE = ("shared_folders",)
 
@@ -22,13 +23,22 @@ def add_cluster_flags(parser: Parser) -> None:
         keywords: dict[str, Any] = {"metavar": name.upper()}
         if name == "cluster":
             keywords = {"choices": get_args(field.annotation)}
-        elif name == "setup":
+        elif name in ("setup", "node_setup"):
             keywords = {"metavar": "LINE", "action": "append"}
         elif name == "sbatch":
             keywords = {"metavar": "OPTION[=VALUE]", "action": "append"}
         default = "" if field.default in (None, (), {}) else f" (default: {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **keywords)
+    group.add_argument(
+        "--after",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="start when this run or sweep has finished; if it fails or is stopped, this job is cancelled. Several "
+        "are waited for together",
+    )
     group.add_argument("--site", type=Path, metavar="FILE", help="another site file")
     group.add_argument(
         "--unchecked",
@@ -37,15 +47,28 @@ def add_cluster_flags(parser: Parser) -> None:
     )
 
 
-def cluster_of(arguments: argparse.Namespace, base: dict[str, Any] | None = None) -> ClusterConfig:
-    """The resources that the flags ask for, over `base` or the site file. Raises ConfigError."""
-    given: dict[str, Any] = dict(base or {})
-    for name in ClusterConfig.model_fields:
-        if hasattr(arguments, name) and name != "sbatch":
-            given[name] = getattr(arguments, name)
-    if hasattr(arguments, "sbatch"):
-        given["sbatch"] = {**given.get("sbatch", {}), **dict(map(_option, arguments.sbatch))}
-    return load_cluster(given, arguments.site)
+def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None) -> Asked:
+    """The resources that the flags ask for, over those of `before` and of the site. Raises ConfigError."""
+    given = {
+        name: getattr(arguments, name) for name in ClusterConfig.model_fields if hasattr(arguments, name)
+    }
+    if "sbatch" in given:
+        given["sbatch"] = dict(map(_option, given["sbatch"]))
+    asked = ask(given, arguments.site, before)
+    if arguments.after:
+        cluster = asked.values.get("cluster", "slurm")
+        if cluster != "slurm":
+            raise ConfigError(f"--after waits for jobs of Slurm, and --cluster {cluster} starts at once")
+        from .chaining import dependency_on
+
+        own = asked.values.get("dependency")
+        asked.put(Layer(dependency_on(arguments.after, *([own] if own else [])), lambda key: "--after"))
+    return asked
+
+
+def cluster_of(arguments: argparse.Namespace, before: dict[str, Any] | None = None) -> ClusterConfig:
+    """As `asked_by`, checked. Raises ConfigError."""
+    return asked_by(arguments, before).config()
 
 
 def _option(word: str) -> tuple[str, str | bool]:

@@ -17,7 +17,7 @@ from .lock import submitting
 from .lookup import home
 from .progress import current_stage
 from .settings import ClusterConfig
-from .submission import refuse_active, show, start
+from .submission import refuse_active, start
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class Unfinished:
     def resources(self) -> dict[str, Any]:
         """What was asked of the cluster; a job that was waited for then may be forgotten by now."""
         asked = next(iter(self.submissions.values())).resources
-        return {name: value for name, value in asked.items() if name != "dependency"}
+        kept = {name: value for name, value in asked.items() if name != "dependency"}
+        options = {
+            name: value for name, value in kept.get("sbatch", {}).items() if name != "kill_on_invalid_dep"
+        }
+        return {**kept, "sbatch": options} if "sbatch" in kept else kept
 
 
 def find_unfinished(folder: Path) -> Unfinished:
@@ -65,29 +69,17 @@ def find_unfinished(folder: Path) -> Unfinished:
     return Unfinished(folder, free, Request(teacher.command, folder / "teacher"))
 
 
-def resume(
-    unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False, dry_run: bool = False
-) -> str:
-    """Submits again, and says which jobs these are; `dry_run` says what would be submitted.
-
-    Raises ConfigError as `graftvit submit`.
-    """
-    launch = _launch(unfinished, config)
-    if config.cluster == "slurm" and not unchecked:
-        check_commands()
-        check_folder(unfinished.folder, config)
-        check_resources(config, launch.cpus_per_task)
-    plan = "" if unchecked else _plan(unfinished, config)
-    if not dry_run:
-        with submitting(home(unfinished.folder)):
-            left = find_unfinished(unfinished.folder)  # another shell may have been quicker
-            return start(_launch(left, config), left.first, unchecked=unchecked)
-    teacher = [] if unfinished.first is None else [unfinished.first.output_dir]
-    runs = "".join(f"again: {run}\n" for run in [*teacher, *unfinished.submissions])
-    return "\n".join([*filter(None, [plan, runs]), show(launch, unchecked=unchecked)])
+def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> str:
+    """Submits again, and says which jobs these are. Raises ConfigError as `graftvit submit`."""
+    if not unchecked:
+        check_again(unfinished, config)
+        plan_again(unfinished, config)
+    with submitting(home(unfinished.folder)):
+        left = find_unfinished(unfinished.folder)  # another shell may have been quicker
+        return start(launch_again(left, config), left.first, unchecked=unchecked)
 
 
-def _launch(unfinished: Unfinished, config: ClusterConfig) -> Launch:
+def launch_again(unfinished: Unfinished, config: ClusterConfig) -> Launch:
     """The runs with what they ask of the cluster, from where they were submitted."""
     first = next(iter(unfinished.submissions.values()))
     directory = Path(first.directory)
@@ -98,8 +90,16 @@ def _launch(unfinished: Unfinished, config: ClusterConfig) -> Launch:
     return Launch(job_name(unfinished.folder), unfinished.folder, requests, config, cores)
 
 
-def _plan(unfinished: Unfinished, config: ClusterConfig) -> str:
-    """Of the first run that has begun, which says what all cells do: they ask for the same processes.
+def check_again(unfinished: Unfinished, config: ClusterConfig) -> None:
+    """Raises ConfigError for what the cluster cannot give."""
+    if config.cluster == "slurm":
+        check_commands()
+        check_folder(unfinished.folder, config)
+        check_resources(config, launch_again(unfinished, config).cpus_per_task)
+
+
+def plan_again(unfinished: Unfinished, config: ClusterConfig) -> str:
+    """The plan of the first run that has begun, which says what all cells do: they ask for the same processes.
 
     Raises ConfigError: so many processes cannot share its step.
     """

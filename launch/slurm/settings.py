@@ -1,23 +1,47 @@
-"""What is asked of a cluster: flags, site file, defaults. The names are those of sbatch."""
+"""What can be asked of a cluster: each resource with its help, its check and its option of sbatch.
+
+The names are those of sbatch. Where the values come from is told in `layers.py`.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ...models.errors import ConfigError, did_you_mean
+from ...models.errors import ConfigError
 from ...transfer.config import check_plain
-from ..yaml_text import YamlError, parse_yaml, read_yaml
+from .gpus import count_gpus, gpus_in, parse_gpus
 
 OF_THE_JOB = (
-    "array", "error", "no_requeue", "ntasks", "ntasks_per_node", "open_mode", "output", "requeue", "signal", "wrap",
+    "array", "clusters", "error", "gpus", "gpus_per_task", "input", "job_name", "no_kill", "no_requeue", "ntasks",
+    "ntasks_per_gpu", "ntasks_per_node", "open_mode", "output", "parsable", "requeue", "signal", "test_only", "wait",
+    "wrap",
 )  # fmt: skip
-"""Options of sbatch that follow from what a run needs."""
+"""Options of sbatch that follow from what a run needs, or that would keep it from surviving."""
+MAILS = (
+    "NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "TIME_LIMIT_90",
+    "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS",
+)  # fmt: skip
+OF_ANOTHER_MEANING = ("container", "profile")
+"""Options of sbatch whose names are given to something else here."""
+MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
+"""Ways to ask for memory, which exclude each other."""
+
+
+@dataclass(frozen=True)
+class Sbatch:
+    """Marks a resource that has an option of sbatch."""
+
+    variable: str = ""
+    """Sets the option in the surroundings of sbatch."""
+    as_it_is: bool = True
+    """Whether the script has the option under the same name, with the value as it was given."""
 
 
 class ClusterConfig(BaseModel):
@@ -28,30 +52,87 @@ class ClusterConfig(BaseModel):
     cluster: Literal["slurm", "local", "debug"] = Field(
         "slurm", description="slurm, local (this machine, in the background) or debug (this process)"
     )
+    profile: str | None = Field(
+        None,
+        description="one of the `profiles` of the site file: what it names goes before the rest of the file",
+    )
     nodes: int = Field(1, gt=0, description="machines")
-    gpus_per_node: int = Field(1, ge=0, description="GPUs of a node; 0 for a run on CPUs")
+    gpus_per_node: Annotated[str | None, Sbatch("SBATCH_GPUS_PER_NODE", as_it_is=False)] = Field(
+        None,
+        description="GPUs of a node, with their type where it matters, as in a100:4; 0 for a run on CPUs (default: 1)",
+    )
+    gres: Annotated[str | None, Sbatch("SBATCH_GRES")] = Field(
+        None,
+        description="generic resources of a node, as in tmpdisk:100 or gpu:a100:4,tmpdisk:100, whose GPUs are those "
+        "of --gpus_per_node",
+    )
+    gpu_bind: Annotated[str | None, Sbatch("SBATCH_GPU_BIND")] = Field(
+        None, description="which GPUs a process sees, as in closest; all of its node by default"
+    )
     tasks_per_node: int | None = Field(None, gt=0, description="processes of a node; one a GPU by default")
     cpus_per_task: int | None = Field(
         None, gt=0, description="cores of a process; one more than data.workers by default"
     )
-    mem: str | None = Field(None, description="memory of a node, as in 240G; the site's default if not given")
-    time: str = Field("24:00:00", description="limit of one attempt: minutes, H:MM:SS or D-HH:MM:SS")
-    partition: str | None = Field(None, description="partition; the site's default if not given")
-    account: str | None = Field(None, description="account that pays")
-    qos: str | None = Field(None, description="quality of service")
-    constraint: str | None = Field(None, description="features that nodes must have, as in a100|h100")
-    exclude: str | None = Field(None, description="nodes that must not be taken, as in gpu[03-05]")
-    comment: str | None = Field(None, description="comment of the job")
-    dependency: str | None = Field(None, description="jobs to wait for, as in afterok:1234")
+    mem: Annotated[str | None, Sbatch("SBATCH_MEM_PER_NODE")] = Field(
+        None, description="memory of a node, as in 240G; the site's default if not given"
+    )
+    mem_per_cpu: Annotated[str | None, Sbatch("SBATCH_MEM_PER_CPU")] = Field(
+        None, description="memory for each core, in place of --mem"
+    )
+    mem_per_gpu: Annotated[str | None, Sbatch("SBATCH_MEM_PER_GPU")] = Field(
+        None, description="memory for each GPU, in place of --mem"
+    )
+    time: Annotated[str, Sbatch("SBATCH_TIMELIMIT", as_it_is=False)] = Field(
+        "24:00:00", description="limit of one attempt: minutes, H:MM:SS or D-HH:MM:SS"
+    )
+    partition: Annotated[str | None, Sbatch("SBATCH_PARTITION")] = Field(
+        None,
+        description="partition, or several with commas, of which any will do; the site's default if not given",
+    )
+    account: Annotated[str | None, Sbatch("SBATCH_ACCOUNT")] = Field(None, description="account that pays")
+    qos: Annotated[str | None, Sbatch("SBATCH_QOS")] = Field(None, description="quality of service")
+    reservation: Annotated[str | None, Sbatch("SBATCH_RESERVATION")] = Field(
+        None, description="reservation to run in"
+    )
+    constraint: Annotated[str | None, Sbatch("SBATCH_CONSTRAINT")] = Field(
+        None, description="features that nodes must have, as in a100|h100"
+    )
+    exclude: Annotated[str | None, Sbatch()] = Field(
+        None, description="nodes that must not be taken, as in gpu[03-05]"
+    )
+    nodelist: Annotated[str | None, Sbatch()] = Field(
+        None,
+        description="nodes that must be among those taken; the job waits for each of them, also after it has died",
+    )
+    comment: Annotated[str | None, Sbatch()] = Field(None, description="comment of the job")
+    dependency: Annotated[str | None, Sbatch()] = Field(
+        None, description="jobs to wait for, as in afterok:1234; --after waits for the job of a run folder"
+    )
+    mail: str | None = Field(
+        None,
+        description="whom Slurm writes to and when, as in me@example.org, FAIL,me@example.org or END,FAIL; END,FAIL "
+        "where no event is named. A restart is neither of them: REQUEUE is",
+    )
     array_parallelism: int = Field(16, gt=0, description="cells of an array that run at a time")
     signal_delay: int = Field(
         90, gt=0, description="seconds before the limit at which the job is told to save"
     )
-    setup: tuple[str, ...] = Field((), description="shell lines before the run: module loads, conda")
+    setup: tuple[str, ...] = Field(
+        (),
+        description="shell lines before the run, on its first node, which its processes take their environment from: "
+        "module loads, conda",
+    )
+    node_setup: tuple[str, ...] = Field(
+        (),
+        description="shell lines that run once on every node before the processes start, after `setup`: to unpack "
+        "data, to make a folder. The processes see the files, but not the environment that they leave; the job ends at "
+        "the first line that fails",
+    )
     container: str | None = Field(None, description="image for `srun --container-image` (enroot, pyxis)")
     container_mounts: str | None = Field(None, description="for `srun --container-mounts`")
     sbatch: dict[str, bool | str | int] = Field(
-        {}, description="other options of sbatch by their long names, true for one without a value"
+        {},
+        description="other options of sbatch by their long names; hold or hold=true for one without a value",
     )
     shared_folders: tuple[Path, ...] = Field(
         (), description="folders that every node sees; a run must lie in one of them"
@@ -72,25 +153,48 @@ class ClusterConfig(BaseModel):
             raise ValueError(str(error)) from error
         return text
 
-    @field_validator("mem")
+    @field_validator(*MEMORY)
     @classmethod
     def _check_memory(cls, text: str | None) -> str | None:
         if text is not None and not re.fullmatch(r"[0-9]+([KMGT]B?)?", text, re.IGNORECASE):
             raise ValueError("a size is a whole number with K, M, G or T, as in 240G")
         return text
 
+    @field_validator("gpus_per_node")
+    @classmethod
+    def _check_gpus(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_gpus(text)
+        return text
+
+    @field_validator("partition")
+    @classmethod
+    def _check_partitions(cls, text: str | None) -> str | None:
+        if text is not None and not all(name.strip() for name in text.split(",")):
+            raise ValueError("a name, or names with commas between them")
+        return text
+
+    @field_validator("mail")
+    @classmethod
+    def _check_mail(cls, text: str | None) -> str | None:
+        words = [] if text is None else text.split(",")
+        unknown = [word for word in words if "@" not in word and word.upper() not in MAILS]
+        if unknown or sum("@" in word for word in words) > 1:
+            raise ValueError(f"valid are one address and {', '.join(MAILS)}, with commas between them")
+        return text
+
     @field_validator("sbatch")
     @classmethod
     def _check_options(cls, options: dict[str, bool | str | int]) -> dict[str, bool | str | int]:
-        named = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
+        named = {option_name(name): _switch(value) for name, value in options.items()}
         for name in named:
-            if name in cls.model_fields:
+            if name in cls.model_fields and name not in OF_ANOTHER_MEANING:
                 raise ValueError(f"{name} has a flag and a key of its own, --{name}")
             if name in OF_THE_JOB:
                 raise ValueError(f"{name.replace('_', '-')} follows from what the run needs")
         return {name: value for name, value in named.items() if value is not False}
 
-    @field_validator("setup", mode="before")
+    @field_validator("setup", "node_setup", mode="before")
     @classmethod
     def _split_lines(cls, lines: Any) -> Any:
         return lines.splitlines() if isinstance(lines, str) else lines
@@ -105,10 +209,31 @@ class ClusterConfig(BaseModel):
             Path(os.path.expandvars(one)).expanduser() if isinstance(one, str) else one for one in several
         ]
 
+    @model_validator(mode="after")
+    def _check_together(self) -> ClusterConfig:
+        memory = [name for name in MEMORY if getattr(self, name) is not None]
+        if len(memory) > 1:
+            raise ValueError(f"{' and '.join(memory)} exclude each other: give one of them")
+        if self.gpus_per_node is not None and gpus_in(self.gres):
+            raise ValueError("gpus_per_node and the GPUs of gres are the same: give one of them")
+        return self
+
+    @property
+    def gpus(self) -> Mapping[str, int]:
+        """GPUs of a node by type, "" for any; those of `gres` where it names some."""
+        if self.gpus_per_node is None and (named := gpus_in(self.gres)):
+            return named
+        return parse_gpus("1" if self.gpus_per_node is None else self.gpus_per_node)
+
+    @property
+    def gpu_count(self) -> int:
+        """GPUs of a node, of whatever type."""
+        return count_gpus(self.gpus)
+
     @property
     def tasks(self) -> int:
         """Processes of a node: one a GPU, one where there is none."""
-        return self.tasks_per_node or max(1, self.gpus_per_node)
+        return self.tasks_per_node or max(1, self.gpu_count)
 
     @property
     def world_size(self) -> int:
@@ -119,6 +244,43 @@ class ClusterConfig(BaseModel):
     def minutes(self) -> int:
         """`time` in minutes, rounded up, as Slurm does."""
         return parse_time(self.time)
+
+    def options(self) -> dict[str, bool | str | int]:
+        """What the script has as options of sbatch, by their long names."""
+        found: dict[str, bool | str | int] = {
+            name: getattr(self, name)
+            for name, marked in sbatch_fields().items()
+            if marked.as_it_is and getattr(self, name) is not None
+        }
+        if not self.gpu_count:  # of a site whose other runs have GPUs
+            found = {name: value for name, value in found.items() if name not in ("gpu_bind", "mem_per_gpu")}
+        elif not gpus_in(self.gres):
+            found["gpus_per_node"] = self.gpus_per_node or "1"
+        return {**found, **_mail(self.mail), **self.sbatch}
+
+
+def sbatch_fields() -> dict[str, Sbatch]:
+    """The resources that sbatch has an option for."""
+    fields = ClusterConfig.model_fields.items()
+    return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Sbatch)}
+
+
+def option_name(text: str) -> str:
+    """`--mail-type` as `mail_type`."""
+    return text.lstrip("-").replace("-", "_")
+
+
+def _switch(value: bool | str | int) -> bool | str | int:
+    """`true`, as a flag gives it, as it is read in a file."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _mail(text: str | None) -> dict[str, str]:
+    words = [] if text is None else text.split(",")
+    events = [word.upper() for word in words if "@" not in word] or ["END", "FAIL"]
+    users = [word for word in words if "@" in word]
+    mailed = {"mail_type": ",".join(events)} if words else {}
+    return {**mailed, "mail_user": users[0]} if users else mailed
 
 
 def parse_time(text: str) -> int:
@@ -136,47 +298,3 @@ def parse_time(text: str) -> int:
     if total == 0:
         raise ConfigError(f"{text!r} leaves no time to run")
     return -(-total // 60)
-
-
-def site_file() -> Path:
-    """Where a user keeps what holds for the cluster: `$XDG_CONFIG_HOME/graftvit/cluster.yaml`."""
-    root = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(root) / "graftvit" / "cluster.yaml"
-
-
-def load_cluster(given: Mapping[str, Any], site: Path | None = None) -> ClusterConfig:
-    """Defaults, then the site file, then what was given. Raises ConfigError that names the file or the flag."""
-    path = site or site_file()
-    there = os.path.exists(path)  # noqa: PTH110 - no error for a name that none can have
-    if site is not None and not there:
-        raise ConfigError(f"--site {site} does not exist")
-    base = _read(path) if there else {}
-    merged = {**base, **given}
-    if isinstance(base.get("sbatch"), dict) and "sbatch" in given:  # options that both name are as given
-        merged["sbatch"] = {**base["sbatch"], **given["sbatch"]}
-    try:
-        return ClusterConfig.model_validate(merged)
-    except ValidationError as error:
-        finding = error.errors()[0]
-        name = str(finding["loc"][0])
-        where = f"--{name}" if name in given else f"{path}: {name}"
-        what = finding["msg"].removeprefix("Value error, ")
-        meaning = ClusterConfig.model_fields[name].description
-        raise ConfigError(f"{where} is {merged[name]!r}: {what} ({meaning})") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_yaml(read_yaml(path))
-    except YamlError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values, for example 'partition: gpu'")
-    for key in content:
-        if key not in ClusterConfig.model_fields:
-            raise ConfigError(
-                f"{path}: unknown key {key!r}; {did_you_mean(str(key), ClusterConfig.model_fields)}"
-            )
-    return content

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, DataError
 from ...transfer.config import RunConfig
-from .batch import Launch, Request, job_name, new_identity, script
+from .batch import Launch, Request, job_name, new_identity
 from .checks import check_commands, check_folder, check_resources
 from .jobs import judge_jobs
 from .lock import submitting
@@ -48,47 +48,20 @@ def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None
     from ..plan import describe_plan  # loads torch, which is slow: what can be told without it is told before
 
     for run in plan.configs:
-        _check_data(run)
+        _check_data(run, config)
         describe_plan(run, config.world_size, needs_data=not run.data.download)
-
-
-def describe(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
-    """The resolved plan, the cells, and the script as sbatch gets it. Raises ConfigError where sbatch refuses it."""
-    from ..plan import describe_plan
-
-    parts = [] if unchecked else [describe_plan(run, config.world_size) for run in plan.configs]
-    if plan.first is not None:
-        parts.append(f"a job of its own makes the teacher first, in {plan.first.output_dir}\n")
-    cells = len(plan.requests) if plan.sweep is None else len(plan.sweep.cells)
-    if left_out := cells - len(plan.requests):
-        parts.append(f"left out: {left_out} of {cells} cells, which have finished\n")
-    if len(plan.requests) > 1:
-        names = "".join(f"  {request.output_dir.name}\n" for request in plan.requests)
-        parts.append(f"{len(plan.requests)} cells, {config.array_parallelism} at a time:\n{names}")
-    return "\n".join([*parts, show(_launch(plan, plan.requests, config), unchecked=unchecked)])
-
-
-def show(launch: Launch, *, unchecked: bool = False) -> str:
-    """How the job would start: its script as sbatch gets it. Raises ConfigError where sbatch refuses it."""
-    config = launch.config
-    if config.cluster != "slurm":
-        return f"--cluster {config.cluster}: {config.tasks} processes on this machine\n"
-    if not unchecked:
-        test_only(launch)
-    return script(launch)
 
 
 def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """Submits, and says which jobs these are and what to do next."""
-    launch = _launch(plan, plan.requests, config)
-    if config.cluster == "slurm" and not unchecked:
-        test_only(launch)
+    launch = launch_of(plan, config)
+    waits = test_only(launch) if config.cluster == "slurm" and not unchecked else ""
     with submitting(home(plan.folder)):
         _refuse_second(plan, config)
         if plan.sweep is not None:
             check_sweep(plan.sweep)
         plan.write()
-        said = start(launch, plan.first, unchecked=True)
+        said = start(launch, plan.first, unchecked=True) + (f"  {waits}\n" if waits else "")
     if plan.comparison:
         frozen = next(iter(plan.frozen))
         said += f"  graftvit compare {frozen} --report    # when all cells are through\n"
@@ -102,8 +75,7 @@ def start(launch: Launch, first: Request | None = None, *, unchecked: bool = Fal
     """
     remember(launch.folder)  # before: an interrupted submission may have made a job
     slurm = launch.config.cluster == "slurm"
-    if slurm and not unchecked:
-        test_only(launch)
+    waits = test_only(launch) if slurm and not unchecked else ""
     after = ""
     if first is not None:
         made = submit(replace(launch, requests=[first], identity=new_identity()))[0]
@@ -115,6 +87,7 @@ def start(launch: Launch, first: Request | None = None, *, unchecked: bool = Fal
     return (
         f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {launch.folder}\n"
         f"  graftvit jobs {launch.folder}\n  graftvit logs {launch.folder}{'/cells/...' if cells else ''} --follow\n"
+        + (f"  {waits}\n" if waits else "")
     )
 
 
@@ -123,8 +96,9 @@ def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
     return config.cpus_per_task or 1 + max((run.data.workers for run in configs), default=0)
 
 
-def _launch(plan: Plan, requests: Sequence[Request], config: ClusterConfig) -> Launch:
-    return Launch(job_name(plan.folder), plan.folder, requests, config, cores(plan.configs, config))
+def launch_of(plan: Plan, config: ClusterConfig) -> Launch:
+    """The runs of `plan` with what they ask of the cluster."""
+    return Launch(job_name(plan.folder), plan.folder, plan.requests, config, cores(plan.configs, config))
 
 
 def _check_comparison(plan: Plan, config: ClusterConfig) -> None:
@@ -158,8 +132,14 @@ def refuse_active(runs: Iterable[Path], shown: Path, *, by_name: bool = True) ->
                 )
 
 
-def _check_data(run: RunConfig) -> None:
+def _check_data(run: RunConfig, config: ClusterConfig) -> None:
     from ...transfer.data.datasets import check_dataset
 
-    if not run.data.download:
+    if run.data.download:
+        return
+    try:
         check_dataset(run.data)
+    except DataError as error:
+        if config.cluster != "slurm":
+            raise
+        raise DataError(f"{error}; where data are on the nodes alone, `--unchecked` does not look") from error

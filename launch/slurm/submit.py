@@ -20,7 +20,7 @@ from ...checkpoints.atomic import write_file
 from ...models.errors import ConfigError, GraftError
 from .attempt import Attempt
 from .batch import Launch, Request, command, executor_of, job_name, script
-from .checks import check_script
+from .checks import ask_sbatch
 from .files import JobFolder, Submission
 from .lookup import number_by_name, write_number
 from .pitfalls import detached, outside_of_a_job, start_script
@@ -32,12 +32,15 @@ ANSWER = 120.0
 """Seconds that sbatch may take to answer."""
 
 
-def test_only(launch: Launch) -> None:
-    """Raises ConfigError where sbatch would refuse the job. Nothing is queued, and nothing written to its folder."""
+def test_only(launch: Launch) -> str:
+    """Asks sbatch what the job has to wait for, if anything. Nothing is queued, and nothing written to its folder.
+
+    Raises ConfigError: sbatch would refuse the job.
+    """
     with outside_of_a_job(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.sh"
         path.write_text(script(launch), encoding="utf-8")
-        check_script(path)
+        return ask_sbatch(path, launch.config, launch.cpus_per_task)
 
 
 def submit(launch: Launch) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from graftvit.checkpoints.safety.plain_yaml import parse
 from graftvit.launch import cli
 from graftvit.launch.config import load_config, parse_override, read_recipe
-from graftvit.launch.slurm.settings import load_cluster
+from graftvit.launch.slurm.layers import load_cluster
 from graftvit.launch.yaml_text import MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
 from graftvit.models.errors import ConfigError
 from graftvit.models.plan import parse_plan

@@ -54,10 +54,10 @@ def start_or_skip(stack: ExitStack, folder: Path, options: ClusterOptions) -> Sl
 
 
 @pytest.fixture(scope="module")
-def cluster(cluster_folders: Callable[[], Path]) -> Iterator[SlurmCluster]:
-    """Three nodes on this host, for all tests of a file."""
+def cluster(cluster_folders: Callable[[], Path], request: pytest.FixtureRequest) -> Iterator[SlurmCluster]:
+    """Three nodes on this host, for all tests of a file; or what the file says under `CLUSTER`."""
     with ExitStack() as stack:
-        yield start_or_skip(stack, cluster_folders(), ClusterOptions())
+        yield start_or_skip(stack, cluster_folders(), getattr(request.module, "CLUSTER", ClusterOptions()))
 
 
 @pytest.fixture

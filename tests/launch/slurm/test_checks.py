@@ -12,7 +12,7 @@ import pytest
 import yaml
 from engine_runs import config, make_teacher
 from graftvit.launch.cli import main
-from graftvit.launch.slurm import checks
+from graftvit.launch.slurm import checks, inventory
 from graftvit.launch.slurm.checks import check_commands, check_folder
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
@@ -62,7 +62,10 @@ def refused(on_cluster: Path, cluster: SlurmCluster, capsys: pytest.CaptureFixtu
         before = everything(on_cluster)
         assert main(["submit", recipe, *words]) == 2
         said = capsys.readouterr()
-        assert said.out == ""
+        if "--dry_run" not in words:
+            assert said.out == ""
+        elif said.out:
+            assert SCRIPT in said.out or "processes on this machine" in said.out
         assert said.err.count("\n") == 1, said.err
         assert said.err.startswith("graftvit: error: ")
         assert len(cluster.run("squeue", "-h").splitlines()) == queued
@@ -72,13 +75,27 @@ def refused(on_cluster: Path, cluster: SlurmCluster, capsys: pytest.CaptureFixtu
     return submit
 
 
+SCRIPT = "\n#SBATCH --nodes="
+
+
 @pytest.mark.slurm
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--partition", "hihg"], "--partition 'hihg' is not one of this cluster; did you mean 'high'?"),
-        (["--nodes", "4"], "--nodes 4: partition main has 3"),
+        (["--partition", "main,hihg"], "--partition 'hihg' is not one of this cluster; did you mean 'high'?"),
+        (["--partition", "main,"], "--partition is 'main,': a name, or names with commas between them"),
+        (["--nodes", "4"], "--nodes 4: partition main has 3; `--unchecked` submits it all the same\n"),
+        (["--nodes", "4", "--partition", "main,high"], "--nodes 4: partition main has 3; `--unchecked` submits it all"),
         (["--gpus_per_node", "5"], "--gpus_per_node is 5: partition main has nodes with up to 4 GPUs"),
+        (["--gpus_per_node", "a100:1"], "--gpus_per_node is a100:1: partition main has nodes with up to 0 GPUs of"),
+        (["--gres", "gpu:5"], "--gres is gpu:5: partition main has nodes with up to 4 GPUs"),
+        (["--gres", "tmpdisc:5"], "sbatch refuses the job: Invalid generic resource (gres) specification; `--dry_run`"),
+        (["--gres", "tmpdisk:5"], "Requested node configuration is not available; with `--unchecked` sbatch itself"),
+        (["--mem_per_cpu", "5G"], "--mem_per_cpu x cores a node is 5120: partition main has nodes with up to 4000 MiB"),
+        (["--mem_per_gpu", "3G", "--gpus_per_node", "2"], "--mem_per_gpu x GPUs a node is 6144: partition main"),
+        (["--mail", "never"], "--mail is 'never': valid are one address and NONE, BEGIN, END"),
+        (["--after", "/nowhere"], "/nowhere is no folder"),
         (["--cpus_per_task", "9"], "--cpus_per_task x tasks a node is 9: partition main has nodes with up to 8 cores"),
         (["--cpus_per_task", "3", "--tasks_per_node", "3"], "is 9: partition main has nodes with up to 8 cores"),
         (["--mem", "5G"], "--mem is 5120: partition main has nodes with up to 4000 MiB of memory"),
@@ -88,7 +105,7 @@ def refused(on_cluster: Path, cluster: SlurmCluster, capsys: pytest.CaptureFixtu
         (["--data.train_samples", "1", "--nodes", "2"], "has 1 images, fewer than 2 ranks"),
         (["--constraint", "a100"], "sbatch refuses the job: Invalid feature specification; `--dry_run` prints"),
         (["--exclude", "n77"], "sbatch refuses the job: Invalid node name specified"),
-        (["--sbatch", "reservation=weekend"], "sbatch refuses the job: Requested reservation is invalid"),
+        (["--reservation", "weekend"], "sbatch refuses the job: Requested reservation is invalid"),
         (["--sbatch", "nosuch=1"], "sbatch refuses the job: unrecognized option '--nosuch=1'"),
         (["--sbatch", "mail-type=NEVER"], "sbatch refuses the job: Invalid --mail-type specification"),
         (["--dependency", "afterwards:3"], "sbatch refuses the job"),
@@ -102,6 +119,20 @@ def refused(on_cluster: Path, cluster: SlurmCluster, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_bad_request(refused: Refusal, words: list[str], said: str, dry: bool) -> None:
     assert said in refused(*words, *(["--dry_run"] if dry else []))
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    "words", [["--partition", "hihg"], ["--nodes", "4"], ["--exclude", "n77"], ["--mem", "5G"]]
+)
+def test_a_dry_run_prints_the_script_of_what_is_refused(
+    words: list[str], on_cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "run.yaml", *words, "--dry_run"]) == 2
+    said = capsys.readouterr()
+    assert f"#SBATCH {words[0]}={words[1]}\n" in said.out
+    assert "images" in said.out  # the plan
+    assert said.err.startswith("graftvit: error: ")
 
 
 @pytest.mark.slurm
@@ -266,16 +297,21 @@ def test_sizes_of_memory(text: str | None, size: int) -> None:
 
 def test_nodes_as_sinfo_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
     said = (
-        "a|64|515000|gpu:a100:8(S:0-1)\nb|64+|257000+|gpu:1\na|64|515000|gpu:a100:8(S:0-1)\nc|8|100|(null)\n"
+        "a|64|515000|idle|gpu:a100:8(S:0-1)\nb|64+|257000+|mixed-|gpu:1\n"
+        "a|64|515000|idle|gpu:a100:8(S:0-1)\nc|8|100|drained*|(null)\n"
     )
-    said += "d|8|100|gpu:tesla:2,gpu:kepler:1,gpu_mem:40\n"
-    monkeypatch.setattr(checks, "_output", lambda *command: said)
-    assert [(node.name, node.cpus, node.gpus) for node in checks._nodes("p")] == [
-        ("a", 64, 8), ("b", 64, 1), ("c", 8, 0), ("d", 8, 3),
+    said += "d|8|100|idle*|gpu:tesla:2,gpu:kepler:1,gpu_mem:40\n"
+    monkeypatch.setattr(inventory, "output", lambda *command: said)
+    assert [(node.name, node.cpus, node.gpus, node.away) for node in inventory.nodes_of("p")] == [
+        ("a", 64, {"a100": 8}, ""), ("b", 64, {"": 1}, ""), ("c", 8, {}, "drained"),
+        ("d", 8, {"tesla": 2, "kepler": 1}, "down"),
     ]  # fmt: skip
     partitions = "PartitionName=p Default=YES MaxTime=UNLIMITED MaxNodes=UNLIMITED\n"
-    monkeypatch.setattr(checks, "_output", lambda *command: said if command[0] == "sinfo" else partitions)
+    monkeypatch.setattr(inventory, "output", lambda *command: said if command[0] == "sinfo" else partitions)
     checks.check_resources(ClusterConfig(gpus_per_node=1, nodes=3), 1)
+    checks.check_resources(ClusterConfig(gpus_per_node="A100:8", tasks_per_node=1), 1)
+    with pytest.raises(ConfigError, match="1 of its 4 nodes have so many; 2 are asked for"):
+        checks.check_resources(ClusterConfig(gpus_per_node="a100:1", nodes=2), 1)
     with pytest.raises(ConfigError, match="2 of its 4 nodes have so many; 3 are asked for"):
         checks.check_resources(ClusterConfig(gpus_per_node=2, nodes=3), 1)
     with pytest.raises(ConfigError, match="cores"):  # those with the GPUs are not those with the cores

@@ -12,9 +12,10 @@ from graftvit.launch.comparison import load_comparison
 from graftvit.launch.config import load_config, load_stages, parse_override
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.preview import preview
 from graftvit.launch.slurm.requests import Plan, plan_run
 from graftvit.launch.slurm.settings import ClusterConfig
-from graftvit.launch.slurm.submission import check, describe
+from graftvit.launch.slurm.submission import check
 from graftvit.launch.slurm.sweep import load_sweep
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.compare.run import digest
@@ -109,7 +110,7 @@ def test_cells_that_have_finished_are_left_out(folder: Path) -> None:
     again = plan()
     assert [request.output_dir for request in again.requests] == cells[1:]
     local = ClusterConfig(cluster="local", nodes=1, gpus_per_node=0)
-    assert "left out: 1 of 3 cells, which have finished\n" in describe(again, local, unchecked=True)
+    assert "left out: 1 of 3 cells, which have finished\n" in preview(again, local, unchecked=True).text
     attempted(cells[1], "finished")
     attempted(cells[2], "finished")
     with pytest.raises(ConfigError, match=r"all 3 cells of .*out have finished: `graftvit summary"):
@@ -198,7 +199,7 @@ def test_what_a_cluster_cannot_do_is_refused(folder: Path, resources: dict[str, 
 
 def test_a_dry_run_tells_of_the_teacher_and_the_cells(folder: Path) -> None:
     plan = plan_run(str(with_teacher(folder, "teacher.yaml")), [], [])
-    text = describe(plan, ClusterConfig(**HERE))
+    text = preview(plan, ClusterConfig(**HERE)).text
     assert f"makes the teacher first, in {folder}/out/teacher" in text
     assert "3 cells, 16 at a time:\n  teacher-8\n  uniform-8\n  linear-8\n" in text
     assert not (folder / "out").exists()

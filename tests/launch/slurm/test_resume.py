@@ -10,6 +10,7 @@ from graftvit.launch.cli import main
 from graftvit.launch.config import dump_config
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.batch import Launch, Request, script
+from graftvit.launch.slurm.preview import preview_again
 from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
@@ -221,7 +222,7 @@ def test_processes_that_cannot_share_the_step_of_the_run_are_refused(
 
     with pytest.raises(ConfigError, match="which 3 processes cannot share: use 1 or 2 processes"):
         resume(unfinished, here(3))
-    told = resume(unfinished, here(2), dry_run=True)
+    told = preview_again(unfinished, here(2)).text
     assert "16 x 1 accumulated x 2 processes = 32 images" in told
     assert "after step 3" in told
     assert told.endswith(f"again: {run.output_dir}\n\n--cluster local: 2 processes on this machine\n")
@@ -239,4 +240,6 @@ def test_flags_of_the_command(
     say(monkeypatch, GONE)
     here = ["--cluster", "local", "--nodes=1", "--gpus-per-node", "0", "--tasks_per_node=3"]
     assert main(["resume", str(tmp_path), *here, dry_run]) == 0
-    assert capsys.readouterr().out == f"again: {tmp_path}\n\n--cluster local: 3 processes on this machine\n"
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"\n\nagain: {tmp_path}\n\n--cluster local: 3 processes on this machine\n")
+    assert "  tasks_per_node     3                      --tasks_per_node\n" in printed

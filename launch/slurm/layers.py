@@ -1,0 +1,222 @@
+"""Where the resources of a job come from: flags, a profile, the surroundings, the site file; the first one wins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ...models.errors import ConfigError, did_you_mean
+from ..yaml_text import YamlError, parse_yaml, read_yaml
+from .gpus import gpus_in, without_gpus
+from .settings import MEMORY, ClusterConfig, option_name, sbatch_fields
+
+OPTION_VARIABLES = {
+    f"SBATCH_{name.upper()}": name
+    for name in (
+        "acctg_freq", "batch", "core_spec", "delay_boot", "distribution", "exclusive", "gpu_freq", "gres_flags", "hint",
+        "mem_bind", "network", "power", "profile", "spread_job", "thread_spec", "threads_per_core", "use_min_nodes",
+        "wait_all_nodes", "wckey",
+    )
+} | {"SBATCH_REQ_SWITCH": "switches"}  # fmt: skip
+"""What else sbatch takes from its surroundings and a run can live with."""
+WITHOUT_VALUE = ("exclusive", "spread_job", "use_min_nodes")
+EXCLUSIVE_FOR = tuple(("exclusive", whom) for whom in ("user", "mcs", "topo"))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values of one origin."""
+
+    values: Mapping[str, Any]
+    name_of: Callable[[str], str]
+    """What an error and the dry run call the origin of a value."""
+
+
+@dataclass
+class Asked:
+    """All layers in one: what wins, and where it is from."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    """By key; `sbatch.hold` for an option."""
+
+    def put(self, layer: Layer) -> None:
+        """Lays the values of `layer` over what is there."""
+        for name, value in layer.values.items():
+            self._make_room(name, value)
+        for name, value in layer.values.items():
+            if name == "sbatch" and isinstance(value, Mapping):
+                options = {option_name(str(key)): one for key, one in value.items()}
+                below = self.values.get(name)
+                self.values[name] = {**below, **options} if isinstance(below, Mapping) else options
+                self.origins |= {f"{name}.{key}": layer.name_of(f"{name}.{key}") for key in options}
+            else:
+                self.values[name] = value
+            self.origins[name] = layer.name_of(name)
+
+    def _make_room(self, name: str, value: Any) -> None:
+        """Takes away what lies below and would contradict `value`."""
+        if value is None:
+            return
+        if name in MEMORY:
+            for other in MEMORY:
+                self.values.pop(other, None)
+        if name == "gres" and isinstance(value, str) and gpus_in(value):
+            self.values.pop("gpus_per_node", None)
+        if name == "gpus_per_node" and isinstance(self.values.get("gres"), str):
+            self.values["gres"] = without_gpus(self.values["gres"])
+
+    def config(self) -> ClusterConfig:
+        """Raises ConfigError that names the flag, the variable or the file."""
+        try:
+            return ClusterConfig.model_validate(self.values)
+        except ValidationError as error:
+            finding = error.errors()[0]
+            what = finding["msg"].removeprefix("Value error, ")
+            if not finding["loc"]:
+                raise ConfigError(what) from error
+            name = str(finding["loc"][0])
+            meaning = ClusterConfig.model_fields[name].description
+            raise ConfigError(f"{self.origins[name]} is {self.values[name]!r}: {what} ({meaning})") from error
+
+
+def site_file() -> Path:
+    """Where a user keeps what holds for the cluster: `$XDG_CONFIG_HOME/graftvit/cluster.yaml`."""
+    root = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(root) / "graftvit" / "cluster.yaml"
+
+
+def load_cluster(
+    given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None
+) -> ClusterConfig:
+    """The resources that `ask` finds. Raises ConfigError."""
+    return ask(given, site, before).config()
+
+
+def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None) -> Asked:
+    """Lays all origins over each other.
+
+    Args:
+        given: Of flags.
+        site: Another site file than the user's own.
+        before: What the run asked for when it was submitted.
+
+    Raises:
+        ConfigError: a file or a key in it is not valid, or there is no such profile.
+    """
+    path = site or site_file()
+    content = _read_site(path, needed=site is not None)
+    profiles = _profiles(content.pop("profiles", None), path)
+
+    def chosen(name: Any, origin: str) -> Layer:
+        if name not in profiles:
+            raise ConfigError(
+                f"{origin} {name!r} is none of the profiles of {path}: "
+                + (f"valid: {', '.join(profiles)}" if profiles else "it has none")
+            )
+        return Layer(profiles[name], lambda key: f"{path}: profiles.{name}.{key}")
+
+    asked = Asked()
+    asked.put(Layer(content, lambda key: f"{path}: {key}"))
+    if content.get("profile") is not None and "profile" not in given:
+        asked.put(chosen(content["profile"], f"{path}: profile"))
+    asked.put(from_environment())
+    asked.put(Layer(_of_today(before or {}), lambda key: f"{key} as before"))
+    if "profile" in given:
+        asked.put(chosen(given["profile"], "--profile"))
+    asked.put(Layer(given, lambda key: f"--{key}" if "." not in key else "--sbatch"))
+    return asked
+
+
+def _of_today(before: Mapping[str, Any]) -> dict[str, Any]:
+    """What was an option of `sbatch` when the run was submitted, and has a name of its own by now, under that."""
+    options = dict(before.get("sbatch", {}))
+    moved = {name: options.pop(name) for name in sbatch_fields() if name in options}
+    return {**before, **moved, "sbatch": options} if moved else dict(before)
+
+
+def from_environment() -> Layer:
+    """What the user's surroundings set for sbatch: it is read here, and sbatch itself is started without it."""
+    own = {mark.variable: name for name, mark in sbatch_fields().items() if mark.variable}
+    values = {name: os.environ[variable] for variable, name in own.items() if os.environ.get(variable)}
+    options: dict[str, Any] = {}
+    for variable, name in OPTION_VARIABLES.items():
+        value = os.environ.get(variable)
+        if value is not None and name in WITHOUT_VALUE and _is_on(value):
+            options[name] = True
+        elif (value and name not in WITHOUT_VALUE) or (name, value) in EXCLUSIVE_FOR:
+            options[name] = value
+    names = {name: variable for variable, name in own.items()}
+    names |= {f"sbatch.{name}": variable for variable, name in OPTION_VARIABLES.items()}
+    return Layer(values | ({"sbatch": options} if options else {}), lambda key: names.get(key, key))
+
+
+def left_out() -> list[str]:
+    """Variables for sbatch that are set, and would break what a run needs."""
+    taken = {mark.variable for mark in sbatch_fields().values()} | set(OPTION_VARIABLES)
+    return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in taken)
+
+
+def describe(asked: Asked) -> str:
+    """What is asked for, a line each with its origin; of what is not said here, the defaults of `--help` hold."""
+    rows = []
+    for name, value in asked.values.items():
+        if name == "sbatch":
+            rows += [
+                (option.replace("_", "-"), one, asked.origins[f"sbatch.{option}"])
+                for option, one in value.items()
+            ]
+        elif value not in (None, (), [], {}) and name != "shared_folders":
+            rows.append((name, value, asked.origins[name]))
+    lines = [f"  {name:<18} {_plain(value):<22} {origin}\n" for name, value, origin in rows]
+    if ignored := left_out():
+        lines.append(f"  left out, as it would break what a run needs: {', '.join(ignored)}\n")
+    return f"asked of the cluster:\n{''.join(lines)}" if lines else ""
+
+
+def _plain(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _is_on(value: str) -> bool:
+    return value in ("", "yes") or (value.isdecimal() and int(value) != 0)
+
+
+def _profiles(content: Any, path: Path) -> dict[str, dict[str, Any]]:
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
+        raise ConfigError(f"{path}: profiles must hold names with keys, as in 'debug: {{partition: debug}}'")
+    for name, values in content.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: profiles: {name!r} is no name: write it in quotes")
+        _check_keys(values, f"{path}: profiles.{name}", set(ClusterConfig.model_fields) - {"profile"})
+    return content
+
+
+def _read_site(path: Path, *, needed: bool) -> dict[str, Any]:
+    if not os.path.exists(path):  # noqa: PTH110 - no error for a name that none can have
+        if needed:
+            raise ConfigError(f"--site {path} does not exist")
+        return {}
+    try:
+        content = parse_yaml(read_yaml(path))
+    except YamlError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, for example 'partition: gpu'")
+    _check_keys(content, str(path), {*ClusterConfig.model_fields, "profiles"})
+    return content
+
+
+def _check_keys(content: Mapping[Any, Any], where: str, valid: set[str]) -> None:
+    for key in content:
+        if key not in valid:
+            raise ConfigError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), valid)}")
