@@ -178,7 +178,8 @@ def _train(folder: Path, settings: str, ranks: int) -> None:
     recipe = folder / "run.yaml"
     recipe.write_text(yaml.safe_dump(RunConfig.model_validate(made).model_dump(mode="json")))
     command = [sys.executable, "-c", FORK, str(recipe), str(ranks)]
-    path = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env={**os.environ, **path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -32,16 +32,16 @@ def submitted(folder: Path, **changes: Any) -> JobFolder:
 def attempted(folder: Path, outcome: str | None) -> None:
     """One more attempt; None for one that ended without a word."""
     files = JobFolder(folder)
-    number = files.begin(job_id="12", restart=0, nodes=["n1"], world_size=1)
+    name = files.begin(job_id="12", restart=0, nodes=["n1"], world_size=1)
     if outcome is not None:
-        files.note(number, outcome=outcome)
+        files.note(name, outcome=outcome)
 
 
 def say(monkeypatch: pytest.MonkeyPatch, state: str, of: Iterable[str] | None = None) -> None:
     """The scheduler says `state` of these jobs, or of all, and knows no other."""
     known = None if of is None else set(of)
 
-    def states(ids: Iterable[str]) -> dict[str, JobState]:
+    def states(ids: Iterable[str], **_: object) -> dict[str, JobState]:
         return {job: JobState(state) if known is None or job in known else JobState() for job in ids}
 
     monkeypatch.setattr(jobs, "job_states", states)

@@ -48,6 +48,6 @@ def write_run(
 
 def write_attempt(cell: Cell, outcome: str | None, why: str = "") -> None:
     jobs = JobFolder(cell.folder)
-    number = jobs.begin(job_id="7_1", restart=0, nodes=["n1"], world_size=1)
+    name = jobs.begin(job_id="7_1", restart=0, nodes=["n1"], world_size=1)
     if outcome is not None:
-        jobs.note(number, outcome=outcome, why=why)
+        jobs.note(name, outcome=outcome, why=why)

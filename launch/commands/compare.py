@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
+from ..hints import hint
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def run(argv: list[str]) -> int:
     after = None if side_by_side else lambda: write_report(comparison, figures=False)
     failed = run_compare(comparison, cells, tell=_tell, after_cell=after)
     if side_by_side:
-        _tell(f"`graftvit compare {arguments.config} --report` makes the tables when all jobs are through")
+        _tell(f"`{hint('compare', arguments.config, '--report')}` makes the tables when all jobs are through")
     else:
         say(f"report: {write_report(comparison)}\n")
     raise_failed(failed, comparison.folder)

@@ -24,7 +24,8 @@ EXAMPLES = (
     "graftvit evaluate runs/align --against deit_base_patch16_224.fb_in1k --data_path /data/photographs",
 )
 DATA = (
-    "dataset", "data_path", "stage", "train_split", "val_split", "download", "num_classes", "train_samples", "label_seed",
+    "dataset", "data_path", "stage", "train_split", "val_split", "download", "num_classes", "train_samples",
+    "label_seed",
     "batch_size", "eval_batch_size", "workers", "interpolation", "crop_pct", "crop_mode", "max_bad_images",
 )  # fmt: skip
 SETTINGS = (

@@ -4,86 +4,160 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser
+from ..hints import hint
 from ..say import say, say_aside
+
+if TYPE_CHECKING:
+    from ..slurm.files import JobFolder, Submission
+    from ..slurm.logs import Follower
 
 EXAMPLES = (
     "graftvit logs /scratch/me/distill",
     "graftvit logs /scratch/me/distill --follow",
     "graftvit logs /scratch/me/distill --rank 3 --lines 200",
+    "graftvit logs /scratch/me/distill --rank all    # each line with its rank, by time where lines tell it",
 )
 
 
 def run(argv: list[str]) -> int:
-    """Print the end of the logs of the newest job, and what is added if asked to."""
+    """Print the end of the logs of the job that `graftvit jobs` shows, and what is added if asked to."""
     from ..slurm.files import JobFolder
-    from ..slurm.jobs import describe_run, run_folders
-    from ..slurm.logs import Follower, follow, log_files, ranks_with_logs, tail
+    from ..slurm.jobs import run_folders, shown_submission
 
     arguments = _parse(argv)
     folders = run_folders(arguments.run)
     folder = arguments.run.absolute()
     if folders != [folder]:
-        raise ConfigError(f"{folder} has several runs: name one, as in {folders[0]}")
-    files, rank = JobFolder(folder), arguments.rank
+        raise ConfigError(f"{folder} has several runs: name one, as in `{hint('logs', folders[0])}`")
+    submission = shown_submission(folder)
+    _check_rank(folder, submission, arguments)
+    paths = _paths(JobFolder(folder), submission, arguments.rank)
     followers: dict[Path, Follower] = {}
-
-    def paths() -> tuple[Path, ...]:
-        submission = files.submission()
-        return () if submission is None else log_files(submission, rank)
-
-    submission = files.submission()
-    there = [] if submission is None else ranks_with_logs(submission)
-    if there and rank not in there and not arguments.follow:
-        raise ConfigError(f"--rank {rank} has no log in {folder}: there are {_ranges(there)}")
-    shown = None
-    for path in paths():
-        followers[path] = Follower.at_end(path)
-        text = tail(path, arguments.lines)
-        if text:
-            shown = _write(path, text, shown)
-    if not arguments.follow:
-        if shown is None:
-            say_aside(f"graftvit: nothing is written yet: `graftvit jobs {folder}` tells how it is\n")
-        return 0
-    for path, text in follow(paths, lambda: not describe_run(folder).active, followers):
-        shown = _write(path, text, shown)
-    status = describe_run(folder)
-    say_aside(f"graftvit: the run is {status.state}{f': {status.why}' if status.why else ''}\n")
+    shown = (_show_merged if arguments.rank is None else _show_end)(paths(), arguments.lines, followers)
+    if arguments.follow:
+        _follow(folder, paths, followers, arguments.rank, shown)
+    elif shown is None:
+        say_aside(f"graftvit: nothing is written yet: `{hint('jobs', folder)}` tells how it is\n")
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "logs",
-        "Print what a process of a run wrote, standard error and standard output, of the newest job.",
+        "Print what a process of a run wrote, standard error and standard output, of its job. With `--rank "
+        "all`, the lines of all that wrote something, merged by the times that lines of torch, submitit and Slurm "
+        "carry; a line without a time stays behind the one before it.",
         EXAMPLES,
-        usage="RUN [--rank K] [--lines N] [--follow]",
+        usage="RUN [--rank K|all] [--lines N] [--follow]",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a cell of a sweep")
-    parser.add_argument("--rank", type=int, default=0, help="process, the first one by default")
+    parser.add_argument(
+        "--rank", default="0", metavar="K", help="process, or all (default: 0, the first one)"
+    )
     parser.add_argument("--lines", type=int, default=50, help="last lines of each file (default: 50)")
     parser.add_argument(
         "--follow", "-f", action="store_true", help="go on until the run has ended, or Ctrl-C"
     )
     arguments = parser.parse_args(argv)
-    for name in ("rank", "lines"):
-        if getattr(arguments, name) < 0:
-            raise ConfigError(f"--{name} {getattr(arguments, name)} is negative: give 0 or more")
+    if arguments.lines < 0:
+        raise ConfigError(f"--lines {arguments.lines} is negative: give 0 or more")
+    if arguments.rank != "all" and not arguments.rank.isdecimal():
+        raise ConfigError(f"--rank {arguments.rank}: valid: all, or the number of a process, 0 or more")
+    arguments.rank = None if arguments.rank == "all" else int(arguments.rank)
     return arguments
+
+
+def _check_rank(folder: Path, submission: Submission | None, arguments: argparse.Namespace) -> None:
+    from ..slurm.logs import ranks_with_logs
+
+    there = [] if submission is None else ranks_with_logs(submission)
+    if there and arguments.rank not in (None, *there) and not arguments.follow:
+        raise ConfigError(f"--rank {arguments.rank} has no log in {folder}: there are {_ranges(there)}")
+
+
+def _paths(
+    files: JobFolder, submission: Submission | None, rank: int | None
+) -> Callable[[], tuple[Path, ...]]:
+    """The logs of a job, or of a newer one once the run is submitted anew; asked again and again."""
+    from ..slurm.logs import log_files
+    from ..slurm.merged_logs import all_files
+
+    first = files.submission()
+
+    def paths() -> tuple[Path, ...]:
+        newest = files.submission()
+        shown = submission if newest == first else newest
+        if shown is None:
+            return ()
+        return all_files(shown) if rank is None else log_files(shown, rank)
+
+    return paths
+
+
+def _show_end(paths: tuple[Path, ...], lines: int, followers: dict[Path, Follower]) -> Path | None:
+    """The end of each file; returns the one that was shown last."""
+    from ..slurm.logs import Follower, tail
+
+    shown = None
+    for path in paths:
+        followers[path] = Follower.at_end(path)
+        text = tail(path, lines)
+        if text:
+            shown = _write(path, text, shown)
+    return shown
+
+
+def _show_merged(paths: tuple[Path, ...], lines: int, followers: dict[Path, Follower]) -> Path | None:
+    from ..slurm.logs import Follower
+    from ..slurm.merged_logs import merged
+
+    followers.update({path: Follower.at_end(path) for path in paths})
+    found = merged(paths, lines)
+    say("".join(f"{_plain(line)}\n" for line in found))
+    sys.stdout.flush()
+    return paths[0] if found else None
+
+
+def _follow(
+    folder: Path,
+    paths: Callable[[], tuple[Path, ...]],
+    followers: dict[Path, Follower],
+    rank: int | None,
+    shown: Path | None,
+) -> None:
+    from ..slurm.jobs import describe_run
+    from ..slurm.logs import follow
+    from ..slurm.merged_logs import with_rank
+
+    for path, text in follow(paths, lambda: describe_run(folder).over, followers):
+        if rank is None:
+            say(with_rank(path, _plain(text), followers))
+            sys.stdout.flush()
+        else:
+            shown = _write(path, text, shown)
+    status = describe_run(folder)
+    say_aside(f"graftvit: the run is {status.state}{f': {status.why}' if status.why else ''}\n")
 
 
 def _write(path: Path, text: str, shown: Path | None) -> Path:
     """Prints, under the name of the file where it is another than before."""
     if path != shown:
         say(f"==> {path} <==\n")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = _plain(text)
     say(lines if lines.endswith("\n") else f"{lines}\n")
     sys.stdout.flush()
     return path
+
+
+def _plain(text: str) -> str:
+    """Bars that overwrite their line, as lines."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _ranges(ranks: list[int]) -> str:

@@ -12,9 +12,15 @@ TIMEOUT = 15.0
 TRIES = 3
 PAUSE = 2.0
 """Seconds for one answer, questions, and seconds between two of them: 49 seconds at most until an error."""
+SILENCE = 30.0
+"""Seconds for which a controller that did not answer is not asked anything else by this process."""
 _PASSES = ("contact", "timed out", "connection", "zero bytes", "temporarily", "standby", "send/recv")
 """Words of a controller that is away, restarts or is too busy."""
 _GONE = ("invalid job id", "already completing or completed", "already finished")
+
+
+_silent: dict[str, tuple[float, str]] = {}
+"""Configuration of a cluster -> when it did not answer, and what was said of it."""
 
 
 class NoAnswerError(GraftError):
@@ -33,7 +39,10 @@ def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
         NoSuchJobError: if the job has ended or never was.
         GraftError: if the command failed otherwise.
     """
-    begun = time.monotonic()
+    begun, cluster = time.monotonic(), os.environ.get("SLURM_CONF", "")
+    when, sentence = _silent.get(cluster, (-SILENCE, ""))
+    if begun - when < SILENCE:
+        raise NoAnswerError(sentence)
     for left in reversed(range(tries)):
         said = ""
         try:
@@ -48,7 +57,9 @@ def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
         if left:
             time.sleep(PAUSE)
     count = f"asked {tries} times in {time.monotonic() - begun:.0f} seconds, " if tries > 1 else ""
-    raise NoAnswerError(f"Slurm does not answer: {count}{words[0]} says: {said}")
+    sentence = f"Slurm does not answer: {count}{words[0]} says: {said}"
+    _silent[cluster] = time.monotonic(), sentence
+    raise NoAnswerError(sentence)
 
 
 def _run(words: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[str]:

@@ -122,6 +122,7 @@ def _of_slurm(launch: Launch) -> dict[str, Any]:
         "slurm_signal_delay_s": config.signal_delay,
         "slurm_array_parallelism": config.array_parallelism,
         "slurm_setup": [*config.setup, *_node_setup(launch)],
+        "slurm_teardown": _after_the_end(launch),
         "slurm_srun_args": steps,
         "slurm_additional_parameters": more,
     }
@@ -144,3 +145,19 @@ def _node_setup(launch: Launch) -> list[str]:
     ]
     cores = f"--cpus-per-task={launch.cpus_per_task * config.tasks}"
     return [shlex.join(["srun", *step, cores, "bash", "-e", "-c", lines]) + " || exit $?"]
+
+
+def _after_the_end(launch: Launch) -> list[str]:
+    """Lines after srun: an error may be one after which the job is started again (`restart`).
+
+    A file system that is away takes the folder along, and often comes back. Where the folder is there and our part of
+    it is not, somebody has removed that.
+    """
+    folder, start, place = (shlex.quote(str(path)) for path in (launch.folder, launch.start, launch.place))
+    return [
+        "code=$?",
+        '[ "$code" -eq 0 ] && exit 0',
+        f"for _ in $(seq 30); do [ -d {folder} ] && break; sleep 10; done",
+        f'[ -r {start} ] || exit "$code"',
+        f'exec sh {start} -m graftvit.launch.slurm.restart {place} "$code"',
+    ]

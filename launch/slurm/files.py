@@ -1,25 +1,30 @@
 """What a run on a cluster writes down: its submissions, its attempts, and the errors of their ranks.
 
     OUTPUT_DIR/jobs/submissions/0001.json   what was submitted, oldest first; written before the scheduler is told
-    OUTPUT_DIR/jobs/attempts/0001.jsonl     what one attempt saw: one JSON object an event, written by its first rank
-    OUTPUT_DIR/jobs/errors/0001-3.txt       how rank 3 of that attempt failed
-    OUTPUT_DIR/jobs/stop                    a request to stop after the next save, and not to be requeued
+    OUTPUT_DIR/jobs/attempts/0001-1234.0.jsonl  what the first attempt saw, job 1234 before any restart: one JSON object
+                                                an event, written by its first rank
+    OUTPUT_DIR/jobs/errors/0001-1234.0-3.txt    how rank 3 of that attempt failed, and below which kind of failure
+    OUTPUT_DIR/jobs/stop-1234               a request to job 1234 to stop after the next save; `stop`: to any job
 
-An attempt is one time that the scheduler started the job. Each writes files of its own, so that an attempt that was
-given up by its scheduler and still runs cannot spoil what the next one says.
+An attempt is one time that the scheduler started the job. Each writes files of its own, which carry its identity in
+their names: one that was given up by its scheduler and still runs cannot spoil what the next one says, not even where
+somebody has removed `jobs/` in between.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ...checkpoints.atomic import write_file
 from ...models.errors import CheckpointError
+from .failures import Failure, read_failure
 
 Cluster = Literal["slurm", "local", "debug"]
 Outcome = Literal["finished", "stopped", "requeued", "failed"]
@@ -69,15 +74,23 @@ class Attempt:
     nodes: list[str]
     world_size: int
     started: float
+    name: str = ""
+    """Of its files: its number and its identity."""
     before: str = ""
     """Why the attempt before ended, where that could be found out only afterwards."""
+    state: str | None = None
+    """Which saved state it began from, as `newest_state` names it; None in older records."""
     signal: str = ""
     """The signal that asked it to stop, and its reason, as in `SIGTERM (preempted)`."""
     outcome: Outcome | None = None
     """How it ended; None where it runs, or ended without a word (killed, or its node died)."""
     ended: float | None = None
     why: str = ""
-    """The last words of a failed attempt."""
+    """The last words of an attempt that failed, or that was to be started again although it had."""
+    log_start: int | None = None
+    """Bytes of the first rank's error log that earlier attempts of the same job had written."""
+    retried: bool = False
+    """Whether it failed, and the job is started again in the hope that this does not come again."""
 
 
 class JobFolder:
@@ -117,24 +130,38 @@ class JobFolder:
     def _submission_paths(self) -> list[Path]:
         return sorted((self.folder / "submissions").glob("[0-9]*.json"))
 
-    def begin(self, **event: Any) -> int:
-        """Writes the start of a new attempt, `number` and `started` aside, and returns its number."""
+    def asked_to_stop(self, job_id: str) -> bool:
+        """Whether a job has to end after its next save."""
+        return self.stop_request(job_id).exists() or self.stop_path.exists()
+
+    def stop_request(self, job_id: str) -> Path:
+        """The file that asks one job to stop; a job that this folder had before, or has later, does not read it."""
+        return self.folder / f"stop-{job_id}"
+
+    def attempt_path(self, name: str) -> Path:
+        """The file of an attempt, by its name."""
+        return self.folder / "attempts" / f"{name}.jsonl"
+
+    def begin(self, *, job_id: str, restart: int, **event: Any) -> str:
+        """Writes the start of a new attempt, and returns the name of its files, which is unique."""
         folder = self.folder / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
-        number = max((int(path.stem) for path in folder.glob("*.jsonl")), default=0)
+        number = max((_number(path) for path in folder.glob("*.jsonl")), default=0)
         while True:
             number += 1
+            name = f"{number:04d}-{job_id}.{restart}"
             try:
-                (folder / f"{number:04d}.jsonl").touch(exist_ok=False)
+                self.attempt_path(name).touch(exist_ok=False)
                 break
             except FileExistsError:  # another attempt began at the same moment
                 continue
-        self.note(number, started=time.time(), **event)
-        return number
+        self.note(name, **{"started": time.time(), "job_id": job_id, "restart": restart, **event})
+        return name
 
-    def note(self, number: int, **event: Any) -> None:
-        """Adds fields of `Attempt` to what attempt `number` has written."""
-        path = self.folder / "attempts" / f"{number:04d}.jsonl"
+    def note(self, name: str, **event: Any) -> None:
+        """Adds fields of `Attempt` to what the attempt with these files has written."""
+        path = self.attempt_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
             file.flush()
@@ -142,17 +169,19 @@ class JobFolder:
 
     def attempts(self) -> list[Attempt]:
         """All attempts, the first one first."""
+        known = {one.name for one in fields(Attempt)}
         found = []
-        for path in sorted((self.folder / "attempts").glob("*.jsonl")):
-            fields: dict[str, Any] = {"number": int(path.stem)}
+        for path in (self.folder / "attempts").glob("[0-9]*.jsonl"):
+            values: dict[str, Any] = {}
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    fields |= json.loads(line)
+                    values |= json.loads(line)
                 except ValueError:  # cut short by a crash
                     break
-            if "started" in fields:
-                found.append(Attempt(**fields))
-        return found
+            if "started" in values:
+                values |= {"number": _number(path), "name": path.stem}
+                found.append(Attempt(**{name: value for name, value in values.items() if name in known}))
+        return sorted(found, key=lambda attempt: (attempt.number, attempt.started))
 
     @property
     def finished(self) -> bool:
@@ -160,16 +189,39 @@ class JobFolder:
         attempts = self.attempts()
         return bool(attempts) and attempts[-1].outcome == "finished"
 
-    def write_error(self, number: int, rank: int, text: str) -> None:
-        """How `rank` of attempt `number` failed."""
-        path = self.folder / "errors" / f"{number:04d}-{rank}.txt"
+    def write_failure(self, name: str, failure: Failure) -> None:
+        """How a rank of the attempt with these files failed."""
+        path = self.folder / "errors" / f"{name}-{failure.rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(failure.to_text(), encoding="utf-8")
 
-    def errors(self, number: int) -> dict[int, str]:
-        """Rank -> how it failed in attempt `number`."""
-        paths = (self.folder / "errors").glob(f"{number:04d}-*.txt")
-        return {int(path.stem.partition("-")[2]): path.read_text(encoding="utf-8") for path in paths}
+    def failures(self, name: str) -> list[Failure]:
+        """How ranks failed in an attempt: those first that failed by themselves, each kind in the order of time."""
+        paths = (self.folder / "errors").glob(f"{glob.escape(name)}-*.txt")
+        found = [read_failure(path) for path in paths]
+        return sorted(found, key=lambda failure: (failure.kind != "cause", failure.written))
+
+
+def newest_state(output_dir: Path) -> str:
+    """A name of the newest state that a run has saved, of whatever stage; empty where there is none.
+
+    By its time of writing, which is the file server's: only whether two are the same has a meaning.
+    """
+    names = [
+        f"{above}checkpoints/{name}.safetensors"
+        for above in ("", "*/", "*/*/")
+        for name in ("last", "previous")
+    ]
+    times = []
+    for path in (path for name in names for path in output_dir.glob(name)):
+        with contextlib.suppress(FileNotFoundError):  # `last` becomes `previous` at this moment
+            times.append(path.stat().st_mtime_ns)
+    return str(max(times, default=""))
+
+
+def _number(path: Path) -> int:
+    """Of an attempt by its file; older records have nothing else in their names."""
+    return int(path.stem.partition("-")[0])
 
 
 def _read_submission(path: Path) -> Submission:

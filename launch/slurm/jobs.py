@@ -1,51 +1,48 @@
-"""How a run on a cluster is: what its files say, checked against the scheduler."""
+"""How a run on a cluster is: the newest of its jobs, or an earlier one that still lives."""
 
 from __future__ import annotations
 
-import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
+from ..hints import hint
+from .ask import TRIES
+from .blame import NOTHING, Blame, blame, blame_start, log_starts
 from .files import Attempt, JobFolder, Submission
-from .logs import error_of
+from .judging import ACTIVE, AT_WORK, STARTING, WAITING, Evidence, Restart, judge, restarts_of
 from .lookup import find_submissions
 from .processes import is_alive
 from .progress import Progress, read_progress
-from .scheduler import UNKNOWN, JobState, job_states
+from .scheduler import JobState, job_states
 from .sweep import load_sweep
 
-WAITING = (
-    "PENDING",
-    "CONFIGURING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "REQUEUE_FED",
-    "SPECIAL_EXIT",
-    "RESV_DEL_HOLD",
-)
-AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-ENDINGS = {
-    "CANCELLED": "cancelled",
-    "TIMEOUT": "timed out",
-    "PREEMPTED": "preempted",
-    "NODE_FAIL": "node failed",
-    "COMPLETED": "unknown",
-    "REVOKED": "cancelled",
-}
-ACTIVE = ("pending", "requeued", "running", "stopping")
-SILENT = "ended without a word"
+Submissions = Mapping[Path, Sequence[Submission]]
 
 
 @dataclass(frozen=True)
-class Restart:
-    """That a run was started again, and why."""
+class JudgedJob:
+    """One job of a run."""
 
-    attempt: int
-    started: float
-    nodes: list[str]
-    why: str
+    submission: Submission
+    job: JobState
+    state: str
+    why: str = ""
+    last: Attempt | None = None
+    """Its last attempt that wrote files."""
+    found: Blame = NOTHING
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits, runs, or will be started again."""
+        return self.state in ACTIVE
+
+    @property
+    def words(self) -> str:
+        """What to call it in a sentence."""
+        return f"job {self.submission.job_id}" if self.submission.job_id else self.why
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,27 @@ class RunStatus:
     world_size: int | None = None
     restarts: list[Restart] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
+    starts: float | None = None
+    """When a waiting job is expected to start, Unix time."""
     ends: float | None = None
     """When the limit ends a running job, Unix time."""
     error: str = ""
-    """How the rank failed that failed first; empty where nothing failed."""
+    """How the rank failed that is to blame, or what the scheduler wrote of it; empty where nothing failed."""
     error_rank: int | None = None
+    others: list[str] = field(default_factory=list)
+    """Further jobs of the folder that wait or run."""
+    problem: str = ""
+    """Why the scheduler could not be asked; all else is then what the files say."""
 
     @property
     def active(self) -> bool:
         """Whether it waits, runs, or will be started again."""
         return self.state in ACTIVE
+
+    @property
+    def over(self) -> bool:
+        """Whether it is known to wait and run no more."""
+        return not self.active and not (self.problem and self.state == "unknown")
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -92,19 +100,17 @@ def run_folders(folder: Path) -> list[Path]:
     if found:
         return found
     raise ConfigError(
-        f"{folder} was never submitted: `graftvit submit CONFIG --output_dir {folder}` does that"
+        f"{folder} was never submitted: `{hint('submit', 'CONFIG', '--output_dir', folder)}` does that"
     )
 
 
-def _submitted(runs: Sequence[Path]) -> list[Path]:
+def _submitted(runs: list[Path]) -> list[Path]:
     """Those with a submission, or with a job without one. Raises GraftError: nobody tells."""
-    try:
-        return [run for run, known in find_submissions(runs).items() if known]
-    except GraftError:
-        recorded = [run for run in runs if JobFolder(run).submissions()]
-        if recorded:
-            return recorded
-        raise
+    submissions, problem = _submissions(runs, by_name=True)
+    found = [run for run in runs if submissions[run]]
+    if problem and not found:
+        raise GraftError(problem)
+    return found
 
 
 def describe_run(folder: Path) -> RunStatus:
@@ -112,192 +118,137 @@ def describe_run(folder: Path) -> RunStatus:
     return describe_runs([folder])[0]
 
 
-def describe_runs(folders: Iterable[Path]) -> list[RunStatus]:
+def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[RunStatus]:
     """How runs are, with one question to the scheduler for all. Raises ConfigError: one was never submitted."""
-    found = judge_jobs(folders)
-    for folder, jobs in found.items():
+    judged, problem = _judge(list(folders), tries)
+    for folder, jobs in judged.items():
         if not jobs:
             raise ConfigError(f"{folder} was never submitted: `graftvit submit` does that")
-    return [_status(JobFolder(folder), jobs) for folder, jobs in found.items()]
-
-
-@dataclass(frozen=True)
-class JudgedJob:
-    """A submission, and how its job is."""
-
-    submission: Submission
-    job: JobState
-    """What the scheduler says of it."""
-    state: str
-    """As in `RunStatus`."""
-    why: str
-
-    @property
-    def active(self) -> bool:
-        """Whether it waits, runs, or will be started again."""
-        return self.state in ACTIVE
-
-    @property
-    def words(self) -> str:
-        """What to call it in a sentence."""
-        return f"job {self.submission.job_id}" if self.submission.job_id else self.why
+    return [_status(folder, jobs, problem) for folder, jobs in judged.items()]
 
 
 def judge_jobs(
     runs: Iterable[Path], *, strict: bool = False, by_name: bool = True
 ) -> dict[Path, list[JudgedJob]]:
-    """How all jobs of each run are, the oldest first.
+    """Returns all jobs that each run ever had, the oldest first.
 
     Args:
         runs: Run folders, submitted or not.
-        strict: Raise GraftError where Slurm does not answer; else the files tell.
+        strict: Raise GraftError where the scheduler does not answer, instead of judging by the files.
         by_name: As in `find_submissions`.
     """
-    runs, problem = list(runs), ""
+    judged, problem = _judge(list(runs), TRIES, by_name)
+    if problem and strict:
+        raise GraftError(problem)
+    return judged
+
+
+def shown_job(jobs: Sequence[JudgedJob]) -> JudgedJob:
+    """The newest job of a run, or the newest that lives where that one does not."""
+    return next((one for one in reversed(jobs) if one.active), jobs[-1])
+
+
+def shown_submission(folder: Path) -> Submission | None:
+    """How the job was submitted that `describe_run` tells of; None where no record is there.
+
+    The scheduler is asked where there are several alone, and but once.
+    """
+    submissions = JobFolder(folder).submissions()
+    if len(submissions) < 2:
+        return submissions[0] if submissions else None
+    return shown_job(_judge([folder], 1)[0][folder]).submission
+
+
+def _judge(runs: list[Path], tries: int, by_name: bool = True) -> tuple[dict[Path, list[JudgedJob]], str]:
+    """All jobs of each run, and why the scheduler could not be asked where it should have been."""
+    submissions, problem = _submissions(runs, by_name)
+    states: Mapping[str, JobState] = {}
+    wanted = [one.job_id for jobs in submissions.values() for one in jobs if one.cluster == "slurm"]
+    if not problem:
+        try:
+            states = job_states(filter(None, wanted), tries=tries)
+        except GraftError as error:
+            problem = str(error)
+    return {run: [_judged(run, one, states, problem) for one in submissions[run]] for run in runs}, problem
+
+
+def _submissions(runs: list[Path], by_name: bool) -> tuple[Submissions, str]:
     try:
-        found = find_submissions(runs, by_name=by_name)
-        ids = [
-            one.job_id for known in found.values() for one in known if one.cluster == "slurm" and one.job_id
-        ]
-        states = job_states(ids)
-    except GraftError as error:
-        if strict:
-            raise
-        found = {run: JobFolder(run).submissions() for run in runs}
-        states, problem = {}, str(error)
-    return {
-        run: [_judged(JobFolder(run), one, states, problem) for one in known] for run, known in found.items()
-    }
+        return find_submissions(runs, by_name=by_name), ""
+    except GraftError as error:  # records without a number, and nobody to ask
+        return {run: JobFolder(run).submissions() for run in runs}, str(error)
 
 
-def _judged(
-    files: JobFolder, submission: Submission, states: Mapping[str, JobState], problem: str
-) -> JudgedJob:
+def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], problem: str) -> JudgedJob:
+    files = JobFolder(run)
+    attempts = [attempt for attempt in files.attempts() if attempt.job_id == submission.job_id]
+    last = attempts[-1] if attempts else None
     job = states.get(submission.job_id, JobState())
-    last = _last_attempt(files, submission)
-    if not submission.job_id and not problem:
-        return JudgedJob(submission, job, "pending", "being submitted")
     if submission.cluster != "slurm":
         problem = ""
-        if is_alive(submission):
-            job = JobState("RUNNING", restarts=0 if last is None else last.restart)
-    return JudgedJob(submission, job, *judge(job, last, stopping=files.stop_path.exists(), problem=problem))
+        job = (
+            JobState("RUNNING", restarts=last.restart if last else 0) if is_alive(submission) else JobState()
+        )
+    elif not submission.job_id and not problem:
+        return JudgedJob(submission, job, "pending", "is being submitted")
+    elif job == JobState() and not problem and _is_foreign(files):
+        problem = "Slurm shows nothing of this job of another user"
+    seen = Evidence(run, job, last, files.asked_to_stop(submission.job_id), problem)
+    found = _blame(files, submission, seen)
+    state, why = judge(Evidence(run, job, last, seen.stopping, problem, found))
+    return JudgedJob(submission, job, state, why, last, found)
 
 
-def _last_attempt(files: JobFolder, submission: Submission) -> Attempt | None:
-    of_job = [attempt for attempt in files.attempts() if attempt.job_id == submission.job_id]
-    return of_job[-1] if of_job else None
+def _is_foreign(files: JobFolder) -> bool:
+    """Whether the run is another user's, whose jobs a cluster may keep private."""
+    return files.folder.exists() and files.folder.stat().st_uid != os.getuid() != 0
 
 
-def _status(files: JobFolder, jobs: Sequence[JudgedJob]) -> RunStatus:
-    """Of the newest job that is at work, or of the newest."""
-    now = next((one for one in reversed(jobs) if one.active), jobs[-1])
-    submission, job, state = now.submission, now.job, now.state
-    last = _last_attempt(files, submission)
-    rank, error = None, ""
-    if state in ("failed", "unknown") and last is not None:
-        rank, error = error_of(files, last.number, submission, silent=last.outcome is None)
-    nodes = list(job.nodes) or ([] if last is None or state in ("pending", "requeued") else last.nodes)
+def _blame(files: JobFolder, submission: Submission, seen: Evidence) -> Blame:
+    """Why the job, or its last attempt, ended; nothing where it waits, runs or ended well."""
+    if seen.job.state in WAITING:
+        return NOTHING
+    if seen.now is None:
+        return NOTHING if seen.job.state in AT_WORK or seen.last else blame_start(submission)
+    if seen.now.outcome == "failed" or (seen.now.outcome is None and seen.job.state not in AT_WORK):
+        return blame(files, seen.now, submission)
+    return NOTHING
+
+
+def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
+    shown = shown_job(jobs)
+    living = [one for one in jobs if one.active]
+    files, job, last, state = JobFolder(folder), shown.job, shown.last, shown.state
+    attempts = files.attempts()
+    waits = state in ("pending", "requeued")
+    trains = state == "running" and shown.why != STARTING and last is not None
+    wrong = state in ("failed", "unknown", "node failed")
     return RunStatus(
-        folder=files.output_dir,
-        job_id=submission.job_id,
-        cluster=submission.cluster,
-        submitted=submission.submitted,
+        folder=folder,
+        job_id=shown.submission.job_id,
+        cluster=shown.submission.cluster,
+        submitted=shown.submission.submitted,
         state=state,
-        why=now.why,
-        nodes=nodes,
+        why=shown.why,
+        nodes=list(job.nodes) or ([] if last is None or waits else last.nodes),
         world_size=None if last is None else last.world_size,
-        restarts=restarts_of(files.attempts(), job.history),
-        progress=read_progress(files.output_dir),
+        restarts=restarts_of(attempts, job.history, _reasons(files, attempts, jobs)),
+        progress=read_progress(folder, training_since=last.started if trains and last else None),
+        starts=job.start if waits else None,
         ends=job.end if state == "running" else None,
-        error=error,
-        error_rank=rank,
+        error=shown.found.words if wrong else "",
+        error_rank=shown.found.rank if wrong else None,
+        others=[one.submission.job_id for one in living if one is not shown],
+        problem=problem if shown.submission.cluster == "slurm" else "",
     )
 
 
-def judge(job: JobState, last: Attempt | None, *, stopping: bool, problem: str = "") -> tuple[str, str]:
-    """The state in plain words, and why.
-
-    Args:
-        job: What the scheduler says.
-        last: The last attempt of this job that wrote files.
-        stopping: Whether the run was asked to stop.
-        problem: Why the scheduler could not be asked.
-    """
-    if job.state in WAITING:
-        again = job.restarts > 0 or last is not None
-        return ("requeued" if again else "pending"), job.reason
-    now = last if last is not None and last.restart >= job.restarts else None
-    if job.state in AT_WORK:
-        return _at_work(job, now, stopping)
-    if last is not None and last.outcome == "finished":
-        return "finished", ""
-    if job.state == UNKNOWN:
-        return _by_files(last, problem, stopping)
-    return _ended(job, now)
-
-
-def _at_work(job: JobState, now: Attempt | None, stopping: bool) -> tuple[str, str]:
-    """A job that holds nodes."""
-    if now is None:
-        return ("stopping", "") if stopping else ("running", "starting")
-    if now.outcome == "requeued":
-        return "requeued", now.signal
-    if now.outcome is not None:  # its nodes are not free yet, and its other ranks may hang: it can be stopped
-        return "stopping", f"{now.outcome}: {now.why}" if now.why else now.outcome
-    if now.signal or stopping or job.state == "COMPLETING":
-        return "stopping", now.signal
-    return "running", "" if job.state in ("RUNNING", "COMPLETING") else job.state.lower()
-
-
-def _ended(job: JobState, now: Attempt | None) -> tuple[str, str]:
-    """A job that the scheduler calls ended, and that did not finish."""
-    if now is not None and now.outcome == "stopped" and job.state != "CANCELLED":
-        return "stopped", now.signal
-    state = ENDINGS.get(job.state, "failed")
-    if now is not None and now.outcome == "failed" and state in ("failed", "unknown"):
-        return "failed", now.why
-    said = "" if now is None else now.signal
-    if state == "unknown":
-        return state, SILENT
-    detail = "" if job.exit_code in ("", "0:0") else f"exit code {job.exit_code.partition(':')[0]}"
-    if state == "failed":
-        named = "" if job.state == "FAILED" else job.state.lower().replace("_", " ")
-        return state, ", ".join(filter(None, [named, job.reason, detail])) or SILENT
-    return state, said or job.reason
-
-
-def _by_files(last: Attempt | None, problem: str, stopping: bool) -> tuple[str, str]:
-    """A job of which nobody but its files can tell."""
-    if last is not None and last.outcome in ("finished", "stopped", "failed"):
-        return last.outcome, last.why or last.signal
-    if problem:
-        seen = "no attempt has begun" if last is None else f"attempt {last.number} has not said how it ended"
-        return "unknown", f"{problem}; {seen}"
-    if stopping and (last is None or last.outcome is None):
-        return "cancelled", "`graftvit stop`"
-    if last is None:
-        return "unknown", "it never began, and the scheduler no longer knows it"
-    for word, state in {
-        "cancelled": "cancelled",
-        "time limit": "timed out",
-        "preempted": "preempted",
-    }.items():
-        if word in last.signal and last.outcome is None:
-            return state, last.signal
-    if last.outcome == "requeued":
-        return "unknown", f"was to be requeued after {last.signal or 'a signal'}, and did not begin again"
-    return "unknown", SILENT
-
-
-def restarts_of(attempts: Sequence[Attempt], history: Sequence[str] = ()) -> list[Restart]:
-    """Each attempt but the first, and why there had to be another."""
-    found = []
-    words = {"NODE_FAIL": "node failure", "PREEMPTED": "preempted", "TIMEOUT": "time limit"}
-    for before, attempt in itertools.pairwise(attempts):
-        same_job = before.job_id == attempt.job_id
-        known = history[before.restart] if same_job and before.restart < len(history) else ""
-        why = attempt.before or before.signal or (before.why if before.outcome == "failed" else "")
-        why = why or words.get(known, "") or (before.outcome or SILENT)
-        found.append(Restart(attempt.number, attempt.started, attempt.nodes, why))
-    return found
+def _reasons(files: JobFolder, attempts: Sequence[Attempt], jobs: Sequence[JudgedJob]) -> dict[int, Blame]:
+    """Attempt number -> why it ended, of those after which there was another."""
+    submissions = {one.submission.job_id: one.submission for one in jobs}
+    ends = log_starts(attempts)
+    return {
+        attempt.number: blame(files, attempt, submissions[attempt.job_id], ends.get(attempt.number))
+        for attempt in attempts[:-1]
+        if attempt.job_id in submissions and (attempt.outcome in (None, "failed") or attempt.retried)
+    }

@@ -1,19 +1,26 @@
-"""How runs look in a terminal, in a pipe and as JSON."""
+"""How runs look in a terminal, in a pipe and as JSON. Names of runs are quoted as a shell takes them."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ...models.errors import escaped
+from ..hints import hint
 from .jobs import RunStatus
 from .progress import Progress
+from .reasons import clock
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLUMNS = ("run", "job", "state", "nodes", "progress", "left", "img/s", "top-1", "restarts")
+WIDEST_WHY = 60
 
 
 def to_json(runs: Sequence[RunStatus]) -> str:
@@ -23,24 +30,39 @@ def to_json(runs: Sequence[RunStatus]) -> str:
 
 def write_table(runs: Sequence[RunStatus], names: Sequence[str], file: TextIO) -> None:
     """A line a run, and below it how many there are in each state."""
-    rows = [[escaped(word) for word in _row(run, name)] for run, name in zip(runs, names, strict=True)]
     if file.isatty():
         from rich.console import Console
-        from rich.table import Table
 
-        table = Table(*COLUMNS, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
-        Console(file=file, markup=False, highlight=False).print(table)
+        Console(file=file, markup=False, highlight=False).print(rich_table(runs, names))
     else:
-        lines = [COLUMNS, *rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-        for line in lines:
-            text = "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True))
+        rows = [COLUMNS, *_rows(runs, names)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        for row in rows:
+            text = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
             file.write(f"{text.rstrip()}\n")
-    if len(runs) > 1:
-        counts = Counter(run.state for run in runs)
-        file.write(f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}\n")
+    file.write(count_states(runs))
+
+
+def rich_table(runs: Sequence[RunStatus], names: Sequence[str]) -> Table:
+    """For a terminal; the names of runs stay whole, so that they can be copied."""
+    from rich.table import Table
+
+    rows = _rows(runs, names)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(COLUMNS[0], no_wrap=True, min_width=max((len(row[0]) for row in rows), default=0))
+    for name in COLUMNS[1:]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def count_states(runs: Sequence[RunStatus]) -> str:
+    """How many runs there are in each state; nothing for one run."""
+    if len(runs) < 2:
+        return ""
+    counts = Counter(run.state for run in runs)
+    return f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}\n"
 
 
 def describe(run: RunStatus) -> str:
@@ -51,9 +73,16 @@ def describe(run: RunStatus) -> str:
         ("run", str(run.folder)),
         ("job", f"{run.job_id} ({run.cluster}), submitted {_clock(run.submitted)}"),
         ("state", f"{run.state}{f': {run.why}' if run.why else ''}{limit}"),
+        ("starts", f"expected at {clock(run.starts)}" if run.starts else ""),
+        (
+            "also",
+            f"job {', '.join(run.others)} of this folder: it was submitted several times"
+            if run.others
+            else "",
+        ),
         ("nodes", f"{' '.join(run.nodes)}{processes}" if run.nodes else ""),
         ("progress", _progress(run.progress, long=True)),
-        ("left", duration(run.progress.seconds_left) if run.active else ""),
+        ("left", _left(run)),
         ("speed", _number(run.progress.images_per_second, "{:.0f} images/s")),
         ("top-1", _scores(run.progress)),
         ("restarts", str(len(run.restarts)) if run.restarts else ""),
@@ -63,10 +92,9 @@ def describe(run: RunStatus) -> str:
         where = f" on {' '.join(restart.nodes)}" if restart.nodes else ""
         text += f"  {_clock(restart.started)}  attempt {restart.attempt}{where}, after: {restart.why}\n"
     if run.error:
-        who = "" if run.error_rank is None else f" of rank {run.error_rank}"
-        text += f"last words{who}:\n" + "".join(f"  {line}\n" for line in run.error.splitlines())
+        text += f"{_speaker(run)}:\n" + "".join(f"  {line}\n" for line in run.error.splitlines())
     if not run.active and run.state != "finished":
-        text += f"`graftvit resume {run.folder}` goes on with it\n"
+        text += f"`{hint('resume', run.folder)}` goes on with it\n"
     return text
 
 
@@ -80,13 +108,33 @@ def duration(seconds: float | None) -> str:
     return f"{days}-{hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
 
 
+def _speaker(run: RunStatus) -> str:
+    """Whose words the error is."""
+    if run.error.startswith(("srun:", "slurmstepd")):
+        return "what Slurm wrote"
+    return "last words" if run.error_rank is None else f"last words of rank {run.error_rank}"
+
+
+def _left(run: RunStatus) -> str:
+    """The time that the run needs, and of what."""
+    if not run.active or run.progress.seconds_left is None:
+        return ""
+    return duration(run.progress.seconds_left) + ("" if run.state == "running" else " once it runs")
+
+
+def _rows(runs: Sequence[RunStatus], names: Sequence[str]) -> list[tuple[str, ...]]:
+    return [tuple(escaped(word) for word in _row(run, name)) for run, name in zip(runs, names, strict=True)]
+
+
 def _row(run: RunStatus, name: str) -> tuple[str, ...]:
-    why = run.why if len(run.why) <= 40 else f"{run.why[:39]}…"
+    why = run.why if len(run.why) <= WIDEST_WHY else f"{run.why[: WIDEST_WHY - 1]}…"
+    if run.starts and run.state == "pending" and "until" not in why:
+        why = f"{why}; expected at {clock(run.starts)}"
     nodes = f"{run.nodes[0]} +{len(run.nodes) - 1}" if len(run.nodes) > 2 else " ".join(run.nodes)
     progress = run.progress
     return (
-        name,
-        run.job_id,
+        shlex.quote(name),
+        " ".join([run.job_id, *(f"+{job}" for job in run.others)]),
         f"{run.state}{f' ({why})' if why else ''}",
         nodes,
         _progress(progress),

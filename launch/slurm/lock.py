@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ...models.errors import ConfigError
+from ..hints import hint
 
 logger = logging.getLogger(__name__)
 FILE = ".submitting"
@@ -33,7 +34,7 @@ def submitting(folder: Path, wait: float = WAIT) -> Iterator[None]:
     if lock is None:
         raise ConfigError(
             f"{folder} is being submitted by another command (or is run by it, with --cluster debug): "
-            f"`graftvit jobs {folder}` tells when it is through"
+            f"`{hint('jobs', folder)}` tells when it is through"
         )
     try:
         yield

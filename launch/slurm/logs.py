@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import JobFolder, Submission
+from .files import Submission
 
 POLL = 0.5
 ASK = 5.0
@@ -28,6 +28,11 @@ def ranks_with_logs(submission: Submission) -> list[int]:
     names = Path(submission.logs).glob(f"{submission.job_id}_*_log.*")
     found = (re.fullmatch(r"(\d+)_log\.(out|err)", path.name[len(submission.job_id) + 1 :]) for path in names)
     return sorted({int(match[1]) for match in found if match is not None})
+
+
+def rank_of(path: Path) -> int:
+    """The rank that wrote a log."""
+    return int(path.stem.removesuffix("_log").rpartition("_")[2])
 
 
 def tail(path: Path, lines: int) -> str:
@@ -102,30 +107,3 @@ def follow(
         if over:
             return
         time.sleep(POLL)
-
-
-def error_of(
-    files: JobFolder, number: int, submission: Submission, *, silent: bool, lines: int = 15
-) -> tuple[int | None, str]:
-    """The rank that failed first in an attempt, and its last words.
-
-    Args:
-        files: Of the run.
-        number: Of the attempt.
-        submission: Names the logs, which are read where no rank wrote down how it failed.
-        silent: Whether the attempt ended without saying how.
-        lines: How many.
-    """
-    written = list((files.folder / "errors").glob(f"{number:04d}-*.txt"))
-    if written:
-        first = min(written, key=lambda path: path.stat().st_mtime_ns)
-        return int(first.stem.partition("-")[2]), tail(first, lines)
-    if not silent:
-        return None, ""
-    logs = [(rank, log_files(submission, rank)[0]) for rank in ranks_with_logs(submission)]
-    logs = [(rank, path) for rank, path in logs if path.exists() and path.stat().st_size]
-    if not logs:
-        return None, ""
-    loud = [entry for entry in logs if re.search(r"Traceback|[Ee]rror", tail(entry[1], 100))]
-    rank, path = min(loud or logs, key=lambda entry: entry[1].stat().st_mtime_ns)
-    return rank, tail(path, lines)

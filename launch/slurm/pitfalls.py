@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,8 @@ from submitit.local import local
 from ...models.errors import RunFailedError
 from .environment import PORTS
 
+REQUEUE_TRIES, REQUEUE_PAUSE = 4, 5.0
+"""Orders to a controller that may be starting again, and seconds between two of them."""
 INSIDE_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -75,6 +78,12 @@ def forget_old_results() -> None:
         old.unlink(missing_ok=True)
 
 
+def keep_results() -> None:
+    """Makes the folder of results anew where somebody has removed it: submitit would take that for a failure."""
+    if "SUBMITIT_FOLDER" in os.environ:
+        submitit.JobEnvironment().paths.folder.mkdir(parents=True, exist_ok=True)
+
+
 def requeue() -> None:
     """Has the scheduler start this job again: the first rank asks once everything is saved. May not return.
 
@@ -85,11 +94,16 @@ def requeue() -> None:
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        submitit.JobEnvironment()._requeue(0)  # the hook that every cluster of submitit has
-    except (subprocess.SubprocessError, OSError) as error:
-        raise RunFailedError(
-            f"the job cannot be requeued ({error}); `graftvit resume` goes on from its state"
-        ) from error
+        for left in reversed(range(REQUEUE_TRIES)):
+            try:
+                submitit.JobEnvironment()._requeue(0)  # the hook that every cluster of submitit has
+                return
+            except (subprocess.SubprocessError, OSError) as error:
+                if not left:
+                    raise RunFailedError(
+                        f"the job cannot be requeued ({error}); `graftvit resume` goes on from its state"
+                    ) from error
+            time.sleep(REQUEUE_PAUSE)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -29,26 +29,33 @@ class Progress:
     epochs: int | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
-    """Of this stage, counted from now as if the run had not paused."""
+    """Of this stage: from now on where it trains, else once it does."""
     last_top1: float | None = None
     best_top1: float | None = None
 
 
-def read_progress(folder: Path) -> Progress:
-    """What the files of a run folder tell; all defaults before the first record."""
+def read_progress(folder: Path, training_since: float | None = None) -> Progress:
+    """What the files of a run folder tell; all defaults before the first record.
+
+    Args:
+        folder: Of the run.
+        training_since: When the attempt that trains now began; None where none does, and no time goes by for the run.
+    """
     inner = current_stage(folder)
     stage = "" if inner == folder else inner.name
     path = inner / "log.jsonl"
     try:
         records = [record for record in read_log(path) if isinstance(record, dict) and "step" in record]
-        age = time.time() - path.stat().st_mtime
+        written = path.stat().st_mtime
     except (OSError, ValueError):
         return Progress(stage)
     epochs = [record for record in records if "n_parameters" in record]
     step = max((int(record["step"]) for record in records), default=0)
     limit, total = _length(inner, epochs)
     pace = _seconds_a_step(records, epochs)
-    left = None if total is None or pace is None else max(0.0, (total - step) * pace - age)
+    # what the attempt has done since its last record; before its first one it starts, and has done nothing
+    age = time.time() - written if training_since is not None and written > training_since else 0.0
+    left = None if total is None or pace is None else max(0.0, (total - step) * pace - max(0.0, age))
     speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
     scores = [float(value) for record in epochs if (value := _top1(record)) is not None]
     return Progress(

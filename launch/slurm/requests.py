@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, read_recipe
+from ..hints import hint
 from ..yaml_text import write_yaml
 from .batch import Request
 from .files import JobFolder
@@ -93,7 +94,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
     ]
     if not requests:
         raise ConfigError(
-            f"all {len(sweep.cells)} cells of {folder} have finished: `graftvit summary {folder}`"
+            f"all {len(sweep.cells)} cells of {folder} have finished: `{hint('summary', folder)}`"
         )
     return Plan(folder, [first_config(sweep, recipe, settings)], frozen, requests, sweep=sweep)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...models.errors import ConfigError
 from ..config import load_config
+from ..hints import hint
 from .batch import Launch, Request, job_name
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder, Submission
@@ -62,7 +63,7 @@ def find_unfinished(folder: Path) -> Unfinished:
     free = {run: submission for run, submission in left.items() if run not in active}
     if not free:
         words = next(iter(active.values())).words.partition("_")[0]
-        raise ConfigError(f"{folder} is {words} already: `graftvit jobs {folder}` shows it")
+        raise ConfigError(f"{folder} is {words} already: `{hint('jobs', folder)}` shows it")
     if teacher is None or JobFolder(folder / "teacher").finished:
         return Unfinished(folder, free)
     refuse_active([folder / "teacher"], folder)

@@ -46,7 +46,6 @@ _QUEUE = [
     "TimeLimit",
 ]
 _ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason"]
-_NAMED = ["JobArrayID", "State", "Name"]
 _FLAGS = ("--states=all", "--array", "--noheader")
 
 
@@ -83,24 +82,6 @@ def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]
     except GraftError:
         recorded = {}
     return {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
-
-
-def jobs_named(name: str) -> list[str]:
-    """This user's jobs of that name that wait, run or will be started again, with their array indices.
-
-    Raises GraftError. The queue alone knows all that wait or run; its own `--name` splits a name at commas.
-    """
-    text = ask("squeue", f"--user={os.getuid()}", *_FLAGS, f"--Format={_columns(_NAMED)}")
-    return [job for job, state in parse_names(text).get(name, {}).items() if state not in ENDED]
-
-
-def parse_names(text: str) -> dict[str, dict[str, str]]:
-    """Job name -> job id -> Slurm's word, of the lines that `squeue` gives for `_NAMED`."""
-    found: dict[str, dict[str, str]] = {}
-    for line in text.splitlines():
-        job, state, name = [*line.split("|", 2), "", ""][:3]
-        found.setdefault(name.removesuffix("|").rstrip(), {})[job.strip()] = _state(state)
-    return found
 
 
 def accounting_works() -> bool:
@@ -297,5 +278,8 @@ def _limit(text: str) -> int | None:
 
 
 def _exit_code(text: str) -> str:
-    """`1792`, the status as wait(2) gives it, as `7:0`."""
-    return f"{int(text) >> 8}:{int(text) & 127}" if text.isdigit() else text
+    """`1792`, the status as wait(2) gives it, as `7:0`; what a signal ended has no status of its own."""
+    if not text.isdigit():
+        return text
+    signal = int(text) & 127
+    return f"0:{signal}" if signal else f"{int(text) >> 8}:0"

@@ -117,6 +117,12 @@ class ClusterConfig(BaseModel):
     signal_delay: int = Field(
         90, gt=0, description="seconds before the limit at which the job is told to save"
     )
+    max_restarts: int = Field(
+        3, ge=0, description="restarts in a row without a new state, after a failure that may pass"
+    )
+    restart_wait: int = Field(
+        30, ge=0, description="seconds before the first of them; each other waits twice as long"
+    )
     setup: tuple[str, ...] = Field(
         (),
         description="shell lines before the run, on its first node, which its processes take their environment from: "

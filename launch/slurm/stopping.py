@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
+from ..hints import hint
 from .files import JobFolder
 from .jobs import JudgedJob, judge_jobs, run_folders
 from .lock import submitting
@@ -74,13 +75,14 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
     if not submission.job_id:
         raise ConfigError("it has no number yet; stop it again in a moment")
     files = JobFolder(run)
-    job, go_on = f"{one.words} of {run}", f"`graftvit resume {run}` goes on with it"
+    request = files.stop_request(submission.job_id)
+    job, go_on = f"{one.words} of {run}", f"`{hint('resume', run)}` goes on with it"
     waits = submission.cluster == "slurm" and one.state in ("pending", "requeued")
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
-        files.stop_path.touch()  # first: an attempt that is told to save looks for it afterwards
+        request.touch()  # first: an attempt that is told to save looks for it afterwards
     except OSError as error:
-        raise ConfigError(f"{files.stop_path} cannot be written ({error.strerror}){_owner(run)}") from error
+        raise ConfigError(f"{request} cannot be written ({error.strerror}){_owner(run)}") from error
     if submission.cluster != "slurm":
         stop_process(submission, now=now)
         return f"{job} is cancelled; {go_on}" if now else f"{job} saves at its next step and ends; {go_on}"

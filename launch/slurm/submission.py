@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...models.errors import ConfigError, DataError
 from ...transfer.config import RunConfig
+from ..hints import hint
 from .batch import Launch, Request, job_name, new_identity
 from .checks import check_commands, check_folder, check_resources
 from .jobs import judge_jobs
@@ -64,7 +65,7 @@ def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
         said = start(launch, plan.first, unchecked=True) + (f"  {waits}\n" if waits else "")
     if plan.comparison:
         frozen = next(iter(plan.frozen))
-        said += f"  graftvit compare {frozen} --report    # when all cells are through\n"
+        said += f"  {hint('compare', frozen, '--report')}    # when all cells are through\n"
     return said
 
 
@@ -86,7 +87,7 @@ def start(launch: Launch, first: Request | None = None, *, unchecked: bool = Fal
     count = f" ({len(jobs)} cell{'s' if len(jobs) > 1 else ''})" if cells else ""
     return (
         f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {launch.folder}\n"
-        f"  graftvit jobs {launch.folder}\n  graftvit logs {launch.folder}{'/cells/...' if cells else ''} --follow\n"
+        f"  {hint('jobs', launch.folder)}\n  {hint('logs', launch.requests[0].output_dir, '--follow')}\n"
         + (f"  {waits}\n" if waits else "")
     )
 
@@ -128,7 +129,7 @@ def refuse_active(runs: Iterable[Path], shown: Path, *, by_name: bool = True) ->
         for one in jobs:
             if one.active:
                 raise ConfigError(
-                    f"{run} is {one.words} already: `graftvit jobs {shown}` shows it, `graftvit stop {shown}` ends it"
+                    f"{run} is {one.words} already: `{hint('jobs', shown)}` shows it, `{hint('stop', shown)}` ends it"
                 )
 
 

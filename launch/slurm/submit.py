@@ -18,6 +18,7 @@ from submitit.core.utils import DelayedSubmission
 
 from ...checkpoints.atomic import write_file
 from ...models.errors import ConfigError, GraftError
+from ..hints import hint
 from .attempt import Attempt
 from .batch import Launch, Request, command, executor_of, job_name, script
 from .checks import ask_sbatch
@@ -161,7 +162,7 @@ def _sbatch(launch: Launch) -> str:
         number = number_by_name(launch.place)  # an answer may be lost on its way, and the job be queued
     except GraftError as error:
         raise GraftError(
-            f"sbatch: {said}; whether the job is queued is not known: `graftvit jobs {launch.folder}` tells when "
+            f"sbatch: {said}; whether the job is queued is not known: `{hint('jobs', launch.folder)}` tells when "
             f"Slurm answers again"
         ) from error
     if not number:

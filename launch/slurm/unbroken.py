@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from ...models.errors import GraftError
+from ..hints import hint
 
 HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
@@ -21,7 +22,7 @@ class InterruptedSubmissionError(GraftError):
         self.exit_code = 128 + number
         super().__init__(
             f"{signal.Signals(number).name} came while job {job} was being submitted, and it was: "
-            f"`graftvit stop {folder}` ends it"
+            f"`{hint('stop', folder)}` ends it"
         )
 
 

@@ -36,7 +36,8 @@ class StopSignals:
 
     With several processes each boundary starts an all-reduce of the flags on the CPU and reads the one
     started at the boundary before: all see the same values, nothing waits for a device, and the stop, or the
-    save, comes one step later. A second SIGINT aborts at once. The handlers that were there before are put back on exit.
+    save, comes one step later. A second SIGINT aborts at once. The handlers that were there before are put back on
+    exit.
     With `grace`, a process that comes to no boundary in so many seconds after a signal is ended (`deadline`).
     """
 

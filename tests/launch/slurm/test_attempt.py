@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 from graftvit.launch import cli
 from graftvit.launch.slurm import attempt as module
-from graftvit.launch.slurm import scheduler
+from graftvit.launch.slurm import record
 from graftvit.launch.slurm.attempt import Attempt
+from graftvit.launch.slurm.failures import Failure, read_failure
 from graftvit.launch.slurm.files import Attempt as Record
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.pitfalls import INSIDE_A_LAUNCHER
@@ -28,8 +30,8 @@ class Job:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self._patch = folder, patch
         self.reason, self.fallen, self.requeued = "preempted", [], 0
-        patch.setattr(scheduler, "reason_of_signal", lambda *_: self.reason)
-        patch.setattr(scheduler, "fallen_nodes", lambda _: self.fallen)
+        patch.setattr(module, "reason_of_signal", lambda *_: self.reason)
+        patch.setattr(record, "fallen_nodes", lambda _: self.fallen)
         patch.setattr(module, "requeue", self._requeue)
         patch.setattr(module, "limit_threads", lambda: None)
         patch.setenv("SUBMITIT_EXECUTOR", "slurm")
@@ -63,6 +65,11 @@ class Job:
     @property
     def last(self) -> Record:
         return JobFolder(self.folder).attempts()[-1]
+
+    @property
+    def failures(self) -> list[Failure]:
+        folder = self.folder / "jobs" / "errors"
+        return [read_failure(path) for path in folder.glob("*")]
 
 
 @pytest.fixture
@@ -151,15 +158,139 @@ def test_a_limit_that_ends_before_the_first_save_is_not_requeued_for_ever(job: J
     assert job.run(stopped_by(signal.SIGUSR2)) == 1
     assert (job.requeued, job.last.outcome) == (0, "failed")
     assert "longer --time" in job.last.why
-    state = job.folder / "checkpoints" / "last.safetensors"
+    (failure,) = job.failures
+    assert (failure.kind, failure.transient) == ("cause", False)
 
     def saves() -> int:
-        state.parent.mkdir()
-        state.touch()
+        save(job.folder)
         return stopped_by(signal.SIGUSR2)()
 
     assert job.run(saves, restart=1) == 0
     assert (job.requeued, job.last.outcome) == (1, "requeued")
+
+
+def save(folder: Path) -> None:
+    state = folder / "checkpoints" / "last.safetensors"
+    state.parent.mkdir(exist_ok=True)
+    state.write_bytes(b"")
+
+
+def test_a_limit_that_ends_before_a_step_does_not_end_a_run_that_has_come_further(job: Job) -> None:
+    job.reason = "time limit"
+    save(job.folder)
+    assert job.run(stopped_by(signal.SIGUSR2)) == 0
+    assert (job.requeued, job.last.outcome) == (1, "requeued")
+
+
+def test_attempts_that_are_all_too_short_end_the_run(job: Job) -> None:
+    job.reason = "time limit"
+    save(job.folder)
+    codes = [job.run(stopped_by(signal.SIGUSR2), restart=restart) for restart in range(3)]
+    assert codes == [0, 0, 1]
+    assert (job.requeued, job.last.outcome) == (2, "failed")
+    assert job.last.why.startswith(
+        "3 attempts in a row met the time limit before they saved a new state: give a longer"
+    )
+
+
+def test_preemptions_between_them_do_not_count(job: Job) -> None:
+    save(job.folder)
+    for restart, reason in enumerate(["preempted", "preempted", "preempted", "time limit", "time limit"]):
+        job.reason = reason
+        assert job.run(stopped_by(signal.SIGUSR2), restart=restart) == 0
+    assert job.requeued == 5
+
+
+def test_a_cancellation_during_the_save_is_not_undone(job: Job) -> None:
+    job.reason = "cancelled"
+    assert job.run(stopped_by(signal.SIGUSR2, signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert (job.requeued, job.last.outcome, job.last.signal) == (0, "stopped", "SIGUSR2 (cancelled)")
+
+
+def test_a_request_to_stop_that_came_too_late_for_the_attempt_before(job: Job) -> None:
+    folder = JobFolder(job.folder)
+    folder.folder.mkdir()
+    folder.stop_request("77").touch()
+
+    def waits_for_a_signal() -> int:
+        assert early_signals.received == [signal.SIGUSR2]
+        return 128 + signal.SIGUSR2
+
+    job.run(waits_for_a_signal, restart=1)
+    assert (job.requeued, job.last.outcome) == (0, "stopped")
+
+
+def test_a_request_to_another_job_of_the_folder_is_not_for_this_one(job: Job) -> None:
+    folder = JobFolder(job.folder)
+    folder.folder.mkdir()
+    folder.stop_request("76").touch()
+    assert job.run(stopped_by(signal.SIGUSR2)) == 0
+    assert (job.requeued, job.last.outcome) == (1, "requeued")
+
+
+def test_a_record_that_is_removed_meanwhile_is_made_anew(job: Job) -> None:
+    def work() -> int:
+        shutil.rmtree(job.folder / "jobs")
+        return 0
+
+    assert job.run(work)["outcome"] == "finished"
+    assert (job.last.outcome, job.last.nodes, job.last.restart) == ("finished", ["a1", "a2"], 0)
+
+
+def test_an_attempt_that_was_removed_does_not_write_into_the_next_ones_record(job: Job) -> None:
+    folder = JobFolder(job.folder)
+
+    def work() -> int:
+        shutil.rmtree(job.folder / "jobs")
+        folder.begin(job_id="78", restart=0, nodes=["b1"], world_size=4, before="")
+        raise ValueError("boom")
+
+    job.run(work)
+    mine, other = sorted(folder.attempts(), key=lambda one: one.job_id)
+    assert (mine.job_id, mine.outcome, other.job_id, other.outcome) == ("77", "failed", "78", None)
+    assert [failure.text for failure in folder.failures(other.name)] == []
+    assert "boom" in folder.failures(mine.name)[0].text
+
+
+def test_a_record_that_cannot_be_written_stops_no_training(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        monkeypatch.setattr(JobFolder, "note", away)
+        monkeypatch.setattr(JobFolder, "write_failure", away)
+        raise ValueError("boom")
+
+    def away(*_: Any, **__: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    assert job.run(work) == 1
+    assert capsys.readouterr().err.count("the record of this attempt is not written") == 1
+
+
+def test_a_rank_that_fails_because_of_another_says_so(job: Job) -> None:
+    def work() -> int:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:2245")
+
+    job.run(work, rank=2)
+    assert [(failure.rank, failure.kind, failure.transient) for failure in job.failures] == [
+        (2, "consequence", True)
+    ]
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_memory_is_enough_for_those_who_have_saved(job: Job, saves: bool) -> None:
+    def work() -> int:
+        if saves:
+            save(job.folder)
+        raise MemoryError
+
+    job.run(work)
+    assert [(failure.kind, failure.transient) for failure in job.failures] == [("cause", saves)]
+
+
+def test_a_command_that_only_gives_a_code_has_failed_for_good(job: Job) -> None:
+    assert job.run(lambda: 2) == 2
+    assert [(failure.kind, failure.transient) for failure in job.failures] == [("cause", False)]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -178,7 +309,9 @@ def test_a_failure_is_written_down_by_its_rank(
         raise error
 
     assert job.run(work, rank=rank) == code
-    assert words in JobFolder(job.folder).errors(1)[rank]
+    (failure,) = job.failures
+    assert (failure.rank, failure.kind, failure.transient) == (rank, "cause", False)
+    assert words in failure.text
     assert words in capsys.readouterr().err
     if rank == 0:
         assert (job.last.outcome, job.last.why) == ("failed", words)
@@ -190,7 +323,7 @@ def test_what_a_rank_says_when_its_neighbours_were_ended_is_no_failure(job: Job)
         raise RuntimeError("Connection closed by peer")
 
     assert job.run(work) == 0
-    assert (job.requeued, job.last.outcome, JobFolder(job.folder).errors(1)) == (1, "requeued", {})
+    assert (job.requeued, job.last.outcome, job.failures) == (1, "requeued", [])
 
 
 def test_ctrl_c_stops(job: Job) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import jobs
+from graftvit.launch.slurm.failures import Failure
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.jobs import describe_run, run_folders
 from graftvit.launch.slurm.processes import is_alive
@@ -18,15 +19,15 @@ from graftvit.models.errors import ConfigError, GraftError
 from slurm_folders import submitted
 
 
-def attempt(files: JobFolder, restart: int = 0, job_id: str = "12", **event: Any) -> int:
-    number = files.begin(job_id=job_id, restart=restart, nodes=["gpu1"], world_size=2)
+def attempt(files: JobFolder, restart: int = 0, job_id: str = "12", **event: Any) -> str:
+    name = files.begin(job_id=job_id, restart=restart, nodes=["gpu1"], world_size=2)
     if event:
-        files.note(number, **event)
-    return number
+        files.note(name, **event)
+    return name
 
 
 def say(monkeypatch: pytest.MonkeyPatch, job: JobState | Exception) -> None:
-    def states(ids: list[str]) -> dict[str, JobState]:
+    def states(ids: list[str], **_: object) -> dict[str, JobState]:
         if isinstance(job, Exception):
             raise job
         return dict.fromkeys(ids, job)
@@ -37,8 +38,8 @@ def say(monkeypatch: pytest.MonkeyPatch, job: JobState | Exception) -> None:
 GONE = JobState()
 PREEMPTED = {"signal": "SIGUSR2 (preempted)", "outcome": "requeued"}
 CASES = [
-    (JobState("PENDING", reason="Priority"), None, "pending", "Priority"),
-    (JobState("PENDING", restarts=1, reason="BeginTime"), PREEMPTED, "requeued", "BeginTime"),
+    (JobState("PENDING", reason="Priority"), None, "pending", "waits behind jobs of higher priority: Priority"),
+    (JobState("PENDING", restarts=1, reason="Resources"), PREEMPTED, "requeued", "waits for nodes: Resources"),
     (JobState("RUNNING"), None, "running", "starting"),
     (JobState("RUNNING"), {}, "running", ""),
     (JobState("RUNNING", restarts=1), PREEMPTED, "running", "starting"),
@@ -117,10 +118,10 @@ def test_the_error_is_that_of_the_rank_that_failed_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = submitted(tmp_path / "run")
-    number = attempt(files, outcome="failed", why="boom")
-    files.write_error(number, 1, "neighbour is gone\n")
-    files.write_error(number, 3, "Traceback\nValueError: boom\n")
-    os.utime(files.folder / "errors" / "0001-3.txt", (1, 1))
+    name = attempt(files, outcome="failed", why="boom")
+    files.write_failure(name, Failure(1, "consequence", True, "neighbour is gone\n"))
+    files.write_failure(name, Failure(3, "cause", False, "Traceback\nValueError: boom\n"))
+    os.utime(files.folder / "errors" / f"{name}-3.txt", (1, 1))
     say(monkeypatch, JobState("FAILED"))
     status = describe_run(tmp_path / "run")
     assert (status.error_rank, status.error) == (3, "Traceback\nValueError: boom\n")

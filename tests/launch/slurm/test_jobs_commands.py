@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs, logs
+from graftvit.launch.slurm.failures import Failure
 from graftvit.launch.slurm.jobs_text import duration
 from graftvit.launch.slurm.logs import Follower, tail
 from graftvit.launch.slurm.registry import known, registry_file, remember
@@ -31,7 +32,7 @@ def say(monkeypatch: pytest.MonkeyPatch, *states: JobState) -> None:
     """What the scheduler says at each question, the last one for ever."""
     left = list(states)
 
-    def answer(ids: list[str]) -> dict[str, JobState]:
+    def answer(ids: list[str], **_: object) -> dict[str, JobState]:
         return dict.fromkeys(ids, left.pop(0) if len(left) > 1 else left[0])
 
     monkeypatch.setattr(jobs, "job_states", answer)
@@ -65,7 +66,7 @@ def test_all_remembered_runs_in_a_table(
     assert main(["jobs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["run", "job", "state"]
-    assert "pending (Priority)" in lines[1]
+    assert "pending (waits behind jobs of higher priority: Priority)" in lines[1]
     assert lines[-1] == "2 runs: 2 pending"
 
 
@@ -73,11 +74,11 @@ def test_one_run_at_length_and_as_json(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = submitted(tmp_path / "run")
-    files.begin(job_id="12", restart=0, nodes=["gpu1"], world_size=2)
-    files.note(1, signal="SIGUSR2 (preempted)", outcome="requeued")
-    files.begin(job_id="12", restart=1, nodes=["gpu2"], world_size=2)
-    files.note(2, outcome="failed", why="ValueError: boom")
-    files.write_error(2, 1, "Traceback\nValueError: boom\n")
+    name = files.begin(job_id="12", restart=0, nodes=["gpu1"], world_size=2)
+    files.note(name, signal="SIGUSR2 (preempted)", outcome="requeued")
+    name = files.begin(job_id="12", restart=1, nodes=["gpu2"], world_size=2)
+    files.note(name, outcome="failed", why="ValueError: boom")
+    files.write_failure(name, Failure(1, "cause", False, "Traceback\nValueError: boom\n"))
     say(monkeypatch, JobState("FAILED", restarts=1, nodes=("gpu2",)))
     assert main(["jobs", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
@@ -192,7 +193,7 @@ def test_a_local_run_is_stopped_through_its_controller(
         files = submitted(folder, cluster="local", job_id=str(controller.pid))
         assert main(["stop", str(folder), *words]) == 0
         assert f"`graftvit resume {folder}` goes on" in capsys.readouterr().out
-        assert files.stop_path.exists()
+        assert files.asked_to_stop(str(controller.pid))
         assert int(controller.communicate(timeout=10)[0]) == number
 
 

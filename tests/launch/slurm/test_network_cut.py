@@ -42,9 +42,9 @@ def test_the_orphaned_attempt_is_fenced_off(
         [n for n in cluster.nodes if n not in orphan.nodes],
     )
     until(
-        lambda: "has taken over the run" in "".join(run.jobs.errors(1).values()),
-        lambda: f"the orphan's end: {run.jobs.errors(1)}",
+        lambda: "has taken over the run" in "".join(one.text for one in run.jobs.failures(orphan.name)),
+        lambda: f"the orphan's end: {run.jobs.failures(orphan.name)}",
     )
     assert run.jobs.attempts()[0].outcome == "failed"
-    assert f"of job {orphan.job_id}" in run.jobs.errors(1)[0]
+    assert f"of job {orphan.job_id}" in run.jobs.failures(orphan.name)[0].text
     assert_undisturbed(run, ranks=2)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import submitit
+from graftvit.launch.slurm import pitfalls
 from graftvit.launch.slurm.environment import PORTS
 from graftvit.launch.slurm.pitfalls import (
     INSIDE_A_LAUNCHER,
@@ -152,7 +153,17 @@ def test_scontrol_survives_the_signal_that_its_own_requeue_sends(in_slurm: Path)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_refused_requeue_says_how_to_go_on(in_slurm: Path) -> None:
+def test_a_requeue_is_asked_for_again_where_the_controller_is_away(
+    in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pitfalls, "REQUEUE_PAUSE", 0.01)
+    command(in_slurm, "scontrol", f"echo x >> {in_slurm}/asked; [ $(wc -l < {in_slurm}/asked) -ge 3 ]")
+    requeue()
+    assert (in_slurm / "asked").read_text() == "x\n" * 3
+
+
+def test_a_refused_requeue_says_how_to_go_on(in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pitfalls, "REQUEUE_PAUSE", 0.01)
     command(in_slurm, "scontrol", "exit 1")
     with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit resume` goes on"):
         requeue()

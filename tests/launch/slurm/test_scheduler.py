@@ -20,9 +20,7 @@ from graftvit.launch.slurm.scheduler import (
     fallen_in,
     fallen_nodes,
     job_states,
-    jobs_named,
     parse_accounting,
-    parse_names,
     parse_queue,
     reason_in,
     signal_job,
@@ -36,6 +34,7 @@ QUEUE = """\
 12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|1-00:20:00|
 12632730|RUNNING|gpu1,gpu2|None|2|0|2026-11-21T12:13:56|2026-11-21T12:33:56|UNLIMITED|
 12632729|CANCELLED|gpu1|None|0|15|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|
+50410830|FAILED|gpu1,gpu2|JobLaunchFailure|0|4021|2026-11-22T17:56:17|2026-11-22T17:56:17|2:00:00|
 """
 ACCOUNTING = """\
 JobID|State|NodeList|ExitCode|Start|End|Timelimit|Reason
@@ -63,6 +62,7 @@ def test_the_queue_is_read() -> None:
     assert running.start is not None
     assert running.end - running.start == 1200
     assert jobs["12632729"].exit_code == "0:15"
+    assert jobs["50410830"].exit_code == "0:53"
 
 
 def test_the_accounting_tells_how_each_start_ended() -> None:
@@ -128,6 +128,7 @@ def test_a_scheduler_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(subprocess, "run", hang)
     monkeypatch.setattr(ask, "PAUSE", 0.0)
+    monkeypatch.setattr(ask, "_silent", {})
     with pytest.raises(NoAnswerError, match=r"asked 3 times in .* no answer within 15 seconds"):
         job_states(["1"])
     assert ask.TRIES * ask.TIMEOUT + (ask.TRIES - 1) * 2 < 60
@@ -158,19 +159,24 @@ def test_only_a_controller_that_is_away_is_asked_again(
 
     monkeypatch.setattr(subprocess, "run", answer)
     monkeypatch.setattr(ask, "PAUSE", 0.0)
+    monkeypatch.setattr(ask, "_silent", {})
     with pytest.raises(GraftError) as raised:
         cancel("9")
     assert type(raised.value) is kind
     assert said.rpartition(": ")[2] in str(raised.value)
     assert len(calls) == tries
+    with pytest.raises(kind):
+        cancel("10")
+    assert len(calls) == (tries if kind is NoAnswerError else 2 * tries)  # not asked in vain again at once
 
 
-def test_jobs_are_known_by_their_name() -> None:
-    text = "7_0|PENDING|graftvit-a b=1,2|\n7_1|COMPLETED|graftvit-a b=1,2|\n9|RUNNING|graftvit-x|y|\n"
-    assert parse_names(text) == {
-        "graftvit-a b=1,2": {"7_0": "PENDING", "7_1": "COMPLETED"},
-        "graftvit-x|y": {"9": "RUNNING"},
-    }
+def test_private_jobs_of_another_user_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(words: Any, **_: Any) -> Any:
+        said = "slurm_load_jobs error: Invalid job id specified\n"
+        return subprocess.CompletedProcess(words, 1, stdout="", stderr=said)
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert job_states(["9"]) == {"9": JobState()}
 
 
 def use(monkeypatch: pytest.MonkeyPatch, cluster: SlurmCluster) -> None:
@@ -235,22 +241,6 @@ def test_real_jobs(
     cluster.kill_node(cluster.nodes[1])
     assert state_when(wide, lambda job: job.restarts == 1).state in ("COMPLETING", "PENDING")
     assert fallen_nodes(cluster.nodes) == [cluster.nodes[1]]
-
-
-@pytest.mark.slurm
-def test_jobs_are_found_by_their_name(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, cluster)
-    name = f"graftvit-a run={'x' * 60},seed=0"
-    array = sbatch(cluster, "true", "--hold", "--array=0-3%2", f"--job-name={name}")
-    alone = sbatch(cluster, "sleep 100", f"--job-name={name}")
-    ended = sbatch(cluster, "true", f"--job-name={name}")
-    state_when(ended, lambda job: job.state == "COMPLETED")
-    assert sorted(jobs_named(name)) == sorted([f"{array}_{index}" for index in range(4)] + [alone])
-    assert jobs_named("graftvit-a") == []
-    cancel(array)
-    cancel(alone)
-    state_when(alone, lambda job: job.state == "CANCELLED")
-    assert jobs_named(name) == []
 
 
 @pytest.mark.slurm

@@ -1,0 +1,160 @@
+"""Why an attempt ended: what the scheduler wrote into the log first, then the rank whose error is a cause.
+
+When a node dies or the kernel kills a rank, the one concerned says nothing. Its neighbors do, loudly, and mean only
+that they lost it: such an error counts where there is no other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .files import Attempt, JobFolder, Submission
+from .logs import log_files, ranks_with_logs, tail
+
+SILENT = "ended without a word"
+_LINES = 15
+_CHUNK = 1 << 16
+_CONSEQUENCE = re.compile(
+    r"connection (closed|reset)|broken pipe|\b(gloo|nccl)\b|DistBackendError|DistNetworkError|TCPStore|"
+    r"socket (timeout|is closed)|remote (process|worker)|recvBytes|barrier.*timed? ?out|heartbeat",
+    re.IGNORECASE,
+)
+_RAISED = re.compile(r"^[\w.]*(Error|Exception)\b.*", re.MULTILINE)
+_ENDING = re.compile(r"Terminating StepId|CANCELLED AT|Job step aborted|Force Terminated")
+_NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
+_TASK = re.compile(
+    r"^srun: error: (\S+): tasks? (\d+)\S*: (Out Of Memory|Killed|Segmentation fault|Bus error|Illegal instruction)",
+    re.MULTILINE,
+)
+_MEMORY = re.compile(r"oom[-_ ]?kill", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The best reason that was found for an end; empty where there is none."""
+
+    why: str = ""
+    """In one line."""
+    words: str = ""
+    """The last words of the rank, or those of the scheduler."""
+    rank: int | None = None
+    state: str = ""
+    """`node failed`, `failed`, or empty where only the files of the ranks tell."""
+
+
+NOTHING = Blame()
+
+
+def blame(files: JobFolder, attempt: Attempt, submission: Submission, until: int | None = None) -> Blame:
+    """Returns why an attempt ended.
+
+    Args:
+        files: Of the run.
+        attempt: The attempt.
+        submission: Of its job; names the logs.
+        until: Where the log of the next attempt begins.
+    """
+    said = said_by_slurm(_log(attempt, submission, until))
+    if said.why:
+        return said
+    errors = _errors(files, attempt)
+    if errors:
+        return errors
+    return _loudest_log(submission) if attempt.outcome is None and until is None else NOTHING
+
+
+def said_of(files: JobFolder, attempt: Attempt) -> str:
+    """What Slurm wrote of the end of the last attempt of a job, in one line; nothing where it wrote nothing."""
+    mine = [one for one in files.submissions() if one.job_id == attempt.job_id]
+    return said_by_slurm(_log(attempt, mine[-1], None)).why if mine else ""
+
+
+def blame_start(submission: Submission) -> Blame:
+    """What the log says of a start that ended before the run could begin, as where the copy of its code is gone."""
+    words = tail(log_files(submission, 0)[0], _LINES)
+    lines = words.splitlines()
+    begin = max((number + 1 for number, line in enumerate(lines) if "CANCELLED AT" in line), default=0)
+    own = [line for line in lines[begin:] if not line.startswith(("srun:", "slurmstepd"))]
+    return Blame(own[-1], words, 0) if own else NOTHING
+
+
+def said_by_slurm(log: str) -> Blame:
+    """What `srun` and `slurmstepd` wrote into the log of the first rank."""
+    lines = [line for line in log.splitlines() if line.startswith(("srun:", "slurmstepd"))]
+    text = "\n".join(lines)
+    if lost := list(dict.fromkeys(_NODE.findall(text))):
+        return Blame(f"node failure: {', '.join(lost)}", f"{text}\n", state="node failed")
+    if "DUE TO NODE FAILURE" in text:
+        return Blame("node failure", f"{text}\n", state="node failed")
+    ending = _ENDING.search(text)
+    killed = _TASK.search(text, 0, len(text) if ending is None else ending.start())
+    if killed is None:
+        return Blame("out of memory", f"{text}\n", state="failed") if _MEMORY.search(text) else NOTHING
+    node, rank, word = killed.groups()
+    if word == "Out Of Memory" or _MEMORY.search(text):
+        why = f"out of memory: the system killed rank {rank} on {node}"
+    elif word == "Killed":
+        why = f"rank {rank} on {node} was killed (signal 9), as the system does where memory runs out"
+    else:
+        why = f"rank {rank} on {node}: {word}"
+    return Blame(why, f"{text}\n", int(rank), "failed")
+
+
+def is_consequence(error: str) -> bool:
+    """Whether an error, with or without its traceback, says only that another process is gone."""
+    raised = [match.start() for match in _RAISED.finditer(error)]
+    return _CONSEQUENCE.search(error[raised[-1] :] if raised else error) is not None
+
+
+def shorten(line: str) -> str:
+    """An error's last line without the places in foreign sources and the advice that follow a lost connection."""
+    line = re.sub(r"\[\S+\.(cc|cpp|h):\d+\] *", "", line)
+    return re.sub(r"\. (This is typically|Check the logs).*", "", line)
+
+
+def _errors(files: JobFolder, attempt: Attempt) -> Blame | None:
+    """The rank that failed first by an error of its own, else the one that was first to lose another."""
+    failures = files.failures(attempt.name)
+    if not failures:
+        return None
+    first = failures[0]
+    lost = f"rank {first.rank} lost another: " if first.kind == "consequence" else ""
+    words = "".join(first.text.splitlines(keepends=True)[-_LINES:])
+    return Blame(f"{lost}{shorten(first.last_words or SILENT)}"[:500], words, first.rank)
+
+
+def _loudest_log(submission: Submission) -> Blame:
+    logs = {rank: log_files(submission, rank)[0] for rank in ranks_with_logs(submission)}
+    texts = {rank: tail(path, 100) for rank, path in logs.items()}
+    texts = {rank: text for rank, text in texts.items() if text.strip()}
+    loud = [rank for rank in texts if re.search(r"Traceback|[Ee]rror", texts[rank])] or list(texts)
+    if not loud:
+        return NOTHING
+    rank = min(loud, key=lambda rank: (is_consequence(texts[rank]), logs[rank].stat().st_mtime_ns))
+    return Blame("", "".join(texts[rank].splitlines(keepends=True)[-_LINES:]), rank)
+
+
+def _log(attempt: Attempt, submission: Submission, until: int | None) -> str:
+    """The end of what the log of the first rank holds of an attempt; nothing where it is not known where it begins."""
+    if attempt.log_start is None:
+        return ""
+    try:
+        with log_files(submission, 0)[0].open("rb") as file:
+            end = file.seek(0, 2) if until is None else until
+            begin = max(attempt.log_start, end - _CHUNK)
+            file.seek(begin)
+            return file.read(max(0, end - begin)).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def log_starts(attempts: Sequence[Attempt]) -> dict[int, int]:
+    """Attempt number -> where the log of the next attempt of the same job begins."""
+    found = {}
+    for number, attempt in enumerate(attempts):
+        later = [after.log_start for after in attempts[number + 1 :] if after.job_id == attempt.job_id]
+        if later and later[0] is not None:
+            found[attempt.number] = later[0]
+    return found

@@ -1,0 +1,209 @@
+"""The state of a job in plain words, and why: what the scheduler says, what its files say, what ended it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .blame import NOTHING, SILENT, Blame
+from .files import Attempt
+from .reasons import launch_failure, waiting
+from .scheduler import UNKNOWN, JobState
+
+WAITING = (
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+)
+AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+ENDINGS = {
+    "CANCELLED": "cancelled",
+    "TIMEOUT": "timed out",
+    "PREEMPTED": "preempted",
+    "NODE_FAIL": "node failed",
+    "COMPLETED": "unknown",
+    "REVOKED": "cancelled",
+}
+ACTIVE = ("pending", "requeued", "running", "stopping")
+STARTING = "starting"
+_HISTORY = {
+    "NODE_FAIL": "node failure",
+    "OUT_OF_MEMORY": "out of memory",
+    "PREEMPTED": "preempted",
+    "TIMEOUT": "time limit",
+}
+
+
+@dataclass(frozen=True)
+class Restart:
+    """That a run was started again, and why."""
+
+    attempt: int
+    started: float
+    nodes: list[str]
+    why: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What there is to judge a job by.
+
+    Attributes:
+        folder: Of the run.
+        job: What the scheduler says.
+        last: The last attempt of this job that wrote files.
+        stopping: Whether the run was asked to stop.
+        problem: Why the scheduler could not be asked.
+        found: Why the last attempt ended, where it did not end well.
+    """
+
+    folder: Path
+    job: JobState
+    last: Attempt | None = None
+    stopping: bool = False
+    problem: str = ""
+    found: Blame = NOTHING
+
+    @property
+    def now(self) -> Attempt | None:
+        """The attempt that the scheduler speaks of; None where that has written nothing (yet)."""
+        return self.last if self.last is not None and self.last.restart >= self.job.restarts else None
+
+
+def judge(seen: Evidence) -> tuple[str, str]:
+    """Returns the state in plain words, and why."""
+    job, last = seen.job, seen.last
+    if job.state in WAITING:
+        again = job.restarts > 0 or last is not None
+        return ("requeued" if again else "pending"), waiting(job.reason, job.start)
+    if job.state in AT_WORK:
+        return _at_work(seen)
+    if last is not None and last.outcome == "finished":
+        return "finished", ""
+    if job.state == UNKNOWN:
+        return _by_files(seen)
+    return _ended(seen)
+
+
+def _at_work(seen: Evidence) -> tuple[str, str]:
+    """A job that holds nodes."""
+    job, now = seen.job, seen.now
+    if now is None:
+        return ("stopping", "") if seen.stopping else ("running", STARTING)
+    if now.outcome == "requeued":
+        return "requeued", now.signal
+    if now.outcome is not None:  # its nodes are not free yet, and its other ranks may hang: it can be stopped
+        why = seen.found.why or now.why
+        return "stopping", f"{now.outcome}: {why}" if why else now.outcome
+    if now.signal or seen.stopping or job.state == "COMPLETING":
+        return "stopping", now.signal
+    return "running", "" if job.state in ("RUNNING", "COMPLETING") else job.state.lower()
+
+
+def _ended(seen: Evidence) -> tuple[str, str]:
+    """A job that the scheduler calls ended, and that did not finish."""
+    job, now, found = seen.job, seen.now, seen.found
+    if now is not None and now.outcome == "stopped" and job.state != "CANCELLED":
+        return "stopped", now.signal
+    state = ENDINGS.get(job.state, "failed")
+    if state in ("failed", "unknown"):
+        return _failed(seen, state)
+    said = "" if now is None else now.signal
+    return state, said or (found.why if found.state == state else "") or job.reason
+
+
+def _failed(seen: Evidence, state: str) -> tuple[str, str]:
+    job, now, found = seen.job, seen.now, seen.found
+    noted = "" if now is None else now.why
+    if found.state:
+        return found.state, fuller(found.why, noted)
+    if now is not None and now.outcome == "failed":
+        return "failed", fuller(found.why, noted)
+    if state == "unknown":
+        return state, SILENT
+    named = "" if job.state == "FAILED" else job.state.lower().replace("_", " ")
+    launch = launch_failure(job.reason, job.exit_code, seen.folder)
+    words = [named, launch or found.why or job.reason, "" if launch else exit_words(job.exit_code)]
+    return state, ", ".join(filter(None, words)) or SILENT
+
+
+def fuller(found: str, noted: str) -> str:
+    """What was found, or what an attempt noted where that has it and says more: whether it was started again."""
+    return noted if not found or found in noted else found
+
+
+def exit_words(code: str) -> str:
+    """`status:signal` as `exit code 1` or `killed by signal 9`; a shell gives 128 + the signal."""
+    status, _, signal = code.partition(":")
+    if signal not in ("", "0"):
+        return f"killed by signal {signal}"
+    if status in ("", "0"):
+        return ""
+    return f"exit code {status}" + (" (killed by signal 9)" if status == "137" else "")
+
+
+def _by_files(seen: Evidence) -> tuple[str, str]:
+    """A job of which nobody but its files can tell."""
+    last, found = seen.last, seen.found
+    if last is not None and last.outcome in ("finished", "stopped", "failed"):
+        if last.outcome == "failed" and found.why:
+            return found.state or "failed", fuller(found.why, last.why)
+        return last.outcome, last.why or last.signal
+    if seen.problem:
+        begun = "no attempt has begun" if last is None else f"attempt {last.number} has not said how it ended"
+        return "unknown", f"{seen.problem.partition(':')[0]}; {begun}"
+    if seen.stopping and (last is None or last.outcome is None):
+        return "cancelled", "`graftvit stop`"
+    if last is None:
+        return "unknown", found.why or "it never began, and the scheduler no longer knows it"
+    for word, state in {
+        "cancelled": "cancelled",
+        "time limit": "timed out",
+        "preempted": "preempted",
+    }.items():
+        if word in last.signal and last.outcome is None:
+            return state, last.signal
+    if last.outcome == "requeued":
+        return "unknown", f"was to be requeued after {last.signal or 'a signal'}, and did not begin again"
+    return (found.state, found.why) if found.state else ("unknown", SILENT)
+
+
+def restarts_of(
+    attempts: Sequence[Attempt], history: Sequence[str] = (), found: Mapping[int, Blame] | None = None
+) -> list[Restart]:
+    """Returns each attempt but the first, and why there had to be another.
+
+    Args:
+        attempts: All, the first one first.
+        history: How the scheduler says that the starts of the last job ended.
+        found: Attempt number -> why it ended, where it did not end well.
+    """
+    return [
+        Restart(
+            attempt.number, attempt.started, attempt.nodes, _why_again(before, attempt, history, found or {})
+        )
+        for before, attempt in itertools.pairwise(attempts)
+    ]
+
+
+def _why_again(before: Attempt, attempt: Attempt, history: Sequence[str], found: Mapping[int, Blame]) -> str:
+    same_job = before.job_id == attempt.job_id
+    known = history[before.restart] if same_job and before.restart < len(history) else ""
+    blame = found.get(before.number, NOTHING)
+    return (
+        attempt.before
+        or (fuller(blame.why, before.why) if blame.state else "")
+        or (_HISTORY[known] if known in ("NODE_FAIL", "OUT_OF_MEMORY") else "")
+        or (before.why if before.retried else "")
+        or before.signal
+        or (blame.why or before.why if before.outcome == "failed" else "")
+        or _HISTORY.get(known, "")
+        or before.outcome
+        or SILENT
+    )

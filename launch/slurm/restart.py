@@ -1,0 +1,185 @@
+"""Whether a job that has failed is started again: asked by its batch script, once all its tasks have ended.
+
+    python -m graftvit.launch.slurm.restart LAUNCH CODE
+
+A rank that the kernel kills says nothing, and takes the others along. So this is not for a rank to decide. Whoever
+cancels, preempts or requeues a job ends its batch script as well, which then does not come here; and the scheduler
+itself is told to restart the job only where it still runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ...models.errors import GraftError
+from .ask import ask
+from .blame import said_of
+from .failures import Failure
+from .files import Attempt, JobFolder, newest_state
+
+PATIENCE, PAUSE = 300.0, 10.0
+"""Seconds that the record may be out of reach, and between two looks at it."""
+LONGEST_WAIT = 3600
+TRIES = 20
+"""Questions to a controller that may be starting again."""
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a job that has failed."""
+
+    attempt: str
+    """The name of the files of the attempt that failed."""
+    why: str
+    """Empty where it did not fail, and was only not started again."""
+    wait: int | None
+    """Seconds until it may start again; None where it does not."""
+
+
+def judge(
+    files: JobFolder, job_id: str, restart: int, *, max_restarts: int, restart_wait: int
+) -> Verdict | None:
+    """What to do after an attempt; None where it ended as it should, or was told to end, or nothing is known of it."""
+    of_job = [one for one in files.attempts() if one.job_id == job_id]
+    now = next((one for one in of_job if one.restart == restart), None)
+    if now is None or now.outcome in ("finished", "stopped") or files.asked_to_stop(job_id):
+        return None
+    if now.outcome == "requeued":  # and the scheduler did not take that
+        return Verdict(now.name, "", 0)
+    failures = files.failures(now.name)
+    lasting = [one for one in failures if one.kind == "cause" and not one.transient]
+    if lasting:
+        return Verdict(now.name, _words(lasting[0]), None)
+    why = said_of(files, now) or explain(now, failures)
+    return _again(now, of_job, why, newest_state(files.output_dir), max_restarts, restart_wait)
+
+
+def _again(
+    now: Attempt, of_job: Sequence[Attempt], why: str, state: str, max_restarts: int, restart_wait: int
+) -> Verdict:
+    """Another attempt, if there were not too many that brought nothing."""
+    in_vain = [one for one in of_job if one.retried and one.state == state and one is not now]
+    count = 1 + len(in_vain) if now.state == state else 1
+    if max_restarts == 0:
+        return Verdict(now.name, f"{why}; it is not started again (--max_restarts 0)", None)
+    if count > max_restarts:
+        return Verdict(
+            now.name, f"{why}; {max_restarts} restarts in a row brought no new state (--max_restarts)", None
+        )
+    wait = min(LONGEST_WAIT, restart_wait * 2 ** (count - 1))
+    return Verdict(
+        now.name, f"{why}; starts again after {wait} s, restart {count} of {max_restarts} in a row", wait
+    )
+
+
+def explain(attempt: Attempt, failures: Sequence[Failure]) -> str:
+    """Why an attempt ended, in one line: an error of a rank, a rank that says nothing, what the others say of it."""
+    own = [one for one in failures if one.kind == "cause"]
+    if own:
+        return _words(own[0])
+    silent = sorted(set(range(attempt.world_size)) - {one.rank for one in failures})
+    if len(silent) == 1:
+        return f"rank {silent[0]} ended without a word"
+    if failures:
+        return f"a rank was lost: {_words(failures[0])}"
+    return "it ended without a word"
+
+
+def _words(failure: Failure) -> str:
+    return f"rank {failure.rank}: {failure.last_words}"[:400]
+
+
+def main(launch: Path, code: int) -> int:
+    """Has the job started again, or leaves it as it is; the exit code of the batch script."""
+    job, restart = _job_id(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    try:
+        files = JobFolder(_patiently(lambda: _run_folder(launch)))
+        limits = _patiently(lambda: _limits(files, launch))
+        verdict = _patiently(lambda: judge(files, job, restart, **limits))
+        if verdict is None:
+            return code
+        if verdict.wait is None:
+            _patiently(
+                lambda: files.note(verdict.attempt, outcome="failed", why=verdict.why, ended=time.time())
+            )
+            _say(f"the job has failed: {verdict.why}")
+        elif _runs(job, restart):
+            _start_again(files, job, restart, verdict, verdict.wait)
+    except (OSError, GraftError) as error:
+        _say(f"the job is not started again, for it cannot be found out whether it should be: {error}")
+    return code
+
+
+def _start_again(files: JobFolder, job: str, restart: int, verdict: Verdict, wait: int) -> None:
+    """Notes it, so that it counts, and only then asks. The nodes are free during the wait."""
+    note = {"outcome": "requeued", "why": verdict.why, "retried": True, "ended": time.time()}
+    if verdict.why:
+        _patiently(lambda: files.note(verdict.attempt, **note))
+        _say(verdict.why)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what a restart begins with; scontrol inherits it
+    try:  # `incomplete`: not one that was cancelled, or has been requeued, in this moment
+        ask("scontrol", "requeue", "incomplete", job, tries=TRIES)
+    except GraftError as error:
+        files.note(verdict.attempt, outcome="failed", retried=False, why=f"{verdict.why}, but: {error}")
+        raise
+    if wait:
+        ask("scontrol", "update", f"JobId={job}", f"StartTime=now+{wait}", tries=TRIES)
+    if files.asked_to_stop(job):  # since the question above
+        ask("scancel", job, tries=TRIES)
+        files.note(verdict.attempt, outcome="stopped", retried=False)
+
+
+def _runs(job: str, restart: int) -> bool:
+    """Whether the scheduler still takes this attempt for the one at work."""
+    text = ask("scontrol", "--oneliner", "show", "job", job, tries=TRIES)
+    fields = dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
+    return fields.get("JobState") == "RUNNING" and fields.get("Restarts") == str(restart)
+
+
+def _job_id() -> str:
+    """`123`, or `123_4` for a cell of an array."""
+    array, cell = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{cell}"
+
+
+def _run_folder(launch: Path) -> Path:
+    folders = json.loads((launch / "runs.json").read_text(encoding="utf-8"))
+    return Path(folders[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
+
+
+def _limits(files: JobFolder, launch: Path) -> dict[str, int]:
+    """As this job was submitted."""
+    mine = [one for one in files.submissions() if one.launch == str(launch)]
+    resources = mine[-1].resources if mine else {}
+    return {name: int(resources.get(name, 0)) for name in ("max_restarts", "restart_wait")}
+
+
+def _patiently(act: Callable[[], Answer]) -> Answer:
+    """What `act` gives, which is tried again where the record's file system is away. Raises OSError in the end."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return act()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(PAUSE)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"graftvit: {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,76 @@
+"""The files of attempts: their names carry whose they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from graftvit.launch.slurm.failures import Failure
+from graftvit.launch.slurm.files import JobFolder, newest_state
+
+
+def test_names_carry_number_job_and_restart(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    first = folder.begin(job_id="70_1", restart=0, nodes=[], world_size=1)
+    second = folder.begin(job_id="70_1", restart=1, nodes=[], world_size=1)
+    assert (first, second) == ("0001-70_1.0", "0002-70_1.1")
+    folder.write_failure(second, Failure(3, "cause", False, "boom"))
+    assert (tmp_path / "jobs" / "errors" / "0002-70_1.1-3.txt").exists()
+    assert [(one.number, one.name, one.restart) for one in folder.attempts()] == [
+        (1, first, 0),
+        (2, second, 1),
+    ]
+
+
+def test_failures_are_those_of_one_attempt_and_causes_come_first(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    name = folder.begin(job_id="7", restart=0, nodes=[], world_size=3)
+    other = folder.begin(job_id="7", restart=1, nodes=[], world_size=3)
+    for rank, kind in ((0, "consequence"), (2, "cause"), (11, "consequence")):
+        folder.write_failure(name, Failure(rank, kind, True, "boom"))  # type: ignore[arg-type]
+    assert [failure.rank for failure in folder.failures(name)] == [2, 0, 11]
+    assert folder.failures(other) == []
+
+
+def test_records_of_before_are_read(tmp_path: Path) -> None:
+    for name in ("attempts", "errors"):
+        (tmp_path / "jobs" / name).mkdir(parents=True)
+    lines = (
+        '{"started": 1.0, "job_id": "7", "restart": 0, "nodes": [], "world_size": 4}\n{"outcome": "failed"}\n'
+    )
+    (tmp_path / "jobs" / "attempts" / "0001.jsonl").write_text(lines)
+    (tmp_path / "jobs" / "errors" / "0001-3.txt").write_text("boom\n")
+    folder = JobFolder(tmp_path)
+    (old,) = folder.attempts()
+    assert (old.number, old.name, old.outcome, old.state) == (1, "0001", "failed", None)
+    assert [(failure.rank, failure.text) for failure in folder.failures(old.name)] == [(3, "boom\n")]
+    assert folder.begin(job_id="7", restart=1, nodes=[], world_size=4) == "0002-7.1"
+    assert [(failure.rank) for failure in folder.failures(old.name)] == [3]
+
+
+def test_a_field_of_a_later_version_is_passed_over(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    folder.begin(job_id="7", restart=0, nodes=[], world_size=1, of_a_later_version=1)
+    assert len(folder.attempts()) == 1
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "0-recover/checkpoints", "cells/a/checkpoints"])
+def test_the_newest_state_changes_with_each_save_and_not_with_a_rename(tmp_path: Path, place: str) -> None:
+    assert newest_state(tmp_path) == ""
+    last = tmp_path / place / "last.safetensors"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"1")
+    first = newest_state(tmp_path)
+    last.replace(last.with_name("previous.safetensors"))
+    assert newest_state(tmp_path) == first != ""
+    last.write_bytes(b"2")
+    assert newest_state(tmp_path) != first
+
+
+def test_a_request_to_stop_is_for_one_job_and_one_of_before_for_all(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    folder.folder.mkdir()
+    folder.stop_request("7").touch()
+    assert (folder.asked_to_stop("7"), folder.asked_to_stop("8")) == (True, False)
+    folder.stop_path.touch()
+    assert folder.asked_to_stop("8")

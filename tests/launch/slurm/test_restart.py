@@ -1,0 +1,295 @@
+"""Which failed attempt is followed by another one, with records that are written by hand and a pretended Slurm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graftvit.launch.slurm import ask as asking
+from graftvit.launch.slurm import restart as module
+from graftvit.launch.slurm.batch import Launch, Request, script
+from graftvit.launch.slurm.failures import Failure, Kind
+from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.restart import Verdict, judge, main
+from graftvit.launch.slurm.settings import ClusterConfig
+from slurm_folders import submitted
+
+LOST = ("consequence", True, "RuntimeError: Connection closed by peer")
+
+
+class Run:
+    """A run folder of job 77, four ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files, self.restart = folder, JobFolder(folder), -1
+
+    def attempt(self, *failures: tuple[Kind, bool, str], **event: Any) -> str:
+        """One more; ranks 0, 1, ... failed so."""
+        self.restart += 1
+        found = module.newest_state(self.folder)
+        name = self.files.begin(job_id="77", restart=self.restart, nodes=["n1"], world_size=4, state=found)
+        for rank, (kind, transient, text) in enumerate(failures):
+            self.files.write_failure(name, Failure(rank, kind, transient, text))
+        if event:
+            self.files.note(name, **event)
+        return name
+
+    def save(self) -> None:
+        state = self.folder / "checkpoints" / "last.safetensors"
+        state.parent.mkdir(exist_ok=True)
+        state.write_text(f"{self.restart}")
+
+    def verdict(self, max_restarts: int = 3) -> Verdict | None:
+        return judge(self.files, "77", self.restart, max_restarts=max_restarts, restart_wait=30)
+
+    def wait(self, max_restarts: int = 3) -> int | None:
+        verdict = self.verdict(max_restarts)
+        assert verdict is not None
+        return verdict.wait
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def test_a_rank_that_says_nothing_is_named(run: Run) -> None:
+    run.attempt(LOST, LOST, LOST, outcome="failed", why="Connection closed by peer")
+    verdict = run.verdict()
+    assert verdict is not None
+    assert (verdict.wait, verdict.why) == (
+        30,
+        "rank 3 ended without a word; starts again after 30 s, restart 1 of 3 in a row",
+    )
+
+
+def test_an_attempt_that_says_nothing_at_all(run: Run) -> None:
+    run.attempt()
+    assert run.wait() == 30
+
+
+def test_one_lasting_error_among_others_ends_the_run(run: Run) -> None:
+    run.attempt(
+        LOST, ("cause", True, "OSError: [Errno 116]"), ("cause", False, "ValueError: boom"), outcome="failed"
+    )
+    assert run.verdict() == Verdict("0001-77.0", "rank 2: ValueError: boom", None)
+
+
+def test_a_disk_that_was_away_is_the_reason_that_is_told(run: Run) -> None:
+    run.attempt(LOST, ("cause", True, "OSError: [Errno 116] Stale file handle"), outcome="failed")
+    verdict = run.verdict()
+    assert verdict is not None
+    assert verdict.why.startswith("rank 1: OSError: [Errno 116] Stale file handle; starts again")
+
+
+@pytest.mark.parametrize("outcome", ["finished", "stopped"])
+def test_what_ended_as_it_should_stays_so(run: Run, outcome: str) -> None:
+    run.attempt(outcome=outcome)
+    assert run.verdict() is None
+
+
+def test_what_was_told_to_stop_is_not_started_again(run: Run) -> None:
+    run.attempt(LOST)
+    run.files.stop_request("76").touch()
+    assert run.wait() == 30
+    run.files.stop_request("77").touch()
+    assert run.verdict() is None
+
+
+def test_without_a_record_of_the_attempt_nothing_is_decided(run: Run) -> None:
+    run.attempt(LOST)
+    run.restart += 1
+    assert run.verdict() is None
+
+
+def test_an_order_that_the_scheduler_did_not_take_is_repeated(run: Run) -> None:
+    run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")
+    assert run.wait() == 0
+
+
+def test_each_wait_is_twice_the_one_before_until_the_limit(run: Run) -> None:
+    waits = []
+    for _ in range(4):
+        run.attempt(LOST)
+        waits.append(run.wait())
+        run.files.note(run.files.attempts()[-1].name, outcome="requeued", retried=True)
+    assert waits == [30, 60, 120, None]
+
+
+def test_the_limit_names_the_flag(run: Run) -> None:
+    run.attempt(LOST, retried=True)
+    run.attempt(LOST)
+    verdict = run.verdict(max_restarts=1)
+    assert verdict is not None
+    assert "1 restarts in a row brought no new state (--max_restarts)" in verdict.why
+
+
+def test_a_new_state_begins_the_count_anew(run: Run) -> None:
+    for _ in range(3):
+        run.attempt(LOST, retried=True)
+    run.attempt(LOST)
+    assert run.wait() is None
+    run.save()
+    assert run.wait() == 30
+
+
+def test_attempts_that_were_preempted_do_not_count(run: Run) -> None:
+    run.attempt(LOST, retried=True)
+    run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")
+    run.attempt(LOST)
+    assert run.wait() == 60
+
+
+def test_no_restarts_at_all(run: Run) -> None:
+    run.attempt(LOST)
+    verdict = run.verdict(max_restarts=0)
+    assert verdict is not None
+    assert verdict.wait is None
+    assert verdict.why.endswith("it is not started again (--max_restarts 0)")
+
+
+def test_jobs_of_before_do_not_count(run: Run) -> None:
+    for _ in range(3):
+        run.attempt(LOST, retried=True)
+    name = run.files.begin(job_id="78", restart=0, nodes=["n1"], world_size=4, state="")
+    verdict = judge(run.files, "78", 0, max_restarts=3, restart_wait=30)
+    assert verdict is not None
+    assert (verdict.attempt, verdict.wait) == (name, 30)
+
+
+class Slurm:
+    """What it says of cell 4 of array 70, and what it was told."""
+
+    def __init__(self) -> None:
+        self.state, self.told, self.then = "RUNNING", list[str](), lambda: None
+
+    def ask(self, *words: str, **_: Any) -> str:
+        if words[1] == "--oneliner":
+            return f"JobId=77 ArrayJobId=70 ArrayTaskId=4 JobState={self.state} Restarts=0 ExitCode=0:0\n"
+        self.told.append(" ".join(words))
+        self.then()
+        return ""
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    made = Slurm()
+    monkeypatch.setattr(module, "ask", made.ask)
+    monkeypatch.setattr(module, "PAUSE", 0.01)
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    for name, value in {"JOB_ID": 77, "ARRAY_JOB_ID": 70, "ARRAY_TASK_ID": 1, "RESTART_COUNT": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    return made
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Path:
+    """Of two cells, of which the second has lost a rank."""
+    place = tmp_path / "jobs" / "launch-1"
+    place.mkdir(parents=True)
+    cells = [tmp_path / "cells" / name for name in "ab"]
+    (place / "runs.json").write_text(json.dumps(list(map(str, cells))))
+    files = submitted(cells[1], job_id="70_1", launch=str(place))
+    files.begin(job_id="70_1", restart=0, nodes=["n1"], world_size=1, state="")
+    return place
+
+
+def cell(launch: Path) -> JobFolder:
+    return JobFolder(launch.parent.parent / "cells" / "b")
+
+
+def test_a_cell_is_asked_for_by_its_own_number_and_waits_in_the_queue(slurm: Slurm, launch: Path) -> None:
+    assert main(launch, 137) == 137
+    assert slurm.told == ["scontrol requeue incomplete 70_1", "scontrol update JobId=70_1 StartTime=now+30"]
+    (attempt,) = cell(launch).attempts()
+    assert (attempt.outcome, attempt.retried) == ("requeued", True)
+    assert "starts again after 30 s" in attempt.why
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "PREEMPTED"])
+def test_a_job_that_the_scheduler_has_ended_is_left_alone(slurm: Slurm, launch: Path, state: str) -> None:
+    slurm.state = state
+    assert main(launch, 143) == 143
+    assert slurm.told == []
+    assert cell(launch).attempts()[0].outcome is None
+
+
+def test_a_job_that_runs_again_elsewhere_is_left_alone(
+    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell(launch).begin(job_id="70_1", restart=1, nodes=["n1"], world_size=1, state="")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # and the scheduler says 0
+    main(launch, 1)
+    assert slurm.told == []
+
+
+def test_a_stop_between_the_question_and_the_order_is_obeyed(slurm: Slurm, launch: Path) -> None:
+    slurm.then = cell(launch).stop_request("70_1").touch
+    main(launch, 137)
+    assert slurm.told[-1] == "scancel 70_1"
+    assert cell(launch).attempts()[0].outcome == "stopped"
+
+
+def test_a_record_that_is_away_for_a_moment_is_waited_for(
+    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, away = JobFolder.attempts, [OSError(116, "Stale file handle")] * 2
+
+    def attempts(self: JobFolder) -> Any:
+        if away:
+            raise away.pop()
+        return real(self)
+
+    monkeypatch.setattr(JobFolder, "attempts", attempts)
+    main(launch, 137)
+    assert len(slurm.told) == 2
+
+
+def test_without_the_record_nothing_is_started_again(
+    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    monkeypatch.setattr(JobFolder, "note", away)  # it would not count, and go round for ever
+    assert main(launch, 137) == 137
+    assert slurm.told == []
+    assert "Stale file handle" in capsys.readouterr().err
+
+
+def test_a_scheduler_that_does_not_answer(
+    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def silent(*words: str, **_: Any) -> str:
+        raise asking.NoAnswerError("Slurm does not answer")
+
+    monkeypatch.setattr(module, "ask", silent)
+    assert main(launch, 137) == 137
+    assert "not started again" in capsys.readouterr().err
+
+
+def test_an_order_that_is_refused_is_told(
+    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise asking.NoAnswerError("Slurm does not answer")
+
+    slurm.then = refuse
+    main(launch, 137)
+    (attempt,) = cell(launch).attempts()
+    assert (attempt.outcome, attempt.retried) == ("failed", False)
+    assert attempt.why.endswith("but: Slurm does not answer")
+
+
+def test_only_a_job_on_slurm_has_the_lines_for_it(tmp_path: Path) -> None:
+    config = ClusterConfig(gpus_per_node=0)
+    made = Launch("run", tmp_path, [Request(["train"], tmp_path)], config, 1)
+    lines = script(made).splitlines()
+    command = next(number for number, line in enumerate(lines) if line.startswith("srun"))
+    after = [line for line in lines[command + 1 :] if line and not line.startswith("#")]
+    assert after[0] == "code=$?"
+    assert after[-1].startswith("exec sh ")
+    assert "graftvit.launch.slurm.restart" in after[-1]

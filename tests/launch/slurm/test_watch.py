@@ -1,0 +1,49 @@
+"""`graftvit jobs --watch`, in a pipe and in a terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from graftvit.launch.slurm import watch as module
+from graftvit.launch.slurm.jobs import RunStatus
+from graftvit.launch.slurm.watch import Seen, watch
+
+PENDING = RunStatus(Path("/r"), "12", "slurm", 0.0, "pending", "waits for nodes: Resources", starts=1.8e9)
+RUNNING = RunStatus(Path("/r"), "12", "slurm", 0.0, "running")
+SILENT = RunStatus(Path("/r"), "12", "slurm", 0.0, "unknown", problem="Slurm does not answer: no")
+FINISHED = RunStatus(Path("/r"), "12", "slurm", 0.0, "finished")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, file: io.StringIO, *states: RunStatus) -> str:
+    left = list(states)
+    monkeypatch.setattr(module, "EVERY", 0.0)
+
+    def look() -> Seen:
+        return [left.pop(0)], ["/r"]
+
+    watch(look, file)
+    assert not left
+    return file.getvalue()
+
+
+def test_a_pipe_gets_a_table_for_each_change_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, io.StringIO(), PENDING, PENDING, RUNNING, RUNNING, SILENT, FINISHED)
+    assert text.count("restarts\n") == 4
+    words = [word for word in ("pending", "running", "Slurm does not answer", "finished") if word in text]
+    assert words == sorted(words, key=text.index)
+    assert len(words) == 4
+    assert "waits for nodes: Resources; expected at" in text
+
+
+def test_a_terminal_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    text = shown(monkeypatch, Terminal(), PENDING, RUNNING, FINISHED)
+    assert "finished" in text
+    assert "\x1b[" in text
