@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from ..models.errors import ConfigError, GraftError, did_you_mean
 from .say import log_plainly
+from .submitted import SUBMITTED, Interrupted, ended_by_signals
 
 COMMANDS = {
     "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
     "train": "train a student: transfer a teacher's attention, fine-tune, or start from scratch",
-    "submit": "give a run, a sweep or a comparison to a SLURM cluster, where it survives what happens to jobs",
+    "submit": "give a run, a sweep, a comparison or another long command to a SLURM cluster, where it survives",
     "jobs": "how the runs on a cluster are: state, restarts and why, nodes, progress, time left, errors",
     "logs": "`graftvit logs RUN --follow`: what the processes of a run write",
     "stop": "`graftvit stop RUN`: a running job saves and ends, a waiting one is cancelled",
@@ -39,8 +40,8 @@ COMMANDS = {
 }
 DISTRIBUTED = ("train", "pretrain", "evaluate")
 """Commands that several processes run together."""
-ALONE = ("compare", "demo")
-"""Commands that train in one process."""
+ALONE = ("compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
+"""Commands that are one process, and would be several side by side in several."""
 SAVING = ("train", "pretrain")
 """Commands that a signal stops after a save."""
 
@@ -97,6 +98,12 @@ def dispatch(words: list[str]) -> int:
 
         with remembering():  # before torch is loaded
             return _run(words)
+    if words[0] in SUBMITTED:
+        try:
+            with ended_by_signals():
+                return _run(words)
+        except Interrupted as told:
+            return 128 + int(told.args[0])
     return _run(words)
 
 

@@ -11,22 +11,25 @@ from torch import Tensor
 
 from ..checkpoints.class_names import same_classes
 from ..checkpoints.preprocessing import Preprocessing
+from ..checkpoints.sources import parse_source
 from ..models.copying.input import Normalization, Renormalized
 from ..models.errors import ConfigError
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
 from ..transfer.data.class_counts import check_num_classes
+from ..transfer.data.datasets import check_dataset
 from ..transfer.data.labels import imagenet_names
 from ..transfer.data.loaders import (
     EvalLoader,
     create_eval_loader,
     create_reference_loader,
 )
-from ..transfer.engine.parallel import create_accelerator
+from ..transfer.engine.parallel import create_accelerator, host_group
 from ..transfer.evaluate import check_folders
 from ..transfer.metrics.distance import ComparedLayers, compared_layers
 from ..transfer.metrics.measure import PROBES, Against, Family, measure
 from ..transfer.metrics.reader import Reader
+from ..transfer.staging.together import stage_together
 from .candidates import (
     Candidate,
     check_alike,
@@ -62,11 +65,7 @@ def evaluate_sources(
     Raises:
         GraftError: if a source cannot be read, or the sources, the data and the metrics do not go together.
     """
-    repeated = [source for source in sources if sources.count(source) > 1]
-    if repeated:
-        raise ConfigError(f"checkpoint {repeated[0]!r} is named twice; name each once")
-    _check_metrics(metrics or (), against)
-    _check_own_head(metrics or (), subset, real)
+    _check_words(sources, metrics or (), against, subset, real)
     how = load_config(None, [each for each in settings if each.key.startswith("teacher.")]).teacher
     asked = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
     candidates = [load_candidate(source, how) for source in sources]
@@ -75,14 +74,16 @@ def evaluate_sources(
     config = _data_settings(sources, settings)
     accelerator = create_accelerator(config)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    group = host_group(accelerator) if config.data.stage is not None else None
+    data = stage_together(config.data, group)
     spec = candidates[0].spec
     names, numbered = _numbering(candidates, metrics, imagenet=real or subset is not None)
-    loader = create_eval_loader(config.data, spec, real=real, labels=False, names=numbered, **ranks)
+    loader = create_eval_loader(data, spec, real=real, labels=False, names=numbered, **ranks)
     families = {each.name: metrics or _families(each, loader, against) for each in candidates}
     _check_labels(candidates, families, loader, config.data, subset, real)
     reference = None
     if any(family in PROBES for chosen in families.values() for family in chosen):
-        reference = create_reference_loader(config.data, spec, names=numbered, **ranks)
+        reference = create_reference_loader(data, spec, names=numbered, **ranks)
     for candidate in candidates:
         candidate.module.to(accelerator.device).eval()
     compared = None if against is None else _against(against, how, candidates, spec, accelerator)
@@ -103,6 +104,41 @@ def evaluate_sources(
         accelerator=accelerator,
         subset=subset,
     )
+
+
+def check_asked(
+    sources: Sequence[str],
+    settings: Sequence[Setting],
+    *,
+    metrics: Collection[Family] | None = None,
+    against: str | None = None,
+    subset: str | None = None,
+    real: bool = False,
+    here: bool = True,
+) -> DataConfig:
+    """The data settings of `evaluate_sources`, whose errors it raises as far as no model is loaded for them.
+
+    `here` says that models and data are to be found on this machine.
+    """
+    _check_words(sources, metrics or (), against, subset, real)
+    if not here:
+        return load_config(None, settings).data
+    for source in (*sources, *([] if against is None else [against])):
+        parse_source(source)
+    data = _data_settings(sources, settings).data
+    if not data.download:
+        check_dataset(data)
+    return data
+
+
+def _check_words(
+    sources: Sequence[str], metrics: Collection[Family], against: str | None, subset: str | None, real: bool
+) -> None:
+    repeated = [source for source in sources if sources.count(source) > 1]
+    if repeated:
+        raise ConfigError(f"checkpoint {repeated[0]!r} is named twice; name each once")
+    _check_metrics(metrics, against)
+    _check_own_head(metrics, subset, real)
 
 
 def _check_metrics(metrics: Collection[Family], against: str | None) -> None:
@@ -219,7 +255,7 @@ def _data_settings(sources: Sequence[str], settings: Sequence[Setting]) -> RunCo
     runs = [config for config in map(run_config, sources) if config is not None]
     if not runs:
         return load_config(None, others)
-    own = runs[0].data.model_dump()
+    own = runs[0].data.model_dump(exclude={"stage"})  # a place on the nodes where it was trained
     if {"data.dataset", "data.data_path"} & {each.key for each in others}:
         own["num_classes"] = None if _is_folder(others, own) else own["num_classes"]
     return load_config(None, [*(Setting(f"data.{name}", own[name], f"data.{name}") for name in own), *others])

@@ -86,6 +86,21 @@ def parse_command(
     return parser.parse_args(rest), settings
 
 
+def split_words(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are flags of `parser`, their values with them, and all others, which are somebody else's."""
+    own: list[str] = []
+    others: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = _underscored(word).partition("=")
+        action = parser._option_string_actions.get(name)
+        (others if action is None else own).append(word)
+        if action is not None and action.nargs != 0 and not equals and words:
+            own.append(words.pop(0))
+    return own, others
+
+
 def _underscored(word: str) -> str:
     """`--dry-run=x-y` as `--dry_run=x-y`, and `=~/x` as a shell would expand it; other words unchanged."""
     if not word.startswith("--"):

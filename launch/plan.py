@@ -56,6 +56,7 @@ from ..transfer.engine.students import (
 )
 from ..transfer.methods.dual import DualViT, build_dual
 from ..transfer.methods.plan import resolve_plan
+from ..transfer.staging.archives import is_packed
 from .memory import describe_memory, estimate_memory, parameter_count
 from .outline import is_timm_name, outline_teacher
 
@@ -95,7 +96,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         GraftError: if the parts do not go together, in one sentence.
     """
     outline = _outline(config, processes or _processes())
-    if needs_data and isinstance(outline.loader, GraftError):
+    if needs_data and isinstance(outline.loader, GraftError) and not is_packed(config.data):
         raise outline.loader
     rows = [
         ("mode", config.mode),

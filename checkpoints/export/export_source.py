@@ -46,7 +46,7 @@ def export_source(
 
     Raises CheckpointError or UnsupportedModelError as `load_teacher` and `export_model`.
     """
-    _check(Path(path), format, dynamic, opset, tolerance, overwrite)
+    check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
     teacher = load_teacher(str(source), **how)
     model: Any = teacher.model
     if "resolution" in dynamic and getattr(model, "dynamic_img_size", None) is False:
@@ -101,7 +101,7 @@ def export_model(
             1 where file and model differ by more than `tolerance`, or the disk is full.
     """
     path = Path(path)
-    kind = _check(path, format, dynamic, opset, tolerance, overwrite)
+    kind = check_export(path, format, dynamic, opset, tolerance, overwrite)
     if normalise and (mean is None or std is None):
         raise CheckpointError("normalise needs the mean and std of the images that the model was trained on")
     check_dynamic(model, dynamic)
@@ -135,7 +135,7 @@ def export_model(
     )
 
 
-def _check(
+def check_export(
     path: Path, wanted: str | None, dynamic: Collection[str], opset: int | None, tolerance: float, overwrite: bool
 ) -> Format:  # fmt: skip
     """The format; raises CheckpointError for what can be seen before a model is loaded."""

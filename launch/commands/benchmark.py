@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ...models.errors import ConfigError, did_you_mean
 from ..flags import Parser, command_parser
 from ..say import say, say_aside
 from ..sources import SOURCE_HELP
+from ..submitted import Work
 
 if TYPE_CHECKING:
     from ...transfer.benchmark.rows import Case, Kind, Row
+
+    Measure = Callable[[Case], Row]
 
 ACTIONS = {
     "operators": "single attention operators on random projections, over the number of tokens",
@@ -41,13 +45,33 @@ def run(argv: list[str]) -> int:
         command_parser("benchmark", text, EXAMPLES, usage="ACTION [--flag value ...]").print_help(sys.stdout)
         return 0 if argv else 2
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
-    action, *rest = argv
+    action, arguments = _parse(argv)
+    if action == "operators":
+        cases, measure = _operators(arguments)
+    else:
+        cases, measure = _models(arguments)
+    return _run(action, cases, measure, arguments.out, arguments.device, arguments.force)
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Raise what is wrong with the words and, where they are `here`, the models."""
+    action, arguments = _parse(argv)
+    if action == "operators":
+        _operators(arguments)
+    elif here:
+        _models(arguments)
+    return Work(arguments.out)
+
+
+def _parse(argv: list[str]) -> tuple[Kind, argparse.Namespace]:
+    action, *rest = argv or [""]
     if action not in ACTIONS:
         raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, ACTIONS)}")
-    return _operators(rest) if action == "operators" else _models(rest)
+    parser = _operators_parser() if action == "operators" else _models_parser()
+    return cast("Kind", action), parser.parse_args(rest)
 
 
-def _operators(argv: list[str]) -> int:
+def _operators_parser() -> Parser:
     parser = _parser("operators", "[--operators NAME ...] [--flag value ...]")
     parser.add_argument(
         "--operators", nargs="+", metavar="NAME",
@@ -65,7 +89,10 @@ def _operators(argv: list[str]) -> int:
         "--prefix", type=_count, default=0, metavar="P", help="prefix tokens before the patches (default: 0)"
     )
     _add_common(parser, [1, 8])
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...models.operators import OPERATORS
     from ...transfer.benchmark.operators import Layer, measure_operator, operator_cases
     from ...transfer.benchmark.rows import SOFTMAX
@@ -81,11 +108,10 @@ def _operators(argv: list[str]) -> int:
         backward=arguments.backward,
         compiled=arguments.compile,
     )
-    measure: Callable[[Case], Row] = lambda case: measure_operator(case, layer, arguments.repeats)  # noqa: E731
-    return _run("operators", cases, measure, arguments.out, arguments.device, arguments.force)
+    return cases, lambda case: measure_operator(case, layer, arguments.repeats)
 
 
-def _models(argv: list[str]) -> int:
+def _models_parser() -> Parser:
     parser = _parser("models", "SOURCE [SOURCE ...] --plan PLAN [PLAN ...] [--flag value ...]")
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names get random weights"
@@ -96,7 +122,10 @@ def _models(argv: list[str]) -> int:
         help="sides of square images (default: 224 448)",
     )  # fmt: skip
     _add_common(parser, [1, 16])
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...transfer.benchmark.models import measure_model, model_cases
 
     cases = model_cases(
@@ -109,8 +138,7 @@ def _models(argv: list[str]) -> int:
         backward=arguments.backward,
         compiled=arguments.compile,
     )
-    measure: Callable[[Case], Row] = lambda case: measure_model(case, arguments.repeats)  # noqa: E731
-    return _run("models", cases, measure, arguments.out, arguments.device, arguments.force)
+    return cases, lambda case: measure_model(case, arguments.repeats)
 
 
 def _parser(action: str, usage: str) -> Parser:
@@ -145,9 +173,7 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
     parser.add_argument("--force", action="store_true", help="drop the results in DIR and measure anew")
 
 
-def _run(
-    kind: Kind, cases: list[Case], measure: Callable[[Case], Row], out: Path, device: str, force: bool
-) -> int:
+def _run(kind: Kind, cases: list[Case], measure: Measure, out: Path, device: str, force: bool) -> int:
     from ...transfer.benchmark.report import render
     from ...transfer.benchmark.run import check_device, run_cases
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,10 @@ from ..config import load_config
 from ..flags import command_parser, parse_command
 from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
+from ..submitted import Work
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ...checkpoints.teacher import Teacher
     from ...transfer.config import RunConfig
@@ -30,6 +32,29 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Convert, print a line a layer, and write the folder."""
+    arguments, config = _parse(argv)
+    teacher = _source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
+    images = _images(config, teacher, arguments.calibrate) if arguments.calibrate else None
+    return _convert(
+        teacher, arguments.plan, arguments.weights, images, config, arguments.out, arguments.dry_run
+    )
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Raise what is wrong with the words, the plan and, where they are `here`, the source and the images."""
+    arguments, config = _parse(argv)
+    if here:
+        _student(
+            _source(arguments.source, config, fresh=True), arguments.plan, arguments.weights, None, config
+        )
+        if arguments.calibrate and not config.data.download:
+            from ...transfer.data.datasets import check_dataset
+
+            check_dataset(config.data)
+    return Work(arguments.out)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = command_parser(
         "convert",
         "Give the layers of a pretrained vision transformer other attention operators. Nothing is trained: the folder\n"
@@ -58,11 +83,7 @@ def run(argv: list[str]) -> int:
 
     if arguments.out is not None and not arguments.dry_run:
         refuse_existing(arguments.out, overwrite=arguments.force)
-    teacher = _source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
-    images = _images(config, teacher, arguments.calibrate) if arguments.calibrate else None
-    return _convert(
-        teacher, arguments.plan, arguments.weights, images, config, arguments.out, arguments.dry_run
-    )
+    return arguments, config
 
 
 def _convert(
@@ -74,15 +95,10 @@ def _convert(
     out: Path | None,
     dry_run: bool,
 ) -> int:
-    import torch
-
-    from ...models.conversion import convert, plan_of
+    from ...models.conversion import plan_of
     from ..conversion_table import conversion_table
 
-    torch.manual_seed(config.seed)
-    student = convert(teacher.model, plan, weights=weights, calibration=images)  # type: ignore[arg-type]
-    if plan_of(student) is None:
-        raise ConfigError(f"--plan {plan!r} keeps every layer: name an operator other than softmax")
+    student = _student(teacher, plan, weights, images, config)
     data = config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
     say(_head(teacher) + conversion_table(student, weights, seen))
@@ -97,6 +113,20 @@ def _convert(
         + ("" if plan_of(teacher.model) else _recovery(out, teacher.source))
     )
     return 0
+
+
+def _student(
+    teacher: Teacher, plan: str, weights: str, images: Tensor | None, config: RunConfig
+) -> nn.Module:
+    import torch
+
+    from ...models.conversion import convert, plan_of
+
+    torch.manual_seed(config.seed)
+    student = convert(teacher.model, plan, weights=weights, calibration=images)  # type: ignore[arg-type]
+    if plan_of(student) is None:
+        raise ConfigError(f"--plan {plan!r} keeps every layer: name an operator other than softmax")
+    return student
 
 
 def _recovery(out: Path, source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from ...models.errors import ConfigError
 from ..config import Setting, load_config, load_stages
 from ..flags import command_parser, parse_command
 from ..say import say
+from ..submitted import Work
 
 if TYPE_CHECKING:
     from ...transfer.config import RunConfig
@@ -26,6 +28,36 @@ SETTINGS = ("data", "student.model", "student.model_args", "student.img_size", "
 
 def run(argv: list[str]) -> int:
     """Print what was found, and write the picture and the numbers where they are asked for."""
+    arguments, config, given = _parse(argv)
+    from ...transfer.data.survey import check_readable, survey
+    from ...transfer.staging.together import stage_together
+    from ..data_table import to_json, to_text
+
+    stage = next((each.value for each in reversed(given) if each.key == "data.stage"), None)
+    data = stage_together(config.data.model_copy(update={"stage": stage}), None)
+    config = config.model_copy(update={"data": data})
+    found = survey(config.data, limit=arguments.limit, decode=arguments.decode)
+    say(to_text(found))
+    if arguments.json is not None:
+        _write(arguments.json, (to_json(found) + "\n").encode())
+    if arguments.out is not None:
+        _write(arguments.out, _picture(config, arguments.images))
+        say(f"{arguments.out}\n")
+    check_readable(found)
+    return 0
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Raise what is wrong with the words and, where it is `here`, the data set."""
+    arguments, config, _ = _parse(argv)
+    from ...transfer.data.datasets import check_dataset
+
+    if here and not config.data.download:
+        check_dataset(config.data)
+    return Work(arguments.out or arguments.json)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[Setting]]:
     parser = command_parser(
         "data",
         "Say what a data set holds: splits, classes and their labels, images a class, sizes, formats, files that "
@@ -50,19 +82,7 @@ def run(argv: list[str]) -> int:
     )  # fmt: skip
     arguments, given = parse_command(parser, argv, only=SETTINGS)
     _check(arguments.images, arguments.limit, arguments.out, arguments.json)
-    config = _config(arguments.recipe, [*_source(arguments.source), *given])
-    from ...transfer.data.survey import check_readable, survey
-    from ..data_table import to_json, to_text
-
-    found = survey(config.data, limit=arguments.limit, decode=arguments.decode)
-    say(to_text(found))
-    if arguments.json is not None:
-        _write(arguments.json, (to_json(found) + "\n").encode())
-    if arguments.out is not None:
-        _write(arguments.out, _picture(config, arguments.images))
-        say(f"{arguments.out}\n")
-    check_readable(found)
-    return 0
+    return arguments, _config(arguments.recipe, [*_source(arguments.source), *given]), given
 
 
 def _source(word: str | None) -> list[Setting]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ...models.errors import ConfigError, did_you_mean
+from ..config import Setting
 from ..flags import command_parser, parse_command
 from ..say import say
 from ..sources import SOURCE_SETTINGS
+from ..submitted import Work
 
 if TYPE_CHECKING:
     from ...transfer.metrics.measure import Family
@@ -25,8 +28,8 @@ EXAMPLES = (
 )
 DATA = (
     "dataset", "data_path", "stage", "train_split", "val_split", "download", "num_classes", "train_samples",
-    "label_seed",
-    "batch_size", "eval_batch_size", "workers", "interpolation", "crop_pct", "crop_mode", "max_bad_images",
+    "label_seed", "batch_size", "eval_batch_size", "workers", "interpolation", "crop_pct", "crop_mode",
+    "max_bad_images",
 )  # fmt: skip
 SETTINGS = (
     *(f"data.{name}" for name in DATA),
@@ -39,6 +42,44 @@ SETTINGS = (
 
 def run(argv: list[str]) -> int:
     """Evaluate each checkpoint and, where there are several, their ensemble."""
+    arguments, settings = _parse(argv)
+    from ...transfer.metrics.table import to_json, to_table
+    from ..evaluation import evaluate_sources
+
+    results = evaluate_sources(
+        arguments.checkpoints,
+        settings,
+        metrics=_metrics(arguments.metrics),
+        against=arguments.against,
+        subset=arguments.subset,
+        real=arguments.real,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        say(to_table(results) + "\n")
+        if arguments.json is not None:
+            _write(arguments.json, to_json(results) + "\n")
+    return 0
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Raise what can be seen to be wrong before a model is loaded."""
+    arguments, settings = _parse(argv)
+    from ..evaluation import check_asked
+
+    metrics = _metrics(arguments.metrics)
+    data = check_asked(
+        arguments.checkpoints,
+        settings,
+        metrics=metrics,
+        against=arguments.against,
+        subset=arguments.subset,
+        real=arguments.real,
+        here=here,
+    )
+    return Work(arguments.json, data.workers)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Setting]]:
     parser = command_parser(
         "evaluate",
         "Top-1, top-5 and loss of a model's head, weighted nearest neighbors and a linear probe on its features, "
@@ -63,22 +104,7 @@ def run(argv: list[str]) -> int:
     arguments, settings = parse_command(parser, argv, only=SETTINGS)
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         raise ConfigError(f"--json is {str(arguments.json)!r}, but its folder does not exist; make it first")
-    from ...transfer.metrics.table import to_json, to_table
-    from ..evaluation import evaluate_sources
-
-    results = evaluate_sources(
-        arguments.checkpoints,
-        settings,
-        metrics=_metrics(arguments.metrics),
-        against=arguments.against,
-        subset=arguments.subset,
-        real=arguments.real,
-    )
-    if os.environ.get("RANK", "0") == "0":
-        say(to_table(results) + "\n")
-        if arguments.json is not None:
-            _write(arguments.json, to_json(results) + "\n")
-    return 0
+    return arguments, settings
 
 
 def _metrics(text: str | None) -> list[Family] | None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..flags import command_parser, parse_command
 from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
+from ..submitted import Work
+
+if TYPE_CHECKING:
+    from ...checkpoints.export.graph import Dynamic
 
 EXAMPLES = (
     "graftvit export runs/distill student.onnx",
@@ -18,6 +24,48 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Export one model and print what was written and how far it is from the model."""
+    arguments, how = _parse(argv)
+    from ...checkpoints.export.export_source import export_source
+
+    report = export_source(
+        arguments.source,
+        arguments.out,
+        format=arguments.format,
+        dynamic=_dynamic(arguments),
+        opset=arguments.opset,
+        normalise=arguments.normalise,
+        tolerance=arguments.tolerance,
+        overwrite=arguments.force,
+        **how,
+    )
+    say("\n".join(report.lines()) + "\n")
+    return 0
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Raise what is wrong with the words and, where it is `here`, the source."""
+    arguments, _ = _parse(argv)
+    from ...checkpoints.export.export_source import check_export
+    from ...checkpoints.sources import parse_source
+
+    check_export(
+        arguments.out,
+        arguments.format,
+        _dynamic(arguments),
+        arguments.opset,
+        arguments.tolerance,
+        arguments.force,
+    )
+    if here:
+        parse_source(arguments.source)
+    return Work(arguments.out)
+
+
+def _dynamic(arguments: argparse.Namespace) -> tuple[Dynamic, ...]:
+    return tuple(name for name in arguments.dynamic if name != "none")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser = command_parser(
         "export",
         "Write a model as one file that runs without this package, checked against the model before the file is "
@@ -42,21 +90,6 @@ def run(argv: list[str]) -> int:
                         help="largest relative error against the model (default: 1e-4)")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
-    how = keywords_of(settings)
     if "none" in arguments.dynamic and len(arguments.dynamic) > 1:
         parser.error("--dynamic none stands alone")
-    from ...checkpoints.export.export_source import export_source
-
-    report = export_source(
-        arguments.source,
-        arguments.out,
-        format=arguments.format,
-        dynamic=tuple(name for name in arguments.dynamic if name != "none"),
-        opset=arguments.opset,
-        normalise=arguments.normalise,
-        tolerance=arguments.tolerance,
-        overwrite=arguments.force,
-        **how,
-    )
-    say("\n".join(report.lines()) + "\n")
-    return 0
+    return arguments, keywords_of(settings)

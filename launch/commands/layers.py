@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
@@ -9,10 +10,12 @@ from ..config import load_config
 from ..flags import command_parser, parse_command
 from ..say import say
 from ..sources import SOURCE_HELP
+from ..submitted import Work
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...transfer.config import RunConfig
     from ...transfer.recovery.layer_search import LayerSearch
 
 EXAMPLES = (
@@ -23,6 +26,32 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Search, and print each choice with the plan that it leads to."""
+    arguments, config = _parse(argv)
+    from ...transfer.recovery.calibration import calibration_batches
+    from ...transfer.recovery.layer_search import search_layers
+    from ...transfer.staging.together import stage_together
+
+    config = config.model_copy(update={"data": stage_together(config.data, None)})
+    teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)
+    say(_table(search_layers(teacher, student, batches, arguments.keep), student))
+    return 0
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Raise what is wrong with the words and, where they are `here`, the models and the images."""
+    arguments, config = _parse(argv)
+    from ...checkpoints.sources import parse_source
+    from ...transfer.data.datasets import check_dataset
+
+    if here:
+        for source in (arguments.student, str(config.teacher.source)):
+            parse_source(source)
+        if not config.data.download:
+            check_dataset(config.data)
+    return Work(workers=config.data.workers)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = command_parser(
         "layers",
         "Find which layers of a converted student to give back to softmax attention: greedily, the layer whose return "
@@ -39,12 +68,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError("--teacher is missing: give the model that the student was converted from")
     if arguments.batches < 1:
         raise ConfigError(f"--batches {arguments.batches}: must be at least 1")
-    from ...transfer.recovery.calibration import calibration_batches
-    from ...transfer.recovery.layer_search import search_layers
-
-    teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)
-    say(_table(search_layers(teacher, student, batches, arguments.keep), student))
-    return 0
+    return arguments, config
 
 
 def _table(found: LayerSearch, student: nn.Module) -> str:

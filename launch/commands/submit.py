@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from ..flags import command_parser, parse_command
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..flags import command_parser, parse_command, split_words
 from ..say import say
+from ..submitted import SUBMITTED
+
+if TYPE_CHECKING:
+    from ..slurm.layers import Asked
+    from ..slurm.requests import Plan
+    from ..slurm.settings import ClusterConfig
 
 EXAMPLES = (
     "graftvit submit attention_distill_vit_large --data_path /data/imagenet --output_dir /scratch/me/distill "
@@ -12,6 +22,8 @@ EXAMPLES = (
     "graftvit submit mine.yaml --sweep 'transfer.layers=first:6,first:12,last:12' --sweep 'seed=0..4'",
     "graftvit submit digits_compare --gpus_per_node 0 --output_dir /scratch/me/compare",
     "graftvit submit mine.yaml --cluster local --gpus_per_node 2",
+    "graftvit submit evaluate runs/distill --data_path /data/imagenet --gpus_per_node 8",
+    "graftvit submit convert runs/teacher --plan '*: linear' --calibrate 64 --dataset digits --out /scratch/linear",
 )
 DESCRIPTION = (
     "Submit a run to SLURM. It saves and is requeued when it is preempted, at its time limit and when a node dies, and "
@@ -21,8 +33,9 @@ DESCRIPTION = (
 
 def run(argv: list[str]) -> int:
     """Check, show or submit."""
+    if argv and argv[0] in SUBMITTED:
+        return _run_work(argv)
     from ..slurm.flags import add_cluster_flags, asked_by
-    from ..slurm.layers import describe
 
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser("submit", DESCRIPTION, EXAMPLES, usage)
@@ -41,17 +54,54 @@ def run(argv: list[str]) -> int:
     from ..slurm.requests import plan_run
 
     asked = asked_by(arguments)
-    config = asked.config()
     plan = plan_run(arguments.recipe, settings, arguments.sweep)
+    return _show_or_send(arguments, asked, plan, asked.config())
+
+
+def _run_work(argv: list[str]) -> int:
+    """A command that is no run: what is no flag of the cluster is the command's."""
+    from ..slurm.flags import add_cluster_flags, asked_by
+
+    command = argv[0]
+    parser = command_parser(
+        f"submit {command}",
+        f"Submit `graftvit {command}` to SLURM, with its own flags (`graftvit {command} --help`). They are checked "
+        "before anything is queued, and paths are meant from where you are. It has nothing to save: a job that is "
+        "started again begins anew.",
+        [example for example in EXAMPLES if f"submit {command} " in example],
+        usage=f"WORDS OF `graftvit {command}` [--flag of the cluster ...]",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR",
+        help=f"folder of the job, for `graftvit jobs`, `logs`, `stop` and `resume` (default: runs/{command}-NAME)",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="print the sbatch script and stop")
+    add_cluster_flags(parser)
+    own, words = split_words(parser, argv)
+    arguments = parser.parse_args(own)
+    from ..slurm.work import describe as describe_work
+    from ..slurm.work import plan_work
+
+    asked = asked_by(arguments)
+    plan, config = plan_work(words, arguments.output_dir, asked.config(), unchecked=arguments.unchecked)
+    return _show_or_send(arguments, asked, plan, config, describe_work(plan))
+
+
+def _show_or_send(
+    arguments: argparse.Namespace, asked: Asked, plan: Plan, config: ClusterConfig, before: str = ""
+) -> int:
+    """Prints what would be submitted, or submits it; `before` is said first."""
+    from ..slurm.layers import describe
     from ..slurm.preview import preview
     from ..slurm.submission import check, send
 
+    unchecked = arguments.unchecked
     if arguments.dry_run:
-        shown = preview(plan, config, unchecked=arguments.unchecked)
-        say(f"{describe(asked)}\n{shown.text}")
+        shown = preview(plan, config, unchecked=unchecked)
+        say(f"{describe(asked)}\n{before}{shown.text}")
         if shown.problem is not None:
             raise shown.problem
         return 0
-    check(plan, config, unchecked=arguments.unchecked)
-    say(send(plan, config, unchecked=arguments.unchecked))
+    check(plan, config, unchecked=unchecked)
+    say(before + send(plan, config, unchecked=unchecked))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...models.errors import ConfigError
+from ..hints import hint
 from .jobs import JudgedJob, judge_jobs, run_folders
 from .registry import forget, known, listed
 
@@ -17,7 +18,7 @@ def forget_run(folder: Path) -> None:
     active = _active(folder)
     if active:
         raise ConfigError(
-            f"{folder} is {active[0].words}, and stays in the list: `graftvit stop {folder}` ends it"
+            f"{folder} is {active[0].words}, and stays in the list: `{hint('stop', folder)}` ends it"
         )
     forget(folder)
 

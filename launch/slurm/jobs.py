@@ -14,6 +14,7 @@ from .blame import NOTHING, Blame, blame, blame_start, log_starts
 from .files import Attempt, JobFolder, Submission
 from .judging import ACTIVE, AT_WORK, STARTING, WAITING, Evidence, Restart, judge, restarts_of
 from .lookup import find_submissions
+from .order import read_order
 from .processes import is_alive
 from .progress import Progress, read_progress
 from .scheduler import JobState, job_states
@@ -72,6 +73,10 @@ class RunStatus:
     """Further jobs of the folder that wait or run."""
     problem: str = ""
     """Why the scheduler could not be asked; all else is then what the files say."""
+    command: str = ""
+    """The command where it is no run, as it would be typed."""
+    output: str = ""
+    """What such a command writes."""
 
     @property
     def active(self) -> bool:
@@ -223,6 +228,7 @@ def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
     waits = state in ("pending", "requeued")
     trains = state == "running" and shown.why != STARTING and last is not None
     wrong = state in ("failed", "unknown", "node failed")
+    order = read_order(folder)
     return RunStatus(
         folder=folder,
         job_id=shown.submission.job_id,
@@ -240,6 +246,8 @@ def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
         error_rank=shown.found.rank if wrong else None,
         others=[one.submission.job_id for one in living if one is not shown],
         problem=problem if shown.submission.cluster == "slurm" else "",
+        command="" if order is None else order.line,
+        output="" if order is None else order.output or "",
     )
 
 

@@ -80,6 +80,8 @@ def describe(run: RunStatus) -> str:
             if run.others
             else "",
         ),
+        ("command", run.command),
+        ("output", _output(run)),
         ("nodes", f"{' '.join(run.nodes)}{processes}" if run.nodes else ""),
         ("progress", _progress(run.progress, long=True)),
         ("left", _left(run)),
@@ -96,6 +98,13 @@ def describe(run: RunStatus) -> str:
     if not run.active and run.state != "finished":
         text += f"`{hint('resume', run.folder)}` goes on with it\n"
     return text
+
+
+def _output(run: RunStatus) -> str:
+    """Where the result of a command lies that has finished."""
+    if not run.command or run.state != "finished":
+        return ""
+    return f"{run.output}, and what it printed: " * bool(run.output) + f"`graftvit logs {run.folder}`"
 
 
 def duration(seconds: float | None) -> str:

@@ -182,4 +182,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    raise SystemExit(main(Path(sys.argv[1]), int(sys.argv[2])))

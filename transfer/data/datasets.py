@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
+from ..staging.archives import is_packed
 from .classes import keep_classes, wanted_classes
 from .digits import DigitsSource
 from .folders import FolderSource, Found, count_shared, find_images
@@ -19,7 +20,7 @@ from .hub import open_hub
 from .images import ImageSource, ReaderSource, TorchvisionSource
 from .numbering import MODEL, TRAINING, number_by_name
 from .readers import create
-from .splits import EVAL_NAMES, TRAIN_NAMES, synonyms
+from .splits import EVAL_NAMES, TRAIN_NAMES, split_folder, synonyms
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def has_split(config: DataConfig, split: str) -> bool:
     """Whether a folder has a folder for this split; of any other data set only its reader can tell."""
     if config.dataset not in ("", "folder"):
         return True
-    return config.data_path is not None and _split_folder(Path(config.data_path), split) is not None
+    return config.data_path is not None and split_folder(Path(config.data_path), split) is not None
 
 
 def open_dataset(
@@ -69,6 +70,7 @@ def open_dataset(
     name = config.dataset if config.dataset != "folder" else ""
     family = _check_family(name)
     _check_place(config, family)
+    _check_unpacked(config)
     found = _open(config, name, family, split, MODES[channels], training, seed)
     if isinstance(found, IterableDataset):
         if config.classes is not None:
@@ -105,7 +107,7 @@ def _open(
 
 def _open_folder(config: DataConfig, split: str, mode: str) -> FolderSource:
     root = Path(str(config.data_path))
-    folder = _split_folder(root, split)
+    folder = split_folder(root, split)
     source = FolderSource(find_images(folder or root), mode)
     if folder is None:
         logger.warning("%s has no folder for split %r: all of it is used", root, split)
@@ -140,15 +142,25 @@ def _check_place(config: DataConfig, family: str) -> None:
         raise DataError(f"data.data_path is not set: {config.dataset} needs a folder to be read from")
 
 
+def _check_unpacked(config: DataConfig) -> None:
+    """DataError where there is nothing to read before staging has unpacked it."""
+    if is_packed(config):
+        raise DataError(
+            f"data.data_path={config.data_path} is unpacked when the run begins (data.stage), and cannot be read "
+            "before: set data.num_classes where the number of classes must be known"
+        )
+
+
 def _check_folder(config: DataConfig, split: str) -> None:
     root = Path(str(config.data_path))
     if not root.exists():
         raise DataError(f"data.data_path={config.data_path} does not exist")
-    if root.is_file() and root.suffix == ".tar":
+    if root.is_file() and (root.suffix == ".tar" or is_packed(config)):
         return
     if not root.is_dir():
+        hint = ": data.stage unpacks a .zip file" if root.suffix == ".zip" else ""
         raise DataError(
-            f"data.data_path={config.data_path} is a file, not a folder or a .tar file of folders"
+            f"data.data_path={config.data_path} is a file, not a folder or a .tar file of folders{hint}"
         )
     wanted = synonyms(split)
     if any((root / name).exists() for name in wanted):
@@ -188,8 +200,8 @@ def _training_names(
     if not isinstance(found, FolderSource):
         return None
     root = Path(str(config.data_path))
-    train = _split_folder(root, config.train_split)
-    if train is None or train == _split_folder(root, split):
+    train = split_folder(root, config.train_split)
+    if train is None or train == split_folder(root, split):
         return None
     trained = find_images(train)
     if shared := _shared(config, split, found.found, trained):
@@ -212,12 +224,8 @@ def _shared(config: DataConfig, split: str, found: Found, trained: Found) -> str
 
 def check_apart(config: DataConfig, source: ImageSource | IterableDataset[Any]) -> None:
     """DataError where training images of a folder, `source`, are images of `data.val_split` too."""
-    folder = _split_folder(Path(str(config.data_path)), config.val_split or "")
+    folder = split_folder(Path(str(config.data_path)), config.val_split or "")
     if isinstance(source, FolderSource) and folder is not None:
         shared = _shared(config, str(config.val_split), find_images(folder), source.found)
         if shared:
             raise DataError(f"knn and probe need other images for training than for the test: {shared}")
-
-
-def _split_folder(root: Path, split: str) -> Path | None:
-    return next((root / name for name in (split, *synonyms(split)) if (root / name).is_dir()), None)

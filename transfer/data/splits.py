@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
 
@@ -10,3 +12,8 @@ def synonyms(split: str) -> tuple[str, ...]:
     """The names that mean the same split, this one among them."""
     split = split.split("[")[0]
     return next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), (split,))
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """The folder of a split, or of a synonym of it; None where there is none."""
+    return next((root / name for name in (split, *synonyms(split)) if (root / name).is_dir()), None)

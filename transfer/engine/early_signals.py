@@ -26,7 +26,7 @@ _owner: int | None = None  # the process that remembers
 @contextmanager
 def remembering() -> Iterator[None]:
     """Remembers inside the block, if nothing remembers yet; afterwards the handlers are those of before."""
-    if _owner == os.getpid() or threading.current_thread() is not threading.main_thread():
+    if listening() or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in EARLY_SIGNALS}
@@ -62,7 +62,12 @@ def remember_signals(least: float = 0.0) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY_SIGNALS)
 
 
+def listening() -> bool:
+    """Whether this process remembers its signals."""
+    return _owner == os.getpid()
+
+
 def remember(number: int, frame: FrameType | None = None) -> None:
     """A handler that does nothing else; a forked loader process does not remember."""
-    if os.getpid() == _owner:
+    if listening():
         received.append(number)

@@ -17,6 +17,7 @@ from torch import nn
 from ...checkpoints.state import StateFolder, TrainingState
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
+from ..staging.together import stage_together
 from .build import Parts, build
 from .elastic import GlobalBatch, as_started, describe, global_batch
 from .ema import WeightAverage
@@ -75,19 +76,23 @@ def train(config: RunConfig) -> RunResult:
     group = host_group(accelerator)
     with StopSignals(group, config.engine.stop_grace) as signals, _fence(config, accelerator, group) as fence:
         state = _find_state(config, accelerator, group, fence)
+        data = stage_together(config.data, group, lambda: signals.received is not None)
+        early = _signal(signals, group)
+        if early is not None:
+            return _unbegun(config, state, early)
         commit = None if state is None else commit_of(state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes
-        parts = build(config, rank=rank, world_size=world, commit=commit)
+        here = config.model_copy(update={"data": data})
+        parts = build(here, rank=rank, world_size=world, commit=commit)
         if state is not None:
             check_same_classes(state.meta, parts.plan.label_names, config.output_dir)
         check_same_teacher(gather(parts.origins, group))
         if state is not None:
             check_same_weights(state.meta, parts.origins, parts.plan.meta(), config.output_dir)
         check_same_split(gather(parts.eval_loader is not None, group))
-        early = max(filter(None, gather(signals.received, group)), default=None)
-        if early is not None:  # nothing was done that a save could keep
-            done = 0 if state is None else position_of(state).step
-            return RunResult({}, config.output_dir, done, False, early)
+        early = _signal(signals, group)
+        if early is not None:
+            return _unbegun(config, state, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         batch = global_batch(config, parts.train_loader, world, None if state is None else state.meta)
         if state is not None:
@@ -111,6 +116,17 @@ def train(config: RunConfig) -> RunResult:
             )
     best = {} if position.best is None else {f"best_{position.best_metric}": position.best}
     return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
+
+
+def _signal(signals: StopSignals, group: dist.ProcessGroup | None) -> int | None:
+    """The signal that a process got while nothing was done yet that a save could keep."""
+    return max(filter(None, gather(signals.received, group)), default=None)
+
+
+def _unbegun(config: RunConfig, state: TrainingState | None, signal: int) -> RunResult:
+    """Of a run that was stopped before its first step."""
+    done = 0 if state is None else position_of(state).step
+    return RunResult({}, config.output_dir, done, False, signal)
 
 
 @contextmanager

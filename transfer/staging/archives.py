@@ -1,0 +1,132 @@
+"""Archives of image folders, a .tar or a .zip: what they hold, and unpacking the images of it."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ...models.errors import DataError
+from ..config import DataConfig
+from ..data.splits import EVAL_NAMES, TRAIN_NAMES
+from ..data.steps import reason_of
+
+SPLITS = (*TRAIN_NAMES, *EVAL_NAMES, "test")
+ENDINGS = (".tar", ".zip")
+FAILURES = (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+"""What a damaged, cut or locked archive fails with."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image in an archive."""
+
+    name: str
+    open: Callable[[], IO[bytes]]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of its path. Raises DataError where that leads out of the archive."""
+        path = PurePosixPath(self.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise DataError(f"{self.name} lies outside of the archive that holds it")
+        return path.parts
+
+
+def is_packed(config: DataConfig) -> bool:
+    """Whether the data set is read only after staging has unpacked it: a .zip, or a .tar with folders for splits.
+
+    Any other .tar is read as it is, staged or not. Raises DataError: the archive cannot be read.
+    """
+    path = Path(config.data_path or "")
+    if config.stage is None or config.dataset not in ("", "folder") or not path.is_file():
+        return False
+    return path.suffix == ".zip" or (path.suffix == ".tar" and _first_split(path, config) is not None)
+
+
+def unpack(archive: Path, folder: Path, config: DataConfig, moved: Callable[[int], None]) -> None:
+    """Writes the images of an archive below `folder`, without the folders that all splits lie in.
+
+    `moved` is told of the bytes of each file. Raises DataError: the archive is damaged, or holds no image.
+    """
+    above = _first_split(archive, config) or 0
+    count = 0
+    with _explained(archive), members(archive) as found:
+        for member in found:
+            target = folder.joinpath(*member.parts[above:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with member.open() as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+                moved(file.tell())
+            count += 1
+    if not count:
+        raise DataError(
+            f"Found 0 images in {archive}; the names of images end in {', '.join(IMG_EXTENSIONS)}"
+        )
+
+
+def unpacked_size(archive: Path) -> int:
+    """Bytes of the images of a .zip, at least those of a .tar, which would have to be read whole to tell."""
+    if archive.suffix == ".tar":
+        return archive.stat().st_size
+    with _explained(archive), zipfile.ZipFile(archive) as opened:
+        return sum(info.file_size for info in opened.infolist())
+
+
+def _first_split(archive: Path, config: DataConfig) -> int | None:
+    """How many folders the first image's split lies in; None where there are no folders for splits."""
+    names = {*SPLITS, config.train_split, config.val_split}
+    with _explained(archive), members(archive) as found:
+        first = next(found, None)
+    folders = () if first is None else first.parts[:-1]
+    return next((place for place, name in enumerate(folders) if name in names), None)
+
+
+@contextmanager
+def members(archive: Path) -> Iterator[Iterator[Member]]:
+    """The images of an archive, in its own order; links, and what a Mac puts beside images, are left out."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as zipped:
+            yield (
+                Member(info.filename, lambda info=info: zipped.open(info))  # type: ignore[misc]
+                for info in zipped.infolist()
+                if not info.is_dir() and _is_image(info.filename)
+            )
+        return
+    with tarfile.open(archive, "r:") as tarred:
+        yield (
+            Member(info.name, lambda info=info: _content(tarred, info))  # type: ignore[misc]
+            for info in tarred
+            if (info.isreg() or info.islnk()) and _is_image(info.name)
+        )
+
+
+def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    file = archive.extractfile(info)
+    if file is None:
+        raise DataError(f"{info.name} leads to no file of its archive")
+    return file
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    mac = path.name.startswith("._") or "__MACOSX" in path.parts
+    return path.suffix.lower() in IMG_EXTENSIONS and not mac
+
+
+@contextmanager
+def _explained(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"data.data_path={archive} cannot be unpacked: {error}") from error
+    except FAILURES as error:
+        raise DataError(f"data.data_path={archive} cannot be unpacked: {reason_of(error)}") from error
