@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
+from .ask import NoSuchJobError
 from .files import JobFolder
 from .jobs import JudgedJob, judge_jobs, run_folders
 from .lock import submitting
@@ -16,6 +18,8 @@ from .scheduler import cancel, signal_job
 
 ROUNDS = 3
 """How often a job is told that was told in vain: it may have begun, ended or been requeued in that moment."""
+PAUSE = 0.5
+"""Seconds between two rounds."""
 
 
 @dataclass
@@ -41,9 +45,10 @@ def stop(folder: Path, *, now: bool = False) -> Stopped:
     """
     runs = run_folders(folder)
     _wait_for_submissions(runs)
-    made, told = Stopped(), set[str]()
-    for _ in range(ROUNDS):
-        made.failed = []
+    made, told, ending = Stopped(), set[str](), list[str]()
+    for place in range(ROUNDS):
+        time.sleep(PAUSE if place else 0)
+        made.failed, ending = [], []
         for run, one in _active(runs):
             job = one.submission.job_id
             if job in told:
@@ -51,10 +56,13 @@ def stop(folder: Path, *, now: bool = False) -> Stopped:
             try:
                 made.done.append(_stop(run, one, now))
                 told.add(job)
+            except NoSuchJobError:  # where it is started again after all, it finds the request
+                ending.append(f"{one.words} of {run} is ending already")
             except GraftError as error:
                 made.failed.append(f"{one.words} of {run} goes on: {error}")
-        if not made.failed:
+        if not made.failed + ending:
             break
+    made.done += ending
     return made
 
 

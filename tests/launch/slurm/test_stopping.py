@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm import jobs, processes
+from graftvit.launch.slurm import jobs, processes, stopping
+from graftvit.launch.slurm.ask import NoSuchJobError
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.models.errors import CheckpointError
@@ -53,15 +55,31 @@ def test_a_cell_that_has_just_ended_keeps_no_other_from_being_stopped(
         submitted(tmp_path / "cells" / f"seed={place}", job_id=job)
     asked, real = [], jobs.job_states
 
-    def states(wanted: list[str]) -> dict[str, JobState]:
-        asked.append(wanted)
-        return dict.fromkeys(wanted, JobState("RUNNING")) if len(asked) == 1 else real(wanted)
+    def states(wanted: Iterable[str], tries: int) -> dict[str, JobState]:
+        asked.append(list(wanted))
+        first = len(asked) == 1
+        return dict.fromkeys(asked[0], JobState("RUNNING")) if first else real(asked[-1], tries=tries)
 
     monkeypatch.setattr(jobs, "job_states", states)
     assert main(["stop", str(tmp_path), "--now"]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ids[1:]
     left = ("squeue", "--noheader", f"--jobs={','.join(ids[1:])}")
     until(lambda: not cluster.run(*left).strip(), "the end of the others", every=0.2)
+
+
+def test_a_job_that_is_ending_already_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted(tmp_path, job_id="7")
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("COMPLETING")))
+
+    def gone(job_id: str, name: str) -> None:
+        raise NoSuchJobError("scancel failed: error: Kill job error on job id 7: Invalid job id specified")
+
+    monkeypatch.setattr(stopping, "signal_job", gone)
+    assert main(["stop", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"job 7 of {tmp_path} is ending already\n"
+    assert JobFolder(tmp_path).asked_to_stop("7")  # by the next attempt, too, if there is one
 
 
 def test_a_run_of_another_user_is_told_in_a_sentence(
