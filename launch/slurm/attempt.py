@@ -27,6 +27,8 @@ from .scheduler import reason_of_signal
 
 WAIT_FOR_THE_END = 600
 """Seconds that a task which got SIGTERM stays for the scheduler's SIGKILL, in case it has to be requeued."""
+STOPPED = 128 + signal.SIGUSR2
+"""The exit code of a run that was told to stop: what waits for it by `--after` must not begin."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Attempt:
         export_ranks(restart)
         limit_threads()
         record = Record(JobFolder(self.output_dir), job, restart)
-        if record.rank == 0 and record.asked_to_stop:  # a request that came too late for the attempt before
-            os.kill(os.getpid(), signal.SIGUSR2)
+        if record.asked_to_stop:  # a request that came too late for the attempt before
+            record.note(outcome="stopped", ended=time.time())
+            raise SystemExit(STOPPED)
         code = self._run(record)
         if code == 0:
             record.note(outcome="finished", ended=time.time())
@@ -97,7 +100,7 @@ def _leave(record: Record) -> NoReturn:
         raise SystemExit(144 if record.cluster == "local" and not record.asked_to_stop else 0)
     if record.asked_to_stop:
         record.note(signal=_words(record), outcome="stopped", ended=time.time())
-        raise SystemExit(128 + signal.SIGUSR2)  # what waits for this run by `--after` must not begin
+        raise SystemExit(STOPPED)
     until = time.monotonic() + WAIT_FOR_THE_END
     told = False
     while signal.SIGUSR2 not in early_signals.received:

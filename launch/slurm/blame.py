@@ -10,18 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .failures import is_consequence
 from .files import Attempt, JobFolder, Submission
 from .logs import log_files, ranks_with_logs, tail
 
 SILENT = "ended without a word"
 _LINES = 15
 _CHUNK = 1 << 16
-_CONSEQUENCE = re.compile(
-    r"connection (closed|reset)|broken pipe|\b(gloo|nccl)\b|DistBackendError|DistNetworkError|TCPStore|"
-    r"socket (timeout|is closed)|remote (process|worker)|recvBytes|barrier.*timed? ?out|heartbeat",
-    re.IGNORECASE,
-)
-_RAISED = re.compile(r"^[\w.]*(Error|Exception)\b.*", re.MULTILINE)
 _ENDING = re.compile(r"Terminating StepId|CANCELLED AT|Job step aborted|Force Terminated")
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 _TASK = re.compile(
@@ -100,12 +95,6 @@ def said_by_slurm(log: str) -> Blame:
     else:
         why = f"rank {rank} on {node}: {word}"
     return Blame(why, f"{text}\n", int(rank), "failed")
-
-
-def is_consequence(error: str) -> bool:
-    """Whether an error, with or without its traceback, says only that another process is gone."""
-    raised = [match.start() for match in _RAISED.finditer(error)]
-    return _CONSEQUENCE.search(error[raised[-1] :] if raised else error) is not None
 
 
 def shorten(line: str) -> str:

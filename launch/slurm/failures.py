@@ -33,6 +33,8 @@ _LOST = (
     r"|waiting for clients|Connect timeout|Gloo connectFullMesh failed|Connection was likely closed"
     r"|NCCL communicator (was|is) (aborted|.*abort)|ncclRemoteError|ncclSystemError|ncclInProgress"
     r"|Watchdog caught collective operation timeout|remote process exited|Store is (closed|not available)"
+    r"|DistBackendError|DistNetworkError|DistStoreError|heartbeat monitor|remote worker crashing"
+    r"|socketProgress|Last error:"
 )
 """What torch's gloo, NCCL and store say of a rank that does not answer, or of a communicator that was given up."""
 _MACHINE = (
@@ -105,6 +107,12 @@ def classify(error: BaseException, *, saved: bool) -> tuple[Kind, bool]:
     if _says(_LOST, text) or any(_is_of_torch(one) for one in chain):
         return "consequence", True
     return "cause", False
+
+
+def is_consequence(text: str) -> bool:
+    """Whether the last error in the words of a rank tells only what became of another."""
+    raised = [match.start() for match in re.finditer(r"^[\w.]*(Error|Exception)\b", text, re.MULTILINE)]
+    return _says(_LOST, text[raised[-1] :] if raised else text)
 
 
 def _says(pattern: str, text: str) -> bool:

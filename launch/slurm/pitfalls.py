@@ -39,7 +39,8 @@ def start_script(code: Path, launch: Path, python: str = sys.executable) -> str:
 
     submitit installs its handlers after it has loaded the job. A SIGUSR2 before that ends the process, and the job
     fails instead of going on later; a blocked one waits. `early_signals.remember_signals` lets it through. An `env`
-    that cannot block (coreutils before 8.31) leaves the gap as it is.
+    that cannot block (coreutils before 8.31) leaves the gap as it is. The shell itself ignores both signals: a job that
+    is preempted in its first moment is ended and started again by Slurm, and one that is to stop finds the request.
 
     submitit is started as a module, which would put the folder of the submission in front of the copy; python 3.11 and
     later does without. Where the copy is gone, the job ends instead of running what is installed by now.
@@ -50,6 +51,7 @@ def start_script(code: Path, launch: Path, python: str = sys.executable) -> str:
     run, paths, place = shlex.quote(python), shlex.quote(str(code)), shlex.quote(str(launch))
     return (
         "#!/bin/sh\n"
+        "trap '' USR2 TERM\n"
         f'[ -d {paths} ] || {{ echo "the copy of the code is gone, submit again:" {paths} >&2; exit 1; }}\n'
         "number=${SUBMITIT_LOCAL_JOB_ID:-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}\n"
         "job=$number${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}\n"
@@ -59,8 +61,9 @@ def start_script(code: Path, launch: Path, python: str = sys.executable) -> str:
         "export PYTHONSAFEPATH=1\n"
         f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"\n'
         "if env --block-signal=USR2 true 2>/dev/null; then\n"
-        f'  exec env --block-signal=USR2 --block-signal=TERM {run} "$@"\n'
+        f'  exec env --block-signal=USR2,TERM {run} "$@"\n'
         "fi\n"
+        "trap - USR2 TERM\n"
         f'exec {run} "$@"\n'
     )
 

@@ -12,6 +12,7 @@ import submitit
 from ...models.errors import one_sentence
 from .failures import Failure, classify
 from .files import Attempt, JobFolder, newest_state
+from .order import read_order
 from .scheduler import fallen_nodes
 
 SHORT_ATTEMPTS = 3
@@ -83,7 +84,10 @@ class Record:
         if now != self._begun.get("state"):
             return ""
         if not now:
-            return "the time limit ended before the first step: give a longer --time"
+            through = (
+                "the first step" if read_order(self.folder.output_dir) is None else "the command was through"
+            )
+            return f"the time limit ended before {through}: give a longer --time"
         short = [one for one in self._of_this_job() if one.state == now and "time limit" in one.signal]
         count = len([one for one in short if one.name != self._name]) + 1
         if count < SHORT_ATTEMPTS:

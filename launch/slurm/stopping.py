@@ -13,6 +13,7 @@ from .files import JobFolder
 from .jobs import JudgedJob, judge_jobs, run_folders
 from .lock import submitting
 from .lookup import home
+from .order import read_order
 from .processes import stop_process
 from .scheduler import cancel, signal_job
 
@@ -84,7 +85,12 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         raise ConfigError("it has no number yet; stop it again in a moment")
     files = JobFolder(run)
     request = files.stop_request(submission.job_id)
-    job, go_on = f"{one.words} of {run}", f"`{hint('resume', run)}` goes on with it"
+    is_run = read_order(run) is None
+    ends = "saves at its next step and ends" if is_run else "ends"
+    job, go_on = (
+        f"{one.words} of {run}",
+        f"`{hint('resume', run)}` {'goes on with it' if is_run else 'begins it anew'}",
+    )
     waits = submission.cluster == "slurm" and one.state in ("pending", "requeued")
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
@@ -93,12 +99,12 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         raise ConfigError(f"{request} cannot be written ({error.strerror}){_owner(run)}") from error
     if submission.cluster != "slurm":
         stop_process(submission, now=now)
-        return f"{job} is cancelled; {go_on}" if now else f"{job} saves at its next step and ends; {go_on}"
+        return f"{job} is cancelled; {go_on}" if now else f"{job} {ends}; {go_on}"
     if now or waits:
         cancel(submission.job_id)
         return f"{job} was {one.state} and is cancelled; {go_on}"
     signal_job(submission.job_id, "USR2")
-    return f"{job} saves at its next step and ends; {go_on}"
+    return f"{job} {ends}; {go_on}"
 
 
 def _owner(run: Path) -> str:

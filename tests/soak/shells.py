@@ -46,7 +46,7 @@ class Shell(threading.Thread):
             "stop": ["stop", str(run.folder)],
             "stop --now": ["stop", str(run.folder), "--now"],
         }[action]
-        interrupt = self._chance.uniform(0.3, 6) if self._chance.random() < 0.3 else None
+        interrupt = self._chance.uniform(0.3, 8) if self._chance.random() < 0.5 else None
         code, said, complaint = command(run, words, interrupt)
         pressed = interrupt is not None and code in (130, -signal.SIGINT)
         self.ledger.note(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,28 @@ def test_a_signal_before_the_handlers_waits_for_them(tmp_path: Path) -> None:
     assert "SIGTERM" in blocked
     assert received == f"[{signal.SIGUSR2.value}]"
     assert "torch" not in done.stderr
+
+
+def test_a_preemption_in_the_first_moment_does_not_end_the_task(tmp_path: Path) -> None:
+    real = shutil.which("env")
+    signals = (
+        '[ "$2" = true ] && kill -TERM $PPID && kill -USR2 $PPID'  # where it only tries whether it can block
+    )
+    (tmp_path / "env").write_text(f'#!/bin/sh\n{signals}\nexec {real} "$@"\n')
+    (tmp_path / "env").chmod(0o755)
+    script = tmp_path / "start.sh"
+    script.write_text(start_script(tmp_path, tmp_path))
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["sh", str(script), "-c", "print('started')"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stdout) == (0, "started\n")
 
 
 def test_without_the_script_such_a_signal_kills(tmp_path: Path) -> None:
