@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ def site_file() -> Path:
     return Path(root) / "graftvit" / "cluster.yaml"
 
 
+def shared_site_files() -> list[Path]:
+    """Where an administrator keeps it for all users: `/etc/xdg/graftvit/cluster.yaml`. The first counts most."""
+    roots = os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg"
+    return [Path(root) / "graftvit" / "cluster.yaml" for root in roots.split(":") if root]
+
+
 def load_cluster(
     given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None
 ) -> ClusterConfig:
@@ -103,28 +110,31 @@ def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str,
 
     Args:
         given: Of flags.
-        site: Another site file than the user's own.
+        site: A site file in place of the user's own and of those for all users.
         before: What the run asked for when it was submitted.
 
     Raises:
         ConfigError: a file or a key in it is not valid, or there is no such profile.
     """
-    path = site or site_file()
-    content = _read_site(path, needed=site is not None)
-    profiles = _profiles(content.pop("profiles", None), path)
+    files = [site] if site is not None else [*reversed(shared_site_files()), site_file()]
+    asked, profiles = Asked(), dict[str, Layer]()
 
     def chosen(name: Any, origin: str) -> Layer:
         if name not in profiles:
             raise ConfigError(
-                f"{origin} {name!r} is none of the profiles of {path}: "
+                f"{origin} {name!r} is none of the profiles of {files[-1]}: "
                 + (f"valid: {', '.join(profiles)}" if profiles else "it has none")
             )
-        return Layer(profiles[name], lambda key: f"{path}: profiles.{name}.{key}")
+        return profiles[name]
 
-    asked = Asked()
-    asked.put(Layer(content, lambda key: f"{path}: {key}"))
-    if content.get("profile") is not None and "profile" not in given:
-        asked.put(chosen(content["profile"], f"{path}: profile"))
+    contents = [(path, _read_site(path, needed=site is not None)) for path in files]
+    for path, content in contents:
+        profiles |= _profiles(content.pop("profiles", None), path)
+    usual = [path for path, content in contents if content.get("profile") is not None][-1:]
+    for path, content in contents:
+        asked.put(Layer(content, partial("{}: {}".format, path)))
+        if path in usual and "profile" not in given:
+            asked.put(chosen(content["profile"], f"{path}: profile"))
     asked.put(from_environment())
     asked.put(Layer(_of_today(before or {}), lambda key: f"{key} as before"))
     if "profile" in given:
@@ -187,7 +197,7 @@ def _is_on(value: str) -> bool:
     return value in ("", "yes") or (value.isdecimal() and int(value) != 0)
 
 
-def _profiles(content: Any, path: Path) -> dict[str, dict[str, Any]]:
+def _profiles(content: Any, path: Path) -> dict[str, Layer]:
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
@@ -196,7 +206,10 @@ def _profiles(content: Any, path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(name, str):
             raise ConfigError(f"{path}: profiles: {name!r} is no name: write it in quotes")
         _check_keys(values, f"{path}: profiles.{name}", set(ClusterConfig.model_fields) - {"profile"})
-    return content
+    return {
+        name: Layer(values, partial("{}: profiles.{}.{}".format, path, name))
+        for name, values in content.items()
+    }
 
 
 def _read_site(path: Path, *, needed: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from graftvit.models.errors import ConfigError
 @pytest.fixture(autouse=True)
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("XDG_CONFIG_DIRS", f"{tmp_path}/none:{tmp_path}/all")
     for name in [name for name in os.environ if name.startswith("SBATCH_")]:
         monkeypatch.delenv(name)
 
@@ -25,6 +26,14 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def site(**values: Any) -> Path:
     path = site_file()
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def site_of_all(tmp_path: Path, **values: Any) -> Path:
+    """What an administrator wrote."""
+    path = tmp_path / "all" / "graftvit" / "cluster.yaml"
+    path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
@@ -241,3 +250,23 @@ def test_after_is_for_slurm_alone(tmp_path: Path) -> None:
     assert "--after waits for jobs of Slurm, and --cluster local starts at once" in refusal(
         "--after", str(tmp_path), "--cluster", "local"
     )
+
+
+def test_what_an_administrator_wrote_lies_below_what_a_user_did(tmp_path: Path) -> None:
+    small = {"small": {"gpus_per_node": 1, "time": "1:00:00"}, "big": {"nodes": 2}}
+    path = site_of_all(tmp_path, partition="gpu", account="all", profile="small", profiles=small)
+    found = asked().config()
+    assert (found.partition, found.gpus_per_node, found.time) == ("gpu", "1", "1:00:00")
+    assert f"{path}: profiles.small.time" in describe(asked())
+    site(account="mine", gpus_per_node=4, profiles={"big": {"nodes": 8}})
+    found = config()
+    assert (found.account, found.gpus_per_node, found.time) == ("mine", "4", "1:00:00")
+    assert config("--profile", "big").nodes == 8  # the user's own of that name
+    site(profile="big")
+    assert (config().nodes, config().time) == (2, "24:00:00")  # in place of the administrator's choice
+    assert config("--site", str(site(nodes=3))).partition is None  # a file that is named stands alone
+
+
+def test_a_wrong_key_of_an_administrator_is_named_with_its_file(tmp_path: Path) -> None:
+    path = site_of_all(tmp_path, partitoin="gpu")
+    assert refusal().startswith(f"{path}: unknown key 'partitoin'")
