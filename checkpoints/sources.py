@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,6 +10,7 @@ from typing import Literal, get_args
 from timm.models import is_model, list_models, list_pretrained, split_model_name_tag
 
 from ..models.errors import CheckpointError
+from .safety.paths import is_folder, is_there
 
 SAFE_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -80,9 +80,9 @@ def parse_source(text: str) -> Source:
         return _file(text)
     if is_model(split_model_name_tag(text)[0]):
         return TimmSource(text)
-    if text and _is_folder(path):
+    if text and is_folder(path):
         return _folder(text, text)
-    if text and _is_there(path):
+    if text and is_there(path):
         return _file(text)
     raise CheckpointError(f"{text!r} is no source of weights: {_suggest(text)}")
 
@@ -103,9 +103,9 @@ def _hub(name: str, text: str) -> HubSource:
 
 def _folder(name: str, text: str) -> FolderSource:
     path, part = _split_part(name)
-    if not name or not _is_there(path):
+    if not name or not is_there(path):
         raise CheckpointError(f"{text!r}: there is no folder {str(path)!r}; check the path")
-    if not _is_folder(path):
+    if not is_folder(path):
         raise CheckpointError(
             f"{text!r}: {str(path)!r} is a file, and local-dir: takes a folder; leave the prefix out"
         )
@@ -114,9 +114,9 @@ def _folder(name: str, text: str) -> FolderSource:
 
 def _file(text: str) -> FileSource:
     path, part = _split_part(text)
-    if not _is_there(path):
+    if not is_there(path):
         raise CheckpointError(f"the weights file {str(path)!r} is not there; check the path")
-    if _is_folder(path):
+    if is_folder(path):
         raise CheckpointError(f"the weights file {str(path)!r} is a folder; write local-dir: before it")
     return FileSource(path, part)
 
@@ -127,14 +127,6 @@ def _split_part(text: str) -> tuple[Path, Part | None]:
         if part == word and path:
             return Path(path).expanduser(), part
     return Path(text).expanduser(), None
-
-
-def _is_there(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 - no error for a name that no file can have
-
-
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 - as above
 
 
 def _suggest(text: str) -> str:

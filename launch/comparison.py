@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ..checkpoints.safety.paths import is_file
 from ..models.errors import ConfigError
 from .config import Setting, load_config, load_stages, read_recipe
 
@@ -57,7 +57,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
 def _beside(recipe: str, source: Path) -> str | Path:
     """The recipe of the teacher: a file beside the one that names it, as with `base:`, or what the name says."""
     path = source.parent / recipe
-    return path if os.path.isfile(path) and path != source and source.is_file() else recipe  # noqa: PTH113 - no error for any name
+    return path if is_file(path) and path != source and source.is_file() else recipe
 
 
 def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:

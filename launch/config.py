@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ..checkpoints.safety.paths import is_there
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig
 from .fields import find_key, leaf_of, leaves, sections, unknown
@@ -149,7 +150,7 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
 
 def _base_path(base: str, folder: Path | None) -> str | Path:
     """A base that is a file lies beside the file that names it."""
-    if folder is not None and os.path.exists(folder / base):  # noqa: PTH110 - no error for a name that none can have
+    if folder is not None and is_there(folder / base):
         return folder / base
     return base
 
@@ -157,7 +158,7 @@ def _base_path(base: str, folder: Path | None) -> str | Path:
 def _read(source: str | Path) -> tuple[str, str, Path | None]:
     """What errors call the source, its text, and the folder that its `base:` is looked for in."""
     path = Path(source)
-    there = os.path.exists(path)  # noqa: PTH110 - no error for a name that none can have
+    there = is_there(path)
     if there and path.is_dir() and (path / "config.yaml").is_file():
         path = path / "config.yaml"
     is_name = isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not there

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from ..checkpoints.safety.paths import is_there
 from ..models.errors import ConfigError
 from .config import Setting, at_home, parse_override, parse_setting
 from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unknown
@@ -79,7 +80,7 @@ def parse_command(
                 rest.append(words.pop(0))
         elif word.startswith("--"):
             settings.append(_flag_setting(word, words, own, only))
-        elif "=" in word and not os.path.exists(word):  # noqa: PTH110 - no error for a name that none can have
+        elif "=" in word and not is_there(word):
             settings.append(_checked(parse_override(word), only))
         else:
             rest.append(word)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ...checkpoints.safety.paths import is_there
 from ...models.errors import ConfigError, did_you_mean
 from ..yaml_text import YamlError, parse_yaml, read_yaml
 from .gpus import gpus_in, without_gpus
@@ -213,7 +214,7 @@ def _profiles(content: Any, path: Path) -> dict[str, Layer]:
 
 
 def _read_site(path: Path, *, needed: bool) -> dict[str, Any]:
-    if not os.path.exists(path):  # noqa: PTH110 - no error for a name that none can have
+    if not is_there(path):
         if needed:
             raise ConfigError(f"--site {path} does not exist")
         return {}
