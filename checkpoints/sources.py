@@ -104,7 +104,9 @@ def _hub(name: str, text: str) -> HubSource:
 def _folder(name: str, text: str) -> FolderSource:
     path, part = _split_part(name)
     if not name or not is_there(path):
-        raise CheckpointError(f"{text!r}: there is no folder {str(path)!r}; check the path")
+        unfinished = is_there(path.parent / "config.yaml") or is_there(path.parent / "jobs")
+        why = f"the run in {path.parent} has not written it yet" if unfinished else "check the path"
+        raise CheckpointError(f"{text!r}: there is no folder {str(path)!r}; {why}")
     if not is_folder(path):
         raise CheckpointError(
             f"{text!r}: {str(path)!r} is a file, and local-dir: takes a folder; leave the prefix out"

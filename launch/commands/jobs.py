@@ -110,4 +110,7 @@ def _folders(given: Sequence[Path]) -> dict[Path, str]:
 def _none(arguments: argparse.Namespace) -> str:
     if arguments.active:
         return "no run waits or runs\n"
-    return "no run was submitted by this user; `graftvit submit --help` tells how\n"
+    return (
+        "no run of this user is listed: `graftvit jobs FOLDER` shows one by its folder, `graftvit submit --help` tells "
+        "how to submit\n"
+    )

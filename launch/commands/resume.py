@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     from ..slurm.flags import add_cluster_flags, asked_by
     from ..slurm.layers import describe
     from ..slurm.preview import preview_again
-    from ..slurm.resume import find_unfinished, resume
+    from ..slurm.resume import find_unfinished, resume, wait_for_stops
 
     parser = command_parser(
         "resume",
@@ -38,6 +38,8 @@ def run(argv: list[str]) -> int:
     )
     add_cluster_flags(parser)
     arguments = parser.parse_args(argv)
+    if not arguments.dry_run:
+        wait_for_stops(arguments.run)
     unfinished = find_unfinished(arguments.run)
     asked = asked_by(arguments, unfinished.resources)
     config = asked.config()

@@ -54,8 +54,9 @@ def run(argv: list[str]) -> int:
     from ..slurm.requests import plan_run
 
     asked = asked_by(arguments)
+    config = asked.config()
     plan = plan_run(arguments.recipe, settings, arguments.sweep)
-    return _show_or_send(arguments, asked, plan, asked.config())
+    return _show_or_send(arguments, asked, plan, config)
 
 
 def _run_work(argv: list[str]) -> int:

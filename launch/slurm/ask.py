@@ -71,7 +71,7 @@ def _run(words: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[
             text=True,
             errors="replace",
             timeout=timeout,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
+            env=_environment(),
         )
     except FileNotFoundError as error:
         raise NoAnswerError(
@@ -79,6 +79,13 @@ def _run(words: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[
         ) from error
     except OSError as error:
         raise NoAnswerError(f"{words[0]} cannot be run: {error.strerror}") from error
+
+
+def _environment() -> dict[str, str]:
+    """Without what a user has set for his own squeue and sacct: it would hide jobs, or change what they print."""
+    own = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    return {**kept, "SLURM_TIME_FORMAT": "standard"}
 
 
 def _last_words(program: str, done: subprocess.CompletedProcess[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import uuid
 from collections.abc import Sequence
@@ -60,7 +61,9 @@ class Launch:
 
 def job_name(folder: Path) -> str:
     """The name of what is submitted to `folder`; it tells runs of the same name in different places apart."""
-    return f"graftvit-{folder.name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]}"
+    place = folder.resolve()  # by whatever link somebody comes to it
+    word = re.sub(r"[^\w.,=+-]", "-", place.name)
+    return f"graftvit-{word}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
 
 
 def executor_of(launch: Launch) -> submitit.AutoExecutor:

@@ -46,7 +46,8 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
         if not any(folder.is_relative_to(root.resolve()) for root in config.shared_folders):
             roots = ", ".join(map(str, config.shared_folders))
             raise ConfigError(
-                f"--output_dir {output_dir} is in none of the folders that every node sees (shared_folders: {roots})"
+                f"--output_dir {output_dir} is in none of the folders that every node sees "
+                f"(shared_folders of the site file: {roots})"
             )
     elif any(folder.is_relative_to(root) for root in TEMPORARY) or _file_system(folder) in OF_ONE_MACHINE:
         raise ConfigError(

@@ -43,7 +43,7 @@ class JudgedJob:
     @property
     def words(self) -> str:
         """What to call it in a sentence."""
-        return f"job {self.submission.job_id}" if self.submission.job_id else self.why
+        return f"job {self.submission.job_id}" if self.submission.job_id else "a job that is being submitted"
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def count_states(runs: Sequence[RunStatus]) -> str:
 
 def describe(run: RunStatus) -> str:
     """One run at length."""
-    processes = f" ({run.world_size} processes)" if run.world_size else ""
+    processes = f" ({run.world_size} process{'es' if run.world_size > 1 else ''})" if run.world_size else ""
     limit = f"; its limit ends it at {_clock(run.ends)}" if run.ends else ""
     lines = [
         ("run", str(run.folder)),
@@ -104,7 +104,7 @@ def _output(run: RunStatus) -> str:
     """Where the result of a command lies that has finished."""
     if not run.command or run.state != "finished":
         return ""
-    return f"{run.output}, and what it printed: " * bool(run.output) + f"`graftvit logs {run.folder}`"
+    return f"{run.output}, and what it printed: " * bool(run.output) + f"`{hint('logs', run.folder)}`"
 
 
 def duration(seconds: float | None) -> str:

@@ -109,9 +109,12 @@ def _at_work(seen: Evidence) -> tuple[str, str]:
 def _ended(seen: Evidence) -> tuple[str, str]:
     """A job that the scheduler calls ended, and that did not finish."""
     job, now, found = seen.job, seen.now, seen.found
+    by_stop = "`graftvit stop`" if seen.stopping else ""
     if now is not None and now.outcome == "stopped" and job.state != "CANCELLED":
-        return "stopped", now.signal
+        return "stopped", by_stop or now.signal
     state = ENDINGS.get(job.state, "failed")
+    if state == "cancelled" and by_stop:
+        return state, by_stop
     if state in ("failed", "unknown"):
         return _failed(seen, state)
     said = "" if now is None else now.signal

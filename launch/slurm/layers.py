@@ -184,7 +184,8 @@ def describe(asked: Asked) -> str:
             ]
         elif value not in (None, (), [], {}) and name != "shared_folders":
             rows.append((name, value, asked.origins[name]))
-    lines = [f"  {name:<18} {_plain(value):<22} {origin}\n" for name, value, origin in rows]
+    width = max(18, *(len(name) for name, _, _ in rows), 0)
+    lines = [f"  {name:<{width}} {_plain(value):<22} {origin}\n" for name, value, origin in rows]
     if ignored := left_out():
         lines.append(f"  left out, as it would break what a run needs: {', '.join(ignored)}\n")
     return f"asked of the cluster:\n{''.join(lines)}" if lines else ""

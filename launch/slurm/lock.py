@@ -14,6 +14,8 @@ from ...models.errors import ConfigError
 from ..hints import hint
 
 logger = logging.getLogger(__name__)
+_mine: set[Path] = set()
+"""Folders that this process submits to."""
 FILE = ".submitting"
 WAIT = 60.0
 """Seconds that a second submission waits for the first."""
@@ -36,15 +38,17 @@ def submitting(folder: Path, wait: float = WAIT) -> Iterator[None]:
             f"{folder} is being submitted by another command (or is run by it, with --cluster debug): "
             f"`{hint('jobs', folder)}` tells when it is through"
         )
+    _mine.add(folder.resolve())
     try:
         yield
     finally:
+        _mine.discard(folder.resolve())
         lock.release()
 
 
 def is_submitting(folder: Path) -> bool:
-    """Whether a command is at it, on whatever machine."""
-    if not (folder / FILE).exists():
+    """Whether another command is at it, on whatever machine."""
+    if folder.resolve() in _mine or not (folder / FILE).exists():
         return False
     try:
         lock = _acquired(folder, 0.0)

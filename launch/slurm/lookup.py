@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,6 +26,10 @@ from .processes import controllers, is_ordered
 from .settings import ClusterConfig
 
 _COLUMNS = ("JobArrayID", "SubmitTime", "Name", "Command")
+UNSURE = "unsure"
+"""In the folder of a launch: sbatch was asked, and its answer was lost."""
+LATE = 300.0
+"""Seconds in which such a job may still come into the queue."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,11 @@ def queued_jobs() -> list[NamedJob]:
     """All jobs of this user that Slurm knows. Raises GraftError."""
     columns = ",".join(f"{name}:|" for name in _COLUMNS)
     text = ask("squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}")
-    rows = [[value.strip() for value in line.split("|")] for line in text.splitlines()]
+    last = len(_COLUMNS) - 1  # the path of the script, which may have the sign in it
+    rows = [line.split("|", last) for line in text.splitlines() if line.count("|") > last]
     return [
-        NamedJob(row[0], row[2], Path(row[3]), datetime.fromisoformat(row[1]).timestamp())
-        for row in rows
-        if len(row) > len(_COLUMNS)
+        NamedJob(job, name, Path(script.removesuffix("|")), datetime.fromisoformat(submitted).timestamp())
+        for job, submitted, name, script in ([value.strip() for value in row] for row in rows)
     ]
 
 
@@ -127,7 +132,9 @@ def _with_number(
     found = job_id(launch, one.index)  # the job may have begun by now, and have written it down
     if found:
         return replace(one, job_id=found)
-    return one if is_submitting(home(run)) or is_ordered(launch / "submit.sh") else None
+    under_way = is_submitting(home(run)) or is_ordered(launch / "submit.sh")
+    may_come = (launch / UNSURE).exists() and time.time() - one.submitted < LATE
+    return one if under_way or may_come else None
 
 
 def _in_queue(run: Path, named: Sequence[NamedJob]) -> list[Submission]:

@@ -70,7 +70,7 @@ def _with_script(parts: list[str], launch: Launch, problem: GraftError | None, *
             parts += [f"{waits}\n" for waits in [test_only(launch)] if waits]
         except ConfigError as error:
             problem = error
-    return Preview("\n".join([*parts, script(launch)]), problem)
+    return Preview("\n".join([*parts, f"{script(launch).rstrip()}\n"]), problem)
 
 
 def _plans(plan: Plan, config: ClusterConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ...models.errors import ConfigError
 from ..config import load_config
 from ..hints import hint
+from ..say import say_aside
 from .batch import Launch, Request, job_name
 from .checks import check_commands, check_folder, check_resources
 from .files import JobFolder, Submission
@@ -19,6 +21,9 @@ from .lookup import home
 from .progress import current_stage
 from .settings import ClusterConfig
 from .submission import refuse_active, start
+
+PATIENCE, EVERY = 600.0, 2.0
+"""Seconds that `graftvit resume` waits for a job that was told to stop, and between two looks at it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,25 @@ def find_unfinished(folder: Path) -> Unfinished:
         return Unfinished(folder, free)
     refuse_active([folder / "teacher"], folder)
     return Unfinished(folder, free, Request(teacher.command, folder / "teacher"))
+
+
+def wait_for_stops(folder: Path, patience: float = PATIENCE) -> None:
+    """Until jobs that `graftvit stop` has told to end have ended; after `patience` seconds they count as at work."""
+    until, told = time.monotonic() + patience, False
+    while time.monotonic() < until:
+        judged = judge_jobs(run_folders(folder), strict=True)
+        ending = [
+            one.words
+            for run, jobs in judged.items()
+            for one in jobs
+            if one.state == "stopping" and JobFolder(run).asked_to_stop(one.submission.job_id)
+        ]
+        if not ending:
+            return
+        if not told:
+            say_aside(f"graftvit: waiting for {ending[0]}, which was told to stop, to end\n")
+        told = True
+        time.sleep(EVERY)
 
 
 def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> str:

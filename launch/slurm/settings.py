@@ -20,8 +20,8 @@ from .gpus import count_gpus, gpus_in, parse_gpus
 
 OF_THE_JOB = (
     "array", "clusters", "error", "gpus", "gpus_per_task", "input", "job_name", "no_kill", "no_requeue", "ntasks",
-    "ntasks_per_gpu", "ntasks_per_node", "open_mode", "output", "parsable", "requeue", "signal", "test_only", "wait",
-    "wrap",
+    "help", "ntasks_per_gpu", "ntasks_per_node", "open_mode", "output", "parsable", "quiet", "requeue", "signal",
+    "test_only", "usage", "verbose", "version", "wait", "wrap",
 )  # fmt: skip
 """Options of sbatch that follow from what a run needs, or that would keep it from surviving."""
 MAILS = (
@@ -196,7 +196,7 @@ class ClusterConfig(BaseModel):
         for name in named:
             if name in cls.model_fields and name not in OF_ANOTHER_MEANING:
                 raise ValueError(f"{name} has a flag and a key of its own, --{name}")
-            if name in OF_THE_JOB:
+            if any(option.startswith(name) for option in OF_THE_JOB):  # sbatch takes short forms, too
                 raise ValueError(f"{name.replace('_', '-')} follows from what the run needs")
         return {name: value for name, value in named.items() if value is not False}
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import tempfile
@@ -23,7 +24,7 @@ from .attempt import Attempt
 from .batch import Launch, Request, command, executor_of, job_name, script
 from .checks import ask_sbatch
 from .files import JobFolder, Submission
-from .lookup import number_by_name, write_number
+from .lookup import UNSURE, number_by_name, write_number
 from .pitfalls import detached, outside_of_a_job, start_script
 from .snapshot import copy_package, origin
 from .unbroken import InterruptedSubmissionError, unbroken
@@ -155,8 +156,11 @@ def _sbatch(launch: Launch) -> str:
             timeout=ANSWER,
             start_new_session=True,
         )
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split(";")[0].strip()
+        numbers = re.findall(
+            r"^([0-9]+)(?:;.*)?$", done.stdout, re.MULTILINE
+        )  # below what a site greets with
+        if done.returncode == 0 and numbers:
+            return str(numbers[-1])
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
     try:
         number = number_by_name(launch.place)  # an answer may be lost on its way, and the job be queued
@@ -165,9 +169,22 @@ def _sbatch(launch: Launch) -> str:
             f"sbatch: {said}; whether the job is queued is not known: `{hint('jobs', launch.folder)}` tells when "
             f"Slurm answers again"
         ) from error
-    if not number:
-        raise ConfigError(f"the cluster refused the job: {said}")
-    return number
+    if number:
+        return number
+    if _may_be_queued(said):
+        (launch.place / UNSURE).touch()
+        raise GraftError(
+            f"sbatch: {said}; the job may be queued all the same: `{hint('jobs', launch.folder)}` tells in some minutes"
+        )
+    raise ConfigError(f"the cluster refused the job: {said}")
+
+
+def _may_be_queued(said: str) -> bool:
+    """Whether the question came to the controller, and the answer was lost."""
+    return any(
+        words in said.lower()
+        for words in ("timed out", "send/recv", "zero bytes", "gave no answer", "exit code 0")
+    )
 
 
 def _start(launch: Launch) -> str:

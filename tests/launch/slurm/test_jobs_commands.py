@@ -57,7 +57,7 @@ def test_all_remembered_runs_in_a_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["jobs"]) == 0
-    assert "no run was submitted" in capsys.readouterr().out
+    assert "no run of this user is listed" in capsys.readouterr().out
     for name in ("one", "two"):
         submitted(tmp_path / name)
         remember(tmp_path / name)

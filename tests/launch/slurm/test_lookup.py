@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from graftvit.launch.slurm import lookup
 from graftvit.launch.slurm.batch import job_name
 from graftvit.launch.slurm.files import JobFolder
-from graftvit.launch.slurm.lock import submitting
+from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
 from graftvit.models.errors import GraftError
 from slurm_folders import submitted
@@ -52,8 +54,10 @@ def test_what_never_came_to_a_job_is_left_out(monkeypatch: pytest.MonkeyPatch, s
     cell = sweep / "cells" / "a"
     queue(monkeypatch, *array_of(sweep, "launch-of-another-submission"))
     assert find_submissions([cell])[cell] == []
-    with submitting(sweep):  # it is being submitted at this moment
+    with FileLock(sweep / FILE):  # another command submits it at this moment
         assert [one.job_id for one in find_submissions([cell])[cell]] == [""]
+    with submitting(sweep):  # this one does, and what it finds was left by one that was killed
+        assert find_submissions([cell])[cell] == []
     queue(monkeypatch)
     monkeypatch.setattr(lookup, "is_ordered", lambda script: script.name == "submit.sh")  # by an orphan
     assert len(find_submissions([cell])[cell]) == 1
@@ -81,3 +85,31 @@ def test_slurm_is_not_asked_of_a_folder_that_nothing_was_submitted_to(
     assert find_submissions([tmp_path])[tmp_path] == []
     with pytest.raises(GraftError, match="does not answer"):
         find_submissions([sweep / "cells" / "a"])
+
+
+def test_a_job_whose_order_got_no_answer_may_still_come(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launch = tmp_path / "jobs" / "launch-0"
+    launch.mkdir(parents=True)
+    submitted(tmp_path, job_id="", launch=str(launch), submitted=time.time())
+    queue(monkeypatch)
+    assert find_submissions([tmp_path])[tmp_path] == []
+    (launch / lookup.UNSURE).touch()
+    assert [one.job_id for one in find_submissions([tmp_path])[tmp_path]] == [""]
+    monkeypatch.setattr(lookup, "LATE", 0.0)
+    assert find_submissions([tmp_path])[tmp_path] == []
+    queue(monkeypatch, NamedJob("7", job_name(tmp_path), launch / "submit.sh", 1.0))
+    assert [one.job_id for one in find_submissions([tmp_path])[tmp_path]] == ["7"]
+
+
+def test_names_with_bars_and_links_are_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a|b c"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    assert job_name(tmp_path / "link") == job_name(folder)
+    assert "|" not in job_name(folder)
+    line = f"12_3|2026-11-22T10:00:00|{job_name(folder)}|{folder}/jobs/launch-0/submit.sh|\n"
+    monkeypatch.setattr(lookup, "ask", lambda *words: line)
+    (job,) = lookup.queued_jobs()
+    assert (job.job_id, job.script) == ("12_3", folder / "jobs" / "launch-0" / "submit.sh")

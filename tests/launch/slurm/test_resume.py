@@ -8,10 +8,12 @@ import pytest
 from engine_runs import config
 from graftvit.launch.cli import main
 from graftvit.launch.config import dump_config
-from graftvit.launch.slurm import submission
+from graftvit.launch.slurm import jobs, submission
+from graftvit.launch.slurm import resume as resume_module
 from graftvit.launch.slurm.batch import Launch, Request, script
 from graftvit.launch.slurm.preview import preview_again
 from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
+from graftvit.launch.slurm.scheduler import JobState
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.train import train
@@ -243,3 +245,18 @@ def test_flags_of_the_command(
     printed = capsys.readouterr().out
     assert printed.endswith(f"\n\nagain: {tmp_path}\n\n--cluster local: 3 processes on this machine\n")
     assert "  tasks_per_node     3                      --tasks_per_node\n" in printed
+
+
+def test_a_job_that_was_told_to_stop_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = submitted(tmp_path, job_id="7")
+    looks = iter(["COMPLETING", "COMPLETING", "COMPLETED"])
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState(next(looks))))
+    monkeypatch.setattr(resume_module, "EVERY", 0.0)
+    resume_module.wait_for_stops(tmp_path)  # it ends for another reason: nobody waits
+    assert capsys.readouterr().err == ""
+    files.stop_request("7").touch()
+    resume_module.wait_for_stops(tmp_path)
+    assert capsys.readouterr().err == "graftvit: waiting for job 7, which was told to stop, to end\n"
+    assert next(looks, None) is None
