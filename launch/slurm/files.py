@@ -58,6 +58,8 @@ class Submission:
     """Place in the array; None for a job that is none."""
     launch: str = ""
     """Folder of what was submitted together with it; its file `job` has the number. Empty in older records."""
+    output_dir: str = ""
+    """The run folder, as it was called then. Empty in older records."""
     host: str = ""
     pid: int = 0
     """The process that submitted it, which is the run itself with `debug`."""
@@ -118,10 +120,22 @@ class JobFolder:
                 path.unlink()
 
     def submissions(self) -> list[Submission]:
-        """All that were submitted, the oldest first. Raises CheckpointError for a damaged file."""
+        """All that were submitted, the oldest first. Raises CheckpointError for a damaged file.
+
+        Those of a copy are the jobs of the run that it was copied from; a folder that was moved keeps its own.
+        """
         older = self.folder / "submission.json"  # there was one file for all, which had the newest
         paths = [*([older] if older.exists() else []), *self._submission_paths()]
-        return [_read_submission(path) for path in paths]
+        found = [_read_submission(path) for path in paths if not self._is_copy(path)]
+        return [_moved(one, self.output_dir) for one in found]
+
+    def _is_copy(self, path: Path) -> bool:
+        folder = Path(_values(path).get("output_dir") or self.output_dir)
+        first = folder / path.relative_to(self.output_dir)
+        try:
+            return not first.samefile(path) and first.read_bytes() == path.read_bytes()
+        except OSError:  # it is there no more
+            return False
 
     def submission(self) -> Submission | None:
         """The newest; None where nothing was submitted. Raises CheckpointError for a damaged file."""
@@ -224,14 +238,37 @@ def _number(path: Path) -> int:
     return int(path.stem.partition("-")[0])
 
 
-def _read_submission(path: Path) -> Submission:
-    """Its number is in the folder of its launch, where one file has it for all cells of an array."""
+def _values(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         values.pop("earlier", None)  # in older records
-        found = Submission(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
+    return values
+
+
+def _read_submission(path: Path) -> Submission:
+    try:
+        return Submission(**_values(path))
+    except TypeError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
+
+
+def _moved(found: Submission, here: Path) -> Submission:
+    """With places as they are called now, and its number.
+
+    The number is in the folder of the launch, where one file has it for all cells of an array.
+    """
+    before, now = Path(found.output_dir or here), here
+    if before.resolve() != now.resolve():
+        while before.name == now.name and before != before.parent:  # a sweep was moved, and this is a cell
+            before, now = before.parent, now.parent
+
+        def place(text: str) -> str:
+            inside = bool(text) and Path(text).is_relative_to(before)
+            return str(now / Path(text).relative_to(before)) if inside else text
+
+        found = replace(found, logs=place(found.logs), launch=place(found.launch), code=place(found.code))
     if found.job_id or not found.launch:
         return found
     return replace(found, job_id=job_id(Path(found.launch), found.index))

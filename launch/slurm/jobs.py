@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
+from ..submitted import SUBMITTED
 from .ask import TRIES
 from .blame import NOTHING, Blame, blame, blame_start, log_starts
 from .files import Attempt, JobFolder, Submission
@@ -228,7 +229,8 @@ def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
     waits = state in ("pending", "requeued")
     trains = state == "running" and shown.why != STARTING and last is not None
     wrong = state in ("failed", "unknown", "node failed")
-    order = read_order(folder)
+    command = shown.submission.command
+    order = read_order(folder) if command and command[0] in SUBMITTED else None
     return RunStatus(
         folder=folder,
         job_id=shown.submission.job_id,

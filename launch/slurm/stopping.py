@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
+from ..submitted import SUBMITTED
 from .ask import NoSuchJobError
 from .files import JobFolder
 from .jobs import JudgedJob, judge_jobs, run_folders
 from .lock import submitting
 from .lookup import home
-from .order import read_order
 from .processes import stop_process
 from .scheduler import cancel, signal_job
 
@@ -85,7 +85,7 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         raise ConfigError("it has no number yet; stop it again in a moment")
     files = JobFolder(run)
     request = files.stop_request(submission.job_id)
-    is_run = read_order(run) is None
+    is_run = not submission.command or submission.command[0] not in SUBMITTED
     ends = "saves at its next step and ends" if is_run else "ends"
     job, go_on = (
         f"{one.words} of {run}",

@@ -128,6 +128,7 @@ def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") 
                 name=launch.name,
                 index=index if _is_array(launch) else None,
                 launch=str(launch.place),
+                output_dir=str(request.output_dir.absolute()),
                 host=socket.gethostname(),
                 pid=os.getpid(),
             )

@@ -113,3 +113,22 @@ def test_names_with_bars_and_links_are_one_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(lookup, "ask", lambda *words: line)
     (job,) = lookup.queued_jobs()
     assert (job.job_id, job.script) == ("12_3", folder / "jobs" / "launch-0" / "submit.sh")
+
+
+def test_a_copy_of_a_run_has_no_job_and_a_moved_run_keeps_its_own(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    cell, launch = sweep / "cells" / "a", sweep / "jobs" / "launch-0"
+    launch.mkdir(parents=True)
+    (launch / "job").write_text("7\n")
+    places = {"launch": str(launch), "logs": str(sweep / "jobs" / "logs"), "output_dir": str(cell)}
+    submitted(cell, job_id="", index=3, **places)
+    copy = tmp_path / "copy"
+    shutil.copytree(sweep, copy)
+    assert [one.job_id for one in JobFolder(cell).submissions()] == ["7_3"]
+    assert JobFolder(copy / "cells" / "a").submissions() == []
+    (tmp_path / "link").symlink_to(sweep)
+    assert [one.job_id for one in JobFolder(tmp_path / "link" / "cells" / "a").submissions()] == ["7_3"]
+    shutil.rmtree(copy)
+    sweep.rename(tmp_path / "moved")
+    (found,) = JobFolder(tmp_path / "moved" / "cells" / "a").submissions()
+    assert (found.job_id, found.logs) == ("7_3", str(tmp_path / "moved" / "jobs" / "logs"))
