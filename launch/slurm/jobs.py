@@ -10,7 +10,7 @@ from pathlib import Path
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
 from ..submitted import SUBMITTED
-from .ask import TRIES
+from .ask import TRIES, NoAnswerError
 from .blame import NOTHING, Blame, blame, blame_start, log_starts
 from .files import Attempt, JobFolder, Submission
 from .judging import ACTIVE, AT_WORK, STARTING, WAITING, Evidence, Restart, judge, restarts_of
@@ -140,12 +140,12 @@ def judge_jobs(
 
     Args:
         runs: Run folders, submitted or not.
-        strict: Raise GraftError where the scheduler does not answer, instead of judging by the files.
+        strict: Raise NoAnswerError where the scheduler does not answer, instead of judging by the files.
         by_name: As in `find_submissions`.
     """
     judged, problem = _judge(list(runs), TRIES, by_name)
     if problem and strict:
-        raise GraftError(problem)
+        raise NoAnswerError(problem)
     return judged
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...models.errors import ConfigError, DataError
 from ...transfer.config import RunConfig
 from ..hints import hint
+from .ask import NoAnswerError
 from .batch import Launch, Request, job_name, new_identity
 from .checks import check_commands, check_folder, check_resources
 from .jobs import judge_jobs
@@ -120,11 +121,16 @@ def _refuse_second(plan: Plan, config: ClusterConfig) -> None:
     first = [] if plan.first is None else [plan.first]
     own = [request.output_dir for request in [*first, *plan.requests]]
     there = [] if plan.folder in own else [plan.folder]
-    refuse_active([*there, *own], plan.folder, by_name=config.cluster == "slurm")
+    try:
+        refuse_active([*there, *own], plan.folder)
+    except NoAnswerError:
+        if config.cluster == "slurm":
+            raise
+        refuse_active([*there, *own], plan.folder, by_name=False)  # what needs no Slurm does not wait for it
 
 
 def refuse_active(runs: Iterable[Path], shown: Path, *, by_name: bool = True) -> None:
-    """Raises ConfigError where one of these runs has a job; GraftError where Slurm has to be asked and is silent."""
+    """Raises ConfigError where one of these runs has a job; NoAnswerError where Slurm has to be asked and is silent."""
     for run, jobs in judge_jobs(runs, strict=True, by_name=by_name).items():
         for one in jobs:
             if one.active:

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from graftvit.launch.slurm import lookup
-from graftvit.launch.slurm.batch import job_name
+from graftvit.launch.slurm import jobs, lookup
+from graftvit.launch.slurm.ask import NoAnswerError
+from graftvit.launch.slurm.batch import Request, job_name
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
-from graftvit.models.errors import GraftError
+from graftvit.launch.slurm.requests import Plan
+from graftvit.launch.slurm.scheduler import JobState
+from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm.submission import _refuse_second
+from graftvit.models.errors import ConfigError, GraftError
 from slurm_folders import submitted
 
 
@@ -132,3 +137,24 @@ def test_a_copy_of_a_run_has_no_job_and_a_moved_run_keeps_its_own(tmp_path: Path
     sweep.rename(tmp_path / "moved")
     (found,) = JobFolder(tmp_path / "moved" / "cells" / "a").submissions()
     assert (found.job_id, found.logs) == ("7_3", str(tmp_path / "moved" / "jobs" / "logs"))
+
+
+def test_a_run_of_this_machine_is_not_let_into_the_folder_of_a_job_without_records(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with submitting(tmp_path):
+        pass
+    plan = Plan(tmp_path, [], {}, [Request(["train"], tmp_path)])
+    config = ClusterConfig(cluster="local")
+    queue(monkeypatch, NamedJob("7", job_name(tmp_path), tmp_path / "jobs" / "launch-0" / "submit.sh", 1.0))
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("RUNNING")))
+    with pytest.raises(ConfigError, match="is job 7 already"):
+        _refuse_second(plan, config)
+
+    def silent() -> list[NamedJob]:
+        raise NoAnswerError("Slurm does not answer")
+
+    monkeypatch.setattr(lookup, "queued_jobs", silent)
+    _refuse_second(plan, config)  # which needs no Slurm
+    with pytest.raises(NoAnswerError):
+        _refuse_second(plan, ClusterConfig())
