@@ -96,7 +96,7 @@ def run_folders(folder: Path) -> list[Path]:
     Raises ConfigError: nothing was submitted to the folder.
     """
     folder = folder.absolute()
-    if not folder.is_dir() and not _submissions([folder], by_name=True)[0][folder]:
+    if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give the output_dir of a run")
     sweep = load_sweep(folder)
     cells = [cell.folder for cell in sweep.cells] if sweep else sorted((folder / "cells").glob("*"))

@@ -110,8 +110,7 @@ def queued_jobs() -> list[NamedJob]:
 def _slurm_may_tell(found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path]) -> bool:
     if any(one.cluster == "slurm" and not one.job_id for known in found.values() for one in known):
         return True
-    removed = any((home(run) / LOCK).exists() or not run.exists() for run in lost)
-    return removed and shutil.which("squeue") is not None
+    return any((home(run) / LOCK).exists() for run in lost) and shutil.which("squeue") is not None
 
 
 def _with_number(

@@ -158,15 +158,3 @@ def test_a_run_of_this_machine_is_not_let_into_the_folder_of_a_job_without_recor
     _refuse_second(plan, config)  # which needs no Slurm
     with pytest.raises(NoAnswerError):
         _refuse_second(plan, ClusterConfig())
-
-
-def test_the_job_of_a_folder_that_was_removed_is_still_known(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = tmp_path / "gone"
-    queue(monkeypatch, NamedJob("7", job_name(gone), gone / "jobs" / "launch-0" / "submit.sh", 1.0))
-    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("RUNNING")))
-    assert jobs.run_folders(gone) == [gone]
-    assert jobs.describe_run(gone).job_id == "7"
-    with pytest.raises(ConfigError, match="is no folder"):
-        jobs.run_folders(tmp_path / "mistyped")
