@@ -78,4 +78,4 @@ def test_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--after", str(tmp_path / "a"), "--dependency=singleton", f"--after={tmp_path / 'b'}"]
     asked = asked_by(parse_command(parser, words)[0])
     assert asked.config().options()["dependency"] == "singleton,afterok:7:8"
-    assert "  dependency         singleton,afterok:7:8  --after\n" in describe(asked)
+    assert "  dependency          singleton,afterok:7:8  --after\n" in describe(asked)
