@@ -99,7 +99,7 @@ SCRIPT = "\n#SBATCH --nodes="
         (["--cpus_per_task", "9"], "--cpus_per_task x tasks a node is 9: partition main has nodes with up to 8 cores"),
         (["--cpus_per_task", "3", "--tasks_per_node", "3"], "is 9: partition main has nodes with up to 8 cores"),
         (["--mem", "5G"], "--mem is 5120: partition main has nodes with up to 4000 MiB of memory"),
-        (["--output_dir", "/var/tmp/graftvit-run"], "is in none of the folders that every node sees (shared_folders of the site file:"),
+        (["--output_dir", "/var/tmp/graftvit-run"], "is in none of the folders that every node sees (shared_folders"),
         (["--data.dataset", "folder", "--data_path", "nowhere"], "nowhere"),
         (["--data.dataset", "torch/cifar10", "--data_path", "nowhere", "--data.num_classes", "10"], "nowhere"),
         (["--data.train_samples", "1", "--nodes", "2"], "has 1 images, fewer than 2 ranks"),
