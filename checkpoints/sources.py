@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from timm.models import is_model, list_models, list_pretrained, split_model_name_tag
 
 from ..models.errors import CheckpointError
-from .safety.paths import is_folder, is_there
+from .safety.paths import is_folder, is_there, near_path
 
 SAFE_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -105,7 +105,7 @@ def _folder(name: str, text: str) -> FolderSource:
     path, part = _split_part(name)
     if not name or not is_there(path):
         unfinished = is_there(path.parent / "config.yaml") or is_there(path.parent / "jobs")
-        why = f"the run in {path.parent} has not written it yet" if unfinished else "check the path"
+        why = f"the run in {path.parent} has not written it yet" if unfinished else _near(path)
         raise CheckpointError(f"{text!r}: there is no folder {str(path)!r}; {why}")
     if not is_folder(path):
         raise CheckpointError(
@@ -117,10 +117,14 @@ def _folder(name: str, text: str) -> FolderSource:
 def _file(text: str) -> FileSource:
     path, part = _split_part(text)
     if not is_there(path):
-        raise CheckpointError(f"the weights file {str(path)!r} is not there; check the path")
+        raise CheckpointError(f"the weights file {str(path)!r} is not there; {_near(path)}")
     if is_folder(path):
         raise CheckpointError(f"the weights file {str(path)!r} is a folder; write local-dir: before it")
     return FileSource(path, part)
+
+
+def _near(path: Path) -> str:
+    return near_path(path) or "check the path"
 
 
 def _split_part(text: str) -> tuple[Path, Part | None]:
@@ -133,9 +137,10 @@ def _split_part(text: str) -> tuple[Path, Part | None]:
 
 def _suggest(text: str) -> str:
     base, tag = split_model_name_tag(text)
+    near = near_path(_split_part(text)[0])
     if "/" in text or ":" in text:
-        return f"there is no such file or folder; write {SYNTAX}"
+        return f"there is no such file or folder; {f'{near} Else ' if near else ''}write {SYNTAX}"
     names = list_pretrained() if tag else list_models()
     nearest = difflib.get_close_matches(text if tag else base, names, n=1, cutoff=0.6)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    hint = f"did you mean {nearest[0]!r}? " if nearest else f"{near} " if near else ""
     return f"{hint}Valid is {SYNTAX}; `timm.list_pretrained()` names the models"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -22,3 +23,32 @@ def is_file(path: str | Path) -> bool:
 def is_folder(path: str | Path) -> bool:
     """Whether it is a folder."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def near_path(path: str | Path, *, folders: bool = False) -> str:
+    """`did you mean 'runs/teacher'?` for `runs/techer`, which is not there; nothing where no name beside it is like it.
+
+    Args:
+        path: As somebody typed it; the first part of it that is not there is what was mistyped.
+        folders: Leave out files.
+    """
+    missing = Path(path)
+    if is_there(missing):
+        return ""
+    while missing.name and not is_folder(missing.parent):
+        missing = missing.parent
+    try:
+        names = [path.name for path in missing.parent.iterdir() if _may_be(path, missing.name, folders)]
+    except (OSError, ValueError):
+        return ""
+    found = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.6)
+    if not found:
+        return ""
+    near = missing.parent / found[0]
+    inside = near / Path(path).relative_to(missing)
+    return f"did you mean {str(inside if is_there(inside) else near)!r}?"
+
+
+def _may_be(path: Path, typed: str, folders: bool) -> bool:
+    hidden = path.name.startswith(".") and not typed.startswith(".")
+    return not hidden and (not folders or is_folder(path))

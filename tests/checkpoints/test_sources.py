@@ -60,13 +60,17 @@ def test_folders(tmp_path: Path) -> None:
         ("nowhere.pth", "weights file 'nowhere.pth' is not there"),
         ("local-dir:nowhere", "there is no folder 'nowhere'"),
         ("local-dir:", "there is no folder"),
+        ("local-dir:checkpionts/formats", "there is no folder .*; did you mean 'checkpoints/formats'"),
+        ("./checkpoints/formts", "no such file or folder; did you mean 'checkpoints/formats'. Else write"),
+        ("checkpoints/test_sources.pth", "is not there; did you mean 'checkpoints/test_sources.py'"),
         ("hf-hub:name", "is not a hub name: write hf-hub:org/name"),
         ("hf-hub:a/b/c", "is not a hub name"),
         ("hf-hub:org/name@", "is not a hub name"),
         ("hf-hub:org/name@a@b", "is not a hub name"),
     ],
 )
-def test_mistakes_are_answered_in_one_sentence(text: str, said: str) -> None:
+def test_mistakes_are_answered_in_one_sentence(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(CheckpointError, match=said) as caught:
         parse_source(text)
     assert "\n" not in str(caught.value)
