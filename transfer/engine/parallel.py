@@ -40,17 +40,17 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     # device.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # Copied layers skip the student's own projections, so some of its parameters may take no part in a step.
-    skips = config.mode == "transfer" and config.transfer.method.startswith("copy")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    several = world_size > 1
     cpu = config.engine.device == "cpu" or not torch.cuda.is_available()
-    # DDP sorts its buckets anew after its first step unless it looks for unused parameters. Three or more gloo ranks
-    # add an element in an order that depends on its place, so a restart would differ by rounding.
-    keeps_order = several and cpu
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu" or (several and not torch.cuda.is_available()),
         mixed_precision="no" if config.engine.precision == "fp32" else config.engine.precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skips or keeps_order)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=looks_for_unused(config, world_size, cpu=cpu)
+            )
+        ],
     )
     if config.engine.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
@@ -73,6 +73,17 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     if accelerator.num_processes > 1:
         atexit.register(_leave_group)
     return accelerator
+
+
+def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:
+    """Whether DDP has to look in each step for parameters that take no part in it; torch warns where it finds none.
+
+    Copied layers skip the student's own projections. And DDP sorts its buckets anew after its first step unless it
+    looks: three or more gloo ranks add an element in an order that depends on its place, so a restart would differ by
+    rounding.
+    """
+    skips = config.mode == "transfer" and config.transfer.method.startswith("copy")
+    return skips or (cpu and world_size > 2)
 
 
 def _leave_group() -> None:

@@ -16,6 +16,7 @@ from graftvit.transfer.engine.parallel import (
     create_accelerator,
     gather,
     gathered,
+    looks_for_unused,
     placed_like,
     raise_together,
     shard,
@@ -55,6 +56,23 @@ def test_precision_may_change_from_run_to_run_in_one_process() -> None:
     for precision in ("fp32", "bf16", "fp32"):
         accelerator = create_accelerator(config(Path("runs"), engine={"precision": precision}))
         assert accelerator.mixed_precision == ("no" if precision == "fp32" else precision)
+
+
+@pytest.mark.parametrize(
+    ("method", "world_size", "cpu", "looks"),
+    [
+        ("distill", 1, True, False),
+        ("distill", 2, True, False),  # a + b is b + a
+        ("distill", 3, True, True),
+        ("distill", 3, False, False),
+        ("copy", 2, False, True),
+    ],
+)
+def test_unused_parameters_are_looked_for_where_they_have_to_be(
+    method: str, world_size: int, cpu: bool, looks: bool
+) -> None:
+    made = config(Path("runs"), mode="transfer", transfer={"method": method})
+    assert looks_for_unused(made, world_size, cpu=cpu) is looks
 
 
 def test_compilation_does_not_go_with_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
