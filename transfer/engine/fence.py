@@ -57,8 +57,12 @@ class Fence:
         write_file(self.path, write, size=len(text))
 
     def check(self) -> None:
-        """Raises FencedError where another attempt has taken the run over."""
+        """Raises FencedError where another attempt has taken the run over, or the run folder is gone."""
         holder = self._read()
+        if holder is None and not self.folder.is_dir():
+            raise FencedError(
+                f"{self.folder} is not there any more: it was moved or removed; this run writes nothing more"
+            )
         if holder is None or holder["token"] != self.token:
             by = "another attempt" if holder is None else _describe(holder)
             raise FencedError(f"{by} has taken over the run in {self.folder}; this one writes nothing more")

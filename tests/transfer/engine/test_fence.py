@@ -46,6 +46,7 @@ def test_the_newer_attempt_writes_and_the_older_one_does_not(tmp_path: Path) -> 
 
 def test_an_attempt_whose_successor_is_through_stays_out(tmp_path: Path) -> None:
     old = taken(tmp_path)
+    (tmp_path / "config.yaml").touch()
     with taken(tmp_path).held():
         pass
     assert not (tmp_path / "fence.json").exists()
@@ -263,3 +264,11 @@ def test_the_log_asks_before_it_writes(tmp_path: Path) -> None:
     with pytest.raises(FencedError):
         log.keep(0)
     assert [record["step"] for record in read_log(log.path)] == [1]
+
+
+def test_a_run_whose_folder_is_gone_says_so_and_blames_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fence = taken(folder)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(FencedError, match=f"^{folder} is not there any more: it was moved or removed;"):
+        fence.check()
