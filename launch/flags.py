@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ..checkpoints.safety.paths import is_there
@@ -50,6 +51,16 @@ def command_parser(command: str, description: str, examples: Iterable[str], usag
         formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=_help_width()),
         allow_abbrev=False,
     )
+
+
+def run_folder(text: str) -> Path:
+    """A folder that is named on the command line; an empty name, as of a variable that is not set, is none.
+
+    Raises argparse.ArgumentTypeError, which the parser turns into its own sentence.
+    """
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder: give that of a run or of a sweep")
+    return Path(text)
 
 
 def parse_command(

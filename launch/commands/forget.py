@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ...models.errors import ConfigError
-from ..flags import command_parser
+from ..flags import command_parser, run_folder
 from ..say import say
 
 EXAMPLES = (
@@ -25,7 +23,9 @@ def run(argv: list[str]) -> int:
         EXAMPLES,
         usage="RUN ... | --ended",
     )
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run or of a sweep")
+    parser.add_argument(
+        "runs", type=run_folder, nargs="*", metavar="RUN", help="folder of a run or of a sweep"
+    )
     parser.add_argument("--ended", action="store_true", help="all runs in the list that have no job")
     arguments = parser.parse_args(argv)
     if bool(arguments.runs) == arguments.ended:

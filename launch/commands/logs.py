@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..flags import command_parser
+from ..flags import command_parser, run_folder
 from ..hints import hint
 from ..say import say, say_aside
 
@@ -56,7 +56,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         EXAMPLES,
         usage="RUN [--rank K|all] [--lines N] [--follow]",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a cell of a sweep")
+    parser.add_argument(
+        "run", type=run_folder, metavar="RUN", help="folder of a run, or of a cell of a sweep"
+    )
     parser.add_argument(
         "--rank", default="0", metavar="K", help="process, or all (default: 0, the first one)"
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..flags import command_parser
+from ..flags import command_parser, run_folder
 from ..say import say
 
 EXAMPLES = (
@@ -30,7 +28,7 @@ def run(argv: list[str]) -> int:
         EXAMPLES,
         usage="RUN [--flag value ...]",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or the folder of a sweep")
+    parser.add_argument("run", type=run_folder, metavar="RUN", help="a run folder, or the folder of a sweep")
     parser.add_argument(
         "--dry_run",
         action="store_true",

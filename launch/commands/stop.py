@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..flags import command_parser
+from ..flags import command_parser, run_folder
 from ..say import say, say_aside
 
 EXAMPLES = (
@@ -25,7 +23,7 @@ def run(argv: list[str]) -> int:
         EXAMPLES,
         usage="RUN [--now]",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of a sweep")
+    parser.add_argument("run", type=run_folder, metavar="RUN", help="folder of a run or of a sweep")
     parser.add_argument("--now", action="store_true", help="do not wait for a save")
     arguments = parser.parse_args(argv)
     stopped = stop(arguments.run, now=arguments.now)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..flags import command_parser
+from ..flags import command_parser, run_folder
 from ..say import say, say_aside
 
 EXAMPLES = (
@@ -21,7 +19,7 @@ DESCRIPTION = (
 def run(argv: list[str]) -> int:
     """Print the table as Markdown and write the three files."""
     parser = command_parser("summary", DESCRIPTION, EXAMPLES, usage="FOLDER")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the output_dir of the sweep")
+    parser.add_argument("folder", type=run_folder, metavar="FOLDER", help="the output_dir of the sweep")
     arguments = parser.parse_args(argv)
     from ..slurm.summary import summarize, to_markdown, write_summary
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import submitit
 
-from .settings import ClusterConfig
+from ...models.errors import ConfigError
+from .settings import ClusterConfig, check_line
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ class Launch:
     after: str | None = None
     """The job that has to finish before; where it does not, these are cancelled."""
     identity: str = field(default_factory=new_identity)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError: a folder that the script or the list of runs names would end its line."""
+        for what, folder in (
+            ("--output_dir", str(self.folder)),
+            ("the folder that you submit from,", str(Path.cwd())),
+        ):
+            try:
+                check_line(folder)
+            except ValueError as error:
+                raise ConfigError(f"{what} {folder!r} cannot be given to the cluster: {error}") from error
 
     @property
     def logs(self) -> Path:
@@ -153,14 +165,16 @@ def _node_setup(launch: Launch) -> list[str]:
 def _after_the_end(launch: Launch) -> list[str]:
     """Lines after srun: an error may be one after which the job is started again (`restart`).
 
-    A file system that is away takes the folder along, and often comes back. Where the folder is there and our part of
-    it is not, somebody has removed that.
+    A file system that is away takes the folder along, and often comes back. Where its neighbors are there, or it is
+    itself and our part of it is not, somebody has removed or moved that.
     """
-    folder, start, place = (shlex.quote(str(path)) for path in (launch.folder, launch.start, launch.place))
+    paths = (launch.folder, launch.folder.parent, launch.start, launch.place)
+    folder, above, start, place = (shlex.quote(str(path)) for path in paths)
     return [
         "code=$?",
         '[ "$code" -eq 0 ] && exit 0',
-        f"for _ in $(seq 30); do [ -d {folder} ] && break; sleep 10; done",
+        f"for _ in $(seq 30); do [ -d {folder} ] && break; "
+        f'[ -n "$(ls -A {above} 2>/dev/null)" ] && exit "$code"; sleep 10; done',
         f'[ -r {start} ] || exit "$code"',
         f'exec sh {start} -m graftvit.launch.slurm.restart {place} "$code"',
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...models.errors import ConfigError
-from ..flags import Parser
+from ..flags import Parser, run_folder
 from .layers import Asked, Layer, ask, site_file
 from .settings import ClusterConfig
 
@@ -32,7 +32,7 @@ def add_cluster_flags(parser: Parser) -> None:
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **keywords)
     group.add_argument(
         "--after",
-        type=Path,
+        type=run_folder,
         action="append",
         default=[],
         metavar="RUN",

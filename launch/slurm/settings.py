@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ...models.errors import ConfigError
 from ...transfer.config import check_plain
@@ -32,6 +32,11 @@ OF_ANOTHER_MEANING = ("container", "profile")
 """Options of sbatch whose names are given to something else here."""
 MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
 """Ways to ask for memory, which exclude each other."""
+OF_SEVERAL_LINES = ("setup", "node_setup", "shared_folders")
+"""What stands in no line of options."""
+LONGEST_MINUTES = (2**31 - 1) // 60
+"""Slurm counts the seconds of a limit in 32 bits."""
+_GRES = r"[A-Za-z_][\w./-]*(:[\w.+-]+)?(:[0-9]+[KMGTP]?)?"
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class ClusterConfig(BaseModel):
     )
     array_parallelism: int = Field(16, gt=0, description="cells of an array that run at a time")
     signal_delay: int = Field(
-        90, gt=0, description="seconds before the limit at which the job is told to save"
+        90, gt=0, le=65_535, description="seconds before the limit at which the job is told to save"
     )
     max_restarts: int = Field(
         3, ge=0, description="restarts in a row without a new state, after a failure that may pass"
@@ -150,13 +155,24 @@ class ClusterConfig(BaseModel):
         check_plain(value)
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_line(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name not in OF_SEVERAL_LINES:
+            check_line(value)
+        return value
+
     @field_validator("time")
     @classmethod
     def _check_time(cls, text: str) -> str:
         try:
-            parse_time(text)
+            minutes = parse_time(text)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        if minutes > LONGEST_MINUTES:
+            raise ValueError(
+                f"a limit is {LONGEST_MINUTES // 1440} days at most, which is all that Slurm counts"
+            )
         return text
 
     @field_validator(*MEMORY)
@@ -173,6 +189,15 @@ class ClusterConfig(BaseModel):
             parse_gpus(text)
         return text
 
+    @field_validator("gres")
+    @classmethod
+    def _check_gres(cls, text: str | None) -> str | None:
+        if text is not None and not all(re.fullmatch(_GRES, part.strip()) for part in text.split(",")):
+            raise ValueError(
+                "give names, each with a type, a number or both behind it, as in gpu:a100:4,tmpdisk:100"
+            )
+        return text
+
     @field_validator("partition")
     @classmethod
     def _check_partitions(cls, text: str | None) -> str | None:
@@ -184,7 +209,11 @@ class ClusterConfig(BaseModel):
     @classmethod
     def _check_mail(cls, text: str | None) -> str | None:
         words = [] if text is None else text.split(",")
-        unknown = [word for word in words if "@" not in word and word.upper() not in MAILS]
+        unknown = [
+            word
+            for word in words
+            if not (re.fullmatch(r"[^\s@]+@[^\s@]+", word) if "@" in word else word.upper() in MAILS)
+        ]
         if unknown or sum("@" in word for word in words) > 1:
             raise ValueError(f"valid are one address and {', '.join(MAILS)}, with commas between them")
         return text
@@ -193,6 +222,9 @@ class ClusterConfig(BaseModel):
     @classmethod
     def _check_options(cls, options: dict[str, bool | str | int]) -> dict[str, bool | str | int]:
         named = {option_name(name): _switch(value) for name, value in options.items()}
+        for name in options:
+            if not re.fullmatch(r"-{0,2}[A-Za-z][\w-]*", name):
+                raise ValueError(f"{name!r} is no name of an option")
         for name in named:
             if name in cls.model_fields and name not in OF_ANOTHER_MEANING:
                 raise ValueError(f"{name} has a flag and a key of its own, --{name}")
@@ -203,7 +235,12 @@ class ClusterConfig(BaseModel):
     @field_validator("setup", "node_setup", mode="before")
     @classmethod
     def _split_lines(cls, lines: Any) -> Any:
-        return lines.splitlines() if isinstance(lines, str) else lines
+        several = lines.splitlines() if isinstance(lines, str) else lines
+        if not isinstance(several, list | tuple) or not all(isinstance(one, str) for one in several):
+            raise ValueError(
+                "give a line, or a list of lines; in a file, one with ': ' in it stands in quotes"
+            )
+        return several
 
     @field_validator("shared_folders", mode="before")
     @classmethod
@@ -263,6 +300,14 @@ class ClusterConfig(BaseModel):
         elif not gpus_in(self.gres):
             found["gpus_per_node"] = self.gpus_per_node or "1"
         return {**found, **_mail(self.mail), **self.sbatch}
+
+
+def check_line(value: Any) -> None:
+    """ValueError for text that would end its line of the batch script, or steer a terminal that shows it."""
+    parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else [value]
+    for part in parts:
+        if isinstance(part, str) and any(ord(char) < 32 or ord(char) == 127 for char in part):
+            raise ValueError("it must be one line, without control characters")
 
 
 def sbatch_fields() -> dict[str, Sbatch]:

@@ -93,3 +93,12 @@ def test_mail(mail: str, options: dict[str, str]) -> None:
     assert (
         ClusterConfig(gpus_per_node=0, mail=mail, sbatch={"mail-type": "ALL"}).options()["mail_type"] == "ALL"
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["gpu", "gpu:2", "gpu:a100", "gpu:a100:4,tmpdisk:100", "gres/gpu:2", "gpu:1g.5gb:2", "gpu:3090:1, x", "none",
+     "tmpdisk:100G"],
+)  # fmt: skip
+def test_generic_resources_as_slurm_takes_them(text: str) -> None:
+    assert ClusterConfig(gres=text).gres == text

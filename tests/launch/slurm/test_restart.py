@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from graftvit.launch.slurm.failures import Failure, Kind
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.restart import Verdict, judge, main
 from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.models.errors import ConfigError
 from slurm_folders import submitted
 
 LOST = ("consequence", True, "RuntimeError: Connection closed by peer")
@@ -293,3 +296,26 @@ def test_only_a_job_on_slurm_has_the_lines_for_it(tmp_path: Path) -> None:
     assert after[0] == "code=$?"
     assert after[-1].startswith("exec sh ")
     assert "graftvit.launch.slurm.restart" in after[-1]
+
+
+@pytest.mark.parametrize("where", ["folder", "neighbor"])
+def test_a_folder_that_is_gone_beside_others_is_not_waited_for(tmp_path: Path, where: str) -> None:
+    """One on a file system that is away, whose neighbors are away as well, is looked for thirty times."""
+    run = tmp_path / "run"
+    made = Launch("run", run, [Request(["train"], run)], ClusterConfig(gpus_per_node=0), 1)
+    lines = script(made).splitlines()
+    begin = lines.index("code=$?")
+    (run if where == "folder" else tmp_path / "other").mkdir()
+    text = "\n".join(["sleep() { echo waits >&2; }", "(exit 7)", *lines[begin:]])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+    shutil.rmtree(tmp_path)
+    waited = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert (waited.returncode, waited.stderr.count("waits")) == (7, 30)
+
+
+def test_a_folder_whose_name_would_end_its_line_is_not_submitted(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--output_dir '.*/a\\nb' cannot be given to the cluster: it must be one line"
+    ):
+        Launch("run", tmp_path / "a\nb", [], ClusterConfig(), 1)

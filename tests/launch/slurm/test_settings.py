@@ -11,7 +11,7 @@ import yaml
 from graftvit.launch.flags import command_parser, parse_command
 from graftvit.launch.slurm.flags import ONLY_IN_THE_SITE_FILE, add_cluster_flags, cluster_of
 from graftvit.launch.slurm.layers import site_file
-from graftvit.launch.slurm.settings import ClusterConfig, parse_time
+from graftvit.launch.slurm.settings import ClusterConfig, parse_time, sbatch_fields
 from graftvit.models.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,7 +116,9 @@ def test_an_empty_site_file_says_nothing() -> None:
         ("mem: lots", "mem is 'lots'"),
         ("mem: 1.5G", "mem is '1.5G'"),
         ("partition: [a, b]", "partition is ['a', 'b']"),
-        ("setup: 5", "setup is 5"),
+        ("setup: 5", "setup is 5: give a line, or a list of lines"),
+        ("setup: {a: b}", "setup is {'a': 'b'}: give a line, or a list of lines"),
+        ("node_setup: [export A: b]", "node_setup is [{'export A': 'b'}]: give a line, or a list of lines"),
         ("shared_folders: 5", "shared_folders is 5"),
         ("sbatch: [exclusive]", "sbatch is ['exclusive']"),
         ("sbatch: exclusive", "sbatch is 'exclusive'"),
@@ -157,6 +159,23 @@ def test_a_site_file_that_is_no_text() -> None:
         (["--partitoin", "gpu"], "partitoin"),
         (["--shared_folders", "/scratch"], "shared_folders"),
         (["--partition"], "--partition"),
+        (["--mail", "@"], "--mail is '@': valid are one address and NONE"),
+        (["--mail", "me@"], "--mail is 'me@': valid are one address and NONE"),
+        (["--gres", "gpu:"], "--gres is 'gpu:': give names"),
+        (["--gres", ":3"], "--gres is ':3': give names"),
+        (["--gres", "gpu:a100:"], "--gres is 'gpu:a100:': give names"),
+        (["--gres", ""], "--gres is '': give names"),
+        (["--time", "9999999999"], "--time is '9999999999': a limit is 24855 days at most"),
+        (["--time", "35791395"], "--time is '35791395': a limit is 24855 days at most"),
+        (["--signal_delay", "65536"], "--signal_delay is '65536'"),
+        (["--after", ""], "--after: '' names no folder"),
+        (["--sbatch", "ni ce=5"], "'ni ce' is no name of an option"),
+        (["--sbatch", "nice=5\n#SBATCH --hold"], "it must be one line"),
+        (["--comment", "a\0b"], "--comment is 'a\\x00b': it must be one line"),
+        *[
+            ([f"--{name}", "a\nb"], f"--{name} is 'a\\nb': it must be one line")
+            for name in (*sbatch_fields(), "container", "container_mounts", "mail")
+        ],
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value(words: list[str], said: str) -> None:
