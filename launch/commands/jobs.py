@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, GraftError
-from ..flags import command_parser
+from ..flags import command_parser, run_folder
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         EXAMPLES,
         usage="[RUN ...] [--active] [--last N] [--watch | --json]",
     )
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run or of a sweep")
+    parser.add_argument(
+        "runs", type=run_folder, nargs="*", metavar="RUN", help="folder of a run or of a sweep"
+    )
     parser.add_argument("--active", action="store_true", help="those alone that wait or run")
     parser.add_argument(
         "--last", type=int, metavar="N", help="those alone that were submitted last, N of them"
@@ -92,11 +94,10 @@ def _look(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[RunSta
 
 def _folders(given: Sequence[Path]) -> dict[Path, str]:
     """Run folder -> its name: a path that every command takes from here."""
-    from ..slurm.jobs import run_folders
-    from ..slurm.registry import known
+    from ..slurm.jobs import listed_runs, run_folders
 
     names = {}
-    for folder in given or known():
+    for folder in given or listed_runs():
         try:
             runs = run_folders(folder)
         except GraftError:

@@ -45,6 +45,9 @@ class Attempt:
         early_signals.remember_signals(least=WAIT_FOR_THE_END)
         forget_old_results()
         os.chdir(self.directory)
+        if not self.output_dir.is_dir():
+            sys.stderr.write(f"graftvit: error: {self._gone}, and the job ends\n")
+            raise SystemExit(1)
         job = submitit.JobEnvironment()
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         export_ranks(restart)
@@ -54,6 +57,9 @@ class Attempt:
             record.note(outcome="stopped", ended=time.time())
             raise SystemExit(STOPPED)
         code = self._run(record)
+        if code == 0 and not self.output_dir.is_dir():  # a command, which writes elsewhere
+            sys.stderr.write(f"graftvit: {self._gone}; `graftvit {self.words[0]}` is through\n")
+            raise SystemExit(0)
         if code == 0:
             record.note(outcome="finished", ended=time.time())
             keep_results()
@@ -67,6 +73,10 @@ class Attempt:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """For submitit's own handler, which this one replaces at its first moment."""
         return submitit.helpers.DelayedSubmission(self)
+
+    @property
+    def _gone(self) -> str:
+        return f"{self.output_dir} is not there any more: it was moved or removed"
 
     def _run(self, record: Record) -> int:
         from ..cli import dispatch  # the command and all that it loads

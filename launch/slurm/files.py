@@ -158,8 +158,7 @@ class JobFolder:
 
     def begin(self, *, job_id: str, restart: int, **event: Any) -> str:
         """Writes the start of a new attempt, and returns the name of its files, which is unique."""
-        folder = self.folder / "attempts"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._made("attempts")
         number = max((_number(path) for path in folder.glob("*.jsonl")), default=0)
         while True:
             number += 1
@@ -174,9 +173,8 @@ class JobFolder:
 
     def note(self, name: str, **event: Any) -> None:
         """Adds fields of `Attempt` to what the attempt with these files has written."""
-        path = self.attempt_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        self._made("attempts")
+        with self.attempt_path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -205,9 +203,14 @@ class JobFolder:
 
     def write_failure(self, name: str, failure: Failure) -> None:
         """How a rank of the attempt with these files failed."""
-        path = self.folder / "errors" / f"{name}-{failure.rank}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._made("errors") / f"{name}-{failure.rank}.txt"
         path.write_text(failure.to_text(), encoding="utf-8")
+
+    def _made(self, name: str) -> Path:
+        """A folder in `jobs/`. Raises FileNotFoundError: the run folder itself is gone, and is not made anew."""
+        for folder in (self.folder, self.folder / name):
+            folder.mkdir(exist_ok=True)
+        return self.folder / name
 
     def failures(self, name: str) -> list[Failure]:
         """How ranks failed in an attempt: those first that failed by themselves, each kind in the order of time."""

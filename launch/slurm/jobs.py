@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...checkpoints.safety.paths import is_folder, near_path
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
 from ..submitted import SUBMITTED
@@ -18,9 +19,11 @@ from .lookup import find_submissions
 from .order import read_order
 from .processes import is_alive
 from .progress import Progress, read_progress
+from .registry import listed
 from .scheduler import JobState, job_states
 from .sweep import load_sweep
 
+GONE = "its folder was removed or moved"
 Submissions = Mapping[Path, Sequence[Submission]]
 
 
@@ -93,11 +96,17 @@ class RunStatus:
 def run_folders(folder: Path) -> list[Path]:
     """The run itself, or the cells of a sweep or comparison that were submitted, the run of its teacher first.
 
+    A folder that is gone is its own run where it has a job that waits or runs.
+
     Raises ConfigError: nothing was submitted to the folder.
     """
     folder = folder.absolute()
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: give the output_dir of a run")
+    if not is_folder(folder):
+        living, problem = _without_folder([folder])
+        if living:
+            return living
+        near = near_path(folder, folders=True) or "give the output_dir of a run"
+        raise ConfigError(f"{folder} is no folder: {near}" + (f"; {problem}" if problem else ""))
     sweep = load_sweep(folder)
     cells = [cell.folder for cell in sweep.cells] if sweep else sorted((folder / "cells").glob("*"))
     if cells and not sweep:
@@ -108,6 +117,19 @@ def run_folders(folder: Path) -> list[Path]:
     raise ConfigError(
         f"{folder} was never submitted: `{hint('submit', 'CONFIG', '--output_dir', folder)}` does that"
     )
+
+
+def listed_runs() -> list[Path]:
+    """The runs of this user that are there, and those that are gone and have a job; the last one at the end."""
+    runs = listed()
+    living, _ = _without_folder(runs)
+    return [run for run in runs if is_folder(run) or run in living]
+
+
+def _without_folder(runs: Iterable[Path]) -> tuple[list[Path], str]:
+    """Those whose folder is gone and whose job is not, and why Slurm could not be asked."""
+    judged, problem = _judge([run for run in runs if not is_folder(run)], TRIES)
+    return [run for run, jobs in judged.items() if any(one.active for one in jobs)], problem
 
 
 def _submitted(runs: list[Path]) -> list[Path]:
@@ -202,6 +224,8 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
     seen = Evidence(run, job, last, files.asked_to_stop(submission.job_id), problem)
     found = _blame(files, submission, seen)
     state, why = judge(Evidence(run, job, last, seen.stopping, problem, found))
+    if not is_folder(run):
+        why = "; ".join(filter(None, [why, GONE]))
     return JudgedJob(submission, job, state, why, last, found)
 
 

@@ -1,8 +1,8 @@
 """Which jobs a run has: by its records, and by the jobs' names where these do not tell.
 
 A record is written before the scheduler is told of the job, and its number after. A submission that was killed in
-between, or a run whose `jobs/` was removed, has a job all the same: Slurm knows it by its name, and a process of this
-machine by its folder.
+between, or a run whose `jobs/` or whole folder was removed, has a job all the same: Slurm knows it by its name, and a
+process of this machine by its folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .ask import ask
+from ...checkpoints.safety.paths import is_there
+from ...models.errors import GraftError
+from .ask import NoAnswerError, ask
 from .batch import job_name
 from .files import Cluster, JobFolder, Submission, job_id
 from .lock import FILE as LOCK
@@ -69,7 +71,7 @@ def find_submissions(runs: Iterable[Path], *, by_name: bool = True) -> dict[Path
     for run, known in found.items():
         found[run] = known or _on_this_machine(run, here)
     lost = [run for run, known in found.items() if not known] if by_name else []
-    named = queued_jobs() if _slurm_may_tell(found, lost) else []
+    named = _queued(found, lost)
     for run, known in found.items():
         numbered = [_with_number(one, run, named, here) for one in known]
         found[run] = [one for one in numbered if one is not None] or _in_queue(run, named)
@@ -107,10 +109,22 @@ def queued_jobs() -> list[NamedJob]:
     ]
 
 
-def _slurm_may_tell(found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path]) -> bool:
+def _queued(found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path]) -> list[NamedJob]:
+    """The jobs of this user, where one of them may be of these runs."""
     if any(one.cluster == "slurm" and not one.job_id for known in found.values() for one in known):
-        return True
-    return any((home(run) / LOCK).exists() for run in lost) and shutil.which("squeue") is not None
+        return queued_jobs()
+    if shutil.which("squeue") is None:
+        return []
+    if any((home(run) / LOCK).exists() for run in lost):
+        return queued_jobs()
+    if all(is_there(run) for run in lost):
+        return []
+    try:
+        return queued_jobs()  # a folder that is not there was removed, or is yet to be made
+    except NoAnswerError:
+        raise
+    except GraftError:  # the commands are here, and no cluster is set up for them
+        return []
 
 
 def _with_number(

@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...checkpoints.safety.paths import is_folder
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
 from ..submitted import SUBMITTED
 from .ask import NoSuchJobError
 from .files import JobFolder
-from .jobs import JudgedJob, judge_jobs, run_folders
+from .jobs import GONE, JudgedJob, judge_jobs, run_folders
 from .lock import submitting
 from .lookup import home
 from .processes import stop_process
@@ -92,6 +93,8 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         f"`{hint('resume', run)}` {'goes on with it' if is_run else 'begins it anew'}",
     )
     waits = submission.cluster == "slurm" and one.state in ("pending", "requeued")
+    if not is_folder(run):  # it could neither read the request nor save
+        return _cancel_without_folder(run, one)
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
         request.touch()  # first: an attempt that is told to save looks for it afterwards
@@ -105,6 +108,14 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         return f"{job} was {one.state} and is cancelled; {go_on}"
     signal_job(submission.job_id, "USR2")
     return f"{job} {ends}; {go_on}"
+
+
+def _cancel_without_folder(run: Path, one: JudgedJob) -> str:
+    if one.submission.cluster == "slurm":
+        cancel(one.submission.job_id)
+    else:
+        stop_process(one.submission, now=True)
+    return f"{one.words} of {run} was {one.state} and is cancelled; {GONE}"
 
 
 def _owner(run: Path) -> str:

@@ -333,3 +333,28 @@ def test_the_next_attempt_says_which_node_was_lost(job: Job) -> None:
     job.fallen = ["a2"]
     job.run(lambda: 0, restart=1)
     assert (job.last.number, job.last.before) == (2, "node failure: a2")
+
+
+def test_a_job_whose_run_folder_is_gone_ends_with_a_sentence(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = job.folder / "gone"
+
+    def attempt() -> object:
+        with pytest.raises(SystemExit) as leaving:
+            Attempt(["evaluate", "x"], gone, job.folder)()
+        return leaving.value.code
+
+    def dispatch(words: list[str]) -> int:
+        shutil.rmtree(gone)
+        return 0
+
+    assert job.run(lambda: 0) == {"output_dir": str(job.folder), "outcome": "finished"}
+    assert attempt() == 1
+    sentence = f"{gone} is not there any more: it was moved or removed"
+    assert capsys.readouterr().err == f"graftvit: error: {sentence}, and the job ends\n"
+    gone.mkdir()
+    monkeypatch.setattr(cli, "dispatch", dispatch)
+    assert attempt() == 0  # a command that has written its result elsewhere
+    assert capsys.readouterr().err == f"graftvit: {sentence}; `graftvit evaluate` is through\n"
+    assert not gone.exists()

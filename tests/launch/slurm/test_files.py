@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,20 @@ def test_a_request_to_stop_is_for_one_job_and_one_of_before_for_all(tmp_path: Pa
     assert (folder.asked_to_stop("7"), folder.asked_to_stop("8")) == (True, False)
     folder.stop_path.touch()
     assert folder.asked_to_stop("8")
+
+
+def test_a_run_folder_that_is_gone_stays_gone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    files = JobFolder(run)
+    name = files.begin(job_id="12", restart=0, nodes=["n1"], world_size=1)
+    shutil.rmtree(run / "jobs")
+    files.note(name, outcome="failed")  # `jobs/` is made anew
+    shutil.rmtree(run)
+    for write in (
+        lambda: files.note(name, outcome="failed"),
+        lambda: files.write_failure(name, Failure(0, "cause", False, "boom")),
+    ):
+        with pytest.raises(FileNotFoundError):
+            write()
+    assert not run.exists()

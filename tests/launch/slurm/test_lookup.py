@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from graftvit.launch.slurm import jobs, lookup
+from graftvit.launch.cli import main
+from graftvit.launch.slurm import jobs, lookup, stopping
 from graftvit.launch.slurm.ask import NoAnswerError
 from graftvit.launch.slurm.batch import Request, job_name
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
+from graftvit.launch.slurm.registry import remember
 from graftvit.launch.slurm.requests import Plan
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.launch.slurm.settings import ClusterConfig
@@ -158,3 +162,66 @@ def test_a_run_of_this_machine_is_not_let_into_the_folder_of_a_job_without_recor
     _refuse_second(plan, config)  # which needs no Slurm
     with pytest.raises(NoAnswerError):
         _refuse_second(plan, ClusterConfig())
+
+
+def job_of(folder: Path) -> NamedJob:
+    return NamedJob("7", job_name(folder), folder / "jobs" / "launch-0" / "submit.sh", 1.0)
+
+
+def test_the_job_of_a_folder_that_is_gone_is_still_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    gone, ended, here = tmp_path / "gone", tmp_path / "ended", tmp_path / "here"
+    here.mkdir()
+    queue(monkeypatch, job_of(gone), replace(job_of(ended), job_id="6"))
+    states = {"7": JobState("RUNNING"), "6": JobState("FAILED")}
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: {job: states[job] for job in ids})
+    for folder in (ended, gone, here):
+        remember(folder)
+    assert jobs.listed_runs() == [gone, here]
+    assert jobs.run_folders(gone) == [gone]
+    status = jobs.describe_run(gone)
+    assert (status.job_id, status.state, status.why) == ("7", "running", f"starting; {jobs.GONE}")
+    plan = Plan(gone, [], {}, [Request(["train"], gone)])
+    with pytest.raises(ConfigError, match="is job 7 already"):
+        _refuse_second(plan, ClusterConfig())
+    told: list[str] = []
+    monkeypatch.setattr(stopping, "cancel", told.append)
+    assert main(["stop", str(gone)]) == 0
+    assert told == ["7"]
+    assert f"job 7 of {gone} was running and is cancelled; {jobs.GONE}" in capsys.readouterr().out
+    assert not gone.exists()
+    with pytest.raises(ConfigError, match=r"ended is no folder: give the output_dir of a run$"):
+        jobs.run_folders(ended)
+
+
+def test_a_mistyped_folder_is_told_the_nearest_and_that_slurm_was_silent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "teacher").mkdir()
+    queue(monkeypatch)
+    meant = re.escape(f"techer is no folder: did you mean '{tmp_path / 'teacher'}'?")
+    with pytest.raises(ConfigError, match=f"{meant}$"):
+        jobs.run_folders(tmp_path / "techer")
+
+    def failing(error: GraftError) -> None:
+        def fail() -> list[NamedJob]:
+            raise error
+
+        monkeypatch.setattr(lookup, "queued_jobs", fail)
+
+    failing(NoAnswerError("Slurm does not answer"))
+    with pytest.raises(ConfigError, match=f"{meant}; Slurm does not answer$"):
+        jobs.run_folders(tmp_path / "techer")
+    failing(GraftError("squeue failed: no configuration"))  # Slurm's commands, and no cluster
+    with pytest.raises(ConfigError, match=f"{meant}$"):
+        jobs.run_folders(tmp_path / "techer")
+
+
+@pytest.mark.parametrize("command", ["jobs", "stop", "logs", "resume", "forget", "summary"])
+def test_an_empty_name_is_not_the_folder_that_one_is_in(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, ""]) == 2
+    assert "'' names no folder: give that of a run or of a sweep" in capsys.readouterr().err
