@@ -253,6 +253,7 @@ def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
     waits = state in ("pending", "requeued")
     trains = state == "running" and shown.why != STARTING and last is not None
     wrong = state in ("failed", "unknown", "node failed")
+    stopped = {one.submission.job_id for one in jobs if files.asked_to_stop(one.submission.job_id)}
     command = shown.submission.command
     order = read_order(folder) if command and command[0] in SUBMITTED else None
     return RunStatus(
@@ -264,7 +265,7 @@ def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
         why=shown.why,
         nodes=list(job.nodes) or ([] if last is None or waits else last.nodes),
         world_size=None if last is None else last.world_size,
-        restarts=restarts_of(attempts, job.history, _reasons(files, attempts, jobs)),
+        restarts=restarts_of(attempts, job.history, _reasons(files, attempts, jobs), stopped),
         progress=read_progress(folder, training_since=last.started if trains and last else None),
         starts=job.start if waits else None,
         ends=job.end if state == "running" else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ ENDINGS = {
 }
 ACTIVE = ("pending", "requeued", "running", "stopping")
 STARTING = "starting"
+BY_STOP = "`graftvit stop`"
 _HISTORY = {
     "NODE_FAIL": "node failure",
     "OUT_OF_MEMORY": "out of memory",
@@ -109,7 +110,7 @@ def _at_work(seen: Evidence) -> tuple[str, str]:
 def _ended(seen: Evidence) -> tuple[str, str]:
     """A job that the scheduler calls ended, and that did not finish."""
     job, now, found = seen.job, seen.now, seen.found
-    by_stop = "`graftvit stop`" if seen.stopping else ""
+    by_stop = BY_STOP if seen.stopping else ""
     if now is not None and now.outcome == "stopped" and job.state != "CANCELLED":
         return "stopped", by_stop or now.signal
     state = ENDINGS.get(job.state, "failed")
@@ -162,7 +163,7 @@ def _by_files(seen: Evidence) -> tuple[str, str]:
         begun = "no attempt has begun" if last is None else f"attempt {last.number} has not said how it ended"
         return "unknown", f"{seen.problem.partition(':')[0]}; {begun}"
     if seen.stopping and (last is None or last.outcome is None):
-        return "cancelled", "`graftvit stop`"
+        return "cancelled", BY_STOP
     if last is None:
         return "unknown", found.why or "it never began, and the scheduler no longer knows it"
     for word, state in {
@@ -178,7 +179,10 @@ def _by_files(seen: Evidence) -> tuple[str, str]:
 
 
 def restarts_of(
-    attempts: Sequence[Attempt], history: Sequence[str] = (), found: Mapping[int, Blame] | None = None
+    attempts: Sequence[Attempt],
+    history: Sequence[str] = (),
+    found: Mapping[int, Blame] | None = None,
+    stopped: Collection[str] = (),
 ) -> list[Restart]:
     """Returns each attempt but the first, and why there had to be another.
 
@@ -186,13 +190,25 @@ def restarts_of(
         attempts: All, the first one first.
         history: How the scheduler says that the starts of the last job ended.
         found: Attempt number -> why it ended, where it did not end well.
+        stopped: Jobs that `graftvit stop` has told to end.
     """
     return [
         Restart(
-            attempt.number, attempt.started, attempt.nodes, _why_again(before, attempt, history, found or {})
+            attempt.number,
+            attempt.started,
+            attempt.nodes,
+            BY_STOP
+            if _was_stopped(before, attempt, stopped)
+            else _why_again(before, attempt, history, found or {}),
         )
         for before, attempt in itertools.pairwise(attempts)
     ]
+
+
+def _was_stopped(before: Attempt, attempt: Attempt, stopped: Collection[str]) -> bool:
+    """Whether `before` was the last one of a job that was told to stop, and ended so."""
+    last = before.job_id != attempt.job_id
+    return last and before.job_id in stopped and before.outcome in (None, "stopped")
 
 
 def _why_again(before: Attempt, attempt: Attempt, history: Sequence[str], found: Mapping[int, Blame]) -> str:

@@ -114,6 +114,19 @@ def test_each_restart_has_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert reasons == ["SIGUSR2 (preempted)", "node failure: gpu1", "node failure", "ended without a word"]
 
 
+def test_a_restart_after_a_stop_names_the_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = submitted(tmp_path / "run")
+    attempt(files, **PREEMPTED)
+    attempt(files, 1, signal="SIGUSR2", outcome="stopped")
+    files.stop_request("12").touch()
+    submitted(tmp_path / "run", job_id="13")
+    name = files.begin(job_id="13", restart=0, nodes=["gpu1"], world_size=1)
+    files.note(name, signal="SIGUSR2")
+    say(monkeypatch, JobState("RUNNING"))
+    reasons = [restart.why for restart in describe_run(tmp_path / "run").restarts]
+    assert reasons == ["SIGUSR2 (preempted)", "`graftvit stop`"]
+
+
 def test_the_error_is_that_of_the_rank_that_failed_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
