@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.errors import ConfigError, did_you_mean
-from .gpus import gpus_in, has_gpus
+from .gpus import generic_in, gpus_in, has_gpus, most_of
 from .inventory import Node, nodes_of, partitions, reserved_nodes, run
 from .settings import ClusterConfig, parse_time
 
@@ -23,6 +23,8 @@ TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # folders that no two machines sha
 UNCLEAR = ("Requested node configuration is not available", "Requested nodes are busy")
 """Said of nodes that do not exist, and of those that are drained, down or reserved."""
 ALL_THE_SAME = "; `--unchecked` submits it all the same"
+START = 60
+"""Seconds that a run needs before it can save anything."""
 
 
 def check_commands() -> None:
@@ -47,7 +49,7 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
             roots = ", ".join(map(str, config.shared_folders))
             raise ConfigError(
                 f"--output_dir {output_dir} is in none of the folders that every node sees "
-                f"(shared_folders of the site file: {roots})"
+                f"({config.origin('shared_folders')}: {roots})"
             )
     elif any(folder.is_relative_to(root) for root in TEMPORARY) or _file_system(folder) in OF_ONE_MACHINE:
         raise ConfigError(
@@ -62,7 +64,8 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
 
 
 def check_resources(config: ClusterConfig, cpus_per_task: int) -> None:
-    """Raises ConfigError where the nodes of no partition that may be taken have what is asked for."""
+    """Raises ConfigError where the time is too short, or no partition that may be taken has what is asked for."""
+    _check_time(config)
     cluster = partitions()
     problems = []
     for name in _asked_partitions(config, cluster):
@@ -73,6 +76,16 @@ def check_resources(config: ClusterConfig, cpus_per_task: int) -> None:
         else:
             return
     raise ConfigError("; ".join(problems))
+
+
+def _check_time(config: ClusterConfig) -> None:
+    """Raises ConfigError where a run would be told to save before it has done anything."""
+    least = (config.signal_delay + START) // 60 + 1
+    if config.minutes < least:
+        raise ConfigError(
+            f"{config.said('time')}: a run needs a minute to start, and is told to save {config.signal_delay} seconds "
+            f"before its limit ({config.origin('signal_delay')}): give {least} minutes or more{ALL_THE_SAME}"
+        )
 
 
 def waits_for(config: ClusterConfig, cpus_per_task: int) -> str:
@@ -112,7 +125,8 @@ def _asked_partitions(config: ClusterConfig, cluster: Mapping[str, Mapping[str, 
     for name in names:
         if name not in cluster:
             raise ConfigError(
-                f"--partition {name!r} is not one of this cluster; {did_you_mean(name, cluster)}"
+                f"{config.said('partition')}: no partition of this cluster is called {name!r}; "
+                f"{did_you_mean(name, cluster)}"
             )
     return names
 
@@ -120,14 +134,14 @@ def _asked_partitions(config: ClusterConfig, cluster: Mapping[str, Mapping[str, 
 def _check_partition(config: ClusterConfig, cpus_per_task: int, name: str, fields: Mapping[str, str]) -> None:
     limit = fields.get("MaxTime", "UNLIMITED")
     if limit not in ("UNLIMITED", "INFINITE", "NONE") and config.minutes > parse_time(limit):
-        raise ConfigError(f"--time {config.time} is more than partition {name} allows, {limit}")
+        raise ConfigError(f"{config.said('time')}: partition {name} allows {limit} at most")
     nodes = nodes_of(name)
     if config.nodes > len(nodes):
-        raise ConfigError(f"--nodes {config.nodes}: partition {name} has {len(nodes)}{ALL_THE_SAME}")
+        raise ConfigError(f"{config.said('nodes')}: partition {name} has {len(nodes)}{ALL_THE_SAME}")
     largest = fields.get("MaxNodes", "UNLIMITED")
     if largest.isdigit() and config.nodes > int(largest):
         raise ConfigError(
-            f"--nodes {config.nodes}: partition {name} gives a job {largest} at most{ALL_THE_SAME}"
+            f"{config.said('nodes')}: partition {name} gives a job {largest} at most{ALL_THE_SAME}"
         )
     _check_nodes(config, cpus_per_task, name, nodes)
 
@@ -140,7 +154,7 @@ def _check_nodes(config: ClusterConfig, cpus_per_task: int, partition: str, node
             most = max(map(resource.most, nodes), default=0)
             having = f"{len(fitting)} of its {len(nodes)} nodes have so many"
             raise ConfigError(
-                f"{resource.flag} is {resource.asked}: partition {partition} has nodes with up to {most} "
+                f"{resource.said}: partition {partition} has nodes with up to {most} "
                 f"{resource.unit}, and {having}; {config.nodes} are asked for{resource.hint}"
             )
 
@@ -149,8 +163,7 @@ def _check_nodes(config: ClusterConfig, cpus_per_task: int, partition: str, node
 class _Wanted:
     """What each node of a job must have."""
 
-    flag: str
-    asked: str | int
+    said: str
     unit: str
     fits: Callable[[Node], bool]
     most: Callable[[Node], int]
@@ -158,40 +171,60 @@ class _Wanted:
 
 
 def _wanted(config: ClusterConfig, cpus_per_task: int) -> list[_Wanted]:
-    gpus, cores = config.gpus, cpus_per_task * config.tasks
-    flag, size = _memory(config, cores)
-    of_types = " and ".join(filter(None, gpus))
+    cores = cpus_per_task * config.tasks
+    memory, size = _memory(config, cores)
     return [
+        _wanted_gpus(config),
+        *(_wanted_generic(config, name, count) for name, count in generic_in(config.gres).items()),
         _Wanted(
-            "--gres" if gpus_in(config.gres) else "--gpus_per_node",
-            config.gres if gpus_in(config.gres) and config.gres else config.gpus_per_node or "1",
-            f"GPUs of type {of_types}" if of_types else "GPUs",
-            lambda node: has_gpus(node.gpus, gpus),
-            lambda node: sum(
-                count
-                for kind, count in node.gpus.items()
-                if not of_types or kind.lower() in map(str.lower, gpus)
-            ),
-        ),
-        _Wanted(
-            "--cpus_per_task x tasks a node",
-            cores,
+            f"{config.origin('cpus_per_task')} x tasks a node is {cores}",
             "cores",
             lambda node: node.cpus >= cores,
             lambda node: node.cpus,
             ALL_THE_SAME,
         ),
-        _Wanted(flag, size, "MiB of memory", lambda node: node.memory >= size, lambda node: node.memory),
+        _Wanted(
+            f"{memory} is {size}",
+            "MiB of memory",
+            lambda node: node.memory >= size,
+            lambda node: node.memory,
+        ),
     ]
 
 
+def _wanted_gpus(config: ClusterConfig) -> _Wanted:
+    gpus, in_gres = config.gpus, bool(gpus_in(config.gres))
+    of_types = " and ".join(filter(None, gpus))
+    default = f"{config.origin('gpus_per_node')} is 1 by default"
+    return _Wanted(
+        config.said("gres") if in_gres else config.said("gpus_per_node") if config.gpus_per_node else default,
+        f"GPUs of type {of_types}" if of_types else "GPUs",
+        lambda node: has_gpus(node.gpus, gpus),
+        lambda node: sum(
+            count for kind, count in node.gpus.items() if not of_types or kind.lower() in map(str.lower, gpus)
+        ),
+    )
+
+
+def _wanted_generic(config: ClusterConfig, name: str, count: int) -> _Wanted:
+    return _Wanted(
+        config.said("gres"),
+        name,
+        lambda node: most_of(node.generic, name) >= count,
+        lambda node: most_of(node.generic, name),
+        ALL_THE_SAME,
+    )
+
+
 def _memory(config: ClusterConfig, cores: int) -> tuple[str, int]:
-    """What a node must have, in MiB, and the flag that says so."""
+    """What asks for it, and what a node must have, in MiB."""
     if config.mem_per_cpu is not None:
-        return "--mem_per_cpu x cores a node", _mebibytes(config.mem_per_cpu) * cores
+        return f"{config.origin('mem_per_cpu')} x cores a node", _mebibytes(config.mem_per_cpu) * cores
     if config.mem_per_gpu is not None:
-        return "--mem_per_gpu x GPUs a node", _mebibytes(config.mem_per_gpu) * config.gpu_count
-    return "--mem", _mebibytes(config.mem)
+        return f"{config.origin('mem_per_gpu')} x GPUs a node", _mebibytes(
+            config.mem_per_gpu
+        ) * config.gpu_count
+    return config.origin("mem"), _mebibytes(config.mem)
 
 
 def _lacks(node: Node, config: ClusterConfig, cpus_per_task: int) -> bool:

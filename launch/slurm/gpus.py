@@ -1,4 +1,4 @@
-"""GPUs of a node by type, as sbatch takes them and as sinfo tells of them."""
+"""GPUs of a node by type, and its other generic resources, as sbatch takes them and as sinfo tells of them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,26 @@ def gpus_in(gres: str | None) -> dict[str, int]:
             name, count = count, "1"
         found[name] = found.get(name, 0) + int(count)
     return found
+
+
+def generic_in(gres: str | None) -> dict[str, int]:
+    """What else is there: `gpu:4,tmpdisk:ssd:2K` as {"tmpdisk:ssd": 2048}; of a type, and of the name alone."""
+    found: dict[str, int] = {}
+    for part in _parts(gres):
+        name, *rest = part.lower().removeprefix("gres/").replace(":no_consume", "").split(":")
+        if name in ("gpu", "none", "null"):
+            continue
+        count = re.fullmatch(r"([0-9]+)([kmgtp]?)", rest[-1]) if rest else None
+        kinds = rest[:-1] if count else rest
+        size = int(count[1]) << 10 * " kmgtp".index(count[2] or " ") if count else 1
+        key = ":".join([name, *kinds])
+        found[key] = found.get(key, 0) + size
+    return found
+
+
+def most_of(generic: Mapping[str, int], wanted: str) -> int:
+    """How many a node with `generic` can give: of a type where one is named, of all types where none is."""
+    return sum(count for name, count in generic.items() if name == wanted or name.startswith(f"{wanted}:"))
 
 
 def without_gpus(gres: str) -> str | None:

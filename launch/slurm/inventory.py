@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...models.errors import ConfigError
-from .gpus import gpus_in
+from .gpus import generic_in, gpus_in
 from .scheduler import expand_nodes
 
 AT_WORK = (
@@ -29,6 +29,8 @@ class Node:
     """By type, "" where a node does not tell it."""
     away: str = ""
     """What keeps it from taking jobs now, as in drained; empty where nothing does."""
+    generic: Mapping[str, int] = field(default_factory=dict)
+    """What else it has, as in {"tmpdisk": 100}."""
 
 
 def partitions() -> dict[str, dict[str, str]]:
@@ -56,8 +58,8 @@ def nodes_of(partition: str) -> list[Node]:
     nodes = {}
     for line in output("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%c|%m|%T|%G").splitlines():
         name, cpus, memory, state, generic = line.split("|")
-        gpus = gpus_in(generic)
-        nodes[name] = Node(name, int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus, _away(state))
+        size = int(cpus.rstrip("+")), int(memory.rstrip("+"))
+        nodes[name] = Node(name, *size, gpus_in(generic), _away(state), generic_in(generic))
     return list(nodes.values())
 
 

@@ -76,7 +76,7 @@ class Asked:
     def config(self) -> ClusterConfig:
         """Raises ConfigError that names the flag, the variable or the file."""
         try:
-            return ClusterConfig.model_validate(self.values)
+            return ClusterConfig.model_validate(self.values).known_from(self.origins)
         except ValidationError as error:
             finding = error.errors()[0]
             what = finding["msg"].removeprefix("Value error, ")

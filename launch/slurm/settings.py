@@ -8,11 +8,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ...models.errors import ConfigError
 from ...transfer.config import check_plain
@@ -49,10 +57,18 @@ class Sbatch:
     """Whether the script has the option under the same name, with the value as it was given."""
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Where values are from, which makes no two of them different."""
+
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
 class ClusterConfig(BaseModel):
     """Resources and surroundings of a job."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    _origins: Origins = PrivateAttr(default_factory=Origins)
 
     cluster: Literal["slurm", "local", "debug"] = Field(
         "slurm", description="slurm, local (this machine, in the background) or debug (this process)"
@@ -260,6 +276,21 @@ class ClusterConfig(BaseModel):
         if self.gpus_per_node is not None and gpus_in(self.gres):
             raise ValueError("gpus_per_node and the GPUs of gres are the same: give one of them")
         return self
+
+    def known_from(self, origins: Mapping[str, str]) -> ClusterConfig:
+        """The same, with what an error calls the origin of each value."""
+        found = self.model_copy()
+        found._origins = Origins(origins)
+        return found
+
+    def origin(self, name: str) -> str:
+        """What an error calls a resource: its flag, or the variable or the file that it is from."""
+        return self._origins.names.get(name, f"--{name}")
+
+    def said(self, name: str) -> str:
+        """What is asked for, as an error begins: `--nodes is 4`, `SBATCH_PARTITION is gpu`."""
+        default = "" if name in self.model_fields_set else " by default"
+        return f"{self.origin(name)} is {getattr(self, name)}{default}"
 
     @property
     def gpus(self) -> Mapping[str, int]:
