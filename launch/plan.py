@@ -39,11 +39,13 @@ from ..transfer.engine.labels import (
 from ..transfer.engine.optim import peak_learning_rate
 from ..transfer.engine.resume import (
     Position,
+    changes,
     check_length,
     check_same_classes,
     check_same_run,
     check_same_weights,
     commit_of,
+    describe_changes,
     refuse_existing,
 )
 from ..transfer.engine.schedule import Schedule
@@ -311,10 +313,13 @@ def _length_words(outline: Outline) -> str:
     optim, schedule = outline.config.optim, outline.schedule
     if schedule is None:
         return f"{optim.max_steps} steps" if optim.max_steps else f"{optim.epochs} epochs"
-    return (
+    words = (
         f"{schedule.total_steps:,} steps, {schedule.steps_per_epoch:,} an epoch, "
         f"{schedule.warmup_steps:,.0f} of them warm-up"
     )
+    if schedule.warmup_steps < schedule.total_steps:
+        return words
+    return f"{words}\nwarning: it ends in its warm-up, before the peak of the learning rate: lower optim.warmup_epochs"
 
 
 def _going_on_words(outline: Outline) -> str:
@@ -324,7 +329,8 @@ def _going_on_words(outline: Outline) -> str:
     step, schedule = saved["position"]["step"], outline.schedule
     if schedule is not None and step >= schedule.total_steps:
         return "no more: all its steps are done"
-    words = f"after step {step:,}"
+    changed = describe_changes(changes(saved, outline.config))
+    words = f"after step {step:,}" + (f"\n{changed}" if changed else "")
     if batch is None or saved["world_size"] == outline.processes:
         return words
     return f"{words}\n{describe(batch, saved['world_size'], outline.processes)}"

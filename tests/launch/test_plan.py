@@ -139,6 +139,14 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path: Path) -> None:
+    warned = [
+        "warning: it ends in its warm-up" in describe_plan(short_run(tmp_path, optim=optim))
+        for optim in ({"warmup_epochs": 2}, {"warmup_epochs": 1.9}, {"warmup_epochs": 1, "max_steps": 7})
+    ]
+    assert warned == [True, False, True]
+
+
 def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
     optim = {"accum_iter": 2, "max_steps": 3}
     train(short_run(tmp_path / "run", optim=optim))
@@ -149,9 +157,10 @@ def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
     assert plan["length"].startswith("9 steps, 4 an epoch")
     assert plan["goes on"].splitlines() == [
         "after step 3",
+        "changed: optim.max_steps 3 -> 9",
         "continues on 2 processes with 1 batch a step in place of 1 with 2; the global batch stays 32",
     ]
-    assert rows(describe_plan(longer))["goes on"] == "after step 3"
+    assert rows(describe_plan(longer))["goes on"].startswith("after step 3\nchanged")
     assert rows(describe_plan(short_run(tmp_path / "run", optim=optim)))["goes on"].startswith("no more: ")
 
 

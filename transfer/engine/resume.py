@@ -62,17 +62,43 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig) -> None:
     `optim.accum_iter` is left to `elastic.check_spread`: it goes with the number of processes.
     Raises ConfigError naming the first setting that differs. `saved` is the meta part of a state.
     """
-    before, now = dict(_flat(saved["config"])), dict(_flat(settings(config)))
-    for key in sorted(before.keys() | now.keys()):
-        free = key.startswith((*FREE, "optim.accum_iter")) and key not in HELD
-        if free or before.get(key) == now.get(key):
-            continue
-        if key == "teacher.revision" and _same_commit(before[key], now[key], commit_of(saved)):
+    for key, (before, now) in changes(saved, config).items():
+        if key.startswith((*FREE, "optim.accum_iter")) and key not in HELD:
             continue
         raise ConfigError(
-            f"{key}={now.get(key)!r}, but the run in {config.output_dir} was started with "
-            f"{before.get(key)!r}: give the value that it was started with, or another output_dir"
+            f"{key}={now!r}, but the run in {config.output_dir} was started with "
+            f"{before!r}: give the value that it was started with, or another output_dir"
         )
+
+
+def changes(saved: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ from those which the state with the meta part `saved` was made with."""
+    found = differences(saved["config"], settings(config))
+    revision = "teacher.revision"
+    if revision in found and _same_commit(*found[revision], commit_of(saved)):
+        del found[revision]
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> value then and now, of what is not the same, as in {"optim.epochs": (3, 10)}."""
+    flat, other = dict(_flat(before)), dict(_flat(now))
+    keys = sorted(flat.keys() | other.keys())
+    return {key: (flat.get(key), other.get(key)) for key in keys if flat.get(key) != other.get(key)}
+
+
+def describe_changes(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """`changed: optim.epochs 3 -> 10, nodes 1 -> 2`; nothing where all is the same."""
+    words = [
+        f"{key} {_plain(before)} -> {_plain(now)}"
+        for key, (before, now) in found.items()
+        if key != "output_dir" and _plain(before) != _plain(now)
+    ]
+    return f"changed: {', '.join(words)}" if words else ""
+
+
+def _plain(value: Any) -> str:
+    return "none" if value in (None, {}, [], ()) else str(value)
 
 
 def check_same_classes(saved: Mapping[str, Any], names: Sequence[str] | None, folder: Path) -> None:

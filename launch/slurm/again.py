@@ -1,0 +1,73 @@
+"""What a submission into a folder that holds a run goes on with, and what it changes; torch is not loaded for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...models.errors import GraftError
+from ...transfer.config import RunConfig
+from ...transfer.engine.resume import changes, describe_changes, differences, settings
+from ..config import load_config
+from .files import JobFolder, newest_state
+from .progress import current_stage, read_progress
+from .requests import Plan
+from .settings import ClusterConfig
+
+OF_ONE_JOB = ("dependency", "profile", "shared_folders", "sbatch.kill_on_invalid_dep")
+"""Resources whose change changes nothing in the run."""
+
+
+def describe_again(plan: Plan, config: ClusterConfig) -> str:
+    """One line; empty where all is new, or each job begins anew anyway."""
+    if not plan.configs or plan.comparison:
+        return ""
+    if plan.sweep is not None:
+        return _describe_cells(plan)
+    run = plan.configs[0]
+    stage = current_stage(plan.folder)
+    if not (stage / "config.yaml").is_file():
+        return ""
+    changed = _changed_settings(stage, run) | _changed_resources(plan.folder, config)
+    return f"{_place(stage, run)}; {describe_changes(changed) or 'nothing changed'}"
+
+
+def _describe_cells(plan: Plan) -> str:
+    begun = sum(1 for request in plan.requests if newest_state(request.output_dir))
+    verb = "goes on with what it has" if begun == 1 else "go on with what they have"
+    return f"{begun} of {len(plan.requests)} cells {verb} saved" if begun else ""
+
+
+def _place(stage: Path, run: RunConfig) -> str:
+    """Where the run goes on."""
+    if not newest_state(stage):
+        return "begins anew, as nothing was saved"
+    done = read_progress(stage)
+    if stage != run.output_dir:
+        return f"resumes in stage {stage.name} at epoch {done.epoch + 1}"
+    limit = run.optim.max_steps
+    if done.step >= limit if limit else done.epoch >= run.optim.epochs:
+        return "has finished: nothing is left to train"
+    return f"resumes at epoch {done.epoch + 1} of {f'a run of {limit} steps' if limit else run.optim.epochs}"
+
+
+def _changed_settings(stage: Path, run: RunConfig) -> dict[str, tuple[object, object]]:
+    """Of a run whose settings the plan has whole; a later stage has its student from the one before."""
+    if stage != run.output_dir:
+        return {}
+    try:
+        before = load_config(stage)
+    except GraftError:  # of another version
+        return {}
+    origins = {"teacher": {"revision": before.teacher.revision}}
+    return changes({"config": settings(before), "origins": origins}, run)
+
+
+def _changed_resources(folder: Path, config: ClusterConfig) -> dict[str, tuple[object, object]]:
+    submission = JobFolder(folder).submission()
+    if submission is None:
+        return {}
+    now = {
+        name: value for name, value in config.model_dump(mode="json").items() if name in submission.resources
+    }
+    found = differences(submission.resources, now)
+    return {key: values for key, values in found.items() if key not in OF_ONE_JOB}
