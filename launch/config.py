@@ -58,9 +58,11 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
 
     Raises ConfigError: as `load_config`, or a stage has no name.
     """
+    recipe = Recipe([]) if source is None else read_recipe(source)
+    if not recipe.stages:
+        return []
     from ..transfer.recovery.stages import Stage  # loads torch
 
-    recipe = Recipe([]) if source is None else read_recipe(source)
     given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
     return [Stage(name, _validate([*recipe.settings, *own, *given])) for name, own in recipe.stages]
 

@@ -19,6 +19,7 @@ def run(argv: list[str]) -> int:
     from ..slurm.layers import describe
     from ..slurm.preview import preview_again
     from ..slurm.resume import find_unfinished, resume, wait_for_stops
+    from ..slurm.unbroken import stoppable
 
     parser = command_parser(
         "resume",
@@ -36,16 +37,17 @@ def run(argv: list[str]) -> int:
     )
     add_cluster_flags(parser)
     arguments = parser.parse_args(argv)
-    if not arguments.dry_run:
-        wait_for_stops(arguments.run)
-    unfinished = find_unfinished(arguments.run)
-    asked = asked_by(arguments, unfinished.resources)
-    config = asked.config()
-    if arguments.dry_run:
-        shown = preview_again(unfinished, config, unchecked=arguments.unchecked)
-        say(f"{describe(asked)}\n{shown.text}")
-        if shown.problem is not None:
-            raise shown.problem
-        return 0
-    say(resume(unfinished, config, unchecked=arguments.unchecked))
+    with stoppable():
+        if not arguments.dry_run:
+            wait_for_stops(arguments.run)
+        unfinished = find_unfinished(arguments.run)
+        asked = asked_by(arguments, unfinished.resources)
+        config = asked.config()
+        if arguments.dry_run:
+            shown = preview_again(unfinished, config, unchecked=arguments.unchecked)
+            say(f"{describe(asked)}\n{shown.text}")
+            if shown.problem is not None:
+                raise shown.problem
+            return 0
+        say(resume(unfinished, config, unchecked=arguments.unchecked))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ def run(argv: list[str]) -> int:
     if argv and argv[0] in SUBMITTED:
         return _run_work(argv)
     from ..slurm.flags import add_cluster_flags, asked_by
+    from ..slurm.unbroken import stoppable
 
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser("submit", DESCRIPTION, EXAMPLES, usage)
@@ -55,13 +57,15 @@ def run(argv: list[str]) -> int:
 
     asked = asked_by(arguments)
     config = asked.config()
-    plan = plan_run(arguments.recipe, settings, arguments.sweep)
-    return _show_or_send(arguments, asked, plan, config)
+    with stoppable():
+        plan = plan_run(arguments.recipe, settings, arguments.sweep, _early(arguments, config))
+        return _show_or_send(arguments, asked, plan, config)
 
 
 def _run_work(argv: list[str]) -> int:
     """A command that is no run: what is no flag of the cluster is the command's."""
     from ..slurm.flags import add_cluster_flags, asked_by
+    from ..slurm.unbroken import stoppable
 
     command = argv[0]
     parser = command_parser(
@@ -84,8 +88,18 @@ def _run_work(argv: list[str]) -> int:
     from ..slurm.work import plan_work
 
     asked = asked_by(arguments)
-    plan, config = plan_work(words, arguments.output_dir, asked.config(), unchecked=arguments.unchecked)
-    return _show_or_send(arguments, asked, plan, config, describe_work(plan))
+    config = asked.config()
+    with stoppable():
+        _early(arguments, config)()
+        plan, config = plan_work(words, arguments.output_dir, config, unchecked=arguments.unchecked)
+        return _show_or_send(arguments, asked, plan, config, describe_work(plan))
+
+
+def _early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[], None]:
+    """What is checked before anything slow; a dry run shows the script in any case."""
+    from ..slurm.submission import check_early
+
+    return lambda: None if arguments.dry_run or arguments.unchecked else check_early(config)
 
 
 def _show_or_send(
@@ -103,6 +117,6 @@ def _show_or_send(
         if shown.problem is not None:
             raise shown.problem
         return 0
-    check(plan, config, unchecked=unchecked)
-    say(before + send(plan, config, unchecked=unchecked))
+    waits = check(plan, config, unchecked=unchecked)
+    say(before + send(plan, config, waits))
     return 0

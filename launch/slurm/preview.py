@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...models.errors import ConfigError, GraftError
+from ...models.errors import GraftError
 from .batch import Launch, script
 from .checks import check_commands
 from .requests import Plan
 from .resume import Unfinished, check_again, launch_again, plan_again
 from .settings import ClusterConfig
-from .submission import check, launch_of
-from .submit import test_only
+from .submission import check_cluster, check_runs, launch_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,10 @@ def preview(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> Pr
     """
     if config.cluster == "slurm":
         check_commands()
-    problem = _problem(lambda: check(plan, config, unchecked=unchecked))
-    parts = [] if unchecked else _plans(plan, config)
+    waits, problem = _checked(lambda: check_cluster(plan, config, unchecked=unchecked))
+    parts = list[str]()
+    if problem is None and not unchecked:  # what is slow is not waited for where the answer is known
+        parts, problem = _plans(plan, config)
     if plan.first is not None:
         parts.append(f"a job of its own makes the teacher first, in {plan.first.output_dir}\n")
     cells = len(plan.requests) if plan.sweep is None else len(plan.sweep.cells)
@@ -41,51 +42,50 @@ def preview(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> Pr
     if len(plan.requests) > 1:
         names = "".join(f"  {request.output_dir.name}\n" for request in plan.requests)
         parts.append(f"{len(plan.requests)} cells, {config.array_parallelism} at a time:\n{names}")
-    return _with_script(parts, launch_of(plan, config), problem, unchecked=unchecked)
+    return _with_script(parts, launch_of(plan, config), problem, waits)
 
 
 def preview_again(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> Preview:
     """As `preview`, of `graftvit resume`."""
     if config.cluster == "slurm":
         check_commands()
-    problem, parts = None, []
+    waits, problem, parts = "", None, list[str]()
     if not unchecked:
-        problem = _problem(lambda: check_again(unfinished, config))
-        try:
-            parts = list(filter(None, [plan_again(unfinished, config)]))
-        except GraftError as error:
-            problem = problem or error
+        waits, problem = _checked(lambda: check_again(unfinished, config))
+    if problem is None and not unchecked:
+        text, problem = _checked(lambda: plan_again(unfinished, config))
+        parts = [text] if text else []
     teacher = [] if unfinished.first is None else [unfinished.first.output_dir]
     parts.append("".join(f"again: {run}\n" for run in [*teacher, *unfinished.submissions]))
-    return _with_script(parts, launch_again(unfinished, config), problem, unchecked=unchecked)
+    return _with_script(parts, launch_again(unfinished, config), problem, waits)
 
 
-def _with_script(parts: list[str], launch: Launch, problem: GraftError | None, *, unchecked: bool) -> Preview:
+def _with_script(parts: list[str], launch: Launch, problem: GraftError | None, waits: str) -> Preview:
     config = launch.config
     if config.cluster != "slurm":
         last = f"--cluster {config.cluster}: {config.tasks} processes on this machine\n"
         return Preview("\n".join([*parts, last]), problem)
-    if problem is None and not unchecked:
-        try:
-            parts += [f"{waits}\n" for waits in [test_only(launch)] if waits]
-        except ConfigError as error:
-            problem = error
-    return Preview("\n".join([*parts, f"{script(launch).rstrip()}\n"]), problem)
+    said = [f"{waits}\n"] if waits else []
+    return Preview("\n".join([*parts, *said, f"{script(launch).rstrip()}\n"]), problem)
 
 
-def _plans(plan: Plan, config: ClusterConfig) -> list[str]:
-    """None where data or teacher cannot be read, which the problem tells."""
+def _plans(plan: Plan, config: ClusterConfig) -> tuple[list[str], GraftError | None]:
+    """None of them where data or teacher cannot be read, which the problem tells."""
+    try:
+        return check_runs(plan, config), None
+    except GraftError as error:
+        problem = error
     from ..plan import describe_plan  # loads torch
 
     try:
-        return [describe_plan(run, config.world_size) for run in plan.configs]
+        return [describe_plan(run, config.world_size) for run in plan.configs], problem
     except GraftError:
-        return []
+        return [], problem
 
 
-def _problem(step: Callable[[], object]) -> GraftError | None:
+def _checked(step: Callable[[], str]) -> tuple[str, GraftError | None]:
+    """What `step` says, and why it refuses."""
     try:
-        step()
+        return step(), None
     except GraftError as error:
-        return error
-    return None
+        return "", error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..hints import hint
+from ..say import say_aside
 from ..yaml_text import write_yaml
 from .batch import Request
 from .files import JobFolder
@@ -50,8 +51,15 @@ class Plan:
             self.sweep.save()
 
 
-def plan_run(recipe: str | None, settings: Sequence[Setting], sweep: Sequence[str]) -> Plan:
+def plan_run(
+    recipe: str | None,
+    settings: Sequence[Setting],
+    sweep: Sequence[str],
+    early: Callable[[], None] | None = None,
+) -> Plan:
     """What `graftvit submit RECIPE SETTINGS --sweep ...` submits; every cell is checked, nothing is written.
+
+    `early` is called before what is slow to check.
 
     Raises ConfigError: something in the recipe, the settings or the sweep is not valid.
     """
@@ -61,6 +69,9 @@ def plan_run(recipe: str | None, settings: Sequence[Setting], sweep: Sequence[st
             raise ConfigError(
                 f"--sweep does not go with {recipe}, which compares plans: its cells are the sweep"
             )
+        if early is not None:
+            early()
+        say_aside("graftvit: checking the cells of the comparison ...\n")
         return _plan_comparison(str(recipe), settings)
     settings = [*settings, _absolute(_configs(recipe, settings)[0].output_dir)]
     if sweep:
@@ -102,7 +113,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
 def _refuse_existing(config: RunConfig) -> None:
     """Raises ConfigError where the run would be told never to go on with what is there."""
     if config.engine.resume == "never":
-        from ...transfer.engine.resume import refuse_existing  # loads torch
+        from ...transfer.engine.resume import refuse_existing
 
         refuse_existing(config.output_dir)
 

@@ -21,6 +21,7 @@ from .lookup import home
 from .progress import current_stage
 from .settings import ClusterConfig
 from .submission import refuse_active, start
+from .submit import test_only
 
 PATIENCE, EVERY = 600.0, 2.0
 """Seconds that `graftvit resume` waits for a job that was told to stop, and between two looks at it."""
@@ -96,12 +97,13 @@ def wait_for_stops(folder: Path, patience: float = PATIENCE) -> None:
 
 def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """Submits again, and says which jobs these are. Raises ConfigError as `graftvit submit`."""
+    waits = ""
     if not unchecked:
-        check_again(unfinished, config)
+        waits = check_again(unfinished, config)
         plan_again(unfinished, config)
     with submitting(home(unfinished.folder)):
         left = find_unfinished(unfinished.folder)  # another shell may have been quicker
-        return start(launch_again(left, config), left.first, unchecked=unchecked)
+        return start(launch_again(left, config), left.first, waits)
 
 
 def launch_again(unfinished: Unfinished, config: ClusterConfig) -> Launch:
@@ -115,12 +117,15 @@ def launch_again(unfinished: Unfinished, config: ClusterConfig) -> Launch:
     return Launch(job_name(unfinished.folder), unfinished.folder, requests, config, cores)
 
 
-def check_again(unfinished: Unfinished, config: ClusterConfig) -> None:
-    """Raises ConfigError for what the cluster cannot give."""
-    if config.cluster == "slurm":
-        check_commands()
-        check_folder(unfinished.folder, config)
-        check_resources(config, launch_again(unfinished, config).cpus_per_task)
+def check_again(unfinished: Unfinished, config: ClusterConfig) -> str:
+    """Returns what the job has to wait for, if anything. Raises ConfigError for what the cluster cannot give."""
+    if config.cluster != "slurm":
+        return ""
+    check_commands()
+    check_folder(unfinished.folder, config)
+    launch = launch_again(unfinished, config)
+    check_resources(config, launch.cpus_per_task)
+    return test_only(launch)
 
 
 def plan_again(unfinished: Unfinished, config: ClusterConfig) -> str:
@@ -132,6 +137,7 @@ def plan_again(unfinished: Unfinished, config: ClusterConfig) -> str:
     begun = next((stage for stage in stages if (stage / "config.yaml").is_file()), None)
     if begun is None:
         return ""
+    say_aside("graftvit: checking whether the run can go on: its teacher, data and plan ...\n")
     from ..plan import describe_plan  # loads torch
 
     return describe_plan(load_config(begun), config.world_size)

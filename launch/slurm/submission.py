@@ -9,6 +9,8 @@ from pathlib import Path
 from ...models.errors import ConfigError, DataError
 from ...transfer.config import RunConfig
 from ..hints import hint
+from ..say import say_aside
+from .again import describe_again
 from .ask import NoAnswerError
 from .batch import Launch, Request, job_name, new_identity
 from .checks import check_commands, check_folder, check_resources
@@ -22,62 +24,77 @@ from .submit import submit, test_only
 from .sweep import check_folder as check_sweep
 
 
-def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> None:
-    """Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for."""
-    if config.cluster != "slurm" and config.nodes > 1:
-        raise ConfigError(
-            f"--nodes {config.nodes}: --cluster {config.cluster} is this machine alone; give --nodes 1"
-        )
-    if config.cluster == "debug" and config.tasks > 1:
-        raise ConfigError(
-            f"--cluster debug is this process alone, and {config.tasks} are asked for: give one GPU or task"
-        )
-    if config.cluster == "local" and len(plan.requests) > config.array_parallelism:
-        raise ConfigError(
-            f"--cluster local starts all {len(plan.requests)} cells at once, and --array_parallelism allows "
-            f"{config.array_parallelism}: allow more of them, or take fewer values"
-        )
+def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
+    """Returns what the job has to wait for, if anything.
+
+    Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for.
+    """
+    waits = check_cluster(plan, config, unchecked=unchecked)
+    if not unchecked:
+        check_runs(plan, config)
+    return waits
+
+
+def check_early(config: ClusterConfig) -> None:
+    """Raises ConfigError for what the cluster cannot give, as far as that is known before the plan is."""
+    if config.cluster == "slurm":
+        check_commands()
+        check_resources(config, config.cpus_per_task or 1)
+
+
+def check_cluster(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
+    """The part of `check` that needs no torch, and is quick."""
+    _check_machine(plan, config)
     if plan.comparison:
         _check_comparison(plan, config)
     if config.cluster == "slurm":
         check_commands()
     _refuse_second(plan, config)
-    if unchecked:
-        return
-    if config.cluster == "slurm":
-        check_folder(plan.folder, config)
-        check_resources(config, cores(plan.configs, config))
-    from ..plan import describe_plan  # loads torch, which is slow: what can be told without it is told before
+    if unchecked or config.cluster != "slurm":
+        return ""
+    check_folder(plan.folder, config)
+    check_resources(config, cores(plan.configs, config))
+    return test_only(launch_of(plan, config))
 
+
+def check_runs(plan: Plan, config: ClusterConfig) -> list[str]:
+    """The part of `check` that is slow: the plan of each run in words."""
+    if not plan.configs:
+        return []
+    say_aside("graftvit: checking the run: its settings, teacher, data and plan ...\n")
+    from ..plan import describe_plan  # loads torch
+
+    plans = []
     for run in plan.configs:
         _check_data(run, config)
-        describe_plan(run, config.world_size, needs_data=not run.data.download)
+        plans.append(describe_plan(run, config.world_size, needs_data=not run.data.download))
+    return plans
 
 
-def send(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
-    """Submits, and says which jobs these are and what to do next."""
+def send(plan: Plan, config: ClusterConfig, waits: str = "") -> str:
+    """Submits what has to wait for `waits`, and says which jobs these are and what to do next."""
     launch = launch_of(plan, config)
-    waits = test_only(launch) if config.cluster == "slurm" and not unchecked else ""
     with submitting(home(plan.folder)):
         _refuse_second(plan, config)
         if plan.sweep is not None:
             check_sweep(plan.sweep)
+        if words := describe_again(plan, config):
+            say_aside(f"graftvit: {words}\n")
         plan.write()
-        said = start(launch, plan.first, unchecked=True) + (f"  {waits}\n" if waits else "")
+        said = start(launch, plan.first, waits)
     if plan.comparison:
         frozen = next(iter(plan.frozen))
         said += f"  {hint('compare', frozen, '--report')}    # when all cells are through\n"
     return said
 
 
-def start(launch: Launch, first: Request | None = None, *, unchecked: bool = False) -> str:
+def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
     """Submits `launch`, after a job for `first` where it is given, and says which jobs these are.
 
     The caller keeps others out (`submitting`), and has seen that none of the runs has a job.
     """
     remember(launch.folder)  # before: an interrupted submission may have made a job
     slurm = launch.config.cluster == "slurm"
-    waits = test_only(launch) if slurm and not unchecked else ""
     after = ""
     if first is not None:
         made = submit(replace(launch, requests=[first], identity=new_identity()))[0]
@@ -101,6 +118,23 @@ def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
 def launch_of(plan: Plan, config: ClusterConfig) -> Launch:
     """The runs of `plan` with what they ask of the cluster."""
     return Launch(job_name(plan.folder), plan.folder, plan.requests, config, cores(plan.configs, config))
+
+
+def _check_machine(plan: Plan, config: ClusterConfig) -> None:
+    """Raises ConfigError where more is asked for than one machine or process is."""
+    if config.cluster != "slurm" and config.nodes > 1:
+        raise ConfigError(
+            f"{config.said('nodes')}: --cluster {config.cluster} is this machine alone; give --nodes 1"
+        )
+    if config.cluster == "debug" and config.tasks > 1:
+        raise ConfigError(
+            f"--cluster debug is this process alone, and {config.tasks} are asked for: give one GPU or task"
+        )
+    if config.cluster == "local" and len(plan.requests) > config.array_parallelism:
+        raise ConfigError(
+            f"{config.said('array_parallelism')}: --cluster local starts all {len(plan.requests)} cells at once: "
+            "allow more of them, or take fewer values"
+        )
 
 
 def _check_comparison(plan: Plan, config: ClusterConfig) -> None:

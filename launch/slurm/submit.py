@@ -27,7 +27,7 @@ from .files import JobFolder, Submission
 from .lookup import UNSURE, number_by_name, write_number
 from .pitfalls import detached, outside_of_a_job, start_script
 from .snapshot import copy_package, origin
-from .unbroken import InterruptedSubmissionError, unbroken
+from .unbroken import InterruptedSubmissionError, ordering, unbroken
 
 logger = logging.getLogger(__name__)
 ANSWER = 120.0
@@ -197,6 +197,7 @@ def _start(launch: Launch) -> str:
 
 def _run(launch: Launch, code: Path, made: dict[str, Any]) -> list[str]:
     """Runs each in this process."""
+    ordering()
     jobs = []
     for request in launch.requests:
         one = replace(launch, requests=[request])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...models.errors import ConfigError
 from ..cli import DISTRIBUTED
+from ..say import say_aside
 from ..submitted import SUBMITTED, check_words
 from .batch import Request
 from .checks import check_folder
@@ -31,6 +32,7 @@ def plan_work(
             f"`graftvit {command}` is one process, and {config.nodes} x {config.tasks} are asked for: give --nodes 1 "
             "and --tasks_per_node 1, or --gpus_per_node 1"
         )
+    say_aside(f"graftvit: checking the words of `graftvit {command}` ...\n")
     work = check_words(command, rest, here=not unchecked)
     if work.output is not None and config.cluster == "slurm" and not unchecked:
         _check_output(work.output, config)

@@ -97,6 +97,7 @@ def test_a_reservation(submitted: Callable[..., tuple[str, str]], cluster: Slurm
         (["--gpus_per_node", "a100:5"], "--gpus_per_node is a100:5: partition main has nodes with up to 4 GPUs of"),
         (["--gpus_per_node", "h100:1", "--nodes", "2"], "and 1 of its 3 nodes have so many; 2 are asked for"),
         (["--gres", "gpu:v100:1"], "--gres is gpu:v100:1: partition main has nodes with up to 0 GPUs of type v100"),
+        (["--gres", "tmpdisk:500"], "--gres is tmpdisk:500: partition main has nodes with up to 100 tmpdisk, and 0 of"),
         (["--partition", "main,high", "--mem", "9G"], "--mem is 9216: partition main has nodes with up to 4000 MiB"),
     ],
 )  # fmt: skip
@@ -113,14 +114,6 @@ def test_what_never_runs_is_refused_whatever_state_its_nodes_are_in(
             cluster.undrain(*cluster.nodes)
     assert said in capsys.readouterr().err
     assert cluster.run("squeue", "-h") == ""
-
-
-def test_a_generic_resource_that_no_node_has_so_much_of(user: Path, capsys: Captured) -> None:
-    assert main(["submit", "run.yaml", "--gres", "tmpdisk:500"]) == 2
-    assert (
-        "sbatch refuses the job: Requested node configuration is not available; with"
-        in capsys.readouterr().err
-    )
 
 
 def test_one_partition_of_several_that_fits_will_do(

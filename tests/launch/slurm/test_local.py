@@ -84,7 +84,7 @@ def test_several_tasks_in_one_process_are_refused(tmp_path: Path) -> None:
     told = graftvit(
         tmp_path, "submit", str(recipe(tmp_path, "run")), "--cluster", "local", "--nodes", "2", code=2
     )
-    assert "--nodes 2: --cluster local is this machine alone" in told
+    assert "--nodes is 2: --cluster local is this machine alone" in told
     assert not (tmp_path / "run").exists()
 
 

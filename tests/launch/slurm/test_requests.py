@@ -176,7 +176,7 @@ def test_an_impossible_comparison_writes_nothing(folder: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"cluster": "local", "nodes": 2}, "--nodes 2: --cluster local is this machine alone; give --nodes 1"),
+    ({"cluster": "local", "nodes": 2}, "--nodes is 2: --cluster local is this machine alone; give --nodes 1"),
     ({"cluster": "debug", "gpus_per_node": 2}, "this process alone, and 2 are asked for"),
     (
         {"cluster": "local", "gpus_per_node": 2},
@@ -185,7 +185,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cluster": "local"}, "--cluster local does not wait for the teacher"),
     (
         {"cluster": "local", "array_parallelism": 2},
-        "starts all 3 cells at once, and --array_parallelism allows 2",
+        "--array_parallelism is 2: --cluster local starts all 3 cells at once",
     ),
 ]
 

@@ -37,7 +37,7 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
         ]
 
     monkeypatch.setattr(submission, "submit", submit)
-    monkeypatch.setattr(submission, "test_only", lambda launch: None)
+    monkeypatch.setattr(resume_module, "test_only", lambda launch: "")
     monkeypatch.setattr(submission, "remember", lambda folder: None)
     return found
 

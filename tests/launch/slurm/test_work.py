@@ -160,7 +160,7 @@ def test_the_dry_run_shows_the_script_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_teacher(folder / "teacher")
-    for name in ("check_commands", "check", "test_only"):
+    for name in ("check_commands", "check_cluster"):
         monkeypatch.setattr(f"graftvit.launch.slurm.preview.{name}", lambda *arguments, **more: "")
     monkeypatch.setattr("graftvit.launch.slurm.work.check_folder", lambda *arguments: None)
     words = ["submit", "evaluate", "teacher", "--dataset", "digits", "--gpus_per_node", "0", "--dry_run"]
