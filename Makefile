@@ -5,6 +5,7 @@
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
 #   make bench   time and memory against the dense form, results in benchmarks/
+#   make dev     an editable install for editors, mypy and pyright, which the other targets keep until `make clean`
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo compare test acceptance lint bench install clean
+.PHONY: demo compare test acceptance lint bench dev install clean
 
 demo: install
 	$(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
@@ -36,9 +37,8 @@ test: install
 acceptance: install
 	$(BIN)/python -m pytest -n auto --dist loadgroup tests/acceptance $(ARGS)
 
-# mypy would take an installed copy in place of the sources; the other targets install it again.
+# mypy reads the sources below build/typing, also where a copy is installed.
 lint: $(VENV)/.dependencies
-	$(BIN)/python -m pip uninstall --quiet --yes graftvit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typing && mkdir -p build/typing/graftvit
@@ -49,11 +49,17 @@ lint: $(VENV)/.dependencies
 bench: install
 	env -u OMP_NUM_THREADS KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks $(ARGS)
 
-# What is installed is what a user gets: a copy, never a link to this folder. The dependencies are installed
-# once for a pyproject.toml, the project itself each time.
+# What is installed is what a user gets: a copy, or links to these files after `make dev`. The dependencies are
+# installed once for a pyproject.toml, the project itself each time, so that new files are linked, too.
+EDITABLE = $(if $(wildcard $(VENV)/.editable),--config-settings editable_mode=strict --editable)
+
+dev: $(VENV)/.dependencies
+	touch $(VENV)/.editable
+	$(MAKE) --no-print-directory install
+
 install: $(VENV)/.dependencies
-	rm -rf build/lib build/bdist.*
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	rm -rf build/lib build/bdist.* build/__editable__.*
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall $(EDITABLE) .
 
 $(VENV)/.dependencies: pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then \

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..checkpoints.safety.paths import is_there
+from ..checkpoints.safety.regular import read_regular
 from ..models.errors import ConfigError
+from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
 from .fields import find_key, leaf_of, leaves, sections, unknown
 from .recipes import recipe_text
-from .yaml_text import YamlError, parse_yaml, read_yaml, write_yaml
 
 if TYPE_CHECKING:
     from ..transfer.recovery.stages import Stage
@@ -167,7 +168,7 @@ def _read(source: str | Path) -> tuple[str, str, Path | None]:
     if is_name and len(path.parts) == 1:
         return str(source), recipe_text(str(source)), None
     try:
-        return str(path), read_yaml(path), path.parent
+        return str(path), read_regular(path, limit=MAX_BYTES, refusal=ConfigError), path.parent
     except ConfigError as error:
         raise ConfigError(f"cannot read the configuration: {error}") from error
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError
+from ..models.plain_yaml import YamlError, parse_yaml
 from ..transfer.config import RunConfig, Section
-from .yaml_text import YamlError, parse_yaml
 
 ALIASES = {
     "teacher": "teacher.source",

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from .errors import ConfigError
+from .plain_yaml import YamlError, parse_yaml, write_yaml
 
 KEEP = "softmax"
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
@@ -114,8 +113,8 @@ def _option(text: str) -> tuple[str, Any]:
     if not equals or not name.strip().isidentifier():
         raise ConfigError(f"plan: {text.strip()!r} is no option; write name=value")
     try:
-        scalar = yaml.safe_load(value) if len(value) <= MAX_VALUE else None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError):  # of a tag that lies, too
+        scalar = parse_yaml(value) if len(value) <= MAX_VALUE else None
+    except YamlError:
         scalar = None
     if not isinstance(scalar, (str, int, float)) or (isinstance(scalar, float) and not math.isfinite(scalar)):
         raise ConfigError(f"plan: {text.strip()!r}: a value is a finite number, a name, true or false")
@@ -123,4 +122,4 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _scalar(value: Any) -> str:
-    return str(yaml.safe_dump(value)).partition("\n")[0]
+    return write_yaml(value).partition("\n")[0]

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
+from ...models.plain_yaml import write_yaml
 from ..build import is_ours
 from ..copying import BARE_WORDS
 from ..licences import normal
@@ -195,7 +194,7 @@ def _named(licence: str | None) -> str:
 def _fold(recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return ""
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    text = write_yaml(dict(recipe))
     return f"<details>\n<summary>All settings</summary>\n\n{fenced(text, 'yaml')}\n\n</details>"
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...checkpoints.safety.paths import is_there
+from ...checkpoints.safety.regular import read_regular
 from ...models.errors import ConfigError, did_you_mean
-from ..yaml_text import YamlError, parse_yaml, read_yaml
+from ...models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from .gpus import gpus_in, without_gpus
 from .settings import MEMORY, ClusterConfig, option_name, sbatch_fields
 
@@ -220,7 +221,7 @@ def _read_site(path: Path, *, needed: bool) -> dict[str, Any]:
             raise ConfigError(f"--site {path} does not exist")
         return {}
     try:
-        content = parse_yaml(read_yaml(path))
+        content = parse_yaml(read_regular(path, limit=MAX_BYTES, refusal=ConfigError))
     except YamlError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if content is None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
+from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..hints import hint
 from ..say import say_aside
-from ..yaml_text import write_yaml
 from .batch import Request
 from .files import JobFolder
 from .submit import write_text

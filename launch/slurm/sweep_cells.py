@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import ConfigError
+from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, parse_setting, read_recipe
 from ..fields import leaf_of
-from ..yaml_text import write_yaml
 from .sweep import Cell, Sweep
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.safety.plain_yaml import parse
 from graftvit.launch import cli
 from graftvit.launch.config import load_config, parse_override, read_recipe
 from graftvit.launch.slurm.layers import load_cluster
-from graftvit.launch.yaml_text import MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
 from graftvit.models.errors import ConfigError
+from graftvit.models.plain_yaml import MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
 from graftvit.models.plan import parse_plan
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
@@ -180,4 +179,4 @@ def test_an_override_keeps_the_text_that_it_is() -> None:
 
 def test_a_long_number_to_the_base_60_is_refused_at_once() -> None:
     with pytest.raises(YamlError, match="a whole number of more than"):
-        parse("a: " + ":".join(["1"] * 400_000))
+        parse_yaml("a: !!int " + ":".join(["1"] * 400_000))

@@ -29,6 +29,15 @@ def test_options() -> None:
     }  # fmt: skip
 
 
+def test_options_mean_what_they_mean_in_a_config() -> None:
+    assert parse_plan("0: x(a=1e-3, b=no, c=2:5)", 1)[0].options == {"a": 1e-3, "b": "no", "c": "2:5"}
+
+
+def test_a_long_text_stays_whole() -> None:
+    choice = Choice("x", {"y": "a word " * 20 + "and an end"})
+    assert parse_plan(plan_text((choice,)), 1) == (choice,)
+
+
 @pytest.mark.parametrize(
     ("plan", "words"),
     [

@@ -10,9 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ...models.errors import ConfigError
+from ...models.plain_yaml import parse_yaml
 from ..config import RunConfig
 from ..engine.runlog import read_log
 
@@ -151,7 +150,7 @@ def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
 def recipe(name: str, folder: Path, changes: Mapping[str, Any]) -> RunConfig:
     """The packaged recipe `name` with the run folder `folder` and `changes`; no event files for a tracker."""
     text = resources.files("graftvit.cfgs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    content = _merged(yaml.safe_load(text), {"engine": {"trackers": []}, **changes, "output_dir": folder})
+    content = _merged(parse_yaml(text), {"engine": {"trackers": []}, **changes, "output_dir": folder})
     return RunConfig.model_validate(content)
 
 

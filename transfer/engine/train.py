@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from torch import nn
 
 from ...checkpoints.state import StateFolder, TrainingState
 from ...models.errors import ConfigError, GraftError
+from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
 from ..staging.together import stage_together
 from .build import Parts, build
@@ -247,7 +247,7 @@ def _write_config(config: RunConfig, parts: Parts) -> None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         path = config.output_dir / "config.yaml"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(resolved, sort_keys=False))
+        temporary.write_text(write_yaml(resolved))
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error

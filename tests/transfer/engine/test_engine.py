@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 from engine_runs import config, make_teacher, records, state, tiny_vit
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError, ConfigError
+from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.loop import Loop
@@ -34,7 +34,7 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path, teacher: Path) -> None:
     run = config(tmp_path, teacher, engine={"trackers": ("tensorboard",)})
     result = train(run)
     assert (result.finished, result.signal, result.steps) == (True, None, 16)
-    assert RunConfig.model_validate(yaml.safe_load((tmp_path / "config.yaml").read_text())) == run
+    assert RunConfig.model_validate(parse_yaml((tmp_path / "config.yaml").read_text())) == run
     log = read_log(tmp_path / "log.jsonl")
     last = log[-1]
     for key in ("train_loss", "train_task", "train_transfer", "train_layer00", "train_layer01", "lr", "test_top1",

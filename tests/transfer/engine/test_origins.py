@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from engine_runs import config, make_teacher, state
 from graftvit.checkpoints.report import LoadReport
 from graftvit.checkpoints.teacher import Teacher, load_teacher, load_weights
 from graftvit.models.errors import CheckpointError, ConfigError
+from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.engine import build as building
 from graftvit.transfer.engine.resume import check_same_teacher
 from graftvit.transfer.engine.train import train
@@ -52,7 +52,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commit_is_recorded_and_loaded_again(tmp_path: Path, teacher: Path, hub: Hub) -> None:
     run = config(tmp_path, teacher, optim={"max_steps": 3})
     train(run)
-    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    written = parse_yaml((tmp_path / "config.yaml").read_text())
     assert written["teacher"]["revision"] == COMMIT
     hub.head = MOVED
     train(config(tmp_path, teacher, optim={"max_steps": 4}))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from engine_runs import config, differences, make_teacher
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
+from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data import loaders
 from graftvit.transfer.engine.loop import Loop
@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_or_without_its_copy(
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_step", stopping)
         assert train(run(tmp_path, "cut", before)).signal == signal.SIGTERM
-    kept = yaml.safe_load((tmp_path / "cut" / "config.yaml").read_text())["data"]
+    kept = parse_yaml((tmp_path / "cut" / "config.yaml").read_text())["data"]
     assert (kept["data_path"], kept["stage"]) == (str(tmp_path / "images"), before)
     assert all(path.startswith(str(tmp_path / "disk")) == (before is not None) for path in opened)
     opened.clear()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import yaml
-from graftvit.launch.yaml_text import parse_yaml, write_yaml
+from graftvit.models.plain_yaml import parse_yaml, write_yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +40,10 @@ def test_scalars_mean_what_people_expect(text: str, value: object) -> None:
     read = parse_yaml(text)
     assert read == value
     assert type(read) is type(value)
+
+
+def test_a_revision_that_looks_like_a_number_stays_text() -> None:
+    assert parse_yaml(write_yaml({"revision": "1234e56"})) == {"revision": "1234e56"}
 
 
 def test_infinity_and_nan() -> None:

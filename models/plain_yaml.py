@@ -1,7 +1,14 @@
-"""YAML that anybody may have written: bounded in bytes, levels and values, and in one kind of error."""
+"""The one reader and writer of YAML: as people expect it, and bounded, because anybody may have written the text.
+
+As in YAML 1.2, `1e-3` is a number, and `2:5` and `no` are text (PyYAML's own YAML 1.1 reads text, 125 and false). A key
+that is given twice is refused.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -19,8 +26,8 @@ class YamlError(yaml.YAMLError):
     """What is wrong with a text, in one line."""
 
 
-class BoundedLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses what would fill the memory or the stack before it builds it."""
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2, which refuses what would fill the memory or the stack."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -56,16 +63,47 @@ class BoundedLoader(yaml.SafeLoader):
             raise YamlError(f"it has a whole number of more than {MAX_DIGITS} characters{_place(node)}")
         return int(super().construct_yaml_int(node))
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuse a key that is given twice: the first would be lost without a word."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
     def _count(self, nodes: int, event: yaml.NodeEvent) -> None:
         self._nodes += nodes
         if self._nodes > MAX_NODES:
             raise YamlError(f"it has more than {MAX_NODES:,} values{_place(event)}")
 
 
-BoundedLoader.add_constructor("tag:yaml.org,2002:int", BoundedLoader.construct_yaml_int)
+class Dumper(yaml.SafeDumper):
+    """Quotes what `Loader` would take for something else than text."""
 
 
-def parse(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        list("-+.0123456789"),
+    ),
+}
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+for _side in (Loader, Dumper):
+    _side.yaml_implicit_resolvers = {}
+    for _tag, (_pattern, _first) in _SCALARS.items():
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def parse_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
@@ -74,7 +112,7 @@ def parse(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     if len(text) > MAX_BYTES:
         raise YamlError(f"it has more than {MAX_BYTES:,} bytes")
     try:
-        return yaml.load(text, loader)
+        return yaml.load(text, Loader)
     except YamlError:
         raise
     except yaml.YAMLError as error:
@@ -84,6 +122,13 @@ def parse(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         # PyYAML's constructors trust that a tag says what the text is
         raise YamlError(f"something in it is no value: {' '.join(str(error).split())}") from error
+
+
+def write_yaml(value: Any) -> str:
+    """The YAML of plain values, keys in their order; a text stays on its line."""
+    # escapes instead of unicode: some line breaks of unicode that PyYAML writes, it reads back as spaces
+    text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, width=math.inf)
+    return text
 
 
 def _place(at: yaml.Event | yaml.Node) -> str:
