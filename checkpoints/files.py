@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..models.errors import CheckpointError
-from .safety.outline import outline
+from .safety.outline import Kind, check_names, outline
 from .safety.regular import check_regular
+from .safety.tree import check_tree, tensors_of
 from .state_file import check_state, is_state
 
 PLAIN_OBJECTS = (argparse.Namespace, pathlib.PosixPath)
@@ -50,7 +51,7 @@ def read_file(path: Path, inside: Path | None = None) -> Content:
             return _read_safe(path, described.metadata)
         if described.kind == "npz":
             return _read_arrays(path)
-        return _read_torch(path, is_archive=described.kind == "torch")
+        return Content(path, read_torch(path, described.kind), {})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
@@ -69,11 +70,14 @@ def _read_safe(path: Path, metadata: dict[str, str]) -> Content:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _read_torch(path: Path, *, is_archive: bool) -> Content:
-    """Of an archive only those numbers are read that are used: an optimiser's stay on the disk."""
+def read_torch(path: Path, kind: Kind) -> dict[str, Any]:
+    """The tree in a torch file that `outline` has checked.
+
+    Of an archive only those numbers are read that are used: an optimizer's stay on the disk.
+    """
     try:
         with torch.serialization.safe_globals(list(PLAIN_OBJECTS)):
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
     except OSError:
         raise
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
@@ -81,7 +85,9 @@ def _read_torch(path: Path, *, is_archive: bool) -> Content:
         raise CheckpointError(f"{path} is damaged or no torch file: {reason}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of weights")
-    return Content(path, tree, {})
+    check_tree(path, tree)
+    check_names(path, dict(tensors_of(tree)))
+    return tree
 
 
 def _read_arrays(path: Path) -> Content:

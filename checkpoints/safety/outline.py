@@ -1,32 +1,39 @@
-"""What a file of weights holds, read and checked without making one tensor of it.
+"""Which container a file of weights is, and whether every size in it fits the file, before a tensor is made.
 
-The container is told by the first bytes, never by the name. Whatever passes here can be loaded: no name in it makes
-more than data, and no size in it is larger than the file.
+The first bytes tell the container, never the name. Whatever passes here can be loaded: no name in it makes more than
+data, and no size in it is larger than the file.
 """
 
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
-import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ...models.errors import CheckpointError
 from ..report import printable
-from .archive import Record, read_records
-from .extent import count
-from .pickle_outline import DamagedPickle, Machine, children
-from .regular import open_regular
-from .safe_header import SafeEntry, read_header
-from .torch_objects import StorageOutline, TensorOutline, find, storage_of
+from .archive import open_archive, outline_array, read_record
+from .pickle_scan import DamagedPickle, PickleScan
+from .regular import check_regular, open_regular
 
 Kind = Literal["safetensors", "torch", "torch (before 1.6)", "npz"]
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+MAX_PICKLE = 64 << 20
+"""Bytes of the description of a torch file; a model of a thousand layers has two of a million."""
+LEGACY_PICKLES = ("magic number", "version", "machine", "tree", "storages")
+"""The pickles of a torch file before 1.6, one behind the other; the numbers follow."""
+LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 WRONG = (
     (
         b"version https://git-lfs",
@@ -43,29 +50,20 @@ WRONG = (
 
 
 @dataclass(frozen=True)
-class ArrayOutline:
-    """One array of an .npz file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Outline:
-    """A file as it describes itself."""
+    """A file that can be loaded."""
 
     kind: Kind
-    tree: dict[Any, Any]
-    """Nested dictionaries; tensors are `SafeEntry`, `TensorOutline` or `ArrayOutline`."""
+    size: int
+    """Bytes of the file."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """On the meta device; of a torch file, none."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Of a .safetensors file."""
-    size: int = 0
-    """Bytes of the file."""
 
 
 def outline(path: Path) -> Outline:
-    """Reads and checks what `path` describes.
+    """Checks what `path` describes.
 
     Raises CheckpointError in one sentence: no regular file, empty, of no known kind, damaged, larger inside than
     outside, or holding what only code could make.
@@ -77,211 +75,134 @@ def outline(path: Path) -> Outline:
             found = _outline(path, file, size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    odd = next((name for name, _ in tensors_of(found.tree) if not name.isprintable()), None)
+    check_names(path, found.tensors)
+    return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a .safetensors file, whose tensors fill it.
+
+    Raises CheckpointError: no regular file, or damaged.
+    """
+    return _safetensors(path, check_regular(path).stat().st_size).metadata
+
+
+def check_names(path: Path, names: Mapping[str, object]) -> None:
+    """Raises CheckpointError for a name that could write more than text to a terminal."""
+    odd = next((name for name in names if not name.isprintable()), None)
     if odd is not None:
         raise CheckpointError(f"{path} is refused: the name {odd[:80]!r} of a tensor in it is no plain text")
-    return found
 
 
 def _outline(path: Path, file: BinaryIO, size: int) -> Outline:
     head = file.read(64)
-    file.seek(0)
     if not head:
         raise CheckpointError(f"{path} is empty")
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length <= size:
-        return _safetensors(path, file, size)
+    is_header = head[8:9] == b"{"
+    if is_header and int.from_bytes(head[:8], "little") <= size:
+        return _safetensors(path, size)
     if head.startswith(b"PK"):
         return _archive(path, file, size)
     if head.startswith(b"\x80"):
-        return Outline("torch (before 1.6)", _legacy(path, file, size), size=size)
+        return _legacy(path, file, size)
     for start, words in WRONG:
         if head.lstrip().startswith(start):
             raise CheckpointError(f"{path} is {words}")
-    if head[8:9] == b"{":  # the header says that the file is longer than it is
-        return _safetensors(path, file, size)
+    if is_header:  # the header says that the file is longer than it is
+        return _safetensors(path, size)
     raise CheckpointError(
         f"{path} is damaged or no file of weights: it is no .safetensors, torch or .npz file"
     )
 
 
-def _safetensors(path: Path, file: BinaryIO, size: int) -> Outline:
-    header = read_header(path, file, size)
-    return Outline("safetensors", dict(header.tensors), header.metadata, size)
+def _safetensors(path: Path, size: int) -> Outline:
+    """The library checks the header against the file when it opens it."""
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            described = {name: (DTYPES[part.get_dtype()], part.get_shape()) for name, part in slices.items()}
+            metadata = file.metadata() or {}
+        tensors = {
+            name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in described.items()
+        }
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} holds numbers of an unknown dtype {error}; known are {', '.join(DTYPES)}"
+        ) from error
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: its {size:,} bytes need more memory than there is"
+        ) from error
+    except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {reason[:300]}") from error
+    return Outline("safetensors", size, tensors, metadata)
 
 
 def _archive(path: Path, file: BinaryIO, size: int) -> Outline:
-    records = read_records(path, file, size)
-    if records and all(name.endswith(".npy") for name in records):
-        with zipfile.ZipFile(file) as archive:
+    with open_archive(path, file, size) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+        if infos and all(name.endswith(".npy") for name in infos):
             arrays = {
-                name.removesuffix(".npy"): _array(path, archive, record) for name, record in records.items()
+                name.removesuffix(".npy"): outline_array(path, archive, info) for name, info in infos.items()
             }
-        return Outline("npz", arrays, size=size)
-    pickles = [name for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise CheckpointError(
-            f"{path} is damaged or no file of weights: it is a zip archive without a data.pkl"
-        )
-    prefix = pickles[0].removesuffix("data.pkl")
-    if any(name.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in records):
-        raise CheckpointError(
-            f"{path} is refused: it is a TorchScript program, which is code; save the model's state dict"
-        )
-    _check_as_torch_writes(path, records)
-
-    def storage(pid: Any) -> StorageOutline:
-        found = storage_of(pid)
-        record = records.get(f"{prefix}data/{found.key}")
-        if record is None or record.size < (found.start + found.elements) * found.dtype.itemsize:
-            raise DamagedPickle(f"its storage {found.key[:40]!r} is not there or too short")
-        return found
-
-    with zipfile.ZipFile(file) as archive:
-        data = _read_record(path, archive, records[pickles[0]])
-    return Outline("torch", _tree(path, Machine(io.BytesIO(data), find, storage)), size=size)
-
-
-def _check_as_torch_writes(path: Path, records: dict[str, Record]) -> None:
-    """Torch looks names up without regard to case, and maps records into memory as they are."""
-    packed = next((name for name, record in records.items() if not record.is_stored), None)
-    if packed is not None:
-        raise CheckpointError(
-            f"{path} is refused: {packed[:80]!r} in it was compressed, which torch never does; save it again"
-        )
-    if len({name.casefold() for name in records}) < len(records):
-        raise CheckpointError(f"{path} is refused: two of the names in it differ in their case only")
+            return Outline("npz", size, arrays)
+        pickles = [name for name in infos if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(
+                f"{path} is damaged or no file of weights: it is a zip archive without a data.pkl"
+            )
+        prefix = pickles[0].removesuffix("data.pkl")
+        if any(name.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in infos):
+            raise CheckpointError(
+                f"{path} is refused: it is a TorchScript program, which is code; save the model's state dict"
+            )
+        if any(info.compress_type for info in infos.values()):
+            raise CheckpointError(
+                f"{path} is refused: it was compressed, which torch never does; save it again"
+            )
+        stream = io.BytesIO(read_record(path, archive, infos[pickles[0]], MAX_PICKLE))
+    scan = PickleScan()
+    _scan(path, scan, stream)
+    for storage in scan.storages.values():
+        record = infos.get(f"{prefix}data/{storage.key}")
+        if record is None or record.file_size < storage.nbytes:
+            raise CheckpointError(
+                f"{path} is damaged: its storage {storage.key[:40]!r} is not there or too short"
+            )
+    return Outline("torch", size)
 
 
-def _read_record(path: Path, archive: zipfile.ZipFile, record: Record, limit: int | None = None) -> bytes:
-    """The first `limit` bytes of a record, unpacked; all of them for None."""
-    try:
-        with archive.open(record.info) as stream:
-            return stream.read(record.size if limit is None else min(limit, record.size))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {record.name[:80]!r} in it cannot be unpacked") from error
-
-
-def _array(path: Path, archive: zipfile.ZipFile, record: Record) -> ArrayOutline:
-    where = f"{path}: array {record.name.removesuffix('.npy')[:80]!r}"
-    stream = io.BytesIO(_read_record(path, archive, record, 1 << 16))
-    try:
-        version = np.lib.format.read_magic(stream)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = reader[version](stream)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        SyntaxError,
-        RecursionError,
-        MemoryError,
-        OverflowError,
-    ) as error:
-        raise CheckpointError(f"{where} is damaged: it has no valid header") from error
-    if dtype.hasobject:
-        raise CheckpointError(
-            f"{where} is refused: it holds Python objects, and rebuilding them could run code"
-        )
-    nbytes = count(where, shape) * dtype.itemsize
-    if nbytes != record.size - stream.tell():
-        raise CheckpointError(
-            f"{where} is damaged: its shape {tuple(shape)} takes {nbytes:,} bytes, and it has "
-            f"{record.size - stream.tell():,}"
-        )
-    return ArrayOutline(str(dtype), tuple(shape), nbytes)
-
-
-class _Bounded:
-    """A file that never gives more than it has, however much is asked for."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
-
-    def read(self, size: int, /) -> bytes:
-        return self.file.read(max(0, min(size, self.size - self.file.tell())))
-
-    def readline(self) -> bytes:
-        return self.file.readline()
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-
-def _legacy(path: Path, file: BinaryIO, size: int) -> dict[Any, Any]:
-    """torch's format before 1.6: pickles one behind the other, then the numbers of each storage."""
-    storages: dict[str, StorageOutline] = {}
-
-    def storage(pid: Any) -> StorageOutline:
-        found = storage_of(pid)
-        whole = int(pid[4])
-        known = storages.setdefault(found.key, StorageOutline(found.key, found.dtype, whole))
-        if (known.dtype, known.elements) != (found.dtype, whole):
-            raise DamagedPickle(f"its storage {found.key[:40]!r} is described twice")
-        return found
-
-    stream = _Bounded(file, size)
-    try:
-        magic = Machine(stream, find).load()
-    except DamagedPickle:
-        magic = None
-    if magic != LEGACY_MAGIC:
-        file.seek(0)
-        _tree(path, Machine(stream, find, storage))  # says what it would run, if that is what it would do
+def _legacy(path: Path, file: BinaryIO, size: int) -> Outline:
+    """torch allocates each storage as its pickle says, before it looks at what follows the pickles."""
+    file.seek(0)
+    stream = io.BytesIO(file.read(MAX_PICKLE))
+    scan = PickleScan()
+    if LEGACY_MAGIC not in stream.getvalue()[:64]:
+        _scan(path, scan, stream)  # says what it would run, if that is what it would do
         raise CheckpointError(
             f"{path} is a pickle that torch did not write: save a state dict with torch.save"
         )
-    plain = Machine(stream, find)
+    for _ in LEGACY_PICKLES:
+        _scan(path, scan, stream)
+    needed = stream.tell() + sum(8 + storage.nbytes for storage in scan.storages.values())
+    if scan.literals != scan.storages.keys() or needed > size:
+        raise CheckpointError(
+            f"{path} is damaged: its tensors take {needed:,} bytes, and the file has {size:,}"
+        )
+    return Outline("torch (before 1.6)", size)
+
+
+def _scan(path: Path, scan: PickleScan, stream: BinaryIO) -> None:
+    damage: DamagedPickle | None = None
     try:
-        plain.load(), plain.load()  # the version, and facts of the machine
-        tree = _tree(path, Machine(stream, find, storage))
-        keys = Machine(stream, find).load()
+        scan.scan(stream)
     except DamagedPickle as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
-        raise CheckpointError(f"{path} is damaged: its list of storages is not that of its tensors")
-    for key in keys:
-        known = storages[str(key)]
-        elements = int.from_bytes(file.read(8), "little")
-        end = file.tell() + known.nbytes
-        if elements != known.elements or end > size:
-            raise CheckpointError(
-                f"{path} is damaged: its storage {str(key)[:40]!r} is cut off or of another size"
-            )
-        file.seek(end)
-    return tree
-
-
-def _tree(path: Path, machine: Machine) -> dict[Any, Any]:
-    try:
-        tree = machine.load()
-    except DamagedPickle as error:
-        if machine.foreign:
-            raise CheckpointError(refusal(path, next(iter(machine.foreign)))) from error
-        raise CheckpointError(f"{path} is damaged or no torch file: {error}") from error
-    if machine.foreign:
-        raise CheckpointError(refusal(path, next(iter(machine.foreign))))
-    if not isinstance(tree, dict):
-        kind = "Tensor" if isinstance(tree, TensorOutline) else type(tree).__name__
-        raise CheckpointError(f"{path} holds a {kind}, not a dictionary of weights")
-    return tree
-
-
-def refusal(path: Path, name: str) -> str:
-    """What is said of a file that holds `name`."""
-    return (
-        f"{path} is refused: it holds {printable(name[:120])}, and rebuilding that could run code; "
-        "save the weights alone (a state dict) or as .safetensors"
-    )
-
-
-def tensors_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, SafeEntry | TensorOutline | ArrayOutline]]:
-    """The tensors of a tree by their path, names joined by dots."""
-    if isinstance(tree, (SafeEntry, TensorOutline, ArrayOutline)):
-        yield prefix, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from tensors_of(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        for index, value in enumerate(children(tree)):
-            yield from tensors_of(value, f"{prefix}.{index}" if prefix else str(index))
+        damage = error
+    for name in scan.foreign:
+        raise CheckpointError(
+            f"{path} is refused: it holds {printable(name[:120])}, and rebuilding that could run code; "
+            "save the weights alone (a state dict) or as .safetensors"
+        ) from damage
+    if damage is not None:
+        raise CheckpointError(f"{path} is damaged or no torch file: {damage}") from damage
