@@ -19,8 +19,7 @@ from huggingface_hub.errors import (
 
 from ...models.errors import CheckpointError, RunFailedError
 from ..hub.download import download
-from ..hub.errors import line
-from ..hub.retry import is_network, status_of
+from ..hub.errors import is_network, line, status_of
 from .card import is_generated
 from .claim import licence_of_card
 from .student_files import CARD, WEIGHTS_PATTERN, Upload
