@@ -13,7 +13,7 @@ from ...models.lora import merged
 from ..class_names import KEY as LABEL_NAMES
 from ..files import Content
 from ..preprocessing import Preprocessing
-from ..provenance import PICKED, carried_licence, of_state
+from ..provenance import PICKED, carried_license, of_state
 from ..safety.settings import shortened
 from ..sources import Part
 from ..state_file import BEST, META_KEY
@@ -56,7 +56,7 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     if content.path.name == BEST:
         provenance[PICKED] = (meta.get("position") or {}).get("best_metric", "top1")
     architecture, arguments, config = _student_of(meta)
-    config["license"] = carried_licence(provenance)
+    config["license"] = carried_license(provenance)
     notes = (
         () if "mean" in config else ("normalisation: the architecture's own, for the state does not say it",)
     )

@@ -131,7 +131,7 @@ def test_folders_that_lack_something_are_named(tiny: Make, tmp_path: Path) -> No
         load_teacher(f"local-dir:{tmp_path / 's'}")
 
 
-def test_pickled_weights_and_a_licence_from_the_card(tiny: Make, tmp_path: Path) -> None:
+def test_pickled_weights_and_a_license_from_the_card(tiny: Make, tmp_path: Path) -> None:
     model = tiny(num_classes=3)
     save(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -139,7 +139,7 @@ def test_pickled_weights_and_a_licence_from_the_card(tiny: Make, tmp_path: Path)
     (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# a card\n")
     teacher = load_teacher(f"local-dir:{tmp_path}")
     assert same(teacher.model, model)
-    assert teacher.licence == "cc-by-nc-4.0"
+    assert teacher.license == "cc-by-nc-4.0"
     assert "pytorch_model.bin" in teacher.report.format
 
 

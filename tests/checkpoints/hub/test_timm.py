@@ -53,7 +53,7 @@ def test_a_revision_loads_exactly_that_commit(
     teacher = load_teacher(NAME, model_args=SMALL, revision=revision)
     assert same(teacher, published[commit])
     assert teacher.revision == teacher.report.revision == commit
-    assert teacher.licence == "cc-by-nc-4.0"
+    assert teacher.license == "cc-by-nc-4.0"
 
 
 def test_a_pinned_commit_stays_while_main_moves(server: Hub, published: dict[str, dict[str, Tensor]]) -> None:
