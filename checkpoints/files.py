@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..models.errors import CheckpointError
+from .regular_files import check_regular
 from .safety.outline import Kind, check_names, outline
-from .safety.regular import check_regular
 from .safety.tree import check_tree, tensors_of
 from .state_file import check_state, is_state
 

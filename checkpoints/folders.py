@@ -21,7 +21,7 @@ from .hub.download import commit_of, download, try_download
 from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
-from .safety.regular import read_regular
+from .regular_files import read_regular
 from .safety.settings import shortened
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part

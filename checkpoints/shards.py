@@ -9,8 +9,8 @@ from typing import Any
 
 from ..models.errors import CheckpointError
 from .files import Content, read_file
+from .regular_files import read_regular
 from .report import some
-from .safety.regular import read_regular
 
 INDEX_SUFFIX = ".index.json"
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..models.errors import CheckpointError
 from .atomic import write_file
+from .regular_files import open_regular
 from .safety.outline import read_metadata
-from .safety.regular import open_regular
 
 META_KEY = "graftvit.state"
 BEST = "best.safetensors"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..checkpoints.safety.paths import is_there
+from ..checkpoints.paths import is_there
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig
 from .fields import find_key, leaf_of, leaves, sections, unknown

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..checkpoints.regular_files import read_regular
 from ..checkpoints.safety.plain_yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES, BoundedLoader, YamlError, parse
-from ..checkpoints.safety.regular import read_regular
 from ..models.errors import ConfigError
 
 __all__ = ["MAX_DEPTH", "MAX_NODES", "YamlError", "parse_yaml", "read_yaml", "write_yaml"]

@@ -19,8 +19,8 @@ from ..copying import refuse_unnamed
 from ..folders import CONFIG
 from ..provenance import KEY
 from ..public import public
+from ..regular_files import read_regular
 from ..report import some
-from ..safety.regular import read_regular
 from ..shards import weight_map
 from ..sources import PICKLE_SUFFIXES
 from .card import is_generated, student_card

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...models.errors import CheckpointError
+from ..regular_files import check_regular, open_regular
 from ..report import printable
 from .archive import open_archive, outline_array, read_record
 from .pickle_scan import DamagedPickle, PickleScan
-from .regular import check_regular, open_regular
 
 Kind = Literal["safetensors", "torch", "torch (before 1.6)", "npz"]
 MAX_PICKLE = 64 << 20

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...checkpoints.safety.paths import is_there
+from ...checkpoints.paths import is_there
 from ...models.errors import ConfigError, did_you_mean
 from ..yaml_text import YamlError, parse_yaml, read_yaml
 from .gpus import gpus_in, without_gpus
