@@ -18,7 +18,15 @@ from .safety.outline import Kind, check_names, outline
 from .safety.tree import check_tree, tensors_of
 from .state_file import check_state, is_state
 
-PLAIN_OBJECTS = (argparse.Namespace, pathlib.PosixPath)
+_NUMBERS = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
+_SCALAR = np.float64(0).__reduce__()[0]
+PLAIN_OBJECTS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.dtype,
+    *{type(dtype) for dtype in _NUMBERS},
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 """What training files hold beside tensors, as settings; torch makes these only if it is told to."""
 
 
@@ -76,7 +84,7 @@ def read_torch(path: Path, kind: Kind) -> dict[str, Any]:
     Of an archive only those numbers are read that are used: an optimizer's stay on the disk.
     """
     try:
-        with torch.serialization.safe_globals(list(PLAIN_OBJECTS)):
+        with torch.serialization.safe_globals(PLAIN_OBJECTS):
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
     except OSError:
         raise

@@ -7,7 +7,8 @@ import math
 import struct
 import zipfile
 import zlib
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -46,7 +47,11 @@ def open_archive(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
         reason = str(error) or type(error).__name__
         raise CheckpointError(f"{path} is damaged: its zip directory cannot be read, {reason}") from error
     _check_end(path, file, size, archive.start_dir)
-    infos = archive.infolist()
+    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    if any(one.header_offset + one.compress_size >= other.header_offset for one, other in pairwise(infos)):
+        raise CheckpointError(f"{path} is refused: two of the records in it overlap")
+    if any(_leads_out(info.orig_filename) for info in infos):
+        raise CheckpointError(f"{path} is refused: a name in it leads out of it")
     if len({info.orig_filename.casefold() for info in infos}) < len(infos):  # torch reads names in any case
         raise CheckpointError(f"{path} is refused: two of the names in it are the same")
     if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
@@ -58,6 +63,11 @@ def open_archive(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
             f"{path} is refused: its {size:,} bytes would unpack to {total:,}, which no weights do"
         )
     return archive
+
+
+def _leads_out(name: str) -> bool:
+    pure = PurePosixPath(name)
+    return not name or pure.is_absolute() or ".." in pure.parts or bool(set(name) & set("\\:\0"))
 
 
 def read_record(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+import re
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -35,8 +36,15 @@ CALLED = {
     "torch.nn.parameter.Parameter", "argparse.Namespace", "pathlib.PosixPath", "collections.OrderedDict",
     "collections.Counter", "builtins.set", "builtins.complex", "_codecs.encode",
 }  # fmt: skip
-BUILT = ("argparse.Namespace", "collections.OrderedDict")
+SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+DTYPE = "numpy.dtype"
+CALLED |= {*SCALARS, DTYPE}
+BUILT = ("argparse.Namespace", "collections.OrderedDict", DTYPE)
 """May be given attributes. A tensor may not: that would set its shape again."""
+PLAIN_DTYPES = tuple((3, order, None, None, None, -1, -1, 0) for order in "<>|")
+"""The states of numpy's dtypes of plain numbers."""
+OPAQUE = object()
+"""The value of a list, a dictionary or a set."""
 MARK = object()
 
 
@@ -64,7 +72,7 @@ class Storage:
 
 @dataclass
 class Entry:
-    """One object on the stack: a literal, a name, a storage or a tuple of these; None for any other object."""
+    """One object on the stack: a literal, a name, a storage or a tuple of these, or `OPAQUE`."""
 
     value: Any
     weight: int = 1
@@ -147,11 +155,13 @@ class PickleScan:
             return Entry(self._called(*(entry.value for entry in taken)), weight)
         if name == "BINPERSID":
             return Entry(self._storage(taken[0].value))
-        if name == "BUILD" and taken[0].value not in BUILT and not self.foreign:
-            raise DamagedPickle("its pickle gives a state to what has none")
+        if name == "BUILD" and not self.foreign:
+            _check_state(taken[0].value, taken[1].value)
         if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"):
             taken[0].weight = weight
             return taken[0]
+        if name.removeprefix("EMPTY_") in ("DICT", "LIST", "SET", "FROZENSET"):
+            return Entry(OPAQUE, weight)
         if argument is not None:
             self.literals.add(str(argument)[:80])
         return Entry(argument, weight)
@@ -171,6 +181,8 @@ class PickleScan:
         for called in (function, *inner):
             if not isinstance(called, Name) or called not in CALLED:
                 raise DamagedPickle(f"its pickle calls {str(called)[:80]}")
+        if function == DTYPE and not re.fullmatch("[biuf][1248]", str(arguments[0])):
+            raise DamagedPickle("it holds a number of numpy of no known kind")
         if inner and inner[0] in REBUILDS:
             _check_tensor(inner[0], *arguments[2])
         elif function in REBUILDS:
@@ -204,6 +216,12 @@ class PickleScan:
 
 def _are_sizes(*values: Any) -> bool:
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _check_state(target: Any, state: Any) -> None:
+    """Raises DamagedPickle for an object that may not be given this state."""
+    if target not in BUILT or (target == DTYPE and state not in PLAIN_DTYPES):
+        raise DamagedPickle("its pickle gives a state to what has none")
 
 
 def _check_tensor(function: Name, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> None:

@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from graftvit.checkpoints.files import read_file
+from graftvit.checkpoints.inspect_file import describe_file
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import save_file
@@ -20,6 +22,15 @@ def test_a_namespace_alone_is_read(tmp_path: Path) -> None:
     )
     assert read_file(tmp_path / "a.pth").tree["args"].lr == 0.1
     assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed here only
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)])
+def test_numbers_of_numpy_are_read(number: Any, is_zip: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"a": torch.ones(2)}, "best": number}, path, _use_new_zipfile_serialization=is_zip)
+    assert read_file(path).tree["best"] == number
+    assert f"  best: {number}" in describe_file(path)
 
 
 def test_a_flipped_header_is_named_or_harmless(tmp_path: Path) -> None:
