@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models.errors import CheckpointError
 from .regular_files import check_regular
-from .safety.outline import Kind, check_names, outline
+from .safety.file_outline import Kind, check_names, outline
 from .safety.tree import check_tree, tensors_of
 from .state_file import check_state, is_state
 
@@ -43,7 +43,7 @@ class Content:
 def read_file(path: Path, inside: Path | None = None) -> Content:
     """Reads a .safetensors, torch or .npz file.
 
-    What it describes is read and checked first (`safety/outline.py`). Torch files are pickles: only tensors, plain
+    What it describes is read and checked first (`safety/file_outline.py`). Torch files are pickles: only tensors, plain
     containers and settings (`PLAIN_OBJECTS`) are rebuilt, always by torch's weights-only loading.
 
     Args:

@@ -20,7 +20,7 @@ from .formats.containers import unwrap
 from .formats.described import as_metadata
 from .formats.normalisation import IMAGENET
 from .report import printable
-from .safety.outline import outline
+from .safety.file_outline import outline
 from .safety.tree import children, tensors_of
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
 from .weights import Weights

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..models.errors import CheckpointError
 from .atomic import write_file
 from .regular_files import open_regular
-from .safety.outline import read_metadata
+from .safety.file_outline import read_metadata
 
 META_KEY = "graftvit.state"
 BEST = "best.safetensors"

@@ -26,7 +26,7 @@ from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, some
 from .resized import late_size, resize_loaded
 from .safety.description import check_description
-from .safety.settings import check_settings
+from .safety.model_settings import check_settings
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .weights import Weights, as_pair
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.errors import CheckpointError
-from .safety.settings import shortened
+from .safety.model_settings import shortened
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..class_names import KEY as LABEL_NAMES
 from ..files import Content
 from ..preprocessing import Preprocessing
 from ..provenance import PICKED, carried_license, of_state
-from ..safety.settings import shortened
+from ..safety.model_settings import shortened
 from ..sources import Part
 from ..state_file import BEST, META_KEY
 from ..weights import Weights
