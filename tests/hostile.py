@@ -191,7 +191,7 @@ def pickle_of_endless(kind: str, folder: Path, canary: Path) -> Path:
     return folder / "model.pth"
 
 
-@several("tensor", "typed_tensor", "bytes", "with_attributes", "by_state", "numpy")
+@several("tensor", "typed_tensor", "bytes", "with_attributes", "by_state", "numpy", "codec")
 def memory_that_a_pickle_takes(kind: str, folder: Path, canary: Path) -> Path:
     """All of these names pass torch's own check of names."""
     size = b"(\x8a\x06" + HUGE.to_bytes(6, "little") + b"t"
@@ -199,6 +199,7 @@ def memory_that_a_pickle_takes(kind: str, folder: Path, canary: Path) -> Path:
     stream = {
         "tensor": b"ctorch\nTensor\n" + size + b"R",
         "typed_tensor": b"ctorch\nFloatTensor\n" + size + b"R",
+        "codec": b"c_codecs\nencode\n(X\x02\x00\x00\x00\xc3\xa9X\x08\x00\x00\x00punycodetR",
         "numpy": b"cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x07\x00\x00\x00V999999tRtR",
         "bytes": b"c__builtin__\nbytearray\n" + size + b"R",
         "with_attributes": b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nTensor\nctorch\nTensor\n"

@@ -39,6 +39,8 @@ CALLED = {
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 DTYPE = "numpy.dtype"
 CALLED |= {*SCALARS, DTYPE}
+PLAIN_ARGUMENTS = {DTYPE: (0, "[biuf][1248]"), "_codecs.encode": (1, "latin-?1")}
+"""Place and pattern of an argument that could take memory or time: a dtype of a gigabyte, a codec that is quadratic."""
 BUILT = ("argparse.Namespace", "collections.OrderedDict", DTYPE)
 """May be given attributes. A tensor may not: that would set its shape again."""
 PLAIN_DTYPES = tuple((3, order, None, None, None, -1, -1, 0) for order in "<>|")
@@ -177,14 +179,15 @@ class PickleScan:
         """The name of the function, once it and its arguments are known to do no harm."""
         if self.foreign:
             return function
-        inner = arguments[:1] if function == FROM_TYPE else ()
-        for called in (function, *inner):
-            if not isinstance(called, Name) or called not in CALLED:
-                raise DamagedPickle(f"its pickle calls {str(called)[:80]}")
-        if function == DTYPE and not re.fullmatch("[biuf][1248]", str(arguments[0])):
-            raise DamagedPickle("it holds a number of numpy of no known kind")
-        if inner and inner[0] in REBUILDS:
-            _check_tensor(inner[0], *arguments[2])
+        if not isinstance(function, Name) or function not in CALLED:
+            raise DamagedPickle(f"its pickle calls {str(function)[:80]}")
+        place, plain = PLAIN_ARGUMENTS.get(function, (0, ""))
+        if plain and not re.fullmatch(plain, str(arguments[place])):
+            raise DamagedPickle(f"its pickle calls {function} with {str(arguments[place])[:80]!r}")
+        if function == FROM_TYPE and arguments[0] not in REBUILDS:
+            raise DamagedPickle(f"its pickle makes a tensor by {str(arguments[0])[:80]}")
+        if function == FROM_TYPE:
+            _check_tensor(arguments[0], *arguments[2])
         elif function in REBUILDS:
             _check_tensor(function, *arguments)
         return function
@@ -197,13 +200,13 @@ class PickleScan:
         if (
             kind not in STORAGES
             or not isinstance(kind, Name)
-            or not isinstance(key, (str, int))
+            or not isinstance(key, str)
             or not _are_sizes(elements)
         ):
             raise DamagedPickle(
                 f"its pickle names a storage of {str(elements)[:40]} elements of no known type"
             )
-        storage = Storage(str(key), elements, STORAGES[kind])
+        storage = Storage(key, elements, STORAGES[kind])
         if self.storages.setdefault(storage.key, storage) != storage:
             raise DamagedPickle(f"its storage {storage.key[:40]!r} is described twice")
         if not part or part[0] is None:
