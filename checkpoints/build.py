@@ -27,7 +27,7 @@ from ..models import copied  # noqa: F401  timm knows converted and copying mode
 from ..models.errors import CheckpointError, GraftError
 from .hub.download import commit_of, download, try_download
 from .safety.budget import bounded
-from .safety.settings import shortened
+from .safety.model_settings import shortened
 from .sources import TimmSource, parse_source
 from .weights import Weights
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..models.conversion import plan_of, with_plan
 from ..models.errors import ConfigError
-from .provenance import carried_licence, of_weights
+from .provenance import carried_license, of_weights
 from .student import write_student
 from .teacher import Teacher
 
@@ -44,7 +44,7 @@ def write_converted(
     if weights != "none":
         made["init"] = of_weights(teacher.source, teacher.report) | {
             "architecture": teacher.architecture,
-            "licence": teacher.licence,
+            "licence": teacher.license,
             "revision": teacher.revision,
         }
     write_student(
@@ -53,7 +53,7 @@ def write_converted(
         architecture=architecture,
         model_args=arguments,
         preprocessing=teacher.preprocessing,
-        licence=carried_licence(made),
+        license=carried_license(made),
         provenance=made,
         label_names=teacher.label_names if student.num_classes == teacher.model.num_classes else None,
     )

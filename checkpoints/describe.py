@@ -33,7 +33,7 @@ def teacher_facts(teacher: Teacher) -> dict[str, str]:
         "pooling": str(getattr(teacher.model, "global_pool", "") or "none"),
         "images": teacher.preprocessing.describe(),
         **_copied(teacher.model),
-        "licence": teacher.licence or "unknown: look where the weights come from",
+        "license": teacher.license or "unknown: look where the weights come from",
     }
     if teacher.revision is not None:
         facts["revision"] = teacher.revision

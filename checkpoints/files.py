@@ -13,11 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..models.errors import CheckpointError
-from .safety.outline import outline
-from .safety.regular import check_regular
+from .regular_files import check_regular
+from .safety.file_outline import Kind, check_names, outline
+from .safety.tree import check_tree, tensors_of
 from .state_file import check_state, is_state
 
-PLAIN_OBJECTS = (argparse.Namespace, pathlib.PosixPath)
+_NUMBERS = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
+_SCALAR = np.float64(0).__reduce__()[0]
+PLAIN_OBJECTS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.dtype,
+    *{type(dtype) for dtype in _NUMBERS},
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 """What training files hold beside tensors, as settings; torch makes these only if it is told to."""
 
 
@@ -34,7 +43,7 @@ class Content:
 def read_file(path: Path, inside: Path | None = None) -> Content:
     """Reads a .safetensors, torch or .npz file.
 
-    What it describes is read and checked first (`safety/outline.py`). Torch files are pickles: only tensors, plain
+    What it describes is read and checked first (`safety/file_outline.py`). Torch files are pickles: only tensors, plain
     containers and settings (`PLAIN_OBJECTS`) are rebuilt, always by torch's weights-only loading.
 
     Args:
@@ -50,7 +59,7 @@ def read_file(path: Path, inside: Path | None = None) -> Content:
             return _read_safe(path, described.metadata)
         if described.kind == "npz":
             return _read_arrays(path)
-        return _read_torch(path, is_archive=described.kind == "torch")
+        return Content(path, read_torch(path, described.kind), {})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
@@ -69,11 +78,14 @@ def _read_safe(path: Path, metadata: dict[str, str]) -> Content:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _read_torch(path: Path, *, is_archive: bool) -> Content:
-    """Of an archive only those numbers are read that are used: an optimiser's stay on the disk."""
+def read_torch(path: Path, kind: Kind) -> dict[str, Any]:
+    """The tree in a torch file that `outline` has checked.
+
+    Of an archive only those numbers are read that are used: an optimizer's stay on the disk.
+    """
     try:
-        with torch.serialization.safe_globals(list(PLAIN_OBJECTS)):
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        with torch.serialization.safe_globals(PLAIN_OBJECTS):
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
     except OSError:
         raise
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
@@ -81,7 +93,9 @@ def _read_torch(path: Path, *, is_archive: bool) -> Content:
         raise CheckpointError(f"{path} is damaged or no torch file: {reason}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of weights")
-    return Content(path, tree, {})
+    check_tree(path, tree)
+    check_names(path, dict(tensors_of(tree)))
+    return tree
 
 
 def _read_arrays(path: Path) -> Content:

@@ -21,8 +21,8 @@ from .hub.download import commit_of, download, try_download
 from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
-from .safety.regular import read_regular
-from .safety.settings import shortened
+from .regular_files import read_regular
+from .safety.model_settings import shortened
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
 from .state_file import BEST, read_meta
@@ -37,7 +37,7 @@ WEIGHTS_NAMES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
 MAX_CARD = 1 << 20
-"""Bytes of a model card; what a longer one says of its licence is left out."""
+"""Bytes of a model card; what a longer one says of its license is left out."""
 Find = Callable[[str], Path | None]
 """The path of a file of the folder or repository by its name, None where it has none."""
 
@@ -138,7 +138,7 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     config = _config(folder / CONFIG)
     if "model_type" in config and "architecture" not in config:
         weights = _weights(find, (), origin, {**config, **_preprocessor(find)}, folder)
-        return replace(weights, origin=origin, pretrained_cfg=_with_licence(weights.pretrained_cfg, find))
+        return replace(weights, origin=origin, pretrained_cfg=_with_license(weights.pretrained_cfg, find))
     made, own = _provenance(config, folder), config.get("pretrained_cfg")
     if isinstance(own, dict):
         Preprocessing.read(own)  # as it stands there: timm puts other settings in place of a size
@@ -151,7 +151,7 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     if named is not None and not isinstance(named, str):
         raise CheckpointError(f"{folder / CONFIG} says hf_hub_filename={named!r}, which is no name of a file")
     weights = _weights(find, (named,) if named else (), origin, {}, folder)
-    known = _with_licence(known_fields(described), find)
+    known = _with_license(known_fields(described), find)
     words = f"a timm folder ({Path(weights.origin).name})"
     provenance = dict(made)
     epsilon = provenance.pop(NORM_EPS, None)
@@ -204,23 +204,23 @@ def _preprocessor(find: Find) -> dict[str, Any]:
     return {} if path is None else {"preprocessor": _config(path)}
 
 
-def _with_licence(described: Mapping[str, Any], find: Find) -> dict[str, Any]:
+def _with_license(described: Mapping[str, Any], find: Find) -> dict[str, Any]:
     known = dict(described)
     if not known.get("license"):
-        known["license"] = _card_licence(find("README.md"))
+        known["license"] = _card_license(find("README.md"))
     return known
 
 
-def _card_licence(card: Path | None) -> str | None:
-    """The licence that a model card states in its YAML head."""
+def _card_license(card: Path | None) -> str | None:
+    """The license that a model card states in its YAML head."""
     if card is None:
         return None
     from huggingface_hub import ModelCard
 
     try:
-        licence = ModelCard(read_regular(card, limit=MAX_CARD), ignore_metadata_errors=True).data.get(
+        license = ModelCard(read_regular(card, limit=MAX_CARD), ignore_metadata_errors=True).data.get(
             "license"
         )
     except (CheckpointError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return None
-    return licence if isinstance(licence, str) and licence else None
+    return license if isinstance(license, str) and license else None

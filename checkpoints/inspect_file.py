@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..models.errors import CheckpointError
 from .atomic import write_file
-from .files import read_file
+from .files import read_file, read_torch
 from .formats.containers import unwrap
 from .formats.described import as_metadata
 from .formats.normalisation import IMAGENET
 from .report import printable
-from .safety.outline import Outline, outline, tensors_of
-from .safety.pickle_outline import children
+from .safety.file_outline import outline
+from .safety.tree import children, tensors_of
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
 from .weights import Weights
 
@@ -41,29 +42,23 @@ class Extracted:
 def describe_file(path: Path) -> list[str]:
     """Container, tensors with dtype, shape and size, totals, and what else is there; one line each.
 
-    The description of the file is read, and none of its tensors.
+    No tensor is read, except of a torch file before 1.6.
 
     Raises CheckpointError as `outline`.
     """
     found = outline(path)
-    rows = [
-        (
-            name,
-            entry.dtype if isinstance(entry.dtype, str) else str(entry.dtype).removeprefix("torch."),
-            entry,
-        )
-        for name, entry in tensors_of(found.tree)
-    ]
+    tree = found.tensors or (read_torch(path, found.kind) if found.kind.startswith("torch") else {})
+    rows = [(name, str(t.dtype).removeprefix("torch."), t) for name, t in tensors_of(tree)]
     width = max((len(name) for name, *_ in rows), default=0)
     lines = [f"{path}: {found.kind}, {found.size:,} bytes"]
     lines += [
-        f"  {name:<{width}}  {dtype:<8}  {_shape(entry.shape):<20}  {entry.nbytes:>14,}"
-        for name, dtype, entry in rows
+        f"  {name:<{width}}  {dtype:<8}  {_shape(tensor):<20}  {tensor.nbytes:>14,}"
+        for name, dtype, tensor in rows
     ]
-    total = sum(entry.nbytes for *_, entry in rows)
+    total = sum(tensor.nbytes for *_, tensor in rows)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in Counter(dtype for _, dtype, _ in rows).items())
     lines.append(f"{len(rows)} tensors ({kinds or 'none'}), {total:,} bytes")
-    return [printable(line) for line in (*lines, *_entries(found), *_metadata(found.metadata))]
+    return [printable(line) for line in (*lines, *_entries(tree), *_metadata(found.metadata))]
 
 
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
@@ -122,10 +117,10 @@ def _holds(value: Any, kept: set[int]) -> bool:
     return id(value) in kept or any(_holds(child, kept) for child in children(value))
 
 
-def _entries(found: Outline) -> list[str]:
+def _entries(tree: Mapping[str, Any]) -> list[str]:
     """The top of the tree, where it is more than tensors by name."""
     lines = []
-    for key, value in found.tree.items():
+    for key, value in tree.items():
         inner = sum(1 for _ in tensors_of(value))
         if isinstance(value, (dict, list, tuple)):
             lines.append(f"  {key}: {type(value).__name__} of {len(value)}, {inner} tensors")
@@ -147,5 +142,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= METADATA_WIDTH else f"{text[:METADATA_WIDTH]}…"
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "scalar"

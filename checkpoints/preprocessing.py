@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models.copying.input import LARGEST
 from ..models.errors import CheckpointError
-from .safety.settings import shortened
+from .safety.model_settings import shortened
 
 CROP_MODES = ("center", "squash", "border")
 MOST_CHANNELS = 10_000

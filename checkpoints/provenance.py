@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.copying.operators import COPY_METHODS
 from ..models.errors import CheckpointError
-from .licences import carried
+from .licenses import carried
 
 if TYPE_CHECKING:
     from .report import LoadReport
@@ -38,7 +38,7 @@ def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
         "source": teacher.source,
         "architecture": teacher.architecture,
         "revision": teacher.revision,
-        "licence": teacher.licence,
+        "licence": teacher.license,
         "digest": teacher.digest,
         "model_args": dict(teacher.model_args),
         "preprocessing": teacher.preprocessing.described(),
@@ -49,19 +49,19 @@ def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
 
 def of_weights(source: str, report: LoadReport) -> dict[str, Any]:
     """Weights that a student started from, as provenance."""
-    return {"source": source, "revision": report.revision, "licence": report.licence}
+    return {"source": source, "revision": report.revision, "licence": report.license}
 
 
-def licences(provenance: Mapping[str, Any]) -> list[str | None]:
-    """The licences of all weights that a student learned from or started from; None is an unknown one."""
+def licenses(provenance: Mapping[str, Any]) -> list[str | None]:
+    """The licenses of all weights that a student learned from or started from; None is an unknown one."""
     origins = [provenance.get(key) for key in ("teacher", "init")]
     return [origin.get("licence") for origin in origins if origin and isinstance(origin, Mapping)]
 
 
-def carried_licence(provenance: Mapping[str, Any]) -> str | None:
-    """The licence that a student carries from these weights; None where it is unknown or no single one holds."""
+def carried_license(provenance: Mapping[str, Any]) -> str | None:
+    """The license that a student carries from these weights; None where it is unknown or no single one holds."""
     try:
-        return carried(*licences(provenance))
+        return carried(*licenses(provenance))
     except CheckpointError:
         return None  # two that contradict each other: publishing asks, saving does not
 

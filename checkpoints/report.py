@@ -23,7 +23,7 @@ class LoadReport:
     resampled: Mapping[str, str] = field(default_factory=dict)
     """Position embeddings that were resampled, and how."""
     notes: tuple[str, ...] = ()
-    licence: str | None = None
+    license: str | None = None
     revision: str | None = None
     """Commit on the hub."""
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from ..models.errors import CheckpointError
 from .files import Content, read_file
+from .regular_files import read_regular
 from .report import some
-from .safety.regular import read_regular
-from .safety.safe_header import unique
 
 INDEX_SUFFIX = ".index.json"
 
@@ -39,7 +38,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """Tensor names to file names, each a plain name in the index's own folder."""
     text = read_regular(index)
     try:
-        names = json.loads(text, object_pairs_hook=unique)["weight_map"]
+        names = json.loads(text, object_pairs_hook=_unique)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: it has no weight_map") from error
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
@@ -52,3 +51,11 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def _is_plain(name: str) -> bool:
     return 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\:\0")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON. Raises ValueError: a name is there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name is there twice")
+    return fields

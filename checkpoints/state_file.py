@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..models.errors import CheckpointError
 from .atomic import write_file
-from .safety.regular import open_regular
-from .safety.safe_header import MAX_HEADER, read_header
+from .regular_files import open_regular
+from .safety.file_outline import read_metadata
 
 META_KEY = "graftvit.state"
 BEST = "best.safetensors"
@@ -85,10 +85,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError naming the file: missing, no training state, or cut short.
     """
-    with open_regular(path) as file:
-        metadata = read_header(path, file, file.seek(0, 2)).metadata
     try:
-        return _meta(metadata)
+        return _meta(read_metadata(path))
     except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -128,9 +126,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_digest(path: Path, file: BinaryIO) -> None:
-    size = file.seek(0, os.SEEK_END)
-    read_header(path, file, size)  # what is longer than its tensors is not read to its end
-    header = _header(path, file, size)
+    read_metadata(path)  # a file longer than its tensors is not read to its end
+    header = _header(path, file, file.seek(0, os.SEEK_END))
     position = _digest_position(header)
     if position is None:
         raise CheckpointError(f"{path} is damaged or no training state: its header holds no {DIGEST_KEY}")
@@ -142,7 +139,7 @@ def _header(path: Path, file: BinaryIO, size: int) -> bytes:
     """All before the tensors: eight bytes for the length of the JSON header, and the header."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
+    if size < 8 or length > size - 8:
         raise CheckpointError(f"{path} is damaged: {size} bytes are too few for a safetensors file")
     file.seek(0)
     return file.read(8 + length)

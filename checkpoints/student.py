@@ -67,7 +67,7 @@ def save_student(
         architecture=teacher.architecture,
         model_args=teacher.model_args,
         preprocessing=teacher.preprocessing,
-        licence=teacher.licence,
+        license=teacher.license,
         provenance=teacher.provenance,
         label_names=teacher.label_names,
         dtype=dtype,
@@ -97,7 +97,7 @@ def write_student(
     architecture: str,
     model_args: Mapping[str, Any],
     preprocessing: Preprocessing,
-    licence: str | None = None,
+    license: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     label_names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
@@ -121,7 +121,7 @@ def write_student(
     fresh = _check(name, arguments, tensors)
     epsilon = own_norm_eps(model, fresh, name)
     made = {**(provenance or {}), **({NORM_EPS: epsilon} if epsilon else {}), **_cost(model)}
-    config = _config(model, name, arguments, preprocessing, licence) | {PROVENANCE: made}
+    config = _config(model, name, arguments, preprocessing, license) | {PROVENANCE: made}
     if label_names is not None:
         config[LABEL_NAMES] = list(label_names)
     if dtype is not None:
@@ -198,7 +198,7 @@ def _config(
     architecture: str,
     arguments: Mapping[str, Any],
     preprocessing: Preprocessing,
-    licence: str | None,
+    license: str | None,
 ) -> dict[str, Any]:
     described = {**published_config(architecture), **(getattr(model, "default_cfg", None) or {})}
     pretrained = {key: described[key] for key in KEPT if key in described}
@@ -207,8 +207,8 @@ def _config(
         "num_classes": model.num_classes,
         "custom_load": False,
     }
-    if licence is not None:
-        pretrained["license"] = licence
+    if license is not None:
+        pretrained["license"] = license
     return {
         "architecture": architecture,
         "num_classes": model.num_classes,

@@ -26,7 +26,7 @@ from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, some
 from .resized import late_size, resize_loaded
 from .safety.description import check_description
-from .safety.settings import check_settings
+from .safety.model_settings import check_settings
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .weights import Weights, as_pair
 
@@ -44,7 +44,7 @@ class Teacher:
     """timm name, without a tag."""
     preprocessing: Preprocessing
     """How its images are made."""
-    licence: str | None
+    license: str | None
     revision: str | None
     """Commit on the hub."""
     has_head: bool
@@ -352,7 +352,7 @@ def _teacher(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport)
         source=source,
         architecture=plan.architecture,
         preprocessing=Preprocessing.read(plan.config, input_size(model, plan.config)),
-        licence=weights.pretrained_cfg.get("license"),
+        license=weights.pretrained_cfg.get("license"),
         revision=weights.revision,
         has_head=arguments["num_classes"] > 0,
         report=report,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.errors import CheckpointError
-from .safety.settings import shortened
+from .safety.model_settings import shortened
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Weights:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of timm's constructor."""
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
-    """timm's description: mean, std, licence, classifier, input size."""
+    """timm's description: mean, std, license, classifier, input size."""
     norm_eps: float | None = None
     """The norms' epsilon where the source says one; timm has no argument for it that JSON could hold."""
     revision: str | None = None

@@ -25,7 +25,7 @@ COMMANDS = {
     "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
     "data": "what a data set holds, and a picture of training images as the model sees them",
     "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
-    "push": "publish a student on the Hugging Face hub, with its card and its licence",
+    "push": "publish a student on the Hugging Face hub, with its card and its license",
     "convert": "give a model other attention by a plan, and write the folder that recovery starts from",
     "operators": "what a plan can name: the attention operators, their options, what they are and cost",
     "save": "one model alone, from a run or any other source, as a folder that timm loads",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..checkpoints.safety.paths import is_file
+from ..checkpoints.paths import is_file
 from ..models.errors import ConfigError
 from .config import Setting, load_config, load_stages, read_recipe
 

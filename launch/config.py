@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..checkpoints.safety.paths import is_there
-from ..checkpoints.safety.regular import read_regular
+from ..checkpoints.paths import is_there
+from ..checkpoints.regular_files import read_regular
 from ..models.errors import ConfigError
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig

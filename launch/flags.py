@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ..checkpoints.safety.paths import is_there
+from ..checkpoints.paths import is_there
 from ..models.errors import ConfigError
 from .config import Setting, at_home, parse_override, parse_setting
 from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unknown

@@ -46,7 +46,7 @@ def outline_teacher(config: TeacherConfig, size: tuple[int, int], *, empty: bool
         source=source,
         architecture=split_model_name_tag(source)[0],
         preprocessing=Preprocessing.read(described, input_size(model, described)),
-        licence=described.get("license"),
+        license=described.get("license"),
         revision=None,
         has_head=has_head,
         report=LoadReport(source, "timm name", 0, notes=("weights not read",)),

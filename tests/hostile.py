@@ -170,7 +170,7 @@ def lying_tensor(kind: str, folder: Path, canary: Path) -> Path:
     return folder / "model.pth"
 
 
-@several("memo", "nested", "laughs", "key", "self", "long_text")
+@several("memo", "nested", "laughs", "key", "shared_key", "self", "long_text")
 def pickle_of_endless(kind: str, folder: Path, canary: Path) -> Path:
     laughs = b"]q\x00" + b"".join(
         b"](" + b"h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
@@ -181,10 +181,52 @@ def pickle_of_endless(kind: str, folder: Path, canary: Path) -> Path:
         "nested": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         "laughs": b"\x80\x02}U\x01a" + laughs + b"s.",
         "key": b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.",  # a tuple of two of the same, sixty times
+        "shared_key": b"\x80\x02})q\x00"
+        + b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(60))
+        + b"K\x01s.",  # the same by the memo
         "self": b"\x80\x02}q\x00U\x01ah\x00s.",
         "long_text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 60) + b"x.",
     }[kind]
     torch_zip(folder / "model.pth", stream)
+    return folder / "model.pth"
+
+
+@several("tensor", "typed_tensor", "bytes", "with_attributes", "by_state", "numpy", "codec")
+def memory_that_a_pickle_takes(kind: str, folder: Path, canary: Path) -> Path:
+    """All of these names pass torch's own check of names."""
+    size = b"(\x8a\x06" + HUGE.to_bytes(6, "little") + b"t"
+    storage = b"((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ"
+    stream = {
+        "tensor": b"ctorch\nTensor\n" + size + b"R",
+        "typed_tensor": b"ctorch\nFloatTensor\n" + size + b"R",
+        "codec": b"c_codecs\nencode\n(X\x02\x00\x00\x00\xc3\xa9X\x08\x00\x00\x00punycodetR",
+        "numpy": b"cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x07\x00\x00\x00V999999tRtR",
+        "bytes": b"c__builtin__\nbytearray\n" + size + b"R",
+        "with_attributes": b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nTensor\nctorch\nTensor\n"
+        + size
+        + b"}tR",
+        "by_state": b"ctorch._utils\n_rebuild_tensor\n"
+        + storage
+        + b"K\x00(K\x04t(K\x01ttR"
+        + storage
+        + b"K\x00"
+        + size
+        + b"(K\x01ttb",
+    }[kind]
+    torch_zip(folder / "model.pth", b"\x80\x02}U\x01a" + stream + b"s.", {"0": bytes(16)})
+    return folder / "model.pth"
+
+
+@several("huge_storage", "huge_shape", "storage_that_is_not_there")
+def lying_legacy(kind: str, folder: Path, canary: Path) -> Path:
+    elements = HUGE if kind == "huge_storage" else 4
+    tensor = _Tensor(_Storage(elements), 0, (HUGE,) if kind == "huge_shape" else (4,), (1,))
+    with (folder / "model.pth").open("wb") as file:
+        for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+            pickle.dump(part, file, protocol=2)
+        _Pickler(file, protocol=2).dump({"pos_embed": tensor})
+        pickle.dump([] if kind == "storage_that_is_not_there" else ["0"], file, protocol=2)
+        file.write(struct.pack("<q", elements) + bytes(16))
     return folder / "model.pth"
 
 

@@ -36,8 +36,7 @@ class Fault:
     """What goes wrong with the next `times` requests of `method` whose path contains `where`.
 
     Fields that are set apply together: `content` in place of the file, of which the body ends after `cut`
-    bytes although its announced length is that of the whole (`reset`: rudely), or comes after `hang` seconds;
-    `stall` seconds pass between the body and the end of the connection.
+    bytes although its announced length is that of the whole (`reset`: rudely), or comes after `hang` seconds.
     """
 
     status: int | None = None
@@ -46,8 +45,6 @@ class Fault:
     cut: int | None = None
     reset: bool = False
     hang: float = 0.0
-    stall: float = 0.0
-    ignore_range: bool = False
     method: str = ""
     where: str = ""
     times: int = 1
@@ -59,7 +56,6 @@ class Request:
     path: str
     host: str
     """`hub` or `cdn`."""
-    range: str | None
     token: str | None
     """What was sent as authorization."""
 
@@ -137,9 +133,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def dispatch(self) -> None:
         path = urlsplit(self.path).path
-        ranged, token = self.headers.get("Range"), self.headers.get("Authorization")
+        token = self.headers.get("Authorization")
         with self.hub.lock:
-            self.hub.requests.append(Request(self.command, path, self.host, ranged, token))
+            self.hub.requests.append(Request(self.command, path, self.host, token))
         self.fault = self.hub.fault(self.command, path)
         if self.fault.hang:
             self.hub.closed.wait(self.fault.hang)
@@ -245,14 +241,11 @@ class HubHandler(BaseHTTPRequestHandler):
         """A file or the rest of it, with the fault of this request."""
         if self.fault.content is not None:
             content = self.fault.content
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None or self.fault.ignore_range:
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if asked is None:
             return self.reply(200, content, headers)
-        start, end = int(asked[1]), int(asked[2] or len(content) - 1) + 1
-        if start >= len(content):
-            return self.reply(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        span = {"Content-Range": f"bytes {start}-{min(end, len(content)) - 1}/{len(content)}"}
-        return self.reply(206, content[start:end], {**headers, **span})
+        span = {"Content-Range": f"bytes {asked[1]}-{len(content) - 1}/{len(content)}"}
+        return self.reply(206, content[int(asked[1]) :], {**headers, **span})
 
     def send_json(self, value: Any, status: int = 200) -> None:
         self.reply(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -273,8 +266,6 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except OSError:  # the client hung up first
             return
-        if self.fault.stall:
-            self.hub.closed.wait(self.fault.stall)
         if self.fault.reset:
             self.hang_up()
 

@@ -61,7 +61,7 @@ def provenance_words(teacher: Teacher) -> dict[str, str]:
         "architecture": teacher.architecture,
         "source": public_text(teacher.source, "source"),
         "revision": teacher.revision,
-        "licence": teacher.licence or "unknown",
+        "licence": teacher.license or "unknown",
     }
     return {key: value for key, value in facts.items() if value is not None}
 

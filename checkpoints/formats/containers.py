@@ -18,7 +18,7 @@ from ..weights import Weights
 from .described import with_metadata
 from .normalisation import IMAGENET, NOTE
 from .prefixes import one_model
-from .state import read_state_weights
+from .run_state import read_state_weights
 
 WRAPPERS = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every name."""

@@ -9,9 +9,13 @@ from ..files import Content
 from ..sources import Part
 from ..weights import Weights
 from .containers import unwrap
-from .keymap import apply, recognise
-from .table import KEY_MAPS
+from .keymap import KeyMap, apply, recognise
+from .research import RESEARCH_MAPS
 from .transformers.config import check_model_type, not_of_type
+from .transformers.key_maps import TRANSFORMERS_MAPS
+
+KEY_MAPS: tuple[KeyMap, ...] = (*TRANSFORMERS_MAPS, *RESEARCH_MAPS)
+"""The one table of key maps, in the order in which they are tried."""
 
 
 def read_weights(

@@ -1,1 +1,1 @@
-"""What comes from the Hugging Face hub: downloads that resume, hashes that are checked, errors that say what to do."""
+"""Files from the Hugging Face hub, at one commit, with errors that say what to do."""

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
-from ..licences import card_fields
+from ..licenses import card_fields
 from ..provenance import KEY
 from ..public import public
 from .sections import CardFacts, body, classes, measured, needs_graftvit
@@ -58,7 +58,7 @@ def _metadata(config: Mapping[str, Any], facts: CardFacts) -> ModelCardData:
         metrics=["accuracy"] if results else None,
         model_name=facts.name if results else None,
         eval_results=results or None,
-        **{**_bases(made), **card_fields(facts.licence)},
+        **{**_bases(made), **card_fields(facts.license)},
     )
 
 

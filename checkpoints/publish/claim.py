@@ -1,8 +1,8 @@
-"""Under which licence a student is published: what its weights carry, what the user names, what a card says."""
+"""Under which license a student is published: what its weights carry, what the user names, what a card says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,16 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ...models.errors import CheckpointError
-from ..licences import CONDITIONS, carried, check_named, check_shareable, normal
-from ..provenance import KEY, licences
+from ..licenses import NAMED, carried, check_named, check_shareable, normalize
+from ..provenance import KEY, licenses
 from .words import section
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A licence and what it rests on."""
+    """A license and what it rests on."""
 
-    licence: str | None
+    license: str | None
     """Hub identifier, None where it is unknown."""
     sources: tuple[str | None, ...]
     """Of the weights that the student was made from; None for an unknown one."""
@@ -29,8 +29,8 @@ class Claim:
     """Whether the user confirmed that it may be laxer than `sources`."""
 
 
-def claim_licence(config: Mapping[str, Any], named: str | None, *, confirmed: bool) -> Claim:
-    """The licence of a student with this config.json: the one that is `named`, else the one that it carries.
+def claim_license(config: Mapping[str, Any], named: str | None, *, confirmed: bool) -> Claim:
+    """The license of a student with this config.json: the one that is `named`, else the one that it carries.
 
     Raises CheckpointError: as `carried`, `check_named` and `check_shareable`.
     """
@@ -39,50 +39,50 @@ def claim_licence(config: Mapping[str, Any], named: str | None, *, confirmed: bo
         check_shareable(source, confirmed=confirmed)
     if named is None:
         return Claim(carried(*sources), sources, named=False, confirmed=confirmed)
-    licence = check_named(named, *sources, confirmed=confirmed)
-    return Claim(licence, sources, named=True, confirmed=confirmed)
+    license = check_named(named, *sources, confirmed=confirmed)
+    return Claim(license, sources, named=True, confirmed=confirmed)
 
 
-def licence_of_card(card: str, claim: Claim, place: str) -> str | None:
-    """The licence of a student whose card somebody wrote. `place` says which card it is.
+def license_of_card(card: str, claim: Claim, place: str) -> str | None:
+    """The license of a student whose card somebody wrote. `place` says which card it is.
 
-    Raises CheckpointError: its head is no YAML; and unless it is confirmed: it names no licence although the
+    Raises CheckpointError: its head is no YAML; and unless it is confirmed: it names no license although the
     student carries one, a laxer one, or another one than the user does.
     """
-    found = _stated(card, place)
-    flag = f"the licence in {place}"
+    found = _stated(card, place, {*NAMED, *claim.sources})
+    flag = f"the license in {place}"
     if not found:
-        if claim.licence is None or claim.confirmed:
-            return claim.licence
+        if claim.license is None or claim.confirmed:
+            return claim.license
         raise CheckpointError(
-            f"{place} names no licence, and the student is under {claim.licence}: add `license: {claim.licence}` to "
-            "its head, or add --confirm_licence"
+            f"{place} names no license, and the student is under {claim.license}: add `license: {claim.license}` to "
+            "its head, or add --confirm_license"
         )
     names = [check_named(text, *claim.sources, confirmed=claim.confirmed, flag=flag) for text in found]
-    if claim.named and claim.licence not in names:
+    if claim.named and claim.license not in names:
         raise CheckpointError(
-            f"{flag} is {' and '.join(map(str, names))}, but the student would be pushed under {claim.licence}: name "
-            "the same in both, with --licence and in the head of the card"
+            f"{flag} is {' and '.join(map(str, names))}, but the student would be pushed under {claim.license}: name "
+            "the same in both, with --license and in the head of the card"
         )
-    return claim.licence if claim.named else names[0]
+    return claim.license if claim.named else names[0]
 
 
 def _sources(config: Mapping[str, Any]) -> tuple[str | None, ...]:
     """What the config records of the weights that the student was made from.
 
-    The licence of the weights themselves answers for an origin that is unknown, for the writer knew it.
+    The license of the weights themselves answers for an origin that is unknown, for the writer knew it.
     """
-    origins = [normal(licence) for licence in licences(section(config, KEY))]
-    own = normal(section(config, "pretrained_cfg").get("license"))
-    return tuple(origins) if own is None else (own, *(licence for licence in origins if licence))
+    origins = [normalize(license) for license in licenses(section(config, KEY))]
+    own = normalize(section(config, "pretrained_cfg").get("license"))
+    return tuple(origins) if own is None else (own, *(license for license in origins if license))
 
 
-def _stated(card: str, place: str) -> list[str]:
+def _stated(card: str, place: str, known: Collection[str | None]) -> list[str]:
     try:
         data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"the head of {place} is damaged: {error}") from error
     stated = data.get("license") or []
     names = [str(name) for name in (stated if isinstance(stated, list) else [stated])]
-    other = normal(str(data.get("license_name") or ""))
-    return [other if name == "other" and other in CONDITIONS else name for name in names]
+    other = normalize(str(data.get("license_name") or ""))
+    return [other if name == "other" and other is not None and other in known else name for name in names]

@@ -13,9 +13,9 @@ from ...models.copied import ARCHITECTURE as COPIED
 from ...models.plain_yaml import write_yaml
 from ..build import is_ours
 from ..copying import BARE_WORDS
-from ..licences import normal
+from ..licenses import normalize
 from ..markdown import code, fenced, plain
-from ..provenance import BARE, COST, KEY, PICKED, licences
+from ..provenance import BARE, COST, KEY, PICKED, licenses
 from .words import METHODS, number, recipe_rows, section, table, transfer_rows
 
 
@@ -24,7 +24,7 @@ class CardFacts:
     """What a card says beside the student's config.json."""
 
     repository: str
-    licence: str | None
+    license: str | None
     """Hub identifier, None where it is unknown."""
     revision: str | None = None
     """Branch, None for main."""
@@ -48,7 +48,7 @@ def body(config: Mapping[str, Any], facts: CardFacts) -> str:
         "## How it was made": _making(config),
         "## Results": _results(config, facts),
         "## Intended use and limits": _limits(config),
-        "## Licence": _licence(config, facts.licence),
+        "## License": _license(config, facts.license),
     }
     return "\n\n".join(f"{title}\n\n{text.strip()}" for title, text in sections.items()) + "\n"
 
@@ -183,12 +183,12 @@ def _origin(key: str, made: Mapping[str, Any], recipe: Mapping[str, Any]) -> lis
     if origin.get("architecture"):
         rows.append((f"{name}: architecture", code(origin["architecture"])))
     rows.append((f"{name}: revision", code(origin["revision"]) if origin.get("revision") else "not recorded"))
-    rows.append((f"{name}: licence", _named(origin.get("licence"))))
+    rows.append((f"{name}: license", _named(origin.get("licence"))))
     return rows
 
 
-def _named(licence: str | None) -> str:
-    return plain(normal(licence) or "unknown")
+def _named(license: str | None) -> str:
+    return plain(normalize(license) or "unknown")
 
 
 def _fold(recipe: Mapping[str, Any]) -> str:
@@ -231,12 +231,12 @@ def _limits(config: Mapping[str, Any]) -> str:
     return use + "\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def _licence(config: Mapping[str, Any], licence: str | None) -> str:
-    sources = [_named(source) for source in licences(section(config, KEY))]
+def _license(config: Mapping[str, Any], license: str | None) -> str:
+    sources = [_named(source) for source in licenses(section(config, KEY))]
     made_of = (
         f"The weights that it was made from are under: {', '.join(dict.fromkeys(sources))}."
         if sources
         else ""
     )
-    known = f"{code(licence)}." if licence else "Unknown. Ask the owner before you use it."
+    known = f"{code(license)}." if license else "Unknown. Ask the owner before you use it."
     return f"{known} {made_of}".strip()

@@ -1,4 +1,4 @@
-"""What of a student's folder would go to the hub: its files, its card, its licence. Nothing is sent here."""
+"""What of a student's folder would go to the hub: its files, its card, its license. Nothing is sent here."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..copying import refuse_unnamed
 from ..folders import CONFIG
 from ..provenance import KEY
 from ..public import public
+from ..regular_files import read_regular
 from ..report import some
-from ..safety.regular import read_regular
 from ..shards import weight_map
 from ..sources import PICKLE_SUFFIXES
 from .card import is_generated, student_card
-from .claim import Claim, claim_licence, licence_of_card
+from .claim import Claim, claim_license, license_of_card
 from .sections import CardFacts
 from .words import section
 
@@ -32,7 +32,7 @@ CARD = "README.md"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TEXTS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
-"""Go up where they are there: some licences ask that their text goes with the weights."""
+"""Go up where they are there: some licenses ask that their text goes with the weights."""
 WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
@@ -55,7 +55,7 @@ class Upload:
 
     facts: CardFacts
     config: Mapping[str, Any]
-    """config.json, without paths of this machine and with the licence."""
+    """config.json, without paths of this machine and with the license."""
     claim: Claim
     files: tuple[UploadFile, ...]
     left_behind: tuple[str, ...]
@@ -69,8 +69,8 @@ def plan_upload(
     folder: Path | str,
     repository: str,
     *,
-    licence: str | None = None,
-    confirm_licence: bool = False,
+    license: str | None = None,
+    confirm_license: bool = False,
     revision: str | None = None,
     dataset_name: str | None = None,
 ) -> Upload:
@@ -79,32 +79,32 @@ def plan_upload(
     Args:
         folder: a student folder: config.json and weights in safetensors.
         repository: `org/name` on the hub.
-        licence: hub identifier; by default the one that the student carries from the weights it was made from.
-        confirm_licence: the user has made sure that a laxer licence, or one for unknown terms, may be named.
+        license: hub identifier; by default the one that the student carries from the weights it was made from.
+        confirm_license: the user has made sure that a laxer license, or one for unknown terms, may be named.
         revision: branch, main by default.
         dataset_name: what to call the data of the results in the card.
 
     Raises CheckpointError: the folder holds no whole student, the name is none, a file is a link that leads
-    out of the folder, or the licence is refused.
+    out of the folder, or the license is refused.
     """
     _check_repository(repository)
     folder = Path(folder)
     config = _config(folder)
     refuse_unnamed(str(config["architecture"]), section(config, KEY), str(folder))
     weights = _weights(folder)
-    claim = claim_licence(config, licence, confirmed=confirm_licence)
+    claim = claim_license(config, license, confirmed=confirm_license)
     own = _own_card(folder)
     if own is not None:
-        claim = replace(claim, licence=licence_of_card(own, claim, CARD))
+        claim = replace(claim, license=license_of_card(own, claim, CARD))
     facts = CardFacts(
         repository,
-        claim.licence,
+        claim.license,
         revision=None if revision == "main" else revision,
         parameters=sum(map(_parameters, weights)),
         sharded=len(weights) > 1,
         dataset_name=dataset_name,
     )
-    config = _published(config, claim.licence)
+    config = _published(config, claim.license)
     card = own if own is not None else student_card(config, facts)
     files = [UploadFile(path.name, path) for path in weights]
     files += [UploadFile(INDEX, _inside(folder, INDEX))] if facts.sharded else []
@@ -193,8 +193,8 @@ def _own_card(folder: Path) -> str | None:
     return None if is_generated(card) else card
 
 
-def _published(config: Mapping[str, Any], licence: str | None) -> dict[str, Any]:
-    """config.json for others: no path of this machine, and the licence that the card has."""
+def _published(config: Mapping[str, Any], license: str | None) -> dict[str, Any]:
+    """config.json for others: no path of this machine, and the license that the card has."""
     shown = public(config) | {"model_args": config.get("model_args", {})}
     described = {key: value for key, value in section(shown, "pretrained_cfg").items() if key != "license"}
-    return shown | {"pretrained_cfg": described | ({"license": licence} if licence else {})}
+    return shown | {"pretrained_cfg": described | ({"license": license} if license else {})}

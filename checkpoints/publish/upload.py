@@ -19,10 +19,9 @@ from huggingface_hub.errors import (
 
 from ...models.errors import CheckpointError, RunFailedError
 from ..hub.download import download
-from ..hub.errors import line
-from ..hub.retry import is_network, status_of
+from ..hub.failures import is_network, line, status_of
 from .card import is_generated
-from .claim import licence_of_card
+from .claim import license_of_card
 from .student_files import CARD, WEIGHTS_PATTERN, Upload
 
 Result = TypeVar("Result")
@@ -95,7 +94,7 @@ def replaced_and_removed(upload: Upload, remote: Remote) -> tuple[list[str], lis
 def keeps_remote_card(upload: Upload, remote: Remote) -> bool:
     """Whether the hub has a card that a person edited, while this push brings a generated one.
 
-    Raises CheckpointError: that card names a licence that this student may not be under.
+    Raises CheckpointError: that card names a license that this student may not be under.
     """
     if upload.own_card or CARD not in remote.files:
         return False
@@ -103,8 +102,8 @@ def keeps_remote_card(upload: Upload, remote: Remote) -> bool:
     card = path.read_text(encoding="utf-8", errors="replace")
     if is_generated(card) or not card.strip():
         return False
-    claim = replace(upload.claim, named=upload.claim.licence is not None)
-    licence_of_card(card, claim, f"{CARD} on the hub")
+    claim = replace(upload.claim, named=upload.claim.license is not None)
+    license_of_card(card, claim, f"{CARD} on the hub")
     return True
 
 

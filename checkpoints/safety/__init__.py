@@ -1,1 +1,1 @@
-"""What is checked in a file of weights before anything of it is allocated or run."""
+"""What is checked in a file of weights and in what it says of its model, before anything is allocated or run."""

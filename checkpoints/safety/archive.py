@@ -1,73 +1,123 @@
-"""The directory of a zip archive, checked against the file before anything in it is read."""
+"""The directory of a zip archive, checked against the file before anything in it is unpacked."""
 
 from __future__ import annotations
 
+import io
+import math
 import struct
 import zipfile
-from dataclasses import dataclass
+import zlib
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from ...models.errors import CheckpointError
 
-LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 END, LOCATOR64, END64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI"), struct.Struct("<4sQ2H2I4Q")
 MAX_RATIO = 100
 ALLOWANCE = 16 << 20
 """Together an archive may unpack to a hundred times its size and 16 MiB; weights hardly compress at all."""
+MAX_ARRAY_HEADER = 1 << 16
+UNREADABLE = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    ValueError,
+    EOFError,
+    struct.error,
+)
 
 
-@dataclass(frozen=True)
-class Record:
-    """One file in the archive."""
+def open_archive(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
+    """The archive in `file`, which has `size` bytes, once its directory has been checked.
 
-    name: str
-    start: int
-    """Of its bytes in the archive, behind its own header."""
-    packed: int
-    size: int
-    info: zipfile.ZipInfo
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether its bytes lie in the archive as they are."""
-        return self.info.compress_type == zipfile.ZIP_STORED
-
-
-def read_records(path: Path, file: BinaryIO, size: int) -> dict[str, Record]:
-    """The records of a zip archive by name. `size` is the archive's.
-
-    Raises CheckpointError: the directory is damaged, a name leads out of the archive or is there twice, records
-    overlap or reach beyond the file, one is encrypted, another reader could find other ones, or together they
-    would unpack to far more than the file.
+    Raises CheckpointError: the directory is damaged, another reader could find another one, a name is there twice,
+    or the records would unpack to far more than the file.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            infos, directory = archive.infolist(), archive.start_dir
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        OSError,
-        ValueError,
-        struct.error,
-        UnicodeError,
-    ) as error:
+        archive = zipfile.ZipFile(file)
+        for info in archive.infolist():
+            archive.open(info).close()  # compares the record's own header with the directory
+    except UNREADABLE as error:
         reason = str(error) or type(error).__name__
         raise CheckpointError(f"{path} is damaged: its zip directory cannot be read, {reason}") from error
-    _check_end(path, file, size, directory)
-    records: dict[str, Record] = {}
-    for info in infos:
-        record = _record(path, file, info, directory)
-        if record.name in records:
-            raise CheckpointError(f"{path} is refused: it holds {record.name[:80]!r} twice")
-        records[record.name] = record
-    _check_apart(path, records)
-    total = sum(record.size for record in records.values())
-    if total > MAX_RATIO * size + ALLOWANCE:
+    _check_end(path, file, size, archive.start_dir)
+    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    if any(one.header_offset + one.compress_size >= other.header_offset for one, other in pairwise(infos)):
+        raise CheckpointError(f"{path} is refused: two of the records in it overlap")
+    if any(_leads_out(info.orig_filename) for info in infos):
+        raise CheckpointError(f"{path} is refused: a name in it leads out of it")
+    if len({info.orig_filename.casefold() for info in infos}) < len(infos):  # torch reads names in any case
+        raise CheckpointError(f"{path} is refused: two of the names in it are the same")
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
+        raise CheckpointError(f"{path} is refused: it is compressed in a way that no weights are")
+    total = sum(info.file_size for info in infos)
+    stored = sum(info.file_size for info in infos if info.compress_type == zipfile.ZIP_STORED)
+    if stored > size or total > MAX_RATIO * size + ALLOWANCE:
         raise CheckpointError(
             f"{path} is refused: its {size:,} bytes would unpack to {total:,}, which no weights do"
         )
-    return records
+    return archive
+
+
+def _leads_out(name: str) -> bool:
+    pure = PurePosixPath(name)
+    return not name or pure.is_absolute() or ".." in pure.parts or bool(set(name) & set("\\:\0"))
+
+
+def read_record(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """The first `limit` bytes of a record, unpacked. Raises CheckpointError where it is damaged."""
+    try:
+        with archive.open(info) as stream:
+            return stream.read(limit)
+    except (*UNREADABLE, zlib.error) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {info.filename[:80]!r} in it cannot be unpacked"
+        ) from error
+
+
+def outline_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
+    """An array of an .npz file on the meta device, from its header alone.
+
+    Raises CheckpointError: the header is damaged, or it describes Python objects, another number of bytes than there
+    are, or numbers that torch has no type for.
+    """
+    where = f"{path}: array {info.filename.removesuffix('.npy')[:80]!r}"
+    stream = io.BytesIO(read_record(path, archive, info, MAX_ARRAY_HEADER))
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = reader[version](stream)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        raise CheckpointError(f"{where} is damaged: it has no valid header") from error
+    if dtype.hasobject:
+        raise CheckpointError(
+            f"{where} is refused: it holds Python objects, and rebuilding them could run code"
+        )
+    held, needed = info.file_size - stream.tell(), math.prod(shape) * dtype.itemsize
+    if needed != held:
+        raise CheckpointError(
+            f"{where} is damaged: its shape {tuple(shape)} takes {needed:,} bytes, and it has {held:,}"[:300]
+        )
+    try:
+        return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device="meta")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{where} holds numbers or a shape that torch has no type for: {error}"
+        ) from error
 
 
 def _check_end(path: Path, file: BinaryIO, size: int, directory: int) -> None:
@@ -90,40 +140,3 @@ def _check_end(path: Path, file: BinaryIO, size: int, directory: int) -> None:
 def _fields(file: BinaryIO, layout: struct.Struct, position: int) -> tuple[Any, ...]:
     file.seek(max(0, position))
     return layout.unpack(file.read(layout.size).ljust(layout.size, b"\0"))
-
-
-def _record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, directory: int) -> Record:
-    name = info.orig_filename
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or set(name) & set("\\:\0"):
-        raise CheckpointError(f"{path} is refused: it holds the name {name[:80]!r}, which leads out of it")
-    if info.flag_bits & 0x1:
-        raise CheckpointError(f"{path} is refused: {name[:80]!r} in it is encrypted")
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise CheckpointError(
-            f"{path} is refused: {name[:80]!r} in it is compressed in a way that no weights are"
-        )
-    file.seek(info.header_offset)
-    fixed = file.read(LOCAL_HEADER.size)
-    if len(fixed) < LOCAL_HEADER.size or not fixed.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{path} is damaged: {name[:80]!r} is not where its directory says")
-    *_, name_length, extra_length = LOCAL_HEADER.unpack(fixed)
-    own = file.read(name_length)
-    if own not in (name.encode("utf-8", "replace"), name.encode("cp437", "replace")):
-        raise CheckpointError(
-            f"{path} is refused: {name[:80]!r} in its directory has another name in its header"
-        )
-    start = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-    if start + info.compress_size > directory:
-        raise CheckpointError(f"{path} is damaged: {name[:80]!r} reaches beyond the end of the records")
-    if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
-        raise CheckpointError(f"{path} is damaged: {name[:80]!r} has two sizes")
-    return Record(name, start, info.compress_size, info.file_size, info)
-
-
-def _check_apart(path: Path, records: dict[str, Record]) -> None:
-    end, before = 0, ""
-    for record in sorted(records.values(), key=lambda record: record.info.header_offset):
-        if record.info.header_offset < end:
-            raise CheckpointError(f"{path} is refused: {before[:80]!r} and {record.name[:80]!r} overlap")
-        end, before = record.start + record.packed, record.name

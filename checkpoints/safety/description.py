@@ -13,7 +13,7 @@ from ...models.copied import Copying
 from ...models.errors import CheckpointError
 from ..preprocessing import Preprocessing
 from ..weights import Weights
-from .settings import check_settings, shortened
+from .model_settings import check_settings, shortened
 
 INNER = {CONVERTED: "architecture", COPIED: "student"}
 """The argument of each architecture of ours that names the one of timm which it changes."""

@@ -186,7 +186,7 @@ def _head(teacher: Teacher) -> str:
     height, width = teacher.model.patch_embed.img_size  # type: ignore[union-attr, misc]
     older = plan_of(teacher.model)
     known = [f"commit {teacher.revision}"] if teacher.revision else []
-    known += [f"licence {teacher.licence}" if teacher.licence else "licence unknown"]
+    known += [f"license {teacher.license}" if teacher.license else "license unknown"]
     name = [] if teacher.architecture == teacher.source else [teacher.architecture]
     return (
         f"{teacher.source}: {', '.join([*name, *known])}\n"

@@ -1,4 +1,4 @@
-"""`graftvit push`: publish a student on the Hugging Face hub, with its card and its licence."""
+"""`graftvit push`: publish a student on the Hugging Face hub, with its card and its license."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     parser = command_parser(
         "push",
         "Create a repository on the hub and upload a student's folder in one commit: its weights, its config.json "
-        "and a model card, nothing else. The student carries the licence of the weights that it was made from. "
+        "and a model card, nothing else. The student carries the license of the weights that it was made from. "
         f"{LOG_IN}",
         EXAMPLES,
         usage="DIR ORG/NAME [--flag value ...]",
@@ -49,11 +49,14 @@ def run(argv: list[str]) -> int:
         action="store_true",
         help="make it public once all is there, whatever it is or would be by its owner's default",
     )
-    parser.add_argument("--licence", metavar="ID", help="hub identifier; the teacher's by default")
     parser.add_argument(
+        "--license", "--licence", metavar="ID", help="hub identifier; the teacher's by default"
+    )
+    parser.add_argument(
+        "--confirm_license",
         "--confirm_licence",
         action="store_true",
-        help="the owners of the teacher allow the licence that is named",
+        help="the owners of the teacher allow the license that is named",
     )
     parser.add_argument(
         "--revision", metavar="BRANCH", help="branch; created if it is not there; main by default"
@@ -62,7 +65,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--dataset_name", metavar="NAME", help="what the card calls the data of the results")
     parser.add_argument("--dry_run", action="store_true", help="show what would go up, send nothing")
     arguments, _ = parse_command(parser, argv, only=())
-    for flag in ("licence", "revision", "message", "dataset_name"):
+    for flag in ("license", "revision", "message", "dataset_name"):
         if getattr(arguments, flag) is not None and not getattr(arguments, flag).strip():
             raise ConfigError(f"--{flag} is empty: give it a value or leave it out")
     if arguments.private and arguments.public:
@@ -74,8 +77,8 @@ def run(argv: list[str]) -> int:
         upload = plan_upload(
             folder,
             arguments.repository,
-            licence=arguments.licence,
-            confirm_licence=arguments.confirm_licence,
+            license=arguments.license,
+            confirm_license=arguments.confirm_license,
             revision=arguments.revision,
             dataset_name=arguments.dataset_name,
         )
@@ -121,7 +124,7 @@ def _done(upload: Upload, pushed: Pushed) -> str:
         )
     if pushed.private:
         lines.append("It is private; --public makes it public.")
-    lines.append(f"licence: {_licence(upload)}")
+    lines.append(f"license: {_license(upload)}")
     return "\n".join([*lines, "", *load_lines(upload.config, upload.facts), ""])
 
 
@@ -132,13 +135,13 @@ def _dry(upload: Upload, *, private: bool, public: bool) -> str:
     lines = [f"Would push to {facts.repository}{branch}:"]
     lines += [f"  {file.name:<{width}}  {file.size:>14,} bytes" for file in upload.files]
     lines += [f"Left behind: {', '.join(upload.left_behind)}"] if upload.left_behind else []
-    lines += [*_on_the_hub(upload, private=private, public=public), f"Licence: {_licence(upload)}"]
+    lines += [*_on_the_hub(upload, private=private, public=public), f"License: {_license(upload)}"]
     kind = "your own README.md" if upload.own_card else "generated"
     return "\n".join([*lines, f"Card ({kind}):", "", upload.card.rstrip("\n"), ""])
 
 
-def _licence(upload: Upload) -> str:
-    return upload.facts.licence or "unknown; --licence names one"
+def _license(upload: Upload) -> str:
+    return upload.facts.license or "unknown; --license names one"
 
 
 def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:

@@ -11,7 +11,7 @@ def run(argv: list[str]) -> int:
     """Load a teacher and print what is known of it."""
     parser = command_parser(
         "teacher",
-        "Print what a source is: format, architecture, input, licence, what of it loads and what does not.",
+        "Print what a source is: format, architecture, input, license, what of it loads and what does not.",
         [
             "graftvit teacher info vit_large_patch16_224.mae",
             "graftvit teacher info mae_finetuned_vit_base.pth --teacher.model vit_base_patch16_224",

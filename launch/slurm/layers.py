@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...checkpoints.safety.paths import is_there
-from ...checkpoints.safety.regular import read_regular
+from ...checkpoints.paths import is_there
+from ...checkpoints.regular_files import read_regular
 from ...models.errors import ConfigError, did_you_mean
 from ...models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from .gpus import gpus_in, without_gpus

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.safety.paths import is_there
+from ...checkpoints.paths import is_there
 from ...models.errors import GraftError
 from .ask import NoAnswerError, ask
 from .batch import job_name

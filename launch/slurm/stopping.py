@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...checkpoints.safety.paths import is_folder
+from ...checkpoints.paths import is_folder
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
 from ..submitted import SUBMITTED

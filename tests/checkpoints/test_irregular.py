@@ -49,7 +49,7 @@ def test_in_place_of_a_weights_file(kind: str, tmp_path: Path) -> None:
 def test_what_a_model_can_do_without_is_left_out(name: str, kind: str, tmp_path: Path) -> None:
     folder = write_model("plain", tmp_path / "m")
     irregular(kind, folder / name)
-    assert load_teacher(f"local-dir:{folder}").licence is None
+    assert load_teacher(f"local-dir:{folder}").license is None
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -77,4 +77,4 @@ def test_in_place_of_a_file_that_is_published(name: str, kind: str, tmp_path: Pa
     (folder / name).unlink(missing_ok=True)
     irregular(kind, folder / name)
     with pytest.raises(GraftError):
-        plan_upload(folder, "me/it", licence="mit", confirm_licence=True)
+        plan_upload(folder, "me/it", license="mit", confirm_license=True)

@@ -78,7 +78,7 @@ def write(model: nn.Module, folder: Path, **more: Any) -> str:
         architecture=NAME,
         model_args=arguments,
         preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
-        licence="mit",
+        license="mit",
     )
     return str(folder)
 

@@ -65,7 +65,7 @@ def test_a_run_gives_its_student_alone(run: Any, tmp_path: Path, part: str) -> N
     assert same(timm.create_model(f"local-dir:{written}", pretrained=True), wanted)
     assert same(load(str(written)), wanted)
     again = load_teacher(str(written))
-    assert (again.mean, again.std, again.licence) == (MEAN, STD, "cc-by-nc-4.0")
+    assert (again.mean, again.std, again.license) == (MEAN, STD, "cc-by-nc-4.0")
 
 
 def test_what_was_learned_from_what_is_in_the_config(run: Any, tmp_path: Path) -> None:

@@ -205,5 +205,5 @@ def test_a_state_that_goes_on_behind_its_tensors_is_not_read_to_its_end(
     with path.open("r+b") as file:
         file.truncate(5 << 30)
     monkeypatch.setattr("graftvit.checkpoints.state_file._digest", lambda *_: pytest.fail("it was read"))
-    with pytest.raises(CheckpointError, match=r"last\.safetensors is damaged: its header names 12 bytes"):
+    with pytest.raises(CheckpointError, match=r"last\.safetensors is damaged"):
         read_state(path)

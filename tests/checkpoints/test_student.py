@@ -122,13 +122,13 @@ def check_found(found: dict[str, Any], model: nn.Module, arguments: dict[str, An
 def test_a_saved_student_is_a_teacher(tmp_path: Path, kind: str) -> None:
     architecture, arguments = STUDENTS[kind]
     model = randomized(timm.create_model(architecture, **arguments))
-    save(model, tmp_path / "s", architecture, arguments, licence="mit")
+    save(model, tmp_path / "s", architecture, arguments, license="mit")
     teacher = load_teacher(f"local-dir:{tmp_path / 's'}")
     ours, theirs = teacher.model.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     channels = arguments.get("in_chans", 3)
-    assert (teacher.mean, teacher.std, teacher.licence) == (MEAN[:channels], STD[:channels], "mit")
+    assert (teacher.mean, teacher.std, teacher.license) == (MEAN[:channels], STD[:channels], "mit")
     assert teacher.has_head == (arguments["num_classes"] > 0)
     assert (teacher.report.missing, teacher.report.unexpected, teacher.report.resampled) == ({}, {}, {})
 

@@ -46,7 +46,7 @@ def test_mae_pretrained(tiny: Make, mae_file: Write, with_decoder: bool) -> None
     assert same_weights(teacher.model, model)
     assert not teacher.has_head
     assert (teacher.mean, teacher.std) == IMAGENET  # not the half and half of timm's default weights
-    assert (teacher.architecture, teacher.licence, teacher.revision) == (NAME, None, None)
+    assert (teacher.architecture, teacher.license, teacher.revision) == (NAME, None, None)
     assert set(teacher.report.unexpected) == (set(decoder()) if with_decoder else set())
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
@@ -309,7 +309,7 @@ def test_a_tag_says_more_than_the_format(tiny: Make, tmp_path: Path) -> None:
     arguments = {**TINY, "img_size": 16}
     teacher = load_teacher(str(tmp_path / "w.pth"), model="vit_base_patch16_224.mae", model_args=arguments)
     assert (teacher.mean, teacher.std) == IMAGENET
-    assert teacher.licence == "cc-by-nc-4.0"
+    assert teacher.license == "cc-by-nc-4.0"
     assert teacher.architecture == "vit_base_patch16_224"
 
 
@@ -350,7 +350,7 @@ def test_facts_of_a_teacher(tiny: Make, mae_file: Write) -> None:
     assert facts["parameters"].startswith(f"{count:,} ")
     text = describe_teacher(teacher)
     for part in (
-        "licence",
+        "license",
         "unknown",
         "decoder of masked autoencoding",
         "from grid 4x4 to 2x4",

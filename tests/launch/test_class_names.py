@@ -92,7 +92,7 @@ def test_what_a_run_leaves_says_its_classes(trained: tuple[Path, float], tmp_pat
         == 0
     )
     assert load_teacher(str(stripped)).label_names == NAMES
-    pushed = plan_upload(run_folder / "student", "someone/student", licence="mit", confirm_licence=True)
+    pushed = plan_upload(run_folder / "student", "someone/student", license="mit", confirm_license=True)
     assert pushed.config["label_names"] == list(NAMES)
 
 

@@ -31,7 +31,7 @@ def teacher(tmp_path: Path) -> Path:
     images = Preprocessing.of(model, mean=(0.4,) * 3, std=(0.2,) * 3)
     write_student(
         model, tmp_path / "teacher", architecture=ARCHITECTURE, model_args=ARGUMENTS, preprocessing=images,
-        licence="cc-by-nc-4.0",
+        license="cc-by-nc-4.0",
     )  # fmt: skip
     return tmp_path / "teacher"
 
@@ -74,7 +74,7 @@ def test_the_folder_says_what_it_was_made_from(teacher: Path, tmp_path: Path) ->
     assert main(["convert", str(teacher), "--plan", PLAN, "--out", str(fresh), "--weights", "none"]) == 0
     config = json.loads((fresh / "config.json").read_text())
     assert "init" not in config["graftvit"]
-    assert "license" not in config["pretrained_cfg"], "weights that are not there have no licence"
+    assert "license" not in config["pretrained_cfg"], "weights that are not there have no license"
 
 
 def test_weights_and_seed_change_what_is_written(teacher: Path, tmp_path: Path) -> None:

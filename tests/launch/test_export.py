@@ -22,7 +22,7 @@ def student(tmp_path: Path) -> Path:
     images = Preprocessing.of(model, mean=(0.4,) * 3, std=(0.2,) * 3)
     write_student(
         model, tmp_path / "student", architecture=ARCHITECTURE, model_args=ARGUMENTS, preprocessing=images,
-        licence="cc-by-nc-4.0",
+        license="cc-by-nc-4.0",
     )  # fmt: skip
     return tmp_path / "student"
 

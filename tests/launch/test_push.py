@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 POOL = "avg"
-LICENCE = "cc-by-nc-4.0"
+LICENSE = "cc-by-nc-4.0"
 OF_HUB = {
     "timm": 'timm.create_model("hf-hub:org/vit", pretrained=True)',
     "graftvit": 'graftvit.load("hf-hub:org/vit")',
@@ -64,10 +64,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hub, 
 
 @pytest.fixture
 def student(tmp_path: Path) -> Path:
-    """A student's folder with a licence that not everybody likes, beside what must not go up."""
+    """A student's folder with a license that not everybody likes, beside what must not go up."""
     folder = make_teacher(tmp_path / "student")
     held = json.loads((folder / "config.json").read_text())
-    held["pretrained_cfg"]["license"] = LICENCE
+    held["pretrained_cfg"]["license"] = LICENSE
     (folder / "config.json").write_text(json.dumps(held))
     (folder / "secret.txt").write_text("mine")
     return folder
@@ -150,8 +150,8 @@ def test_a_dry_run_shows_what_would_go_up_and_sends_nothing(
     for words in (
         "config.json",
         "README.md",
-        f"Licence: {LICENCE}",
-        f"license: {LICENCE}",
+        f"License: {LICENSE}",
+        f"license: {LICENSE}",
         "it would be created",
     ):
         assert words in shown
@@ -202,15 +202,16 @@ def test_what_lies_beside_a_student_stays_and_is_said(
     assert "secret.txt" not in names(hub[0])
 
 
-def test_a_laxer_licence_must_be_confirmed(
-    hub: tuple[Hub, Store], student: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("word", ["license", "licence"])
+def test_another_license_must_be_confirmed(
+    word: str, hub: tuple[Hub, Store], student: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["push", str(student), "org/vit", "--licence", "mit"]
+    words = ["push", str(student), "org/vit", f"--{word}", "mit"]
     assert main(words) == 2
-    assert "--confirm_licence" in capsys.readouterr().err
+    assert "--confirm_license" in capsys.readouterr().err
     assert not hub[1].created
-    assert main([*words, "--confirm_licence"]) == 0
-    assert "licence: mit" in capsys.readouterr().out
+    assert main([*words, f"--confirm_{word}"]) == 0
+    assert "license: mit" in capsys.readouterr().out
     card = hub[0].files["org/vit", hub[1].commits[0].oid, "README.md"].decode()
     assert ModelCard(card).data.license == "mit"
 
@@ -218,8 +219,8 @@ def test_a_laxer_licence_must_be_confirmed(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["org/vit", "--licence", " "], "--licence is empty"),
-        (["org/vit", "--licence", "no-such-licence"], "no-such-licence"),
+        (["org/vit", "--license", " "], "--license is empty"),
+        (["org/vit", "--license", "no-such-license"], "no-such-license"),
         (["org/vit", "--message", ""], "--message is empty"),
         (["vit"], "write org/name"),
         (["org/vit", "--privat"], "--privat"),
@@ -248,6 +249,6 @@ def test_a_hub_that_is_down_is_exit_code_1(
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", "--help"]) == 0
     shown = capsys.readouterr().out
-    for words in ("--dry_run", "--private", "--licence", "--confirm_licence", "hf auth login"):
+    for words in ("--dry_run", "--private", "--license", "--confirm_license", "hf auth login"):
         assert words in shown
     assert shown.count("graftvit push ") >= 4

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 def write_stand_in(name: str, folder: Path, arguments: Mapping[str, Any], classes: int) -> str:
     """A timm folder as people publish them, and its name as a source.
 
-    Mean, deviation, crop, interpolation and licence are those of the weights `name`; so is whether there is a head,
+    Mean, deviation, crop, interpolation and license are those of the weights `name`; so is whether there is a head,
     which has `classes` outputs.
     """
     torch.manual_seed(11)

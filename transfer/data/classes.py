@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from ...checkpoints.safety.regular import read_regular
+from ...checkpoints.regular_files import read_regular
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from .images import Header, ImageSource

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ...checkpoints.safety.regular import open_regular
+from ...checkpoints.regular_files import open_regular
 from ...models.errors import DataError
 
 UNLABELED = -1

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...checkpoints.safety.regular import read_regular
+from ...checkpoints.regular_files import read_regular
 from ...models.errors import ConfigError, DataError, did_you_mean
 
 Subset = Literal["imagenet-a", "imagenet-r"]

@@ -73,7 +73,7 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Mappin
         architecture=plan.architecture,
         model_args=plan.arguments,
         preprocessing=plan.preprocessing,
-        licence=provenance.carried_licence(made),
+        license=provenance.carried_license(made),
         provenance=made,
         label_names=plan.label_names,
     )

@@ -172,7 +172,7 @@ def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
     images = Preprocessing.of(model, mean=(0.25,) * 3, std=(0.5,) * 3, crop_pct=0.8)
     write_student(
         model, folder, architecture="vit_tiny_patch16_224", model_args=sizes, preprocessing=images,
-        licence="cc-by-nc-4.0",
+        license="cc-by-nc-4.0",
     )  # fmt: skip
     report = export_source(folder, path)
     if suffix == ".onnx":

@@ -12,8 +12,7 @@ import source_files as files
 import torch
 from graftvit.checkpoints.files import Content
 from graftvit.checkpoints.formats.keymap import recognise
-from graftvit.checkpoints.formats.read import read_weights
-from graftvit.checkpoints.formats.table import KEY_MAPS
+from graftvit.checkpoints.formats.read import KEY_MAPS, read_weights
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.checkpoints.weights import Weights
 from graftvit.models.errors import CheckpointError

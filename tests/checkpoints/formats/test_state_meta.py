@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.checkpoints.formats.state import NAMES, TABLES
+from graftvit.checkpoints.formats.run_state import NAMES, TABLES
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError

@@ -13,8 +13,8 @@ import source_files as files
 import torch
 from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.formats.keymap import recognise
+from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.research import RESEARCH_MAPS
-from graftvit.checkpoints.formats.table import KEY_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.teacher import Teacher, load_teacher
 from graftvit.models.errors import CheckpointError

@@ -15,7 +15,7 @@ import transformers
 from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.folders import loads_in_plain_timm
 from graftvit.checkpoints.formats.keymap import recognise
-from graftvit.checkpoints.formats.table import KEY_MAPS
+from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.loading import load
 from graftvit.checkpoints.student import save_student

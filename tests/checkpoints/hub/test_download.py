@@ -92,7 +92,7 @@ def test_no_network_goes_on_with_the_cache(
         assert download("org/vit", WEIGHTS, None) == path
     (said,) = (record.getMessage() for record in caplog.records if record.name.startswith("graftvit"))
     assert said.startswith(f"{address} cannot be asked for org/vit (")
-    assert said.endswith(f"going on with commit {COMMIT} of the cache")
+    assert said.endswith(f"using commit {COMMIT} of the cache")
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
@@ -106,15 +106,9 @@ def test_a_hub_that_refuses_later_leaves_the_cache(server: Hub, waits: list[floa
 def test_no_network_and_no_cache(gone: Callable[[], str], refused: Refused) -> None:
     address = gone()
     assert refused() == (
-        f"org/vit is not in the cache and {address} cannot be reached in 5 attempts: check the network, "
+        f"{WEIGHTS} of org/vit is not in the cache and {address} cannot be reached: check the network, "
         "or download its files elsewhere and give the folder as local-dir:path"
     )
-
-
-def test_no_network_names_the_file_that_the_cache_lacks(gone: Callable[[], str], refused: Refused) -> None:
-    download("org/vit", "config.json", None)
-    gone()
-    assert refused().startswith("model.safetensors of org/vit is not in the cache and ")
 
 
 def test_offline_with_a_cache_asks_nothing(
@@ -135,7 +129,7 @@ def test_offline_with_a_cache_asks_nothing(
 def test_offline_without_a_cache(server: Hub, offline: Callable[[], None], refused: Refused) -> None:
     offline()
     assert refused() == (
-        "org/vit is not in the cache and HF_HUB_OFFLINE is set: unset it, "
+        "model.safetensors of org/vit is not in the cache and HF_HUB_OFFLINE is set: unset it, "
         "or download its files elsewhere and give the folder as local-dir:path"
     )
     assert not server.requests
@@ -150,3 +144,36 @@ def test_a_server_that_hangs_is_not_waited_for(server: Hub, waits: list[float]) 
 def test_a_file_that_the_repository_lacks_is_none(server: Hub, waits: list[float]) -> None:
     assert try_download("org/vit", "absent", None) is None
     assert try_download("org/vit", "config.json", "v1") is None
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(cut=3000, method="GET", where="/cdn/", times=2),
+        Fault(status=503, method="HEAD", times=2),
+        Fault(status=429, method="GET", where="/cdn/"),
+    ],
+    ids=["cut", "unavailable", "limited"],
+)
+def test_a_failure_that_passes_is_tried_again(server: Hub, waits: list[float], fault: Fault) -> None:
+    server.faults.append(fault)
+    assert download("org/vit", WEIGHTS, None).read_bytes() == server.files["org/vit", COMMIT, WEIGHTS]
+
+
+def test_a_failure_that_stays_is_given_up(server: Hub, refused: Refused) -> None:
+    server.faults = [Fault(status=503, times=1000)]
+    assert f"{server.url} fails with 503: try again later" in refused()
+    server.faults = [Fault(status=429, times=1000)]
+    assert refused().startswith(f"{server.url} limits the rate of requests (429): wait a while, or log in")
+    server.faults = [Fault(cut=0, method="GET", where="/cdn/", times=1000)]
+    assert refused().startswith(
+        f"{WEIGHTS} of org/vit is not in the cache and {server.url} cannot be reached"
+    )
+
+
+def test_a_file_of_another_length_does_not_enter_the_cache(
+    server: Hub, refused: Refused, blobs: Callable[[], list[str]]
+) -> None:
+    server.faults.append(Fault(content=b"less", method="GET", where="/cdn/", times=1000))
+    assert refused().startswith("org/vit cannot be downloaded: ")
+    assert blobs() == []

@@ -36,7 +36,7 @@ for source, arguments in json.loads(sys.argv[1]):
     try:
         teacher = load_teacher(source, model_args=arguments)
         total = sum(float(tensor.double().sum()) for tensor in teacher.model.state_dict().values())
-        results.append({"sum": total, "revision": teacher.revision, "licence": teacher.licence,
+        results.append({"sum": total, "revision": teacher.revision, "licence": teacher.license,
                         "head": teacher.has_head, "mean": teacher.mean})
     except CheckpointError as error:
         results.append({"error": str(error)})

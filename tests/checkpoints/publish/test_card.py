@@ -81,7 +81,7 @@ def test_it_says_what_was_transferred_from_which_revision() -> None:
     card = student_card(config(transfer={"layers": "first:9", "weight": 2.5, "heads": "match"}), FACTS)
     assert row(card, "teacher") == "`vit_large_patch16_224.mae`"
     assert row(card, "teacher: revision") == f"`{COMMIT}`"
-    assert row(card, "teacher: licence") == "cc-by-nc-4.0"
+    assert row(card, "teacher: license") == "cc-by-nc-4.0"
     assert (
         row(card, "method")
         == "`distill`: cross-entropy between the student's attention maps and the teacher's"
@@ -201,7 +201,7 @@ def test_modes_without_a_teacher() -> None:
     assert "license" not in data
     assert "attention-transfer" not in data["tags"]
     assert "| method |" not in card
-    assert (row(card, "start: revision"), row(card, "start: licence")) == ("not recorded", "unknown")
+    assert (row(card, "start: revision"), row(card, "start: license")) == ("not recorded", "unknown")
     assert row(card, "what was done") == "fine-tuning"
     assert "Unknown. Ask the owner" in card
 
@@ -350,7 +350,7 @@ def test_any_config_gives_a_card_that_is_read_back(data: st.DataObject) -> None:
             place[last] = data.draw(JSON)
     card = ModelCard(student_card(made, FACTS))
     assert card.data.license == "cc-by-nc-4.0"
-    assert "## Licence" in card.text
+    assert "## License" in card.text
 
 
 MARKED = "<img src=x onerror=alert(1)>\n\n# x\n````\n```` [a](javascript:alert(1)) `<b>` | \x1b[2J\u202e"

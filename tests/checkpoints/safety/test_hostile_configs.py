@@ -146,15 +146,15 @@ def test_a_sparse_file_of_five_gigabytes_is_not_read(
         (folder / "model.safetensors").unlink()
     with (folder / name).open("wb") as file:
         file.truncate(5 << 30)
-    if name == "README.md":  # what a card says of a licence is all that is lost
-        assert load_teacher(f"local-dir:{folder}").licence is None
+    if name == "README.md":  # what a card says of a license is all that is lost
+        assert load_teacher(f"local-dir:{folder}").license is None
         return
     with pytest.raises(GraftError, match=r"is refused: it has more than 16,777,216 bytes"):
         load_teacher(f"local-dir:{folder}")
 
 
-def test_a_card_that_multiplies_itself_is_no_licence(models: Path, tmp_path: Path, limited: None) -> None:
+def test_a_card_that_multiplies_itself_is_no_license(models: Path, tmp_path: Path, limited: None) -> None:
     folder = shutil.copytree(models / "plain", tmp_path / "m")
     levels = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
     (folder / "README.md").write_text(f"---\na0: &a0 [x]\n{levels}\nlicense: *a29\n---\n")
-    assert load_teacher(f"local-dir:{folder}").licence is None
+    assert load_teacher(f"local-dir:{folder}").license is None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from graftvit.checkpoints.files import read_file
-from graftvit.checkpoints.safety.outline import outline
+from graftvit.checkpoints.safety.file_outline import outline
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
@@ -127,5 +127,5 @@ def test_the_directory_of_an_archive_is_not_read_again_for_each_array(
         plain(archive, *arguments, **options)
 
     monkeypatch.setattr(zipfile.ZipFile, "__init__", count)
-    assert len(outline(tmp_path / "m.npz").tree) == 50
+    assert len(outline(tmp_path / "m.npz").tensors) == 50
     assert len(opened) <= 2

@@ -52,7 +52,7 @@ def odd_teacher(folder: Path) -> Path:
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 0.3
     write_student(
-        model, folder, architecture=ARCHITECTURE, model_args=arguments, licence="cc-by-nc-4.0",
+        model, folder, architecture=ARCHITECTURE, model_args=arguments, license="cc-by-nc-4.0",
         preprocessing=Preprocessing.of(model, mean=(0.2,), std=(0.3,)),
     )  # fmt: skip
     return folder
@@ -134,7 +134,7 @@ def test_it_is_evaluated_without_its_teacher(
     assert len(numbers["student"]["entropy"]) == ARGUMENTS["depth"]
 
 
-def test_it_says_its_licence_and_what_it_costs(finished: Any) -> None:
+def test_it_says_its_license_and_what_it_costs(finished: Any) -> None:
     run, _ = finished("copy")
     written = json.loads((run / "student" / "config.json").read_text())
     assert written["pretrained_cfg"]["license"] == "cc-by-nc-4.0"

@@ -1,4 +1,4 @@
-"""What a run knows of the weights it came from: the teacher's commit and licence, in config, states and students."""
+"""What a run knows of the weights it came from: the teacher's commit and license, in config, states and students."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Hub:
     def load(self, source: str, *, revision: str | None = None, **how: Any) -> Teacher:
         self.asked.append(revision)
         commit = revision if revision and len(revision) == 40 else self.head
-        return replace(load_teacher(source, **how), revision=commit, licence="cc-by-nc-4.0")
+        return replace(load_teacher(source, **how), revision=commit, license="cc-by-nc-4.0")
 
     def start(self, *given: Any, revision: str | None, **how: Any) -> LoadReport:
-        return replace(load_weights(*given, **how), revision=revision, licence="cc-by-nc-4.0")
+        return replace(load_weights(*given, **how), revision=revision, license="cc-by-nc-4.0")
 
 
 @pytest.fixture
@@ -82,10 +82,10 @@ def test_students_say_what_they_learned_from(tmp_path: Path, teacher: Path, hub:
         assert (made["init"] or {}).get("revision") == (COMMIT if mode == "finetune" else None)
         assert made["results"]["top1"] == result.metrics[f"{prefix}top1"]
         assert saved["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
-        assert load_teacher(str(tmp_path / folder)).licence == "cc-by-nc-4.0"
+        assert load_teacher(str(tmp_path / folder)).license == "cc-by-nc-4.0"
     (tmp_path / "student" / "config.json").unlink()  # as a run that was stopped has none
     stopped = load_teacher(str(tmp_path))
-    assert stopped.licence == "cc-by-nc-4.0"
+    assert stopped.license == "cc-by-nc-4.0"
     assert stopped.provenance["teacher"]["revision"] == COMMIT
 
 

@@ -100,7 +100,7 @@ def test_every_command_takes_the_words(
     source = f"{run}{word}"
     assert main(["teacher", "info", source]) == 0
     assert main(["save", source, str(tmp_path / "saved")]) == 0
-    assert main(["push", source, "me/student", "--licence", "mit", "--confirm_licence", "--dry_run"]) == 0
+    assert main(["push", source, "me/student", "--license", "mit", "--confirm_license", "--dry_run"]) == 0
     assert main(["evaluate", source, "--device", "cpu", "--workers", "0"]) == 0
     printed = capsys.readouterr().out
     assert "Would push to me/student" in printed

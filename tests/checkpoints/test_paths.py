@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.safety.paths import near_path
+from graftvit.checkpoints.paths import near_path
 
 
 @pytest.mark.parametrize(

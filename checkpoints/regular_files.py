@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ...models.errors import CheckpointError, GraftError
+from ..models.errors import CheckpointError, GraftError
 
 MAX_TEXT = 16 << 20
 """Bytes of a text file (settings, an index, a card) that is read whole; the largest of these has a few."""

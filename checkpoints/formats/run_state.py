@@ -13,8 +13,8 @@ from ...models.lora import merged
 from ..class_names import KEY as LABEL_NAMES
 from ..files import Content
 from ..preprocessing import Preprocessing
-from ..provenance import PICKED, carried_licence, of_state
-from ..safety.settings import shortened
+from ..provenance import PICKED, carried_license, of_state
+from ..safety.model_settings import shortened
 from ..sources import Part
 from ..state_file import BEST, META_KEY
 from ..weights import Weights
@@ -55,19 +55,16 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     provenance = of_state(meta, part)
     if content.path.name == BEST:
         provenance[PICKED] = (meta.get("position") or {}).get("best_metric", "top1")
-    architecture, arguments, config = _student_of(meta)
-    config["license"] = carried_licence(provenance)
-    notes = (
-        () if "mean" in config else ("normalisation: the architecture's own, for the state does not say it",)
-    )
+    entry = meta.get("student") or {}
+    config = {key: entry[key] for key in DESCRIBED if entry.get(key) is not None}
+    config["license"] = carried_license(provenance)
     return Weights(
         tensors,
         str(content.path),
         f"the {'average' if part == 'ema' else 'student'} in a run's training state",
-        architecture,
-        arguments,
+        entry.get("architecture"),
+        dict(entry.get("model_args") or {}),
         config,
-        notes=notes,
         provenance=provenance,
     )
 
@@ -89,20 +86,3 @@ def _at(meta: Any, place: str) -> Any:
     for name in filter(None, place.split(".")):
         meta = meta.get(name) if isinstance(meta, Mapping) else None
     return meta
-
-
-def _student_of(meta: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
-    """Architecture, arguments, normalisation from a state's meta: its `student` entry, else its settings."""
-    entry = meta.get("student")
-    if isinstance(entry, Mapping):
-        config = {key: entry[key] for key in DESCRIBED if entry.get(key) is not None}
-        return entry.get("architecture"), dict(entry.get("model_args") or {}), config
-    settings = meta.get("config") or {}
-    student = settings.get("student") or {}
-    if student.get("mirror_teacher") or not student.get("model"):
-        return None, {}, {}
-    arguments = dict(student.get("model_args") or {})
-    arguments |= {key: student[key] for key in ("img_size", "global_pool") if student.get(key) is not None}
-    if settings.get("mode") == "pretrain":  # the encoder of an autoencoder ends in `norm`
-        arguments["global_pool"] = "token" if arguments.get("class_token", True) else ""
-    return student["model"], arguments, {}

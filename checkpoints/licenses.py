@@ -1,0 +1,104 @@
+"""Licenses of weights: a student carries the license of the weights it was made from."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from ..models.errors import CheckpointError
+
+LIST = "https://huggingface.co/docs/hub/repositories-licenses"
+_HUB = (
+    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
+    "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
+    "cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 "
+    "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 "
+    "cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 "
+    "etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community "
+    "h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
+    "lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 open-mdw openmdw-1.0 openrail openrail++ osl-3.0 other pddl "
+    "postgresql unlicense wtfpl zlib"
+)
+HUB = frozenset(_HUB.split())
+"""Identifiers that a card may state as its `license`."""
+_NAMED = (
+    "dinov3-license seer-license cvnets-license mobileone-license fastvit-license nvidia-open-model-license "
+    "sapiens2-license qwen-community-1.0"
+)
+NAMED = frozenset(_NAMED.split())
+"""Not on the hub's list: a card says `license: other` and `license_name`."""
+LINKS = {"dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license"}
+UNKNOWN = ("", "unknown", "none")
+
+
+def normalize(license: str | None) -> str | None:
+    """Return the hub's spelling of an identifier (`Apache-2.0`, `GPL-3.0-or-later`, `cc0`); None if it is unknown."""
+    name = "-".join(str(license or "").lower().split())
+    name = re.sub(r"^(l?gpl-.*|agpl-.*)-(only|or-later)$", r"\1", name)
+    name = re.sub(r"^cc0$", "cc0-1.0", name)
+    return None if name in UNKNOWN else name
+
+
+def carried(*licenses: str | None) -> str | None:
+    """Return the license that all weights of a student are under; None if that of any of them is unknown.
+
+    Raises CheckpointError: they are under different licenses.
+    """
+    names = dict.fromkeys(map(normalize, licenses))
+    if None in names or not names:
+        return None
+    if len(names) > 1:
+        raise CheckpointError(
+            f"the student is made from weights under {' and '.join(map(str, names))}: choose with --license and "
+            "--confirm_license"
+        )
+    return next(iter(names))
+
+
+def check_named(
+    named: str, *sources: str | None, confirmed: bool = False, flag: str = "--license"
+) -> str | None:
+    """Return the identifier of the license that the user named, for a student of weights under `sources`.
+
+    `flag` is where the user wrote it. None if the user says `unknown`.
+
+    Raises CheckpointError: there is no such identifier; and unless it is `confirmed`: the weights are under another
+    license, or theirs is unknown.
+    """
+    name, known = normalize(named), [normalize(source) for source in sources]
+    if name is not None and name not in {*HUB, *NAMED, *known}:
+        nearest = difflib.get_close_matches(name, sorted(HUB | NAMED), n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise CheckpointError(
+            f"{flag} {named!r} is no license identifier of the hub: {hint}{LIST} lists them, and `other` is one"
+        )
+    for source in () if confirmed else known:
+        if source is None:
+            raise CheckpointError(
+                f"{flag} is {name or 'unknown'}, but the license of the weights that the student is made from is not "
+                "known: look where they come from, then add --confirm_license"
+            )
+        if source != name:
+            raise CheckpointError(
+                f"{flag} {name or 'unknown'} is not {source}, the license of the weights that the student is made "
+                f"from: name {source}, or add --confirm_license if it may be under another one"
+            )
+    return name
+
+
+def check_shareable(license: str | None, *, confirmed: bool) -> None:
+    """Raises CheckpointError for a license that forbids sharing derivatives, unless it is `confirmed`."""
+    if not confirmed and "-nd-" in (normalize(license) or ""):
+        raise CheckpointError(
+            f"{license} forbids sharing derivatives, and this student may be one: ask the owner of the weights, then "
+            "add --confirm_license"
+        )
+
+
+def card_fields(license: str | None) -> dict[str, str]:
+    """Return `license`, and `license_name` and `license_link` of one that the hub does not list, for a card's head."""
+    name = normalize(license)
+    if name is None or name in HUB:
+        return {} if name is None else {"license": name}
+    link = {"license_link": LINKS[name]} if name in LINKS else {}
+    return {"license": "other", "license_name": name, **link}
