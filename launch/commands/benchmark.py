@@ -16,7 +16,7 @@ from ..sources import SOURCE_HELP
 from ..submitted import Work
 
 if TYPE_CHECKING:
-    from ...transfer.benchmark.rows import Case, Kind, Row
+    from ...transfer.analysis.benchmark.cases import Case, Kind, Row
 
     Measure = Callable[[Case], Row]
 
@@ -94,8 +94,8 @@ def _operators_parser() -> Parser:
 
 def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...models.operators import OPERATORS
-    from ...transfer.benchmark.operators import Layer, measure_operator, operator_cases
-    from ...transfer.benchmark.rows import SOFTMAX
+    from ...transfer.analysis.benchmark.cases import SOFTMAX
+    from ...transfer.analysis.benchmark.operator_cases import Layer, measure_operator, operator_cases
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
     cases = operator_cases(
@@ -126,7 +126,7 @@ def _models_parser() -> Parser:
 
 
 def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
-    from ...transfer.benchmark.models import measure_model, model_cases
+    from ...transfer.analysis.benchmark.model_cases import measure_model, model_cases
 
     cases = model_cases(
         arguments.sources,
@@ -174,8 +174,8 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
 
 
 def _run(kind: Kind, cases: list[Case], measure: Measure, out: Path, device: str, force: bool) -> int:
-    from ...transfer.benchmark.report import render
-    from ...transfer.benchmark.run import check_device, run_cases
+    from ...transfer.analysis.benchmark.benchmark import check_device, run_cases
+    from ...transfer.analysis.benchmark.benchmark_tables import render
 
     check_device(device)
     results = run_cases(kind, cases, measure, out, force=force, tell=_tell)

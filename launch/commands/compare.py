@@ -12,8 +12,8 @@ from ..hints import hint
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
-    from ...transfer.compare.cells import Cell
-    from ...transfer.compare.run import Comparison
+    from ...transfer.analysis.compare.compare import Comparison
+    from ...transfer.analysis.compare.comparison_cells import Cell
 
 EXAMPLES = (
     "graftvit compare digits_compare",
@@ -60,9 +60,9 @@ def run(argv: list[str]) -> int:
             f"--cell {arguments.cell} is one cell, and --only asks for others: give one of the two"
         )
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
-    from ...transfer.compare.cells import only_named
-    from ...transfer.compare.report import write_report
-    from ...transfer.compare.run import check_plans, choose_cells, raise_failed, run_compare
+    from ...transfer.analysis.compare.compare import check_plans, choose_cells, raise_failed, run_compare
+    from ...transfer.analysis.compare.comparison_cells import only_named
+    from ...transfer.analysis.compare.comparison_report import write_report
     from ..comparison import load_comparison
 
     comparison = load_comparison(arguments.config, settings)
@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
     else:
         cells = only_named(comparison.cells(), [arguments.cell], "--cell")
     if arguments.speed is not None:
-        from ...transfer.compare.speed_again import measure_again
+        from ...transfer.analysis.compare.speed_again import measure_again
 
         measure_again(comparison, arguments.speed, _tell)
     if arguments.report or arguments.speed is not None:
@@ -96,7 +96,7 @@ def run(argv: list[str]) -> int:
 
 def _listing(comparison: Comparison, cells: list[Cell]) -> str:
     """A line a cell: its folder, how far it is, its plan."""
-    from ...transfer.compare.record import load_record
+    from ...transfer.analysis.compare.cell_record import load_record
 
     lines = []
     for cell in cells:

@@ -116,7 +116,7 @@ def _check(images: int, limit: int | None, *files: Path | None) -> None:
 
 def _picture(config: RunConfig, count: int) -> bytes:
     """A PNG of the first training images, at the size and with the interpolation of the student."""
-    from ...transfer.compare.figures import to_png
+    from ...transfer.analysis.compare.comparison_plots import to_png
     from ...transfer.data.preview import preview
     from ...transfer.engine.students import find_whole, resolve_preprocessing
 

@@ -70,7 +70,7 @@ def test_failed_cells_end_in_exit_code_1(
     def broken(*arguments: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("graftvit.transfer.compare.run.train_cell", broken)
+    monkeypatch.setattr("graftvit.transfer.analysis.compare.compare.train_cell", broken)
     assert main(["compare", str(path), "--only", "teacher,linear"]) == 1
     error = capsys.readouterr().err
     assert "the cell linear-8 failed: RuntimeError: out of luck; the same command tries it again" in error

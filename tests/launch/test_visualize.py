@@ -10,9 +10,9 @@ import pytest
 import torch
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
-from graftvit.transfer.visualize import page
-from graftvit.transfer.visualize.images import read_images, to_tensor
-from graftvit.transfer.visualize.look import look
+from graftvit.transfer.analysis.visualize import map_page as page
+from graftvit.transfer.analysis.visualize.look import look
+from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
 from PIL import Image
 from visualize_models import MEAN, STD, picture, save, tiny
 

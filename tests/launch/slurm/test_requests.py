@@ -18,7 +18,7 @@ from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check
 from graftvit.launch.slurm.sweep import load_sweep
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.compare.run import digest
+from graftvit.transfer.analysis.compare.compare import digest
 from slurm_folders import HERE, attempted, say, submitted
 
 STAGES = {

@@ -1,0 +1,116 @@
+"""What is known of a cell, and the file that keeps it: `cells/<cell>/cell.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ....models.errors import ConfigError
+from ..benchmark.cases import write_text
+
+CELL_FILE = "cell.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """On the test images after a stage; `zero-shot` is before the first. Percent; seconds of training alone."""
+
+    stage: str
+    top1: float
+    top5: float
+    loss: float
+    seconds: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A model at an image size. Seconds are of one call; those of softmax were timed in turn with it."""
+
+    size: int
+    batch: int
+    """Images in the batches of throughput and memory."""
+    tokens: int
+    latency: float
+    """Of one image, the median."""
+    latency_low: float
+    latency_high: float
+    softmax_latency: float
+    throughput: float
+    """Images a second in batches."""
+    softmax_throughput: float
+    peak_bytes: int
+    """Above the weights, for a batch."""
+    macs: int
+    """Of one image, by the operators' own account."""
+    counted_macs: int
+    """Of one image, by torch's counter."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A cell that is done, or that failed with `error`."""
+
+    name: str
+    plan: str | None
+    size: int
+    settings: str
+    """A digest of all settings that its accuracy depends on."""
+    machine: str
+    load: float
+    error: str | None = None
+    linear: bool = False
+    """Every layer costs linearly in the tokens."""
+    parameters: int = 0
+    new_parameters: int = 0
+    scores: list[Score] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
+    layer_errors: dict[str, dict[int, float]] = field(default_factory=dict)
+    """By stage and layer: relative error of the layer's output on the teacher's inputs."""
+    teacher: str = ""
+    """The digest of the teacher's weights; empty in records of older versions."""
+
+    @property
+    def speed(self) -> Speed | None:
+        """That at the size of the training."""
+        return next((speed for speed in self.speeds if speed.size == self.size), None)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, all stages."""
+        return sum(score.seconds for score in self.scores)
+
+    @property
+    def final(self) -> Score | None:
+        return self.scores[-1] if self.scores else None
+
+
+def save_record(record: Record, folder: Path) -> None:
+    """Writes it, whole or not at all. Raises WriteFailedError as `write_file`."""
+    write_text(folder / CELL_FILE, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def load_record(folder: Path) -> Record | None:
+    """The record in a cell's folder; None where the cell is not through. Raises ConfigError: it is damaged."""
+    path = folder / CELL_FILE
+    if not path.exists():
+        return None
+    try:
+        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        errors = {
+            stage: {int(k): float(v) for k, v in by.items()} for stage, by in values["layer_errors"].items()
+        }
+        read = {
+            "scores": [Score(**score) for score in values["scores"]],
+            "speeds": [Speed(**speed) for speed in values["speeds"]],
+            "layer_errors": errors,
+        }
+        return Record(**{**values, **read})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is no record of a cell; remove it, and the cell is measured anew"
+        ) from error

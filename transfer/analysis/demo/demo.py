@@ -1,0 +1,101 @@
+"""The demo: a teacher with labels and one without, students with few, and a report of what attention was worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import joblib
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ....models.errors import ConfigError
+from . import report_text as text
+from .board import Board
+from .demo_cells import TEACHERS, demo_cells
+from .demo_report import write_report
+from .outcomes import measure
+from .pool import run_cells
+from .results import DemoResults, MethodResult
+
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def run_demo(
+    output_dir: Path,
+    quick: bool = False,
+    *,
+    seeds: Sequence[int] | None = None,
+    processes: int | None = None,
+    threads: int = 1,
+    progress: bool = True,
+) -> Path:
+    """Trains teachers and students, compares them, and writes the report; returns the path of `report.html`.
+
+    Runs that are finished are not run again, and one that was interrupted goes on where it was saved.
+
+    Args:
+        output_dir: Gets `report.html`, `report.md`, `images/` and the run folders.
+        quick: One seed, and 40 % of the teachers' training.
+        seeds: 0 to 4 by default, and 0 alone for a quick demo.
+        processes: Cells that run at a time; one a core by default. The numbers do not depend on it.
+        threads: Threads of a cell. The last digits depend on it, and so do the numbers.
+        progress: Show the cells, the time left and the table on standard output.
+
+    Raises:
+        DemoStoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
+        RunFailedError: a cell failed; its log is named.
+    """
+    seeds = seeds or (SEEDS[:1] if quick else SEEDS)
+    processes = joblib.cpu_count() if processes is None else processes
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {' '.join(map(str, seeds))} must be whole numbers from 0 on, each once")
+    if min(processes, threads) < 1:
+        raise ConfigError(f"--processes {processes} and --threads {threads} must be at least 1")
+    # Absolute, so that a run goes on wherever the command is given next time.
+    cells = demo_cells(output_dir.resolve(), seeds, quick)
+    console = Console(quiet=not progress)
+    with Board(cells, processes, console) as board:
+        run_cells(cells, board, processes=processes, threads=threads)
+    console.print("comparing the students and writing the report")
+    with _threads(threads):
+        results = measure(cells, quick)
+    report = write_report(results, output_dir)
+    console.print(_table(results))
+    return report
+
+
+def _table(results: DemoResults) -> Table:
+    """The report's table for a terminal."""
+    seeds = f", {len(results.seeds)} seeds" if len(results.seeds) > 1 else ""
+    table = Table(
+        title=text.TITLE,
+        caption=f"top-1 on {results.test_images} test images, {results.labels} labels{seeds}",
+    )
+    table.add_column("method")
+    table.add_column("top-1", justify="right")
+    table.add_column("against scratch", justify="right")
+    _add(table, results, results.scratch)
+    for teacher in TEACHERS:
+        table.add_section()
+        table.add_row(f"[bold]{text.teacher_title(results, teacher)}[/bold]")
+        for method in results.of(teacher):
+            _add(table, results, method)
+    return table
+
+
+def _add(table: Table, results: DemoResults, method: MethodResult) -> None:
+    table.add_row(method.title, text.percent(method), text.against_scratch(results, method))
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """What the demo computes itself depends on the number of cores as little as its cells do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

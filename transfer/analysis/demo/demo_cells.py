@@ -1,0 +1,163 @@
+"""The cells of the demo: two teachers, and the `digits_*` recipes once a seed for each student of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ....models.errors import ConfigError
+from ...config import RunConfig
+from ...engine.runlog import read_log
+
+TeacherName = Literal["supervised", "mae"]
+TEACHERS: dict[TeacherName, str] = {"supervised": "digits_teacher", "mae": "digits_pretrain"}
+"""Each teacher's recipe: all labels, or none and half of each image."""
+POOLING: dict[TeacherName, dict[str, Any]] = {"supervised": {"student": {"global_pool": "avg"}}, "mae": {}}
+"""The recipe's class token reads the image; the students' patches do, so their teacher's must."""
+STUDENTS: tuple[tuple[str, TeacherName | None], ...] = (
+    ("scratch", None),
+    ("copy", "supervised"),
+    ("distill", "supervised"),
+    ("finetune", "mae"),
+    ("copy", "mae"),
+    ("distill", "mae"),
+)
+SECONDS_AN_EPOCH: dict[TeacherName, float] = {"supervised": 2.0, "mae": 1.3}
+SECONDS_A_STUDENT = {"scratch": 16.0, "copy": 18.0, "distill": 20.0, "finetune": 16.0}
+"""On one core of the machine that the demo was made on; only the ratios matter."""
+QUICK_TEACHER_EPOCHS: dict[TeacherName, int] = {"supervised": 25, "mae": 40}
+RECORD = "cell.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: how it learns, from which teacher, its seed (None for a teacher) and its settings."""
+
+    method: str
+    teacher: TeacherName | None
+    seed: int | None
+    config: RunConfig
+    seconds: float
+    """What the run takes, to tell how long the others will."""
+    needs: Path | None = None
+    """The folder of the teacher that must be there before."""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output_dir
+
+    @property
+    def log(self) -> Path:
+        """What the cell's process says, a traceback too."""
+        return self.folder / "output.log"
+
+    def __str__(self) -> str:
+        if self.seed is None:
+            return f"{self.teacher} teacher"
+        teacher = "" if self.teacher is None else f" ({self.teacher} teacher)"
+        return f"{self.method}{teacher} seed {self.seed}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """The epochs of the run's log so far."""
+        log = self.folder / "log.jsonl"
+        return [record for record in read_log(log) if "n_parameters" in record] if log.exists() else []
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(step, accuracy on the test images in percent) at each evaluation so far."""
+        return [(record["step"], record["test_top1"]) for record in self.records() if "test_top1" in record]
+
+    def progress(self) -> float:
+        """The share of the run that is done, by its log."""
+        records, optim = self.records(), self.config.optim
+        if not records:
+            return 0.0
+        if optim.max_steps is not None:
+            return float(records[-1]["step"]) / optim.max_steps
+        return (float(records[-1]["epoch"]) + 1) / optim.epochs
+
+    def digest(self, threads: int) -> str:
+        """Of all that the cell's numbers depend on, but for its teacher's weights."""
+        settings = self.config.model_dump(mode="json", exclude={"output_dir", "teacher"})
+        for name in ("progress", "stop_grace", "save_minutes"):
+            settings["engine"].pop(name)
+        settings["data"].pop("stage")
+        return hashlib.sha256(json.dumps([settings, threads], sort_keys=True).encode()).hexdigest()[:16]
+
+    def is_finished(self, threads: int) -> bool:
+        """Whether the run has come to its end. Raises ConfigError: it did, with other settings."""
+        record = self.folder / RECORD
+        if not record.exists():
+            return False
+        if json.loads(record.read_text())["settings"] != self.digest(threads):
+            raise ConfigError(
+                f"{self.folder} was trained with other settings or another --threads; "
+                "name another --output_dir, or remove the folder"
+            )
+        return True
+
+    def finish(self, threads: int) -> None:
+        """Write down that the run has come to its end."""
+        temporary = self.folder / f"{RECORD}.tmp"
+        temporary.write_text(json.dumps({"settings": self.digest(threads)}) + "\n")
+        temporary.replace(self.folder / RECORD)
+
+
+def demo_cells(output_dir: Path, seeds: Sequence[int], quick: bool) -> list[Cell]:
+    """The teachers, then the students seed by seed. A seed decides labels, fresh weights and augmentation.
+
+    The quick form trains the teachers for less time, and has run folders of its own.
+    """
+    runs = output_dir / ("quick" if quick else "runs")
+    teachers = {name: _teacher(name, runs, quick) for name in TEACHERS}
+    students = [
+        _student(method, None if teacher is None else teachers[teacher], seed, runs)
+        for seed in seeds
+        for method, teacher in STUDENTS
+    ]
+    return [*teachers.values(), *students]
+
+
+def _teacher(name: TeacherName, runs: Path, quick: bool) -> Cell:
+    shorter = {"optim": {"epochs": QUICK_TEACHER_EPOCHS[name]}} if quick else {}
+    config = recipe(TEACHERS[name], runs / f"teacher_{name}", {**POOLING[name], **shorter})
+    return Cell("teacher", name, None, config, seconds=config.optim.epochs * SECONDS_AN_EPOCH[name])
+
+
+def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
+    changes: dict[str, Any] = {"seed": seed, "data": {"label_seed": seed}}
+    if teacher is None:
+        name = f"{method}_{seed}"
+    else:
+        name = f"{method}_{teacher.teacher}_{seed}"
+        changes["teacher"] = {"source": f"local-dir:{teacher.folder / 'student'}"}
+    config = recipe(f"digits_{method}", runs / name, changes)
+    return Cell(
+        method,
+        None if teacher is None else teacher.teacher,
+        seed,
+        config,
+        seconds=SECONDS_A_STUDENT[method],
+        needs=None if teacher is None else teacher.folder,
+    )
+
+
+def recipe(name: str, folder: Path, changes: Mapping[str, Any]) -> RunConfig:
+    """The packaged recipe `name` with the run folder `folder` and `changes`; no event files for a tracker."""
+    text = resources.files("graftvit.cfgs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    content = _merged(yaml.safe_load(text), {"engine": {"trackers": []}, **changes, "output_dir": folder})
+    return RunConfig.model_validate(content)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        old = both.get(key)
+        both[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return both

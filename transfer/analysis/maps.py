@@ -1,0 +1,188 @@
+"""Looking at attention: the maps of a model, and how far two models' maps are apart.
+
+Maps are formed densely here, (B, H, N, N) a layer: this is for a handful of images, not for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...models.attention.base import QKV, AttentionOperator, Heads
+from ...models.attention.softmax import Softmax
+from ...models.conversion import ConvertedAttention
+from ...models.copied import CopiedAttention, copied_layers
+from ...models.copying.operators import Copy
+from ...models.copying.tape import Tape
+from ...models.errors import TransferError
+from ...models.families import attention_blocks, check_supported
+from ...models.host import AttentionHost, release_attention
+
+
+@dataclass
+class MapRecorder:
+    """A softmax operator that keeps the map it applied."""
+
+    maps: list[Tensor] = field(default_factory=list)
+    needs: Collection[str] = QKV
+
+    def __call__(self, heads: Heads) -> Tensor:
+        assert heads.q is not None
+        assert heads.k is not None
+        logits_BHNN = (heads.q.float() @ heads.k.float().transpose(-2, -1)) * heads.scale
+        if heads.bias is not None:
+            logits_BHNN = logits_BHNN + heads.bias.float()
+        self.maps.append(logits_BHNN.softmax(dim=-1))
+        return Softmax()(heads)
+
+    def watch(self, operator: nn.Module, inputs: tuple[Heads, ...]) -> None:
+        """Before a converted layer's operator runs: keep its map."""
+        self.maps.append(cast(AttentionOperator, operator).matrix(inputs[0]).float())
+
+
+@dataclass
+class CopiedMap:
+    """A copied layer's operator that keeps the map it applied: the teacher's, where it copies that."""
+
+    original: Copy
+    recorder: MapRecorder
+    needs: Collection[str] = QKV
+
+    @property
+    def tape(self) -> Tape:
+        return self.original.tape
+
+    def __call__(self, heads: Heads) -> Tensor:
+        self.recorder.maps.append(self.original.map(heads).float())
+        return self.original(heads)
+
+
+@torch.no_grad()
+def attention_maps(
+    model: nn.Module, images: Tensor, layers: Sequence[int] | None = None
+) -> dict[int, Tensor]:
+    """The attention maps of `model` on `images` (B, C, H, W): (B, heads, N, N) for each layer, in float32.
+
+    Negative layers count from the end; the keys of the result are the layers as given. The model runs in eval
+    mode and is left as it was.
+
+    Raises:
+        TransferError: a layer that the model does not have.
+        UnsupportedModelError: a model of another kind.
+    """
+    with _recording(model) as recorders:
+        wanted = list(range(len(recorders))) if layers is None else list(layers)
+        for layer in wanted:
+            if not -len(recorders) <= layer < len(recorders):
+                raise TransferError(f"layer {layer} does not exist: the model has {len(recorders)} blocks.")
+        model(images)
+        return {layer: recorders[layer].maps[0] for layer in wanted}
+
+
+def js_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of distributions over the last dimension, in nats, between 0 and ln 2.
+
+    (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2; the other dimensions are broadcast and kept.
+    """
+    middle = (p + q) / 2
+    terms = torch.xlogy(p, p) + torch.xlogy(q, q) - 2 * torch.xlogy(middle, middle)
+    return (terms.sum(dim=-1) / 2).clamp_min(0.0)
+
+
+def map_divergence(teacher_BHNN: Tensor, student_BHNN: Tensor, *, match_heads: bool = False) -> float:
+    """Mean Jensen-Shannon divergence of two layers' maps over images, heads and queries, in nats.
+
+    Head h is compared with head h, or, with `match_heads`, with its partner in the assignment of least total
+    divergence (needed where the two have unequal numbers of heads; heads without a partner are left out).
+
+    Raises:
+        TransferError: unequal numbers of tokens, or of heads without `match_heads`.
+    """
+    _check_comparable(teacher_BHNN, student_BHNN, match_heads)
+    if not match_heads:
+        return js_divergence(teacher_BHNN, student_BHNN).mean().item()
+    cost_TS = torch.stack(
+        [js_divergence(head, student_BHNN).mean(dim=(0, 2)) for head in teacher_BHNN.split(1, dim=1)]
+    )
+    rows, columns = linear_sum_assignment(cost_TS.cpu().numpy())
+    return cost_TS[torch.as_tensor(rows), torch.as_tensor(columns)].mean().item()
+
+
+def divergence_by_layer(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Tensor,
+    *,
+    teacher_images: Tensor | None = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    match_heads: bool = False,
+) -> list[float]:
+    """`map_divergence` for each (teacher layer, student layer) pair; all layers by default.
+
+    `teacher_images` are the same images as the teacher wants them, where the two are normalised differently.
+
+    Raises:
+        TransferError: unequal depths without `pairs`, or maps that cannot be compared.
+    """
+    if pairs is None:
+        depths = len(attention_blocks(teacher)), len(attention_blocks(student))
+        if depths[0] != depths[1]:
+            raise TransferError(
+                f"the teacher has {depths[0]} blocks and the student {depths[1]}: "
+                "name the (teacher, student) pairs."
+            )
+        pairs = [(layer, layer) for layer in range(depths[0])]
+    theirs = attention_maps(
+        teacher, images if teacher_images is None else teacher_images, [t for t, _ in pairs]
+    )
+    ours = attention_maps(student, images, [s for _, s in pairs])
+    return [map_divergence(theirs[t], ours[s], match_heads=match_heads) for t, s in pairs]
+
+
+def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: bool) -> None:
+    if teacher_BHNN.shape[-2:] != student_BHNN.shape[-2:]:
+        raise TransferError(
+            f"maps over {teacher_BHNN.shape[-1]} and {student_BHNN.shape[-1]} tokens cannot be compared."
+        )
+    if not match_heads and teacher_BHNN.shape[1] != student_BHNN.shape[1]:
+        raise TransferError(
+            f"the teacher has {teacher_BHNN.shape[1]} heads and the student {student_BHNN.shape[1]}: "
+            "match_heads=True compares each with its nearest."
+        )
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[list[MapRecorder]]:
+    """Recorders in all attention layers while inside; then the layers and the modes are what they were."""
+    layers: list[tuple[Any, Any]] = [(block, block.attn) for block in attention_blocks(model)]
+    copied = {layer: layer.operator for layer in copied_layers(model).values()}
+    modes = [(module, module.training) for module in model.modules()]
+    recorders = [MapRecorder() for _ in layers]
+    hooks: list[RemovableHandle] = []
+    try:
+        check_supported(release_attention(model), copied=True)
+        model.eval()
+        for (block, layer), recorder in zip(layers, recorders, strict=True):
+            if isinstance(layer, ConvertedAttention):
+                hooks.append(cast(nn.Module, layer.operator).register_forward_pre_hook(recorder.watch))
+            elif isinstance(layer, CopiedAttention):
+                layer.operator = cast(Copy, CopiedMap(copied[layer], recorder))
+            else:
+                block.attn = AttentionHost(layer, recorder).eval()
+        yield recorders
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for block, layer in layers:
+            block.attn = layer
+        for layer, operator in copied.items():
+            layer.operator = operator
+        for module, training in modes:
+            module.training = training

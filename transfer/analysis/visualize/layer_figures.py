@@ -1,0 +1,95 @@
+"""Charts by layer: entropy and distance of every head, and how far a student is from its teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..demo.curve_figures import FAINT, INK, Array, Theme
+
+STUDENT, TEACHER, BETWEEN = "#e08a1e", "#3b82d6", "#12a07a"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """By layer and head (L, H), means over images; `tokens` is what the largest entropy follows from."""
+
+    entropy: Array
+    distance: Array
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """By layer: Jensen-Shannon divergence of the maps in nats, linear CKA of the patch tokens."""
+
+    js: Sequence[float]
+    cka: Sequence[float]
+
+
+def draw_layers(models: dict[str, Numbers], between: Comparison | None, theme: Theme) -> Figure:
+    """Entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
+    rows = 1 if between is None else 2
+    figure = Figure(figsize=(9.6, 3.0 * rows))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
+    grid = figure.subplots(rows, 2, squeeze=False)
+    entropy, distance = grid[0]
+    for name, numbers in models.items():
+        _heads(entropy, numbers.entropy, name)
+        _heads(distance, numbers.distance, name)
+    _axes(entropy, "entropy of a row, nats", theme)
+    _axes(distance, "mean distance, patches", theme)
+    _ceiling(entropy, max(numbers.tokens for numbers in models.values()), theme)
+    if between is not None:
+        _line(grid[1][0], between.js)
+        _line(grid[1][1], between.cka)
+        _axes(grid[1][0], "JS divergence from the teacher, nats", theme)
+        _axes(grid[1][1], "linear CKA with the teacher", theme)
+        grid[1][1].set_ylim(0, 1.04)
+    if len(models) > 1:
+        entropy.legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower right")
+    return figure
+
+
+def _heads(axes: Any, values_LH: Array, name: str) -> None:
+    colour = TEACHER if name == "teacher" else STUDENT
+    nudge = {"teacher": -0.09, "student": 0.09}.get(name, 0.0)
+    layers = np.arange(len(values_LH))
+    for head in values_LH.T:
+        axes.plot(layers + nudge, head, "o", color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
+    axes.plot(layers + nudge, values_LH.mean(1), color=colour, linewidth=2, label=name)
+
+
+def _line(axes: Any, values: Sequence[float]) -> None:
+    axes.plot(np.arange(len(values)), values, color=BETWEEN, linewidth=2, marker="o", markersize=5)
+
+
+def _ceiling(axes: Any, tokens: int, theme: Theme) -> None:
+    """The entropy of even attention, which none can exceed."""
+    top = math.log(tokens)
+    axes.axhline(top, color=INK[theme], linewidth=0.8, linestyle=(0, (4, 4)))
+    axes.annotate(
+        f"even over {tokens} tokens", (0.01, top), xycoords=("axes fraction", "data"), va="bottom",
+        color=INK[theme], fontsize=8,
+    )  # fmt: skip
+    axes.set_ylim(0, top * 1.12)
+
+
+def _axes(axes: Any, title: str, theme: Theme) -> None:
+    axes.set_facecolor("none")
+    axes.set_title(title, color=INK[theme], fontsize=10, loc="left")
+    axes.set_xlabel("layer", color=INK[theme], fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT[theme])
+    axes.grid(axis="y", color=FAINT[theme], linewidth=0.7)
+    axes.tick_params(colors=INK[theme], length=0, labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.04)  # a dot at the top is shown whole

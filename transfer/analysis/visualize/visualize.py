@@ -1,0 +1,170 @@
+"""From models and images to a folder: pictures, numbers and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....checkpoints.atomic import write_file
+from ....checkpoints.teacher import Teacher, load_teacher
+from ....models.errors import TransferError
+from ....models.families import check_supported, token_layout
+from ....models.plan import layer_numbers
+from ..demo.curve_figures import to_png
+from .layer_figures import Comparison, Numbers, draw_layers
+from .look import Look, check_comparable, cka, default_query, divergence, look, query_token, token_word
+from .map_figures import draw_beside, draw_grid, grid_title
+from .map_page import View, check_page_size, embed, render_page
+from .shown_images import Shown, read_images, to_tensor
+
+
+def visualize(
+    source: str,
+    images: Sequence[str],
+    out: Path,
+    *,
+    teacher: str | None = None,
+    queries: Sequence[str] = (),
+    layers: str = "*",
+    **how: Any,
+) -> Path:
+    """Writes pictures (PNG), `numbers.json` and `index.html` to the folder `out`; returns the path of the page.
+
+    Args:
+        source: any source of weights, as of `load_teacher`.
+        images: image files, folders of them, `digits:N`.
+        teacher: a source to put beside it, at the same image size.
+        queries: numbers of patches, row by row from 0, and names of prefix tokens; the class token by default,
+            the patch in the middle where there is none.
+        layers: which to show, as in a plan (`0,5,9-11`, `-1`); all by default. Numbers are of all layers.
+        how: `model`, `img_size` and the rest, as of `load_teacher`, for `source`.
+
+    Raises GraftError: a source or image that cannot be read, a layer or query that is not there, models that do
+    not go together, or more maps than a page holds.
+    """
+    loaded = {"student": load_teacher(source, **how)}
+    student = loaded["student"].model
+    check_supported(student, copied=True)
+    if teacher is not None:
+        loaded["teacher"] = _beside(teacher, loaded["student"])
+    layout = token_layout(student)
+    chosen = layer_numbers(layers, len(student.blocks), "--layers")  # type: ignore[arg-type]
+    asked = [query_token(word, layout) for word in queries or [default_query(layout)]]
+    shown = read_images(images, loaded["student"].preprocessing)
+    check_page_size([each.model for each in loaded.values()], len(shown), len(chosen))
+    seen = Seen()
+    embedded = []
+    for image in shown:
+        view = _view(image, loaded)
+        seen.add(view.looks)
+        embedded.append(embed(view, chosen))
+        for token in asked:
+            _draw(view, token, chosen, out)
+    figures = [draw_layers(seen.numbers(), seen.comparison(), theme) for theme in ("light", "dark")]
+    _write(
+        out / "layers.png", to_png(draw_layers(seen.numbers(), seen.comparison(), "light"), ground="white")
+    )
+    _write(out / "numbers.json", json.dumps(seen.to_json(), indent=1).encode())
+    page = render_page(embedded, chosen, asked[0], figures, _title(source, teacher))
+    _write(out / "index.html", page.encode())
+    return out / "index.html"
+
+
+class Seen:
+    """Numbers of every image seen so far, by model; maps are dropped, for they are large."""
+
+    def __init__(self) -> None:
+        self.entropy: dict[str, list[torch.Tensor]] = {}
+        self.distance: dict[str, list[torch.Tensor]] = {}
+        self.tokens: dict[str, list[list[torch.Tensor]]] = {}
+        self.js: list[torch.Tensor] = []
+        self.sizes: dict[str, int] = {}
+
+    def add(self, looks: dict[str, Look]) -> None:
+        """Takes what one image gave."""
+        for name, each in looks.items():
+            self.entropy.setdefault(name, []).append(each.entropy())
+            self.distance.setdefault(name, []).append(each.distance())
+            patches = [tokens[each.layout.num_prefix :] for tokens in each.tokens]
+            self.tokens.setdefault(name, []).append(patches)
+            self.sizes[name] = each.layout.num_tokens
+        if "teacher" in looks:
+            self.js.append(torch.tensor(divergence(looks["teacher"], looks["student"])))
+
+    def numbers(self) -> dict[str, Numbers]:
+        """Means over images, teacher last."""
+        return {
+            name: Numbers(
+                torch.stack(self.entropy[name]).mean(0).numpy(),
+                torch.stack(self.distance[name]).mean(0).numpy(),
+                self.sizes[name],
+            )
+            for name in self.entropy
+        }
+
+    def comparison(self) -> Comparison | None:
+        """The distance from the teacher, None without one."""
+        if not self.js:
+            return None
+        return Comparison(
+            torch.stack(self.js).mean(0).tolist(), cka(self.tokens["teacher"], self.tokens["student"])
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """`entropy` and `distance` by layer and head of each model, `js` and `cka` by layer."""
+        models: dict[str, Any] = {
+            name: {"entropy": numbers.entropy.tolist(), "distance": numbers.distance.tolist()}
+            for name, numbers in self.numbers().items()
+        }
+        between = self.comparison()
+        return models if between is None else models | {"js": list(between.js), "cka": list(between.cka)}
+
+
+def _beside(source: str, student: Teacher) -> Teacher:
+    """The teacher at the student's image size."""
+    channels, height, width = student.preprocessing.input_size
+    teacher = load_teacher(source, img_size=(height, width))
+    check_comparable(teacher.model, student.model)
+    theirs = teacher.preprocessing.input_size[0]
+    if theirs != channels:
+        raise TransferError(f"the teacher takes {theirs} channels and the student {channels}")
+    return teacher
+
+
+def _view(image: Shown, loaded: dict[str, Teacher]) -> View:
+    """What each model does with an image, prepared for each as it wants it."""
+    looks = {
+        name: look(each.model, to_tensor(image.original, each.preprocessing)) for name, each in loaded.items()
+    }
+    return View(image, looks, {name: each.rollout() for name, each in looks.items()})
+
+
+def _draw(view: View, token: int, layers: Sequence[int], out: Path) -> None:
+    """The picture of one query: the student's layers and heads; and the teacher beside it."""
+    own, name = view.looks["student"], view.shown.name
+    word = token_word(token, own.layout)
+    title = grid_title(name, token, own)
+    grid = draw_grid(view.shown.pixels, own, view.rolled["student"].numpy(), token, layers, title)
+    _write(out / f"{name}_{word}.png", to_png(grid, ground="white"))
+    theirs = view.looks.get("teacher")
+    if theirs is None or (token < own.layout.num_prefix and word not in theirs.layout.prefix):
+        return
+    tokens = [query_token(word, each.layout) for each in (theirs, own)]
+    rolled = [view.rolled[model].numpy() for model in ("teacher", "student")]
+    beside = draw_beside(view.shown.pixels, [theirs, own], rolled, tokens, layers, title)
+    _write(out / f"{name}_{word}_teacher.png", to_png(beside, ground="white"))
+
+
+def _title(source: str, teacher: str | None) -> str:
+    return f"Attention of {source}" + (f" beside {teacher}" if teacher else "")
+
+
+def _write(path: Path, data: bytes) -> None:
+    def write(file: Path) -> None:
+        file.write_bytes(data)
+
+    write_file(path, write, size=len(data))
