@@ -14,7 +14,7 @@ from .config import Setting, load_config, load_stages, read_recipe
 
 if TYPE_CHECKING:
     from ..transfer.analysis.compare.compare import Comparison
-    from ..transfer.analysis.compare.compare_config import CompareConfig
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig
 
 FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.stage", "data.workers", "data.download")
 """What the run that makes the teacher takes over from the comparison."""
@@ -71,7 +71,7 @@ def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
 
 
 def _compare(values: dict[str, Any] | None, label: str) -> CompareConfig:
-    from ..transfer.analysis.compare.compare_config import CompareConfig
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig
 
     if values is None:
         raise ConfigError(

@@ -16,7 +16,7 @@ from ..sources import SOURCE_HELP
 from ..submitted import Work
 
 if TYPE_CHECKING:
-    from ...transfer.analysis.benchmark.cases import Case, Kind, Row
+    from ...transfer.analysis.benchmark.cases import Case, Kind, Row, Ways
 
     Measure = Callable[[Case], Row]
 
@@ -98,16 +98,8 @@ def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...transfer.analysis.benchmark.operator_cases import Layer, measure_operator, operator_cases
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
-    cases = operator_cases(
-        arguments.operators or [name for name in OPERATORS if name != SOFTMAX],
-        arguments.tokens,
-        arguments.batch,
-        arguments.dtype,
-        arguments.device,
-        layer,
-        backward=arguments.backward,
-        compiled=arguments.compile,
-    )
+    names = arguments.operators or [name for name in OPERATORS if name != SOFTMAX]
+    cases = operator_cases(names, arguments.tokens, layer, _ways(arguments))
     return cases, lambda case: measure_operator(case, layer, arguments.repeats)
 
 
@@ -128,17 +120,14 @@ def _models_parser() -> Parser:
 def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...transfer.analysis.benchmark.model_cases import measure_model, model_cases
 
-    cases = model_cases(
-        arguments.sources,
-        arguments.plan,
-        arguments.img_size,
-        arguments.batch,
-        arguments.dtype,
-        arguments.device,
-        backward=arguments.backward,
-        compiled=arguments.compile,
-    )
+    cases = model_cases(arguments.sources, arguments.plan, arguments.img_size, _ways(arguments))
     return cases, lambda case: measure_model(case, arguments.repeats)
+
+
+def _ways(arguments: argparse.Namespace) -> Ways:
+    from ...transfer.analysis.benchmark.cases import Ways
+
+    return Ways(arguments.batch, arguments.dtype, arguments.device, arguments.backward, arguments.compile)
 
 
 def _parser(action: str, usage: str) -> Parser:

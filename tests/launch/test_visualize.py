@@ -10,7 +10,7 @@ import pytest
 import torch
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
-from graftvit.transfer.analysis.visualize import map_page as page
+from graftvit.transfer.analysis.visualize import map_page
 from graftvit.transfer.analysis.visualize.look import look
 from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
 from PIL import Image
@@ -111,7 +111,7 @@ def test_mistakes(
 def test_a_page_that_is_too_large_is_refused(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(page, "MAX_MEGABYTES", 0)
+    monkeypatch.setattr(map_page, "MAX_MEGABYTES", 0)
     assert main(["visualize", student, "digits:0", "--out", str(tmp_path / "out")]) == 2
     assert "fewer layers by --layers" in capsys.readouterr().err
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ....checkpoints.markdown import plain
-from .cases import Case, Results, Row
+from ..report.tables import markdown, milliseconds
+from .cases import Results, Row
 from .crossover import crossovers
 
 MISCOUNT = 0.05
@@ -33,9 +33,9 @@ def render(results: Results) -> str:
 def crossover_table(results: Results) -> str:
     """A line an operator or plan, a column a setting."""
     found = crossovers(results.rows)
-    settings = list(dict.fromkeys(_setting(case) for case in found))
+    settings = list(dict.fromkeys(case.setting for case in found))
     names = list(dict.fromkeys(case.name for case in found))
-    cells = {(case.name, _setting(case)): str(value) for case, value in found.items()}
+    cells = {(case.name, case.setting): str(value) for case, value in found.items()}
     head = "operator" if results.kind == "operators" else "plan"
     return markdown(
         [head, *settings], [[name, *(cells.get((name, one), "") for one in settings)] for name in names]
@@ -49,34 +49,11 @@ def size_table(rows: Sequence[Row]) -> str:
     return markdown(head, [_line(row) for row in sorted(rows, key=lambda row: -row.ratio)])
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; all but the first column to the right."""
-    line = "| --- |" + " ---: |" * (len(head) - 1)
-    lines = [" | ".join(map(plain, cells)) for cells in (head, *rows)]
-    return "\n".join([f"| {lines[0]} |", line, *(f"| {cells} |" for cells in lines[1:])])
-
-
-def milliseconds(seconds: float) -> str:
-    """Three digits, in milliseconds."""
-    value = 1e3 * seconds
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def _settings(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.case.size):
-        found.setdefault(f"{_size(row.case)}, {_setting(row.case)}", []).append(row)
+        found.setdefault(f"{row.case.size_text}, {row.case.setting}", []).append(row)
     return found
-
-
-def _size(case: Case) -> str:
-    return f"{case.size:,} tokens" if case.kind == "operators" else f"{case.size} px"
-
-
-def _setting(case: Case) -> str:
-    parts = [case.source, f"batch {case.batch}", case.dtype, case.device]
-    parts += ["forward and backward" if case.backward else "forward"]
-    return ", ".join(parts + ["compiled"] * case.compiled)
 
 
 def _miscounted(rows: Sequence[Row]) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from ....checkpoints.atomic import write_file
+from ....checkpoints.atomic import write_text
 from ....models.errors import ConfigError
+from ...cells.records import State
+from ..report.tables import to_csv, to_json
 
 Kind = Literal["operators", "models"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,11 +41,51 @@ class Case:
     backward: bool = False
     compiled: bool = False
 
-    def describe(self) -> str:
-        size = f"{self.size:,} tokens" if self.kind == "operators" else f"{self.source}, {self.size} px"
+    @property
+    def setting(self) -> str:
+        """All but name and size."""
+        return f"{self.source}, {self._how}"
+
+    @property
+    def size_text(self) -> str:
+        return f"{self.size:,} tokens" if self.kind == "operators" else f"{self.size} px"
+
+    def __str__(self) -> str:
+        source = "" if self.kind == "operators" else f"{self.source}, "
+        return f"{self.name}, {source}{self.size_text}, {self._how}"
+
+    @property
+    def _how(self) -> str:
         mode = "forward and backward" if self.backward else "forward"
-        ending = ", compiled" if self.compiled else ""
-        return f"{self.name}, {size}, batch {self.batch}, {self.dtype}, {self.device}, {mode}{ending}"
+        return f"batch {self.batch}, {self.dtype}, {self.device}, {mode}" + ", compiled" * self.compiled
+
+
+@dataclass(frozen=True)
+class Ways:
+    """In which ways each operator or model is measured: every combination of them."""
+
+    batches: Sequence[int] = (1,)
+    dtypes: Sequence[str] = ("float32",)
+    device: str = "cpu"
+    backward: bool = False
+    """The backward pass, too."""
+    compiled: bool = False
+    """Compiled, too."""
+
+    def cases(
+        self, kind: Kind, names: Sequence[str], sources: Sequence[str], sizes: Sequence[int]
+    ) -> list[Case]:
+        """Return every combination, small sizes first."""
+        return [
+            Case(kind, name, source, size, batch, dtype, self.device, backward, compiled)
+            for size in sorted(sizes)
+            for source in sources
+            for batch in self.batches
+            for dtype in self.dtypes
+            for backward in ([False, True] if self.backward else [False])
+            for compiled in ([False, True] if self.compiled else [False])
+            for name in names
+        ]
 
 
 @dataclass(frozen=True)
@@ -80,20 +120,25 @@ class Results:
     machine: str
     rows: list[Row] = field(default_factory=list)
 
-    def has(self, case: Case) -> bool:
-        return any(row.case == case for row in self.rows)
+    def state(self, case: Case) -> State:
+        """Return how far a case is."""
+        return "done" if any(row.case == case for row in self.rows) else "to do"
 
     def save(self, folder: Path) -> None:
-        """`results.json` and `results.csv`, each whole or not at all."""
-        document = dataclasses.asdict(self)
-        write_text(folder / RESULTS, json.dumps(document, indent=1) + "\n")
-        write_text(folder / "results.csv", _csv(self.rows))
+        """Write `results.json` and `results.csv`, each whole or not at all."""
+        write_text(folder / RESULTS, to_json(dataclasses.asdict(self)))
+        case_names, (_, *numbers) = ([one.name for one in dataclasses.fields(kind)] for kind in (Case, Row))
+        rows = [
+            [*dataclasses.astuple(row.case), *(getattr(row, name) for name in numbers), f"{row.ratio:.4f}"]
+            for row in self.rows
+        ]
+        write_text(folder / "results.csv", to_csv([*case_names, *numbers, "ratio"], rows))
 
 
 def load_results(folder: Path, kind: Kind) -> Results:
-    """The results in `folder`, none where it has no file.
+    """Return the results in `folder`, empty ones where it has no file.
 
-    Raises ConfigError: the file is none of this kind, or of another machine.
+    Raises ConfigError: the file is of another type, another kind, or another machine.
     """
     path = folder / RESULTS
     if not path.exists():
@@ -102,53 +147,26 @@ def load_results(folder: Path, kind: Kind) -> Results:
     if (found.kind, found.machine) != (kind, machine()):
         raise ConfigError(
             f"--out: {path} has {found.kind} on {found.machine}, and this is {kind} on {machine()}; "
-            "name another folder, or measure anew with --force"
+            "name another folder, or drop these results with --force"
         )
     return found
 
 
 def read_results(path: Path) -> Results:
-    """The results of a file, from any machine. Raises ConfigError: it is no such file."""
+    """Return the results of a file, from any machine. Raises ConfigError: the file is of another type."""
     try:
-        document = json.loads(path.read_text())
-        rows = [_row(row) for row in document["rows"]]
-        return Results(document["kind"], document["machine"], rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return TypeAdapter(Results).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise ConfigError(f"--out: {path} is no file of benchmark results; name another folder") from error
 
 
 def machine() -> str:
-    """Processor, threads and torch in one line."""
+    """Return processor, threads and torch in one line."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     threads = f"threads: {torch.get_num_threads()}, CPU cores: {os.cpu_count()}"
     return f"{gpu}{threads}, {platform.machine()}, torch {torch.__version__.split('+')[0]}"
 
 
 def load_average() -> float:
-    """Processes that wanted to run, over the last minute; 0 where the system does not tell."""
+    """Return how many processes wanted to run over the last minute; 0 where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all. Raises WriteFailedError as `write_file`."""
-    write_file(path, lambda temporary: _write(temporary, text), size=len(text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _row(values: Mapping[str, Any]) -> Row:
-    return Row(**{**values, "case": Case(**values["case"])})
-
-
-def _csv(rows: list[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    cases = [one.name for one in dataclasses.fields(Case)]
-    numbers = [one.name for one in dataclasses.fields(Row) if one.name != "case"]
-    writer.writerow([*cases, *numbers, "ratio"])
-    for row in rows:
-        values = [*(getattr(row.case, name) for name in cases), *(getattr(row, name) for name in numbers)]
-        writer.writerow([*values, f"{row.ratio:.4f}"])
-    return text.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cases import SOFTMAX, Case, Row
 
@@ -50,15 +50,5 @@ def crossovers(rows: Iterable[Row]) -> dict[Case, Crossover]:
 
 
 def without_size(case: Case) -> Case:
-    """The setting that rows of several sizes share."""
-    return Case(
-        case.kind,
-        case.name,
-        case.source,
-        0,
-        case.batch,
-        case.dtype,
-        case.device,
-        case.backward,
-        case.compiled,
-    )
+    """Return the setting that rows of several sizes share."""
+    return replace(case, size=0)

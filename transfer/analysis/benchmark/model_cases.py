@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,24 +14,15 @@ from ....checkpoints.teacher import load_teacher
 from ....models.conversion import convert, layer_macs
 from ....models.errors import ConfigError
 from ....models.families import attention_blocks
-from .cases import DTYPES, Case, Row, load_average
-from .timing import Step, counted_macs, peak_bytes, time_steps
+from .cases import DTYPES, Case, Row, Ways
+from .measuring import compiled, measure_case
+from .timing import Step, counted_macs, step_of
 
 
-def model_cases(
-    sources: Sequence[str],
-    plans: Sequence[str],
-    sizes: Sequence[int],
-    batches: Sequence[int],
-    dtypes: Sequence[str],
-    device: str,
-    *,
-    backward: bool,
-    compiled: bool,
-) -> list[Case]:
-    """Every combination, small images first.
+def model_cases(sources: Sequence[str], plans: Sequence[str], sizes: Sequence[int], ways: Ways) -> list[Case]:
+    """Return every combination, small images first.
 
-    Raises GraftError: a source is not there, an image size does not fit it, or a plan is none.
+    Raises GraftError: a source is not there, an image size does not fit it, or a plan is not valid.
     """
     for source in sources:
         model = load_model(source, min(sizes))
@@ -39,16 +30,7 @@ def model_cases(
             convert(model, plan)
         for size in sizes:
             load_model(source, size)
-    return [
-        Case("models", plan, source, size, batch, dtype, device, back, fast)
-        for size in sorted(sizes)
-        for source in sources
-        for batch in batches
-        for dtype in dtypes
-        for back in ([False, True] if backward else [False])
-        for fast in ([False, True] if compiled else [False])
-        for plan in plans
-    ]
+    return ways.cases("models", plans, sources, sizes)
 
 
 def load_model(source: str, img_size: int) -> nn.Module:
@@ -79,28 +61,24 @@ def _check_size(model: nn.Module, img_size: int) -> None:
 
 
 def measure_model(case: Case, repeats: int) -> Row:
-    """Times, memory and multiply-adds of one case."""
+    """Measure times, memory and multiply-adds of one case."""
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     softmax = load_model(case.source, case.size)
     student = convert(softmax, case.name)
     softmax, student = (model.to(device, dtype).requires_grad_(case.backward) for model in (softmax, student))
     torch.manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype)
-    ran = cast(nn.Module, torch.compile(student)) if case.compiled else student
-    own = _step(ran, images, case.backward)
-    steps = {"softmax": _step(softmax, images, case.backward), "own": own}
-    timings = time_steps(steps, repeats, device)
-    rest = counted_macs(_step(softmax, images[:1], False)) - attention_macs(softmax)
-    return Row(
+    compared = (softmax, compiled(student, case))
+    steps = [
+        _learning(model, images) if case.backward else step_of(partial(model, images)) for model in compared
+    ]
+    counted, rest = (counted_macs(step_of(partial(model, images[:1]))) for model in (student, softmax))
+    return measure_case(
         case,
-        timings["own"].median,
-        timings["own"].low,
-        timings["own"].high,
-        timings["softmax"].median,
-        peak_bytes(own, device),
-        attention_macs(student),
-        counted_macs(_step(student, images[:1], False)) - rest,
-        load_average(),
+        steps,
+        repeats,
+        macs=attention_macs(student),
+        counted=counted - (rest - attention_macs(softmax)),
     )
 
 
@@ -110,17 +88,5 @@ def attention_macs(model: nn.Module) -> int:
     return sum(own.values()) + (len(attention_blocks(model)) - len(own)) * softmax
 
 
-def _step(model: nn.Module, images: torch.Tensor, backward: bool) -> Step:
-    if not backward:
-
-        def forward() -> None:
-            with torch.no_grad():
-                model(images)
-
-        return forward
-
-    def learn() -> None:
-        model(images).float().square().mean().backward()
-        model.zero_grad(set_to_none=True)
-
-    return learn
+def _learning(model: nn.Module, images: torch.Tensor) -> Step:
+    return step_of(lambda: model(images).float().square().mean(), list(model.parameters()))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,6 +39,19 @@ def time_steps(
         for name, step in steps.items():
             times[name].append(_seconds(step, calls[name], device) / calls[name])
     return {name: _timing(values) for name, values in times.items()}
+
+
+def step_of(run: Callable[[], Tensor], leaves: Sequence[Tensor] = (), upstream: Tensor | None = None) -> Step:
+    """Return the forward pass `run` as a step; with `leaves`, and the backward pass to them from `upstream`."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def learn() -> None:
+        torch.autograd.grad(run(), leaves, upstream, allow_unused=True)
+
+    return learn if leaves else forward
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
@@ -79,11 +93,11 @@ def _warm(step: Step, warmup: int, device: torch.device) -> int:
 
 
 def _seconds(step: Step, calls: int, device: torch.device) -> float:
-    _synchronise(device)
+    _synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         step()
-    _synchronise(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
@@ -92,6 +106,6 @@ def _timing(values: list[float]) -> Timing:
     return Timing(median, low, high)
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

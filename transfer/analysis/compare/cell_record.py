@@ -1,18 +1,8 @@
-"""What is known of a cell, and the file that keeps it: `cells/<cell>/cell.json`."""
+"""What is known of a cell; `cells/<cell>/cell.json` keeps it."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-from ....models.errors import ConfigError
-from ..benchmark.cases import write_text
-
-CELL_FILE = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -75,9 +65,18 @@ class Record:
     """The digest of the teacher's weights; empty in records of older versions."""
 
     @property
+    def folder(self) -> str:
+        """The name of the cell's folder."""
+        return f"{self.name}-{self.size}"
+
+    @property
     def speed(self) -> Speed | None:
         """That at the size of the training."""
         return next((speed for speed in self.speeds if speed.size == self.size), None)
+
+    def score(self, stage: str) -> Score | None:
+        """Return the score of a stage; None where the cell has none."""
+        return next((score for score in self.scores if score.stage == stage), None)
 
     @property
     def seconds(self) -> float:
@@ -87,30 +86,3 @@ class Record:
     @property
     def final(self) -> Score | None:
         return self.scores[-1] if self.scores else None
-
-
-def save_record(record: Record, folder: Path) -> None:
-    """Writes it, whole or not at all. Raises WriteFailedError as `write_file`."""
-    write_text(folder / CELL_FILE, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
-
-
-def load_record(folder: Path) -> Record | None:
-    """The record in a cell's folder; None where the cell is not through. Raises ConfigError: it is damaged."""
-    path = folder / CELL_FILE
-    if not path.exists():
-        return None
-    try:
-        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        errors = {
-            stage: {int(k): float(v) for k, v in by.items()} for stage, by in values["layer_errors"].items()
-        }
-        read = {
-            "scores": [Score(**score) for score in values["scores"]],
-            "speeds": [Speed(**speed) for speed in values["speeds"]],
-            "layer_errors": errors,
-        }
-        return Record(**{**values, **read})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is no record of a cell; remove it, and the cell is measured anew"
-        ) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import signal
@@ -11,17 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
+from ...cells.pool import StoppedError
+from ...cells.records import State, cell_state, digest, load_record, save_record
+from ...cells.sharing import array_share, left_to_run, run_in_turn
 from ...config import RunConfig
+from ...engine.students import input_size
 from ...engine.train import train
 from ...recovery.stages import Stage
 from ..benchmark.cases import load_average, machine
-from .cell_record import Record, Speed, load_record, save_record
-from .compare_config import CompareConfig
-from .comparison_cells import TEACHER, Cell, array_share, list_cells, only_named
+from .cell_record import Record, Speed
+from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells, only_named
 from .speed import measure_speed
 from .student_cell import (
     count_parameters,
@@ -34,17 +36,8 @@ from .student_cell import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class CompareStoppedError(GraftError):
-    """A signal ended the comparison between two steps; what was done is saved."""
-
-    def __init__(self, number: int, cell: str) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name} in {cell}, its state is saved; the same command goes on from there"
-        )
-        self.exit_code = 128 + number
+WITHOUT_EFFECT = {"stop_grace", "save_minutes"}
+"""Settings of the engine that no number depends on."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +69,55 @@ class Comparison:
     def cell_folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.folder
 
+    def record(self, cell: Cell) -> Record | None:
+        """Return what is known of a cell that is done or failed."""
+        return load_record(Record, self.cell_folder(cell))
+
     def records(self) -> list[Record]:
-        """The cells that are done or failed, in the order of the table."""
-        found = (load_record(self.cell_folder(cell)) for cell in self.cells())
+        """Return the records of all cells that are done or failed, in the order of the table."""
+        found = (self.record(cell) for cell in self.cells())
         return [record for record in found if record is not None]
+
+    def state(self, cell: Cell) -> State:
+        """Return how far a cell is. Raises ConfigError: it was measured with other settings."""
+        return cell_state(self.cell_folder(cell), self.digest(cell))
+
+    def digest(self, cell: Cell) -> str:
+        """Return the digest of all settings that the cell's numbers depend on."""
+        stages = [_plain(stage.config, {"data_path", "workers", "stage"}) for stage in self.stages]
+        for settings in stages:
+            settings["student"].pop("plan")
+            if self.teacher is not None:
+                settings["teacher"].pop("source")  # a path
+        made = None if self.teacher is None else _plain(self.teacher, {"stage"})
+        measured = self.compare.model_dump(mode="json", exclude={"plans", "img_size"})
+        return digest([stages, made, measured, cell.plan, cell.size])
+
+    @property
+    def device(self) -> torch.device:
+        """Where speed is measured."""
+        auto = self.config.engine.device == "auto" and torch.cuda.is_available()
+        return torch.device("cuda" if auto else "cpu")
+
+
+def _plain(config: RunConfig, but: set[str]) -> dict[str, Any]:
+    """Return the settings of a run as plain data, without those of its data in `but`."""
+    return config.model_dump(mode="json", exclude={"output_dir": True, "data": but, "engine": WITHOUT_EFFECT})
 
 
 def choose_cells(
-    comparison: Comparison, only: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+    comparison: Comparison,
+    only: Sequence[str] | None = None,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    alone: str | None = None,
 ) -> list[Cell]:
-    """The cells of this command: those of the names, and of them this array job's share."""
+    """Return the cells of this command: those of the names, and of them this array job's share.
+
+    With `alone` it is that cell, whatever the job.
+    """
+    if alone is not None:
+        return only_named(comparison.cells(), [alone], "--cell")
     return array_share(only_named(comparison.cells(), only), environment)
 
 
@@ -103,82 +135,46 @@ def run_compare(
     cells: Sequence[Cell],
     *,
     tell: Callable[[str], None] = logger.info,
-    after_cell: Callable[[], object] | None = None,
+    after_cell: Callable[[], object] = lambda: None,
 ) -> list[str]:
-    """Runs the cells that are not done, and returns the folders of those that failed.
+    """Run the cells that are not done, and return the folders of those that failed.
 
     `tell` gets a line before and after each cell, and `after_cell` is called when its record is on the disk.
 
     Raises:
-        CompareStoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
+        StoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
         ConfigError: a cell was measured with other settings, or with another teacher, before.
     """
-    left = [cell for cell in cells if not _done(comparison, cell)]
-    tell(f"{len(cells) - len(left)} of {len(cells)} cells are done")
+    left = left_to_run(cells, comparison.state, tell)
     with _quiet_log():
         _make_teacher(comparison, tell)
         teacher = _identify_teacher(comparison) if left else ""
-        failed = []
-        for number, cell in enumerate(left, 1):
-            tell(f"[{number}/{len(left)}] {cell.name}, {cell.size} px: {cell.plan or 'as it is'}")
-            record = _run_cell(comparison, cell)
-            save_record(replace(record, teacher=teacher), comparison.cell_folder(cell))
-            if after_cell is not None:
-                after_cell()
-            tell(f"    {_outcome(record)}")
-            failed += [cell.folder] * (record.error is not None)
-    return failed
 
+        def run(cell: Cell) -> str:
+            record = replace(_run_cell(comparison, cell), teacher=teacher)
+            save_record(record, comparison.cell_folder(cell))
+            after_cell()
+            return _outcome(record)
 
-def _done(comparison: Comparison, cell: Cell) -> bool:
-    record = load_record(comparison.cell_folder(cell))
-    if record is None or record.error is not None:
-        return False
-    if record.settings != digest(comparison, cell):
-        raise ConfigError(
-            f"{comparison.cell_folder(cell)} was measured with other settings; take another --output_dir, or remove it"
-        )
-    return True
+        run_in_turn(left, run, tell)
+    return [cell.folder for cell in left if comparison.state(cell) == "failed"]
 
 
 def _identify_teacher(comparison: Comparison) -> str:
-    """The digest of the teacher's weights, "" without one. Raises ConfigError: a cell was measured with others."""
-    if comparison.config.teacher.source is None:
+    """Return the digest of the teacher's weights, "" without one.
+
+    Raises ConfigError: a cell was measured with another teacher.
+    """
+    if not comparison.has_teacher:
         return ""
     now = teacher_of(comparison.config).digest or ""
-    for cell in comparison.cells():
-        record = load_record(comparison.cell_folder(cell))
-        if record is not None and record.error is None and record.teacher not in ("", now):
+    for record in comparison.records():
+        if record.error is None and record.teacher not in ("", now):
             raise ConfigError(
-                f"{comparison.cell_folder(cell)} was measured with another teacher than "
+                f"{comparison.folder / 'cells' / record.folder} was measured with another teacher than "
                 f"{comparison.config.teacher.source} now holds; take another --output_dir, or remove it"
             )
     return now
-
-
-def digest(comparison: Comparison, cell: Cell) -> str:
-    """Of all settings that the cell's numbers depend on."""
-    settings = [stage.config.model_dump(mode="json", exclude={"output_dir"}) for stage in comparison.stages]
-    for each in settings:
-        each["student"].pop("plan")
-        for name in ("data_path", "workers", "stage"):
-            each["data"].pop(name)
-        for name in ("stop_grace", "save_minutes"):
-            each["engine"].pop(name)
-    made = (
-        None
-        if comparison.teacher is None
-        else comparison.teacher.model_dump(
-            mode="json",
-            exclude={"output_dir": True, "data": {"stage"}, "engine": {"stop_grace", "save_minutes"}},
-        )
-    )
-    if made is not None:
-        for each in settings:
-            each["teacher"].pop("source")  # a path
-    measured = comparison.compare.model_dump(mode="json", exclude={"plans", "img_size"})
-    whole = [settings, made, measured, cell.plan, cell.size]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _make_teacher(comparison: Comparison, tell: Callable[[str], None]) -> None:
@@ -190,91 +186,68 @@ def _make_teacher(comparison: Comparison, tell: Callable[[str], None]) -> None:
     tell(f"the teacher, in {config.output_dir}")
     result = train(config)
     if result.signal is not None:
-        raise CompareStoppedError(result.signal, "the teacher's training")
+        raise _stopped(result.signal, "the teacher's training")
+
+
+def _stopped(number: int, where: str) -> StoppedError:
+    return StoppedError(number, f"in {where}, its state is saved")
 
 
 def _run_cell(comparison: Comparison, cell: Cell) -> Record:
     try:
-        return (
-            _teacher_record(comparison, cell) if cell.name == TEACHER else _student_record(comparison, cell)
-        )
-    except CompareStoppedError:
+        found = _teacher_numbers(comparison, cell) if cell.name == TEACHER else _numbers(comparison, cell)
+    except StoppedError:
         raise
     except KeyboardInterrupt as interrupt:
-        raise CompareStoppedError(signal.SIGINT, cell.folder) from interrupt
+        raise _stopped(signal.SIGINT, cell.folder) from interrupt
     except GraftError as error:
-        return _record(comparison, cell, error=str(error))
+        found = {"error": str(error)}
     except Exception as error:  # whatever breaks in one cell, the others go on
         logger.warning("%s failed", cell.folder, exc_info=True)
-        return _record(comparison, cell, error=one_sentence(f"{type(error).__name__}: {error}"))
+        found = {"error": one_sentence(f"{type(error).__name__}: {error}")}
+    settings = comparison.digest(cell)
+    return Record(cell.name, cell.plan, cell.size, settings, machine(), load_average(), **found)
 
 
-def _record(comparison: Comparison, cell: Cell, error: str) -> Record:
-    return Record(
-        cell.name, cell.plan, cell.size, digest(comparison, cell), machine(), load_average(), error=error
-    )
-
-
-def _teacher_record(comparison: Comparison, cell: Cell) -> Record:
+def _teacher_numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     student = comparison.config.student.model_copy(update={"img_size": cell.size})
     config = comparison.config.model_copy(update={"student": student})
     teacher = teacher_of(config)
     score = score_teacher(config, teacher)
-    return Record(
-        cell.name,
-        None,
-        cell.size,
-        digest(comparison, cell),
-        machine(),
-        load_average(),
-        parameters=count_parameters(teacher.model)[0],
-        scores=[] if score is None else [score],
-        speeds=_speeds(comparison, cell),
-    )
+    return {
+        "parameters": count_parameters(teacher.model)[0],
+        "scores": [] if score is None else [score],
+        "speeds": _speeds(comparison, cell),
+    }
 
 
-def _student_record(comparison: Comparison, cell: Cell) -> Record:
+def _numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     folder = comparison.cell_folder(cell)
     trained = train_cell(comparison.stages, cell, folder, comparison.compare.error_batches)
-    if trained.signal is not None:
-        raise CompareStoppedError(trained.signal, cell.folder)
+    if isinstance(trained, int):
+        raise _stopped(trained, cell.folder)
     parameters, new = count_parameters(trained.student)
-    return Record(
-        cell.name,
-        cell.plan,
-        cell.size,
-        digest(comparison, cell),
-        machine(),
-        load_average(),
-        linear=is_linear(trained.student),
-        parameters=parameters,
-        new_parameters=new,
-        scores=trained.scores,
-        speeds=_speeds(comparison, cell),
-        layer_errors=trained.errors,
-    )
-
-
-def device_of(comparison: Comparison) -> torch.device:
-    """Where speed is measured."""
-    auto = comparison.config.engine.device == "auto" and torch.cuda.is_available()
-    return torch.device("cuda" if auto else "cpu")
+    return {
+        "linear": is_linear(trained.student),
+        "parameters": parameters,
+        "new_parameters": new,
+        "scores": trained.scores,
+        "speeds": _speeds(comparison, cell),
+        "layer_errors": trained.errors,
+    }
 
 
 def _speeds(comparison: Comparison, cell: Cell) -> list[Speed]:
     """At the size of the training, and at those of `speed_img_size`, with as many pixels in a batch."""
-    compare, config = comparison.compare, comparison.config
-    device, speeds = device_of(comparison), []
+    compare, speeds = comparison.compare, []
     for size in sorted({cell.size, *compare.speed_img_size}):
         batch = max(1, compare.batch_size * cell.size**2 // size**2)
-        models = speed_models(config, cell.plan, size)
-        speeds.append(measure_speed(*models, size, batch, compare.repeats, device))
+        models = speed_models(comparison.config, cell.plan, size)
+        speeds.append(measure_speed(*models, size, batch, compare.repeats, comparison.device))
     return speeds
 
 
 def _side(config: RunConfig) -> int:
-    from ...engine.students import input_size
-
     _, height, width = input_size(config.student)
     if height != width:
         raise ConfigError(f"student.img_size is {height}x{width}; a comparison takes square images")
@@ -291,7 +264,7 @@ def _outcome(record: Record) -> str:
 def raise_failed(failed: Sequence[str], folder: Path) -> None:
     """RunFailedError that names the cells that failed, where there are any."""
     if len(failed) == 1:
-        record = load_record(folder / "cells" / failed[0])
+        record = load_record(Record, folder / "cells" / failed[0])
         why = "" if record is None else f": {record.error}"
         raise RunFailedError(f"the cell {failed[0]} failed{why}; the same command tries it again")
     if failed:

@@ -1,16 +1,38 @@
-"""The cells of a comparison: each a student at an image size, and which of them a job of an array takes."""
+"""What a comparison compares: the section `compare:` of a YAML file, and a cell for each student and image size."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-from ....models.errors import ConfigError, did_you_mean
+from pydantic import Field
+
+from ....models.errors import ConfigError
+from ...cells.sharing import pick_named
+from ...config import Section
 
 TEACHER, UNIFORM = "teacher", "uniform"
-T = TypeVar("T")
+
+
+class CompareConfig(Section):
+    """The section `compare:` of a YAML file."""
+
+    plans: dict[str, str] = Field(
+        min_length=1, description="by name, the attention of each layer, such as {linear: '*: linear'}"
+    )
+    img_size: tuple[int, ...] = Field(
+        (), description="sides of the images that students are trained at; student.img_size by default"
+    )
+    teacher_recipe: str | None = Field(
+        None, description="recipe that trains the teacher first, in output_dir/teacher"
+    )
+    speed_img_size: tuple[int, ...] = Field(
+        (), description="sides of the images that speed is measured at, beside those of the training"
+    )
+    batch_size: int = Field(64, gt=0, description="images in a batch of the throughput and peak memory")
+    repeats: int = Field(7, gt=1, description="rounds of each timing")
+    error_batches: int = Field(2, gt=0, description="test batches that the layers' errors are measured on")
 
 
 @dataclass(frozen=True)
@@ -26,11 +48,14 @@ class Cell:
     def folder(self) -> str:
         return f"{self.name}-{self.size}"
 
+    def __str__(self) -> str:
+        return f"{self.name}, {self.size} px: {self.plan or 'as it is'}"
+
 
 def list_cells(plans: Mapping[str, str], sizes: Sequence[int], *, teacher: bool) -> list[Cell]:
-    """All cells: at each size the teacher where there is one, uniform attention, then the plans.
+    """Return all cells: at each size the teacher where there is one, uniform attention, then the plans.
 
-    Raises ConfigError: a name is taken or is no name.
+    Raises ConfigError: a name is taken or is not valid.
     """
     for name in plans:
         if name in (TEACHER, UNIFORM):
@@ -45,39 +70,5 @@ def list_cells(plans: Mapping[str, str], sizes: Sequence[int], *, teacher: bool)
 
 
 def only_named(cells: Sequence[Cell], names: Sequence[str] | None, origin: str = "--only") -> list[Cell]:
-    """The cells of these names, or with these folders; all for None. Raises ConfigError: one is not there."""
-    if names is None:
-        return list(cells)
-    valid = {cell.name for cell in cells} | {cell.folder for cell in cells}
-    for name in names:
-        if name not in valid:
-            raise ConfigError(f"{origin} {name}: there is no such cell; {did_you_mean(name, valid)}")
-    return [cell for cell in cells if cell.name in names or cell.folder in names]
-
-
-def array_share(cells: Sequence[T], environment: Mapping[str, str]) -> list[T]:
-    """The cells of this job of a SLURM array, every COUNT-th from its place on; all outside of an array.
-
-    Raises ConfigError: the array's variables contradict each other.
-    """
-    if "SLURM_ARRAY_TASK_ID" not in environment:
-        return list(cells)
-    number, first, step, count = (
-        _number(environment, f"SLURM_ARRAY_TASK_{name}", default)
-        for name, default in (("ID", None), ("MIN", 0), ("STEP", 1), ("COUNT", None))
-    )
-    place, left = divmod(number - first, max(1, step))
-    if left or not 0 <= place < count:
-        raise ConfigError(
-            f"SLURM_ARRAY_TASK_ID={number} is no place of an array of {count} from {first} in steps of {step}; "
-            "submit it as --array=0-7, without gaps"
-        )
-    return list(cells[place::count])
-
-
-def _number(environment: Mapping[str, str], name: str, default: Any) -> int:
-    text = environment.get(name, default)
-    try:
-        return int(text)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} is {text!r}, but must be a whole number") from error
+    """Return the cells of these names, or with these folders; all for None. Raises ConfigError: one is not there."""
+    return pick_named(cells, names, lambda cell: (cell.name, cell.folder), origin)

@@ -2,52 +2,33 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from sklearn.isotonic import isotonic_regression
 
 from ..benchmark.crossover import Crossover, crossover
+from ..report.ink import (
+    FAINT,
+    GREY,
+    INK,
+    Theme,
+    color_of,
+    dashes_of,
+    draw_ring,
+    legend_beside,
+    log_log,
+    new_plots,
+    spread,
+)
+from ..report.pages import Section
 from .cell_record import Record, Speed
 from .comparison_cells import TEACHER, UNIFORM
 from .comparison_tables import is_softmax
 
-Theme = Literal["light", "dark"]
-INK: dict[Theme, str] = {"light": "#24292f", "dark": "#dfe3e8"}
-FAINT: dict[Theme, str] = {"light": "#d4d9df", "dark": "#3a414b"}
-GREY = "#8b949e"
-COLOURS = (
-    "#3b82d6",
-    "#e08a1e",
-    "#12a07a",
-    "#9a63d8",
-    "#d0503f",
-    "#2aa3b8",
-    "#b8a019",
-    "#c65a9b",
-    "#6b8f3c",
-    "#7a6a58",
-)
-DASHES = ("-", "--", ":")
 
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture with its heading, what to see in it, and what it shows in words."""
-
-    name: str
-    heading: str
-    paragraph: str
-    alt: str
-    draw: Callable[[Theme], Figure]
-
-
-def plots_of(records: Sequence[Record]) -> list[Plot]:
+def plots_of(records: Sequence[Record]) -> list[Section]:
     """The plots that there are numbers for, at the largest image size where there are several."""
     size = max((record.size for record in records), default=0)
     here = [record for record in records if record.size == size and record.error is None]
@@ -65,13 +46,6 @@ def plots_of(records: Sequence[Record]) -> list[Plot]:
     return plots
 
 
-def to_png(figure: Figure, *, ground: str = "none", dots_per_inch: int = 150) -> bytes:
-    """The figure as a PNG file, on a transparent `ground` or a colour."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dots_per_inch, facecolor=ground)
-    return file.getvalue()
-
-
 def crossover_of(record: Record) -> Crossover | None:
     """The number of tokens from which the model is faster than with softmax; None with one size alone."""
     if len(record.speeds) < 2:
@@ -80,11 +54,11 @@ def crossover_of(record: Record) -> Crossover | None:
     return crossover([speed.tokens for speed in record.speeds], ratios)
 
 
-def _accuracy_latency(records: Sequence[Record]) -> Plot:
+def _accuracy_latency(records: Sequence[Record]) -> Section:
     def value(speed: Speed) -> float:
         return 1e3 * speed.latency
 
-    return Plot(
+    return Section(
         "accuracy_latency",
         "Accuracy against latency",
         f"Top-1 after the last stage, and milliseconds for one image of {records[0].size} px. Up and left is better.",
@@ -93,11 +67,11 @@ def _accuracy_latency(records: Sequence[Record]) -> Plot:
     )
 
 
-def _accuracy_memory(records: Sequence[Record]) -> Plot:
+def _accuracy_memory(records: Sequence[Record]) -> Section:
     def value(speed: Speed) -> float:
         return speed.peak_bytes / 2**20
 
-    return Plot(
+    return Section(
         "accuracy_memory",
         "Accuracy against memory",
         "Top-1 after the last stage, and what a batch needs in memory above the weights. Up and left is better.",
@@ -106,8 +80,8 @@ def _accuracy_memory(records: Sequence[Record]) -> Plot:
     )
 
 
-def _latency_tokens(students: Sequence[Record]) -> Plot:
-    return Plot(
+def _latency_tokens(students: Sequence[Record]) -> Section:
+    return Section(
         "latency_tokens",
         "Latency against the number of tokens",
         "Milliseconds of the whole model for one image. A ring marks the number of tokens from which it is faster "
@@ -117,8 +91,8 @@ def _latency_tokens(students: Sequence[Record]) -> Plot:
     )
 
 
-def _errors_layers(records: Sequence[Record]) -> Plot:
-    return Plot(
+def _errors_layers(records: Sequence[Record]) -> Section:
+    return Section(
         "layer_errors",
         "Error by layer",
         "Relative error of each layer's output, per head, on the teacher's own inputs: 0 is the teacher's layer. The "
@@ -130,15 +104,15 @@ def _errors_layers(records: Sequence[Record]) -> Plot:
 
 def _scatter(records: Sequence[Record], value: Callable[[Speed], float], name: str, theme: Theme) -> Figure:
     """Points, each joined to its name at the right edge."""
-    figure, (axes,) = _axes(theme, (8.4, max(3.6, 0.27 * len(records) + 1.2)), 1)
+    figure, (axes,) = new_plots(theme, (8.4, max(3.6, 0.27 * len(records) + 1.2)))
     points = []
     for record in records:
         if record.speed is not None and record.final is not None:
             points.append((value(record.speed), record.final.top1, record))
     for x, y, record in points:
-        marker, colour = "*" if record.plan is None else "o", colour_of(record, records, theme)
-        filled = colour if record.linear or record.plan is None else "none"
-        axes.plot([x], [y], marker, color=colour, mfc=filled, markersize=13 if marker == "*" else 7, zorder=3)
+        marker, color = "*" if record.plan is None else "o", color_for(record, records, theme)
+        filled = color if record.linear or record.plan is None else "none"
+        axes.plot([x], [y], marker, color=color, mfc=filled, markersize=13 if marker == "*" else 7, zorder=3)
     axes.set_xlabel(name)
     axes.set_ylabel("top-1, %")
     low, high = axes.get_ylim()
@@ -153,14 +127,15 @@ def _names_at_the_edge(
 ) -> None:
     low, high = axes.get_ylim()
     ordered = sorted(points, key=lambda point: point[1])
-    places = _apart([(y - low) / (high - low) for _, y, _ in ordered])
+    gap = min(0.062, 0.75 / max(1, len(points) - 1))  # a line of text, as a share of the height
+    places = spread([(y - low) / (high - low) for _, y, _ in ordered], gap, 0.0, 1.0)
     for (x, y, record), place in zip(ordered, places, strict=True):
         axes.annotate(
             f"{record.name} {y:.1f}",
             xy=(x, y),
             xytext=(1.03, place),
             textcoords="axes fraction",
-            color=colour_of(record, records, theme),
+            color=color_for(record, records, theme),
             fontsize=9,
             va="center",
             annotation_clip=False,
@@ -168,15 +143,8 @@ def _names_at_the_edge(
         )
 
 
-def _apart(values: Sequence[float]) -> Any:
-    """The least-squares places (fractions of the height, ascending) that are a line of text apart, all in view."""
-    gap = min(0.062, 0.75 / max(1, len(values) - 1))
-    room = gap * np.arange(len(values))
-    return isotonic_regression(np.asarray(values) - room, y_min=0.0, y_max=max(1.0 - room[-1], 1e-6)) + room
-
-
 def _lines_over_tokens(records: Sequence[Record], theme: Theme) -> Figure:
-    figure, (axes,) = _axes(theme, (8.4, 4.8), 1)
+    figure, (axes,) = new_plots(theme, (8.4, 4.8))
     tokens = sorted({speed.tokens for record in records for speed in record.speeds})
     softmax = [
         float(np.median([s.softmax_latency for r in records for s in r.speeds if s.tokens == count]))
@@ -188,28 +156,26 @@ def _lines_over_tokens(records: Sequence[Record], theme: Theme) -> Figure:
     for record in records:
         at = crossover_of(record)
         x, y = [s.tokens for s in record.speeds], [1e3 * s.latency for s in record.speeds]
-        colour, style = colour_of(record, records, theme), style_of(record, records)
+        color, style = color_for(record, records, theme), dashes_of(_place(record, records))
         axes.plot(
-            x, y, style, color=colour, linewidth=1.4, marker="o", markersize=3, label=f"{record.name} ({at})"
+            x, y, style, color=color, linewidth=1.4, marker="o", markersize=3, label=f"{record.name} ({at})"
         )
         if at is not None and not at.where:
-            height = float(np.exp(np.interp(np.log(at.size), np.log(x), np.log(y))))
-            axes.plot([at.size], [height], "o", mfc="none", mec=colour, markersize=11)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds for one image")
-    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
-    axes.minorticks_off()
-    _legend(axes, theme)
+            draw_ring(axes, at.size, x, y, color)
+    log_log(axes, tokens)
+    axes.set(xlabel="tokens", ylabel="milliseconds for one image")
+    legend_beside(axes, theme)
     return figure
 
 
 def _error_panels(records: Sequence[Record], theme: Theme) -> Figure:
     stages = list(dict.fromkeys(stage for record in records for stage in record.layer_errors))
-    figure, panels = _axes(theme, (8.4, 4.2), len(stages), sharey=True)
+    figure, panels = new_plots(theme, (8.4, 4.2), columns=len(stages), sharey=True)
     for axes, stage in zip(panels, stages, strict=True):
         for record in records:
             errors = record.layer_errors.get(stage, {})
-            colour, style = colour_of(record, records, theme), style_of(record, records)
-            axes.plot(list(errors), list(errors.values()), style, color=colour, marker="o", markersize=3,
+            color, style = color_for(record, records, theme), dashes_of(_place(record, records))
+            axes.plot(list(errors), list(errors.values()), style, color=color, marker="o", markersize=3,
                       linewidth=1.4, label=record.name)  # fmt: skip
         axes.set_title(stage, fontsize=10, color=INK[theme])
         axes.set_xlabel("layer")
@@ -218,43 +184,17 @@ def _error_panels(records: Sequence[Record], theme: Theme) -> Figure:
         )
     panels[0].set_ylabel("relative output error")
     panels[0].set_ylim(bottom=0.0, top=min(1.6, panels[0].get_ylim()[1]))
-    _legend(panels[-1], theme)
+    legend_beside(panels[-1], theme)
     return figure
 
 
-def colour_of(record: Record, records: Sequence[Record], theme: Theme) -> str:
-    """Ink for the teacher, grey for uniform attention, a colour of its own for each of ten others."""
+def color_for(record: Record, records: Sequence[Record], theme: Theme) -> str:
+    """Return ink for the teacher, grey for uniform attention, a color of its own for each of ten others."""
     if record.name in (TEACHER, UNIFORM):
         return INK[theme] if record.name == TEACHER else GREY
-    return COLOURS[_place(record, records) % len(COLOURS)]
-
-
-def style_of(record: Record, records: Sequence[Record]) -> str:
-    """The dashes that tell apart two students of one colour."""
-    return DASHES[_place(record, records) // len(COLOURS) % len(DASHES)]
+    return color_of(_place(record, records))
 
 
 def _place(record: Record, records: Sequence[Record]) -> int:
     names = [each.name for each in records if each.name not in (TEACHER, UNIFORM)]
     return names.index(record.name) if record.name in names else 0
-
-
-def _legend(axes: Any, theme: Theme) -> None:
-    axes.legend(
-        fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK[theme]
-    )
-
-
-def _axes(theme: Theme, size: tuple[float, float], columns: int, **options: Any) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(1, columns, squeeze=False, **options)[0])
-    for axes in grid:
-        axes.set_facecolor("none")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(FAINT[theme])
-        axes.grid(color=FAINT[theme], linewidth=0.6)
-        axes.tick_params(colors=INK[theme], length=0, labelsize=9)
-        axes.xaxis.label.set_color(INK[theme])
-        axes.yaxis.label.set_color(INK[theme])
-    return figure, grid

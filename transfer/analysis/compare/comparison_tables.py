@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ....checkpoints.markdown import plain
-from ..benchmark.benchmark_tables import markdown, milliseconds
-from .cell_record import Record
+from ..report.tables import markdown, milliseconds, to_csv, to_json
+from .cell_record import Record, Speed
 from .comparison_cells import TEACHER, UNIFORM
 
+Table = tuple[list[str], list[list[str]]]
+COSTS = (
+    "latency",
+    "softmax_latency",
+    "throughput",
+    "softmax_throughput",
+    "peak_bytes",
+    "macs",
+    "counted_macs",
+)
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -56,106 +64,86 @@ def stage_names(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(score.stage for record in records for score in record.scores))
 
 
-def to_json(records: Sequence[Record]) -> str:
-    """All that is known of the cells, with the gaps."""
-    rows = [
-        {**dataclasses.asdict(line.record), "seconds": line.record.seconds,
-         "gap_recovered_trained_uniform": line.gap_trained, "gap_recovered_zero_shot_uniform": line.gap_zero_shot}
-        for line in lines_of(records)
-    ]  # fmt: skip
-    return json.dumps(rows, indent=1) + "\n"
-
-
-def to_csv(records: Sequence[Record]) -> str:
-    """A row a cell; empty where there is no number."""
-    stages = stage_names(records)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    accuracies = [f"{stage}_{key}" for stage in stages for key in ("top1", "top5")]
-    costs = [
-        "latency",
-        "softmax_latency",
-        "throughput",
-        "softmax_throughput",
-        "peak_bytes",
-        "macs",
-        "counted_macs",
-    ]
-    writer.writerow(
-        ["name", "plan", "img_size", "error", "linear", *accuracies, "gap_recovered_trained_uniform",
-         "gap_recovered_zero_shot_uniform", "parameters", "new_parameters", "training_seconds", *costs]
-    )  # fmt: skip
-    for line in lines_of(records):
-        record, by_stage = line.record, {score.stage: score for score in line.record.scores}
-        scores = [
-            getattr(by_stage[stage], key) if stage in by_stage else ""
-            for stage in stages
-            for key in ("top1", "top5")
+def records_json(records: Sequence[Record]) -> str:
+    """Return all that is known of the cells, with the gaps, as JSON."""
+    return to_json(
+        [
+            {
+                **dataclasses.asdict(line.record),
+                "seconds": line.record.seconds,
+                "gap_recovered_trained_uniform": line.gap_trained,
+                "gap_recovered_zero_shot_uniform": line.gap_zero_shot,
+            }
+            for line in lines_of(records)
         ]
-        speed = [getattr(record.speed, cost) if record.speed else "" for cost in costs]
-        gaps = ["" if gap is None else gap for gap in (line.gap_trained, line.gap_zero_shot)]
-        writer.writerow(
-            [record.name, record.plan or "", record.size, record.error or "", record.linear, *scores, *gaps,
-             record.parameters, record.new_parameters, record.seconds, *speed]
-        )  # fmt: skip
-    return text.getvalue()
+    )
 
 
-def accuracy_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: top-1 / top-5 of each stage, the gaps, the training time."""
+def records_csv(records: Sequence[Record]) -> str:
+    """Return a row a cell; empty where there is no number."""
+    columns: dict[str, Callable[[Line], object]] = {
+        "name": lambda line: line.record.name,
+        "plan": lambda line: line.record.plan,
+        "img_size": lambda line: line.record.size,
+        "error": lambda line: line.record.error,
+        "linear": lambda line: line.record.linear,
+        **{
+            f"{stage}_{key}": partial(_of_stage, stage, key)
+            for stage in stage_names(records)
+            for key in ("top1", "top5")
+        },
+        "gap_recovered_trained_uniform": lambda line: line.gap_trained,
+        "gap_recovered_zero_shot_uniform": lambda line: line.gap_zero_shot,
+        "parameters": lambda line: line.record.parameters,
+        "new_parameters": lambda line: line.record.new_parameters,
+        "training_seconds": lambda line: line.record.seconds,
+        **{cost: partial(_of_speed, cost) for cost in COSTS},
+    }
+    return to_csv(list(columns), [[value(line) for value in columns.values()] for line in lines_of(records)])
+
+
+def _of_stage(stage: str, key: str, line: Line) -> object:
+    return getattr(line.record.score(stage), key, None)
+
+
+def _of_speed(cost: str, line: Line) -> object:
+    return getattr(line.record.speed, cost, None)
+
+
+def accuracy_table(records: Sequence[Record]) -> Table:
+    """Return head and rows: top-1 / top-5 of each stage, the gaps, the training time."""
     stages, sizes = stage_names(records), {record.size for record in records}
-    head = ["cell", *stages, "gap recovered", "against zero-shot uniform", "training s"]
     rows = []
     for line in lines_of(records):
-        record, by_stage = line.record, {score.stage: score for score in line.record.scores}
+        record = line.record
         if record.error is not None:
             continue
-        shown = [
-            f"{by_stage[stage].top1:.1f} / {by_stage[stage].top5:.1f}" if stage in by_stage else ""
-            for stage in stages
-        ]
+        found = [record.score(stage) for stage in stages]
+        shown = ["" if score is None else f"{score.top1:.1f} / {score.top5:.1f}" for score in found]
         seconds = f"{record.seconds:.0f}" if record.plan is not None else ""
         rows.append(
             [label(record, sizes), *shown, _share(line.gap_trained), _share(line.gap_zero_shot), seconds]
         )
-    return head, rows
+    return ["cell", *stages, "gap recovered", "against zero-shot uniform", "training s"], rows
 
 
-def cost_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: what a student costs at the size of its training."""
+def cost_table(records: Sequence[Record]) -> Table:
+    """Return head and rows: what a student costs at the size of its training."""
     sizes = {record.size for record in records}
-    head = [
-        "cell",
-        "parameters",
-        "new",
-        "MMACs",
-        "counted",
-        "ms, batch 1",
-        "softmax ms",
-        "images/s",
-        "peak MiB",
-        "linear",
-    ]
-    rows = []
-    for record in records:
-        speed = record.speed
-        if record.error is not None or speed is None:
-            continue
-        rows.append(
-            [
-                label(record, sizes),
-                f"{record.parameters:,}",
-                f"{record.new_parameters:,}",
-                f"{speed.macs / 1e6:.2f}",
-                f"{speed.counted_macs / 1e6:.2f}",
-                milliseconds(speed.latency),
-                milliseconds(speed.softmax_latency),
-                f"{speed.throughput:,.0f}",
-                f"{speed.peak_bytes / 2**20:.1f}",
-                "yes" if record.linear else "no",
-            ]
-        )
-    return head, rows
+    measured = [(record, record.speed) for record in records if record.error is None and record.speed]
+    columns: dict[str, Callable[[Record, Speed], str]] = {
+        "cell": lambda record, _: label(record, sizes),
+        "parameters": lambda record, _: f"{record.parameters:,}",
+        "new": lambda record, _: f"{record.new_parameters:,}",
+        "MMACs": lambda _, speed: f"{speed.macs / 1e6:.2f}",
+        "counted": lambda _, speed: f"{speed.counted_macs / 1e6:.2f}",
+        "ms, batch 1": lambda _, speed: milliseconds(speed.latency),
+        "softmax ms": lambda _, speed: milliseconds(speed.softmax_latency),
+        "images/s": lambda _, speed: f"{speed.throughput:,.0f}",
+        "peak MiB": lambda _, speed: f"{speed.peak_bytes / 2**20:.1f}",
+        "linear": lambda record, _: "yes" if record.linear else "no",
+    }
+    return list(columns), [[text(*each) for text in columns.values()] for each in measured]
 
 
 def to_markdown(records: Sequence[Record]) -> str:

@@ -38,7 +38,6 @@ class Trained:
     scores: list[Score]
     errors: dict[str, dict[int, float]]
     student: nn.Module
-    signal: int | None = None
 
 
 def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage]:
@@ -77,19 +76,18 @@ def is_linear(model: nn.Module) -> bool:
     )
 
 
-def train_cell(stages: Sequence[Stage], cell: Cell, folder: Path, error_batches: int) -> Trained:
-    """Runs the stages from where they stand, and reads what they scored off their logs.
+def train_cell(stages: Sequence[Stage], cell: Cell, folder: Path, error_batches: int) -> Trained | int:
+    """Run the stages from where they stand, and read their scores off their logs.
 
-    Raises GraftError as `train`.
+    Returns the signal that stopped them, where one did. Raises GraftError as `train`.
     """
     own = cell_stages(stages, cell, folder)
-    result = train_stages(own)
-    steps = chain(own)
-    last = load_teacher(f"local-dir:{folder / 'student'}") if result.signal is None else None
-    if last is None:
-        return Trained([], {}, nn.Identity(), result.signal)
+    stopped, steps = train_stages(own).signal, chain(own)
+    if stopped is not None:
+        return stopped
+    student = load_teacher(f"local-dir:{folder / 'student'}").model
     errors = {} if stages[0].config.teacher.source is None else _errors(own, steps, error_batches)
-    return Trained(stage_scores(steps), errors, last.model)
+    return Trained(stage_scores(steps), errors, student)
 
 
 def stage_scores(steps: Sequence[Stage]) -> list[Score]:

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ....models.errors import ConfigError
+from ...cells.pool import run_in_processes
 from . import report_text as text
 from .board import Board
-from .demo_cells import TEACHERS, demo_cells
-from .demo_report import write_report
+from .demo_cells import demo_cells
+from .demo_report import TABLE_HEAD, table_groups, table_row, write_report
 from .outcomes import measure
-from .pool import run_cells
-from .results import DemoResults, MethodResult
+from .results import DemoResults
 
 SEEDS = (0, 1, 2, 3, 4)
 
@@ -45,7 +45,7 @@ def run_demo(
         progress: Show the cells, the time left and the table on standard output.
 
     Raises:
-        DemoStoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
+        StoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
         RunFailedError: a cell failed; its log is named.
     """
     seeds = seeds or (SEEDS[:1] if quick else SEEDS)
@@ -55,10 +55,12 @@ def run_demo(
     if min(processes, threads) < 1:
         raise ConfigError(f"--processes {processes} and --threads {threads} must be at least 1")
     # Absolute, so that a run goes on wherever the command is given next time.
-    cells = demo_cells(output_dir.resolve(), seeds, quick)
+    cells = demo_cells(output_dir.resolve(), seeds, quick, threads)
     console = Console(quiet=not progress)
+    finished = sum(cell.state() == "done" for cell in cells)
     with Board(cells, processes, console) as board:
-        run_cells(cells, board, processes=processes, threads=threads)
+        board.start(cells, finished)
+        run_in_processes(cells, processes, look=board.look, finish=board.finish)
     console.print("comparing the students and writing the report")
     with _threads(threads):
         results = measure(cells, quick)
@@ -68,26 +70,19 @@ def run_demo(
 
 
 def _table(results: DemoResults) -> Table:
-    """The report's table for a terminal."""
+    """Return the report's table for a terminal."""
     seeds = f", {len(results.seeds)} seeds" if len(results.seeds) > 1 else ""
-    table = Table(
-        title=text.TITLE,
-        caption=f"top-1 on {results.test_images} test images, {results.labels} labels{seeds}",
-    )
-    table.add_column("method")
-    table.add_column("top-1", justify="right")
-    table.add_column("against scratch", justify="right")
-    _add(table, results, results.scratch)
-    for teacher in TEACHERS:
-        table.add_section()
-        table.add_row(f"[bold]{text.teacher_title(results, teacher)}[/bold]")
-        for method in results.of(teacher):
-            _add(table, results, method)
+    caption = f"top-1 on {results.test_images} test images, {results.labels} labels{seeds}"
+    table = Table(title=text.TITLE, caption=caption)
+    for column in TABLE_HEAD:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for title, methods in table_groups(results):
+        if title is not None:
+            table.add_section()
+            table.add_row(f"[bold]{title}[/bold]")
+        for method in methods:
+            table.add_row(*table_row(results, method))
     return table
-
-
-def _add(table: Table, results: DemoResults, method: MethodResult) -> None:
-    table.add_row(method.title, text.percent(method), text.against_scratch(results, method))
 
 
 @contextmanager

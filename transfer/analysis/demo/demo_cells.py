@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
-from ....models.errors import ConfigError
+from ...cells.records import Ending, State, cell_state, digest, save_record
 from ...config import RunConfig
 from ...engine.runlog import read_log
+from ...engine.train import train
 
 TeacherName = Literal["supervised", "mae"]
 TEACHERS: dict[TeacherName, str] = {"supervised": "digits_teacher", "mae": "digits_pretrain"}
@@ -33,7 +33,6 @@ SECONDS_AN_EPOCH: dict[TeacherName, float] = {"supervised": 2.0, "mae": 1.3}
 SECONDS_A_STUDENT = {"scratch": 16.0, "copy": 18.0, "distill": 20.0, "finetune": 16.0}
 """On one core of the machine that the demo was made on; only the ratios matter."""
 QUICK_TEACHER_EPOCHS: dict[TeacherName, int] = {"supervised": 25, "mae": 40}
-RECORD = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,11 @@ class Cell:
     """What the run takes, to tell how long the others will."""
     needs: Path | None = None
     """The folder of the teacher that must be there before."""
+    threads: int = 1
 
     @property
     def folder(self) -> Path:
         return self.config.output_dir
-
-    @property
-    def log(self) -> Path:
-        """What the cell's process says, a traceback too."""
-        return self.folder / "output.log"
 
     def __str__(self) -> str:
         if self.seed is None:
@@ -82,34 +77,34 @@ class Cell:
             return float(records[-1]["step"]) / optim.max_steps
         return (float(records[-1]["epoch"]) + 1) / optim.epochs
 
-    def digest(self, threads: int) -> str:
-        """Of all that the cell's numbers depend on, but for its teacher's weights."""
-        settings = self.config.model_dump(mode="json", exclude={"output_dir", "teacher"})
-        for name in ("progress", "stop_grace", "save_minutes"):
-            settings["engine"].pop(name)
-        settings["data"].pop("stage")
-        return hashlib.sha256(json.dumps([settings, threads], sort_keys=True).encode()).hexdigest()[:16]
+    @property
+    def settings(self) -> str:
+        """The digest of all that the cell's numbers depend on, but for its teacher's weights."""
+        settings = self.config.model_dump(
+            mode="json",
+            exclude={
+                "output_dir": True,
+                "teacher": True,
+                "engine": {"progress", "stop_grace", "save_minutes"},
+                "data": {"stage"},
+            },
+        )
+        return digest([settings, self.threads])
 
-    def is_finished(self, threads: int) -> bool:
-        """Whether the run has come to its end. Raises ConfigError: it did, with other settings."""
-        record = self.folder / RECORD
-        if not record.exists():
-            return False
-        if json.loads(record.read_text())["settings"] != self.digest(threads):
-            raise ConfigError(
-                f"{self.folder} was trained with other settings or another --threads; "
-                "name another --output_dir, or remove the folder"
-            )
-        return True
+    def state(self) -> State:
+        """Return how far the cell is. Raises ConfigError: it was run with other settings."""
+        return cell_state(self.folder, self.settings, "settings or another --threads")
 
-    def finish(self, threads: int) -> None:
-        """Write down that the run has come to its end."""
-        temporary = self.folder / f"{RECORD}.tmp"
-        temporary.write_text(json.dumps({"settings": self.digest(threads)}) + "\n")
-        temporary.replace(self.folder / RECORD)
+    def run(self) -> int | None:
+        """Run the cell to its end, and write its record; returns the signal that stopped it before."""
+        torch.set_num_threads(self.threads)
+        result = train(self.config)
+        if result.signal is None:
+            save_record(Ending(self.settings), self.folder)
+        return result.signal
 
 
-def demo_cells(output_dir: Path, seeds: Sequence[int], quick: bool) -> list[Cell]:
+def demo_cells(output_dir: Path, seeds: Sequence[int], quick: bool, threads: int = 1) -> list[Cell]:
     """The teachers, then the students seed by seed. A seed decides labels, fresh weights and augmentation.
 
     The quick form trains the teachers for less time, and has run folders of its own.
@@ -121,7 +116,7 @@ def demo_cells(output_dir: Path, seeds: Sequence[int], quick: bool) -> list[Cell
         for seed in seeds
         for method, teacher in STUDENTS
     ]
-    return [*teachers.values(), *students]
+    return [replace(cell, threads=threads) for cell in (*teachers.values(), *students)]
 
 
 def _teacher(name: TeacherName, runs: Path, quick: bool) -> Cell:

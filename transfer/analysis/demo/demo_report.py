@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from ....checkpoints.atomic import write_bytes, write_text
+from ..report import pages
+from ..report.ink import to_png
+from ..report.tables import markdown
 from . import report_text as text
-from .curve_figures import COLOURS, Curve, Panel, Theme, draw_curves, draw_divergence, to_png
+from .curve_figures import COLORS, Curve, Panel, draw_curves, draw_divergence
 from .demo_cells import TEACHERS
 from .gaze_figures import SummaryRow, draw_gazes, draw_summary
 from .results import SHORT_TITLES, TEACHER_TITLES, DemoResults, MethodResult
@@ -26,55 +24,50 @@ GAZE_TITLES = {
     "distill_mae": "distilled\nfrom it",
     "scratch": "scratch",
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, a paragraph and a picture; `alt` says in words what the picture shows."""
-
-    name: str
-    heading: str
-    paragraph: str
-    alt: str
-    draw: Callable[[Theme], Figure]
+TABLE_HEAD = ("method", "top-1", "against scratch")
+STYLE = """\
+main { max-width: 860px; }
+th.teacher { color: var(--ink); font-size: .95rem; padding-top: 1.6rem; }
+td:first-child { min-width: 11em; font-weight: 400; }
+td.number strong { font-size: 1.05rem; }
+td.number:nth-child(4), td .what { color: var(--soft); font-size: .87rem; }
+td .what { display: block; line-height: 1.4; }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
+.bar { display: block; height: 5px; border-radius: 3px; margin-top: .3rem; }"""
 
 
 def write_report(results: DemoResults, folder: Path) -> Path:
-    """Writes `report.md` with `images/`, and `report.html`, in `folder`; returns the path of the HTML file.
+    """Write `report.md` with `images/`, and `report.html`, in `folder`; returns the path of the HTML file.
 
     The HTML file needs nothing beside it: its images are inside it, in a light and a dark form.
     """
     sections = report_sections(results)
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    for section in sections:
-        (images / f"{section.name}.png").write_bytes(to_png(section.draw("light"), ground="white"))
-    (images / "summary.png").write_bytes(_summary(results))
-    (folder / "report.md").write_text(render_markdown(results, sections), encoding="utf-8")
-    report = folder / "report.html"
-    report.write_text(render_html(results, sections), encoding="utf-8")
-    return report
+    pages.write_pictures(sections, folder)
+    write_bytes(folder / "images" / "summary.png", _summary(results))
+    write_text(folder / "report.md", render_markdown(results, sections))
+    write_text(folder / "report.html", render_html(results, sections))
+    return folder / "report.html"
 
 
-def report_sections(results: DemoResults) -> list[Section]:
+def report_sections(results: DemoResults) -> list[pages.Section]:
     """Learning curves, attention maps and divergence, each with what to see in it."""
     curves, divergences = _curves(results), _divergences(results)
     return [
-        Section(
+        pages.Section(
             "curves",
             "Learning",
             text.CURVES,
             text.curves_alt(results),
             lambda theme: draw_curves(curves, theme),
         ),
-        Section(
+        pages.Section(
             "maps",
             "Where they look",
             text.MAPS,
             text.maps_alt(results),
             lambda theme: draw_gazes(results.gazes, GAZE_TITLES, theme),
         ),
-        Section(
+        pages.Section(
             "divergence",
             "How far from the teacher",
             text.DIVERGENCE,
@@ -111,49 +104,54 @@ def _divergences(results: DemoResults) -> list[Panel]:
     ]
 
 
-def render_markdown(results: DemoResults, sections: Sequence[Section]) -> str:
-    """The report as Markdown; its images are in `images/`."""
-    seeds = [f"seed {seed}" for seed in results.seeds] if len(results.seeds) > 1 else []
-    rows = [["method", "top-1", "against scratch", *seeds]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    rows.append(_markdown_row(results, results.scratch))
-    for teacher in TEACHERS:
-        rows.append([f"**{text.teacher_title(results, teacher)}**", *[""] * (len(rows[0]) - 1)])
-        rows += [_markdown_row(results, method) for method in results.of(teacher)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    parts = [f"# {text.TITLE}", text.asked(results), text.found(results), table, text.table_note(results)]
-    for section in sections:
-        image = f"![{section.alt}](images/{section.name}.png)"
-        parts += [f"## {section.heading}", section.paragraph, image]
-    parts += ["## The setting", text.setting(results)]
-    parts += [
-        "## Go on with your own images",
-        text.OWN_IMAGES,
-        f"```bash\n{text.COMMANDS}\n```",
-        text.footer(results),
-    ]
+def table_groups(results: DemoResults) -> list[tuple[str | None, list[MethodResult]]]:
+    """Return the methods of the table with the heading of each teacher; training from scratch has none."""
+    taught = [(text.teacher_title(results, teacher), results.of(teacher)) for teacher in TEACHERS]
+    return [(None, [results.scratch]), *taught]
+
+
+def table_row(results: DemoResults, method: MethodResult) -> list[str]:
+    """Return the cells of a method below `TABLE_HEAD`."""
+    return [method.title, text.percent(method), text.against_scratch(results, method)]
+
+
+def render_markdown(results: DemoResults, sections: Sequence[pages.Section]) -> str:
+    """Return the report as Markdown; its images are in `images/`."""
+    several = len(results.seeds) > 1
+    head = [*TABLE_HEAD, *(f"seed {seed}" for seed in results.seeds if several)]
+    rows = []
+    for title, methods in table_groups(results):
+        if title is not None:
+            rows.append([f"**{title}**", *[""] * (len(head) - 1)])
+        rows += [
+            [*table_row(results, method), *(f"{value:.1f}" for value in method.top1 if several)]
+            for method in methods
+        ]
+    parts = [f"# {text.TITLE}", text.asked(results), text.found(results), markdown(head, rows)]
+    parts += [text.table_note(results), *map(pages.markdown_section, sections)]
+    parts += ["## The setting", text.setting(results), "## Go on with your own images", text.OWN_IMAGES]
+    parts += [f"```bash\n{text.COMMANDS}\n```", text.footer(results)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_row(results: DemoResults, method: MethodResult) -> list[str]:
-    each = [f"{value:.1f}" for value in method.top1] if len(results.seeds) > 1 else []
-    return [method.title, text.percent(method), text.against_scratch(results, method), *each]
-
-
-def render_html(results: DemoResults, sections: Sequence[Section]) -> str:
-    """The report as one HTML page."""
-    template = resources.files(__package__).joinpath("demo.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        title=_escape(text.TITLE),
-        asked=_escape(text.asked(results)),
-        found=_escape(text.found(results)),
-        table=_html_table(results),
-        table_note=_escape(text.table_note(results)),
-        sections="\n".join(_html_section(section) for section in sections),
-        setting=_escape(text.setting(results)),
-        own_images=_escape(text.OWN_IMAGES),
-        commands=_escape(text.COMMANDS),
-        footer=_escape(text.footer(results)),
+def render_html(results: DemoResults, sections: Sequence[pages.Section]) -> str:
+    """Return the report as one HTML page."""
+    return pages.render_page(
+        text.TITLE,
+        [
+            pages.paragraph(text.asked(results), "lead"),
+            pages.paragraph(text.found(results), "lead"),
+            _html_table(results),
+            pages.paragraph(text.table_note(results), "note"),
+            *map(pages.html_section, sections),
+            pages.heading("The setting"),
+            pages.paragraph(text.setting(results)),
+            pages.heading("Go on with your own images"),
+            pages.paragraph(text.OWN_IMAGES),
+            f"<pre><code>{pages.html_text(text.COMMANDS)}</code></pre>",
+            f"<footer>{pages.html_text(text.footer(results))}</footer>",
+        ],
+        style=STYLE,
     )
 
 
@@ -171,49 +169,25 @@ def _summary_row(method: MethodResult) -> SummaryRow:
 
 
 def _html_table(results: DemoResults) -> str:
-    rows = [_html_row(results, results.scratch)]
-    columns = 4 if len(results.seeds) > 1 else 3
-    for teacher in TEACHERS:
-        title = _escape(text.teacher_title(results, teacher))
-        rows.append(f'<tr><th class="teacher" colspan="{columns}" scope="rowgroup">{title}</th></tr>')
-        rows += [_html_row(results, method) for method in results.of(teacher)]
-    body = "\n".join(rows)
-    each = '<th class="number">each seed</th>' if len(results.seeds) > 1 else ""
-    return (
-        '<div class="scroll"><table>\n<thead><tr><th>method</th><th class="number">top-1</th>'
-        f'<th class="number">against scratch</th>{each}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-    )
+    head = [*TABLE_HEAD, *["each seed"] * (len(results.seeds) > 1)]
+    rows = []
+    for title, methods in table_groups(results):
+        if title is not None:
+            words = pages.html_text(title)
+            rows.append(f'<tr><th class="teacher" colspan="{len(head)}" scope="rowgroup">{words}</th></tr>')
+        rows += [pages.table_row(_html_cells(results, method)[: len(head)]) for method in methods]
+    return pages.table_of(head, rows)
 
 
-def _html_row(results: DemoResults, method: MethodResult) -> str:
-    """Name and what it does, mean and deviation, the difference, the single seeds."""
-    colour = COLOURS[method.method]
-    name = f'<span class="dot" style="background:{colour}"></span>{_escape(method.title)}'
-    each = " · ".join(f"{value:.1f}" for value in method.top1)
-    cells = [
-        f'<td>{name}<span class="what">{_escape(text.WHAT[method.method])}</span></td>',
-        f'<td class="number"><strong>{_escape(text.percent(method))}</strong>'
-        f'<span class="bar" style="background:{colour};width:{method.mean:.1f}%"></span></td>',
-        f'<td class="number">{text.against_scratch(results, method)}</td>',
+def _html_cells(results: DemoResults, method: MethodResult) -> list[str]:
+    """Return name and what it does, mean and deviation, the difference, the single seeds."""
+    color = COLORS[method.method]
+    title, percent, versus = map(pages.html_text, table_row(results, method))
+    return [
+        f'<span class="dot" style="background:{color}"></span>{title}'
+        f'<span class="what">{pages.html_text(text.WHAT[method.method])}</span>',
+        f"<strong>{percent}</strong>"
+        f'<span class="bar" style="background:{color};width:{method.mean:.1f}%"></span>',
+        versus,
+        " · ".join(f"{value:.1f}" for value in method.top1),
     ]
-    if len(results.seeds) > 1:
-        cells.append(f'<td class="number each">{each}</td>')
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def _html_section(section: Section) -> str:
-    """The picture in two inks; the reader's light or dark setting chooses."""
-    light, dark = (_data_url(to_png(section.draw(theme))) for theme in ("light", "dark"))
-    return (
-        f"<h2>{_escape(section.heading)}</h2>\n<p>{_escape(section.paragraph)}</p>\n<figure><picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{escape(section.alt)}" src="{light}"></picture></figure>'
-    )
-
-
-def _escape(words: str) -> str:
-    return escape(words, quote=False)
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .curve_figures import COLOURS, FAINT, INK, Array, Theme
+from ..report.heat import draw_heat
+from ..report.ink import INK, Array, Theme, new_figure, style_axes
+from .curve_figures import COLORS
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def draw_gazes(gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme) -
 
     Within a row all maps share one scale, so that the same shade is the same attention.
     """
-    figure = _figure((1.55 * (1 + len(titles)), 1.5 * len(gazes) + 0.45))
+    figure = new_figure(1.55 * (1 + len(titles)), 1.5 * len(gazes) + 0.45)
     _fill(figure.subplots(len(gazes), 1 + len(titles), squeeze=False), gazes, titles, theme)
     return figure
 
@@ -53,64 +54,31 @@ def draw_summary(
     rows: Sequence[SummaryRow], gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme
 ) -> Figure:
     """Accuracies on the left, attention maps on the right. A dot is a seed, an upright stroke the mean."""
-    figure = _figure((11.6, max(1.3 * len(gazes), 0.42 * len(rows)) + 0.4))
+    figure = new_figure(11.6, max(1.3 * len(gazes), 0.42 * len(rows)) + 0.4)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(4.2, 7.4), wspace=0.03)[0]
     axes = left.subplots()
     for place, row in enumerate(reversed(rows)):
         if row.method is not None:
-            colour = COLOURS[row.method]
-            dots = {"color": colour, "markersize": 7, "alpha": 0.55, "markeredgewidth": 0}
+            color = COLORS[row.method]
+            dots = {"color": color, "markersize": 7, "alpha": 0.55, "markeredgewidth": 0}
             axes.plot(row.values, [place] * len(row.values), "o", **dots)
-            axes.plot([row.mean], [place], "|", color=colour, markersize=18, markeredgewidth=3)
+            axes.plot([row.mean], [place], "|", color=color, markersize=18, markeredgewidth=3)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(range(len(rows)), [row.words for row in reversed(rows)])
     for words, row in zip(axes.get_yticklabels(), reversed(rows), strict=True):
         words.set_fontweight("bold" if row.method is None else "normal")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT[theme])
-    axes.tick_params(colors=INK[theme], length=0, labelsize=10)
-    axes.grid(axis="x", color=FAINT[theme], linewidth=0.7)
-    axes.set_axisbelow(True)
+    style_axes(axes, theme, "x")
     axes.set_title("top-1, %: a dot is a seed", color=INK[theme], fontsize=10)
     _fill(right.subplots(len(gazes), 1 + len(titles), squeeze=False), gazes, titles, theme)
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _fill(grid: Any, gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme) -> None:
     for row, gaze in zip(grid, gazes, strict=True):
+        shape = next(iter(gaze.maps.values())).shape
         top = max(float(gaze.maps[name].max()) for name in titles)
-        _show(row[0], gaze, None, top)
+        for axes, heat in zip(row, [None, *(gaze.maps[name] for name in titles)], strict=True):
+            draw_heat(axes, gaze.image, (shape[0], shape[1]), gaze.query, heat, top)
         row[0].set_ylabel(gaze.layer, color=INK[theme], fontsize=9)
-        for axes, name in zip(row[1:], titles, strict=True):
-            _show(axes, gaze, gaze.maps[name], top)
     for axes, title in zip(grid[0], ["image", *titles.values()], strict=True):
         axes.set_title(title, color=INK[theme], fontsize=10)
-
-
-def _show(axes: Any, gaze: Gaze, heat: Array | None, top: float) -> None:
-    """The image, the heat over it where there is one, and a square around the asking patch."""
-    height, width = gaze.image.shape[:2]
-    frame = (0, width, height, 0)
-    axes.imshow(gaze.image, cmap="gray", extent=frame, interpolation="nearest")
-    if heat is not None:
-        axes.imshow(heat, cmap="magma", vmin=0, vmax=top, extent=frame, alpha=0.8, interpolation="nearest")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
-    rows, columns = next(iter(gaze.maps.values())).shape
-    _mark(axes, gaze.query, height / rows, width / columns)
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-
-
-def _mark(axes: Any, query: tuple[int, int], height: float, width: float) -> None:
-    row, column = query
-    x, y = column * width, row * height
-    axes.plot(
-        [x, x + width, x + width, x, x], [y, y, y + height, y + height, y], color="#4cc9f0", linewidth=1.8
-    )

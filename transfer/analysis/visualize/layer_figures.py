@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..demo.curve_figures import FAINT, INK, Array, Theme
+from ..report.ink import BLUE, GREEN, INK, ORANGE, Array, Theme, new_plots
 
-STUDENT, TEACHER, BETWEEN = "#e08a1e", "#3b82d6", "#12a07a"
+STUDENT, TEACHER, BETWEEN = ORANGE, BLUE, GREEN
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,9 @@ class Comparison:
 def draw_layers(models: dict[str, Numbers], between: Comparison | None, theme: Theme) -> Figure:
     """Entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
     rows = 1 if between is None else 2
-    figure = Figure(figsize=(9.6, 3.0 * rows))
-    FigureCanvasAgg(figure)
+    figure, grid = new_plots(theme, (9.6, 3.0 * rows), rows, 2, grid="y")
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
-    grid = figure.subplots(rows, 2, squeeze=False)
-    entropy, distance = grid[0]
+    entropy, distance = grid[:2]
     for name, numbers in models.items():
         _heads(entropy, numbers.entropy, name)
         _heads(distance, numbers.distance, name)
@@ -49,23 +46,23 @@ def draw_layers(models: dict[str, Numbers], between: Comparison | None, theme: T
     _axes(distance, "mean distance, patches", theme)
     _ceiling(entropy, max(numbers.tokens for numbers in models.values()), theme)
     if between is not None:
-        _line(grid[1][0], between.js)
-        _line(grid[1][1], between.cka)
-        _axes(grid[1][0], "JS divergence from the teacher, nats", theme)
-        _axes(grid[1][1], "linear CKA with the teacher", theme)
-        grid[1][1].set_ylim(0, 1.04)
+        _line(grid[2], between.js)
+        _line(grid[3], between.cka)
+        _axes(grid[2], "JS divergence from the teacher, nats", theme)
+        _axes(grid[3], "linear CKA with the teacher", theme)
+        grid[3].set_ylim(0, 1.04)
     if len(models) > 1:
         entropy.legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower right")
     return figure
 
 
 def _heads(axes: Any, values_LH: Array, name: str) -> None:
-    colour = TEACHER if name == "teacher" else STUDENT
+    color = TEACHER if name == "teacher" else STUDENT
     nudge = {"teacher": -0.09, "student": 0.09}.get(name, 0.0)
     layers = np.arange(len(values_LH))
     for head in values_LH.T:
-        axes.plot(layers + nudge, head, "o", color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
-    axes.plot(layers + nudge, values_LH.mean(1), color=colour, linewidth=2, label=name)
+        axes.plot(layers + nudge, head, "o", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
+    axes.plot(layers + nudge, values_LH.mean(1), color=color, linewidth=2, label=name)
 
 
 def _line(axes: Any, values: Sequence[float]) -> None:
@@ -84,12 +81,7 @@ def _ceiling(axes: Any, tokens: int, theme: Theme) -> None:
 
 
 def _axes(axes: Any, title: str, theme: Theme) -> None:
-    axes.set_facecolor("none")
     axes.set_title(title, color=INK[theme], fontsize=10, loc="left")
-    axes.set_xlabel("layer", color=INK[theme], fontsize=9)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT[theme])
-    axes.grid(axis="y", color=FAINT[theme], linewidth=0.7)
-    axes.tick_params(colors=INK[theme], length=0, labelsize=9)
+    axes.set_xlabel("layer", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.04)  # a dot at the top is shown whole

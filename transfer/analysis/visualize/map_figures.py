@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..demo.curve_figures import INK, Array
+from ..report.heat import HEAT, SIGNED, draw_heat
+from ..report.ink import INK, Array, new_figure
 from .look import Look, token_name
 
-HEAT, SIGNED = "magma", "RdBu_r"
-QUERY = "#39d0ff"
 INCHES = 1.35
 """The longer side of a panel; less where there are many."""
 LARGEST = 22.0
@@ -29,11 +27,11 @@ class Panel:
     heat: Array
     signed: bool = False
     but: int | None = None
-    """A patch that the colour scale does not follow: in a rollout, the query's own residual outshines all others."""
+    """A patch that the color scale does not follow: in a rollout, the query's own residual outshines all others."""
 
     @property
     def top(self) -> float:
-        """The weight that has the strongest colour."""
+        """The weight that has the strongest color."""
         weights = np.abs(self.heat).ravel()
         return float(weights.max() if self.but is None else np.delete(weights, self.but).max(initial=0.0))
 
@@ -102,9 +100,7 @@ def _draw(
 ) -> Figure:
     width, height = _panel_size(picture, len(columns) + 1, len(rows))
     signed = any(panel.signed for row in rows for panel in row)
-    size = (width * (len(columns) + 1) + 0.9 + 0.7 * signed, max(height * len(rows) + 0.8, 2.6))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width * (len(columns) + 1) + 0.9 + 0.7 * signed, max(height * len(rows) + 0.8, 2.6))
     grid = figure.subplots(len(rows), len(columns) + 1, squeeze=False)
     for axes, heading in zip(grid[0], ["image", *columns], strict=True):
         axes.set_title(heading, color=INK["light"], fontsize=8)
@@ -114,9 +110,9 @@ def _draw(
         for each, panel in zip(axes[1:], panels, strict=True):
             _show(each, picture, panel, look, query)
     figure.suptitle(title, color=INK["light"], fontsize=10)
-    _colour_bar(figure, grid, HEAT, 0, "weight / the number in the panel")
+    _color_bar(figure, grid, HEAT, 0, "weight / the number in the panel")
     if signed:
-        _colour_bar(figure, grid, SIGNED, -1, "the same, where weights may be negative")
+        _color_bar(figure, grid, SIGNED, -1, "the same, where weights may be negative")
     return figure
 
 
@@ -128,43 +124,20 @@ def _panel_size(picture: Array, columns: int, rows: int) -> tuple[float, float]:
 
 
 def _show(axes: Any, picture: Array, panel: Panel | None, look: Look, query: int) -> None:
-    """The image, the heat over it, its largest weight in the corner, and a frame around the query."""
-    height, width = picture.shape[:2]
-    frame = (0, width, height, 0)
-    axes.imshow(picture, extent=frame, interpolation="nearest")
-    if panel is not None:
-        top = panel.top
-        axes.imshow(
-            panel.heat,
-            cmap=SIGNED if panel.signed else HEAT,
-            vmin=-(top or 1) if panel.signed else 0,
-            vmax=top or 1,
-            extent=frame,
-            alpha=0.8,
-            interpolation="nearest",
-        )
-        label = {"boxstyle": "square,pad=0.15", "facecolor": "#000000b0", "linewidth": 0}
-        corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
-        axes.text(0.985, 0.02, f"{top:.2g}", fontsize=5.5, color="white", bbox=label, **corner)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
-    _mark(axes, look, query, height, width)
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-
-
-def _mark(axes: Any, look: Look, query: int, height: int, width: int) -> None:
-    """A frame around the patch that asks; a prefix token has no place."""
-    if query < look.layout.num_prefix:
+    """Draw the image, the heat over it, its largest weight in the corner; a prefix token has no frame."""
+    asking, grid = query - look.layout.num_prefix, look.layout.grid
+    place = divmod(asking, grid[1]) if asking >= 0 else None
+    if panel is None:
+        draw_heat(axes, picture, grid, place)
         return
-    rows, columns = look.layout.grid
-    row, column = divmod(query - look.layout.num_prefix, columns)
-    x, y = np.array([column, column + 1]) * width / columns, np.array([row, row + 1]) * height / rows
-    axes.plot(x[[0, 1, 1, 0, 0]], y[[0, 0, 1, 1, 0]], color=QUERY, linewidth=1.4)
+    draw_heat(axes, picture, grid, place, panel.heat, panel.top or 1, signed=panel.signed)
+    label = {"boxstyle": "square,pad=0.15", "facecolor": "#000000b0", "linewidth": 0}
+    corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
+    axes.text(0.985, 0.02, f"{panel.top:.2g}", fontsize=5.5, color="white", bbox=label, **corner)
 
 
-def _colour_bar(figure: Figure, grid: Any, colours: str, low: Literal[-1, 0], label: str) -> None:
-    scale = ScalarMappable(Normalize(low, 1), colours)
+def _color_bar(figure: Figure, grid: Any, colors: str, low: Literal[-1, 0], label: str) -> None:
+    scale = ScalarMappable(Normalize(low, 1), colors)
     bar = figure.colorbar(scale, ax=grid, fraction=0.025, pad=0.01, aspect=24, shrink=0.9)
     bar.set_label(label, color=INK["light"], fontsize=7)
     bar.set_ticks([low, 0, 1] if low else [0, 0.5, 1])

@@ -7,23 +7,21 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from string import Template
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from ....models.errors import ConfigError
 from ....models.families import attention_shape, token_layout
-from ..demo.curve_figures import to_png
+from ..report.heat import HEAT, SIGNED
+from ..report.pages import Section, data_url, html_picture, render_page
 from .look import Look, token_name
-from .map_figures import HEAT, SIGNED
 from .shown_images import Shown
 
 MAX_MEGABYTES = 64
@@ -54,26 +52,27 @@ def check_page_size(models: Sequence[nn.Module], images: int, layers: int) -> No
         )
 
 
-def render_page(
-    images: Sequence[dict[str, Any]], layers: Sequence[int], query: int, figures: Sequence[Figure], title: str
+def map_page(
+    images: Sequence[dict[str, Any]], layers: Sequence[int], query: int, chart: Section, title: str
 ) -> str:
-    """The page; `images` are those of `embed`, `figures` the charts by layer in light and in dark ink."""
-    light, dark = (_data_url(to_png(figure)) for figure in figures)
+    """Return the page; `images` are those of `embed`, `chart` the numbers by layer."""
     data = {
         "layers": list(layers),
         "query": query,
-        "heat": _colours(HEAT),
-        "signed": _colours(SIGNED),
+        "heat": _colors(HEAT),
+        "signed": _colors(SIGNED),
         "images": list(images),
     }
+    words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     here = resources.files(__package__)
-    template = here.joinpath("map_page.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        title=escape(title),
-        light=light,
-        dark=dark,
-        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        script=here.joinpath("map_page.js").read_text(encoding="utf-8"),
+    body, style, code = (
+        here.joinpath(f"map_page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    return render_page(
+        title,
+        [Template(body).substitute(chart=html_picture(chart))],
+        style=style,
+        script=f'<script id="data" type="application/json">{words}</script>\n<script>\n{code}</script>',
     )
 
 
@@ -85,7 +84,7 @@ def embed(view: View, layers: Sequence[int]) -> dict[str, Any]:
     models = {name: _model(look, view.rolled[name], layers) for name, look in view.looks.items()}
     return {
         "name": view.shown.name,
-        "url": _data_url(file.getvalue()),
+        "url": data_url(file.getvalue()),
         "size": [height, width],
         "models": models,
     }
@@ -120,15 +119,11 @@ def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
     return np.rint(rows / divisor * TOP).astype(np.int8), scale
 
 
-def _colours(name: str) -> str:
-    """256 colours, three bytes each."""
+def _colors(name: str) -> str:
+    """256 colors, three bytes each."""
     table = mpl.colormaps[name](np.linspace(0, 1, 256))[:, :3]
     return _text(np.rint(table * 255).astype(np.uint8).tobytes())
 
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{_text(png)}"

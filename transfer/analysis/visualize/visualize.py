@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ....checkpoints.atomic import write_file
+from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.teacher import Teacher, load_teacher
 from ....models.errors import TransferError
 from ....models.families import check_supported, token_layout
 from ....models.plan import layer_numbers
-from ..demo.curve_figures import to_png
+from ..report.ink import to_png
+from ..report.pages import Section
+from ..report.tables import to_json
 from .layer_figures import Comparison, Numbers, draw_layers
 from .look import Look, check_comparable, cka, default_query, divergence, look, query_token, token_word
 from .map_figures import draw_beside, draw_grid, grid_title
-from .map_page import View, check_page_size, embed, render_page
+from .map_page import View, check_page_size, embed, map_page
 from .shown_images import Shown, read_images, to_tensor
+
+CHART = "Entropy and mean distance of attention by layer, and distance from the teacher where there is one"
 
 
 def visualize(
@@ -64,13 +68,11 @@ def visualize(
         embedded.append(embed(view, chosen))
         for token in asked:
             _draw(view, token, chosen, out)
-    figures = [draw_layers(seen.numbers(), seen.comparison(), theme) for theme in ("light", "dark")]
-    _write(
-        out / "layers.png", to_png(draw_layers(seen.numbers(), seen.comparison(), "light"), ground="white")
-    )
-    _write(out / "numbers.json", json.dumps(seen.to_json(), indent=1).encode())
-    page = render_page(embedded, chosen, asked[0], figures, _title(source, teacher))
-    _write(out / "index.html", page.encode())
+    numbers, comparison = seen.numbers(), seen.comparison()
+    chart = Section("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
+    write_bytes(out / "layers.png", to_png(chart.draw("light"), ground="white"))
+    write_text(out / "numbers.json", to_json(seen.plain()))
+    write_text(out / "index.html", map_page(embedded, chosen, asked[0], chart, _title(source, teacher)))
     return out / "index.html"
 
 
@@ -114,7 +116,7 @@ class Seen:
             torch.stack(self.js).mean(0).tolist(), cka(self.tokens["teacher"], self.tokens["student"])
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, Any]:
         """`entropy` and `distance` by layer and head of each model, `js` and `cka` by layer."""
         models: dict[str, Any] = {
             name: {"entropy": numbers.entropy.tolist(), "distance": numbers.distance.tolist()}
@@ -149,22 +151,15 @@ def _draw(view: View, token: int, layers: Sequence[int], out: Path) -> None:
     word = token_word(token, own.layout)
     title = grid_title(name, token, own)
     grid = draw_grid(view.shown.pixels, own, view.rolled["student"].numpy(), token, layers, title)
-    _write(out / f"{name}_{word}.png", to_png(grid, ground="white"))
+    write_bytes(out / f"{name}_{word}.png", to_png(grid, ground="white"))
     theirs = view.looks.get("teacher")
     if theirs is None or (token < own.layout.num_prefix and word not in theirs.layout.prefix):
         return
     tokens = [query_token(word, each.layout) for each in (theirs, own)]
     rolled = [view.rolled[model].numpy() for model in ("teacher", "student")]
     beside = draw_beside(view.shown.pixels, [theirs, own], rolled, tokens, layers, title)
-    _write(out / f"{name}_{word}_teacher.png", to_png(beside, ground="white"))
+    write_bytes(out / f"{name}_{word}_teacher.png", to_png(beside, ground="white"))
 
 
 def _title(source: str, teacher: str | None) -> str:
     return f"Attention of {source}" + (f" beside {teacher}" if teacher else "")
-
-
-def _write(path: Path, data: bytes) -> None:
-    def write(file: Path) -> None:
-        file.write_bytes(data)
-
-    write_file(path, write, size=len(data))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from graftvit.models.errors import GraftError
-from graftvit.transfer.analysis.benchmark.cases import Case
+from graftvit.transfer.analysis.benchmark.cases import Ways
 from graftvit.transfer.analysis.benchmark.model_cases import (
     attention_macs,
     load_model,
@@ -15,13 +15,9 @@ from graftvit.transfer.analysis.benchmark.model_cases import (
 TINY = "vit_tiny_patch16_224"
 
 
-def cases(sources: list[str], plans: list[str], sizes: list[int]) -> list[Case]:
-    return model_cases(sources, plans, sizes, [1], ["float32"], "cpu", backward=False, compiled=False)
-
-
 def test_attention_of_a_model_is_counted_without_the_rest() -> None:
     assert attention_macs(load_model(TINY, 64)) == 12 * 2 * 17**2 * 192
-    (case,) = cases([TINY], ["0-5: ttt"], [64])
+    (case,) = model_cases([TINY], ["0-5: ttt"], [64], Ways())
     measured = measure_model(case, 2)
     assert measured.counted_macs == measured.macs
     inner = 17 * 9 * 64**2 * 3 + 16 * 18 * 192
@@ -29,9 +25,7 @@ def test_attention_of_a_model_is_counted_without_the_rest() -> None:
 
 
 def test_every_combination_is_a_case() -> None:
-    found = model_cases(
-        [TINY], ["*: linear", "*: ttt"], [96, 64], [1, 4], ["float32"], "cpu", backward=True, compiled=False
-    )
+    found = model_cases([TINY], ["*: linear", "*: ttt"], [96, 64], Ways([1, 4], backward=True))
     assert len(set(found)) == 2 * 2 * 2 * 2
     assert [case.size for case in found] == [64] * 8 + [96] * 8
 
@@ -50,10 +44,10 @@ def test_mistakes_are_found_before_anything_is_measured(
     source: str, plan: str, size: int, words: str
 ) -> None:
     with pytest.raises(GraftError, match=words):
-        cases([source], [plan], [size])
+        model_cases([source], [plan], [size], Ways())
 
 
 def test_the_backward_pass_learns_every_weight() -> None:
-    case = model_cases([TINY], ["*: linear"], [32], [2], ["float32"], "cpu", backward=True, compiled=False)[1]
+    case = model_cases([TINY], ["*: linear"], [32], Ways([2], backward=True))[1]
     assert case.backward
     assert measure_model(case, 2).median > 0

@@ -8,7 +8,8 @@ import pytest
 from benchmark_rows import case
 from graftvit.models.errors import ConfigError
 from graftvit.models.operators import OPERATORS
-from graftvit.transfer.analysis.benchmark import operator_cases as operators
+from graftvit.transfer.analysis.benchmark import measuring
+from graftvit.transfer.analysis.benchmark.cases import Ways
 from graftvit.transfer.analysis.benchmark.operator_cases import (
     Layer,
     grid_of,
@@ -35,17 +36,17 @@ def test_a_number_that_is_no_grid_is_refused_with_one_that_is(tokens: int) -> No
 
 def test_every_combination_is_a_case_once() -> None:
     names, dtypes = ["linear", "window(window=4)"], ["float32", "bfloat16"]
-    cases = operator_cases(names, [64, 16], [1, 8], dtypes, "cpu", TINY, backward=True, compiled=True)
+    cases = operator_cases(names, [64, 16], TINY, Ways([1, 8], dtypes, backward=True, compiled=True))
     assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 2 * 2 * 2
     assert cases[0].size == 16, "short cases come first"
-    plain = operator_cases(["linear"], [16], [1], ["float32"], "cpu", TINY, backward=False, compiled=False)
+    plain = operator_cases(["linear"], [16], TINY, Ways())
     assert [(one.backward, one.compiled) for one in plain] == [(False, False)]
 
 
 @pytest.mark.parametrize("name", ["liner", "linear(windw=3)", "kernel(feature=rellu)", "no operator"])
 def test_mistakes_are_found_before_anything_is_measured(name: str) -> None:
     with pytest.raises(ConfigError, match="plan"):
-        operator_cases(["linear", name], [16], [1], ["float32"], "cpu", TINY, backward=False, compiled=False)
+        operator_cases(["linear", name], [16], TINY, Ways())
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
@@ -66,7 +67,7 @@ def time_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(steps: Mapping[str, Step], *_: object) -> dict[str, Timing]:
         return {name: Timing(*[float(counted_macs(step))] * 3) for name, step in steps.items()}
 
-    monkeypatch.setattr(operators, "time_steps", timed)
+    monkeypatch.setattr(measuring, "time_steps", timed)
 
 
 @pytest.mark.usefixtures("time_is_work")

@@ -10,15 +10,11 @@ from compare_runs import cell, write_config
 from graftvit.launch.comparison import load_comparison
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.compare import compare as compare_run
-from graftvit.transfer.analysis.compare.compare import (
-    CompareStoppedError,
-    Comparison,
-    choose_cells,
-    run_compare,
-)
+from graftvit.transfer.analysis.compare.compare import Comparison, choose_cells, run_compare
 from graftvit.transfer.analysis.compare.comparison_cells import only_named
 from graftvit.transfer.analysis.compare.comparison_report import write_report
 from graftvit.transfer.analysis.compare.student_cell import fresh_model, is_linear
+from graftvit.transfer.cells.pool import StoppedError
 from safetensors.torch import load_file, save_file
 
 PLANS = {"linear": "*: linear", "focused": "0: focused", "softmax": "*: softmax"}
@@ -153,7 +149,7 @@ def test_ctrl_c_stops_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare_run, "train_cell", interrupted)
-    with pytest.raises(CompareStoppedError, match="SIGINT in uniform-8") as stopped:
+    with pytest.raises(StoppedError, match="SIGINT in uniform-8") as stopped:
         all_of(comparison)
     assert stopped.value.exit_code == 130
     assert cell(tmp_path, "teacher-8")["error"] is None

@@ -8,16 +8,8 @@ import warnings
 
 import numpy as np
 import pytest
-from graftvit.transfer.analysis.demo.curve_figures import (
-    COLOURS,
-    INK,
-    Curve,
-    Panel,
-    Theme,
-    draw_curves,
-    draw_divergence,
-    to_png,
-)
+from graftvit.transfer.analysis.demo.curve_figures import COLORS, Curve, Panel, draw_curves, draw_divergence
+from graftvit.transfer.analysis.report.ink import INK, Theme, to_png
 from matplotlib.collections import PolyCollection
 from PIL import Image
 
@@ -34,7 +26,7 @@ def panel(*curves: Curve) -> Panel:
 def test_a_line_is_the_mean_and_its_band_one_sample_deviation(draw: object) -> None:
     axes = draw([panel(curve("copy", [10.0, 60.0, 80.0], [20.0, 70.0, 84.0]))], "light").axes[0]  # type: ignore[operator]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [15, 65, 82])
-    assert axes.lines[0].get_color() == COLOURS["copy"]
+    assert axes.lines[0].get_color() == COLORS["copy"]
     (band,) = (c for c in axes.collections if isinstance(c, PolyCollection))
     corners = band.get_paths()[0].vertices
     last = corners[corners[:, 0] == 2][:, 1]

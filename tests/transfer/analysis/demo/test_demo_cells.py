@@ -9,6 +9,7 @@ import pytest
 from graftvit.launch.config import load_config
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.demo.demo_cells import STUDENTS, TEACHERS, Cell, demo_cells, recipe
+from graftvit.transfer.cells.records import Ending, save_record
 
 
 @pytest.mark.parametrize(
@@ -91,11 +92,9 @@ def test_how_far_a_cell_is_stands_in_its_log(tmp_path: Path) -> None:
 
 def test_a_cell_that_was_run_with_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
     cell = demo_cells(tmp_path / "here", (0,), quick=True)[0]
-    assert not cell.is_finished(threads=1)
-    cell.folder.mkdir(parents=True)
-    cell.finish(threads=1)
-    assert cell.is_finished(threads=1)
+    save_record(Ending(cell.settings), cell.folder)
+    assert cell.state() == "done"
     with pytest.raises(ConfigError, match="--threads"):
-        cell.is_finished(threads=2)
+        demo_cells(tmp_path / "here", (0,), quick=True, threads=2)[0].state()
     (tmp_path / "here").rename(tmp_path / "there")
-    assert demo_cells(tmp_path / "there", (0,), quick=True)[0].is_finished(threads=1)
+    assert demo_cells(tmp_path / "there", (0,), quick=True)[0].state() == "done"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from graftvit.transfer.analysis.demo.curve_figures import COLOURS, to_png
+from graftvit.transfer.analysis.demo.curve_figures import COLORS
 from graftvit.transfer.analysis.demo.gaze_figures import Gaze, SummaryRow, draw_gazes, draw_summary
+from graftvit.transfer.analysis.report.ink import to_png
 from PIL import Image
 
 
@@ -41,10 +42,10 @@ def test_the_summary_shows_means_as_strokes_and_seeds_as_dots() -> None:
     axes = figure.axes[0]
     drawn = [(line.get_marker(), list(line.get_xdata()), line.get_color()) for line in axes.lines]
     assert drawn == [
-        ("o", [88.0, 96.0], COLOURS["copy"]),
-        ("|", [92.0], COLOURS["copy"]),
-        ("o", [80.0, 90.0], COLOURS["scratch"]),
-        ("|", [85.0], COLOURS["scratch"]),
+        ("o", [88.0, 96.0], COLORS["copy"]),
+        ("|", [92.0], COLORS["copy"]),
+        ("o", [80.0, 90.0], COLORS["scratch"]),
+        ("|", [85.0], COLORS["scratch"]),
     ]
     assert [line.get_ydata()[0] for line in axes.lines[::2]] == [0, 2]  # the first row is on top
     labels = [(label.get_text(), label.get_fontweight()) for label in axes.get_yticklabels()]
