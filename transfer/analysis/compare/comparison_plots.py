@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def plots_of(records: Sequence[Record]) -> list[Section]:
     measured = [record for record in here if record.speed is not None and record.final is not None]
     plots = []
     if measured:
-        plots += [_accuracy_latency(measured), _accuracy_memory(measured)]
+        plots += _accuracies(measured)
     changed = [record for record in here if record.plan is not None and not is_softmax(record.plan)]
     swept = [record for record in changed if len(record.speeds) > 1]
     if swept:
@@ -54,30 +55,34 @@ def crossover_of(record: Record) -> Crossover | None:
     return crossover([speed.tokens for speed in record.speeds], ratios)
 
 
-def _accuracy_latency(records: Sequence[Record]) -> Section:
-    def value(speed: Speed) -> float:
-        return 1e3 * speed.latency
-
-    return Section(
-        "accuracy_latency",
-        "Accuracy against latency",
-        f"Top-1 after the last stage, and milliseconds for one image of {records[0].size} px. Up and left is better.",
-        f"Scatter of {len(records)} models: top-1 against milliseconds for one image.",
-        lambda theme: _scatter(records, value, "milliseconds for one image", theme),
-    )
+def _latency(speed: Speed) -> float:
+    return 1e3 * speed.latency
 
 
-def _accuracy_memory(records: Sequence[Record]) -> Section:
-    def value(speed: Speed) -> float:
-        return speed.peak_bytes / 2**20
+def _memory(speed: Speed) -> float:
+    return speed.peak_bytes / 2**20
 
-    return Section(
-        "accuracy_memory",
-        "Accuracy against memory",
-        "Top-1 after the last stage, and what a batch needs in memory above the weights. Up and left is better.",
-        f"Scatter of {len(records)} models: top-1 against the peak memory of a batch.",
-        lambda theme: _scatter(records, value, "peak memory of a batch, MiB", theme),
-    )
+
+def _accuracies(records: Sequence[Record]) -> list[Section]:
+    start = "Top-1 after the last stage, and"
+    about = f"{start} milliseconds for one image of {records[0].size} px. Up and left is better."
+    scatter = f"Scatter of {len(records)} models: top-1 against"
+    return [
+        Section(
+            "accuracy_latency",
+            "Accuracy against latency",
+            about,
+            f"{scatter} milliseconds for one image.",
+            partial(_scatter, records, _latency, "milliseconds for one image"),
+        ),
+        Section(
+            "accuracy_memory",
+            "Accuracy against memory",
+            f"{start} what a batch needs in memory above the weights. Up and left is better.",
+            f"{scatter} the peak memory of a batch.",
+            partial(_scatter, records, _memory, "peak memory of a batch, MiB"),
+        ),
+    ]
 
 
 def _latency_tokens(students: Sequence[Record]) -> Section:
@@ -87,7 +92,7 @@ def _latency_tokens(students: Sequence[Record]) -> Section:
         "Milliseconds of the whole model for one image. A ring marks the number of tokens from which it is faster "
         "than the same model with fused softmax attention; the legend has it behind the name.",
         f"Log-log lines of {len(students)} models: milliseconds for one image against tokens.",
-        lambda theme: _lines_over_tokens(students, theme),
+        partial(_lines_over_tokens, students),
     )
 
 
@@ -98,7 +103,7 @@ def _errors_layers(records: Sequence[Record]) -> Section:
         "Relative error of each layer's output, per head, on the teacher's own inputs: 0 is the teacher's layer. The "
         "stages after alignment train the network for its task, and layers may move away from the teacher's again.",
         f"Lines of {len(records)} students: relative output error by layer, a panel a stage.",
-        lambda theme: _error_panels(records, theme),
+        partial(_error_panels, records),
     )
 
 

@@ -50,17 +50,13 @@ def render_markdown(records: Sequence[Record], plots: Sequence[pages.Section]) -
 def render_html(records: Sequence[Record], plots: Sequence[pages.Section]) -> str:
     """Return the page with both tables, the plots and the failures."""
     return pages.render_page(
-        TITLE,
-        [
-            pages.paragraph(asked(records), "lead"),
-            pages.paragraph(found(records), "lead"),
-            pages.heading("Accuracy"),
-            pages.html_table(*tables.accuracy_table(records)),
-            pages.heading("Cost"),
-            pages.html_table(*tables.cost_table(records)),
-            *(pages.paragraph(line, "failure") for line in tables.failures(records)),
-            pages.paragraph(how_to_read(records), "note"),
-            *map(pages.html_section, plots),
-        ],
-        style=".failure { font-weight: 600; }",
+        "compare/comparison.html",
+        title=TITLE,
+        asked=asked(records),
+        found=found(records),
+        accuracy=tables.accuracy_table(records),
+        cost=tables.cost_table(records),
+        failures=tables.failures(records),
+        note=how_to_read(records),
+        plots=plots,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..report.ink import to_png
 from ..report.tables import markdown
 from . import report_text as text
 from .curve_figures import COLORS, Curve, Panel, draw_curves, draw_divergence
-from .demo_cells import TEACHERS
+from .demo_cells import TEACHERS, TeacherName
 from .gaze_figures import SummaryRow, draw_gazes, draw_summary
 from .results import SHORT_TITLES, TEACHER_TITLES, DemoResults, MethodResult
 
@@ -25,15 +26,6 @@ GAZE_TITLES = {
     "scratch": "scratch",
 }
 TABLE_HEAD = ("method", "top-1", "against scratch")
-STYLE = """\
-main { max-width: 860px; }
-th.teacher { color: var(--ink); font-size: .95rem; padding-top: 1.6rem; }
-td:first-child { min-width: 11em; font-weight: 400; }
-td.number strong { font-size: 1.05rem; }
-td.number:nth-child(4), td .what { color: var(--soft); font-size: .87rem; }
-td .what { display: block; line-height: 1.4; }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
-.bar { display: block; height: 5px; border-radius: 3px; margin-top: .3rem; }"""
 
 
 def write_report(results: DemoResults, folder: Path) -> Path:
@@ -50,58 +42,36 @@ def write_report(results: DemoResults, folder: Path) -> Path:
 
 
 def report_sections(results: DemoResults) -> list[pages.Section]:
-    """Learning curves, attention maps and divergence, each with what to see in it."""
-    curves, divergences = _curves(results), _divergences(results)
+    """Return learning curves, attention maps and divergence, each with what to see in it."""
+    learning, far = (
+        [Panel(TEACHER_TITLES[name], list(curves(results, name))) for name in TEACHERS]
+        for curves in (_curves, _divergences)
+    )
+    gazes = partial(draw_gazes, results.gazes, GAZE_TITLES)
     return [
         pages.Section(
-            "curves",
-            "Learning",
-            text.CURVES,
-            text.curves_alt(results),
-            lambda theme: draw_curves(curves, theme),
+            "curves", "Learning", text.CURVES, text.curves_alt(results), partial(draw_curves, learning)
         ),
-        pages.Section(
-            "maps",
-            "Where they look",
-            text.MAPS,
-            text.maps_alt(results),
-            lambda theme: draw_gazes(results.gazes, GAZE_TITLES, theme),
-        ),
+        pages.Section("maps", "Where they look", text.MAPS, text.maps_alt(results), gazes),
         pages.Section(
             "divergence",
             "How far from the teacher",
             text.DIVERGENCE,
             text.divergence_alt(results),
-            lambda theme: draw_divergence(divergences, theme),
+            partial(draw_divergence, far),
         ),
     ]
 
 
-def _curves(results: DemoResults) -> list[Panel]:
-    return [
-        Panel(
-            TEACHER_TITLES[teacher],
-            [
-                Curve(m.method, SHORT_TITLES[m.method], m.steps, np.asarray(m.curve))
-                for m in (results.scratch, *results.of(teacher))
-                if len(m.curve) > 0
-            ],
-        )
-        for teacher in TEACHERS
-    ]
+def _curves(results: DemoResults, teacher: TeacherName) -> Iterator[Curve]:
+    for method in (results.scratch, *results.of(teacher)):
+        if len(method.curve) > 0:
+            yield Curve(method.method, SHORT_TITLES[method.method], method.steps, np.asarray(method.curve))
 
 
-def _divergences(results: DemoResults) -> list[Panel]:
-    return [
-        Panel(
-            TEACHER_TITLES[teacher],
-            [
-                Curve(method, SHORT_TITLES[method], range(1, len(rows[0]) + 1), np.asarray(rows))
-                for method, rows in results.divergences[teacher].items()
-            ],
-        )
-        for teacher in TEACHERS
-    ]
+def _divergences(results: DemoResults, teacher: TeacherName) -> Iterator[Curve]:
+    for method, rows in results.divergences[teacher].items():
+        yield Curve(method, SHORT_TITLES[method], range(1, len(rows[0]) + 1), np.asarray(rows))
 
 
 def table_groups(results: DemoResults) -> list[tuple[str | None, list[MethodResult]]]:
@@ -137,21 +107,14 @@ def render_markdown(results: DemoResults, sections: Sequence[pages.Section]) -> 
 def render_html(results: DemoResults, sections: Sequence[pages.Section]) -> str:
     """Return the report as one HTML page."""
     return pages.render_page(
-        text.TITLE,
-        [
-            pages.paragraph(text.asked(results), "lead"),
-            pages.paragraph(text.found(results), "lead"),
-            _html_table(results),
-            pages.paragraph(text.table_note(results), "note"),
-            *map(pages.html_section, sections),
-            pages.heading("The setting"),
-            pages.paragraph(text.setting(results)),
-            pages.heading("Go on with your own images"),
-            pages.paragraph(text.OWN_IMAGES),
-            f"<pre><code>{pages.html_text(text.COMMANDS)}</code></pre>",
-            f"<footer>{pages.html_text(text.footer(results))}</footer>",
-        ],
-        style=STYLE,
+        "demo/demo.html",
+        title=text.TITLE,
+        text=text,
+        results=results,
+        sections=sections,
+        head=TABLE_HEAD,
+        groups=table_groups(results),
+        colors=COLORS,
     )
 
 
@@ -166,28 +129,3 @@ def _summary(results: DemoResults) -> bytes:
 
 def _summary_row(method: MethodResult) -> SummaryRow:
     return SummaryRow(SHORT_TITLES[method.method], method.method, method.top1)
-
-
-def _html_table(results: DemoResults) -> str:
-    head = [*TABLE_HEAD, *["each seed"] * (len(results.seeds) > 1)]
-    rows = []
-    for title, methods in table_groups(results):
-        if title is not None:
-            words = pages.html_text(title)
-            rows.append(f'<tr><th class="teacher" colspan="{len(head)}" scope="rowgroup">{words}</th></tr>')
-        rows += [pages.table_row(_html_cells(results, method)[: len(head)]) for method in methods]
-    return pages.table_of(head, rows)
-
-
-def _html_cells(results: DemoResults, method: MethodResult) -> list[str]:
-    """Return name and what it does, mean and deviation, the difference, the single seeds."""
-    color = COLORS[method.method]
-    title, percent, versus = map(pages.html_text, table_row(results, method))
-    return [
-        f'<span class="dot" style="background:{color}"></span>{title}'
-        f'<span class="what">{pages.html_text(text.WHAT[method.method])}</span>',
-        f"<strong>{percent}</strong>"
-        f'<span class="bar" style="background:{color};width:{method.mean:.1f}%"></span>',
-        versus,
-        " · ".join(f"{value:.1f}" for value in method.top1),
-    ]

@@ -19,6 +19,16 @@ MAX_MAP_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What is kept of a look: entropy and distance by layer and head, the patch tokens after each block."""
+
+    entropy: Tensor
+    distance: Tensor
+    patches: list[Tensor]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class Look:
     """The maps (L, H, N, N) of a model on one image, and the tokens (N, C) after each block; float32."""
 
@@ -46,6 +56,11 @@ class Look:
     def distance(self) -> Tensor:
         """(L, H), in patches."""
         return measures.mean_distance(self.maps, self.geometry)
+
+    def summary(self) -> Summary:
+        """Return all but the maps."""
+        patches = [tokens[self.layout.num_prefix :] for tokens in self.tokens]
+        return Summary(self.entropy(), self.distance(), patches, self.layout.num_tokens)
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-from string import Template
 from typing import Any
 
 import matplotlib as mpl
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from ....models.errors import ConfigError
 from ....models.families import attention_shape, token_layout
 from ..report.heat import HEAT, SIGNED
-from ..report.pages import Section, data_url, html_picture, render_page
+from ..report.pages import Section, data_url, render_page
 from .look import Look, token_name
 from .shown_images import Shown
 
@@ -64,16 +62,7 @@ def map_page(
         "images": list(images),
     }
     words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    here = resources.files(__package__)
-    body, style, code = (
-        here.joinpath(f"map_page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-    )
-    return render_page(
-        title,
-        [Template(body).substitute(chart=html_picture(chart))],
-        style=style,
-        script=f'<script id="data" type="application/json">{words}</script>\n<script>\n{code}</script>',
-    )
+    return render_page("visualize/map_page.html", title=title, chart=chart, data=words)
 
 
 def embed(view: View, layers: Sequence[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from ..report.ink import to_png
 from ..report.pages import Section
 from ..report.tables import to_json
 from .layer_figures import Comparison, Numbers, draw_layers
-from .look import Look, check_comparable, cka, default_query, divergence, look, query_token, token_word
+from .look import (
+    Look,
+    Summary,
+    check_comparable,
+    cka,
+    default_query,
+    divergence,
+    look,
+    query_token,
+    token_word,
+)
 from .map_figures import draw_beside, draw_grid, grid_title
 from .map_page import View, check_page_size, embed, map_page
 from .shown_images import Shown, read_images, to_tensor
@@ -71,59 +82,51 @@ def visualize(
     numbers, comparison = seen.numbers(), seen.comparison()
     chart = Section("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
     write_bytes(out / "layers.png", to_png(chart.draw("light"), ground="white"))
-    write_text(out / "numbers.json", to_json(seen.plain()))
+    write_text(out / "numbers.json", to_json(_plain(numbers, comparison)))
     write_text(out / "index.html", map_page(embedded, chosen, asked[0], chart, _title(source, teacher)))
     return out / "index.html"
 
 
 class Seen:
-    """Numbers of every image seen so far, by model; maps are dropped, for they are large."""
+    """Numbers of every image seen so far, by model; maps are dropped, because they are large."""
 
     def __init__(self) -> None:
-        self.entropy: dict[str, list[torch.Tensor]] = {}
-        self.distance: dict[str, list[torch.Tensor]] = {}
-        self.tokens: dict[str, list[list[torch.Tensor]]] = {}
-        self.js: list[torch.Tensor] = []
-        self.sizes: dict[str, int] = {}
+        self.looks: dict[str, list[Summary]] = {}
+        self.js: list[list[float]] = []
 
     def add(self, looks: dict[str, Look]) -> None:
-        """Takes what one image gave."""
+        """Take the numbers of one image."""
         for name, each in looks.items():
-            self.entropy.setdefault(name, []).append(each.entropy())
-            self.distance.setdefault(name, []).append(each.distance())
-            patches = [tokens[each.layout.num_prefix :] for tokens in each.tokens]
-            self.tokens.setdefault(name, []).append(patches)
-            self.sizes[name] = each.layout.num_tokens
+            self.looks.setdefault(name, []).append(each.summary())
         if "teacher" in looks:
-            self.js.append(torch.tensor(divergence(looks["teacher"], looks["student"])))
+            self.js.append(divergence(looks["teacher"], looks["student"]))
 
     def numbers(self) -> dict[str, Numbers]:
-        """Means over images, teacher last."""
+        """Return means over images, teacher last."""
         return {
             name: Numbers(
-                torch.stack(self.entropy[name]).mean(0).numpy(),
-                torch.stack(self.distance[name]).mean(0).numpy(),
-                self.sizes[name],
+                torch.stack([each.entropy for each in found]).mean(0).numpy(),
+                torch.stack([each.distance for each in found]).mean(0).numpy(),
+                found[0].num_tokens,
             )
-            for name in self.entropy
+            for name, found in self.looks.items()
         }
 
     def comparison(self) -> Comparison | None:
-        """The distance from the teacher, None without one."""
+        """Return the distance from the teacher; None without one."""
         if not self.js:
             return None
-        return Comparison(
-            torch.stack(self.js).mean(0).tolist(), cka(self.tokens["teacher"], self.tokens["student"])
-        )
+        patches = ([each.patches for each in self.looks[name]] for name in ("teacher", "student"))
+        return Comparison(torch.tensor(self.js).mean(0).tolist(), cka(*patches))
 
-    def plain(self) -> dict[str, Any]:
-        """`entropy` and `distance` by layer and head of each model, `js` and `cka` by layer."""
-        models: dict[str, Any] = {
-            name: {"entropy": numbers.entropy.tolist(), "distance": numbers.distance.tolist()}
-            for name, numbers in self.numbers().items()
-        }
-        between = self.comparison()
-        return models if between is None else models | {"js": list(between.js), "cka": list(between.cka)}
+
+def _plain(numbers: dict[str, Numbers], between: Comparison | None) -> dict[str, Any]:
+    """Return `entropy` and `distance` by layer and head of each model, `js` and `cka` by layer."""
+    models: dict[str, Any] = {
+        name: {"entropy": each.entropy.tolist(), "distance": each.distance.tolist()}
+        for name, each in numbers.items()
+    }
+    return models if between is None else models | asdict(between)
 
 
 def _beside(source: str, student: Teacher) -> Teacher:
