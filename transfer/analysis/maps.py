@@ -43,7 +43,7 @@ class MapRecorder:
         return Softmax()(heads)
 
     def watch(self, operator: nn.Module, inputs: tuple[Heads, ...]) -> None:
-        """Before a converted layer's operator runs: keep its map."""
+        """Keep the map of a converted layer's operator before it runs."""
         self.maps.append(cast(AttentionOperator, operator).matrix(inputs[0]).float())
 
 
@@ -68,7 +68,7 @@ class CopiedMap:
 def attention_maps(
     model: nn.Module, images: Tensor, layers: Sequence[int] | None = None
 ) -> dict[int, Tensor]:
-    """The attention maps of `model` on `images` (B, C, H, W): (B, heads, N, N) for each layer, in float32.
+    """Return the attention maps of `model` on `images` (B, C, H, W): (B, heads, N, N) by layer, in float32.
 
     Negative layers count from the end; the keys of the result are the layers as given. The model runs in eval
     mode and is left as it was.
@@ -87,7 +87,7 @@ def attention_maps(
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of distributions over the last dimension, in nats, between 0 and ln 2.
+    """Return the Jensen-Shannon divergence of distributions over the last dimension, in nats (0 to ln 2).
 
     (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2; the other dimensions are broadcast and kept.
     """
@@ -97,7 +97,7 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def map_divergence(teacher_BHNN: Tensor, student_BHNN: Tensor, *, match_heads: bool = False) -> float:
-    """Mean Jensen-Shannon divergence of two layers' maps over images, heads and queries, in nats.
+    """Return the mean Jensen-Shannon divergence of two layers' maps over images, heads and queries, in nats.
 
     Head h is compared with head h, or, with `match_heads`, with its partner in the assignment of least total
     divergence (needed where the two have unequal numbers of heads; heads without a partner are left out).
@@ -124,9 +124,9 @@ def divergence_by_layer(
     pairs: Sequence[tuple[int, int]] | None = None,
     match_heads: bool = False,
 ) -> list[float]:
-    """`map_divergence` for each (teacher layer, student layer) pair; all layers by default.
+    """Return `map_divergence` for each (teacher layer, student layer) pair; all layers by default.
 
-    `teacher_images` are the same images as the teacher wants them, where the two are normalised differently.
+    `teacher_images` are the same images as the teacher wants them, where the two are normalized differently.
 
     Raises:
         TransferError: unequal depths without `pairs`, or maps that cannot be compared.
@@ -160,7 +160,7 @@ def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: b
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[list[MapRecorder]]:
-    """Recorders in all attention layers while inside; then the layers and the modes are what they were."""
+    """Put recorders into all attention layers while inside; then restore the layers and the modes."""
     layers: list[tuple[Any, Any]] = [(block, block.attn) for block in attention_blocks(model)]
     copied = {layer: layer.operator for layer in copied_layers(model).values()}
     modes = [(module, module.training) for module in model.modules()]

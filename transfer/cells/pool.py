@@ -52,9 +52,7 @@ class StoppedError(GraftError):
     """A signal stopped the work; what was done is saved."""
 
     def __init__(self, number: int, where: str) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} {where}; the same command goes on from there"
-        )
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}; the same command resumes")
         self.exit_code = 128 + number
 
 
@@ -153,7 +151,7 @@ def _stop_without_parent() -> None:
 
 
 def _check(cell: PoolCell, process: BaseProcess) -> None:
-    """Raises RunFailedError: the process did not bring the cell to its end."""
+    """Raise RunFailedError where the process did not bring the cell to its end."""
     if process.exitcode == 0:
         return
     log = log_of(cell)
@@ -163,13 +161,13 @@ def _check(cell: PoolCell, process: BaseProcess) -> None:
         lines = log.read_text(errors="replace").split("\n") if log.exists() else []
         why = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     raise RunFailedError(
-        f"{cell} failed: {why} (log: {log}); what is finished stays, the same command goes on from there"
+        f"{cell} failed: {why} (log: {log}); what is finished stays, the same command resumes"
     )
 
 
 @contextmanager
 def _stopped_at_the_end(running: Mapping[BaseProcess, PoolCell]) -> Iterator[None]:
-    """Whatever ends the block, no process is left: first it may save, then it is killed."""
+    """Leave no process, whatever ends the block: each may save first, then it is killed."""
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from graftvit.transfer.cells.records import Ending, cell_state, digest, load_rec
 def test_a_cell_is_begun_with_its_folder_and_ends_with_its_record(tmp_path: Path) -> None:
     cell, settings = tmp_path / "cell", digest({"lr": 1.0})
     assert cell_state(cell, settings) == "to do"
+    assert load_record(Ending, cell) is None
     cell.mkdir()
     assert cell_state(cell, settings) == "begun"
     save_record(Ending("other settings", "out of luck"), cell)

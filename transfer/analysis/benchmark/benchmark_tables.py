@@ -13,7 +13,7 @@ MISCOUNT = 0.05
 
 
 def render(results: Results) -> str:
-    """A table of cases for each setting, and one of crossovers."""
+    """Return a table of cases for each setting, and one of crossovers."""
     loads = [row.load for row in results.rows]
     first = (
         f"{results.machine}. Ratio: how many times as fast as fused softmax attention, timed in turn with it in the "
@@ -31,7 +31,7 @@ def render(results: Results) -> str:
 
 
 def crossover_table(results: Results) -> str:
-    """A line an operator or plan, a column a setting."""
+    """Return a line an operator or plan, a column a setting."""
     found = crossovers(results.rows)
     settings = list(dict.fromkeys(case.setting for case in found))
     names = list(dict.fromkeys(case.name for case in found))
@@ -43,7 +43,7 @@ def crossover_table(results: Results) -> str:
 
 
 def size_table(rows: Sequence[Row]) -> str:
-    """A line a case of one setting, the fastest first."""
+    """Return a line a case of one setting, the fastest first."""
     head = ["operator" if rows[0].case.kind == "operators" else "plan", "ms", "spread", "softmax ms", "ratio"]
     head += ["images/s", "peak MiB", "attention MMACs", "counted"]
     return markdown(head, [_line(row) for row in sorted(rows, key=lambda row: -row.ratio)])
@@ -57,7 +57,7 @@ def _settings(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _miscounted(rows: Sequence[Row]) -> str:
-    """Who counts otherwise than torch's counter; empty where none does."""
+    """Name the operators whose count differs from torch's; empty where none does."""
     names = [row.case.name for row in rows if abs(row.counted_macs - row.macs) > MISCOUNT * row.macs]
     if not names:
         return ""

@@ -22,7 +22,7 @@ class Crossover:
 
 
 def crossover(sizes: Iterable[int], ratios: Iterable[float]) -> Crossover:
-    """Where the ratio, as a function of the size, is one for the last time; it is above one from there on.
+    """Return the size where the ratio is one for the last time; it is above one from there on.
 
     Between two sizes log(ratio) is linear in log(size).
     """
@@ -37,7 +37,7 @@ def crossover(sizes: Iterable[int], ratios: Iterable[float]) -> Crossover:
 
 
 def crossovers(rows: Iterable[Row]) -> dict[Case, Crossover]:
-    """By operator and setting, a case of size 0, where there are two sizes or more."""
+    """Return the crossovers by operator and setting, a case of size 0, where there are two sizes or more."""
     groups: dict[Case, list[Row]] = {}
     for row in rows:
         if row.case.name != SOFTMAX:

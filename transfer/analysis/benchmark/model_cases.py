@@ -34,7 +34,7 @@ def model_cases(sources: Sequence[str], plans: Sequence[str], sizes: Sequence[in
 
 
 def load_model(source: str, img_size: int) -> nn.Module:
-    """The model of a source for images of so many pixels.
+    """Return the model of a source for images of `img_size` pixels.
 
     A timm name is built with random weights, which are as fast as any: nothing is downloaded for it.
 
@@ -51,7 +51,7 @@ def load_model(source: str, img_size: int) -> nn.Module:
 
 
 def _check_size(model: nn.Module, img_size: int) -> None:
-    """ConfigError where patches do not fill the image: timm leaves the rest out without a word."""
+    """Raise ConfigError where patches do not fill the image: timm ignores the rest silently."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None and img_size % patch[0]:
         nearest = patch[0] * max(1, round(img_size / patch[0]))
@@ -83,7 +83,7 @@ def measure_model(case: Case, repeats: int) -> Row:
 
 
 def attention_macs(model: nn.Module) -> int:
-    """Multiply-adds of all attention operators for one image; projections are not among them."""
+    """Return the multiply-adds of all attention operators for one image, without projections."""
     softmax, own = layer_macs(model)
     return sum(own.values()) + (len(attention_blocks(model)) - len(own)) * softmax
 

@@ -40,7 +40,7 @@ class Layer:
 
 
 def grid_of(tokens: int) -> tuple[int, int]:
-    """The squarest grid of so many patches. Raises ConfigError: there is none of a common shape."""
+    """Return the squarest grid of `tokens` patches. Raises ConfigError: no grid has a common shape."""
     height = next((side for side in range(math.isqrt(max(tokens, 0)), 0, -1) if tokens % side == 0), 0)
     if height == 0 or tokens > LONGEST * height**2:
         side = max(1, round(max(tokens, 1) ** 0.5))
@@ -52,7 +52,7 @@ def grid_of(tokens: int) -> tuple[int, int]:
 
 
 def choice_of(text: str) -> Choice:
-    """An operator with options, as `kernel(feature=relu)`. Raises ConfigError where it is none."""
+    """Parse an operator with options, as `kernel(feature=relu)`. Raises ConfigError: it is not valid."""
     return parse_plan({"*": text}, 1)[0]
 
 

@@ -29,7 +29,7 @@ class Timing:
 def time_steps(
     steps: Mapping[str, Step], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, Timing]:
-    """The timing of each step, of `repeats` rounds, two at least.
+    """Return the timing of each step over `repeats` rounds, at least two.
 
     Rounds take every step in turn, so that a drift of the machine touches all alike.
     """
@@ -55,7 +55,7 @@ def step_of(run: Callable[[], Tensor], leaves: Sequence[Tensor] = (), upstream: 
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """Most bytes allocated at once during a step, above what was allocated before it.
+    """Return the most bytes allocated at once during a step, above what was allocated before it.
 
     On a GPU those that torch's allocator counts; on a CPU the running sum of the allocations and releases that
     torch's profiler sees, which has temporary buffers within torch's own kernels, but not within oneDNN's.
@@ -78,7 +78,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 
 def counted_macs(step: Step) -> int:
-    """Multiply-adds of the matrix products and convolutions in a step, as `torch.utils.flop_counter` sees them."""
+    """Count the multiply-adds of matrix products and convolutions in a step, by `torch.utils.flop_counter`."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the products of fused attention are not counted everywhere
         step()
@@ -86,7 +86,7 @@ def counted_macs(step: Step) -> int:
 
 
 def _warm(step: Step, warmup: int, device: torch.device) -> int:
-    """Warm up; how many calls make a timing long enough."""
+    """Warm up; returns how many calls make a timing long enough."""
     for _ in range(max(1, warmup)):
         step()
     return max(1, round(SHORTEST / max(_seconds(step, 1, device), 1e-7)))

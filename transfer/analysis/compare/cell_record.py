@@ -71,7 +71,7 @@ class Record:
 
     @property
     def speed(self) -> Speed | None:
-        """That at the size of the training."""
+        """The speed at the image size of the training."""
         return next((speed for speed in self.speeds if speed.size == self.size), None)
 
     def score(self, stage: str) -> Score | None:
@@ -80,7 +80,7 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Of training, all stages."""
+        """Seconds of training, all stages."""
         return sum(score.seconds for score in self.scores)
 
     @property

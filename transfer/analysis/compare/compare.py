@@ -62,7 +62,7 @@ class Comparison:
         return self.config.teacher.source is not None
 
     def cells(self) -> list[Cell]:
-        """All cells, in the order of the table. Raises ConfigError: a name or a size is not valid."""
+        """Return all cells in the order of the table. Raises ConfigError: a name or a size is not valid."""
         sizes = self.compare.img_size or (_side(self.config),)
         return list_cells(self.compare.plans, sizes, teacher=self.has_teacher)
 
@@ -122,7 +122,7 @@ def choose_cells(
 
 
 def check_plans(comparison: Comparison) -> None:
-    """Builds every student once. Raises GraftError: a plan is none, or does not fit the model at a size."""
+    """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
     for cell in comparison.cells():
         try:
             fresh_model(comparison.config, cell.plan, cell.size)
@@ -238,7 +238,7 @@ def _numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
 
 
 def _speeds(comparison: Comparison, cell: Cell) -> list[Speed]:
-    """At the size of the training, and at those of `speed_img_size`, with as many pixels in a batch."""
+    """Measure at the training's image size and at those of `speed_img_size`, with as many pixels in a batch."""
     compare, speeds = comparison.compare, []
     for size in sorted({cell.size, *compare.speed_img_size}):
         batch = max(1, compare.batch_size * cell.size**2 // size**2)
@@ -262,7 +262,7 @@ def _outcome(record: Record) -> str:
 
 
 def raise_failed(failed: Sequence[str], folder: Path) -> None:
-    """RunFailedError that names the cells that failed, where there are any."""
+    """Raise RunFailedError with the names of the cells that failed, if any."""
     if len(failed) == 1:
         record = load_record(Record, folder / "cells" / failed[0])
         why = "" if record is None else f": {record.error}"
@@ -270,14 +270,14 @@ def raise_failed(failed: Sequence[str], folder: Path) -> None:
     if failed:
         names = ", ".join(failed)
         raise RunFailedError(
-            f"{len(failed)} cells failed ({names}), why stands in {folder / 'cells'}/<cell>/cell.json; "
+            f"{len(failed)} cells failed ({names}), see {folder / 'cells'}/<cell>/cell.json; "
             "the same command tries them again"
         )
 
 
 @contextmanager
 def _quiet_log() -> Iterator[None]:
-    """The runs' own records stay in their log.jsonl."""
+    """Keep the runs' own records to their log.jsonl."""
     logs = [logging.getLogger(name) for name in ("graftvit.transfer.engine", "graftvit.transfer.recovery")]
     levels = [log.level for log in logs]
     for log in logs:

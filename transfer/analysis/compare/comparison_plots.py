@@ -30,7 +30,7 @@ from .comparison_tables import is_softmax
 
 
 def plots_of(records: Sequence[Record]) -> list[Section]:
-    """The plots that there are numbers for, at the largest image size where there are several."""
+    """Return the plots that there are numbers for, at the largest image size."""
     size = max((record.size for record in records), default=0)
     here = [record for record in records if record.size == size and record.error is None]
     measured = [record for record in here if record.speed is not None and record.final is not None]
@@ -48,7 +48,7 @@ def plots_of(records: Sequence[Record]) -> list[Section]:
 
 
 def crossover_of(record: Record) -> Crossover | None:
-    """The number of tokens from which the model is faster than with softmax; None with one size alone."""
+    """Return the number of tokens from which the model is faster than with softmax; None with one size."""
     if len(record.speeds) < 2:
         return None
     ratios = [speed.softmax_latency / speed.latency for speed in record.speeds]
@@ -108,7 +108,7 @@ def _errors_layers(records: Sequence[Record]) -> Section:
 
 
 def _scatter(records: Sequence[Record], value: Callable[[Speed], float], name: str, theme: Theme) -> Figure:
-    """Points, each joined to its name at the right edge."""
+    """Draw points, each joined to its name at the right edge."""
     figure, (axes,) = new_plots(theme, (8.4, max(3.6, 0.27 * len(records) + 1.2)))
     points = []
     for record in records:

@@ -12,7 +12,7 @@ from ..report import pages
 from . import comparison_tables as tables
 from .cell_record import Record
 from .comparison_plots import plots_of
-from .comparison_text import TITLE, asked, found, how_to_read
+from .comparison_text import TITLE, answer, how_to_read, question
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -40,11 +40,9 @@ def write_report(comparison: Comparison, *, figures: bool = True) -> Path:
 
 def render_markdown(records: Sequence[Record], plots: Sequence[pages.Section]) -> str:
     """Return the report as Markdown; its images are in `images/`."""
-    question, answer, note = (plain(words(records)) for words in (asked, found, how_to_read))
+    first, second, note = (plain(words(records)) for words in (question, answer, how_to_read))
     table = tables.to_markdown(records).strip()
-    return (
-        "\n\n".join(filter(None, [question, answer, table, note, *map(pages.markdown_section, plots)])) + "\n"
-    )
+    return "\n\n".join(filter(None, [first, second, table, note, *map(pages.markdown_section, plots)])) + "\n"
 
 
 def render_html(records: Sequence[Record], plots: Sequence[pages.Section]) -> str:
@@ -52,8 +50,8 @@ def render_html(records: Sequence[Record], plots: Sequence[pages.Section]) -> st
     return pages.render_page(
         "compare/comparison.html",
         title=TITLE,
-        asked=asked(records),
-        found=found(records),
+        question=question(records),
+        answer=answer(records),
         accuracy=tables.accuracy_table(records),
         cost=tables.cost_table(records),
         failures=tables.failures(records),

@@ -37,12 +37,12 @@ class Line:
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
-    """A line for each record; the gaps where there are a reference and a uniform student of its size."""
+    """Return a line for each record, with gaps where there are a reference and a uniform student of its size."""
     return [Line(record, *_gaps(record, records)) for record in records]
 
 
 def reference(records: Sequence[Record], size: int) -> Record | None:
-    """What students are measured against: the teacher, or without one the student that keeps softmax everywhere."""
+    """Return the reference of all students: the teacher, or without one the student with softmax everywhere."""
     here = [record for record in records if record.size == size and record.final is not None]
     named = [record for record in here if record.name == TEACHER]
     softmax = [record for record in here if record.plan is not None and is_softmax(record.plan)]
@@ -50,7 +50,7 @@ def reference(records: Sequence[Record], size: int) -> Record | None:
 
 
 def best_linear(records: Sequence[Record], size: int) -> Record | None:
-    """The student of the highest accuracy among those whose every layer costs linearly, uniform left out."""
+    """Return the most accurate student whose every layer costs linearly, uniform attention left out."""
     found = [
         record
         for record in records
@@ -60,7 +60,7 @@ def best_linear(records: Sequence[Record], size: int) -> Record | None:
 
 
 def stage_names(records: Iterable[Record]) -> list[str]:
-    """The stages of all records in their order, the zero-shot one first."""
+    """Return the stages of all records in their order, the zero-shot one first."""
     return list(dict.fromkeys(score.stage for record in records for score in record.scores))
 
 
@@ -147,20 +147,20 @@ def cost_table(records: Sequence[Record]) -> Table:
 
 
 def to_markdown(records: Sequence[Record]) -> str:
-    """Both tables, and the cells that failed."""
+    """Return both tables, and the cells that failed."""
     parts = [markdown(*accuracy_table(records)), markdown(*cost_table(records))]
     return "\n\n".join([*parts, *map(plain, failures(records))]) + "\n"
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """A sentence for each cell that failed."""
+    """Return a sentence for each cell that failed."""
     return [
         f"Failed: {record.name} at {record.size} px: {record.error}" for record in records if record.error
     ]
 
 
 def label(record: Record, sizes: Iterable[int]) -> str:
-    """The name, with the image size where there are several."""
+    """Return the name, with the image size where there are several."""
     return record.name if len(set(sizes)) == 1 else f"{record.name}, {record.size} px"
 
 
@@ -183,7 +183,7 @@ def _uniform(records: Sequence[Record], size: int) -> Record | None:
 
 
 def is_softmax(plan: str) -> bool:
-    """Whether it keeps every layer."""
+    """Return whether the plan keeps every layer."""
     return plan.replace(" ", "") in ("*:softmax", "*:keep")
 
 

@@ -11,8 +11,8 @@ TITLE = "What does it cost to make this attention cheap?"
 MEMORY = "Peak memory is what a batch needs above the weights."
 
 
-def asked(records: Sequence[Record]) -> str:
-    """The question, with the number of students."""
+def question(records: Sequence[Record]) -> str:
+    """State the question, with the number of students."""
     students = [record for record in records if record.plan is not None and record.error is None]
     return (
         f"One teacher, {len(students)} students. Each is the teacher with other attention by a plan, trained "
@@ -21,12 +21,12 @@ def asked(records: Sequence[Record]) -> str:
     )
 
 
-def found(records: Sequence[Record]) -> str:
-    """The best student of linear cost at each image size, and what it recovered."""
-    return " ".join(filter(None, (_found(records, size) for size in sorted({r.size for r in records}))))
+def answer(records: Sequence[Record]) -> str:
+    """Name the best student of linear cost at each image size, and the gap that it recovered."""
+    return " ".join(filter(None, (_answer(records, size) for size in sorted({r.size for r in records}))))
 
 
-def _found(records: Sequence[Record], size: int) -> str:
+def _answer(records: Sequence[Record], size: int) -> str:
     top, best = reference(records, size), best_linear(records, size)
     if top is None or best is None or top.final is None or best.final is None:
         return ""
@@ -44,7 +44,7 @@ def _found(records: Sequence[Record], size: int) -> str:
 
 
 def how_to_read(records: Sequence[Record]) -> str:
-    """Columns, and what the numbers cannot tell."""
+    """Explain the columns, and what the numbers cannot tell."""
     loads = [record.load for record in records]
     machines = sorted({record.machine for record in records})
     return (

@@ -41,7 +41,7 @@ class Trained:
 
 
 def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage]:
-    """The stages with the cell's plan and image size, in its folder; it is scored before the first step.
+    """Return the stages with the cell's plan, image size and folder; it is scored before the first step.
 
     Stages that align have nothing to do for a plan that converts no layer, and are left out for it.
     """
@@ -61,14 +61,14 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
 
 
 def fresh_model(config: RunConfig, plan: str | None, size: int) -> nn.Module:
-    """The student's architecture with random weights, at any image size. Raises GraftError: it cannot be built."""
+    """Build the student with random weights, at any image size. Raises GraftError: it cannot be built."""
     student = config.student.model_copy(update={"plan": plan, "img_size": size})
     images = Preprocessing.read(published_config(student.model), input_size(student))
     return plan_student(student, config.data.num_classes or 10, None, images).create()
 
 
 def is_linear(model: nn.Module) -> bool:
-    """Whether every attention layer costs linearly in the number of tokens."""
+    """Return whether every attention layer costs linearly in the number of tokens."""
     layers = converted_layers(model)
     linear = [layer.operator for layer in layers.values()]
     return len(layers) == len(attention_blocks(model)) and all(
@@ -91,7 +91,7 @@ def train_cell(stages: Sequence[Stage], cell: Cell, folder: Path, error_batches:
 
 
 def stage_scores(steps: Sequence[Stage]) -> list[Score]:
-    """Before the first step and at the end of each stage, as `log.jsonl` has it."""
+    """Read the scores before the first step and at the end of each stage from `log.jsonl`."""
     scores = []
     for number, stage in enumerate(steps):
         records = read_log(stage.config.output_dir / "log.jsonl")
@@ -104,13 +104,13 @@ def stage_scores(steps: Sequence[Stage]) -> list[Score]:
 
 
 def _score(name: str, record: dict[str, Any], seconds: float) -> Score:
-    """Of the weights that are trained; an average of them has scores of its own in the log."""
+    """Return the score of the trained weights; their average has scores of its own in the log."""
     top1, top5, loss = (float(record[f"test_{key}"]) for key in ("top1", "top5", "loss"))
     return Score(name, top1, top5, loss, seconds, int(record["step"]))
 
 
 def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[str, dict[int, float]]:
-    """The layers' errors before the first step and after each stage."""
+    """Measure the layers' errors before the first step and after each stage."""
     teacher = teacher_of(own[0].config)
     images = test_images(own[0].config, teacher, count)
     start = build(own[0].config).task.trainable
@@ -121,7 +121,7 @@ def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[st
 
 
 def teacher_of(config: RunConfig) -> Teacher:
-    """The teacher at the size of the student's images."""
+    """Load the teacher at the size of the student's images."""
     how = config.teacher
     return load_teacher(
         str(how.source),
@@ -135,12 +135,12 @@ def teacher_of(config: RunConfig) -> Teacher:
 
 
 def test_images(config: RunConfig, teacher: Teacher, count: int) -> list[Tensor]:
-    """The first batches of the test set, as the teacher wants them."""
+    """Return the first batches of the test set, as the teacher wants them."""
     return [images for images, _, _ in itertools.islice(_loader(config, teacher), count)]
 
 
 def score_teacher(config: RunConfig, teacher: Teacher) -> Score | None:
-    """The teacher's accuracy, where it has a head for these classes."""
+    """Measure the teacher's accuracy; None where it has no head for these classes."""
     if not teacher.has_head:
         return None
     found = evaluate({"teacher": teacher.model}, _loader(config, teacher))["teacher"]
@@ -152,14 +152,14 @@ def _loader(config: RunConfig, teacher: Teacher) -> Any:
 
 
 def speed_models(config: RunConfig, plan: str | None, size: int) -> tuple[nn.Module, nn.Module]:
-    """A softmax model and the student's architecture with random weights, which are as fast as any."""
+    """Build a softmax model and the student with random weights, which are as fast as trained ones."""
     torch.manual_seed(0)
     softmax = fresh_model(config, None, size)
     return softmax, softmax if plan is None else convert(softmax, plan)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All, and those that the conversion brought."""
+    """Return the number of all parameters, and of those that the conversion added."""
     return (
         sum(parameter.numel() for parameter in model.parameters()),
         sum(parameter.numel() for parameter in new_parameters(model)),

@@ -57,7 +57,7 @@ class Board:
         self._say(f"{self._cells} cells{there}; {self._processes} at a time{self._time_left()}")
 
     def finish(self, cell: Cell) -> None:
-        """Say what a cell came to."""
+        """Say the result of a cell."""
         self._work(cell, 1.0)
         self._finished += 1
         curve = cell.curve()
@@ -91,7 +91,7 @@ class Board:
         self._left[cell.folder] = left
 
     def _time_left(self) -> str:
-        """`, about 4 min left`; empty at the end."""
+        """Return `, about 4 min left`; empty at the end."""
         left = max(sum(self._left.values()) / self._processes, *self._left.values())
         if left <= 0.0:
             return ""

@@ -36,7 +36,7 @@ class Panel:
 
 
 def draw_curves(panels: Sequence[Panel], theme: Theme) -> Figure:
-    """Test accuracy along training: the mean over seeds, a band of one deviation, the name at the end."""
+    """Draw test accuracy along training: the mean over seeds, a band of one deviation, the name at the end."""
     figure, grid = _grid(theme, panels, 3.9)
     for axes, panel in zip(grid, panels, strict=True):
         for curve in panel.curves:
@@ -51,7 +51,7 @@ def draw_curves(panels: Sequence[Panel], theme: Theme) -> Figure:
 
 
 def draw_divergence(panels: Sequence[Panel], theme: Theme) -> Figure:
-    """Jensen-Shannon divergence from the teacher's maps, by layer; zero is the teacher itself."""
+    """Draw the Jensen-Shannon divergence from the teacher's maps, by layer; zero is the teacher itself."""
     figure, grid = _grid(theme, panels, 3.2)
     for axes, panel in zip(grid, panels, strict=True):
         for curve in panel.curves:
@@ -84,7 +84,7 @@ def _deviation(values: Array) -> Array:
 
 
 def _end_labels(grid: Sequence[Any], panels: Sequence[Panel]) -> None:
-    """Names at the right ends of the lines, as near to them as they can be without touching each other."""
+    """Put names at the right ends of the lines, as near as they can be without touching each other."""
     low, high = grid[0].get_ylim()
     gap = (high - low) * 0.075
     for axes, panel in zip(grid, panels, strict=True):

@@ -32,9 +32,9 @@ def run_demo(
     threads: int = 1,
     progress: bool = True,
 ) -> Path:
-    """Trains teachers and students, compares them, and writes the report; returns the path of `report.html`.
+    """Train teachers and students, compare them, and write the report; returns the path of `report.html`.
 
-    Runs that are finished are not run again, and one that was interrupted goes on where it was saved.
+    Finished runs are not run again, and an interrupted one resumes from its last save.
 
     Args:
         output_dir: Gets `report.html`, `report.md`, `images/` and the run folders.
@@ -54,7 +54,7 @@ def run_demo(
         raise ConfigError(f"--seeds {' '.join(map(str, seeds))} must be whole numbers from 0 on, each once")
     if min(processes, threads) < 1:
         raise ConfigError(f"--processes {processes} and --threads {threads} must be at least 1")
-    # Absolute, so that a run goes on wherever the command is given next time.
+    # Absolute, so that a run resumes from any working directory.
     cells = demo_cells(output_dir.resolve(), seeds, quick, threads)
     console = Console(quiet=not progress)
     finished = sum(cell.state() == "done" for cell in cells)
@@ -87,7 +87,7 @@ def _table(results: DemoResults) -> Table:
 
 @contextmanager
 def _threads(threads: int) -> Iterator[None]:
-    """What the demo computes itself depends on the number of cores as little as its cells do."""
+    """Set torch's threads while inside, so that the demo's own numbers do not depend on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -60,16 +60,16 @@ class Cell:
         return f"{self.method}{teacher} seed {self.seed}"
 
     def records(self) -> list[dict[str, Any]]:
-        """The epochs of the run's log so far."""
+        """Return the epochs of the run's log so far."""
         log = self.folder / "log.jsonl"
         return [record for record in read_log(log) if "n_parameters" in record] if log.exists() else []
 
     def curve(self) -> list[tuple[int, float]]:
-        """(step, accuracy on the test images in percent) at each evaluation so far."""
+        """Return (step, accuracy on the test images in percent) at each evaluation so far."""
         return [(record["step"], record["test_top1"]) for record in self.records() if "test_top1" in record]
 
     def progress(self) -> float:
-        """The share of the run that is done, by its log."""
+        """Return the share of the run that is done, by its log."""
         records, optim = self.records(), self.config.optim
         if not records:
             return 0.0
@@ -105,7 +105,7 @@ class Cell:
 
 
 def demo_cells(output_dir: Path, seeds: Sequence[int], quick: bool, threads: int = 1) -> list[Cell]:
-    """The teachers, then the students seed by seed. A seed decides labels, fresh weights and augmentation.
+    """List the teachers, then the students seed by seed. A seed decides labels, weights and augmentation.
 
     The quick form trains the teachers for less time, and has run folders of its own.
     """
@@ -144,7 +144,7 @@ def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
 
 
 def recipe(name: str, folder: Path, changes: Mapping[str, Any]) -> RunConfig:
-    """The packaged recipe `name` with the run folder `folder` and `changes`; no event files for a tracker."""
+    """Return the packaged recipe `name` with the run folder `folder` and `changes`; no tracker."""
     text = resources.files("graftvit.cfgs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     content = _merged(yaml.safe_load(text), {"engine": {"trackers": []}, **changes, "output_dir": folder})
     return RunConfig.model_validate(content)

@@ -97,7 +97,7 @@ def render_markdown(results: DemoResults, sections: Sequence[pages.Section]) -> 
             [*table_row(results, method), *(f"{value:.1f}" for value in method.top1 if several)]
             for method in methods
         ]
-    parts = [f"# {text.TITLE}", text.asked(results), text.found(results), markdown(head, rows)]
+    parts = [f"# {text.TITLE}", text.question(results), text.answer(results), markdown(head, rows)]
     parts += [text.table_note(results), *map(pages.markdown_section, sections)]
     parts += ["## The setting", text.setting(results), "## Go on with your own images", text.OWN_IMAGES]
     parts += [f"```bash\n{text.COMMANDS}\n```", text.footer(results)]
@@ -119,7 +119,7 @@ def render_html(results: DemoResults, sections: Sequence[pages.Section]) -> str:
 
 
 def _summary(results: DemoResults) -> bytes:
-    """Accuracies and the maps of the last layer in one small picture, for a README."""
+    """Draw accuracies and the maps of the last layer in one small picture, for a README."""
     rows = [_summary_row(results.scratch)]
     for teacher in TEACHERS:
         rows += [SummaryRow(TEACHER_TITLES[teacher]), *map(_summary_row, results.of(teacher))]

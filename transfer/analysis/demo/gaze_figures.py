@@ -24,7 +24,7 @@ class Gaze:
 
 
 def draw_gazes(gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme) -> Figure:
-    """A row for each image and layer: the image with its asking patch, then each model's attention over it.
+    """Draw a row for each image and layer: the image with its asking patch, then each model's attention.
 
     Within a row all maps share one scale, so that the same shade is the same attention.
     """
@@ -53,7 +53,7 @@ class SummaryRow:
 def draw_summary(
     rows: Sequence[SummaryRow], gazes: Sequence[Gaze], titles: Mapping[str, str], theme: Theme
 ) -> Figure:
-    """Accuracies on the left, attention maps on the right. A dot is a seed, an upright stroke the mean."""
+    """Draw accuracies on the left, attention maps on the right. A dot is a seed, an upright stroke the mean."""
     figure = new_figure(11.6, max(1.3 * len(gazes), 0.42 * len(rows)) + 0.4)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(4.2, 7.4), wspace=0.03)[0]
     axes = left.subplots()

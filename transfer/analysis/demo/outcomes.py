@@ -35,7 +35,7 @@ class TestSet:
 
 
 def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
-    """Reads the finished `demo_cells`; the ensemble and the attention maps are computed here."""
+    """Read the finished `demo_cells`, and compute the ensemble and the attention maps."""
     made = {cell.teacher: cell for cell in cells if cell.method == "teacher" and cell.teacher is not None}
     runs = {
         (method, teacher): [cell for cell in cells if (cell.method, cell.teacher) == (method, teacher)]
@@ -81,13 +81,13 @@ def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
 
 
 def load_student(cell: Cell) -> tuple[nn.Module, Preprocessing]:
-    """What a run left, frozen, and what its images look like."""
+    """Load the student of a run, frozen, and the preprocessing of its images."""
     loaded = load_teacher(f"local-dir:{cell.folder / 'student'}")
     return loaded.model, loaded.preprocessing
 
 
 def load_test_set(cell: Cell, spec: Preprocessing) -> TestSet:
-    """The images that a run was evaluated on, padding left out."""
+    """Load the images that a run was evaluated on, without padding."""
     loader = create_eval_loader(cell.config.data, spec)
     batches = [(images[valid], targets[valid]) for images, targets, valid in loader]
     images, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
@@ -95,13 +95,13 @@ def load_test_set(cell: Cell, spec: Preprocessing) -> TestSet:
 
 
 def ensemble_top1(cells: Sequence[Cell], loader: EvalLoader) -> float:
-    """Accuracy, in percent, of the mean of the models' probabilities."""
+    """Return the accuracy, in percent, of the mean of the models' probabilities."""
     models = {cell.method: load_student(cell)[0] for cell in cells}
     return evaluate(models, loader)["ensemble"].top1
 
 
 def find_gazes(models: Mapping[str, nn.Module], test: TestSet) -> list[Gaze]:
-    """Where the brightest patch of the first test image of some classes looks, mean over heads."""
+    """Find where the brightest patch of the first test image of three classes looks, mean over heads."""
     layout = token_layout(next(iter(models.values())))
     chosen = [int((test.targets == target).nonzero()[0]) for target in SHOWN_CLASSES]
     images = test.images[chosen]
@@ -140,7 +140,7 @@ def _method(cells: Sequence[Cell]) -> MethodResult:
 def _divergences(
     teacher: nn.Module, runs: Mapping[str, Sequence[Cell]], images: Tensor
 ) -> dict[str, list[list[float]]]:
-    """By method, seed and layer. A copying student attends by the teacher's maps, whatever its own would be."""
+    """Return divergences by method, seed and layer. A copying student attends by the teacher's maps."""
     return {
         method: [
             divergence_by_layer(teacher, teacher if method == "copy" else load_student(cell)[0], images)

@@ -44,8 +44,8 @@ graftvit pretrain digits_pretrain --output_dir runs/my_teacher
 graftvit train digits_distill --teacher.source local-dir:runs/my_teacher/student"""
 
 
-def asked(results: DemoResults) -> str:
-    """What the demo wants to know."""
+def question(results: DemoResults) -> str:
+    """State the demo's question."""
     return (
         "A good teacher helps a vision transformer, but what of it is it that helps: the features, or only "
         f"knowing where to look? Students had {results.labels} labelled digits to learn from. One began with "
@@ -55,8 +55,8 @@ def asked(results: DemoResults) -> str:
     )
 
 
-def found(results: DemoResults) -> str:
-    """What came out, for the one teacher and for the other."""
+def answer(results: DemoResults) -> str:
+    """State the result for both teachers."""
     words = [
         f"From scratch the student names {results.scratch.mean:.1f} % of the {results.test_images} test digits.",
         f"The teacher that knows the labels names {results.teacher_top1:.1f} %. With its attention alone, "
@@ -72,7 +72,7 @@ def found(results: DemoResults) -> str:
 
 
 def table_note(results: DemoResults) -> str:
-    """How to read the table."""
+    """Explain the table."""
     seeds = len(results.seeds)
     spread = (
         "one seed, so there is no deviation"
@@ -89,7 +89,7 @@ def table_note(results: DemoResults) -> str:
 
 
 def setting(results: DemoResults) -> str:
-    """What was chosen, and why."""
+    """Explain the choices."""
     supervised, mae = results.teacher_steps["supervised"], results.teacher_steps["mae"]
     return (
         "scikit-learn's digits, 8 by 8 pixels, are enlarged to 12 by 12 and cut into 36 patches. Teachers "
@@ -103,7 +103,7 @@ def setting(results: DemoResults) -> str:
 
 
 def footer(results: DemoResults) -> str:
-    """Where the numbers come from."""
+    """State where the numbers come from."""
     command = "graftvit demo --quick" if results.quick else "graftvit demo"
     return (
         f"Written by `{command}`: {results.minutes:.1f} minutes of training, added up over its processes, "
@@ -112,7 +112,7 @@ def footer(results: DemoResults) -> str:
 
 
 def teacher_title(results: DemoResults, teacher: TeacherName) -> str:
-    """The heading of a teacher's rows in the table."""
+    """Return the heading of a teacher's rows in the table."""
     if teacher == "supervised":
         return (
             f"The teacher knows all {results.all_labels:,} labels, "
@@ -122,13 +122,13 @@ def teacher_title(results: DemoResults, teacher: TeacherName) -> str:
 
 
 def curves_alt(results: DemoResults) -> str:
-    """The learning curves in words."""
+    """Describe the learning curves in words."""
     ends = ", ".join(f"{_named(m)} {m.mean:.1f} %" for m in results.methods if len(m.curve) > 0)
     return f"Test accuracy over {results.student_steps} training steps; at the end {ends}."
 
 
 def maps_alt(results: DemoResults) -> str:
-    """The attention maps in words."""
+    """Describe the attention maps in words."""
     return (
         f"{len(results.gazes)} rows of attention maps over handwritten digits: the image, then the teacher "
         "that knows the labels and the student distilled from it, the one that saw no label and the student "
@@ -137,7 +137,7 @@ def maps_alt(results: DemoResults) -> str:
 
 
 def divergence_alt(results: DemoResults) -> str:
-    """The divergences in words."""
+    """Describe the divergences in words."""
     means = [
         f"{SHORT_TITLES[method]} {statistics.fmean(value for row in rows for value in row):.3f}"
         f" ({_TEACHERS[teacher]})"
@@ -148,13 +148,13 @@ def divergence_alt(results: DemoResults) -> str:
 
 
 def percent(method: MethodResult) -> str:
-    """`82.8 % ± 4.1`, or `82.8 %` for one seed."""
+    """Return `82.8 % ± 4.1`, or `82.8 %` for one seed."""
     spread = "" if method.deviation is None else f" ± {method.deviation:.1f}"
     return f"{method.mean:.1f} %{spread}"
 
 
 def against_scratch(results: DemoResults, method: MethodResult) -> str:
-    """`+1.7 ± 0.8`: mean gain within the seeds, in points, and its standard error; scratch has none."""
+    """Return `+1.7 ± 0.8`: mean gain within the seeds, in points, and its standard error; empty for scratch."""
     if method.method == "scratch":
         return ""
     gains, error = results.gains(method), results.gain_error(method)
@@ -176,7 +176,7 @@ def _attention(results: DemoResults, teacher: TeacherName) -> str:
 
 
 def _gain(results: DemoResults, method: MethodResult) -> str:
-    """What one kind of transfer gives; whether more seeds would be needed to tell it from nothing."""
+    """State what one kind of transfer gives, and whether it takes more seeds to tell it from nothing."""
     seeds, error, gains = len(results.seeds), results.gain_error(method), results.gains(method)
     versus = f"{against_scratch(results, method)} points against scratch"
     if error is not None:

@@ -50,7 +50,7 @@ class MethodResult:
 
     @property
     def deviation(self) -> float | None:
-        """Sample deviation over the seeds; None for a single seed."""
+        """The sample deviation over the seeds; None for a single seed."""
         return statistics.stdev(self.top1) if len(self.top1) > 1 else None
 
 
@@ -81,14 +81,14 @@ class DemoResults:
         return next(found for found in self.methods if (found.method, found.teacher) == (method, teacher))
 
     def of(self, teacher: TeacherName) -> list[MethodResult]:
-        """The methods that take something from this teacher."""
+        """Return the methods that take something from this teacher."""
         return [method for method in self.methods if method.teacher == teacher]
 
     def gains(self, method: MethodResult) -> list[float]:
-        """What a method is better by than training from scratch, in points, seed by seed."""
+        """Return a method's gain over training from scratch, in points, seed by seed."""
         return [ours - theirs for ours, theirs in zip(method.top1, self.scratch.top1, strict=True)]
 
     def gain_error(self, method: MethodResult) -> float | None:
-        """Standard error of the mean of `gains`; None for a single seed."""
+        """Return the standard error of the mean of `gains`; None for a single seed."""
         gains = self.gains(method)
         return statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None

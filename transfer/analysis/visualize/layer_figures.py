@@ -34,7 +34,7 @@ class Comparison:
 
 
 def draw_layers(models: dict[str, Numbers], between: Comparison | None, theme: Theme) -> Figure:
-    """Entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
+    """Draw entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
     rows = 1 if between is None else 2
     figure, grid = new_plots(theme, (9.6, 3.0 * rows), rows, 2, grid="y")
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
@@ -70,7 +70,7 @@ def _line(axes: Any, values: Sequence[float]) -> None:
 
 
 def _ceiling(axes: Any, tokens: int, theme: Theme) -> None:
-    """The entropy of even attention, which none can exceed."""
+    """Draw the entropy of even attention, the maximum."""
     top = math.log(tokens)
     axes.axhline(top, color=INK[theme], linewidth=0.8, linestyle=(0, (4, 4)))
     axes.annotate(

@@ -65,7 +65,7 @@ class Look:
 
 @torch.no_grad()
 def look(model: nn.Module, image: Tensor) -> Look:
-    """Runs `model` on one image (1, C, H, W).
+    """Run `model` on one image (1, C, H, W).
 
     A layer that is not linear in V gives the rows of its Jacobian, at a backward pass a token and channel.
 
@@ -87,7 +87,7 @@ def look(model: nn.Module, image: Tensor) -> Look:
 
 
 def query_token(word: str, layout: TokenLayout) -> int:
-    """The token that a query names: a patch by its number, row by row from 0, or a prefix token (`cls`, `reg0`).
+    """Return the token of a query: a patch by its number, row by row from 0, or a prefix token (`cls`, `reg0`).
 
     Raises ConfigError for one that is not there.
     """
@@ -101,18 +101,18 @@ def query_token(word: str, layout: TokenLayout) -> int:
 
 
 def token_word(token: int, layout: TokenLayout) -> str:
-    """The word that `query_token` reads as this token."""
+    """Return the word that `query_token` reads as this token."""
     return layout.prefix[token] if token < layout.num_prefix else str(token - layout.num_prefix)
 
 
 def default_query(layout: TokenLayout) -> str:
-    """The class token, or the patch in the middle where there is none."""
+    """Return the class token, or the patch in the middle of a model without one."""
     height, width = layout.grid
     return "cls" if "cls" in layout.prefix else str((height // 2) * width + width // 2)
 
 
 def token_name(token: int, layout: TokenLayout) -> str:
-    """How a token is called in titles."""
+    """Return the name of a token in titles."""
     if token < layout.num_prefix:
         return {"cls": "class token"}.get(layout.prefix[token], layout.prefix[token])
     row, column = divmod(token - layout.num_prefix, layout.grid[1])
@@ -135,7 +135,7 @@ def check_comparable(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def divergence(teacher: Look, student: Look) -> list[float]:
-    """Jensen-Shannon divergence of the shares by layer, in nats; heads are matched where their numbers differ.
+    """Return the Jensen-Shannon divergence of the shares by layer, in nats; unequal heads are matched.
 
     Where prefix tokens differ, of what patches take from patches.
     """
@@ -150,14 +150,14 @@ def divergence(teacher: Look, student: Look) -> list[float]:
 
 
 def cka(teacher: list[list[Tensor]], student: list[list[Tensor]]) -> list[float]:
-    """Linear CKA of the patch tokens (P, C) of each image and layer; a sample is a patch of an image."""
+    """Return the linear CKA of the patch tokens (P, C) of each image and layer; a sample is a patch."""
     by_layer = zip(zip(*teacher, strict=True), zip(*student, strict=True), strict=True)
     return [measures.linear_cka(torch.cat(theirs), torch.cat(ours)) for theirs, ours in by_layer]
 
 
 @contextmanager
 def _tokens(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The tokens (N, C) that leave each block, filled in while the model runs."""
+    """Collect the tokens (N, C) that leave each block while the model runs."""
     tokens: list[Tensor] = []
 
     def keep(block: nn.Module, inputs: object, out: Tensor) -> None:

@@ -39,7 +39,7 @@ class Panel:
 def draw_grid(
     picture: Array, look: Look, rolled: Array, query: int, layers: Sequence[int], title: str
 ) -> Figure:
-    """A row a layer: the mean of the heads, the rollout up to there, then each head."""
+    """Draw a row a layer: the mean of the heads, the rollout up to there, then each head."""
     heads = look.maps.shape[1]
     columns = ["mean", "rollout", *(f"head {head}" for head in range(heads))]
     rows = []
@@ -59,7 +59,7 @@ def draw_beside(
     layers: Sequence[int],
     title: str,
 ) -> Figure:
-    """A row a layer: the mean of the heads of the teacher and of the student, then the rollout of both.
+    """Draw a row a layer: the mean of the heads of the teacher and of the student, then the rollout of both.
 
     `looks`, `rolled` and `queries` are the teacher's and the student's.
     """
@@ -79,7 +79,7 @@ def draw_beside(
 
 
 def _grid(row: Any, look: Look) -> Array:
-    """The patches' part of a row of the map, as the grid."""
+    """Return the patches' part of a row of the map, as the grid."""
     patches: Array = np.asarray(row)[look.layout.num_prefix :].reshape(look.layout.grid)
     return patches
 
@@ -146,6 +146,6 @@ def _color_bar(figure: Figure, grid: Any, colors: str, low: Literal[-1, 0], labe
 
 
 def grid_title(name: str, query: int, look: Look) -> str:
-    """What the picture of a query is called."""
+    """Return the title of a query's picture."""
     the = "the " if query < look.layout.num_prefix else ""
     return f"{name}: what {the}{token_name(query, look.layout)} attends to"

@@ -66,7 +66,7 @@ def map_page(
 
 
 def embed(view: View, layers: Sequence[int]) -> dict[str, Any]:
-    """What the page needs of an image: the picture, and each model's maps of the chosen layers."""
+    """Return what the page needs of an image: the picture, and each model's maps of the chosen layers."""
     file = io.BytesIO()
     Image.fromarray(view.shown.pixels).save(file, format="PNG")
     height, width = view.shown.pixels.shape[:2]
@@ -80,12 +80,12 @@ def embed(view: View, layers: Sequence[int]) -> dict[str, Any]:
 
 
 def _model(look: Look, rolled: Tensor, layers: Sequence[int]) -> dict[str, Any]:
-    """The maps of the chosen layers, each head and then the rollout, as bytes with a scale a row."""
+    """Return the maps of the chosen layers, each head and then the rollout, as bytes with a scale a row."""
     weights, scales = [], []
     for layer in layers:
         for rows in (*look.maps[layer], rolled[layer]):
-            quantised, scale = quantise(rows.numpy())
-            weights.append(quantised)
+            quantized, scale = quantize(rows.numpy())
+            weights.append(quantized)
             scales.append(scale)
     prefix = look.layout.num_prefix
     return {
@@ -98,8 +98,8 @@ def _model(look: Look, rolled: Tensor, layers: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Rows (N, N) as whole numbers up to ±127 and the largest weight of each, which they are parts of.
+def quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return rows (N, N) as whole numbers up to ±127, in parts of the largest weight of each row, and that weight.
 
     A weight is wrong by at most 1/254 of the largest of its row.
     """
@@ -109,7 +109,7 @@ def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
 
 
 def _colors(name: str) -> str:
-    """256 colors, three bytes each."""
+    """Return 256 colors, three bytes each."""
     table = mpl.colormaps[name](np.linspace(0, 1, 256))[:, :3]
     return _text(np.rint(table * 255).astype(np.uint8).tobytes())
 

@@ -13,7 +13,7 @@ from ....models.attention.base import Geometry
 
 
 def shares(maps: Tensor) -> Tensor:
-    """|A| with each row (the last dimension) divided by its sum; a row of zeros is spread evenly."""
+    """Return |A| with each row (the last dimension) divided by its sum; a row of zeros is spread evenly."""
     weights = maps.abs()
     total = weights.sum(-1, keepdim=True)
     even = torch.full_like(weights, 1 / maps.shape[-1])
@@ -21,7 +21,7 @@ def shares(maps: Tensor) -> Tensor:
 
 
 def rollout(maps_LHNN: Tensor) -> Tensor:
-    """Attention rollout after each layer, (L, N, N): R_l = (A_l + I)/2 · R_{l-1}, R_0 = I, A_l the mean of the
+    """Return the rollout after each layer, (L, N, N): R_l = (A_l + I)/2 · R_{l-1}, R_0 = I, A_l the mean of the
     heads' shares (Abnar and Zuidema, arXiv:2005.00928, equation 1). Rows sum to one."""
     layers_LNN = shares(maps_LHNN).mean(1)
     eye = torch.eye(layers_LNN.shape[-1], dtype=layers_LNN.dtype, device=layers_LNN.device)
@@ -33,13 +33,13 @@ def rollout(maps_LHNN: Tensor) -> Tensor:
 
 
 def entropy(maps: Tensor) -> Tensor:
-    """Mean over queries of the entropy of a row's shares, in nats: (..., N, N) to (...)."""
+    """Return the mean over queries of the entropy of a row's shares, in nats: (..., N, N) to (...)."""
     rows = shares(maps)
     return -torch.xlogy(rows, rows).sum(-1).mean(-1)
 
 
 def mean_distance(maps: Tensor, geometry: Geometry) -> Tensor:
-    """How far a patch looks: (..., N, N) to (...), in patches.
+    """Return how far a patch looks: (..., N, N) to (...), in patches.
 
     The mean over patch queries of Σ_j a_ij |i - j|, with |i - j| the Euclidean distance of two patches of the
     grid and a the row's shares among patches; prefix tokens have no place and are left out.
@@ -50,14 +50,14 @@ def mean_distance(maps: Tensor, geometry: Geometry) -> Tensor:
 
 
 def patch_distances(geometry: Geometry) -> Tensor:
-    """Euclidean distances between the patches of a grid, (P, P), in patches."""
+    """Return the Euclidean distances between the patches of a grid, (P, P), in patches."""
     height, width = geometry.grid
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
     return torch.cdist(places, places)
 
 
 def linear_cka(x_SC: Tensor, y_SD: Tensor) -> float:
-    """Linear CKA of two models' features of the same S samples, between 0 and 1.
+    """Return the linear CKA of two models' features of the same S samples, between 0 and 1.
 
     ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) in Frobenius norms, features centred over samples (Kornblith et al.,
     arXiv:1905.00414, section 3). 0 where either is constant. In float64.

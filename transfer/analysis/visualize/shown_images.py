@@ -34,7 +34,7 @@ class Shown:
 
 
 def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
-    """The images of `words`: files, folders of images, and `digits:N`, test image N of the digits data.
+    """Read the images of `words`: files, folders of images, and `digits:N`, test image N of the digits data.
 
     Raises DataError: there is no such file, it is no image, or there are more than `MAX_IMAGES`.
     """
@@ -54,12 +54,12 @@ def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
 
 
 def to_tensor(image: Image.Image, spec: Preprocessing) -> Tensor:
-    """(1, C, H, W) as the model of `spec` wants it, by the transform of evaluation."""
+    """Return the image as the model of `spec` wants it, (1, C, H, W), by the transform of evaluation."""
     return eval_transform(spec)(image.convert("L" if spec.input_size[0] == 1 else "RGB"))[None]
 
 
 def _find(word: str) -> list[tuple[str, Path | int]]:
-    """Name and place of each image that a word means; a digit's place is its number."""
+    """Return name and place of each image that a word means; a digit's place is its number."""
     digit = DIGIT.fullmatch(word)
     if digit is not None:
         return [(f"digit_{digit[1]}", int(digit[1]))]
@@ -92,7 +92,7 @@ def _read(source: Path | int) -> Image.Image:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with a number behind those that were there before."""
+    """Return the names, with a number behind those that were there before."""
     seen: dict[str, int] = {}
     distinct = []
     for name in names:

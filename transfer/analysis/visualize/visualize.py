@@ -47,7 +47,7 @@ def visualize(
     layers: str = "*",
     **how: Any,
 ) -> Path:
-    """Writes pictures (PNG), `numbers.json` and `index.html` to the folder `out`; returns the path of the page.
+    """Write pictures (PNG), `numbers.json` and `index.html` to the folder `out`; returns the path of the page.
 
     Args:
         source: any source of weights, as of `load_teacher`.
@@ -130,7 +130,7 @@ def _plain(numbers: dict[str, Numbers], between: Comparison | None) -> dict[str,
 
 
 def _beside(source: str, student: Teacher) -> Teacher:
-    """The teacher at the student's image size."""
+    """Load the teacher at the student's image size."""
     channels, height, width = student.preprocessing.input_size
     teacher = load_teacher(source, img_size=(height, width))
     check_comparable(teacher.model, student.model)
@@ -141,7 +141,7 @@ def _beside(source: str, student: Teacher) -> Teacher:
 
 
 def _view(image: Shown, loaded: dict[str, Teacher]) -> View:
-    """What each model does with an image, prepared for each as it wants it."""
+    """Look at an image with each model, preprocessed for each."""
     looks = {
         name: look(each.model, to_tensor(image.original, each.preprocessing)) for name, each in loaded.items()
     }
@@ -149,7 +149,7 @@ def _view(image: Shown, loaded: dict[str, Teacher]) -> View:
 
 
 def _draw(view: View, token: int, layers: Sequence[int], out: Path) -> None:
-    """The picture of one query: the student's layers and heads; and the teacher beside it."""
+    """Write the picture of one query: the student's layers and heads; and the teacher beside it."""
     own, name = view.looks["student"], view.shown.name
     word = token_word(token, own.layout)
     title = grid_title(name, token, own)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
 from benchmark_rows import case, row
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.analysis.benchmark import cases as rows
+from graftvit.transfer.analysis.benchmark import cases
 from graftvit.transfer.analysis.benchmark.cases import Results, load_results, machine
 
 
@@ -50,12 +49,6 @@ def test_results_of_another_kind_or_machine_are_not_mixed(
     Results("operators", machine(), [row()]).save(tmp_path)
     with pytest.raises(ConfigError, match="--force"):
         load_results(tmp_path, "models")
-    monkeypatch.setattr(rows, "machine", lambda: "a faster one")
+    monkeypatch.setattr(cases, "machine", lambda: "a faster one")
     with pytest.raises(ConfigError, match="a faster one"):
         load_results(tmp_path, "operators")
-
-
-def test_the_file_is_plain_json(tmp_path: Path) -> None:
-    Results("operators", "here", [row()]).save(tmp_path)
-    document = json.loads((tmp_path / "results.json").read_text())
-    assert document["rows"][0]["case"]["name"] == "linear"

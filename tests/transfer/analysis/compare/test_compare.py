@@ -120,28 +120,6 @@ def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(
     assert not list((tmp_path / "out" / "cells").glob("linear*"))
 
 
-def test_a_failed_cell_is_named_stops_no_other_and_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    comparison = load_comparison(write_config(tmp_path, {"linear": "*: linear"}))
-    real = compare_run.train_cell
-
-    def broken(stages: Any, cell: Any, *others: Any) -> Any:
-        if cell.name == "uniform":
-            raise ValueError("no such thing")
-        return real(stages, cell, *others)
-
-    monkeypatch.setattr(compare_run, "train_cell", broken)
-    assert all_of(comparison) == ["uniform-8"]
-    assert cell(tmp_path, "uniform-8")["error"] == "ValueError: no such thing"
-    assert cell(tmp_path, "linear-8")["error"] is None
-    write_report(comparison)
-    assert "Failed: uniform at 8 px" in (tmp_path / "out" / "compare.md").read_text()
-    monkeypatch.setattr(compare_run, "train_cell", real)
-    assert all_of(comparison) == []
-    assert cell(tmp_path, "uniform-8")["error"] is None
-
-
 def test_ctrl_c_stops_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = load_comparison(write_config(tmp_path, {"linear": "*: linear"}))
 

@@ -135,14 +135,14 @@ def test_both_reports_hold_the_same_numbers(folder: Path) -> None:
 
 
 def test_the_finding_follows_the_numbers() -> None:
-    found = text.found(results(TOP1 | {("copy", "mae"): (83.0, 86.0)}))
+    found = text.answer(results(TOP1 | {("copy", "mae"): (83.0, 86.0)}))
     assert "93.5 % (+11.5 ± 0.5 points against scratch, better with 2 of 2 seeds) when it is copied" in found
     assert "84.5 % (+2.5 ± 0.5 points against scratch, better with 2 of 2 seeds) when it is copied" in found
     assert "(+1.0 ± 2.0 points against scratch, better with 1 of 2 seeds; so few seeds cannot tell" in found
 
 
 def test_a_method_that_loses_is_said_to_lose() -> None:
-    found = text.found(results(TOP1 | {("copy", "supervised"): (70.0, 75.0)}))
+    found = text.answer(results(TOP1 | {("copy", "supervised"): (70.0, 75.0)}))
     assert "(\N{MINUS SIGN}9.5 ± 0.5 points against scratch, better with 0 of 2 seeds)" in found
 
 

@@ -19,7 +19,7 @@ from graftvit.transfer.analysis.visualize.look import (
     token_name,
 )
 from graftvit.transfer.analysis.visualize.map_figures import draw_grid
-from graftvit.transfer.analysis.visualize.map_page import View, embed, quantise
+from graftvit.transfer.analysis.visualize.map_page import View, embed, quantize
 from graftvit.transfer.analysis.visualize.measures import shares
 from graftvit.transfer.analysis.visualize.shown_images import Shown
 from operator_cases import CASES, Case
@@ -118,9 +118,9 @@ def test_queries() -> None:
             query_token(wrong, layout)
 
 
-def test_quantised_rows_are_near() -> None:
+def test_quantized_rows_are_near() -> None:
     rows = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
     rows[2] = 0
-    parts, scale = quantise(rows)
+    parts, scale = quantize(rows)
     assert np.abs(parts / 127 * scale[:, None] - rows).max() <= scale.max() / 254 * 1.001
     assert parts.min() < 0
