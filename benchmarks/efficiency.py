@@ -7,8 +7,8 @@ from pathlib import Path
 
 from graftvit.models.claims import FASTER_FROM
 from graftvit.transfer.analysis.benchmark.benchmark_tables import crossover_table, size_table
-from graftvit.transfer.analysis.report.tables import markdown
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
+from graftvit.transfer.analysis.report.tables import markdown
 
 PAGE = Path(__file__).parent.parent / "docs" / "efficiency.md"
 RESULTS = Path(__file__).parent / "results"

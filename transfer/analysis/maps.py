@@ -5,9 +5,8 @@ Maps are formed densely here, (B, H, N, N) a layer: this is for a handful of ima
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,53 +14,34 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...models.attention.base import QKV, AttentionOperator, Heads
-from ...models.attention.softmax import Softmax
+from ...models.attention.base import AttentionOperator, Heads
 from ...models.conversion import ConvertedAttention
-from ...models.copied import CopiedAttention, copied_layers
-from ...models.copying.operators import Copy
-from ...models.copying.tape import Tape
+from ...models.copied import CopiedAttention
 from ...models.errors import TransferError
 from ...models.families import attention_blocks, check_supported
 from ...models.host import AttentionHost, release_attention
 
-
-@dataclass
-class MapRecorder:
-    """A softmax operator that keeps the map it applied."""
-
-    maps: list[Tensor] = field(default_factory=list)
-    needs: Collection[str] = QKV
-
-    def __call__(self, heads: Heads) -> Tensor:
-        assert heads.q is not None
-        assert heads.k is not None
-        logits_BHNN = (heads.q.float() @ heads.k.float().transpose(-2, -1)) * heads.scale
-        if heads.bias is not None:
-            logits_BHNN = logits_BHNN + heads.bias.float()
-        self.maps.append(logits_BHNN.softmax(dim=-1))
-        return Softmax()(heads)
-
-    def watch(self, operator: nn.Module, inputs: tuple[Heads, ...]) -> None:
-        """Keep the map of a converted layer's operator before it runs."""
-        self.maps.append(cast(AttentionOperator, operator).matrix(inputs[0]).float())
+Given = tuple[Tensor, Tensor | None, Tensor | None]
+"""Of an attention layer: tokens (B, N, C), rotary embedding, shared relative position bias."""
 
 
-@dataclass
-class CopiedMap:
-    """A copied layer's operator that keeps the map it applied: the teacher's, where it copies that."""
+def observe(layer: nn.Module, see: Callable[[Given], None]) -> RemovableHandle:
+    """Call `see` with what an attention layer of timm, or a host, is given, before the layer runs."""
 
-    original: Copy
-    recorder: MapRecorder
-    needs: Collection[str] = QKV
+    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        see(_given(*inputs, **keywords))
 
-    @property
-    def tape(self) -> Tape:
-        return self.original.tape
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def __call__(self, heads: Heads) -> Tensor:
-        self.recorder.maps.append(self.original.map(heads).float())
-        return self.original(heads)
+
+def _given(
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    shared_rel_pos_bias: Tensor | None = None,
+) -> Given:
+    return x, rope, shared_rel_pos_bias
 
 
 @torch.no_grad()
@@ -77,13 +57,44 @@ def attention_maps(
         TransferError: a layer that the model does not have.
         UnsupportedModelError: a model of another kind.
     """
-    with _recording(model) as recorders:
-        wanted = list(range(len(recorders))) if layers is None else list(layers)
-        for layer in wanted:
-            if not -len(recorders) <= layer < len(recorders):
-                raise TransferError(f"layer {layer} does not exist: the model has {len(recorders)} blocks.")
-        model(images)
-        return {layer: recorders[layer].maps[0] for layer in wanted}
+    blocks = attention_blocks(model)
+    wanted = list(range(len(blocks))) if layers is None else list(layers)
+    for layer in wanted:
+        if not -len(blocks) <= layer < len(blocks):
+            raise TransferError(f"layer {layer} does not exist: the model has {len(blocks)} blocks.")
+    maps: dict[int, Tensor] = {}
+    with _evaluating(model):
+        hooks = [_keep_map(cast(nn.Module, blocks[layer].attn), maps, layer) for layer in wanted]
+        try:
+            model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return {layer: maps[layer] for layer in wanted}
+
+
+def _keep_map(attention: nn.Module, maps: dict[int, Tensor], layer: int) -> RemovableHandle:
+    """Keep the map that a layer applies, in float32: of a copied layer the teacher's, where it copies that."""
+
+    def see(given: Given) -> None:
+        if isinstance(attention, ConvertedAttention):
+            operator = cast(AttentionOperator, attention.operator)
+            maps[layer] = operator.matrix(attention.project(*given)).float()
+        elif isinstance(attention, CopiedAttention):
+            maps[layer] = attention.operator.map(attention.project(*given)).float()
+        else:
+            maps[layer] = _softmax_map(AttentionHost(attention).project(*given))
+
+    return observe(attention, see)
+
+
+def _softmax_map(heads: Heads) -> Tensor:
+    assert heads.q is not None
+    assert heads.k is not None
+    logits_BHNN = (heads.q.float() @ heads.k.float().transpose(-2, -1)) * heads.scale
+    if heads.bias is not None:
+        logits_BHNN = logits_BHNN + heads.bias.float()
+    return logits_BHNN.softmax(dim=-1)
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -159,30 +170,18 @@ def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: b
 
 
 @contextmanager
-def _recording(model: nn.Module) -> Iterator[list[MapRecorder]]:
-    """Put recorders into all attention layers while inside; then restore the layers and the modes."""
-    layers: list[tuple[Any, Any]] = [(block, block.attn) for block in attention_blocks(model)]
-    copied = {layer: layer.operator for layer in copied_layers(model).values()}
-    modes = [(module, module.training) for module in model.modules()]
-    recorders = [MapRecorder() for _ in layers]
-    hooks: list[RemovableHandle] = []
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a supported model into eval mode while inside; then restore the mode of each module."""
+    layers = [(cast(Any, block), block.attn) for block in attention_blocks(model)]
     try:
         check_supported(release_attention(model), copied=True)
-        model.eval()
-        for (block, layer), recorder in zip(layers, recorders, strict=True):
-            if isinstance(layer, ConvertedAttention):
-                hooks.append(cast(nn.Module, layer.operator).register_forward_pre_hook(recorder.watch))
-            elif isinstance(layer, CopiedAttention):
-                layer.operator = cast(Copy, CopiedMap(copied[layer], recorder))
-            else:
-                block.attn = AttentionHost(layer, recorder).eval()
-        yield recorders
     finally:
-        for hook in hooks:
-            hook.remove()
         for block, layer in layers:
             block.attn = layer
-        for layer, operator in copied.items():
-            layer.operator = operator
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
         for module, training in modes:
             module.training = training

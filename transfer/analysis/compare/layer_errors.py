@@ -13,6 +13,7 @@ from ....models.attention.softmax import Softmax
 from ....models.conversion import ConvertedAttention, converted_layers
 from ....models.families import attention_blocks
 from ....models.host import AttentionHost
+from ..maps import Given, observe
 
 
 @torch.no_grad()
@@ -26,12 +27,10 @@ def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tenso
     squares: dict[int, list[Tensor]] = {index: [] for index in layers}
     teacher.eval()
     student.eval()
-    hooks = [
-        cast(nn.Module, blocks[index].attn).register_forward_pre_hook(
-            partial(_compare, layer, squares[index]), with_kwargs=True
-        )
-        for index, layer in layers.items()
-    ]
+    hooks = []
+    for index, layer in layers.items():
+        original = cast(nn.Module, blocks[index].attn)
+        hooks.append(observe(original, partial(_compare, layer, original, squares[index])))
     try:
         for images in batches:
             cast(Any, teacher).forward_features(images)
@@ -42,15 +41,8 @@ def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tenso
     return {index: float((total[0] / total[1]).sqrt()) for index, total in totals.items()}
 
 
-def _compare(
-    layer: ConvertedAttention,
-    squares: list[Tensor],
-    original: nn.Module,
-    inputs: tuple[Tensor],
-    keywords: dict[str, Any],
-) -> None:
+def _compare(layer: ConvertedAttention, original: nn.Module, squares: list[Tensor], given: Given) -> None:
     """Add the squares of the difference and of the teacher's output, over what the teacher's layer is given."""
-    given = (*inputs, keywords.get("rope"), keywords.get("shared_rel_pos_bias"))
     target = Softmax()(AttentionHost(original).project(*given))
     out = cast(Any, layer.operator)(layer.project(*given))
     squares.append(torch.stack([each.double().square().sum() for each in (out - target, target)]))
