@@ -23,13 +23,13 @@ from ..report.ink import (
     new_plots,
     spread,
 )
-from ..report.pages import Section
+from ..report.pages import Plot
 from .cell_record import Record, Speed
 from .comparison_cells import TEACHER, UNIFORM
 from .comparison_tables import is_softmax
 
 
-def plots_of(records: Sequence[Record]) -> list[Section]:
+def plots_of(records: Sequence[Record]) -> list[Plot]:
     """Return the plots that there are numbers for, at the largest image size."""
     size = max((record.size for record in records), default=0)
     here = [record for record in records if record.size == size and record.error is None]
@@ -63,19 +63,19 @@ def _memory(speed: Speed) -> float:
     return speed.peak_bytes / 2**20
 
 
-def _accuracies(records: Sequence[Record]) -> list[Section]:
+def _accuracies(records: Sequence[Record]) -> list[Plot]:
     start = "Top-1 after the last stage, and"
     about = f"{start} milliseconds for one image of {records[0].size} px. Up and left is better."
     scatter = f"Scatter of {len(records)} models: top-1 against"
     return [
-        Section(
+        Plot(
             "accuracy_latency",
             "Accuracy against latency",
             about,
             f"{scatter} milliseconds for one image.",
             partial(_scatter, records, _latency, "milliseconds for one image"),
         ),
-        Section(
+        Plot(
             "accuracy_memory",
             "Accuracy against memory",
             f"{start} what a batch needs in memory above the weights. Up and left is better.",
@@ -85,8 +85,8 @@ def _accuracies(records: Sequence[Record]) -> list[Section]:
     ]
 
 
-def _latency_tokens(students: Sequence[Record]) -> Section:
-    return Section(
+def _latency_tokens(students: Sequence[Record]) -> Plot:
+    return Plot(
         "latency_tokens",
         "Latency against the number of tokens",
         "Milliseconds of the whole model for one image. A ring marks the number of tokens from which it is faster "
@@ -96,8 +96,8 @@ def _latency_tokens(students: Sequence[Record]) -> Section:
     )
 
 
-def _errors_layers(records: Sequence[Record]) -> Section:
-    return Section(
+def _errors_layers(records: Sequence[Record]) -> Plot:
+    return Plot(
         "layer_errors",
         "Error by layer",
         "Relative error of each layer's output, per head, on the teacher's own inputs: 0 is the teacher's layer. The "

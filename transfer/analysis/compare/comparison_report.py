@@ -38,14 +38,14 @@ def write_report(comparison: Comparison, *, figures: bool = True) -> Path:
     return folder / f"{NAME}.html"
 
 
-def render_markdown(records: Sequence[Record], plots: Sequence[pages.Section]) -> str:
+def render_markdown(records: Sequence[Record], plots: Sequence[pages.Plot]) -> str:
     """Return the report as Markdown; its images are in `images/`."""
     first, second, note = (plain(words(records)) for words in (question, answer, how_to_read))
     table = tables.to_markdown(records).strip()
-    return "\n\n".join(filter(None, [first, second, table, note, *map(pages.markdown_section, plots)])) + "\n"
+    return "\n\n".join(filter(None, [first, second, table, note, *map(pages.markdown_plot, plots)])) + "\n"
 
 
-def render_html(records: Sequence[Record], plots: Sequence[pages.Section]) -> str:
+def render_html(records: Sequence[Record], plots: Sequence[pages.Plot]) -> str:
     """Return the page with both tables, the plots and the failures."""
     return pages.render_page(
         "compare/comparison.html",

@@ -33,15 +33,15 @@ def write_report(results: DemoResults, folder: Path) -> Path:
 
     The HTML file needs nothing beside it: its images are inside it, in a light and a dark form.
     """
-    sections = report_sections(results)
-    pages.write_pictures(sections, folder)
+    plots = report_plots(results)
+    pages.write_pictures(plots, folder)
     write_bytes(folder / "images" / "summary.png", _summary(results))
-    write_text(folder / "report.md", render_markdown(results, sections))
-    write_text(folder / "report.html", render_html(results, sections))
+    write_text(folder / "report.md", render_markdown(results, plots))
+    write_text(folder / "report.html", render_html(results, plots))
     return folder / "report.html"
 
 
-def report_sections(results: DemoResults) -> list[pages.Section]:
+def report_plots(results: DemoResults) -> list[pages.Plot]:
     """Return learning curves, attention maps and divergence, each with what to see in it."""
     learning, far = (
         [Panel(TEACHER_TITLES[name], list(curves(results, name))) for name in TEACHERS]
@@ -49,11 +49,11 @@ def report_sections(results: DemoResults) -> list[pages.Section]:
     )
     gazes = partial(draw_gazes, results.gazes, GAZE_TITLES)
     return [
-        pages.Section(
+        pages.Plot(
             "curves", "Learning", text.CURVES, text.curves_alt(results), partial(draw_curves, learning)
         ),
-        pages.Section("maps", "Where they look", text.MAPS, text.maps_alt(results), gazes),
-        pages.Section(
+        pages.Plot("maps", "Where they look", text.MAPS, text.maps_alt(results), gazes),
+        pages.Plot(
             "divergence",
             "How far from the teacher",
             text.DIVERGENCE,
@@ -85,7 +85,7 @@ def table_row(results: DemoResults, method: MethodResult) -> list[str]:
     return [method.title, text.percent(method), text.against_scratch(results, method)]
 
 
-def render_markdown(results: DemoResults, sections: Sequence[pages.Section]) -> str:
+def render_markdown(results: DemoResults, plots: Sequence[pages.Plot]) -> str:
     """Return the report as Markdown; its images are in `images/`."""
     several = len(results.seeds) > 1
     head = [*TABLE_HEAD, *(f"seed {seed}" for seed in results.seeds if several)]
@@ -98,20 +98,20 @@ def render_markdown(results: DemoResults, sections: Sequence[pages.Section]) -> 
             for method in methods
         ]
     parts = [f"# {text.TITLE}", text.question(results), text.answer(results), markdown(head, rows)]
-    parts += [text.table_note(results), *map(pages.markdown_section, sections)]
+    parts += [text.table_note(results), *map(pages.markdown_plot, plots)]
     parts += ["## The setting", text.setting(results), "## Go on with your own images", text.OWN_IMAGES]
     parts += [f"```bash\n{text.COMMANDS}\n```", text.footer(results)]
     return "\n\n".join(parts) + "\n"
 
 
-def render_html(results: DemoResults, sections: Sequence[pages.Section]) -> str:
+def render_html(results: DemoResults, plots: Sequence[pages.Plot]) -> str:
     """Return the report as one HTML page."""
     return pages.render_page(
         "demo/demo.html",
         title=text.TITLE,
         text=text,
         results=results,
-        sections=sections,
+        plots=plots,
         head=TABLE_HEAD,
         groups=table_groups(results),
         colors=COLORS,

@@ -24,7 +24,7 @@ ANALYSIS = str(__package__).rpartition(".")[0]
 
 
 @dataclass(frozen=True)
-class Section:
+class Plot:
     """A heading, what to see, and a picture; `alt` says in words what the picture shows."""
 
     name: str
@@ -55,20 +55,20 @@ def _read(path: str) -> str:
     return resources.files(ANALYSIS).joinpath(path).read_text(encoding="utf-8")
 
 
-def _image(section: Section, theme: Theme) -> str:
-    return data_url(to_png(section.draw(theme)))
+def _image(plot: Plot, theme: Theme) -> str:
+    return data_url(to_png(plot.draw(theme)))
 
 
-def markdown_section(section: Section) -> str:
+def markdown_plot(plot: Plot) -> str:
     """Return heading, paragraph and picture; the picture lies in `images/`."""
-    image = f"![{plain(section.alt)}](images/{section.name}.png)"
-    return f"## {plain(section.heading)}\n\n{plain(section.paragraph)}\n\n{image}"
+    image = f"![{plain(plot.alt)}](images/{plot.name}.png)"
+    return f"## {plain(plot.heading)}\n\n{plain(plot.paragraph)}\n\n{image}"
 
 
-def write_pictures(sections: Iterable[Section], folder: Path) -> None:
-    """Write the sections' pictures to `folder/images`. Raises WriteFailedError as `write_file`."""
-    for section in sections:
-        write_bytes(folder / "images" / f"{section.name}.png", to_png(section.draw("light"), ground="white"))
+def write_pictures(plots: Iterable[Plot], folder: Path) -> None:
+    """Write the plots' pictures to `folder/images`. Raises WriteFailedError as `write_file`."""
+    for plot in plots:
+        write_bytes(folder / "images" / f"{plot.name}.png", to_png(plot.draw("light"), ground="white"))
 
 
 def data_url(png: bytes) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ....models.errors import ConfigError
 from ....models.families import attention_shape, token_layout
 from ..report.heat import HEAT, SIGNED
-from ..report.pages import Section, data_url, render_page
+from ..report.pages import Plot, data_url, render_page
 from .look import Look, token_name
 from .shown_images import Shown
 
@@ -51,7 +51,7 @@ def check_page_size(models: Sequence[nn.Module], images: int, layers: int) -> No
 
 
 def map_page(
-    images: Sequence[dict[str, Any]], layers: Sequence[int], query: int, chart: Section, title: str
+    images: Sequence[dict[str, Any]], layers: Sequence[int], query: int, chart: Plot, title: str
 ) -> str:
     """Return the page; `images` are those of `embed`, `chart` the numbers by layer."""
     data = {

@@ -16,7 +16,7 @@ from ....models.errors import TransferError
 from ....models.families import check_supported, token_layout
 from ....models.plan import layer_numbers
 from ..report.ink import to_png
-from ..report.pages import Section
+from ..report.pages import Plot
 from ..report.tables import to_json
 from .layer_figures import Comparison, Numbers, draw_layers
 from .look import (
@@ -80,7 +80,7 @@ def visualize(
         for token in asked:
             _draw(view, token, chosen, out)
     numbers, comparison = seen.numbers(), seen.comparison()
-    chart = Section("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
+    chart = Plot("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
     write_bytes(out / "layers.png", to_png(chart.draw("light"), ground="white"))
     write_text(out / "numbers.json", to_json(_plain(numbers, comparison)))
     write_text(out / "index.html", map_page(embedded, chosen, asked[0], chart, _title(source, teacher)))

@@ -110,6 +110,7 @@ def test_plots_are_pictures_and_the_page_needs_nothing_beside_it() -> None:
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page.replace("http-equiv", "")
     assert "it has no value" in page
+    assert "&lt;script&gt;" in render_html([replace(FAILED, error="<script>")], [])
 
 
 def test_nothing_measured_gives_no_plots() -> None:
