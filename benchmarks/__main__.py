@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graftvit.transfer.benchmark.measure import peak_bytes, time_steps
+from graftvit.transfer.analysis.benchmark.timing import peak_bytes, time_steps
 
 from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor
 

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from graftvit.models.claims import FASTER_FROM
-from graftvit.transfer.benchmark.report import crossover_table, markdown, size_table
-from graftvit.transfer.benchmark.rows import Results, read_results
+from graftvit.transfer.analysis.benchmark.benchmark_tables import crossover_table, size_table
+from graftvit.transfer.analysis.benchmark.cases import Results, read_results
+from graftvit.transfer.analysis.report.tables import markdown
 
 PAGE = Path(__file__).parent.parent / "docs" / "efficiency.md"
 RESULTS = Path(__file__).parent / "results"

@@ -24,7 +24,7 @@ class WriteFailedError(CheckpointError, RunFailedError):
     """A checkpoint that could not be written, because the disk is full or refused it; exit code 1."""
 
 
-def write_file(path: Path, write: Callable[[Path], None], *, size: int) -> None:
+def write_file(path: Path, write: Callable[[Path], object], *, size: int) -> None:
     """Calls `write(temporary)` and puts the result at `path` in one step; what was there stays until then.
 
     The temporary file lies in a folder of its own, for safetensors from 0.8 puts another one beside it. What
@@ -43,6 +43,16 @@ def write_file(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         sync(temporary / path.name)
         (temporary / path.name).replace(path)
         sync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file of these bytes, whole or not at all. Raises WriteFailedError as `write_file`."""
+    write_file(path, lambda temporary: temporary.write_bytes(data), size=len(data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all. Raises WriteFailedError as `write_file`."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> None:

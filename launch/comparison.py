@@ -13,8 +13,8 @@ from ..models.errors import ConfigError
 from .config import Setting, load_config, load_stages, read_recipe
 
 if TYPE_CHECKING:
-    from ..transfer.compare.run import Comparison
-    from ..transfer.compare.settings import CompareConfig
+    from ..transfer.analysis.compare.compare import Comparison
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig
 
 FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.stage", "data.workers", "data.download")
 """What the run that makes the teacher takes over from the comparison."""
@@ -25,7 +25,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
 
     Raises ConfigError: there is no section `compare`, or something in the file is not valid.
     """
-    from ..transfer.compare.run import Comparison
+    from ..transfer.analysis.compare.compare import Comparison
     from ..transfer.recovery.stages import Stage
 
     given = list(overrides)
@@ -71,7 +71,7 @@ def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
 
 
 def _compare(values: dict[str, Any] | None, label: str) -> CompareConfig:
-    from ..transfer.compare.settings import CompareConfig
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig
 
     if values is None:
         raise ConfigError(

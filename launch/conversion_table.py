@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from ..transfer.analysis.report.tables import aligned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,19 +46,6 @@ def conversion_table(student: nn.Module, weights: str, calibration: str | None =
 def operator_cost(operator: AttentionOperator) -> int:
     """Multiply-adds of an operator at the geometry that it was made for."""
     return operator.macs(operator.shape.geometry)
-
-
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows as columns; those in `right` are set to the right. The last one may be as long as it likes."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:>{width}}" if column in right else f"{cell:<{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, ""])
 
 
 def _totals(student: nn.Module, softmax: int, own: dict[int, int]) -> str:

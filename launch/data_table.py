@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..transfer.analysis.report.tables import aligned
 from ..transfer.data.survey import Split, Survey, differences
-from .conversion_table import aligned
 
 SHOWN_LABELS = 20
 """With more classes than these, the text shows those at both ends; the JSON has all."""

@@ -10,9 +10,9 @@ from benchmark_rows import case
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.claims import FASTER_FROM
 from graftvit.models.operators import OPERATORS
-from graftvit.transfer.benchmark.operators import Layer, measure_operator
-from graftvit.transfer.benchmark.report import crossover_table, size_table
-from graftvit.transfer.benchmark.rows import SOFTMAX, Results, Row, read_results
+from graftvit.transfer.analysis.benchmark.benchmark_tables import crossover_table, size_table
+from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Results, Row, read_results
+from graftvit.transfer.analysis.benchmark.operator_cases import Layer, measure_operator
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 4096

@@ -1,9 +1,10 @@
-from .analysis import attention_maps as attention_maps
-from .analysis import divergence_by_layer as divergence_by_layer
-from .analysis import js_divergence as js_divergence
+from .analysis.demo.demo import run_demo as run_demo
+from .analysis.maps import attention_maps as attention_maps
+from .analysis.maps import divergence_by_layer as divergence_by_layer
+from .analysis.maps import js_divergence as js_divergence
+from .analysis.visualize.visualize import visualize as visualize
 from .config import RunConfig as RunConfig
 from .config import TransferConfig as TransferConfig
-from .demo.run import run_demo as run_demo
 from .engine.train import RunResult as RunResult
 from .engine.train import train as train
 from .evaluate import Metrics as Metrics

@@ -16,7 +16,7 @@ from ..sources import SOURCE_HELP
 from ..submitted import Work
 
 if TYPE_CHECKING:
-    from ...transfer.benchmark.rows import Case, Kind, Row
+    from ...transfer.analysis.benchmark.cases import Case, Kind, Row, Ways
 
     Measure = Callable[[Case], Row]
 
@@ -94,20 +94,12 @@ def _operators_parser() -> Parser:
 
 def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...models.operators import OPERATORS
-    from ...transfer.benchmark.operators import Layer, measure_operator, operator_cases
-    from ...transfer.benchmark.rows import SOFTMAX
+    from ...transfer.analysis.benchmark.cases import SOFTMAX
+    from ...transfer.analysis.benchmark.operator_cases import Layer, measure_operator, operator_cases
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
-    cases = operator_cases(
-        arguments.operators or [name for name in OPERATORS if name != SOFTMAX],
-        arguments.tokens,
-        arguments.batch,
-        arguments.dtype,
-        arguments.device,
-        layer,
-        backward=arguments.backward,
-        compiled=arguments.compile,
-    )
+    names = arguments.operators or [name for name in OPERATORS if name != SOFTMAX]
+    cases = operator_cases(names, arguments.tokens, layer, _ways(arguments))
     return cases, lambda case: measure_operator(case, layer, arguments.repeats)
 
 
@@ -126,19 +118,16 @@ def _models_parser() -> Parser:
 
 
 def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
-    from ...transfer.benchmark.models import measure_model, model_cases
+    from ...transfer.analysis.benchmark.model_cases import measure_model, model_cases
 
-    cases = model_cases(
-        arguments.sources,
-        arguments.plan,
-        arguments.img_size,
-        arguments.batch,
-        arguments.dtype,
-        arguments.device,
-        backward=arguments.backward,
-        compiled=arguments.compile,
-    )
+    cases = model_cases(arguments.sources, arguments.plan, arguments.img_size, _ways(arguments))
     return cases, lambda case: measure_model(case, arguments.repeats)
+
+
+def _ways(arguments: argparse.Namespace) -> Ways:
+    from ...transfer.analysis.benchmark.cases import Ways
+
+    return Ways(arguments.batch, arguments.dtype, arguments.device, arguments.backward, arguments.compile)
 
 
 def _parser(action: str, usage: str) -> Parser:
@@ -174,8 +163,8 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
 
 
 def _run(kind: Kind, cases: list[Case], measure: Measure, out: Path, device: str, force: bool) -> int:
-    from ...transfer.benchmark.report import render
-    from ...transfer.benchmark.run import check_device, run_cases
+    from ...transfer.analysis.benchmark.benchmark import check_device, run_cases
+    from ...transfer.analysis.benchmark.benchmark_tables import render
 
     check_device(device)
     results = run_cases(kind, cases, measure, out, force=force, tell=_tell)

@@ -12,8 +12,8 @@ from ..hints import hint
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
-    from ...transfer.compare.cells import Cell
-    from ...transfer.compare.run import Comparison
+    from ...transfer.analysis.compare.compare import Comparison
+    from ...transfer.analysis.compare.comparison_cells import Cell
 
 EXAMPLES = (
     "graftvit compare digits_compare",
@@ -60,19 +60,15 @@ def run(argv: list[str]) -> int:
             f"--cell {arguments.cell} is one cell, and --only asks for others: give one of the two"
         )
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
-    from ...transfer.compare.cells import only_named
-    from ...transfer.compare.report import write_report
-    from ...transfer.compare.run import check_plans, choose_cells, raise_failed, run_compare
+    from ...transfer.analysis.compare.compare import check_plans, choose_cells, raise_failed, run_compare
+    from ...transfer.analysis.compare.comparison_report import write_report
     from ..comparison import load_comparison
 
     comparison = load_comparison(arguments.config, settings)
     only = None if arguments.only is None else [name for words in arguments.only for name in words.split(",")]
-    if arguments.cell is None:
-        cells = choose_cells(comparison, only)
-    else:
-        cells = only_named(comparison.cells(), [arguments.cell], "--cell")
+    cells = choose_cells(comparison, only, alone=arguments.cell)
     if arguments.speed is not None:
-        from ...transfer.compare.speed_again import measure_again
+        from ...transfer.analysis.compare.speed import measure_again
 
         measure_again(comparison, arguments.speed, _tell)
     if arguments.report or arguments.speed is not None:
@@ -83,9 +79,12 @@ def run(argv: list[str]) -> int:
         say(_listing(comparison, cells))
         return 0
     side_by_side = "SLURM_ARRAY_TASK_ID" in os.environ or arguments.cell is not None
-    # jobs of an array would write the same files at once
-    after = None if side_by_side else lambda: write_report(comparison, figures=False)
-    failed = run_compare(comparison, cells, tell=_tell, after_cell=after)
+
+    def after_cell() -> None:
+        if not side_by_side:  # jobs of an array would write the same files at once
+            write_report(comparison, figures=False)
+
+    failed = run_compare(comparison, cells, tell=_tell, after_cell=after_cell)
     if side_by_side:
         _tell(f"`{hint('compare', arguments.config, '--report')}` makes the tables when all jobs are through")
     else:
@@ -95,21 +94,12 @@ def run(argv: list[str]) -> int:
 
 
 def _listing(comparison: Comparison, cells: list[Cell]) -> str:
-    """A line a cell: its folder, how far it is, its plan."""
-    from ...transfer.compare.record import load_record
+    """Return a line a cell: its folder, how far it is, its plan."""
+    from ...transfer.analysis.report.tables import aligned
 
-    lines = []
-    for cell in cells:
-        folder = comparison.cell_folder(cell)
-        record = load_record(folder)
-        state = "begun" if folder.exists() else "to do"
-        if record is not None:
-            state = "done" if record.error is None else "failed"
-        lines.append((cell.folder, state, cell.plan or "as it is"))
-    widths = [max((len(line[column]) for line in lines), default=0) for column in range(2)]
+    table = aligned([[cell.folder, comparison.state(cell), cell.plan or "as it is"] for cell in cells])
     stages = ", ".join(f"{stage.name} ({stage.config.mode})" for stage in comparison.stages)
-    table = [f"{name:<{widths[0]}}  {state:<{widths[1]}}  {plan}" for name, state, plan in lines]
-    return "\n".join([*table, f"stages of each student: {stages}", f"in {comparison.folder}", ""])
+    return f"{table}stages of each student: {stages}\nin {comparison.folder}\n"
 
 
 def _tell(line: str) -> None:

@@ -29,6 +29,7 @@ SETTINGS = ("data", "student.model", "student.model_args", "student.img_size", "
 def run(argv: list[str]) -> int:
     """Print what was found, and write the picture and the numbers where they are asked for."""
     arguments, config, given = _parse(argv)
+    from ...checkpoints.atomic import write_bytes, write_text
     from ...transfer.data.survey import check_readable, survey
     from ...transfer.staging.together import stage_together
     from ..data_table import to_json, to_text
@@ -39,9 +40,9 @@ def run(argv: list[str]) -> int:
     found = survey(config.data, limit=arguments.limit, decode=arguments.decode)
     say(to_text(found))
     if arguments.json is not None:
-        _write(arguments.json, (to_json(found) + "\n").encode())
+        write_text(arguments.json, to_json(found) + "\n")
     if arguments.out is not None:
-        _write(arguments.out, _picture(config, arguments.images))
+        write_bytes(arguments.out, _picture(config, arguments.images))
         say(f"{arguments.out}\n")
     check_readable(found)
     return 0
@@ -116,19 +117,10 @@ def _check(images: int, limit: int | None, *files: Path | None) -> None:
 
 def _picture(config: RunConfig, count: int) -> bytes:
     """A PNG of the first training images, at the size and with the interpolation of the student."""
-    from ...transfer.compare.figures import to_png
+    from ...transfer.analysis.report.ink import to_png
     from ...transfer.data.preview import preview
     from ...transfer.engine.students import find_whole, resolve_preprocessing
 
     fresh = config.model_copy(update={"student": config.student.model_copy(update={"init": None})})
     spec = resolve_preprocessing(fresh, None, find_whole(config.student))
     return to_png(preview(config.data, spec, count, seed=config.seed), ground="white")
-
-
-def _write(path: Path, content: bytes) -> None:
-    from ...checkpoints.atomic import write_file
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_file(path, write, size=len(content))

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
         raise ConfigError(f"--output_dir is {str(arguments.output_dir)!r}, which is a file; name a folder")
-    from ...transfer.demo.run import run_demo
+    from ...transfer.analysis.demo.demo import run_demo
 
     report = run_demo(
         arguments.output_dir,

@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"--out is {str(arguments.out)!r}, which is a file; give a folder")
     how = keywords_of(settings)
     queries = [word.strip() for word in arguments.query.split(",") if word.strip()]
-    from ...transfer.visualize.run import visualize
+    from ...transfer.analysis.visualize.visualize import visualize
 
     page = visualize(
         arguments.checkpoint,

@@ -20,7 +20,7 @@ from .sweep import Sweep, check_folder, parse_sweep
 from .sweep_cells import cell_configs, first_config
 
 if TYPE_CHECKING:
-    from ...transfer.compare.run import Comparison
+    from ...transfer.analysis.compare.compare import Comparison
 
 
 GOES_ON = Setting("engine.resume", "auto", "graftvit submit")
@@ -124,7 +124,7 @@ def _holds(path: Path, text: str) -> bool:
 
 def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> Plan:
     """A cell each, of which none may be impossible."""
-    from ...transfer.compare.run import check_plans
+    from ...transfer.analysis.compare.compare import check_plans
     from ..comparison import load_comparison
 
     settings = [*settings, _absolute(load_comparison(recipe, settings).folder)]

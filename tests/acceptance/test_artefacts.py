@@ -20,8 +20,8 @@ import pytest
 import timm
 import torch
 from graftvit.launch.cli import main
-from graftvit.transfer.analysis import attention_maps
-from graftvit.transfer.visualize.measures import entropy
+from graftvit.transfer.analysis.maps import attention_maps
+from graftvit.transfer.analysis.visualize.measures import entropy
 from hub_server import Hub
 from PIL import Image
 from support.measure import measure

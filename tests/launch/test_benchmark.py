@@ -25,7 +25,7 @@ def test_operators_are_measured_and_the_second_time_kept(
         "latency.png", "results.csv", "results.json", "table.md",
     ]  # fmt: skip
     assert main(words) == 0
-    assert "8 of 8 cases are in" in capsys.readouterr().err
+    assert "8 of 8 cells are done" in capsys.readouterr().err
 
 
 def test_models_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

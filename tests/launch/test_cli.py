@@ -250,7 +250,9 @@ def test_demo_hands_on_what_it_was_told(
         seen.append((output_dir, quick, more))
         return output_dir / "report.html"
 
-    monkeypatch.setitem(sys.modules, "graftvit.transfer.demo.run", SimpleNamespace(run_demo=run_demo))
+    monkeypatch.setitem(
+        sys.modules, "graftvit.transfer.analysis.demo.demo", SimpleNamespace(run_demo=run_demo)
+    )
     assert main(["demo", "--quick", "--output-dir", str(tmp_path)]) == 0
     assert main(["demo", "--seeds", "7", "9", "--processes", "3", "--threads", "2"]) == 0
     assert seen == [

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from graftvit.launch.cli import main
 from graftvit.launch.comparison import load_comparison
 from graftvit.launch.config import load_stages
 from graftvit.models.errors import ConfigError
+from graftvit.transfer.analysis.compare.student_cell import train_cell
 from patience import until
 
 
@@ -62,24 +64,35 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     assert first["layer_errors"] == second["layer_errors"]
 
 
-def test_failed_cells_end_in_exit_code_1(
+def test_a_failed_cell_is_named_stops_no_other_and_is_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"})
 
-    def broken(*arguments: object) -> None:
-        raise RuntimeError("out of luck")
+    def broken(stages: Any, cell: Any, *others: Any) -> Any:
+        if cell.name == "uniform":
+            raise RuntimeError("out of luck")
+        return train_cell(stages, cell, *others)
 
-    monkeypatch.setattr("graftvit.transfer.compare.run.train_cell", broken)
-    assert main(["compare", str(path), "--only", "teacher,linear"]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("graftvit.transfer.analysis.compare.compare.train_cell", broken)
+        assert main(["compare", str(path)]) == 1
     error = capsys.readouterr().err
-    assert "the cell linear-8 failed: RuntimeError: out of luck; the same command tries it again" in error
-    assert "out of luck" in cell(tmp_path, "linear-8")["error"]
+    assert "the cell uniform-8 failed: RuntimeError: out of luck; the same command tries it again" in error
+    assert "out of luck" in cell(tmp_path, "uniform-8")["error"]
+    assert cell(tmp_path, "linear-8")["error"] is None
     assert main(["compare", str(path), "--dry_run"]) == 0
-    assert "linear-8   failed" in capsys.readouterr().out
+    assert "uniform-8  failed" in capsys.readouterr().out
     (tmp_path / "out" / "compare.csv").unlink()
     assert main(["compare", str(path), "--report"]) == 0
     assert "out of luck" in (tmp_path / "out" / "compare.csv").read_text()
+    assert "Failed: uniform at 8 px" in (tmp_path / "out" / "compare.md").read_text()
+    assert main(["compare", str(path)]) == 0
+    assert cell(tmp_path, "uniform-8")["error"] is None
+    capsys.readouterr()
+    for dry in ([], ["--dry_run"]):
+        assert main(["compare", str(path), "--lr", "0.5", *dry]) == 2
+        assert "measured with other settings" in capsys.readouterr().err
 
 
 def test_the_teacher_is_trained_first_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,6 @@ from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check
 from graftvit.launch.slurm.sweep import load_sweep
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.compare.run import digest
 from slurm_folders import HERE, attempted, say, submitted
 
 STAGES = {
@@ -136,7 +135,7 @@ def test_a_cell_of_a_comparison_is_a_job(folder: Path) -> None:
 def same_numbers(path: Path, frozen: Path, *words: str) -> bool:
     """Whether cells of the one count as done for the other."""
     one, other = load_comparison(path, map(parse_override, words)), load_comparison(frozen)
-    return [digest(one, cell) for cell in one.cells()] == [digest(other, cell) for cell in other.cells()]
+    return [one.digest(cell) for cell in one.cells()] == [other.digest(cell) for cell in other.cells()]
 
 
 @pytest.mark.parametrize("name", ["teacher.yaml", "recipes/teacher.yaml", "config.yaml"])

@@ -12,6 +12,7 @@ import torch
 from data_sets import image, write_classes
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError, DataError
+from graftvit.transfer.analysis.visualize.shown_images import read_images
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders, loading
 from graftvit.transfer.data.augment import eval_transform
@@ -22,7 +23,6 @@ from graftvit.transfer.data.images import open_image
 from graftvit.transfer.data.labels import real_labels
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from graftvit.transfer.evaluate import evaluate
-from graftvit.transfer.visualize.images import read_images
 from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision import transforms

@@ -1,0 +1,92 @@
+"""A benchmark goes on where it was stopped, and ends with tables and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from benchmark_rows import case, row
+from graftvit.models.errors import ConfigError
+from graftvit.transfer.analysis.benchmark.benchmark import check_device, run_cases
+from graftvit.transfer.analysis.benchmark.benchmark_tables import render
+from graftvit.transfer.analysis.benchmark.cases import Case, Results, Row, load_results
+from graftvit.transfer.analysis.benchmark.latency_plot import draw_latency
+
+CASES = [case(name, size) for size in (64, 256, 1024) for name in ("linear", "ttt")]
+
+
+def measured(one: Case) -> Row:
+    return dataclasses.replace(row(ratio=one.size / 128 if one.name == "linear" else 0.25), case=one)
+
+
+def test_a_stopped_benchmark_goes_on(tmp_path: Path) -> None:
+    seen: list[Case] = []
+
+    def stops(one: Case) -> Row:
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(one)
+        return measured(one)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cases("operators", CASES, stops, tmp_path)
+    assert [saved.case for saved in load_results(tmp_path, "operators").rows] == CASES[:4]
+    seen.clear()
+    results = run_cases("operators", CASES, stops, tmp_path)
+    assert seen == CASES[4:]
+    assert [saved.case for saved in results.rows] == CASES
+    run_cases("operators", CASES[:1], stops, tmp_path, force=True)
+    assert len(load_results(tmp_path, "operators").rows) == 1
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    run_cases("operators", CASES, measured, tmp_path, tell=told.append)
+    assert "[6/6] ttt, 1,024 tokens, batch 1, float32, cpu, forward" in told
+    told.clear()
+    run_cases("operators", CASES, measured, tmp_path, tell=told.append)
+    assert told == ["6 of 6 cells are done"]
+
+
+def test_the_tables_say_ratio_and_crossover(tmp_path: Path) -> None:
+    run_cases("operators", CASES, measured, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "### 1,024 tokens, 6 heads of 64, batch 1, float32, cpu, forward" in table
+    assert "| linear | 10 | 9–12 | 80 | 8.00 | 100.0 | 1.0 | 5.0 | 5.0 |" in table
+    assert "| operator | 6 heads of 64, batch 1, float32, cpu, forward |" in table
+    assert "| linear | 128 |\n| ttt | above 1,024 |" in table
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_has_only_what_was_asked_for(tmp_path: Path) -> None:
+    run_cases("operators", CASES, measured, tmp_path)
+    run_cases("operators", CASES[:2], measured, tmp_path)
+    assert "1,024" not in (tmp_path / "table.md").read_text()
+    assert len(load_results(tmp_path, "operators").rows) == 6, "but nothing is forgotten"
+
+
+def test_a_wrong_account_of_multiply_adds_is_named() -> None:
+    wrong = dataclasses.replace(row("ttt"), counted_macs=4_000_000)
+    text = render(Results("operators", "here", [row(), wrong]))
+    assert "More than 5%" in text
+    assert text.rstrip().endswith(": ttt.")
+
+
+def test_the_plot_has_a_panel_a_setting_and_rings_at_crossovers() -> None:
+    rows = [measured(one) for one in CASES]
+    rows += [dataclasses.replace(one, case=dataclasses.replace(one.case, batch=8)) for one in rows]
+    panels = draw_latency(rows).axes
+    assert [panel.get_title() for panel in panels] == [
+        f"6 heads of 64, batch {batch}, float32, cpu, forward" for batch in (1, 8)
+    ]
+    rings = [line for line in panels[0].lines if len(line.get_xdata()) == 1]
+    assert [float(ring.get_xdata()[0]) for ring in rings] == [pytest.approx(128)]
+    assert panels[0].get_xscale() == panels[0].get_yscale() == "log"
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert check_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="--device cuda"):
+        check_device("cuda")

@@ -1,0 +1,70 @@
+"""Times are of one call, memory is the peak, and the counter sees what fused attention hides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graftvit.transfer.analysis.benchmark.timing import SHORTEST, Step, counted_macs, peak_bytes, time_steps
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Work of so many seconds, on a clock that nothing else moves."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    return work
+
+
+def test_a_timing_is_of_one_call_and_quick_steps_are_repeated(work: Callable[[float], None]) -> None:
+    seconds = {"slow": 0.02, "quick": 0.0005}
+    calls = dict.fromkeys(seconds, 0)
+
+    def working(name: str) -> Step:
+        def step() -> None:
+            calls[name] += 1
+            work(seconds[name])
+
+        return step
+
+    timings = time_steps({name: working(name) for name in seconds}, 3, CPU)
+    for name, timing in timings.items():
+        assert timing.median == pytest.approx(seconds[name])
+    assert calls["slow"] == 2 + 3
+    assert calls["quick"] == 2 + 3 * round(SHORTEST / seconds["quick"])
+
+
+def test_the_quartiles_are_around_the_median(work: Callable[[float], None]) -> None:
+    rounds = iter([1.0, 1.0, 0.01, 0.05, 0.03, 0.02, 0.04])
+    timing = time_steps({"drifts": lambda: work(next(rounds))}, 5, CPU)["drifts"]
+    assert (timing.low, timing.median, timing.high) == pytest.approx((0.02, 0.03, 0.04))
+
+
+def test_the_peak_is_what_lives_at_once() -> None:
+    x = torch.randn(256, 1024)  # a MiB
+
+    def one_after_the_other() -> None:
+        for _ in range(4):
+            torch.exp(x)
+
+    def all_at_once() -> None:
+        kept = [torch.exp(x) for _ in range(4)]
+        del kept
+
+    assert peak_bytes(one_after_the_other, CPU) == pytest.approx(2**20, rel=0.01)
+    assert peak_bytes(all_at_once, CPU) == pytest.approx(4 * 2**20, rel=0.01)
+
+
+def test_the_counter_sees_the_products_of_fused_attention() -> None:
+    q = torch.randn(1, 2, 50, 8)
+    assert counted_macs(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 50 * 50 * 8
+    assert counted_macs(lambda: q.exp()) == 0

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_runs import cell, write_config
+from graftvit.launch.comparison import load_comparison
+from graftvit.models.errors import ConfigError, GraftError
+from graftvit.transfer.analysis.compare import compare as compare_run
+from graftvit.transfer.analysis.compare.compare import Comparison, choose_cells, run_compare
+from graftvit.transfer.analysis.compare.comparison_cells import only_named
+from graftvit.transfer.analysis.compare.comparison_report import write_report
+from graftvit.transfer.analysis.compare.student_cell import fresh_model, is_linear
+from graftvit.transfer.cells.pool import StoppedError
+from safetensors.torch import load_file, save_file
+
+PLANS = {"linear": "*: linear", "focused": "0: focused", "softmax": "*: softmax"}
+
+
+def all_of(comparison: Comparison, **options: Any) -> list[str]:
+    return run_compare(comparison, comparison.cells(), **options)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison that ran to its end."""
+    folder = tmp_path_factory.mktemp("done")
+    comparison = load_comparison(write_config(folder, PLANS, speed_img_size=[16]))
+    assert all_of(comparison) == []
+    write_report(comparison)
+    return folder
+
+
+def test_the_table_has_the_numbers_of_the_logs(done: Path) -> None:
+    shown = {row["name"]: row for row in json.loads((done / "out" / "compare.json").read_text())}
+    for name in ("uniform", "linear", "focused"):
+        stages = {score["stage"]: score for score in shown[name]["scores"]}
+        assert list(stages) == ["zero-shot", "align", "task"]
+        for place, stage in enumerate(("align", "task"), 1):
+            log = done / "out" / "cells" / f"{name}-8" / f"{place}-{stage}" / "log.jsonl"
+            records = [json.loads(line) for line in log.read_text().splitlines()]
+            last = [record for record in records if "test_top1" in record][-1]
+            assert stages[stage]["top1"] == last["test_top1"]
+            assert stages[stage]["top5"] == last["test_top5"]
+            assert stages[stage]["steps"] == 8
+            epochs = [record["seconds"] for record in records if "n_parameters" in record]
+            assert len(epochs) == 2
+            assert stages[stage]["seconds"] == pytest.approx(sum(epochs))
+        first = json.loads((done / "out" / "cells" / f"{name}-8" / "1-align" / "log.jsonl").open().readline())
+        assert first["step"] == 0
+        assert stages["zero-shot"]["top1"] == first["test_top1"]
+
+
+def test_softmax_needs_no_alignment_and_starts_as_the_teacher(done: Path) -> None:
+    softmax, teacher = cell(done, "softmax-8"), cell(done, "teacher-8")
+    assert [score["stage"] for score in softmax["scores"]] == ["zero-shot", "task"]
+    assert softmax["scores"][0]["top1"] == teacher["scores"][0]["top1"]
+    assert softmax["parameters"] == teacher["parameters"]
+
+
+def test_costs_are_those_of_the_operators(done: Path) -> None:
+    uniform, linear, focused = (cell(done, f"{name}-8") for name in ("uniform", "linear", "focused"))
+    assert uniform["new_parameters"] == 0
+    assert focused["new_parameters"] > 0
+    assert (uniform["linear"], linear["linear"], focused["linear"]) == (True, True, False)
+    for record in (uniform, linear, focused):
+        assert [speed["size"] for speed in record["speeds"]] == [8, 16]
+        for speed in record["speeds"]:
+            assert speed["tokens"] == speed["size"] ** 2 // 16 + 1
+            assert 0 < speed["latency_low"] <= speed["latency"] <= speed["latency_high"]
+            assert speed["peak_bytes"] > 0
+            # sums and products by element, which the counter does not see, are much of so small a model
+            assert speed["counted_macs"] <= speed["macs"] < 1.3 * speed["counted_macs"]
+    assert all(speed["macs"] == speed["counted_macs"] for speed in cell(done, "softmax-8")["speeds"])
+    assert set(linear["layer_errors"]) == {"zero-shot", "align", "task"}
+    assert set(linear["layer_errors"]["align"]) == {"0", "1"}
+    assert set(focused["layer_errors"]["align"]) == {"0"}
+
+
+def test_alignment_brings_the_layers_nearer(done: Path) -> None:
+    errors = cell(done, "linear-8")["layer_errors"]
+    assert sum(errors["align"].values()) < sum(errors["zero-shot"].values())
+
+
+def test_the_report_is_there_with_pictures(done: Path) -> None:
+    out = done / "out"
+    names = {path.name for path in (out / "images").iterdir()}
+    assert names == {"accuracy_latency.png", "accuracy_memory.png", "latency_tokens.png", "layer_errors.png"}
+    for path in (out / "images").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5000
+    markdown = (out / "compare.md").read_text()
+    assert all(f"| {name} |" in markdown for name in ("teacher", "uniform", *PLANS))
+    assert "<table>" in (out / "compare.html").read_text()
+
+
+def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = load_comparison(done / "compare.yaml")
+    with pytest.raises(ConfigError, match="measured with other settings"):
+        all_of(replace(comparison, compare=comparison.compare.model_copy(update={"repeats": 3})))
+    monkeypatch.setattr(compare_run, "_run_cell", None)
+    said: list[str] = []
+    assert all_of(comparison, tell=said.append) == []
+    assert said == ["5 of 5 cells are done"]
+
+
+def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+    run_compare(load_comparison(path), only_named(load_comparison(path).cells(), ["teacher"]))
+    (record,) = (tmp_path / "out" / "cells").glob("teacher*/cell.json")
+    assert len(json.loads(record.read_text())["teacher"]) == 64
+    weights = tmp_path / "given-teacher" / "model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
+    comparison = load_comparison(path)
+    with pytest.raises(ConfigError, match=r"cells.teacher\S* was measured with another teacher"):
+        run_compare(comparison, only_named(comparison.cells(), ["linear"]))
+    assert not list((tmp_path / "out" / "cells").glob("linear*"))
+
+
+def test_ctrl_c_stops_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = load_comparison(write_config(tmp_path, {"linear": "*: linear"}))
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_run, "train_cell", interrupted)
+    with pytest.raises(StoppedError, match="SIGINT in uniform-8") as stopped:
+        all_of(comparison)
+    assert stopped.value.exit_code == 130
+    assert cell(tmp_path, "teacher-8")["error"] is None
+    assert not (tmp_path / "out" / "cells" / "uniform-8" / "cell.json").exists()
+
+
+def test_the_jobs_of_an_array_share_all_cells(tmp_path: Path) -> None:
+    comparison = load_comparison(write_config(tmp_path, PLANS, img_size=[8, 16]))
+    shares = [
+        choose_cells(comparison, None, {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "3"})
+        for number in range(3)
+    ]
+    assert sorted(cell.folder for share in shares for cell in share) == sorted(
+        cell.folder for cell in comparison.cells()
+    )
+
+
+def test_linear_means_every_layer(tmp_path: Path) -> None:
+    config = load_comparison(write_config(tmp_path, PLANS)).config
+    plans = {
+        "*: linear": True,
+        "0: linear": False,
+        "*: monarch": False,
+        "*: uniform": True,
+        "*: softmax": False,
+    }
+    assert {plan: is_linear(fresh_model(config, plan, 8)) for plan in plans} == plans
+
+
+def test_a_plan_that_is_none_is_said_before_anything_runs(tmp_path: Path) -> None:
+    comparison = load_comparison(write_config(tmp_path, {"odd": "*: lineal"}))
+    with pytest.raises(GraftError, match=r"compare\.plans: odd at 8 px.*lineal"):
+        compare_run.check_plans(comparison)

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+from graftvit.models.errors import ConfigError
+from graftvit.transfer.analysis.compare.comparison_cells import list_cells, only_named
+
+PLANS = {"linear": "*: linear", "mixed": "*: linear; 0: softmax"}
+
+
+def test_teacher_and_uniform_come_before_the_plans_at_every_size() -> None:
+    cells = list_cells(PLANS, [8, 16], teacher=True)
+    assert [cell.folder for cell in cells] == [
+        f"{name}-{size}" for size in (8, 16) for name in ("teacher", "uniform", "linear", "mixed")
+    ]
+    assert [cell.plan for cell in cells[:2]] == [None, "*: uniform"]
+
+
+def test_without_a_teacher_there_is_no_row_for_one() -> None:
+    assert [cell.name for cell in list_cells(PLANS, [8], teacher=False)] == ["uniform", "linear", "mixed"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "uniform", "a/b", "", "two words"])
+def test_names_that_cannot_be_cells_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"compare\.plans"):
+        list_cells({name: "*: linear"}, [8], teacher=True)
+
+
+def test_only_takes_names_and_folders_and_says_what_there_is() -> None:
+    cells = list_cells(PLANS, [8, 16], teacher=True)
+    assert [cell.folder for cell in only_named(cells, ["linear"])] == ["linear-8", "linear-16"]
+    assert [cell.folder for cell in only_named(cells, ["linear-16", "uniform-8"])] == [
+        "uniform-8",
+        "linear-16",
+    ]
+    assert only_named(cells, None) == cells
+    with pytest.raises(ConfigError, match=r"--only linea.*did you mean 'linear'"):
+        only_named(cells, ["linea"])

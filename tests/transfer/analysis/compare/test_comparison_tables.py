@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from graftvit.transfer.analysis.compare.cell_record import Record, Score, Speed
+from graftvit.transfer.analysis.compare.comparison_plots import crossover_of, plots_of
+from graftvit.transfer.analysis.compare.comparison_report import render_html
+from graftvit.transfer.analysis.compare.comparison_tables import (
+    best_linear,
+    lines_of,
+    records_csv,
+    records_json,
+    reference,
+    to_markdown,
+)
+from graftvit.transfer.analysis.compare.comparison_text import answer
+from graftvit.transfer.analysis.report.ink import to_png
+from graftvit.transfer.cells.records import load_record, save_record
+
+
+def speed(size: int, latency: float) -> Speed:
+    return Speed(
+        size, 4, size * size // 4 + 1, latency, latency, latency, 1e-3 * size, 10.0, 9.0, 2**20, 10**6, 10**6
+    )
+
+
+def record(name: str, top1: list[float], *, plan: str | None = "*: linear", linear: bool = True) -> Record:
+    scores = [
+        Score(stage, value, 99.0, 0.1, 2.0, 5)
+        for stage, value in zip(("zero-shot", "task"), top1, strict=False)
+    ]
+    errors = {} if plan is None else {"zero-shot": {0: 0.9, 1: 0.8}, "task": {0: 0.2, 1: 0.1}}
+    speeds = [speed(8, 9e-3), speed(16, 15e-3), speed(32, 20e-3)]
+    return Record(name, plan, 8, "d", "a machine", 0.5, None, linear, 100, 7, scores, speeds, errors)
+
+
+TEACHER = record("teacher", [98.0], plan=None, linear=False)
+UNIFORM = record("uniform", [18.0, 78.0], plan="*: uniform")
+STUDENT = record("good", [40.0, 97.0])
+QUADRATIC = record("better", [60.0, 99.0], linear=False)
+FAILED = replace(record("broken", []), error="it has no value")
+ALL = [TEACHER, UNIFORM, STUDENT, QUADRATIC, FAILED]
+
+
+def test_the_gap_is_measured_from_both_floors() -> None:
+    lines = {line.record.name: line for line in lines_of(ALL)}
+    assert lines["good"].gap_trained == pytest.approx(19 / 20)
+    assert lines["good"].gap_zero_shot == pytest.approx(79 / 80)
+    assert lines["better"].gap_trained == pytest.approx(1.05)
+    assert lines["uniform"].gap_trained == 0
+    assert lines["teacher"].gap_zero_shot == 1
+    assert lines["broken"].gap_trained is None
+
+
+def test_sizes_are_not_mixed() -> None:
+    other = replace(STUDENT, size=16)
+    assert lines_of([*ALL, other])[-1].gap_trained is None
+
+
+def test_the_best_linear_student_is_neither_uniform_nor_quadratic() -> None:
+    best = best_linear(ALL, 8)
+    assert best is STUDENT
+    assert best_linear([TEACHER, UNIFORM], 8) is None
+
+
+def test_without_a_teacher_softmax_is_the_reference() -> None:
+    softmax = record("plain", [10.0, 95.0], plan="*: softmax", linear=False)
+    assert reference([UNIFORM, STUDENT, softmax], 8) is softmax
+    assert reference([UNIFORM, STUDENT], 8) is None
+
+
+def test_tables_have_the_numbers_and_name_what_failed() -> None:
+    text = to_markdown(ALL)
+    assert "| good | 40.0 / 99.0 | 97.0 / 99.0 | 95 % | 99 % | 4 |" in text
+    assert "Failed: broken at 8 px: it has no value" in text
+    rows = list(csv.DictReader(io.StringIO(records_csv(ALL))))
+    assert [row["name"] for row in rows] == ["teacher", "uniform", "good", "better", "broken"]
+    assert float(rows[2]["task_top1"]) == 97.0
+    assert rows[4]["error"] == "it has no value"
+    whole = json.loads(records_json(ALL))
+    assert whole[2]["gap_recovered_trained_uniform"] == pytest.approx(0.95)
+    assert "95 %" in answer(ALL)
+
+
+def test_the_crossover_lies_between_the_sizes() -> None:
+    at = crossover_of(STUDENT)
+    assert at is not None
+    assert at.where == ""
+    assert 17 < at.size < 65
+
+
+def test_plots_are_pictures_and_the_page_needs_nothing_beside_it() -> None:
+    plots = plots_of(ALL)
+    assert [plot.name for plot in plots] == [
+        "accuracy_latency",
+        "accuracy_memory",
+        "latency_tokens",
+        "layer_errors",
+    ]
+    for plot in plots:
+        png = to_png(plot.draw("dark"), dots_per_inch=50)
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 3000
+    page = render_html(ALL, plots[:1])
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page.replace("http-equiv", "")
+    assert "it has no value" in page
+    assert "&lt;script&gt;" in render_html([replace(FAILED, error="<script>")], [])
+
+
+def test_nothing_measured_gives_no_plots() -> None:
+    assert plots_of([]) == []
+    assert plots_of([FAILED]) == []
+    assert len(plots_of([TEACHER])) == 2
+
+
+def test_a_record_comes_back_from_the_disk(tmp_path: Path) -> None:
+    for each in ALL:
+        save_record(each, tmp_path / each.name)
+        assert load_record(Record, tmp_path / each.name) == each

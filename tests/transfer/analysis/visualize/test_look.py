@@ -1,0 +1,126 @@
+"""What is seen of a model is what its operators do: every operator, every prefix, teacher beside student."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from graftvit.models.attention.base import Heads
+from graftvit.models.errors import ConfigError, TransferError
+from graftvit.transfer.analysis.visualize import look as looking
+from graftvit.transfer.analysis.visualize.look import (
+    check_comparable,
+    cka,
+    divergence,
+    look,
+    query_token,
+    token_name,
+)
+from graftvit.transfer.analysis.visualize.map_figures import draw_grid
+from graftvit.transfer.analysis.visualize.map_page import View, embed, quantize
+from graftvit.transfer.analysis.visualize.measures import shares
+from graftvit.transfer.analysis.visualize.shown_images import Shown
+from operator_cases import CASES, Case
+from PIL import Image
+from visualize_models import GRID, PREFIX, TOKENS, operator_inputs, tiny
+
+BY_NAME = list({case.operator: case for case in reversed(CASES)}.values())
+
+
+def image(seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(1, 3, 16, 24)
+
+
+@pytest.mark.parametrize("case", BY_NAME, ids=str)
+def test_every_operator_shows_its_effective_map(case: Case) -> None:
+    """The map is what the layer gives for V := I; of an operator that is not linear in V, its Jacobian."""
+    model = tiny(f"1: {case}; 0: softmax")
+    seen = look(model, image())
+    assert seen.maps.shape == (2, 2, TOKENS, TOKENS)
+    if case.operator != "softmax":
+        operator, heads = operator_inputs(model, image(), 1)
+        if operator.traits.linear_in_v:
+            eye = torch.eye(TOKENS).expand(1, 2, -1, -1)
+            with_eye = Heads(heads.q, heads.k, eye, None, heads.scale, geometry=heads.geometry)
+            expected = operator.attend(with_eye)[0]
+            torch.testing.assert_close(seen.maps[1], expected, atol=1e-5, rtol=1e-4)
+        else:
+            some = operator.rows(heads, torch.tensor([0, 9]))[0]
+            torch.testing.assert_close(seen.maps[1][:, [0, 9]], some)
+    assert torch.isfinite(seen.entropy()).all()
+    assert (seen.entropy() <= math.log(TOKENS) + 1e-5).all()
+    assert (seen.distance() <= math.dist((0, 0), (3, 5))).all()
+    torch.testing.assert_close(seen.rollout().sum(-1), torch.ones(2, TOKENS))
+    shown = Shown("x", Image.new("RGB", (24, 16)), np.zeros((16, 24, 3), np.uint8))
+    figure = draw_grid(shown.pixels, seen, seen.rollout().numpy(), 5, [0, 1], "title")
+    heat = figure.axes[5 + 3].images[1].get_array()  # second row: image, mean, rollout, head 0
+    np.testing.assert_allclose(heat, seen.maps[1, 0, 5, PREFIX:].reshape(GRID))
+    embedded = embed(View(shown, {"student": seen}, {"student": seen.rollout()}), [1])
+    assert embedded["models"]["student"]["signed"] == [bool((seen.maps[1] < 0).any())]
+
+
+def test_tokens_are_those_after_each_block() -> None:
+    model = tiny("*: linear")
+    tokens = look(model, image()).tokens
+    _, expected = model.forward_intermediates(image(), return_prefix_tokens=True, output_fmt="NLC")  # type: ignore[operator]
+    for found, (patches, prefix) in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(found, torch.cat([prefix, patches], 1)[0])
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny("0: linear").train()
+    before = [type(block.attn) for block in model.blocks]  # type: ignore[union-attr]
+    look(model, image())
+    assert model.training
+    assert [type(block.attn) for block in model.blocks] == before  # type: ignore[union-attr]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_divergence_and_cka_of_a_model_with_itself() -> None:
+    one, other = look(tiny(), image()), look(tiny("*: linear"), image())
+    assert divergence(one, one) == [0, 0]
+    patches = [each[PREFIX:] for each in one.tokens]
+    assert cka([patches], [patches]) == pytest.approx([1, 1])
+    p, q = shares(one.maps[0]).double(), shares(other.maps[0]).double()
+    middle = (p + q) / 2
+    js = ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)).mean() / 2
+    assert divergence(one, other)[0] == pytest.approx(js.item(), rel=1e-4)
+
+
+def test_models_with_other_prefixes_and_heads_are_compared_over_patches() -> None:
+    student = look(tiny(), image())
+    teacher = look(tiny(reg_tokens=0, num_heads=4), image())
+    assert all(0 < each < math.log(2) for each in divergence(teacher, student))
+
+
+def test_models_that_do_not_go_together() -> None:
+    with pytest.raises(TransferError, match="3 blocks and the student 2"):
+        check_comparable(tiny(depth=3), tiny())
+    with pytest.raises(TransferError, match="4x4 patches and the student 4x6"):
+        check_comparable(tiny(img_size=16), tiny())
+
+
+def test_maps_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looking, "MAX_MAP_BYTES", 1000)
+    with pytest.raises(TransferError, match="2 layers, 2 heads and 27 tokens"):
+        look(tiny(), image())
+
+
+def test_queries() -> None:
+    layout = look(tiny(), image()).layout
+    assert [query_token(word, layout) for word in ("cls", "reg1", "0", "23")] == [0, 2, 3, 26]
+    assert token_name(query_token("13", layout), layout) == "patch 13 (row 2, column 1)"
+    for wrong in ("24", "-1", "reg2", "3x5"):
+        with pytest.raises(ConfigError, match=r"valid are patches 0 to 23, cls, reg0, reg1"):
+            query_token(wrong, layout)
+
+
+def test_quantized_rows_are_near() -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
+    rows[2] = 0
+    parts, scale = quantize(rows)
+    assert np.abs(parts / 127 * scale[:, None] - rows).max() <= scale.max() / 254 * 1.001
+    assert parts.min() < 0

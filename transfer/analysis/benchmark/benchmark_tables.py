@@ -1,0 +1,81 @@
+"""The tables of a benchmark, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..report.tables import markdown, milliseconds
+from .cases import Results, Row
+from .crossover import crossovers
+
+MISCOUNT = 0.05
+"""How far an operator's own account may be from the counter before the table says so."""
+
+
+def render(results: Results) -> str:
+    """Return a table of cases for each setting, and one of crossovers."""
+    loads = [row.load for row in results.rows]
+    first = (
+        f"{results.machine}. Ratio: how many times as fast as fused softmax attention, timed in turn with it in the "
+        "same run. Spread: first to third quartile. Load average while measuring "
+        f"{min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
+    )
+    parts = [first]
+    for setting, rows in _settings(results.rows).items():
+        parts += [f"### {setting}", size_table(rows) + _miscounted(rows)]
+    if crossovers(results.rows):
+        size = "N" if results.kind == "operators" else "image side"
+        heading = f"### Crossover: the {size} from which it is faster than fused softmax attention"
+        parts += [heading, crossover_table(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def crossover_table(results: Results) -> str:
+    """Return a line an operator or plan, a column a setting."""
+    found = crossovers(results.rows)
+    settings = list(dict.fromkeys(case.setting for case in found))
+    names = list(dict.fromkeys(case.name for case in found))
+    cells = {(case.name, case.setting): str(value) for case, value in found.items()}
+    head = "operator" if results.kind == "operators" else "plan"
+    return markdown(
+        [head, *settings], [[name, *(cells.get((name, one), "") for one in settings)] for name in names]
+    )
+
+
+def size_table(rows: Sequence[Row]) -> str:
+    """Return a line a case of one setting, the fastest first."""
+    head = ["operator" if rows[0].case.kind == "operators" else "plan", "ms", "spread", "softmax ms", "ratio"]
+    head += ["images/s", "peak MiB", "attention MMACs", "counted"]
+    return markdown(head, [_line(row) for row in sorted(rows, key=lambda row: -row.ratio)])
+
+
+def _settings(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.case.size):
+        found.setdefault(f"{row.case.size_text}, {row.case.setting}", []).append(row)
+    return found
+
+
+def _miscounted(rows: Sequence[Row]) -> str:
+    """Name the operators whose count differs from torch's; empty where none does."""
+    names = [row.case.name for row in rows if abs(row.counted_macs - row.macs) > MISCOUNT * row.macs]
+    if not names:
+        return ""
+    return (
+        f"\n\nMore than {MISCOUNT:.0%} between own and counted multiply-adds, where sums over elements, "
+        f"poolings or kernels of which torch's counter does not know matter: {', '.join(names)}."
+    )
+
+
+def _line(row: Row) -> list[str]:
+    return [
+        row.case.name,
+        milliseconds(row.median),
+        f"{milliseconds(row.low)}–{milliseconds(row.high)}",
+        milliseconds(row.softmax),
+        f"{row.ratio:.2f}",
+        f"{row.case.batch / row.median:,.1f}",
+        f"{row.peak_bytes / 2**20:,.1f}",
+        f"{row.macs / 1e6:,.1f}",
+        f"{row.counted_macs / 1e6:,.1f}",
+    ]

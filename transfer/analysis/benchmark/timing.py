@@ -1,0 +1,111 @@
+"""Time, peak memory and multiply-adds of a function, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+Step = Callable[[], object]
+SHORTEST = 5e-3
+"""Seconds that a timing lasts at least: shorter steps are taken several times in a row."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median of the rounds, and the first and third quartile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_steps(
+    steps: Mapping[str, Step], repeats: int, device: torch.device, warmup: int = 1
+) -> dict[str, Timing]:
+    """Return the timing of each step over `repeats` rounds, at least two.
+
+    Rounds take every step in turn, so that a drift of the machine touches all alike.
+    """
+    calls = {name: _warm(step, warmup, device) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(max(2, repeats)):
+        for name, step in steps.items():
+            times[name].append(_seconds(step, calls[name], device) / calls[name])
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def step_of(run: Callable[[], Tensor], leaves: Sequence[Tensor] = (), upstream: Tensor | None = None) -> Step:
+    """Return the forward pass `run` as a step; with `leaves`, and the backward pass to them from `upstream`."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def learn() -> None:
+        torch.autograd.grad(run(), leaves, upstream, allow_unused=True)
+
+    return learn if leaves else forward
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Return the most bytes allocated at once during a step, above what was allocated before it.
+
+    On a GPU those that torch's allocator counts; on a CPU the running sum of the allocations and releases that
+    torch's profiler sees, which has temporary buffers within torch's own kernels, but not within oneDNN's.
+    """
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated, peak = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+def counted_macs(step: Step) -> int:
+    """Count the multiply-adds of matrix products and convolutions in a step, by `torch.utils.flop_counter`."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the products of fused attention are not counted everywhere
+        step()
+    return counter.get_total_flops() // 2
+
+
+def _warm(step: Step, warmup: int, device: torch.device) -> int:
+    """Warm up; returns how many calls make a timing long enough."""
+    for _ in range(max(1, warmup)):
+        step()
+    return max(1, round(SHORTEST / max(_seconds(step, 1, device), 1e-7)))
+
+
+def _seconds(step: Step, calls: int, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _timing(values: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, low, high)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

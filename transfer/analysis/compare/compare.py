@@ -1,0 +1,289 @@
+"""A comparison from its first cell to its last: what is done stays, a cell that fails does not stop the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
+from ...cells.pool import StoppedError
+from ...cells.records import State, cell_state, digest, load_record, save_record
+from ...cells.sharing import array_share, left_to_run, run_in_turn
+from ...config import RunConfig
+from ...engine.students import input_size
+from ...engine.train import train
+from ...recovery.stages import Stage
+from ..benchmark.cases import load_average, machine
+from .cell_record import Record, Speed
+from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells, only_named
+from .speed import measure_speed
+from .student_cell import (
+    count_parameters,
+    fresh_model,
+    is_linear,
+    score_teacher,
+    speed_models,
+    teacher_of,
+    train_cell,
+)
+
+logger = logging.getLogger(__name__)
+WITHOUT_EFFECT = {"stop_grace", "save_minutes"}
+"""Settings of the engine that no number depends on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One teacher, the stages that every student goes through, and the plans."""
+
+    stages: Sequence[Stage]
+    compare: CompareConfig
+    teacher: RunConfig | None = None
+    """The run that makes the teacher, where one does."""
+
+    @property
+    def folder(self) -> Path:
+        return self.stages[0].config.output_dir
+
+    @property
+    def config(self) -> RunConfig:
+        return self.stages[0].config
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.config.teacher.source is not None
+
+    def cells(self) -> list[Cell]:
+        """Return all cells in the order of the table. Raises ConfigError: a name or a size is not valid."""
+        sizes = self.compare.img_size or (_side(self.config),)
+        return list_cells(self.compare.plans, sizes, teacher=self.has_teacher)
+
+    def cell_folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.folder
+
+    def record(self, cell: Cell) -> Record | None:
+        """Return what is known of a cell that is done or failed."""
+        return load_record(Record, self.cell_folder(cell))
+
+    def records(self) -> list[Record]:
+        """Return the records of all cells that are done or failed, in the order of the table."""
+        found = (self.record(cell) for cell in self.cells())
+        return [record for record in found if record is not None]
+
+    def state(self, cell: Cell) -> State:
+        """Return how far a cell is. Raises ConfigError: it was measured with other settings."""
+        return cell_state(self.cell_folder(cell), self.digest(cell))
+
+    def digest(self, cell: Cell) -> str:
+        """Return the digest of all settings that the cell's numbers depend on."""
+        stages = [_plain(stage.config, {"data_path", "workers", "stage"}) for stage in self.stages]
+        for settings in stages:
+            settings["student"].pop("plan")
+            if self.teacher is not None:
+                settings["teacher"].pop("source")  # a path
+        made = None if self.teacher is None else _plain(self.teacher, {"stage"})
+        measured = self.compare.model_dump(mode="json", exclude={"plans", "img_size"})
+        return digest([stages, made, measured, cell.plan, cell.size])
+
+    @property
+    def device(self) -> torch.device:
+        """Where speed is measured."""
+        auto = self.config.engine.device == "auto" and torch.cuda.is_available()
+        return torch.device("cuda" if auto else "cpu")
+
+
+def _plain(config: RunConfig, but: set[str]) -> dict[str, Any]:
+    """Return the settings of a run as plain data, without those of its data in `but`."""
+    return config.model_dump(mode="json", exclude={"output_dir": True, "data": but, "engine": WITHOUT_EFFECT})
+
+
+def choose_cells(
+    comparison: Comparison,
+    only: Sequence[str] | None = None,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    alone: str | None = None,
+) -> list[Cell]:
+    """Return the cells of this command: those of the names, and of them this array job's share.
+
+    With `alone` it is that cell, whatever the job.
+    """
+    if alone is not None:
+        return only_named(comparison.cells(), [alone], "--cell")
+    return array_share(only_named(comparison.cells(), only), environment)
+
+
+def check_plans(comparison: Comparison) -> None:
+    """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
+    for cell in comparison.cells():
+        try:
+            fresh_model(comparison.config, cell.plan, cell.size)
+        except GraftError as error:
+            raise ConfigError(f"compare.plans: {cell.name} at {cell.size} px: {error}") from error
+
+
+def run_compare(
+    comparison: Comparison,
+    cells: Sequence[Cell],
+    *,
+    tell: Callable[[str], None] = logger.info,
+    after_cell: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Run the cells that are not done, and return the folders of those that failed.
+
+    `tell` gets a line before and after each cell, and `after_cell` is called when its record is on the disk.
+
+    Raises:
+        StoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
+        ConfigError: a cell was measured with other settings, or with another teacher, before.
+    """
+    left = left_to_run(cells, comparison.state, tell)
+    with _quiet_log():
+        _make_teacher(comparison, tell)
+        teacher = _identify_teacher(comparison) if left else ""
+
+        def run(cell: Cell) -> str:
+            record = replace(_run_cell(comparison, cell), teacher=teacher)
+            save_record(record, comparison.cell_folder(cell))
+            after_cell()
+            return _outcome(record)
+
+        run_in_turn(left, run, tell)
+    return [cell.folder for cell in left if comparison.state(cell) == "failed"]
+
+
+def _identify_teacher(comparison: Comparison) -> str:
+    """Return the digest of the teacher's weights, "" without one.
+
+    Raises ConfigError: a cell was measured with another teacher.
+    """
+    if not comparison.has_teacher:
+        return ""
+    now = teacher_of(comparison.config).digest or ""
+    for record in comparison.records():
+        if record.error is None and record.teacher not in ("", now):
+            raise ConfigError(
+                f"{comparison.folder / 'cells' / record.folder} was measured with another teacher than "
+                f"{comparison.config.teacher.source} now holds; take another --output_dir, or remove it"
+            )
+    return now
+
+
+def _make_teacher(comparison: Comparison, tell: Callable[[str], None]) -> None:
+    config = comparison.teacher
+    if config is None or (config.output_dir / "student" / "config.json").exists():
+        return
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        raise ConfigError("the teacher must be there before an array: run with --only teacher first")
+    tell(f"the teacher, in {config.output_dir}")
+    result = train(config)
+    if result.signal is not None:
+        raise _stopped(result.signal, "the teacher's training")
+
+
+def _stopped(number: int, where: str) -> StoppedError:
+    return StoppedError(number, f"in {where}, its state is saved")
+
+
+def _run_cell(comparison: Comparison, cell: Cell) -> Record:
+    try:
+        found = _teacher_numbers(comparison, cell) if cell.name == TEACHER else _numbers(comparison, cell)
+    except StoppedError:
+        raise
+    except KeyboardInterrupt as interrupt:
+        raise _stopped(signal.SIGINT, cell.folder) from interrupt
+    except GraftError as error:
+        found = {"error": str(error)}
+    except Exception as error:  # whatever breaks in one cell, the others go on
+        logger.warning("%s failed", cell.folder, exc_info=True)
+        found = {"error": one_sentence(f"{type(error).__name__}: {error}")}
+    settings = comparison.digest(cell)
+    return Record(cell.name, cell.plan, cell.size, settings, machine(), load_average(), **found)
+
+
+def _teacher_numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+    student = comparison.config.student.model_copy(update={"img_size": cell.size})
+    config = comparison.config.model_copy(update={"student": student})
+    teacher = teacher_of(config)
+    score = score_teacher(config, teacher)
+    return {
+        "parameters": count_parameters(teacher.model)[0],
+        "scores": [] if score is None else [score],
+        "speeds": _speeds(comparison, cell),
+    }
+
+
+def _numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+    folder = comparison.cell_folder(cell)
+    trained = train_cell(comparison.stages, cell, folder, comparison.compare.error_batches)
+    if isinstance(trained, int):
+        raise _stopped(trained, cell.folder)
+    parameters, new = count_parameters(trained.student)
+    return {
+        "linear": is_linear(trained.student),
+        "parameters": parameters,
+        "new_parameters": new,
+        "scores": trained.scores,
+        "speeds": _speeds(comparison, cell),
+        "layer_errors": trained.errors,
+    }
+
+
+def _speeds(comparison: Comparison, cell: Cell) -> list[Speed]:
+    """Measure at the training's image size and at those of `speed_img_size`, with as many pixels in a batch."""
+    compare, speeds = comparison.compare, []
+    for size in sorted({cell.size, *compare.speed_img_size}):
+        batch = max(1, compare.batch_size * cell.size**2 // size**2)
+        models = speed_models(comparison.config, cell.plan, size)
+        speeds.append(measure_speed(*models, size, batch, compare.repeats, comparison.device))
+    return speeds
+
+
+def _side(config: RunConfig) -> int:
+    _, height, width = input_size(config.student)
+    if height != width:
+        raise ConfigError(f"student.img_size is {height}x{width}; a comparison takes square images")
+    return height
+
+
+def _outcome(record: Record) -> str:
+    if record.error is not None:
+        return f"failed: {record.error}"
+    scores = ", ".join(f"{score.stage} {score.top1:.1f} %" for score in record.scores)
+    return f"{scores or 'no accuracy'}; {record.seconds:.0f} s of training"
+
+
+def raise_failed(failed: Sequence[str], folder: Path) -> None:
+    """Raise RunFailedError with the names of the cells that failed, if any."""
+    if len(failed) == 1:
+        record = load_record(Record, folder / "cells" / failed[0])
+        why = "" if record is None else f": {record.error}"
+        raise RunFailedError(f"the cell {failed[0]} failed{why}; the same command tries it again")
+    if failed:
+        names = ", ".join(failed)
+        raise RunFailedError(
+            f"{len(failed)} cells failed ({names}), see {folder / 'cells'}/<cell>/cell.json; "
+            "the same command tries them again"
+        )
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Keep the runs' own records to their log.jsonl."""
+    logs = [logging.getLogger(name) for name in ("graftvit.transfer.engine", "graftvit.transfer.recovery")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -1,0 +1,74 @@
+"""What a comparison compares: the section `compare:` of a YAML file, and a cell for each student and image size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from ....models.errors import ConfigError
+from ...cells.sharing import pick_named
+from ...config import Section
+
+TEACHER, UNIFORM = "teacher", "uniform"
+
+
+class CompareConfig(Section):
+    """The section `compare:` of a YAML file."""
+
+    plans: dict[str, str] = Field(
+        min_length=1, description="by name, the attention of each layer, such as {linear: '*: linear'}"
+    )
+    img_size: tuple[int, ...] = Field(
+        (), description="sides of the images that students are trained at; student.img_size by default"
+    )
+    teacher_recipe: str | None = Field(
+        None, description="recipe that trains the teacher first, in output_dir/teacher"
+    )
+    speed_img_size: tuple[int, ...] = Field(
+        (), description="sides of the images that speed is measured at, beside those of the training"
+    )
+    batch_size: int = Field(64, gt=0, description="images in a batch of the throughput and peak memory")
+    repeats: int = Field(7, gt=1, description="rounds of each timing")
+    error_batches: int = Field(2, gt=0, description="test batches that the layers' errors are measured on")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a student by its plan, or the teacher as it is, which has none."""
+
+    name: str
+    plan: str | None
+    size: int
+    """Side of the images in pixels."""
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{self.size}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.size} px: {self.plan or 'as it is'}"
+
+
+def list_cells(plans: Mapping[str, str], sizes: Sequence[int], *, teacher: bool) -> list[Cell]:
+    """Return all cells: at each size the teacher where there is one, uniform attention, then the plans.
+
+    Raises ConfigError: a name is taken or is not valid.
+    """
+    for name in plans:
+        if name in (TEACHER, UNIFORM):
+            raise ConfigError(
+                f"compare.plans: {name!r} is there without being asked for; choose another name"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9_+.-]+", name):
+            raise ConfigError(f"compare.plans: {name!r} must be of letters, digits, dashes, dots, +")
+    everyone: dict[str, str | None] = {TEACHER: None} if teacher else {}
+    everyone |= {UNIFORM: "*: uniform", **plans}
+    return [Cell(name, plan, size) for size in sizes for name, plan in everyone.items()]
+
+
+def only_named(cells: Sequence[Cell], names: Sequence[str] | None, origin: str = "--only") -> list[Cell]:
+    """Return the cells of these names, or with these folders; all for None. Raises ConfigError: one is not there."""
+    return pick_named(cells, names, lambda cell: (cell.name, cell.folder), origin)

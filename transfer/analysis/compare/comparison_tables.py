@@ -1,0 +1,195 @@
+"""The rows of the table: accuracy by stage, cost, and how much of the gap each student recovered."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ....checkpoints.markdown import plain
+from ..report.tables import markdown, milliseconds, to_csv, to_json
+from .cell_record import Record, Speed
+from .comparison_cells import TEACHER, UNIFORM
+
+Table = tuple[list[str], list[list[str]]]
+COSTS = (
+    "latency",
+    "softmax_latency",
+    "throughput",
+    "softmax_throughput",
+    "peak_bytes",
+    "macs",
+    "counted_macs",
+)
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A cell with what it means beside the others of its image size."""
+
+    record: Record
+    gap_trained: float | None
+    """(student − uniform) / (teacher − uniform), uniform attention trained with the same budget."""
+    gap_zero_shot: float | None
+    """The same against uniform attention as converted, untrained."""
+
+
+def lines_of(records: Sequence[Record]) -> list[Line]:
+    """Return a line for each record, with gaps where there are a reference and a uniform student of its size."""
+    return [Line(record, *_gaps(record, records)) for record in records]
+
+
+def reference(records: Sequence[Record], size: int) -> Record | None:
+    """Return the reference of all students: the teacher, or without one the student with softmax everywhere."""
+    here = [record for record in records if record.size == size and record.final is not None]
+    named = [record for record in here if record.name == TEACHER]
+    softmax = [record for record in here if record.plan is not None and is_softmax(record.plan)]
+    return next(iter(named + softmax), None)
+
+
+def best_linear(records: Sequence[Record], size: int) -> Record | None:
+    """Return the most accurate student whose every layer costs linearly, uniform attention left out."""
+    found = [
+        record
+        for record in records
+        if record.size == size and record.linear and record.name != UNIFORM and record.final is not None
+    ]
+    return max(found, key=_final_top1, default=None)
+
+
+def stage_names(records: Iterable[Record]) -> list[str]:
+    """Return the stages of all records in their order, the zero-shot one first."""
+    return list(dict.fromkeys(score.stage for record in records for score in record.scores))
+
+
+def records_json(records: Sequence[Record]) -> str:
+    """Return all that is known of the cells, with the gaps, as JSON."""
+    return to_json(
+        [
+            {
+                **dataclasses.asdict(line.record),
+                "seconds": line.record.seconds,
+                "gap_recovered_trained_uniform": line.gap_trained,
+                "gap_recovered_zero_shot_uniform": line.gap_zero_shot,
+            }
+            for line in lines_of(records)
+        ]
+    )
+
+
+def records_csv(records: Sequence[Record]) -> str:
+    """Return a row a cell; empty where there is no number."""
+    columns: dict[str, Callable[[Line], object]] = {
+        "name": lambda line: line.record.name,
+        "plan": lambda line: line.record.plan,
+        "img_size": lambda line: line.record.size,
+        "error": lambda line: line.record.error,
+        "linear": lambda line: line.record.linear,
+        **{
+            f"{stage}_{key}": partial(_of_stage, stage, key)
+            for stage in stage_names(records)
+            for key in ("top1", "top5")
+        },
+        "gap_recovered_trained_uniform": lambda line: line.gap_trained,
+        "gap_recovered_zero_shot_uniform": lambda line: line.gap_zero_shot,
+        "parameters": lambda line: line.record.parameters,
+        "new_parameters": lambda line: line.record.new_parameters,
+        "training_seconds": lambda line: line.record.seconds,
+        **{cost: partial(_of_speed, cost) for cost in COSTS},
+    }
+    return to_csv(list(columns), [[value(line) for value in columns.values()] for line in lines_of(records)])
+
+
+def _of_stage(stage: str, key: str, line: Line) -> object:
+    return getattr(line.record.score(stage), key, None)
+
+
+def _of_speed(cost: str, line: Line) -> object:
+    return getattr(line.record.speed, cost, None)
+
+
+def accuracy_table(records: Sequence[Record]) -> Table:
+    """Return head and rows: top-1 / top-5 of each stage, the gaps, the training time."""
+    stages, sizes = stage_names(records), {record.size for record in records}
+    rows = []
+    for line in lines_of(records):
+        record = line.record
+        if record.error is not None:
+            continue
+        found = [record.score(stage) for stage in stages]
+        shown = ["" if score is None else f"{score.top1:.1f} / {score.top5:.1f}" for score in found]
+        seconds = f"{record.seconds:.0f}" if record.plan is not None else ""
+        rows.append(
+            [label(record, sizes), *shown, _share(line.gap_trained), _share(line.gap_zero_shot), seconds]
+        )
+    return ["cell", *stages, "gap recovered", "against zero-shot uniform", "training s"], rows
+
+
+def cost_table(records: Sequence[Record]) -> Table:
+    """Return head and rows: what a student costs at the size of its training."""
+    sizes = {record.size for record in records}
+    measured = [(record, record.speed) for record in records if record.error is None and record.speed]
+    columns: dict[str, Callable[[Record, Speed], str]] = {
+        "cell": lambda record, _: label(record, sizes),
+        "parameters": lambda record, _: f"{record.parameters:,}",
+        "new": lambda record, _: f"{record.new_parameters:,}",
+        "MMACs": lambda _, speed: f"{speed.macs / 1e6:.2f}",
+        "counted": lambda _, speed: f"{speed.counted_macs / 1e6:.2f}",
+        "ms, batch 1": lambda _, speed: milliseconds(speed.latency),
+        "softmax ms": lambda _, speed: milliseconds(speed.softmax_latency),
+        "images/s": lambda _, speed: f"{speed.throughput:,.0f}",
+        "peak MiB": lambda _, speed: f"{speed.peak_bytes / 2**20:.1f}",
+        "linear": lambda record, _: "yes" if record.linear else "no",
+    }
+    return list(columns), [[text(*each) for text in columns.values()] for each in measured]
+
+
+def to_markdown(records: Sequence[Record]) -> str:
+    """Return both tables, and the cells that failed."""
+    parts = [markdown(*accuracy_table(records)), markdown(*cost_table(records))]
+    return "\n\n".join([*parts, *map(plain, failures(records))]) + "\n"
+
+
+def failures(records: Sequence[Record]) -> list[str]:
+    """Return a sentence for each cell that failed."""
+    return [
+        f"Failed: {record.name} at {record.size} px: {record.error}" for record in records if record.error
+    ]
+
+
+def label(record: Record, sizes: Iterable[int]) -> str:
+    """Return the name, with the image size where there are several."""
+    return record.name if len(set(sizes)) == 1 else f"{record.name}, {record.size} px"
+
+
+def _gaps(record: Record, records: Sequence[Record]) -> tuple[float | None, float | None]:
+    top, floor = reference(records, record.size), _uniform(records, record.size)
+    if top is None or floor is None or record.final is None:
+        return None, None
+    return tuple(
+        _gap(_final_top1(record), score.top1, _final_top1(top))
+        for score in (floor.scores[-1], floor.scores[0])
+    )  # type: ignore[return-value]
+
+
+def _gap(value: float, low: float, high: float) -> float | None:
+    return (value - low) / (high - low) if high > low else None
+
+
+def _uniform(records: Sequence[Record], size: int) -> Record | None:
+    return next((r for r in records if r.name == UNIFORM and r.size == size and r.scores), None)
+
+
+def is_softmax(plan: str) -> bool:
+    """Return whether the plan keeps every layer."""
+    return plan.replace(" ", "") in ("*:softmax", "*:keep")
+
+
+def _final_top1(record: Record) -> float:
+    return record.scores[-1].top1
+
+
+def _share(gap: float | None) -> str:
+    return "" if gap is None else f"{100 * gap:.0f} %".replace("-", MINUS)

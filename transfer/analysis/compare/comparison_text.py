@@ -1,0 +1,59 @@
+"""What the report says around its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .cell_record import Record
+from .comparison_tables import best_linear, lines_of, reference
+
+TITLE = "What does it cost to make this attention cheap?"
+MEMORY = "Peak memory is what a batch needs above the weights."
+
+
+def question(records: Sequence[Record]) -> str:
+    """State the question, with the number of students."""
+    students = [record for record in records if record.plan is not None and record.error is None]
+    return (
+        f"One teacher, {len(students)} students. Each is the teacher with other attention by a plan, trained "
+        "through the same stages with the same settings, the same data and as many steps. Uniform attention, which "
+        "knows nothing of where to look, is the floor."
+    )
+
+
+def answer(records: Sequence[Record]) -> str:
+    """Name the best student of linear cost at each image size, and the gap that it recovered."""
+    return " ".join(filter(None, (_answer(records, size) for size in sorted({r.size for r in records}))))
+
+
+def _answer(records: Sequence[Record], size: int) -> str:
+    top, best = reference(records, size), best_linear(records, size)
+    if top is None or best is None or top.final is None or best.final is None:
+        return ""
+    line = next(line for line in lines_of(records) if line.record is best)
+    words = (
+        f"At {size} px the {top.name} names {top.final.top1:.1f} % of the test images, and the best student of "
+        f"linear cost, {best.name}, {best.final.top1:.1f} %"
+    )
+    if line.gap_trained is None or line.gap_zero_shot is None:
+        return f"{words}."
+    return (
+        f"{words}: {100 * line.gap_trained:.0f} % of the gap between the {top.name} and uniform attention "
+        f"trained with the same budget, {100 * line.gap_zero_shot:.0f} % of that to uniform attention without training."
+    )
+
+
+def how_to_read(records: Sequence[Record]) -> str:
+    """Explain the columns, and what the numbers cannot tell."""
+    loads = [record.load for record in records]
+    machines = sorted({record.machine for record in records})
+    return (
+        "Accuracy is top-1 / top-5 in percent on the test images, zero-shot (converted, untrained) and at the end of "
+        "each stage; no checkpoint was picked. Gap recovered is (student − uniform) / (teacher − uniform), once "
+        "against the uniform student of the same budget and once against the uniform student before any training. "
+        "Choosing the best of many students on the images that they are judged by flatters it; one seed says nothing "
+        "about the spread. MMACs are millions of multiply-adds of the whole model for one image, by the operators' "
+        "own account and by torch's counter. Latency is of one image, timed in turn with the same model with "
+        f"softmax; images/s are in batches. {MEMORY} Training time is that of the steps, without evaluation. "
+        f"Measured on {'; '.join(machines)}; load average {min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
+    )

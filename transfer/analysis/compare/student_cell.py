@@ -1,0 +1,166 @@
+"""A cell from its first step to its record: the student's stages, then what it costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....checkpoints.build import published_config
+from ....checkpoints.preprocessing import Preprocessing
+from ....checkpoints.teacher import Teacher, load_teacher
+from ....models.attention.base import AttentionOperator
+from ....models.conversion import convert, converted_layers, new_parameters
+from ....models.families import attention_blocks
+from ...config import RunConfig
+from ...data.loaders import create_eval_loader
+from ...engine.build import build
+from ...engine.runlog import read_log
+from ...engine.students import input_size, plan_student
+from ...evaluate import evaluate
+from ...recovery.stages import Stage, chain, train_stages
+from .cell_record import Score
+from .comparison_cells import Cell
+from .layer_errors import layer_errors
+
+ZERO_SHOT = "zero-shot"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the stages gave, and the two models that speed is measured on."""
+
+    scores: list[Score]
+    errors: dict[str, dict[int, float]]
+    student: nn.Module
+
+
+def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage]:
+    """Return the stages with the cell's plan, image size and folder; it is scored before the first step.
+
+    Stages that align have nothing to do for a plan that converts no layer, and are left out for it.
+    """
+    student = {"plan": cell.plan, "img_size": cell.size}
+    softmax = not converted_layers(fresh_model(stages[0].config, cell.plan, cell.size))
+    kept = [stage for stage in stages if not (softmax and stage.config.mode == "align")]
+    made = []
+    for number, stage in enumerate(kept):
+        engine = {"evaluate_start": number == 0, "evaluate_teacher": False, "progress": False}
+        update = {
+            "output_dir": folder,
+            "student": stage.config.student.model_copy(update=student),
+            "engine": stage.config.engine.model_copy(update=engine),
+        }
+        made.append(Stage(stage.name, stage.config.model_copy(update=update)))
+    return made
+
+
+def fresh_model(config: RunConfig, plan: str | None, size: int) -> nn.Module:
+    """Build the student with random weights, at any image size. Raises GraftError: it cannot be built."""
+    student = config.student.model_copy(update={"plan": plan, "img_size": size})
+    images = Preprocessing.read(published_config(student.model), input_size(student))
+    return plan_student(student, config.data.num_classes or 10, None, images).create()
+
+
+def is_linear(model: nn.Module) -> bool:
+    """Return whether every attention layer costs linearly in the number of tokens."""
+    layers = converted_layers(model)
+    linear = [layer.operator for layer in layers.values()]
+    return len(layers) == len(attention_blocks(model)) and all(
+        isinstance(operator, AttentionOperator) and operator.traits.linear_cost for operator in linear
+    )
+
+
+def train_cell(stages: Sequence[Stage], cell: Cell, folder: Path, error_batches: int) -> Trained | int:
+    """Run the stages from where they stand, and read their scores off their logs.
+
+    Returns the signal that stopped them, where one did. Raises GraftError as `train`.
+    """
+    own = cell_stages(stages, cell, folder)
+    stopped, steps = train_stages(own).signal, chain(own)
+    if stopped is not None:
+        return stopped
+    student = load_teacher(f"local-dir:{folder / 'student'}").model
+    errors = {} if stages[0].config.teacher.source is None else _errors(own, steps, error_batches)
+    return Trained(stage_scores(steps), errors, student)
+
+
+def stage_scores(steps: Sequence[Stage]) -> list[Score]:
+    """Read the scores before the first step and at the end of each stage from `log.jsonl`."""
+    scores = []
+    for number, stage in enumerate(steps):
+        records = read_log(stage.config.output_dir / "log.jsonl")
+        if number == 0:
+            scores += [_score(ZERO_SHOT, record, 0.0) for record in records[:1] if "test_top1" in record]
+        seconds = sum(record["seconds"] for record in records if "n_parameters" in record)
+        scored = [record for record in records if "test_top1" in record and record["step"] > 0]
+        scores += [_score(stage.name, record, seconds) for record in scored[-1:]]
+    return scores
+
+
+def _score(name: str, record: dict[str, Any], seconds: float) -> Score:
+    """Return the score of the trained weights; their average has scores of its own in the log."""
+    top1, top5, loss = (float(record[f"test_{key}"]) for key in ("top1", "top5", "loss"))
+    return Score(name, top1, top5, loss, seconds, int(record["step"]))
+
+
+def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[str, dict[int, float]]:
+    """Measure the layers' errors before the first step and after each stage."""
+    teacher = teacher_of(own[0].config)
+    images = test_images(own[0].config, teacher, count)
+    start = build(own[0].config).task.trainable
+    students = {ZERO_SHOT: start} | {
+        stage.name: load_teacher(f"local-dir:{stage.config.output_dir / 'student'}").model for stage in steps
+    }
+    return {name: layer_errors(teacher.model, student, images) for name, student in students.items()}
+
+
+def teacher_of(config: RunConfig) -> Teacher:
+    """Load the teacher at the size of the student's images."""
+    how = config.teacher
+    return load_teacher(
+        str(how.source),
+        model=how.model,
+        model_args=how.model_args,
+        img_size=how.img_size or config.student.img_size,
+        position_embedding=how.position_embedding,
+        revision=how.revision,
+        identified=True,
+    )
+
+
+def test_images(config: RunConfig, teacher: Teacher, count: int) -> list[Tensor]:
+    """Return the first batches of the test set, as the teacher wants them."""
+    return [images for images, _, _ in itertools.islice(_loader(config, teacher), count)]
+
+
+def score_teacher(config: RunConfig, teacher: Teacher) -> Score | None:
+    """Measure the teacher's accuracy; None where it has no head for these classes."""
+    if not teacher.has_head:
+        return None
+    found = evaluate({"teacher": teacher.model}, _loader(config, teacher))["teacher"]
+    return Score(ZERO_SHOT, found.top1, found.top5, found.loss)
+
+
+def _loader(config: RunConfig, teacher: Teacher) -> Any:
+    return create_eval_loader(config.data, teacher.preprocessing)
+
+
+def speed_models(config: RunConfig, plan: str | None, size: int) -> tuple[nn.Module, nn.Module]:
+    """Build a softmax model and the student with random weights, which are as fast as trained ones."""
+    torch.manual_seed(0)
+    softmax = fresh_model(config, None, size)
+    return softmax, softmax if plan is None else convert(softmax, plan)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of all parameters, and of those that the conversion added."""
+    return (
+        sum(parameter.numel() for parameter in model.parameters()),
+        sum(parameter.numel() for parameter in new_parameters(model)),
+    )

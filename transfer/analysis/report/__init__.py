@@ -1,0 +1,1 @@
+"""How results are shown: one style of plots, one set of tables, one page."""

@@ -1,0 +1,102 @@
+"""The style of every plot: ink for light and for dark pages, quiet axes; and a figure as a PNG file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.isotonic import isotonic_regression
+
+Theme = Literal["light", "dark"]
+Array = NDArray[Any]
+INK: dict[Theme, str] = {"light": "#24292f", "dark": "#dfe3e8"}
+FAINT: dict[Theme, str] = {"light": "#d4d9df", "dark": "#3a414b"}
+GREY, BLUE, ORANGE, GREEN, PURPLE = "#8b949e", "#3b82d6", "#e08a1e", "#12a07a", "#9a63d8"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#d0503f", "#2aa3b8", "#b8a019", "#c65a9b", "#6b8f3c", "#7a6a58")
+DASHES = ("-", "--", ":")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches, that arranges its plots itself."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def new_plots(
+    theme: Theme,
+    size: tuple[float, float],
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    grid: str = "both",
+    **options: Any,
+) -> tuple[Figure, list[Any]]:
+    """Return a figure of `size` and its plots, row by row, in the style of the theme."""
+    figure = new_figure(*size)
+    plots = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axes in plots:
+        style_axes(axes, theme, grid)
+    return figure, plots
+
+
+def style_axes(axes: Any, theme: Theme, grid: str = "both") -> None:
+    """Give a plot the theme's ink, a faint grid along "x", "y" or "both", and no frame but its bottom."""
+    axes.set_facecolor("none")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT[theme])
+    axes.grid(axis=grid, color=FAINT[theme], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK[theme], length=0, labelsize=9)
+    axes.xaxis.label.set_color(INK[theme])
+    axes.yaxis.label.set_color(INK[theme])
+
+
+def color_of(place: int) -> str:
+    """Return the color of the line at `place`; after ten they repeat, with other dashes."""
+    return COLORS[place % len(COLORS)]
+
+
+def dashes_of(place: int) -> str:
+    """Return the dashes that tell apart two lines of one color."""
+    return DASHES[place // len(COLORS) % len(DASHES)]
+
+
+def legend_beside(axes: Any, theme: Theme) -> None:
+    """Put the legend to the right of the plot."""
+    axes.legend(
+        fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK[theme]
+    )
+
+
+def log_log(axes: Any, sizes: Sequence[int]) -> None:
+    """Make both axes logarithmic, with a tick at each size."""
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+
+
+def draw_ring(axes: Any, x: float, xs: Sequence[float], ys: Sequence[float], color: str) -> None:
+    """Ring the point at `x` of a line on a log-log plot."""
+    y = float(np.exp(np.interp(np.log(x), np.log(xs), np.log(ys))))
+    axes.plot([x], [y], "o", mfc="none", mec=color, markersize=11)
+
+
+def spread(places: Sequence[float], gap: float, low: float | None = None, high: float | None = None) -> Array:
+    """Return the least-squares places, ascending as the given ones, that are at least `gap` apart."""
+    room = gap * np.arange(len(places))
+    top = None if high is None else max(high - room[-1], 1e-6)
+    apart: Array = isotonic_regression(np.asarray(places) - room, y_min=low, y_max=top) + room
+    return apart
+
+
+def to_png(figure: Figure, *, ground: str = "none", dots_per_inch: int = 150) -> bytes:
+    """Return the figure as a PNG file, on a transparent `ground` or on a color."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dots_per_inch, facecolor=ground)
+    return file.getvalue()

@@ -1,0 +1,71 @@
+"""The record of a cell in its folder, `cell.json`, and how far the cell is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from ...checkpoints.atomic import write_text
+from ...models.errors import ConfigError
+
+CELL_FILE = "cell.json"
+State = Literal["done", "failed", "begun", "to do"]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What every record holds; an application's own record has more fields."""
+
+    settings: str
+    """The digest of all settings that the cell's numbers depend on."""
+    error: str | None = None
+    """Why the cell failed; None where it is done."""
+
+
+def digest(settings: Any) -> str:
+    """Return the digest of settings, as plain data."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cell_state(folder: Path, settings: str, differing: str = "settings") -> State:
+    """Return how far the cell in `folder` is, by its record.
+
+    Raises ConfigError: the cell was done with other settings than those of the digest, in words `differing`; or
+    its record is damaged.
+    """
+    record = load_record(Ending, folder)
+    if record is None:
+        return "begun" if folder.exists() else "to do"
+    if record.error is not None:
+        return "failed"
+    if record.settings != settings:
+        raise ConfigError(
+            f"{folder} was measured with other {differing}; take another --output_dir, or remove it"
+        )
+    return "done"
+
+
+def save_record(record: Any, folder: Path) -> None:
+    """Write a dataclass as the record of a cell. Raises WriteFailedError as `write_file`."""
+    write_text(folder / CELL_FILE, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def load_record(kind: type[R], folder: Path) -> R | None:
+    """Return the record of a cell; None where the cell has not ended.
+
+    Raises ConfigError: the record is damaged.
+    """
+    path = folder / CELL_FILE
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"{path} is no record of a cell; remove it, and the cell runs again") from error
