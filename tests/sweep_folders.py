@@ -47,6 +47,7 @@ def write_run(
 
 
 def write_attempt(cell: Cell, outcome: str | None, why: str = "") -> None:
+    cell.folder.mkdir(parents=True, exist_ok=True)
     jobs = JobFolder(cell.folder)
     name = jobs.begin(job_id="7_1", restart=0, nodes=["n1"], world_size=1)
     if outcome is not None:

@@ -66,6 +66,16 @@ def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | No
     return size
 
 
+def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for a name that no keyword argument has, such as `depth:6`, which YAML reads as a name alone."""
+    for name in arguments:
+        if not name.isidentifier():
+            raise ValueError(
+                f"{name!r} is no name of an argument; write '{{depth: 6}}', with a blank after the colon"
+            )
+    return arguments
+
+
 class TeacherConfig(Section):
     """The frozen model that is copied or distilled."""
 
@@ -90,6 +100,7 @@ class TeacherConfig(Section):
     )
 
     _check_size = field_validator("img_size")(check_size)
+    _check_arguments = field_validator("model_args")(check_arguments)
 
     def image_size(self, student: tuple[int, int]) -> int | tuple[int, int]:
         """Of the teacher's images: as it is given, else the student's."""
@@ -133,6 +144,7 @@ class StudentConfig(Section):
     compile: bool = Field(False, description="compile the step's forward with torch.compile(fullgraph=True)")
 
     _check_size = field_validator("img_size")(check_size)
+    _check_arguments = field_validator("model_args")(check_arguments)
 
 
 class TransferConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...models.errors import GraftError
+from ...models.errors import ConfigError, GraftError
 from ...transfer.config import RunConfig
 from ...transfer.engine.resume import changes, describe_changes, differences, settings
 from ..config import load_config
@@ -31,6 +31,21 @@ def describe_again(plan: Plan, config: ClusterConfig) -> str:
     return f"{_place(stage, run)}; {describe_changes(changed) or 'nothing changed'}"
 
 
+def refuse_finished(plan: Plan) -> None:
+    """Raises ConfigError where a single run has nothing left to train, for a job that would find nothing to do."""
+    single = len(plan.configs) == 1 and not plan.comparison and plan.sweep is None
+    if single and JobFolder(plan.folder).finished and _has_finished(plan.folder, plan.configs[0]):
+        raise ConfigError(
+            f"{plan.folder} has finished: there is nothing left to train; give more --epochs or another --output_dir, "
+            "or --unchecked, which submits it all the same"
+        )
+
+
+def _has_finished(folder: Path, run: RunConfig) -> bool:
+    done, limit = read_progress(folder), run.optim.max_steps
+    return run.output_dir == folder and (done.step >= limit if limit else done.epoch >= run.optim.epochs)
+
+
 def _describe_cells(plan: Plan) -> str:
     begun = sum(1 for request in plan.requests if newest_state(request.output_dir))
     verb = "goes on with what it has" if begun == 1 else "go on with what they have"
@@ -41,11 +56,10 @@ def _place(stage: Path, run: RunConfig) -> str:
     """Where the run goes on."""
     if not newest_state(stage):
         return "begins anew, as nothing was saved"
-    done = read_progress(stage)
+    done, limit = read_progress(stage), run.optim.max_steps
     if stage != run.output_dir:
         return f"resumes in stage {stage.name} at epoch {done.epoch + 1}"
-    limit = run.optim.max_steps
-    if done.step >= limit if limit else done.epoch >= run.optim.epochs:
+    if _has_finished(stage, run):
         return "has finished: nothing is left to train"
     return f"resumes at epoch {done.epoch + 1} of {f'a run of {limit} steps' if limit else run.optim.epochs}"
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from ...checkpoints.atomic import write_file
 from ...models.errors import CheckpointError
+from ..hints import hint
 from .failures import Failure, read_failure
 
 Cluster = Literal["slurm", "local", "debug"]
@@ -93,6 +94,11 @@ class Attempt:
     """Bytes of the first rank's error log that earlier attempts of the same job had written."""
     retried: bool = False
     """Whether it failed, and the job is started again in the hope that this does not come again."""
+
+
+def resumes(run: Path) -> str:
+    """The command that goes on with a run: `graftvit resume`, where it has a record of how it was submitted."""
+    return hint("resume" if JobFolder(run).submissions() else "submit", run)
 
 
 class JobFolder:

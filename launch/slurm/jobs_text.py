@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ...models.errors import escaped
 from ..hints import hint
+from .files import resumes
 from .jobs import RunStatus
 from .progress import Progress
 from .reasons import clock
@@ -96,7 +97,7 @@ def describe(run: RunStatus) -> str:
     if run.error:
         text += f"{_speaker(run)}:\n" + "".join(f"  {line}\n" for line in run.error.splitlines())
     if not run.active and run.state != "finished":
-        text += f"`{hint('resume', run.folder)}` goes on with it\n"
+        text += f"`{resumes(run.folder)}` goes on with it\n"
     return text
 
 
@@ -126,7 +127,7 @@ def _speaker(run: RunStatus) -> str:
 
 def _left(run: RunStatus) -> str:
     """The time that the run needs, and of what."""
-    if not run.active or run.progress.seconds_left is None:
+    if not run.active or run.state == "stopping" or run.progress.seconds_left is None:
         return ""
     return duration(run.progress.seconds_left) + ("" if run.state == "running" else " once it runs")
 

@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.paths import is_there
 from ...models.errors import GraftError
 from .ask import NoAnswerError, ask
 from .batch import job_name
@@ -117,10 +116,12 @@ def _queued(found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path]) ->
         return []
     if any((home(run) / LOCK).exists() for run in lost):
         return queued_jobs()
-    if all(is_there(run) for run in lost):
+    if not lost:
         return []
     try:
-        return queued_jobs()  # a folder that is not there was removed, or is yet to be made
+        return (
+            queued_jobs()
+        )  # a folder was removed with its records, or in part, or nothing was submitted to it yet
     except NoAnswerError:
         raise
     except GraftError:  # the commands are here, and no cluster is set up for them

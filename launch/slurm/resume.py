@@ -14,7 +14,7 @@ from ..hints import hint
 from ..say import say_aside
 from .batch import Launch, Request, job_name
 from .checks import check_commands, check_folder, check_resources
-from .files import JobFolder, Submission
+from .files import JobFolder, Submission, resumes
 from .jobs import judge_jobs, run_folders
 from .lock import submitting
 from .lookup import home
@@ -59,8 +59,13 @@ def find_unfinished(folder: Path) -> Unfinished:
     refuse_active(lost, folder)
     known = {run: submission for run, submission in submissions.items() if submission is not None}
     teacher = known.pop(folder / "teacher", None)
-    if not known:
+    if not known and teacher is not None:
         raise ConfigError(f"the cells of {folder} were never submitted: `graftvit submit` does that")
+    if not known:
+        raise ConfigError(
+            f"{folder} has no record of how it was submitted: `{resumes(folder)}`, with the flags that it needs, "
+            "goes on with what it has saved"
+        )
     left = {run: submission for run, submission in known.items() if not JobFolder(run).finished}
     if not left:
         raise ConfigError(f"{folder} has finished: there is nothing to resume")

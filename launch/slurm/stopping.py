@@ -8,10 +8,9 @@ from pathlib import Path
 
 from ...checkpoints.paths import is_folder
 from ...models.errors import ConfigError, GraftError
-from ..hints import hint
 from ..submitted import SUBMITTED
 from .ask import NoSuchJobError
-from .files import JobFolder
+from .files import JobFolder, resumes
 from .jobs import GONE, JudgedJob, judge_jobs, run_folders
 from .lock import submitting
 from .lookup import home
@@ -90,7 +89,7 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
     ends = "saves at its next step and ends" if is_run else "ends"
     job, go_on = (
         f"{one.words} of {run}",
-        f"`{hint('resume', run)}` {'goes on with it' if is_run else 'begins it anew'}",
+        f"`{resumes(run)}` {'goes on with it' if is_run else 'begins it anew'}",
     )
     waits = submission.cluster == "slurm" and one.state in ("pending", "requeued")
     if not is_folder(run):  # it could neither read the request nor save

@@ -10,7 +10,7 @@ from ...models.errors import ConfigError, DataError
 from ...transfer.config import RunConfig
 from ..hints import hint
 from ..say import say_aside
-from .again import describe_again
+from .again import describe_again, refuse_finished
 from .ask import NoAnswerError
 from .batch import Launch, Request, job_name, new_identity
 from .checks import check_commands, check_folder, check_resources
@@ -50,6 +50,8 @@ def check_cluster(plan: Plan, config: ClusterConfig, *, unchecked: bool = False)
     if config.cluster == "slurm":
         check_commands()
     _refuse_second(plan, config)
+    if not unchecked:
+        refuse_finished(plan)
     if unchecked or config.cluster != "slurm":
         return ""
     check_folder(plan.folder, config)
@@ -68,6 +70,11 @@ def check_runs(plan: Plan, config: ClusterConfig) -> list[str]:
     for run in plan.configs:
         _check_data(run, config)
         plans.append(describe_plan(run, config.world_size, needs_data=not run.data.download))
+    for warning in dict.fromkeys(
+        line.partition("warning: ")[2] for text in plans for line in text.splitlines()
+    ):
+        if warning:
+            say_aside(f"graftvit: warning: {warning}\n")
     return plans
 
 

@@ -98,6 +98,7 @@ def test_an_empty_section_is_empty(tmp_path: Path) -> None:
         ("optim: {blr: x}", ["m.yaml: optim.blr", "'x'", "a number of at least 0"]),
         ("optim: {betas: [0.9]}", ["optim.betas", "[0.9]", "2 numbers"]),
         ("transfer: {method: distil}", ["transfer.method", "'distil'", "distill_q"]),
+        ("student: {model_args: {depth:2}}", ["student.model_args", "'depth:2'", "a blank after the colon"]),
         ("student: {model_args: 3}", ["student.model_args", "3", "mapping"]),
         ("mode: train", ["mode", "'train'", "pretrain"]),
         ("seed: -1", ["seed", "-1", "at least 0"]),
@@ -150,6 +151,7 @@ def test_every_wrong_value_is_told_at_once() -> None:
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+NAME = st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True)
 WHOLE = st.integers(-(2**62), 2**62)
 configurations = st.builds(
     RunConfig,
@@ -165,7 +167,7 @@ configurations = st.builds(
         StudentConfig,
         model=TEXT,
         img_size=st.none() | st.integers(1, 999) | st.tuples(st.integers(1, 99), st.integers(1, 99)),
-        model_args=st.dictionaries(TEXT, WHOLE | st.booleans() | TEXT | st.none()),
+        model_args=st.dictionaries(NAME, WHOLE | st.booleans() | TEXT | st.none()),
     ),
     optim=st.builds(OptimConfig, blr=st.floats(0, 1), clip_grad=st.none() | st.floats(1e-9, 1e9)),
 )

@@ -63,6 +63,8 @@ class Fence:
             raise FencedError(
                 f"{self.folder} is not there any more: it was moved or removed; this run writes nothing more"
             )
+        if holder is None and not (self.folder / "config.yaml").exists():
+            raise FencedError(f"files of the run in {self.folder} were removed; this run writes nothing more")
         if holder is None or holder["token"] != self.token:
             by = "another attempt" if holder is None else _describe(holder)
             raise FencedError(f"{by} has taken over the run in {self.folder}; this one writes nothing more")

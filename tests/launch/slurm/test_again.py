@@ -12,12 +12,13 @@ from graftvit.launch.cli import main
 from graftvit.launch.config import dump_config, parse_override
 from graftvit.launch.plan import describe_plan
 from graftvit.launch.slurm import submission
-from graftvit.launch.slurm.again import describe_again
+from graftvit.launch.slurm.again import describe_again, refuse_finished
 from graftvit.launch.slurm.requests import plan_run
 from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.train import train
-from slurm_folders import submitted
+from slurm_folders import attempted, submitted
 from sweep_folders import make_sweep
 
 
@@ -54,6 +55,20 @@ def test_what_is_resumed_and_what_differs_is_said(tmp_path: Path) -> None:
     assert again(run) == "has finished: nothing is left to train; nothing changed"
     longer = run.model_copy(update={"optim": run.optim.model_copy(update={"epochs": 3})})
     assert "changed: optim.epochs 1 -> 3\n" in describe_plan(longer)
+
+
+def test_a_run_that_has_finished_is_not_submitted_for_nothing(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    attempted(tmp_path / "run", "finished")
+    plan = plan_run(str(tmp_path / "run"), [], [])
+    with pytest.raises(ConfigError, match="has finished: there is nothing left to train; give more --epochs"):
+        refuse_finished(plan)
+    refuse_finished(plan_run(str(tmp_path / "run"), [parse_override("optim.epochs=3")], []))
+
+
+def test_a_run_that_ended_without_a_last_word_is_submitted_again(tmp_path: Path) -> None:
+    finished(tmp_path / "run")  # no attempt says that it finished: its student may be missing
+    refuse_finished(plan_run(str(tmp_path / "run"), [], []))
 
 
 def test_a_new_run_and_one_that_saved_nothing(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
 from graftvit.launch.slurm.registry import remember
 from graftvit.launch.slurm.requests import Plan
+from graftvit.launch.slurm.resume import find_unfinished
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import _refuse_second
@@ -194,6 +195,25 @@ def test_the_job_of_a_folder_that_is_gone_is_still_known(
     assert not gone.exists()
     with pytest.raises(ConfigError, match=r"ended is no folder: give the output_dir of a run$"):
         jobs.run_folders(ended)
+
+
+def test_the_job_of_a_run_whose_records_were_removed_is_known_and_what_goes_on_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    left = tmp_path / "left"
+    (left / "checkpoints").mkdir(parents=True)  # what `rm -rf` leaves of a run that writes meanwhile
+    queue(monkeypatch, job_of(left))
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("RUNNING")))
+    assert jobs.describe_run(left).job_id == "7"
+    sent: list[str] = []
+    monkeypatch.setattr(stopping, "signal_job", lambda job, _: sent.append(job))
+    assert main(["stop", str(left)]) == 0
+    assert f"`graftvit submit {left}` goes on with it" in capsys.readouterr().out
+    assert sent == ["7"]
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("COMPLETED")))
+    with pytest.raises(ConfigError, match=f"no record of how it was submitted: `graftvit submit {left}`"):
+        find_unfinished(left)
 
 
 def test_a_mistyped_folder_is_told_the_nearest_and_that_slurm_was_silent(

@@ -13,7 +13,9 @@ import yaml
 from engine_runs import config, make_teacher
 from graftvit.launch.slurm import checks, inventory
 from graftvit.launch.slurm.layers import load_cluster, site_file
+from graftvit.launch.slurm.requests import plan_run
 from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm.submission import check_runs
 from graftvit.models.errors import ConfigError
 
 PARTITION = "PartitionName=main Default=YES State=UP MaxTime=12:00:00 MaxNodes=UNLIMITED\n"
@@ -186,6 +188,15 @@ def test_what_is_slow_is_announced(user: Path) -> None:
     out, err = python("", "submit", "run.yaml", "--time", "60", "--dry_run").communicate(timeout=120)
     assert "#SBATCH" in out, err
     assert err == "graftvit: checking the run: its settings, teacher, data and plan ...\n"
+
+
+def test_what_the_plan_warns_of_is_said(
+    user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = "length  9 steps\n        warning: it ends in its warm-up\n"
+    monkeypatch.setattr("graftvit.launch.plan.describe_plan", lambda *_, **__: plans)
+    check_runs(plan_run("run.yaml", [], []), ClusterConfig())
+    assert capsys.readouterr().err.splitlines()[1:] == ["graftvit: warning: it ends in its warm-up"]
 
 
 @pytest.mark.slow

@@ -54,6 +54,15 @@ def test_an_attempt_whose_successor_is_through_stays_out(tmp_path: Path) -> None
         old.check()
 
 
+def test_a_run_whose_files_were_removed_in_part_blames_nobody(tmp_path: Path) -> None:
+    fence = Fence(tmp_path)
+    fence.take()
+    fence.path.unlink()  # `rm -rf` beside a run that writes leaves some of its files
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FencedError, match=r"files of the run in .* were removed"):
+        fence.check()
+
+
 def test_giving_back_leaves_the_right_of_the_successor(tmp_path: Path) -> None:
     old = taken(tmp_path)
     new = taken(tmp_path)
