@@ -98,8 +98,10 @@ def published_config(name: str) -> dict[str, Any]:
     return {} if config is None else config.to_dict()
 
 
-def read_timm(source: TimmSource, arguments: Mapping[str, Any]) -> Weights:
+def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: bool = True) -> Weights:
     """The published weights under a timm name, as timm itself converts them; those of the hub at `revision`.
+
+    Without `download` their shapes alone, on the meta device.
 
     Raises CheckpointError: timm publishes none, they cannot be downloaded, they are damaged, or a revision
     is given of weights that are not on the hub.
@@ -111,17 +113,18 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any]) -> Weights:
         if key not in ("img_size", "num_classes", "global_pool")
     }
     config = _weights_config(source.name, keywords)
-    path = _from_hub(config, source.revision)
+    outline = build(source.name, keywords, on_meta=True)  # refuses arguments before anything is downloaded
+    path = _from_hub(config, source.revision) if download else None
     if path is not None:
         # custom_load is of the format behind the address; the hub has the model's own names.
         here = {"file": str(path), "custom_load": False}
         keywords["pretrained_cfg_overlay"] = {**keywords.get("pretrained_cfg_overlay", {}), **here}
-    elif source.revision is not None:
+    elif source.revision is not None and not _is_on_hub(config):
         place = config.file or config.url or "memory"
         raise CheckpointError(
             f"revision={source.revision!r} is of the hub, and timm takes {source.name!r} from {place}: leave it out"
         )
-    model = _create_pretrained(source.name, keywords)
+    model: Any = _create_pretrained(source.name, keywords) if download else outline
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     described = {key: value for key, value in model.default_cfg.items() if key not in ("state_dict", "file")}
     return Weights(
@@ -155,13 +158,17 @@ def _weights_config(name: str, keywords: Mapping[str, Any]) -> PretrainedCfg:
 
 def _from_hub(config: PretrainedCfg, revision: str | None) -> Path | None:
     """The weights file of a repository of the hub, None where timm takes the weights from elsewhere."""
-    if config.file or config.state_dict or not config.hf_hub_id:
+    if not _is_on_hub(config):
         return None
-    repository, _, own = config.hf_hub_id.partition("@")
+    repository, _, own = str(config.hf_hub_id).partition("@")
     name = config.hf_hub_filename or "pytorch_model.bin"
     safe = SAFE_NAMES.get(name) or re.sub(r"\.bin$", ".safetensors", name)
     revision = revision or own or None
     return try_download(repository, safe, revision) or download(repository, name, revision)
+
+
+def _is_on_hub(config: PretrainedCfg) -> bool:
+    return bool(config.hf_hub_id and not config.file and not config.state_dict)
 
 
 def _create_pretrained(name: str, keywords: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.copying.operators import COPY_METHODS
+from ..models.copying.operators import COPIES
 from ..models.errors import CheckpointError
 from .licences import carried
 
@@ -72,7 +72,7 @@ def copies(provenance: Mapping[str, Any]) -> bool:
     settings = (
         recipe.get("transfer") if isinstance(recipe, Mapping) and recipe.get("mode") == "transfer" else None
     )
-    return isinstance(settings, Mapping) and settings.get("method") in COPY_METHODS
+    return isinstance(settings, Mapping) and settings.get("method") in COPIES
 
 
 def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError
-from ..transfer.config import RunConfig, Section
+from ..transfer.config import OneOf, RunConfig, Section
 from .yaml_text import YamlError, parse_yaml
 
 ALIASES = {
@@ -52,6 +52,9 @@ class Leaf:
     def kinds(self) -> tuple[Any, ...]:
         """The types of the annotation, a union taken apart."""
         annotation = self.field.annotation
+        for table in self.field.metadata:
+            if isinstance(table, OneOf):
+                return (Literal[tuple(table.names())],)
         return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
     @property

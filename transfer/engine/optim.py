@@ -13,7 +13,7 @@ from timm.optim._param_groups import param_groups_layer_decay, param_groups_weig
 from torch import nn
 
 from ...models.conversion import new_parameters
-from ...models.errors import ConfigError, did_you_mean
+from ...models.errors import ConfigError, did_you_mean, one_sentence
 from ..config import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,21 @@ def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(head.parameters()) if isinstance(head, nn.Module) else []
 
 
+def check_optimizer(config: OptimConfig) -> None:
+    """Raise ConfigError where timm has no such optimizer, or it cannot be used as it is configured."""
+    valid = [str(name) for name in list_optimizers()]
+    if config.opt not in valid:
+        raise ConfigError(
+            f"optim.opt={config.opt!r} is not a timm optimiser: {did_you_mean(config.opt, valid)}"
+        )
+    if get_optimizer_info(config.opt).second_order:
+        raise ConfigError(
+            f"optim.opt={config.opt!r} needs second derivatives, which a step does not compute: use another, such as "
+            "adamw"
+        )
+    _betas(config)
+
+
 def create_optimizer(
     task: nn.Module, model: nn.Module, config: OptimConfig, peak: float
 ) -> torch.optim.Optimizer:
@@ -88,11 +103,7 @@ def create_optimizer(
     differs where a final `norm` comes before a token head: it gives that norm the last block's scale, MAE
     gives it the head's 1.
     """
-    valid = [str(name) for name in list_optimizers()]
-    if config.opt not in valid:
-        raise ConfigError(
-            f"optim.opt={config.opt!r} is not a timm optimiser: {did_you_mean(config.opt, valid)}"
-        )
+    check_optimizer(config)
     exempt: set[str] = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     if config.layer_decay < 1:
         groups = param_groups_layer_decay(model, config.weight_decay, exempt, layer_decay=config.layer_decay)
@@ -103,9 +114,18 @@ def create_optimizer(
     if extra:
         groups.append({"params": extra, "weight_decay": config.weight_decay})
     groups = _scale_new(groups, model, config.new_scale)
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        groups, opt=config.opt, lr=peak, weight_decay=config.weight_decay, **_betas(config)
-    )
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups, opt=config.opt, lr=peak, weight_decay=config.weight_decay, **_betas(config)
+        )
+    except (
+        ImportError,
+        AssertionError,
+        RuntimeError,
+    ) as error:  # of optimizers for a device or package of their own
+        raise ConfigError(
+            f"optim.opt={config.opt!r} cannot be used here: {one_sentence(str(error))}"
+        ) from error
     return optimizer
 
 

@@ -19,7 +19,7 @@ from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 from ..staging.together import stage_together
 from .build import Parts, build
-from .elastic import GlobalBatch, as_started, describe, global_batch
+from .elastic import GlobalBatch, describe, settle
 from .ema import WeightAverage
 from .fence import Fence
 from .finish import export_students
@@ -33,11 +33,9 @@ from .resume import (
     Position,
     check_agreement,
     check_length,
-    check_same_classes,
     check_same_run,
     check_same_split,
     check_same_teacher,
-    check_same_weights,
     commit_of,
     refuse_existing,
     settings,
@@ -84,19 +82,13 @@ def train(config: RunConfig) -> RunResult:
         rank, world = accelerator.process_index, accelerator.num_processes
         here = config.model_copy(update={"data": data})
         parts = build(here, rank=rank, world_size=world, commit=commit)
-        if state is not None:
-            check_same_classes(state.meta, parts.plan.label_names, config.output_dir)
         check_same_teacher(gather(parts.origins, group))
-        if state is not None:
-            check_same_weights(state.meta, parts.origins, parts.plan.meta(), config.output_dir)
         check_same_split(gather(parts.eval_loader is not None, group))
         early = _signal(signals, group)
         if early is not None:
             return _unbegun(config, state, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
-        batch = global_batch(config, parts.train_loader, world, None if state is None else state.meta)
-        if state is not None:
-            config = as_started(config, state.meta)
+        config, batch = settle(config, parts, world, None if state is None else state.meta)
         saver, schedule = _prepare(config, accelerator, group, parts, fence, batch)
         check_length(position, schedule.total_steps)
         with _recorder(config, parts, accelerator, saver.log, position, schedule) as recorder:
