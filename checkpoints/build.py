@@ -103,8 +103,7 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: boo
 
     Without `download` their shapes alone, on the meta device.
 
-    Raises CheckpointError: timm publishes none, they cannot be downloaded, they are damaged, or a revision
-    is given of weights that are not on the hub.
+    Raises CheckpointError: as `check_published`, they cannot be downloaded, or they are damaged.
     """
     check_name(source.name)
     keywords = {
@@ -112,18 +111,12 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: boo
         for key, value in arguments.items()
         if key not in ("img_size", "num_classes", "global_pool")
     }
-    config = _weights_config(source.name, keywords)
     outline = build(source.name, keywords, on_meta=True)  # refuses arguments before anything is downloaded
-    path = _from_hub(config, source.revision) if download else None
+    path = _from_hub(_published(source, keywords), source.revision) if download else None
     if path is not None:
         # custom_load is of the format behind the address; the hub has the model's own names.
         here = {"file": str(path), "custom_load": False}
         keywords["pretrained_cfg_overlay"] = {**keywords.get("pretrained_cfg_overlay", {}), **here}
-    elif source.revision is not None and not _is_on_hub(config):
-        place = config.file or config.url or "memory"
-        raise CheckpointError(
-            f"revision={source.revision!r} is of the hub, and timm takes {source.name!r} from {place}: leave it out"
-        )
     model: Any = _create_pretrained(source.name, keywords) if download else outline
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     described = {key: value for key, value in model.default_cfg.items() if key not in ("state_dict", "file")}
@@ -136,6 +129,24 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: boo
         pretrained_cfg=described,
         revision=None if path is None else commit_of(path),
     )
+
+
+def check_published(text: str, arguments: Mapping[str, Any], revision: str | None) -> None:
+    """Raise CheckpointError where the source is a timm name without published weights, or without such a revision."""
+    source = parse_source(text)
+    if isinstance(source, TimmSource):
+        check_name(source.name)
+        _published(dataclasses.replace(source, revision=revision), arguments)
+
+
+def _published(source: TimmSource, keywords: Mapping[str, Any]) -> PretrainedCfg:
+    config = _weights_config(source.name, keywords)
+    if source.revision is not None and not _is_on_hub(config):
+        place = config.file or config.url or "memory"
+        raise CheckpointError(
+            f"revision={source.revision!r} is of the hub, and timm takes {source.name!r} from {place}: leave it out"
+        )
+    return config
 
 
 def _weights_config(name: str, keywords: Mapping[str, Any]) -> PretrainedCfg:

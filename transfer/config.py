@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from .methods.registry import method_names
 
@@ -68,7 +69,8 @@ class Section(BaseModel):
     def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
         for table in cls.model_fields[str(info.field_name)].metadata:
             if isinstance(table, OneOf) and value not in table.names():
-                raise ValueError(f"valid are {', '.join(table.names())}")
+                valid = ", ".join(map(repr, table.names()))
+                raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
         return value
 
 

@@ -18,6 +18,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
+from ...checkpoints.build import check_published
 from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
@@ -203,6 +204,7 @@ def _reads_teacher(mode: Mode) -> bool:
 
 def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Teacher:
     how = config.teacher
+    check_published(str(how.source), how.model_args, commit or how.revision)
     return load_teacher(
         str(how.source),
         model=how.model,
@@ -253,6 +255,7 @@ def _start_from(
         if source is None:
             raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
         revision = teacher.revision if teacher is not None else how.revision
+    check_published(source, {}, revision)
     report = load_weights(
         student, source, position_embedding=how.position_embedding, revision=revision, download=weights
     )
