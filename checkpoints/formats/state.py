@@ -14,6 +14,7 @@ from ..class_names import KEY as LABEL_NAMES
 from ..files import Content
 from ..preprocessing import Preprocessing
 from ..provenance import PICKED, carried_licence, of_state
+from ..recorded import recorded_mode
 from ..safety.settings import shortened
 from ..sources import Part
 from ..state_file import BEST, META_KEY
@@ -103,6 +104,6 @@ def _student_of(meta: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], di
         return None, {}, {}
     arguments = dict(student.get("model_args") or {})
     arguments |= {key: student[key] for key in ("img_size", "global_pool") if student.get(key) is not None}
-    if settings.get("mode") == "pretrain":  # the encoder of an autoencoder ends in `norm`
+    if recorded_mode(settings).encoder_only:
         arguments["global_pool"] = "token" if arguments.get("class_token", True) else ""
     return student["model"], arguments, {}

@@ -227,7 +227,8 @@ def _student(
         student = plan.create(config.student.drop_path)
     if mode.needs_labels and getattr(student, "global_pool", None) == "":
         raise ConfigError(
-            "student.global_pool='' keeps all tokens apart, and labels need one prediction an image: use avg, token or map"
+            "student.global_pool='' keeps all tokens apart, and labels need one prediction an image: "
+            "use avg, token or map"
         )
     if config.student.pos_embed_std is not None:
         position = getattr(student, "pos_embed", None)

@@ -1,4 +1,4 @@
-"""A run that is built and not trained: the same `build` without weights, and all that is refused before a first step."""
+"""A run that is built and not trained: the same `build` without weights, and all that a first step would refuse."""
 
 from __future__ import annotations
 

@@ -98,6 +98,7 @@ class Mode(ABC):
 
     def check_classes(self, teacher: Teacher | None, head: Head) -> None:
         """Raise TransferError where the teacher would teach classes under the numbers of others."""
+        return
 
     def plan(
         self, classes: int, teacher: Teacher | None, spec: Preprocessing, whole: Teacher | None
@@ -107,6 +108,7 @@ class Mode(ABC):
 
     def start_head(self, student: nn.Module) -> None:
         """Draw the fresh head where the mode has a way of its own."""
+        return
 
     @abstractmethod
     def task(
@@ -303,8 +305,8 @@ class Pretrain(Mode):
             traits = cast(AttentionOperator, layer.operator).traits
             if traits.needs_grid or traits.resolution != "free":
                 raise ConfigError(
-                    f"mode={self.config.mode} shows its encoder a part of the tokens, and {layer.choice} of layer {index} "
-                    "needs all of them: leave it out of student.plan, or convert the encoder afterwards"
+                    f"mode={self.config.mode} shows its encoder a part of the tokens, and {layer.choice} of layer "
+                    f"{index} needs all of them: leave it out of student.plan, or convert the encoder afterwards"
                 )
         return PretrainTask(MaskedAutoencoder(student, **self.config.pretrain.model_dump()))
 
