@@ -38,7 +38,7 @@ from ..data.loaders import (
 from ..metrics.measure import PROBES
 from ..staging.archives import is_packed
 from .best import Choice, choose, classifies
-from .modes import TEACHER, Mode, mode_of
+from .modes import TEACHER, Mode, Models, mode_of
 from .optim import check_optimizer
 from .parallel import check_layers_apart
 from .randomness import preserved
@@ -104,7 +104,7 @@ def build(
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
     student, init = _student(mode, plan, teacher, weights=weights)
-    task = mode.task(student, teacher, spec, _calibration(config, spec, weights=weights))
+    task = mode.task(Models(student, teacher, spec, _calibration(config, spec, weights=weights)))
     mode.freeze(task.trainable)
     if config.engine.fsdp:
         check_layers_apart(task)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from timm.layers.weight_init import trunc_normal_
@@ -33,6 +34,29 @@ HEAD_STD = 2e-5
 """Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""
 TEACHER = "teacher"
 """As the weights to start from: those of the run's own teacher."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, of which its mode makes a task."""
+
+    student: nn.Module
+    teacher: Teacher | None
+    spec: Preprocessing
+    """How the student's images are made."""
+    calibration: Callable[[], Tensor | None]
+    """Gives the first images; None without weights."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """Of the student's images."""
+        return Normalization(self.spec.mean, self.spec.std)
+
+    def taught_by(self) -> Teacher:
+        """The teacher of a mode that is taught, for which `Mode.check` asked."""
+        if self.teacher is None:
+            raise ConfigError("this mode needs a teacher: set teacher.source")
+        return self.teacher
 
 
 class Mode(ABC):
@@ -111,14 +135,8 @@ class Mode(ABC):
         return
 
     @abstractmethod
-    def task(
-        self,
-        student: nn.Module,
-        teacher: Teacher | None,
-        spec: Preprocessing,
-        calibration: Callable[[], Tensor | None],
-    ) -> Task:
-        """What a step computes. `calibration` gives the first images, None without weights."""
+    def task(self, models: Models) -> Task:
+        """What a step computes."""
 
     def freeze(self, trainable: nn.Module) -> None:
         """Leave to learn what `optim.trainable` names and a loss reaches.
@@ -140,14 +158,8 @@ class Scratch(Mode):
 
     reads_teacher = False
 
-    def task(
-        self,
-        student: nn.Module,
-        teacher: Teacher | None,
-        spec: Preprocessing,
-        calibration: Callable[[], Tensor | None],
-    ) -> Task:
-        return ClassificationTask(student, self.config.data.smoothing)
+    def task(self, models: Models) -> Task:
+        return ClassificationTask(models.student, self.config.data.smoothing)
 
 
 class Finetune(Scratch):
@@ -218,16 +230,10 @@ class Transfer(Mode):
                 "transfer.task_weight=0"
             )
 
-    def task(
-        self,
-        student: nn.Module,
-        teacher: Teacher | None,
-        spec: Preprocessing,
-        calibration: Callable[[], Tensor | None],
-    ) -> Task:
-        config, normalization = self.config.transfer, Normalization(spec.mean, spec.std)
-        images = calibration() if config.heads == "match" else None
-        dual = build_dual(config, needed(teacher), student, normalization, images)
+    def task(self, models: Models) -> Task:
+        config = self.config.transfer
+        images = models.calibration() if config.heads == "match" else None
+        dual = build_dual(config, models.taught_by(), models.student, models.normalization, images)
         return TransferTask(dual, self.config.data.smoothing, config.task_weight)
 
     def freeze(self, trainable: nn.Module) -> None:
@@ -253,17 +259,11 @@ class Align(Mode):
     def needs_labels(self) -> bool:
         return False
 
-    def task(
-        self,
-        student: nn.Module,
-        teacher: Teacher | None,
-        spec: Preprocessing,
-        calibration: Callable[[], Tensor | None],
-    ) -> Task:
-        theirs = needed(teacher)
-        norms = Normalization(theirs.mean, theirs.std), Normalization(spec.mean, spec.std)
-        teacher_input = TeacherInput(theirs.model, student, *norms)
-        return AlignTask(Alignment(theirs.model, student, self.config.align.match), teacher_input)
+    def task(self, models: Models) -> Task:
+        teacher, student = models.taught_by(), models.student
+        norms = Normalization(teacher.mean, teacher.std), models.normalization
+        teacher_input = TeacherInput(teacher.model, student, *norms)
+        return AlignTask(Alignment(teacher.model, student, self.config.align.match), teacher_input)
 
     def default_metric(self, classified: bool) -> Metric:
         return "top1" if classified else "distance"
@@ -294,21 +294,15 @@ class Pretrain(Mode):
         pool = "token" if student.model_args.get("class_token", True) else ""
         return plan_student(student.model_copy(update={"global_pool": pool}), classes, None, spec)
 
-    def task(
-        self,
-        student: nn.Module,
-        teacher: Teacher | None,
-        spec: Preprocessing,
-        calibration: Callable[[], Tensor | None],
-    ) -> Task:
-        for index, layer in converted_layers(student).items():
+    def task(self, models: Models) -> Task:
+        for index, layer in converted_layers(models.student).items():
             traits = cast(AttentionOperator, layer.operator).traits
             if traits.needs_grid or traits.resolution != "free":
                 raise ConfigError(
                     f"mode={self.config.mode} shows its encoder a part of the tokens, and {layer.choice} of layer "
                     f"{index} needs all of them: leave it out of student.plan, or convert the encoder afterwards"
                 )
-        return PretrainTask(MaskedAutoencoder(student, **self.config.pretrain.model_dump()))
+        return PretrainTask(MaskedAutoencoder(models.student, **self.config.pretrain.model_dump()))
 
 
 MODES: dict[str, type[Mode]] = {
@@ -331,10 +325,3 @@ def head_of(model: Teacher | None) -> Head:
     if model is None or not model.has_head:
         return Head()
     return Head(int(cast(Any, model.model).num_classes), model.label_names)
-
-
-def needed(teacher: Teacher | None) -> Teacher:
-    """The teacher of a mode that is taught, which `check` asked for."""
-    if teacher is None:
-        raise ConfigError("this mode needs a teacher: set teacher.source")
-    return teacher
