@@ -27,7 +27,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
     """
     from ..transfer.compare.run import Comparison
     from ..transfer.engine.modes import mode_of
-    from ..transfer.recovery.stages import Stage
+    from ..transfer.engine.stages import Stage
 
     given = list(overrides)
     compare = _compare(read_recipe(source).compare, str(source))

@@ -19,7 +19,7 @@ from .recipes import recipe_text
 from .yaml_text import YamlError, parse_yaml, read_yaml, write_yaml
 
 if TYPE_CHECKING:
-    from ..transfer.recovery.stages import Stage
+    from ..transfer.engine.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
     recipe = Recipe([]) if source is None else read_recipe(source)
     if not recipe.stages:
         return []
-    from ..transfer.recovery.stages import Stage  # loads torch
+    from ..transfer.engine.stages import Stage  # loads torch
 
     given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
     return [Stage(name, _validate([*recipe.settings, *own, *given])) for name, own in recipe.stages]

@@ -17,8 +17,8 @@ import torch
 from ...models.errors import ConfigError, GraftError, RunFailedError, one_sentence
 from ..benchmark.rows import load_average, machine
 from ..config import RunConfig
+from ..engine.stages import Stage
 from ..engine.train import train
-from ..recovery.stages import Stage
 from .cells import TEACHER, Cell, array_share, list_cells, only_named
 from .record import Record, Speed, load_record, save_record
 from .settings import CompareConfig

@@ -22,9 +22,9 @@ from ..data.loaders import create_eval_loader
 from ..engine.build import build
 from ..engine.modes import mode_of
 from ..engine.runlog import read_log
+from ..engine.stages import Stage, chain, train_stages
 from ..engine.students import input_size, plan_student
 from ..evaluate import evaluate
-from ..recovery.stages import Stage, chain, train_stages
 from .cells import Cell
 from .layer_errors import layer_errors
 from .record import Score

@@ -35,13 +35,13 @@ from ..data.loaders import (
     create_train_loader,
     find_eval_loader,
 )
+from ..data.randomness import preserved
 from ..metrics.measure import PROBES
 from ..staging.archives import is_packed
 from .best import Choice, choose, classifies
 from .modes import TEACHER, Mode, Models, mode_of
 from .optim import check_optimizer
 from .parallel import check_layers_apart
-from .randomness import preserved
 from .students import StudentPlan, find_whole, input_size, resolve_preprocessing
 from .tasks import Task, TransferTask
 from .trackers import check_trackers

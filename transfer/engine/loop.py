@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...models.errors import DataError, RunFailedError
 from ..config import RunConfig
+from ..data.randomness import seed_batch
 from .build import Parts
 from .health import LossHealth, describe, weights_finite
 from .meters import stacked
 from .optim import set_learning_rate
-from .randomness import seed_batch
 from .recorder import Recorder
 from .resume import Position
 from .save_clock import SaveClock
