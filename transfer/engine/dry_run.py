@@ -14,10 +14,10 @@ from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from .build import Parts, build
 from .elastic import GlobalBatch, settle
+from .optim import Schedule
 from .parallel import check_placement
 from .rehearsal import Footprint, rehearse
 from .resume import Position, check_length, check_same_run, commit_of, refuse_existing
-from .schedule import Schedule
 
 
 @dataclass(frozen=True)

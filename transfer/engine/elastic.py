@@ -10,8 +10,8 @@ from ...models.errors import ConfigError
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
 from .build import Parts
+from .optim import Schedule, plan_schedule
 from .resume import Position, check_same_classes, check_same_weights
-from .schedule import Schedule, plan_schedule
 
 
 @dataclass(frozen=True)

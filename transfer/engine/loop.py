@@ -14,14 +14,11 @@ from ...models.errors import DataError, RunFailedError
 from ..config import RunConfig
 from ..data.randomness import seed_batch
 from .build import Parts
-from .health import LossHealth, describe, weights_finite
-from .meters import stacked
-from .optim import set_learning_rate
+from .meters import LossHealth, describe, stacked, weights_finite
+from .optim import Schedule, set_learning_rate
 from .recorder import Recorder
 from .resume import Position
-from .save_clock import SaveClock
-from .saving import Saver
-from .schedule import Schedule
+from .run_state import RunState, SaveClock
 from .scoring import best_value, score
 from .signals import StopSignals
 from .waiting import CommunicationTimer
@@ -34,7 +31,7 @@ class Loop:
     config: RunConfig
     accelerator: Accelerator
     parts: Parts
-    saver: Saver
+    saver: RunState
     schedule: Schedule
     recorder: Recorder
     signals: StopSignals

@@ -25,7 +25,7 @@ from .fence import Fence
 from .finish import export_students
 from .loop import Loop
 from .meters import Meters
-from .optim import create_optimizer
+from .optim import Schedule, create_optimizer
 from .parallel import create_accelerator, gather, host_group, raise_together, shard
 from .progress import ProgressBar
 from .recorder import Recorder
@@ -40,9 +40,8 @@ from .resume import (
     refuse_existing,
     settings,
 )
+from .run_state import RunState, position_of
 from .runlog import RunLog
-from .saving import Saver, position_of
-from .schedule import Schedule
 from .scoring import score, teacher_top1
 from .signals import StopSignals
 from .trackers import create_trackers, hyperparameters
@@ -165,7 +164,7 @@ def _prepare(
     parts: Parts,
     fence: Fence,
     batch: GlobalBatch,
-) -> tuple[Saver, Schedule]:
+) -> tuple[RunState, Schedule]:
     """Wraps the task for its processes; makes optimiser, average and the saver that holds them together."""
     schedule = batch.schedule(config, accelerator.num_processes)
     parts.train_loader.batches_per_epoch = schedule.accum * schedule.steps_per_epoch
@@ -173,7 +172,7 @@ def _prepare(
     model = _wrap(config, accelerator, parts)
     optimizer = create_optimizer(parts.task, parts.task.trainable, config.optim, schedule.peak)
     average = None if config.optim.ema is None else WeightAverage(parts.task.trainable, config.optim.ema)
-    saver = Saver(
+    saver = RunState(
         config=config,
         accelerator=accelerator,
         group=group,
