@@ -88,19 +88,19 @@ def train(config: RunConfig) -> RunResult:
             return _unbegun(config, state, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         config, batch = settle(config, parts, world, None if state is None else state.meta)
-        saver, schedule = _prepare(config, accelerator, group, parts, fence, batch)
+        run_state, schedule = _prepare(config, accelerator, group, parts, fence, batch)
         check_length(position, schedule.total_steps)
-        with _recorder(config, parts, accelerator, saver.log, position, schedule) as recorder:
-            loop = Loop(config, accelerator, parts, saver, schedule, recorder, signals, position)
+        with _recorder(config, parts, accelerator, run_state.log, position, schedule) as recorder:
+            loop = Loop(config, accelerator, parts, run_state, schedule, recorder, signals, position)
             _start(loop, state)
             del state  # as large as all that learns, and the run is long
             stopped = loop.run()
         if loop.finished:
             export_students(
                 parts,
-                saver.average,
+                run_state.average,
                 config.output_dir,
-                saver.meta(position),
+                run_state.meta(position),
                 fence=fence,
                 writes=accelerator.is_main_process,
                 group=group,
@@ -165,14 +165,14 @@ def _prepare(
     fence: Fence,
     batch: GlobalBatch,
 ) -> tuple[RunState, Schedule]:
-    """Wraps the task for its processes; makes optimiser, average and the saver that holds them together."""
+    """Wraps the task for its processes; makes optimiser, average and the run_state that holds them together."""
     schedule = batch.schedule(config, accelerator.num_processes)
     parts.train_loader.batches_per_epoch = schedule.accum * schedule.steps_per_epoch
     n_parameters = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
     model = _wrap(config, accelerator, parts)
     optimizer = create_optimizer(parts.task, parts.task.trainable, config.optim, schedule.peak)
     average = None if config.optim.ema is None else WeightAverage(parts.task.trainable, config.optim.ema)
-    saver = RunState(
+    run_state = RunState(
         config=config,
         accelerator=accelerator,
         group=group,
@@ -188,7 +188,7 @@ def _prepare(
         origins=parts.origins,
         n_parameters=n_parameters,
     )
-    return saver, schedule
+    return run_state, schedule
 
 
 def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Module:
@@ -250,7 +250,7 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
     if state is None:
         _begin(loop)
         return
-    loop.saver.restore(state)
+    loop.run_state.restore(state)
     choice = loop.parts.choice
     if position.best is not None and choice is not None and choice.key != position.best_metric:
         position.best = None  # a value of another metric, which this run measures no more
@@ -260,7 +260,7 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
         before, now = state.meta["world_size"], accelerator.num_processes
         if now != before and not loop.finished:
             logger.warning(
-                "the run in %s %s", loop.config.output_dir, describe(loop.saver.batch, before, now)
+                "the run in %s %s", loop.config.output_dir, describe(loop.run_state.batch, before, now)
             )
 
 
@@ -274,12 +274,12 @@ def _begin(loop: Loop) -> None:
         config.optim.blr,
         schedule.effective_batch,
         schedule.total_steps,
-        loop.saver.n_parameters,
+        loop.run_state.n_parameters,
     )
     loop.recorder.describe(hyperparameters(settings(config), **rates))
     if config.engine.evaluate_start and loop.parts.eval_loader is not None:
-        saver = loop.saver
-        metrics = score(loop.parts, saver.average, loop.accelerator)
+        run_state = loop.run_state
+        metrics = score(loop.parts, run_state.average, loop.accelerator)
         loop.recorder.plain({"epoch": 0, "step": 0, **metrics})
     top1 = teacher_top1(loop.parts, loop.accelerator) if config.engine.evaluate_teacher else None
     if top1 is not None:
