@@ -215,7 +215,7 @@ OTHER_NAMES = {
     "cli.py": "a command",
     "measure.py": "rows of the demo",
     "report_text.py": "rows of the demo",
-    "health.py": "a loss",
+    "meters.py": "a loss",
     "feature.py": "its projector",
 }
 """Files in which such a name is that of something else."""
