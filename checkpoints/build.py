@@ -98,11 +98,12 @@ def published_config(name: str) -> dict[str, Any]:
     return {} if config is None else config.to_dict()
 
 
-def read_timm(source: TimmSource, arguments: Mapping[str, Any]) -> Weights:
+def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: bool = True) -> Weights:
     """The published weights under a timm name, as timm itself converts them; those of the hub at `revision`.
 
-    Raises CheckpointError: timm publishes none, they cannot be downloaded, they are damaged, or a revision
-    is given of weights that are not on the hub.
+    Without `download` their shapes alone, on the meta device.
+
+    Raises CheckpointError: as `check_published`, they cannot be downloaded, or they are damaged.
     """
     check_name(source.name)
     keywords = {
@@ -110,18 +111,13 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any]) -> Weights:
         for key, value in arguments.items()
         if key not in ("img_size", "num_classes", "global_pool")
     }
-    config = _weights_config(source.name, keywords)
-    path = _from_hub(config, source.revision)
+    outline = build(source.name, keywords, on_meta=True)  # refuses arguments before anything is downloaded
+    path = _from_hub(_published(source, keywords), source.revision) if download else None
     if path is not None:
         # custom_load is of the format behind the address; the hub has the model's own names.
         here = {"file": str(path), "custom_load": False}
         keywords["pretrained_cfg_overlay"] = {**keywords.get("pretrained_cfg_overlay", {}), **here}
-    elif source.revision is not None:
-        place = config.file or config.url or "memory"
-        raise CheckpointError(
-            f"revision={source.revision!r} is of the hub, and timm takes {source.name!r} from {place}: leave it out"
-        )
-    model = _create_pretrained(source.name, keywords)
+    model: Any = _create_pretrained(source.name, keywords) if download else outline
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     described = {key: value for key, value in model.default_cfg.items() if key not in ("state_dict", "file")}
     return Weights(
@@ -133,6 +129,24 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any]) -> Weights:
         pretrained_cfg=described,
         revision=None if path is None else commit_of(path),
     )
+
+
+def check_published(text: str, arguments: Mapping[str, Any], revision: str | None) -> None:
+    """Raise CheckpointError where the source is a timm name without published weights, or without such a revision."""
+    source = parse_source(text)
+    if isinstance(source, TimmSource):
+        check_name(source.name)
+        _published(dataclasses.replace(source, revision=revision), arguments)
+
+
+def _published(source: TimmSource, keywords: Mapping[str, Any]) -> PretrainedCfg:
+    config = _weights_config(source.name, keywords)
+    if source.revision is not None and not _is_on_hub(config):
+        place = config.file or config.url or "memory"
+        raise CheckpointError(
+            f"revision={source.revision!r} is of the hub, and timm takes {source.name!r} from {place}: leave it out"
+        )
+    return config
 
 
 def _weights_config(name: str, keywords: Mapping[str, Any]) -> PretrainedCfg:
@@ -155,13 +169,17 @@ def _weights_config(name: str, keywords: Mapping[str, Any]) -> PretrainedCfg:
 
 def _from_hub(config: PretrainedCfg, revision: str | None) -> Path | None:
     """The weights file of a repository of the hub, None where timm takes the weights from elsewhere."""
-    if config.file or config.state_dict or not config.hf_hub_id:
+    if not _is_on_hub(config):
         return None
-    repository, _, own = config.hf_hub_id.partition("@")
+    repository, _, own = str(config.hf_hub_id).partition("@")
     name = config.hf_hub_filename or "pytorch_model.bin"
     safe = SAFE_NAMES.get(name) or re.sub(r"\.bin$", ".safetensors", name)
     revision = revision or own or None
     return try_download(repository, safe, revision) or download(repository, name, revision)
+
+
+def _is_on_hub(config: PretrainedCfg) -> bool:
+    return bool(config.hf_hub_id and not config.file and not config.state_dict)
 
 
 def _create_pretrained(name: str, keywords: Mapping[str, Any]) -> Any:

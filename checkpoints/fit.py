@@ -67,7 +67,8 @@ def fit(
     refuse_not_finite(
         weights.origin, found.present, {key: tensor.dtype for key, tensor in model.state_dict().items()}
     )
-    model.load_state_dict(found.present, strict=False)
+    if not without_values(model.state_dict()):
+        model.load_state_dict(found.present, strict=False)
     if role == "teacher" and weights.norm_eps is not None:
         _set_norm_eps(model, weights.norm_eps)
     return LoadReport(
@@ -146,6 +147,11 @@ def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[
     return words
 
 
+def without_values(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have shapes alone, as in a dry run."""
+    return any(tensor.is_meta for tensor in tensors.values())
+
+
 def refuse_not_finite(origin: str, tensors: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> None:
     """CheckpointError for numbers that are not finite, or not any more in the kind of number that they become."""
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
@@ -157,7 +163,7 @@ def refuse_not_finite(origin: str, tensors: Mapping[str, Tensor], kinds: Mapping
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    return tensor.is_meta or bool(torch.isfinite(tensor).all())
 
 
 def _resample(

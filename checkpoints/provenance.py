@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.copying.operators import COPY_METHODS
 from ..models.errors import CheckpointError
 from .licenses import carried
+from .recorded import copied_by
 
 if TYPE_CHECKING:
     from .report import LoadReport
@@ -69,10 +69,7 @@ def carried_license(provenance: Mapping[str, Any]) -> str | None:
 def copies(provenance: Mapping[str, Any]) -> bool:
     """Whether a student was trained with its teacher's attention in place of its own."""
     recipe = provenance.get("recipe")
-    settings = (
-        recipe.get("transfer") if isinstance(recipe, Mapping) and recipe.get("mode") == "transfer" else None
-    )
-    return isinstance(settings, Mapping) and settings.get("method") in COPY_METHODS
+    return isinstance(recipe, Mapping) and copied_by(recipe)
 
 
 def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
 from .class_names import read_names
 from .copying import described_architecture, make_whole, refuse_as_start
-from .fit import fit, source_grid
+from .fit import fit, source_grid, without_values
 from .folders import read_folder, read_hub, read_weights_file
 from .identity import identify
 from .position import Method
@@ -81,6 +81,7 @@ def load_teacher(
     revision: str | None = None,
     bare: bool = False,
     identified: bool = False,
+    download: bool = True,
 ) -> Teacher:
     """Loads a teacher and freezes it.
 
@@ -96,17 +97,19 @@ def load_teacher(
         bare: of a student that copies its teacher's attention, its own weights alone, as a plain model whose
             attention was never trained.
         identified: also compute the digest of the weights: a second or two for a large model.
+        download: False for a model without weights, on the meta device, where they are published under a timm name.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     UnsupportedModelError: the model does not take images of this size.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    weights = make_whole(read_source(source, asked, revision), load_teacher, bare=bare)
+    weights = make_whole(read_source(source, asked, revision, download=download), load_teacher, bare=bare)
     later = late_size(weights, asked, img_size)
     if later is not None:
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
     plan = plan_model(weights, asked, model, img_size, num_classes)
-    built = build(plan.architecture, plan.arguments, within=plan.weights.tensors)
+    tensors = plan.weights.tensors
+    built = build(plan.architecture, plan.arguments, within=tensors, on_meta=without_values(tensors))
     check_patches(built)
     report = fit(built, plan.weights, role="teacher", method=position_embedding, classifiers=plan.classifiers)
     if later is not None:
@@ -115,8 +118,10 @@ def load_teacher(
         copying = copying_of(built)
         if copying is not None:
             plan.arguments["copied"] = copying.to_json()
-    logger.info("%s", report)
-    return replace(_teacher(built, source, plan, report), digest=identify(weights) if identified else None)
+    known = identified and not without_values(tensors)
+    if not without_values(tensors):
+        logger.info("%s", report)
+    return replace(_teacher(built, source, plan, report), digest=identify(weights) if known else None)
 
 
 @dataclass(frozen=True)
@@ -160,16 +165,22 @@ def plan_model(
 
 
 def load_weights(
-    model: nn.Module, source: str, *, position_embedding: Method = "timm", revision: str | None = None
+    model: nn.Module,
+    source: str,
+    *,
+    position_embedding: Method = "timm",
+    revision: str | None = None,
+    download: bool = True,
 ) -> LoadReport:
     """Loads any source into `model`, to train on from there.
 
     A head that is absent or of another size stays fresh, and so does the final norm where the pooling
-    differs; the report says it.
+    differs; the report says it. Without `download` the weights behind a timm name are held against the model by their
+    shapes alone; a model on the meta device keeps no values in any case.
 
     Raises CheckpointError as `load_teacher`.
     """
-    weights = read_source(source, {}, revision)
+    weights = read_source(source, {}, revision, download=download)
     refuse_as_start(weights)
     weights = make_whole(weights, load_teacher, bare=False)
     size = late_size(weights, {}, getattr(getattr(model, "patch_embed", None), "img_size", None))
@@ -228,17 +239,19 @@ def _described(weights: Weights) -> dict[str, Any]:
     return published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
 
 
-def read_source(text: str, arguments: Mapping[str, Any], revision: str | None = None) -> Weights:
+def read_source(
+    text: str, arguments: Mapping[str, Any], revision: str | None = None, *, download: bool = True
+) -> Weights:
     """The weights of a source under timm's names, and all that it says of them.
 
     Raises CheckpointError: there is no such source, it cannot be read, or what it or `arguments` say of a model cannot
     be meant.
     """
     check_settings("model_args", arguments)
-    return check_description(_read_source(text, arguments, revision))
+    return check_description(_read_source(text, arguments, revision, download))
 
 
-def _read_source(text: str, arguments: Mapping[str, Any], revision: str | None) -> Weights:
+def _read_source(text: str, arguments: Mapping[str, Any], revision: str | None, download: bool) -> Weights:
     source = parse_source(text)
     if revision is not None:
         if not isinstance(source, HubSource | TimmSource):
@@ -250,7 +263,9 @@ def _read_source(text: str, arguments: Mapping[str, Any], revision: str | None) 
         return read_weights_file(source)
     if isinstance(source, FolderSource):
         return read_folder(source)
-    return read_hub(source) if isinstance(source, HubSource) else read_timm(source, arguments)
+    if isinstance(source, HubSource):
+        return read_hub(source)
+    return read_timm(source, arguments, download=download)
 
 
 def _with_architecture(weights: Weights, model: str | None) -> Weights:

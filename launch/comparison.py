@@ -26,7 +26,8 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
     Raises ConfigError: there is no section `compare`, or something in the file is not valid.
     """
     from ..transfer.analysis.compare.compare import Comparison
-    from ..transfer.recovery.stages import Stage
+    from ..transfer.engine.modes import mode_of
+    from ..transfer.engine.stages import Stage
 
     given = list(overrides)
     compare = _compare(read_recipe(source).compare, str(source))
@@ -35,9 +36,9 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
         config = load_config(source, given)
         stages = [Stage(config.mode, config)]
     for stage in stages:
-        if stage.config.mode == "pretrain":
+        if not mode_of(stage.config).classifies:
             raise ConfigError(
-                f"{source}: stage {stage.name} has mode pretrain, which has no accuracy to compare"
+                f"{source}: stage {stage.name} has mode {stage.config.mode}, which has no accuracy to compare"
             )
     if compare.teacher_recipe is None:
         return Comparison(stages, compare)

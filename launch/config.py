@@ -20,7 +20,7 @@ from .fields import find_key, leaf_of, leaves, sections, unknown
 from .recipes import recipe_text
 
 if TYPE_CHECKING:
-    from ..transfer.recovery.stages import Stage
+    from ..transfer.engine.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
     recipe = Recipe([]) if source is None else read_recipe(source)
     if not recipe.stages:
         return []
-    from ..transfer.recovery.stages import Stage  # loads torch
+    from ..transfer.engine.stages import Stage  # loads torch
 
     given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
     return [Stage(name, _validate([*recipe.settings, *own, *given])) for name, own in recipe.stages]

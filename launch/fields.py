@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError
 from ..models.plain_yaml import YamlError, parse_yaml
-from ..transfer.config import RunConfig, Section
+from ..transfer.config import OneOf, RunConfig, Section
 
 ALIASES = {
     "teacher": "teacher.source",
@@ -52,6 +52,9 @@ class Leaf:
     def kinds(self) -> tuple[Any, ...]:
         """The types of the annotation, a union taken apart."""
         annotation = self.field.annotation
+        for table in self.field.metadata:
+            if isinstance(table, OneOf):
+                return (Literal[tuple(table.names())],)
         return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
     @property

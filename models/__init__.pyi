@@ -28,4 +28,5 @@ from .host import host_attention as host_attention
 from .host import release_attention as release_attention
 from .mae import MaskedAutoencoder as MaskedAutoencoder
 from .mirror import mirror_arguments as mirror_arguments
+from .operators import register_operator as register_operator
 from .plan import parse_plan as parse_plan

@@ -21,7 +21,7 @@ from . import conversion
 from .copying.grids import GridRule
 from .copying.input import LARGEST, Normalization, TeacherInput
 from .copying.links import HeadMap, LayerPair, Link
-from .copying.operators import COPY_METHODS, Copy, copy_operator, teacher_parts
+from .copying.operators import COPIES, Copy
 from .copying.tape import Tape
 from .copying.teacher_view import view_attention
 from .copying.tokens import match_tokens
@@ -101,7 +101,7 @@ class Copying:
         given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
         students = {pair.student for pair in self.layers}
         one_each = len(students) == len(self.layers) == len(self.heads)
-        if self.method not in COPY_METHODS or given != {(True, True)} or not one_each:
+        if self.method not in COPIES or given != {(True, True)} or not one_each:
             raise ValueError(f"{self} does not go with these models, of {shapes[0]} and {shapes[1]}")
         tokens = match_tokens(token_layout(teacher), token_layout(student), EQUAL)
         for groups in self.heads:
@@ -158,8 +158,8 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
     check_supported(student)
     check_supported(teacher)
     model, tape, links = cast(Any, student), Tape(), copying.links(teacher, student)
-    layers = {pair.teacher for pair in copying.layers}
-    model.teacher = view_attention(teacher, layers, tape, teacher_parts(copying.method), output=False)
+    layers, kind = {pair.teacher for pair in copying.layers}, COPIES[copying.method]
+    model.teacher = view_attention(teacher, layers, tape, kind.parts, output=False)
     model.teacher.requires_grad_(False)
     norms = copying.teacher.normalization, copying.normalization
     model.teacher_input = TeacherInput(model.teacher.model, student, *norms)
@@ -167,7 +167,7 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
         block: Any = attention_blocks(student)[link.pair.student]
         if getattr(block.attn, "permanent", False):
             raise UnsupportedModelError(f"layer {link.pair.student} has no softmax attention to replace")
-        block.attn = CopiedAttention(block.attn, copy_operator(copying.method, link, tape))
+        block.attn = CopiedAttention(block.attn, kind.operator(link, tape))
     run = TeacherFirst(student, tape)
     model.patch_embed.register_forward_hook(run)
     attention_blocks(student)[max(copied_layers(student))].register_forward_hook(run.forget)

@@ -18,7 +18,7 @@ from .attention.ttt import TTTAttention
 from .attention.uniform import UniformAttention
 from .attention.window import NeighbourhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
-from .plan import Choice
+from .plan import KEEP, Choice
 
 OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "softmax": SoftmaxAttention,
@@ -48,6 +48,18 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
 
 MOST = 16_384
 """Of an option: features, landmarks, windows, iterations. A plan may come from a file, and its sizes are built."""
+
+
+def register_operator(name: str, create: Callable[..., AttentionOperator]) -> None:
+    """Make an operator of another package known to plans under `name`.
+
+    `create` takes the `LayerShape` and, as further parameters, the options of the operator; a class will do.
+
+    Raises ConfigError: there is one of this name.
+    """
+    if name in OPERATORS or name == KEEP:
+        raise ConfigError(f"there is an operator {name!r} already: choose another name")
+    OPERATORS[name] = create
 
 
 def options_of(name: str) -> list[str]:

@@ -46,7 +46,7 @@ def spoiled(folder: Path, end: int | None, number: int) -> Spoil:
             request = asked.pop(0)
             place = [request.position, self._place(index), list(request.indices)]
             sums = [float(images.double().sum()), float(targets.double().square().sum())]
-            row = [self.position.step, place, sums, self.saver.optimizer.param_groups[-1]["lr"]]
+            row = [self.position.step, place, sums, self.run_state.optimizer.param_groups[-1]["lr"]]
             with (folder / f"batches{rank}.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

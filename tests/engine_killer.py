@@ -22,9 +22,9 @@ import torch
 from engine_runs import config, differences, make_teacher, state
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.engine import save_clock
+from graftvit.transfer.engine import run_state
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.saving import Saver
+from graftvit.transfer.engine.run_state import RunState
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
 from patience import until
@@ -149,7 +149,7 @@ def clocked(run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
 
     def spoil(rank: int) -> None:
         minutes = [0]
-        real, save = Loop._step, Saver.save
+        real, save = Loop._step, RunState.save
 
         def step(self: Loop, batches: Any) -> None:
             if self.position.step == 9:
@@ -157,13 +157,13 @@ def clocked(run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
             real(self, batches)
             minutes[0] += 1 + rank
 
-        def noted(self: Saver, position: Any, *, best: bool = False, last: bool = True) -> None:
+        def noted(self: RunState, position: Any, *, best: bool = False, last: bool = True) -> None:
             save(self, position, best=best, last=last)
             with (folder / f"saved{rank}").open("a") as file:
                 file.write(f"{position.step}\n")
 
-        save_clock.now = lambda: 60.0 * minutes[0]
-        Loop._step, Saver.save = step, noted  # type: ignore[method-assign]
+        run_state.now = lambda: 60.0 * minutes[0]
+        Loop._step, RunState.save = step, noted  # type: ignore[method-assign]
 
     engine = run("cut").engine.model_copy(update={"save_every": None, "save_minutes": 2})
     cut = run("cut").model_copy(update={"engine": engine})

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.fields import find_key, leaves, sections
+from graftvit.transfer.engine.modes import MODES
+from graftvit.transfer.methods.registry import method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["models", "checkpoints", "transfer", "launch"]
@@ -220,3 +222,43 @@ def test_documents_name_no_setting_that_is_gone() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for key in dotted.findall(path.read_text()):
             assert find_key(key) or key.endswith((".py", ".json")), f"{name_of(path)}: {key}"
+
+
+OTHER_NAMES = {
+    "prefixes.py": "modes of the official code, in its checkpoints",
+    "cli.py": "a command",
+    "measure.py": "rows of the demo",
+    "report_text.py": "rows of the demo",
+    "meters.py": "a loss",
+    "feature.py": "its projector",
+}
+"""Files in which such a name is that of something else."""
+
+
+def test_names_of_modes_and_methods_are_compared_in_their_registries_alone() -> None:
+    names = {*MODES, *method_names(), "copy_"}
+    found = []
+    for path in PACKAGE_FILES:
+        if path.name in OTHER_NAMES:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            prefixes = node.args if isinstance(node, ast.Call) and _is_prefix_test(node) else []
+            texts = {
+                leaf.value for part in (*compared, *prefixes) for leaf in ast.walk(part) if _is_text(leaf)
+            }  # type: ignore[attr-defined]
+            if texts & names:
+                found.append(f"{name_of(path)}:{node.lineno}: {sorted(texts & names)}")
+    assert found == []
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _is_prefix_test(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Attribute) and call.func.attr in (
+        "startswith",
+        "endswith",
+        "removeprefix",
+    )

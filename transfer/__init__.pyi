@@ -13,5 +13,9 @@ from .methods.dual import DualOutput as DualOutput
 from .methods.dual import DualViT as DualViT
 from .methods.dual import Normalization as Normalization
 from .methods.dual import build_dual as build_dual
+from .methods.method import Installed as Installed
+from .methods.method import Pairing as Pairing
+from .methods.method import TransferMethod as TransferMethod
 from .methods.mismatch import compare_models as compare_models
 from .methods.mismatch import report_mismatch as report_mismatch
+from .methods.registry import register_method as register_method

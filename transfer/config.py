@@ -7,19 +7,25 @@ unique), and every default below is the default of the flag.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from .methods.registry import method_names
 
 Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
-Method = Literal[
-    "copy", "copy_q", "copy_k", "copy_v",
-    "distill", "distill_q", "distill_k", "distill_v",
-    "attention_output", "block_output", "feature", "logits",
-]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Of a setting whose valid values are names in a table, which other packages may add to."""
+
+    names: Callable[[], Iterable[str]]
 
 
 MAX_WHOLE = 2**63
@@ -56,6 +62,15 @@ class Section(BaseModel):
             isinstance(kind, type) and issubclass(kind, Section)
         ):  # its fields are looked at by themselves
             check_plain(value)
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
+        for table in cls.model_fields[str(info.field_name)].metadata:
+            if isinstance(table, OneOf) and value not in table.names():
+                valid = ", ".join(map(repr, table.names()))
+                raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
         return value
 
 
@@ -150,7 +165,7 @@ class StudentConfig(Section):
 class TransferConfig(Section):
     """What is taken from the teacher, from where, and how hard the student is pulled."""
 
-    method: Method = Field("distill", description="what is copied or distilled")
+    method: Annotated[str, OneOf(method_names)] = Field("distill", description="what is copied or distilled")
     layers: str | list[int] | list[tuple[int, int]] = Field(
         "all",
         description="all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5 "

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from unittest import mock
 
 import timm.layers.pos_embed
@@ -17,11 +17,7 @@ from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ...models.attention.kernel import KernelAttention
-from ...models.attention.monarch import MonarchAttention
-from ...models.attention.softmax import SoftmaxAttention
-from ...models.attention.ttt import TTTAttention
-from ...models.attention.uniform import UniformAttention
+from ...models.attention.base import AttentionOperator
 from ...models.conversion import converted_layers
 from ...models.copied import copying_of
 from ...models.errors import UnsupportedModelError
@@ -32,9 +28,6 @@ Dynamic = Literal["batch", "resolution"]
 MOST_IMAGES = 2**20
 MOST_PATCHES = 2**14
 """Along a side. torch 2.6 refuses a size without an upper limit."""
-ANY_GRID = (SoftmaxAttention, KernelAttention, TTTAttention, MonarchAttention, UniformAttention)
-"""Operators whose graph holds for every grid. The others compute numbers from the grid that a graph keeps as those of
-the example, which the comparison of outputs need not show: near-uniform attention hides them below its tolerance."""
 
 
 class Normalised(nn.Module):
@@ -65,8 +58,7 @@ def check_dynamic(model: Any, dynamic: Collection[str]) -> None:
             f"dynamic resolution: this {name} runs with a part of its teacher, whose grid is fixed; {way_out}"
         )
     for index, layer in converted_layers(model).items():
-        feature = getattr(layer.operator, "feature", None)
-        if not isinstance(layer.operator, ANY_GRID) or getattr(feature, "needs_grid", False):
+        if not cast(AttentionOperator, layer.operator).traits.graph_any_grid:
             raise UnsupportedModelError(
                 f"dynamic resolution: the graph of {layer.choice.operator!r} in layer {index} holds for one grid "
                 f"alone; {way_out}"

@@ -10,13 +10,14 @@ from typing import Any
 
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
+from ...models.copying.operators import COPIES
 from ...models.plain_yaml import write_yaml
 from ..build import is_ours
 from ..copying import BARE_WORDS
 from ..licenses import normalize
 from ..markdown import code, fenced, plain
 from ..provenance import BARE, COST, KEY, PICKED, licenses
-from .words import METHODS, number, recipe_rows, section, table, transfer_rows
+from .words import DescribeTransfer, lesson_rows, number, plain_transfer, recipe_rows, section, table
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class CardFacts:
     """Whether the weights are in several files, which timm does not read."""
     dataset_name: str | None = None
     """A pretty name of the data that was evaluated on."""
+    describe_transfer: DescribeTransfer = plain_transfer
 
     @property
     def name(self) -> str:
@@ -45,7 +47,7 @@ def body(config: Mapping[str, Any], facts: CardFacts) -> str:
     sections = {
         f"# {facts.name}": _summary(config, facts),
         "## How to load": _loading(config, facts),
-        "## How it was made": _making(config),
+        "## How it was made": _making(config, facts.describe_transfer),
         "## Results": _results(config, facts),
         "## Intended use and limits": _limits(config),
         "## License": _license(config, facts.license),
@@ -106,8 +108,9 @@ def _summary(config: Mapping[str, Any], facts: CardFacts) -> str:
     if source:
         lines.append(f"It learned from a frozen teacher, {code(source)}.")
     if copying:
-        method = METHODS.get(str(section(arguments, "copied").get("method")), "parts of its attention")
-        lines.append(f"It runs with {method}, and holds the part of the teacher that this takes.")
+        kind = COPIES.get(str(section(arguments, "copied").get("method")))
+        words = "parts of its attention" if kind is None else kind.words
+        lines.append(f"It runs with {words}, and holds the part of the teacher that this takes.")
     if converted:
         lines.append(f"Its attention was converted: {code(arguments.get('plan'))}.")
     return " ".join(lines)
@@ -152,12 +155,12 @@ def _is_bare(config: Mapping[str, Any]) -> bool:
     return section(config, KEY).get(BARE) is True
 
 
-def _making(config: Mapping[str, Any]) -> str:
+def _making(config: Mapping[str, Any], describe: DescribeTransfer) -> str:
     made = section(config, KEY)
     if not made:
         return "Nothing is recorded of how it was made."
     recipe = _recipe(config)
-    rows = _origin("teacher", made, recipe) + transfer_rows(recipe) + _origin("init", made, recipe)
+    rows = _origin("teacher", made, recipe) + lesson_rows(recipe, describe) + _origin("init", made, recipe)
     rows += _part_rows(made)
     rows += recipe_rows(recipe)
     rows += [("graftvit", number(made["version"]))] if made.get("version") else []

@@ -26,7 +26,7 @@ from ..sources import PICKLE_SUFFIXES
 from .card import is_generated, student_card
 from .claim import Claim, claim_license, license_of_card
 from .sections import CardFacts
-from .words import section
+from .words import DescribeTransfer, plain_transfer, section
 
 CARD = "README.md"
 WEIGHTS = "model.safetensors"
@@ -73,6 +73,7 @@ def plan_upload(
     confirm_license: bool = False,
     revision: str | None = None,
     dataset_name: str | None = None,
+    describe_transfer: DescribeTransfer = plain_transfer,
 ) -> Upload:
     """What `push_student` would send; works without a network.
 
@@ -83,6 +84,7 @@ def plan_upload(
         confirm_license: the user has made sure that a laxer license, or one for unknown terms, may be named.
         revision: branch, main by default.
         dataset_name: what to call the data of the results in the card.
+        describe_transfer: the card's rows for what was taken from the teacher.
 
     Raises CheckpointError: the folder holds no whole student, the name is none, a file is a link that leads
     out of the folder, or the license is refused.
@@ -103,6 +105,7 @@ def plan_upload(
         parameters=sum(map(_parameters, weights)),
         sharded=len(weights) > 1,
         dataset_name=dataset_name,
+        describe_transfer=describe_transfer,
     )
     config = _published(config, claim.license)
     card = own if own is not None else student_card(config, facts)

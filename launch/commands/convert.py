@@ -153,23 +153,8 @@ def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> N
 def _source(source: str, config: RunConfig, *, fresh: bool) -> Teacher:
     """The model to convert; for a table alone, that of a timm name without its weights."""
     from ...checkpoints.teacher import load_teacher
-    from ..outline import is_timm_name
 
-    if fresh and is_timm_name(source):
-        return _without_weights(source, config)
-    return load_teacher(source, **source_keywords(config.teacher))
-
-
-def _without_weights(source: str, config: RunConfig) -> Teacher:
-    from timm.models import get_pretrained_cfg
-
-    from ...checkpoints.build import check_name
-    from ..outline import outline_teacher
-
-    check_name(source)
-    described = get_pretrained_cfg(source)
-    height, width = described.input_size[1:] if described else (224, 224)
-    return outline_teacher(config.teacher.model_copy(update={"source": source}), (height, width))
+    return load_teacher(source, **source_keywords(config.teacher), download=not fresh)
 
 
 def _images(config: RunConfig, teacher: Teacher, count: int) -> Tensor:

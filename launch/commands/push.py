@@ -72,6 +72,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError("--private and --public contradict each other: leave one out")
     from ...checkpoints.publish.student_files import plan_upload
     from ...checkpoints.publish.upload import push_student
+    from ...transfer.methods.words import describe_transfer
 
     with _student_folder(arguments.source) as folder:
         upload = plan_upload(
@@ -81,6 +82,7 @@ def run(argv: list[str]) -> int:
             confirm_license=arguments.confirm_license,
             revision=arguments.revision,
             dataset_name=arguments.dataset_name,
+            describe_transfer=describe_transfer,
         )
         if arguments.dry_run:
             say(_dry(upload, private=arguments.private, public=arguments.public))

@@ -82,7 +82,7 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
 
 def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
     """A recipe of several stages: show them, or run them one after another."""
-    from ...transfer.recovery.stages import chain, train_stages
+    from ...transfer.engine.stages import chain, train_stages
 
     stages = load_stages(arguments.recipe, settings)
     shown = chain(stages)

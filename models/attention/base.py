@@ -117,6 +117,9 @@ class Traits:
     """`Heads.bias` is honoured."""
     dropout: bool = False
     """`Heads.dropout` is honoured."""
+    graph_any_grid: bool = False
+    """A graph that is exported on one token grid holds for every other. Without this trait it keeps numbers of its
+    example's grid, which comparing outputs need not show: near-uniform attention hides them."""
 
 
 class AttentionOperator(nn.Module, ABC):

@@ -84,6 +84,7 @@ class KernelAttention(AttentionOperator):
             row_stochastic=self.feature.positive or not self.normaliser.divides,
             needs_grid=self.feature.needs_grid or self.v_conv is not None or self.q_conv is not None,
             key_mask=True,
+            graph_any_grid=not self.feature.needs_grid,
         )
 
     def attend(self, heads: Heads) -> Tensor:

@@ -52,7 +52,7 @@ class MonarchAttention(AttentionOperator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(linear_cost=False, needs_grid=True, key_mask=True)
+        return Traits(linear_cost=False, needs_grid=True, key_mask=True, graph_any_grid=True)
 
     def attend(self, heads: Heads) -> Tensor:
         _, _, v = heads.qkv()

@@ -29,7 +29,7 @@ class SoftmaxAttention(AttentionOperator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(linear_cost=False, key_mask=True, bias=True, dropout=True)
+        return Traits(linear_cost=False, key_mask=True, bias=True, dropout=True, graph_any_grid=True)
 
     def attend(self, heads: Heads) -> Tensor:
         return Softmax()(heads)

@@ -45,7 +45,9 @@ class TTTAttention(AttentionOperator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(linear_in_v=False, nonnegative=False, row_stochastic=False, needs_grid=True)
+        return Traits(
+            linear_in_v=False, nonnegative=False, row_stochastic=False, needs_grid=True, graph_any_grid=True
+        )
 
     def attend(self, heads: Heads) -> Tensor:
         q, k, v = heads.qkv()

@@ -19,7 +19,7 @@ class UniformAttention(AttentionOperator):
 
     @property
     def traits(self) -> Traits:
-        return Traits(key_mask=True)
+        return Traits(key_mask=True, graph_any_grid=True)
 
     def attend(self, heads: Heads) -> Tensor:
         v = _values(heads)

@@ -19,8 +19,6 @@ from .tape import Tape, average_heads, spread_heads
 from .tokens import pick_dim
 
 Part = Literal["q", "k", "v"]
-COPY_PARTS: dict[str, Part] = {"copy_q": "q", "copy_k": "k", "copy_v": "v"}
-COPY_METHODS = ("copy", *COPY_PARTS)
 softmax = Softmax()
 
 
@@ -127,14 +125,33 @@ class CopyProjection(Copy):
         )
 
 
-def copy_operator(method: str, link: Link, tape: Tape) -> Copy:
-    """The operator of a method of `COPY_METHODS`."""
-    return CopyMap(link, tape) if method == "copy" else CopyProjection(link, tape, part=COPY_PARTS[method])
+@dataclass(frozen=True)
+class CopyKind:
+    """What a student can compute with in place of its own."""
+
+    parts: tuple[Part, ...]
+    """What the teacher's layer must give."""
+    words: str
+
+    @property
+    def copies_map(self) -> bool:
+        """Whether it is the whole map, which the teacher's queries and keys make."""
+        return len(self.parts) > 1
+
+    def operator(self, link: Link, tape: Tape) -> Copy:
+        """The operator of a student's layer."""
+        return CopyMap(link, tape) if self.copies_map else CopyProjection(link, tape, part=self.parts[0])
 
 
-def teacher_parts(method: str) -> tuple[Part, ...]:
-    """What a method of `COPY_METHODS` takes of the teacher's layer."""
-    return ("q", "k") if method == "copy" else (COPY_PARTS[method],)
+COPIES = {
+    "copy": CopyKind(
+        ("q", "k"), "the teacher's attention maps in place of the student's, on the student's values"
+    ),
+    "copy_q": CopyKind(("q",), "the teacher's queries in place of the student's"),
+    "copy_k": CopyKind(("k",), "the teacher's keys in place of the student's"),
+    "copy_v": CopyKind(("v",), "the teacher's values in place of the student's"),
+}
+"""By the name of the transfer method that trains such a student."""
 
 
 def blend(link: Link, copied: Tensor, own: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
-from graftvit.launch.outline import outline_teacher
 from graftvit.launch.plan import describe_plan
 from graftvit.models.errors import ConfigError, GraftError, TransferError
-from graftvit.transfer.config import TeacherConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
 from support.tiny_weights import write_stand_in
@@ -268,20 +266,20 @@ def test_a_teacher_of_another_grid_is_refused_before_alignment(teacher: str, tmp
             attempt(load_config(None, overrides))
 
 
-def test_a_timm_teacher_is_outlined_without_storage() -> None:
-    outlined = outline_teacher(TeacherConfig(source="vit_huge_patch14_224.mae"), (224, 224))
+def test_a_timm_teacher_without_its_weights_has_no_memory() -> None:
+    outlined = load_teacher("vit_huge_patch14_224.mae", img_size=224, download=False)
     assert sum(p.numel() for p in outlined.model.parameters()) == 630_764_800
     assert all(p.is_meta and not p.requires_grad for p in outlined.model.parameters())
     assert not outlined.has_head
     assert not outlined.model.training
 
 
-def test_an_outline_takes_the_students_resolution_where_its_patches_allow() -> None:
-    resized = outline_teacher(TeacherConfig(source="vit_tiny_patch16_224"), (64, 96))
+def test_a_timm_teacher_without_its_weights_takes_the_students_resolution() -> None:
+    resized: Any = load_teacher("vit_tiny_patch16_224.augreg_in21k", img_size=(64, 96), download=False)
     assert resized.model.patch_embed.grid_size == (4, 6)
     assert resized.has_head
-    own = outline_teacher(TeacherConfig(source="vit_tiny_patch16_224", img_size=32), (64, 96), empty=False)
-    assert own.model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+    with pytest.raises(GraftError, match="wrong_argument"):
+        load_teacher("vit_tiny_patch16_224.augreg_in21k", model_args={"wrong_argument": 1}, download=False)
 
 
 def test_what_torch_cannot_compile_is_refused_by_the_plan_and_the_run(tmp_path: Path, teacher: str) -> None:

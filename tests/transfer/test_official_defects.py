@@ -26,7 +26,7 @@ from graftvit.models.errors import CheckpointError
 from graftvit.models.patches import grid_positions
 from graftvit.transfer.config import DataConfig, OptimConfig, RunConfig
 from graftvit.transfer.data.loaders import create_eval_loader
-from graftvit.transfer.engine import health
+from graftvit.transfer.engine import meters
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.optim import create_optimizer
 from graftvit.transfer.engine.parallel import create_accelerator
@@ -243,13 +243,13 @@ def test_13a_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_13b_a_loss_that_is_not_finite_stops_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = health.LossHealth()
+    watch = meters.LossHealth()
     watch.record(4, ("loss", "task"), torch.tensor([1.0, 1.0]))
 
     def other_rank(first: Tensor, op: object) -> None:
         first[0] = min(int(first[0]), 4)  # there, the total was not finite at step 4
 
-    monkeypatch.setattr(health.dist, "all_reduce", other_rank)
+    monkeypatch.setattr(meters.dist, "all_reduce", other_rank)
     assert watch.failures(SimpleNamespace(num_processes=2)) == {"loss": 4}  # type: ignore[arg-type]
 
 

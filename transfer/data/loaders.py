@@ -28,7 +28,7 @@ from .sampler import Indices, balanced_subset, epoch_order, eval_requests, train
 from .streams import StreamFetcher, read_all_on_every_rank
 
 __all__ = [
-    "EvalLoader", "TrainLoader",
+    "AbsentTrainLoader", "EvalLoader", "TrainLoader",
     "create_eval_loader", "create_reference_loader", "create_train_loader", "find_eval_loader",
 ]  # fmt: skip
 
@@ -104,6 +104,18 @@ class TrainLoader:
         )
         for batch in self._fetcher.fetch(requests):
             yield cast(Tensor, batch.images), batch.targets
+
+
+class AbsentTrainLoader(TrainLoader):
+    """Stands in for a training set that is not on this machine: the classes of the settings, and no image."""
+
+    def __init__(self, config: DataConfig, reason: DataError) -> None:
+        self.reason = reason
+        self.num_classes = config.num_classes or 0
+        self.num_samples, self.batch_size = 0, config.batch_size
+
+    def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
+        raise self.reason
 
 
 class StreamTrainLoader(TrainLoader):

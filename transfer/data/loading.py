@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...models.errors import DataError
-from ..engine.randomness import preserved
 from .augment import Transform, mix, seed_generators
 from .images import ImageSource
+from .randomness import preserved
 from .sampler import MIXING, SAMPLE, BatchRequest, Indices, derive_seed
 from .steps import reason_of
 

@@ -18,11 +18,11 @@ from torch.utils.data import IterableDataset
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
 from ..config import DataConfig
-from ..engine.randomness import preserved
 from .augment import create_mixing, mix, train_transform
 from .datasets import open_dataset
 from .images import ImageSource
 from .loading import Batch, TrainBatches
+from .randomness import preserved
 from .sampler import MIXING, BatchRequest, derive_seed, epoch_order
 from .streams import StreamBatches
 

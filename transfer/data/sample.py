@@ -8,8 +8,8 @@ from torch import Tensor
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
 from ..config import DataConfig
-from ..engine.randomness import preserved
 from .loaders import create_train_loader
+from .randomness import preserved
 
 PLAIN = {"aa": None, "color_jitter": 0.0, "hflip": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...models.errors import DataError
-from ..engine.randomness import preserved
 from .augment import Transform, mix, seed_generators
 from .fetch import BadImages, create_loader, guarded
 from .loading import BadImage, Batch, Ready, cause, failed, out_of_memory
+from .randomness import preserved
 from .sampler import MIXING, SAMPLE, derive_seed
 from .steps import reason_of
 

@@ -10,13 +10,10 @@ from torch import nn
 from ...checkpoints.class_names import same_classes
 from ...checkpoints.teacher import Head
 from ...models.errors import ConfigError
-from ..config import Metric, RunConfig
+from ..config import Metric
 from ..data.loaders import EvalLoader
 from ..metrics.measure import PROBES, Family
-from .labels import needs_labels
-
-FEATURE_METHODS = ("block_output", "feature")
-"""Methods that pull the student's features to the teacher's, so that their distance says how far it is."""
+from .modes import Mode
 
 Kind = Family | Literal["objective"]
 
@@ -58,7 +55,7 @@ def classifies(head: Head, loader: EvalLoader | None) -> bool:
 
 
 def choose(
-    config: RunConfig,
+    mode: Mode,
     *,
     head: Head,
     loader: EvalLoader | None,
@@ -72,9 +69,10 @@ def choose(
     Raises ConfigError: it cannot be measured in this run.
     """
     classified = classifies(head, loader)
+    config = mode.config
     metric = config.engine.metric
     if metric == "auto":
-        metric = _default(config, classified)
+        metric = mode.default_metric(classified)
         if loader is None or metric == "auto":
             return None
     if loader is None:
@@ -89,7 +87,7 @@ def choose(
         raise ConfigError(
             f"engine.metric={metric} needs labels, and the test images have none; use distance or loss"
         )
-    if metric == "distance" and config.mode not in ("transfer", "align"):
+    if metric == "distance" and not mode.taught:
         raise ConfigError(
             f"engine.metric=distance needs a teacher, and mode={config.mode} has none; use loss or knn"
         )
@@ -97,17 +95,8 @@ def choose(
         same_width = teacher is not None and _width(teacher) == _width(student)
         return Choice("relative_error" if same_width else "cka", "distance")
     if metric == "loss":
-        return Choice("loss", "top1") if needs_labels(config) else Choice("objective", "objective")
+        return Choice("loss", "top1") if mode.needs_labels else Choice("objective", "objective")
     return CHOICES[metric]
-
-
-def _default(config: RunConfig, classified: bool) -> Metric:
-    """top1 where it means something, else how near the student is to what it learns from."""
-    if classified:
-        return "top1"
-    if config.mode == "align" or (config.mode == "transfer" and config.transfer.method in FEATURE_METHODS):
-        return "distance"
-    return "loss" if config.mode == "transfer" else "auto"
 
 
 def _width(model: nn.Module) -> int:

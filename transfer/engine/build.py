@@ -1,27 +1,33 @@
-"""From a RunConfig to what a run is made of: teacher, student, loaders and the task."""
+"""From a RunConfig to what a run is made of: teacher, student, loaders and the task.
+
+The dry run builds the same without weights: parameters that have a shape and no memory, and nothing is downloaded.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
+from ...checkpoints.build import check_published
 from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.teacher import Teacher, load_teacher, load_weights
-from ...models.copying.input import Normalization, TeacherInput
-from ...models.copying.operators import COPY_METHODS
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, DataError
 from ...models.lora import add_lora
-from ...models.mae import MaskedAutoencoder
-from ..config import RunConfig, StudentConfig
+from ..config import DataConfig, RunConfig
 from ..data.datasets import check_dataset
 from ..data.loaders import (
+    AbsentTrainLoader,
     EvalLoader,
     TrainLoader,
     create_eval_loader,
@@ -29,29 +35,18 @@ from ..data.loaders import (
     create_train_loader,
     find_eval_loader,
 )
-from ..methods.dual import build_dual
-from ..methods.plan import LAYER_METHODS
+from ..data.randomness import preserved
 from ..metrics.measure import PROBES
-from ..recovery.align import Alignment
+from ..staging.archives import is_packed
 from .best import Choice, choose, classifies
-from .labels import check_teacher_classes, freeze_for, needs_labels, starting_source, student_head
-from .randomness import preserved
-from .students import (
-    StudentPlan,
-    find_whole,
-    find_whole_name,
-    input_size,
-    plan_student,
-    resolve_preprocessing,
-)
-from .tasks import AlignTask, ClassificationTask, PretrainTask, Task, TransferTask
+from .modes import TEACHER, Mode, Models, mode_of
+from .optim import check_optimizer
+from .parallel import check_layers_apart
+from .students import StudentPlan, find_whole, input_size, resolve_preprocessing
+from .tasks import Task, TransferTask
+from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
-
-TAUGHT = ("transfer", "align")
-"""Modes that need their teacher in every step."""
-HEAD_STD = 2e-5
-"""Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""
 
 
 @dataclass
@@ -61,6 +56,11 @@ class Parts:
     task: Task
     plan: StudentPlan
     teacher: Teacher | None
+    """The one that every step needs."""
+    loaded: Teacher | None
+    """The one that the student learns or starts from, which a run that has started from it holds no more."""
+    spec: Preprocessing
+    """How the student's images are made."""
     train_loader: TrainLoader
     eval_loader: EvalLoader | None
     classified: bool
@@ -73,51 +73,61 @@ class Parts:
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them."""
 
 
-def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str | None = None) -> Parts:
-    """Builds a run on the CPU. The student's fresh weights depend on `config.seed` alone, not on the rank.
+def build(
+    config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str | None = None, weights: bool = True
+) -> Parts:
+    """Build a run on the CPU. The student's fresh weights depend on `config.seed` alone, not on the rank.
 
-    `commit` is the one that the teacher was loaded at when the run began, for a run that goes on.
+    Args:
+        config: The run.
+        rank: Of this process.
+        world_size: Number of processes.
+        commit: The one that the teacher was loaded at when the run began, for a run that resumes.
+        weights: False for a dry run: parameters are on the meta device, published weights are not downloaded, and the
+            training set may be absent where the settings say its number of classes.
 
     Raises ConfigError, CheckpointError, DataError or TransferError, one sentence each.
     """
-    check_recomputation(config)
-    check_dataset(config.data)  # before a teacher is downloaded
+    mode = mode_of(config)
+    check_settings(mode)
+    _check_data(mode, weights=weights)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
     whole = find_whole(config.student)
-    teacher = find_teacher(config, input_size(config.student, whole)[1:], commit)
+    size = input_size(config.student, whole)[1:]
+    teacher = _teacher(config, size, commit, weights=weights) if _reads_teacher(mode) else None
     spec = resolve_preprocessing(config, teacher, whole)
     with preserved():
-        labels = needs_labels(config)
-        train_loader = create_train_loader(
-            config.data, spec, seed=config.seed, rank=rank, world_size=world_size, labels=labels
-        )
-        eval_loader = open_eval_loader(
-            config, spec, train_loader.num_classes, rank=rank, world_size=world_size
-        )
-    head = student_head(config, train_loader.head(), teacher, whole)
-    check_teacher_classes(config, teacher, head.label_names)
-    classes = head.num_classes
-    if config.mode == "pretrain":
-        plan = plan_student(headless(config.student), classes, None, spec)
-    else:
-        plan = plan_student(config.student, classes, teacher, spec, whole)
+        train_loader = _train_loader(mode, spec, rank, world_size, absent=not weights)
+        eval_loader = _eval_loader(mode, spec, train_loader, rank, world_size)
+    head = mode.head(train_loader.head(), teacher, whole)
+    mode.check_classes(teacher, head)
+    plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
-    student, init = _student(config, plan, teacher)
-    task = _task(config, student, plan, teacher, spec)
+    student, init = _student(mode, plan, teacher, weights=weights)
+    task = mode.task(Models(student, teacher, spec, _calibration(config, spec, weights=weights)))
+    mode.freeze(task.trainable)
+    if config.engine.fsdp:
+        check_layers_apart(task)
     taught = None if teacher is None else teacher.model
-    choice = choose(config, head=head, loader=eval_loader, student=task.backbone, teacher=taught)
+    known = not isinstance(train_loader, AbsentTrainLoader)
+    choice = (
+        choose(mode, head=head, loader=eval_loader, student=task.backbone, teacher=taught) if known else None
+    )
     reference = None
     if choice is not None and choice.kind in PROBES:
-        reference = create_reference_loader(config.data, spec, rank=rank, world_size=world_size)
+        reference = create_reference_loader(_data(config, weights), spec, rank=rank, world_size=world_size)
     origins = {"teacher": provenance.of_teacher(teacher), "init": init}
-    # Fine-tuning has taken the teacher's weights and needs it no more.
-    needed = teacher if config.mode in TAUGHT else None
-    if isinstance(task, TransferTask) and teacher is not None and task.dual.needs_teacher:
-        plan = replace(plan, copying=task.dual.copying(copied_teacher(teacher)))
+    if isinstance(task, TransferTask):
+        if weights:
+            logger.info("%s", task.dual.describe())
+        if task.dual.needs_teacher and teacher is not None:
+            plan = replace(plan, copying=task.dual.copying(copied_teacher(teacher)))
     return Parts(
         task=task,
         plan=plan,
-        teacher=needed,
+        teacher=teacher if mode.taught else None,
+        loaded=teacher if mode.taught or not weights else None,
+        spec=spec,
         train_loader=train_loader,
         eval_loader=eval_loader,
         classified=classifies(head, eval_loader),
@@ -127,76 +137,106 @@ def build(config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str 
     )
 
 
-def check_recomputation(config: RunConfig) -> None:
-    """Raise ConfigError where torch cannot compile blocks that are run again and give losses of their own."""
-    student, method = config.student, config.transfer.method
-    inside = config.mode == "transfer" and method in LAYER_METHODS and method not in COPY_METHODS
-    if inside and student.compile and student.grad_checkpointing:
-        raise ConfigError(
-            f"student.compile=true does not go with student.grad_checkpointing=true for transfer.method={method}, "
-            "whose losses come from within the blocks: set one of them to false"
+def check_settings(mode: Mode) -> None:
+    """Raise ConfigError for settings that no run can have, before anything is read."""
+    mode.check()
+    check_optimizer(mode.config.optim)
+    check_trackers(mode.config.engine.trackers)
+
+
+def _data(config: RunConfig, weights: bool) -> DataConfig:
+    """The data as it is opened: a dry run downloads none, and starts no loader processes."""
+    return config.data if weights else config.data.model_copy(update={"download": False, "workers": 0})
+
+
+def _train_loader(
+    mode: Mode, spec: Preprocessing, rank: int, world_size: int, *, absent: bool
+) -> TrainLoader:
+    """The training set; where it may be `absent` and is, what stands in for it."""
+    config = mode.config
+    data, labels = _data(config, weights=not absent), mode.needs_labels
+    try:
+        return create_train_loader(
+            data, spec, seed=config.seed, rank=rank, world_size=world_size, labels=labels
         )
+    except DataError as error:
+        if not absent or not _may_be_absent(mode):
+            raise
+        return AbsentTrainLoader(data, error)
 
 
-def open_eval_loader(
-    config: RunConfig, spec: Preprocessing, num_classes: int, *, rank: int = 0, world_size: int = 1
+def _check_data(mode: Mode, *, weights: bool) -> None:
+    try:
+        check_dataset(mode.config.data)
+    except DataError:
+        if weights or not _may_be_absent(mode):
+            raise
+
+
+def _may_be_absent(mode: Mode) -> bool:
+    """Whether the run can be described without its training set, which only the machine that it will have may hold."""
+    data = mode.config.data
+    if data.dataset == "digits" or (data.num_classes is None and mode.needs_labels):
+        return False
+    here = data.data_path is not None and Path(data.data_path).exists()
+    return not here or data.download or is_packed(data)
+
+
+def _eval_loader(
+    mode: Mode, spec: Preprocessing, train: TrainLoader, rank: int, world_size: int
 ) -> EvalLoader | None:
     """The test images, labelled as the training images are; a run without labels may have none."""
-    if config.data.val_split is None or (config.mode == "pretrain" and config.engine.metric == "auto"):
+    if not mode.evaluates or isinstance(train, AbsentTrainLoader):
         return None
-    data = config.data.model_copy(update={"num_classes": num_classes or None})
-    if not needs_labels(config):
+    data = mode.config.data.model_copy(update={"num_classes": train.num_classes or None})
+    if not mode.needs_labels:
         return find_eval_loader(data, spec, rank=rank, world_size=world_size)
     return create_eval_loader(data, spec, rank=rank, world_size=world_size)
 
 
-def find_teacher(config: RunConfig, size: tuple[int, int], commit: str | None = None) -> Teacher | None:
-    """The teacher where the mode has a use for one."""
-    source = config.teacher.source
-    if config.mode in TAUGHT and source is None:
-        raise ConfigError(
-            f"mode={config.mode} needs a teacher: set teacher.source to a timm name, a hub name or a path"
-        )
-    starts = config.student.init is not None or find_whole_name(config.student)
-    if config.mode == "finetune" and source is None and not starts:
-        raise ConfigError("mode=finetune needs weights to start from: set teacher.source or student.init")
-    if source is None:
-        return None
-    if config.mode in ("scratch", "pretrain"):
-        logger.warning("teacher.source=%s is not used: mode=%s has no teacher", source, config.mode)
-        return None
+def _reads_teacher(mode: Mode) -> bool:
+    """Whether to load a teacher; one that is named in vain is logged."""
+    source = mode.config.teacher.source
+    if source is not None and not mode.reads_teacher:
+        logger.warning("teacher.source=%s is not used: mode=%s has no teacher", source, mode.config.mode)
+    return source is not None and mode.reads_teacher
+
+
+def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Teacher:
+    how = config.teacher
+    check_published(str(how.source), how.model_args, commit or how.revision)
     return load_teacher(
-        source,
-        model=config.teacher.model,
-        model_args=config.teacher.model_args,
-        img_size=config.teacher.image_size(size),
-        position_embedding=config.teacher.position_embedding,
-        revision=commit or config.teacher.revision,
+        str(how.source),
+        model=how.model,
+        model_args=how.model_args,
+        img_size=how.image_size(size),
+        position_embedding=how.position_embedding,
+        revision=commit or how.revision,
         identified=True,
+        download=weights,
     )
 
 
-def headless(config: StudentConfig) -> StudentConfig:
-    """The encoder of an autoencoder: it ends in `norm`, which timm does not build for average pooling."""
-    pool = "token" if config.model_args.get("class_token", True) else ""
-    return config.model_copy(update={"global_pool": pool})
-
-
 def _student(
-    config: RunConfig, plan: StudentPlan, teacher: Teacher | None
+    mode: Mode, plan: StudentPlan, teacher: Teacher | None, *, weights: bool
 ) -> tuple[nn.Module, dict[str, Any] | None]:
     """The student with its starting weights, and where these are from."""
-    student = plan.create(config.student.drop_path)
+    config = mode.config
+    memory: AbstractContextManager[object] = nullcontext() if weights else init_empty_weights()
+    with memory:
+        student = plan.create(config.student.drop_path)
+    if mode.needs_labels and getattr(student, "global_pool", None) == "":
+        raise ConfigError(
+            "student.global_pool='' keeps all tokens apart, and labels need one prediction an image: "
+            "use avg, token or map"
+        )
     if config.student.pos_embed_std is not None:
         position = getattr(student, "pos_embed", None)
         if not isinstance(position, Tensor):
             raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
         trunc_normal_(cast(nn.Parameter, position), std=config.student.pos_embed_std)
-    if config.mode == "finetune" and hasattr(student, "get_classifier"):
-        head = cast(Any, student).get_classifier()
-        if isinstance(head, nn.Linear):
-            trunc_normal_(head.weight, std=HEAD_STD)
-    init = _start_from(config, student, teacher)
+    mode.start_head(student)
+    init = _start_from(mode, student, teacher, weights=weights)
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
@@ -204,52 +244,33 @@ def _student(
     return student, init
 
 
-def _start_from(config: RunConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, Any] | None:
-    """Loads the weights to start from, the teacher's own or others, and says where they are from."""
-    source = starting_source(config)
+def _start_from(
+    mode: Mode, student: nn.Module, teacher: Teacher | None, *, weights: bool
+) -> dict[str, Any] | None:
+    """Load the weights to start from, the teacher's own or others; say where they are from."""
+    source, how, revision = mode.starting_source, mode.config.teacher, None
     if source is None:
         return None
-    revision = None
-    if source == "teacher":
-        source = config.teacher.source
+    if source == TEACHER:
+        source = how.source
         if source is None:
             raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
-        revision = teacher.revision if teacher is not None else config.teacher.revision
+        revision = teacher.revision if teacher is not None else how.revision
+    check_published(source, {}, revision)
     report = load_weights(
-        student, source, position_embedding=config.teacher.position_embedding, revision=revision
+        student, source, position_embedding=how.position_embedding, revision=revision, download=weights
     )
     logger.info("student starts from %s: %s", source, report)
     return provenance.of_weights(source, report)
 
 
-def _calibration(config: RunConfig, spec: Preprocessing) -> Tensor:
+def _calibration(config: RunConfig, spec: Preprocessing, *, weights: bool) -> Callable[[], Tensor | None]:
     """The first images of the first process, on every process: all must match the same heads."""
-    with preserved():
-        return next(create_train_loader(config.data, spec, seed=config.seed, labels=False).epoch(0))[0]
 
+    def first_images() -> Tensor | None:
+        if not weights:
+            return None
+        with preserved():
+            return next(create_train_loader(config.data, spec, seed=config.seed, labels=False).epoch(0))[0]
 
-def align_task(config: RunConfig, teacher: Teacher, student: nn.Module, spec: Preprocessing) -> AlignTask:
-    """The student's converted layers beside the teacher's, on the images that the teacher wants."""
-    norms = Normalization(teacher.mean, teacher.std), Normalization(spec.mean, spec.std)
-    teacher_input = TeacherInput(teacher.model, student, *norms)
-    return AlignTask(Alignment(teacher.model, student, config.align.match), teacher_input)
-
-
-def _task(
-    config: RunConfig, student: nn.Module, plan: StudentPlan, teacher: Teacher | None, spec: Preprocessing
-) -> Task:
-    if config.mode == "pretrain":
-        settings = config.pretrain.model_dump()
-        task: Task = PretrainTask(MaskedAutoencoder(student, **settings))
-    elif config.mode == "align" and teacher is not None:
-        task = align_task(config, teacher, student, spec)
-    elif config.mode == "transfer" and teacher is not None:
-        calibration = _calibration(config, spec) if config.transfer.heads == "match" else None
-        normalization = Normalization(spec.mean, spec.std)
-        dual = build_dual(config.transfer, teacher, student, normalization, calibration)
-        logger.info("%s", dual.describe())
-        task = TransferTask(dual, config.data.smoothing, config.transfer.task_weight)
-    else:
-        task = ClassificationTask(student, config.data.smoothing)
-    freeze_for(config, task.trainable)
-    return task
+    return first_images

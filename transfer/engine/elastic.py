@@ -9,8 +9,9 @@ from typing import Any
 from ...models.errors import ConfigError
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
-from .resume import Position
-from .schedule import Schedule, plan_schedule
+from .build import Parts
+from .optim import Schedule, plan_schedule
+from .resume import Position, check_same_classes, check_same_weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,22 @@ class GlobalBatch:
         batches = self.steps_per_epoch * self.micro_batches // self.processes
         first = plan_schedule(config.optim, batches, config.data.batch_size, self.processes)
         return replace(first, accum=self.micro_batches // processes)
+
+
+def settle(
+    config: RunConfig, parts: Parts, processes: int, saved: Mapping[str, Any] | None
+) -> tuple[RunConfig, GlobalBatch]:
+    """The settings and the batch of a run that was built: as it was started with, where it resumes.
+
+    `saved` is the meta part of the state that it resumes from.
+
+    Raises ConfigError: the run was started with other classes or weights, or `check_spread` refuses.
+    """
+    if saved is None:
+        return config, first_batch(config, parts.train_loader, processes)
+    check_same_classes(saved, parts.plan.label_names, config.output_dir)
+    check_same_weights(saved, parts.origins, parts.plan.meta(), config.output_dir)
+    return as_started(config, saved), global_batch(config, parts.train_loader, processes, saved)
 
 
 def global_batch(

@@ -14,11 +14,11 @@ from ...checkpoints.student import write_student
 from ...models.copied import copy_attention
 from ...models.errors import GraftError
 from ...models.lora import merged
+from ..data.randomness import preserved
 from .build import Parts
 from .ema import WeightAverage
 from .fence import Fence
 from .parallel import gathered, raise_together
-from .randomness import preserved
 from .tasks import PretrainTask
 
 

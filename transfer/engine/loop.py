@@ -12,16 +12,13 @@ from torch import Tensor
 
 from ...models.errors import DataError, RunFailedError
 from ..config import RunConfig
+from ..data.randomness import seed_batch
 from .build import Parts
-from .health import LossHealth, describe, weights_finite
-from .meters import stacked
-from .optim import set_learning_rate
-from .randomness import seed_batch
+from .meters import LossHealth, describe, stacked, weights_finite
+from .optim import Schedule, set_learning_rate
 from .recorder import Recorder
 from .resume import Position
-from .save_clock import SaveClock
-from .saving import Saver
-from .schedule import Schedule
+from .run_state import RunState, SaveClock
 from .scoring import best_value, score
 from .signals import StopSignals
 from .waiting import CommunicationTimer
@@ -34,7 +31,7 @@ class Loop:
     config: RunConfig
     accelerator: Accelerator
     parts: Parts
-    saver: Saver
+    run_state: RunState
     schedule: Schedule
     recorder: Recorder
     signals: StopSignals
@@ -54,11 +51,11 @@ class Loop:
 
     def run(self) -> int | None:
         """Trains to the end, or until all processes agree on a signal, which is returned after a save."""
-        self.saver.model.train()
+        self.run_state.model.train()
         self.clock.restart()  # a teacher's evaluation may lie behind
-        timer = CommunicationTimer(self.saver.model, self.config.engine.log_interval)
+        timer = CommunicationTimer(self.run_state.model, self.config.engine.log_interval)
         self.recorder.communication = timer.seconds
-        for kind in self.saver.meters:
+        for kind in self.run_state.meters:
             self.recorder.start(kind)
         while not self.finished:
             stopped = self._epoch_steps()
@@ -110,17 +107,17 @@ class Loop:
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One optimiser step over `accum` batches. Nothing here waits for the device."""
-        set_learning_rate(self.saver.optimizer, self.schedule.rate(self.position.step))
+        set_learning_rate(self.run_state.optimizer, self.schedule.rate(self.position.step))
         for index in range(self.schedule.accum):
             last = index == self.schedule.accum - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.saver.model):
+            with nullcontext() if last else self.accelerator.no_sync(self.run_state.model):
                 self._backward(*next(batches), index)
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.parts.task.parameters(), self.config.optim.clip_grad)
-        self.saver.optimizer.step()
-        self.saver.optimizer.zero_grad()
-        if self.saver.average is not None:
-            self.saver.average.update()
+        self.run_state.optimizer.step()
+        self.run_state.optimizer.zero_grad()
+        if self.run_state.average is not None:
+            self.run_state.average.update()
         self.position.step += 1
         self.position.epoch_step += 1
         self.recorder.step(self.position.step, self.position.epoch)
@@ -129,11 +126,11 @@ class Loop:
         """Adds the gradients of batch `index` of this step."""
         seed_batch(self.config.seed, self.position.epoch, self._place(index), self.accelerator.device)
         with self.accelerator.autocast():
-            losses: dict[str, Tensor] = self.saver.model(images, targets)
+            losses: dict[str, Tensor] = self.run_state.model(images, targets)
         self.accelerator.backward(losses["loss"] / self.schedule.accum)
         names, values = tuple(losses), stacked(losses)
         self.health.record(self.position.step + 1, names, values)
-        for meter in self.saver.meters.values():
+        for meter in self.run_state.meters.values():
             meter.add(names, values)
         self.recorder.images(len(images) * self.accelerator.num_processes)
 
@@ -149,8 +146,8 @@ class Loop:
 
     def _record(self, kind: str) -> dict[str, Any]:
         """Epoch, step, mean losses since the last record of this kind, learning rate. Synchronises."""
-        means = self.saver.meters[kind].means(self.accelerator)
-        self.saver.meters[kind].reset()
+        means = self.run_state.meters[kind].means(self.accelerator)
+        self.run_state.meters[kind].reset()
         return {
             "epoch": self.position.epoch,
             "step": self.position.step,
@@ -166,7 +163,7 @@ class Loop:
         if over or (self.position.epoch + 1) % self.config.engine.eval_every == 0:
             with self.recorder.paused():
                 better = self._evaluate(record)
-        self.recorder.write("epoch", {**record, "n_parameters": self.saver.n_parameters})
+        self.recorder.write("epoch", {**record, "n_parameters": self.run_state.n_parameters})
         self.position.epoch += 1
         self.position.epoch_step = 0
         due = over or self.config.engine.save_every is None or self._save_due
@@ -175,7 +172,7 @@ class Loop:
 
     def _evaluate(self, record: dict[str, Any]) -> bool:
         """Adds the test metrics to `record`; whether they are the best so far."""
-        metrics = score(self.parts, self.saver.average, self.accelerator)
+        metrics = score(self.parts, self.run_state.average, self.accelerator)
         record |= metrics
         self.position.metrics |= metrics
         choice = self.parts.choice
@@ -193,7 +190,7 @@ class Loop:
         if not weights_finite(self.parts.task, self.accelerator):
             raise RunFailedError(f"a weight is not finite at step {self.position.step}{self._last_good()}")
         with self.recorder.paused():
-            self.saver.save(self.position, best=best, last=last)
+            self.run_state.save(self.position, best=best, last=last)
         if last:
             self.due = False
             self.clock.restart()
@@ -205,7 +202,7 @@ class Loop:
 
     def _last_good(self) -> str:
         advice = "lower optim.blr or set optim.clip_grad"
-        if self.saver.last_step is None:
+        if self.run_state.last_step is None:
             return f"; no state had been saved yet: {advice}"
         folder = self.config.output_dir / "checkpoints"
-        return f"; the last good state is that of step {self.saver.last_step} in {folder}: {advice}"
+        return f"; the last good state is that of step {self.run_state.last_step} in {folder}: {advice}"

@@ -1,10 +1,11 @@
-"""Learning rate, parameter groups and what learns."""
+"""Learning rate, schedule, parameter groups, the optimizer and what learns."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from timm.optim._param_groups import param_groups_layer_decay, param_groups_weig
 from torch import nn
 
 from ...models.conversion import new_parameters
-from ...models.errors import ConfigError, did_you_mean
+from ...models.errors import ConfigError, did_you_mean, one_sentence
 from ..config import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,21 @@ def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(head.parameters()) if isinstance(head, nn.Module) else []
 
 
+def check_optimizer(config: OptimConfig) -> None:
+    """Raise ConfigError where timm has no such optimizer, or it cannot be used as it is configured."""
+    valid = [str(name) for name in list_optimizers()]
+    if config.opt not in valid:
+        raise ConfigError(
+            f"optim.opt={config.opt!r} is not a timm optimiser: {did_you_mean(config.opt, valid)}"
+        )
+    if get_optimizer_info(config.opt).second_order:
+        raise ConfigError(
+            f"optim.opt={config.opt!r} needs second derivatives, which a step does not compute: use another, such as "
+            "adamw"
+        )
+    _betas(config)
+
+
 def create_optimizer(
     task: nn.Module, model: nn.Module, config: OptimConfig, peak: float
 ) -> torch.optim.Optimizer:
@@ -88,11 +104,7 @@ def create_optimizer(
     differs where a final `norm` comes before a token head: it gives that norm the last block's scale, MAE
     gives it the head's 1.
     """
-    valid = [str(name) for name in list_optimizers()]
-    if config.opt not in valid:
-        raise ConfigError(
-            f"optim.opt={config.opt!r} is not a timm optimiser: {did_you_mean(config.opt, valid)}"
-        )
+    check_optimizer(config)
     exempt: set[str] = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     if config.layer_decay < 1:
         groups = param_groups_layer_decay(model, config.weight_decay, exempt, layer_decay=config.layer_decay)
@@ -103,9 +115,18 @@ def create_optimizer(
     if extra:
         groups.append({"params": extra, "weight_decay": config.weight_decay})
     groups = _scale_new(groups, model, config.new_scale)
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        groups, opt=config.opt, lr=peak, weight_decay=config.weight_decay, **_betas(config)
-    )
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups, opt=config.opt, lr=peak, weight_decay=config.weight_decay, **_betas(config)
+        )
+    except (
+        ImportError,
+        AssertionError,
+        RuntimeError,
+    ) as error:  # of optimizers for a device or package of their own
+        raise ConfigError(
+            f"optim.opt={config.opt!r} cannot be used here: {one_sentence(str(error))}"
+        ) from error
     return optimizer
 
 
@@ -135,3 +156,42 @@ def _betas(config: OptimConfig) -> dict[str, Any]:
             f"optim.betas={config.betas} does not go with optim.opt={config.opt!r}, which takes {takes}"
         )
     return {}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps are optimiser steps; each takes `accum` batches. An epoch's left-over batches are not used."""
+
+    accum: int
+    steps_per_epoch: int
+    total_steps: int
+    peak: float
+    minimum: float
+    warmup_steps: float
+    effective_batch: int
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        return learning_rate(
+            step,
+            peak=self.peak,
+            minimum=self.minimum,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+        )
+
+
+def plan_schedule(config: OptimConfig, batches_per_epoch: int, batch_size: int, world_size: int) -> Schedule:
+    """The schedule of a run whose loader gives `batches_per_epoch` batches to each process."""
+    accum = min(config.accum_iter, batches_per_epoch)
+    steps_per_epoch = batches_per_epoch // accum
+    peak, effective = peak_learning_rate(config, batch_size, world_size)
+    return Schedule(
+        accum=accum,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.max_steps or config.epochs * steps_per_epoch,
+        peak=peak,
+        minimum=min(config.min_lr, peak),
+        warmup_steps=config.warmup_epochs * steps_per_epoch,
+        effective_batch=effective,
+    )

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ...models.attention.base import AttentionOperator
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
+from .modes import mode_of
 
 T = TypeVar("T")
 
@@ -33,8 +34,7 @@ T = TypeVar("T")
 def create_accelerator(config: RunConfig) -> Accelerator:
     """The accelerate object of this run; one process unless a launcher set RANK and WORLD_SIZE.
 
-    Raises ConfigError for fp16 without a GPU, and for sharding with one process, with compilation, or on a CPU with a
-    torch that cannot.
+    Raises ConfigError: as `check_placement`.
     """
     # accelerate keeps its state for the life of the process; a second run may want another precision or
     # device.
@@ -52,27 +52,31 @@ def create_accelerator(config: RunConfig) -> Accelerator:
             )
         ],
     )
-    if config.engine.precision == "fp16" and accelerator.device.type == "cpu":
+    check_placement(config, accelerator.num_processes, on_cpu=accelerator.device.type == "cpu")
+    if accelerator.num_processes > 1:
+        atexit.register(_leave_group)
+    return accelerator
+
+
+def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
+    """Raise ConfigError where the settings do not go with the processes and the device of the run."""
+    engine = config.engine
+    if engine.precision == "fp16" and on_cpu:
         raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
-    if config.engine.fsdp and accelerator.num_processes == 1:
+    if not engine.fsdp:
+        return
+    if processes == 1:
         raise ConfigError(
             "engine.fsdp=true shards over processes and this run has one: "
             "start it with torchrun, or set engine.fsdp=false"
         )
-    if config.engine.fsdp and config.student.compile:
+    if config.student.compile:
         raise ConfigError("student.compile=true does not go with engine.fsdp=true: set one of them to false")
-    if (
-        config.engine.fsdp
-        and accelerator.device.type == "cpu"
-        and not hasattr(torch.cpu.Stream, "record_event")
-    ):
+    if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):
         raise ConfigError(
             f"engine.fsdp=true on a CPU needs a newer torch than {torch.__version__}: "
             "update torch, or set engine.fsdp=false"
         )
-    if accelerator.num_processes > 1:
-        atexit.register(_leave_group)
-    return accelerator
 
 
 def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:
@@ -82,8 +86,7 @@ def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:
     looks: three or more gloo ranks add an element in an order that depends on its place, so a restart would differ by
     rounding.
     """
-    skips = config.mode == "transfer" and config.transfer.method.startswith("copy")
-    return skips or (cpu and world_size > 2)
+    return mode_of(config).skips_parameters or (cpu and world_size > 2)
 
 
 def _leave_group() -> None:
@@ -103,19 +106,21 @@ def shard(task: nn.Module, units: Iterable[nn.Module], accelerator: Accelerator)
 
     The root is resharded after its forward too: a shard that was written to (averaged weights in evaluation)
     is then what the next forward gathers.
-
-    Raises ConfigError: a layer computes with the parameters of another, which are whole in that layer's unit alone.
     """
-    if any(isinstance(module, AttentionOperator) and module.borrows for module in task.modules()):
-        raise ConfigError(
-            "engine.fsdp=true shards layer by layer, and with sharing=layerwise a layer computes with what another "
-            "one holds: choose another sharing, or set engine.fsdp=false"
-        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
     fully_shard(task, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(task, "predict")
+
+
+def check_layers_apart(task: nn.Module) -> None:
+    """Raise ConfigError where a layer computes with the parameters of another, which shards keep apart."""
+    if any(isinstance(module, AttentionOperator) and module.borrows for module in task.modules()):
+        raise ConfigError(
+            "engine.fsdp=true shards layer by layer, and with sharing=layerwise a layer computes with what another "
+            "one holds: choose another sharing, or set engine.fsdp=false"
+        )
 
 
 def whole(tensor: Tensor) -> Tensor:

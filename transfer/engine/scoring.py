@@ -12,6 +12,7 @@ from ...checkpoints.class_names import places
 from ...checkpoints.teacher import Head
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
+from ..data.randomness import preserved, seed_batch
 from ..evaluate import evaluate
 from ..metrics.distance import compared_layers
 from ..metrics.measure import PROBES, Against, Family, measure
@@ -21,7 +22,6 @@ from . import deadline
 from .best import Choice, classifies
 from .build import Parts
 from .ema import WeightAverage
-from .randomness import preserved, seed_batch
 from .tasks import Task, TransferTask
 
 Predictor = Callable[[Tensor], Tensor]

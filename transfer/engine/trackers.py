@@ -13,19 +13,24 @@ from ...models.errors import ConfigError, one_sentence
 HELP = {"wandb": ": `wandb login` once, or WANDB_MODE=offline where there is no network"}
 
 
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise ConfigError where the package of a tracker is not installed."""
+    if "wandb" in names and not is_wandb_available():
+        raise ConfigError(
+            "engine.trackers asks for wandb, which is not installed: pip install 'graftvit[wandb]'"
+        )
+
+
 def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int) -> list[GeneralTracker]:
     """The trackers of a run that stands at `step`; what an earlier attempt logged after it is dropped.
 
     Raises ConfigError where a tracker's package is missing, or it does not start.
     """
+    check_trackers(names)
     trackers: list[GeneralTracker] = []
     for name in names:
         if name == "tensorboard":
             trackers.append(TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1))
-        elif not is_wandb_available():
-            raise ConfigError(
-                "engine.trackers asks for wandb, which is not installed: pip install 'graftvit[wandb]'"
-            )
         else:
             trackers.append(
                 WandBTracker("graftvit", name=folder.name, dir=str(folder), id=run_id, resume="allow")

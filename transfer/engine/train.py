@@ -19,13 +19,13 @@ from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
 from ..staging.together import stage_together
 from .build import Parts, build
-from .elastic import GlobalBatch, as_started, describe, global_batch
+from .elastic import GlobalBatch, describe, settle
 from .ema import WeightAverage
 from .fence import Fence
 from .finish import export_students
 from .loop import Loop
 from .meters import Meters
-from .optim import create_optimizer
+from .optim import Schedule, create_optimizer
 from .parallel import create_accelerator, gather, host_group, raise_together, shard
 from .progress import ProgressBar
 from .recorder import Recorder
@@ -33,18 +33,15 @@ from .resume import (
     Position,
     check_agreement,
     check_length,
-    check_same_classes,
     check_same_run,
     check_same_split,
     check_same_teacher,
-    check_same_weights,
     commit_of,
     refuse_existing,
     settings,
 )
+from .run_state import RunState, position_of
 from .runlog import RunLog
-from .saving import Saver, position_of
-from .schedule import Schedule
 from .scoring import score, teacher_top1
 from .signals import StopSignals
 from .trackers import create_trackers, hyperparameters
@@ -84,32 +81,26 @@ def train(config: RunConfig) -> RunResult:
         rank, world = accelerator.process_index, accelerator.num_processes
         here = config.model_copy(update={"data": data})
         parts = build(here, rank=rank, world_size=world, commit=commit)
-        if state is not None:
-            check_same_classes(state.meta, parts.plan.label_names, config.output_dir)
         check_same_teacher(gather(parts.origins, group))
-        if state is not None:
-            check_same_weights(state.meta, parts.origins, parts.plan.meta(), config.output_dir)
         check_same_split(gather(parts.eval_loader is not None, group))
         early = _signal(signals, group)
         if early is not None:
             return _unbegun(config, state, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
-        batch = global_batch(config, parts.train_loader, world, None if state is None else state.meta)
-        if state is not None:
-            config = as_started(config, state.meta)
-        saver, schedule = _prepare(config, accelerator, group, parts, fence, batch)
+        config, batch = settle(config, parts, world, None if state is None else state.meta)
+        run_state, schedule = _prepare(config, accelerator, group, parts, fence, batch)
         check_length(position, schedule.total_steps)
-        with _recorder(config, parts, accelerator, saver.log, position, schedule) as recorder:
-            loop = Loop(config, accelerator, parts, saver, schedule, recorder, signals, position)
+        with _recorder(config, parts, accelerator, run_state.log, position, schedule) as recorder:
+            loop = Loop(config, accelerator, parts, run_state, schedule, recorder, signals, position)
             _start(loop, state)
             del state  # as large as all that learns, and the run is long
             stopped = loop.run()
         if loop.finished:
             export_students(
                 parts,
-                saver.average,
+                run_state.average,
                 config.output_dir,
-                saver.meta(position),
+                run_state.meta(position),
                 fence=fence,
                 writes=accelerator.is_main_process,
                 group=group,
@@ -173,15 +164,15 @@ def _prepare(
     parts: Parts,
     fence: Fence,
     batch: GlobalBatch,
-) -> tuple[Saver, Schedule]:
-    """Wraps the task for its processes; makes optimiser, average and the saver that holds them together."""
+) -> tuple[RunState, Schedule]:
+    """Wraps the task for its processes; makes optimiser, average and the run_state that holds them together."""
     schedule = batch.schedule(config, accelerator.num_processes)
     parts.train_loader.batches_per_epoch = schedule.accum * schedule.steps_per_epoch
     n_parameters = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
     model = _wrap(config, accelerator, parts)
     optimizer = create_optimizer(parts.task, parts.task.trainable, config.optim, schedule.peak)
     average = None if config.optim.ema is None else WeightAverage(parts.task.trainable, config.optim.ema)
-    saver = Saver(
+    run_state = RunState(
         config=config,
         accelerator=accelerator,
         group=group,
@@ -197,7 +188,7 @@ def _prepare(
         origins=parts.origins,
         n_parameters=n_parameters,
     )
-    return saver, schedule
+    return run_state, schedule
 
 
 def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Module:
@@ -259,7 +250,7 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
     if state is None:
         _begin(loop)
         return
-    loop.saver.restore(state)
+    loop.run_state.restore(state)
     choice = loop.parts.choice
     if position.best is not None and choice is not None and choice.key != position.best_metric:
         position.best = None  # a value of another metric, which this run measures no more
@@ -269,7 +260,7 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
         before, now = state.meta["world_size"], accelerator.num_processes
         if now != before and not loop.finished:
             logger.warning(
-                "the run in %s %s", loop.config.output_dir, describe(loop.saver.batch, before, now)
+                "the run in %s %s", loop.config.output_dir, describe(loop.run_state.batch, before, now)
             )
 
 
@@ -283,12 +274,12 @@ def _begin(loop: Loop) -> None:
         config.optim.blr,
         schedule.effective_batch,
         schedule.total_steps,
-        loop.saver.n_parameters,
+        loop.run_state.n_parameters,
     )
     loop.recorder.describe(hyperparameters(settings(config), **rates))
     if config.engine.evaluate_start and loop.parts.eval_loader is not None:
-        saver = loop.saver
-        metrics = score(loop.parts, saver.average, loop.accelerator)
+        run_state = loop.run_state
+        metrics = score(loop.parts, run_state.average, loop.accelerator)
         loop.recorder.plain({"epoch": 0, "step": 0, **metrics})
     top1 = teacher_top1(loop.parts, loop.accelerator) if config.engine.evaluate_teacher else None
     if top1 is not None:

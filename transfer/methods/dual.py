@@ -15,16 +15,16 @@ from ...models.conversion import converted_layers
 from ...models.copied import CopiedTeacher, Copying, copied_layers
 from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import TeacherInput
-from ...models.copying.operators import COPY_METHODS
 from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean
 from ...models.families import check_supported
 from ...models.replay import replay_blocks, restore_blocks
-from ..config import Method, TransferConfig
+from ..config import TransferConfig
 from .drop_path import share_drop_paths
-from .install import Pairing, install
 from .lessons import Changes, begin_lesson, check_free, end_lesson
+from .method import Pairing, TransferMethod
 from .plan import TransferPlan, resolve_plan
+from .registry import find_method
 
 
 @dataclass
@@ -45,7 +45,7 @@ class DualViT(nn.Module):
     dict; while it is taught, its attention layers are hosted (`release` puts timm's own back).
 
     Without normalizations, each model's `pretrained_cfg` says how its images are normalised; `forward` takes
-    images as the student wants them.
+    images as the student wants them. A student on the meta device has no heads to match: `heads=match` stays open.
     """
 
     _in_use = False
@@ -54,7 +54,7 @@ class DualViT(nn.Module):
         self,
         teacher: nn.Module | Teacher,
         student: nn.Module,
-        method: Method = "distill",
+        method: str = "distill",
         *,
         teacher_normalization: Normalization | None = None,
         student_normalization: Normalization | None = None,
@@ -63,13 +63,14 @@ class DualViT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = _settings(method=method, **options)
+        self.method = find_method(self.config.method)
         if isinstance(teacher, Teacher):
             teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
             teacher = teacher.model
         check_free(teacher, student)
         for model in (teacher, student):
             end_lesson(model)
-        _check_teacher(teacher, self.config.method)
+        _check_teacher(teacher, self.method)
         check_supported(student)
         self.student = student
         self._teacher = (teacher.eval().requires_grad_(False),)
@@ -79,7 +80,7 @@ class DualViT(nn.Module):
         )
         self.teacher_input = TeacherInput(teacher, student, *self._normalizations)
         plan = resolve_plan(self.config, teacher, student)
-        if plan.needs_calibration:
+        if plan.needs_calibration and not next(student.parameters()).is_meta:
             plan = plan.calibrated(teacher, student, self.teacher_input, calibration)
         self._install(plan)
 
@@ -96,7 +97,7 @@ class DualViT(nn.Module):
     @property
     def needs_teacher(self) -> bool:
         """Whether the student is nothing without its teacher: true for the copy methods."""
-        return self.config.method in COPY_METHODS
+        return self.method.copies
 
     def forward(self, images: Tensor) -> DualOutput:
         """One step on images (B, C, H, W) as the student wants them."""
@@ -134,6 +135,7 @@ class DualViT(nn.Module):
         twin = DualViT.__new__(DualViT)
         nn.Module.__init__(twin)
         twin.config, twin._teacher, twin._normalizations = self.config, self._teacher, self._normalizations
+        twin.method = self.method
         twin.student, twin.teacher_input = student, self.teacher_input
         twin._install(self.plan)
         twin.train(student.training)
@@ -169,7 +171,7 @@ class DualViT(nn.Module):
         begin_lesson(self.teacher, self.student, self, self._changes)
         try:
             pairing = Pairing(self.config, plan, self.teacher, self.student, self._tape, self._changes)
-            installed = install(pairing)
+            installed = self.method.install(pairing)
             share = self.config.share_drop_path
             shared = share_drop_paths(self.student, installed.view, self._tape) if share else []
         except BaseException:
@@ -229,15 +231,15 @@ class DualViT(nn.Module):
         return self
 
 
-def _check_teacher(teacher: nn.Module, method: Method) -> None:
+def _check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
     check_supported(teacher, copied=True)
     others = {index: str(layer.choice) for index, layer in converted_layers(teacher).items()}
     others |= dict.fromkeys(copied_layers(teacher), "the attention of a teacher of its own")
-    if others and method not in ("block_output", "feature", "logits"):
+    if others and method.uses_heads:
         first, attention = next(iter(others.items()))
         raise TransferError(
             f"layer {first} of the teacher has {attention} in place of softmax attention, so "
-            f"transfer.method={method} has nothing to take from it; use block_output, feature or logits"
+            f"transfer.method={method.name} has nothing to take from it; use block_output, feature or logits"
         )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ...models.copying.grids import GridRule, has_relative_bias
 from ...models.copying.input import TeacherInput
 from ...models.copying.links import HeadMap, Link
-from ...models.copying.operators import COPY_METHODS, COPY_PARTS
 from ...models.copying.tape import Step, Tape, take
 from ...models.copying.teacher_view import view_attention
 from ...models.copying.tokens import match_tokens
@@ -20,13 +19,7 @@ from ..config import TransferConfig
 from .heads import map_distance, match_heads, resolve_heads
 from .mismatch import compare_models, report_mismatch
 from .pairs import resolve_layers
-
-MAP_METHODS = ("copy", "distill")
-DISTILL_PARTS = {"distill_q": "q", "distill_k": "k", "distill_v": "v"}
-HEAD_METHODS = (*MAP_METHODS, *COPY_PARTS, *DISTILL_PARTS, "attention_output")
-LAYER_METHODS = (*HEAD_METHODS, "block_output")
-EQUAL_GRIDS = (*COPY_METHODS, "attention_output", "block_output")
-"""Methods that take something of each patch that cannot be interpolated."""
+from .registry import find_method
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class TransferPlan:
             lines.append(f"layers (teacher>student): {pairs}")
         if self.needs_calibration:
             lines.append("heads: matched on the first batch")
-        elif self.links and self.method in HEAD_METHODS:
+        elif self.links and find_method(self.method).uses_heads:
             lines.extend(_describe_heads(self.links))
         return [*lines, *self.notes]
 
@@ -88,16 +81,17 @@ def resolve_plan(config: TransferConfig, teacher: nn.Module, student: nn.Module)
     """Resolve layers, heads and tokens; raises `TransferError` where the two models do not fit the method."""
     shapes = attention_shape(teacher), attention_shape(student)
     notes = (report_mismatch(compare_models(teacher, student)),)
-    if config.method not in LAYER_METHODS:
+    method = find_method(config.method)
+    if not method.uses_layers:
         return TransferPlan(config.method, (), *shapes, notes)
     _check_method(config, student, *shapes)
     rule = GridRule(
-        copy=config.method in EQUAL_GRIDS,
+        copy=method.equal_grids,
         interpolate=config.interpolate_grid,
         relative_bias=has_relative_bias(teacher),
     )
     tokens = match_tokens(token_layout(teacher), token_layout(student), rule)
-    needs_calibration = config.heads == "match" and config.method in HEAD_METHODS
+    needs_calibration = config.heads == "match" and method.uses_heads
     heads = _first_heads(config, *shapes) if needs_calibration else _heads(config, *shapes)
     links = tuple(
         Link(pair, heads, tokens) for pair in resolve_layers(config.layers, shapes[0].depth, shapes[1].depth)
@@ -106,11 +100,12 @@ def resolve_plan(config: TransferConfig, teacher: nn.Module, student: nn.Module)
 
 
 def _heads(config: TransferConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
-    if config.heads == "all" and config.method not in (*MAP_METHODS, *COPY_PARTS):
+    method = find_method(config.method)
+    if config.heads == "all" and method.joins_heads:
         # Tensors are compared with their heads joined, so equal counts do not matter.
         return HeadMap(tuple((head,) for head in range(student.num_heads)), student.num_heads)
     heads = resolve_heads(config.heads, teacher.num_heads, student.num_heads)
-    if heads.is_grouped and (config.method not in MAP_METHODS or config.loss == "kl"):
+    if heads.is_grouped and not method.averages_heads(config):
         raise TransferError(
             f"transfer.heads={config.heads!r} averages maps of several heads, which transfer.method={config.method} "
             f"with transfer.loss={config.loss} cannot do; use copy, or distill with loss=ce (the same gradient)"
@@ -134,26 +129,26 @@ def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
 
 
 def _check_method(config: TransferConfig, student: nn.Module, t: AttentionShape, s: AttentionShape) -> None:
-    method = config.method
+    method = find_method(config.method)
     if t.head_dim != s.head_dim:
         widths = f"needs heads of one width, and the teacher's are {t.head_dim} wide and the student's {s.head_dim}"
-        if method in COPY_PARTS:
+        if method.head_widths == "equal":
             raise TransferError(
-                f"transfer.method={method} {widths}; use method=copy, or a student with head width {t.head_dim}"
+                f"transfer.method={method.name} {widths}; use method=copy, or a student with head width {t.head_dim}"
             )
-        if config.heads != "all" and method not in MAP_METHODS:
+        if config.heads != "all" and method.head_widths == "equal if chosen":
             raise TransferError(
-                f"transfer.heads={config.heads!r} with transfer.method={method} {widths}; use heads=all"
+                f"transfer.heads={config.heads!r} with transfer.method={method.name} {widths}; use heads=all"
             )
     blocks: list[Any] = list(attention_blocks(student))
-    if method in (*MAP_METHODS, *COPY_PARTS) and any(block.attn.attn_drop.p > 0 for block in blocks):
+    if method.whole_maps and any(block.attn.attn_drop.p > 0 for block in blocks):
         raise TransferError(
             "student.model_args.attn_drop_rate must be 0: a dropped-out map is not the map that is transferred"
         )
     drop = getattr(student, "patch_drop", None)
     if drop is not None and not isinstance(drop, nn.Identity):
         raise TransferError(
-            f"student.model_args.patch_drop_rate must be 0 for transfer.method={method}: a dropped patch has no "
+            f"student.model_args.patch_drop_rate must be 0 for transfer.method={method.name}: a dropped patch has no "
             "counterpart in the teacher"
         )
 

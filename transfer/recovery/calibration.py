@@ -10,7 +10,7 @@ from ...checkpoints.teacher import load_teacher
 from ...models.copying.input import Normalization, TeacherInput
 from ..config import RunConfig
 from ..data.loaders import create_train_loader
-from ..engine.randomness import preserved
+from ..data.randomness import preserved
 
 
 def calibration_batches(

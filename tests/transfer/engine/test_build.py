@@ -12,6 +12,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import build as building
+from graftvit.transfer.engine import modes
 from graftvit.transfer.methods.dual import DualViT
 from torch import Tensor
 
@@ -45,13 +46,13 @@ def test_all_processes_match_heads_on_the_same_images(
         student={"model": "vit_tiny_patch16_224", "img_size": 8, "model_args": small},
     )
     shown: list[Tensor] = []
-    build_dual = building.build_dual
+    build_dual = modes.build_dual
 
     def watched(*arguments: Any) -> DualViT:
         shown.append(arguments[-1])
         return build_dual(*arguments)
 
-    monkeypatch.setattr(building, "build_dual", watched)
+    monkeypatch.setattr(modes, "build_dual", watched)
     parts = [building.build(config, rank=rank, world_size=2) for rank in (0, 1)]
     own = [next(part.train_loader.epoch(0))[0] for part in parts]
     assert not own[0].equal(own[1])

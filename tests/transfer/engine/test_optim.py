@@ -10,8 +10,13 @@ import timm
 import torch
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import OptimConfig
-from graftvit.transfer.engine.optim import create_optimizer, freeze, learning_rate, set_learning_rate
-from graftvit.transfer.engine.schedule import plan_schedule
+from graftvit.transfer.engine.optim import (
+    create_optimizer,
+    freeze,
+    learning_rate,
+    plan_schedule,
+    set_learning_rate,
+)
 from torch import nn
 
 DEPTH = 3

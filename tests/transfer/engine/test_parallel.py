@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import dense
 import pytest
 import torch
-from accelerate import Accelerator
 from engine_runs import config
 from graftvit.models.conversion import convert
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine.parallel import (
+    check_layers_apart,
     create_accelerator,
     gather,
     gathered,
     looks_for_unused,
     placed_like,
     raise_together,
-    shard,
     whole,
 )
 
@@ -84,4 +82,4 @@ def test_compilation_does_not_go_with_sharding(monkeypatch: pytest.MonkeyPatch) 
 def test_layers_that_share_parameters_are_not_sharded_one_by_one() -> None:
     student = convert(dense.tiny(dtype=torch.float32), "*: linformer(sharing=layerwise)")
     with pytest.raises(ConfigError, match=r"sharing=layerwise .* set engine.fsdp=false"):
-        shard(student, [], cast(Accelerator, None))
+        check_layers_apart(student)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from engine_runs import config, differences, make_teacher
-from graftvit.transfer.engine import save_clock
+from graftvit.transfer.engine import run_state
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.save_clock import SaveClock
-from graftvit.transfer.engine.saving import Saver
+from graftvit.transfer.engine.run_state import RunState, SaveClock
 from graftvit.transfer.engine.train import train
 
 
@@ -18,7 +17,7 @@ class Hand:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0
-        monkeypatch.setattr(save_clock, "now", lambda: self.seconds)
+        monkeypatch.setattr(run_state, "now", lambda: self.seconds)
 
 
 def test_it_asks_once_when_the_minutes_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,20 +49,20 @@ def test_a_run_saves_by_the_clock_and_its_result_is_the_same(
 ) -> None:
     """A step takes a minute of the test's clock; an epoch is eight of them."""
     hand, steps = Hand(monkeypatch), []
-    step, save = Loop._step, Saver.save
+    step, save = Loop._step, RunState.save
 
     def slow(self: Loop, batches: object) -> None:
         step(self, batches)  # type: ignore[arg-type]
         hand.seconds += 60
 
-    def noted(self: Saver, position: object, *, best: bool = False, last: bool = True) -> None:
+    def noted(self: RunState, position: object, *, best: bool = False, last: bool = True) -> None:
         save(self, position, best=best, last=last)  # type: ignore[arg-type]
         steps.extend([position.step] if last else [])  # type: ignore[attr-defined]
 
     teacher = make_teacher(tmp_path / "teacher")
     train(config(tmp_path / "plain", teacher))
     monkeypatch.setattr(Loop, "_step", slow)
-    monkeypatch.setattr(Saver, "save", noted)
+    monkeypatch.setattr(RunState, "save", noted)
     train(config(tmp_path / "clocked", teacher, engine={"save_every": save_every, "save_minutes": 3}))
     assert steps == saved
     assert differences(tmp_path / "plain", tmp_path / "clocked") == []
@@ -73,17 +72,17 @@ def test_a_state_that_falls_due_at_the_end_of_an_epoch_is_saved_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand, steps = Hand(monkeypatch), []
-    step, save = Loop._step, Saver.save
+    step, save = Loop._step, RunState.save
 
     def slow(self: Loop, batches: object) -> None:
         step(self, batches)  # type: ignore[arg-type]
         hand.seconds += 60
 
-    def noted(self: Saver, position: object, *, best: bool = False, last: bool = True) -> None:
+    def noted(self: RunState, position: object, *, best: bool = False, last: bool = True) -> None:
         save(self, position, best=best, last=last)  # type: ignore[arg-type]
         steps.extend([position.step] if last else [])  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Loop, "_step", slow)
-    monkeypatch.setattr(Saver, "save", noted)
+    monkeypatch.setattr(RunState, "save", noted)
     train(config(tmp_path / "run", engine={"save_every": 1000, "save_minutes": 8}, optim={"epochs": 3}))
     assert steps == [8, 16, 24]

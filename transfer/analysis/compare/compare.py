@@ -18,9 +18,9 @@ from ...cells.pool import StoppedError
 from ...cells.records import State, cell_state, digest, load_record, save_record
 from ...cells.sharing import array_share, left_to_run, run_in_turn
 from ...config import RunConfig
+from ...engine.stages import Stage
 from ...engine.students import input_size
 from ...engine.train import train
-from ...recovery.stages import Stage
 from ..benchmark.cases import load_average, machine
 from .cell_record import Record, Speed
 from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells, only_named

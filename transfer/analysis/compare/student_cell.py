@@ -20,10 +20,11 @@ from ....models.families import attention_blocks
 from ...config import RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build
+from ...engine.modes import mode_of
 from ...engine.runlog import read_log
+from ...engine.stages import Stage, chain, train_stages
 from ...engine.students import input_size, plan_student
 from ...evaluate import evaluate
-from ...recovery.stages import Stage, chain, train_stages
 from .cell_record import Score
 from .comparison_cells import Cell
 from .layer_errors import layer_errors
@@ -47,7 +48,7 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
     """
     student = {"plan": cell.plan, "img_size": cell.size}
     softmax = not converted_layers(fresh_model(stages[0].config, cell.plan, cell.size))
-    kept = [stage for stage in stages if not (softmax and stage.config.mode == "align")]
+    kept = [stage for stage in stages if not (softmax and mode_of(stage.config).aligns)]
     made = []
     for number, stage in enumerate(kept):
         engine = {"evaluate_start": number == 0, "evaluate_teacher": False, "progress": False}

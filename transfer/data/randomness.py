@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..data.augment import seed_generators
-from ..data.sampler import STUDENT, derive_seed
+from .augment import seed_generators
+from .sampler import STUDENT, derive_seed
 
 
 def seed_batch(seed: int, epoch: int, position: int, device: torch.device) -> None:

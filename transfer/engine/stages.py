@@ -18,7 +18,7 @@ from ...checkpoints.atomic import write_file, write_folder
 from ...checkpoints.folders import STAGES_FILE
 from ...models.errors import ConfigError
 from ..config import RunConfig, StudentConfig
-from ..engine.train import RunResult, train
+from .train import RunResult, train
 
 logger = logging.getLogger(__name__)
 STUDENTS = ("student", "student_ema")

@@ -15,7 +15,7 @@ from graftvit.launch.cli import main
 from graftvit.models.conversion import plan_of
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.runlog import read_log
-from graftvit.transfer.recovery.stages import Stage, chain, train_stages
+from graftvit.transfer.engine.stages import Stage, chain, train_stages
 
 
 @pytest.fixture(scope="module")

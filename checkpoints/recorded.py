@@ -1,0 +1,49 @@
+"""What the names of train modes in recorded recipes mean, for who reads a student without the package's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..models.copying.operators import COPIES
+
+
+@dataclass(frozen=True)
+class RecordedMode:
+    """What a mode did to a student."""
+
+    words: str
+    transfers: bool = False
+    """Whether it read the section `transfer`."""
+    matches: bool = False
+    """Whether it read the section `align`."""
+    encoder_only: bool = False
+    """Whether the student is the encoder of an autoencoder, which ends in `norm`."""
+
+
+MODES = {
+    "transfer": RecordedMode("transfer of attention from a frozen teacher", transfers=True),
+    "align": RecordedMode(
+        "alignment of each converted layer with a frozen teacher's, on the teacher's own inputs", matches=True
+    ),
+    "finetune": RecordedMode("fine-tuning"),
+    "scratch": RecordedMode("training from scratch, without a teacher"),
+    "pretrain": RecordedMode(
+        "masked autoencoding, without labels; these are the weights of the encoder", encoder_only=True
+    ),
+}
+"""By the value of `mode`."""
+_UNKNOWN = RecordedMode("")
+
+
+def recorded_mode(recipe: Mapping[str, Any]) -> RecordedMode:
+    """What the mode of a recipe did; nothing for one that is not known here."""
+    return MODES.get(str(recipe.get("mode")), _UNKNOWN)
+
+
+def copied_by(recipe: Mapping[str, Any]) -> bool:
+    """Whether a run of this recipe put its teacher's attention in place of the student's."""
+    settings = recipe.get("transfer")
+    transferred = recorded_mode(recipe).transfers and isinstance(settings, Mapping)
+    return transferred and settings.get("method") in COPIES  # type: ignore[union-attr]

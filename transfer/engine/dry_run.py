@@ -1,0 +1,78 @@
+"""A run that is built and not trained: the same `build` without weights, and all that a first step would refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...checkpoints.state import StateFolder
+from ...models.errors import GraftError
+from ..config import RunConfig
+from ..data.loaders import AbsentTrainLoader
+from .build import Parts, build
+from .elastic import GlobalBatch, settle
+from .optim import Schedule
+from .parallel import check_placement
+from .rehearsal import Footprint, rehearse
+from .resume import Position, check_length, check_same_run, commit_of, refuse_existing
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run is made of, without weights."""
+
+    config: RunConfig
+    """As the run was started with, where it resumes."""
+    parts: Parts
+    processes: int
+    saved: Mapping[str, Any] | None
+    """The meta part of the state that the run resumes from; None where it starts."""
+    batch: GlobalBatch | None
+    """None where the training set is not on this machine."""
+    footprint: Footprint
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """None where the training set is not on this machine."""
+        return None if self.batch is None else self.batch.schedule(self.config, self.processes)
+
+    @property
+    def absent(self) -> GraftError | None:
+        """Why the training set could not be read, where it may be on another machine."""
+        loader = self.parts.train_loader
+        return loader.reason if isinstance(loader, AbsentTrainLoader) else None
+
+
+def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
+    """Build `config` without weights for so many processes, and rehearse its first step.
+
+    `here` says that the run would be on this machine, whose device is then known.
+
+    Raises GraftError: what the run refuses before its first step or in it, in the same sentence.
+    """
+    on_cpu = config.engine.device == "cpu" or (here and not torch.cuda.is_available())
+    check_placement(config, processes, on_cpu=on_cpu)
+    saved = _saved(config)
+    commit = None if saved is None else commit_of(saved)
+    parts = build(config, world_size=processes, commit=commit, weights=False)
+    batch = None
+    if not isinstance(parts.train_loader, AbsentTrainLoader):
+        config, batch = settle(config, parts, processes, saved)
+    run = DryRun(config, parts, processes, saved, batch, rehearse(config, parts, here=here))
+    if saved is not None and run.schedule is not None:
+        check_length(Position(**saved["position"]), run.schedule.total_steps)
+    return run
+
+
+def _saved(config: RunConfig) -> Mapping[str, Any] | None:
+    """The meta part of the state in the run folder, which `config` may resume or has to leave alone."""
+    if config.engine.resume == "never":
+        refuse_existing(config.output_dir)
+        return None
+    saved = StateFolder(config.output_dir / "checkpoints").peek()
+    if saved is not None:
+        check_same_run(saved, config)
+    return saved

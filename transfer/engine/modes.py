@@ -1,0 +1,327 @@
+"""Train modes: what each needs of a teacher and of the data, what its student starts from, and what a step computes.
+
+A mode is one class. Nothing else compares names of modes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from timm.layers.weight_init import trunc_normal_
+from torch import Tensor, nn
+
+from ...checkpoints.class_names import comparable, difference
+from ...checkpoints.preprocessing import Preprocessing
+from ...checkpoints.teacher import Head, Teacher, find_head
+from ...models.attention.base import AttentionOperator
+from ...models.conversion import converted_layers
+from ...models.copying.input import Normalization, TeacherInput
+from ...models.errors import ConfigError, TransferError
+from ...models.mae import MaskedAutoencoder
+from ..config import Metric, RunConfig
+from ..methods.dual import build_dual
+from ..methods.method import TransferMethod
+from ..methods.registry import find_method
+from ..recovery.align import Alignment
+from .optim import freeze, freeze_head
+from .students import StudentPlan, find_whole_name, plan_student
+from .tasks import AlignTask, ClassificationTask, PretrainTask, Task, TransferTask
+
+HEAD_STD = 2e-5
+"""Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""
+TEACHER = "teacher"
+"""As the weights to start from: those of the run's own teacher."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, of which its mode makes a task."""
+
+    student: nn.Module
+    teacher: Teacher | None
+    spec: Preprocessing
+    """How the student's images are made."""
+    calibration: Callable[[], Tensor | None]
+    """Gives the first images; None without weights."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """Of the student's images."""
+        return Normalization(self.spec.mean, self.spec.std)
+
+    def taught_by(self) -> Teacher:
+        """The teacher of a mode that is taught, for which `Mode.check` asked."""
+        if self.teacher is None:
+            raise ConfigError("this mode needs a teacher: set teacher.source")
+        return self.teacher
+
+
+class Mode(ABC):
+    """A way to train the student of a run."""
+
+    taught: ClassVar[bool] = False
+    """Whether a teacher takes part in every step."""
+    reads_teacher: ClassVar[bool] = True
+    """Whether a teacher is loaded at all, to learn from or to start from."""
+    starts_from: ClassVar[str | None] = None
+    """The weights that the student starts from where the settings name none."""
+    keeps_head: ClassVar[bool] = True
+    """Whether the head learns whatever `optim.trainable` says."""
+    aligns: ClassVar[bool] = False
+    """Whether it trains converted layers alone."""
+    classifies: ClassVar[bool] = True
+    """Whether its student can have an accuracy."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that do not go together, before anything is read."""
+        if self.taught and self.config.teacher.source is None:
+            raise ConfigError(
+                f"mode={self.config.mode} needs a teacher: set teacher.source to a timm name, a hub name or a path"
+            )
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the run learns from labels; one that does not takes any images, and may have no validation split."""
+        return True
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run opens the test images."""
+        return self.config.data.val_split is not None
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether parameters of the student may take no part in a step, for which DDP must look."""
+        return False
+
+    @property
+    def starting_source(self) -> str | None:
+        """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
+        return self.config.student.init or find_whole_name(self.config.student) or self.starts_from
+
+    def head(self, data: Head, teacher: Teacher | None, whole: Teacher | None) -> Head:
+        """The student's head: that of the data set where it learns from labels.
+
+        Without labels a head that comes with the weights stays as it is, and a fresh one would stay random, so there
+        is none. `whole` is the model that the student continues, where it is one.
+        """
+        if self.needs_labels:
+            return data
+        source = self.starting_source
+        if whole is not None and source == self.config.student.model:
+            return head_of(whole)
+        if source is None:
+            return Head()
+        return head_of(teacher) if source == TEACHER else find_head(source)
+
+    def check_classes(self, teacher: Teacher | None, head: Head) -> None:
+        """Raise TransferError where the teacher would teach classes under the numbers of others."""
+        return
+
+    def plan(
+        self, classes: int, teacher: Teacher | None, spec: Preprocessing, whole: Teacher | None
+    ) -> StudentPlan:
+        """How the student is made."""
+        return plan_student(self.config.student, classes, teacher, spec, whole)
+
+    def start_head(self, student: nn.Module) -> None:
+        """Draw the fresh head where the mode has a way of its own."""
+        return
+
+    @abstractmethod
+    def task(self, models: Models) -> Task:
+        """What a step computes."""
+
+    def freeze(self, trainable: nn.Module) -> None:
+        """Leave to learn what `optim.trainable` names and a loss reaches.
+
+        Raises ConfigError: the expression is not valid, or matches nothing.
+        """
+        freeze(trainable, self.config.optim.trainable, keep_head=self.keeps_head)
+
+    def default_metric(self, classified: bool) -> Metric:
+        """What picks the best state for `engine.metric=auto`; auto for the last state.
+
+        `classified` says whether the student's head can be scored by the labels of the test images.
+        """
+        return "top1" if classified else "auto"
+
+
+class Scratch(Mode):
+    """Supervised training of fresh weights."""
+
+    reads_teacher = False
+
+    def task(self, models: Models) -> Task:
+        return ClassificationTask(models.student, self.config.data.smoothing)
+
+
+class Finetune(Scratch):
+    """Supervised training from the teacher's weights, or from others."""
+
+    reads_teacher = True
+    starts_from = TEACHER
+
+    def check(self) -> None:
+        named = self.config.student.init is not None or find_whole_name(self.config.student)
+        if self.config.teacher.source is None and not named:
+            raise ConfigError(
+                f"mode={self.config.mode} needs weights to start from: set teacher.source or student.init"
+            )
+
+    def start_head(self, student: nn.Module) -> None:
+        head = cast(Any, student).get_classifier() if hasattr(student, "get_classifier") else None
+        if isinstance(head, nn.Linear):
+            trunc_normal_(head.weight, std=HEAD_STD)
+
+
+class Transfer(Mode):
+    """Learning from a frozen teacher's attention, features or classes, and from labels."""
+
+    taught = True
+
+    @property
+    def method(self) -> TransferMethod:
+        """What is taken from the teacher."""
+        return find_method(self.config.transfer.method)
+
+    def check(self) -> None:
+        super().check()
+        student, method = self.config.student, self.method
+        if method.loss_within_blocks and student.compile and student.grad_checkpointing:
+            raise ConfigError(
+                "student.compile=true does not go with student.grad_checkpointing=true for "
+                f"transfer.method={method.name}, whose losses come from within the blocks: set one of them to false"
+            )
+        if method.copies and not self.needs_labels:
+            raise ConfigError(
+                f"transfer.task_weight=0 leaves nothing to learn: transfer.method={method.name} has no loss of its own"
+            )
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.config.transfer.task_weight != 0
+
+    @property
+    def skips_parameters(self) -> bool:
+        return self.method.copies
+
+    def head(self, data: Head, teacher: Teacher | None, whole: Teacher | None) -> Head:
+        own = whole is not None and self.starting_source == self.config.student.model
+        if self.method.teaches_classes and not self.needs_labels and not own:
+            return head_of(teacher)
+        return super().head(data, teacher, whole)
+
+    def check_classes(self, teacher: Teacher | None, head: Head) -> None:
+        taught = None if teacher is None else teacher.label_names
+        names = head.label_names
+        if not self.method.teaches_classes or taught is None or names is None:
+            return
+        if comparable(taught, names) and list(taught) != list(names):
+            raise TransferError(
+                f"transfer.method={self.method.name} needs a teacher with the classes of the data set in the same "
+                f"order, and the two have {difference(taught, names)}: choose another teacher or method, or "
+                "transfer.task_weight=0"
+            )
+
+    def task(self, models: Models) -> Task:
+        config = self.config.transfer
+        images = models.calibration() if config.heads == "match" else None
+        dual = build_dual(config, models.taught_by(), models.student, models.normalization, images)
+        return TransferTask(dual, self.config.data.smoothing, config.task_weight)
+
+    def freeze(self, trainable: nn.Module) -> None:
+        super().freeze(trainable)
+        if not self.needs_labels and not self.method.teaches_classes:
+            freeze_head(trainable)  # nothing reaches it
+
+    def default_metric(self, classified: bool) -> Metric:
+        if classified:
+            return "top1"
+        return "distance" if self.method.nears_features else "loss"
+
+
+class Align(Mode):
+    """Each converted layer learns on its teacher's inputs, without labels."""
+
+    taught = True
+    starts_from = TEACHER
+    keeps_head = False
+    aligns = True
+
+    @property
+    def needs_labels(self) -> bool:
+        return False
+
+    def task(self, models: Models) -> Task:
+        teacher, student = models.taught_by(), models.student
+        norms = Normalization(teacher.mean, teacher.std), models.normalization
+        teacher_input = TeacherInput(teacher.model, student, *norms)
+        return AlignTask(Alignment(teacher.model, student, self.config.align.match), teacher_input)
+
+    def default_metric(self, classified: bool) -> Metric:
+        return "top1" if classified else "distance"
+
+
+class Pretrain(Mode):
+    """Masked autoencoding, without labels and without a teacher."""
+
+    reads_teacher = False
+    classifies = False
+
+    @property
+    def needs_labels(self) -> bool:
+        return False
+
+    @property
+    def evaluates(self) -> bool:
+        return super().evaluates and self.config.engine.metric != "auto"
+
+    def head(self, data: Head, teacher: Teacher | None, whole: Teacher | None) -> Head:
+        return Head()
+
+    def plan(
+        self, classes: int, teacher: Teacher | None, spec: Preprocessing, whole: Teacher | None
+    ) -> StudentPlan:
+        """The encoder: it ends in `norm`, which timm does not build for average pooling."""
+        student = self.config.student
+        pool = "token" if student.model_args.get("class_token", True) else ""
+        return plan_student(student.model_copy(update={"global_pool": pool}), classes, None, spec)
+
+    def task(self, models: Models) -> Task:
+        for index, layer in converted_layers(models.student).items():
+            traits = cast(AttentionOperator, layer.operator).traits
+            if traits.needs_grid or traits.resolution != "free":
+                raise ConfigError(
+                    f"mode={self.config.mode} shows its encoder a part of the tokens, and {layer.choice} of layer "
+                    f"{index} needs all of them: leave it out of student.plan, or convert the encoder afterwards"
+                )
+        return PretrainTask(MaskedAutoencoder(models.student, **self.config.pretrain.model_dump()))
+
+
+MODES: dict[str, type[Mode]] = {
+    "transfer": Transfer,
+    "align": Align,
+    "finetune": Finetune,
+    "scratch": Scratch,
+    "pretrain": Pretrain,
+}
+"""By the value of `mode`."""
+
+
+def mode_of(config: RunConfig) -> Mode:
+    """The mode of a run, with its settings."""
+    return MODES[config.mode](config)
+
+
+def head_of(model: Teacher | None) -> Head:
+    """The head that a model came with."""
+    if model is None or not model.has_head:
+        return Head()
+    return Head(int(cast(Any, model.model).num_classes), model.label_names)

@@ -1,0 +1,265 @@
+"""The state of a run: captured, saved and restored. All processes take part; the first one touches the disk.
+
+The format does not depend on how the run is spread: sharded tensors are gathered whole and sharded again on
+the way back, so one process, DDP and FSDP2 write the same file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ...checkpoints.state import StateFolder, TrainingState
+from ...models.errors import CheckpointError, GraftError
+from ..config import RunConfig
+from .elastic import GlobalBatch
+from .ema import WeightAverage
+from .meters import Meters
+from .parallel import gather, gathered, placed_like, raise_together
+from .resume import Position, settings
+from .runlog import RunLog
+from .students import StudentPlan
+from .tasks import Task
+
+FORMAT = 1
+
+
+@dataclass
+class RunState:
+    """What changes in a run, captured at a step boundary and put back; one format however it is spread."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    group: dist.ProcessGroup | None
+    folder: StateFolder
+    task: Task
+    plan: StudentPlan
+    model: nn.Module
+    """What a step calls: the task, wrapped for its processes."""
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    meters: Mapping[str, Meters]
+    log: RunLog
+    batch: GlobalBatch
+    origins: dict[str, Any]
+    """Where the teacher and the starting weights are from."""
+    n_parameters: int
+    """Trainable parameters, counted after freezing and before sharding."""
+    last_step: int | None = None
+    """The step of the newest state on the disk."""
+
+    def save(self, position: Position, *, best: bool = False, last: bool = True) -> None:
+        """Writes `last` (the one before becomes `previous`) and, if asked, `best`.
+
+        A disk error is raised on every process, and the states that were there stay as they are.
+        """
+        state = self.capture(position)
+        error: GraftError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                self.log.sync()
+                if best:
+                    self.folder.save_best(state)
+                if last:
+                    self.folder.save(state)
+            except GraftError as failure:
+                failure.exit_code = 1
+                error = failure
+        raise_together(error, self.group)
+        if last:
+            self.last_step = position.step
+
+    def capture(self, position: Position) -> TrainingState:
+        """The state at this boundary. All processes take part; only the first one's is whole."""
+        keep = self.accelerator.is_main_process
+        tensors = capture_weights(self.task.saved, self.average, keep=keep)
+        slots, numbers = capture_optimizer(self.task, self.optimizer, keep=keep)
+        sums, counts = capture_meters(self.meters, self.group)
+        position.records = self.log.records
+        scaler = self.accelerator.scaler
+        meta = self.meta(position) | {
+            "world_size": self.accelerator.num_processes,
+            "global_batch": self.batch.meta(),
+            "ema_updates": self.average.updates if self.average else 0,
+            "optimizer_numbers": numbers,
+            "meters": counts,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        return TrainingState({**tensors, **slots, **sums}, meta)
+
+    def meta(self, position: Position) -> dict[str, Any]:
+        """What a state and the students written at the end say of the run, as JSON."""
+        return {
+            "format": FORMAT,
+            "config": settings(self.config),
+            "student": self.plan.meta(),
+            "origins": self.origins,
+            "position": position.meta(),
+        }
+
+    def restore(self, state: TrainingState) -> None:
+        """Everything as it was when `state` was captured."""
+        restore_optimizer(state.tensors, state.meta["optimizer_numbers"], self.task, self.optimizer)
+        restore_weights(state.tensors, self.task.saved, self.average)
+        if self.average is not None:
+            self.average.updates = int(state.meta["ema_updates"])
+        if self.accelerator.scaler is not None and state.meta["scaler"]:
+            self.accelerator.scaler.load_state_dict(state.meta["scaler"])
+        self.last_step = position_of(state).step
+        restore_meters(
+            state.tensors,
+            state.meta["meters"],
+            self.meters,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            before=state.meta["world_size"],
+        )
+
+
+def position_of(state: TrainingState) -> Position:
+    """Where the run stood."""
+    return Position(**cast(dict[str, Any], state.meta["position"]))
+
+
+Tensors = dict[str, Tensor]
+
+
+def capture_weights(module: nn.Module, average: WeightAverage | None, *, keep: bool) -> Tensors:
+    """`student.…` (and projectors beside it) and `ema.…`, whole, where `keep`; all processes must call it."""
+    tensors = dict(module.state_dict())
+    if average is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in average.average.items()}
+    return gathered(tensors, keep=keep)
+
+
+@torch.no_grad()
+def restore_weights(tensors: Mapping[str, Tensor], module: nn.Module, average: WeightAverage | None) -> None:
+    """Copies the weights back in place, which a compiled or sharded module and its optimiser go on using.
+
+    Raises CheckpointError that names what is missing or has another shape.
+    """
+    for name, target in module.state_dict().items():
+        target.copy_(placed_like(_find(tensors, name, target), target))
+    if average is not None:
+        for name, target in average.average.items():
+            target.copy_(placed_like(_find(tensors, f"ema.{name}", target), target))
+
+
+def _find(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
+    found = tensors.get(name)
+    if found is None:
+        raise CheckpointError(f"the saved state has no {name!r}: it was written for another model")
+    if found.shape != target.shape:
+        raise CheckpointError(
+            f"the saved state has {name!r} with shape {tuple(found.shape)}, "
+            f"the model wants {tuple(target.shape)}"
+        )
+    return found
+
+
+def capture_optimizer(
+    task: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool
+) -> tuple[Tensors, dict[str, Any]]:
+    """`optimizer.<parameter>|<slot>` tensors, where `keep`, and the slots that are plain numbers."""
+    tensors: Tensors = {}
+    numbers: dict[str, Any] = {}
+    for name, parameter in task.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}|{slot}"] = value
+            elif value is not None:
+                numbers[f"optimizer.{name}|{slot}"] = value
+    return gathered(tensors, keep=keep), numbers
+
+
+def restore_optimizer(
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Puts the slots back beside their parameters, sharded like them; groups come from the configuration."""
+    parameters = dict(task.named_parameters())
+    slots = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+    for key, value in {**slots, **numbers}.items():
+        name, slot = key.removeprefix("optimizer.").rsplit("|", 1)
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"the saved optimiser knows a parameter {name!r} that the student has not")
+        if isinstance(value, Tensor):
+            # A slot with the parameter's shape lives beside it; a step counter stays a scalar on the CPU.
+            value = (
+                placed_like(value, parameter.detach()) if value.shape == parameter.shape else value.clone()
+            )
+        optimizer.state[parameter][slot] = value
+
+
+def capture_meters(
+    meters: Mapping[str, Meters], group: dist.ProcessGroup | None
+) -> tuple[Tensors, dict[str, Any]]:
+    """Sums of every process, `meters.<rank>.…`, and what they are sums of."""
+    mine = {name: (meter.count, meter.names, meter.sums.cpu()) for name, meter in meters.items()}
+    tensors: Tensors = {}
+    counts: dict[str, Any] = {}
+    for rank, sums in enumerate(gather(mine, group)):
+        for name, (count, names, values) in sums.items():
+            tensors[f"meters.{rank}.{name}"] = values
+            counts[f"meters.{rank}.{name}"] = {"count": count, "names": list(names)}
+    return tensors, counts
+
+
+def restore_meters(
+    tensors: Mapping[str, Tensor],
+    counts: Mapping[str, Any],
+    meters: Mapping[str, Meters],
+    *,
+    rank: int,
+    processes: int,
+    before: int,
+) -> None:
+    """Gives this process its sums back; of `before` other processes, all to the first and nothing to the others.
+
+    The count is that of the batches that each of `processes` would have added for the same steps.
+    """
+    for name, meter in meters.items():
+        keys = [f"meters.{number}.{name}" for number in range(before)]
+        if processes == before:
+            sums = tensors[keys[rank]]
+        else:
+            sums = torch.stack([tensors[key] for key in keys]).sum(0)
+            sums = sums if rank == 0 else torch.zeros_like(sums)
+        saved = counts[keys[0]]  # all processes have added as many
+        meter.load(saved["count"] * before // processes, saved["names"], sums)
+
+
+def now() -> float:
+    """Seconds of a clock that never goes back."""
+    return time.monotonic()
+
+
+class SaveClock:
+    """Asks for a save once so many minutes have passed since the last; never without `minutes`.
+
+    Clocks of processes differ, so that one process asks and all of them agree (`StopSignals.agreed`).
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """A state was saved: the minutes count anew."""
+        self._since, self._asked = now(), False
+
+    def due(self) -> bool:
+        """Whether to ask for a save at this boundary. True once: the answer comes later than the next boundary."""
+        if self._seconds is None or self._asked or now() - self._since < self._seconds:
+            return False
+        self._asked = True
+        return True

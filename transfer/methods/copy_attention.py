@@ -1,0 +1,34 @@
+"""Copied attention: the teacher's maps, queries, keys or values in place of the student's own (arXiv:2411.09702)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...models.copying.links import Link
+from ...models.copying.operators import COPIES, Taught
+from ..config import TransferConfig
+from .method import AttentionMethod, Pairing
+
+
+class CopyAttention(AttentionMethod):
+    """The student computes with what its teacher has just computed."""
+
+    copies = True
+    joins_heads = False
+    whole_maps = True
+    equal_grids = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kind = COPIES[name]
+        self.words, self.parts = self.kind.words, self.kind.parts
+        self.head_widths = "any" if self.kind.copies_map else "equal"
+
+    def averages_heads(self, config: TransferConfig) -> bool:
+        return self.kind.copies_map
+
+    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Taught:
+        return self.kind.operator(link, pairing.tape)
+
+
+METHODS = tuple(CopyAttention(name) for name in COPIES)

@@ -1,0 +1,80 @@
+"""The pooled feature before the head, pulled to the teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.copying.tape import Tape
+from ...models.copying.teacher_view import view_whole
+from ...models.errors import TransferError
+from .method import Installed, Pairing, TransferMethod
+from .outputs import Recorded, precise
+
+HEADS = ("head", "head_dist")
+
+
+class Feature(TransferMethod):
+    """The distance of what goes into the head; DeiT's two heads read two tokens, and their mean is the feature."""
+
+    name = "feature"
+    words = "{feature_loss} between the pooled features before the head"
+    uses_layers = False
+    nears_features = True
+
+    def install(self, pairing: Pairing) -> Installed:
+        teacher, student, tape = pairing.teacher, pairing.student, pairing.tape
+        view = view_whole(teacher)
+        for name in HEADS:
+            if name in view._modules:
+                view._modules[name] = nn.Identity()
+        installed = Installed(Recorded(view, tape))
+        for name in HEADS:
+            head = student._modules.get(name)
+            if head is not None:
+                pairing.changes.hooks.append(head.register_forward_pre_hook(_KeepInput(tape, name)))
+        widths = int(cast(Any, student).num_features), int(cast(Any, teacher).num_features)
+        if widths[0] != widths[1]:
+            installed.projectors["feature"] = nn.Linear(*widths)
+        installed.finish = _FeatureLoss(tape, pairing.config.feature_loss, installed.projectors)
+        return installed
+
+
+@dataclass(eq=False)
+class _KeepInput:
+    """A hook before a student's head: what goes into it is the feature."""
+
+    tape: Tape
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.tape.active:
+            self.tape.features[self.name] = inputs[0]
+
+
+@dataclass(eq=False)
+class _FeatureLoss:
+    tape: Tape
+    loss: str
+    projectors: nn.ModuleDict
+
+    def __call__(self, logits: Tensor) -> dict[str, Tensor]:
+        if not self.tape.features:
+            raise TransferError(
+                "the student's head was not seen to run: it was compiled before it was taught, or replaced; wrap the "
+                "plain model, and compile the DualViT"
+            )
+        student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.outputs[0]
+        if "feature" in self.projectors:
+            student = self.projectors["feature"](student)
+        student, teacher = precise(student), precise(teacher)
+        if self.loss == "smooth_l1":
+            return {"feature": F.smooth_l1_loss(student, teacher)}
+        return {"feature": 1 - F.cosine_similarity(student, teacher, dim=-1).mean()}
+
+
+METHODS = (Feature(),)

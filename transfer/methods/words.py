@@ -1,0 +1,58 @@
+"""The section `transfer` of a recipe, in the words of a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...checkpoints.markdown import code
+from ...checkpoints.publish.words import Rows, number
+from .registry import find_method, method_names
+
+
+def describe_transfer(settings: Mapping[str, Any]) -> Rows:
+    """Method, layers, heads and weight of a transfer; the name alone of a method that is not registered here."""
+    name = str(settings.get("method", ""))
+    if name not in method_names():
+        return [("method", f"{code(name)}: not described here")]
+    method = find_method(name)
+    rows = [("method", f"{code(name)}: {method.describe(settings)}")]
+    if method.uses_layers and "layers" in settings:
+        rows.append(("layers", _layers(settings["layers"])))
+    if method.uses_heads and "heads" in settings:
+        rows.append(("heads", _heads(settings["heads"])))
+    if not method.copies and "weight" in settings:
+        over = {"sum": ", summed over layers", "mean": ", averaged over layers"}
+        rest = over.get(str(settings.get("reduction")), "") if method.uses_layers else ""
+        rows.append(("weight of its loss", f"{number(settings['weight'])}{rest}"))
+    if settings.get("temperature", 1.0) != 1.0:
+        rows.append(("temperature", number(settings["temperature"])))
+    return rows
+
+
+def _layers(layers: object) -> str:
+    kind, _, count = str(layers).partition(":")
+    if layers == "all":
+        return "all"
+    if kind in ("first", "last") and count.isdigit():
+        return f"the {kind} {count}"
+    if kind == "every" and count.isdigit():
+        return f"one in {count}, and the last"
+    return _pairs(layers)
+
+
+def _heads(heads: object) -> str:
+    if heads == "mean":
+        return "the means of groups of the teacher's heads"
+    if heads == "match":
+        return "all, each paired with a teacher's head by the least distance between maps"
+    return "all" if heads == "all" else _pairs(heads)
+
+
+def _pairs(chosen: object) -> str:
+    """0,3,5, or teacher > student pairs, counted from 0."""
+    items = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+    text = ", ".join(
+        ">".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item) for item in items
+    )
+    return code(text) + (" (teacher > student)" if ">" in text else "")
