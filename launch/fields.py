@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError
 from ..models.plain_yaml import YamlError, parse_yaml
-from ..transfer.config import OneOf, RunConfig, Section
+from ..transfer.config import RunConfig
+from ..transfer.section import OneOf, Section
 
 ALIASES = {
     "teacher": "teacher.source",

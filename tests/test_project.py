@@ -227,8 +227,8 @@ def test_documents_name_no_setting_that_is_gone() -> None:
 OTHER_NAMES = {
     "prefixes.py": "modes of the official code, in its checkpoints",
     "cli.py": "a command",
-    "measure.py": "rows of the demo",
     "report_text.py": "rows of the demo",
+    "outcomes.py": "rows of the demo",
     "meters.py": "a loss",
     "feature.py": "its projector",
 }

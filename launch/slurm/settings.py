@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ...models.errors import ConfigError
-from ...transfer.config import check_plain
+from ...transfer.section import check_plain
 from .gpus import count_gpus, gpus_in, parse_gpus
 
 OF_THE_JOB = (

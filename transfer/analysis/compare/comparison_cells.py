@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ....models.errors import ConfigError
 from ...cells.sharing import pick_named
-from ...config import Section
+from ...section import Section
 
 TEACHER, UNIFORM = "teacher", "uniform"
 

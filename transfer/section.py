@@ -1,0 +1,82 @@
+"""What a section of settings is, and what no setting can mean. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Of a setting whose valid values are names in a table, which other packages may add to."""
+
+    names: Callable[[], Iterable[str]]
+
+
+MAX_WHOLE = 2**63
+"""Whole numbers stay below what torch and the file formats hold."""
+
+
+def check_plain(value: Any, depth: int = 50) -> None:
+    """ValueError for what no setting can mean: a number that is not finite, text with a NUL, endless nesting."""
+    if depth == 0:
+        raise ValueError("it nests too many levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("numbers must be finite")
+    if isinstance(value, int) and abs(value) >= MAX_WHOLE:
+        raise ValueError("whole numbers must be below 2^63")
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise ValueError("text and paths must be without a NUL character")
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set):
+        for part in value:
+            check_plain(part, depth - 1)
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown key or a value of the wrong kind is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not (
+            isinstance(kind, type) and issubclass(kind, Section)
+        ):  # its fields are looked at by themselves
+            check_plain(value)
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
+        for table in cls.model_fields[str(info.field_name)].metadata:
+            if isinstance(table, OneOf) and value not in table.names():
+                valid = ", ".join(map(repr, table.names()))
+                raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
+        return value
+
+
+def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+    """ValueError for an image size without pixels."""
+    if size is not None and min((size,) if isinstance(size, int) else size) <= 0:
+        raise ValueError("an image size is a whole number above 0, or two: height, width")
+    return size
+
+
+def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for a name that no keyword argument has, such as `depth:6`, which YAML reads as a name alone."""
+    for name in arguments:
+        if not name.isidentifier():
+            raise ValueError(
+                f"{name!r} is no name of an argument; write '{{depth: 6}}', with a blank after the colon"
+            )
+    return arguments
