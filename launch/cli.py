@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ..models.errors import ConfigError, GraftError, did_you_mean
 from .say import log_plainly
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     try:
+        _check_here()
         return dispatch(words)
     except GraftError as error:
         sys.stderr.write(f"graftvit: {_rank()}error: {error}\n")
@@ -72,6 +74,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("graftvit: stopped by Ctrl-C\n")
         return 130
+
+
+def _check_here() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current folder is not there ({error.strerror}): change to one that is"
+        ) from error
 
 
 def dispatch(words: list[str]) -> int:

@@ -17,6 +17,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -122,18 +123,21 @@ class JobFolder:
     def withdraw_submission(self, launch: str) -> None:
         """Removes what was to be submitted with `launch`, and was not."""
         for path in self._submission_paths():
-            if _read_submission(path).launch == launch:
-                path.unlink()
+            with contextlib.suppress(CheckpointError):
+                if _values(path).get("launch") == launch:
+                    path.unlink()
 
     def submissions(self) -> list[Submission]:
-        """All that were submitted, the oldest first. Raises CheckpointError for a damaged file.
+        """All that were submitted, the oldest first, but for damaged records: Slurm knows their jobs by name.
 
         Those of a copy are the jobs of the run that it was copied from; a folder that was moved keeps its own.
         """
-        older = self.folder / "submission.json"  # there was one file for all, which had the newest
-        paths = [*([older] if older.exists() else []), *self._submission_paths()]
-        found = [_read_submission(path) for path in paths if not self._is_copy(path)]
-        return [_moved(one, self.output_dir) for one in found]
+        found = []
+        for path in self._all_paths():
+            with contextlib.suppress(CheckpointError):
+                if not self._is_copy(path):
+                    found.append(_moved(_read_submission(path), self.output_dir))
+        return found
 
     def _is_copy(self, path: Path) -> bool:
         folder = Path(_values(path).get("output_dir") or self.output_dir)
@@ -145,10 +149,15 @@ class JobFolder:
 
     def submission(self) -> Submission | None:
         """The newest; None where nothing was submitted. Raises CheckpointError for a damaged file."""
-        return next(reversed(self.submissions()), None)
+        own = [path for path in self._all_paths() if not self._is_copy(path)]
+        return _moved(_read_submission(own[-1]), self.output_dir) if own else None
 
     def _submission_paths(self) -> list[Path]:
-        return sorted((self.folder / "submissions").glob("[0-9]*.json"))
+        return sorted(path for path in (self.folder / "submissions").glob("*.json") if path.stem.isdigit())
+
+    def _all_paths(self) -> list[Path]:
+        older = self.folder / "submission.json"  # there was one file for all, which had the newest
+        return [*([older] if older.exists() else []), *self._submission_paths()]
 
     def asked_to_stop(self, job_id: str) -> bool:
         """Whether a job has to end after its next save."""
@@ -186,19 +195,11 @@ class JobFolder:
             os.fsync(file.fileno())
 
     def attempts(self) -> list[Attempt]:
-        """All attempts, the first one first."""
-        known = {one.name for one in fields(Attempt)}
+        """All attempts, the first one first; a file that no attempt has written is passed by."""
         found = []
         for path in (self.folder / "attempts").glob("[0-9]*.jsonl"):
-            values: dict[str, Any] = {}
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    values |= json.loads(line)
-                except ValueError:  # cut short by a crash
-                    break
-            if "started" in values:
-                values |= {"number": _number(path), "name": path.stem}
-                found.append(Attempt(**{name: value for name, value in values.items() if name in known}))
+            with contextlib.suppress(TypeError):
+                found.append(_read_attempt(path))
         return sorted(found, key=lambda attempt: (attempt.number, attempt.started))
 
     @property
@@ -244,7 +245,21 @@ def newest_state(output_dir: Path) -> str:
 
 def _number(path: Path) -> int:
     """Of an attempt by its file; older records have nothing else in their names."""
-    return int(path.stem.partition("-")[0])
+    found = re.match(r"[0-9]+", path.stem)
+    return int(found[0]) if found else 0
+
+
+def _read_attempt(path: Path) -> Attempt:
+    """Raises TypeError: the file does not say what an attempt says at its start."""
+    known = {one.name for one in fields(Attempt)}
+    values: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values |= json.loads(line)
+        except ValueError:  # cut short by a crash
+            break
+    values |= {"number": _number(path), "name": path.stem}
+    return Attempt(**{name: value for name, value in values.items() if name in known})
 
 
 def _values(path: Path) -> dict[str, Any]:

@@ -34,6 +34,6 @@ def forget_ended() -> list[Path]:
 def _active(folder: Path) -> list[JudgedJob]:
     try:
         runs = run_folders(folder)
-    except ConfigError:  # gone, or something else by now
-        return []
+    except ConfigError:  # gone, or something else by now; its job may live
+        runs = [folder]
     return [one for jobs in judge_jobs(runs, strict=True).values() for one in jobs if one.active]

@@ -111,7 +111,8 @@ def run_folders(folder: Path) -> list[Path]:
     cells = [cell.folder for cell in sweep.cells] if sweep else sorted((folder / "cells").glob("*"))
     if cells and not sweep:
         cells.insert(0, folder / "teacher")
-    found = _submitted(cells) or _submitted([folder])
+    own = [folder] if cells and not sweep and JobFolder(folder).submissions() else []
+    found = own + _submitted(cells) or _submitted([folder])
     if found:
         return found
     raise ConfigError(

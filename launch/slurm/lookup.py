@@ -24,9 +24,10 @@ from .files import Cluster, JobFolder, Submission, job_id
 from .lock import FILE as LOCK
 from .lock import is_submitting
 from .processes import controllers, is_ordered
+from .scheduler import ENDED
 from .settings import ClusterConfig
 
-_COLUMNS = ("JobArrayID", "SubmitTime", "Name", "Command")
+_COLUMNS = ("JobArrayID", "State", "SubmitTime", "Name", "Command")
 UNSURE = "unsure"
 """In the folder of a launch: sbatch was asked, and its answer was lost."""
 LATE = 300.0
@@ -42,6 +43,8 @@ class NamedJob:
     script: Path
     """`LAUNCH/submit.sh`, which tells what was submitted."""
     submitted: float
+    state: str = "RUNNING"
+    """Slurm's word."""
 
     @property
     def index(self) -> int | None:
@@ -64,16 +67,15 @@ def find_submissions(runs: Iterable[Path], *, by_name: bool = True) -> dict[Path
         GraftError: if Slurm has to be asked, and does not answer.
     """
     found = {run: JobFolder(run).submissions() for run in runs}
-    if all(one.job_id for known in found.values() for one in known) and all(found.values()):
-        return found
-    here = controllers()
+    whole = all(one.job_id for known in found.values() for one in known) and all(found.values())
+    here = {} if whole else controllers()
     for run, known in found.items():
         found[run] = known or _on_this_machine(run, here)
     lost = [run for run, known in found.items() if not known] if by_name else []
-    named = _queued(found, lost)
+    named = _queued(found, lost, by_name)
     for run, known in found.items():
-        numbered = [_with_number(one, run, named, here) for one in known]
-        found[run] = [one for one in numbered if one is not None] or _in_queue(run, named)
+        numbered = [one for one in (_with_number(one, run, named, here) for one in known) if one is not None]
+        found[run] = numbered + _without_record(run, named, numbered)
     return found
 
 
@@ -103,27 +105,34 @@ def queued_jobs() -> list[NamedJob]:
     last = len(_COLUMNS) - 1  # the path of the script, which may have the sign in it
     rows = [line.split("|", last) for line in text.splitlines() if line.count("|") > last]
     return [
-        NamedJob(job, name, Path(script.removesuffix("|")), datetime.fromisoformat(submitted).timestamp())
-        for job, submitted, name, script in ([value.strip() for value in row] for row in rows)
+        NamedJob(
+            job, name, Path(script.removesuffix("|")), datetime.fromisoformat(submitted).timestamp(), state
+        )
+        for job, state, submitted, name, script in ([value.strip() for value in row] for row in rows)
     ]
 
 
-def _queued(found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path]) -> list[NamedJob]:
+def _queued(
+    found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path], by_name: bool
+) -> list[NamedJob]:
     """The jobs of this user, where one of them may be of these runs."""
-    if any(one.cluster == "slurm" and not one.job_id for known in found.values() for one in known):
+    ours = [one for known in found.values() for one in known if one.cluster == "slurm"]
+    if not all(one.job_id for one in ours):
         return queued_jobs()
+    if not by_name:
+        return []
     if shutil.which("squeue") is None:
         return []
     if any((home(run) / LOCK).exists() for run in lost):
         return queued_jobs()
-    if not lost:
+    if not lost and not ours:
         return []
     try:
-        return (
-            queued_jobs()
-        )  # a folder was removed with its records, or in part, or nothing was submitted to it yet
+        return queued_jobs()  # records may be gone, damaged, or those of an older copy of the folder
     except NoAnswerError:
-        raise
+        if lost:
+            raise
+        return []  # whoever asks for the states of these jobs meets the same
     except GraftError:  # the commands are here, and no cluster is set up for them
         return []
 
@@ -152,10 +161,11 @@ def _with_number(
     return one if under_way or may_come else None
 
 
-def _in_queue(run: Path, named: Sequence[NamedJob]) -> list[Submission]:
-    """Jobs of a run without records, as after `rm -r jobs`."""
-    top = home(run)
+def _without_record(run: Path, named: Sequence[NamedJob], recorded: Sequence[Submission]) -> list[Submission]:
+    """Jobs of a run that no record tells of, as after `rm -r jobs`: all of them, or beside others those that live."""
+    top, known = home(run), {one.job_id for one in recorded}
     jobs = [job for job in named if job.name == job_name(top) and (top == run or _run_of(job) == run)]
+    jobs = [job for job in jobs if job.job_id not in known and (not recorded or job.state not in ENDED)]
     return [_bare(job.job_id, "slurm", top, submitted=job.submitted, name=job.name) for job in jobs]
 
 

@@ -99,7 +99,7 @@ def requeue() -> None:
     try:
         for left in reversed(range(REQUEUE_TRIES)):
             try:
-                submitit.JobEnvironment()._requeue(0)  # the hook that every cluster of submitit has
+                _ask_for_requeue(submitit.JobEnvironment())
                 return
             except (subprocess.SubprocessError, OSError) as error:
                 if not left:
@@ -109,6 +109,13 @@ def requeue() -> None:
             time.sleep(REQUEUE_PAUSE)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _ask_for_requeue(job: submitit.JobEnvironment) -> None:
+    if job.cluster == "slurm":  # `incomplete`: a job that was cancelled at this moment stays cancelled
+        subprocess.check_call(["scontrol", "requeue", "incomplete", job.job_id], timeout=60)
+    else:
+        job._requeue(0)  # the hook that every cluster of submitit has
 
 
 @contextmanager

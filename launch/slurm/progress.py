@@ -45,7 +45,11 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
     stage = "" if inner == folder else inner.name
     path = inner / "log.jsonl"
     try:
-        records = [record for record in read_log(path) if isinstance(record, dict) and "step" in record]
+        records = [
+            record
+            for record in read_log(path)
+            if isinstance(record, dict) and isinstance(record.get("step"), int)
+        ]
         written = path.stat().st_mtime
     except (OSError, ValueError):
         return Progress(stage)

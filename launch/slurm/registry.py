@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def forget(folder: Path) -> None:
 def listed() -> list[Path]:
     """The runs, also those whose folder is not there (any more); the one submitted last at the end."""
     try:
-        lines = registry_file().read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = registry_file().read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
     found: dict[str, None] = {}
@@ -55,5 +56,11 @@ def known() -> list[Path]:
 def _add(line: str) -> None:
     path = registry_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+    with path.open("a+b") as file:
+        cut = file.tell() > 0 and _last_byte(file) != b"\n"  # by a full disk
+        file.write(("\n" * cut + f"{line}\n").encode())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -334,11 +335,11 @@ class ClusterConfig(BaseModel):
 
 
 def check_line(value: Any) -> None:
-    """ValueError for text that would end its line of the batch script, or steer a terminal that shows it."""
+    """ValueError for text that would end its line of a file or the batch script, or steer a terminal that shows it."""
     parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else [value]
-    for part in parts:
-        if isinstance(part, str) and any(ord(char) < 32 or ord(char) == 127 for char in part):
-            raise ValueError("it must be one line, without control characters")
+    for char in "".join(part for part in parts if isinstance(part, str)):
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
+            raise ValueError("it must be one line of UTF-8, without control characters")
 
 
 def sbatch_fields() -> dict[str, Sbatch]:

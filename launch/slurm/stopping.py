@@ -105,7 +105,11 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
     if now or waits:
         cancel(submission.job_id)
         return f"{job} was {one.state} and is cancelled; {go_on}"
-    signal_job(submission.job_id, "USR2")
+    try:
+        signal_job(submission.job_id, "USR2")
+    except GraftError:
+        request.unlink(missing_ok=True)  # nobody tells the job to look: it is not stopping
+        raise
     return f"{job} {ends}; {go_on}"
 
 

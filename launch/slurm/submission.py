@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...models.errors import ConfigError, DataError
+from ...models.errors import ConfigError, DataError, GraftError
 from ...transfer.config import RunConfig
 from ..hints import hint
 from ..say import say_aside
@@ -107,7 +107,12 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
         made = submit(replace(launch, requests=[first], identity=new_identity()))[0]
         launch = replace(launch, after=made if slurm else None)
         after = f", after job {made} for the teacher,"
-    jobs = submit(launch)
+    try:
+        jobs = submit(launch)
+    except GraftError as error:
+        if not after:
+            raise
+        raise type(error)(f"{error}; job {made} for the teacher was submitted, and goes on") from error
     cells = len(jobs) > 1 or launch.folder != launch.requests[0].output_dir
     count = f" ({len(jobs)} cell{'s' if len(jobs) > 1 else ''})" if cells else ""
     return (
@@ -157,8 +162,20 @@ def _check_comparison(plan: Plan, config: ClusterConfig) -> None:
         )
 
 
+def _refuse_inner(folder: Path) -> None:
+    """Raises ConfigError for a place that a run, a sweep or a comparison keeps for its own cells and teacher."""
+    above = folder.parent.parent if folder.parent.name == "cells" else folder.parent
+    ours = (above / "jobs").is_dir() or (above / "sweep.json").exists()
+    if ours and (folder.parent.name == "cells" or folder.name == "teacher"):
+        raise ConfigError(
+            f"--output_dir {folder} is inside of {above}, which was submitted as a whole: give another folder, or "
+            f"`{hint('resume', above)}`"
+        )
+
+
 def _refuse_second(plan: Plan, config: ClusterConfig) -> None:
     """Raises ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
+    _refuse_inner(plan.folder)
     first = [] if plan.first is None else [plan.first]
     own = [request.output_dir for request in [*first, *plan.requests]]
     there = [] if plan.folder in own else [plan.folder]

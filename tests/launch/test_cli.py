@@ -301,3 +301,12 @@ def test_an_error_of_the_system_is_one_sentence(
     assert cli.main(["recipes"]) == 1
     said = capsys.readouterr().err
     assert re.fullmatch(r"graftvit: error: a+\.\.\.\(6,001 characters\)\.\.\.a+: File name too long\n", said)
+
+
+def test_a_current_folder_that_is_gone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["jobs"]) == 2
+    assert "the current folder is not there" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch.slurm.failures import Failure
 from graftvit.launch.slurm.files import JobFolder, newest_state
+from slurm_folders import submitted
 
 
 def test_names_carry_number_job_and_restart(tmp_path: Path) -> None:
@@ -92,3 +93,28 @@ def test_a_run_folder_that_is_gone_stays_gone(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             write()
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("attempts/0001-1.0.jsonl", b"5"),
+        ("attempts/0001-1.0.jsonl", b'{"started": 1, "job_id": "7"}'),
+        ("attempts/0001-1.0.jsonl", b"\377\376\n"),
+        ("attempts/0001 (copy).jsonl", b"{}"),
+        ("submissions/0001 (conflicted copy).json", b"{}"),
+        ("submissions/0001.json", b""),
+        ("submissions/0001.json", b"\377\376"),
+    ],
+)
+def test_files_that_nobody_of_ours_wrote_are_passed_by(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = JobFolder(tmp_path)
+    path = tmp_path / "jobs" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert (folder.attempts(), folder.submissions(), folder.finished) == ([], [], False)
+    folder.withdraw_submission("launch-0")
+    attempt = folder.begin(job_id="7", restart=0, nodes=[], world_size=1)
+    assert [one.name for one in folder.attempts()] == [attempt]
+    submitted(tmp_path)
+    assert [one.job_id for one in folder.submissions()] == ["12"]

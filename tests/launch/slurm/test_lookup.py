@@ -18,7 +18,7 @@ from graftvit.launch.slurm.batch import Request, job_name
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
-from graftvit.launch.slurm.registry import remember
+from graftvit.launch.slurm.registry import listed, registry_file, remember
 from graftvit.launch.slurm.requests import Plan
 from graftvit.launch.slurm.resume import find_unfinished
 from graftvit.launch.slurm.scheduler import JobState
@@ -56,8 +56,8 @@ def test_a_number_that_never_came_back_is_written_down(monkeypatch: pytest.Monke
     cells = sorted((sweep / "cells").iterdir())
     queue(monkeypatch, *array_of(sweep))
     assert [[one.job_id for one in known] for known in find_submissions(cells).values()] == [["7_0"], ["7_1"]]
-    monkeypatch.setattr(lookup, "queued_jobs", lambda: pytest.fail("asked again"))
-    assert find_submissions(cells[1:])[cells[1]][0].job_id == "7_1"
+    queue(monkeypatch)
+    assert [one.job_id for one in find_submissions(cells[1:])[cells[1]]] == ["7_1"]
 
 
 def test_what_never_came_to_a_job_is_left_out(monkeypatch: pytest.MonkeyPatch, sweep: Path) -> None:
@@ -119,7 +119,7 @@ def test_names_with_bars_and_links_are_one_name(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "link").symlink_to(folder)
     assert job_name(tmp_path / "link") == job_name(folder)
     assert "|" not in job_name(folder)
-    line = f"12_3|2026-11-22T10:00:00|{job_name(folder)}|{folder}/jobs/launch-0/submit.sh|\n"
+    line = f"12_3|RUNNING|2026-11-22T10:00:00|{job_name(folder)}|{folder}/jobs/launch-0/submit.sh|\n"
     monkeypatch.setattr(lookup, "ask", lambda *words: line)
     (job,) = lookup.queued_jobs()
     assert (job.job_id, job.script) == ("12_3", folder / "jobs" / "launch-0" / "submit.sh")
@@ -216,6 +216,64 @@ def test_the_job_of_a_run_whose_records_were_removed_is_known_and_what_goes_on_w
         find_unfinished(left)
 
 
+def test_a_living_job_that_the_records_do_not_tell_of_is_known_beside_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    submitted(run, job_id="6")  # as an older copy of the folder has it
+    queue(
+        monkeypatch,
+        replace(job_of(run), job_id="6"),
+        job_of(run),
+        replace(job_of(run), job_id="5", state="FAILED"),
+    )
+    assert [one.job_id for one in find_submissions([run])[run]] == ["6", "7"]
+    (path,) = (run / "jobs" / "submissions").iterdir()
+    path.write_text("")  # cut by a crash
+    assert [one.job_id for one in find_submissions([run])[run]] == ["6", "7", "5"]
+
+
+def test_a_run_that_holds_another_in_its_cells_keeps_its_own_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    queue(monkeypatch)
+    submitted(tmp_path / "run", job_id="6")
+    submitted(tmp_path / "run" / "cells" / "inner", job_id="7")
+    assert jobs.run_folders(tmp_path / "run") == [tmp_path / "run", tmp_path / "run" / "cells" / "inner"]
+
+
+def test_a_signal_that_could_not_be_sent_leaves_no_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = submitted(tmp_path / "run", job_id="7")
+    queue(monkeypatch)
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("RUNNING")))
+
+    def fail(*_: object) -> None:
+        raise NoAnswerError("Slurm does not answer")
+
+    monkeypatch.setattr(stopping, "signal_job", fail)
+    assert main(["stop", str(tmp_path / "run")]) == 1
+    assert not files.asked_to_stop("7")
+    assert jobs.describe_run(tmp_path / "run").state == "running"
+
+
+def test_the_job_of_a_removed_run_is_not_forgotten_while_slurm_is_silent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    gone = tmp_path / "gone"
+    remember(gone)
+
+    def silent() -> list[NamedJob]:
+        raise NoAnswerError("Slurm does not answer")
+
+    queue(monkeypatch)
+    monkeypatch.setattr(lookup, "queued_jobs", silent)
+    assert main(["forget", str(gone)]) == 2
+    assert listed() == [gone]
+
+
 def test_a_mistyped_folder_is_told_the_nearest_and_that_slurm_was_silent(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -245,3 +303,25 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(
 ) -> None:
     assert main([command, ""]) == 2
     assert "'' names no folder: give that of a run or of a sweep" in capsys.readouterr().err
+
+
+def test_a_list_whose_last_line_was_cut_keeps_the_next_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    remember(tmp_path / "a")
+    registry_file().write_text(registry_file().read_text().rstrip())
+    remember(tmp_path / "b\u2028c")
+    assert listed() == [tmp_path / "a", tmp_path / "b\u2028c"]
+
+
+def test_a_run_is_not_submitted_into_the_cells_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(monkeypatch)
+    submitted(tmp_path / "run", job_id="6")
+    for inner in (tmp_path / "run" / "cells" / "x", tmp_path / "run" / "teacher"):
+        with pytest.raises(ConfigError, match="which was submitted as a whole"):
+            _refuse_second(Plan(inner, [], {}, [Request(["train"], inner)]), ClusterConfig())
+    beside = tmp_path / "other" / "teacher"
+    _refuse_second(Plan(beside, [], {}, [Request(["train"], beside)]), ClusterConfig())

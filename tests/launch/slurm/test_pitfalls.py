@@ -172,7 +172,7 @@ def test_scontrol_survives_the_signal_that_its_own_requeue_sends(in_slurm: Path)
     thread.start()
     requeue()
     thread.join()
-    assert (in_slurm / "asked").read_text() == "requeue 77\n"
+    assert (in_slurm / "asked").read_text() == "requeue incomplete 77\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
