@@ -107,6 +107,8 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         return f"{job} was {one.state} and is cancelled; {go_on}"
     try:
         signal_job(submission.job_id, "USR2")
+    except NoSuchJobError:  # it ends already; its next attempt, if there is one, reads the request
+        raise
     except GraftError:
         request.unlink(missing_ok=True)  # nobody tells the job to look: it is not stopping
         raise

@@ -41,7 +41,7 @@ def test_older_records_are_understood(tmp_path: Path) -> None:
     assert files.submission() == files.submissions()[0]
     (files.folder / "submission.json").write_text('{"job_id": "12"}')
     with pytest.raises(CheckpointError, match=r"submission.json is damaged"):
-        files.submissions()
+        files.submission()
 
 
 @pytest.mark.slurm
