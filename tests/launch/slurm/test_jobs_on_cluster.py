@@ -43,7 +43,7 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     run.finish()
     until(lambda: seen(run)["state"] == "finished", "the end", every=0.5)
     first, second = seen(run)["restarts"]
-    assert first["why"].startswith("SIGUSR2")
+    assert first["why"] == "`graftvit stop`"
     assert second["why"] == f"node failure: {cluster.nodes[0]}"
     assert "best" in run.graftvit("jobs", str(run.folder))
 
