@@ -213,6 +213,8 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
     attempts = [attempt for attempt in files.attempts() if attempt.job_id == submission.job_id]
     last = attempts[-1] if attempts else None
     job = states.get(submission.job_id, JobState())
+    if not _is_its_own(submission, job):
+        job = JobState()
     if submission.cluster != "slurm":
         problem = ""
         job = (
@@ -228,6 +230,12 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
     if not is_folder(run):
         why = "; ".join(filter(None, [why, GONE]))
     return JudgedJob(submission, job, state, why, last, found)
+
+
+def _is_its_own(submission: Submission, job: JobState) -> bool:
+    """Whether the job of this number is the one that was submitted: two clusters, or a counter set back, give it twice."""
+    by_script = job.script is not None and job.script.parent == Path(submission.launch)
+    return not submission.name or job.name in ("", submission.name) or by_script
 
 
 def _is_foreign(files: JobFolder) -> bool:
