@@ -233,7 +233,7 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
 
 
 def _is_its_own(submission: Submission, job: JobState) -> bool:
-    """Whether the job of this number is the one that was submitted: two clusters, or a counter set back, give it twice."""
+    """Whether the job of this number is the one that was submitted: two clusters give it twice, or one set back."""
     by_script = job.script is not None and job.script.parent == Path(submission.launch)
     return not submission.name or job.name in ("", submission.name) or by_script
 
