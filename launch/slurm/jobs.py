@@ -13,7 +13,7 @@ from ..hints import hint
 from ..submitted import SUBMITTED
 from .ask import TRIES, NoAnswerError
 from .blame import NOTHING, Blame, blame, blame_start, log_starts
-from .files import Attempt, JobFolder, Submission
+from .files import Attempt, JobFolder, Submission, is_copied
 from .judging import ACTIVE, AT_WORK, STARTING, WAITING, Evidence, Restart, judge, restarts_of
 from .lookup import find_submissions
 from .order import read_order
@@ -213,7 +213,7 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
     attempts = [attempt for attempt in files.attempts() if attempt.job_id == submission.job_id]
     last = attempts[-1] if attempts else None
     job = states.get(submission.job_id, JobState())
-    if not _is_its_own(submission, job):
+    if is_copied(submission, run) or not _is_its_own(submission, job):
         job = JobState()
     if submission.cluster != "slurm":
         problem = ""

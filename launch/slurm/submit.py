@@ -109,6 +109,7 @@ def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") 
     """The intention, in each run folder."""
     for index, request in enumerate(launch.requests):
         folder = JobFolder(request.output_dir)
+        request.output_dir.mkdir(parents=True, exist_ok=True)
         folder.stop_path.unlink(missing_ok=True)
         for one in folder.submissions():
             if not one.job_id:  # an interrupted one, of which no job has come: the caller has asked
@@ -129,6 +130,7 @@ def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") 
                 index=index if _is_array(launch) else None,
                 launch=str(launch.place),
                 output_dir=str(request.output_dir.absolute()),
+                inode=request.output_dir.stat().st_ino,
                 host=socket.gethostname(),
                 pid=os.getpid(),
             )
