@@ -32,6 +32,8 @@ from .unbroken import InterruptedSubmissionError, ordering, unbroken
 logger = logging.getLogger(__name__)
 ANSWER = 120.0
 """Seconds that sbatch may take to answer."""
+_NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;.*| on .*)?$", re.MULTILINE)
+"""Among what a site says before and after it; a program of its own in front of sbatch may not know `--parsable`."""
 
 
 def test_only(launch: Launch) -> str:
@@ -159,12 +161,10 @@ def _sbatch(launch: Launch) -> str:
             timeout=ANSWER,
             start_new_session=True,
         )
-        numbers = re.findall(
-            r"^([0-9]+)(?:;.*)?$", done.stdout, re.MULTILINE
-        )  # below what a site greets with
-        if done.returncode == 0 and numbers:
-            return str(numbers[-1])
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        numbers = _NUMBER.findall(done.stdout)
+        if done.returncode == 0 and len(numbers) == 1:
+            return str(numbers[0])
+        said = " ".join(done.stderr.split() if done.returncode else ()) or f"exit code {done.returncode}"
     try:
         number = number_by_name(launch.place)  # an answer may be lost on its way, and the job be queued
     except GraftError as error:
