@@ -14,7 +14,7 @@ from ..submitted import SUBMITTED
 from .ask import TRIES, NoAnswerError
 from .blame import NOTHING, Blame, blame, blame_start, log_starts
 from .files import Attempt, JobFolder, Submission, is_copied
-from .judging import ACTIVE, AT_WORK, STARTING, WAITING, Evidence, Restart, judge, restarts_of
+from .judging import ACTIVE, AT_WORK, WAITING, Evidence, Restart, judge, restarts_of
 from .lookup import find_submissions
 from .order import read_order
 from .processes import is_alive
@@ -260,7 +260,7 @@ def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
     files, job, last, state = JobFolder(folder), shown.job, shown.last, shown.state
     attempts = files.attempts()
     waits = state in ("pending", "requeued")
-    trains = state == "running" and shown.why != STARTING and last is not None
+    trains = state == "running" and not shown.why and last is not None  # neither starts nor is suspended
     wrong = state in ("failed", "unknown", "node failed")
     stopped = {one.submission.job_id for one in jobs if files.asked_to_stop(one.submission.job_id)}
     command = shown.submission.command

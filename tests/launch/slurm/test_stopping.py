@@ -158,3 +158,21 @@ def test_several_runs_are_stopped_and_one_that_is_none_keeps_no_other_from_it(
 def test_stop_without_a_run_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stop"]) == 2
     assert "RUN" in capsys.readouterr().err
+
+
+@pytest.mark.slurm
+def test_a_suspended_job_is_shown_so_and_cancelled(
+    cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    job = cluster.run(*WAIT).strip()
+    files = submitted(tmp_path, job_id=job)
+    until(lambda: jobs.job_states([job])[job].state == "RUNNING", "the job", every=0.2)
+    cluster.run("scontrol", "suspend", job)
+    assert (jobs.describe_run(tmp_path).state, jobs.describe_run(tmp_path).why) == ("running", "suspended")
+    files.begin(job_id=job, restart=0, nodes=["n1"], world_size=1)
+    assert jobs.describe_run(tmp_path).why == "suspended"
+    assert main(["stop", str(tmp_path)]) == 0
+    assert f"job {job} of {tmp_path} was suspended and is cancelled" in capsys.readouterr().out
+    until(lambda: jobs.describe_run(tmp_path).state == "cancelled", "its end", every=0.2)
