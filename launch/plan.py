@@ -16,7 +16,7 @@ from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.state import StateFolder
 from ..checkpoints.teacher import Head, Teacher
 from ..models.copying.input import Normalization
-from ..models.errors import GraftError
+from ..models.errors import GraftError, counted
 from ..models.mae import MaskedAutoencoder
 from ..transfer.config import RunConfig
 from ..transfer.data.loaders import TrainLoader, create_train_loader
@@ -296,7 +296,7 @@ def _batch_words(outline: Outline) -> str:
     size, accum = data.batch_size, optim.accum_iter
     if batch is not None:
         size, accum = batch.batch_size, batch.micro_batches // outline.processes
-    processes = f"{outline.processes} process{'es' if outline.processes > 1 else ''}"
+    processes = counted(outline.processes, "process")
     return f"{size} x {accum} accumulated x {processes} = {size * accum * outline.processes} images"
 
 
@@ -312,7 +312,7 @@ def _rate_words(outline: Outline) -> str:
 def _length_words(outline: Outline) -> str:
     optim, schedule = outline.config.optim, outline.schedule
     if schedule is None:
-        return f"{optim.max_steps} steps" if optim.max_steps else f"{optim.epochs} epochs"
+        return counted(optim.max_steps, "step") if optim.max_steps else counted(optim.epochs, "epoch")
     words = (
         f"{schedule.total_steps:,} steps, {schedule.steps_per_epoch:,} an epoch, "
         f"{schedule.warmup_steps:,.0f} of them warm-up"
