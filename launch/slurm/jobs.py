@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from ...models.errors import ConfigError, GraftError
 from ..hints import hint
 from ..submitted import SUBMITTED
 from .ask import TRIES, NoAnswerError
-from .blame import NOTHING, Blame, blame, blame_start, log_starts
+from .blame import NOTHING, SILENT, Blame, blame, blame_start, log_starts
 from .files import Attempt, JobFolder, Submission, is_copied
 from .judging import ACTIVE, AT_WORK, WAITING, Evidence, Restart, judge, restarts_of
 from .lookup import find_submissions
@@ -23,6 +24,8 @@ from .registry import listed
 from .scheduler import JobState, job_states
 from .sweep import load_sweep
 
+FULL = 1 << 20
+"""Bytes that are less than what a run writes at its end."""
 GONE = "its folder was removed or moved"
 Submissions = Mapping[Path, Sequence[Submission]]
 
@@ -227,6 +230,8 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
     seen = Evidence(run, job, last, files.asked_to_stop(submission.job_id), problem)
     found = _blame(files, submission, seen)
     state, why = judge(Evidence(run, job, last, seen.stopping, problem, found))
+    if why == SILENT and _is_full(run):
+        why = f"{SILENT}; the file system of {run} is full"
     if not is_folder(run):
         why = "; ".join(filter(None, [why, GONE]))
     return JudgedJob(submission, job, state, why, last, found)
@@ -236,6 +241,14 @@ def _is_its_own(submission: Submission, job: JobState) -> bool:
     """Whether the job of this number is the one that was submitted: two clusters give it twice, or one set back."""
     by_script = job.script is not None and job.script.parent == Path(submission.launch)
     return not submission.name or job.name in ("", submission.name) or by_script
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a run could not write down now how it ended."""
+    try:
+        return shutil.disk_usage(folder).free < FULL
+    except OSError:
+        return False
 
 
 def _is_foreign(files: JobFolder) -> bool:
