@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from ...models.errors import ConfigError, GraftError
 from ...transfer.config import RunConfig
 from ...transfer.engine.resume import changes, describe_changes, differences, settings
@@ -27,7 +29,7 @@ def describe_again(plan: Plan, config: ClusterConfig) -> str:
     stage = current_stage(plan.folder)
     if not (stage / "config.yaml").is_file():
         return ""
-    changed = _changed_settings(stage, run) | _changed_resources(plan.folder, config)
+    changed = _changed_settings(stage, plan) | _changed_resources(plan.folder, config)
     return f"{_place(stage, run)}; {describe_changes(changed) or 'nothing changed'}"
 
 
@@ -64,16 +66,26 @@ def _place(stage: Path, run: RunConfig) -> str:
     return f"resumes at epoch {done.epoch + 1} of {f'a run of {limit} steps' if limit else run.optim.epochs}"
 
 
-def _changed_settings(stage: Path, run: RunConfig) -> dict[str, tuple[object, object]]:
-    """Of a run whose settings the plan has whole; a later stage has its student from the one before."""
+def _changed_settings(stage: Path, plan: Plan) -> dict[str, tuple[object, object]]:
+    """As the run had them; of stages, which have their student from the one before, as they were submitted."""
+    run = plan.configs[0]
     if stage != run.output_dir:
-        return {}
+        path, text = next(iter(plan.frozen.items()))
+        try:
+            return differences(_by_stage(path.read_text(encoding="utf-8")), _by_stage(text))
+        except (OSError, yaml.YAMLError, KeyError, TypeError):  # it was removed, or had no stages
+            return {}
     try:
         before = load_config(stage)
     except GraftError:  # of another version
         return {}
     origins = {"teacher": {"revision": before.teacher.revision}}
     return changes({"config": settings(before), "origins": origins}, run)
+
+
+def _by_stage(frozen: str) -> dict[str, object]:
+    """Name -> settings."""
+    return {stage["name"]: stage for stage in yaml.safe_load(frozen)["stages"]}
 
 
 def _changed_resources(folder: Path, config: ClusterConfig) -> dict[str, tuple[object, object]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...models.errors import GraftError
+from ...models.errors import GraftError, counted
 from .batch import Launch, script
 from .checks import check_commands
 from .requests import Plan
@@ -63,7 +63,7 @@ def preview_again(unfinished: Unfinished, config: ClusterConfig, *, unchecked: b
 def _with_script(parts: list[str], launch: Launch, problem: GraftError | None, waits: str) -> Preview:
     config = launch.config
     if config.cluster != "slurm":
-        last = f"--cluster {config.cluster}: {config.tasks} processes on this machine\n"
+        last = f"--cluster {config.cluster}: {counted(config.tasks, 'process')} on this machine\n"
         return Preview("\n".join([*parts, last]), problem)
     said = [f"{waits}\n"] if waits else []
     return Preview("\n".join([*parts, *said, f"{script(launch).rstrip()}\n"]), problem)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...models.errors import ConfigError, DataError, GraftError
+from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
 from ..hints import hint
 from ..say import say_aside
@@ -114,7 +114,7 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
             raise
         raise type(error)(f"{error}; job {made} for the teacher was submitted, and goes on") from error
     cells = len(jobs) > 1 or launch.folder != launch.requests[0].output_dir
-    count = f" ({len(jobs)} cell{'s' if len(jobs) > 1 else ''})" if cells else ""
+    count = f" ({counted(len(jobs), 'cell')})" if cells else ""
     return (
         f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {launch.folder}\n"
         f"  {hint('jobs', launch.folder)}\n  {hint('logs', launch.requests[0].output_dir, '--follow')}\n"

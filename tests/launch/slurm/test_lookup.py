@@ -325,3 +325,18 @@ def test_a_run_is_not_submitted_into_the_cells_of_another(
             _refuse_second(Plan(inner, [], {}, [Request(["train"], inner)]), ClusterConfig())
     beside = tmp_path / "other" / "teacher"
     _refuse_second(Plan(beside, [], {}, [Request(["train"], beside)]), ClusterConfig())
+
+
+def test_a_copy_of_a_run_that_was_moved_afterwards_does_not_own_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    submitted(run, output_dir=str(run), inode=run.stat().st_ino)
+    shutil.copytree(run, tmp_path / "copy")
+    run.rename(tmp_path / "moved")
+    queue(monkeypatch)
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("RUNNING")))
+    assert jobs.describe_run(tmp_path / "moved").active
+    assert not jobs.describe_run(tmp_path / "copy").active
+    assert list(find_unfinished(tmp_path / "copy").submissions) == [tmp_path / "copy"]
