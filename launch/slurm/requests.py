@@ -92,7 +92,7 @@ def plan_run(
 def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence[str]) -> Plan:
     folder = _configs(recipe, settings)[0].output_dir
     sweep = parse_sweep(words, folder)
-    check_folder(sweep)
+    check_sweep(sweep)
     for cell in sweep.cells:
         _refuse_existing(_configs(recipe, [*settings, _absolute(cell.folder)])[0])
     plain = [setting for setting in settings if setting.key != "output_dir"]

@@ -21,7 +21,7 @@ from .registry import remember
 from .requests import Plan
 from .settings import ClusterConfig
 from .submit import submit, test_only
-from .sweep import check_folder as check_sweep
+from .sweep import check_sweep
 
 
 def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
