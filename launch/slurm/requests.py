@@ -16,7 +16,7 @@ from ..say import say_aside
 from .batch import Request
 from .files import JobFolder
 from .submit import write_text
-from .sweep import Sweep, check_folder, parse_sweep
+from .sweep import Sweep, check_sweep, parse_sweep
 from .sweep_cells import cell_configs, first_config
 
 if TYPE_CHECKING:
