@@ -12,14 +12,14 @@ from ...transfer.engine.resume import changes, describe_changes, differences, se
 from ..config import load_config
 from .files import JobFolder, newest_state
 from .progress import current_stage, read_progress
-from .requests import Plan
+from .requests import SubmissionPlan
 from .settings import ClusterConfig
 
 OF_ONE_JOB = ("dependency", "profile", "shared_folders", "sbatch.kill_on_invalid_dep")
 """Resources whose change changes nothing in the run."""
 
 
-def describe_again(plan: Plan, config: ClusterConfig) -> str:
+def describe_again(plan: SubmissionPlan, config: ClusterConfig) -> str:
     """One line; empty where all is new, or each job begins anew anyway."""
     if not plan.configs or plan.comparison:
         return ""
@@ -33,7 +33,7 @@ def describe_again(plan: Plan, config: ClusterConfig) -> str:
     return f"{_place(stage, run)}; {describe_changes(changed) or 'nothing changed'}"
 
 
-def refuse_finished(plan: Plan) -> None:
+def refuse_finished(plan: SubmissionPlan) -> None:
     """Raises ConfigError where a single run has nothing left to train, for a job that would find nothing to do."""
     single = len(plan.configs) == 1 and not plan.comparison and plan.sweep is None
     if single and JobFolder(plan.folder).finished and _has_finished(plan.folder, plan.configs[0]):
@@ -48,7 +48,7 @@ def _has_finished(folder: Path, run: RunConfig) -> bool:
     return run.output_dir == folder and (done.step >= limit if limit else done.epoch >= run.optim.epochs)
 
 
-def _describe_cells(plan: Plan) -> str:
+def _describe_cells(plan: SubmissionPlan) -> str:
     begun = sum(1 for request in plan.requests if newest_state(request.output_dir))
     verb = "goes on with what it has" if begun == 1 else "go on with what they have"
     return f"{begun} of {len(plan.requests)} cells {verb} saved" if begun else ""
@@ -66,7 +66,7 @@ def _place(stage: Path, run: RunConfig) -> str:
     return f"resumes at epoch {done.epoch + 1} of {f'a run of {limit} steps' if limit else run.optim.epochs}"
 
 
-def _changed_settings(stage: Path, plan: Plan) -> dict[str, tuple[object, object]]:
+def _changed_settings(stage: Path, plan: SubmissionPlan) -> dict[str, tuple[object, object]]:
     """As the run had them; of stages, which have their student from the one before, as they were submitted."""
     run = plan.configs[0]
     if stage != run.output_dir:

@@ -20,7 +20,7 @@ from submitit.core.utils import DelayedSubmission
 from ...checkpoints.atomic import write_file
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
-from .attempt import Attempt
+from .attempt import JobTask
 from .batch import Launch, Request, command, executor_of, job_name, script
 from .checks import ask_sbatch
 from .files import JobFolder, Submission
@@ -102,7 +102,7 @@ def _prepare(launch: Launch, code: Path) -> None:
     if launch.config.cluster == "slurm":
         write_text(launch.place / "submit.sh", script(launch))
     for index, request in enumerate(launch.requests):
-        delayed = DelayedSubmission(Attempt(request.words, request.output_dir, directory))
+        delayed = DelayedSubmission(JobTask(request.words, request.output_dir, directory))
         delayed.set_timeout(launch.config.minutes, 0)
         delayed.dump(launch.place / f"{index}.pkl")
 
@@ -204,7 +204,7 @@ def _run(launch: Launch, code: Path, made: dict[str, Any]) -> list[str]:
     for request in launch.requests:
         one = replace(launch, requests=[request])
         with outside_of_a_job():
-            job = executor_of(one).submit(Attempt(request.words, request.output_dir, Path.cwd()))
+            job = executor_of(one).submit(JobTask(request.words, request.output_dir, Path.cwd()))
             _record(one, code, made, str(job.job_id))
         jobs.append(job)
     for job in jobs:
