@@ -66,7 +66,7 @@ def refused(on_cluster: Path, cluster: SlurmCluster, capsys: pytest.CaptureFixtu
         if "--dry_run" not in words:
             assert said.out == ""
         elif said.out:
-            assert SCRIPT in said.out or "processes on this machine" in said.out
+            assert SCRIPT in said.out or "on this machine" in said.out
         told = said.err.removeprefix(CHECKING)
         assert told.count("\n") == 1, said.err
         assert told.startswith("graftvit: error: ")
