@@ -296,7 +296,15 @@ def _moved(found: Submission, here: Path) -> Submission:
             inside = bool(text) and Path(text).is_relative_to(before)
             return str(now / Path(text).relative_to(before)) if inside else text
 
-        found = replace(found, logs=place(found.logs), launch=place(found.launch), code=place(found.code))
+        command = [place(word) for word in found.command]
+        if command and command[0] in ("train", "compare") and "--output_dir" not in command:
+            command += [
+                "--output_dir",
+                str(Path(command[1]).parent.parent),
+            ]  # its frozen settings name the old one
+        found = replace(
+            found, command=command, logs=place(found.logs), launch=place(found.launch), code=place(found.code)
+        )
     if found.job_id or not found.launch:
         return found
     return replace(found, job_id=job_id(Path(found.launch), found.index))

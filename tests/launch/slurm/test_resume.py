@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,29 @@ def test_a_folder_of_submission_that_is_gone_is_not_replaced_by_the_present_one(
     (tmp_path / "a b").mkdir()
     assert main(["resume", str(tmp_path / "run"), *here, *words]) == 0
     assert Path.cwd() == tmp_path / "a b"
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_run_in_another_folder_is_resumed_there(
+    monkeypatch: pytest.MonkeyPatch, sent: list[Launch], tmp_path: Path, how: str
+) -> None:
+    """The settings that were frozen with it name the folder where it was."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    frozen = old / "jobs" / "config.yaml"
+    settings = config(old)
+    old.mkdir()
+    own = {"output_dir": str(old), "inode": old.stat().st_ino}
+    submitted(old, command=["train", str(frozen)], directory=str(tmp_path), **own)
+    frozen.write_text(dump_config(settings))
+    attempted(old, "stopped")
+    if how == "moved":
+        old.rename(new)
+    else:
+        shutil.copytree(old, new)
+        shutil.rmtree(old)
+    say(monkeypatch, GONE)
+    found = find_unfinished(new)
+    resume(found, ClusterConfig(cluster="debug", gpus_per_node=0), unchecked=True)
+    (request,) = sent[0].requests
+    there = ["train", str(new / "jobs" / "config.yaml"), "--output_dir", str(new)]
+    assert (request.words, request.output_dir) == (there, new)
