@@ -10,13 +10,13 @@ from torch import nn
 
 from ..models.conversion import plan_of, with_plan
 from ..models.errors import ConfigError
+from .pretrained import Pretrained
 from .provenance import carried_license, of_weights
 from .student import write_student
-from .teacher import Teacher
 
 
 def write_converted(
-    student: nn.Module, folder: Path, teacher: Teacher, *, weights: str, calibration: str | None = None
+    student: nn.Module, folder: Path, teacher: Pretrained, *, weights: str, calibration: str | None = None
 ) -> None:
     """Writes `student`, a conversion of `teacher`'s model, to `folder`.
 

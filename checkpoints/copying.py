@@ -22,7 +22,7 @@ from .sources import FolderSource
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from .teacher import Teacher
+    from .pretrained import Pretrained
 
 TEACHER = "teacher."
 """Before the names of the weights that are the teacher's."""
@@ -31,7 +31,7 @@ BARE_WORDS = (
 )
 
 
-def copied_teacher(teacher: Teacher) -> CopiedTeacher:
+def copied_teacher(teacher: Pretrained) -> CopiedTeacher:
     """How timm builds this teacher again."""
     fresh = build(teacher.architecture, teacher.model_args, on_meta=True)
     return CopiedTeacher(
@@ -42,7 +42,7 @@ def copied_teacher(teacher: Teacher) -> CopiedTeacher:
     )
 
 
-def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: bool) -> Weights:
+def make_whole(weights: Weights, load_pretrained: Callable[..., Pretrained], *, bare: bool) -> Weights:
     """`weights` with the teacher's part where the student copies attention, or with `bare` without it.
 
     A training state holds the student alone: its teacher is taken from what the run has exported, or loaded from where
@@ -56,7 +56,7 @@ def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: 
             return _bare(weights)
         if _of_teacher(weights):
             return weights
-        part = _part_beside(weights) or _load_part(weights, load_teacher)
+        part = _part_beside(weights) or _load_part(weights, load_pretrained)
         return replace(weights, tensors={**weights.tensors, **part})
     if not bare:
         refuse_unnamed(weights.architecture, weights.provenance, weights.origin)
@@ -130,7 +130,7 @@ def _known(weights: Weights) -> Mapping[str, Any]:
     return weights.provenance.get("teacher") or {}
 
 
-def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[str, Tensor]:
+def _load_part(weights: Weights, load_pretrained: Callable[..., Pretrained]) -> dict[str, Tensor]:
     """That part of the teacher, loaded as the run loaded it."""
     known = _known(weights)
     try:
@@ -144,7 +144,7 @@ def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[s
         ) from error
     try:
         size = weights.model_args["copied"]["teacher"]["model_args"].get("img_size")
-        teacher = load_teacher(
+        teacher = load_pretrained(
             source, img_size=size, revision=revision, identified=known.get("digest") is not None, **how
         )
     except GraftError as error:

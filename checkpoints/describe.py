@@ -16,12 +16,12 @@ from ..models.errors import CheckpointError, UnsupportedModelError
 from ..models.families import attention_shape, check_supported, token_layout
 from .build import build
 from .fit import match
+from .pretrained import Pretrained, load_pretrained, plan_model, read_source
 from .report import grouped
-from .teacher import Teacher, load_teacher, plan_model, read_source
 from .weights import Weights
 
 
-def teacher_facts(teacher: Teacher) -> dict[str, str]:
+def teacher_facts(teacher: Pretrained) -> dict[str, str]:
     """What is known of a teacher, one fact a name, in the order to show them."""
     parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
     facts = {
@@ -40,7 +40,7 @@ def teacher_facts(teacher: Teacher) -> dict[str, str]:
     return facts
 
 
-def describe_teacher(teacher: Teacher) -> str:
+def describe_teacher(teacher: Pretrained) -> str:
     """The facts and the loading report as text, one line each."""
     facts = teacher_facts(teacher)
     width = max(map(len, facts))
@@ -53,12 +53,12 @@ def describe_source(
 ) -> tuple[str, CheckpointError | None]:
     """What a source is, what of it would load and what would not, and why it does not load where it does not.
 
-    The arguments are those of `load_teacher`.
+    The arguments are those of `load_pretrained`.
 
     Raises CheckpointError: the source cannot be read at all.
     """
     try:
-        teacher = load_teacher(source, model=model, model_args=model_args, **how)
+        teacher = load_pretrained(source, model=model, model_args=model_args, **how)
         return describe_teacher(teacher), None
     except CheckpointError as error:
         asked = dict(model_args or {})
@@ -115,7 +115,7 @@ def _copied(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _shape(teacher: Teacher) -> dict[str, str]:
+def _shape(teacher: Pretrained) -> dict[str, str]:
     try:
         check_supported(teacher.model, copied=True)
     except UnsupportedModelError as error:

@@ -64,7 +64,7 @@ def describe_file(path: Path) -> list[str]:
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
     """Writes one part's weights, under the names that the file gives them, to a .safetensors or torch file.
 
-    Teacher, optimiser, averages and settings stay behind. Tensors that share their numbers are written once each.
+    Pretrained, optimiser, averages and settings stay behind. Tensors that share their numbers are written once each.
 
     Raises CheckpointError: as `read_file` and `unwrap`; `out` is there, its suffix is of no container, or its container
     cannot say what the source says of its model.

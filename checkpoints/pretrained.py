@@ -1,4 +1,4 @@
-"""Loading a teacher, or weights to start from, out of any source."""
+"""Load a model, or weights to start from, from any source."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Pretrained:
     """A frozen model in eval mode, and what is known of it."""
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Teacher:
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where the weights say them."""
     digest: str | None = None
-    """Of the weights as the source has them (`identity.py`), where `load_teacher` was asked for it."""
+    """Of the weights as the source has them (`identity.py`), where `load_pretrained` was asked for it."""
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -70,7 +70,7 @@ class Teacher:
         return self.preprocessing.std
 
 
-def load_teacher(
+def load_pretrained(
     source: str,
     *,
     model: str | None = None,
@@ -82,8 +82,8 @@ def load_teacher(
     bare: bool = False,
     identified: bool = False,
     download: bool = True,
-) -> Teacher:
-    """Loads a teacher and freezes it.
+) -> Pretrained:
+    """Load a model and freeze it.
 
     Args:
         source: timm name, `hf-hub:org/name[@revision]`, `local-dir:path`, or a weights file; `#ema`, `#teacher`
@@ -103,7 +103,7 @@ def load_teacher(
     UnsupportedModelError: the model does not take images of this size.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    weights = make_whole(read_source(source, asked, revision, download=download), load_teacher, bare=bare)
+    weights = make_whole(read_source(source, asked, revision, download=download), load_pretrained, bare=bare)
     later = late_size(weights, asked, img_size)
     if later is not None:
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
@@ -121,7 +121,11 @@ def load_teacher(
     known = identified and not without_values(tensors)
     if not without_values(tensors):
         logger.info("%s", report)
-    return replace(_teacher(built, source, plan, report), digest=identify(weights) if known else None)
+    return replace(_describe(built, source, plan, report), digest=identify(weights) if known else None)
+
+
+Teacher, load_teacher = Pretrained, load_pretrained
+"""The public names, for a model that teaches."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def plan_model(
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
 ) -> ModelPlan:
-    """The model for `weights`; the arguments are those of `load_teacher`, `asked` its model_args.
+    """The model for `weights`; the arguments are those of `load_pretrained`, `asked` its model_args.
 
     Raises CheckpointError: the architecture is not known, or timm cannot build it so.
     """
@@ -178,15 +182,17 @@ def load_weights(
     differs; the report says it. Without `download` the weights behind a timm name are held against the model by their
     shapes alone; a model on the meta device keeps no values in any case.
 
-    Raises CheckpointError as `load_teacher`.
+    Raises CheckpointError as `load_pretrained`.
     """
     weights = read_source(source, {}, revision, download=download)
     refuse_as_start(weights)
-    weights = make_whole(weights, load_teacher, bare=False)
+    weights = make_whole(weights, load_pretrained, bare=False)
     size = late_size(weights, {}, getattr(getattr(model, "patch_embed", None), "img_size", None))
     resampled: Mapping[str, str] = {}
     if size is not None and size != weights.img_size:
-        twin = load_teacher(source, img_size=size, position_embedding=position_embedding, revision=revision)
+        twin = load_pretrained(
+            source, img_size=size, position_embedding=position_embedding, revision=revision
+        )
         arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     weights = replace(weights, tensors=converted(model, weights.tensors))
@@ -208,7 +214,7 @@ class Head:
 def find_head(source: str) -> Head:
     """The head that the weights of a source have; of a timm name by its description.
 
-    Raises CheckpointError as `load_teacher`.
+    Raises CheckpointError as `load_pretrained`.
     """
     config, weights = _look_up(source)
     if weights is None:
@@ -220,7 +226,7 @@ def find_head(source: str) -> Head:
 def read_preprocessing(source: str) -> Preprocessing:
     """What weights say of their images, without building their model; of a timm name nothing is downloaded.
 
-    Raises CheckpointError as `load_teacher`.
+    Raises CheckpointError as `load_pretrained`.
     """
     return Preprocessing.read(_look_up(source)[0])
 
@@ -358,11 +364,11 @@ def _target_size(
     return weights, declared if same else native
 
 
-def _teacher(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport) -> Teacher:
+def _describe(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport) -> Pretrained:
     model.requires_grad_(False)
     model.eval()
     weights, arguments = plan.weights, plan.arguments
-    return Teacher(
+    return Pretrained(
         model=model,
         source=source,
         architecture=plan.architecture,

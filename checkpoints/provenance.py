@@ -13,8 +13,8 @@ from .licenses import carried
 from .recorded import copied_by
 
 if TYPE_CHECKING:
+    from .pretrained import Pretrained
     from .report import LoadReport
-    from .teacher import Teacher
 
 KEY = "graftvit"
 """The entry of config.json; timm ignores it."""
@@ -30,7 +30,7 @@ NOT_RECIPE = ("output_dir", "engine")
 """Settings that say where a run ran, and not what it learned."""
 
 
-def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
+def of_teacher(teacher: Pretrained | None) -> dict[str, Any] | None:
     """A teacher as provenance, in JSON: where it is from, which weights it has, how it is built and shown images."""
     if teacher is None:
         return None

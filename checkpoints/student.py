@@ -24,10 +24,10 @@ from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
 from .folders import CONFIG
 from .preprocessing import Preprocessing
+from .pretrained import load_pretrained
 from .provenance import COST, NORM_EPS
 from .provenance import KEY as PROVENANCE
 from .report import some
-from .teacher import load_teacher
 
 SHARD_SIZE = "5GB"
 
@@ -50,17 +50,17 @@ def save_student(
     the weights are in one file; `graftvit.load(FOLDER)` always. Weights keep their bits unless `dtype` is given.
 
     Args:
-        source: a run folder or file (`#ema` behind it for the moving average), or any source of `load_teacher`.
+        source: a run folder or file (`#ema` behind it for the moving average), or any source of `load_pretrained`.
         dtype: of the floating-point weights, float32 by default.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
         overwrite: replace a model folder that is there.
-        how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_teacher`.
+        how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
 
-    Raises CheckpointError as `load_teacher` and `write_student`, or where `folder` holds something.
+    Raises CheckpointError as `load_pretrained` and `write_student`, or where `folder` holds something.
     """
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)
-    teacher = load_teacher(str(source), **how)
+    teacher = load_pretrained(str(source), **how)
     write_student(
         teacher.model,
         folder,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..checkpoints.class_names import comparable, places, same_classes
 from ..checkpoints.folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
+from ..checkpoints.pretrained import load_pretrained
 from ..checkpoints.sources import FolderSource, parse_source
-from ..checkpoints.teacher import load_teacher
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, TeacherConfig
 from ..transfer.data.numbering import listed
@@ -55,7 +55,7 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
     Raises:
         CheckpointError: if it cannot be read.
     """
-    loaded = load_teacher(source, **source_keywords(how))
+    loaded = load_pretrained(source, **source_keywords(how))
     spec = loaded.preprocessing
     classes = int(getattr(loaded.model, "num_classes", 0)) if loaded.has_head else 0
     return Candidate(source, loaded.model, loaded.model, spec, classes, loaded.label_names)

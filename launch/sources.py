@@ -14,10 +14,10 @@ SOURCE_HELP = "timm name, hf-hub:org/name[@revision], run or model folder, weigh
 
 
 def source_keywords(how: TeacherConfig) -> dict[str, Any]:
-    """The settings as keywords of `load_teacher`."""
+    """The settings as keywords of `load_pretrained`."""
     return {name: getattr(how, name) for name in NAMES}
 
 
 def keywords_of(settings: Sequence[Setting]) -> dict[str, Any]:
-    """The settings of a command line as keywords of `load_teacher`. Raises ConfigError for a wrong value."""
+    """The settings of a command line as keywords of `load_pretrained`. Raises ConfigError for a wrong value."""
     return source_keywords(load_config(None, settings).teacher)

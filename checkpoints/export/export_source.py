@@ -15,7 +15,7 @@ from torch import nn
 from ...models.errors import CheckpointError, did_you_mean
 from ..atomic import sync, write_file
 from ..build import build
-from ..teacher import Teacher, load_teacher
+from ..pretrained import Pretrained, load_pretrained
 from ..weights import as_pair
 from .check import compare, example_images, shapes_to_check
 from .files import Format, check_onnx, data_file, format_of, write_onnx, write_torch
@@ -42,12 +42,12 @@ def export_source(
     """Loads any source and exports it as `export_model`; the file says how to feed it and where it comes from.
 
     Args:
-        how: `img_size`, `model`, `model_args` and the rest, as of `load_teacher`.
+        how: `img_size`, `model`, `model_args` and the rest, as of `load_pretrained`.
 
-    Raises CheckpointError or UnsupportedModelError as `load_teacher` and `export_model`.
+    Raises CheckpointError or UnsupportedModelError as `load_pretrained` and `export_model`.
     """
     check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
-    teacher = load_teacher(str(source), **how)
+    teacher = load_pretrained(str(source), **how)
     model: Any = teacher.model
     if "resolution" in dynamic and getattr(model, "dynamic_img_size", None) is False:
         model = _of_any_size(teacher)
@@ -157,7 +157,7 @@ def check_export(
     return kind
 
 
-def _of_any_size(teacher: Teacher) -> nn.Module:
+def _of_any_size(teacher: Pretrained) -> nn.Module:
     """The teacher's model as timm builds it for images of any size, with the same weights."""
     model = build(teacher.architecture, {**teacher.model_args, "dynamic_img_size": True})
     model.load_state_dict(teacher.model.state_dict(), assign=True)

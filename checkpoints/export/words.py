@@ -11,8 +11,8 @@ from typing import Any
 
 from ...models.conversion import plan_of
 from ...models.copied import copying_of
+from ..pretrained import Pretrained
 from ..public import public_text
-from ..teacher import Teacher
 from .check import Shape
 from .files import Format
 from .graph import Dynamic
@@ -51,7 +51,7 @@ class ExportReport:
         ]
 
 
-def provenance_words(teacher: Teacher) -> dict[str, str]:
+def provenance_words(teacher: Pretrained) -> dict[str, str]:
     """Where a model comes from and how its images are cropped, for its file; no path of this machine."""
     images = teacher.preprocessing
     facts = {

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import read_names
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.teacher import Head
+from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, eval_transform, train_transform

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from ...checkpoints.class_names import same_classes
-from ...checkpoints.teacher import Head
+from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError
 from ..config import Metric
 from ..data.loaders import EvalLoader

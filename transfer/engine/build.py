@@ -21,7 +21,7 @@ from ...checkpoints import provenance
 from ...checkpoints.build import check_published
 from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.teacher import Teacher, load_teacher, load_weights
+from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...models.errors import ConfigError, DataError
 from ...models.lora import add_lora
 from ..config import DataConfig, RunConfig
@@ -55,9 +55,9 @@ class Parts:
 
     task: Task
     plan: StudentPlan
-    teacher: Teacher | None
+    teacher: Pretrained | None
     """The one that every step needs."""
-    loaded: Teacher | None
+    loaded: Pretrained | None
     """The one that the student learns or starts from, which a run that has started from it holds no more."""
     spec: Preprocessing
     """How the student's images are made."""
@@ -202,10 +202,10 @@ def _reads_teacher(mode: Mode) -> bool:
     return source is not None and mode.reads_teacher
 
 
-def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Teacher:
+def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
     how = config.teacher
     check_published(str(how.source), how.model_args, commit or how.revision)
-    return load_teacher(
+    return load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
@@ -218,7 +218,7 @@ def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, we
 
 
 def _student(
-    mode: Mode, plan: StudentPlan, teacher: Teacher | None, *, weights: bool
+    mode: Mode, plan: StudentPlan, teacher: Pretrained | None, *, weights: bool
 ) -> tuple[nn.Module, dict[str, Any] | None]:
     """The student with its starting weights, and where these are from."""
     config = mode.config
@@ -245,7 +245,7 @@ def _student(
 
 
 def _start_from(
-    mode: Mode, student: nn.Module, teacher: Teacher | None, *, weights: bool
+    mode: Mode, student: nn.Module, teacher: Pretrained | None, *, weights: bool
 ) -> dict[str, Any] | None:
     """Load the weights to start from, the teacher's own or others; say where they are from."""
     source, how, revision = mode.starting_source, mode.config.teacher, None

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...checkpoints.class_names import places
-from ...checkpoints.teacher import Head
+from ...checkpoints.pretrained import Head
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..data.randomness import preserved, seed_batch

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ...checkpoints.teacher import Teacher
+from ...checkpoints.pretrained import Pretrained
 from ...models.conversion import converted_layers
 from ...models.copied import CopiedTeacher, Copying, copied_layers
 from ...models.copying.input import Normalization as Normalization
@@ -52,7 +52,7 @@ class DualViT(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module | Teacher,
+        teacher: nn.Module | Pretrained,
         student: nn.Module,
         method: str = "distill",
         *,
@@ -64,7 +64,7 @@ class DualViT(nn.Module):
         super().__init__()
         self.config = _settings(method=method, **options)
         self.method = find_method(self.config.method)
-        if isinstance(teacher, Teacher):
+        if isinstance(teacher, Pretrained):
             teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
             teacher = teacher.model
         check_free(teacher, student)
@@ -271,7 +271,7 @@ def pretrained_normalization(model: Any) -> Normalization:
 
 def build_dual(
     config: TransferConfig,
-    teacher: Teacher,
+    teacher: Pretrained,
     student: nn.Module,
     student_normalization: Normalization,
     calibration: Tensor | None = None,

@@ -13,7 +13,7 @@ import torch
 from graftvit.checkpoints.files import Content
 from graftvit.checkpoints.formats.keymap import recognise
 from graftvit.checkpoints.formats.read import KEY_MAPS, read_weights
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.weights import Weights
 from graftvit.models.errors import CheckpointError
 from source_files import Tensors

@@ -16,7 +16,7 @@ from graftvit.checkpoints.formats.keymap import recognise
 from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.research import RESEARCH_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
-from graftvit.checkpoints.teacher import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import CheckpointError
 from source_checks import TINY, doubled, plain, same_features
 from source_files import DEPTH, HEADS, SIDE, Tensors

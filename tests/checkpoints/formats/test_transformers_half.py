@@ -18,8 +18,8 @@ from graftvit.checkpoints.formats.keymap import recognise
 from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import save_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from hf_models import CASES, TEXT, Case, save
 from safetensors.torch import load_file, save_file

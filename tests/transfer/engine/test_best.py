@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from engine_runs import config, differences, make_teacher, records, state
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.plan import describe_plan
 from graftvit.models.errors import ConfigError

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ....checkpoints.build import build, check_name
+from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
-from ....checkpoints.teacher import load_teacher
 from ....models.conversion import convert, layer_macs
 from ....models.errors import ConfigError
 from ....models.families import attention_blocks
@@ -45,7 +45,7 @@ def load_model(source: str, img_size: int) -> nn.Module:
         check_name(found.name)
         model = build(found.name.partition(".")[0], {"img_size": img_size}).eval()
     else:
-        model = load_teacher(source, img_size=img_size).model
+        model = load_pretrained(source, img_size=img_size).model
     _check_size(model, img_size)
     return model
 
