@@ -21,7 +21,7 @@ def write_converted(
     """Writes `student`, a conversion of `teacher`'s model, to `folder`.
 
     Args:
-        weights: which of the teacher's weights it has (`models/initialise.py`).
+        weights: which of the teacher's weights it has (`models/initialize.py`).
         calibration: the images that its operators were calibrated on, in words.
 
     Raises:

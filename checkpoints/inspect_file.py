@@ -18,7 +18,7 @@ from .atomic import write_file
 from .files import read_file, read_torch
 from .formats.containers import unwrap
 from .formats.described import as_metadata
-from .formats.normalisation import IMAGENET
+from .formats.normalization import IMAGENET
 from .report import printable
 from .safety.file_outline import outline
 from .safety.tree import children, tensors_of

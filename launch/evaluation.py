@@ -189,8 +189,8 @@ def _learned_from(source: str, data: DataConfig) -> bool:
 
 def _families(candidate: Candidate, loader: EvalLoader, against: str | None) -> tuple[Family, ...]:
     """By default the model's own head where there are labels, else its nearest neighbors; distances from a teacher."""
-    labelled: tuple[Family, ...] = ("top1" if candidate.num_classes else "knn",) if loader.num_classes else ()
-    return (*labelled, "distance") if against is not None else labelled
+    labeled: tuple[Family, ...] = ("top1" if candidate.num_classes else "knn",) if loader.num_classes else ()
+    return (*labeled, "distance") if against is not None else labeled
 
 
 def _check_labels(

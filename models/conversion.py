@@ -22,7 +22,7 @@ from .calibration import calibrate_layers
 from .errors import UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_patches, check_supported, token_layout
 from .host import AttentionHost
-from .initialise import Weights, initialise
+from .initialize import Weights, initialize
 from .operators import check_choice, create_operator
 from .plan import KEEP, Choice, parse_plan, plan_text
 from .replay import replay_blocks
@@ -113,7 +113,7 @@ def convert(
     for choice in choices:
         check_choice(choice)
     converted = {index: choice for index, choice in enumerate(choices) if choice.operator != KEEP}
-    initialise(student, converted, weights)
+    initialize(student, converted, weights)
     first: dict[str, AttentionOperator] = {}
     for index, choice in converted.items():
         original = cast(nn.Module, blocks[index].attn)

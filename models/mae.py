@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
-from .patches import fold_patches, grid_positions, normalise_patches, unfold_patches
+from .patches import fold_patches, grid_positions, normalize_patches, unfold_patches
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class MaskedAutoencoder(nn.Module):
         """What the decoder should give, with the mean and deviation that bring it back to pixels."""
         patches_BNK = unfold_patches(images.float(), self.patch_size)
         if self.norm_pixels:
-            return normalise_patches(patches_BNK)
+            return normalize_patches(patches_BNK)
         zero_BN1 = patches_BNK.new_zeros(*patches_BNK.shape[:2], 1)
         return patches_BNK, zero_BN1, zero_BN1 + 1
 

@@ -29,7 +29,7 @@ def fold_patches(patches_BNK: Tensor, patch_size: tuple[int, int], grid: tuple[i
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches_BNK), -1, rows * ph, columns * pw)
 
 
-def normalise_patches(patches_BNK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_patches(patches_BNK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each patch minus its mean, over its deviation sqrt(var + 1e-6); also both of them, (B, N, 1)."""
     mean_BN1 = patches_BNK.mean(dim=-1, keepdim=True)
     deviation_BN1 = (patches_BNK.var(dim=-1, keepdim=True) + 1e-6).sqrt()

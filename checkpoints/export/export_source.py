@@ -19,7 +19,7 @@ from ..pretrained import Pretrained, load_pretrained
 from ..weights import as_pair
 from .check import compare, example_images, shapes_to_check
 from .files import Format, check_onnx, data_file, format_of, write_onnx, write_torch
-from .graph import Dynamic, Normalised, check_dynamic, trace
+from .graph import Dynamic, Normalized, check_dynamic, trace
 from .words import ExportReport, channels_of, provenance_words, words_of
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def export_model(
     example = example_images(shapes[-1])
     found: dict[str, Any] = {}
     with _for_inference(model) as plain:
-        module = Normalised(plain, mean, std) if normalise and mean is not None and std is not None else plain
+        module = Normalized(plain, mean, std) if normalise and mean is not None and std is not None else plain
         logger.info("tracing %s", type(model).__name__)
         graph = trace(module, example, dynamic, patch)
 

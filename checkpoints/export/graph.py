@@ -30,7 +30,7 @@ MOST_PATCHES = 2**14
 """Along a side. torch 2.6 refuses a size without an upper limit."""
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """A model of images in 0..1 around one of normalised images."""
 
     mean: Tensor
@@ -186,4 +186,4 @@ def _free_rope(rope: RotaryEmbeddingDinoV3) -> Callable[..., Tensor]:
 
 
 def _name(model: nn.Module) -> str:
-    return type(model.model if isinstance(model, Normalised) else model).__name__
+    return type(model.model if isinstance(model, Normalized) else model).__name__

@@ -10,7 +10,7 @@ from typing import Any
 from ..weights import Weights
 from .containers import BEIT2_NOTE
 from .keymap import KeyMap
-from .normalisation import IMAGENET, INCEPTION, NOTE, normalised
+from .normalization import IMAGENET, INCEPTION, NOTE, normalized
 
 TABLE = "relative_position_bias_table"
 SHARED = f"rel_pos_bias.{TABLE}"
@@ -30,15 +30,15 @@ def _describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
     size = _img_size(weights)
     if size is not None:
         arguments["img_size"] = size
-    return _normalised(replace(weights, model_args={**arguments, **weights.model_args}))
+    return _normalized(replace(weights, model_args={**arguments, **weights.model_args}))
 
 
-def _normalised(weights: Weights) -> Weights:
+def _normalized(weights: Weights) -> Weights:
     second = BEIT2_NOTE in weights.notes or any(key.startswith("cls_pt_") for key in weights.left_out)
     if second:
-        return normalised(weights, IMAGENET, BEIT2_NOTE.removeprefix(NOTE))
+        return normalized(weights, IMAGENET, BEIT2_NOTE.removeprefix(NOTE))
     reason = f"one half, as BEiT trains; if this is BEiTv2, give model={BEIT2}, which has ImageNet's"
-    return normalised(weights, INCEPTION, reason)
+    return normalized(weights, INCEPTION, reason)
 
 
 def _img_size(weights: Weights) -> tuple[int, int] | None:

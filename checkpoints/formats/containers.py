@@ -16,7 +16,7 @@ from ..sources import Part
 from ..state_file import is_state
 from ..weights import Weights
 from .described import with_metadata
-from .normalisation import IMAGENET, NOTE
+from .normalization import IMAGENET, NOTE
 from .prefixes import one_model
 from .run_state import read_state_weights
 

@@ -15,7 +15,7 @@ import torch
 from ...models.errors import CheckpointError
 from ..weights import Weights
 from .keymap import KeyMap
-from .normalisation import IMAGENET, imagenet, normalised
+from .normalization import IMAGENET, imagenet, normalized
 
 MASK_TOKEN = ("mask_token", "the mask token of masked image modelling")
 BLOCK = r"blocks\.(?:\d+\.)?(\d+)\."
@@ -75,7 +75,7 @@ def _check_periods(weights: Weights) -> Weights:
 def _describe_v3(weights: Weights, config: Mapping[str, Any]) -> Weights:
     arguments = {"global_pool": "token", **weights.model_args}
     reason = "ImageNet's, as DINOv3 trains on photographs (its satellite models have their own)"
-    return normalised(replace(weights, model_args=arguments), IMAGENET, reason)
+    return normalized(replace(weights, model_args=arguments), IMAGENET, reason)
 
 
 DINO_MAPS: tuple[KeyMap, ...] = (

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.errors import CheckpointError
 from ..weights import Weights
 from .keymap import KeyMap
-from .normalisation import INCEPTION, normalised
+from .normalization import INCEPTION, normalized
 
 TREE = r"(?:opt/target/|params/)?(?:img/)?"
 BLOCK = TREE + r"Transformer/encoderblock_(\d+)/"
@@ -147,7 +147,7 @@ def _describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
         patches = tensors["pos_embed"].shape[1]
         arguments = {"no_embed_class": math.isqrt(patches) ** 2 == patches}
     weights = replace(weights, model_args={**arguments, **weights.model_args})
-    return normalised(weights, INCEPTION, "one half, as Google's ViTs train")
+    return normalized(weights, INCEPTION, "one half, as Google's ViTs train")
 
 
 FLAX_MAPS: tuple[KeyMap, ...] = (

@@ -48,7 +48,7 @@ class KeyMap:
     """Adds architecture and normalisation, from the tensors and the source's config.json ({} without one)."""
 
 
-def recognise(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap | None:
+def recognize(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap | None:
     """The first map all of whose marks are among the keys, and none of what it excludes."""
 
     def among(pattern: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..position import find_grid
 from ..weights import Weights
-from .normalisation import IMAGENET, NOTE, normalised
+from .normalization import IMAGENET, NOTE, normalized
 
 PROJECTION = "the projection head of MoCo"
 SMALL_WIDTH = 384
@@ -20,7 +20,7 @@ SMALL_HEADS = 12
 
 def describe_moco(weights: Weights, config: Mapping[str, Any]) -> Weights:
     """ImageNet's statistics, and the 12 heads of the small model."""
-    return _with_heads(normalised(weights, IMAGENET, "ImageNet's, as MoCo-v3 trains"))
+    return _with_heads(normalized(weights, IMAGENET, "ImageNet's, as MoCo-v3 trains"))
 
 
 def describe_plain(weights: Weights, config: Mapping[str, Any]) -> Weights:
@@ -30,7 +30,7 @@ def describe_plain(weights: Weights, config: Mapping[str, Any]) -> Weights:
     if "head.weight" in weights.tensors or any(note.startswith(NOTE) for note in weights.notes):
         return weights
     reason = "ImageNet's assumed, for plain ViTs without a head are self-supervised ones (DINO, iBOT, MAE)"
-    return normalised(weights, IMAGENET, reason)
+    return normalized(weights, IMAGENET, reason)
 
 
 def _with_heads(weights: Weights) -> Weights:

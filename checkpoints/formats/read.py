@@ -9,7 +9,7 @@ from ..files import Content
 from ..sources import Part
 from ..weights import Weights
 from .containers import unwrap
-from .keymap import KeyMap, apply, recognise
+from .keymap import KeyMap, apply, recognize
 from .research import RESEARCH_MAPS
 from .transformers.config import check_model_type, not_of_type
 from .transformers.key_maps import TRANSFORMERS_MAPS
@@ -30,7 +30,7 @@ def read_weights(
     """
     check_model_type(str(content.path), config or {})
     weights = unwrap(content, part)
-    found = recognise(weights.tensors, KEY_MAPS)
+    found = recognize(weights.tensors, KEY_MAPS)
     if found is None and config and "model_type" in config:
         raise not_of_type(weights, config)
     return weights if found is None else apply(found, weights, config or {})

@@ -14,7 +14,7 @@ from .favor import Favor
 from .features import Cosine, Elu, FeatureMap, Identity, Relu
 from .learned_features import T2R, Focused, Hedgehog, JointHedgehog
 from .local import DepthwiseConv
-from .normalisers import NORMALISERS
+from .normalizers import NORMALIZERS
 from .terms import LowRank, Term
 
 FEATURES: dict[str, type[FeatureMap]] = {
@@ -38,7 +38,7 @@ class KernelAttention(AttentionOperator):
     The parts are free to combine:
 
     feature:    φ, one of FEATURES; `num_features` is its width, where it can be chosen.
-    normaliser: how A comes from φ(q)·φ(k), one of NORMALISERS.
+    normaliser: how A comes from φ(q)·φ(k), one of NORMALIZERS.
     local:      "v" adds a depthwise convolution of the values to A V, "qk" one of each of the queries and the keys to
                 themselves before φ. `local_size` is the width of its window, 5 on values and 3 on queries and keys.
     centre:     the mean key is subtracted from all keys first. Softmax attention does not notice; a kernel does, and
@@ -63,12 +63,12 @@ class KernelAttention(AttentionOperator):
     ) -> None:
         super().__init__(shape)
         _check("feature", feature, FEATURES)
-        _check("normaliser", normaliser, NORMALISERS)
+        _check("normaliser", normaliser, NORMALIZERS)
         _check("local", local, LOCAL)
         if not isinstance(centre, bool):
             raise ConfigError(f"plan: centre={centre}; write true or false")
         self.feature = FEATURES[feature](shape, num_features)
-        self.normaliser = NORMALISERS[normaliser]
+        self.normaliser = NORMALIZERS[normaliser]
         if self.normaliser.divides and not self.feature.nonnegative:
             raise ConfigError(
                 f"plan: feature={feature} can be negative, and normaliser={normaliser} divides by sums of it; "

@@ -36,7 +36,7 @@ def blocks(length: int, window: int, dilation: int) -> list[Cut]:
     return cuts
 
 
-def neighbours(length: int, window: int, dilation: int) -> list[Cut]:
+def neighbors(length: int, window: int, dilation: int) -> list[Cut]:
     """The `window` positions nearest to each, of its residue; at the ends the window is moved inwards.
 
     This is NATTEN's definition (Hassani et al. 2023, arXiv 2204.07143; dilated: 2209.15001).

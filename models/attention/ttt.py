@@ -53,7 +53,7 @@ class TTTAttention(AttentionOperator):
         q, k, v = heads.qkv()
         precise = torch.promote_types(v.dtype, torch.float32)
         with torch.autocast(v.device.type, enabled=False):
-            queries, keys = q.to(precise), normalised_keys(k.to(precise))
+            queries, keys = q.to(precise), normalized_keys(k.to(precise))
             queries = queries + self.q_conv(queries, heads.tokens())
             keys = keys + self.k_conv(keys, heads.tokens())
             weights = Weights(*(weight.to(precise) for weight in (self.gated, self.linear, self.out)))
@@ -67,7 +67,7 @@ class TTTAttention(AttentionOperator):
         return learning * self.shape.num_heads + mixing
 
 
-def normalised_keys(k_BHND: Tensor) -> Tensor:
+def normalized_keys(k_BHND: Tensor) -> Tensor:
     """Keys without their mean over the tokens and by their deviation, where it is not small."""
     variance, mean = torch.var_mean(k_BHND, dim=2, correction=0, keepdim=True)
     return (k_BHND - mean) * (variance + NORM_EPSILON).rsqrt()

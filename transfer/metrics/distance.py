@@ -70,8 +70,8 @@ class Comparison:
             self._sums += terms.to(self._sums).sum(1)
         count = valid_N.sum().to(self._count)
         mean_D = both_ND.to(self._mean_D).sum(0) / count.clamp(min=1)
-        centred_ND = torch.where(valid_N[:, None], both_ND - mean_D.to(kind), 0)
-        self._merge(count, mean_D, (centred_ND.T @ centred_ND).to(self._products_DD))
+        centered_ND = torch.where(valid_N[:, None], both_ND - mean_D.to(kind), 0)
+        self._merge(count, mean_D, (centered_ND.T @ centered_ND).to(self._products_DD))
 
     def result(self) -> Distance:
         """The distance over all rows of all processes, which all call it; DataError where there is none."""

@@ -12,7 +12,7 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ....models.errors import CheckpointError
 from ...class_names import KEY as LABEL_NAMES
 from ...weights import Weights
-from ..normalisation import IMAGENET, INCEPTION, normalised
+from ..normalization import IMAGENET, INCEPTION, normalized
 from .config import Config
 from .lineages import Lineage, architecture_of
 from .sizes import measure
@@ -110,7 +110,7 @@ def _with_statistics(weights: Weights, config: Config, family: Family, channels:
         reason = f"{family.statistics}, as its published models, for no preprocessor_config.json says it"
     else:
         reason = "preprocessor_config.json's"
-    return normalised(weights, {name: _numbers(weights, name, own[name], channels) for name in own}, reason)
+    return normalized(weights, {name: _numbers(weights, name, own[name], channels) for name in own}, reason)
 
 
 def _numbers(weights: Weights, name: str, value: Any, channels: int) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ INCEPTION = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
 NOTE = "normalisation: "
 
 
-def normalised(weights: Weights, statistics: Mapping[str, Any], reason: str) -> Weights:
+def normalized(weights: Weights, statistics: Mapping[str, Any], reason: str) -> Weights:
     """`weights` with mean and std, and the one note of the report that says why these."""
     notes = (note for note in weights.notes if not note.startswith(NOTE))
     described = {**weights.pretrained_cfg, **statistics}
@@ -33,6 +33,6 @@ def imagenet(families: str) -> Describe:
     """A description that knows ImageNet's mean and std of `families` and nothing else."""
 
     def describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
-        return normalised(weights, IMAGENET, f"ImageNet's, as {families}")
+        return normalized(weights, IMAGENET, f"ImageNet's, as {families}")
 
     return describe

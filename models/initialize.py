@@ -19,7 +19,7 @@ WEIGHTS: dict[str, str] = {
 }
 
 
-def initialise(model: nn.Module, layers: Collection[int], weights: str) -> None:
+def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
     """Leaves of the weights of `model`, whose `layers` are converted, what `weights` says; timm draws the others.
 
     Raises ConfigError: there is no such choice of weights.
