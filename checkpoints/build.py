@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..models import copied  # noqa: F401  timm knows converted and copying models from here on
 from ..models.errors import CheckpointError, GraftError
+from ..models.families import image_size, vit
 from .hub.download import commit_of, download, try_download
 from .safety.budget import bounded
 from .safety.model_settings import shortened
@@ -117,15 +118,17 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: boo
         # custom_load is of the format behind the address; the hub has the model's own names.
         here = {"file": str(path), "custom_load": False}
         keywords["pretrained_cfg_overlay"] = {**keywords.get("pretrained_cfg_overlay", {}), **here}
-    model: Any = _create_pretrained(source.name, keywords) if download else outline
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    described = {key: value for key, value in model.default_cfg.items() if key not in ("state_dict", "file")}
+    model = _create_pretrained(source.name, keywords) if download else outline
+    size = image_size(model)
+    described = {
+        key: value for key, value in vit(model).default_cfg.items() if key not in ("state_dict", "file")
+    }
     return Weights(
         dict(model.state_dict()),
         source.name,
         "timm's published weights",
         architecture=source.name,
-        model_args={} if size is None else {"img_size": tuple(size)},
+        model_args={} if size is None else {"img_size": size},
         pretrained_cfg=described,
         revision=None if path is None else commit_of(path),
     )
@@ -182,7 +185,7 @@ def _is_on_hub(config: PretrainedCfg) -> bool:
     return bool(config.hf_hub_id and not config.file and not config.state_dict)
 
 
-def _create_pretrained(name: str, keywords: Mapping[str, Any]) -> Any:
+def _create_pretrained(name: str, keywords: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(name, pretrained=True, **keywords)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.copied import copying_of
+from ..models.families import vit
 from .fit import refuse_not_finite
 from .pretrained import load_pretrained
 
@@ -27,7 +28,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) ->
     """
     model = load_pretrained(str(source), **how).model.requires_grad_(True)
     if copying_of(model) is not None:
-        cast(Any, model).teacher.requires_grad_(False)
+        vit(model).teacher.requires_grad_(False)
     if dtype is None:
         return model
     tensors = model.state_dict()

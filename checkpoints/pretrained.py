@@ -13,7 +13,7 @@ from torch import nn
 from ..models.conversion import plan_size
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError
-from ..models.families import check_patches
+from ..models.families import check_patches, image_size, patch_size
 from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
 from .class_names import read_names
@@ -187,7 +187,7 @@ def load_weights(
     weights = read_source(source, {}, revision, download=download)
     refuse_as_start(weights)
     weights = make_whole(weights, load_pretrained, bare=False)
-    size = late_size(weights, {}, getattr(getattr(model, "patch_embed", None), "img_size", None))
+    size = late_size(weights, {}, image_size(model))
     resampled: Mapping[str, str] = {}
     if size is not None and size != weights.img_size:
         twin = load_pretrained(
@@ -346,7 +346,7 @@ def _target_size(
 ) -> tuple[Weights, tuple[int, int] | None]:
     """The weights under timm's names with the size that they were trained at, and the size to build for."""
     name = split_model_name_tag(str(weights.architecture))[0]
-    probe: Any = build(name, arguments, on_meta=True, within=weights.tensors)
+    probe = build(name, arguments, on_meta=True, within=weights.tensors)
     weights = replace(weights, tensors=converted(probe, weights.tensors))
     if weights.img_size is None and asked.get("img_size") is not None:
         weights = replace(weights, model_args={**weights.model_args, "img_size": asked["img_size"]})
@@ -356,7 +356,7 @@ def _target_size(
     grid = source_grid(probe, weights)
     if grid is None:
         return weights, weights.img_size if "img_size" in weights.model_args else None
-    height, width = probe.patch_embed.patch_size
+    height, width = patch_size(probe)
     native = (grid[0] * height, grid[1] * width)
     # The images need not be a multiple of the patch; where they say their own size, that is kept.
     declared = weights.img_size

@@ -45,5 +45,6 @@ def recorded_mode(recipe: Mapping[str, Any]) -> RecordedMode:
 def copied_by(recipe: Mapping[str, Any]) -> bool:
     """Whether a run of this recipe put its teacher's attention in place of the student's."""
     settings = recipe.get("transfer")
-    transferred = recorded_mode(recipe).transfers and isinstance(settings, Mapping)
-    return transferred and settings.get("method") in COPIES  # type: ignore[union-attr]
+    if not isinstance(settings, Mapping) or not recorded_mode(recipe).transfers:
+        return False
+    return settings.get("method") in COPIES

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..models.attention.base import AttentionOperator
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import converted_layers
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
-from ..models.families import token_layout
+from ..models.families import token_layout, vit
 from .position import Method, resample_position
 from .prefix_tokens import num_prefix_rows
 from .report import LoadReport
@@ -36,9 +35,7 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
 
     Raises UnsupportedModelError: the model has no such size.
     """
-    parts = (
-        {"": model} if copying_of(model) is None else {"": model, "teacher.": cast(Any, model).teacher.model}
-    )
+    parts = {"": model} if copying_of(model) is None else {"": model, "teacher.": vit(model).teacher.model}
     positions = {prefix: getattr(part, "pos_embed", None) for prefix, part in parts.items()}
     old = token_layout(model).grid
     resize(model, size)
@@ -49,13 +46,15 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
     done = {
         f"blocks.{index}.attn.operator": change
         for index, layer in converted_layers(model).items()
-        if cast(AttentionOperator, layer.operator).traits.resolution == "resampled"
+        if layer.operator.traits.resolution == "resampled"
     }
     for prefix, position in positions.items():
         if position is None:
             continue
-        part = cast(Any, parts[prefix])
+        part = vit(parts[prefix])
         with torch.no_grad():
-            part.pos_embed.copy_(resample_position(position, old, new, num_prefix_rows(part), method))
+            part.get_parameter("pos_embed").copy_(
+                resample_position(position, old, new, num_prefix_rows(part), method)
+            )
         done[f"{prefix}pos_embed"] = f"{change} ({method}'s bicubic)"
     return replace(report, resampled={**report.resampled, **done})

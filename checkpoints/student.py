@@ -18,6 +18,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
+from ..models.families import vit
 from .atomic import write_folder
 from .build import build, published_config
 from .class_names import KEY as LABEL_NAMES
@@ -194,7 +195,7 @@ def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str
 
 
 def _config(
-    model: Any,
+    model: nn.Module,
     architecture: str,
     arguments: Mapping[str, Any],
     preprocessing: Preprocessing,
@@ -204,15 +205,15 @@ def _config(
     pretrained = {key: described[key] for key in KEPT if key in described}
     pretrained |= {
         **preprocessing.described(),
-        "num_classes": model.num_classes,
+        "num_classes": vit(model).num_classes,
         "custom_load": False,
     }
     if license is not None:
         pretrained["license"] = license
     return {
         "architecture": architecture,
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
+        "num_classes": vit(model).num_classes,
+        "num_features": vit(model).num_features,
         "global_pool": getattr(model, "global_pool", None),
         "model_args": dict(arguments),
         "pretrained_cfg": pretrained,

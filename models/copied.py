@@ -11,7 +11,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import timm
 from timm.models import is_model, load_pretrained, register_model, split_model_name_tag
@@ -26,7 +26,7 @@ from .copying.tape import Tape
 from .copying.teacher_view import view_attention
 from .copying.tokens import match_tokens
 from .errors import UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported, token_layout
+from .families import attention_blocks, attention_shape, check_supported, patch_size, token_layout, vit
 from .host import AttentionHost
 from .replay import replay_blocks
 
@@ -95,7 +95,7 @@ class Copying:
                 f"copied={reprlib.repr(described)} does not describe what a student copies"
             ) from error
 
-    def links(self, teacher: Any, student: Any) -> list[Link]:
+    def links(self, teacher: nn.Module, student: nn.Module) -> list[Link]:
         """Which heads and tokens of which layers go together. Raises ValueError for one that is not there."""
         shapes = attention_shape(teacher), attention_shape(student)
         given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
@@ -133,7 +133,7 @@ class TeacherFirst:
         self.tape = tape
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        student: Any = self.student
+        student = vit(self.student)
         self.tape.begin(student.teacher_input.grids(inputs[0], EQUAL))
         try:
             student.teacher(student.teacher_input(inputs[0]))
@@ -157,14 +157,14 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
     """
     check_supported(student)
     check_supported(teacher)
-    model, tape, links = cast(Any, student), Tape(), copying.links(teacher, student)
+    model, tape, links = vit(student), Tape(), copying.links(teacher, student)
     layers, kind = {pair.teacher for pair in copying.layers}, COPIES[copying.method]
     model.teacher = view_attention(teacher, layers, tape, kind.parts, output=False)
     model.teacher.requires_grad_(False)
     norms = copying.teacher.normalization, copying.normalization
     model.teacher_input = TeacherInput(model.teacher.model, student, *norms)
     for link in links:
-        block: Any = attention_blocks(student)[link.pair.student]
+        block = attention_blocks(student)[link.pair.student]
         if getattr(block.attn, "permanent", False):
             raise UnsupportedModelError(f"layer {link.pair.student} has no softmax attention to replace")
         block.attn = CopiedAttention(block.attn, kind.operator(link, tape))
@@ -177,7 +177,8 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
 
 def copying_of(model: nn.Module) -> Copying | None:
     """What a model copies, None for one that runs with its own attention."""
-    return cast("Copying | None", getattr(model, "copied", None))
+    copied: Copying | None = getattr(model, "copied", None)
+    return copied
 
 
 def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
@@ -204,10 +205,11 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     copying = copying_of(model)
     if copying is None:
         return
-    own: Any = model
+    own = vit(model)
     teacher, grid = own.teacher.model, token_layout(model).grid
-    size = tuple(side * patch for side, patch in zip(grid, teacher.patch_embed.patch_size, strict=True))
-    conversion.resize(teacher, cast("tuple[int, int]", size))
+    patch = patch_size(teacher)
+    size = grid[0] * patch[0], grid[1] * patch[1]
+    conversion.resize(teacher, size)
     teacher.requires_grad_(False)
     arguments = {**copying.teacher.model_args, "img_size": size}
     own.copied = replace(copying, teacher=replace(copying.teacher, model_args=arguments))
@@ -274,9 +276,10 @@ def graftvit_copied(
 ) -> nn.Module:
     """The timm model `student` with what it copies of a teacher; `pretrained` loads what its `pretrained_cfg` names."""
     copying = Copying.from_json(copied)
-    model: Any = timm.create_model(student, pretrained=False, **arguments)
-    copy_attention(model, copying.teacher.build(), copying)
+    model = copy_attention(
+        timm.create_model(student, pretrained=False, **arguments), copying.teacher.build(), copying
+    )
     if pretrained:
         channels = arguments.get("in_chans", 3)
-        load_pretrained(model, num_classes=model.num_classes, in_chans=channels, cache_dir=cache_dir)
-    return cast(nn.Module, model)
+        load_pretrained(model, num_classes=vit(model).num_classes, in_chans=channels, cache_dir=cache_dir)
+    return model

@@ -8,17 +8,41 @@ it computes what timm computes, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .attention.base import QKV, Geometry, Heads, Operator
 from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
 from .families import attention_blocks, check_supported
+
+Given = tuple[Tensor, Tensor | None, Tensor | None]
+"""What an attention layer is given: tokens (B, N, C), rotary embedding, shared relative position bias."""
+
+
+def observe(layer: nn.Module, see: Callable[[Given], None]) -> RemovableHandle:
+    """Call `see` with what an attention layer of timm, or a host, is given, before the layer runs."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        see(_given(*inputs, **keywords))
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _given(
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    shared_rel_pos_bias: Tensor | None = None,
+) -> Given:
+    return x, rope, shared_rel_pos_bias
 
 
 class AttentionHost(nn.Module):
@@ -163,7 +187,7 @@ def host_attention(model: nn.Module) -> list[AttentionHost]:
     hosts = []
     for block in attention_blocks(model):
         if not isinstance(block.attn, AttentionHost):  # a converted layer is one
-            block.attn = AttentionHost(block.attn)  # type: ignore[arg-type]
+            block.attn = AttentionHost(block.attn)
         hosts.append(block.attn)
     return hosts
 

@@ -125,7 +125,8 @@ class MaskedAutoencoder(nn.Module):
             x_BVD = checkpoint_seq(encoder.blocks, x_BVD)
         else:
             x_BVD = encoder.blocks(x_BVD)
-        return cast(Tensor, encoder.norm(x_BVD))
+        encoded: Tensor = encoder.norm(x_BVD)
+        return encoded
 
     def _decode(self, encoded_BVD: Tensor, visible_BV: Tensor) -> Tensor:
         """Mask tokens where patches are hidden, positions added, the decoder's blocks, pixels (B, N, K)."""
@@ -137,7 +138,8 @@ class MaskedAutoencoder(nn.Module):
         x_BNE = torch.cat([x_BVE[:, :prefix], patches_BNE], dim=1)
         for block in self.decoder_blocks:
             x_BNE = block(x_BNE)
-        return cast(Tensor, self.decoder_head(self.decoder_norm(x_BNE)[:, prefix:]))
+        pixels: Tensor = self.decoder_head(self.decoder_norm(x_BNE)[:, prefix:])
+        return pixels
 
     def _init_decoder(self) -> None:
         """Xavier for the decoder's linear layers, as published; the encoder keeps its own initialisation."""

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from ...models import families
 from ...models.errors import CheckpointError, did_you_mean
 from ..atomic import sync, write_file
 from ..build import build
@@ -48,7 +49,7 @@ def export_source(
     """
     check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
     teacher = load_pretrained(str(source), **how)
-    model: Any = teacher.model
+    model = teacher.model
     if "resolution" in dynamic and getattr(model, "dynamic_img_size", None) is False:
         model = _of_any_size(teacher)
     return export_model(
@@ -165,17 +166,15 @@ def _of_any_size(teacher: Pretrained) -> nn.Module:
 
 
 def _sizes(
-    model: Any, image_size: int | tuple[int, int] | None, dynamic: Collection[str]
+    model: nn.Module, image_size: int | tuple[int, int] | None, dynamic: Collection[str]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The resolution, and that of a patch. Raises CheckpointError where the model takes another one."""
-    embedding: Any = getattr(model, "patch_embed", None)
-    own: Any = getattr(embedding, "img_size", None)
-    patch: Any = tuple(getattr(embedding, "patch_size", None) or (1, 1))
-    size: Any = as_pair(image_size) if image_size is not None else own
+    own = families.image_size(model)
+    patch = families.patch_size(model)
+    size = as_pair(image_size) if image_size is not None else own
     if size is None:
         raise CheckpointError(f"{type(model).__name__} does not say its image size: give image_size")
-    fixed = own is not None and not getattr(model, "dynamic_img_size", False)
-    if fixed and tuple(size) != tuple(own):
+    if own not in (None, size) and not getattr(model, "dynamic_img_size", False):
         raise CheckpointError(
             f"image_size {size[0]}x{size[1]}: this model takes {own[0]}x{own[1]}; load it with img_size={size}"
         )
@@ -183,7 +182,7 @@ def _sizes(
         raise CheckpointError(
             f"dynamic resolution: {size[0]}x{size[1]} is not whole patches of {patch[0]}x{patch[1]}"
         )
-    return (int(size[0]), int(size[1])), (int(patch[0]), int(patch[1]))
+    return size, patch
 
 
 @contextmanager

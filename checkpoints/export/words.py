@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from ...models.conversion import plan_of
 from ...models.copied import copying_of
@@ -67,7 +68,7 @@ def provenance_words(teacher: Pretrained) -> dict[str, str]:
 
 
 def words_of(
-    model: Any, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str],
+    model: nn.Module, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str],
     mean: Sequence[float] | None, std: Sequence[float] | None, normalise: bool,
 ) -> dict[str, str]:  # fmt: skip
     """What the file says of itself."""
@@ -98,5 +99,5 @@ def _numbers(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def channels_of(model: Any) -> int:
+def channels_of(model: nn.Module) -> int:
     return int(getattr(model, "in_chans", 3))

@@ -165,10 +165,10 @@ def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:
 
 def _head(teacher: Pretrained) -> str:
     from ...models.conversion import plan_of
-    from ...models.families import token_layout
+    from ...models.families import token_layout, vit
 
     layout = token_layout(teacher.model)
-    height, width = teacher.model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    height, width = vit(teacher.model).patch_embed.img_size
     older = plan_of(teacher.model)
     known = [f"commit {teacher.revision}"] if teacher.revision else []
     known += [f"license {teacher.license}" if teacher.license else "license unknown"]

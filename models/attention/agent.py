@@ -69,7 +69,7 @@ class AgentAttention(PooledAttention):
 
     def _agents(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """T (B, H, M, D), and the log-counts of the prefix keys and of the agents, in the dtype of q."""
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         cells = self.cells(heads.tokens())
         precise = q.to(torch.promote_types(q.dtype, torch.float32))
         with torch.autocast(q.device.type, enabled=False):

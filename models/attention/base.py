@@ -65,12 +65,25 @@ class Heads:
         q, k, v = (None if x is None else change(x) for x in (self.q, self.k, self.v))
         return Heads(q, k, v, bias, self.scale, self.dropout, self.geometry, self.key_mask)
 
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three, for an operator that needs them all."""
+    def values(self) -> Tensor:
+        """The values, for an operator that needs them."""
+        assert self.v is not None
+        return self.v
+
+    def qk(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys, for an operator that needs them."""
         assert self.q is not None
         assert self.k is not None
-        assert self.v is not None
-        return self.q, self.k, self.v
+        return self.q, self.k
+
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three, for an operator that needs them all."""
+        return *self.qk(), self.values()
+
+    @property
+    def known(self) -> Tensor:
+        """One of the projections that are there, for its shape, dtype and device."""
+        return next(x for x in (self.v, self.q, self.k) if x is not None)
 
     def with_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> Heads:
         """The same layer and tokens with other projections."""
@@ -171,8 +184,7 @@ class AttentionOperator(nn.Module, ABC):
 
     def matrix(self, heads: Heads) -> Tensor:
         """A itself, (B, H, N, N): for looking at small images, never in a hot path."""
-        known = next(x for x in (heads.q, heads.k, heads.v) if x is not None)  # not all need a q
-        return self.rows(heads, torch.arange(known.shape[2], device=known.device))
+        return self.rows(heads, torch.arange(heads.known.shape[2], device=heads.known.device))
 
     @abstractmethod
     def macs(self, geometry: Geometry) -> int:

@@ -44,7 +44,7 @@ class Favor(FeatureMap):
         return (self.width + 1) * self.shape.head_dim
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         q_BHNF, k_BHNF = (self._exponents(x, heads.scale) for x in (q, k))
         q_largest = q_BHNF.detach().amax(3, keepdim=True)
         k_largest = k_BHNF.detach().amax((2, 3), keepdim=True)

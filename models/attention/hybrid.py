@@ -80,7 +80,7 @@ class HybridAttention(AttentionOperator):
 
     def attend(self, heads: Heads) -> Tensor:
         if self.combine == "joint":
-            _, _, v = heads.qkv()
+            v = heads.values()
             with torch.autocast(v.device.type, enabled=False):
                 grid = self._joined(heads)
         else:
@@ -128,12 +128,12 @@ class HybridAttention(AttentionOperator):
         return [tables for tables in self.tables if isinstance(tables, TileTables)]
 
     def _tables(self, heads: Heads) -> list[tuple[Table, bool]]:
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         return [tables(heads.tokens(), q.device) for tables in self._tile_tables()]
 
     def _gates(self, heads: Heads) -> list[Tensor]:
         """g of each branch, (B, H, n, 1)."""
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         precise = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             grid = q[:, :, heads.tokens().num_prefix :].to(precise)
@@ -152,7 +152,7 @@ class HybridAttention(AttentionOperator):
         return torch.stack(mixed).sum(0).to(v.dtype)
 
     def _gated_terms(self, heads: Heads) -> list[Term]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         num_prefix, gates = heads.tokens().num_prefix, self._gates(heads)
         terms: list[Term] = []
         for gate, (table, _) in zip(gates, self._tables(heads), strict=False):
@@ -168,7 +168,7 @@ class HybridAttention(AttentionOperator):
     def _joint(self, heads: Heads) -> Outside:
         """The rows of the grid tokens: what is inside, less what the kernel would give there, and the kernel's all."""
         assert self.kernel is not None
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         precise = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(precise), k.to(precise)
         left, right = self.kernel.features(heads)
@@ -185,7 +185,7 @@ class HybridAttention(AttentionOperator):
         return Outside([part / total for part in inside], left / total, right)
 
     def _joined(self, heads: Heads) -> Tensor:
-        _, _, v = heads.qkv()
+        v = heads.values()
         joint = self._joint(heads)
         values = v.to(joint.right.dtype)
         out = joint.left @ (joint.right.transpose(2, 3) @ values)

@@ -88,7 +88,7 @@ class KernelAttention(AttentionOperator):
         )
 
     def attend(self, heads: Heads) -> Tensor:
-        _, _, v_BHND = heads.qkv()
+        v_BHND = heads.values()
         with torch.autocast(v_BHND.device.type, enabled=False):
             left_BHNF, right_BHNF = self._factors(heads)
             out: Tensor = left_BHNF @ (right_BHNF.transpose(2, 3) @ v_BHND.to(right_BHNF.dtype))
@@ -97,12 +97,11 @@ class KernelAttention(AttentionOperator):
     def local(self, heads: Heads) -> Tensor | None:
         if self.v_conv is None:
             return None
-        _, _, v_BHND = heads.qkv()
-        local: Tensor = self.v_conv(without_padding(v_BHND, heads), heads.tokens())
+        local: Tensor = self.v_conv(without_padding(heads.values(), heads), heads.tokens())
         return local
 
     def terms(self, heads: Heads) -> list[Term]:
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         with torch.autocast(q.device.type, enabled=False):
             return [LowRank(*self._factors(heads))]
 

@@ -63,7 +63,7 @@ class NystromAttention(PooledAttention):
         return Traits(nonnegative=False, row_stochastic=False, needs_grid=True, key_mask=True)
 
     def attend(self, heads: Heads) -> Tensor:
-        _, _, v = heads.qkv()
+        v = heads.values()
         with torch.autocast(v.device.type, enabled=False):
             q, k = _precise(heads)
             landmarks, mask = self._landmarks(heads), _key_mask(heads)
@@ -81,7 +81,7 @@ class NystromAttention(PooledAttention):
 
     def terms(self, heads: Heads) -> list[Term]:
         num_prefix, mask = heads.tokens().num_prefix, _key_mask(heads)
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         with torch.autocast(q.device.type, enabled=False):
             q, k = _precise(heads)
             landmarks = self._landmarks(heads)
@@ -126,7 +126,7 @@ def pseudo_inverse(x: Tensor, iterations: int) -> Tensor:
 
 
 def _precise(heads: Heads) -> tuple[Tensor, Tensor]:
-    q, k, _ = heads.qkv()
+    q, k = heads.qk()
     precise = torch.promote_types(q.dtype, torch.float32)
     return q.to(precise), k.to(precise)
 

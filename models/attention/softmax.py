@@ -46,7 +46,7 @@ class SoftmaxAttention(AttentionOperator):
 
 def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
     """Rows of softmax(s Q Kᵀ + bias), (B, H, S, N), in float32 at least."""
-    q, k, _ = heads.qkv()
+    q, k = heads.qk()
     precise = torch.promote_types(q.dtype, torch.float32)
     logits = heads.scale * q[:, :, index].to(precise) @ k.to(precise).transpose(2, 3)
     mask = _mask(heads)

@@ -43,8 +43,7 @@ def term_rows(term: Term, index: Tensor, heads: Heads) -> Tensor:
     if isinstance(term, LowRank):
         return term.left[:, :, index] @ term.right.transpose(2, 3)
     weights = term.weights
-    assert heads.k is not None
-    batch, num_heads, tokens = *weights.shape[:2], heads.k.shape[2]
+    batch, num_heads, tokens = *weights.shape[:2], heads.known.shape[2]
     rows = weights.new_zeros(batch, num_heads, len(index), tokens)
     if isinstance(term, Sparse):
         columns = term.index[index].expand(batch, num_heads, -1, -1)

@@ -82,7 +82,7 @@ class WindowAttention(AttentionOperator):
         return torch.cat((prefix_softmax(heads), grid), 2)
 
     def terms(self, heads: Heads) -> list[Term]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         table, _ = self.tables(heads.tokens(), q.device)
         weights = tile_logits(q, k, table, heads.scale).softmax(-1)
         return [prefix_term(heads), sparse_term(weights, table, heads.tokens().num_prefix)]

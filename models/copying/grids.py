@@ -66,15 +66,6 @@ class GridRule:
         return [f"{grids}: the teacher's queries and keys are interpolated, and so its attention logits"]
 
 
-def has_relative_bias(model: Any) -> bool:
-    """Whether the model adds a relative position bias to its attention logits, tied to its grid."""
-    if getattr(model, "rel_pos_bias", None) is not None:
-        return True
-    return any(
-        getattr(block.attn, "relative_position_bias_table", None) is not None for block in model.blocks
-    )
-
-
 class Embeddings:
     """The patch embeddings of a teacher and a student, as they are at each call: a model may be resized."""
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TransferError
+from ..families import image_channels
 from .grids import Embeddings, GridRule, Grids
 
 LARGEST = 1e6
@@ -70,7 +71,7 @@ class TeacherInput(Renormalized):
     def __init__(
         self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
     ) -> None:
-        channels = [int(model.patch_embed.proj.in_channels) for model in (teacher, student)]  # type: ignore[union-attr, arg-type]
+        channels = image_channels(teacher), image_channels(student)
         if channels[0] != channels[1]:
             raise TransferError(
                 f"teacher takes {channels[0]} image channels and student {channels[1]}; "

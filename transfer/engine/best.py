@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 from torch import nn
 
 from ...checkpoints.class_names import same_classes
 from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError
+from ...models.families import vit
 from ..config import Metric
 from ..data.loaders import EvalLoader
 from ..metrics.measure import PROBES, Family
@@ -101,4 +102,4 @@ def choose(
 
 def _width(model: nn.Module) -> int:
     """Of what the head reads."""
-    return int(getattr(model, "head_hidden_size", None) or cast(Any, model).num_features)
+    return int(getattr(model, "head_hidden_size", None) or vit(model).num_features)

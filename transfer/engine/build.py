@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +23,7 @@ from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...models.errors import ConfigError, DataError
+from ...models.families import vit
 from ...models.lora import add_lora
 from ..config import DataConfig, RunConfig
 from ..data.datasets import check_dataset
@@ -232,15 +233,15 @@ def _student(
         )
     if config.student.pos_embed_std is not None:
         position = getattr(student, "pos_embed", None)
-        if not isinstance(position, Tensor):
+        if not isinstance(position, nn.Parameter):
             raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
-        trunc_normal_(cast(nn.Parameter, position), std=config.student.pos_embed_std)
+        trunc_normal_(position, std=config.student.pos_embed_std)
     mode.start_head(student)
     init = _start_from(mode, student, teacher, weights=weights)
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
-        cast(Any, student).set_grad_checkpointing(True)
+        vit(student).set_grad_checkpointing(True)
     return student, init
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ...checkpoints.class_names import comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Head, Pretrained, find_head
-from ...models.attention.base import AttentionOperator
 from ...models.conversion import converted_layers
 from ...models.copying.input import Normalization, TeacherInput
 from ...models.errors import ConfigError, TransferError
+from ...models.families import classifier_of, vit
 from ...models.mae import MaskedAutoencoder
 from ..config import Metric, RunConfig
 from ..methods.dual import build_dual
@@ -176,7 +176,7 @@ class Finetune(Scratch):
             )
 
     def start_head(self, student: nn.Module) -> None:
-        head = cast(Any, student).get_classifier() if hasattr(student, "get_classifier") else None
+        head = classifier_of(student)
         if isinstance(head, nn.Linear):
             trunc_normal_(head.weight, std=HEAD_STD)
 
@@ -296,7 +296,7 @@ class Pretrain(Mode):
 
     def task(self, models: Models) -> Task:
         for index, layer in converted_layers(models.student).items():
-            traits = cast(AttentionOperator, layer.operator).traits
+            traits = layer.operator.traits
             if traits.needs_grid or traits.resolution != "free":
                 raise ConfigError(
                     f"mode={self.config.mode} shows its encoder a part of the tokens, and {layer.choice} of layer "
@@ -324,4 +324,4 @@ def head_of(model: Pretrained | None) -> Head:
     """The head that a model came with."""
     if model is None or not model.has_head:
         return Head()
-    return Head(int(cast(Any, model.model).num_classes), model.label_names)
+    return Head(vit(model.model).num_classes, model.label_names)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -15,6 +16,7 @@ from torch import nn
 
 from ...models.conversion import new_parameters
 from ...models.errors import ConfigError, did_you_mean, one_sentence
+from ...models.families import classifier_of
 from ..config import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -75,8 +77,8 @@ def freeze_head(model: nn.Module) -> None:
 
 
 def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    head = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
-    return list(head.parameters()) if isinstance(head, nn.Module) else []
+    head = classifier_of(model)
+    return [] if head is None else list(head.parameters())
 
 
 def check_optimizer(config: OptimConfig) -> None:
@@ -105,7 +107,8 @@ def create_optimizer(
     gives it the head's 1.
     """
     check_optimizer(config)
-    exempt: set[str] = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    find_exempt: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
+    exempt = find_exempt()
     if config.layer_decay < 1:
         groups = param_groups_layer_decay(model, config.weight_decay, exempt, layer_decay=config.layer_decay)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,7 +124,7 @@ class RunState:
 
 def position_of(state: TrainingState) -> Position:
     """Where the run stood."""
-    return Position(**cast(dict[str, Any], state.meta["position"]))
+    return Position(**state.meta["position"])
 
 
 Tensors = dict[str, Tensor]

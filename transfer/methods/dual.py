@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import TeacherInput
 from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean
-from ...models.families import check_supported
+from ...models.families import check_supported, image_channels
 from ...models.replay import replay_blocks, restore_blocks
 from ..config import TransferConfig
 from .drop_path import share_drop_paths
@@ -92,7 +92,7 @@ class DualViT(nn.Module):
     @property
     def teacher_part(self) -> nn.Module:
         """What of the teacher a step runs."""
-        return cast(nn.Module, self._view[0])
+        return self._view[0]
 
     @property
     def needs_teacher(self) -> bool:
@@ -258,12 +258,12 @@ def _settings(**options: Any) -> TransferConfig:
         raise ConfigError(f"transfer.{name} is {options[name]!r}, but: {first['msg']}") from error
 
 
-def pretrained_normalization(model: Any) -> Normalization:
+def pretrained_normalization(model: nn.Module) -> Normalization:
     """Mean and standard deviation from a timm model's `pretrained_cfg`; ImageNet's where it has none."""
     config = getattr(model, "pretrained_cfg", None) or {}
     mean: Sequence[float] = config.get("mean", (0.485, 0.456, 0.406))
     std: Sequence[float] = config.get("std", (0.229, 0.224, 0.225))
-    channels = int(model.patch_embed.proj.in_channels)
+    channels = image_channels(model)
     if len(mean) != channels:
         mean, std = mean[:1], std[:1]
     return Normalization(tuple(mean), tuple(std))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -45,7 +45,7 @@ class Pairing:
 class Installed:
     """What a method made: the teacher as the step runs it, extra modules, and losses of the student's logits."""
 
-    view: Any
+    view: nn.Module
     projectors: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     finish: Finish | None = None
 
@@ -162,7 +162,7 @@ def _watch_converted(host: ConvertedAttention, link: Link, operator: Taught) -> 
             f"layer {link.pair.student} of the student has {host.choice} in place of softmax attention: use mode=align "
             "for its map, or transfer.method attention_output, block_output, feature or logits"
         )
-    return cast(nn.Module, host.operator).register_forward_hook(operator.watch)
+    return host.operator.register_forward_hook(operator.watch)
 
 
 def joined_projector(pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> nn.Module | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.copying.tape import Tape
+from ...models.families import vit
 
 
 class Recorded(nn.Module):
@@ -21,8 +20,7 @@ class Recorded(nn.Module):
 
     @property
     def blocks(self) -> nn.Module:
-        blocks: nn.Module = cast(Any, self.model).blocks
-        return blocks
+        return vit(self.model).blocks
 
     def forward(self, images: Tensor) -> None:
         self.tape.outputs[0] = self.model(images)

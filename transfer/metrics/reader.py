@@ -6,12 +6,11 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...models.families import attention_blocks
+from ...models.families import attention_blocks, vit
 
 Predictor = Callable[[Tensor], Tensor]
 
@@ -73,7 +72,7 @@ class Reader:
 
 
 def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
-    found = cast(Any, model).get_classifier()
+    found = vit(model).get_classifier()
     return found if isinstance(found, tuple) else (found,)
 
 

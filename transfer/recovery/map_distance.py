@@ -61,7 +61,7 @@ def inner(a: Term, b: Term) -> Tensor:
 
 def _with_teacher(teacher: Heads, lse_BHN: Tensor, term: Term) -> Tensor:
     """⟨A_t, term⟩, (B, H)."""
-    q_BHND, k_BHND, _ = teacher.qkv()
+    q_BHND, k_BHND = teacher.qk()
     if isinstance(term, LowRank):
         mixed = apply_map(q_BHND, k_BHND, term.right, teacher.scale, teacher.bias)
         return (term.left * mixed).sum((2, 3))
@@ -75,7 +75,7 @@ def _with_teacher(teacher: Heads, lse_BHN: Tensor, term: Term) -> Tensor:
 def _logits_at(teacher: Heads, index_NS: Tensor, dtype: torch.dtype) -> Tensor:
     """s q_i·k_j + b_ij for the keys j of `index_NS`, of what the kernel takes q, k and b for, yet summed precisely:
     exp(logit − lse) is at most 1 only where both are rounded alike."""
-    q_BHND, k_BHND, _ = teacher.qkv()
+    q_BHND, k_BHND = teacher.qk()
     q_BHND, k_BHND, _, bias = same_dtype(q_BHND, k_BHND, k_BHND, teacher.bias)
     keys_BHNSD = k_BHND[:, :, index_NS].to(dtype)
     with torch.autocast(q_BHND.device.type, enabled=False):
@@ -86,7 +86,7 @@ def _logits_at(teacher: Heads, index_NS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logsumexp(teacher: Heads, factor: float) -> Tensor:
-    q, k, _ = teacher.qkv()
+    q, k = teacher.qk()
     bias = None if teacher.bias is None else factor * teacher.bias.detach()
     return map_logsumexp(q.detach(), k.detach(), factor * teacher.scale, bias)
 

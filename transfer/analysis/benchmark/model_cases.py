@@ -13,7 +13,7 @@ from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
 from ....models.conversion import convert, layer_macs
 from ....models.errors import ConfigError
-from ....models.families import attention_blocks
+from ....models.families import attention_blocks, patch_size
 from .cases import DTYPES, Case, Row, Ways
 from .measuring import compiled, measure_case
 from .timing import Step, counted_macs, step_of
@@ -52,8 +52,8 @@ def load_model(source: str, img_size: int) -> nn.Module:
 
 def _check_size(model: nn.Module, img_size: int) -> None:
     """Raise ConfigError where patches do not fill the image: timm ignores the rest silently."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is not None and img_size % patch[0]:
+    patch = patch_size(model)
+    if img_size % patch[0]:
         nearest = patch[0] * max(1, round(img_size / patch[0]))
         raise ConfigError(
             f"--img_size {img_size}: patches of {patch[0]} pixels do not fill it; take {nearest}"

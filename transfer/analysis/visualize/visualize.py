@@ -13,7 +13,7 @@ import torch
 from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....models.errors import TransferError
-from ....models.families import check_supported, token_layout
+from ....models.families import attention_blocks, check_supported, token_layout
 from ....models.plan import layer_numbers
 from ..report.ink import to_png
 from ..report.pages import Plot
@@ -67,7 +67,7 @@ def visualize(
     if teacher is not None:
         loaded["teacher"] = _beside(teacher, loaded["student"])
     layout = token_layout(student)
-    chosen = layer_numbers(layers, len(student.blocks), "--layers")  # type: ignore[arg-type]
+    chosen = layer_numbers(layers, len(attention_blocks(student)), "--layers")
     asked = [query_token(word, layout) for word in queries or [default_query(layout)]]
     shown = read_images(images, loaded["student"].preprocessing)
     check_page_size([each.model for each in loaded.values()], len(shown), len(chosen))
