@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ..models.conversion import plan_of, with_plan
 from ..models.errors import ConfigError
+from ..models.json_types import JsonDict
 from .pretrained import Pretrained
 from .provenance import carried_license, of_weights
 from .student import write_student
@@ -32,7 +32,7 @@ def write_converted(
     if plan is None:
         raise ConfigError("the plan keeps every layer as it is: name an operator other than softmax")
     architecture, arguments = with_plan(teacher.architecture, teacher.model_args, plan)
-    made: dict[str, Any] = {
+    made: JsonDict = {
         "version": version("graftvit"),
         "conversion": {
             "source": teacher.source,

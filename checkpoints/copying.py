@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from timm.models import split_model_name_tag
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.copied import ARCHITECTURE, CopiedTeacher
 from ..models.copying.input import Normalization
 from ..models.errors import CheckpointError, GraftError
+from ..models.json_types import Json
 from .build import build
 from .fit import own_norm_eps
 from .folders import read_folder
@@ -66,12 +67,12 @@ def make_whole(weights: Weights, load_pretrained: Callable[..., Pretrained], *, 
     return _marked(weights)
 
 
-def is_unnamed(architecture: str | None, provenance: Mapping[str, Any]) -> bool:
+def is_unnamed(architecture: str | None, provenance: Json) -> bool:
     """Whether this is a bare student that does not say so, as older versions wrote them."""
     return architecture != ARCHITECTURE and copies(provenance) and not provenance.get(BARE)
 
 
-def refuse_unnamed(architecture: str | None, provenance: Mapping[str, Any], origin: str) -> None:
+def refuse_unnamed(architecture: str | None, provenance: Json, origin: str) -> None:
     """CheckpointError for a bare student that does not say that it is one."""
     if is_unnamed(architecture, provenance):
         raise CheckpointError(
@@ -125,7 +126,7 @@ def _part_beside(weights: Weights) -> dict[str, Tensor]:
     return {}
 
 
-def _known(weights: Weights) -> Mapping[str, Any]:
+def _known(weights: Weights) -> Json:
     """What a student says of the teacher that it was trained with."""
     return weights.provenance.get("teacher") or {}
 
@@ -134,7 +135,7 @@ def _load_part(weights: Weights, load_pretrained: Callable[..., Pretrained]) -> 
     """That part of the teacher, loaded as the run loaded it."""
     known = _known(weights)
     try:
-        recipe: Mapping[str, Any] = weights.provenance["recipe"]["teacher"]
+        recipe: Json = weights.provenance["recipe"]["teacher"]
         how = {key: recipe[key] for key in ("model", "model_args", "position_embedding")}
         source, revision = str(recipe["source"]), known.get("revision") or recipe["revision"]
     except (LookupError, TypeError, AttributeError) as error:

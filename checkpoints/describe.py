@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from ..models.copied import copying_of
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, UnsupportedModelError
 from ..models.families import attention_shape, check_supported, token_layout
+from ..models.json_types import Json
 from .build import build
 from .fit import match
 from .pretrained import Pretrained, load_pretrained, plan_model, read_source
@@ -49,7 +50,7 @@ def describe_teacher(teacher: Pretrained) -> str:
 
 
 def describe_source(
-    source: str, *, model: str | None = None, model_args: Mapping[str, Any] | None = None, **how: Any
+    source: str, *, model: str | None = None, model_args: Json | None = None, **how: Any
 ) -> tuple[str, CheckpointError | None]:
     """What a source is, what of it would load and what would not, and why it does not load where it does not.
 
@@ -66,7 +67,7 @@ def describe_source(
         return _describe_misfit(source, weights, asked, model), error
 
 
-def _describe_misfit(source: str, weights: Weights, asked: Mapping[str, Any], model: str | None) -> str:
+def _describe_misfit(source: str, weights: Weights, asked: Json, model: str | None) -> str:
     count = sum(tensor.numel() for tensor in weights.tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values())
     rows = [

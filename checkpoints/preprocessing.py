@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..models.copying.input import LARGEST
 from ..models.errors import CheckpointError
 from ..models.families import image_size
+from ..models.json_types import Json, JsonDict
 from .safety.model_settings import shortened
 
 CROP_MODES = ("center", "squash", "border")
@@ -38,9 +39,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
 
     @classmethod
-    def read(
-        cls, described: Mapping[str, Any], input_size: tuple[int, int, int] | None = None
-    ) -> Preprocessing:
+    def read(cls, described: Json, input_size: tuple[int, int, int] | None = None) -> Preprocessing:
         """From timm's description of weights; timm's own defaults stand for what it does not say.
 
         `input_size` is that of the model at hand. Another number of channels than the description's takes the mean and
@@ -92,7 +91,7 @@ class Preprocessing:
                 f"interpolation {', '.join(INTERPOLATIONS)}"
             )
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonDict:
         """As fields of timm's `pretrained_cfg`; JSON."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
@@ -112,7 +111,7 @@ class Preprocessing:
         )
 
 
-def input_size(model: nn.Module, described: Mapping[str, Any] | None = None) -> tuple[int, int, int]:
+def input_size(model: nn.Module, described: Json | None = None) -> tuple[int, int, int]:
     """Channels, height and width of a model's images; what `described` says where its patches leave it open."""
     channels, height, width = (described or {}).get("input_size") or (3, 224, 224)
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)

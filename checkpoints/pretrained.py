@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from timm.models import split_model_name_tag
 from torch import nn
@@ -14,6 +13,7 @@ from ..models.conversion import plan_size
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError
 from ..models.families import check_patches, image_size, patch_size
+from ..models.json_types import Json, JsonDict
 from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
 from .class_names import read_names
@@ -50,9 +50,9 @@ class Pretrained:
     has_head: bool
     """Whether it classifies, with the weights' own head."""
     report: LoadReport
-    model_args: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Json = field(default_factory=dict)
     """What timm's constructor needs besides the architecture."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
     """Of a student of this package: what it learned from and how."""
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where the weights say them."""
@@ -74,7 +74,7 @@ def load_pretrained(
     source: str,
     *,
     model: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: Json | None = None,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     position_embedding: Method = "timm",
@@ -133,9 +133,9 @@ class ModelPlan:
     """The model that weights belong to: how timm builds it, and the weights under its names."""
 
     architecture: str
-    arguments: dict[str, Any]
+    arguments: JsonDict
     weights: Weights
-    config: Mapping[str, Any]
+    config: Json
     """timm's description of the model."""
 
     @property
@@ -145,7 +145,7 @@ class ModelPlan:
 
 def plan_model(
     weights: Weights,
-    asked: Mapping[str, Any],
+    asked: Json,
     model: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
@@ -196,7 +196,7 @@ def load_weights(
         arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     weights = replace(weights, tensors=converted(model, weights.tensors))
-    config: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
+    config: Json = getattr(model, "default_cfg", None) or {}
     report = fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
     return replace(report, resampled={**report.resampled, **resampled})
 
@@ -231,7 +231,7 @@ def read_preprocessing(source: str) -> Preprocessing:
     return Preprocessing.read(_look_up(source)[0])
 
 
-def _look_up(source: str) -> tuple[dict[str, Any], Weights | None]:
+def _look_up(source: str) -> tuple[JsonDict, Weights | None]:
     """timm's description of the weights of a source, and the weights; of a timm name the description alone."""
     parsed = parse_source(source)
     if isinstance(parsed, TimmSource):
@@ -240,14 +240,12 @@ def _look_up(source: str) -> tuple[dict[str, Any], Weights | None]:
     return _described(weights), weights
 
 
-def _described(weights: Weights) -> dict[str, Any]:
+def _described(weights: Weights) -> JsonDict:
     """What timm says of the architecture, and above it what the weights say of themselves."""
     return published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
 
 
-def read_source(
-    text: str, arguments: Mapping[str, Any], revision: str | None = None, *, download: bool = True
-) -> Weights:
+def read_source(text: str, arguments: Json, revision: str | None = None, *, download: bool = True) -> Weights:
     """The weights of a source under timm's names, and all that it says of them.
 
     Raises CheckpointError: there is no such source, it cannot be read, or what it or `arguments` say of a model cannot
@@ -257,7 +255,7 @@ def read_source(
     return check_description(_read_source(text, arguments, revision, download))
 
 
-def _read_source(text: str, arguments: Mapping[str, Any], revision: str | None, download: bool) -> Weights:
+def _read_source(text: str, arguments: Json, revision: str | None, download: bool) -> Weights:
     source = parse_source(text)
     if revision is not None:
         if not isinstance(source, HubSource | TimmSource):
@@ -298,12 +296,12 @@ def _with_architecture(weights: Weights, model: str | None) -> Weights:
     return weights
 
 
-def _classifiers(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _classifiers(config: Json) -> tuple[str, ...]:
     names = config.get("classifier") or "head"
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _without_origin(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+def _without_origin(config: Json, weights: Weights) -> JsonDict:
     """timm's description of the model without what it says of other weights of the same architecture."""
     own = weights.pretrained_cfg
     foreign = {
@@ -340,8 +338,8 @@ def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
 
 def _target_size(
     weights: Weights,
-    arguments: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    arguments: Json,
+    asked: Json,
     img_size: int | tuple[int, int] | None,
 ) -> tuple[Weights, tuple[int, int] | None]:
     """The weights under timm's names with the size that they were trained at, and the size to build for."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..models.copying.operators import COPIES
+from ..models.json_types import Json
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ MODES = {
 _UNKNOWN = RecordedMode("")
 
 
-def recorded_mode(recipe: Mapping[str, Any]) -> RecordedMode:
+def recorded_mode(recipe: Json) -> RecordedMode:
     """What the mode of a recipe did; nothing for one that is not known here."""
     return MODES.get(str(recipe.get("mode")), _UNKNOWN)
 
 
-def copied_by(recipe: Mapping[str, Any]) -> bool:
+def copied_by(recipe: Json) -> bool:
     """Whether a run of this recipe put its teacher's attention in place of the student's."""
     settings = recipe.get("transfer")
     if not isinstance(settings, Mapping) or not recorded_mode(recipe).transfers:

@@ -3,9 +3,7 @@ its teacher's attention: load, then resize."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from ..models.conversion import converted_layers
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.families import token_layout, vit
+from ..models.json_types import Json
 from .position import Method, resample_position
 from .prefix_tokens import num_prefix_rows
 from .report import LoadReport
@@ -22,7 +21,7 @@ from .weights import Weights, as_pair
 
 
 def late_size(
-    weights: Weights, asked: Mapping[str, Any], img_size: int | tuple[int, int] | None
+    weights: Weights, asked: Json, img_size: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """The image size to take on after loading: of a converted or copying model of a known size, if one is asked for."""
     wanted = img_size if img_size is not None else asked.get("img_size")

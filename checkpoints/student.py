@@ -19,6 +19,7 @@ from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
 from ..models.families import vit
+from ..models.json_types import Json, JsonDict
 from .atomic import write_folder
 from .build import build, published_config
 from .class_names import KEY as LABEL_NAMES
@@ -96,10 +97,10 @@ def write_student(
     folder: Path,
     *,
     architecture: str,
-    model_args: Mapping[str, Any],
+    model_args: Json,
     preprocessing: Preprocessing,
     license: str | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Json | None = None,
     label_names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
@@ -137,7 +138,7 @@ def write_student(
     write_folder(folder, write, size=size)
 
 
-def _whole(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _whole(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
     """Name and arguments that build `model`: of one that copies attention, those of the student with what it copies."""
     copying = copying_of(model)
     if copying is None:
@@ -147,7 +148,7 @@ def _whole(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) ->
     return with_copying(*_with_plan(model, name, own), copying)
 
 
-def _cost(model: nn.Module) -> dict[str, Any]:
+def _cost(model: nn.Module) -> JsonDict:
     """What a copying student and the part of its teacher cost, for the card."""
     if copying_of(model) is None:
         return {}
@@ -158,9 +159,7 @@ def _cost(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _with_plan(
-    model: nn.Module, architecture: str, arguments: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def _with_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
     """Name and arguments that build `model`: of a converted one, those of the conversion with its plan."""
     name = split_model_name_tag(architecture)[0]
     plan = plan_of(model)
@@ -170,7 +169,7 @@ def _with_plan(
     return CONVERTED, {**of_plan, **arguments, "plan_size": plan_size(model)}
 
 
-def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+def _plain(arguments: JsonDict) -> JsonDict:
     for key, value in arguments.items():
         try:
             json.dumps(value)
@@ -181,7 +180,7 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def _check(architecture: str, arguments: Json, tensors: Mapping[str, Tensor]) -> nn.Module:
     """What timm builds, on the meta device. CheckpointError where that has other weights than these."""
     fresh = build(architecture, arguments, on_meta=True)
     wanted = {key: tensor.shape for key, tensor in fresh.state_dict().items()}
@@ -197,10 +196,10 @@ def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str
 def _config(
     model: nn.Module,
     architecture: str,
-    arguments: Mapping[str, Any],
+    arguments: Json,
     preprocessing: Preprocessing,
     license: str | None,
-) -> dict[str, Any]:
+) -> JsonDict:
     described = {**published_config(architecture), **(getattr(model, "default_cfg", None) or {})}
     pretrained = {key: described[key] for key in KEPT if key in described}
     pretrained |= {

@@ -32,6 +32,7 @@ from .families import (
 )
 from .host import AttentionHost
 from .initialize import Weights, initialize
+from .json_types import Json, JsonDict
 from .operators import check_choice, create_operator
 from .plan import KEEP, Choice, parse_plan, plan_text
 from .replay import replay_blocks
@@ -220,7 +221,7 @@ def plan_of(model: nn.Module) -> str | None:
     return plan_text(tuple(choices)) if any(choice.operator != KEEP for choice in choices) else None
 
 
-def with_plan(architecture: str, arguments: Mapping[str, Any], plan: str) -> tuple[str, dict[str, Any]]:
+def with_plan(architecture: str, arguments: Json, plan: str) -> tuple[str, JsonDict]:
     """Name and arguments with which timm builds `architecture` converted by `plan`, in place of an older plan."""
     given = {key: value for key, value in arguments.items() if key != "plan_size"}
     if architecture == ARCHITECTURE:

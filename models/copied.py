@@ -28,6 +28,7 @@ from .copying.tokens import match_tokens
 from .errors import UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, patch_size, token_layout, vit
 from .host import AttentionHost
+from .json_types import Json, JsonDict
 from .replay import replay_blocks
 
 ARCHITECTURE = "graftvit_copied"
@@ -41,7 +42,7 @@ class CopiedTeacher:
     """How timm builds the teacher, and how its images are normalised."""
 
     architecture: str
-    model_args: Mapping[str, Any]
+    model_args: Json
     normalization: Normalization
     norm_eps: float | None = None
     """Of all its norms, where it is not the architecture's own."""
@@ -67,7 +68,7 @@ class Copying:
     """Of the student's images."""
     teacher: CopiedTeacher
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonDict:
         """As the argument `copied` of the architecture."""
         norms = [dict(each.normalization._asdict()) for each in (self, self.teacher)]
         return {
@@ -77,7 +78,7 @@ class Copying:
         }
 
     @classmethod
-    def from_json(cls, described: Mapping[str, Any]) -> Copying:
+    def from_json(cls, described: Json) -> Copying:
         """From that argument. Raises ValueError where it is none."""
         try:
             return cls(
@@ -187,9 +188,7 @@ def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
     return {index: layer for index, layer in layers if isinstance(layer, CopiedAttention)}
 
 
-def with_copying(
-    architecture: str, arguments: Mapping[str, Any], copying: Copying
-) -> tuple[str, dict[str, Any]]:
+def with_copying(architecture: str, arguments: Json, copying: Copying) -> tuple[str, JsonDict]:
     """Name and arguments with which timm builds `architecture` with what it copies."""
     return ARCHITECTURE, {**arguments, "student": architecture, "copied": copying.to_json()}
 
@@ -232,7 +231,7 @@ def _index(value: Any) -> int:
     return value
 
 
-def _teacher(described: Mapping[str, Any]) -> CopiedTeacher:
+def _teacher(described: Json) -> CopiedTeacher:
     """ValueError where no teacher of timm is described, or one with weights of its own."""
     teacher = CopiedTeacher(**{**described, "normalization": _norm(described)})
     name, arguments, epsilon = teacher.architecture, teacher.model_args, teacher.norm_eps
@@ -253,7 +252,7 @@ def _teacher(described: Mapping[str, Any]) -> CopiedTeacher:
     return teacher
 
 
-def _norm(described: Mapping[str, Any]) -> Normalization:
+def _norm(described: Json) -> Normalization:
     """ValueError where no image can be normalized so."""
     mean, std = (tuple(described["normalization"][name]) for name in Normalization._fields)
     numbers = all(isinstance(value, (int, float)) and abs(value) <= LARGEST for value in mean + std)
@@ -270,7 +269,7 @@ def graftvit_copied(
     pretrained: bool = False,
     *,
     student: str,
-    copied: Mapping[str, Any],
+    copied: Json,
     cache_dir: str | None = None,
     **arguments: Any,
 ) -> nn.Module:

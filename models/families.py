@@ -16,6 +16,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
+from .json_types import JsonDict
 
 MODELS = (VisionTransformer, Beit, Eva)
 BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
@@ -42,7 +43,7 @@ class ViT(nn.Module):
     cls_token: nn.Parameter | None
     blocks: nn.Module
     global_pool: str
-    default_cfg: dict[str, Any]
+    default_cfg: JsonDict
     num_classes: int
     num_features: int
     forward_features: Callable[[Tensor], Tensor]

@@ -21,6 +21,7 @@ from .attention.base import QKV, Geometry, Heads, Operator
 from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
 from .families import attention_blocks, check_supported
+from .json_types import JsonDict
 
 Given = tuple[Tensor, Tensor | None, Tensor | None]
 """What an attention layer is given: tokens (B, N, C), rotary embedding, shared relative position bias."""
@@ -29,7 +30,7 @@ Given = tuple[Tensor, Tensor | None, Tensor | None]
 def observe(layer: nn.Module, see: Callable[[Given], None]) -> RemovableHandle:
     """Call `see` with what an attention layer of timm, or a host, is given, before the layer runs."""
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
         see(_given(*inputs, **keywords))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)

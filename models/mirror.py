@@ -7,8 +7,6 @@ student had the teacher's own components, randomly initialised (arXiv:2605.07191
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 import timm
 import torch
@@ -19,14 +17,13 @@ from torch import nn
 
 from .errors import TransferError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, patch_size, vit
+from .json_types import Json, JsonDict
 from .parts import ACTIVATIONS, has_norm, native_parts
 
 BEIT_POOLING = ("", "avg", "token")
 
 
-def mirror_arguments(
-    teacher: nn.Module, architecture: str, model_args: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) -> tuple[str, JsonDict]:
     """timm architecture and arguments of a student with the teacher's parts and its own size.
 
     `architecture` and `model_args` are the student's as asked for. Depth, width, heads, image and patch size,
@@ -49,7 +46,7 @@ def mirror_arguments(
     return _architecture(teacher), arguments
 
 
-def _build_without_memory(architecture: str, model_args: Mapping[str, Any], origin: str) -> nn.Module:
+def _build_without_memory(architecture: str, model_args: Json, origin: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return timm.create_model(architecture, pretrained=False, **model_args)
@@ -69,7 +66,7 @@ def _architecture(teacher: nn.Module) -> str:
     return str(config["architecture"])
 
 
-def _sizes(teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
+def _sizes(teacher: nn.Module, student: nn.Module) -> JsonDict:
     shape = attention_shape(student)
     height, width = vit(student).patch_embed.img_size
     rows, columns = patch_size(student)
@@ -112,7 +109,7 @@ def _pooling(teacher: nn.Module, student: nn.Module) -> str:
     return pooling
 
 
-def _native(teacher: nn.Module) -> dict[str, Any]:
+def _native(teacher: nn.Module) -> JsonDict:
     """Constructor arguments for the teacher's parts, in every family's names; None for timm's default."""
     parts = native_parts(teacher)
     block = attention_blocks(teacher)[0]
@@ -143,9 +140,7 @@ def _native(teacher: nn.Module) -> dict[str, Any]:
     }
 
 
-def _refuse_foreign(
-    model_args: Mapping[str, Any], accepted: Mapping[str, Any], student: nn.Module, family: type[nn.Module]
-) -> None:
+def _refuse_foreign(model_args: Json, accepted: Json, student: nn.Module, family: type[nn.Module]) -> None:
     """Refuse arguments that neither the teacher's family knows nor its own parts replace."""
     for name in model_args:
         if name not in accepted and name not in _native(student):

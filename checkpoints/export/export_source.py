@@ -14,6 +14,7 @@ from torch import nn
 
 from ...models import families
 from ...models.errors import CheckpointError, did_you_mean
+from ...models.json_types import JsonDict
 from ..atomic import sync, write_file
 from ..build import build
 from ..pretrained import Pretrained, load_pretrained
@@ -110,7 +111,7 @@ def export_model(
     words = words_of(model, size, patch, dynamic, mean, std, normalise) | dict(metadata or {})
     shapes = shapes_to_check(channels_of(model), size, patch, dynamic)
     example = example_images(shapes[-1])
-    found: dict[str, Any] = {}
+    found: JsonDict = {}
     with _for_inference(model) as plain:
         module = Normalized(plain, mean, std) if normalise and mean is not None and std is not None else plain
         logger.info("tracing %s", type(model).__name__)

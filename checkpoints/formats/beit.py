@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from ...models.json_types import Json, JsonDict
 from ..weights import Weights
 from .containers import BEIT2_NOTE
 from .keymap import KeyMap
@@ -18,10 +17,10 @@ OWN = f"blocks.0.attn.{TABLE}"
 BEIT2 = "beitv2_base_patch16_224.in1k_ft_in1k"
 
 
-def _describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
+def _describe(weights: Weights, config: Json) -> Weights:
     """Where the positions are, how the tokens are pooled, at which size; and which of the two BEiTs it is."""
     keys = weights.tensors.keys()
-    arguments: dict[str, Any] = {
+    arguments: JsonDict = {
         "use_abs_pos_emb": "pos_embed" in keys,
         "use_rel_pos_bias": OWN in keys,
         "use_shared_rel_pos_bias": SHARED in keys,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from ...models.json_types import Json
 from ..files import Content
 from ..sources import Part
 from ..weights import Weights
@@ -18,9 +16,7 @@ KEY_MAPS: tuple[KeyMap, ...] = (*TRANSFORMERS_MAPS, *RESEARCH_MAPS)
 """The one table of key maps, in the order in which they are tried."""
 
 
-def read_weights(
-    content: Content, part: Part | None = None, config: Mapping[str, Any] | None = None
-) -> Weights:
+def read_weights(content: Content, part: Part | None = None, config: Json | None = None) -> Weights:
     """The weights in a file: the container gives the asked part, the table of key maps its names.
 
     `part` None is the one that the kind of file is published for. `config` is what lay beside the file.

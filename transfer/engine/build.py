@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +23,7 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...models.errors import ConfigError, DataError
 from ...models.families import vit
+from ...models.json_types import JsonDict
 from ...models.lora import add_lora
 from ..config import DataConfig, RunConfig
 from ..data.datasets import check_dataset
@@ -70,7 +70,7 @@ class Parts:
     """What picks the best state; None where the last one is."""
     reference_loader: EvalLoader | None
     """The labelled training images, where the choice needs them."""
-    origins: dict[str, Any]
+    origins: JsonDict
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them."""
 
 
@@ -220,7 +220,7 @@ def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, we
 
 def _student(
     mode: Mode, plan: StudentPlan, teacher: Pretrained | None, *, weights: bool
-) -> tuple[nn.Module, dict[str, Any] | None]:
+) -> tuple[nn.Module, JsonDict | None]:
     """The student with its starting weights, and where these are from."""
     config = mode.config
     memory: AbstractContextManager[object] = nullcontext() if weights else init_empty_weights()
@@ -247,7 +247,7 @@ def _student(
 
 def _start_from(
     mode: Mode, student: nn.Module, teacher: Pretrained | None, *, weights: bool
-) -> dict[str, Any] | None:
+) -> JsonDict | None:
     """Load the weights to start from, the teacher's own or others; say where they are from."""
     source, how, revision = mode.starting_source, mode.config.teacher, None
     if source is None:

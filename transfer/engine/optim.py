@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -17,6 +16,7 @@ from torch import nn
 from ...models.conversion import new_parameters
 from ...models.errors import ConfigError, did_you_mean, one_sentence
 from ...models.families import classifier_of
+from ...models.json_types import JsonDict
 from ..config import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def create_optimizer(
     return optimizer
 
 
-def _scale_new(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+def _scale_new(groups: list[JsonDict], model: nn.Module, scale: float) -> list[JsonDict]:
     """The groups with the parameters that a conversion brought in groups of their own, at `scale` times the rate."""
     new = {id(parameter) for parameter in new_parameters(model)}
     if scale == 1 or not new:
@@ -148,7 +148,7 @@ def _scale_new(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> 
     return split
 
 
-def _betas(config: OptimConfig) -> dict[str, Any]:
+def _betas(config: OptimConfig) -> JsonDict:
     """The optimiser's betas; its own where it takes none or three and the setting is left at its default."""
     info = get_optimizer_info(config.opt)
     if info.has_betas and info.num_betas == len(config.betas):

@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...checkpoints.atomic import write_file, write_folder
 from ...checkpoints.folders import STAGES_FILE
 from ...models.errors import ConfigError
+from ...models.json_types import JsonDict
 from ..config import RunConfig, StudentConfig
 from .train import RunResult, train
 
@@ -71,7 +71,7 @@ def chain(stages: Sequence[Stage]) -> list[Stage]:
 
 def _going_on(config: RunConfig, before: Path) -> StudentConfig:
     """The student's settings with the student of the stage before in place of how the first one was made."""
-    made: dict[str, Any] = {
+    made: JsonDict = {
         "model": f"local-dir:{before / 'student'}",
         "model_args": {},
         "plan": None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
@@ -18,6 +17,7 @@ from ...models.conversion import with_plan
 from ...models.copied import Copying, copying_of, with_copying
 from ...models.errors import ConfigError, did_you_mean
 from ...models.families import check_patches
+from ...models.json_types import JsonDict
 from ...models.mirror import mirror_arguments
 from ..config import RunConfig, StudentConfig
 from ..data.augment import with_settings
@@ -28,14 +28,14 @@ class StudentPlan:
     """How to make the student, `timm.create_model(architecture, **arguments)`, and how its images are."""
 
     architecture: str
-    arguments: dict[str, Any]
+    arguments: JsonDict
     preprocessing: Preprocessing
     copying: Copying | None = None
     """What of its teacher it runs with, once that is resolved."""
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where they are known."""
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> JsonDict:
         """As JSON, for a state file: enough to build what the run leaves without the run's settings."""
         name, arguments = self.architecture, self.arguments
         if self.copying is not None:

@@ -18,6 +18,7 @@ from ...models.copying.input import TeacherInput
 from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean
 from ...models.families import check_supported, image_channels
+from ...models.json_types import JsonDict
 from ...models.replay import replay_blocks, restore_blocks
 from ..config import TransferConfig
 from .drop_path import share_drop_paths
@@ -161,7 +162,7 @@ class DualViT(nn.Module):
         """What goes from where to where, in words."""
         return "\n".join([*self.plan.describe(), *self.teacher_input.describe()])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonDict) -> None:
         super().__setstate__(state)
         if self._in_use:  # of a copy, the lesson is its own
             begin_lesson(self.teacher, self.student, self, self._changes)

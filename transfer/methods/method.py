@@ -6,9 +6,9 @@ A method is one instance of `TransferMethod` in a file of its own. Nothing else 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +20,7 @@ from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_attention
 from ...models.errors import TransferError
 from ...models.host import AttentionHost, host_attention
+from ...models.json_types import Json
 from ..config import TransferConfig
 from .lessons import Changes
 from .plan import TransferPlan
@@ -92,7 +93,7 @@ class TransferMethod(ABC):
     def install(self, pairing: Pairing) -> Installed:
         """Make the student of `pairing` run this method."""
 
-    def describe(self, settings: Mapping[str, Any]) -> str:
+    def describe(self, settings: Json) -> str:
         """What it does with these settings of the section `transfer`, as a model card says it."""
         losses = {
             name: LOSSES.get(str(settings.get(name)), "a distance") for name in ("loss", "feature_loss")

@@ -17,6 +17,7 @@ from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....models.attention.base import AttentionOperator
 from ....models.conversion import convert, converted_layers, new_parameters
 from ....models.families import attention_blocks
+from ....models.json_types import JsonDict
 from ...config import RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build
@@ -104,7 +105,7 @@ def stage_scores(steps: Sequence[Stage]) -> list[Score]:
     return scores
 
 
-def _score(name: str, record: dict[str, Any], seconds: float) -> Score:
+def _score(name: str, record: JsonDict, seconds: float) -> Score:
     """Return the score of the trained weights; their average has scores of its own in the log."""
     top1, top5, loss = (float(record[f"test_{key}"]) for key in ("top1", "top5", "loss"))
     return Score(name, top1, top5, loss, seconds, int(record["step"]))

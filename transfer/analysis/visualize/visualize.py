@@ -14,6 +14,7 @@ from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....models.errors import TransferError
 from ....models.families import attention_blocks, check_supported, token_layout
+from ....models.json_types import JsonDict
 from ....models.plan import layer_numbers
 from ..report.ink import to_png
 from ..report.pages import Plot
@@ -120,9 +121,9 @@ class Seen:
         return Comparison(torch.tensor(self.js).mean(0).tolist(), cka(*patches))
 
 
-def _plain(numbers: dict[str, Numbers], between: Comparison | None) -> dict[str, Any]:
+def _plain(numbers: dict[str, Numbers], between: Comparison | None) -> JsonDict:
     """Return `entropy` and `distance` by layer and head of each model, `js` and `cka` by layer."""
-    models: dict[str, Any] = {
+    models: JsonDict = {
         name: {"entropy": each.entropy.tolist(), "distance": each.distance.tolist()}
         for name, each in numbers.items()
     }
