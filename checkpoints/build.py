@@ -37,7 +37,6 @@ SAFE_NAMES = {
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
 }
 """The safetensors file that the hub may have in place of a pickle of the usual name."""
-SPACE = re.compile(r"\s+")
 
 
 def build(
@@ -217,6 +216,6 @@ def known_fields(config: Json) -> JsonDict:
     return {key: value for key, value in config.items() if key in fields}
 
 
-def one_line(error: Exception, limit: int = 300) -> str:
+def one_line(error: Exception) -> str:
     """An error's text as one line."""
-    return SPACE.sub(" ", str(error)).strip()[:limit]
+    return " ".join(str(error).split())[:300]

@@ -18,8 +18,6 @@ class RecordedMode:
     """Whether it read the section `transfer`."""
     matches: bool = False
     """Whether it read the section `align`."""
-    encoder_only: bool = False
-    """Whether the student is the encoder of an autoencoder, which ends in `norm`."""
 
 
 MODES = {
@@ -29,9 +27,7 @@ MODES = {
     ),
     "finetune": RecordedMode("fine-tuning"),
     "scratch": RecordedMode("training from scratch, without a teacher"),
-    "pretrain": RecordedMode(
-        "masked autoencoding, without labels; these are the weights of the encoder", encoder_only=True
-    ),
+    "pretrain": RecordedMode("masked autoencoding, without labels; these are the weights of the encoder"),
 }
 """By the value of `mode`."""
 _UNKNOWN = RecordedMode("")

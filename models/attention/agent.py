@@ -39,8 +39,7 @@ class AgentAttention(PooledAttention):
         q, k, v = heads.qkv()
         num_prefix = heads.tokens().num_prefix
         agents, counts = self._agents(heads)
-        mask = None if heads.key_mask is None else heads.key_mask[:, None, None, :]
-        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=mask, scale=heads.scale)
+        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=heads.seen, scale=heads.scale)
         keys = torch.cat((k[:, :, :num_prefix], agents), 2)
         values = torch.cat((v[:, :, :num_prefix], gathered), 2)
         grid = F.scaled_dot_product_attention(

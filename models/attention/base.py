@@ -59,6 +59,11 @@ class Heads:
     geometry: Geometry | None = None
     key_mask: Tensor | None = None
 
+    @property
+    def seen(self) -> Tensor | None:
+        """`key_mask` as torch's attention takes it, (B, 1, 1, N)."""
+        return None if self.key_mask is None else self.key_mask[:, None, None, :]
+
     def each(self, change: Callable[[Tensor], Tensor], bias: Tensor | None) -> Heads:
         """The same with every projection changed and another bias."""
         # Not dataclasses.replace, which torch.compile of torch before 2.12 cannot trace.
@@ -205,6 +210,3 @@ class AttentionOperator(nn.Module, ABC):
     def resample(self, geometry: Geometry) -> None:
         """Fit parameters that are tied to the grid to another one."""
         self.shape = LayerShape(self.shape.num_heads, self.shape.head_dim, geometry)
-
-    def refresh(self) -> None:
-        """Draw anew what is random. Called between training steps, never in forward or in eval."""

@@ -53,9 +53,6 @@ class FeatureMap(nn.Module, ABC):
     def adjust(self, value_H11: Tensor) -> None:
         """Change each head's temperature, or what is nearest to it, by one of the `candidates`."""
 
-    def refresh(self) -> None:
-        """Draw anew what is random."""
-
 
 class Elu(FeatureMap):
     """φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""

@@ -120,10 +120,6 @@ class HybridAttention(AttentionOperator):
         if self.kernel is not None:
             self.kernel.resample(geometry)
 
-    def refresh(self) -> None:
-        if self.kernel is not None:
-            self.kernel.refresh()
-
     def _tile_tables(self) -> list[TileTables]:
         return [tables for tables in self.tables if isinstance(tables, TileTables)]
 

@@ -138,9 +138,6 @@ class KernelAttention(AttentionOperator):
         self.feature.load_state_dict(start)
         self.feature.adjust(chosen_H[:, None, None])
 
-    def refresh(self) -> None:
-        self.feature.refresh()
-
     def _adjusted_error(
         self, start: dict[str, Tensor], value: float, heads: Heads, target_BHND: Tensor
     ) -> Tensor:

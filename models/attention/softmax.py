@@ -58,7 +58,6 @@ def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
 
 def _mask(heads: Heads) -> Tensor | None:
     """The bias, and minus infinity at keys that are padding."""
-    if heads.key_mask is None:
-        return heads.bias
-    keys = heads.key_mask[:, None, None, :]
-    return keys if heads.bias is None else heads.bias.masked_fill(~keys, -torch.inf)
+    if heads.seen is None or heads.bias is None:
+        return heads.bias if heads.seen is None else heads.seen
+    return heads.bias.masked_fill(~heads.seen, -torch.inf)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -50,15 +49,3 @@ def term_rows(term: Term, index: Tensor, heads: Heads) -> Tensor:
         return rows.scatter_add(3, columns, weights[:, :, index])
     rows[:, :, index < weights.shape[2]] = weights[:, :, index[index < weights.shape[2]]]
     return rows
-
-
-def apply_term(term: Term, v_BHND: Tensor) -> Tensor:
-    """The term times V, (B, H, N, D); tests hold the cheap path against it."""
-    if isinstance(term, LowRank):
-        return term.left @ (term.right.transpose(2, 3) @ v_BHND)
-    if isinstance(term, Sparse):
-        return torch.einsum("bhns,bhnsd->bhnd", term.weights, v_BHND[:, :, term.index])
-    out = term.weights @ v_BHND
-    return torch.cat(
-        [out, v_BHND.new_zeros(*v_BHND.shape[:2], v_BHND.shape[2] - out.shape[2], v_BHND.shape[3])], 2
-    )
