@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attention.base import AttentionOperator, Heads
 from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
-from .families import attention_blocks, vit
+from .families import attention_blocks, evaluating, vit
 from .host import AttentionHost, Given, observe
 
 if TYPE_CHECKING:
@@ -39,15 +39,14 @@ def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention
 
     Raises UnsupportedModelError: the images are of another size than the teacher's.
     """
-    teacher.eval()
-    modes = [(layer, layer.training) for layer in layers.values()]
-    blocks, hooks = attention_blocks(teacher), []
-    for index, layer in layers.items():
-        layer.eval()
-        hooks.append(observe(blocks[index].attn, partial(_calibrate_layer, layer, blocks[index].attn)))
+    originals = {index: attention_blocks(teacher)[index].attn for index in layers}
+    hooks = [
+        observe(originals[index], partial(_calibrate_layer, layer, originals[index]))
+        for index, layer in layers.items()
+    ]
     like = next(teacher.parameters())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(teacher, *layers.values()):
             vit(teacher).forward_features(images.to(like))
     except AssertionError as error:  # of timm's patch embedding
         size = "x".join(map(str, images.shape[-2:]))
@@ -55,8 +54,6 @@ def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, training in modes:
-            layer.train(training)
 
 
 def _calibrate_layer(layer: ConvertedAttention, original: nn.Module, given: Given) -> None:

@@ -192,12 +192,8 @@ def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         model = copy.deepcopy(model).to("cpu", torch.float32)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with families.evaluating(model):
+        yield model
 
 
 def _place_data(temporary: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Geometry, Heads, LayerShape, Traits
+from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
 from .prefix import prefix_softmax, prefix_term
 from .softmax import softmax_rows
@@ -51,11 +52,10 @@ class AgentAttention(PooledAttention):
         q, k, v = heads.qkv()
         num_prefix = heads.tokens().num_prefix
         agents, counts = self._agents(heads)
-        precise = torch.promote_types(q.dtype, torch.float32)
-        keys = torch.cat((k[:, :, :num_prefix], agents), 2).to(precise)
-        logits = heads.scale * q[:, :, num_prefix:].to(precise) @ keys.transpose(2, 3) + counts
+        keys = precise(torch.cat((k[:, :, :num_prefix], agents), 2))
+        logits = heads.scale * precise(q[:, :, num_prefix:]) @ keys.transpose(2, 3) + counts
         gathering = softmax_rows(heads.with_qkv(agents, k, v), slice(None))
-        itself = torch.eye(num_prefix, k.shape[2], dtype=precise, device=k.device)
+        itself = torch.eye(num_prefix, k.shape[2], dtype=logits.dtype, device=k.device)
         right = torch.cat((itself.expand(*k.shape[:2], -1, -1), gathering), 2).transpose(2, 3)
         return [prefix_term(heads), LowRank(F.pad(logits.softmax(-1), (0, 0, num_prefix, 0)), right)]
 
@@ -70,7 +70,7 @@ class AgentAttention(PooledAttention):
         """T (B, H, M, D), and the log-counts of the prefix keys and of the agents, in the dtype of q."""
         q, _ = heads.qk()
         cells = self.cells(heads.tokens())
-        precise = q.to(torch.promote_types(q.dtype, torch.float32))
+        own = precise(q)
         with torch.autocast(q.device.type, enabled=False):
-            agents, counts = cell_means(precise, heads, cells), log_counts(heads, cells, precise)
+            agents, counts = cell_means(own, heads, cells), log_counts(heads, cells, own)
         return agents.to(q.dtype), counts.to(q.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .kernel import KernelAttention
+from .kernels import precise
 from .prefix import prefix_softmax, prefix_term
 from .terms import LowRank, Term
 from .tiles import Table, blocks, gather, sparse_term, tile_logits, tiled_softmax
@@ -130,10 +131,9 @@ class HybridAttention(AttentionOperator):
     def _gates(self, heads: Heads) -> list[Tensor]:
         """g of each branch, (B, H, n, 1)."""
         q, _ = heads.qk()
-        precise = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            grid = q[:, :, heads.tokens().num_prefix :].to(precise)
-            gates = grid @ self.gate_weight.to(precise) + self.gate_bias.to(precise)
+            grid = precise(q[:, :, heads.tokens().num_prefix :])
+            gates = grid @ self.gate_weight.to(grid.dtype) + self.gate_bias.to(grid.dtype)
         return list(gates.softmax(-1).split(1, dim=-1))
 
     def _gated(self, heads: Heads) -> Tensor:
@@ -164,14 +164,12 @@ class HybridAttention(AttentionOperator):
     def _joint(self, heads: Heads) -> Outside:
         """The rows of the grid tokens: what is inside, less what the kernel would give there, and the kernel's all."""
         assert self.kernel is not None
-        q, k = heads.qk()
-        precise = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(precise), k.to(precise)
+        q, k = map(precise, heads.qk())
         left, right = self.kernel.features(heads)
         tables = [table for table, _ in self._tables(heads)]
         logits = [tile_logits(q, k, table, heads.scale) for table in _disjoint(tables, heads.tokens())]
         largest = torch.cat([part.amax(-1, keepdim=True) for part in logits], -1).amax(-1, keepdim=True)
-        share = self.inside.to(precise).sigmoid()
+        share = self.inside.to(q.dtype).sigmoid()
         inside = []
         for table, part in zip(tables, logits, strict=True):
             kernel = tile_logits(left, right, table, 1.0).masked_fill(part == -torch.inf, 0.0)

@@ -12,6 +12,7 @@ from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .favor import Favor
 from .features import Cosine, Elu, FeatureMap, Identity, Relu
+from .kernels import precise
 from .learned_features import T2R, Focused, Hedgehog, JointHedgehog
 from .local import DepthwiseConv
 from .normalizers import NORMALIZERS
@@ -108,8 +109,7 @@ class KernelAttention(AttentionOperator):
     def features(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """φ(q) and φ(k), (B, H, N, F), in float32 at least; φ(k) is zero at padding."""
         q, k, v = heads.qkv()
-        precise = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(precise), without_padding(k.to(precise), heads)
+        q, k = precise(q), without_padding(precise(k), heads)
         if self.centre:
             k = without_padding(k - mean_of_keys(k, heads), heads)
         if self.q_conv is not None and self.k_conv is not None:

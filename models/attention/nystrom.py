@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .base import Geometry, Heads, LayerShape, Traits
 from .kernel import without_padding
+from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
 from .prefix import prefix_softmax, prefix_term
 from .terms import LowRank, Term
@@ -127,5 +128,4 @@ def pseudo_inverse(x: Tensor, iterations: int) -> Tensor:
 
 def _precise(heads: Heads) -> tuple[Tensor, Tensor]:
     q, k = heads.qk()
-    precise = torch.promote_types(q.dtype, torch.float32)
-    return q.to(precise), k.to(precise)
+    return precise(q), precise(k)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import QKV, AttentionOperator, Geometry, Heads, Traits
+from .kernels import precise
 from .terms import FirstRows, Term
 
 
@@ -47,8 +48,7 @@ class SoftmaxAttention(AttentionOperator):
 def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
     """Rows of softmax(s Q Kᵀ + bias), (B, H, S, N), in float32 at least."""
     q, k = heads.qk()
-    precise = torch.promote_types(q.dtype, torch.float32)
-    logits = heads.scale * q[:, :, index].to(precise) @ k.to(precise).transpose(2, 3)
+    logits = heads.scale * precise(q[:, :, index]) @ precise(k).transpose(2, 3)
     mask = _mask(heads)
     if mask is not None:
         mask = mask if mask.shape[-2] == 1 else mask[..., index, :]

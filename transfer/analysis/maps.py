@@ -17,7 +17,7 @@ from ...models.attention.base import Heads
 from ...models.conversion import ConvertedAttention
 from ...models.copied import CopiedAttention
 from ...models.errors import TransferError
-from ...models.families import attention_blocks, check_supported
+from ...models.families import attention_blocks, check_supported, evaluating
 from ...models.host import AttentionHost, Given, observe, release_attention
 
 
@@ -153,10 +153,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for block, layer in layers:
             block.attn = layer
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    with evaluating(model):
         yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_whole
 from ...models.errors import TransferError
 from ...models.families import vit
 from .method import Installed, Pairing, TransferMethod
-from .outputs import Recorded, precise
+from .outputs import Recorded
 
 HEADS = ("head", "head_dist")
 

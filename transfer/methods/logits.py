@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_whole
 from ...models.errors import TransferError
 from ...models.families import vit
 from .method import Installed, Pairing, TransferMethod
-from .outputs import Recorded, precise
+from .outputs import Recorded
 
 
 class Logits(TransferMethod):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
-from ...models.attention.kernels import mean_map
+from ...models.attention.kernels import mean_map, precise
 from ...models.copying.tape import average_heads, spread_heads
 
 
@@ -107,8 +107,8 @@ def _expected_logit(student: Heads, teacher: Heads, sizes: list[int]) -> Tensor:
     q, k = student.qk()
     keys = spread_heads(k, sizes)
     mean_key = average_heads(apply_map(*teacher.qk(), keys, teacher.scale, teacher.bias), sizes)
-    precise = torch.promote_types(mean_key.dtype, torch.float32)
-    return student.scale * (q.to(precise) * mean_key.to(precise)).sum(-1)
+    mean_key = precise(mean_key)
+    return student.scale * (q.to(mean_key.dtype) * mean_key).sum(-1)
 
 
 def _expected_bias(

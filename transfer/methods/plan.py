@@ -17,6 +17,7 @@ from ...models.families import (
     AttentionShape,
     attention_blocks,
     attention_shape,
+    evaluating,
     has_relative_bias,
     token_layout,
 )
@@ -62,9 +63,8 @@ class TransferPlan:
             (student, {link.pair.student for link in self.links}, images),
         ):
             tape = Tape(Step(grids))
-            was_training = model.training
-            view_attention(model.eval(), layers, tape, ("q", "k"), output=False)(batch)
-            model.train(was_training)
+            with evaluating(model):
+                view_attention(model, layers, tape, ("q", "k"), output=False)(batch)
             tapes.append(tape)
         links = tuple(replace(link, heads=_matched(link, *tapes)) for link in self.links)
         return replace(self, links=links, needs_calibration=False)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...models.attention.kernels import precise
 from ...models.families import attention_blocks, vit
 
 Predictor = Callable[[Tensor], Tensor]
@@ -85,5 +86,5 @@ def _keep_output(kept: dict[int, Tensor], layer: int, _: nn.Module, inputs: obje
 
 
 def _pooled(feature: Tensor) -> Tensor:
-    feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    feature = precise(feature)
     return feature.mean(1) if feature.ndim == 3 else feature.flatten(1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
-from ...models.attention.kernels import same_dtype
+from ...models.attention.kernels import precise, same_dtype
 from ...models.attention.softmax import softmax_rows
 from ...models.attention.terms import FirstRows, LowRank, Sparse, Term
 
@@ -94,11 +94,7 @@ def _logsumexp(teacher: Heads, factor: float) -> Tensor:
 def _precise(term: Term) -> Term:
     """The term in float32, whose products would overflow in half precision."""
     if isinstance(term, LowRank):
-        return LowRank(_float(term.left), _float(term.right))
+        return LowRank(precise(term.left), precise(term.right))
     if isinstance(term, Sparse):
-        return Sparse(_float(term.weights), term.index)
-    return FirstRows(_float(term.weights))
-
-
-def _float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return Sparse(precise(term.weights), term.index)
+    return FirstRows(precise(term.weights))
