@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...checkpoints.atomic import write_file
+from ...checkpoints.atomic import write_text
 from ...models.errors import ConfigError, GraftError, RunFailedError
 from ...models.json_types import JsonDict
 
@@ -45,16 +45,11 @@ class Fence:
                 f"process {holder['pid']} is writing the run in {self.folder}: "
                 "stop it first, or give another output_dir"
             )
-        text = json.dumps({"token": self.token, **_me()}) + "\n"
-
-        def write(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir={self.folder} cannot be written: {error.strerror}") from error
-        write_file(self.path, write, size=len(text))
+        write_text(self.path, json.dumps({"token": self.token, **_me()}) + "\n")
 
     def check(self) -> None:
         """Raises FencedError where another attempt has taken the run over, or the run folder is gone."""

@@ -11,9 +11,10 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ...checkpoints.atomic import write_file, write_folder
+from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.folders import STAGES_FILE
 from ...models.errors import ConfigError
 from ...models.json_types import JsonDict
@@ -104,12 +105,7 @@ def _write_results(path: Path, results: dict[str, RunResult]) -> None:
         name: {"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}
         for name, result in results.items()
     }
-    text = json.dumps(measured, indent=2) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_file(path, write, size=len(text))
+    write_text(path, json.dumps(measured, indent=2) + "\n")
 
 
 def _publish(last: Path, folder: Path) -> None:
@@ -117,7 +113,7 @@ def _publish(last: Path, folder: Path) -> None:
         source = last / name
         if source.is_dir():
             size = sum(path.stat().st_size for path in source.iterdir())
-            write_folder(folder / name, lambda new, source=source: _copy(source, new), size=size)  # type: ignore[misc]
+            write_folder(folder / name, partial(_copy, source), size=size)
 
 
 def _copy(source: Path, folder: Path) -> None:
