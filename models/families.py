@@ -207,7 +207,7 @@ def fills(embedding: Any, images: tuple[int, int]) -> bool:
 def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None:
     """UnsupportedModelError where a model that takes any image size cannot take this one, by default its own."""
     size = image_size(model) if size is None else size
-    if size is not None and not fills(vit(model).patch_embed, size):
+    if size is not None and not fills(getattr(model, "patch_embed", None), size):
         patch = patch_size(model)
         raise UnsupportedModelError(
             f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, as a model with "
