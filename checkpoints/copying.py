@@ -68,7 +68,7 @@ def make_whole(weights: Weights, load_pretrained: Callable[..., Pretrained], *, 
 
 
 def is_unnamed(architecture: str | None, provenance: Json) -> bool:
-    """Whether this is a bare student that does not say so, as older versions wrote them."""
+    """Whether this is a bare student of an older version, which did not mark them."""
     return architecture != ARCHITECTURE and copies(provenance) and not provenance.get(BARE)
 
 
@@ -82,7 +82,7 @@ def refuse_unnamed(architecture: str | None, provenance: Json, origin: str) -> N
 
 
 def refuse_as_start(weights: Weights) -> None:
-    """CheckpointError for weights of a student that copies attention: another model cannot go on from them."""
+    """CheckpointError for weights of a student that copies attention: another model cannot start from them."""
     if weights.architecture == ARCHITECTURE:
         method = weights.model_args["copied"]["method"]
         raise CheckpointError(
@@ -107,7 +107,7 @@ def _bare(weights: Weights) -> Weights:
 
 
 def _marked(weights: Weights) -> Weights:
-    """With a word on it, and without the accuracy of the whole."""
+    """The weights with a note that they are bare, and without the accuracy of the whole student."""
     made = {key: value for key, value in weights.provenance.items() if key not in ("results", COST)}
     return replace(weights, provenance=made | {BARE: True}, notes=(*weights.notes, BARE_WORDS))
 
@@ -132,7 +132,7 @@ def _known(weights: Weights) -> Json:
 
 
 def _load_part(weights: Weights, load_pretrained: Callable[..., Pretrained]) -> dict[str, Tensor]:
-    """That part of the teacher, loaded as the run loaded it."""
+    """The part of the teacher that the student needs, loaded as the run loaded it."""
     known = _known(weights)
     try:
         recipe: Json = weights.provenance["recipe"]["teacher"]

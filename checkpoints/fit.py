@@ -39,7 +39,7 @@ class Match:
 
     @property
     def problems(self) -> dict[str, list[str]]:
-        """What stands against loading, by kind."""
+        """The reasons not to load, by kind."""
         kinds = {"wrong tensors": self.wrong, "missing keys": self.absent, "unexpected keys": self.foreign}
         return {kind: keys for kind, keys in kinds.items() if keys}
 
@@ -47,7 +47,7 @@ class Match:
 def fit(
     model: nn.Module, weights: Weights, *, role: Role, method: Method, classifiers: tuple[str, ...]
 ) -> LoadReport:
-    """Loads `weights` into `model` in place.
+    """Load `weights` into `model` in place.
 
     Position embeddings are resampled to the model's grid by `method`; nothing else changes its shape.
     Keys that are missing or unexpected must have a reason (`KeyRules`). A teacher's norms get the epsilon that
@@ -123,7 +123,7 @@ def own_norm_eps(model: nn.Module, fresh: nn.Module, architecture: str) -> float
 
 
 def _set_norm_eps(model: nn.Module, epsilon: float) -> None:
-    """Of all norms but those of a teacher in the model, which are as `models/copied.py` builds them."""
+    """Set the epsilon of all norms, except those of a teacher inside the model (`models/copied.py` sets these)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) and not name.startswith("teacher."):
             module.eps = epsilon
@@ -149,7 +149,7 @@ def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[
 
 
 def without_values(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors have shapes alone, as in a dry run."""
+    """Whether tensors have shapes only, as in a dry run."""
     return any(tensor.is_meta for tensor in tensors.values())
 
 

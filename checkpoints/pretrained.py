@@ -35,33 +35,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A frozen model in eval mode, and what is known of it."""
+    """A frozen model in eval mode with its description."""
 
     model: nn.Module
     source: str
-    """As the user gave it."""
+    """The source as the user wrote it."""
     architecture: str
     """timm name, without a tag."""
     preprocessing: Preprocessing
-    """How its images are made."""
+    """How its images are prepared."""
     license: str | None
     revision: str | None
     """Commit on the hub."""
     has_head: bool
-    """Whether it classifies, with the weights' own head."""
+    """Whether it has the head of the weights."""
     report: LoadReport
     model_args: Json = field(default_factory=dict)
-    """What timm's constructor needs besides the architecture."""
+    """The arguments of timm's constructor beside the architecture."""
     provenance: Json = field(default_factory=dict)
-    """Of a student of this package: what it learned from and how."""
+    """What a student of this package learned from, and how."""
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where the weights say them."""
     digest: str | None = None
-    """Of the weights as the source has them (`identity.py`), where `load_pretrained` was asked for it."""
+    """The digest of the weights in the source (`identity.py`), if `load_pretrained` was asked for it."""
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel, of images in 0..1."""
+        """Mean of each channel, of images in 0..1."""
         return self.preprocessing.mean
 
     @property
@@ -176,7 +176,7 @@ def load_weights(
     revision: str | None = None,
     download: bool = True,
 ) -> LoadReport:
-    """Loads any source into `model`, to train on from there.
+    """Load any source into `model`, to continue training from it.
 
     A head that is absent or of another size stays fresh, and so does the final norm where the pooling
     differs; the report says it. Without `download` the weights behind a timm name are held against the model by their
@@ -203,7 +203,7 @@ def load_weights(
 
 @dataclass(frozen=True)
 class Head:
-    """What a head tells apart."""
+    """The classes of a head."""
 
     num_classes: int = 0
     """0 without a head."""
@@ -241,7 +241,7 @@ def _look_up(source: str) -> tuple[JsonDict, Weights | None]:
 
 
 def _described(weights: Weights) -> JsonDict:
-    """What timm says of the architecture, and above it what the weights say of themselves."""
+    """timm's description of the architecture, with what the weights state in place of timm's values."""
     return published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
 
 
@@ -319,9 +319,9 @@ def _without_origin(config: Json, weights: Weights) -> JsonDict:
 
 
 def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
-    """Of the head that the weights have, 0 without one.
+    """The number of classes of the head in the weights, 0 without a head.
 
-    Raises CheckpointError: they have a half of it, or say another number.
+    Raises CheckpointError: half of the head is missing, or the weights state another number.
     """
     parts = [key for key in weights.tensors if key.rpartition(".")[0] in classifiers]
     head = weights.tensors.get(f"{classifiers[0]}.weight")

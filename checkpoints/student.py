@@ -46,7 +46,7 @@ def save_student(
     overwrite: bool = False,
     **how: Any,
 ) -> Path:
-    """Writes the model of any source alone, without teacher, optimiser or average, and returns its folder.
+    """Write the model of any source, without teacher, optimizer or average, and return its folder.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it wherever the architecture is timm's own and
     the weights are in one file; `graftvit.load(FOLDER)` always. Weights keep their bits unless `dtype` is given.
@@ -105,10 +105,10 @@ def write_student(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
-    """Writes weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
+    """Write weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
 
     Args:
-        architecture: timm name; a tag is dropped, for the weights are no longer those that it names.
+        architecture: timm name; a tag is dropped, because the weights are no longer the published ones.
         model_args: what timm's constructor needs besides the name to build this model; JSON.
         preprocessing: how its images are made, as it was trained and measured.
         provenance: what the model learned from and how (`provenance.py`); JSON.

@@ -31,7 +31,7 @@ from .families import (
     vit,
 )
 from .host import AttentionHost
-from .initialize import Weights, initialize
+from .initialize import KeptWeights, initialize
 from .json_types import Json, JsonDict
 from .operators import check_choice, create_operator
 from .plan import KEEP, Choice, parse_plan, plan_text
@@ -98,22 +98,22 @@ def convert(
     model: nn.Module,
     plan: str | Mapping[Any, str],
     *,
-    weights: Weights = "all",
+    weights: KeptWeights = "all",
     calibration: Tensor | None = None,
 ) -> nn.Module:
     """A copy of `model` whose layers have the operators of `plan` (`models/plan.py`).
 
-    A layer that is already converted is converted anew, from the attention layer that it stands for.
+    A layer that is converted already is converted again, from its original attention layer.
 
     Args:
-        weights: "all" keeps every weight; "mlp" draws the attention of converted layers anew, as timm does for the
-            family; "none" draws everything anew.
-        calibration: images (B, 3, H, W), normalised as the model's; each operator that can starts from them near
-            the output of its layer in `model`, on that layer's own inputs, and never further than without.
+        weights: "all" keeps every weight; "mlp" initializes the attention of converted layers again, as timm does for
+            the family; "none" initializes every weight again.
+        calibration: images (B, 3, H, W), normalized for the model. Each operator that can be calibrated starts near
+            the output of its layer in `model` on these images, and never further away than without them.
 
     Raises:
         UnsupportedModelError: no adapter covers the model, or an operator cannot stand in for a layer.
-        ConfigError: the plan is none, or names a layer or operator that is not there.
+        ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
     student = _softmax_only(copy.deepcopy(model))
     check_supported(student)
@@ -142,7 +142,7 @@ def convert(
 
 
 def _softmax_only(model: nn.Module) -> nn.Module:
-    """`model`, changed in place, with the layers that its converted ones stand for."""
+    """`model`, changed in place, with the original layers in place of the converted ones."""
     for block in attention_blocks(model):
         layer = getattr(block, "attn", None)
         if isinstance(layer, ConvertedAttention):
@@ -166,14 +166,14 @@ def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the conversion brought: those of the operators."""
+    """The parameters that the conversion added: the operators' own."""
     return [
         parameter for layer in converted_layers(model).values() for parameter in layer.operator.parameters()
     ]
 
 
 def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """Multiply-adds of the attention of one image: of a softmax layer, and of each converted layer by its number."""
+    """Multiply-adds of attention for one image: in a softmax layer, and in each converted layer by its number."""
     layout, layer = token_layout(model), attention_shape(model)
     geometry = Geometry(layout.num_prefix, layout.grid)
     softmax = create_operator(Choice(KEEP), LayerShape(layer.num_heads, layer.head_dim, geometry)).macs(
@@ -183,12 +183,12 @@ def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
 
 
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Another image size (height, width) for a model, converted or not, in place.
+    """Change the image size (height, width) of a model in place, converted or not.
 
-    timm resamples position embeddings, the operators what they have that is tied to the grid. The model keeps
-    operators of the size that it was converted at: a window stays as wide as it was.
+    timm resamples the position embeddings; operators resample the parameters that are tied to the grid. Operators
+    keep the sizes of their conversion: a window stays as wide as it was.
 
-    Raises UnsupportedModelError: the family cannot, or the patches do not fit.
+    Raises UnsupportedModelError: the family has one size alone, or the patches do not fit.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
     patch = patch_size(model)

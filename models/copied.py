@@ -39,13 +39,13 @@ PLACES = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "pretrain
 
 @dataclass(frozen=True)
 class CopiedTeacher:
-    """How timm builds the teacher, and how its images are normalised."""
+    """How timm builds the teacher, and how its images are normalized."""
 
     architecture: str
     model_args: Json
     normalization: Normalization
     norm_eps: float | None = None
-    """Of all its norms, where it is not the architecture's own."""
+    """The epsilon of all its norms, where it differs from the architecture's."""
 
     def build(self) -> nn.Module:
         """The whole teacher, with fresh weights."""
@@ -65,11 +65,11 @@ class Copying:
     heads: tuple[tuple[tuple[int, ...] | None, ...], ...]
     """By layer: for each student head the teacher heads whose mean it takes; None where it is left alone."""
     normalization: Normalization
-    """Of the student's images."""
+    """How the student's images are normalized."""
     teacher: CopiedTeacher
 
     def to_json(self) -> JsonDict:
-        """As the argument `copied` of the architecture."""
+        """Return the argument `copied` of the architecture."""
         norms = [dict(each.normalization._asdict()) for each in (self, self.teacher)]
         return {
             **asdict(self),
@@ -79,7 +79,7 @@ class Copying:
 
     @classmethod
     def from_json(cls, described: Json) -> Copying:
-        """From that argument. Raises ValueError where it is none."""
+        """Read that argument. Raises ValueError where it is invalid."""
         try:
             return cls(
                 str(described["method"]),
@@ -97,7 +97,7 @@ class Copying:
             ) from error
 
     def links(self, teacher: nn.Module, student: nn.Module) -> list[Link]:
-        """Which heads and tokens of which layers go together. Raises ValueError for one that is not there."""
+        """Pair the heads and tokens of each pair of layers. Raises ValueError for one that does not exist."""
         shapes = attention_shape(teacher), attention_shape(student)
         given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
         students = {pair.student for pair in self.layers}
@@ -112,7 +112,7 @@ class Copying:
 
 
 class CopiedAttention(AttentionHost):
-    """A host that stays: its layer runs with the teacher's attention, in training and ever after."""
+    """A permanent host: its layer runs with the teacher's attention, in training and afterwards."""
 
     permanent = True
     operator: Copy
@@ -144,7 +144,7 @@ class TeacherFirst:
         replay_blocks(student, self.tape.moment)
 
     def forget(self, module: nn.Module, inputs: object, output: object) -> None:
-        """Drops what the teacher gave, once no layer of this forward pass reads it any more."""
+        """Drop the teacher's outputs once no layer of this forward pass needs them."""
         if not self.tape.replaying:
             self.tape.end()
 
@@ -194,9 +194,9 @@ def with_copying(architecture: str, arguments: Json, copying: Copying) -> tuple[
 
 
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Another image size (height, width) for a model, converted, copying or not, in place.
+    """Change the image size (height, width) of a model in place, also of one that copies attention.
 
-    As `conversion.resize`; the teacher's part takes the size at which it has the student's grid.
+    As `conversion.resize`; the teacher's part gets the size at which its grid is the student's.
 
     Raises UnsupportedModelError: a family cannot, or the patches do not fit.
     """

@@ -1,4 +1,4 @@
-"""What one image costs, counted from the layers."""
+"""Multiply-adds and parameters of a model, counted from its layers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def copied_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _map_macs(model: nn.Module, block: nn.Module, teacher_width: int) -> int:
-    """Of softmax attention: 2 N² D a head, by whomever's queries and keys."""
+    """Multiply-adds of softmax attention: 2 N² D a head, whichever model computes the queries and keys."""
     attention: Any = block.attn
     tokens, own_width = token_layout(model).num_tokens, _head_dim(attention)
     own = 2 * tokens**2 * own_width * int(attention.num_heads)

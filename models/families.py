@@ -32,7 +32,7 @@ class Block(nn.Module):
     """What is read of a transformer block of timm: a type for attributes that `nn.Module` does not declare."""
 
     attn: Any
-    """timm's attention layer, or a host that stands for it."""
+    """timm's attention layer, or the host that replaces it."""
     mlp: Any
 
 
@@ -105,8 +105,8 @@ class AttentionShape:
 def check_supported(model: nn.Module, *, copied: bool = False) -> None:
     """Raise `UnsupportedModelError` where the model or any block of it is of a kind that no adapter covers.
 
-    A model that copies its teacher's attention is one only for those who say `copied`: it has none of its own that
-    could be converted, taught or learned from.
+    A model that copies its teacher's attention is supported only with `copied`: it has no attention of its own to
+    convert, to teach or to learn from.
     """
     name = type(model).__name__
     if not copied and hasattr(model, "copied"):
@@ -119,7 +119,7 @@ def check_supported(model: nn.Module, *, copied: bool = False) -> None:
         raise UnsupportedModelError(f"{name} is not a supported model; supported are {SUPPORTED}")
     for index, block in enumerate(attention_blocks(model)):
         attention = getattr(block, "attn", None)
-        attention = getattr(attention, "original", attention)  # of a host, the layer that it stands for
+        attention = getattr(attention, "original", attention)  # a host has the layer that it replaces
         if not isinstance(block, BLOCKS) or not isinstance(attention, ATTENTIONS):
             part = (
                 type(block).__name__
@@ -172,7 +172,7 @@ def has_relative_bias(model: nn.Module) -> bool:
 def token_layout(model: nn.Module) -> TokenLayout:
     """The tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width).
 
-    They are those of images of the size that the model was built for; with `dynamic_img_size` others have another grid.
+    The grid is for the image size of the model; with `dynamic_img_size` other sizes have other grids.
     """
     registers = getattr(model, "reg_token", None)
     prefix = ["cls"] if vit(model).cls_token is not None else []
@@ -189,15 +189,16 @@ def token_layout(model: nn.Module) -> TokenLayout:
 
 
 def patch_grid(embedding: Any, images: tuple[int, int]) -> tuple[int, int]:
-    """Patches (down, across) that a patch embedding cuts images of a size (height, width) into; what is left over is
-    no patch, or one that is filled up."""
+    """The patches (down, across) of images of a size (height, width). Pixels left over are dropped or padded."""
     height, width = embedding.dynamic_feat_size(images)
     return int(height), int(width)
 
 
 def fills(embedding: Any, images: tuple[int, int]) -> bool:
-    """Whether a patch embedding takes images of this size (height, width), if it takes any: whole patches alone, unless
-    it pads them. One of a single size takes what it was built for and leaves out what is over."""
+    """Whether patches fill images of this size (height, width), as an embedding that takes any size needs it.
+
+    An embedding that pads takes every size. One of a single size takes its own and ignores pixels beyond the patches.
+    """
     if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", True):
         return True
     patch = embedding.patch_size

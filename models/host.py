@@ -1,4 +1,4 @@
-"""The module that stands where a timm block's attention stood.
+"""The module that replaces the attention of a timm block.
 
 A host shares the parameters, buffers and submodules of the timm attention that it replaces, under the same
 names, so state dicts do not change. It projects tokens to queries, keys and values (with the layer's own norms
@@ -47,10 +47,10 @@ def _given(
 
 
 class AttentionHost(nn.Module):
-    """A timm attention layer around any operator; `original` is the layer it stands for."""
+    """A timm attention layer around any operator; `original` is the layer that it replaces."""
 
     permanent = False
-    """Whether the model is saved with its host, and not with the layer that it stands for."""
+    """Whether the model is saved with its host, and not with the original layer."""
     geometry: Geometry | None = None
     """The tokens of the sequence, where an operator may need them."""
 

@@ -11,7 +11,7 @@ from torch import nn
 from .errors import ConfigError, did_you_mean
 from .families import attention_blocks, vit
 
-Weights = Literal["all", "mlp", "none"]
+KeptWeights = Literal["all", "mlp", "none"]
 WEIGHTS: dict[str, str] = {
     "all": "every weight is the teacher's",
     "mlp": "the attention of converted layers is fresh, all other weights are the teacher's",

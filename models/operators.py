@@ -47,7 +47,7 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
 """By name; the first argument of each is the `LayerShape`, the others are options."""
 
 MOST = 16_384
-"""Of an option: features, landmarks, windows, iterations. A plan may come from a file, and its sizes are built."""
+"""The largest number of an option (features, landmarks, windows, iterations): a plan may come from any file."""
 
 
 def register_operator(name: str, create: Callable[..., AttentionOperator]) -> None:

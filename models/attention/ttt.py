@@ -16,7 +16,7 @@ KERNEL = 3
 INITIAL_STD = 0.02
 
 
-class Weights(NamedTuple):
+class InnerWeights(NamedTuple):
     """W₁, W₂ and W₃ of the inner network, each (H, D, D), or (B, H, D, D) after its step."""
 
     gated: Tensor
@@ -56,7 +56,7 @@ class TTTAttention(AttentionOperator):
             queries, keys = q.to(precise), normalized_keys(k.to(precise))
             queries = queries + self.q_conv(queries, heads.tokens())
             keys = keys + self.k_conv(keys, heads.tokens())
-            weights = Weights(*(weight.to(precise) for weight in (self.gated, self.linear, self.out)))
+            weights = InnerWeights(*(weight.to(precise) for weight in (self.gated, self.linear, self.out)))
             learned = inner_step(weights, keys, v.to(precise) * (heads.scale / v.shape[2]))
             return answer(learned, queries).to(v.dtype)
 
@@ -73,7 +73,7 @@ def normalized_keys(k_BHND: Tensor) -> Tensor:
     return (k_BHND - mean) * (variance + NORM_EPSILON).rsqrt()
 
 
-def inner_step(weights: Weights, k_BHND: Tensor, v_BHND: Tensor) -> Weights:
+def inner_step(weights: InnerWeights, k_BHND: Tensor, v_BHND: Tensor) -> InnerWeights:
     """The weights after one step of gradient descent on −Σ_j v_j · f_W(k_j), in closed form."""
     gate, linear = k_BHND @ weights.gated, k_BHND @ weights.linear
     sigmoid = gate.sigmoid()
@@ -81,14 +81,14 @@ def inner_step(weights: Weights, k_BHND: Tensor, v_BHND: Tensor) -> Weights:
     hidden = v_BHND @ weights.out.transpose(-1, -2)
     slope = sigmoid + gated * (1 - sigmoid)  # of silu
     keys_BHDN = k_BHND.transpose(2, 3)
-    return Weights(
+    return InnerWeights(
         weights.gated + keys_BHDN @ (hidden * linear * slope),
         weights.linear + keys_BHDN @ (hidden * gated),
         weights.out + (gated * linear).transpose(2, 3) @ v_BHND,
     )
 
 
-def answer(weights: Weights, x_BHND: Tensor) -> Tensor:
+def answer(weights: InnerWeights, x_BHND: Tensor) -> Tensor:
     """f_W(x) = (silu(x W₁) ⊙ x W₂) W₃."""
     return (F.silu(x_BHND @ weights.gated) * (x_BHND @ weights.linear)) @ weights.out
 

@@ -1,4 +1,4 @@
-"""What the teacher is shown: the student's images, normalised and sized as the teacher was trained."""
+"""Turn the student's images into the teacher's: its normalization and its image size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Renormalized(nn.Module):
         size = self.teacher_size((images.shape[-2], images.shape[-1]))
         if not self.same_normalization:
             images = images * self.scale + self.shift
-        if images.shape[-2:] != size:  # in float32, for torch has no such resize in half precision
+        if images.shape[-2:] != size:  # in float32: torch has no such resize in half precision
             precise = images.to(torch.promote_types(images.dtype, torch.float32))
             images = F.interpolate(precise, size, mode="bicubic", antialias=True).to(images.dtype)
         return images

@@ -128,7 +128,7 @@ class CopyKind:
 
     @property
     def copies_map(self) -> bool:
-        """Whether it is the whole map, which the teacher's queries and keys make."""
+        """Whether the student copies the whole map, made of the teacher's queries and keys."""
         return len(self.parts) > 1
 
     def operator(self, link: Link, tape: Tape) -> Copy:
@@ -172,7 +172,7 @@ def _with_values(heads: Heads, values: Tensor) -> Heads:
 
 
 @dataclass
-class Recorder:
+class KeepHeads:
     """A teacher operator: keeps the layer's projections, and its output where that is asked for."""
 
     layer: int

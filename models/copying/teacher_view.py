@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..families import attention_blocks, vit
 from ..host import AttentionHost
-from .operators import Recorder
+from .operators import KeepHeads
 from .tape import Tape
 
 M = TypeVar("M", bound=nn.Module)
@@ -27,7 +27,7 @@ AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head_drop", "head", "head_dist"
 class LastAttention(nn.Module):
     """The attention of the last block that is needed, and nothing after it."""
 
-    def __init__(self, block: nn.Module, host: AttentionHost, recorder: Recorder) -> None:
+    def __init__(self, block: nn.Module, host: AttentionHost, recorder: KeepHeads) -> None:
         super().__init__()
         self.norm1: nn.Module = (
             nn.Identity() if isinstance(block, POST_NORM) else block.get_submodule("norm1")
@@ -99,7 +99,7 @@ def view_attention(
         blocks.append(twin)
         if index not in layers:
             continue
-        recorder = Recorder(index, tape, keep_output=output)
+        recorder = KeepHeads(index, tape, keep_output=output)
         if index == last:
             recorder.needs = parts if not output else recorder.needs
         host = AttentionHost(block.attn, recorder)

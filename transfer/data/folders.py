@@ -127,7 +127,7 @@ def count_shared(one: Found, other: Found) -> int:
     return len(one.keys() & other.keys())
 
 
-class FolderSource:
+class FolderImages:
     """The images of a folder, numbered by the names of their folders, in natural order of their paths."""
 
     def __init__(self, found: Found, mode: str) -> None:

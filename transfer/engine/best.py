@@ -20,7 +20,7 @@ Kind = Family | Literal["objective"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Criterion:
     """A number of an evaluation, `test_<key>` in the log."""
 
     key: str
@@ -41,10 +41,10 @@ class Choice:
         return best is None or (value < best if self.smaller else value > best)
 
 
-CHOICES: dict[Metric, Choice] = {
-    "top1": Choice("top1", "top1"),
-    "knn": Choice("knn_top1", "knn"),
-    "probe": Choice("probe_top1", "probe"),
+CRITERIA: dict[Metric, Criterion] = {
+    "top1": Criterion("top1", "top1"),
+    "knn": Criterion("knn_top1", "knn"),
+    "probe": Criterion("probe_top1", "probe"),
 }
 
 
@@ -62,7 +62,7 @@ def choose(
     loader: EvalLoader | None,
     student: nn.Module,
     teacher: nn.Module | None,
-) -> Choice | None:
+) -> Criterion | None:
     """The number that `engine.metric` asks for; None where nothing is evaluated, and the last state is the best.
 
     `head` is the student's, `loader` has the test images.
@@ -94,10 +94,10 @@ def choose(
         )
     if metric == "distance":
         same_width = teacher is not None and _width(teacher) == _width(student)
-        return Choice("relative_error" if same_width else "cka", "distance")
+        return Criterion("relative_error" if same_width else "cka", "distance")
     if metric == "loss":
-        return Choice("loss", "top1") if mode.needs_labels else Choice("objective", "objective")
-    return CHOICES[metric]
+        return Criterion("loss", "top1") if mode.needs_labels else Criterion("objective", "objective")
+    return CRITERIA[metric]
 
 
 def _width(model: nn.Module) -> int:

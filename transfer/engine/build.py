@@ -39,7 +39,7 @@ from ..data.loaders import (
 from ..data.randomness import preserved
 from ..metrics.measure import PROBES
 from ..staging.archives import is_packed
-from .best import Choice, choose, classifies
+from .best import Criterion, choose, classifies
 from .modes import TEACHER, Mode, Models, mode_of
 from .optim import check_optimizer
 from .parallel import check_layers_apart
@@ -66,7 +66,7 @@ class Parts:
     eval_loader: EvalLoader | None
     classified: bool
     """Whether the student's head can be scored by the labels of the test images."""
-    choice: Choice | None
+    choice: Criterion | None
     """What picks the best state; None where the last one is."""
     reference_loader: EvalLoader | None
     """The labelled training images, where the choice needs them."""

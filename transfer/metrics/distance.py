@@ -42,7 +42,7 @@ class Distances:
     layers: Mapping[int, Distance] = field(default_factory=dict)
 
 
-class Comparison:
+class DistanceSums:
     """Sums over batches of rows, from which a `Distance` follows. Nothing here waits for the device.
 
     Means and products are merged batch by batch (Chan, Golub and LeVeque 1983): features have columns whose mean
@@ -156,8 +156,8 @@ def measure_distances(
 
     Call it on all processes. The models are in eval mode already. Raises DataError: there is no image.
     """
-    features = {name: Comparison() for name in students}
-    blocks = {name: {pair: Comparison() for pair in layers[name].pairs} for name in students}
+    features = {name: DistanceSums() for name in students}
+    blocks = {name: {pair: DistanceSums() for pair in layers[name].pairs} for name in students}
     for images, _, valid in batches:
         images, valid = images.to(device, non_blocking=True), valid.to(device, non_blocking=True)
         theirs = teacher(images)

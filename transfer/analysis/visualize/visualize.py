@@ -19,7 +19,7 @@ from ....models.plan import layer_numbers
 from ..report.ink import to_png
 from ..report.pages import Plot
 from ..report.tables import to_json
-from .layer_figures import Comparison, Numbers, draw_layers
+from .layer_figures import MapDistance, Numbers, draw_layers
 from .look import (
     Look,
     Summary,
@@ -113,15 +113,15 @@ class Seen:
             for name, found in self.looks.items()
         }
 
-    def comparison(self) -> Comparison | None:
+    def comparison(self) -> MapDistance | None:
         """Return the distance from the teacher; None without one."""
         if not self.js:
             return None
         patches = ([each.patches for each in self.looks[name]] for name in ("teacher", "student"))
-        return Comparison(torch.tensor(self.js).mean(0).tolist(), cka(*patches))
+        return MapDistance(torch.tensor(self.js).mean(0).tolist(), cka(*patches))
 
 
-def _plain(numbers: dict[str, Numbers], between: Comparison | None) -> JsonDict:
+def _plain(numbers: dict[str, Numbers], between: MapDistance | None) -> JsonDict:
     """Return `entropy` and `distance` by layer and head of each model, `js` and `cka` by layer."""
     models: JsonDict = {
         name: {"entropy": each.entropy.tolist(), "distance": each.distance.tolist()}
