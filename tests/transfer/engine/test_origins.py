@@ -39,7 +39,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
-    monkeypatch.setattr(building, "load_teacher", hub.load)
+    monkeypatch.setattr(building, "load_pretrained", hub.load)
     monkeypatch.setattr(building, "load_weights", hub.start)
     return hub
 
