@@ -117,8 +117,8 @@ def convert(
     """
     student = _softmax_only(copy.deepcopy(model))
     check_supported(student)
-    blocks, layout, layer = attention_blocks(student), token_layout(student), attention_shape(student)
-    tokens = TokenGrid(student, Geometry(layout.num_prefix, layout.grid), image_size(student))
+    blocks, layer = attention_blocks(student), attention_shape(student)
+    tokens = TokenGrid(student, token_layout(student).geometry, image_size(student))
     shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
     choices = parse_plan(plan, len(blocks))
     for choice in choices:
@@ -174,11 +174,9 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
     """Multiply-adds of attention for one image: in a softmax layer, and in each converted layer by its number."""
-    layout, layer = token_layout(model), attention_shape(model)
-    geometry = Geometry(layout.num_prefix, layout.grid)
-    softmax = create_operator(Choice(KEEP), LayerShape(layer.num_heads, layer.head_dim, geometry)).macs(
-        geometry
-    )
+    geometry, layer = token_layout(model).geometry, attention_shape(model)
+    shape = LayerShape(layer.num_heads, layer.head_dim, geometry)
+    softmax = create_operator(Choice(KEEP), shape).macs(geometry)
     return softmax, {index: each.operator.macs(geometry) for index, each in converted_layers(model).items()}
 
 
@@ -202,9 +200,8 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
         name = type(model).__name__
         raise UnsupportedModelError(f"{name} cannot be resized to {size[0]}x{size[1]}: {error}") from error
-    layout = token_layout(model)
     for layer in converted_layers(model).values():
-        layer.tokens.geometry = Geometry(layout.num_prefix, layout.grid)
+        layer.tokens.geometry = token_layout(model).geometry
         layer.operator.resample(layer.tokens.geometry)
 
 

@@ -19,8 +19,8 @@ def dense_macs(model: nn.Module) -> int:
     With those of the attention maps (`conversion.layer_macs`) these are all of a model but norms and activations,
     and an attention pool where it has one. Projections that a copied layer takes from its teacher are not among them.
     """
-    layout = token_layout(model)
-    tokens, patches = layout.num_tokens, layout.grid[0] * layout.grid[1]
+    geometry = token_layout(model).geometry
+    tokens, patches = geometry.num_tokens, geometry.num_patches
     blocks = attention_blocks(model)
     linear = [module for block in blocks for module in _linear(block)]
     heads = [head for name in ("head", "head_dist") for head in _linear(getattr(model, name, None))]

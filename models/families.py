@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from .attention.base import Geometry
 from .errors import UnsupportedModelError
 from .json_types import JsonDict
 
@@ -89,7 +90,12 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prefix + self.grid[0] * self.grid[1]
+        return self.geometry.num_tokens
+
+    @property
+    def geometry(self) -> Geometry:
+        """The same sequence, without the kinds of its prefix tokens."""
+        return Geometry(self.num_prefix, self.grid)
 
 
 @dataclass(frozen=True)
