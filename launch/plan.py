@@ -8,13 +8,13 @@ from torch import nn
 
 from ..models.errors import counted
 from ..transfer.config import RunConfig
+from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
 from ..transfer.engine.modes import mode_of
 from ..transfer.engine.optim import peak_learning_rate
 from ..transfer.engine.resume import changes, describe_changes
 from ..transfer.engine.tasks import TransferTask
-from ..transfer.staging.archives import is_packed
 from .memory import describe_memory, parameter_count
 
 

@@ -26,6 +26,7 @@ from ...models.families import vit
 from ...models.json_types import JsonDict
 from ...models.lora import add_lora
 from ..config import DataConfig, RunConfig
+from ..data.archives import is_packed
 from ..data.datasets import check_dataset
 from ..data.loaders import (
     AbsentTrainLoader,
@@ -38,7 +39,6 @@ from ..data.loaders import (
 )
 from ..data.randomness import preserved
 from ..metrics.measure import PROBES
-from ..staging.archives import is_packed
 from .best import Criterion, choose, classifies
 from .modes import TEACHER, Mode, Models, mode_of
 from .optim import check_optimizer
