@@ -5,6 +5,11 @@ from .export.export_source import export_source as export_source
 from .inspect_file import describe_file as describe_file
 from .inspect_file import extract as extract
 from .loading import load as load
+from .pretrained import Pretrained as Pretrained
+from .pretrained import Teacher as Teacher
+from .pretrained import load_pretrained as load_pretrained
+from .pretrained import load_teacher as load_teacher
+from .pretrained import load_weights as load_weights
 from .publish.student_files import plan_upload as plan_upload
 from .publish.upload import push_student as push_student
 from .report import LoadReport as LoadReport
@@ -14,6 +19,3 @@ from .state_file import read_state as read_state
 from .state_file import write_state as write_state
 from .student import save_student as save_student
 from .student import write_student as write_student
-from .teacher import Teacher as Teacher
-from .teacher import load_teacher as load_teacher
-from .teacher import load_weights as load_weights

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from timm.models import is_model
 from torch import Tensor
 
 from ..models.errors import CheckpointError
+from ..models.json_types import JsonDict
 from .report import some
 from .weights import Weights
 
-Named = tuple[str, dict[str, Any]]
+Named = tuple[str, JsonDict]
 SIZES = {
     192: ("tiny", 12),
     384: ("small", 12),

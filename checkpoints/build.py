@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 
 from ..models import copied  # noqa: F401  timm knows converted and copying models from here on
 from ..models.errors import CheckpointError, GraftError
+from ..models.families import image_size, vit
+from ..models.json_types import Json, JsonDict
 from .hub.download import commit_of, download, try_download
 from .safety.budget import bounded
 from .safety.model_settings import shortened
@@ -36,12 +37,11 @@ SAFE_NAMES = {
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
 }
 """The safetensors file that the hub may have in place of a pickle of the usual name."""
-SPACE = re.compile(r"\s+")
 
 
 def build(
     architecture: str,
-    arguments: Mapping[str, Any],
+    arguments: Json,
     *,
     on_meta: bool = False,
     within: Mapping[str, Tensor] | None = None,
@@ -92,13 +92,13 @@ def is_ours(architecture: str) -> bool:
     )
 
 
-def published_config(name: str) -> dict[str, Any]:
+def published_config(name: str) -> JsonDict:
     """timm's description of the weights under `name`; empty where it has none."""
     config = get_pretrained_cfg(name)
     return {} if config is None else config.to_dict()
 
 
-def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: bool = True) -> Weights:
+def read_timm(source: TimmSource, arguments: Json, *, download: bool = True) -> Weights:
     """The published weights under a timm name, as timm itself converts them; those of the hub at `revision`.
 
     Without `download` their shapes alone, on the meta device.
@@ -117,21 +117,23 @@ def read_timm(source: TimmSource, arguments: Mapping[str, Any], *, download: boo
         # custom_load is of the format behind the address; the hub has the model's own names.
         here = {"file": str(path), "custom_load": False}
         keywords["pretrained_cfg_overlay"] = {**keywords.get("pretrained_cfg_overlay", {}), **here}
-    model: Any = _create_pretrained(source.name, keywords) if download else outline
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    described = {key: value for key, value in model.default_cfg.items() if key not in ("state_dict", "file")}
+    model = _create_pretrained(source.name, keywords) if download else outline
+    size = image_size(model)
+    described = {
+        key: value for key, value in vit(model).default_cfg.items() if key not in ("state_dict", "file")
+    }
     return Weights(
         dict(model.state_dict()),
         source.name,
         "timm's published weights",
         architecture=source.name,
-        model_args={} if size is None else {"img_size": tuple(size)},
+        model_args={} if size is None else {"img_size": size},
         pretrained_cfg=described,
         revision=None if path is None else commit_of(path),
     )
 
 
-def check_published(text: str, arguments: Mapping[str, Any], revision: str | None) -> None:
+def check_published(text: str, arguments: Json, revision: str | None) -> None:
     """Raise CheckpointError where the source is a timm name without published weights, or without such a revision."""
     source = parse_source(text)
     if isinstance(source, TimmSource):
@@ -139,7 +141,7 @@ def check_published(text: str, arguments: Mapping[str, Any], revision: str | Non
         _published(dataclasses.replace(source, revision=revision), arguments)
 
 
-def _published(source: TimmSource, keywords: Mapping[str, Any]) -> PretrainedCfg:
+def _published(source: TimmSource, keywords: Json) -> PretrainedCfg:
     config = _weights_config(source.name, keywords)
     if source.revision is not None and not _is_on_hub(config):
         place = config.file or config.url or "memory"
@@ -149,7 +151,7 @@ def _published(source: TimmSource, keywords: Mapping[str, Any]) -> PretrainedCfg
     return config
 
 
-def _weights_config(name: str, keywords: Mapping[str, Any]) -> PretrainedCfg:
+def _weights_config(name: str, keywords: Json) -> PretrainedCfg:
     """Where timm has the weights of a name, with what the caller puts over it."""
     architecture, tag = split_model_name_tag(name)
     given = {key: value for key, value in keywords.items() if key.startswith("pretrained_cfg")}
@@ -182,7 +184,7 @@ def _is_on_hub(config: PretrainedCfg) -> bool:
     return bool(config.hf_hub_id and not config.file and not config.state_dict)
 
 
-def _create_pretrained(name: str, keywords: Mapping[str, Any]) -> Any:
+def _create_pretrained(name: str, keywords: Json) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(name, pretrained=True, **keywords)
@@ -203,7 +205,7 @@ def converted(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         return dict(tensors)  # not of the family: `fit` names the keys
 
 
-def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(config: Json) -> JsonDict:
     """The part of a description that this timm's `PretrainedCfg` takes, without places to load from."""
     fields = {field.name for field in dataclasses.fields(PretrainedCfg)} - {
         "url",
@@ -214,6 +216,6 @@ def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in fields}
 
 
-def one_line(error: Exception, limit: int = 300) -> str:
+def one_line(error: Exception) -> str:
     """An error's text as one line."""
-    return SPACE.sub(" ", str(error)).strip()[:limit]
+    return " ".join(str(error).split())[:300]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from ..models.json_types import Json
 
 KEY = "label_names"
 """The entry of config.json that timm and the hub read; also of a training state."""
@@ -12,7 +13,7 @@ WORDNET = re.compile(r"n\d{8}")
 """An id of WordNet, which ImageNet's folders are named by; other sources name the same classes in words."""
 
 
-def read_names(described: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+def read_names(described: Json, num_classes: int) -> tuple[str, ...] | None:
     """The names of `num_classes` outputs in their order; None where the description does not say one for each."""
     names = described.get(KEY)
     if isinstance(names, Mapping):

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ..models.conversion import plan_of, with_plan
 from ..models.errors import ConfigError
+from ..models.json_types import JsonDict
+from .pretrained import Pretrained
 from .provenance import carried_license, of_weights
 from .student import write_student
-from .teacher import Teacher
 
 
 def write_converted(
-    student: nn.Module, folder: Path, teacher: Teacher, *, weights: str, calibration: str | None = None
+    student: nn.Module, folder: Path, teacher: Pretrained, *, weights: str, calibration: str | None = None
 ) -> None:
     """Writes `student`, a conversion of `teacher`'s model, to `folder`.
 
     Args:
-        weights: which of the teacher's weights it has (`models/initialise.py`).
+        weights: which of the teacher's weights it has (`models/initialize.py`).
         calibration: the images that its operators were calibrated on, in words.
 
     Raises:
@@ -32,7 +32,7 @@ def write_converted(
     if plan is None:
         raise ConfigError("the plan keeps every layer as it is: name an operator other than softmax")
     architecture, arguments = with_plan(teacher.architecture, teacher.model_args, plan)
-    made: dict[str, Any] = {
+    made: JsonDict = {
         "version": version("graftvit"),
         "conversion": {
             "source": teacher.source,

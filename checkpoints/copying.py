@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from timm.models import split_model_name_tag
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.copied import ARCHITECTURE, CopiedTeacher
 from ..models.copying.input import Normalization
 from ..models.errors import CheckpointError, GraftError
+from ..models.json_types import Json
 from .build import build
 from .fit import own_norm_eps
 from .folders import read_folder
@@ -22,7 +23,7 @@ from .sources import FolderSource
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from .teacher import Teacher
+    from .pretrained import Pretrained
 
 TEACHER = "teacher."
 """Before the names of the weights that are the teacher's."""
@@ -31,7 +32,7 @@ BARE_WORDS = (
 )
 
 
-def copied_teacher(teacher: Teacher) -> CopiedTeacher:
+def copied_teacher(teacher: Pretrained) -> CopiedTeacher:
     """How timm builds this teacher again."""
     fresh = build(teacher.architecture, teacher.model_args, on_meta=True)
     return CopiedTeacher(
@@ -42,7 +43,7 @@ def copied_teacher(teacher: Teacher) -> CopiedTeacher:
     )
 
 
-def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: bool) -> Weights:
+def make_whole(weights: Weights, load_pretrained: Callable[..., Pretrained], *, bare: bool) -> Weights:
     """`weights` with the teacher's part where the student copies attention, or with `bare` without it.
 
     A training state holds the student alone: its teacher is taken from what the run has exported, or loaded from where
@@ -56,7 +57,7 @@ def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: 
             return _bare(weights)
         if _of_teacher(weights):
             return weights
-        part = _part_beside(weights) or _load_part(weights, load_teacher)
+        part = _part_beside(weights) or _load_part(weights, load_pretrained)
         return replace(weights, tensors={**weights.tensors, **part})
     if not bare:
         refuse_unnamed(weights.architecture, weights.provenance, weights.origin)
@@ -66,12 +67,12 @@ def make_whole(weights: Weights, load_teacher: Callable[..., Teacher], *, bare: 
     return _marked(weights)
 
 
-def is_unnamed(architecture: str | None, provenance: Mapping[str, Any]) -> bool:
-    """Whether this is a bare student that does not say so, as older versions wrote them."""
+def is_unnamed(architecture: str | None, provenance: Json) -> bool:
+    """Whether this is a bare student of an older version, which did not mark them."""
     return architecture != ARCHITECTURE and copies(provenance) and not provenance.get(BARE)
 
 
-def refuse_unnamed(architecture: str | None, provenance: Mapping[str, Any], origin: str) -> None:
+def refuse_unnamed(architecture: str | None, provenance: Json, origin: str) -> None:
     """CheckpointError for a bare student that does not say that it is one."""
     if is_unnamed(architecture, provenance):
         raise CheckpointError(
@@ -81,7 +82,7 @@ def refuse_unnamed(architecture: str | None, provenance: Mapping[str, Any], orig
 
 
 def refuse_as_start(weights: Weights) -> None:
-    """CheckpointError for weights of a student that copies attention: another model cannot go on from them."""
+    """CheckpointError for weights of a student that copies attention: another model cannot start from them."""
     if weights.architecture == ARCHITECTURE:
         method = weights.model_args["copied"]["method"]
         raise CheckpointError(
@@ -106,7 +107,7 @@ def _bare(weights: Weights) -> Weights:
 
 
 def _marked(weights: Weights) -> Weights:
-    """With a word on it, and without the accuracy of the whole."""
+    """The weights with a note that they are bare, and without the accuracy of the whole student."""
     made = {key: value for key, value in weights.provenance.items() if key not in ("results", COST)}
     return replace(weights, provenance=made | {BARE: True}, notes=(*weights.notes, BARE_WORDS))
 
@@ -125,16 +126,16 @@ def _part_beside(weights: Weights) -> dict[str, Tensor]:
     return {}
 
 
-def _known(weights: Weights) -> Mapping[str, Any]:
+def _known(weights: Weights) -> Json:
     """What a student says of the teacher that it was trained with."""
     return weights.provenance.get("teacher") or {}
 
 
-def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[str, Tensor]:
-    """That part of the teacher, loaded as the run loaded it."""
+def _load_part(weights: Weights, load_pretrained: Callable[..., Pretrained]) -> dict[str, Tensor]:
+    """The part of the teacher that the student needs, loaded as the run loaded it."""
     known = _known(weights)
     try:
-        recipe: Mapping[str, Any] = weights.provenance["recipe"]["teacher"]
+        recipe: Json = weights.provenance["recipe"]["teacher"]
         how = {key: recipe[key] for key in ("model", "model_args", "position_embedding")}
         source, revision = str(recipe["source"]), known.get("revision") or recipe["revision"]
     except (LookupError, TypeError, AttributeError) as error:
@@ -144,7 +145,7 @@ def _load_part(weights: Weights, load_teacher: Callable[..., Teacher]) -> dict[s
         ) from error
     try:
         size = weights.model_args["copied"]["teacher"]["model_args"].get("img_size")
-        teacher = load_teacher(
+        teacher = load_pretrained(
             source, img_size=size, revision=revision, identified=known.get("digest") is not None, **how
         )
     except GraftError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,14 +14,15 @@ from ..models.copied import copying_of
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, UnsupportedModelError
 from ..models.families import attention_shape, check_supported, token_layout
+from ..models.json_types import Json
 from .build import build
 from .fit import match
+from .pretrained import Pretrained, load_pretrained, plan_model, read_source
 from .report import grouped
-from .teacher import Teacher, load_teacher, plan_model, read_source
 from .weights import Weights
 
 
-def teacher_facts(teacher: Teacher) -> dict[str, str]:
+def teacher_facts(teacher: Pretrained) -> dict[str, str]:
     """What is known of a teacher, one fact a name, in the order to show them."""
     parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
     facts = {
@@ -40,7 +41,7 @@ def teacher_facts(teacher: Teacher) -> dict[str, str]:
     return facts
 
 
-def describe_teacher(teacher: Teacher) -> str:
+def describe_teacher(teacher: Pretrained) -> str:
     """The facts and the loading report as text, one line each."""
     facts = teacher_facts(teacher)
     width = max(map(len, facts))
@@ -49,16 +50,16 @@ def describe_teacher(teacher: Teacher) -> str:
 
 
 def describe_source(
-    source: str, *, model: str | None = None, model_args: Mapping[str, Any] | None = None, **how: Any
+    source: str, *, model: str | None = None, model_args: Json | None = None, **how: Any
 ) -> tuple[str, CheckpointError | None]:
     """What a source is, what of it would load and what would not, and why it does not load where it does not.
 
-    The arguments are those of `load_teacher`.
+    The arguments are those of `load_pretrained`.
 
     Raises CheckpointError: the source cannot be read at all.
     """
     try:
-        teacher = load_teacher(source, model=model, model_args=model_args, **how)
+        teacher = load_pretrained(source, model=model, model_args=model_args, **how)
         return describe_teacher(teacher), None
     except CheckpointError as error:
         asked = dict(model_args or {})
@@ -66,7 +67,7 @@ def describe_source(
         return _describe_misfit(source, weights, asked, model), error
 
 
-def _describe_misfit(source: str, weights: Weights, asked: Mapping[str, Any], model: str | None) -> str:
+def _describe_misfit(source: str, weights: Weights, asked: Json, model: str | None) -> str:
     count = sum(tensor.numel() for tensor in weights.tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values())
     rows = [
@@ -115,7 +116,7 @@ def _copied(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _shape(teacher: Teacher) -> dict[str, str]:
+def _shape(teacher: Pretrained) -> dict[str, str]:
     try:
         check_supported(teacher.model, copied=True)
     except UnsupportedModelError as error:

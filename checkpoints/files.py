@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..models.errors import CheckpointError
+from ..models.json_types import JsonDict
 from .regular_files import check_regular
 from .safety.file_outline import Kind, check_names, outline
 from .safety.tree import check_tree, tensors_of
@@ -35,7 +36,7 @@ class Content:
     """What a file holds, as it is: a tree of dicts from a .pth, flat tensors from a .safetensors or .npz."""
 
     path: Path
-    tree: dict[str, Any]
+    tree: JsonDict
     metadata: dict[str, str]
     """Of a .safetensors file."""
 
@@ -78,7 +79,7 @@ def _read_safe(path: Path, metadata: dict[str, str]) -> Content:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def read_torch(path: Path, kind: Kind) -> dict[str, Any]:
+def read_torch(path: Path, kind: Kind) -> JsonDict:
     """The tree in a torch file that `outline` has checked.
 
     Of an archive only those numbers are read that are used: an optimizer's stay on the disk.

@@ -11,6 +11,7 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from ..models.errors import CheckpointError
+from ..models.families import vit
 from .keys import KeyRules, Role, sort_keys
 from .position import Method, find_grid, resample_position
 from .prefix_tokens import declared_grid, match_prefix, num_prefix_rows
@@ -38,7 +39,7 @@ class Match:
 
     @property
     def problems(self) -> dict[str, list[str]]:
-        """What stands against loading, by kind."""
+        """The reasons not to load, by kind."""
         kinds = {"wrong tensors": self.wrong, "missing keys": self.absent, "unexpected keys": self.foreign}
         return {kind: keys for kind, keys in kinds.items() if keys}
 
@@ -46,7 +47,7 @@ class Match:
 def fit(
     model: nn.Module, weights: Weights, *, role: Role, method: Method, classifiers: tuple[str, ...]
 ) -> LoadReport:
-    """Loads `weights` into `model` in place.
+    """Load `weights` into `model` in place.
 
     Position embeddings are resampled to the model's grid by `method`; nothing else changes its shape.
     Keys that are missing or unexpected must have a reason (`KeyRules`). A teacher's norms get the epsilon that
@@ -61,7 +62,7 @@ def fit(
         words = "; ".join(
             f"{kind}: {some(keys, 3 if keys is found.wrong else 4)}" for kind, keys in found.problems.items()
         )
-        described: Any = getattr(model, "default_cfg", None) or {}
+        described = getattr(model, "default_cfg", None) or {}
         name = described.get("architecture")
         raise CheckpointError(f"{weights.origin} does not fit {name or type(model).__name__}: {words}")
     refuse_not_finite(
@@ -122,7 +123,7 @@ def own_norm_eps(model: nn.Module, fresh: nn.Module, architecture: str) -> float
 
 
 def _set_norm_eps(model: nn.Module, epsilon: float) -> None:
-    """Of all norms but those of a teacher in the model, which are as `models/copied.py` builds them."""
+    """Set the epsilon of all norms, except those of a teacher inside the model (`models/copied.py` sets these)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) and not name.startswith("teacher."):
             module.eps = epsilon
@@ -148,7 +149,7 @@ def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[
 
 
 def without_values(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors have shapes alone, as in a dry run."""
+    """Whether tensors have shapes only, as in a dry run."""
     return any(tensor.is_meta for tensor in tensors.values())
 
 
@@ -167,7 +168,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _resample(
-    model: Any, weights: Weights, target: Mapping[str, Tensor], method: Method
+    model: nn.Module, weights: Weights, target: Mapping[str, Tensor], method: Method
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors with position embeddings on the model's grid, and what was done to which."""
     tensors, done = dict(weights.tensors), {}
@@ -183,7 +184,7 @@ def _resample(
     return tensors, done
 
 
-def source_grid(model: Any, weights: Weights) -> tuple[int, int] | None:
+def source_grid(model: nn.Module, weights: Weights) -> tuple[int, int] | None:
     """The patch grid that the weights' `pos_embed` covers, for a model of their kind; None if unknown."""
     position = match_prefix(model, weights).tensors.get("pos_embed")
     if position is None or position.ndim != 3 or getattr(model, "pos_embed", None) is None:
@@ -191,9 +192,9 @@ def source_grid(model: Any, weights: Weights) -> tuple[int, int] | None:
     return find_grid(position.shape[1] - num_prefix_rows(model), declared_grid(model, weights))
 
 
-def _absolute(model: Any, weights: Weights, target: Tensor, method: Method) -> tuple[Tensor, str]:
+def _absolute(model: nn.Module, weights: Weights, target: Tensor, method: Method) -> tuple[Tensor, str]:
     position = weights.tensors["pos_embed"]
-    new = tuple(model.patch_embed.grid_size)
+    new = tuple(vit(model).patch_embed.grid_size)
     old = source_grid(model, weights)
     if old == new or position.shape[2] != target.shape[2]:
         return position, ""
@@ -206,7 +207,9 @@ def _absolute(model: Any, weights: Weights, target: Tensor, method: Method) -> t
     return resized, f"from grid {old[0]}x{old[1]} to {new[0]}x{new[1]} ({method}'s bicubic)"
 
 
-def _relative(model: Any, weights: Weights, key: str, target: Tensor, method: Method) -> tuple[Tensor, str]:
+def _relative(
+    model: nn.Module, weights: Weights, key: str, target: Tensor, method: Method
+) -> tuple[Tensor, str]:
     table = weights.tensors[key]
     if method != "timm":
         raise CheckpointError(
@@ -214,6 +217,6 @@ def _relative(model: Any, weights: Weights, key: str, target: Tensor, method: Me
         )
     if table.shape[1:] != target.shape[1:]:
         return table, ""  # other heads: refused by its shape
-    window = model.get_submodule(key.rpartition(".")[0]).window_size
+    window: Any = model.get_submodule(key.rpartition(".")[0]).window_size
     resized = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=tuple(target.shape))
     return resized, f"from {table.shape[0]} to {target.shape[0]} offsets (timm's way)"

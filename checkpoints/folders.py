@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from timm.models import is_model
 from timm.models._hub import _parse_model_cfg
 
 from ..models.errors import CheckpointError
+from ..models.json_types import Json, JsonDict
 from .build import is_ours, known_fields
 from .files import Content, read_file
 from .formats import read_weights
@@ -164,7 +164,7 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     )
 
 
-def _provenance(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _provenance(config: Json, folder: Path) -> JsonDict:
     """What a student of this package says of its making."""
     made = config.get(PROVENANCE) or {}
     if not isinstance(made, dict):
@@ -174,7 +174,7 @@ def _provenance(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return made
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> JsonDict:
     text = read_regular(path)
     try:
         config = json.loads(text)
@@ -185,9 +185,7 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _weights(
-    find: Find, first: tuple[str, ...], origin: str, config: Mapping[str, Any], folder: Path
-) -> Weights:
+def _weights(find: Find, first: tuple[str, ...], origin: str, config: Json, folder: Path) -> Weights:
     """The weights in the first file that is there: one file, or the index of several."""
     for name in (*first, *WEIGHTS_NAMES):
         path = find(name)
@@ -198,13 +196,13 @@ def _weights(
     raise CheckpointError(f"{origin} has a {CONFIG} but no weights: none of {', '.join(WEIGHTS_NAMES)}")
 
 
-def _preprocessor(find: Find) -> dict[str, Any]:
+def _preprocessor(find: Find) -> JsonDict:
     """How transformers prepares the images: image_mean, image_std and more, where the source says it."""
     path = find("preprocessor_config.json")
     return {} if path is None else {"preprocessor": _config(path)}
 
 
-def _with_license(described: Mapping[str, Any], find: Find) -> dict[str, Any]:
+def _with_license(described: Json, find: Find) -> JsonDict:
     known = dict(described)
     if not known.get("license"):
         known["license"] = _card_license(find("README.md"))

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.errors import CheckpointError
+from ..models.json_types import Json, JsonDict
 from .atomic import write_file
 from .files import read_file, read_torch
 from .formats.containers import unwrap
 from .formats.described import as_metadata
-from .formats.normalisation import IMAGENET
+from .formats.normalization import IMAGENET
 from .report import printable
 from .safety.file_outline import outline
 from .safety.tree import children, tensors_of
@@ -64,7 +65,7 @@ def describe_file(path: Path) -> list[str]:
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
     """Writes one part's weights, under the names that the file gives them, to a .safetensors or torch file.
 
-    Teacher, optimiser, averages and settings stay behind. Tensors that share their numbers are written once each.
+    Pretrained, optimiser, averages and settings stay behind. Tensors that share their numbers are written once each.
 
     Raises CheckpointError: as `read_file` and `unwrap`; `out` is there, its suffix is of no container, or its container
     cannot say what the source says of its model.
@@ -85,7 +86,7 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
     return Extracted(out, len(tensors), nbytes, left)
 
 
-def _contents(out: Path, weights: Weights, source: FileSource) -> tuple[dict[str, Any], dict[str, str]]:
+def _contents(out: Path, weights: Weights, source: FileSource) -> tuple[JsonDict, dict[str, str]]:
     """What is written, and its metadata: the model is prepared and built from it as from the source.
 
     A torch file has no metadata. As MAE and DeiT write them, a dictionary around the weights stands for ImageNet's
@@ -106,7 +107,7 @@ def _contents(out: Path, weights: Weights, source: FileSource) -> tuple[dict[str
     return ({"state_dict": weights.tensors, **arch} if arch else weights.tensors), {}
 
 
-def _write(tree: dict[str, Any], metadata: dict[str, str], path: Path) -> None:
+def _write(tree: JsonDict, metadata: dict[str, str], path: Path) -> None:
     if path.suffix in SAFE_SUFFIXES:
         save_file(tree, path, metadata=metadata)
     else:
@@ -117,7 +118,7 @@ def _holds(value: Any, kept: set[int]) -> bool:
     return id(value) in kept or any(_holds(child, kept) for child in children(value))
 
 
-def _entries(tree: Mapping[str, Any]) -> list[str]:
+def _entries(tree: Json) -> list[str]:
     """The top of the tree, where it is more than tensors by name."""
     lines = []
     for key, value in tree.items():

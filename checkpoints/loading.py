@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.copied import copying_of
+from ..models.families import vit
 from .fit import refuse_not_finite
-from .teacher import load_teacher
+from .pretrained import load_pretrained
 
 
 def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
@@ -21,13 +22,13 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) ->
     Args:
         source: a folder or file, `hf-hub:org/name`, a timm name; `#ema` behind a run's path takes its average.
         dtype: of the weights, float32 by default.
-        how: `model`, `model_args`, `img_size`, `num_classes`, `bare` and the rest, as of `load_teacher`.
+        how: `model`, `model_args`, `img_size`, `num_classes`, `bare` and the rest, as of `load_pretrained`.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
-    model = load_teacher(str(source), **how).model.requires_grad_(True)
+    model = load_pretrained(str(source), **how).model.requires_grad_(True)
     if copying_of(model) is not None:
-        cast(Any, model).teacher.requires_grad_(False)
+        vit(model).teacher.requires_grad_(False)
     if dtype is None:
         return model
     tensors = model.state_dict()

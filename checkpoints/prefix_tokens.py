@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.errors import CheckpointError
+from ..models.families import patch_size, vit
 from .position import Grid, find_grid
 from .report import some
 from .weights import Weights
@@ -22,13 +22,13 @@ TOKENS = ("cls_token", "dist_token", "reg_token")
 """In the order of the sequence."""
 
 
-def num_prefix_rows(model: Any) -> int:
+def num_prefix_rows(model: nn.Module) -> int:
     """Rows of a model's `pos_embed` before those of the patches."""
-    height, width = model.patch_embed.grid_size
-    return int(model.pos_embed.shape[1] - height * width)
+    height, width = vit(model).patch_embed.grid_size
+    return int(model.get_parameter("pos_embed").shape[1] - height * width)
 
 
-def match_prefix(model: Any, weights: Weights) -> Weights:
+def match_prefix(model: nn.Module, weights: Weights) -> Weights:
     """`weights` with as many prefix rows as the model has; unchanged where that is so, or where no grid is known.
 
     Features stay as they are. A row for a token that the weights lack is zero.
@@ -70,7 +70,7 @@ def _check_shapes(weights: Weights, rows: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{weights.origin}: {name} is {shape} and its position {tuple(row.shape)}")
 
 
-def _num_rows(model: Any, weights: Weights, position: Tensor, wanted: int) -> int | None:
+def _num_rows(model: nn.Module, weights: Weights, position: Tensor, wanted: int) -> int | None:
     """How many rows of the weights are of prefix tokens: all, none, or the class token's, as the grid allows."""
     counts = _counts(weights.tensors)
     possible = [sum(counts.values()), 0, counts.get("cls_token", 0)]
@@ -80,11 +80,11 @@ def _num_rows(model: Any, weights: Weights, position: Tensor, wanted: int) -> in
     return next((rows for rows in possible if find_grid(position.shape[1] - rows, grid) is not None), None)
 
 
-def declared_grid(model: Any, weights: Weights) -> Grid | None:
+def declared_grid(model: nn.Module, weights: Weights) -> Grid | None:
     """The patch grid of the images that the weights say they were trained on."""
     if weights.img_size is None:
         return None
-    height, width = model.patch_embed.patch_size
+    height, width = patch_size(model)
     return weights.img_size[0] // height, weights.img_size[1] // width
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.copying.input import LARGEST
 from ..models.errors import CheckpointError
+from ..models.families import image_size
+from ..models.json_types import Json, JsonDict
 from .safety.model_settings import shortened
 
 CROP_MODES = ("center", "squash", "border")
@@ -37,9 +39,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
 
     @classmethod
-    def read(
-        cls, described: Mapping[str, Any], input_size: tuple[int, int, int] | None = None
-    ) -> Preprocessing:
+    def read(cls, described: Json, input_size: tuple[int, int, int] | None = None) -> Preprocessing:
         """From timm's description of weights; timm's own defaults stand for what it does not say.
 
         `input_size` is that of the model at hand. Another number of channels than the description's takes the mean and
@@ -64,7 +64,7 @@ class Preprocessing:
         return read
 
     @classmethod
-    def of(cls, model: Any, **own: Any) -> Preprocessing:
+    def of(cls, model: nn.Module, **own: Any) -> Preprocessing:
         """Of a timm model at its resolution, from its `pretrained_cfg`, with fields of `own` above that."""
         described = {**(getattr(model, "pretrained_cfg", None) or {}), **own}
         return cls.read(described, input_size(model, described))
@@ -91,7 +91,7 @@ class Preprocessing:
                 f"interpolation {', '.join(INTERPOLATIONS)}"
             )
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonDict:
         """As fields of timm's `pretrained_cfg`; JSON."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
@@ -99,7 +99,8 @@ class Preprocessing:
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """timm's own transform of evaluation: what anyone gets who asks timm for it."""
-        return cast(Callable[[Image.Image], Tensor], create_transform(**asdict(self), is_training=False))
+        transform: Callable[[Image.Image], Tensor] = create_transform(**asdict(self), is_training=False)
+        return transform
 
     def describe(self) -> str:
         """In words, for a plan or a log."""
@@ -110,12 +111,12 @@ class Preprocessing:
         )
 
 
-def input_size(model: Any, described: Mapping[str, Any] | None = None) -> tuple[int, int, int]:
+def input_size(model: nn.Module, described: Json | None = None) -> tuple[int, int, int]:
     """Channels, height and width of a model's images; what `described` says where its patches leave it open."""
     channels, height, width = (described or {}).get("input_size") or (3, 224, 224)
-    embedding = getattr(model, "patch_embed", None)
-    channels = getattr(getattr(embedding, "proj", None), "in_channels", channels)
-    height, width = getattr(embedding, "img_size", None) or (height, width)
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    channels = getattr(projection, "in_channels", channels)
+    height, width = image_size(model) or (height, width)
     return int(channels), int(height), int(width)
 
 

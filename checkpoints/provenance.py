@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..models.errors import CheckpointError
+from ..models.json_types import Json, JsonDict
 from .licenses import carried
 from .recorded import copied_by
 
 if TYPE_CHECKING:
+    from .pretrained import Pretrained
     from .report import LoadReport
-    from .teacher import Teacher
 
 KEY = "graftvit"
 """The entry of config.json; timm ignores it."""
@@ -30,7 +31,7 @@ NOT_RECIPE = ("output_dir", "engine")
 """Settings that say where a run ran, and not what it learned."""
 
 
-def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
+def of_teacher(teacher: Pretrained | None) -> JsonDict | None:
     """A teacher as provenance, in JSON: where it is from, which weights it has, how it is built and shown images."""
     if teacher is None:
         return None
@@ -43,22 +44,22 @@ def of_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
         "model_args": dict(teacher.model_args),
         "preprocessing": teacher.preprocessing.described(),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(known, default=str))
+    plain: JsonDict = json.loads(json.dumps(known, default=str))
     return plain
 
 
-def of_weights(source: str, report: LoadReport) -> dict[str, Any]:
+def of_weights(source: str, report: LoadReport) -> JsonDict:
     """Weights that a student started from, as provenance."""
     return {"source": source, "revision": report.revision, "licence": report.license}
 
 
-def licenses(provenance: Mapping[str, Any]) -> list[str | None]:
+def licenses(provenance: Json) -> list[str | None]:
     """The licenses of all weights that a student learned from or started from; None is an unknown one."""
     origins = [provenance.get(key) for key in ("teacher", "init")]
     return [origin.get("licence") for origin in origins if origin and isinstance(origin, Mapping)]
 
 
-def carried_license(provenance: Mapping[str, Any]) -> str | None:
+def carried_license(provenance: Json) -> str | None:
     """The license that a student carries from these weights; None where it is unknown or no single one holds."""
     try:
         return carried(*licenses(provenance))
@@ -66,13 +67,13 @@ def carried_license(provenance: Mapping[str, Any]) -> str | None:
         return None  # two that contradict each other: publishing asks, saving does not
 
 
-def copies(provenance: Mapping[str, Any]) -> bool:
+def copies(provenance: Json) -> bool:
     """Whether a student was trained with its teacher's attention in place of its own."""
     recipe = provenance.get("recipe")
     return isinstance(recipe, Mapping) and copied_by(recipe)
 
 
-def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:
+def of_state(meta: Json, part: str) -> JsonDict:
     """Of one part of a run, from the meta of its state: teacher and start, the recipe, what was measured."""
     config = dict(meta.get("config") or {})
     metrics = (meta.get("position") or {}).get("metrics") or {}
@@ -88,7 +89,7 @@ def of_state(meta: Mapping[str, Any], part: str) -> dict[str, Any]:
     }
 
 
-def _results(metrics: Mapping[str, float], part: str, dataset: str) -> dict[str, Any] | None:
+def _results(metrics: Mapping[str, float], part: str, dataset: str) -> JsonDict | None:
     prefix = "test_ema_" if part == "ema" else "test_"
     measured = {key: metrics[prefix + key] for key in ("top1", "top5", "loss") if prefix + key in metrics}
     return {"dataset": dataset, **measured} if measured else None

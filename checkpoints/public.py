@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..models.json_types import Json, JsonDict
+
 PATH_KEYS = ("source", "init", "data_path", "stage", "output_dir")
 """Settings that may hold a path, relative ones included."""
 _HUB = ("hf-hub:", "hf_hub:")
@@ -14,7 +16,7 @@ _ABSOLUTE = re.compile(r"(?:file:/*|local-dir:)?" + _BEGIN)
 _INSIDE = re.compile(r"(?<![\w.:/\\-])(?:~[\w-]*/|/|[A-Za-z]:[\\/])[^\s\"'<>|:,;]+")
 
 
-def public(config: Mapping[str, Any]) -> dict[str, Any]:
+def public(config: Json) -> JsonDict:
     """A copy of a config in which each path is its last component."""
     return {key: _public(value, key) for key, value in config.items()}
 

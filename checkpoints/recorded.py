@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..models.copying.operators import COPIES
+from ..models.json_types import Json
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,6 @@ class RecordedMode:
     """Whether it read the section `transfer`."""
     matches: bool = False
     """Whether it read the section `align`."""
-    encoder_only: bool = False
-    """Whether the student is the encoder of an autoencoder, which ends in `norm`."""
 
 
 MODES = {
@@ -29,21 +27,20 @@ MODES = {
     ),
     "finetune": RecordedMode("fine-tuning"),
     "scratch": RecordedMode("training from scratch, without a teacher"),
-    "pretrain": RecordedMode(
-        "masked autoencoding, without labels; these are the weights of the encoder", encoder_only=True
-    ),
+    "pretrain": RecordedMode("masked autoencoding, without labels; these are the weights of the encoder"),
 }
 """By the value of `mode`."""
 _UNKNOWN = RecordedMode("")
 
 
-def recorded_mode(recipe: Mapping[str, Any]) -> RecordedMode:
+def recorded_mode(recipe: Json) -> RecordedMode:
     """What the mode of a recipe did; nothing for one that is not known here."""
     return MODES.get(str(recipe.get("mode")), _UNKNOWN)
 
 
-def copied_by(recipe: Mapping[str, Any]) -> bool:
+def copied_by(recipe: Json) -> bool:
     """Whether a run of this recipe put its teacher's attention in place of the student's."""
     settings = recipe.get("transfer")
-    transferred = recorded_mode(recipe).transfers and isinstance(settings, Mapping)
-    return transferred and settings.get("method") in COPIES  # type: ignore[union-attr]
+    if not isinstance(settings, Mapping) or not recorded_mode(recipe).transfers:
+        return False
+    return settings.get("method") in COPIES

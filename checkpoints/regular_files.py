@@ -50,14 +50,12 @@ def check_regular(
     return resolved
 
 
-def open_regular(
-    path: Path, inside: Path | None = None, *, refusal: type[GraftError] = CheckpointError
-) -> BinaryIO:
+def open_regular(path: Path, *, refusal: type[GraftError] = CheckpointError) -> BinaryIO:
     """`path` open for reading, if it is a regular file; never waits for a pipe or a device.
 
     Raises `refusal` as `check_regular`, or where it cannot be read.
     """
-    resolved = check_regular(path, inside, refusal=refusal)
+    resolved = check_regular(path, refusal=refusal)
     try:
         # what lies there may have changed since: do not wait for a writer, and look again
         descriptor = os.open(
@@ -72,19 +70,13 @@ def open_regular(
         raise refusal(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def read_regular(
-    path: Path,
-    inside: Path | None = None,
-    *,
-    limit: int = MAX_TEXT,
-    refusal: type[GraftError] = CheckpointError,
-) -> str:
+def read_regular(path: Path, *, limit: int = MAX_TEXT, refusal: type[GraftError] = CheckpointError) -> str:
     """The text of a regular file of at most `limit` bytes, which is UTF-8.
 
     Raises `refusal` as `open_regular`, or: it is larger, or no such text.
     """
     try:
-        with open_regular(path, inside, refusal=refusal) as file:
+        with open_regular(path, refusal=refusal) as file:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise refusal(f"{path} is refused: it has more than {limit:,} bytes, which no such file needs")

@@ -3,19 +3,17 @@ its teacher's attention: load, then resize."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..models.attention.base import AttentionOperator
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import converted_layers
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
-from ..models.families import token_layout
+from ..models.families import token_layout, vit
+from ..models.json_types import Json
 from .position import Method, resample_position
 from .prefix_tokens import num_prefix_rows
 from .report import LoadReport
@@ -23,7 +21,7 @@ from .weights import Weights, as_pair
 
 
 def late_size(
-    weights: Weights, asked: Mapping[str, Any], img_size: int | tuple[int, int] | None
+    weights: Weights, asked: Json, img_size: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """The image size to take on after loading: of a converted or copying model of a known size, if one is asked for."""
     wanted = img_size if img_size is not None else asked.get("img_size")
@@ -36,9 +34,7 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
 
     Raises UnsupportedModelError: the model has no such size.
     """
-    parts = (
-        {"": model} if copying_of(model) is None else {"": model, "teacher.": cast(Any, model).teacher.model}
-    )
+    parts = {"": model} if copying_of(model) is None else {"": model, "teacher.": vit(model).teacher.model}
     positions = {prefix: getattr(part, "pos_embed", None) for prefix, part in parts.items()}
     old = token_layout(model).grid
     resize(model, size)
@@ -49,13 +45,15 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
     done = {
         f"blocks.{index}.attn.operator": change
         for index, layer in converted_layers(model).items()
-        if cast(AttentionOperator, layer.operator).traits.resolution == "resampled"
+        if layer.operator.traits.resolution == "resampled"
     }
     for prefix, position in positions.items():
         if position is None:
             continue
-        part = cast(Any, parts[prefix])
+        part = vit(parts[prefix])
         with torch.no_grad():
-            part.pos_embed.copy_(resample_position(position, old, new, num_prefix_rows(part), method))
+            part.get_parameter("pos_embed").copy_(
+                resample_position(position, old, new, num_prefix_rows(part), method)
+            )
         done[f"{prefix}pos_embed"] = f"{change} ({method}'s bicubic)"
     return replace(report, resampled={**report.resampled, **done})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.errors import CheckpointError
+from ..models.json_types import JsonDict
 from .files import Content, read_file
 from .regular_files import read_regular
 from .report import some
@@ -21,7 +22,7 @@ def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
     Raises CheckpointError: the index is damaged or names files elsewhere, or a file or a tensor is missing.
     """
     names = weight_map(index)
-    tree: dict[str, Any] = {}
+    tree: JsonDict = {}
     for file in dict.fromkeys(names.values()):
         path = find(file)
         if path is None:
@@ -53,7 +54,7 @@ def _is_plain(name: str) -> bool:
     return 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\:\0")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonDict:
     """A table of JSON. Raises ValueError: a name is there twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 from ..models.errors import CheckpointError
+from ..models.json_types import JsonDict
 from .atomic import remove, sync
 from .state_file import BEST, TrainingState, check_state, read_meta, read_state, write_state
 
@@ -111,7 +111,7 @@ class StateFolder:
             )
         return None
 
-    def peek(self) -> dict[str, Any] | None:
+    def peek(self) -> JsonDict | None:
         """The JSON part of what `load` would read, as far as the files' headers tell; None where there is none."""
         for path in self._candidates():
             with suppress(CheckpointError):

@@ -13,13 +13,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.errors import CheckpointError
+from ..models.json_types import JsonDict
 from .atomic import write_file
 from .regular_files import open_regular
 from .safety.file_outline import read_metadata
@@ -38,7 +39,7 @@ class TrainingState:
     """What a run needs to go on: tensors by flat name, and JSON (tuples come back as lists)."""
 
     tensors: dict[str, Tensor]
-    meta: dict[str, Any]
+    meta: JsonDict
 
 
 def write_state(path: Path, state: TrainingState) -> None:
@@ -80,7 +81,7 @@ def read_state(path: Path) -> TrainingState:
         raise CheckpointError(f"{path} cannot be read: it needs more memory than there is") from error
 
 
-def read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> JsonDict:
     """The JSON part of the state in `path`, from its header alone: whether the tensors are whole is not looked at.
 
     Raises CheckpointError naming the file: missing, no training state, or cut short.
@@ -91,7 +92,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _meta(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _meta(metadata: Mapping[str, str]) -> JsonDict:
     """The JSON part of a state. Raises ValueError, KeyError or RecursionError where there is no valid one."""
     meta = json.loads(metadata[META_KEY])
     if not isinstance(meta, dict):

@@ -18,16 +18,18 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
+from ..models.families import vit
+from ..models.json_types import Json, JsonDict
 from .atomic import write_folder
 from .build import build, published_config
 from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
 from .folders import CONFIG
 from .preprocessing import Preprocessing
+from .pretrained import load_pretrained
 from .provenance import COST, NORM_EPS
 from .provenance import KEY as PROVENANCE
 from .report import some
-from .teacher import load_teacher
 
 SHARD_SIZE = "5GB"
 
@@ -44,23 +46,23 @@ def save_student(
     overwrite: bool = False,
     **how: Any,
 ) -> Path:
-    """Writes the model of any source alone, without teacher, optimiser or average, and returns its folder.
+    """Write the model of any source, without teacher, optimizer or average, and return its folder.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it wherever the architecture is timm's own and
     the weights are in one file; `graftvit.load(FOLDER)` always. Weights keep their bits unless `dtype` is given.
 
     Args:
-        source: a run folder or file (`#ema` behind it for the moving average), or any source of `load_teacher`.
+        source: a run folder or file (`#ema` behind it for the moving average), or any source of `load_pretrained`.
         dtype: of the floating-point weights, float32 by default.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
         overwrite: replace a model folder that is there.
-        how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_teacher`.
+        how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
 
-    Raises CheckpointError as `load_teacher` and `write_student`, or where `folder` holds something.
+    Raises CheckpointError as `load_pretrained` and `write_student`, or where `folder` holds something.
     """
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)
-    teacher = load_teacher(str(source), **how)
+    teacher = load_pretrained(str(source), **how)
     write_student(
         teacher.model,
         folder,
@@ -95,18 +97,18 @@ def write_student(
     folder: Path,
     *,
     architecture: str,
-    model_args: Mapping[str, Any],
+    model_args: Json,
     preprocessing: Preprocessing,
     license: str | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Json | None = None,
     label_names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
-    """Writes weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
+    """Write weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
 
     Args:
-        architecture: timm name; a tag is dropped, for the weights are no longer those that it names.
+        architecture: timm name; a tag is dropped, because the weights are no longer the published ones.
         model_args: what timm's constructor needs besides the name to build this model; JSON.
         preprocessing: how its images are made, as it was trained and measured.
         provenance: what the model learned from and how (`provenance.py`); JSON.
@@ -136,7 +138,7 @@ def write_student(
     write_folder(folder, write, size=size)
 
 
-def _whole(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _whole(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
     """Name and arguments that build `model`: of one that copies attention, those of the student with what it copies."""
     copying = copying_of(model)
     if copying is None:
@@ -146,7 +148,7 @@ def _whole(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) ->
     return with_copying(*_with_plan(model, name, own), copying)
 
 
-def _cost(model: nn.Module) -> dict[str, Any]:
+def _cost(model: nn.Module) -> JsonDict:
     """What a copying student and the part of its teacher cost, for the card."""
     if copying_of(model) is None:
         return {}
@@ -157,9 +159,7 @@ def _cost(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _with_plan(
-    model: nn.Module, architecture: str, arguments: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def _with_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
     """Name and arguments that build `model`: of a converted one, those of the conversion with its plan."""
     name = split_model_name_tag(architecture)[0]
     plan = plan_of(model)
@@ -169,7 +169,7 @@ def _with_plan(
     return CONVERTED, {**of_plan, **arguments, "plan_size": plan_size(model)}
 
 
-def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+def _plain(arguments: JsonDict) -> JsonDict:
     for key, value in arguments.items():
         try:
             json.dumps(value)
@@ -180,7 +180,7 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def _check(architecture: str, arguments: Json, tensors: Mapping[str, Tensor]) -> nn.Module:
     """What timm builds, on the meta device. CheckpointError where that has other weights than these."""
     fresh = build(architecture, arguments, on_meta=True)
     wanted = {key: tensor.shape for key, tensor in fresh.state_dict().items()}
@@ -194,25 +194,25 @@ def _check(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str
 
 
 def _config(
-    model: Any,
+    model: nn.Module,
     architecture: str,
-    arguments: Mapping[str, Any],
+    arguments: Json,
     preprocessing: Preprocessing,
     license: str | None,
-) -> dict[str, Any]:
+) -> JsonDict:
     described = {**published_config(architecture), **(getattr(model, "default_cfg", None) or {})}
     pretrained = {key: described[key] for key in KEPT if key in described}
     pretrained |= {
         **preprocessing.described(),
-        "num_classes": model.num_classes,
+        "num_classes": vit(model).num_classes,
         "custom_load": False,
     }
     if license is not None:
         pretrained["license"] = license
     return {
         "architecture": architecture,
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
+        "num_classes": vit(model).num_classes,
+        "num_features": vit(model).num_features,
         "global_pool": getattr(model, "global_pool", None),
         "model_args": dict(arguments),
         "pretrained_cfg": pretrained,

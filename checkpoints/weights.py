@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.errors import CheckpointError
+from ..models.json_types import Json
 from .safety.model_settings import shortened
 
 
@@ -23,16 +24,16 @@ class Weights:
     """In words, for the report."""
     architecture: str | None = None
     """timm name; None where the source does not say."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Json = field(default_factory=dict)
     """Keyword arguments of timm's constructor."""
-    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_cfg: Json = field(default_factory=dict)
     """timm's description: mean, std, license, classifier, input size."""
     norm_eps: float | None = None
     """The norms' epsilon where the source says one; timm has no argument for it that JSON could hold."""
     revision: str | None = None
     notes: tuple[str, ...] = ()
     """Sentences for the report."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
     """What a student of this package says of its making: teacher, recipe, results (`provenance.py`)."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Keys of the source that its format has no use for, and why."""

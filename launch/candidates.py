@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..checkpoints.class_names import comparable, places, same_classes
 from ..checkpoints.folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
+from ..checkpoints.pretrained import load_pretrained
+from ..checkpoints.report import some
 from ..checkpoints.sources import FolderSource, parse_source
-from ..checkpoints.teacher import load_teacher
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, TeacherConfig
-from ..transfer.data.numbering import listed
 from .config import load_config
 from .sources import source_keywords
 
@@ -55,7 +55,7 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
     Raises:
         CheckpointError: if it cannot be read.
     """
-    loaded = load_teacher(source, **source_keywords(how))
+    loaded = load_pretrained(source, **source_keywords(how))
     spec = loaded.preprocessing
     classes = int(getattr(loaded.model, "num_classes", 0)) if loaded.has_head else 0
     return Candidate(source, loaded.model, loaded.model, spec, classes, loaded.label_names)
@@ -97,7 +97,7 @@ def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
         if not same_classes(names, theirs):
             foreign = [name for name in theirs or () if name not in names]
             raise ConfigError(
-                f"{other.name!r} has classes that {first!r} has not: {listed(foreign)}; evaluate them one by one"
+                f"{other.name!r} has classes that {first!r} has not: {some(foreign, 5)}; evaluate them one by one"
             )
         if not comparable(names, theirs) and list(names) != sorted(names, key=natural_key):
             raise ConfigError(

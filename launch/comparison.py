@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from ..checkpoints.paths import is_file
 from ..models.errors import ConfigError
+from ..models.json_types import JsonDict
 from .config import Setting, load_config, load_stages, read_recipe
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
     ]
 
 
-def _compare(values: dict[str, Any] | None, label: str) -> CompareConfig:
+def _compare(values: JsonDict | None, label: str) -> CompareConfig:
     from ..transfer.analysis.compare.comparison_cells import CompareConfig
 
     if values is None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ..checkpoints.paths import is_there
 from ..checkpoints.regular_files import read_regular
 from ..models.errors import ConfigError
+from ..models.json_types import Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
 from .fields import find_key, leaf_of, leaves, sections, unknown
@@ -33,7 +34,7 @@ class Setting:
 
 
 def load_config(
-    source: str | Path | None = None, overrides: Mapping[str, Any] | Iterable[str | Setting] = ()
+    source: str | Path | None = None, overrides: Json | Iterable[str | Setting] = ()
 ) -> RunConfig:
     """The configuration of a run.
 
@@ -97,7 +98,7 @@ class Recipe:
 
     settings: list[Setting]
     stages: list[tuple[str, list[Setting]]] = field(default_factory=list)
-    compare: dict[str, Any] | None = None
+    compare: JsonDict | None = None
     """The section `compare`, for the command of that name alone."""
 
 
@@ -204,7 +205,7 @@ def _plain_value(text: str) -> Any:
 
 
 def _validate(settings: list[Setting]) -> RunConfig:
-    values: dict[str, Any] = {}
+    values: JsonDict = {}
     for setting in settings:
         texts = {str, Path} & {*leaf_of(setting.key).kinds}
         value = at_home(setting.value) if texts else setting.value
@@ -224,7 +225,7 @@ def at_home(value: Any) -> Any:
     return type(value)(scheme + mark + os.path.expanduser(path))  # noqa: PTH111 - leaves a user that none knows
 
 
-def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+def _put(values: JsonDict, path: list[str], value: Any) -> None:
     """Set `values[path[0]][path[1]]...`; mappings are copied, so that a caller's own is not written into."""
     for name in path[:-1]:
         below = values.get(name)
@@ -233,7 +234,7 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _explain(error: ValidationError, values: dict[str, Any], given: Mapping[str, Setting]) -> ConfigError:
+def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setting]) -> ConfigError:
     """Pydantic's findings as one sentence a setting: its name, its value, what is valid."""
     sentences: dict[str, str] = {}
     for finding in error.errors():

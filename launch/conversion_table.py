@@ -9,7 +9,6 @@ from ..transfer.analysis.report.tables import aligned
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..models.attention.base import AttentionOperator
 
 STARTS = {"all": "copied", "mlp": "attention fresh, rest copied", "none": "fresh"}
 KEPT = {"all": "copied", "mlp": "copied", "none": "fresh"}
@@ -35,17 +34,12 @@ def conversion_table(student: nn.Module, weights: str, calibration: str | None =
             continue
         error = "{:.3f} -> {:.3f}".format(*layer.calibration) if layer.calibration else "-"
         costs = [f"{_number(softmax)} -> {_number(own[index])}", f"{_percent(own[index], softmax)}"]
-        new = sum(parameter.numel() for parameter in layer.operator.parameters())  # type: ignore[attr-defined]
+        new = sum(parameter.numel() for parameter in layer.operator.parameters())
         rows.append(
             [str(index), str(layer.choice), f"{new:,}", *costs, *([error] * measured), STARTS[weights]]
         )
     note = f"\nerror: of the layer's output against softmax, before and after calibration on {calibration}\n"
     return aligned(rows, right=(0, 2, 4)) + note * measured + _totals(student, softmax, own)
-
-
-def operator_cost(operator: AttentionOperator) -> int:
-    """Multiply-adds of an operator at the geometry that it was made for."""
-    return operator.macs(operator.shape.geometry)
 
 
 def _totals(student: nn.Module, softmax: int, own: dict[int, int]) -> str:

@@ -6,8 +6,8 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
+from ..models.json_types import JsonDict
 from ..transfer.analysis.report.tables import aligned
 from ..transfer.data.survey import Split, Survey, differences
 
@@ -76,7 +76,7 @@ def _unreadable(split: Split) -> list[str]:
     return [*lines, f"unreadable in {split.name}: and {more:,} more"] if more > 0 else lines
 
 
-def _numbers(split: Split) -> dict[str, Any]:
+def _numbers(split: Split) -> JsonDict:
     names = split.class_names
     return {
         "images": split.images,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -14,6 +13,7 @@ from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import parse_source
 from ..models.copying.input import Normalization, Renormalized
 from ..models.errors import ConfigError
+from ..models.json_types import Json
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
 from ..transfer.data.class_counts import check_num_classes
@@ -189,8 +189,8 @@ def _learned_from(source: str, data: DataConfig) -> bool:
 
 def _families(candidate: Candidate, loader: EvalLoader, against: str | None) -> tuple[Family, ...]:
     """By default the model's own head where there are labels, else its nearest neighbors; distances from a teacher."""
-    labelled: tuple[Family, ...] = ("top1" if candidate.num_classes else "knn",) if loader.num_classes else ()
-    return (*labelled, "distance") if against is not None else labelled
+    labeled: tuple[Family, ...] = ("top1" if candidate.num_classes else "knn",) if loader.num_classes else ()
+    return (*labeled, "distance") if against is not None else labeled
 
 
 def _check_labels(
@@ -261,7 +261,7 @@ def _data_settings(sources: Sequence[str], settings: Sequence[Setting]) -> RunCo
     return load_config(None, [*(Setting(f"data.{name}", own[name], f"data.{name}") for name in own), *others])
 
 
-def _is_folder(settings: Sequence[Setting], own: Mapping[str, Any]) -> bool:
+def _is_folder(settings: Sequence[Setting], own: Json) -> bool:
     """Whether the data set is a folder, which says itself how many classes it has."""
     given = [str(each.value) for each in settings if each.key == "data.dataset"]
     return (given[-1] if given else own["dataset"]) in ("", "folder")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from ..models.json_types import JsonDict
 from ..transfer.config import TeacherConfig
 from .config import Setting, load_config
 
@@ -13,11 +13,11 @@ SOURCE_SETTINGS = tuple(f"teacher.{name}" for name in NAMES)
 SOURCE_HELP = "timm name, hf-hub:org/name[@revision], run or model folder, weights file; #best, #last, #ema, #teacher, #student behind a path"  # noqa: E501
 
 
-def source_keywords(how: TeacherConfig) -> dict[str, Any]:
-    """The settings as keywords of `load_teacher`."""
+def source_keywords(how: TeacherConfig) -> JsonDict:
+    """The settings as keywords of `load_pretrained`."""
     return {name: getattr(how, name) for name in NAMES}
 
 
-def keywords_of(settings: Sequence[Setting]) -> dict[str, Any]:
-    """The settings of a command line as keywords of `load_teacher`. Raises ConfigError for a wrong value."""
+def keywords_of(settings: Sequence[Setting]) -> JsonDict:
+    """The settings of a command line as keywords of `load_pretrained`. Raises ConfigError for a wrong value."""
     return source_keywords(load_config(None, settings).teacher)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,37 +13,15 @@ from torch import Tensor, nn
 from .attention.base import AttentionOperator, Heads
 from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
-from .families import attention_blocks
-from .host import AttentionHost
+from .families import attention_blocks, evaluating, vit
+from .host import AttentionHost, Given, observe
 
 if TYPE_CHECKING:
     from .conversion import ConvertedAttention
 
 
-class CalibratingAttention(AttentionHost):
-    """The teacher's layer, which calibrates the student's layer of the same depth as a batch passes through."""
-
-    def __init__(self, original: nn.Module, student: ConvertedAttention) -> None:
-        super().__init__(original)
-        self.pupil = (student,)  # in a tuple: not a part of the teacher
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        shared_rel_pos_bias: Tensor | None = None,
-    ) -> Tensor:
-        (student,) = self.pupil
-        target = Softmax()(self.project(x, rope, shared_rel_pos_bias))
-        heads = student.project(x, rope, shared_rel_pos_bias)
-        student.calibration = calibrate(cast(AttentionOperator, student.operator), heads, target)
-        return self.merge(target, x)
-
-
 def calibrate(operator: AttentionOperator, heads: Heads, target_BHND: Tensor) -> tuple[float, float]:
-    """Calibrates an operator and returns its relative output error ‖out − target‖ / ‖target‖ before and after.
+    """Calibrate an operator and return its relative output error ‖out − target‖ / ‖target‖ before and after.
 
     An operator that this would take further from the target keeps the parameters that it had.
     """
@@ -56,26 +35,31 @@ def calibrate(operator: AttentionOperator, heads: Heads, target_BHND: Tensor) ->
 
 
 def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention], images: Tensor) -> None:
-    """Calibrates converted `layers` by their number; `teacher` is the softmax model, `images` (B, 3, H, W).
+    """Calibrate converted `layers` by their number; `teacher` is the softmax model, `images` (B, 3, H, W).
 
     Raises UnsupportedModelError: the images are of another size than the teacher's.
     """
-    teacher.eval()
-    modes = [(layer, layer.training) for layer in layers.values()]
-    blocks = attention_blocks(teacher)
-    for index, layer in layers.items():
-        layer.eval()
-        blocks[index].attn = CalibratingAttention(cast(nn.Module, blocks[index].attn), layer)
+    originals = {index: attention_blocks(teacher)[index].attn for index in layers}
+    hooks = [
+        observe(originals[index], partial(_calibrate_layer, layer, originals[index]))
+        for index, layer in layers.items()
+    ]
     like = next(teacher.parameters())
     try:
-        with torch.no_grad():
-            cast(Any, teacher).forward_features(images.to(like))
+        with torch.no_grad(), evaluating(teacher, *layers.values()):
+            vit(teacher).forward_features(images.to(like))
     except AssertionError as error:  # of timm's patch embedding
         size = "x".join(map(str, images.shape[-2:]))
         raise UnsupportedModelError(f"calibration images of {size} do not fit the model: {error}") from error
     finally:
-        for layer, training in modes:
-            layer.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
+def _calibrate_layer(layer: ConvertedAttention, original: nn.Module, given: Given) -> None:
+    """Calibrate a layer on what the teacher's layer of the same depth is given."""
+    target = Softmax()(AttentionHost(original).project(*given))
+    layer.calibration = calibrate(layer.operator, layer.project(*given), target)
 
 
 def _error(operator: AttentionOperator, heads: Heads, target: Tensor) -> float:

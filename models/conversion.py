@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import timm
 from timm.models import load_pretrained, register_model
@@ -20,9 +20,19 @@ from . import small  # noqa: F401  timm knows the small models from here on, as 
 from .attention.base import AttentionOperator, Geometry, LayerShape, Traits
 from .calibration import calibrate_layers
 from .errors import UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_patches, check_supported, token_layout
+from .families import (
+    attention_blocks,
+    attention_shape,
+    check_patches,
+    check_supported,
+    image_size,
+    patch_size,
+    token_layout,
+    vit,
+)
 from .host import AttentionHost
-from .initialise import Weights, initialise
+from .initialize import KeptWeights, initialize
+from .json_types import Json, JsonDict
 from .operators import check_choice, create_operator
 from .plan import KEEP, Choice, parse_plan, plan_text
 from .replay import replay_blocks
@@ -34,7 +44,7 @@ class TokenGrid:
     """The geometry that all layers of a model share; a hook that reads it off the patches of each batch where the
     image size is free. `plan_size` is the image size (height, width) that the operators were made for."""
 
-    def __init__(self, model: nn.Module, geometry: Geometry, plan_size: tuple[int, int]) -> None:
+    def __init__(self, model: nn.Module, geometry: Geometry, plan_size: tuple[int, int] | None) -> None:
         self.model = model
         self.geometry = geometry
         self.plan_size = plan_size
@@ -68,6 +78,7 @@ class ConvertedAttention(AttentionHost):
     """A host that stays: its operator is part of the model, and so are the operator's parameters."""
 
     permanent = True
+    operator: AttentionOperator
 
     def __init__(
         self, original: nn.Module, operator: AttentionOperator, choice: Choice, tokens: TokenGrid
@@ -87,36 +98,36 @@ def convert(
     model: nn.Module,
     plan: str | Mapping[Any, str],
     *,
-    weights: Weights = "all",
+    weights: KeptWeights = "all",
     calibration: Tensor | None = None,
 ) -> nn.Module:
     """A copy of `model` whose layers have the operators of `plan` (`models/plan.py`).
 
-    A layer that is already converted is converted anew, from the attention layer that it stands for.
+    A layer that is converted already is converted again, from its original attention layer.
 
     Args:
-        weights: "all" keeps every weight; "mlp" draws the attention of converted layers anew, as timm does for the
-            family; "none" draws everything anew.
-        calibration: images (B, 3, H, W), normalised as the model's; each operator that can starts from them near
-            the output of its layer in `model`, on that layer's own inputs, and never further than without.
+        weights: "all" keeps every weight; "mlp" initializes the attention of converted layers again, as timm does for
+            the family; "none" initializes every weight again.
+        calibration: images (B, 3, H, W), normalized for the model. Each operator that can be calibrated starts near
+            the output of its layer in `model` on these images, and never further away than without them.
 
     Raises:
         UnsupportedModelError: no adapter covers the model, or an operator cannot stand in for a layer.
-        ConfigError: the plan is none, or names a layer or operator that is not there.
+        ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
     student = _softmax_only(copy.deepcopy(model))
     check_supported(student)
-    blocks, layout, layer = attention_blocks(student), token_layout(student), attention_shape(student)
-    tokens = TokenGrid(student, Geometry(layout.num_prefix, layout.grid), _img_size(student))
+    blocks, layer = attention_blocks(student), attention_shape(student)
+    tokens = TokenGrid(student, token_layout(student).geometry, image_size(student))
     shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
     choices = parse_plan(plan, len(blocks))
     for choice in choices:
         check_choice(choice)
     converted = {index: choice for index, choice in enumerate(choices) if choice.operator != KEEP}
-    initialise(student, converted, weights)
+    initialize(student, converted, weights)
     first: dict[str, AttentionOperator] = {}
     for index, choice in converted.items():
-        original = cast(nn.Module, blocks[index].attn)
+        original = blocks[index].attn
         operator = create_operator(choice, shape)
         if first.setdefault(str(choice), operator) is not operator:
             operator.share(first[str(choice)])
@@ -124,14 +135,14 @@ def convert(
         like = next(original.parameters())
         blocks[index].attn = ConvertedAttention(original, operator.to(like), choice, tokens)
     if getattr(student, "dynamic_img_size", False):
-        cast(Any, student).patch_embed.register_forward_hook(tokens)
+        vit(student).patch_embed.register_forward_hook(tokens)
     if calibration is not None:
         calibrate_layers(_softmax_only(_sharing_copy(model)), converted_layers(student), calibration)
     return student
 
 
 def _softmax_only(model: nn.Module) -> nn.Module:
-    """`model`, changed in place, with the layers that its converted ones stand for."""
+    """`model`, changed in place, with the original layers in place of the converted ones."""
     for block in attention_blocks(model):
         layer = getattr(block, "attn", None)
         if isinstance(layer, ConvertedAttention):
@@ -155,63 +166,49 @@ def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the conversion brought: those of the operators."""
+    """The parameters that the conversion added: the operators' own."""
     return [
-        parameter
-        for layer in converted_layers(model).values()
-        for parameter in cast(nn.Module, layer.operator).parameters()
+        parameter for layer in converted_layers(model).values() for parameter in layer.operator.parameters()
     ]
 
 
 def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """Multiply-adds of the attention of one image: of a softmax layer, and of each converted layer by its number."""
-    layout, layer = token_layout(model), attention_shape(model)
-    geometry = Geometry(layout.num_prefix, layout.grid)
-    softmax = create_operator(Choice(KEEP), LayerShape(layer.num_heads, layer.head_dim, geometry)).macs(
-        geometry
-    )
-    own = {
-        index: cast(AttentionOperator, converted.operator).macs(geometry)
-        for index, converted in converted_layers(model).items()
-    }
-    return softmax, own
+    """Multiply-adds of attention for one image: in a softmax layer, and in each converted layer by its number."""
+    geometry, layer = token_layout(model).geometry, attention_shape(model)
+    shape = LayerShape(layer.num_heads, layer.head_dim, geometry)
+    softmax = create_operator(Choice(KEEP), shape).macs(geometry)
+    return softmax, {index: each.operator.macs(geometry) for index, each in converted_layers(model).items()}
 
 
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Another image size (height, width) for a model, converted or not, in place.
+    """Change the image size (height, width) of a model in place, converted or not.
 
-    timm resamples position embeddings, the operators what they have that is tied to the grid. The model keeps
-    operators of the size that it was converted at: a window stays as wide as it was.
+    timm resamples the position embeddings; operators resample the parameters that are tied to the grid. Operators
+    keep the sizes of their conversion: a window stays as wide as it was.
 
-    Raises UnsupportedModelError: the family cannot, or the patches do not fit.
+    Raises UnsupportedModelError: the family has one size alone, or the patches do not fit.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    patch = patch_size(model)
     if any(side < least for side, least in zip(size, patch, strict=True)):
         raise UnsupportedModelError(
             f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
         )
     check_patches(model, size)
     try:
-        cast(Any, model).set_input_size(img_size=size)
+        vit(model).set_input_size(img_size=size)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
         name = type(model).__name__
         raise UnsupportedModelError(f"{name} cannot be resized to {size[0]}x{size[1]}: {error}") from error
-    layout = token_layout(model)
     for layer in converted_layers(model).values():
-        layer.tokens.geometry = Geometry(layout.num_prefix, layout.grid)
-        cast(AttentionOperator, layer.operator).resample(layer.tokens.geometry)
+        layer.tokens.geometry = token_layout(model).geometry
+        layer.operator.resample(layer.tokens.geometry)
 
 
 def plan_size(model: nn.Module) -> tuple[int, int] | None:
     """The image size (height, width) that the operators were made for, None where it is the model's own."""
-    sizes = {layer.tokens.plan_size for layer in converted_layers(model).values()} - {_img_size(model)}
+    sizes = {layer.tokens.plan_size for layer in converted_layers(model).values()} - {image_size(model)}
     return sizes.pop() if sizes else None
-
-
-def _img_size(model: Any) -> tuple[int, int]:
-    height, width = model.patch_embed.img_size
-    return int(height), int(width)
 
 
 def plan_of(model: nn.Module) -> str | None:
@@ -221,7 +218,7 @@ def plan_of(model: nn.Module) -> str | None:
     return plan_text(tuple(choices)) if any(choice.operator != KEEP for choice in choices) else None
 
 
-def with_plan(architecture: str, arguments: Mapping[str, Any], plan: str) -> tuple[str, dict[str, Any]]:
+def with_plan(architecture: str, arguments: Json, plan: str) -> tuple[str, JsonDict]:
     """Name and arguments with which timm builds `architecture` converted by `plan`, in place of an older plan."""
     given = {key: value for key, value in arguments.items() if key != "plan_size"}
     if architecture == ARCHITECTURE:
@@ -229,7 +226,7 @@ def with_plan(architecture: str, arguments: Mapping[str, Any], plan: str) -> tup
     return ARCHITECTURE, {**given, "architecture": architecture, "plan": plan}
 
 
-def _check_layer(model: Any, attention: Any, traits: Traits, choice: Choice, index: int) -> None:
+def _check_layer(model: nn.Module, attention: Any, traits: Traits, choice: Choice, index: int) -> None:
     """UnsupportedModelError where a layer has what the operator has no place for."""
     keep = f"keep it ('{index}: softmax')"
     has_bias = (
@@ -268,10 +265,10 @@ def graftvit_converted(
     With a `plan_size` it is made at that image size, and resized to its own.
     """
     made_at = arguments if plan_size is None else {**arguments, "img_size": tuple(plan_size)}
-    model: Any = convert(timm.create_model(architecture, pretrained=False, **made_at), plan)
+    model = convert(timm.create_model(architecture, pretrained=False, **made_at), plan)
     if plan_size is not None and arguments.get("img_size") is not None:
         resize(model, arguments["img_size"])
     if pretrained:
         channels = arguments.get("in_chans", 3)
-        load_pretrained(model, num_classes=model.num_classes, in_chans=channels, cache_dir=cache_dir)
-    return cast(nn.Module, model)
+        load_pretrained(model, num_classes=vit(model).num_classes, in_chans=channels, cache_dir=cache_dir)
+    return model

@@ -11,7 +11,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import timm
 from timm.models import is_model, load_pretrained, register_model, split_model_name_tag
@@ -26,8 +26,9 @@ from .copying.tape import Tape
 from .copying.teacher_view import view_attention
 from .copying.tokens import match_tokens
 from .errors import UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported, token_layout
+from .families import attention_blocks, attention_shape, check_supported, patch_size, token_layout, vit
 from .host import AttentionHost
+from .json_types import Json, JsonDict
 from .replay import replay_blocks
 
 ARCHITECTURE = "graftvit_copied"
@@ -38,13 +39,13 @@ PLACES = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "pretrain
 
 @dataclass(frozen=True)
 class CopiedTeacher:
-    """How timm builds the teacher, and how its images are normalised."""
+    """How timm builds the teacher, and how its images are normalized."""
 
     architecture: str
-    model_args: Mapping[str, Any]
+    model_args: Json
     normalization: Normalization
     norm_eps: float | None = None
-    """Of all its norms, where it is not the architecture's own."""
+    """The epsilon of all its norms, where it differs from the architecture's."""
 
     def build(self) -> nn.Module:
         """The whole teacher, with fresh weights."""
@@ -64,11 +65,11 @@ class Copying:
     heads: tuple[tuple[tuple[int, ...] | None, ...], ...]
     """By layer: for each student head the teacher heads whose mean it takes; None where it is left alone."""
     normalization: Normalization
-    """Of the student's images."""
+    """How the student's images are normalized."""
     teacher: CopiedTeacher
 
-    def to_json(self) -> dict[str, Any]:
-        """As the argument `copied` of the architecture."""
+    def to_json(self) -> JsonDict:
+        """Return the argument `copied` of the architecture."""
         norms = [dict(each.normalization._asdict()) for each in (self, self.teacher)]
         return {
             **asdict(self),
@@ -77,8 +78,8 @@ class Copying:
         }
 
     @classmethod
-    def from_json(cls, described: Mapping[str, Any]) -> Copying:
-        """From that argument. Raises ValueError where it is none."""
+    def from_json(cls, described: Json) -> Copying:
+        """Read that argument. Raises ValueError where it is invalid."""
         try:
             return cls(
                 str(described["method"]),
@@ -95,8 +96,8 @@ class Copying:
                 f"copied={reprlib.repr(described)} does not describe what a student copies"
             ) from error
 
-    def links(self, teacher: Any, student: Any) -> list[Link]:
-        """Which heads and tokens of which layers go together. Raises ValueError for one that is not there."""
+    def links(self, teacher: nn.Module, student: nn.Module) -> list[Link]:
+        """Pair the heads and tokens of each pair of layers. Raises ValueError for one that does not exist."""
         shapes = attention_shape(teacher), attention_shape(student)
         given = {(pair.teacher < shapes[0].depth, pair.student < shapes[1].depth) for pair in self.layers}
         students = {pair.student for pair in self.layers}
@@ -111,7 +112,7 @@ class Copying:
 
 
 class CopiedAttention(AttentionHost):
-    """A host that stays: its layer runs with the teacher's attention, in training and ever after."""
+    """A permanent host: its layer runs with the teacher's attention, in training and afterwards."""
 
     permanent = True
     operator: Copy
@@ -133,7 +134,7 @@ class TeacherFirst:
         self.tape = tape
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        student: Any = self.student
+        student = vit(self.student)
         self.tape.begin(student.teacher_input.grids(inputs[0], EQUAL))
         try:
             student.teacher(student.teacher_input(inputs[0]))
@@ -143,7 +144,7 @@ class TeacherFirst:
         replay_blocks(student, self.tape.moment)
 
     def forget(self, module: nn.Module, inputs: object, output: object) -> None:
-        """Drops what the teacher gave, once no layer of this forward pass reads it any more."""
+        """Drop the teacher's outputs once no layer of this forward pass needs them."""
         if not self.tape.replaying:
             self.tape.end()
 
@@ -157,14 +158,14 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
     """
     check_supported(student)
     check_supported(teacher)
-    model, tape, links = cast(Any, student), Tape(), copying.links(teacher, student)
+    model, tape, links = vit(student), Tape(), copying.links(teacher, student)
     layers, kind = {pair.teacher for pair in copying.layers}, COPIES[copying.method]
     model.teacher = view_attention(teacher, layers, tape, kind.parts, output=False)
     model.teacher.requires_grad_(False)
     norms = copying.teacher.normalization, copying.normalization
     model.teacher_input = TeacherInput(model.teacher.model, student, *norms)
     for link in links:
-        block: Any = attention_blocks(student)[link.pair.student]
+        block = attention_blocks(student)[link.pair.student]
         if getattr(block.attn, "permanent", False):
             raise UnsupportedModelError(f"layer {link.pair.student} has no softmax attention to replace")
         block.attn = CopiedAttention(block.attn, kind.operator(link, tape))
@@ -177,7 +178,8 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
 
 def copying_of(model: nn.Module) -> Copying | None:
     """What a model copies, None for one that runs with its own attention."""
-    return cast("Copying | None", getattr(model, "copied", None))
+    copied: Copying | None = getattr(model, "copied", None)
+    return copied
 
 
 def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
@@ -186,17 +188,15 @@ def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
     return {index: layer for index, layer in layers if isinstance(layer, CopiedAttention)}
 
 
-def with_copying(
-    architecture: str, arguments: Mapping[str, Any], copying: Copying
-) -> tuple[str, dict[str, Any]]:
+def with_copying(architecture: str, arguments: Json, copying: Copying) -> tuple[str, JsonDict]:
     """Name and arguments with which timm builds `architecture` with what it copies."""
     return ARCHITECTURE, {**arguments, "student": architecture, "copied": copying.to_json()}
 
 
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Another image size (height, width) for a model, converted, copying or not, in place.
+    """Change the image size (height, width) of a model in place, also of one that copies attention.
 
-    As `conversion.resize`; the teacher's part takes the size at which it has the student's grid.
+    As `conversion.resize`; the teacher's part gets the size at which its grid is the student's.
 
     Raises UnsupportedModelError: a family cannot, or the patches do not fit.
     """
@@ -204,10 +204,11 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     copying = copying_of(model)
     if copying is None:
         return
-    own: Any = model
+    own = vit(model)
     teacher, grid = own.teacher.model, token_layout(model).grid
-    size = tuple(side * patch for side, patch in zip(grid, teacher.patch_embed.patch_size, strict=True))
-    conversion.resize(teacher, cast("tuple[int, int]", size))
+    patch = patch_size(teacher)
+    size = grid[0] * patch[0], grid[1] * patch[1]
+    conversion.resize(teacher, size)
     teacher.requires_grad_(False)
     arguments = {**copying.teacher.model_args, "img_size": size}
     own.copied = replace(copying, teacher=replace(copying.teacher, model_args=arguments))
@@ -230,7 +231,7 @@ def _index(value: Any) -> int:
     return value
 
 
-def _teacher(described: Mapping[str, Any]) -> CopiedTeacher:
+def _teacher(described: Json) -> CopiedTeacher:
     """ValueError where no teacher of timm is described, or one with weights of its own."""
     teacher = CopiedTeacher(**{**described, "normalization": _norm(described)})
     name, arguments, epsilon = teacher.architecture, teacher.model_args, teacher.norm_eps
@@ -251,7 +252,7 @@ def _teacher(described: Mapping[str, Any]) -> CopiedTeacher:
     return teacher
 
 
-def _norm(described: Mapping[str, Any]) -> Normalization:
+def _norm(described: Json) -> Normalization:
     """ValueError where no image can be normalized so."""
     mean, std = (tuple(described["normalization"][name]) for name in Normalization._fields)
     numbers = all(isinstance(value, (int, float)) and abs(value) <= LARGEST for value in mean + std)
@@ -268,15 +269,16 @@ def graftvit_copied(
     pretrained: bool = False,
     *,
     student: str,
-    copied: Mapping[str, Any],
+    copied: Json,
     cache_dir: str | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """The timm model `student` with what it copies of a teacher; `pretrained` loads what its `pretrained_cfg` names."""
     copying = Copying.from_json(copied)
-    model: Any = timm.create_model(student, pretrained=False, **arguments)
-    copy_attention(model, copying.teacher.build(), copying)
+    model = copy_attention(
+        timm.create_model(student, pretrained=False, **arguments), copying.teacher.build(), copying
+    )
     if pretrained:
         channels = arguments.get("in_chans", 3)
-        load_pretrained(model, num_classes=model.num_classes, in_chans=channels, cache_dir=cache_dir)
-    return cast(nn.Module, model)
+        load_pretrained(model, num_classes=vit(model).num_classes, in_chans=channels, cache_dir=cache_dir)
+    return model

@@ -1,8 +1,8 @@
-"""What one image costs, counted from the layers."""
+"""Multiply-adds and parameters of a model, counted from its layers."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from .attention.base import QKV
 from .copied import CopiedAttention
 from .copying.operators import CopyMap
 from .copying.teacher_view import LastAttention
-from .families import attention_blocks, token_layout
+from .families import attention_blocks, token_layout, vit
 
 
 def dense_macs(model: nn.Module) -> int:
@@ -19,13 +19,13 @@ def dense_macs(model: nn.Module) -> int:
     With those of the attention maps (`conversion.layer_macs`) these are all of a model but norms and activations,
     and an attention pool where it has one. Projections that a copied layer takes from its teacher are not among them.
     """
-    layout, any_model = token_layout(model), cast(Any, model)
-    tokens, patches = layout.num_tokens, layout.grid[0] * layout.grid[1]
+    geometry = token_layout(model).geometry
+    tokens, patches = geometry.num_tokens, geometry.num_patches
     blocks = attention_blocks(model)
     linear = [module for block in blocks for module in _linear(block)]
     heads = [head for name in ("head", "head_dist") for head in _linear(getattr(model, name, None))]
     return (
-        patches * int(any_model.patch_embed.proj.weight.numel())
+        patches * int(vit(model).patch_embed.proj.weight.numel())
         + tokens * (sum(layer.weight.numel() for layer in linear) - sum(map(_unused, blocks)))
         + sum(head.weight.numel() for head in heads)
     )
@@ -33,8 +33,8 @@ def dense_macs(model: nn.Module) -> int:
 
 def copied_macs(model: nn.Module) -> tuple[int, int]:
     """Multiply-adds of one image in a student that copies attention, and in the part of its teacher."""
-    teacher: nn.Module = cast(Any, model).teacher.model
-    width = _head_dim(cast(Any, attention_blocks(teacher)[0]).attn)
+    teacher: nn.Module = vit(model).teacher.model
+    width = _head_dim(attention_blocks(teacher)[0].attn)
     student = dense_macs(model) + sum(_map_macs(model, block, width) for block in attention_blocks(model))
     beside = sum(_map_macs(teacher, block, width) for block in attention_blocks(teacher)[:-1])
     return student, dense_macs(teacher) + beside
@@ -42,12 +42,12 @@ def copied_macs(model: nn.Module) -> tuple[int, int]:
 
 def copied_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of parameters of a student that copies attention, and of the part of its teacher."""
-    teacher = sum(parameter.numel() for parameter in cast(Any, model).teacher.parameters())
+    teacher = sum(parameter.numel() for parameter in vit(model).teacher.parameters())
     return sum(parameter.numel() for parameter in model.parameters()) - teacher, teacher
 
 
 def _map_macs(model: nn.Module, block: nn.Module, teacher_width: int) -> int:
-    """Of softmax attention: 2 N² D a head, by whomever's queries and keys."""
+    """Multiply-adds of softmax attention: 2 N² D a head, whichever model computes the queries and keys."""
     attention: Any = block.attn
     tokens, own_width = token_layout(model).num_tokens, _head_dim(attention)
     own = 2 * tokens**2 * own_width * int(attention.num_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,18 +12,69 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from torch import nn
+from timm.models.vision_transformer import Block as PlainBlock
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import Tensor, nn
 
+from .attention.base import Geometry
 from .errors import UnsupportedModelError
+from .json_types import JsonDict
 
 MODELS = (VisionTransformer, Beit, Eva)
-BLOCKS = (Block, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
+BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
 ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
 SUPPORTED = (
     "timm's plain vision transformers: vision_transformer (ViT, DeiT III, MAE, DINO, DINOv2, CLIP, SigLIP), "
     "deit, beit (BEiT, BEiTv2) and eva (EVA, EVA-02, DINOv3)"
 )
+
+
+class Block(nn.Module):
+    """What is read of a transformer block of timm: a type for attributes that `nn.Module` does not declare."""
+
+    attn: Any
+    """timm's attention layer, or the host that replaces it."""
+    mlp: Any
+
+
+class ViT(nn.Module):
+    """What is read of a vision transformer of timm: a type, as `Block`, of which no model is made."""
+
+    patch_embed: Any
+    pos_embed: nn.Parameter | None
+    cls_token: nn.Parameter | None
+    blocks: nn.Module
+    global_pool: str
+    default_cfg: JsonDict
+    num_classes: int
+    num_features: int
+    forward_features: Callable[[Tensor], Tensor]
+    get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
+    init_weights: Callable[[], None]
+    set_grad_checkpointing: Callable[[bool], None]
+    set_input_size: Callable[..., None]
+    teacher: Any
+    """The part of its teacher that a copying student runs with; `teacher_input` and `copied` are beside it."""
+    teacher_input: Any
+    copied: Any
+
+
+def vit(model: nn.Module) -> ViT:
+    """The same model with the attributes of timm's vision transformers declared."""
+    return cast(ViT, model)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode while inside; then restore the mode of each module."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @dataclass(frozen=True)
@@ -37,7 +90,12 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prefix + self.grid[0] * self.grid[1]
+        return self.geometry.num_tokens
+
+    @property
+    def geometry(self) -> Geometry:
+        """The same sequence, without the kinds of its prefix tokens."""
+        return Geometry(self.num_prefix, self.grid)
 
 
 @dataclass(frozen=True)
@@ -53,8 +111,8 @@ class AttentionShape:
 def check_supported(model: nn.Module, *, copied: bool = False) -> None:
     """Raise `UnsupportedModelError` where the model or any block of it is of a kind that no adapter covers.
 
-    A model that copies its teacher's attention is one only for those who say `copied`: it has none of its own that
-    could be converted, taught or learned from.
+    A model that copies its teacher's attention is supported only with `copied`: it has no attention of its own to
+    convert, to teach or to learn from.
     """
     name = type(model).__name__
     if not copied and hasattr(model, "copied"):
@@ -67,7 +125,7 @@ def check_supported(model: nn.Module, *, copied: bool = False) -> None:
         raise UnsupportedModelError(f"{name} is not a supported model; supported are {SUPPORTED}")
     for index, block in enumerate(attention_blocks(model)):
         attention = getattr(block, "attn", None)
-        attention = getattr(attention, "original", attention)  # of a host, the layer that it stands for
+        attention = getattr(attention, "original", attention)  # a host has the layer that it replaces
         if not isinstance(block, BLOCKS) or not isinstance(attention, ATTENTIONS):
             part = (
                 type(block).__name__
@@ -80,55 +138,84 @@ def check_supported(model: nn.Module, *, copied: bool = False) -> None:
             )
 
 
-def attention_blocks(model: Any) -> list[nn.Module]:
+def attention_blocks(model: nn.Module) -> list[Block]:
     """The transformer blocks, first to last; none for a model without."""
-    own = getattr(model, "_modules", {}).get(
-        "blocks"
-    )  # not what stands before it for one forward pass (`replay.py`)
-    return list(getattr(model, "blocks", ()) if own is None else own)
+    own = model._modules.get("blocks")  # not what `replay.py` puts before it for one forward pass
+    return list(getattr(model, "blocks", ()) if own is None else cast(Iterable[Block], own))
 
 
-def token_layout(model: Any) -> TokenLayout:
+def classifier_of(model: nn.Module) -> nn.Module | None:
+    """The layer that classifies, None for a model without."""
+    found = vit(model).get_classifier() if hasattr(model, "get_classifier") else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images that a model was built for; None where it does not say."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of a patch; one pixel where the model does not say."""
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
+    return int(size[0]), int(size[1])
+
+
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes."""
+    return int(vit(model).patch_embed.proj.in_channels)
+
+
+def has_relative_bias(model: nn.Module) -> bool:
+    """Whether the model adds a relative position bias to its attention logits, tied to its grid."""
+    return getattr(model, "rel_pos_bias", None) is not None or any(
+        getattr(getattr(block, "attn", None), "relative_position_bias_table", None) is not None
+        for block in attention_blocks(model)
+    )
+
+
+def token_layout(model: nn.Module) -> TokenLayout:
     """The tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width).
 
-    They are those of images of the size that the model was built for; with `dynamic_img_size` others have another grid.
+    The grid is for the image size of the model; with `dynamic_img_size` other sizes have other grids.
     """
     registers = getattr(model, "reg_token", None)
-    prefix = ["cls"] if model.cls_token is not None else []
+    prefix = ["cls"] if vit(model).cls_token is not None else []
     if getattr(model, "dist_token", None) is not None:
         prefix.append("dist")
     prefix += [f"reg{index}" for index in range(0 if registers is None else registers.shape[1])]
-    embedding = model.patch_embed
-    if embedding.img_size is None:
+    size = image_size(model)
+    if size is None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} was built without an image size, and nothing says how many patches it has: "
             "build it with img_size"
         )
-    return TokenLayout(tuple(prefix), patch_grid(embedding, embedding.img_size))
+    return TokenLayout(tuple(prefix), patch_grid(vit(model).patch_embed, size))
 
 
 def patch_grid(embedding: Any, images: tuple[int, int]) -> tuple[int, int]:
-    """Patches (down, across) that a patch embedding cuts images of a size (height, width) into; what is left over is
-    no patch, or one that is filled up."""
+    """The patches (down, across) of images of a size (height, width). Pixels left over are dropped or padded."""
     height, width = embedding.dynamic_feat_size(images)
     return int(height), int(width)
 
 
 def fills(embedding: Any, images: tuple[int, int]) -> bool:
-    """Whether a patch embedding takes images of this size (height, width), if it takes any: whole patches alone, unless
-    it pads them. One of a single size takes what it was built for and leaves out what is over."""
+    """Whether patches fill images of this size (height, width), as an embedding that takes any size needs it.
+
+    An embedding that pads takes every size. One of a single size takes its own and ignores pixels beyond the patches.
+    """
     if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", True):
         return True
     patch = embedding.patch_size
     return images[0] % int(patch[0]) == 0 and images[1] % int(patch[1]) == 0
 
 
-def check_patches(model: Any, size: tuple[int, int] | None = None) -> None:
+def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None:
     """UnsupportedModelError where a model that takes any image size cannot take this one, by default its own."""
-    embedding = getattr(model, "patch_embed", None)
-    size = getattr(embedding, "img_size", None) if size is None else size
-    if size is not None and not fills(embedding, size):
-        patch = cast(Any, embedding).patch_size
+    size = image_size(model) if size is None else size
+    if size is not None and not fills(getattr(model, "patch_embed", None), size):
+        patch = patch_size(model)
         raise UnsupportedModelError(
             f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, as a model with "
             "dynamic_img_size needs them: give another img_size"
@@ -137,7 +224,7 @@ def check_patches(model: Any, size: tuple[int, int] | None = None) -> None:
 
 def attention_shape(model: nn.Module) -> AttentionShape:
     """Depth, heads, head width and model width, read from the first block (all blocks of a model are alike)."""
-    blocks: list[Any] = list(attention_blocks(model))
+    blocks = attention_blocks(model)
     attention = blocks[0].attn
     width = attention.proj.in_features
     return AttentionShape(

@@ -1,4 +1,4 @@
-"""The module that stands where a timm block's attention stood.
+"""The module that replaces the attention of a timm block.
 
 A host shares the parameters, buffers and submodules of the timm attention that it replaces, under the same
 names, so state dicts do not change. It projects tokens to queries, keys and values (with the layer's own norms
@@ -8,24 +8,49 @@ it computes what timm computes, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .attention.base import QKV, Geometry, Heads, Operator
 from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
 from .families import attention_blocks, check_supported
+from .json_types import JsonDict
+
+Given = tuple[Tensor, Tensor | None, Tensor | None]
+"""What an attention layer is given: tokens (B, N, C), rotary embedding, shared relative position bias."""
+
+
+def observe(layer: nn.Module, see: Callable[[Given], None]) -> RemovableHandle:
+    """Call `see` with what an attention layer of timm, or a host, is given, before the layer runs."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
+        see(_given(*inputs, **keywords))
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _given(
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    shared_rel_pos_bias: Tensor | None = None,
+) -> Given:
+    return x, rope, shared_rel_pos_bias
 
 
 class AttentionHost(nn.Module):
-    """A timm attention layer around any operator; `original` is the layer it stands for."""
+    """A timm attention layer around any operator; `original` is the layer that it replaces."""
 
     permanent = False
-    """Whether the model is saved with its host, and not with the layer that it stands for."""
+    """Whether the model is saved with its host, and not with the original layer."""
     geometry: Geometry | None = None
     """The tokens of the sequence, where an operator may need them."""
 
@@ -163,7 +188,7 @@ def host_attention(model: nn.Module) -> list[AttentionHost]:
     hosts = []
     for block in attention_blocks(model):
         if not isinstance(block.attn, AttentionHost):  # a converted layer is one
-            block.attn = AttentionHost(block.attn)  # type: ignore[arg-type]
+            block.attn = AttentionHost(block.attn)
         hosts.append(block.attn)
     return hosts
 

@@ -7,12 +7,11 @@ alpha = 2 rank, as LoLCATs has it (arXiv 2410.10254: rank 8, alpha 16).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
-from .families import attention_blocks
+from .families import attention_blocks, classifier_of
 
 SCALE = 2
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
@@ -20,7 +19,7 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weig
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Puts adapters on every attention projection of `model`, in place. Adapters, head and what a conversion brought
+    """Put adapters on every attention projection of `model`, in place. Adapters, head and what a conversion brought
     learn; all else is frozen.
 
     Raises ConfigError: peft is not installed; UnsupportedModelError: a layer keeps its biases apart from its weight.
@@ -58,6 +57,5 @@ def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_head(model: nn.Module, name: str) -> bool:
-    classifier: Any = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
-    owner = name.rpartition(".")[0]
-    return isinstance(classifier, nn.Module) and model.get_submodule(owner) is classifier
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner is classifier_of(model)

@@ -6,7 +6,6 @@ visible, P prefix tokens, D encoder width, E decoder width, K pixels of a patch 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,16 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
-from .patches import fold_patches, grid_positions, normalise_patches, unfold_patches
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Pictures of a masked autoencoder at work; all images are on the scale of the input."""
-
-    visible: Tensor  # (B, C, H, W), hidden patches are zero
-    filled: Tensor  # (B, C, H, W), hidden patches come from the decoder
-    mask: Tensor  # (B, N) bool, True where hidden
+from .patches import grid_positions, normalize_patches, unfold_patches
 
 
 class MaskedAutoencoder(nn.Module):
@@ -74,38 +64,16 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The reconstruction loss of `images` (B, C, H, W) each under a fresh random mask; a scalar."""
-        target_BNK, _, _ = self._targets(images)
+        target_BNK = unfold_patches(images.float(), self.patch_size)
+        if self.norm_pixels:
+            target_BNK = normalize_patches(target_BNK)
         prediction_BNK, mask_BN = self._predict(images)
         error_BN = (prediction_BNK.float() - target_BNK).square().mean(dim=-1)
         return (error_BN * mask_BN).sum() / mask_BN.sum()
 
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        """`images` with hidden patches blanked, and with hidden patches painted by the decoder."""
-        _, mean_BN1, deviation_BN1 = self._targets(images)
-        prediction_BNK, mask_BN = self._predict(images)
-        painted_BNK = prediction_BNK.float() * deviation_BN1 + mean_BN1
-        patches_BNK = unfold_patches(images.float(), self.patch_size)
-        hidden_BN1 = mask_BN.unsqueeze(-1)
-        return Reconstruction(
-            visible=fold_patches(patches_BNK.masked_fill(hidden_BN1, 0.0), self.patch_size, self.grid),
-            filled=fold_patches(
-                torch.where(hidden_BN1, painted_BNK, patches_BNK), self.patch_size, self.grid
-            ),
-            mask=mask_BN,
-        )
-
     def random_order(self, batch: int, device: torch.device) -> Tensor:
         """A random permutation of the patches for each image, (B, N); the first V stay visible."""
         return torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
-
-    def _targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder should give, with the mean and deviation that bring it back to pixels."""
-        patches_BNK = unfold_patches(images.float(), self.patch_size)
-        if self.norm_pixels:
-            return normalise_patches(patches_BNK)
-        zero_BN1 = patches_BNK.new_zeros(*patches_BNK.shape[:2], 1)
-        return patches_BNK, zero_BN1, zero_BN1 + 1
 
     def _predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Decoder output for all patches (B, N, K) and which of them were hidden (B, N)."""
@@ -125,7 +93,8 @@ class MaskedAutoencoder(nn.Module):
             x_BVD = checkpoint_seq(encoder.blocks, x_BVD)
         else:
             x_BVD = encoder.blocks(x_BVD)
-        return cast(Tensor, encoder.norm(x_BVD))
+        encoded: Tensor = encoder.norm(x_BVD)
+        return encoded
 
     def _decode(self, encoded_BVD: Tensor, visible_BV: Tensor) -> Tensor:
         """Mask tokens where patches are hidden, positions added, the decoder's blocks, pixels (B, N, K)."""
@@ -137,7 +106,8 @@ class MaskedAutoencoder(nn.Module):
         x_BNE = torch.cat([x_BVE[:, :prefix], patches_BNE], dim=1)
         for block in self.decoder_blocks:
             x_BNE = block(x_BNE)
-        return cast(Tensor, self.decoder_head(self.decoder_norm(x_BNE)[:, prefix:]))
+        pixels: Tensor = self.decoder_head(self.decoder_norm(x_BNE)[:, prefix:])
+        return pixels
 
     def _init_decoder(self) -> None:
         """Xavier for the decoder's linear layers, as published; the encoder keeps its own initialisation."""

@@ -7,8 +7,6 @@ student had the teacher's own components, randomly initialised (arXiv:2605.07191
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 import timm
 import torch
@@ -18,15 +16,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .errors import TransferError, UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported
+from .families import attention_blocks, attention_shape, check_supported, patch_size, vit
+from .json_types import Json, JsonDict
 from .parts import ACTIVATIONS, has_norm, native_parts
 
 BEIT_POOLING = ("", "avg", "token")
 
 
-def mirror_arguments(
-    teacher: nn.Module, architecture: str, model_args: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) -> tuple[str, JsonDict]:
     """timm architecture and arguments of a student with the teacher's parts and its own size.
 
     `architecture` and `model_args` are the student's as asked for. Depth, width, heads, image and patch size,
@@ -49,7 +46,7 @@ def mirror_arguments(
     return _architecture(teacher), arguments
 
 
-def _build_without_memory(architecture: str, model_args: Mapping[str, Any], origin: str) -> nn.Module:
+def _build_without_memory(architecture: str, model_args: Json, origin: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return timm.create_model(architecture, pretrained=False, **model_args)
@@ -59,7 +56,7 @@ def _build_without_memory(architecture: str, model_args: Mapping[str, Any], orig
         ) from error
 
 
-def _architecture(teacher: Any) -> str:
+def _architecture(teacher: nn.Module) -> str:
     config = getattr(teacher, "default_cfg", None) or {}
     if not config.get("architecture"):
         raise UnsupportedModelError(
@@ -69,10 +66,10 @@ def _architecture(teacher: Any) -> str:
     return str(config["architecture"])
 
 
-def _sizes(teacher: Any, student: Any) -> dict[str, Any]:
+def _sizes(teacher: nn.Module, student: nn.Module) -> JsonDict:
     shape = attention_shape(student)
-    height, width = student.patch_embed.img_size
-    rows, columns = student.patch_embed.patch_size
+    height, width = vit(student).patch_embed.img_size
+    rows, columns = patch_size(student)
     return {
         "img_size": height if height == width else (height, width),
         "patch_size": rows if rows == columns else (rows, columns),
@@ -83,11 +80,10 @@ def _sizes(teacher: Any, student: Any) -> dict[str, Any]:
     }
 
 
-def _mlp_ratio(teacher: Any, student: Any, width: int) -> float:
+def _mlp_ratio(teacher: nn.Module, student: nn.Module, width: int) -> float:
     """The ratio from which the teacher's constructor makes the hidden width, without a rounding loss."""
     same = native_parts(teacher).mlp == native_parts(student).mlp
-    blocks: list[Any] = list(attention_blocks(student if same else teacher))
-    projection = blocks[0].mlp.fc2
+    projection = attention_blocks(student if same else teacher)[0].mlp.fc2
     hidden = projection.in_features * width // projection.out_features
     if isinstance(teacher, VisionTransformer) and native_parts(teacher).mlp.startswith(("SwiGLU", "GLU")):
         hidden *= 2  # there the ratio counts gate and value together
@@ -95,12 +91,12 @@ def _mlp_ratio(teacher: Any, student: Any, width: int) -> float:
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
-def _pooling(teacher: Any, student: Any) -> str:
+def _pooling(teacher: nn.Module, student: nn.Module) -> str:
     """The student's pooling, except that a distilled DeiT can only read its two tokens."""
     if getattr(teacher, "dist_token", None) is not None:
         return "token"
-    pooling = str(student.global_pool)
-    if pooling == "token" and teacher.cls_token is None:
+    pooling = str(vit(student).global_pool)
+    if pooling == "token" and vit(teacher).cls_token is None:
         raise TransferError(
             "student.global_pool=token needs a class token, which the teacher of student.mirror_teacher=true "
             "has not; use avg"
@@ -113,13 +109,12 @@ def _pooling(teacher: Any, student: Any) -> str:
     return pooling
 
 
-def _native(teacher: Any) -> dict[str, Any]:
+def _native(teacher: nn.Module) -> JsonDict:
     """Constructor arguments for the teacher's parts, in every family's names; None for timm's default."""
     parts = native_parts(teacher)
-    blocks: list[Any] = list(attention_blocks(teacher))
-    block = blocks[0]
+    block = attention_blocks(teacher)[0]
     return {
-        "class_token": teacher.cls_token is not None,
+        "class_token": vit(teacher).cls_token is not None,
         "reg_tokens": parts.registers,
         "num_reg_tokens": parts.registers,
         "no_embed_class": getattr(teacher, "no_embed_class", False),
@@ -145,9 +140,7 @@ def _native(teacher: Any) -> dict[str, Any]:
     }
 
 
-def _refuse_foreign(
-    model_args: Mapping[str, Any], accepted: Mapping[str, Any], student: nn.Module, family: type[nn.Module]
-) -> None:
+def _refuse_foreign(model_args: Json, accepted: Json, student: nn.Module, family: type[nn.Module]) -> None:
     """Refuse arguments that neither the teacher's family knows nor its own parts replace."""
     for name in model_args:
         if name not in accepted and name not in _native(student):

@@ -16,7 +16,7 @@ from .attention.nystrom import NystromAttention
 from .attention.softmax import SoftmaxAttention
 from .attention.ttt import TTTAttention
 from .attention.uniform import UniformAttention
-from .attention.window import NeighbourhoodAttention, WindowAttention
+from .attention.window import NeighborhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
 from .plan import KEEP, Choice
 
@@ -37,7 +37,7 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "nystrom": NystromAttention,
     "agent": AgentAttention,
     "window": WindowAttention,
-    "neighbourhood": NeighbourhoodAttention,
+    "neighbourhood": NeighborhoodAttention,
     "dilated": partial(WindowAttention, dilation=2),
     "hybrid": HybridAttention,
     "ttt": TTTAttention,
@@ -47,7 +47,7 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
 """By name; the first argument of each is the `LayerShape`, the others are options."""
 
 MOST = 16_384
-"""Of an option: features, landmarks, windows, iterations. A plan may come from a file, and its sizes are built."""
+"""The largest number of an option (features, landmarks, windows, iterations): a plan may come from any file."""
 
 
 def register_operator(name: str, create: Callable[..., AttentionOperator]) -> None:

@@ -37,10 +37,10 @@ class NativeParts:
     pooling: str
 
 
-def native_parts(model: Any) -> NativeParts:
+def native_parts(model: nn.Module) -> NativeParts:
     """Read the parts from the embeddings and the first block (all blocks of a model are alike)."""
-    blocks: list[Any] = list(attention_blocks(model))
-    block, attention = blocks[0], blocks[0].attn
+    block = attention_blocks(model)[0]
+    attention = block.attn
     registers = getattr(model, "reg_token", None)
     return NativeParts(
         layer_scale=layer_scale_init(block),
@@ -62,7 +62,7 @@ def has_norm(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 
-def layer_scale_init(block: Any) -> float | None:
+def layer_scale_init(block: nn.Module) -> float | None:
     """The value that a block's LayerScale starts from, or None where it has none."""
     scale = getattr(block, "ls1", None)
     if has_norm(scale):
@@ -91,7 +91,7 @@ def _mlp(mlp: Any) -> str:
     return f"{kind} with norm" if has_norm(getattr(mlp, "norm", None)) else kind
 
 
-def _position(model: Any, attention: Any) -> tuple[str, ...]:
+def _position(model: nn.Module, attention: Any) -> tuple[str, ...]:
     present = {
         "learned absolute": getattr(model, "pos_embed", None) is not None,
         "relative bias": getattr(attention, "relative_position_bias_table", None) is not None,

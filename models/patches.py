@@ -1,4 +1,4 @@
-"""Between images and patches: unfold, fold, normalise, and fixed positions on a grid of any shape."""
+"""From images to patches: unfold, normalize, and fixed positions on a grid of any shape."""
 
 from __future__ import annotations
 
@@ -22,18 +22,11 @@ def unfold_patches(images_BCHW: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // ph) * (width // pw), ph * pw * channels)
 
 
-def fold_patches(patches_BNK: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of `unfold_patches`: (B, N, K) patches on a (rows, columns) grid back to (B, C, H, W)."""
-    (ph, pw), (rows, columns) = patch_size, grid
-    x = patches_BNK.reshape(len(patches_BNK), rows, columns, ph, pw, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches_BNK), -1, rows * ph, columns * pw)
-
-
-def normalise_patches(patches_BNK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch minus its mean, over its deviation sqrt(var + 1e-6); also both of them, (B, N, 1)."""
+def normalize_patches(patches_BNK: Tensor) -> Tensor:
+    """Each patch minus its mean, over its deviation sqrt(var + 1e-6)."""
     mean_BN1 = patches_BNK.mean(dim=-1, keepdim=True)
     deviation_BN1 = (patches_BNK.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    return (patches_BNK - mean_BN1) / deviation_BN1, mean_BN1, deviation_BN1
+    return (patches_BNK - mean_BN1) / deviation_BN1
 
 
 def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
+from .json_types import Json
 from .plain_yaml import YamlError, parse_yaml, write_yaml
 
 KEEP = "softmax"
@@ -31,7 +32,7 @@ class Choice:
     """The operator of one layer and its options."""
 
     operator: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Json = field(default_factory=dict)
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={_scalar(value)}" for key, value in self.options.items())

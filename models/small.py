@@ -21,10 +21,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
+from .json_types import JsonDict
+
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-def _described(img_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def _described(img_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> JsonDict:
     """What timm wants to know of a model that nobody has published weights for."""
     return {
         "input_size": (3, img_size, img_size),
@@ -74,6 +76,6 @@ def vit_tiny_d8_patch8_160(pretrained: bool = False, **arguments: Any) -> Vision
     return _create("vit_tiny_d8_patch8_160", pretrained, shape, arguments)
 
 
-def _create(name: str, pretrained: bool, shape: dict[str, Any], given: dict[str, Any]) -> VisionTransformer:
+def _create(name: str, pretrained: bool, shape: JsonDict, given: JsonDict) -> VisionTransformer:
     arguments = {"patch_size": 4, **shape, **given}
     return build_model_with_cfg(VisionTransformer, name, pretrained, **arguments)

@@ -8,7 +8,7 @@ from typing import Any
 
 import reference_vit as reference
 import torch
-from graftvit.checkpoints.teacher import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from source_files import DEPTH, HEADS, Tensors
 from torch import Tensor
 

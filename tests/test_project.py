@@ -59,7 +59,7 @@ def test_the_import_rule_would_notice(tmp_path: Path, monkeypatch: pytest.Monkey
     for text, package in [
         ("from ...transfer.data import x", "transfer"),
         ("from graftvit.launch import cli", "launch"),
-        ("def f():\n    import graftvit.checkpoints.teacher", "checkpoints"),
+        ("def f():\n    import graftvit.checkpoints.pretrained", "checkpoints"),
         ("from ... import launch", "launch"),
         ("from graftvit import transfer", "transfer"),
         ("from ..errors import GraftError", "models"),

@@ -7,10 +7,11 @@ unique), and every default below is the default of the flag.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from ..models.json_types import JsonDict
 from .methods.registry import method_names
 from .section import OneOf, Section, check_arguments, check_size
 
@@ -31,7 +32,7 @@ class TeacherConfig(Section):
     model: str | None = Field(
         None, description="timm architecture, for a weights file that does not name its own"
     )
-    model_args: dict[str, Any] = Field({}, description="keyword arguments of the teacher's timm constructor")
+    model_args: JsonDict = Field({}, description="keyword arguments of the teacher's timm constructor")
     img_size: int | tuple[int, int] | None = Field(
         None,
         description="image size that the teacher is resampled to and shown; the student's by default",
@@ -57,7 +58,7 @@ class StudentConfig(Section):
         "vit_base_patch16_224",
         description="timm architecture of a fresh student, or a source of a whole one (local-dir:…, hf-hub:…, a file)",
     )
-    model_args: dict[str, Any] = Field({}, description="keyword arguments of the student's timm constructor")
+    model_args: JsonDict = Field({}, description="keyword arguments of the student's timm constructor")
     plan: str | None = Field(
         None,
         description="attention of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by default",

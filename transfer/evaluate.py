@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.errors import DataError
+from ..models.families import evaluating
 from .data.labels import IMAGENET_CLASSES, find_subset, subset_classes
 from .data.loaders import EvalLoader
 from .metrics.ranks import exact, summed
@@ -62,7 +62,7 @@ def evaluate(
     precision = exact(device)
     every = {**models, **(others or {})}
     sums = {name: torch.zeros(4, dtype=precision, device=device) for name in [*names, *(others or ())]}
-    with _eval_mode(every):
+    with evaluating(*(model for model in every.values() if isinstance(model, nn.Module))):
         for images, targets, valid in loader:
             images = images.to(device, non_blocking=True)
             targets, valid = targets.to(device, non_blocking=True), valid.to(device, non_blocking=True)
@@ -166,17 +166,3 @@ def _metrics(total: list[float]) -> Metrics:
             "none has a label of the subset"
         )
     return Metrics(100 * right / count, 100 * among / count, loss / count, round(count))
-
-
-@contextmanager
-def _eval_mode(models: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    modules = [model for model in models.values() if isinstance(model, nn.Module)]
-    modes = [{module: module.training for module in model.modules()} for model in modules]
-    try:
-        for model in modules:
-            model.eval()
-        yield
-    finally:
-        for mode in modes:
-            for module, training in mode.items():
-                module.training = training

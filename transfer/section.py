@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from ..models.json_types import JsonDict
+
 
 @dataclass(frozen=True)
 class OneOf:
@@ -72,7 +74,7 @@ def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | No
     return size
 
 
-def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def check_arguments(arguments: JsonDict) -> JsonDict:
     """Raise ValueError for a name that no keyword argument has, such as `depth:6`, which YAML reads as a name alone."""
     for name in arguments:
         if not name.isidentifier():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.errors import CheckpointError, RunFailedError
+from ..build import one_line
 from .files import Format, run_onnx, run_torch
 from .graph import quiet
 
@@ -86,5 +87,4 @@ def _explained(label: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what onnxruntime raises has no common kind
-        reason = " ".join(str(error).split())[:300]
-        raise ExportFailedError(f"{label} cannot run it: {reason}") from error
+        raise ExportFailedError(f"{label} cannot run it: {one_line(error)}") from error

@@ -12,14 +12,16 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from ...models import families
 from ...models.errors import CheckpointError, did_you_mean
+from ...models.json_types import JsonDict
 from ..atomic import sync, write_file
 from ..build import build
-from ..teacher import Teacher, load_teacher
+from ..pretrained import Pretrained, load_pretrained
 from ..weights import as_pair
 from .check import compare, example_images, shapes_to_check
 from .files import Format, check_onnx, data_file, format_of, write_onnx, write_torch
-from .graph import Dynamic, Normalised, check_dynamic, trace
+from .graph import Dynamic, Normalized, check_dynamic, trace
 from .words import ExportReport, channels_of, provenance_words, words_of
 
 logger = logging.getLogger(__name__)
@@ -42,13 +44,13 @@ def export_source(
     """Loads any source and exports it as `export_model`; the file says how to feed it and where it comes from.
 
     Args:
-        how: `img_size`, `model`, `model_args` and the rest, as of `load_teacher`.
+        how: `img_size`, `model`, `model_args` and the rest, as of `load_pretrained`.
 
-    Raises CheckpointError or UnsupportedModelError as `load_teacher` and `export_model`.
+    Raises CheckpointError or UnsupportedModelError as `load_pretrained` and `export_model`.
     """
     check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
-    teacher = load_teacher(str(source), **how)
-    model: Any = teacher.model
+    teacher = load_pretrained(str(source), **how)
+    model = teacher.model
     if "resolution" in dynamic and getattr(model, "dynamic_img_size", None) is False:
         model = _of_any_size(teacher)
     return export_model(
@@ -109,9 +111,9 @@ def export_model(
     words = words_of(model, size, patch, dynamic, mean, std, normalise) | dict(metadata or {})
     shapes = shapes_to_check(channels_of(model), size, patch, dynamic)
     example = example_images(shapes[-1])
-    found: dict[str, Any] = {}
+    found: JsonDict = {}
     with _for_inference(model) as plain:
-        module = Normalised(plain, mean, std) if normalise and mean is not None and std is not None else plain
+        module = Normalized(plain, mean, std) if normalise and mean is not None and std is not None else plain
         logger.info("tracing %s", type(model).__name__)
         graph = trace(module, example, dynamic, patch)
 
@@ -157,7 +159,7 @@ def check_export(
     return kind
 
 
-def _of_any_size(teacher: Teacher) -> nn.Module:
+def _of_any_size(teacher: Pretrained) -> nn.Module:
     """The teacher's model as timm builds it for images of any size, with the same weights."""
     model = build(teacher.architecture, {**teacher.model_args, "dynamic_img_size": True})
     model.load_state_dict(teacher.model.state_dict(), assign=True)
@@ -165,17 +167,15 @@ def _of_any_size(teacher: Teacher) -> nn.Module:
 
 
 def _sizes(
-    model: Any, image_size: int | tuple[int, int] | None, dynamic: Collection[str]
+    model: nn.Module, image_size: int | tuple[int, int] | None, dynamic: Collection[str]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The resolution, and that of a patch. Raises CheckpointError where the model takes another one."""
-    embedding: Any = getattr(model, "patch_embed", None)
-    own: Any = getattr(embedding, "img_size", None)
-    patch: Any = tuple(getattr(embedding, "patch_size", None) or (1, 1))
-    size: Any = as_pair(image_size) if image_size is not None else own
+    own = families.image_size(model)
+    patch = families.patch_size(model)
+    size = as_pair(image_size) if image_size is not None else own
     if size is None:
         raise CheckpointError(f"{type(model).__name__} does not say its image size: give image_size")
-    fixed = own is not None and not getattr(model, "dynamic_img_size", False)
-    if fixed and tuple(size) != tuple(own):
+    if own not in (None, size) and not getattr(model, "dynamic_img_size", False):
         raise CheckpointError(
             f"image_size {size[0]}x{size[1]}: this model takes {own[0]}x{own[1]}; load it with img_size={size}"
         )
@@ -183,7 +183,7 @@ def _sizes(
         raise CheckpointError(
             f"dynamic resolution: {size[0]}x{size[1]} is not whole patches of {patch[0]}x{patch[1]}"
         )
-    return (int(size[0]), int(size[1])), (int(patch[0]), int(patch[1]))
+    return size, patch
 
 
 @contextmanager
@@ -192,12 +192,8 @@ def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         model = copy.deepcopy(model).to("cpu", torch.float32)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with families.evaluating(model):
+        yield model
 
 
 def _place_data(temporary: Path, path: Path) -> None:

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from unittest import mock
 
 import timm.layers.pos_embed
@@ -17,11 +17,10 @@ from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ...models.attention.base import AttentionOperator
 from ...models.conversion import converted_layers
 from ...models.copied import copying_of
 from ...models.errors import UnsupportedModelError
-from ...models.families import attention_blocks
+from ...models.families import has_relative_bias
 from ..build import one_line
 
 Dynamic = Literal["batch", "resolution"]
@@ -30,7 +29,7 @@ MOST_PATCHES = 2**14
 """Along a side. torch 2.6 refuses a size without an upper limit."""
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """A model of images in 0..1 around one of normalised images."""
 
     mean: Tensor
@@ -48,7 +47,7 @@ class Normalised(nn.Module):
         return output
 
 
-def check_dynamic(model: Any, dynamic: Collection[str]) -> None:
+def check_dynamic(model: nn.Module, dynamic: Collection[str]) -> None:
     """Raises UnsupportedModelError where the model has no place for another resolution than its own."""
     if "resolution" not in dynamic:
         return
@@ -58,17 +57,14 @@ def check_dynamic(model: Any, dynamic: Collection[str]) -> None:
             f"dynamic resolution: this {name} runs with a part of its teacher, whose grid is fixed; {way_out}"
         )
     for index, layer in converted_layers(model).items():
-        if not cast(AttentionOperator, layer.operator).traits.graph_any_grid:
+        if not layer.operator.traits.graph_any_grid:
             raise UnsupportedModelError(
                 f"dynamic resolution: the graph of {layer.choice.operator!r} in layer {index} holds for one grid "
                 f"alone; {way_out}"
             )
     if getattr(model, "dynamic_img_size", False):
         return
-    if getattr(model, "rel_pos_bias", None) is not None or any(
-        getattr(getattr(block, "attn", None), "relative_position_bias_table", None) is not None
-        for block in attention_blocks(model)
-    ):
+    if has_relative_bias(model):
         raise UnsupportedModelError(
             f"dynamic resolution: {name} has a relative position bias, a table for one grid alone; {way_out}"
         )
@@ -186,4 +182,4 @@ def _free_rope(rope: RotaryEmbeddingDinoV3) -> Callable[..., Tensor]:
 
 
 def _name(model: nn.Module) -> str:
-    return type(model.model if isinstance(model, Normalised) else model).__name__
+    return type(model.model if isinstance(model, Normalized) else model).__name__

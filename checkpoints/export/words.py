@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from ...models.conversion import plan_of
 from ...models.copied import copying_of
+from ..pretrained import Pretrained
 from ..public import public_text
-from ..teacher import Teacher
 from .check import Shape
 from .files import Format
 from .graph import Dynamic
@@ -51,7 +52,7 @@ class ExportReport:
         ]
 
 
-def provenance_words(teacher: Teacher) -> dict[str, str]:
+def provenance_words(teacher: Pretrained) -> dict[str, str]:
     """Where a model comes from and how its images are cropped, for its file; no path of this machine."""
     images = teacher.preprocessing
     facts = {
@@ -67,7 +68,7 @@ def provenance_words(teacher: Teacher) -> dict[str, str]:
 
 
 def words_of(
-    model: Any, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str],
+    model: nn.Module, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str],
     mean: Sequence[float] | None, std: Sequence[float] | None, normalise: bool,
 ) -> dict[str, str]:  # fmt: skip
     """What the file says of itself."""
@@ -98,5 +99,5 @@ def _numbers(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def channels_of(model: Any) -> int:
+def channels_of(model: nn.Module) -> int:
     return int(getattr(model, "in_chans", 3))

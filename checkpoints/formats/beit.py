@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from ...models.json_types import Json, JsonDict
 from ..weights import Weights
 from .containers import BEIT2_NOTE
 from .keymap import KeyMap
-from .normalisation import IMAGENET, INCEPTION, NOTE, normalised
+from .normalization import IMAGENET, INCEPTION, NOTE, normalized
 
 TABLE = "relative_position_bias_table"
 SHARED = f"rel_pos_bias.{TABLE}"
@@ -18,10 +17,10 @@ OWN = f"blocks.0.attn.{TABLE}"
 BEIT2 = "beitv2_base_patch16_224.in1k_ft_in1k"
 
 
-def _describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
+def _describe(weights: Weights, config: Json) -> Weights:
     """Where the positions are, how the tokens are pooled, at which size; and which of the two BEiTs it is."""
     keys = weights.tensors.keys()
-    arguments: dict[str, Any] = {
+    arguments: JsonDict = {
         "use_abs_pos_emb": "pos_embed" in keys,
         "use_rel_pos_bias": OWN in keys,
         "use_shared_rel_pos_bias": SHARED in keys,
@@ -30,15 +29,15 @@ def _describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
     size = _img_size(weights)
     if size is not None:
         arguments["img_size"] = size
-    return _normalised(replace(weights, model_args={**arguments, **weights.model_args}))
+    return _normalized(replace(weights, model_args={**arguments, **weights.model_args}))
 
 
-def _normalised(weights: Weights) -> Weights:
+def _normalized(weights: Weights) -> Weights:
     second = BEIT2_NOTE in weights.notes or any(key.startswith("cls_pt_") for key in weights.left_out)
     if second:
-        return normalised(weights, IMAGENET, BEIT2_NOTE.removeprefix(NOTE))
+        return normalized(weights, IMAGENET, BEIT2_NOTE.removeprefix(NOTE))
     reason = f"one half, as BEiT trains; if this is BEiTv2, give model={BEIT2}, which has ImageNet's"
-    return normalised(weights, INCEPTION, reason)
+    return normalized(weights, INCEPTION, reason)
 
 
 def _img_size(weights: Weights) -> tuple[int, int] | None:

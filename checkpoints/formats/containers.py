@@ -11,12 +11,13 @@ from timm.models import is_model, split_model_name_tag
 from torch import Tensor
 
 from ...models.errors import CheckpointError
+from ...models.json_types import Json
 from ..files import Content
 from ..sources import Part
 from ..state_file import is_state
 from ..weights import Weights
 from .described import with_metadata
-from .normalisation import IMAGENET, NOTE
+from .normalization import IMAGENET, NOTE
 from .prefixes import one_model
 from .run_state import read_state_weights
 
@@ -33,7 +34,7 @@ class Container:
 
     name: str
     parts: Mapping[Part, str]
-    described: Mapping[str, Any] = field(default_factory=dict)
+    described: Json = field(default_factory=dict)
     """What such files were trained with, unless their keys or their config say otherwise."""
     note: str = ""
     """Says so in the report."""

@@ -6,16 +6,15 @@ one drops the biases of queries and values where that model has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from ...models.errors import CheckpointError
+from ...models.json_types import Json
 from ..weights import Weights
 from .keymap import KeyMap
-from .normalisation import IMAGENET, imagenet, normalised
+from .normalization import IMAGENET, imagenet, normalized
 
 MASK_TOKEN = ("mask_token", "the mask token of masked image modelling")
 BLOCK = r"blocks\.(?:\d+\.)?(\d+)\."
@@ -72,10 +71,10 @@ def _check_periods(weights: Weights) -> Weights:
     return replace(weights, notes=(*weights.notes, note))
 
 
-def _describe_v3(weights: Weights, config: Mapping[str, Any]) -> Weights:
+def _describe_v3(weights: Weights, config: Json) -> Weights:
     arguments = {"global_pool": "token", **weights.model_args}
     reason = "ImageNet's, as DINOv3 trains on photographs (its satellite models have their own)"
-    return normalised(replace(weights, model_args=arguments), IMAGENET, reason)
+    return normalized(replace(weights, model_args=arguments), IMAGENET, reason)
 
 
 DINO_MAPS: tuple[KeyMap, ...] = (

@@ -9,15 +9,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...models.errors import CheckpointError
+from ...models.json_types import Json, JsonDict
 from ..weights import Weights
 from .keymap import KeyMap
-from .normalisation import INCEPTION, normalised
+from .normalization import INCEPTION, normalized
 
 TREE = r"(?:opt/target/|params/)?(?:img/)?"
 BLOCK = TREE + r"Transformer/encoderblock_(\d+)/"
@@ -72,7 +72,7 @@ def _prepare(weights: Weights) -> Weights:
         raise CheckpointError(
             f"{weights.origin} is not whole: its query kernels are not (width, heads, head width)"
         )
-    arguments: dict[str, Any] = {"num_heads": query.shape[1], "act_layer": "gelu_tanh"}
+    arguments: JsonDict = {"num_heads": query.shape[1], "act_layer": "gelu_tanh"}
     return replace(
         weights,
         tensors=tensors,
@@ -136,10 +136,10 @@ def _reshape(name: str, tensor: Tensor) -> Tensor:
     return tensor.T.contiguous() if name.endswith(".weight") and tensor.ndim == 2 else tensor
 
 
-def _describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
+def _describe(weights: Weights, config: Json) -> Weights:
     """Which tokens there are and how they are pooled; values from -1 to 1."""
     tensors = weights.tensors
-    arguments: dict[str, Any] = {}
+    arguments: JsonDict = {}
     if "cls_token" not in tensors:
         pooled = "attn_pool.latent" in tensors
         arguments = {"class_token": False, "global_pool": "map" if pooled else "avg", "fc_norm": False}
@@ -147,7 +147,7 @@ def _describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
         patches = tensors["pos_embed"].shape[1]
         arguments = {"no_embed_class": math.isqrt(patches) ** 2 == patches}
     weights = replace(weights, model_args={**arguments, **weights.model_args})
-    return normalised(weights, INCEPTION, "one half, as Google's ViTs train")
+    return normalized(weights, INCEPTION, "one half, as Google's ViTs train")
 
 
 FLAX_MAPS: tuple[KeyMap, ...] = (

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...models.errors import CheckpointError
+from ...models.json_types import Json
 from ..report import some
 from ..weights import Weights
 
@@ -23,7 +23,7 @@ ORDERS = (("q", "k", "v"), ("gate", "up"))
 """How timm orders the pieces of a tensor: queries, keys and values, or the gate and what it is for."""
 
 Prepare = Callable[[Weights], Weights]
-Describe = Callable[[Weights, Mapping[str, Any]], Weights]
+Describe = Callable[[Weights, Json], Weights]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class KeyMap:
     """Adds architecture and normalisation, from the tensors and the source's config.json ({} without one)."""
 
 
-def recognise(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap | None:
+def recognize(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap | None:
     """The first map all of whose marks are among the keys, and none of what it excludes."""
 
     def among(pattern: str) -> bool:
@@ -60,7 +60,7 @@ def recognise(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap
     return None
 
 
-def apply(found: KeyMap, weights: Weights, config: Mapping[str, Any]) -> Weights:
+def apply(found: KeyMap, weights: Weights, config: Json) -> Weights:
     """`weights` under timm's names, with what the map knows of the model.
 
     Raises CheckpointError: two keys would get the same name, or a third of a fused tensor is not there.

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...models.json_types import Json
 from ..position import find_grid
 from ..weights import Weights
-from .normalisation import IMAGENET, NOTE, normalised
+from .normalization import IMAGENET, NOTE, normalized
 
 PROJECTION = "the projection head of MoCo"
 SMALL_WIDTH = 384
 SMALL_HEADS = 12
 
 
-def describe_moco(weights: Weights, config: Mapping[str, Any]) -> Weights:
+def describe_moco(weights: Weights, config: Json) -> Weights:
     """ImageNet's statistics, and the 12 heads of the small model."""
-    return _with_heads(normalised(weights, IMAGENET, "ImageNet's, as MoCo-v3 trains"))
+    return _with_heads(normalized(weights, IMAGENET, "ImageNet's, as MoCo-v3 trains"))
 
 
-def describe_plain(weights: Weights, config: Mapping[str, Any]) -> Weights:
+def describe_plain(weights: Weights, config: Json) -> Weights:
     """A plain ViT: what the file says of it; without a head, and without a word, ImageNet's statistics."""
     if _has_moco_positions(weights.tensors["pos_embed"]):
         return describe_moco(weights, config)
     if "head.weight" in weights.tensors or any(note.startswith(NOTE) for note in weights.notes):
         return weights
     reason = "ImageNet's assumed, for plain ViTs without a head are self-supervised ones (DINO, iBOT, MAE)"
-    return normalised(weights, IMAGENET, reason)
+    return normalized(weights, IMAGENET, reason)
 
 
 def _with_heads(weights: Weights) -> Weights:

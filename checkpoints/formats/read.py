@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from ...models.json_types import Json
 from ..files import Content
 from ..sources import Part
 from ..weights import Weights
 from .containers import unwrap
-from .keymap import KeyMap, apply, recognise
+from .keymap import KeyMap, apply, recognize
 from .research import RESEARCH_MAPS
 from .transformers.config import check_model_type, not_of_type
 from .transformers.key_maps import TRANSFORMERS_MAPS
@@ -18,9 +16,7 @@ KEY_MAPS: tuple[KeyMap, ...] = (*TRANSFORMERS_MAPS, *RESEARCH_MAPS)
 """The one table of key maps, in the order in which they are tried."""
 
 
-def read_weights(
-    content: Content, part: Part | None = None, config: Mapping[str, Any] | None = None
-) -> Weights:
+def read_weights(content: Content, part: Part | None = None, config: Json | None = None) -> Weights:
     """The weights in a file: the container gives the asked part, the table of key maps its names.
 
     `part` None is the one that the kind of file is published for. `config` is what lay beside the file.
@@ -30,7 +26,7 @@ def read_weights(
     """
     check_model_type(str(content.path), config or {})
     weights = unwrap(content, part)
-    found = recognise(weights.tensors, KEY_MAPS)
+    found = recognize(weights.tensors, KEY_MAPS)
     if found is None and config and "model_type" in config:
         raise not_of_type(weights, config)
     return weights if found is None else apply(found, weights, config or {})

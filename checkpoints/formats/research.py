@@ -11,7 +11,7 @@ from .dino import DINO_MAPS
 from .flax import FLAX_MAPS
 from .keymap import KeyMap
 from .moco import PROJECTION, describe_moco, describe_plain
-from .normalisation import imagenet
+from .normalization import imagenet
 
 MASK_TOKEN = (r"mask(?:ed)?_(?:token|embed)", "the mask token of masked image modelling")
 PLAIN = ("cls_token", "pos_embed", r"blocks\.0\.attn\.qkv\.bias")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from ...models.json_types import Json, JsonDict
 from ..licenses import card_fields
 from ..provenance import KEY
 from ..public import public
@@ -18,7 +16,7 @@ MARKER = "<!-- Written by graftvit push. Remove this line to keep a card that yo
 METRICS = {"top1": "Top-1 accuracy (%)", "top5": "Top-5 accuracy (%)"}
 
 
-def student_card(config: Mapping[str, Any], facts: CardFacts) -> str:
+def student_card(config: Json, facts: CardFacts) -> str:
     """The text of README.md for a student with this config.json. No path of this machine is in it."""
     config = public(config)
     head = _metadata(config, facts).to_yaml()
@@ -45,7 +43,7 @@ def hub_name(source: str) -> str | None:
     return f"{place}{name}" if place.endswith("/") else str(place)
 
 
-def _metadata(config: Mapping[str, Any], facts: CardFacts) -> ModelCardData:
+def _metadata(config: Json, facts: CardFacts) -> ModelCardData:
     made = section(config, KEY)
     dataset = str(section(section(made, "recipe"), "data").get("dataset") or "")
     results = _eval_results(config, facts)
@@ -62,7 +60,7 @@ def _metadata(config: Mapping[str, Any], facts: CardFacts) -> ModelCardData:
     )
 
 
-def _bases(made: Mapping[str, Any]) -> dict[str, Any]:
+def _bases(made: Json) -> JsonDict:
     """The hub's repositories that the student learned from or started from.
 
     The hub knows adapters, merges, quantized models and finetunes; whole weights that were trained on what
@@ -73,7 +71,7 @@ def _bases(made: Mapping[str, Any]) -> dict[str, Any]:
     return {"base_model": names, "base_model_relation": "finetune"} if names else {}
 
 
-def _eval_results(config: Mapping[str, Any], facts: CardFacts) -> list[EvalResult]:
+def _eval_results(config: Json, facts: CardFacts) -> list[EvalResult]:
     """Measured accuracies."""
     made = section(config, KEY)
     recipe = section(made, "recipe")

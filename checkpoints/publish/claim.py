@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 
 from ...models.errors import CheckpointError
+from ...models.json_types import Json
 from ..licenses import NAMED, carried, check_named, check_shareable, normalize
 from ..provenance import KEY, licenses
 from .words import section
@@ -29,7 +29,7 @@ class Claim:
     """Whether the user confirmed that it may be laxer than `sources`."""
 
 
-def claim_license(config: Mapping[str, Any], named: str | None, *, confirmed: bool) -> Claim:
+def claim_license(config: Json, named: str | None, *, confirmed: bool) -> Claim:
     """The license of a student with this config.json: the one that is `named`, else the one that it carries.
 
     Raises CheckpointError: as `carried`, `check_named` and `check_shareable`.
@@ -67,7 +67,7 @@ def license_of_card(card: str, claim: Claim, place: str) -> str | None:
     return claim.license if claim.named else names[0]
 
 
-def _sources(config: Mapping[str, Any]) -> tuple[str | None, ...]:
+def _sources(config: Json) -> tuple[str | None, ...]:
     """What the config records of the weights that the student was made from.
 
     The license of the weights themselves answers for an origin that is unknown, for the writer knew it.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
 from ...models.copying.operators import COPIES
+from ...models.json_types import Json
 from ...models.plain_yaml import write_yaml
 from ..build import is_ours
 from ..copying import BARE_WORDS
@@ -42,7 +41,7 @@ class CardFacts:
         return self.repository.rpartition("/")[2]
 
 
-def body(config: Mapping[str, Any], facts: CardFacts) -> str:
+def body(config: Json, facts: CardFacts) -> str:
     """All sections as Markdown. `config` holds no path of this machine any more (`public`)."""
     sections = {
         f"# {facts.name}": _summary(config, facts),
@@ -55,7 +54,7 @@ def body(config: Mapping[str, Any], facts: CardFacts) -> str:
     return "\n\n".join(f"{title}\n\n{text.strip()}" for title, text in sections.items()) + "\n"
 
 
-def load_lines(config: Mapping[str, Any], facts: CardFacts) -> list[str]:
+def load_lines(config: Json, facts: CardFacts) -> list[str]:
     """The three lines of Python that load the model from the hub, by timm alone where it can."""
     source = json.dumps(f"hf-hub:{facts.repository}" + (f"@{facts.revision}" if facts.revision else ""))
     prepared = "timm.data.resolve_model_data_config(model)"
@@ -65,18 +64,18 @@ def load_lines(config: Mapping[str, Any], facts: CardFacts) -> list[str]:
     return ["import timm", f"model = timm.create_model({source}, pretrained=True).eval()", transform]
 
 
-def needs_graftvit(config: Mapping[str, Any], facts: CardFacts) -> bool:
+def needs_graftvit(config: Json, facts: CardFacts) -> bool:
     """Whether timm alone cannot load it."""
     return is_ours(str(config.get("architecture"))) or facts.sharded
 
 
-def classes(config: Mapping[str, Any]) -> int:
+def classes(config: Json) -> int:
     """How many classes the student has, 0 for none."""
     count = config.get("num_classes")
     return count if isinstance(count, int) else 0
 
 
-def measured(config: Mapping[str, Any]) -> dict[str, float]:
+def measured(config: Json) -> dict[str, float]:
     """The recorded results that are numbers."""
     return {
         key: float(value)
@@ -85,11 +84,11 @@ def measured(config: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _recipe(config: Json) -> Json:
     return section(section(config, KEY), "recipe")
 
 
-def _summary(config: Mapping[str, Any], facts: CardFacts) -> str:
+def _summary(config: Json, facts: CardFacts) -> str:
     arguments = section(config, "model_args")
     architecture = config.get("architecture")
     copying = architecture == COPIED
@@ -116,7 +115,7 @@ def _summary(config: Mapping[str, Any], facts: CardFacts) -> str:
     return " ".join(lines)
 
 
-def _loading(config: Mapping[str, Any], facts: CardFacts) -> str:
+def _loading(config: Json, facts: CardFacts) -> str:
     described = section(config, "pretrained_cfg")
     needs = f"`pip install {'graftvit' if needs_graftvit(config, facts) else 'timm'}`, then:"
     rows = [("architecture", code(config.get("architecture")))] if config.get("architecture") else []
@@ -137,7 +136,7 @@ def _loading(config: Mapping[str, Any], facts: CardFacts) -> str:
     return f"{needs}\n\n{block}\n\n{table(rows)}\n{note}"
 
 
-def _cost_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _cost_rows(config: Json) -> list[tuple[str, str]]:
     """What a copying student and the part of its teacher cost; nothing for the others."""
     cost, names = (
         section(section(config, KEY), COST),
@@ -151,11 +150,11 @@ def _cost_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _is_bare(config: Mapping[str, Any]) -> bool:
+def _is_bare(config: Json) -> bool:
     return section(config, KEY).get(BARE) is True
 
 
-def _making(config: Mapping[str, Any], describe: DescribeTransfer) -> str:
+def _making(config: Json, describe: DescribeTransfer) -> str:
     made = section(config, KEY)
     if not made:
         return "Nothing is recorded of how it was made."
@@ -167,7 +166,7 @@ def _making(config: Mapping[str, Any], describe: DescribeTransfer) -> str:
     return f"{table(rows)}\n{_fold(recipe)}" if rows else "Nothing is recorded of how it was made."
 
 
-def _part_rows(made: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _part_rows(made: Json) -> list[tuple[str, str]]:
     """Which weights of the run these are."""
     parts = {"student": "the weights", "ema": "the moving average of the weights"}
     part, step, picked = parts.get(str(made.get("part"))), made.get("step"), made.get(PICKED)
@@ -176,7 +175,7 @@ def _part_rows(made: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("what is published", f"{part}{after}{best}")] if part else []
 
 
-def _origin(key: str, made: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _origin(key: str, made: Json, recipe: Json) -> list[tuple[str, str]]:
     """Where weights came from that it learned from (`teacher`) or started from (`init`)."""
     name = "teacher" if key == "teacher" else "start"
     origin = section(made, key)
@@ -194,14 +193,14 @@ def _named(license: str | None) -> str:
     return plain(normalize(license) or "unknown")
 
 
-def _fold(recipe: Mapping[str, Any]) -> str:
+def _fold(recipe: Json) -> str:
     if not recipe:
         return ""
     text = write_yaml(dict(recipe))
     return f"<details>\n<summary>All settings</summary>\n\n{fenced(text, 'yaml')}\n\n</details>"
 
 
-def _results(config: Mapping[str, Any], facts: CardFacts) -> str:
+def _results(config: Json, facts: CardFacts) -> str:
     recorded, found = section(section(config, KEY), "results"), measured(config)
     names = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss", "epoch": "epoch"}
     shown = [key for key in names if key in found]
@@ -218,7 +217,7 @@ def _results(config: Mapping[str, Any], facts: CardFacts) -> str:
     return f"{results}\n{by}."
 
 
-def _limits(config: Mapping[str, Any]) -> str:
+def _limits(config: Json) -> str:
     if classes(config):
         use = f"To sort images into its {classes(config)} classes, and as a start for fine-tuning."
     else:
@@ -234,7 +233,7 @@ def _limits(config: Mapping[str, Any]) -> str:
     return use + "\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def _license(config: Mapping[str, Any], license: str | None) -> str:
+def _license(config: Json, license: str | None) -> str:
     sources = [_named(source) for source in licenses(section(config, KEY))]
     made_of = (
         f"The weights that it was made from are under: {', '.join(dict.fromkeys(sources))}."

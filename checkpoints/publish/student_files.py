@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
 from ...models.errors import CheckpointError
+from ...models.json_types import Json, JsonDict
 from ..copying import refuse_unnamed
 from ..folders import CONFIG
 from ..provenance import KEY
@@ -54,7 +53,7 @@ class Upload:
     """A student that may be pushed."""
 
     facts: CardFacts
-    config: Mapping[str, Any]
+    config: Json
     """config.json, without paths of this machine and with the license."""
     claim: Claim
     files: tuple[UploadFile, ...]
@@ -131,7 +130,7 @@ def _check_repository(repository: str) -> None:
         )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> JsonDict:
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r} to push; check the path")
     if not (folder / CONFIG).is_file():
@@ -196,7 +195,7 @@ def _own_card(folder: Path) -> str | None:
     return None if is_generated(card) else card
 
 
-def _published(config: Mapping[str, Any], license: str | None) -> dict[str, Any]:
+def _published(config: Json, license: str | None) -> JsonDict:
     """config.json for others: no path of this machine, and the license that the card has."""
     shown = public(config) | {"model_args": config.get("model_args", {})}
     described = {key: value for key, value in section(shown, "pretrained_cfg").items() if key != "license"}

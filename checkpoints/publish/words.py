@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
+from ...models.json_types import Json
 from ..markdown import code
 from ..recorded import recorded_mode
 
@@ -18,17 +18,17 @@ MATCHES = {
     "rows": "cross-entropy of sampled rows of the attention map",
 }
 Rows = list[tuple[str, str]]
-DescribeTransfer = Callable[[Mapping[str, Any]], Rows]
+DescribeTransfer = Callable[[Json], Rows]
 """From the section `transfer` of a recipe to rows; the methods are above this package, so it is handed in."""
 
 
-def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def section(config: Json, name: str) -> Json:
     """A section of a config, empty where it is absent or is none."""
     found = config.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
-def lesson_rows(recipe: Mapping[str, Any], describe: DescribeTransfer) -> Rows:
+def lesson_rows(recipe: Json, describe: DescribeTransfer) -> Rows:
     """What was taken from the teacher; nothing for a run that was not taught."""
     mode = recorded_mode(recipe)
     if mode.matches:
@@ -38,12 +38,12 @@ def lesson_rows(recipe: Mapping[str, Any], describe: DescribeTransfer) -> Rows:
     return describe(settings) if mode.transfers and settings.get("method") else []
 
 
-def plain_transfer(settings: Mapping[str, Any]) -> Rows:
+def plain_transfer(settings: Json) -> Rows:
     """The method's name alone: its words are its own (`graftvit.transfer.methods.words`)."""
     return [("method", code(settings.get("method")))]
 
 
-def recipe_rows(recipe: Mapping[str, Any]) -> Rows:
+def recipe_rows(recipe: Json) -> Rows:
     """The settings of a run that people ask for first; those that are not recorded are left out."""
     data, optim, student = (section(recipe, name) for name in ("data", "optim", "student"))
     mode = str(recipe.get("mode", ""))
@@ -74,7 +74,7 @@ def number(value: object) -> str:
     return f"{value:g}" if known else code(value)
 
 
-def _data(data: Mapping[str, Any]) -> str | None:
+def _data(data: Json) -> str | None:
     name = data.get("dataset") or data.get("data_path")
     if not name:
         return None
@@ -82,13 +82,13 @@ def _data(data: Mapping[str, Any]) -> str | None:
     return code(name) + few
 
 
-def _length(optim: Mapping[str, Any]) -> str | None:
+def _length(optim: Json) -> str | None:
     if optim.get("max_steps"):
         return f"{number(optim['max_steps'])} steps"
     return f"{number(optim['epochs'])} epochs" if "epochs" in optim else None
 
 
-def _rate(optim: Mapping[str, Any]) -> str | None:
+def _rate(optim: Json) -> str | None:
     rate = number(optim["lr"]) if optim.get("lr") is not None else None
     if rate is None and "blr" in optim:
         rate = f"{number(optim['blr'])} x effective batch / 256"
@@ -96,7 +96,7 @@ def _rate(optim: Mapping[str, Any]) -> str | None:
     return f"{rate}, warm-up of {number(warm)} epochs, then a cosine" if rate and warm is not None else rate
 
 
-def _batch(data: Mapping[str, Any], optim: Mapping[str, Any]) -> str | None:
+def _batch(data: Json, optim: Json) -> str | None:
     if "batch_size" not in data:
         return None
     steps = optim.get("accum_iter", 1)
@@ -105,7 +105,7 @@ def _batch(data: Mapping[str, Any], optim: Mapping[str, Any]) -> str | None:
     )
 
 
-def _named(settings: Mapping[str, Any], *names: str) -> str | None:
+def _named(settings: Json, *names: str) -> str | None:
     """Settings as words; those that are off are left out."""
     found = {
         name: settings[name] for name in names if settings.get(name) not in (None, "", _OFF.get(name, 0))

@@ -17,7 +17,7 @@ from ..submitted import Work
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...checkpoints.teacher import Teacher
+    from ...checkpoints.pretrained import Pretrained
     from ...transfer.config import RunConfig
 
 DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
@@ -87,7 +87,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 
 def _convert(
-    teacher: Teacher,
+    teacher: Pretrained,
     plan: str,
     weights: str,
     images: Tensor | None,
@@ -116,7 +116,7 @@ def _convert(
 
 
 def _student(
-    teacher: Teacher, plan: str, weights: str, images: Tensor | None, config: RunConfig
+    teacher: Pretrained, plan: str, weights: str, images: Tensor | None, config: RunConfig
 ) -> nn.Module:
     import torch
 
@@ -150,25 +150,25 @@ def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> N
         raise ConfigError("--dataset and --data_path are of --calibrate N: give N, the number of images")
 
 
-def _source(source: str, config: RunConfig, *, fresh: bool) -> Teacher:
+def _source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
     """The model to convert; for a table alone, that of a timm name without its weights."""
-    from ...checkpoints.teacher import load_teacher
+    from ...checkpoints.pretrained import load_pretrained
 
-    return load_teacher(source, **source_keywords(config.teacher), download=not fresh)
+    return load_pretrained(source, **source_keywords(config.teacher), download=not fresh)
 
 
-def _images(config: RunConfig, teacher: Teacher, count: int) -> Tensor:
+def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:
     from ...transfer.data.sample import sample_images
 
     return sample_images(config.data, teacher.preprocessing, count, seed=config.seed)
 
 
-def _head(teacher: Teacher) -> str:
+def _head(teacher: Pretrained) -> str:
     from ...models.conversion import plan_of
-    from ...models.families import token_layout
+    from ...models.families import token_layout, vit
 
     layout = token_layout(teacher.model)
-    height, width = teacher.model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    height, width = vit(teacher.model).patch_embed.img_size
     older = plan_of(teacher.model)
     known = [f"commit {teacher.revision}"] if teacher.revision else []
     known += [f"license {teacher.license}" if teacher.license else "license unknown"]

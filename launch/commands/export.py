@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ...models.json_types import JsonDict
 from ..flags import command_parser, parse_command
 from ..say import say
 from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
@@ -65,7 +66,7 @@ def _dynamic(arguments: argparse.Namespace) -> tuple[Dynamic, ...]:
     return tuple(name for name in arguments.dynamic if name != "none")
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, JsonDict]:
     parser = command_parser(
         "export",
         "Write a model as one file that runs without this package, checked against the model before the file is "

@@ -100,7 +100,7 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
     last = list(done.results.values())[-1]
     for name, result in done.results.items():
         say(f"{name}: {_measured(result.metrics)}{result.output_dir}\n")
-    return _stopped(last, shown[0].config) if done.signal is not None else 0
+    return 0 if done.signal is None else _stopped(last, done.signal, shown[0].config)
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
@@ -120,18 +120,17 @@ def _train(config: RunConfig) -> int:
     from ...transfer.engine.train import train
 
     result = train(config)
-    return 0 if result.signal is None else _stopped(result, config)
+    return 0 if result.signal is None else _stopped(result, result.signal, config)
 
 
-def _stopped(result: RunResult, config: RunConfig) -> int:
-    """Says which signal stopped a run, and how to go on; the exit code of that."""
-    assert result.signal is not None
+def _stopped(result: RunResult, number: int, config: RunConfig) -> int:
+    """Say which signal stopped a run, and how to go on; return the exit code of that."""
     with_flag = "" if config.engine.resume == "auto" else " with --resume auto"
-    name = signal.Signals(result.signal).name
+    name = signal.Signals(number).name
     done = (
         f"after step {result.steps}, state saved in {result.output_dir}"
         if result.steps
         else "before its first step"
     )
     say_aside(f"graftvit: stopped by {name} {done}; the same command{with_flag} continues from there\n")
-    return 128 + result.signal
+    return 128 + number

@@ -1,6 +1,6 @@
 from .checkpoints.loading import load as load
+from .checkpoints.pretrained import load_teacher as load_teacher
 from .checkpoints.student import save_student as save_student
-from .checkpoints.teacher import load_teacher as load_teacher
 from .models.conversion import convert as convert
 from .transfer.config import RunConfig as RunConfig
 from .transfer.engine.train import train as train

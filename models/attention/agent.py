@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Geometry, Heads, LayerShape, Traits
+from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
 from .prefix import prefix_softmax, prefix_term
 from .softmax import softmax_rows
@@ -39,8 +40,7 @@ class AgentAttention(PooledAttention):
         q, k, v = heads.qkv()
         num_prefix = heads.tokens().num_prefix
         agents, counts = self._agents(heads)
-        mask = None if heads.key_mask is None else heads.key_mask[:, None, None, :]
-        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=mask, scale=heads.scale)
+        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=heads.seen, scale=heads.scale)
         keys = torch.cat((k[:, :, :num_prefix], agents), 2)
         values = torch.cat((v[:, :, :num_prefix], gathered), 2)
         grid = F.scaled_dot_product_attention(
@@ -52,11 +52,10 @@ class AgentAttention(PooledAttention):
         q, k, v = heads.qkv()
         num_prefix = heads.tokens().num_prefix
         agents, counts = self._agents(heads)
-        precise = torch.promote_types(q.dtype, torch.float32)
-        keys = torch.cat((k[:, :, :num_prefix], agents), 2).to(precise)
-        logits = heads.scale * q[:, :, num_prefix:].to(precise) @ keys.transpose(2, 3) + counts
+        keys = precise(torch.cat((k[:, :, :num_prefix], agents), 2))
+        logits = heads.scale * precise(q[:, :, num_prefix:]) @ keys.transpose(2, 3) + counts
         gathering = softmax_rows(heads.with_qkv(agents, k, v), slice(None))
-        itself = torch.eye(num_prefix, k.shape[2], dtype=precise, device=k.device)
+        itself = torch.eye(num_prefix, k.shape[2], dtype=logits.dtype, device=k.device)
         right = torch.cat((itself.expand(*k.shape[:2], -1, -1), gathering), 2).transpose(2, 3)
         return [prefix_term(heads), LowRank(F.pad(logits.softmax(-1), (0, 0, num_prefix, 0)), right)]
 
@@ -69,9 +68,9 @@ class AgentAttention(PooledAttention):
 
     def _agents(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """T (B, H, M, D), and the log-counts of the prefix keys and of the agents, in the dtype of q."""
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         cells = self.cells(heads.tokens())
-        precise = q.to(torch.promote_types(q.dtype, torch.float32))
+        own = precise(q)
         with torch.autocast(q.device.type, enabled=False):
-            agents, counts = cell_means(precise, heads, cells), log_counts(heads, cells, precise)
+            agents, counts = cell_means(own, heads, cells), log_counts(heads, cells, own)
         return agents.to(q.dtype), counts.to(q.dtype)

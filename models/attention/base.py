@@ -59,18 +59,36 @@ class Heads:
     geometry: Geometry | None = None
     key_mask: Tensor | None = None
 
+    @property
+    def seen(self) -> Tensor | None:
+        """`key_mask` as torch's attention takes it, (B, 1, 1, N)."""
+        return None if self.key_mask is None else self.key_mask[:, None, None, :]
+
     def each(self, change: Callable[[Tensor], Tensor], bias: Tensor | None) -> Heads:
         """The same with every projection changed and another bias."""
         # Not dataclasses.replace, which torch.compile of torch before 2.12 cannot trace.
         q, k, v = (None if x is None else change(x) for x in (self.q, self.k, self.v))
         return Heads(q, k, v, bias, self.scale, self.dropout, self.geometry, self.key_mask)
 
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three, for an operator that needs them all."""
+    def values(self) -> Tensor:
+        """The values, for an operator that needs them."""
+        assert self.v is not None
+        return self.v
+
+    def qk(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys, for an operator that needs them."""
         assert self.q is not None
         assert self.k is not None
-        assert self.v is not None
-        return self.q, self.k, self.v
+        return self.q, self.k
+
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three, for an operator that needs them all."""
+        return *self.qk(), self.values()
+
+    @property
+    def known(self) -> Tensor:
+        """One of the projections that are there, for its shape, dtype and device."""
+        return next(x for x in (self.v, self.q, self.k) if x is not None)
 
     def with_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> Heads:
         """The same layer and tokens with other projections."""
@@ -171,8 +189,7 @@ class AttentionOperator(nn.Module, ABC):
 
     def matrix(self, heads: Heads) -> Tensor:
         """A itself, (B, H, N, N): for looking at small images, never in a hot path."""
-        known = next(x for x in (heads.q, heads.k, heads.v) if x is not None)  # not all need a q
-        return self.rows(heads, torch.arange(known.shape[2], device=known.device))
+        return self.rows(heads, torch.arange(heads.known.shape[2], device=heads.known.device))
 
     @abstractmethod
     def macs(self, geometry: Geometry) -> int:
@@ -193,6 +210,3 @@ class AttentionOperator(nn.Module, ABC):
     def resample(self, geometry: Geometry) -> None:
         """Fit parameters that are tied to the grid to another one."""
         self.shape = LayerShape(self.shape.num_heads, self.shape.head_dim, geometry)
-
-    def refresh(self) -> None:
-        """Draw anew what is random. Called between training steps, never in forward or in eval."""

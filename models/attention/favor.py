@@ -21,7 +21,7 @@ class Favor(FeatureMap):
     exponent of a query, or of all keys of an image's head. The published code takes the largest Ω x' instead, whose
     1e-4 swamps tokens of large norm.
 
-    Ω is saved, and changes by `refresh` alone; under data parallelism its ranks agree by the broadcast of buffers.
+    Ω is drawn once and saved: the paper's own training redraws it. All ranks have that of the first, as a buffer.
     τ, one for each head, is 1 unless calibration lowers it: the variance grows as exp(‖q' + k'‖²).
     """
 
@@ -44,7 +44,7 @@ class Favor(FeatureMap):
         return (self.width + 1) * self.shape.head_dim
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         q_BHNF, k_BHNF = (self._exponents(x, heads.scale) for x in (q, k))
         q_largest = q_BHNF.detach().amax(3, keepdim=True)
         k_largest = k_BHNF.detach().amax((2, 3), keepdim=True)
@@ -52,9 +52,6 @@ class Favor(FeatureMap):
 
     def adjust(self, value_H11: Tensor) -> None:
         self.temperature.mul_(value_H11)
-
-    def refresh(self) -> None:
-        self.omega.copy_(orthogonal_features(self.width, self.shape.head_dim))
 
     def _exponents(self, x_BHND: Tensor, scale: float) -> Tensor:
         x = x_BHND * (scale**0.5 * self.temperature.to(x_BHND.dtype))

@@ -53,15 +53,12 @@ class FeatureMap(nn.Module, ABC):
     def adjust(self, value_H11: Tensor) -> None:
         """Change each head's temperature, or what is nearest to it, by one of the `candidates`."""
 
-    def refresh(self) -> None:
-        """Draw anew what is random."""
-
 
 class Elu(FeatureMap):
     """φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         return F.elu(q) + 1, F.elu(k) + 1
 
 
@@ -71,7 +68,7 @@ class Relu(FeatureMap):
     positive = False
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         return F.relu(q), F.relu(k)
 
 
@@ -82,7 +79,7 @@ class Identity(FeatureMap):
     positive = False
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         return q, k
 
 
@@ -102,7 +99,7 @@ class Cosine(FeatureMap):
         return (6 if geometry.num_prefix else 4) * self.shape.head_dim
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         geometry = heads.tokens()
         places_nC = _places(geometry, q)
         if geometry.num_prefix:

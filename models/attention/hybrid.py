@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .kernel import KernelAttention
+from .kernels import precise
 from .prefix import prefix_softmax, prefix_term
 from .terms import LowRank, Term
 from .tiles import Table, blocks, gather, sparse_term, tile_logits, tiled_softmax
@@ -80,7 +81,7 @@ class HybridAttention(AttentionOperator):
 
     def attend(self, heads: Heads) -> Tensor:
         if self.combine == "joint":
-            _, _, v = heads.qkv()
+            v = heads.values()
             with torch.autocast(v.device.type, enabled=False):
                 grid = self._joined(heads)
         else:
@@ -120,24 +121,19 @@ class HybridAttention(AttentionOperator):
         if self.kernel is not None:
             self.kernel.resample(geometry)
 
-    def refresh(self) -> None:
-        if self.kernel is not None:
-            self.kernel.refresh()
-
     def _tile_tables(self) -> list[TileTables]:
         return [tables for tables in self.tables if isinstance(tables, TileTables)]
 
     def _tables(self, heads: Heads) -> list[tuple[Table, bool]]:
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         return [tables(heads.tokens(), q.device) for tables in self._tile_tables()]
 
     def _gates(self, heads: Heads) -> list[Tensor]:
         """g of each branch, (B, H, n, 1)."""
-        q, _, _ = heads.qkv()
-        precise = torch.promote_types(q.dtype, torch.float32)
+        q, _ = heads.qk()
         with torch.autocast(q.device.type, enabled=False):
-            grid = q[:, :, heads.tokens().num_prefix :].to(precise)
-            gates = grid @ self.gate_weight.to(precise) + self.gate_bias.to(precise)
+            grid = precise(q[:, :, heads.tokens().num_prefix :])
+            gates = grid @ self.gate_weight.to(grid.dtype) + self.gate_bias.to(grid.dtype)
         return list(gates.softmax(-1).split(1, dim=-1))
 
     def _gated(self, heads: Heads) -> Tensor:
@@ -152,7 +148,7 @@ class HybridAttention(AttentionOperator):
         return torch.stack(mixed).sum(0).to(v.dtype)
 
     def _gated_terms(self, heads: Heads) -> list[Term]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         num_prefix, gates = heads.tokens().num_prefix, self._gates(heads)
         terms: list[Term] = []
         for gate, (table, _) in zip(gates, self._tables(heads), strict=False):
@@ -168,14 +164,12 @@ class HybridAttention(AttentionOperator):
     def _joint(self, heads: Heads) -> Outside:
         """The rows of the grid tokens: what is inside, less what the kernel would give there, and the kernel's all."""
         assert self.kernel is not None
-        q, k, _ = heads.qkv()
-        precise = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(precise), k.to(precise)
+        q, k = map(precise, heads.qk())
         left, right = self.kernel.features(heads)
         tables = [table for table, _ in self._tables(heads)]
         logits = [tile_logits(q, k, table, heads.scale) for table in _disjoint(tables, heads.tokens())]
         largest = torch.cat([part.amax(-1, keepdim=True) for part in logits], -1).amax(-1, keepdim=True)
-        share = self.inside.to(precise).sigmoid()
+        share = self.inside.to(q.dtype).sigmoid()
         inside = []
         for table, part in zip(tables, logits, strict=True):
             kernel = tile_logits(left, right, table, 1.0).masked_fill(part == -torch.inf, 0.0)
@@ -185,7 +179,7 @@ class HybridAttention(AttentionOperator):
         return Outside([part / total for part in inside], left / total, right)
 
     def _joined(self, heads: Heads) -> Tensor:
-        _, _, v = heads.qkv()
+        v = heads.values()
         joint = self._joint(heads)
         values = v.to(joint.right.dtype)
         out = joint.left @ (joint.right.transpose(2, 3) @ values)

@@ -12,9 +12,10 @@ from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .favor import Favor
 from .features import Cosine, Elu, FeatureMap, Identity, Relu
+from .kernels import precise
 from .learned_features import T2R, Focused, Hedgehog, JointHedgehog
 from .local import DepthwiseConv
-from .normalisers import NORMALISERS
+from .normalizers import NORMALIZERS
 from .terms import LowRank, Term
 
 FEATURES: dict[str, type[FeatureMap]] = {
@@ -38,7 +39,7 @@ class KernelAttention(AttentionOperator):
     The parts are free to combine:
 
     feature:    φ, one of FEATURES; `num_features` is its width, where it can be chosen.
-    normaliser: how A comes from φ(q)·φ(k), one of NORMALISERS.
+    normaliser: how A comes from φ(q)·φ(k), one of NORMALIZERS.
     local:      "v" adds a depthwise convolution of the values to A V, "qk" one of each of the queries and the keys to
                 themselves before φ. `local_size` is the width of its window, 5 on values and 3 on queries and keys.
     centre:     the mean key is subtracted from all keys first. Softmax attention does not notice; a kernel does, and
@@ -63,12 +64,12 @@ class KernelAttention(AttentionOperator):
     ) -> None:
         super().__init__(shape)
         _check("feature", feature, FEATURES)
-        _check("normaliser", normaliser, NORMALISERS)
+        _check("normaliser", normaliser, NORMALIZERS)
         _check("local", local, LOCAL)
         if not isinstance(centre, bool):
             raise ConfigError(f"plan: centre={centre}; write true or false")
         self.feature = FEATURES[feature](shape, num_features)
-        self.normaliser = NORMALISERS[normaliser]
+        self.normaliser = NORMALIZERS[normaliser]
         if self.normaliser.divides and not self.feature.nonnegative:
             raise ConfigError(
                 f"plan: feature={feature} can be negative, and normaliser={normaliser} divides by sums of it; "
@@ -88,7 +89,7 @@ class KernelAttention(AttentionOperator):
         )
 
     def attend(self, heads: Heads) -> Tensor:
-        _, _, v_BHND = heads.qkv()
+        v_BHND = heads.values()
         with torch.autocast(v_BHND.device.type, enabled=False):
             left_BHNF, right_BHNF = self._factors(heads)
             out: Tensor = left_BHNF @ (right_BHNF.transpose(2, 3) @ v_BHND.to(right_BHNF.dtype))
@@ -97,20 +98,18 @@ class KernelAttention(AttentionOperator):
     def local(self, heads: Heads) -> Tensor | None:
         if self.v_conv is None:
             return None
-        _, _, v_BHND = heads.qkv()
-        local: Tensor = self.v_conv(without_padding(v_BHND, heads), heads.tokens())
+        local: Tensor = self.v_conv(without_padding(heads.values(), heads), heads.tokens())
         return local
 
     def terms(self, heads: Heads) -> list[Term]:
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         with torch.autocast(q.device.type, enabled=False):
             return [LowRank(*self._factors(heads))]
 
     def features(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """φ(q) and φ(k), (B, H, N, F), in float32 at least; φ(k) is zero at padding."""
         q, k, v = heads.qkv()
-        precise = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(precise), without_padding(k.to(precise), heads)
+        q, k = precise(q), without_padding(precise(k), heads)
         if self.centre:
             k = without_padding(k - mean_of_keys(k, heads), heads)
         if self.q_conv is not None and self.k_conv is not None:
@@ -138,9 +137,6 @@ class KernelAttention(AttentionOperator):
         chosen_H = target_BHND.new_tensor(candidates, dtype=torch.float32)[errors.argmin(0)]
         self.feature.load_state_dict(start)
         self.feature.adjust(chosen_H[:, None, None])
-
-    def refresh(self) -> None:
-        self.feature.refresh()
 
     def _adjusted_error(
         self, start: dict[str, Tensor], value: float, heads: Heads, target_BHND: Tensor

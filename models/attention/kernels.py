@@ -14,6 +14,11 @@ aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
 
+def precise(x: Tensor) -> Tensor:
+    """`x` in float32, or better where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def same_dtype(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -213,7 +218,6 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, image: int)
 
     In bfloat16 a logit of 1,000 is rounded by up to 2, and its exponential wrong by e².
     """
-    precise = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        logits = scale * q[image].to(precise) @ k[image].to(precise).transpose(-2, -1)
+        logits = scale * precise(q[image]) @ precise(k[image]).transpose(-2, -1)
     return logits if bias is None else logits + bias[min(image, len(bias) - 1)]

@@ -39,7 +39,7 @@ class LinearMaps(FeatureMap):
 
     def mapped(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """W x + b of queries and keys, (B, H, N, width)."""
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         q, k = q @ self.q_weight.to(q.dtype), k @ self.k_weight.to(k.dtype)
         return (q + self.q_bias.to(q.dtype), k + self.k_bias.to(k.dtype)) if self.has_bias else (q, k)
 
@@ -113,7 +113,7 @@ class Focused(FeatureMap):
         return 5 * self.shape.head_dim
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         return self._focus(q), self._focus(k)
 
     def _focus(self, x_BHND: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class LinformerAttention(AttentionOperator):
         return torch.cat((prefix_softmax(heads), grid), 2)
 
     def terms(self, heads: Heads) -> list[Term]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         geometry = heads.tokens()
         num_prefix, precise = geometry.num_prefix, torch.promote_types(q.dtype, torch.float32)
         keys_Mn, values_Mn = self.pooling(geometry)

@@ -55,7 +55,7 @@ class MonarchAttention(AttentionOperator):
         return Traits(linear_cost=False, needs_grid=True, key_mask=True, graph_any_grid=True)
 
     def attend(self, heads: Heads) -> Tensor:
-        _, _, v = heads.qkv()
+        v = heads.values()
         first = heads.tokens().num_prefix
         factors = self._factors(heads)
         with torch.autocast(v.device.type, enabled=False):
@@ -93,7 +93,7 @@ class MonarchAttention(AttentionOperator):
         return total * self.shape.head_dim * self.shape.num_heads
 
     def _factors(self, heads: Heads) -> Factors:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         geometry = heads.tokens()
         precise, first = torch.promote_types(q.dtype, torch.float32), geometry.num_prefix
         with torch.autocast(q.device.type, enabled=False):
@@ -121,7 +121,7 @@ class MonarchAttention(AttentionOperator):
     def _hidden(self, heads: Heads) -> Tensor | None:
         """True at padding, (B or 1, L, J); None where there is none."""
         geometry = heads.tokens()
-        q, _, _ = heads.qkv()
+        q, _ = heads.qk()
         block = self._width(geometry)
         missing = -geometry.num_patches % block
         if heads.key_mask is None and missing == 0:

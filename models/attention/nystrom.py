@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .base import Geometry, Heads, LayerShape, Traits
 from .kernel import without_padding
+from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
 from .prefix import prefix_softmax, prefix_term
 from .terms import LowRank, Term
@@ -63,12 +64,12 @@ class NystromAttention(PooledAttention):
         return Traits(nonnegative=False, row_stochastic=False, needs_grid=True, key_mask=True)
 
     def attend(self, heads: Heads) -> Tensor:
-        _, _, v = heads.qkv()
+        v = heads.values()
         with torch.autocast(v.device.type, enabled=False):
             q, k = _precise(heads)
-            landmarks, mask = self._landmarks(heads), _key_mask(heads)
+            landmarks = self._landmarks(heads)
             seen = F.scaled_dot_product_attention(
-                landmarks.q, k, v.to(k.dtype), attn_mask=mask, scale=heads.scale
+                landmarks.q, k, v.to(k.dtype), attn_mask=heads.seen, scale=heads.scale
             )
             grid = F.scaled_dot_product_attention(
                 q[:, :, heads.tokens().num_prefix :],
@@ -80,16 +81,16 @@ class NystromAttention(PooledAttention):
         return torch.cat((prefix_softmax(heads), grid.to(v.dtype)), 2)
 
     def terms(self, heads: Heads) -> list[Term]:
-        num_prefix, mask = heads.tokens().num_prefix, _key_mask(heads)
-        q, _, _ = heads.qkv()
+        num_prefix = heads.tokens().num_prefix
+        q, _ = heads.qk()
         with torch.autocast(q.device.type, enabled=False):
             q, k = _precise(heads)
             landmarks = self._landmarks(heads)
             to_landmarks = heads.scale * q[:, :, num_prefix:] @ landmarks.k.transpose(2, 3)
             left = (to_landmarks + landmarks.log_counts).softmax(-1) @ landmarks.inverse
             to_keys = heads.scale * landmarks.q @ k.transpose(2, 3)
-            if mask is not None:
-                to_keys = to_keys.masked_fill(~mask, -torch.inf)
+            if heads.seen is not None:
+                to_keys = to_keys.masked_fill(~heads.seen, -torch.inf)
             right = to_keys.softmax(-1).transpose(2, 3)
         return [prefix_term(heads), LowRank(F.pad(left, (0, 0, num_prefix, 0)), right)]
 
@@ -126,10 +127,5 @@ def pseudo_inverse(x: Tensor, iterations: int) -> Tensor:
 
 
 def _precise(heads: Heads) -> tuple[Tensor, Tensor]:
-    q, k, _ = heads.qkv()
-    precise = torch.promote_types(q.dtype, torch.float32)
-    return q.to(precise), k.to(precise)
-
-
-def _key_mask(heads: Heads) -> Tensor | None:
-    return None if heads.key_mask is None else heads.key_mask[:, None, None, :]
+    q, k = heads.qk()
+    return precise(q), precise(k)

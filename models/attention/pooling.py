@@ -39,8 +39,7 @@ class PooledAttention(AttentionOperator):
     def local(self, heads: Heads) -> Tensor | None:
         if self.conv is None:
             return None
-        _, _, v = heads.qkv()
-        local: Tensor = self.conv(without_padding(v, heads), heads.tokens())
+        local: Tensor = self.conv(without_padding(heads.values(), heads), heads.tokens())
         return local
 
     def macs_beside(self, geometry: Geometry) -> int:

@@ -14,9 +14,8 @@ def prefix_softmax(heads: Heads) -> Tensor:
     """The prefix tokens' attention to every token, (B, H, P, D)."""
     q, k, v = heads.qkv()
     first = q[:, :, : heads.tokens().num_prefix]
-    mask = None if heads.key_mask is None else heads.key_mask[:, None, None, :]
     return F.scaled_dot_product_attention(
-        first, k, v, attn_mask=mask, dropout_p=heads.dropout, scale=heads.scale
+        first, k, v, attn_mask=heads.seen, dropout_p=heads.dropout, scale=heads.scale
     )
 
 

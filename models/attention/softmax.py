@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import QKV, AttentionOperator, Geometry, Heads, Traits
+from .kernels import precise
 from .terms import FirstRows, Term
 
 
@@ -46,9 +47,8 @@ class SoftmaxAttention(AttentionOperator):
 
 def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
     """Rows of softmax(s Q Kᵀ + bias), (B, H, S, N), in float32 at least."""
-    q, k, _ = heads.qkv()
-    precise = torch.promote_types(q.dtype, torch.float32)
-    logits = heads.scale * q[:, :, index].to(precise) @ k.to(precise).transpose(2, 3)
+    q, k = heads.qk()
+    logits = heads.scale * precise(q[:, :, index]) @ precise(k).transpose(2, 3)
     mask = _mask(heads)
     if mask is not None:
         mask = mask if mask.shape[-2] == 1 else mask[..., index, :]
@@ -58,7 +58,6 @@ def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
 
 def _mask(heads: Heads) -> Tensor | None:
     """The bias, and minus infinity at keys that are padding."""
-    if heads.key_mask is None:
-        return heads.bias
-    keys = heads.key_mask[:, None, None, :]
-    return keys if heads.bias is None else heads.bias.masked_fill(~keys, -torch.inf)
+    if heads.seen is None or heads.bias is None:
+        return heads.bias if heads.seen is None else heads.seen
+    return heads.bias.masked_fill(~heads.seen, -torch.inf)

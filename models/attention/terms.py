@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -43,23 +42,10 @@ def term_rows(term: Term, index: Tensor, heads: Heads) -> Tensor:
     if isinstance(term, LowRank):
         return term.left[:, :, index] @ term.right.transpose(2, 3)
     weights = term.weights
-    assert heads.k is not None
-    batch, num_heads, tokens = *weights.shape[:2], heads.k.shape[2]
+    batch, num_heads, tokens = *weights.shape[:2], heads.known.shape[2]
     rows = weights.new_zeros(batch, num_heads, len(index), tokens)
     if isinstance(term, Sparse):
         columns = term.index[index].expand(batch, num_heads, -1, -1)
         return rows.scatter_add(3, columns, weights[:, :, index])
     rows[:, :, index < weights.shape[2]] = weights[:, :, index[index < weights.shape[2]]]
     return rows
-
-
-def apply_term(term: Term, v_BHND: Tensor) -> Tensor:
-    """The term times V, (B, H, N, D); tests hold the cheap path against it."""
-    if isinstance(term, LowRank):
-        return term.left @ (term.right.transpose(2, 3) @ v_BHND)
-    if isinstance(term, Sparse):
-        return torch.einsum("bhns,bhnsd->bhnd", term.weights, v_BHND[:, :, term.index])
-    out = term.weights @ v_BHND
-    return torch.cat(
-        [out, v_BHND.new_zeros(*v_BHND.shape[:2], v_BHND.shape[2] - out.shape[2], v_BHND.shape[3])], 2
-    )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import Geometry
+from .kernels import precise
 from .terms import Sparse, Term
 
 Cut: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -36,7 +37,7 @@ def blocks(length: int, window: int, dilation: int) -> list[Cut]:
     return cuts
 
 
-def neighbours(length: int, window: int, dilation: int) -> list[Cut]:
+def neighbors(length: int, window: int, dilation: int) -> list[Cut]:
     """The `window` positions nearest to each, of its residue; at the ends the window is moved inwards.
 
     This is NATTEN's definition (Hassani et al. 2023, arXiv 2204.07143; dilated: 2209.15001).
@@ -101,8 +102,7 @@ def tiled_softmax(
 def tile_logits(q: Tensor, k: Tensor, table: Table, scale: float) -> Tensor:
     """s q·k of each grid token with the keys of its tile, (B, H, n, S) in float32 at least; -inf where unseen."""
     queries, keys, sees, place = table
-    precise = torch.promote_types(q.dtype, torch.float32)
-    products = gather(q, queries).to(precise) @ gather(k, keys).to(precise).transpose(3, 4)
+    products = precise(gather(q, queries)) @ precise(gather(k, keys)).transpose(3, 4)
     logits = (scale * products).masked_fill(~sees, -torch.inf)
     return logits.flatten(2, 3).index_select(2, place)
 

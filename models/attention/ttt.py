@@ -16,7 +16,7 @@ KERNEL = 3
 INITIAL_STD = 0.02
 
 
-class Weights(NamedTuple):
+class InnerWeights(NamedTuple):
     """W₁, W₂ and W₃ of the inner network, each (H, D, D), or (B, H, D, D) after its step."""
 
     gated: Tensor
@@ -53,10 +53,10 @@ class TTTAttention(AttentionOperator):
         q, k, v = heads.qkv()
         precise = torch.promote_types(v.dtype, torch.float32)
         with torch.autocast(v.device.type, enabled=False):
-            queries, keys = q.to(precise), normalised_keys(k.to(precise))
+            queries, keys = q.to(precise), normalized_keys(k.to(precise))
             queries = queries + self.q_conv(queries, heads.tokens())
             keys = keys + self.k_conv(keys, heads.tokens())
-            weights = Weights(*(weight.to(precise) for weight in (self.gated, self.linear, self.out)))
+            weights = InnerWeights(*(weight.to(precise) for weight in (self.gated, self.linear, self.out)))
             learned = inner_step(weights, keys, v.to(precise) * (heads.scale / v.shape[2]))
             return answer(learned, queries).to(v.dtype)
 
@@ -67,13 +67,13 @@ class TTTAttention(AttentionOperator):
         return learning * self.shape.num_heads + mixing
 
 
-def normalised_keys(k_BHND: Tensor) -> Tensor:
+def normalized_keys(k_BHND: Tensor) -> Tensor:
     """Keys without their mean over the tokens and by their deviation, where it is not small."""
     variance, mean = torch.var_mean(k_BHND, dim=2, correction=0, keepdim=True)
     return (k_BHND - mean) * (variance + NORM_EPSILON).rsqrt()
 
 
-def inner_step(weights: Weights, k_BHND: Tensor, v_BHND: Tensor) -> Weights:
+def inner_step(weights: InnerWeights, k_BHND: Tensor, v_BHND: Tensor) -> InnerWeights:
     """The weights after one step of gradient descent on −Σ_j v_j · f_W(k_j), in closed form."""
     gate, linear = k_BHND @ weights.gated, k_BHND @ weights.linear
     sigmoid = gate.sigmoid()
@@ -81,14 +81,14 @@ def inner_step(weights: Weights, k_BHND: Tensor, v_BHND: Tensor) -> Weights:
     hidden = v_BHND @ weights.out.transpose(-1, -2)
     slope = sigmoid + gated * (1 - sigmoid)  # of silu
     keys_BHDN = k_BHND.transpose(2, 3)
-    return Weights(
+    return InnerWeights(
         weights.gated + keys_BHDN @ (hidden * linear * slope),
         weights.linear + keys_BHDN @ (hidden * gated),
         weights.out + (gated * linear).transpose(2, 3) @ v_BHND,
     )
 
 
-def answer(weights: Weights, x_BHND: Tensor) -> Tensor:
+def answer(weights: InnerWeights, x_BHND: Tensor) -> Tensor:
     """f_W(x) = (silu(x W₁) ⊙ x W₂) W₃."""
     return (F.silu(x_BHND @ weights.gated) * (x_BHND @ weights.linear)) @ weights.out
 

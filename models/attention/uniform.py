@@ -22,11 +22,11 @@ class UniformAttention(AttentionOperator):
         return Traits(key_mask=True, graph_any_grid=True)
 
     def attend(self, heads: Heads) -> Tensor:
-        v = _values(heads)
+        v = heads.values()
         return (_weights(heads) * v).sum(2, keepdim=True).to(v.dtype).expand_as(v)
 
     def terms(self, heads: Heads) -> list[Term]:
-        v, weights = _values(heads), _weights(heads)
+        v, weights = heads.values(), _weights(heads)
         right = weights.expand(*v.shape[:3], 1).to(v.dtype)
         return [LowRank(torch.ones_like(right), right)]
 
@@ -34,14 +34,9 @@ class UniformAttention(AttentionOperator):
         return geometry.num_tokens * self.shape.head_dim * self.shape.num_heads
 
 
-def _values(heads: Heads) -> Tensor:
-    assert heads.v is not None
-    return heads.v
-
-
 def _weights(heads: Heads) -> Tensor:
     """What each key counts, (B or 1, 1, N, 1), in float32 at least: the same for all that are no padding."""
-    v = _values(heads)
+    v = heads.values()
     precise = torch.promote_types(v.dtype, torch.float32)
     if heads.key_mask is None:
         return v.new_full((1, 1, v.shape[2], 1), 1 / v.shape[2], dtype=precise)

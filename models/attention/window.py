@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .prefix import prefix_softmax, prefix_term
 from .terms import Term
-from .tiles import Cutter, Table, blocks, neighbours, sparse_term, tile_logits, tile_table, tiled_softmax
+from .tiles import Cutter, Table, blocks, neighbors, sparse_term, tile_logits, tile_table, tiled_softmax
 
 PARTS = ("queries", "keys", "sees", "place")
 
@@ -82,7 +82,7 @@ class WindowAttention(AttentionOperator):
         return torch.cat((prefix_softmax(heads), grid), 2)
 
     def terms(self, heads: Heads) -> list[Term]:
-        q, k, _ = heads.qkv()
+        q, k = heads.qk()
         table, _ = self.tables(heads.tokens(), q.device)
         weights = tile_logits(q, k, table, heads.scale).softmax(-1)
         return [prefix_term(heads), sparse_term(weights, table, heads.tokens().num_prefix)]
@@ -96,7 +96,7 @@ class WindowAttention(AttentionOperator):
         self.tables.fit(geometry)
 
 
-class NeighbourhoodAttention(WindowAttention):
+class NeighborhoodAttention(WindowAttention):
     """softmax(s q·k) over the `window` × `window` keys around the query, every `dilation`-th of them.
 
     At the border the window is moved inwards, so that every query has equally many keys (Hassani et al. 2023,
@@ -104,4 +104,4 @@ class NeighbourhoodAttention(WindowAttention):
     keys of all of them, so more than 2 N w² D multiply-adds are done: two to three times as many for a window of 7.
     """
 
-    cutter = staticmethod(neighbours)
+    cutter = staticmethod(neighbors)

@@ -30,11 +30,11 @@ class GridRule:
     """Which grids a method takes."""
 
     copy: bool
-    """Equal grids alone: what is copied or compared has no other."""
+    """Whether it takes equal grids only, because it copies or compares patch by patch."""
     interpolate: bool = False
-    """Of unequal ones, the teacher's attention logits are interpolated."""
+    """Whether it interpolates the teacher's attention logits where grids differ."""
     relative_bias: bool = False
-    """The teacher has a relative position bias, which cannot be."""
+    """Whether the teacher has a relative position bias, which cannot be interpolated."""
 
     def check(self, teacher: Size, student: Size, batch: Size | None = None) -> list[str]:
         """What is done about unequal grids, in sentences; those of images of size `batch`, or of the models' own.
@@ -66,15 +66,6 @@ class GridRule:
         return [f"{grids}: the teacher's queries and keys are interpolated, and so its attention logits"]
 
 
-def has_relative_bias(model: Any) -> bool:
-    """Whether the model adds a relative position bias to its attention logits, tied to its grid."""
-    if getattr(model, "rel_pos_bias", None) is not None:
-        return True
-    return any(
-        getattr(block.attn, "relative_position_bias_table", None) is not None for block in model.blocks
-    )
-
-
 class Embeddings:
     """The patch embeddings of a teacher and a student, as they are at each call: a model may be resized."""
 
@@ -82,7 +73,7 @@ class Embeddings:
         self._embeddings: Any = (teacher.patch_embed, student.patch_embed)
 
     def grids(self, images: Size) -> Grids:
-        """Of images of this size for the student. Raises `TransferError`: a model does not take them."""
+        """The grids of images of this size for the student. Raises `TransferError`: a model does not take them."""
         teacher, student = self._embeddings
         own = _take(student, "student", images)
         return Grids(_take(teacher, "teacher", self.teacher_size(images)), own)
@@ -90,8 +81,8 @@ class Embeddings:
     def teacher_size(self, images: Size) -> Size:
         """The size at which the teacher sees images of this size for the student.
 
-        At the student's own size it is the teacher's own. At another size a teacher that takes any gets as many more
-        patches as the student does, so that grids that agree go on to do so; one that takes a single size, that one.
+        At the student's own size it is the teacher's own. At another size, a teacher that takes any size gets as many
+        more patches as the student, so that equal grids stay equal; a teacher of a single size keeps its own.
         """
         teacher, student = self._embeddings
         if images == own_size(student) or teacher.strict_img_size:
@@ -106,13 +97,13 @@ class Embeddings:
 
     @property
     def own_sizes(self) -> tuple[Size, Size]:
-        """Of the teacher's and of the student's images, as the models were built."""
+        """The image sizes that teacher and student were built for."""
         teacher, student = self._embeddings
         return own_size(teacher), own_size(student)
 
 
 def own_size(embedding: Any) -> Size:
-    """Of the images that a model was built for."""
+    """Height and width of the images that a model was built for."""
     height, width = embedding.img_size
     return int(height), int(width)
 

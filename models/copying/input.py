@@ -1,4 +1,4 @@
-"""What the teacher is shown: the student's images, normalised and sized as the teacher was trained."""
+"""Turn the student's images into the teacher's: its normalization and its image size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TransferError
+from ..families import image_channels
 from .grids import Embeddings, GridRule, Grids
 
 LARGEST = 1e6
@@ -55,7 +56,7 @@ class Renormalized(nn.Module):
         size = self.teacher_size((images.shape[-2], images.shape[-1]))
         if not self.same_normalization:
             images = images * self.scale + self.shift
-        if images.shape[-2:] != size:  # in float32, for torch has no such resize in half precision
+        if images.shape[-2:] != size:  # in float32: torch has no such resize in half precision
             precise = images.to(torch.promote_types(images.dtype, torch.float32))
             images = F.interpolate(precise, size, mode="bicubic", antialias=True).to(images.dtype)
         return images
@@ -70,7 +71,7 @@ class TeacherInput(Renormalized):
     def __init__(
         self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
     ) -> None:
-        channels = [int(model.patch_embed.proj.in_channels) for model in (teacher, student)]  # type: ignore[union-attr, arg-type]
+        channels = image_channels(teacher), image_channels(student)
         if channels[0] != channels[1]:
             raise TransferError(
                 f"teacher takes {channels[0]} image channels and student {channels[1]}; "

@@ -71,14 +71,9 @@ class CopyMap(Copy):
 
     def taught(self, heads: Heads) -> Tensor:
         link, teacher = self.link, self.link.teacher_heads(self.tape)
-        assert heads.v is not None
-        assert teacher.q is not None
-        assert teacher.k is not None
-        values = pick_dim(heads.v, 1, None if link.all_heads else link.student_index)
+        values = pick_dim(heads.values(), 1, None if link.all_heads else link.student_index)
         values = spread_heads(link.tokens.student.pick(values, 2), link.sizes)
-        copied = average_heads(
-            apply_map(teacher.q, teacher.k, values, teacher.scale, teacher.bias), link.sizes
-        )
+        copied = average_heads(apply_map(*teacher.qk(), values, teacher.scale, teacher.bias), link.sizes)
         if "q" not in self.taught_needs:
             return copied
         own = softmax(heads)
@@ -112,9 +107,7 @@ class CopyProjection(Copy):
         copied = getattr(self.link.teacher_heads(self.tape), self.part)
         own = getattr(heads, self.part)
         mixed = copied if own is None else blend(self.link, copied, own)
-        other = heads.v if self.part != "v" else heads.q
-        assert other is not None
-        mixed = mixed.to(other.dtype)
+        mixed = mixed.to((heads.values() if self.part != "v" else heads.qk()[0]).dtype)
         return Heads(
             q=mixed if self.part == "q" else heads.q,
             k=mixed if self.part == "k" else heads.k,
@@ -135,7 +128,7 @@ class CopyKind:
 
     @property
     def copies_map(self) -> bool:
-        """Whether it is the whole map, which the teacher's queries and keys make."""
+        """Whether the student copies the whole map, made of the teacher's queries and keys."""
         return len(self.parts) > 1
 
     def operator(self, link: Link, tape: Tape) -> Copy:
@@ -169,7 +162,7 @@ def _scatter(part: Tensor, whole: Tensor, dim: int, index: list[int]) -> Tensor:
 
 def _identity(heads: Heads) -> Tensor:
     """Values (B, H, N, N) to which a map applied is the map itself."""
-    known = next(x for x in (heads.v, heads.q, heads.k) if x is not None)
+    known = heads.known
     eye = torch.eye(known.shape[2], dtype=known.dtype, device=known.device)
     return eye.expand(*known.shape[:2], -1, -1)
 
@@ -179,7 +172,7 @@ def _with_values(heads: Heads, values: Tensor) -> Heads:
 
 
 @dataclass
-class Recorder:
+class KeepHeads:
     """A teacher operator: keeps the layer's projections, and its output where that is asked for."""
 
     layer: int

@@ -1,4 +1,4 @@
-"""What passes between teacher and student in one step, and its heads and tokens by their place."""
+"""The tensors that pass from teacher to student in one step, and the choice of their heads and tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Step:
     """What one forward pass of a student reads: the teacher's side by teacher layer, and shared drop-path masks."""
 
     grids: Grids | None = None
-    """Of its images."""
+    """The grids of its images."""
     heads: dict[int, Heads] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
@@ -122,7 +122,7 @@ def take(heads: Heads, head_index: list[int] | None, tokens: Tokens) -> Heads:
 
 
 def spread_heads(x_BHND: Tensor, sizes: list[int]) -> Tensor:
-    """Each head as often as it has teachers, so that it stands beside each of them."""
+    """Repeat each head once for each of its teachers."""
     if max(sizes) == 1:
         return x_BHND
     return pick_dim(x_BHND, 1, [head for head, size in enumerate(sizes) for _ in range(size)])

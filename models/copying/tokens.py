@@ -44,7 +44,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenMatch:
-    """Token k of `teacher` stands for token k of `student`, in sequences whose patches lie in one grid.
+    """Token k of `teacher` corresponds to token k of `student`, in sequences on the same patch grid.
 
     Where grids differ, the teacher's sequence is that which `interpolate_tokens` has brought to the student's grid.
     """

@@ -11,7 +11,7 @@ import pytest
 import torch
 from graftvit.checkpoints.files import read_file
 from graftvit.checkpoints.inspect_file import describe_file
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import save_file
 

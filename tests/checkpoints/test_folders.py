@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.checkpoints.student import write_student
-from graftvit.checkpoints.teacher import load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
 from graftvit.models.mae import MaskedAutoencoder
 from safetensors.torch import save_file

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from engine_runs import make_teacher, tiny_vit
-from graftvit.checkpoints.teacher import load_weights
+from graftvit.checkpoints.pretrained import load_weights
 from graftvit.models.conversion import convert
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import load_file, save_file

@@ -8,8 +8,8 @@ import pytest
 import torch
 from graftvit.checkpoints.loading import load
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.student import save_student
-from graftvit.checkpoints.teacher import load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
 from hostile import ARCHITECTURE, ARGUMENTS, weights
 from hostile_configs import small_model, write_model

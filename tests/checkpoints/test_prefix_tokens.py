@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.teacher import load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
 from torch import Tensor, nn
 

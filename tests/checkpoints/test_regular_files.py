@@ -51,4 +51,4 @@ def test_a_path_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     (tmp_path / "in" / "a").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="outside of"):
-        read_regular(tmp_path / "in" / "a", tmp_path / "in")
+        check_regular(tmp_path / "in" / "a", tmp_path / "in")

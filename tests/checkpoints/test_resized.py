@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.loading import load
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.student import save_student, write_student
-from graftvit.checkpoints.teacher import load_teacher, load_weights
 from graftvit.models import operators
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from graftvit.models.conversion import convert, converted_layers, plan_size, resize

@@ -13,9 +13,9 @@ import timm
 import torch
 from graftvit.checkpoints.loading import load
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.checkpoints.student import save_student, write_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import load_file

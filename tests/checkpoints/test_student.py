@@ -14,8 +14,8 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import write_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from torch import nn
 

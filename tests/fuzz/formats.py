@@ -15,8 +15,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
+from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
-from graftvit.checkpoints.teacher import Teacher, load_teacher
 from graftvit.launch.config import dump_config, load_config
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import DataConfig

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import timm
 from engine_runs import ARCHITECTURE, ARGUMENTS
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.publish.student_files import plan_upload
 from graftvit.checkpoints.student import save_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.transfer.engine.train import train

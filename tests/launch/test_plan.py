@@ -10,8 +10,8 @@ import timm
 import torch
 from engine_runs import config as short_run
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import write_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.launch.plan import describe_plan

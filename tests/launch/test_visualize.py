@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.launch.cli import main
 from graftvit.transfer.analysis.visualize import map_page
 from graftvit.transfer.analysis.visualize.look import look

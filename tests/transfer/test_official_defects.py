@@ -19,9 +19,9 @@ import timm
 import torch
 import yaml
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from graftvit.models.patches import grid_positions
 from graftvit.transfer.config import DataConfig, OptimConfig, RunConfig

@@ -5,43 +5,20 @@ Maps are formed densely here, (B, H, N, N) a layer: this is for a handful of ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...models.attention.base import AttentionOperator, Heads
+from ...models.attention.base import Heads
 from ...models.conversion import ConvertedAttention
 from ...models.copied import CopiedAttention
 from ...models.errors import TransferError
-from ...models.families import attention_blocks, check_supported
-from ...models.host import AttentionHost, release_attention
-
-Given = tuple[Tensor, Tensor | None, Tensor | None]
-"""Of an attention layer: tokens (B, N, C), rotary embedding, shared relative position bias."""
-
-
-def observe(layer: nn.Module, see: Callable[[Given], None]) -> RemovableHandle:
-    """Call `see` with what an attention layer of timm, or a host, is given, before the layer runs."""
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        see(_given(*inputs, **keywords))
-
-    return layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _given(
-    x: Tensor,
-    rope: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    shared_rel_pos_bias: Tensor | None = None,
-) -> Given:
-    return x, rope, shared_rel_pos_bias
+from ...models.families import attention_blocks, check_supported, evaluating
+from ...models.host import AttentionHost, Given, observe, release_attention
 
 
 @torch.no_grad()
@@ -64,7 +41,7 @@ def attention_maps(
             raise TransferError(f"layer {layer} does not exist: the model has {len(blocks)} blocks.")
     maps: dict[int, Tensor] = {}
     with _evaluating(model):
-        hooks = [_keep_map(cast(nn.Module, blocks[layer].attn), maps, layer) for layer in wanted]
+        hooks = [_keep_map(blocks[layer].attn, maps, layer) for layer in wanted]
         try:
             model(images)
         finally:
@@ -78,8 +55,7 @@ def _keep_map(attention: nn.Module, maps: dict[int, Tensor], layer: int) -> Remo
 
     def see(given: Given) -> None:
         if isinstance(attention, ConvertedAttention):
-            operator = cast(AttentionOperator, attention.operator)
-            maps[layer] = operator.matrix(attention.project(*given)).float()
+            maps[layer] = attention.operator.matrix(attention.project(*given)).float()
         elif isinstance(attention, CopiedAttention):
             maps[layer] = attention.operator.map(attention.project(*given)).float()
         else:
@@ -89,9 +65,8 @@ def _keep_map(attention: nn.Module, maps: dict[int, Tensor], layer: int) -> Remo
 
 
 def _softmax_map(heads: Heads) -> Tensor:
-    assert heads.q is not None
-    assert heads.k is not None
-    logits_BHNN = (heads.q.float() @ heads.k.float().transpose(-2, -1)) * heads.scale
+    q, k = heads.qk()
+    logits_BHNN = (q.float() @ k.float().transpose(-2, -1)) * heads.scale
     if heads.bias is not None:
         logits_BHNN = logits_BHNN + heads.bias.float()
     return logits_BHNN.softmax(dim=-1)
@@ -172,16 +147,11 @@ def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: b
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put a supported model into eval mode while inside; then restore the mode of each module."""
-    layers = [(cast(Any, block), block.attn) for block in attention_blocks(model)]
+    layers = [(block, block.attn) for block in attention_blocks(model)]
     try:
         check_supported(release_attention(model), copied=True)
     finally:
         for block, layer in layers:
             block.attn = layer
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
+    with evaluating(model):
         yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -96,14 +97,14 @@ def members(archive: Path) -> Iterator[Iterator[Member]]:
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zipped:
             yield (
-                Member(info.filename, lambda info=info: zipped.open(info))  # type: ignore[misc]
+                Member(info.filename, partial(zipped.open, info))
                 for info in zipped.infolist()
                 if not info.is_dir() and _is_image(info.filename)
             )
         return
     with tarfile.open(archive, "r:") as tarred:
         yield (
-            Member(info.name, lambda info=info: _content(tarred, info))  # type: ignore[misc]
+            Member(info.name, partial(_content, tarred, info))
             for info in tarred
             if (info.isreg() or info.islnk()) and _is_image(info.name)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
             is_training=True,
             scale=config.crop_scale,
             hflip=config.hflip,
-            color_jitter=cast(float, config.color_jitter or None),  # timm takes None, against its annotation
+            color_jitter=config.color_jitter or None,  # type: ignore[arg-type]  # timm takes None
             auto_augment=policy,
             interpolation=config.interpolation or spec.interpolation,
             mean=spec.mean,
@@ -86,7 +86,8 @@ def _affine(config: DataConfig, spec: Preprocessing) -> Transform:
 
 def eval_transform(spec: Preprocessing) -> Transform:
     """timm's own transform of evaluation, without the pixels that it would make and not keep."""
-    resize, crop, *others = cast(Any, spec.transform()).transforms
+    transform: Any = spec.transform()
+    resize, crop, *others = transform.transforms
     how = f"crop_pct={spec.crop_pct:g}, crop_mode={spec.crop_mode}, interpolation={spec.interpolation}"
     steps = [ResizeAndCenterCrop(resize, crop), *others]
     return Steps(steps, "evaluation", {ResizeAndCenterCrop.__name__: how})

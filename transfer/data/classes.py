@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
 from timm.utils.misc import natural_key
 
 from ...checkpoints.regular_files import read_regular
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
-from .images import Header, ImageSource
+from .images import ImageSource, SourceView
 
 IMAGENET_100 = "imagenet-100"
 """The name of the list that comes with the package."""
-
-
-class KeptClasses:
-    """The images of `source` that are of the classes `names`, which are numbered in that order."""
-
-    def __init__(self, source: ImageSource, names: Sequence[str]) -> None:
-        known = {name: place for place, name in enumerate(source.class_names or ())}
-        places = {known[name]: place for place, name in enumerate(names)}
-        self.class_names = tuple(names)
-        self._source = source
-        self._indices = [index for index, target in enumerate(source.targets or ()) if target in places]
-        self.targets = [places[(source.targets or ())[index]] for index in self._indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return self._source.read(self._indices[index])[0], self.targets[index]
-
-    def header(self, index: int) -> Header:
-        return self._source.header(self._indices[index])
-
-    def path(self, index: int) -> str:
-        return self._source.path(self._indices[index])
 
 
 def keep_classes(config: DataConfig, source: ImageSource) -> ImageSource:
@@ -55,7 +29,10 @@ def keep_classes(config: DataConfig, source: ImageSource) -> ImageSource:
         if name not in source.class_names:
             near = did_you_mean(name, source.class_names)
             raise DataError(f"data.classes names {name!r}, which is no class of the data set; {near}")
-    return KeptClasses(source, names)
+    known = {name: label for label, name in enumerate(source.class_names)}
+    labels = {known[name]: label for label, name in enumerate(names)}
+    kept = [index for index, target in enumerate(source.targets) if target in labels]
+    return SourceView(source, tuple(names), kept, labels)
 
 
 def wanted_classes(config: DataConfig) -> list[str] | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ...models.errors import DataError
+from ...models.json_types import Json
 from ..config import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class Columns(NamedTuple):
     label: str | None
 
 
-def find_columns(config: DataConfig, features: Mapping[str, Any]) -> Columns:
+def find_columns(config: DataConfig, features: Json) -> Columns:
     """The columns of a data set with these `features` (of the package datasets, by name).
 
     Raises DataError: a setting names none of them, none holds images, or the labels are no numbers and no names.
@@ -48,9 +48,7 @@ def is_label(feature: Any) -> bool:
     return getattr(feature, "dtype", "").startswith(("int", "uint", "string", "large_string", "bool"))
 
 
-def _find(
-    config: DataConfig, setting: str, features: Mapping[str, Any], names: tuple[str, ...], kind: str
-) -> str | None:
+def _find(config: DataConfig, setting: str, features: Json, names: tuple[str, ...], kind: str) -> str | None:
     wanted = getattr(config, setting)
     if wanted is not None:
         if wanted not in features:
@@ -63,5 +61,5 @@ def _find(
     return next(iter([name for name in named if name in of_kind] or named or of_kind), None)
 
 
-def _listed(features: Mapping[str, Any]) -> str:
+def _listed(features: Json) -> str:
     return ", ".join(sorted(features))

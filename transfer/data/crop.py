@@ -26,7 +26,7 @@ class ResizeAndCenterCrop:
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = resized(self._resize, image)
         if height * width <= LARGE:
-            return self._crop(self._resize(image))  # type: ignore[no-any-return]
+            return self._keep(self._resize(image))
         kept_height, kept_width = (
             min(kept, whole) for kept, whole in zip(self._crop.size, (height, width), strict=True)
         )
@@ -34,7 +34,11 @@ class ResizeAndCenterCrop:
         across, down = image.width / width, image.height / height
         box = (left * across, top * down, (left + kept_width) * across, (top + kept_height) * down)
         filter_ = Image.Resampling[self._resize.interpolation.name]
-        return self._crop(image.resize((kept_width, kept_height), filter_, box))  # type: ignore[no-any-return]
+        return self._keep(image.resize((kept_width, kept_height), filter_, box))
+
+    def _keep(self, image: Image.Image) -> Image.Image:
+        cropped: Image.Image = self._crop(image)
+        return cropped
 
 
 def resized(resize: Resize | ResizeKeepRatio, image: Image.Image) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from ..config import DataConfig
 from .archives import is_packed
 from .classes import keep_classes, wanted_classes
 from .digits import DigitsSource
-from .folders import FolderSource, Found, count_shared, find_images
+from .folders import FolderImages, Found, count_shared, find_images
 from .hub import open_hub
 from .images import ImageSource, ReaderSource, TorchvisionSource
 from .numbering import MODEL, TRAINING, number_by_name
@@ -105,10 +105,10 @@ def _open(
     return TorchvisionSource(dataset, mode)
 
 
-def _open_folder(config: DataConfig, split: str, mode: str) -> FolderSource:
+def _open_folder(config: DataConfig, split: str, mode: str) -> FolderImages:
     root = Path(str(config.data_path))
     folder = split_folder(root, split)
-    source = FolderSource(find_images(folder or root), mode)
+    source = FolderImages(find_images(folder or root), mode)
     if folder is None:
         logger.warning("%s has no folder for split %r: all of it is used", root, split)
     return source
@@ -197,7 +197,7 @@ def _training_names(
             return open_hub(config, config.train_split, mode).class_names
         except DataError:
             return None  # there is no training split
-    if not isinstance(found, FolderSource):
+    if not isinstance(found, FolderImages):
         return None
     root = Path(str(config.data_path))
     train = split_folder(root, config.train_split)
@@ -225,7 +225,7 @@ def _shared(config: DataConfig, split: str, found: Found, trained: Found) -> str
 def check_apart(config: DataConfig, source: ImageSource | IterableDataset[Any]) -> None:
     """DataError where training images of a folder, `source`, are images of `data.val_split` too."""
     folder = split_folder(Path(str(config.data_path)), config.val_split or "")
-    if isinstance(source, FolderSource) and folder is not None:
+    if isinstance(source, FolderImages) and folder is not None:
         shared = _shared(config, str(config.val_split), find_images(folder), source.found)
         if shared:
             raise DataError(f"knn and probe need other images for training than for the test: {shared}")

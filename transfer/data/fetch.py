@@ -6,13 +6,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from ...models.errors import DataError
-from .loading import BadImage, Batch, Requests, as_it_is, start_worker
+from .loading import BadImage, Batch, Loaded, Requests, as_it_is, start_worker
 from .sampler import BatchRequest
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Fetcher:
         self._requests = Requests()
         self._loader = self._open()
 
-    def fetch(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
+    def fetch(self, requests: Iterator[BatchRequest]) -> Iterator[Loaded]:
         """A batch for each request, in order. A new pass ends the one before it."""
         self._requests.pending = requests
         try:
@@ -74,7 +74,7 @@ class Fetcher:
                     raise DataError(
                         f"no image of the set can be read; the last tried is {batch.bad[-1].describe()}"
                     )
-                yield batch
+                yield batch.images, batch.targets, batch.valid
         except DataError:
             self._loader = self._open()
             raise
@@ -91,7 +91,7 @@ def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Bat
             dataset,
             batch_size=None,
             num_workers=workers,
-            collate_fn=cast(Any, as_it_is),
+            collate_fn=as_it_is,
             worker_init_fn=start_worker if workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),

@@ -12,6 +12,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ...checkpoints.report import some
 from ...models.errors import DataError
 from .images import UNLABELED, Header, open_image
 
@@ -126,7 +127,7 @@ def count_shared(one: Found, other: Found) -> int:
     return len(one.keys() & other.keys())
 
 
-class FolderSource:
+class FolderImages:
     """The images of a folder, numbered by the names of their folders, in natural order of their paths."""
 
     def __init__(self, found: Found, mode: str) -> None:
@@ -174,19 +175,16 @@ def _tell(found: Found, files: Collection[str]) -> None:
     if found.left_out:
         logger.warning(
             "%s: %d links lead to images that are there already and are left out: %s",
-            found.root, len(found.left_out), _named(sorted(found.left_out)),
+            found.root, len(found.left_out), some(sorted(found.left_out), NAMED),
         )  # fmt: skip
     places: dict[str, set[str]] = {}
     for folder in {Path(path.rpartition(os.sep)[0]) for path in files}:
         places.setdefault(folder.name, set()).add(str(folder.relative_to(found.root)))
-    several = [f"{name} ({_named(sorted(each))})" for name, each in sorted(places.items()) if len(each) > 1]
+    several = [
+        f"{name} ({some(sorted(each), NAMED)})" for name, each in sorted(places.items()) if len(each) > 1
+    ]
     if several:
         logger.warning(
             "%s: class folders of one name in several places are one class: %s",
             found.root, "; ".join(several[:NAMED]),
         )  # fmt: skip
-
-
-def _named(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-    return f"{', '.join(paths[:NAMED])}{more}"

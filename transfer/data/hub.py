@@ -21,7 +21,7 @@ SAVED_SPLITS, SAVED_ONE = "dataset_dict.json", "state.json"
 """What `save_to_disk` leaves of a set of splits, and of one."""
 
 
-class HubSource:
+class HubImages:
     """A table of the package datasets: images are decoded one by one, labels are read at once.
 
     `vocabulary` numbers labels that are names.
@@ -66,13 +66,13 @@ class HubSource:
         return f"{self._name}, row {index} ({stored.get('path') or 'without a path'})"
 
 
-def open_hub(config: DataConfig, split: str, mode: str) -> HubSource:
+def open_hub(config: DataConfig, split: str, mode: str) -> HubImages:
     """The images of a split. Raises DataError: there is no such data set, split or column."""
     try:
         table = load_split(config, split)
         columns = find_columns(config, table.features)
         vocabulary = None if columns.label is None else _vocabulary(config, columns.label, split, table)
-        return HubSource(table, columns, mode, f"{config.dataset} {split}", vocabulary)
+        return HubImages(table, columns, mode, f"{config.dataset} {split}", vocabulary)
     except DataError:
         raise
     except Exception as error:  # of files, of the network, of the many ways to describe a table

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -124,7 +123,8 @@ class TorchvisionSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         image, target = self._dataset[index]
-        return cast(Image.Image, image.convert(self._mode)), int(target)
+        converted: Image.Image = image.convert(self._mode)
+        return converted, int(target)
 
     def header(self, index: int) -> Header:
         return Header.of(self._dataset[index][0])
@@ -144,30 +144,38 @@ def _name(name: Any) -> str:
     return name if isinstance(name, str) else ", ".join(map(str, name))
 
 
-@dataclass(frozen=True)
-class SubsetSource:
-    """The images `indices` of another source, in that order."""
+class SourceView:
+    """Images of another source: those at `indices`, in that order, and with the label of each in `labels`.
 
-    source: ImageSource
-    indices: Sequence[int]
+    Without `indices` these are all images; a label that is not in `labels` stays as it is.
+    """
 
-    @property
-    def targets(self) -> Sequence[int] | None:
-        targets = self.source.targets
-        return None if targets is None else [targets[index] for index in self.indices]
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        return self.source.class_names
+    def __init__(
+        self,
+        source: ImageSource,
+        class_names: Sequence[str] | None,
+        indices: Sequence[int] | None = None,
+        labels: Mapping[int, int] | None = None,
+    ) -> None:
+        self.class_names = class_names
+        self._source = source
+        self._indices = range(len(source)) if indices is None else indices
+        self._labels = labels or {}
+        own = source.targets
+        self.targets = None if own is None else [self._label(own[index]) for index in self._indices]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self._indices)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        return self.source.read(self.indices[index])
+        image, target = self._source.read(self._indices[index])
+        return image, self._label(target)
 
     def header(self, index: int) -> Header:
-        return self.source.header(self.indices[index])
+        return self._source.header(self._indices[index])
 
     def path(self, index: int) -> str:
-        return self.source.path(self.indices[index])
+        return self._source.path(self._indices[index])
+
+    def _label(self, target: int) -> int:
+        return self._labels.get(target, target)

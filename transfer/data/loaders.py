@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,14 +13,14 @@ from torch.utils.data import IterableDataset
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import read_names
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.teacher import Head
+from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, eval_transform, train_transform
 from .class_counts import check_stream, count_classes, stream_classes
 from .datasets import check_apart, has_split, open_dataset
 from .fetch import Fetcher
-from .images import ImageSource, SubsetSource
+from .images import ImageSource, SourceView
 from .labels import IMAGENET_CLASSES, real_labels
 from .loading import EvalBatches, TrainBatches
 from .numbering import MODEL, number_by_name
@@ -102,8 +102,8 @@ class TrainLoader:
             world_size=self._world_size,
             start=position,
         )
-        for batch in self._fetcher.fetch(requests):
-            yield cast(Tensor, batch.images), batch.targets
+        for images, targets, _ in self._fetcher.fetch(requests):
+            yield images, targets
 
 
 class AbsentTrainLoader(TrainLoader):
@@ -128,7 +128,7 @@ class StreamTrainLoader(TrainLoader):
 
     def __init__(
         self,
-        stream: object,
+        stream: Any,
         config: DataConfig,
         spec: Preprocessing,
         *,
@@ -151,7 +151,7 @@ class StreamTrainLoader(TrainLoader):
             rank=rank,
             limit=config.max_bad_images,
         )
-        self.num_samples = len(stream) * world_size  # type: ignore[arg-type]  # timm counts a rank's share
+        self.num_samples = len(stream) * world_size  # timm counts a rank's share
         self.batches_per_epoch = max(1, self.num_samples // (config.batch_size * world_size))
         self._mixing = create_mixing(config, self.num_classes)
 
@@ -209,8 +209,7 @@ class EvalLoader:
         requests = eval_requests(
             self.num_samples, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
         )
-        for batch in self._fetcher.fetch(requests):
-            yield cast(Tensor, batch.images), batch.targets, batch.valid
+        yield from self._fetcher.fetch(requests)
         bad = self._fetcher.bad.found
         if len(bad) >= self.num_samples:
             raise DataError(
@@ -223,7 +222,7 @@ class StreamEvalLoader(EvalLoader):
 
     def __init__(
         self,
-        stream: object,
+        stream: Any,
         config: DataConfig,
         spec: Preprocessing,
         *,
@@ -244,7 +243,7 @@ class StreamEvalLoader(EvalLoader):
             rank=0,
             limit=config.max_bad_images,
         )
-        self.num_samples = len(stream)  # type: ignore[arg-type]
+        self.num_samples = len(stream)
 
     @property
     def bad_images(self) -> list[str]:
@@ -252,9 +251,9 @@ class StreamEvalLoader(EvalLoader):
         return self._stream.bad.paths
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for number, batch in enumerate(self._stream.once()):
+        for number, (images, targets, valid) in enumerate(self._stream.once()):
             mine = number % self._world_size == self._rank
-            yield cast(Tensor, batch.images), batch.targets, batch.valid & mine
+            yield images, targets, valid & mine
 
 
 def create_train_loader(
@@ -271,8 +270,11 @@ def create_train_loader(
     Without `labels` the data set may have none: `num_classes` is then 0, and the targets say nothing.
     """
     dataset = open_dataset(config, config.train_split, spec.input_size[0], training=True, seed=seed)
-    kind = StreamTrainLoader if isinstance(dataset, IterableDataset) else TrainLoader
-    return kind(dataset, config, spec, seed=seed, rank=rank, world_size=world_size, labels=labels)  # type: ignore[arg-type]
+    if isinstance(dataset, IterableDataset):
+        return StreamTrainLoader(
+            dataset, config, spec, seed=seed, rank=rank, world_size=world_size, labels=labels
+        )
+    return TrainLoader(dataset, config, spec, seed=seed, rank=rank, world_size=world_size, labels=labels)
 
 
 def create_eval_loader(
@@ -348,7 +350,7 @@ def create_reference_loader(
     if names is not None:
         dataset = number_by_name(dataset, config.train_split, names, MODEL)
     if config.train_samples is not None:
-        dataset = SubsetSource(dataset, _subset(config, dataset).tolist())
+        dataset = SourceView(dataset, dataset.class_names, _subset(config, dataset).tolist())
     return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data.mixup import Mixup
@@ -53,6 +53,10 @@ class Batch(NamedTuple):
     valid: Tensor
     bad: list[BadImage]
     failure: str | None = None
+
+
+Loaded = tuple[Tensor, Tensor, Tensor]
+"""Images, targets, and which of the images count."""
 
 
 def failed(failure: str) -> Batch:
@@ -191,7 +195,7 @@ class EvalBatches(Dataset[Batch]):
         return Batch(images, targets, valid, bad)
 
 
-def as_it_is(batch: Batch) -> Batch:
+def as_it_is(batch: Any) -> Any:
     """The collate function: the data set makes whole batches."""
     return batch
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from PIL import Image
 
 from ...checkpoints.class_names import comparable
+from ...checkpoints.report import some
 from ...models.errors import DataError
-from .images import UNLABELED, Header, ImageSource
+from .images import ImageSource, SourceView
 
 logger = logging.getLogger(__name__)
 
@@ -22,36 +20,6 @@ MODEL = (
     "its features with --metrics knn"
 )
 """Whose classes these are, in an error."""
-
-
-@dataclass(frozen=True)
-class Renumbered:
-    """The images of `source` with the label of each class in `class_names`; `labels` has the new one of each old."""
-
-    source: ImageSource
-    class_names: Sequence[str]
-    labels: Sequence[int]
-
-    @property
-    def targets(self) -> Sequence[int] | None:
-        targets = self.source.targets
-        return None if targets is None else [self._label(target) for target in targets]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        image, target = self.source.read(index)
-        return image, self._label(target)
-
-    def header(self, index: int) -> Header:
-        return self.source.header(index)
-
-    def path(self, index: int) -> str:
-        return self.source.path(index)
-
-    def _label(self, target: int) -> int:
-        return target if target == UNLABELED else self.labels[target]
 
 
 def number_by_name(
@@ -70,11 +38,6 @@ def number_by_name(
     known = {name: label for label, name in enumerate(names)}
     foreign = [name for name in own if name not in known]
     if foreign:
-        raise DataError(f"split {split!r} has classes that {owner.format(listed(foreign))}")
-    return Renumbered(source, tuple(names), tuple(known[name] for name in own))
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+        raise DataError(f"split {split!r} has classes that {owner.format(some(foreign, NAMED))}")
+    labels = {label: known[name] for label, name in enumerate(own)}
+    return SourceView(source, tuple(names), labels=labels)

@@ -19,6 +19,7 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
 from ..config import DataConfig
 from .augment import create_mixing, mix, train_transform
+from .class_counts import stream_classes
 from .datasets import open_dataset
 from .images import ImageSource
 from .loading import Batch, TrainBatches
@@ -38,7 +39,7 @@ def preview(config: DataConfig, spec: Preprocessing, count: int, *, seed: int = 
     """
     dataset = open_dataset(config, config.train_split, spec.input_size[0], training=True, seed=seed)
     if isinstance(dataset, IterableDataset):
-        names: Sequence[str] = tuple(getattr(dataset.reader, "class_to_idx", ()))  # type: ignore[attr-defined]
+        names: Sequence[str] = stream_classes(dataset) or ()
         batch = _of_stream(dataset, config, spec, count, seed, config.num_classes or len(names))
     else:
         names = dataset.class_names or ()

@@ -8,6 +8,7 @@ from typing import Any
 from timm.data.dataset_factory import create_dataset
 
 from ...models.errors import DataError
+from ...models.json_types import JsonDict
 from ..config import DataConfig
 from .hub import stream_columns
 
@@ -62,7 +63,7 @@ def _check_shards(folder: Path) -> None:
             raise DataError(f"{path} is no regular file, and shards are read from files")
 
 
-def _keys(config: DataConfig, name: str, split: str) -> dict[str, Any]:
+def _keys(config: DataConfig, name: str, split: str) -> JsonDict:
     """timm's words for where a sample has its image and its label."""
     family = name.partition("/")[0].lower() if "/" in name else ""
     if family == "hfids":

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...models.errors import DataError
 from .augment import Transform, mix, seed_generators
 from .fetch import BadImages, create_loader, guarded
-from .loading import BadImage, Batch, Ready, cause, failed, out_of_memory
+from .loading import BadImage, Batch, Loaded, Ready, cause, failed, out_of_memory
 from .randomness import preserved
 from .sampler import MIXING, SAMPLE, derive_seed
 from .steps import reason_of
@@ -134,14 +134,14 @@ class StreamFetcher:
         self._rank = rank
         self._batches = StreamBatches(stream, transform, batch_size, seed, rank)
 
-    def once(self) -> Iterator[Batch]:
+    def once(self) -> Iterator[Loaded]:
         """The stream from its beginning to its end. Raises DataError where nothing comes."""
         some = False
         for batch in guarded(create_loader(self._batches, self._workers)):
             self.bad.add(batch)
             if batch.images is not None:
                 some = True
-                yield batch
+                yield batch.images, batch.targets, batch.valid
         if not some and self.bad.found:
             raise DataError(
                 f"no image of the stream can be read; the last is {self.bad.found[-1].describe()}"
@@ -159,23 +159,22 @@ class StreamFetcher:
         self._batches.epoch = epoch
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(epoch)
-        for number, batch in enumerate(itertools.islice(self._full(), length)):
-            if number < start or batch.images is None:
+        for number, (images, targets) in enumerate(itertools.islice(self._full(), length)):
+            if number < start:
                 continue
-            images, targets = batch.images, batch.targets
             if mixing is not None:
                 with preserved():
                     seed = derive_seed(MIXING, self._seed, epoch, number, self._rank)
                     images, targets = mix(mixing, images, targets, seed)
             yield images, targets
 
-    def _full(self) -> Iterator[Batch]:
+    def _full(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             some = False
-            for batch in self.once():
-                if bool(batch.valid.all()):
+            for images, targets, valid in self.once():
+                if bool(valid.all()):
                     some = True
-                    yield batch
+                    yield images, targets
             if not some:
                 raise DataError(
                     "the streamed data set has less than one batch of images for a loader process"

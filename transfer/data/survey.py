@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from ...models.errors import DataError
 from ..config import DataConfig
+from .class_counts import stream_classes
 from .datasets import open_dataset, undivided
 from .images import UNLABELED, Header, ImageSource
 from .loading import BadImage, cause, name_of
@@ -186,7 +187,7 @@ def _source(name: str, source: ImageSource, limit: int | None, decode: bool) -> 
 
 
 def _stream(name: str, stream: Any, limit: int) -> Split:
-    names = tuple(getattr(stream.reader, "class_to_idx", ())) or None
+    names = stream_classes(stream)
     split = Split(name, len(stream), True, names)
     try:
         for image, target in told(name, itertools.islice(stream, limit), total=min(limit, len(stream))):

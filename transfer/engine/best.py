@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 from torch import nn
 
 from ...checkpoints.class_names import same_classes
-from ...checkpoints.teacher import Head
+from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError
+from ...models.families import vit
 from ..config import Metric
 from ..data.loaders import EvalLoader
 from ..metrics.measure import PROBES, Family
@@ -19,7 +20,7 @@ Kind = Family | Literal["objective"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Criterion:
     """A number of an evaluation, `test_<key>` in the log."""
 
     key: str
@@ -40,10 +41,10 @@ class Choice:
         return best is None or (value < best if self.smaller else value > best)
 
 
-CHOICES: dict[Metric, Choice] = {
-    "top1": Choice("top1", "top1"),
-    "knn": Choice("knn_top1", "knn"),
-    "probe": Choice("probe_top1", "probe"),
+CRITERIA: dict[Metric, Criterion] = {
+    "top1": Criterion("top1", "top1"),
+    "knn": Criterion("knn_top1", "knn"),
+    "probe": Criterion("probe_top1", "probe"),
 }
 
 
@@ -61,7 +62,7 @@ def choose(
     loader: EvalLoader | None,
     student: nn.Module,
     teacher: nn.Module | None,
-) -> Choice | None:
+) -> Criterion | None:
     """The number that `engine.metric` asks for; None where nothing is evaluated, and the last state is the best.
 
     `head` is the student's, `loader` has the test images.
@@ -93,12 +94,12 @@ def choose(
         )
     if metric == "distance":
         same_width = teacher is not None and _width(teacher) == _width(student)
-        return Choice("relative_error" if same_width else "cka", "distance")
+        return Criterion("relative_error" if same_width else "cka", "distance")
     if metric == "loss":
-        return Choice("loss", "top1") if mode.needs_labels else Choice("objective", "objective")
-    return CHOICES[metric]
+        return Criterion("loss", "top1") if mode.needs_labels else Criterion("objective", "objective")
+    return CRITERIA[metric]
 
 
 def _width(model: nn.Module) -> int:
     """Of what the head reads."""
-    return int(getattr(model, "head_hidden_size", None) or cast(Any, model).num_features)
+    return int(getattr(model, "head_hidden_size", None) or vit(model).num_features)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -21,8 +20,10 @@ from ...checkpoints import provenance
 from ...checkpoints.build import check_published
 from ...checkpoints.copying import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.teacher import Teacher, load_teacher, load_weights
+from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...models.errors import ConfigError, DataError
+from ...models.families import vit
+from ...models.json_types import JsonDict
 from ...models.lora import add_lora
 from ..config import DataConfig, RunConfig
 from ..data.archives import is_packed
@@ -38,7 +39,7 @@ from ..data.loaders import (
 )
 from ..data.randomness import preserved
 from ..metrics.measure import PROBES
-from .best import Choice, choose, classifies
+from .best import Criterion, choose, classifies
 from .modes import TEACHER, Mode, Models, mode_of
 from .optim import check_optimizer
 from .parallel import check_layers_apart
@@ -55,9 +56,9 @@ class Parts:
 
     task: Task
     plan: StudentPlan
-    teacher: Teacher | None
+    teacher: Pretrained | None
     """The one that every step needs."""
-    loaded: Teacher | None
+    loaded: Pretrained | None
     """The one that the student learns or starts from, which a run that has started from it holds no more."""
     spec: Preprocessing
     """How the student's images are made."""
@@ -65,11 +66,11 @@ class Parts:
     eval_loader: EvalLoader | None
     classified: bool
     """Whether the student's head can be scored by the labels of the test images."""
-    choice: Choice | None
+    choice: Criterion | None
     """What picks the best state; None where the last one is."""
     reference_loader: EvalLoader | None
     """The labelled training images, where the choice needs them."""
-    origins: dict[str, Any]
+    origins: JsonDict
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them."""
 
 
@@ -202,10 +203,10 @@ def _reads_teacher(mode: Mode) -> bool:
     return source is not None and mode.reads_teacher
 
 
-def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Teacher:
+def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
     how = config.teacher
     check_published(str(how.source), how.model_args, commit or how.revision)
-    return load_teacher(
+    return load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
@@ -218,8 +219,8 @@ def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, we
 
 
 def _student(
-    mode: Mode, plan: StudentPlan, teacher: Teacher | None, *, weights: bool
-) -> tuple[nn.Module, dict[str, Any] | None]:
+    mode: Mode, plan: StudentPlan, teacher: Pretrained | None, *, weights: bool
+) -> tuple[nn.Module, JsonDict | None]:
     """The student with its starting weights, and where these are from."""
     config = mode.config
     memory: AbstractContextManager[object] = nullcontext() if weights else init_empty_weights()
@@ -232,21 +233,21 @@ def _student(
         )
     if config.student.pos_embed_std is not None:
         position = getattr(student, "pos_embed", None)
-        if not isinstance(position, Tensor):
+        if not isinstance(position, nn.Parameter):
             raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
-        trunc_normal_(cast(nn.Parameter, position), std=config.student.pos_embed_std)
+        trunc_normal_(position, std=config.student.pos_embed_std)
     mode.start_head(student)
     init = _start_from(mode, student, teacher, weights=weights)
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
-        cast(Any, student).set_grad_checkpointing(True)
+        vit(student).set_grad_checkpointing(True)
     return student, init
 
 
 def _start_from(
-    mode: Mode, student: nn.Module, teacher: Teacher | None, *, weights: bool
-) -> dict[str, Any] | None:
+    mode: Mode, student: nn.Module, teacher: Pretrained | None, *, weights: bool
+) -> JsonDict | None:
     """Load the weights to start from, the teacher's own or others; say where they are from."""
     source, how, revision = mode.starting_source, mode.config.teacher, None
     if source is None:

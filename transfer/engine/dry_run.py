@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...checkpoints.state import StateFolder
 from ...models.errors import GraftError
+from ...models.json_types import Json
 from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from .build import Parts, build
@@ -28,7 +27,7 @@ class DryRun:
     """As the run was started with, where it resumes."""
     parts: Parts
     processes: int
-    saved: Mapping[str, Any] | None
+    saved: Json | None
     """The meta part of the state that the run resumes from; None where it starts."""
     batch: GlobalBatch | None
     """None where the training set is not on this machine."""
@@ -67,7 +66,7 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
     return run
 
 
-def _saved(config: RunConfig) -> Mapping[str, Any] | None:
+def _saved(config: RunConfig) -> Json | None:
     """The meta part of the state in the run folder, which `config` may resume or has to leave alone."""
     if config.engine.resume == "never":
         refuse_existing(config.output_dir)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from ...models.errors import ConfigError, counted
+from ...models.json_types import Json
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
 from .build import Parts
@@ -43,7 +42,7 @@ class GlobalBatch:
 
 
 def settle(
-    config: RunConfig, parts: Parts, processes: int, saved: Mapping[str, Any] | None
+    config: RunConfig, parts: Parts, processes: int, saved: Json | None
 ) -> tuple[RunConfig, GlobalBatch]:
     """The settings and the batch of a run that was built: as it was started with, where it resumes.
 
@@ -58,16 +57,14 @@ def settle(
     return as_started(config, saved), global_batch(config, parts.train_loader, processes, saved)
 
 
-def global_batch(
-    config: RunConfig, loader: TrainLoader, processes: int, saved: Mapping[str, Any] | None
-) -> GlobalBatch:
+def global_batch(config: RunConfig, loader: TrainLoader, processes: int, saved: Json | None) -> GlobalBatch:
     """That of a run which goes on from a state with the meta part `saved`, or starts.
 
     Raises ConfigError: as `check_spread`.
     """
     if saved is None:
         return first_batch(config, loader, processes)
-    batch = saved_batch(saved, loader)
+    batch = GlobalBatch(**saved["global_batch"])
     check_spread(batch, saved, Position(**saved["position"]), config, loader, processes)
     return batch
 
@@ -79,19 +76,7 @@ def first_batch(config: RunConfig, loader: TrainLoader, processes: int) -> Globa
     return GlobalBatch(processes, loader.batch_size, accum * processes, steps)
 
 
-def saved_batch(saved: Mapping[str, Any], loader: TrainLoader) -> GlobalBatch:
-    """That of the run whose state has the meta part `saved`."""
-    if "global_batch" in saved:
-        return GlobalBatch(**saved["global_batch"])
-    # Before states said it, a run went on with the processes that it was started on.
-    processes, settings = saved["world_size"], saved["config"]
-    size = _batch_size(settings["data"]["batch_size"], loader, processes)
-    batches = max(1, loader.num_samples // (size * processes))
-    accum = min(settings["optim"]["accum_iter"], batches)
-    return GlobalBatch(processes, size, accum * processes, batches // accum)
-
-
-def as_started(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
+def as_started(config: RunConfig, saved: Json) -> RunConfig:
     """`config` with the `optim.accum_iter` that the run was started with, which its schedule follows from."""
     accum = saved["config"]["optim"]["accum_iter"]
     return config.model_copy(update={"optim": config.optim.model_copy(update={"accum_iter": accum})})
@@ -99,7 +84,7 @@ def as_started(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
 
 def check_spread(
     batch: GlobalBatch,
-    saved: Mapping[str, Any],
+    saved: Json,
     position: Position,
     config: RunConfig,
     loader: TrainLoader,

@@ -15,10 +15,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from ...checkpoints.atomic import write_file
+from ...checkpoints.atomic import write_text
 from ...models.errors import ConfigError, GraftError, RunFailedError
+from ...models.json_types import JsonDict
 
 
 class FencedError(RunFailedError):
@@ -45,16 +45,11 @@ class Fence:
                 f"process {holder['pid']} is writing the run in {self.folder}: "
                 "stop it first, or give another output_dir"
             )
-        text = json.dumps({"token": self.token, **_me()}) + "\n"
-
-        def write(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir={self.folder} cannot be written: {error.strerror}") from error
-        write_file(self.path, write, size=len(text))
+        write_text(self.path, json.dumps({"token": self.token, **_me()}) + "\n")
 
     def check(self) -> None:
         """Raises FencedError where another attempt has taken the run over, or the run folder is gone."""
@@ -95,7 +90,7 @@ class Fence:
                     self.path.unlink()
                     self.folder.rmdir()  # refused where there is a run in it
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> JsonDict | None:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -103,7 +98,7 @@ class Fence:
         return found if isinstance(found, dict) and "token" in found else None
 
 
-def _me() -> dict[str, Any]:
+def _me() -> JsonDict:
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
@@ -113,7 +108,7 @@ def _me() -> dict[str, Any]:
     }
 
 
-def _works_here(holder: dict[str, Any]) -> bool:
+def _works_here(holder: JsonDict) -> bool:
     """Whether the holder is another process of this machine that lives, and not an earlier attempt of one job."""
     if holder.get("boot") != _boot() or not holder.get("boot") or holder.get("pid") == os.getpid():
         return False
@@ -123,7 +118,7 @@ def _works_here(holder: dict[str, Any]) -> bool:
     return began is not None and began == holder.get("began")
 
 
-def _describe(holder: dict[str, Any]) -> str:
+def _describe(holder: JsonDict) -> str:
     job = holder.get("job")
     return f"process {holder.get('pid')} on {holder.get('host')}" + ("" if job is None else f" of job {job}")
 

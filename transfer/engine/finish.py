@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +11,7 @@ from ...checkpoints import provenance
 from ...checkpoints.student import write_student
 from ...models.copied import copy_attention
 from ...models.errors import GraftError
+from ...models.json_types import Json
 from ...models.lora import merged
 from ..data.randomness import preserved
 from .build import Parts
@@ -26,7 +25,7 @@ def export_students(
     parts: Parts,
     average: WeightAverage | None,
     folder: Path,
-    meta: Mapping[str, Any],
+    meta: Json,
     *,
     fence: Fence,
     writes: bool,
@@ -55,7 +54,7 @@ def export_students(
     raise_together(error, group)
 
 
-def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Mapping[str, Any]) -> None:
+def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Json) -> None:
     if isinstance(parts.task, PretrainTask):
         prefix = "encoder."
         tensors = {

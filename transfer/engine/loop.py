@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from ...models.errors import DataError, RunFailedError
+from ...models.json_types import JsonDict
 from ..config import RunConfig
 from ..data.randomness import seed_batch
 from .build import Parts
@@ -144,7 +144,7 @@ class Loop:
         self._check_losses()
         self.recorder.write("interval", self._record("interval"))
 
-    def _record(self, kind: str) -> dict[str, Any]:
+    def _record(self, kind: str) -> JsonDict:
         """Epoch, step, mean losses since the last record of this kind, learning rate. Synchronises."""
         means = self.run_state.meters[kind].means(self.accelerator)
         self.run_state.meters[kind].reset()
@@ -170,7 +170,7 @@ class Loop:
         if due or better:
             self._save(best=better, last=due)
 
-    def _evaluate(self, record: dict[str, Any]) -> bool:
+    def _evaluate(self, record: JsonDict) -> bool:
         """Adds the test metrics to `record`; whether they are the best so far."""
         metrics = score(self.parts, self.run_state.average, self.accelerator)
         record |= metrics

@@ -8,18 +8,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ...checkpoints.class_names import comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.teacher import Head, Teacher, find_head
-from ...models.attention.base import AttentionOperator
+from ...checkpoints.pretrained import Head, Pretrained, find_head
 from ...models.conversion import converted_layers
 from ...models.copying.input import Normalization, TeacherInput
 from ...models.errors import ConfigError, TransferError
+from ...models.families import classifier_of, vit
 from ...models.mae import MaskedAutoencoder
 from ..config import Metric, RunConfig
 from ..methods.dual import build_dual
@@ -41,7 +41,7 @@ class Models:
     """The models of a run, of which its mode makes a task."""
 
     student: nn.Module
-    teacher: Teacher | None
+    teacher: Pretrained | None
     spec: Preprocessing
     """How the student's images are made."""
     calibration: Callable[[], Tensor | None]
@@ -52,7 +52,7 @@ class Models:
         """Of the student's images."""
         return Normalization(self.spec.mean, self.spec.std)
 
-    def taught_by(self) -> Teacher:
+    def taught_by(self) -> Pretrained:
         """The teacher of a mode that is taught, for which `Mode.check` asked."""
         if self.teacher is None:
             raise ConfigError("this mode needs a teacher: set teacher.source")
@@ -105,7 +105,7 @@ class Mode(ABC):
         """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
         return self.config.student.init or find_whole_name(self.config.student) or self.starts_from
 
-    def head(self, data: Head, teacher: Teacher | None, whole: Teacher | None) -> Head:
+    def head(self, data: Head, teacher: Pretrained | None, whole: Pretrained | None) -> Head:
         """The student's head: that of the data set where it learns from labels.
 
         Without labels a head that comes with the weights stays as it is, and a fresh one would stay random, so there
@@ -120,12 +120,12 @@ class Mode(ABC):
             return Head()
         return head_of(teacher) if source == TEACHER else find_head(source)
 
-    def check_classes(self, teacher: Teacher | None, head: Head) -> None:
+    def check_classes(self, teacher: Pretrained | None, head: Head) -> None:
         """Raise TransferError where the teacher would teach classes under the numbers of others."""
         return
 
     def plan(
-        self, classes: int, teacher: Teacher | None, spec: Preprocessing, whole: Teacher | None
+        self, classes: int, teacher: Pretrained | None, spec: Preprocessing, whole: Pretrained | None
     ) -> StudentPlan:
         """How the student is made."""
         return plan_student(self.config.student, classes, teacher, spec, whole)
@@ -176,7 +176,7 @@ class Finetune(Scratch):
             )
 
     def start_head(self, student: nn.Module) -> None:
-        head = cast(Any, student).get_classifier() if hasattr(student, "get_classifier") else None
+        head = classifier_of(student)
         if isinstance(head, nn.Linear):
             trunc_normal_(head.weight, std=HEAD_STD)
 
@@ -212,13 +212,13 @@ class Transfer(Mode):
     def skips_parameters(self) -> bool:
         return self.method.copies
 
-    def head(self, data: Head, teacher: Teacher | None, whole: Teacher | None) -> Head:
+    def head(self, data: Head, teacher: Pretrained | None, whole: Pretrained | None) -> Head:
         own = whole is not None and self.starting_source == self.config.student.model
         if self.method.teaches_classes and not self.needs_labels and not own:
             return head_of(teacher)
         return super().head(data, teacher, whole)
 
-    def check_classes(self, teacher: Teacher | None, head: Head) -> None:
+    def check_classes(self, teacher: Pretrained | None, head: Head) -> None:
         taught = None if teacher is None else teacher.label_names
         names = head.label_names
         if not self.method.teaches_classes or taught is None or names is None:
@@ -283,11 +283,11 @@ class Pretrain(Mode):
     def evaluates(self) -> bool:
         return super().evaluates and self.config.engine.metric != "auto"
 
-    def head(self, data: Head, teacher: Teacher | None, whole: Teacher | None) -> Head:
+    def head(self, data: Head, teacher: Pretrained | None, whole: Pretrained | None) -> Head:
         return Head()
 
     def plan(
-        self, classes: int, teacher: Teacher | None, spec: Preprocessing, whole: Teacher | None
+        self, classes: int, teacher: Pretrained | None, spec: Preprocessing, whole: Pretrained | None
     ) -> StudentPlan:
         """The encoder: it ends in `norm`, which timm does not build for average pooling."""
         student = self.config.student
@@ -296,7 +296,7 @@ class Pretrain(Mode):
 
     def task(self, models: Models) -> Task:
         for index, layer in converted_layers(models.student).items():
-            traits = cast(AttentionOperator, layer.operator).traits
+            traits = layer.operator.traits
             if traits.needs_grid or traits.resolution != "free":
                 raise ConfigError(
                     f"mode={self.config.mode} shows its encoder a part of the tokens, and {layer.choice} of layer "
@@ -320,8 +320,8 @@ def mode_of(config: RunConfig) -> Mode:
     return MODES[config.mode](config)
 
 
-def head_of(model: Teacher | None) -> Head:
+def head_of(model: Pretrained | None) -> Head:
     """The head that a model came with."""
     if model is None or not model.has_head:
         return Head()
-    return Head(int(cast(Any, model.model).num_classes), model.label_names)
+    return Head(vit(model.model).num_classes, model.label_names)

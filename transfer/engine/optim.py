@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -15,6 +15,8 @@ from torch import nn
 
 from ...models.conversion import new_parameters
 from ...models.errors import ConfigError, did_you_mean, one_sentence
+from ...models.families import classifier_of
+from ...models.json_types import JsonDict
 from ..config import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -75,8 +77,8 @@ def freeze_head(model: nn.Module) -> None:
 
 
 def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    head = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
-    return list(head.parameters()) if isinstance(head, nn.Module) else []
+    head = classifier_of(model)
+    return [] if head is None else list(head.parameters())
 
 
 def check_optimizer(config: OptimConfig) -> None:
@@ -105,7 +107,8 @@ def create_optimizer(
     gives it the head's 1.
     """
     check_optimizer(config)
-    exempt: set[str] = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    find_exempt: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
+    exempt = find_exempt()
     if config.layer_decay < 1:
         groups = param_groups_layer_decay(model, config.weight_decay, exempt, layer_decay=config.layer_decay)
     else:
@@ -130,7 +133,7 @@ def create_optimizer(
     return optimizer
 
 
-def _scale_new(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+def _scale_new(groups: list[JsonDict], model: nn.Module, scale: float) -> list[JsonDict]:
     """The groups with the parameters that a conversion brought in groups of their own, at `scale` times the rate."""
     new = {id(parameter) for parameter in new_parameters(model)}
     if scale == 1 or not new:
@@ -145,7 +148,7 @@ def _scale_new(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> 
     return split
 
 
-def _betas(config: OptimConfig) -> dict[str, Any]:
+def _betas(config: OptimConfig) -> JsonDict:
     """The optimiser's betas; its own where it takes none or three and the setting is left at its default."""
     info = get_optimizer_info(config.opt)
     if info.has_betas and info.num_betas == len(config.betas):

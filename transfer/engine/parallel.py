@@ -164,9 +164,9 @@ def gather(item: T, group: dist.ProcessGroup | None) -> list[T]:
     """`item` of every process, by rank, on every process."""
     if group is None:
         return [item]
-    items: list[T | None] = [None] * dist.get_world_size(group)
+    items = [item] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
-    return cast("list[T]", items)
+    return items
 
 
 def raise_together(error: GraftError | None, group: dist.ProcessGroup | None) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
+from ...models.json_types import Json
 from ..metrics.table import LAYER
 from .progress import ProgressBar
 from .runlog import RunLog
@@ -67,7 +68,7 @@ class Recorder:
             clock.steps += 1
         self._bar.step(done, epoch)
 
-    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+    def write(self, kind: str, record: Json) -> None:
         """One record, with what its clock says (`Clock.readings`); the clock starts again."""
         exposed = self.communication()
         for clock in self._clocks.values():
@@ -78,7 +79,7 @@ class Recorder:
         if kind == "interval":
             self._bar.show(full)
 
-    def plain(self, record: Mapping[str, Any]) -> None:
+    def plain(self, record: Json) -> None:
         """One record as it is."""
         if not self._writes:
             return
@@ -92,7 +93,7 @@ class Recorder:
                 {key: value for key, value in record.items() if key != "step"}, step=int(record["step"])
             )
 
-    def describe(self, hyperparameters: Mapping[str, Any]) -> None:
+    def describe(self, hyperparameters: Json) -> None:
         """Tells the trackers the settings of the run."""
         for tracker in self._trackers:
             tracker.store_init_configuration(dict(hyperparameters))

@@ -11,6 +11,7 @@ from typing import Any
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import difference
 from ...models.errors import CheckpointError, ConfigError, DataError
+from ...models.json_types import Json, JsonDict
 from ..config import RunConfig
 
 FREE = (
@@ -46,17 +47,17 @@ class Position:
     run_id: str = ""
     """What a tracker knows the run by."""
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> JsonDict:
         """As JSON."""
         return asdict(self)
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
+def settings(config: RunConfig) -> JsonDict:
     """The configuration as JSON."""
     return config.model_dump(mode="json")
 
 
-def check_same_run(saved: Mapping[str, Any], config: RunConfig) -> None:
+def check_same_run(saved: Json, config: RunConfig) -> None:
     """Refuses to continue a run with another model, method, optimiser, data or seed.
 
     `optim.accum_iter` is left to `elastic.check_spread`: it goes with the number of processes.
@@ -71,7 +72,7 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig) -> None:
         )
 
 
-def changes(saved: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+def changes(saved: Json, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The settings that differ from those which the state with the meta part `saved` was made with."""
     found = differences(saved["config"], settings(config))
     revision = "teacher.revision"
@@ -80,7 +81,7 @@ def changes(saved: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any,
     return found
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(before: Json, now: Json) -> dict[str, tuple[Any, Any]]:
     """Key -> value then and now, of what is not the same, as in {"optim.epochs": (3, 10)}."""
     flat, other = dict(_flat(before)), dict(_flat(now))
     keys = sorted(flat.keys() | other.keys())
@@ -101,7 +102,7 @@ def _plain(value: Any) -> str:
     return "none" if value in (None, {}, [], ()) else str(value)
 
 
-def check_same_classes(saved: Mapping[str, Any], names: Sequence[str] | None, folder: Path) -> None:
+def check_same_classes(saved: Json, names: Sequence[str] | None, folder: Path) -> None:
     """ConfigError where the outputs of the student would stand for other classes than before.
 
     States of older versions, and data sets whose classes have no names, say nothing of it.
@@ -117,9 +118,7 @@ def check_same_classes(saved: Mapping[str, Any], names: Sequence[str] | None, fo
     )
 
 
-def check_same_weights(
-    saved: Mapping[str, Any], origins: Mapping[str, Any], student: Mapping[str, Any], folder: Path
-) -> None:
+def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) -> None:
     """Refuses to continue a run with another teacher behind the same path, or with images that are made in another way.
 
     What a state does not know, because an older version wrote it, is not compared.
@@ -163,13 +162,13 @@ def _same_commit(before: str | None, now: str | None, commit: str | None) -> boo
     return now == commit or (before == commit and now is None)
 
 
-def commit_of(saved: Mapping[str, Any]) -> str | None:
+def commit_of(saved: Json) -> str | None:
     """The commit on the hub that the teacher was loaded at when the run began."""
     teacher = (saved.get("origins") or {}).get("teacher") or {}
     return teacher.get("revision")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -205,7 +204,7 @@ def check_agreement(steps: list[int | None], folder: Path) -> None:
         )
 
 
-def check_same_teacher(origins: list[dict[str, Any]]) -> None:
+def check_same_teacher(origins: list[JsonDict]) -> None:
     """CheckpointError where a branch on the hub moved while the processes loaded from it, or their disks differ."""
     if all(own == origins[0] for own in origins):
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.state import StateFolder, TrainingState
 from ...models.errors import CheckpointError, GraftError
+from ...models.json_types import Json, JsonDict
 from ..config import RunConfig
 from .elastic import GlobalBatch
 from .ema import WeightAverage
@@ -47,7 +47,7 @@ class RunState:
     meters: Mapping[str, Meters]
     log: RunLog
     batch: GlobalBatch
-    origins: dict[str, Any]
+    origins: JsonDict
     """Where the teacher and the starting weights are from."""
     n_parameters: int
     """Trainable parameters, counted after freezing and before sharding."""
@@ -93,7 +93,7 @@ class RunState:
         }
         return TrainingState({**tensors, **slots, **sums}, meta)
 
-    def meta(self, position: Position) -> dict[str, Any]:
+    def meta(self, position: Position) -> JsonDict:
         """What a state and the students written at the end say of the run, as JSON."""
         return {
             "format": FORMAT,
@@ -124,7 +124,7 @@ class RunState:
 
 def position_of(state: TrainingState) -> Position:
     """Where the run stood."""
-    return Position(**cast(dict[str, Any], state.meta["position"]))
+    return Position(**state.meta["position"])
 
 
 Tensors = dict[str, Tensor]
@@ -165,10 +165,10 @@ def _find(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
 
 def capture_optimizer(
     task: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool
-) -> tuple[Tensors, dict[str, Any]]:
+) -> tuple[Tensors, JsonDict]:
     """`optimizer.<parameter>|<slot>` tensors, where `keep`, and the slots that are plain numbers."""
     tensors: Tensors = {}
-    numbers: dict[str, Any] = {}
+    numbers: JsonDict = {}
     for name, parameter in task.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -180,7 +180,7 @@ def capture_optimizer(
 
 def restore_optimizer(
     tensors: Mapping[str, Tensor],
-    numbers: Mapping[str, Any],
+    numbers: Json,
     task: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
@@ -200,13 +200,11 @@ def restore_optimizer(
         optimizer.state[parameter][slot] = value
 
 
-def capture_meters(
-    meters: Mapping[str, Meters], group: dist.ProcessGroup | None
-) -> tuple[Tensors, dict[str, Any]]:
+def capture_meters(meters: Mapping[str, Meters], group: dist.ProcessGroup | None) -> tuple[Tensors, JsonDict]:
     """Sums of every process, `meters.<rank>.…`, and what they are sums of."""
     mine = {name: (meter.count, meter.names, meter.sums.cpu()) for name, meter in meters.items()}
     tensors: Tensors = {}
-    counts: dict[str, Any] = {}
+    counts: JsonDict = {}
     for rank, sums in enumerate(gather(mine, group)):
         for name, (count, names, values) in sums.items():
             tensors[f"meters.{rank}.{name}"] = values
@@ -216,7 +214,7 @@ def capture_meters(
 
 def restore_meters(
     tensors: Mapping[str, Tensor],
-    counts: Mapping[str, Any],
+    counts: Json,
     meters: Mapping[str, Meters],
     *,
     rank: int,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from ...models.errors import RunFailedError
+from ...models.json_types import Json, JsonDict
 
 WALL_CLOCK = ("seconds", "images_per_second", "data_wait", "comm_wait")
 """The keys that depend on the machine's clock. All others are the same after a resume, bit for bit."""
@@ -28,7 +29,7 @@ class RunLog:
         self._guard = guard
         self._file: TextIO | None = None
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Json) -> None:
         """Writes one record at once; RunFailedError where the disk does not take it."""
         with self._writing():
             if self._file is None:
@@ -71,7 +72,7 @@ class RunLog:
                 ) from error
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[JsonDict]:
     """The records of a log; a last line that a crash cut short is left out."""
     records = []
     for line in path.read_text().splitlines():

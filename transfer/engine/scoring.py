@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...checkpoints.class_names import places
-from ...checkpoints.teacher import Head
+from ...checkpoints.pretrained import Head
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..data.randomness import preserved, seed_batch
@@ -19,7 +19,7 @@ from ..metrics.measure import PROBES, Against, Family, measure
 from ..metrics.ranks import exact, summed
 from ..metrics.reader import Reader
 from . import deadline
-from .best import Choice, classifies
+from .best import Criterion, classifies
 from .build import Parts
 from .ema import WeightAverage
 from .tasks import Task, TransferTask
@@ -46,7 +46,7 @@ def score(parts: Parts, average: WeightAverage | None, accelerator: Accelerator)
     return numbers
 
 
-def best_value(choice: Choice, metrics: dict[str, float]) -> float:
+def best_value(choice: Criterion, metrics: dict[str, float]) -> float:
     """The number that picks the best state: the average's where there is one."""
     return metrics.get(f"test_ema_{choice.key}", metrics[f"test_{choice.key}"])
 

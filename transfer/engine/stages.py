@@ -11,12 +11,13 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ...checkpoints.atomic import write_file, write_folder
+from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.folders import STAGES_FILE
 from ...models.errors import ConfigError
+from ...models.json_types import JsonDict
 from ..config import RunConfig, StudentConfig
 from .train import RunResult, train
 
@@ -71,7 +72,7 @@ def chain(stages: Sequence[Stage]) -> list[Stage]:
 
 def _going_on(config: RunConfig, before: Path) -> StudentConfig:
     """The student's settings with the student of the stage before in place of how the first one was made."""
-    made: dict[str, Any] = {
+    made: JsonDict = {
         "model": f"local-dir:{before / 'student'}",
         "model_args": {},
         "plan": None,
@@ -104,12 +105,7 @@ def _write_results(path: Path, results: dict[str, RunResult]) -> None:
         name: {"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}
         for name, result in results.items()
     }
-    text = json.dumps(measured, indent=2) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_file(path, write, size=len(text))
+    write_text(path, json.dumps(measured, indent=2) + "\n")
 
 
 def _publish(last: Path, folder: Path) -> None:
@@ -117,7 +113,7 @@ def _publish(last: Path, folder: Path) -> None:
         source = last / name
         if source.is_dir():
             size = sum(path.stat().st_size for path in source.iterdir())
-            write_folder(folder / name, lambda new, source=source: _copy(source, new), size=size)  # type: ignore[misc]
+            write_folder(folder / name, partial(_copy, source), size=size)
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
@@ -13,11 +12,12 @@ from torch import nn
 from ...checkpoints.build import published_config
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.teacher import Teacher, load_teacher, read_preprocessing
+from ...checkpoints.pretrained import Pretrained, load_pretrained, read_preprocessing
 from ...models.conversion import with_plan
 from ...models.copied import Copying, copying_of, with_copying
 from ...models.errors import ConfigError, did_you_mean
 from ...models.families import check_patches
+from ...models.json_types import JsonDict
 from ...models.mirror import mirror_arguments
 from ..config import RunConfig, StudentConfig
 from ..data.augment import with_settings
@@ -28,14 +28,14 @@ class StudentPlan:
     """How to make the student, `timm.create_model(architecture, **arguments)`, and how its images are."""
 
     architecture: str
-    arguments: dict[str, Any]
+    arguments: JsonDict
     preprocessing: Preprocessing
     copying: Copying | None = None
     """What of its teacher it runs with, once that is resolved."""
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where they are known."""
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> JsonDict:
         """As JSON, for a state file: enough to build what the run leaves without the run's settings."""
         name, arguments = self.architecture, self.arguments
         if self.copying is not None:
@@ -68,13 +68,13 @@ def find_whole_name(config: StudentConfig) -> str | None:
     return text if is_source and not is_model(split_model_name_tag(text)[0]) else None
 
 
-def find_whole(config: StudentConfig) -> Teacher | None:
+def find_whole(config: StudentConfig) -> Pretrained | None:
     """The model that the student goes on from; None for a fresh one.
 
     Raises CheckpointError: it cannot be loaded. ConfigError: it runs with its teacher's attention.
     """
     source = find_whole_name(config)
-    whole = None if source is None else load_teacher(source, img_size=config.img_size)
+    whole = None if source is None else load_pretrained(source, img_size=config.img_size)
     copying = None if whole is None else copying_of(whole.model)
     if copying is not None:
         raise ConfigError(
@@ -85,7 +85,7 @@ def find_whole(config: StudentConfig) -> Teacher | None:
     return whole
 
 
-def input_size(config: StudentConfig, whole: Teacher | None = None) -> tuple[int, int, int]:
+def input_size(config: StudentConfig, whole: Pretrained | None = None) -> tuple[int, int, int]:
     """(channels, height, width) of the student's images, without building it; those of `whole` where it is that.
 
     Raises ConfigError where timm does not know the architecture.
@@ -110,9 +110,9 @@ def _suggest(name: str) -> str:
 def plan_student(
     config: StudentConfig,
     num_classes: int,
-    teacher: Teacher | None,
+    teacher: Pretrained | None,
     preprocessing: Preprocessing,
-    whole: Teacher | None = None,
+    whole: Pretrained | None = None,
 ) -> StudentPlan:
     """The student with `num_classes` outputs.
 
@@ -144,7 +144,7 @@ def plan_student(
 
 
 def resolve_preprocessing(
-    config: RunConfig, teacher: Teacher | None, whole: Teacher | None = None
+    config: RunConfig, teacher: Pretrained | None, whole: Pretrained | None = None
 ) -> Preprocessing:
     """How the student's images are made, in training, in evaluation and for whoever gets the student.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...models.copying.input import TeacherInput
 from ...models.families import attention_blocks
+from ...models.mae import MaskedAutoencoder
 from ..methods.dual import DualViT
 from ..recovery.align import Alignment
 
@@ -48,7 +49,7 @@ class Task(nn.Module, ABC):
     """How images are shown to the teacher, where there is one."""
 
     @property
-    def shard_units(self) -> list[nn.Module]:
+    def shard_units(self) -> Sequence[nn.Module]:
         """The modules that FSDP shards one by one."""
         return attention_blocks(self.trainable)
 
@@ -58,7 +59,8 @@ class Task(nn.Module, ABC):
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, classes), or features (B, D) of a student without a head."""
-        return cast(Tensor, self.trainable(images))
+        logits: Tensor = self.trainable(images)
+        return logits
 
 
 class ClassificationTask(Task):
@@ -141,7 +143,7 @@ class AlignTask(Task):
 class PretrainTask(Task):
     """Masked autoencoding without labels (MAE, arXiv:2111.06377)."""
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    def __init__(self, autoencoder: MaskedAutoencoder) -> None:
         super().__init__()
         self.student = autoencoder
         self.teacher_input = None
@@ -152,15 +154,16 @@ class PretrainTask(Task):
 
     @property
     def backbone(self) -> nn.Module:
-        return cast(nn.Module, self.student.encoder)
+        return self.student.encoder
 
     @property
-    def shard_units(self) -> list[nn.Module]:
-        return attention_blocks(cast(nn.Module, self.student.encoder))
+    def shard_units(self) -> Sequence[nn.Module]:
+        return attention_blocks(self.backbone)
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         return {"loss": self.student(images)}
 
     def predict(self, images: Tensor) -> Tensor:
         """The encoder's features of whole images."""
-        return cast(Tensor, self.backbone(images))
+        features: Tensor = self.backbone(images)
+        return features

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_wandb_available
 
 from ...models.errors import ConfigError, one_sentence
+from ...models.json_types import JsonDict
 
 HELP = {"wandb": ": `wandb login` once, or WANDB_MODE=offline where there is no network"}
 
@@ -51,9 +51,9 @@ def _start(tracker: GeneralTracker) -> None:
         ) from error
 
 
-def hyperparameters(settings: dict[str, Any], **extra: float) -> dict[str, Any]:
+def hyperparameters(settings: JsonDict, **extra: float) -> JsonDict:
     """The run's settings as the flat scalars that trackers accept."""
-    flat: dict[str, Any] = dict(extra)
+    flat: JsonDict = dict(extra)
     for section, values in settings.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
             name = f"{section}.{key}" if key else section

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from ...checkpoints.atomic import write_text
 from ...checkpoints.state import StateFolder, TrainingState
-from ...models.errors import ConfigError, GraftError
+from ...models.errors import GraftError
 from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
 from .build import Parts, build
@@ -230,18 +231,11 @@ def _recorder(
 
 
 def _write_config(config: RunConfig, parts: Parts) -> None:
-    """`config.yaml` in the run folder, with the teacher's commit; ConfigError where it cannot be written."""
+    """`config.yaml` in the run folder, with the teacher's commit. Raises WriteFailedError."""
     resolved = settings(config)
     if parts.origins["teacher"] is not None:
         resolved["teacher"]["revision"] = parts.origins["teacher"]["revision"]
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        path = config.output_dir / "config.yaml"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(write_yaml(resolved))
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"output_dir={config.output_dir} cannot be written: {error.strerror}") from error
+    write_text(config.output_dir / "config.yaml", write_yaml(resolved))
 
 
 def _start(loop: Loop, state: TrainingState | None) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
+
+from ...models.json_types import JsonDict
 
 NANOSECONDS = 1e-9
 
@@ -55,7 +56,7 @@ class CommunicationTimer:
     def seconds(self) -> float | None:
         """Of the last step that was timed; None where there is none since the last call."""
         read = getattr(self._model, "_get_ddp_logging_data", None)
-        timed: dict[str, Any] = {} if read is None else read()
+        timed: JsonDict = {} if read is None else read()
         total, hidden = timed.get("backward_comm_time"), timed.get("backward_compute_comm_overlap_time")
         step = timed.get("iteration", 0)
         if total is None or hidden is None or step == self._seen:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ...models.copying.links import Link
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_blocks
+from ...models.families import attention_blocks
 from .method import Installed, Pairing, TransferMethod, projector
 from .outputs import squared_error
 
@@ -25,7 +25,7 @@ class BlockOutput(TransferMethod):
     def install(self, pairing: Pairing) -> Installed:
         plan, tape = pairing.plan, pairing.tape
         installed = Installed(view_blocks(pairing.teacher, plan.teacher_layers, tape))
-        blocks = cast(Any, pairing.student).blocks
+        blocks = attention_blocks(pairing.student)
         for link in plan.links:
             learned = projector(installed.projectors, link, plan.student.width, plan.teacher.width)
             match = _MatchBlock(link, tape, learned)

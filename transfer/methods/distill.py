@@ -62,10 +62,7 @@ class DistillMap(Taught):
         if self.loss.needs_own_rows or not link.tokens.student.whole:
             out = softmax(heads)
         else:
-            assert heads.q is not None
-            assert heads.k is not None
-            assert heads.v is not None
-            out, lse = attention_with_lse(heads.q, heads.k, heads.v, heads.scale, heads.bias)
+            out, lse = attention_with_lse(*heads.qkv(), heads.scale, heads.bias)
             lse = pick_dim(lse, 1, None if link.all_heads else link.student_index)
         self.record(
             self.loss(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ...checkpoints.teacher import Teacher
+from ...checkpoints.pretrained import Pretrained
 from ...models.conversion import converted_layers
 from ...models.copied import CopiedTeacher, Copying, copied_layers
 from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import TeacherInput
 from ...models.copying.tape import Tape
 from ...models.errors import ConfigError, TransferError, did_you_mean
-from ...models.families import check_supported
+from ...models.families import check_supported, image_channels
+from ...models.json_types import JsonDict
 from ...models.replay import replay_blocks, restore_blocks
 from ..config import TransferConfig
 from .drop_path import share_drop_paths
@@ -52,7 +53,7 @@ class DualViT(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module | Teacher,
+        teacher: nn.Module | Pretrained,
         student: nn.Module,
         method: str = "distill",
         *,
@@ -64,7 +65,7 @@ class DualViT(nn.Module):
         super().__init__()
         self.config = _settings(method=method, **options)
         self.method = find_method(self.config.method)
-        if isinstance(teacher, Teacher):
+        if isinstance(teacher, Pretrained):
             teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
             teacher = teacher.model
         check_free(teacher, student)
@@ -92,7 +93,7 @@ class DualViT(nn.Module):
     @property
     def teacher_part(self) -> nn.Module:
         """What of the teacher a step runs."""
-        return cast(nn.Module, self._view[0])
+        return self._view[0]
 
     @property
     def needs_teacher(self) -> bool:
@@ -161,7 +162,7 @@ class DualViT(nn.Module):
         """What goes from where to where, in words."""
         return "\n".join([*self.plan.describe(), *self.teacher_input.describe()])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonDict) -> None:
         super().__setstate__(state)
         if self._in_use:  # of a copy, the lesson is its own
             begin_lesson(self.teacher, self.student, self, self._changes)
@@ -258,12 +259,12 @@ def _settings(**options: Any) -> TransferConfig:
         raise ConfigError(f"transfer.{name} is {options[name]!r}, but: {first['msg']}") from error
 
 
-def pretrained_normalization(model: Any) -> Normalization:
+def pretrained_normalization(model: nn.Module) -> Normalization:
     """Mean and standard deviation from a timm model's `pretrained_cfg`; ImageNet's where it has none."""
     config = getattr(model, "pretrained_cfg", None) or {}
     mean: Sequence[float] = config.get("mean", (0.485, 0.456, 0.406))
     std: Sequence[float] = config.get("std", (0.229, 0.224, 0.225))
-    channels = int(model.patch_embed.proj.in_channels)
+    channels = image_channels(model)
     if len(mean) != channels:
         mean, std = mean[:1], std[:1]
     return Normalization(tuple(mean), tuple(std))
@@ -271,7 +272,7 @@ def pretrained_normalization(model: Any) -> Normalization:
 
 def build_dual(
     config: TransferConfig,
-    teacher: Teacher,
+    teacher: Pretrained,
     student: nn.Module,
     student_normalization: Normalization,
     calibration: Tensor | None = None,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_whole
 from ...models.errors import TransferError
+from ...models.families import vit
 from .method import Installed, Pairing, TransferMethod
-from .outputs import Recorded, precise
+from .outputs import Recorded
 
 HEADS = ("head", "head_dist")
 
@@ -37,7 +38,7 @@ class Feature(TransferMethod):
             head = student._modules.get(name)
             if head is not None:
                 pairing.changes.hooks.append(head.register_forward_pre_hook(_KeepInput(tape, name)))
-        widths = int(cast(Any, student).num_features), int(cast(Any, teacher).num_features)
+        widths = vit(student).num_features, vit(teacher).num_features
         if widths[0] != widths[1]:
             installed.projectors["feature"] = nn.Linear(*widths)
         installed.finish = _FeatureLoss(tape, pairing.config.feature_loss, installed.projectors)

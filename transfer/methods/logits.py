@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_whole
 from ...models.errors import TransferError
+from ...models.families import vit
 from .method import Installed, Pairing, TransferMethod
-from .outputs import Recorded, precise
+from .outputs import Recorded
 
 
 class Logits(TransferMethod):
@@ -26,7 +27,7 @@ class Logits(TransferMethod):
 
     def install(self, pairing: Pairing) -> Installed:
         teacher, tape = pairing.teacher, pairing.tape
-        classes = [int(cast(Any, model).num_classes) for model in (teacher, pairing.student)]
+        classes = [vit(model).num_classes for model in (teacher, pairing.student)]
         if classes[0] != classes[1] or classes[0] == 0:
             raise TransferError(
                 f"transfer.method=logits needs one set of classes, and the teacher has {classes[0]} and the student "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
-from ...models.attention.kernels import mean_map
+from ...models.attention.kernels import mean_map, precise
 from ...models.copying.tape import average_heads, spread_heads
 
 
@@ -54,10 +54,8 @@ class MapLoss:
         if self.rows < 1.0:
             rows, weights = sample_rows(student, self.rows, num_prefix)
             student, teacher = at_rows(student, rows), at_rows(teacher, rows)
-        assert student.q is not None
-        assert student.k is not None
         if lse_BHN is None:
-            lse_BHN = map_logsumexp(student.q, student.k, student.scale, student.bias)
+            lse_BHN = map_logsumexp(*student.qk(), student.scale, student.bias)
         loss_BHN = lse_BHN - _expected_logit(student, teacher, sizes)
         if self.entropy:
             loss_BHN = loss_BHN - entropy(teacher)
@@ -76,10 +74,8 @@ class MapLoss:
 
 def entropy(teacher: Heads) -> Tensor:
     """H(P) of each row, without the expected value of the bias, which `_expected_bias` gives for all rows."""
-    assert teacher.q is not None
-    assert teacher.k is not None
     with torch.no_grad():
-        lse = map_logsumexp(teacher.q, teacher.k, teacher.scale, teacher.bias)
+        lse = map_logsumexp(*teacher.qk(), teacher.scale, teacher.bias)
         return lse - _expected_logit(teacher, teacher, [1])
 
 
@@ -89,8 +85,7 @@ def sample_rows(heads: Heads, fraction: float, num_prefix: int) -> tuple[Tensor,
     Prefix rows are always among them, each with weight 1/N; of the n patch rows m are drawn without
     replacement, each with weight n / (N m).
     """
-    assert heads.q is not None
-    total, device = heads.q.shape[2], heads.q.device
+    total, device = heads.known.shape[2], heads.known.device
     patches = total - num_prefix
     drawn = max(1, round(fraction * patches))
     picked = torch.randperm(patches, device=device)[:drawn] + num_prefix
@@ -102,21 +97,18 @@ def sample_rows(heads: Heads, fraction: float, num_prefix: int) -> tuple[Tensor,
 
 def at_rows(heads: Heads, rows: Tensor) -> Heads:
     """Queries and bias at some rows; keys stay."""
-    assert heads.q is not None
+    q, k = heads.qk()
     bias = None if heads.bias is None else heads.bias.index_select(2, rows)
-    return Heads(heads.q.index_select(2, rows), heads.k, heads.v, bias, heads.scale)
+    return Heads(q.index_select(2, rows), k, heads.v, bias, heads.scale)
 
 
 def _expected_logit(student: Heads, teacher: Heads, sizes: list[int]) -> Tensor:
     """s q_s·(P_t K_s) of shape (B, H, N)."""
-    assert student.q is not None
-    assert student.k is not None
-    assert teacher.q is not None
-    assert teacher.k is not None
-    keys = spread_heads(student.k, sizes)
-    mean_key = average_heads(apply_map(teacher.q, teacher.k, keys, teacher.scale, teacher.bias), sizes)
-    precise = torch.promote_types(mean_key.dtype, torch.float32)
-    return student.scale * (student.q.to(precise) * mean_key.to(precise)).sum(-1)
+    q, k = student.qk()
+    keys = spread_heads(k, sizes)
+    mean_key = average_heads(apply_map(*teacher.qk(), keys, teacher.scale, teacher.bias), sizes)
+    mean_key = precise(mean_key)
+    return student.scale * (q.to(mean_key.dtype) * mean_key).sum(-1)
 
 
 def _expected_bias(
@@ -125,9 +117,7 @@ def _expected_bias(
     """The mean over batch, heads and rows of Σ_j P_t(i, j) b(i, j); the mean map is as large as a bias."""
     if student.bias is None:
         return 0.0
-    assert teacher.q is not None
-    assert teacher.k is not None
     with torch.no_grad():
-        map_HMN = average_heads(mean_map(teacher.q, teacher.k, teacher.bias, teacher.scale)[None], sizes)[0]
+        map_HMN = average_heads(mean_map(*teacher.qk(), teacher.bias, teacher.scale)[None], sizes)[0]
     rows = (map_HMN * student.bias[0].to(map_HMN.dtype)).sum(-1).mean(0)
     return rows.mean() if weights is None else (rows * weights).sum()

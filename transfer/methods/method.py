@@ -6,9 +6,9 @@ A method is one instance of `TransferMethod` in a file of its own. Nothing else 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +20,7 @@ from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_attention
 from ...models.errors import TransferError
 from ...models.host import AttentionHost, host_attention
+from ...models.json_types import Json
 from ..config import TransferConfig
 from .lessons import Changes
 from .plan import TransferPlan
@@ -45,7 +46,7 @@ class Pairing:
 class Installed:
     """What a method made: the teacher as the step runs it, extra modules, and losses of the student's logits."""
 
-    view: Any
+    view: nn.Module
     projectors: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     finish: Finish | None = None
 
@@ -92,7 +93,7 @@ class TransferMethod(ABC):
     def install(self, pairing: Pairing) -> Installed:
         """Make the student of `pairing` run this method."""
 
-    def describe(self, settings: Mapping[str, Any]) -> str:
+    def describe(self, settings: Json) -> str:
         """What it does with these settings of the section `transfer`, as a model card says it."""
         losses = {
             name: LOSSES.get(str(settings.get(name)), "a distance") for name in ("loss", "feature_loss")
@@ -162,7 +163,7 @@ def _watch_converted(host: ConvertedAttention, link: Link, operator: Taught) -> 
             f"layer {link.pair.student} of the student has {host.choice} in place of softmax attention: use mode=align "
             "for its map, or transfer.method attention_output, block_output, feature or logits"
         )
-    return cast(nn.Module, host.operator).register_forward_hook(operator.watch)
+    return host.operator.register_forward_hook(operator.watch)
 
 
 def joined_projector(pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> nn.Module | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
+from ...models.families import vit
 
 
 class Recorded(nn.Module):
@@ -21,8 +20,7 @@ class Recorded(nn.Module):
 
     @property
     def blocks(self) -> nn.Module:
-        blocks: nn.Module = cast(Any, self.model).blocks
-        return blocks
+        return vit(self.model).blocks
 
     def forward(self, images: Tensor) -> None:
         self.tape.outputs[0] = self.model(images)
@@ -35,8 +33,3 @@ def squared_error(student: Tensor, teacher: Tensor, projector: nn.Module | None)
         student, teacher = projector(student.transpose(1, 2).flatten(2)), teacher.transpose(1, 2).flatten(2)
     student = precise(student)
     return F.mse_loss(student, teacher.to(student.dtype))
-
-
-def precise(x: Tensor) -> Tensor:
-    """`x` in float32, or better where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
-from ...models.copying.grids import GridRule, has_relative_bias
+from ...models.copying.grids import GridRule
 from ...models.copying.input import TeacherInput
 from ...models.copying.links import HeadMap, Link
 from ...models.copying.tape import Step, Tape, take
 from ...models.copying.teacher_view import view_attention
 from ...models.copying.tokens import match_tokens
 from ...models.errors import TransferError
-from ...models.families import AttentionShape, attention_blocks, attention_shape, token_layout
+from ...models.families import (
+    AttentionShape,
+    attention_blocks,
+    attention_shape,
+    evaluating,
+    has_relative_bias,
+    token_layout,
+)
 from ..config import TransferConfig
 from .heads import map_distance, match_heads, resolve_heads
 from .mismatch import compare_models, report_mismatch
@@ -57,9 +63,8 @@ class TransferPlan:
             (student, {link.pair.student for link in self.links}, images),
         ):
             tape = Tape(Step(grids))
-            was_training = model.training
-            view_attention(model.eval(), layers, tape, ("q", "k"), output=False)(batch)
-            model.train(was_training)
+            with evaluating(model):
+                view_attention(model, layers, tape, ("q", "k"), output=False)(batch)
             tapes.append(tape)
         links = tuple(replace(link, heads=_matched(link, *tapes)) for link in self.links)
         return replace(self, links=links, needs_calibration=False)
@@ -122,9 +127,7 @@ def _first_heads(config: TransferConfig, teacher: AttentionShape, student: Atten
 def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
     t = take(link.resample(teacher), None, link.tokens.teacher)
     s = take(student.heads[link.pair.student], None, link.tokens.student)
-    if t.q is None or t.k is None or s.q is None or s.k is None:
-        raise AssertionError("a calibration tape holds queries and keys")
-    distance = map_distance(t.q, t.k, s.q, s.k, t.scale, s.scale, bias_t=t.bias, bias_s=s.bias)
+    distance = map_distance(*t.qk(), *s.qk(), t.scale, s.scale, bias_t=t.bias, bias_s=s.bias)
     return match_heads(distance)
 
 
@@ -140,8 +143,7 @@ def _check_method(config: TransferConfig, student: nn.Module, t: AttentionShape,
             raise TransferError(
                 f"transfer.heads={config.heads!r} with transfer.method={method.name} {widths}; use heads=all"
             )
-    blocks: list[Any] = list(attention_blocks(student))
-    if method.whole_maps and any(block.attn.attn_drop.p > 0 for block in blocks):
+    if method.whole_maps and any(block.attn.attn_drop.p > 0 for block in attention_blocks(student)):
         raise TransferError(
             "student.model_args.attn_drop_rate must be 0: a dropped-out map is not the map that is transferred"
         )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ...checkpoints.markdown import code
 from ...checkpoints.publish.words import Rows, number
+from ...models.json_types import Json
 from .registry import find_method, method_names
 
 
-def describe_transfer(settings: Mapping[str, Any]) -> Rows:
+def describe_transfer(settings: Json) -> Rows:
     """Method, layers, heads and weight of a transfer; the name alone of a method that is not registered here."""
     name = str(settings.get("method", ""))
     if name not in method_names():

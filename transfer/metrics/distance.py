@@ -42,7 +42,7 @@ class Distances:
     layers: Mapping[int, Distance] = field(default_factory=dict)
 
 
-class Comparison:
+class DistanceSums:
     """Sums over batches of rows, from which a `Distance` follows. Nothing here waits for the device.
 
     Means and products are merged batch by batch (Chan, Golub and LeVeque 1983): features have columns whose mean
@@ -70,8 +70,8 @@ class Comparison:
             self._sums += terms.to(self._sums).sum(1)
         count = valid_N.sum().to(self._count)
         mean_D = both_ND.to(self._mean_D).sum(0) / count.clamp(min=1)
-        centred_ND = torch.where(valid_N[:, None], both_ND - mean_D.to(kind), 0)
-        self._merge(count, mean_D, (centred_ND.T @ centred_ND).to(self._products_DD))
+        centered_ND = torch.where(valid_N[:, None], both_ND - mean_D.to(kind), 0)
+        self._merge(count, mean_D, (centered_ND.T @ centered_ND).to(self._products_DD))
 
     def result(self) -> Distance:
         """The distance over all rows of all processes, which all call it; DataError where there is none."""
@@ -156,8 +156,8 @@ def measure_distances(
 
     Call it on all processes. The models are in eval mode already. Raises DataError: there is no image.
     """
-    features = {name: Comparison() for name in students}
-    blocks = {name: {pair: Comparison() for pair in layers[name].pairs} for name in students}
+    features = {name: DistanceSums() for name in students}
+    blocks = {name: {pair: DistanceSums() for pair in layers[name].pairs} for name in students}
     for images, _, valid in batches:
         images, valid = images.to(device, non_blocking=True), valid.to(device, non_blocking=True)
         theirs = teacher(images)

@@ -1,4 +1,4 @@
-"""Everything that is measured of models on a split: accuracy, nearest neighbours, a linear probe, distances."""
+"""Everything that is measured of models on a split: accuracy, nearest neighbors, a linear probe, distances."""
 
 from __future__ import annotations
 

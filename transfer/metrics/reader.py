@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...models.families import attention_blocks
+from ...models.attention.kernels import precise
+from ...models.families import attention_blocks, vit
 
 Predictor = Callable[[Tensor], Tensor]
 
@@ -73,7 +73,7 @@ class Reader:
 
 
 def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
-    found = cast(Any, model).get_classifier()
+    found = vit(model).get_classifier()
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -86,5 +86,5 @@ def _keep_output(kept: dict[int, Tensor], layer: int, _: nn.Module, inputs: obje
 
 
 def _pooled(feature: Tensor) -> Tensor:
-    feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    feature = precise(feature)
     return feature.mean(1) if feature.ndim == 3 else feature.flatten(1)

@@ -6,15 +6,15 @@ layers learn independently of one another and no gradient passes between them; n
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ...models.attention.base import AttentionOperator, Geometry, Heads
+from ...models.attention.base import Geometry, Heads
 from ...models.attention.softmax import Softmax
 from ...models.conversion import ConvertedAttention, converted_layers
-from ...models.copying.teacher_view import shallow, truncated
+from ...models.copying.teacher_view import TokensOnly, shallow, truncated
 from ...models.errors import TransferError
 from ...models.families import (
     TokenLayout,
@@ -23,6 +23,7 @@ from ...models.families import (
     check_supported,
     patch_grid,
     token_layout,
+    vit,
 )
 from ...models.host import AttentionHost
 from .layer_losses import LAYER_LOSSES, LayerLoss, check_layer_loss
@@ -53,7 +54,7 @@ class AlignedAttention(AttentionHost):
     def _learn(self, x: Tensor, teacher: Heads, rope: Tensor | None, bias: Tensor | None) -> Tensor:
         (student,) = self.pupil
         heads = student.project(x, rope, bias)
-        return self.loss(cast(AttentionOperator, student.operator), heads, teacher)
+        return self.loss(student.operator, heads, teacher)
 
 
 class Alignment(nn.Module):
@@ -87,27 +88,28 @@ class Alignment(nn.Module):
                 "the same; leave teacher.img_size out, or set it so that the patch grids agree"
             )
         for index, layer in layers.items():
-            check_layer_loss(loss, index, str(layer.choice), cast(AttentionOperator, layer.operator))
+            check_layer_loss(loss, index, str(layer.choice), layer.operator)
         self.student = student
         self._hosts: dict[int, AlignedAttention] = {}
         self._view = (self._teach(teacher, layers, LAYER_LOSSES[loss]),)
 
-    def _teach(self, teacher: nn.Module, layers: dict[int, ConvertedAttention], loss: LayerLoss) -> nn.Module:
+    def _teach(
+        self, teacher: nn.Module, layers: dict[int, ConvertedAttention], loss: LayerLoss
+    ) -> TokensOnly:
         """The teacher up to its last layer that teaches."""
         blocks = []
         for index, block in enumerate(attention_blocks(teacher)[: max(layers) + 1]):
             twin = shallow(block)
             if index in layers:
-                self._hosts[index] = AlignedAttention(cast(Any, block).attn, layers[index], loss)
+                self._hosts[index] = AlignedAttention(block.attn, layers[index], loss)
                 twin._modules["attn"] = self._hosts[index]
             blocks.append(twin)
-        view: nn.Module = truncated(teacher, blocks)
-        return view.eval()
+        return truncated(teacher, blocks).eval()
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """The loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
         (view,) = self._view
-        self._take_grid(cast(Any, view).model.patch_embed, (images.shape[-2], images.shape[-1]))
+        self._take_grid(vit(view.model).patch_embed, (images.shape[-2], images.shape[-1]))
         with torch.no_grad():
             view(images)
         losses = {}
@@ -121,7 +123,7 @@ class Alignment(nn.Module):
 
         TransferError where the student has one grid, and this is another.
         """
-        grid, student = patch_grid(embedding, images), cast(Any, self.student)
+        grid, student = patch_grid(embedding, images), vit(self.student)
         own = token_layout(student).grid
         if grid != own and student.patch_embed.strict_img_size:
             raise TransferError(
@@ -147,7 +149,7 @@ class Alignment(nn.Module):
         for parameter in self.student.parameters():
             parameter.requires_grad_(id(parameter) in used)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Alignment:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Alignment:
         self._view[0]._apply(fn)  # the teacher is no part of the module, but goes where it goes
         super()._apply(fn, recurse)
         return self

@@ -6,7 +6,7 @@ import itertools
 
 from torch import Tensor, nn
 
-from ...checkpoints.teacher import load_teacher
+from ...checkpoints.pretrained import load_pretrained
 from ...models.copying.input import Normalization, TeacherInput
 from ..config import RunConfig
 from ..data.loaders import create_train_loader
@@ -23,9 +23,9 @@ def calibration_batches(
 
     Raises CheckpointError, DataError or TransferError, one sentence each.
     """
-    ours = load_teacher(student)
+    ours = load_pretrained(student)
     how = config.teacher
-    theirs = load_teacher(
+    theirs = load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,

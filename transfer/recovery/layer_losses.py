@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...models.attention.base import AttentionOperator, Heads
 from ...models.attention.fused import apply_map
+from ...models.attention.kernels import precise
 from ...models.attention.softmax import Softmax, softmax_rows
 from ...models.errors import TransferError, did_you_mean
 from .map_distance import squared_distance
@@ -32,13 +33,13 @@ def output_error(operator: AttentionOperator, student: Heads, teacher: Heads) ->
     The loss of LoLCATs (arXiv 2410.10254); the only one for operators that are not linear in V.
     """
     out, target = operator(student), Softmax()(teacher)
-    return F.mse_loss(_float(out), _float(target.detach()))
+    return F.mse_loss(precise(out), precise(target.detach()))
 
 
 def map_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
     """‖A_t − A_s‖²_F / N, exact: the loss of MOHAWK (arXiv 2408.10189) without its maps."""
     terms = operator.terms(student)
-    return squared_distance(teacher, terms).mean() / _num_tokens(teacher)
+    return squared_distance(teacher, terms).mean() / teacher.known.shape[2]
 
 
 def probe_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
@@ -48,22 +49,21 @@ def probe_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> 
     signs = torch.randint(0, 2, shape, device=q.device).to(q.dtype).mul(2).sub(1)
     probes = signs.expand(*q.shape[:2], -1, -1)
     target = apply_map(q, k, probes, teacher.scale, teacher.bias)
-    student_q, student_k, _ = student.qkv()
-    out = operator.attend(student.with_qkv(student_q, student_k, probes.to(v.dtype)))
-    error = (_float(out) - _float(target)).square().sum((2, 3)).mean()
+    out = operator.attend(student.with_qkv(*student.qk(), probes.to(v.dtype)))
+    error = (precise(out) - precise(target)).square().sum((2, 3)).mean()
     return error / (NUM_PROBES * q.shape[2])
 
 
 def row_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
     """Cross-entropy of sampled rows of the student's map to the teacher's: of all prefix tokens and of random
     patches, fresh each step. The loss of Hedgehog (arXiv 2402.04347), on a sample."""
-    tokens = _num_tokens(teacher)
+    tokens = teacher.known.shape[2]
     prefix = 0 if student.geometry is None else student.geometry.num_prefix
-    device = teacher.qkv()[0].device
+    device = teacher.known.device
     patches = torch.randperm(tokens - prefix, device=device)[: max(1, NUM_ROWS - prefix)] + prefix
     index = torch.cat([torch.arange(prefix, device=device), patches])
     target = softmax_rows(teacher, index).detach()
-    rows = _float(operator.rows(student, index)).clamp_min(SMALLEST)
+    rows = precise(operator.rows(student, index)).clamp_min(SMALLEST)
     return -(target * rows.log()).sum(-1).mean()
 
 
@@ -89,12 +89,3 @@ def check_layer_loss(name: str, layer: int, choice: str, operator: AttentionOper
             f"align.match=rows: the rows of {choice} in layer {layer} are no distributions, so they have no "
             "cross-entropy; use output, map or probes"
         )
-
-
-def _num_tokens(heads: Heads) -> int:
-    q, _, _ = heads.qkv()
-    return q.shape[2]
-
-
-def _float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...models.conversion import converted_layers, plan_of
 from ...models.errors import TransferError
-from ...models.families import attention_blocks, attention_shape
+from ...models.families import attention_blocks, attention_shape, vit
 from ...models.plan import KEEP, Choice, parse_plan, plan_text
 
 
@@ -86,17 +85,15 @@ def search_layers(
     return LayerSearch(str(plan_of(student)), depth, error_with([]), tuple(chosen))
 
 
-def tokens_of(model: Any, images: Tensor) -> Tensor:
+def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
     """The final tokens in float32, before pooling and head."""
-    tokens: Tensor = model.forward_features(images)
-    return tokens.float()
+    return vit(model).forward_features(images).float()
 
 
 @contextmanager
 def _given_back(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -> Iterator[None]:
     """The teacher's attention in these layers of the student, while inside."""
-    blocks: list[Any] = list(attention_blocks(student))
-    theirs: list[Any] = list(attention_blocks(teacher))
+    blocks, theirs = attention_blocks(student), attention_blocks(teacher)
     own = {layer: blocks[layer].attn for layer in layers}
     try:
         for layer in layers:

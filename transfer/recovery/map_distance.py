@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
-from ...models.attention.kernels import same_dtype
+from ...models.attention.kernels import precise, same_dtype
 from ...models.attention.softmax import softmax_rows
 from ...models.attention.terms import FirstRows, LowRank, Sparse, Term
 
@@ -61,7 +61,7 @@ def inner(a: Term, b: Term) -> Tensor:
 
 def _with_teacher(teacher: Heads, lse_BHN: Tensor, term: Term) -> Tensor:
     """⟨A_t, term⟩, (B, H)."""
-    q_BHND, k_BHND, _ = teacher.qkv()
+    q_BHND, k_BHND = teacher.qk()
     if isinstance(term, LowRank):
         mixed = apply_map(q_BHND, k_BHND, term.right, teacher.scale, teacher.bias)
         return (term.left * mixed).sum((2, 3))
@@ -75,7 +75,7 @@ def _with_teacher(teacher: Heads, lse_BHN: Tensor, term: Term) -> Tensor:
 def _logits_at(teacher: Heads, index_NS: Tensor, dtype: torch.dtype) -> Tensor:
     """s q_i·k_j + b_ij for the keys j of `index_NS`, of what the kernel takes q, k and b for, yet summed precisely:
     exp(logit − lse) is at most 1 only where both are rounded alike."""
-    q_BHND, k_BHND, _ = teacher.qkv()
+    q_BHND, k_BHND = teacher.qk()
     q_BHND, k_BHND, _, bias = same_dtype(q_BHND, k_BHND, k_BHND, teacher.bias)
     keys_BHNSD = k_BHND[:, :, index_NS].to(dtype)
     with torch.autocast(q_BHND.device.type, enabled=False):
@@ -86,7 +86,7 @@ def _logits_at(teacher: Heads, index_NS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logsumexp(teacher: Heads, factor: float) -> Tensor:
-    q, k, _ = teacher.qkv()
+    q, k = teacher.qk()
     bias = None if teacher.bias is None else factor * teacher.bias.detach()
     return map_logsumexp(q.detach(), k.detach(), factor * teacher.scale, bias)
 
@@ -94,11 +94,7 @@ def _logsumexp(teacher: Heads, factor: float) -> Tensor:
 def _precise(term: Term) -> Term:
     """The term in float32, whose products would overflow in half precision."""
     if isinstance(term, LowRank):
-        return LowRank(_float(term.left), _float(term.right))
+        return LowRank(precise(term.left), precise(term.right))
     if isinstance(term, Sparse):
-        return Sparse(_float(term.weights), term.index)
-    return FirstRows(_float(term.weights))
-
-
-def _float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return Sparse(precise(term.weights), term.index)
+    return FirstRows(precise(term.weights))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ....models.errors import CheckpointError
+from ....models.json_types import Json
 from ...report import some
 from ...weights import Weights
 
@@ -27,8 +28,8 @@ class Config:
     """The settings of a vision tower; empty where there is no config.json."""
 
     origin: str
-    values: Mapping[str, Any]
-    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    values: Json
+    preprocessor: Json = field(default_factory=dict)
     """Of preprocessor_config.json."""
 
     def whole(self, key: str) -> int | None:
@@ -88,7 +89,7 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def tower_config(weights: Weights, config: Mapping[str, Any]) -> Config:
+def tower_config(weights: Weights, config: Json) -> Config:
     """The settings of the vision tower, which a model of images and text keeps in `vision_config`."""
     vision, preprocessor = config.get("vision_config"), config.get("preprocessor")
     return Config(
@@ -98,7 +99,7 @@ def tower_config(weights: Weights, config: Mapping[str, Any]) -> Config:
     )
 
 
-def check_model_type(origin: str, config: Mapping[str, Any]) -> None:
+def check_model_type(origin: str, config: Json) -> None:
     """Raises CheckpointError: config.json names a type of model that no key map knows."""
     kind = config.get("model_type")
     if kind is not None and kind not in MODEL_TYPES:
@@ -108,7 +109,7 @@ def check_model_type(origin: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def not_of_type(weights: Weights, config: Mapping[str, Any]) -> CheckpointError:
+def not_of_type(weights: Weights, config: Json) -> CheckpointError:
     """What to say of tensors that no key map knows beside a config.json of a type that one should."""
     return CheckpointError(
         f"{weights.origin} is not whole or is no vision tower: config.json says model_type="

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
+from ....models.json_types import Json, JsonDict
 from ...weights import Weights
 from ..keymap import Describe
 from .config import Config, tower_config
@@ -31,7 +31,7 @@ Tell = Callable[[Weights, Config], Weights]
 
 
 def _describe(tell: Tell) -> Describe:
-    def describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
+    def describe(weights: Weights, config: Json) -> Weights:
         return tell(weights, tower_config(weights, config))
 
     return describe
@@ -66,7 +66,7 @@ def deit(weights: Weights, config: Config) -> Weights:
 def beit(weights: Weights, config: Config) -> Weights:
     only_activation(config, BEIT, "gelu")
     tensors = weights.tensors
-    found: dict[str, Any] = {
+    found: JsonDict = {
         "use_abs_pos_emb": "pos_embed" in tensors,
         "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in tensors,
         "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in tensors,
@@ -95,7 +95,7 @@ def dinov2(weights: Weights, config: Config) -> Weights:
     template = "vit_{size}_patch{patch}_reg4_dinov2" if count else "vit_{size}_patch{patch}_dinov2"
     lineage = Lineage(template, ("giant packed",) if gated else DINOV2_SIZES, (14,))
     family = Family(lineage, "ImageNet's", 1e-6, prefix=0 if count else 1, hidden_setting=None)
-    arguments: dict[str, Any] = {"reg_tokens": count} if count not in (0, 4) else {}
+    arguments: JsonDict = {"reg_tokens": count} if count not in (0, 4) else {}
     if not gated:
         arguments |= activation(config, family, "gelu")
     return described(weights, config, family, arguments | without_bias(weights, config))
@@ -112,7 +112,7 @@ def dinov3(weights: Weights, config: Config) -> Weights:
     _check_dinov3(weights, config)
     only_activation(config, family, "silu" if gated else "gelu")
     count = _registers(weights, config)
-    arguments: dict[str, Any] = {"global_pool": "token"}
+    arguments: JsonDict = {"global_pool": "token"}
     if count != 4:
         arguments["num_reg_tokens"] = count
     theta = config.number("rope_theta") or 100.0
@@ -144,7 +144,7 @@ def clip(weights: Weights, config: Config) -> Weights:
     quick = config.activation("quick_gelu") == "quick_gelu"
     template = f"vit_{{size}}_patch{{patch}}_clip{'_quickgelu' if quick else ''}_{{image}}"
     family = Family(Lineage(template, CLIP_SIZES, (16, 32, 14)), "CLIP's", 1e-5, "quick_gelu")
-    arguments: dict[str, Any] = activation(config, family, "quick_gelu" if quick else "gelu")
+    arguments: JsonDict = activation(config, family, "quick_gelu" if quick else "gelu")
     if "norm.weight" not in weights.tensors:  # the classifier reads patches that are not normalised
         arguments |= {"global_pool": "avg", "final_norm": False}
     return described(weights, config, family, arguments)

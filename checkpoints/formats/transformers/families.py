@@ -10,9 +10,10 @@ from typing import Any
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ....models.errors import CheckpointError
+from ....models.json_types import Json, JsonDict
 from ...class_names import KEY as LABEL_NAMES
 from ...weights import Weights
-from ..normalisation import IMAGENET, INCEPTION, normalised
+from ..normalization import IMAGENET, INCEPTION, normalized
 from .config import Config
 from .lineages import Lineage, architecture_of
 from .sizes import measure
@@ -43,7 +44,7 @@ class Family:
     """What config.json calls the width inside the MLP, where it says it."""
 
 
-def described(weights: Weights, config: Config, family: Family, arguments: Mapping[str, Any]) -> Weights:
+def described(weights: Weights, config: Config, family: Family, arguments: Json) -> Weights:
     """`weights` with timm's architecture, the arguments that sizes say and those given, and mean and std.
 
     Without config.json an architecture of unknown sizes stays open.
@@ -71,7 +72,7 @@ def described(weights: Weights, config: Config, family: Family, arguments: Mappi
     return _with_statistics(known, config, family, tower.channels)
 
 
-def _class_names(config: Config) -> dict[str, Any]:
+def _class_names(config: Config) -> JsonDict:
     """The classes under timm's key; none where they are numbers under another name."""
     names = config.values.get("id2label")
     if not isinstance(names, Mapping) or all(PLACEHOLDER.fullmatch(str(name)) for name in names.values()):
@@ -101,7 +102,7 @@ def without_bias(weights: Weights, config: Config, name: str = "attn.qkv.bias") 
 def _with_statistics(weights: Weights, config: Config, family: Family, channels: int) -> Weights:
     """Mean and std, one number a channel: the preprocessor's, else those of the published models."""
     preprocessor = config.preprocessor
-    own: dict[str, Any] = {name: preprocessor.get(f"image_{name}") for name in ("mean", "std")}
+    own: JsonDict = {name: preprocessor.get(f"image_{name}") for name in ("mean", "std")}
     if preprocessor.get("do_normalize") is False:
         own, reason = {"mean": 0.0, "std": 1.0}, "none, as preprocessor_config.json says"
     elif None in own.values():
@@ -110,7 +111,7 @@ def _with_statistics(weights: Weights, config: Config, family: Family, channels:
         reason = f"{family.statistics}, as its published models, for no preprocessor_config.json says it"
     else:
         reason = "preprocessor_config.json's"
-    return normalised(weights, {name: _numbers(weights, name, own[name], channels) for name in own}, reason)
+    return normalized(weights, {name: _numbers(weights, name, own[name], channels) for name in own}, reason)
 
 
 def _numbers(weights: Weights, name: str, value: Any, channels: int) -> tuple[float, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from timm.models import is_model
 
+from ....models.json_types import Json, JsonDict
 from .sizes import Tower
 
 SIZES = {
@@ -44,7 +43,7 @@ class Lineage:
         return self.template.format(size=size.split()[0], patch=patch, image=image)
 
 
-def architecture_of(lineage: Lineage, tower: Tower) -> tuple[str, dict[str, Any]] | None:
+def architecture_of(lineage: Lineage, tower: Tower) -> tuple[str, JsonDict] | None:
     """timm's name for a tower, and the arguments in which the tower differs from it.
 
     None where no config.json gives the number of heads and the sizes are of no published model.
@@ -71,7 +70,7 @@ def _is_size(size: tuple[int, int, int, int], tower: Tower) -> bool:
     return same and tower.heads in (None, heads)
 
 
-def _sizes(size: tuple[int, int, int, int], tower: Tower) -> Mapping[str, Any]:
+def _sizes(size: tuple[int, int, int, int], tower: Tower) -> Json:
     width, depth, heads, _ = size
     ratio = tower.hidden / tower.width
     if int(tower.width * ratio) != tower.hidden:

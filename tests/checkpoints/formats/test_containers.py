@@ -11,9 +11,9 @@ import pytest
 import source_files as files
 import torch
 from graftvit.checkpoints.files import Content
-from graftvit.checkpoints.formats.keymap import recognise
+from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.read import KEY_MAPS, read_weights
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.weights import Weights
 from graftvit.models.errors import CheckpointError
 from source_files import Tensors
@@ -47,11 +47,11 @@ def read(tree: Any, part: Any = None) -> Weights:
 def test_each_family_is_known_by_exactly_one_row(family: str) -> None:
     """Over the whole table, transformers' rows too: the order of the rows does not matter here."""
     tensors = FAMILIES[family]()
-    found = [row.name for row in KEY_MAPS if recognise(tensors, (row,)) is not None]
+    found = [row.name for row in KEY_MAPS if recognize(tensors, (row,)) is not None]
     if family.strip() != "a plain ViT":
         found = [name for name in found if name != "a plain ViT"]  # the last resort of those it covers
     assert found == [family.strip()]
-    first = recognise(tensors, KEY_MAPS)
+    first = recognize(tensors, KEY_MAPS)
     assert first is not None
     assert first.name == family.strip()
 

@@ -10,7 +10,7 @@ import pytest
 import reference_vit as reference
 import source_files as files
 import torch
-from graftvit.checkpoints.teacher import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import CheckpointError
 from source_files import DEPTH, HEADS, Tensors
 from torch import Tensor

@@ -12,7 +12,7 @@ import source_files as files
 import timm
 import torch
 from graftvit.checkpoints.position import resample_position
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from source_checks import HALF, IMAGENET, TINY, Load, doubled, loader, plain, same_features
 from source_files import DEPTH, HEADS, SIDE, Tensors
 from torch import Tensor

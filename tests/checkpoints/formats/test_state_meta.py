@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from graftvit.checkpoints.formats.run_state import NAMES, TABLES
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from hostile import ARCHITECTURE, ARGUMENTS, weights
 from hostile_configs import changed

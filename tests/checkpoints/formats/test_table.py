@@ -12,11 +12,11 @@ import reference_vit as reference
 import source_files as files
 import torch
 from graftvit.checkpoints.describe import describe_source
-from graftvit.checkpoints.formats.keymap import recognise
+from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.research import RESEARCH_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
-from graftvit.checkpoints.teacher import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import CheckpointError
 from source_checks import TINY, doubled, plain, same_features
 from source_files import DEPTH, HEADS, SIDE, Tensors
@@ -105,7 +105,7 @@ def test_each_row_has_a_case_and_one_name() -> None:
 @pytest.mark.parametrize("row", CASES)
 def test_features_are_those_of_the_reference(tmp_path: Path, row: str) -> None:
     case, tensors = CASES[row], CASES[row].tensors()
-    found = recognise(tensors, KEY_MAPS)
+    found = recognize(tensors, KEY_MAPS)
     assert found is not None
     assert found.name == row
     assert same_features(case.load(tmp_path, tensors), case.features(tensors))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.teacher import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.families import check_supported
 from hf_models import CASES, Case, save, save_modules
 from torch import Tensor, nn, no_grad

@@ -14,12 +14,12 @@ import torch
 import transformers
 from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.folders import loads_in_plain_timm
-from graftvit.checkpoints.formats.keymap import recognise
+from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import save_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from hf_models import CASES, TEXT, Case, save
 from safetensors.torch import load_file, save_file
@@ -105,7 +105,7 @@ def test_each_row_of_the_table_has_a_case(folders: Callable[[str], Folder]) -> N
     assert list(ROWS) == [row.name for row in TRANSFORMERS_MAPS]
     for row, name in ROWS.items():
         tensors = folders(name)[1]
-        found = recognise(tensors, KEY_MAPS)
+        found = recognize(tensors, KEY_MAPS)
         assert found is not None
         assert found.name == row
 

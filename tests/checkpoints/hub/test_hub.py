@@ -15,9 +15,9 @@ import timm
 import torch
 from graftvit.checkpoints.build import read_timm
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.sources import TimmSource
 from graftvit.checkpoints.student import write_student
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from hub_server import closed_port, serve
 from safetensors.torch import save, save_file
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 
 CLIENT = """
 import json, sys
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError
 results = []
 for source, arguments in json.loads(sys.argv[1]):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import GraftError
 from hostile_configs import HUGE_INTS, KINDS, change, small_model, write_model
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from graftvit.checkpoints.files import read_file
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.safety.file_outline import outline
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.models.errors import CheckpointError
 from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
 from hostile_tensors import valid

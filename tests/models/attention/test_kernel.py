@@ -107,7 +107,7 @@ EQUATIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
-def normalised(weights: Tensor, normaliser: str, scale: float) -> Tensor:
+def normalized(weights: Tensor, normaliser: str, scale: float) -> Tensor:
     tokens = weights.shape[-1]
     if normaliser == "sum":
         return weights / weights.sum(-1, keepdim=True).clamp_min(1e-6 * tokens)
@@ -133,7 +133,7 @@ def test_the_map_is_the_equation(feature: str, normaliser: str) -> None:
         pytest.skip("refused")
     operator, heads = build(feature=feature, normaliser=normaliser), draw(GEOMETRY, seed=4)
     q, k, v = heads.qkv()
-    weights = normalised(EQUATIONS[feature](operator.feature, q, k), normaliser, heads.scale)
+    weights = normalized(EQUATIONS[feature](operator.feature, q, k), normaliser, heads.scale)
     torch.testing.assert_close(operator.matrix(heads), weights, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(operator(heads), weights @ v, rtol=1e-8, atol=1e-10)
 

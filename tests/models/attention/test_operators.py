@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from graftvit.models.attention.base import Geometry
-from graftvit.models.attention.terms import apply_term
+from graftvit.models.attention.terms import LowRank, Sparse, Term
 from graftvit.models.operators import OPERATORS
 from operator_cases import CASES, GRIDS, PREFIXES, Case, draw, identity_values
 from torch import Tensor
@@ -27,6 +27,16 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 def test_every_operator_has_a_case() -> None:
     assert {case.operator for case in CASES} == set(OPERATORS)
+
+
+def apply_term(term: Term, v_BHND: Tensor) -> Tensor:
+    """The term times V, (B, H, N, D)."""
+    if isinstance(term, LowRank):
+        return term.left @ (term.right.transpose(2, 3) @ v_BHND)
+    if isinstance(term, Sparse):
+        return torch.einsum("bhns,bhnsd->bhnd", term.weights, v_BHND[:, :, term.index])
+    out = term.weights @ v_BHND
+    return torch.cat([out, torch.zeros_like(v_BHND[:, :, out.shape[2] :])], 2)
 
 
 @cases

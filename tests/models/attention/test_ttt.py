@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from graftvit.models.attention.base import Geometry, Heads, LayerShape
-from graftvit.models.attention.ttt import TTTAttention, normalised_keys
+from graftvit.models.attention.ttt import TTTAttention, normalized_keys
 from operator_cases import Case, draw
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def test_a_common_mean_of_the_keys_changes_nothing() -> None:
 
 def test_small_deviations_of_keys_are_not_blown_up() -> None:
     keys = torch.randn(1, 1, 500, 3, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 50.0]) + 7
-    deviations = normalised_keys(keys).std(2)[0, 0]
+    deviations = normalized_keys(keys).std(2)[0, 0]
     assert deviations[0] < 2e-3
     assert 0.6 < deviations[1] < 0.8
     assert 0.99 < deviations[2] < 1.01

@@ -10,7 +10,7 @@ import timm
 import torch
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
-from graftvit.models.attention.window import NeighbourhoodAttention, WindowAttention
+from graftvit.models.attention.window import NeighborhoodAttention, WindowAttention
 from graftvit.models.conversion import convert, resize
 from graftvit.models.errors import ConfigError
 from operator_cases import draw
@@ -54,16 +54,14 @@ def dense(heads: Heads, sees: Any, window: int, dilation: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("window", "dilation"), OPTIONS)
-@pytest.mark.parametrize(
-    ("kind", "sees"), [(WindowAttention, same_window), (NeighbourhoodAttention, is_near)]
-)
+@pytest.mark.parametrize(("kind", "sees"), [(WindowAttention, same_window), (NeighborhoodAttention, is_near)])
 def test_the_map_is_that_of_the_dense_mask(kind: Any, sees: Any, window: int, dilation: int) -> None:
     heads = draw(RAGGED)
     out = kind(LayerShape(2, 8, RAGGED), window, dilation)(heads)
     torch.testing.assert_close(out, dense(heads, sees, window, dilation), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [WindowAttention, NeighbourhoodAttention])
+@pytest.mark.parametrize("kind", [WindowAttention, NeighborhoodAttention])
 def test_a_window_as_large_as_the_grid_is_softmax_attention(kind: Any) -> None:
     heads, shape = draw(RAGGED), LayerShape(2, 8, RAGGED)
     wanted = SoftmaxAttention(shape)(heads)
@@ -72,7 +70,7 @@ def test_a_window_as_large_as_the_grid_is_softmax_attention(kind: Any) -> None:
     assert not torch.allclose(kind(shape, 8)(heads), wanted)
 
 
-@pytest.mark.parametrize("kind", [WindowAttention, NeighbourhoodAttention])
+@pytest.mark.parametrize("kind", [WindowAttention, NeighborhoodAttention])
 def test_another_grid_is_met_on_the_way_and_resampled_to(kind: Any) -> None:
     other = Geometry(1, (5, 6))
     heads = draw(other)
@@ -112,7 +110,7 @@ def test_cost_is_that_of_the_equation() -> None:
     for dilation in (1, 2):
         operator = WindowAttention(LayerShape(3, 64, geometry), 7, dilation)
         assert operator.macs(geometry) == prefix + 2 * 196 * (49 + 1) * 64 * 3
-    near = NeighbourhoodAttention(LayerShape(3, 64, geometry), 7)
+    near = NeighborhoodAttention(LayerShape(3, 64, geometry), 7)
     assert 2 < near.macs(geometry) / operator.macs(geometry) < 3
 
 
@@ -128,7 +126,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind", [WindowAttention, NeighbourhoodAttention])
+@pytest.mark.parametrize("kind", [WindowAttention, NeighborhoodAttention])
 def test_no_tensor_has_as_many_elements_as_the_map(kind: Any) -> None:
     geometry = Geometry(1, (32, 32))
     operator: AttentionOperator = kind(LayerShape(1, 8, geometry))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 NOISE = np.random.RandomState(0).randint(0, 256, (40, 52, 3), dtype=np.uint8)
 RGB = Preprocessing((3, 24, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-GREY = Preprocessing((1, 24, 32), (0.5,), (0.2,))
+GRAY = Preprocessing((1, 24, 32), (0.5,), (0.2,))
 
 
 def augmented(seed: int = 0, spec: Preprocessing = RGB, **keys: Any) -> Tensor:
@@ -34,7 +34,7 @@ def augmented(seed: int = 0, spec: Preprocessing = RGB, **keys: Any) -> Tensor:
     return transform(image)
 
 
-@pytest.mark.parametrize("spec", [RGB, GREY])
+@pytest.mark.parametrize("spec", [RGB, GRAY])
 @pytest.mark.parametrize("aa", [None, "none", "affine", "rand-m9-mstd0.5-inc1", "original", "3a"])
 def test_every_policy_gives_the_models_shape_and_depends_on_the_seed_alone(
     spec: Preprocessing, aa: str | None

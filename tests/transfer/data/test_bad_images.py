@@ -18,7 +18,7 @@ from graftvit.transfer.data import loaders, loading
 from graftvit.transfer.data.augment import eval_transform
 from graftvit.transfer.data.columns import Columns
 from graftvit.transfer.data.datasets import open_dataset
-from graftvit.transfer.data.hub import HubSource
+from graftvit.transfer.data.hub import HubImages
 from graftvit.transfer.data.images import open_image
 from graftvit.transfer.data.labels import real_labels
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
@@ -120,7 +120,7 @@ def test_a_pipe_in_other_data_sets_is_a_bad_image(root: Path) -> None:
     rows = {"image": [{"bytes": None, "path": str(pipe)}], "label": [0]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict(rows, features=features)
-    assert is_no_regular_file(HubSource(table, Columns("image", "label"), "RGB", "x", None))
+    assert is_no_regular_file(HubImages(table, Columns("image", "label"), "RGB", "x", None))
 
 
 def test_a_pipe_in_place_of_a_list_or_of_shards_is_refused(root: Path) -> None:

@@ -19,7 +19,7 @@ from timm.data import auto_augment
 ROOT = Path(__file__).parents[3]
 NOISE = np.random.RandomState(0).randint(0, 256, (8, 8, 3), dtype=np.uint8)
 RGB = Preprocessing((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-GREY = Preprocessing((1, 8, 8), (0.5,), (0.2,))
+GRAY = Preprocessing((1, 8, 8), (0.5,), (0.2,))
 KINDS = ["original", "v0", "3a", "rand-m9", "rand-m6-t3aw-inc1", "rand-m20-mmax30-inc1", "augmix-m10-w1-d1"]
 """Of each kind of timm's policies one, of magnitudes that reach both ends and beyond."""
 FAMILIES = [
@@ -64,7 +64,7 @@ def operations(aa: str, spec: Preprocessing = RGB) -> list[Any]:
     return [operation for row in nested for operation in row]
 
 
-@pytest.mark.parametrize("spec", [RGB, GREY])
+@pytest.mark.parametrize("spec", [RGB, GRAY])
 def test_each_operation_takes_each_magnitude(spec: Preprocessing) -> None:
     image = Image.fromarray(NOISE).convert("RGB" if spec.input_size[0] == 3 else "L")
     seen = set()

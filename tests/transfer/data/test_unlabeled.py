@@ -11,7 +11,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import has_split, open_dataset
-from graftvit.transfer.data.folders import FolderSource
+from graftvit.transfer.data.folders import FolderImages
 from graftvit.transfer.data.images import UNLABELED
 from graftvit.transfer.data.loaders import (
     create_eval_loader,
@@ -34,7 +34,7 @@ def data(folder: Path, **keys: Any) -> DataConfig:
 def test_images_in_no_class_folder_have_no_label(tmp_path: Path) -> None:
     """timm takes them for one class, and a model of one class names them all right."""
     source = open_dataset(data(flat_folder(tmp_path, train=5)), "train", 1, training=True)
-    assert isinstance(source, FolderSource)
+    assert isinstance(source, FolderImages)
     assert source.class_names is None
     assert source.targets == [UNLABELED] * 5
     assert source.read(3)[1] == UNLABELED

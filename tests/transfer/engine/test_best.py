@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from engine_runs import config, differences, make_teacher, records, state
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
-from graftvit.checkpoints.teacher import load_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.plan import describe_plan
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine import loop
-from graftvit.transfer.engine.best import Choice
+from graftvit.transfer.engine.best import Criterion
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
 from image_folders import class_folder, flat_folder
@@ -186,7 +186,7 @@ def test_evaluate_gives_what_the_run_logged(metric: str, images: Path, teacher: 
 
 
 def test_more_or_less_is_better() -> None:
-    assert Choice("top1", "top1").better(2.0, 1.0)
-    assert not Choice("loss", "top1").better(2.0, 1.0)
-    assert Choice("cka", "distance").better(0.5, None)
-    assert not Choice("top1", "top1").better(1.0, 1.0)
+    assert Criterion("top1", "top1").better(2.0, 1.0)
+    assert not Criterion("loss", "top1").better(2.0, 1.0)
+    assert Criterion("cka", "distance").better(0.5, None)
+    assert not Criterion("top1", "top1").better(1.0, 1.0)

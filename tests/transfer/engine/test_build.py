@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def test_a_missing_data_set_is_refused_before_the_teacher_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(building, "load_pretrained", lambda *_, **__: pytest.fail("the teacher was loaded"))
     teacher = {"source": "vit_tiny_patch16_224.augreg_in21k"}
     with pytest.raises(DataError, match="/nowhere does not exist"):
         building.build(RunConfig(teacher=teacher, data={"data_path": "/nowhere"}))

@@ -17,8 +17,8 @@ from engine_runs import ARCHITECTURE, ARGUMENTS, config, tiny_vit
 from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.export.export_source import export_source
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.student import save_student, write_student
-from graftvit.checkpoints.teacher import load_teacher, load_weights
 from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError
 from graftvit.transfer.data.loaders import create_eval_loader

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from engine_runs import config, make_teacher, records, state, tiny_vit
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.config import RunConfig

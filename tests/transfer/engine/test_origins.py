@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from engine_runs import config, make_teacher, state
+from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
 from graftvit.checkpoints.report import LoadReport
-from graftvit.checkpoints.teacher import Teacher, load_teacher, load_weights
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.engine import build as building
@@ -39,7 +39,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
-    monkeypatch.setattr(building, "load_teacher", hub.load)
+    monkeypatch.setattr(building, "load_pretrained", hub.load)
     monkeypatch.setattr(building, "load_weights", hub.start)
     return hub
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import config, make_teacher
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError
 from graftvit.transfer.data.loaders import create_eval_loader

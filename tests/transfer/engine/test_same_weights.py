@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import config, make_teacher
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.launch.plan import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.transfer.engine.resume import check_same_teacher, check_same_weights

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
-from graftvit.checkpoints.teacher import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig, StudentConfig
 from graftvit.transfer.engine.build import build

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import tiny_vit
 from graftvit.models.errors import DataError
-from graftvit.transfer.metrics.distance import Comparison, compared_layers, measure_distances
+from graftvit.transfer.metrics.distance import DistanceSums, compared_layers, measure_distances
 from graftvit.transfer.metrics.reader import Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,9 +28,9 @@ def dense_cka(student: Tensor, teacher: Tensor) -> float:
     return float(hsic[0][1] / (hsic[0][0] * hsic[1][1]).sqrt())
 
 
-def compared(student: Tensor, teacher: Tensor, size: int, valid: Tensor | None = None) -> Comparison:
+def compared(student: Tensor, teacher: Tensor, size: int, valid: Tensor | None = None) -> DistanceSums:
     valid = torch.ones(len(student), dtype=torch.bool) if valid is None else valid
-    comparison = Comparison()
+    comparison = DistanceSums()
     for batch in zip(student.split(size), teacher.split(size), valid.split(size), strict=True):
         comparison.update(*batch)
     return comparison

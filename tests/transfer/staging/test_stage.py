@@ -14,7 +14,7 @@ from data_sets import encoded, write_classes, write_images, write_shards, write_
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import check_apart, check_dataset, open_dataset
-from graftvit.transfer.data.folders import FolderSource
+from graftvit.transfer.data.folders import FolderImages
 from graftvit.transfer.staging import copying
 from graftvit.transfer.staging import stage as staging
 from graftvit.transfer.staging.copying import StagingStoppedError
@@ -207,7 +207,7 @@ def test_an_archive_of_splits_is_unpacked(tmp_path: Path, ending: str, above: st
     local = stage(config)
     for split in ("train", "validation"):
         source = open_dataset(local, split, 3, training=False)
-        assert isinstance(source, FolderSource)
+        assert isinstance(source, FolderImages)
         assert source.class_names == ("b9", "b10")
         assert len(source) == 4
     assert not list(Path(str(local.data_path)).rglob("*.txt"))

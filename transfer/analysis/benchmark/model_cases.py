@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ....checkpoints.build import build, check_name
+from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
-from ....checkpoints.teacher import load_teacher
 from ....models.conversion import convert, layer_macs
 from ....models.errors import ConfigError
-from ....models.families import attention_blocks
+from ....models.families import attention_blocks, patch_size
 from .cases import DTYPES, Case, Row, Ways
 from .measuring import compiled, measure_case
 from .timing import Step, counted_macs, step_of
@@ -45,15 +45,15 @@ def load_model(source: str, img_size: int) -> nn.Module:
         check_name(found.name)
         model = build(found.name.partition(".")[0], {"img_size": img_size}).eval()
     else:
-        model = load_teacher(source, img_size=img_size).model
+        model = load_pretrained(source, img_size=img_size).model
     _check_size(model, img_size)
     return model
 
 
 def _check_size(model: nn.Module, img_size: int) -> None:
     """Raise ConfigError where patches do not fill the image: timm ignores the rest silently."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is not None and img_size % patch[0]:
+    patch = patch_size(model)
+    if img_size % patch[0]:
         nearest = patch[0] * max(1, round(img_size / patch[0]))
         raise ConfigError(
             f"--img_size {img_size}: patches of {patch[0]} pixels do not fill it; take {nearest}"

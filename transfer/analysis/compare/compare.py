@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
+from ....models.json_types import JsonDict
 from ...cells.pool import StoppedError
 from ...cells.records import State, cell_state, digest, load_record, save_record
 from ...cells.sharing import array_share, left_to_run, run_in_turn
@@ -100,7 +100,7 @@ class Comparison:
         return torch.device("cuda" if auto else "cpu")
 
 
-def _plain(config: RunConfig, but: set[str]) -> dict[str, Any]:
+def _plain(config: RunConfig, but: set[str]) -> JsonDict:
     """Return the settings of a run as plain data, without those of its data in `but`."""
     return config.model_dump(mode="json", exclude={"output_dir": True, "data": but, "engine": WITHOUT_EFFECT})
 
@@ -209,7 +209,7 @@ def _run_cell(comparison: Comparison, cell: Cell) -> Record:
     return Record(cell.name, cell.plan, cell.size, settings, machine(), load_average(), **found)
 
 
-def _teacher_numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+def _teacher_numbers(comparison: Comparison, cell: Cell) -> JsonDict:
     student = comparison.config.student.model_copy(update={"img_size": cell.size})
     config = comparison.config.model_copy(update={"student": student})
     teacher = teacher_of(config)
@@ -221,7 +221,7 @@ def _teacher_numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _numbers(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+def _numbers(comparison: Comparison, cell: Cell) -> JsonDict:
     folder = comparison.cell_folder(cell)
     trained = train_cell(comparison.stages, cell, folder, comparison.compare.error_batches)
     if isinstance(trained, int):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ..benchmark.crossover import Crossover, crossover
 from ..report.ink import (
     FAINT,
-    GREY,
+    GRAY,
     INK,
     Theme,
     color_of,
@@ -196,7 +196,7 @@ def _error_panels(records: Sequence[Record], theme: Theme) -> Figure:
 def color_for(record: Record, records: Sequence[Record], theme: Theme) -> str:
     """Return ink for the teacher, grey for uniform attention, a color of its own for each of ten others."""
     if record.name in (TEACHER, UNIFORM):
-        return INK[theme] if record.name == TEACHER else GREY
+        return INK[theme] if record.name == TEACHER else GRAY
     return color_of(_place(record, records))
 
 

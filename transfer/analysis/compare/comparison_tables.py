@@ -168,10 +168,8 @@ def _gaps(record: Record, records: Sequence[Record]) -> tuple[float | None, floa
     top, floor = reference(records, record.size), _uniform(records, record.size)
     if top is None or floor is None or record.final is None:
         return None, None
-    return tuple(
-        _gap(_final_top1(record), score.top1, _final_top1(top))
-        for score in (floor.scores[-1], floor.scores[0])
-    )  # type: ignore[return-value]
+    final, best = _final_top1(record), _final_top1(top)
+    return _gap(final, floor.scores[-1].top1, best), _gap(final, floor.scores[0].top1, best)
 
 
 def _gap(value: float, low: float, high: float) -> float | None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ....models.attention.softmax import Softmax
 from ....models.conversion import ConvertedAttention, converted_layers
-from ....models.families import attention_blocks
-from ....models.host import AttentionHost
-from ..maps import Given, observe
+from ....models.families import attention_blocks, vit
+from ....models.host import AttentionHost, Given, observe
 
 
 @torch.no_grad()
@@ -29,11 +27,11 @@ def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tenso
     student.eval()
     hooks = []
     for index, layer in layers.items():
-        original = cast(nn.Module, blocks[index].attn)
+        original = blocks[index].attn
         hooks.append(observe(original, partial(_compare, layer, original, squares[index])))
     try:
         for images in batches:
-            cast(Any, teacher).forward_features(images)
+            vit(teacher).forward_features(images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -44,5 +42,5 @@ def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tenso
 def _compare(layer: ConvertedAttention, original: nn.Module, squares: list[Tensor], given: Given) -> None:
     """Add the squares of the difference and of the teacher's output, over what the teacher's layer is given."""
     target = Softmax()(AttentionHost(original).project(*given))
-    out = cast(Any, layer.operator)(layer.project(*given))
+    out = layer.operator(layer.project(*given))
     squares.append(torch.stack([each.double().square().sum() for each in (out - target, target)]))

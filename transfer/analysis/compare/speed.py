@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ....models.families import token_layout
+from ....models.families import image_channels, token_layout
+from ....models.json_types import JsonDict
 from ...cells.records import save_record
 from ..benchmark.cases import load_average, machine
 from ..benchmark.model_cases import attention_macs
@@ -81,13 +82,13 @@ def _images(models: Mapping[str, nn.Module], size: int, batch: int, device: torc
     """Put the models on the device, and return a batch of random images for them."""
     for model in models.values():
         model.to(device).eval().requires_grad_(False)
-    channels = int(cast(Any, next(iter(models.values()))).patch_embed.proj.in_channels)
+    channels = image_channels(next(iter(models.values())))
     return torch.randn(batch, channels, size, size, device=device)
 
 
 def _times(
     models: Mapping[str, nn.Module], images: Tensor, repeats: int, device: torch.device
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Return the times of each model, named as in `Speed`, beside those of the twin."""
     one, many = (
         time_steps({name: step_of(partial(model, some)) for name, model in models.items()}, repeats, device)

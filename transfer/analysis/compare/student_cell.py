@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ....checkpoints.build import published_config
 from ....checkpoints.preprocessing import Preprocessing
-from ....checkpoints.teacher import Teacher, load_teacher
+from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....models.attention.base import AttentionOperator
 from ....models.conversion import convert, converted_layers, new_parameters
 from ....models.families import attention_blocks
+from ....models.json_types import JsonDict
 from ...config import RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build
@@ -86,7 +87,7 @@ def train_cell(stages: Sequence[Stage], cell: Cell, folder: Path, error_batches:
     stopped, steps = train_stages(own).signal, chain(own)
     if stopped is not None:
         return stopped
-    student = load_teacher(f"local-dir:{folder / 'student'}").model
+    student = load_pretrained(f"local-dir:{folder / 'student'}").model
     errors = {} if stages[0].config.teacher.source is None else _errors(own, steps, error_batches)
     return Trained(stage_scores(steps), errors, student)
 
@@ -104,7 +105,7 @@ def stage_scores(steps: Sequence[Stage]) -> list[Score]:
     return scores
 
 
-def _score(name: str, record: dict[str, Any], seconds: float) -> Score:
+def _score(name: str, record: JsonDict, seconds: float) -> Score:
     """Return the score of the trained weights; their average has scores of its own in the log."""
     top1, top5, loss = (float(record[f"test_{key}"]) for key in ("top1", "top5", "loss"))
     return Score(name, top1, top5, loss, seconds, int(record["step"]))
@@ -116,15 +117,16 @@ def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[st
     images = test_images(own[0].config, teacher, count)
     start = build(own[0].config).task.trainable
     students = {ZERO_SHOT: start} | {
-        stage.name: load_teacher(f"local-dir:{stage.config.output_dir / 'student'}").model for stage in steps
+        stage.name: load_pretrained(f"local-dir:{stage.config.output_dir / 'student'}").model
+        for stage in steps
     }
     return {name: layer_errors(teacher.model, student, images) for name, student in students.items()}
 
 
-def teacher_of(config: RunConfig) -> Teacher:
+def teacher_of(config: RunConfig) -> Pretrained:
     """Load the teacher at the size of the student's images."""
     how = config.teacher
-    return load_teacher(
+    return load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
@@ -135,12 +137,12 @@ def teacher_of(config: RunConfig) -> Teacher:
     )
 
 
-def test_images(config: RunConfig, teacher: Teacher, count: int) -> list[Tensor]:
+def test_images(config: RunConfig, teacher: Pretrained, count: int) -> list[Tensor]:
     """Return the first batches of the test set, as the teacher wants them."""
     return [images for images, _, _ in itertools.islice(_loader(config, teacher), count)]
 
 
-def score_teacher(config: RunConfig, teacher: Teacher) -> Score | None:
+def score_teacher(config: RunConfig, teacher: Pretrained) -> Score | None:
     """Measure the teacher's accuracy; None where it has no head for these classes."""
     if not teacher.has_head:
         return None
@@ -148,7 +150,7 @@ def score_teacher(config: RunConfig, teacher: Teacher) -> Score | None:
     return Score(ZERO_SHOT, found.top1, found.top5, found.loss)
 
 
-def _loader(config: RunConfig, teacher: Teacher) -> Any:
+def _loader(config: RunConfig, teacher: Pretrained) -> Any:
     return create_eval_loader(config.data, teacher.preprocessing)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..report.ink import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Array, Theme, new_plots, spread
+from ..report.ink import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, Array, Theme, new_plots, spread
 
-COLORS = {"scratch": GREY, "finetune": BLUE, "copy": ORANGE, "distill": GREEN, "ensemble": PURPLE}
+COLORS = {"scratch": GRAY, "finetune": BLUE, "copy": ORANGE, "distill": GREEN, "ensemble": PURPLE}
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from ....models.json_types import Json, JsonDict
 from ....models.plain_yaml import parse_yaml
 from ...cells.records import Ending, State, cell_state, digest, save_record
 from ...config import RunConfig
@@ -19,7 +20,7 @@ from ...engine.train import train
 TeacherName = Literal["supervised", "mae"]
 TEACHERS: dict[TeacherName, str] = {"supervised": "digits_teacher", "mae": "digits_pretrain"}
 """Each teacher's recipe: all labels, or none and half of each image."""
-POOLING: dict[TeacherName, dict[str, Any]] = {"supervised": {"student": {"global_pool": "avg"}}, "mae": {}}
+POOLING: dict[TeacherName, JsonDict] = {"supervised": {"student": {"global_pool": "avg"}}, "mae": {}}
 """The recipe's class token reads the image; the students' patches do, so their teacher's must."""
 STUDENTS: tuple[tuple[str, TeacherName | None], ...] = (
     ("scratch", None),
@@ -59,7 +60,7 @@ class Cell:
         teacher = "" if self.teacher is None else f" ({self.teacher} teacher)"
         return f"{self.method}{teacher} seed {self.seed}"
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[JsonDict]:
         """Return the epochs of the run's log so far."""
         log = self.folder / "log.jsonl"
         return [record for record in read_log(log) if "n_parameters" in record] if log.exists() else []
@@ -126,7 +127,7 @@ def _teacher(name: TeacherName, runs: Path, quick: bool) -> Cell:
 
 
 def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
-    changes: dict[str, Any] = {"seed": seed, "data": {"label_seed": seed}}
+    changes: JsonDict = {"seed": seed, "data": {"label_seed": seed}}
     if teacher is None:
         name = f"{method}_{seed}"
     else:
@@ -143,14 +144,14 @@ def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
     )
 
 
-def recipe(name: str, folder: Path, changes: Mapping[str, Any]) -> RunConfig:
+def recipe(name: str, folder: Path, changes: Json) -> RunConfig:
     """Return the packaged recipe `name` with the run folder `folder` and `changes`; no tracker."""
     text = resources.files("graftvit.cfgs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     content = _merged(parse_yaml(text), {"engine": {"trackers": []}, **changes, "output_dir": folder})
     return RunConfig.model_validate(content)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(below: Json, above: Json) -> JsonDict:
     both = dict(below)
     for key, value in above.items():
         old = both.get(key)

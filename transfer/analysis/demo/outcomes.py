@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ....checkpoints.preprocessing import Preprocessing
-from ....checkpoints.teacher import load_teacher
+from ....checkpoints.pretrained import load_pretrained
 from ....models.families import token_layout
 from ....models.patches import unfold_patches
 from ...data.loaders import EvalLoader, create_eval_loader, create_train_loader
@@ -82,7 +82,7 @@ def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
 
 def load_student(cell: Cell) -> tuple[nn.Module, Preprocessing]:
     """Load the student of a run, frozen, and the preprocessing of its images."""
-    loaded = load_teacher(f"local-dir:{cell.folder / 'student'}")
+    loaded = load_pretrained(f"local-dir:{cell.folder / 'student'}")
     return loaded.model, loaded.preprocessing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....models.json_types import JsonDict
 from .ink import Array
 
 HEAT, SIGNED = "magma", "RdBu_r"
@@ -25,7 +26,7 @@ def draw_heat(
     `top` has the strongest color. `signed` heat has two colors, and none at zero.
     """
     height, width = picture.shape[:2]
-    frame: dict[str, Any] = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+    frame: JsonDict = {"extent": (0, width, height, 0), "interpolation": "nearest"}
     axes.imshow(picture, cmap="gray", **frame)
     if heat is not None:
         colors = SIGNED if signed else HEAT

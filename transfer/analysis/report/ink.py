@@ -16,7 +16,7 @@ Theme = Literal["light", "dark"]
 Array = NDArray[Any]
 INK: dict[Theme, str] = {"light": "#24292f", "dark": "#dfe3e8"}
 FAINT: dict[Theme, str] = {"light": "#d4d9df", "dark": "#3a414b"}
-GREY, BLUE, ORANGE, GREEN, PURPLE = "#8b949e", "#3b82d6", "#e08a1e", "#12a07a", "#9a63d8"
+GRAY, BLUE, ORANGE, GREEN, PURPLE = "#8b949e", "#3b82d6", "#e08a1e", "#12a07a", "#9a63d8"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#d0503f", "#2aa3b8", "#b8a019", "#c65a9b", "#6b8f3c", "#7a6a58")
 DASHES = ("-", "--", ":")
 

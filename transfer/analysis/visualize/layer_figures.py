@@ -26,14 +26,14 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MapDistance:
     """By layer: Jensen-Shannon divergence of the maps in nats, linear CKA of the patch tokens."""
 
     js: Sequence[float]
     cka: Sequence[float]
 
 
-def draw_layers(models: dict[str, Numbers], between: Comparison | None, theme: Theme) -> Figure:
+def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: Theme) -> Figure:
     """Draw entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
     rows = 1 if between is None else 2
     figure, grid = new_plots(theme, (9.6, 3.0 * rows), rows, 2, grid="y")

@@ -38,7 +38,7 @@ class Look:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.layout.num_prefix, self.layout.grid)
+        return self.layout.geometry
 
     @property
     def signed(self) -> list[bool]:

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ....models.errors import ConfigError
 from ....models.families import attention_shape, token_layout
+from ....models.json_types import JsonDict
 from ..report.heat import HEAT, SIGNED
 from ..report.pages import Plot, data_url, render_page
 from .look import Look, token_name
@@ -50,9 +50,7 @@ def check_page_size(models: Sequence[nn.Module], images: int, layers: int) -> No
         )
 
 
-def map_page(
-    images: Sequence[dict[str, Any]], layers: Sequence[int], query: int, chart: Plot, title: str
-) -> str:
+def map_page(images: Sequence[JsonDict], layers: Sequence[int], query: int, chart: Plot, title: str) -> str:
     """Return the page; `images` are those of `embed`, `chart` the numbers by layer."""
     data = {
         "layers": list(layers),
@@ -65,7 +63,7 @@ def map_page(
     return render_page("visualize/map_page.html", title=title, chart=chart, data=words)
 
 
-def embed(view: View, layers: Sequence[int]) -> dict[str, Any]:
+def embed(view: View, layers: Sequence[int]) -> JsonDict:
     """Return what the page needs of an image: the picture, and each model's maps of the chosen layers."""
     file = io.BytesIO()
     Image.fromarray(view.shown.pixels).save(file, format="PNG")
@@ -79,7 +77,7 @@ def embed(view: View, layers: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _model(look: Look, rolled: Tensor, layers: Sequence[int]) -> dict[str, Any]:
+def _model(look: Look, rolled: Tensor, layers: Sequence[int]) -> JsonDict:
     """Return the maps of the chosen layers, each head and then the rollout, as bytes with a scale a row."""
     weights, scales = [], []
     for layer in layers:

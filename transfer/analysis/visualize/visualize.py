@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from ....checkpoints.atomic import write_bytes, write_text
-from ....checkpoints.teacher import Teacher, load_teacher
+from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....models.errors import TransferError
-from ....models.families import check_supported, token_layout
+from ....models.families import attention_blocks, check_supported, token_layout
+from ....models.json_types import JsonDict
 from ....models.plan import layer_numbers
 from ..report.ink import to_png
 from ..report.pages import Plot
 from ..report.tables import to_json
-from .layer_figures import Comparison, Numbers, draw_layers
+from .layer_figures import MapDistance, Numbers, draw_layers
 from .look import (
     Look,
     Summary,
@@ -50,24 +51,24 @@ def visualize(
     """Write pictures (PNG), `numbers.json` and `index.html` to the folder `out`; returns the path of the page.
 
     Args:
-        source: any source of weights, as of `load_teacher`.
+        source: any source of weights, as of `load_pretrained`.
         images: image files, folders of them, `digits:N`.
         teacher: a source to put beside it, at the same image size.
         queries: numbers of patches, row by row from 0, and names of prefix tokens; the class token by default,
             the patch in the middle where there is none.
         layers: which to show, as in a plan (`0,5,9-11`, `-1`); all by default. Numbers are of all layers.
-        how: `model`, `img_size` and the rest, as of `load_teacher`, for `source`.
+        how: `model`, `img_size` and the rest, as of `load_pretrained`, for `source`.
 
     Raises GraftError: a source or image that cannot be read, a layer or query that is not there, models that do
     not go together, or more maps than a page holds.
     """
-    loaded = {"student": load_teacher(source, **how)}
+    loaded = {"student": load_pretrained(source, **how)}
     student = loaded["student"].model
     check_supported(student, copied=True)
     if teacher is not None:
         loaded["teacher"] = _beside(teacher, loaded["student"])
     layout = token_layout(student)
-    chosen = layer_numbers(layers, len(student.blocks), "--layers")  # type: ignore[arg-type]
+    chosen = layer_numbers(layers, len(attention_blocks(student)), "--layers")
     asked = [query_token(word, layout) for word in queries or [default_query(layout)]]
     shown = read_images(images, loaded["student"].preprocessing)
     check_page_size([each.model for each in loaded.values()], len(shown), len(chosen))
@@ -112,27 +113,27 @@ class Seen:
             for name, found in self.looks.items()
         }
 
-    def comparison(self) -> Comparison | None:
+    def comparison(self) -> MapDistance | None:
         """Return the distance from the teacher; None without one."""
         if not self.js:
             return None
         patches = ([each.patches for each in self.looks[name]] for name in ("teacher", "student"))
-        return Comparison(torch.tensor(self.js).mean(0).tolist(), cka(*patches))
+        return MapDistance(torch.tensor(self.js).mean(0).tolist(), cka(*patches))
 
 
-def _plain(numbers: dict[str, Numbers], between: Comparison | None) -> dict[str, Any]:
+def _plain(numbers: dict[str, Numbers], between: MapDistance | None) -> JsonDict:
     """Return `entropy` and `distance` by layer and head of each model, `js` and `cka` by layer."""
-    models: dict[str, Any] = {
+    models: JsonDict = {
         name: {"entropy": each.entropy.tolist(), "distance": each.distance.tolist()}
         for name, each in numbers.items()
     }
     return models if between is None else models | asdict(between)
 
 
-def _beside(source: str, student: Teacher) -> Teacher:
+def _beside(source: str, student: Pretrained) -> Pretrained:
     """Load the teacher at the student's image size."""
     channels, height, width = student.preprocessing.input_size
-    teacher = load_teacher(source, img_size=(height, width))
+    teacher = load_pretrained(source, img_size=(height, width))
     check_comparable(teacher.model, student.model)
     theirs = teacher.preprocessing.input_size[0]
     if theirs != channels:
@@ -140,7 +141,7 @@ def _beside(source: str, student: Teacher) -> Teacher:
     return teacher
 
 
-def _view(image: Shown, loaded: dict[str, Teacher]) -> View:
+def _view(image: Shown, loaded: dict[str, Pretrained]) -> View:
     """Look at an image with each model, preprocessed for each."""
     looks = {
         name: look(each.model, to_tensor(image.original, each.preprocessing)) for name, each in loaded.items()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Page, browser, find_browser
-from graftvit.checkpoints.teacher import load_teacher
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.transfer.analysis.maps import attention_maps
 from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import visualize

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
@@ -13,6 +11,7 @@ from timm.data import (
     IMAGENET_INCEPTION_STD,
 )
 
+from ...models.json_types import Json
 from ..weights import Weights
 from .keymap import Describe
 
@@ -22,7 +21,7 @@ INCEPTION = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
 NOTE = "normalisation: "
 
 
-def normalised(weights: Weights, statistics: Mapping[str, Any], reason: str) -> Weights:
+def normalized(weights: Weights, statistics: Json, reason: str) -> Weights:
     """`weights` with mean and std, and the one note of the report that says why these."""
     notes = (note for note in weights.notes if not note.startswith(NOTE))
     described = {**weights.pretrained_cfg, **statistics}
@@ -32,7 +31,7 @@ def normalised(weights: Weights, statistics: Mapping[str, Any], reason: str) -> 
 def imagenet(families: str) -> Describe:
     """A description that knows ImageNet's mean and std of `families` and nothing else."""
 
-    def describe(weights: Weights, config: Mapping[str, Any]) -> Weights:
-        return normalised(weights, IMAGENET, f"ImageNet's, as {families}")
+    def describe(weights: Weights, config: Json) -> Weights:
+        return normalized(weights, IMAGENET, f"ImageNet's, as {families}")
 
     return describe

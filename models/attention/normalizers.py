@@ -19,7 +19,7 @@ Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Normaliser:
+class Normalizer:
     """How to normalise, and what holds of the map."""
 
     factors: Callable[[Tensor, Tensor, Tensor, float], Factors]
@@ -51,10 +51,10 @@ def mala(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Fac
     return torch.cat([left + scale * q_BHNF, shift], -1), _with_ones(right)
 
 
-NORMALISERS = {
-    "sum": Normaliser(by_sum, nonnegative=True, divides=True, extra=0),
-    "inline": Normaliser(inline, nonnegative=False, divides=False, extra=1),
-    "mala": Normaliser(mala, nonnegative=False, divides=True, extra=1),
+NORMALIZERS = {
+    "sum": Normalizer(by_sum, nonnegative=True, divides=True, extra=0),
+    "inline": Normalizer(inline, nonnegative=False, divides=False, extra=1),
+    "mala": Normalizer(mala, nonnegative=False, divides=True, extra=1),
 }
 
 

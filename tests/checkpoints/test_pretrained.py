@@ -12,7 +12,7 @@ import timm
 import torch
 from graftvit.checkpoints.describe import describe_teacher, teacher_facts
 from graftvit.checkpoints.position import resample_position
-from graftvit.checkpoints.teacher import Teacher, load_teacher, load_weights
+from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import save_file
 from torch import Tensor, nn

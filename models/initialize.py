@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from typing import Any, Literal, cast
+from typing import Literal
 
 from torch import nn
 
 from .errors import ConfigError, did_you_mean
-from .families import attention_blocks
+from .families import attention_blocks, vit
 
-Weights = Literal["all", "mlp", "none"]
+KeptWeights = Literal["all", "mlp", "none"]
 WEIGHTS: dict[str, str] = {
     "all": "every weight is the teacher's",
     "mlp": "the attention of converted layers is fresh, all other weights are the teacher's",
@@ -19,24 +19,23 @@ WEIGHTS: dict[str, str] = {
 }
 
 
-def initialise(model: nn.Module, layers: Collection[int], weights: str) -> None:
-    """Leaves of the weights of `model`, whose `layers` are converted, what `weights` says; timm draws the others.
+def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
+    """Keep the weights of `model` that `weights` says, and let timm draw the rest; `layers` are the converted ones.
 
     Raises ConfigError: there is no such choice of weights.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r}; {did_you_mean(str(weights), WEIGHTS)}")
     if weights == "none":
-        cast(Any, model).init_weights()
+        vit(model).init_weights()
     elif weights == "mlp":
         fresh = attention_blocks(_fresh(model))
         for index in layers:
-            own, new = (cast(Any, blocks[index]).attn for blocks in (attention_blocks(model), fresh))
-            own.load_state_dict(new.state_dict())
+            attention_blocks(model)[index].attn.load_state_dict(fresh[index].attn.state_dict())
 
 
 def _fresh(model: nn.Module) -> nn.Module:
     """A copy as timm first draws it, with the family's own scales."""
-    fresh: Any = copy.deepcopy(model)
-    fresh.init_weights()
-    return cast(nn.Module, fresh)
+    fresh = copy.deepcopy(model)
+    vit(fresh).init_weights()
+    return fresh

@@ -1,11 +1,10 @@
-"""Loading a teacher, or weights to start from, out of any source."""
+"""Load a model, or weights to start from, from any source."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from timm.models import split_model_name_tag
 from torch import nn
@@ -13,7 +12,8 @@ from torch import nn
 from ..models.conversion import plan_size
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError
-from ..models.families import check_patches
+from ..models.families import check_patches, image_size, patch_size
+from ..models.json_types import Json, JsonDict
 from .architecture import infer_architecture
 from .build import build, check_name, converted, known_fields, published_config, read_timm
 from .class_names import read_names
@@ -34,34 +34,34 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A frozen model in eval mode, and what is known of it."""
+class Pretrained:
+    """A frozen model in eval mode with its description."""
 
     model: nn.Module
     source: str
-    """As the user gave it."""
+    """The source as the user wrote it."""
     architecture: str
     """timm name, without a tag."""
     preprocessing: Preprocessing
-    """How its images are made."""
+    """How its images are prepared."""
     license: str | None
     revision: str | None
     """Commit on the hub."""
     has_head: bool
-    """Whether it classifies, with the weights' own head."""
+    """Whether it has the head of the weights."""
     report: LoadReport
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """What timm's constructor needs besides the architecture."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Of a student of this package: what it learned from and how."""
+    model_args: Json = field(default_factory=dict)
+    """The arguments of timm's constructor beside the architecture."""
+    provenance: Json = field(default_factory=dict)
+    """What a student of this package learned from, and how."""
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where the weights say them."""
     digest: str | None = None
-    """Of the weights as the source has them (`identity.py`), where `load_teacher` was asked for it."""
+    """The digest of the weights in the source (`identity.py`), if `load_pretrained` was asked for it."""
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel, of images in 0..1."""
+        """Mean of each channel, of images in 0..1."""
         return self.preprocessing.mean
 
     @property
@@ -70,11 +70,11 @@ class Teacher:
         return self.preprocessing.std
 
 
-def load_teacher(
+def load_pretrained(
     source: str,
     *,
     model: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: Json | None = None,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     position_embedding: Method = "timm",
@@ -82,8 +82,8 @@ def load_teacher(
     bare: bool = False,
     identified: bool = False,
     download: bool = True,
-) -> Teacher:
-    """Loads a teacher and freezes it.
+) -> Pretrained:
+    """Load a model and freeze it.
 
     Args:
         source: timm name, `hf-hub:org/name[@revision]`, `local-dir:path`, or a weights file; `#ema`, `#teacher`
@@ -103,7 +103,7 @@ def load_teacher(
     UnsupportedModelError: the model does not take images of this size.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    weights = make_whole(read_source(source, asked, revision, download=download), load_teacher, bare=bare)
+    weights = make_whole(read_source(source, asked, revision, download=download), load_pretrained, bare=bare)
     later = late_size(weights, asked, img_size)
     if later is not None:
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
@@ -121,7 +121,11 @@ def load_teacher(
     known = identified and not without_values(tensors)
     if not without_values(tensors):
         logger.info("%s", report)
-    return replace(_teacher(built, source, plan, report), digest=identify(weights) if known else None)
+    return replace(_describe(built, source, plan, report), digest=identify(weights) if known else None)
+
+
+Teacher, load_teacher = Pretrained, load_pretrained
+"""The public names, for a model that teaches."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,9 @@ class ModelPlan:
     """The model that weights belong to: how timm builds it, and the weights under its names."""
 
     architecture: str
-    arguments: dict[str, Any]
+    arguments: JsonDict
     weights: Weights
-    config: Mapping[str, Any]
+    config: Json
     """timm's description of the model."""
 
     @property
@@ -141,12 +145,12 @@ class ModelPlan:
 
 def plan_model(
     weights: Weights,
-    asked: Mapping[str, Any],
+    asked: Json,
     model: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
 ) -> ModelPlan:
-    """The model for `weights`; the arguments are those of `load_teacher`, `asked` its model_args.
+    """The model for `weights`; the arguments are those of `load_pretrained`, `asked` its model_args.
 
     Raises CheckpointError: the architecture is not known, or timm cannot build it so.
     """
@@ -172,32 +176,34 @@ def load_weights(
     revision: str | None = None,
     download: bool = True,
 ) -> LoadReport:
-    """Loads any source into `model`, to train on from there.
+    """Load any source into `model`, to continue training from it.
 
     A head that is absent or of another size stays fresh, and so does the final norm where the pooling
     differs; the report says it. Without `download` the weights behind a timm name are held against the model by their
     shapes alone; a model on the meta device keeps no values in any case.
 
-    Raises CheckpointError as `load_teacher`.
+    Raises CheckpointError as `load_pretrained`.
     """
     weights = read_source(source, {}, revision, download=download)
     refuse_as_start(weights)
-    weights = make_whole(weights, load_teacher, bare=False)
-    size = late_size(weights, {}, getattr(getattr(model, "patch_embed", None), "img_size", None))
+    weights = make_whole(weights, load_pretrained, bare=False)
+    size = late_size(weights, {}, image_size(model))
     resampled: Mapping[str, str] = {}
     if size is not None and size != weights.img_size:
-        twin = load_teacher(source, img_size=size, position_embedding=position_embedding, revision=revision)
+        twin = load_pretrained(
+            source, img_size=size, position_embedding=position_embedding, revision=revision
+        )
         arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     weights = replace(weights, tensors=converted(model, weights.tensors))
-    config: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
+    config: Json = getattr(model, "default_cfg", None) or {}
     report = fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
     return replace(report, resampled={**report.resampled, **resampled})
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a head tells apart."""
+    """The classes of a head."""
 
     num_classes: int = 0
     """0 without a head."""
@@ -208,7 +214,7 @@ class Head:
 def find_head(source: str) -> Head:
     """The head that the weights of a source have; of a timm name by its description.
 
-    Raises CheckpointError as `load_teacher`.
+    Raises CheckpointError as `load_pretrained`.
     """
     config, weights = _look_up(source)
     if weights is None:
@@ -220,12 +226,12 @@ def find_head(source: str) -> Head:
 def read_preprocessing(source: str) -> Preprocessing:
     """What weights say of their images, without building their model; of a timm name nothing is downloaded.
 
-    Raises CheckpointError as `load_teacher`.
+    Raises CheckpointError as `load_pretrained`.
     """
     return Preprocessing.read(_look_up(source)[0])
 
 
-def _look_up(source: str) -> tuple[dict[str, Any], Weights | None]:
+def _look_up(source: str) -> tuple[JsonDict, Weights | None]:
     """timm's description of the weights of a source, and the weights; of a timm name the description alone."""
     parsed = parse_source(source)
     if isinstance(parsed, TimmSource):
@@ -234,14 +240,12 @@ def _look_up(source: str) -> tuple[dict[str, Any], Weights | None]:
     return _described(weights), weights
 
 
-def _described(weights: Weights) -> dict[str, Any]:
-    """What timm says of the architecture, and above it what the weights say of themselves."""
+def _described(weights: Weights) -> JsonDict:
+    """timm's description of the architecture, with what the weights state in place of timm's values."""
     return published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
 
 
-def read_source(
-    text: str, arguments: Mapping[str, Any], revision: str | None = None, *, download: bool = True
-) -> Weights:
+def read_source(text: str, arguments: Json, revision: str | None = None, *, download: bool = True) -> Weights:
     """The weights of a source under timm's names, and all that it says of them.
 
     Raises CheckpointError: there is no such source, it cannot be read, or what it or `arguments` say of a model cannot
@@ -251,7 +255,7 @@ def read_source(
     return check_description(_read_source(text, arguments, revision, download))
 
 
-def _read_source(text: str, arguments: Mapping[str, Any], revision: str | None, download: bool) -> Weights:
+def _read_source(text: str, arguments: Json, revision: str | None, download: bool) -> Weights:
     source = parse_source(text)
     if revision is not None:
         if not isinstance(source, HubSource | TimmSource):
@@ -292,12 +296,12 @@ def _with_architecture(weights: Weights, model: str | None) -> Weights:
     return weights
 
 
-def _classifiers(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _classifiers(config: Json) -> tuple[str, ...]:
     names = config.get("classifier") or "head"
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _without_origin(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+def _without_origin(config: Json, weights: Weights) -> JsonDict:
     """timm's description of the model without what it says of other weights of the same architecture."""
     own = weights.pretrained_cfg
     foreign = {
@@ -315,9 +319,9 @@ def _without_origin(config: Mapping[str, Any], weights: Weights) -> dict[str, An
 
 
 def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
-    """Of the head that the weights have, 0 without one.
+    """The number of classes of the head in the weights, 0 without a head.
 
-    Raises CheckpointError: they have a half of it, or say another number.
+    Raises CheckpointError: half of the head is missing, or the weights state another number.
     """
     parts = [key for key in weights.tensors if key.rpartition(".")[0] in classifiers]
     head = weights.tensors.get(f"{classifiers[0]}.weight")
@@ -334,13 +338,13 @@ def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
 
 def _target_size(
     weights: Weights,
-    arguments: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    arguments: Json,
+    asked: Json,
     img_size: int | tuple[int, int] | None,
 ) -> tuple[Weights, tuple[int, int] | None]:
     """The weights under timm's names with the size that they were trained at, and the size to build for."""
     name = split_model_name_tag(str(weights.architecture))[0]
-    probe: Any = build(name, arguments, on_meta=True, within=weights.tensors)
+    probe = build(name, arguments, on_meta=True, within=weights.tensors)
     weights = replace(weights, tensors=converted(probe, weights.tensors))
     if weights.img_size is None and asked.get("img_size") is not None:
         weights = replace(weights, model_args={**weights.model_args, "img_size": asked["img_size"]})
@@ -350,7 +354,7 @@ def _target_size(
     grid = source_grid(probe, weights)
     if grid is None:
         return weights, weights.img_size if "img_size" in weights.model_args else None
-    height, width = probe.patch_embed.patch_size
+    height, width = patch_size(probe)
     native = (grid[0] * height, grid[1] * width)
     # The images need not be a multiple of the patch; where they say their own size, that is kept.
     declared = weights.img_size
@@ -358,11 +362,11 @@ def _target_size(
     return weights, declared if same else native
 
 
-def _teacher(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport) -> Teacher:
+def _describe(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport) -> Pretrained:
     model.requires_grad_(False)
     model.eval()
     weights, arguments = plan.weights, plan.arguments
-    return Teacher(
+    return Pretrained(
         model=model,
         source=source,
         architecture=plan.architecture,
