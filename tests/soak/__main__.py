@@ -17,7 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 import yaml
 from cluster_runs import ClusterRun, assert_undisturbed, cluster_run

@@ -34,7 +34,7 @@ from graftvit.transfer.engine.train import train
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-TESTS = Path(__file__).parents[2]
+SUPPORT = Path(__file__).parents[2] / "support"
 TOLERANCE = 1e-5
 """Relative, in float32: the processes add the same gradients in another order."""
 NEEDS_FSDP = pytest.mark.skipif(
@@ -89,8 +89,8 @@ def check(run: RunConfig, meta: dict[str, Any], images: TrainLoader, processes: 
 
 def elastic(scenario: str, folder: Path, wrap: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, str(TESTS / "engine_elastic.py"), scenario, str(folder), wrap],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
+        [sys.executable, str(SUPPORT / "engine_elastic.py"), scenario, str(folder), wrap],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-TESTS = Path(__file__).parents[2]
+SUPPORT = Path(__file__).parents[2] / "support"
 NEEDS_FSDP = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"
 )
@@ -20,9 +20,9 @@ FSDP = pytest.param("fsdp", marks=NEEDS_FSDP)
 
 
 def killer(scenario: str, folder: Path, ranks: int, wrap: str) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
     done = subprocess.run(
-        [sys.executable, str(TESTS / "engine_killer.py"), scenario, str(folder), str(ranks), wrap],
+        [sys.executable, str(SUPPORT / "engine_killer.py"), scenario, str(folder), str(ranks), wrap],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -20,7 +20,7 @@ from graftvit.transfer.engine.train import train
 from graftvit.transfer.engine.waiting import CommunicationTimer
 from torch import nn
 
-TESTS = Path(__file__).parents[2]
+SUPPORT = Path(__file__).parents[2] / "support"
 
 
 def timed(folder: Path) -> list[dict[str, Any]]:
@@ -63,8 +63,8 @@ def test_looking_at_the_test_set_is_no_waiting(tmp_path: Path, monkeypatch: pyte
 
 def test_a_slow_process_is_what_the_others_wait_for(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(TESTS / "engine_waits.py"), str(tmp_path / "run"), "0.3"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
+        [sys.executable, str(SUPPORT / "engine_waits.py"), str(tmp_path / "run"), "0.3"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
