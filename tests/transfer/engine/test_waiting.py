@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,8 @@ from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.engine.waiting import CommunicationTimer
+from scenarios import RunScenario
 from torch import nn
-
-SUPPORT = Path(__file__).parents[2] / "support"
 
 
 def timed(folder: Path) -> list[dict[str, Any]]:
@@ -61,15 +56,9 @@ def test_looking_at_the_test_set_is_no_waiting(tmp_path: Path, monkeypatch: pyte
         assert record["data_wait"] * record["seconds"] < 0.4
 
 
-def test_a_slow_process_is_what_the_others_wait_for(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "engine_waits.py"), str(tmp_path / "run"), "0.3"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["ends"] == [0, 0], done.stderr[-4000:]
+def test_a_slow_process_is_what_the_others_wait_for(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("engine_waits", tmp_path / "run", 0.3)
+    assert report["ends"] == [0, 0]
     steps = [record["step"] for record in report["log"] if "comm_wait" in record]
     assert steps == [2, 2, 4, 4, 6, 6], "an interval and an epoch end at each"
     assert all(0.5 < record["comm_wait"] <= 1 for record in report["log"] if "comm_wait" in record)
