@@ -151,7 +151,7 @@ def check(run: ClusterRun, ledger: Ledger) -> None:
     attempts = run.jobs.attempts()
     ledger.note("attempts", run=run.folder.name, count=len(attempts), submissions=len(known))
     try:
-        assert_undisturbed(run, ranks=4 if run.folder.name == "two-nodes" else 1)
+        assert_undisturbed(run, ranks=2 if run.folder.name == "two-nodes" else 1)
     except (AssertionError, OSError) as error:
         ledger.fault(f"{run.folder} differs from an undisturbed run: {str(error)[:500]}")
     else:

@@ -217,6 +217,7 @@ def test_a_step_does_not_wait_for_the_device(
     assert counts == [0] * 16
 
 
+@pytest.mark.slow
 def test_the_task_compiles_in_one_graph(tmp_path: Path, teacher: Path) -> None:
     for method in ("distill", "copy"):
         run = config(tmp_path, teacher, student={"drop_path": 0.0}, transfer={"method": method})
