@@ -21,11 +21,6 @@ from graftvit.transfer.engine.train import train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "vit")
-
-
 def student_state(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in state(folder).items() if k.startswith(prefix)}
 
