@@ -1,9 +1,20 @@
-"""`python -m graftvit.launch`, for launchers that start a module: `torchrun -m graftvit.launch train ...`."""
+"""The command itself, as `graftvit` and as `python -m graftvit.launch`, which launchers such as torchrun start."""
 
 from __future__ import annotations
 
 import sys
 
-from .cli import main
 
-sys.exit(main())
+def main() -> int:
+    """As `cli.main`; Ctrl-C while that is loaded ends no differently from one afterwards."""
+    try:
+        from .cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        sys.stderr.write("graftvit: stopped by Ctrl-C\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

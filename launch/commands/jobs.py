@@ -27,13 +27,12 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Print a table, one run at length, or JSON."""
-    from ..slurm.jobs_text import describe, to_json, write_table
-    from ..slurm.watch import problems, watch
+    from ..slurm.jobs_text import describe, problems, to_json, watch, write_table
 
     arguments = _parse(argv)
     if arguments.watch:
         try:
-            watch(lambda: _look(arguments, tries=1), sys.stdout)
+            watch(lambda: _look(arguments, tries=1), sys.stdout, _none(arguments))
         except KeyboardInterrupt:  # the way to leave it, and no failure
             say("\n")
         return 0

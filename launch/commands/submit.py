@@ -12,8 +12,8 @@ from ..say import say
 from ..submitted import SUBMITTED
 
 if TYPE_CHECKING:
-    from ..slurm.layers import Asked
-    from ..slurm.requests import Plan
+    from ..slurm.requests import SubmissionPlan
+    from ..slurm.setting_layers import Asked
     from ..slurm.settings import ClusterConfig
 
 EXAMPLES = (
@@ -36,8 +36,8 @@ def run(argv: list[str]) -> int:
     """Check, show or submit."""
     if argv and argv[0] in SUBMITTED:
         return _run_work(argv)
-    from ..slurm.flags import add_cluster_flags, asked_by
-    from ..slurm.unbroken import stoppable
+    from ..slurm.lock import stoppable
+    from ..slurm.setting_layers import add_cluster_flags, asked_by
 
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser("submit", DESCRIPTION, EXAMPLES, usage)
@@ -64,8 +64,8 @@ def run(argv: list[str]) -> int:
 
 def _run_work(argv: list[str]) -> int:
     """A command that is no run: what is no flag of the cluster is the command's."""
-    from ..slurm.flags import add_cluster_flags, asked_by
-    from ..slurm.unbroken import stoppable
+    from ..slurm.lock import stoppable
+    from ..slurm.setting_layers import add_cluster_flags, asked_by
 
     command = argv[0]
     parser = command_parser(
@@ -84,8 +84,8 @@ def _run_work(argv: list[str]) -> int:
     add_cluster_flags(parser)
     own, words = split_words(parser, argv)
     arguments = parser.parse_args(own)
-    from ..slurm.work import describe as describe_work
-    from ..slurm.work import plan_work
+    from ..slurm.requests import describe as describe_work
+    from ..slurm.requests import plan_work
 
     asked = asked_by(arguments)
     config = asked.config()
@@ -103,11 +103,11 @@ def _early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[],
 
 
 def _show_or_send(
-    arguments: argparse.Namespace, asked: Asked, plan: Plan, config: ClusterConfig, before: str = ""
+    arguments: argparse.Namespace, asked: Asked, plan: SubmissionPlan, config: ClusterConfig, before: str = ""
 ) -> int:
     """Prints what would be submitted, or submits it; `before` is said first."""
-    from ..slurm.layers import describe
     from ..slurm.preview import preview
+    from ..slurm.setting_layers import describe
     from ..slurm.submission import check, send
 
     unchecked = arguments.unchecked

@@ -1,4 +1,7 @@
-"""A submission from its checks to its job numbers."""
+"""A submission, from its checks to its job numbers.
+
+For a folder that already holds a run, it says what the run resumes from and which settings change, without torch.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,30 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...models.errors import ConfigError, DataError, GraftError
+import yaml
+
+from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
+from ...transfer.engine.resume import changes, describe_changes, differences, settings
+from ..config import load_config
 from ..hints import hint
 from ..say import say_aside
-from .again import describe_again, refuse_finished
 from .ask import NoAnswerError
 from .batch import Launch, Request, job_name, new_identity
 from .checks import check_commands, check_folder, check_resources
+from .job_folder import JobFolder, newest_state
 from .jobs import judge_jobs
+from .known_runs import remember
 from .lock import submitting
 from .lookup import home
-from .registry import remember
-from .requests import Plan
+from .requests import SubmissionPlan
+from .run_progress import current_stage, read_progress
 from .settings import ClusterConfig
 from .submit import submit, test_only
-from .sweep import check_folder as check_sweep
+from .sweep import check_sweep
 
 
-def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
+def check(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """Returns what the job has to wait for, if anything.
 
     Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for.
@@ -42,7 +50,7 @@ def check_early(config: ClusterConfig) -> None:
         check_resources(config, config.cpus_per_task or 1)
 
 
-def check_cluster(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
+def check_cluster(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """The part of `check` that needs no torch, and is quick."""
     _check_machine(plan, config)
     if plan.comparison:
@@ -59,7 +67,7 @@ def check_cluster(plan: Plan, config: ClusterConfig, *, unchecked: bool = False)
     return test_only(launch_of(plan, config))
 
 
-def check_runs(plan: Plan, config: ClusterConfig) -> list[str]:
+def check_runs(plan: SubmissionPlan, config: ClusterConfig) -> list[str]:
     """The part of `check` that is slow: the plan of each run in words."""
     if not plan.configs:
         return []
@@ -78,7 +86,7 @@ def check_runs(plan: Plan, config: ClusterConfig) -> list[str]:
     return plans
 
 
-def send(plan: Plan, config: ClusterConfig, waits: str = "") -> str:
+def send(plan: SubmissionPlan, config: ClusterConfig, waits: str = "") -> str:
     """Submits what has to wait for `waits`, and says which jobs these are and what to do next."""
     launch = launch_of(plan, config)
     with submitting(home(plan.folder)):
@@ -114,7 +122,7 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
             raise
         raise type(error)(f"{error}; job {made} for the teacher was submitted, and goes on") from error
     cells = len(jobs) > 1 or launch.folder != launch.requests[0].output_dir
-    count = f" ({len(jobs)} cell{'s' if len(jobs) > 1 else ''})" if cells else ""
+    count = f" ({counted(len(jobs), 'cell')})" if cells else ""
     return (
         f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {launch.folder}\n"
         f"  {hint('jobs', launch.folder)}\n  {hint('logs', launch.requests[0].output_dir, '--follow')}\n"
@@ -127,12 +135,12 @@ def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
     return config.cpus_per_task or 1 + max((run.data.workers for run in configs), default=0)
 
 
-def launch_of(plan: Plan, config: ClusterConfig) -> Launch:
+def launch_of(plan: SubmissionPlan, config: ClusterConfig) -> Launch:
     """The runs of `plan` with what they ask of the cluster."""
     return Launch(job_name(plan.folder), plan.folder, plan.requests, config, cores(plan.configs, config))
 
 
-def _check_machine(plan: Plan, config: ClusterConfig) -> None:
+def _check_machine(plan: SubmissionPlan, config: ClusterConfig) -> None:
     """Raises ConfigError where more is asked for than one machine or process is."""
     if config.cluster != "slurm" and config.nodes > 1:
         raise ConfigError(
@@ -149,7 +157,7 @@ def _check_machine(plan: Plan, config: ClusterConfig) -> None:
         )
 
 
-def _check_comparison(plan: Plan, config: ClusterConfig) -> None:
+def _check_comparison(plan: SubmissionPlan, config: ClusterConfig) -> None:
     if config.world_size > 1:
         raise ConfigError(
             f"a cell of a comparison is one process, and {config.nodes} x {config.tasks} are asked for: "
@@ -173,7 +181,7 @@ def _refuse_inner(folder: Path) -> None:
         )
 
 
-def _refuse_second(plan: Plan, config: ClusterConfig) -> None:
+def _refuse_second(plan: SubmissionPlan, config: ClusterConfig) -> None:
     """Raises ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
     _refuse_inner(plan.folder)
     first = [] if plan.first is None else [plan.first]
@@ -208,3 +216,87 @@ def _check_data(run: RunConfig, config: ClusterConfig) -> None:
         if config.cluster != "slurm":
             raise
         raise DataError(f"{error}; where data are on the nodes alone, `--unchecked` does not look") from error
+
+
+OF_ONE_JOB = ("dependency", "profile", "shared_folders", "sbatch.kill_on_invalid_dep")
+"""Resources whose change changes nothing in the run."""
+
+
+def describe_again(plan: SubmissionPlan, config: ClusterConfig) -> str:
+    """One line; empty where all is new, or each job begins anew anyway."""
+    if not plan.configs or plan.comparison:
+        return ""
+    if plan.sweep is not None:
+        return _describe_cells(plan)
+    run = plan.configs[0]
+    stage = current_stage(plan.folder)
+    if not (stage / "config.yaml").is_file():
+        return ""
+    changed = _changed_settings(stage, plan) | _changed_resources(plan.folder, config)
+    return f"{_place(stage, run)}; {describe_changes(changed) or 'nothing changed'}"
+
+
+def refuse_finished(plan: SubmissionPlan) -> None:
+    """Raises ConfigError where a single run has nothing left to train, for a job that would find nothing to do."""
+    single = len(plan.configs) == 1 and not plan.comparison and plan.sweep is None
+    if single and JobFolder(plan.folder).finished and _has_finished(plan.folder, plan.configs[0]):
+        raise ConfigError(
+            f"{plan.folder} has finished: there is nothing left to train; give more --epochs or another --output_dir, "
+            "or --unchecked, which submits it all the same"
+        )
+
+
+def _has_finished(folder: Path, run: RunConfig) -> bool:
+    done, limit = read_progress(folder), run.optim.max_steps
+    return run.output_dir == folder and (done.step >= limit if limit else done.epoch >= run.optim.epochs)
+
+
+def _describe_cells(plan: SubmissionPlan) -> str:
+    begun = sum(1 for request in plan.requests if newest_state(request.output_dir))
+    verb = "goes on with what it has" if begun == 1 else "go on with what they have"
+    return f"{begun} of {len(plan.requests)} cells {verb} saved" if begun else ""
+
+
+def _place(stage: Path, run: RunConfig) -> str:
+    """Where the run goes on."""
+    if not newest_state(stage):
+        return "begins anew, as nothing was saved"
+    done, limit = read_progress(stage), run.optim.max_steps
+    if stage != run.output_dir:
+        return f"resumes in stage {stage.name} at epoch {done.epoch + 1}"
+    if _has_finished(stage, run):
+        return "has finished: nothing is left to train"
+    return f"resumes at epoch {done.epoch + 1} of {f'a run of {limit} steps' if limit else run.optim.epochs}"
+
+
+def _changed_settings(stage: Path, plan: SubmissionPlan) -> dict[str, tuple[object, object]]:
+    """As the run had them; of stages, which have their student from the one before, as they were submitted."""
+    run = plan.configs[0]
+    if stage != run.output_dir:
+        path, text = next(iter(plan.frozen.items()))
+        try:
+            return differences(_by_stage(path.read_text(encoding="utf-8")), _by_stage(text))
+        except (OSError, yaml.YAMLError, KeyError, TypeError):  # it was removed, or had no stages
+            return {}
+    try:
+        before = load_config(stage)
+    except GraftError:  # of another version
+        return {}
+    origins = {"teacher": {"revision": before.teacher.revision}}
+    return changes({"config": settings(before), "origins": origins}, run)
+
+
+def _by_stage(frozen: str) -> dict[str, object]:
+    """Name -> settings."""
+    return {stage["name"]: stage for stage in yaml.safe_load(frozen)["stages"]}
+
+
+def _changed_resources(folder: Path, config: ClusterConfig) -> dict[str, tuple[object, object]]:
+    submission = JobFolder(folder).submission()
+    if submission is None:
+        return {}
+    now = {
+        name: value for name, value in config.model_dump(mode="json").items() if name in submission.resources
+    }
+    found = differences(submission.resources, now)
+    return {key: values for key, values in found.items() if key not in OF_ONE_JOB}

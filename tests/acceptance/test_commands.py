@@ -16,7 +16,7 @@ import pytest
 import timm
 from cut_recipes import SMALL, Cut, command
 from graftvit.launch.cli import main
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from measure import measure
 from patience import until
 from photos import CLASSES

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from engine_runs import config, make_teacher
 from graftvit.launch.cli import main
-from graftvit.launch.slurm import checks, inventory
+from graftvit.launch.slurm import checks
+from graftvit.launch.slurm import checks as inventory
 from graftvit.launch.slurm.checks import check_commands, check_folder
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError

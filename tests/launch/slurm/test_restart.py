@@ -13,7 +13,7 @@ from graftvit.launch.slurm import ask as asking
 from graftvit.launch.slurm import restart as module
 from graftvit.launch.slurm.batch import Launch, Request, script
 from graftvit.launch.slurm.failures import Failure, Kind
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.restart import Verdict, judge, main
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
@@ -126,7 +126,7 @@ def test_the_limit_names_the_flag(run: Run) -> None:
     run.attempt(LOST)
     verdict = run.verdict(max_restarts=1)
     assert verdict is not None
-    assert "1 restarts in a row brought no new state (--max_restarts)" in verdict.why
+    assert "1 restart in a row brought no new state (--max_restarts)" in verdict.why
 
 
 def test_a_new_state_begins_the_count_anew(run: Run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, held, tasks_of
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from patience import until
 from slurm_cluster import SlurmCluster
 from slurm_processes import marked
