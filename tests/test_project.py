@@ -29,11 +29,14 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+parsed = functools.cache(ast.parse)
+
+
 def imported_packages(path: Path) -> set[str]:
     """The packages of the project that a file imports, from anywhere in it."""
     inside = list(path.relative_to(ROOT).parent.parts)
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("graftvit.")}
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -92,7 +95,7 @@ def test_package_files_say_what_they_are() -> None:
 
 def test_the_library_neither_prints_nor_asserts_nor_leaves() -> None:
     for path in PACKAGE_FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path.read_text())):
             place = f"{name_of(path)}: line {getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Assert):
                 # only to tell the type checker what the code above has made sure of
@@ -111,7 +114,7 @@ def test_nothing_is_left_for_later() -> None:
 
 def test_no_pickle_is_executed() -> None:
     for path in PACKAGE_FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert not re.search(r"(pickle|dill)\.\w*([lL]oad|[uU]npickler)", called), f"{path}: {called}"
             if isinstance(node, ast.Call) and called == "torch.load":
@@ -195,7 +198,7 @@ def attributes_read() -> set[str]:
     for path in PACKAGE_FILES:
         if path.name == "config.py" and path.parent.name == "transfer":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names.add(node.attr)
     return names
@@ -244,7 +247,7 @@ def test_names_of_modes_and_methods_are_compared_in_their_registries_alone() -> 
     for path in PACKAGE_FILES:
         if path.name in OTHER_NAMES:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path.read_text())):
             compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
             prefixes = node.args if isinstance(node, ast.Call) and _is_prefix_test(node) else []
             texts = {
