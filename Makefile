@@ -1,7 +1,9 @@
 # Each target sets up what it needs in .venv; only Python >= 3.10 and make must be there.
 #   make demo    the whole story on digits, a report in demo/report.html   (QUICK=1: one seed)
 #   make compare one teacher, every attention operator, a report in compare/compare.html
-#   make test    the tests, on a normal (not editable) install             (ARGS="tests/launch -k recipe")
+#   make test    what matters on any machine, in minutes, on a normal (not editable) install
+#                                                                          (ARGS="tests/launch -k recipe")
+#   make test-all  the same, then the rest: the slow tests, the browser, a Slurm cluster of this machine
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
 #   make bench   time and memory against the dense form, results in benchmarks/
@@ -22,7 +24,7 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo compare test acceptance lint bench dev install clean
+.PHONY: demo compare test test-all acceptance lint bench dev install clean
 
 demo: install
 	$(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
@@ -31,7 +33,11 @@ compare: install
 	$(BIN)/graftvit compare digits_compare --output_dir compare $(ARGS)
 
 test: install
-	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not slurm" $(ARGS)
+
+# Most of the rest waits for other processes, so there are two workers a core.
+test-all: test
+	$(BIN)/pytest -n $(shell expr 2 '*' $$(nproc 2>/dev/null || echo 2)) --dist worksteal -m "slow or slurm" $(ARGS)
 
 # The tests of one model run in one process, which trains it once.
 acceptance: install

@@ -1,18 +1,17 @@
-"""docs/efficiency.md, the stored results and the claims of the operators say the same; claims hold on this machine."""
+"""docs/efficiency.md, the stored results and the claims of the operators say the same."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
-from benchmark_rows import case
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.claims import FASTER_FROM
 from graftvit.models.operators import OPERATORS
 from graftvit.transfer.analysis.benchmark.benchmark_tables import crossover_table, size_table
 from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Results, Row, read_results
-from graftvit.transfer.analysis.benchmark.operator_cases import Layer, measure_operator
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 4096
@@ -66,10 +65,10 @@ def test_operators_of_linear_cost_claim_or_are_measured_to_be_slower(results: Re
     assert all(measured(results)[name].ratio < 1 for name in silent)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FASTER_FROM))
-def test_the_claim_holds_here(name: str) -> None:
-    """Over all quartiles but the last: other work on the machine makes single rounds slow."""
-    row = measure_operator(case(name, size=TOKENS), Layer(heads=1, head_dim=64), repeats=5)
-    assert row.low < row.softmax
-    assert row.ratio > 1
+def test_a_claim_rests_on_fewer_multiplications(name: str) -> None:
+    """What time a machine takes is measured by `make bench`; this holds on each."""
+    side = math.isqrt(FASTER_FROM[name])
+    shape = LayerShape(1, 64, Geometry(0, (side, side)))
+    claimed, softmax = (OPERATORS[each](shape).macs(shape.geometry) for each in (name, SOFTMAX))
+    assert claimed < softmax

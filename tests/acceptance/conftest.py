@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 from hub_uploads import client_environment, serve_uploads, use_hub
-from support.photos import make_photo_folder
-from support.plain_timm import PlainTimm
+from photos import make_photo_folder
+from plain_timm import PlainTimm
 
 
 @pytest.fixture(scope="session")

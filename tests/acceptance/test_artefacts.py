@@ -23,10 +23,10 @@ from graftvit.launch.cli import main
 from graftvit.transfer.analysis.maps import attention_maps
 from graftvit.transfer.analysis.visualize.measures import entropy
 from hub_server import Hub
+from measure import measure
+from photos import CLASSES, SPLITS
 from PIL import Image
-from support.measure import measure
-from support.photos import CLASSES, SPLITS
-from support.plain_timm import PlainTimm
+from plain_timm import PlainTimm
 
 MODEL = "vit_tiny_patch16_224"
 ARGUMENTS = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -12,8 +12,8 @@ import timm
 import yaml
 from graftvit.launch.cli import main
 from graftvit.launch.config import read_recipe
-from support.measure import measure
-from support.photos import CLASSES
+from measure import measure
+from photos import CLASSES
 
 SHORT = {"batch_size": 4, "repeats": 2, "speed_img_size": [], "error_batches": 1}
 

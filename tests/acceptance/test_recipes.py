@@ -14,13 +14,13 @@ from typing import Any
 import graftvit
 import pytest
 import timm
+from cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
 from graftvit.launch.cli import main
 from graftvit.launch.config import load_config
 from graftvit.launch.recipes import recipe_names
-from support.cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
-from support.interrupting import terminated_after
-from support.measure import measure
-from support.plain_timm import PlainTimm
+from interrupting import terminated_after
+from measure import measure
+from plain_timm import PlainTimm
 
 DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""

@@ -2,7 +2,7 @@
 
 Each case ends in success with the right numbers or in one sentence. By hand, from the root of the project:
 
-    PYTHONPATH=tests python -m fuzz.files --count 5000 --seed 0
+    PYTHONPATH=tests:tests/support python -m fuzz.files --count 5000 --seed 0
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _end(*_: object) -> None:
 def run(count: int, seed: int, first: int = 0) -> Iterator[dict[str, str | int]]:
     """The results of `count` cases; a process that died or hung at one is a result, and another one goes on."""
     last = first + count
-    paths = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
+    tests = Path(__file__).parents[1]
+    paths = (str(tests), str(tests / "support"), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     while first < last:
         command = [sys.executable, "-m", "fuzz.files", "--serve", "--first", str(first)]

@@ -11,6 +11,7 @@ from fuzz.formats import FORMATS
 COUNT, SHARES = 200, 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_damaged_files(share: int) -> None:
     cases = COUNT // SHARES

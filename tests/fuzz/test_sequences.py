@@ -239,6 +239,7 @@ class Session:
         self.worlds.append(made)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=COUNT or 100,
     derandomize=not COUNT,

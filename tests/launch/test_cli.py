@@ -5,7 +5,6 @@ import logging
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,33 +41,19 @@ def resolved(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str) ->
     return load_config(path)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_no_torch_and_has_examples(command: str) -> None:
+def test_help_imports_no_torch_and_has_examples() -> None:
     code = (
-        "import sys; from graftvit.launch.cli import main; code = main([sys.argv[1], '--help']);"
+        "import sys; from graftvit.launch.cli import main; codes = {main([word, '--help']) for word in sys.argv[1:]};"
         "heavy = {'torch', 'timm', 'accelerate', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules);"
-        "sys.exit(f'imported {heavy}' if heavy else code)"
+        "sys.exit(f'imported {heavy}' if heavy else codes != {0})"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, command], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert f"graftvit {command}" in result.stdout.partition("examples:")[2]
-
-
-@pytest.mark.slow
-def test_help_is_quick_beside_a_bare_interpreter() -> None:
-    def best_of(command: list[str]) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            subprocess.run(command, capture_output=True, check=True)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    bare = best_of([sys.executable, "-c", "pass"])
-    # pydantic and yaml take about 0.3 s on a slow core; torch alone takes over 2 s
-    assert best_of([sys.executable, "-m", "graftvit.launch", "train", "--help"]) < 20 * bare + 1
+    _, *examples = result.stdout.split("examples:")
+    assert len(examples) == len(COMMANDS)
+    assert all(f"graftvit {command}" in text for command, text in zip(COMMANDS, examples, strict=True))
 
 
 def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         load_comparison(write_config(tmp_path / ".", {}))
 
 
+@pytest.mark.slow
 def test_all_cells_are_timed_again_in_the_same_rounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

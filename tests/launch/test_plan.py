@@ -18,7 +18,7 @@ from graftvit.launch.plan import describe_plan
 from graftvit.models.errors import ConfigError, GraftError, TransferError
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
-from support.tiny_weights import write_stand_in
+from tiny_weights import write_stand_in
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 STUDENT = [

@@ -127,6 +127,7 @@ def test_a_trained_student_is_loaded_by_timm_alone(
     assert str(tmp_path) not in card.content
 
 
+@pytest.mark.slow
 def test_a_trained_and_converted_student_is_loaded_by_graftvit(
     hub: tuple[Hub, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,8 @@ FIRST = {case.operator: case for case in reversed(CASES) if case.operator != "so
 BIASED = ("beit", "beit_shared")
 FAMILIES = [family for family in dense.FAMILIES if family not in BIASED]
 SIZE, OTHER = (32, 48), (48, 24)
+TYPICAL = ("linear", "window")
+"""Operators of every token alike and of the grid; the others meet the families in the slow tests."""
 
 
 def arguments_of(family: str) -> tuple[str, dict[str, Any]]:
@@ -98,8 +101,13 @@ def test_every_operator_has_a_case() -> None:
     assert set(OPERATORS) == {*FIRST, "softmax"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("operator", FIRST)
+@pytest.mark.parametrize(
+    ("operator", "family"),
+    [
+        pair if pair[0] in TYPICAL or pair[1] == "eva02" else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in product(FIRST, FAMILIES)
+    ],
+)
 def test_an_operator_in_a_family(operator: str, family: str, tmp_path: Path) -> None:
     model = teacher(family)
     student = convert(model, plan(operator)).eval()
@@ -175,7 +183,7 @@ def test_a_relative_bias_is_refused_or_honoured(operator: str, family: str) -> N
         convert(model, f"1: {FIRST[operator]}")
 
 
-@pytest.mark.parametrize("operator", FIRST)
+@pytest.mark.parametrize("operator", TYPICAL)
 @pytest.mark.parametrize(
     ("family", "prefix"), [("vit_no_prefix", 0), ("vit", 1), ("deit_distilled", 2), ("dinov2_registers", 5)]
 )

@@ -98,6 +98,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 EXPORTED = [("larger images", "copy"), ("prefix tokens", "copy_k"), ("means", "copy")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "method"), EXPORTED)
 def test_it_is_exported_as_one_graph(case: str, method: str, tmp_path: Any) -> None:
     dual, teacher = pair(case, method, torch.float32)

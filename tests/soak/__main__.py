@@ -17,7 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 import yaml
 from cluster_runs import ClusterRun, assert_undisturbed, cluster_run
@@ -150,7 +151,7 @@ def check(run: ClusterRun, ledger: Ledger) -> None:
     attempts = run.jobs.attempts()
     ledger.note("attempts", run=run.folder.name, count=len(attempts), submissions=len(known))
     try:
-        assert_undisturbed(run, ranks=4 if run.folder.name == "two-nodes" else 1)
+        assert_undisturbed(run, ranks=2 if run.folder.name == "two-nodes" else 1)
     except (AssertionError, OSError) as error:
         ledger.fault(f"{run.folder} differs from an undisturbed run: {str(error)[:500]}")
     else:

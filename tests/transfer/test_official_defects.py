@@ -22,13 +22,9 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
-from graftvit.models.errors import CheckpointError
 from graftvit.models.patches import grid_positions
-from graftvit.transfer.config import DataConfig, OptimConfig, RunConfig
-from graftvit.transfer.data.loaders import create_eval_loader
+from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import meters
-from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.optim import create_optimizer
 from graftvit.transfer.engine.parallel import create_accelerator
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
@@ -116,51 +112,11 @@ def test_04_the_student_runs_alone(method: str) -> None:
     assert torch.equal(plain.eval()(images()), expected)
 
 
-def test_05_layer_decay_counts_the_head_as_a_layer() -> None:
-    student, decay = vit(), 0.5
-    optimizer = create_optimizer(student, student, OptimConfig(layer_decay=decay), 1e-3)
-    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
-    assert scales[id(student.head.weight)] == 1
-    for index, block in enumerate(student.blocks):
-        assert scales[id(block.attn.qkv.weight)] == pytest.approx(decay ** (DEPTH - index))
-    assert scales[id(student.patch_embed.proj.weight)] == pytest.approx(decay ** (DEPTH + 1))
-    assert scales[id(student.pos_embed)] == pytest.approx(decay ** (DEPTH + 1))
-
-
-def test_06_the_teacher_stays_in_eval_mode_and_its_maps_free_of_noise() -> None:
-    teacher = vit(0, drop_path_rate=0.5, proj_drop_rate=0.5)
-    dual = DualViT(teacher, vit(1, drop_path_rate=0.5), "distill").train()
-    assert dual.student.training
-    assert not any(module.training for module in teacher.modules())
-    seen: list[Tensor] = []
-    teacher.blocks[-1].norm1.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    dual(images())
-    dual(images())
-    assert torch.equal(seen[0], seen[1])
-
-
 def test_07_a_teacher_with_a_head_is_welcome(tmp_path: Path) -> None:
     torch.save({"model": vit().state_dict()}, tmp_path / "finetuned.pth")
     teacher = load_teacher(str(tmp_path / "finetuned.pth"), model="vit_tiny_patch16_224", model_args=TINY)
     assert teacher.has_head
     assert torch.equal(teacher.model(images()), vit().eval()(images()))
-
-
-def test_08_unexpected_keys_are_refused_by_name(tmp_path: Path) -> None:
-    weights = {**vit().state_dict(), "blocks.0.attn.surprise": torch.zeros(3)}
-    torch.save({"model": weights}, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.surprise"):
-        load_teacher(str(tmp_path / "odd.pth"), model="vit_tiny_patch16_224", model_args=TINY)
-
-
-def test_09_the_teacher_stops_after_what_is_needed() -> None:
-    teacher = vit(0)
-    dual = DualViT(teacher, vit(1), "distill", layers=":3")
-    norms = calls_of(*(block.norm1 for block in teacher.blocks))
-    rest = calls_of(*(block.mlp for block in teacher.blocks), teacher.norm, teacher.fc_norm, teacher.head)
-    dual(images())
-    assert norms == {0: 1, 1: 1, 2: 1}
-    assert rest == {0: 1, 1: 1}, "of the last block that is needed only the projections"
 
 
 def short_run(folder: Path) -> RunConfig:
@@ -224,24 +180,6 @@ def test_12_half_precision_is_used_where_it_is_asked_for() -> None:
         assert accelerator.scaler is None, "gradients are scaled for fp16 only"
 
 
-def test_13a_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward, steps = Loop._backward, []
-
-    def waits(*_: object) -> None:
-        raise AssertionError("a step waits for the device")
-
-    def guarded(loop: Loop, batch: Tensor, targets: Tensor, index: int) -> None:
-        with monkeypatch.context() as patch:
-            for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
-                patch.setattr(torch.Tensor, name, waits)
-            backward(loop, batch, targets, index)
-        steps.append(len(batch))
-
-    monkeypatch.setattr(Loop, "_backward", guarded)
-    train(short_run(tmp_path))
-    assert steps == [10, 10]
-
-
 def test_13b_a_loss_that_is_not_finite_stops_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = meters.LossHealth()
     watch.record(4, ("loss", "task"), torch.tensor([1.0, 1.0]))
@@ -262,24 +200,6 @@ def test_13c_no_process_leaves_on_its_own() -> None:
             nodes = ast.walk(ast.parse(source))
             called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
             assert not called & {"sys.exit", "exit", "breakpoint", "torch.cuda.synchronize"}, name
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_14_evaluation_sees_every_image_once_whatever_the_number_of_ranks(world_size: int) -> None:
-    spec = Preprocessing((1, 8, 8), (0.5,), (0.5,))
-    config = DataConfig(dataset="digits", eval_batch_size=64, workers=0)
-    loaders = [
-        create_eval_loader(config, spec, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    whole = create_eval_loader(config, spec)
-    assert {loader.num_samples for loader in loaders} == {whole.num_samples}
-    seen: Counter[bytes] = Counter()
-    for loader in loaders:
-        for batch, _, valid in loader:
-            seen.update(image.numpy().tobytes() for image in batch[valid])
-    expected = Counter(image.numpy().tobytes() for batch, _, valid in whole for image in batch[valid])
-    assert seen == expected
-    assert seen.total() == whole.num_samples
 
 
 def test_15_no_folder_or_partition_of_one_cluster_is_built_in() -> None:

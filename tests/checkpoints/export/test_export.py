@@ -29,6 +29,7 @@ MISSING = [name for name in files.PACKAGES if importlib.util.find_spec(name) is 
 NEEDS_ONNX = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed")
 TWO_WAYS = pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=NEEDS_ONNX), ".pt2"])
 BIASED = ("beit", "beit_shared")
+ROTATED = ("dinov3", "eva02")
 UNLIKE = ("vit", "dinov3")
 """Families whose graphs differ most: no rotation and a rotation that depends on the size; the others are slow."""
 
@@ -45,7 +46,7 @@ def onnx() -> Any:
 
 
 def small(family: str = "vit", **changes: Any) -> nn.Module:
-    return tiny(family, dtype=torch.float32, **{"depth": 2, **changes})
+    return tiny(family, dtype=torch.float32, **{"depth": 1, **changes})
 
 
 def runner(path: Path) -> Callable[[Tensor], Tensor]:
@@ -67,9 +68,9 @@ def agrees(path: Path, model: nn.Module, *sizes: tuple[int, int], batches: tuple
 
 
 @TWO_WAYS
-@each(FAMILIES)
-def test_every_family_with_any_number_of_images(family: str, suffix: str, tmp_path: Path) -> None:
-    model, path = small(family), tmp_path / f"model{suffix}"
+@each(("vit", *ROTATED, *BIASED))
+def test_any_number_of_images_of_one_size(family: str, suffix: str, tmp_path: Path) -> None:
+    model, path = small(family, depth=2), tmp_path / f"model{suffix}"  # two, which may share what they read
     report = export_model(model, path)
     agrees(path, model)
     assert report.error <= 1e-5
@@ -80,7 +81,7 @@ def test_every_family_with_any_number_of_images(family: str, suffix: str, tmp_pa
 
 @TWO_WAYS
 @each(name for name in FAMILIES if name not in BIASED)
-def test_any_resolution(family: str, suffix: str, tmp_path: Path) -> None:
+def test_every_family_with_any_number_of_images_of_any_size(family: str, suffix: str, tmp_path: Path) -> None:
     model, path = small(family, dynamic_img_size=True), tmp_path / f"model{suffix}"
     report = export_model(model, path, dynamic=("batch", "resolution"))
     agrees(path, model, (32, 48), (64, 24), (16, 80), (48, 48))
@@ -93,7 +94,7 @@ def test_any_resolution(family: str, suffix: str, tmp_path: Path) -> None:
 
 
 @NEEDS_ONNX
-@each(["vit", "qk_norm", "beit", "dinov3"])
+@each(["vit", "qk_norm", "beit"])
 def test_hosted_attention_is_exported(family: str, tmp_path: Path) -> None:
     model = small(family)
     host_attention(model)
@@ -102,9 +103,9 @@ def test_hosted_attention_is_exported(family: str, tmp_path: Path) -> None:
 
 
 @TWO_WAYS
-@each(["vit", "dinov2_registers", "eva02"])
+@each(["vit", "eva02"])
 def test_a_converted_model_is_exported_with_its_plan(family: str, suffix: str, tmp_path: Path) -> None:
-    model, path = convert(small(family, dynamic_img_size=True), "0: linear"), tmp_path / f"model{suffix}"
+    model, path = convert(small(family, dynamic_img_size=True), "*: linear"), tmp_path / f"model{suffix}"
     report = export_model(model, path, dynamic=("batch", "resolution"))
     agrees(path, model, (32, 48), (40, 24))
     assert "linear" in report.metadata["plan"]
@@ -117,10 +118,10 @@ def test_a_converted_model_is_exported_with_its_plan(family: str, suffix: str, t
 def test_an_operator_that_a_graph_ties_to_a_grid_is_refused(
     operator: str, suffix: str, tmp_path: Path
 ) -> None:
-    model = convert(small(dynamic_img_size=True), f"1: {operator}")
+    model = convert(small(dynamic_img_size=True), f"0: {operator}")
     name = operator.partition("(")[0]
     with pytest.raises(
-        UnsupportedModelError, match=rf"'{name}' in layer 1 holds for one grid alone.*fixed size"
+        UnsupportedModelError, match=rf"'{name}' in layer 0 holds for one grid alone.*fixed size"
     ):
         export_model(model, tmp_path / f"model{suffix}", dynamic=("batch", "resolution"))
     assert not list(tmp_path.iterdir())
@@ -231,7 +232,7 @@ def test_the_model_and_the_random_state_stay_as_they_were(tmp_path: Path) -> Non
 def test_nothing_is_said(
     suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: Any
 ) -> None:
-    export_model(small(depth=1), tmp_path / f"model{suffix}")
+    export_model(small(), tmp_path / f"model{suffix}")
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
 
@@ -334,7 +335,7 @@ def test_mistakes_are_named(name: str, how: dict[str, Any], message: str, tmp_pa
     (tmp_path / "there.pt2").touch()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(GraftError, match=message) as caught:
-        export_model(small(depth=1), tmp_path / name, **how)
+        export_model(small(), tmp_path / name, **how)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
     assert sorted(tmp_path.iterdir()) == before
@@ -351,7 +352,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         CheckpointError, match=r"ONNX needs onnxruntime, not installed: pip install 'graftvit\[exp"
     ):
         export_source("no-such-model", tmp_path / "model.onnx")
-    export_model(small(depth=1), tmp_path / "model.pt2")
+    export_model(small(), tmp_path / "model.pt2")
 
 
 @NEEDS_ONNX

@@ -95,6 +95,7 @@ def ask(
     return answers
 
 
+@pytest.mark.slow
 def test_downloads_revisions_and_refusals(hub: tuple[str, dict[str, float]], tmp_path: Path) -> None:
     address, sums = hub
     requests: list[tuple[str, dict[str, Any]]] = [
@@ -126,6 +127,7 @@ def test_downloads_revisions_and_refusals(hub: tuple[str, dict[str, float]], tmp
     assert again == v1
 
 
+@pytest.mark.slow
 def test_offline_mode_says_what_to_do(tmp_path: Path) -> None:
     names = ("hf-hub:org/vit", f"{NAME}.augreg_in21k_ft_in1k")
     for answer in ask(closed_port(), tmp_path, [(name, {}) for name in names], HF_HUB_OFFLINE="1"):

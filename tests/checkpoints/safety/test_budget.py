@@ -15,6 +15,7 @@ def test_large_images_are_no_reason_to_refuse(name: str) -> None:
     assert model.patch_embed.img_size == (1024, 1024)
 
 
+@pytest.mark.slow
 def test_a_model_far_larger_than_its_weights_is_refused() -> None:
     weights = timm.create_model("vit_tiny_patch16_224", depth=1).state_dict()
     with pytest.raises(CheckpointError, match="far larger than its weights"):

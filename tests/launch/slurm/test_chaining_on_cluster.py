@@ -59,7 +59,8 @@ def test_lines_that_run_once_on_each_node(cluster: SlurmCluster, tmp_path: Path)
     run = cluster_run(cluster, tmp_path, optim={"max_steps": 5})
     seen = tmp_path / "seen"
     lines = ["export HERE='a \"b\" c'", f'echo "$SLURM_NODEID $SLURM_CPUS_PER_TASK $HERE" >> {seen}']
-    run.submit("--setup", "export FIRST=1", *(word for line in lines for word in ("--node_setup", line)))
+    words = [word for line in lines for word in ("--node_setup", line)]
+    run.submit("--tasks_per_node", "2", "--setup", "export FIRST=1", *words)
     run.finish()
     assert sorted(seen.read_text().splitlines()) == ['0 2 a "b" c', '1 2 a "b" c']  # of two processes a node
 

@@ -20,7 +20,7 @@ def test_the_orphaned_attempt_is_fenced_off(
 ) -> None:
     cluster = start_cluster(mode="ns", nodes=2)
     run = cluster_run(cluster, tmp_path, optim={"epochs": 16})
-    run.submit("--nodes", "1")
+    run.submit("--nodes", "1", "--tasks_per_node", "2")
     run.wait_for_lines(12)
     (orphan,) = run.jobs.attempts()
     cluster.cut_node(orphan.nodes[0])
@@ -47,4 +47,4 @@ def test_the_orphaned_attempt_is_fenced_off(
     )
     assert run.jobs.attempts()[0].outcome == "failed"
     assert f"of job {orphan.job_id}" in run.jobs.failures(orphan.name)[0].text
-    assert_undisturbed(run, ranks=2)
+    assert_undisturbed(run)

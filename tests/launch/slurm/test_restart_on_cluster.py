@@ -38,7 +38,7 @@ def sleepy(root: Path, cluster: SlurmCluster) -> ClusterRun:
 
 def test_a_run_that_loses_a_rank_goes_on_by_itself(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = cluster_run(cluster, tmp_path)
-    job = run.submit("--restart_wait", "1")
+    job = run.submit("--tasks_per_node", "2", "--restart_wait", "1")
     run.wait_for_lines(EARLY)
     kill_rank(job, 2)
     first, second = run.finish()
@@ -47,7 +47,7 @@ def test_a_run_that_loses_a_rank_goes_on_by_itself(cluster: SlurmCluster, tmp_pa
     assert "starts again after 1 s, restart 1 of 3 in a row" in first.why
     assert f"after: {first.why}" in run.graftvit("jobs", str(run.folder))
     assert f"graftvit: {first.why}" in (run.jobs.folder / "logs" / f"{job}_0_log.err").read_text()
-    assert_undisturbed(run)
+    assert_undisturbed(run, ranks=4)
 
 
 def test_an_error_of_the_user_is_not_tried_again(cluster: SlurmCluster, tmp_path: Path) -> None:

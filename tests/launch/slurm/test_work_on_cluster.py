@@ -92,7 +92,7 @@ def test_each_node_copies_the_data_set_once(cluster: SlurmCluster, tmp_path: Pat
         "train_samples": None, "batch_size": 4,
     }  # fmt: skip
     run = cluster_run(cluster, tmp_path, "staged", data=data, optim={"epochs": 1})
-    run.submit("--setup", f"export NODE_DISK={tmp_path}/disks")
+    run.submit("--tasks_per_node", "2", "--setup", f"export NODE_DISK={tmp_path}/disks")
     (attempt,) = run.finish()
     assert attempt.world_size == 4
     disks = sorted((tmp_path / "disks").iterdir())

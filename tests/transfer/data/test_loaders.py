@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,12 @@ def test_evaluation_sees_each_image_once(world: int, workers: int) -> None:
     made = [list(loader) for loader in loaders]
     assert {loader.num_samples for loader in loaders} == {500}
     assert len({len(batches) for batches in made}) == 1
-    assert sum(int(valid.sum()) for batches in made for *_, valid in batches) == 500
+    seen = Counter(
+        image.numpy().tobytes() for batches in made for batch, _, valid in batches for image in batch[valid]
+    )
+    whole = create_eval_loader(config, SPEC)
+    assert seen == Counter(image.numpy().tobytes() for batch, _, valid in whole for image in batch[valid])
+    assert seen.total() == 500
     assert all(len(images) == 64 for batches in made for images, *_ in batches)
 
 

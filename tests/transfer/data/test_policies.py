@@ -51,6 +51,7 @@ def policy_step(aa: str, spec: Preprocessing = RGB) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aa", policies())
 def test_20_000_draws_of_a_policy_give_images(aa: str) -> None:
     step, image = policy_step(aa), Image.fromarray(NOISE)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config, differences, make_teacher, records, state
+from engine_runs import config, differences, records, state
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
@@ -18,11 +18,6 @@ from graftvit.transfer.engine.best import Criterion
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
 from image_folders import class_folder, flat_folder
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teachers") / "teacher")
 
 
 @pytest.fixture(scope="module")

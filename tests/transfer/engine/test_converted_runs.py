@@ -9,7 +9,7 @@ import graftvit
 import pytest
 import timm
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher, state
+from engine_runs import ARCHITECTURE, ARGUMENTS, config, state
 from graftvit.models.conversion import convert, new_parameters, plan_of
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.config import OptimConfig
@@ -18,11 +18,6 @@ from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 
 PLAN = "*: linear; 1: softmax"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "teacher")
 
 
 def align(output_dir: Path, teacher: Path, **sections: Any) -> Any:

@@ -94,6 +94,7 @@ def exported(source: Path, images: Tensor, folder: Path) -> Iterator[tuple[str, 
     yield "torch.export", torch.export.load(folder / "model.pt2").module()(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_route_gives_the_accuracy_that_was_logged(
     method: str, finished: Any, test_set: tuple[Tensor, Tensor], tmp_path: Path

@@ -103,6 +103,7 @@ train(config(folder / "run", engine={"stop_grace": 0.3, "save_every": 2}))
 """
 
 
+@pytest.mark.slow
 def test_a_loader_that_hangs_costs_no_more_than_the_steps_since_the_last_state(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     code, said = ends(HANGING, tmp_path)

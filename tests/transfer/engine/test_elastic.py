@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,8 +29,8 @@ from graftvit.transfer.engine.run_state import restore_meters
 from graftvit.transfer.engine.train import train
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scenarios import RunScenario
 
-TESTS = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 """Relative, in float32: the processes add the same gradients in another order."""
 NEEDS_FSDP = pytest.mark.skipif(
@@ -89,18 +86,6 @@ def check(run: RunConfig, meta: dict[str, Any], images: TrainLoader, processes: 
     )
 
 
-def elastic(scenario: str, folder: Path, wrap: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "engine_elastic.py"), scenario, str(folder), wrap],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    report["stderr"] = done.stderr[-4000:]
-    return report
-
-
 def is_the_whole_run(report: dict[str, Any], steps: int) -> None:
     assert report["steps"] == steps, report
     assert report["places"], report
@@ -110,8 +95,10 @@ def is_the_whole_run(report: dict[str, Any], steps: int) -> None:
 
 
 @pytest.mark.parametrize("wrap", ["ddp", pytest.param("fsdp", marks=[NEEDS_FSDP, pytest.mark.slow])])
-def test_four_processes_are_killed_two_are_stopped_and_four_end_it(tmp_path: Path, wrap: str) -> None:
-    report = elastic("back_and_forth", tmp_path, wrap)
+def test_four_processes_are_killed_two_are_stopped_and_four_end_it(
+    run_scenario: RunScenario, tmp_path: Path, wrap: str
+) -> None:
+    report = run_scenario("engine_elastic", "back_and_forth", tmp_path, wrap)
     assert report["ends"] == [[0] * 4, [-9] * 4, [115] * 2, [0] * 4], report
     assert (
         "on 2 processes with 4 batches a step in place of 4 with 2; the global batch stays 32"
@@ -125,14 +112,14 @@ def test_four_processes_are_killed_two_are_stopped_and_four_end_it(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_one_process_becomes_two_and_four(tmp_path: Path) -> None:
-    report = elastic("from_one", tmp_path, "ddp")
+def test_one_process_becomes_two_and_four(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("engine_elastic", "from_one", tmp_path, "ddp")
     assert report["ends"] == [[0], [-9], [115] * 2, [0] * 4], report
     is_the_whole_run(report, 32)
 
 
-def test_what_does_not_fit_is_refused_on_every_process(tmp_path: Path) -> None:
-    report = elastic("refused", tmp_path, "ddp")
+def test_what_does_not_fit_is_refused_on_every_process(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("engine_elastic", "refused", tmp_path, "ddp")
     assert report["ends"] == [[0, 0], [2, 2, 2], [2]], report
     three, one = report["texts"]
     assert len(set(three)) == 1
@@ -141,8 +128,10 @@ def test_what_does_not_fit_is_refused_on_every_process(tmp_path: Path) -> None:
     assert not any("\n" in text for text in [*three, *one])
 
 
-def test_a_streamed_run_changes_its_processes_between_epochs(tmp_path: Path) -> None:
-    report = elastic("streamed", tmp_path, "ddp")
+def test_a_streamed_run_changes_its_processes_between_epochs(
+    run_scenario: RunScenario, tmp_path: Path
+) -> None:
+    report = run_scenario("engine_elastic", "streamed", tmp_path, "ddp")
     assert report["ends"] == [[115] * 4, [2] * 2, [115] * 4, [0] * 2], report
     assert "in the middle of epoch 0 of a streamed data set" in report["text"]
     assert report["steps"] == [7, 14, 21]

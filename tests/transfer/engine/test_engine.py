@@ -21,11 +21,6 @@ from graftvit.transfer.engine.train import train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "vit")
-
-
 def student_state(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in state(folder).items() if k.startswith(prefix)}
 
@@ -217,6 +212,7 @@ def test_a_step_does_not_wait_for_the_device(
     assert counts == [0] * 16
 
 
+@pytest.mark.slow
 def test_the_task_compiles_in_one_graph(tmp_path: Path, teacher: Path) -> None:
     for method in ("distill", "copy"):
         run = config(tmp_path, teacher, student={"drop_path": 0.0}, transfer={"method": method})

@@ -26,11 +26,6 @@ from graftvit.transfer.methods.dual import DualOutput, DualViT
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "vit")
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -81,8 +76,10 @@ def test_a_run_that_was_taken_over_at_its_end_leaves_no_student(
     assert not (tmp_path / "run" / "student").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 5, 8, 11])
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [*((signal.SIGTERM, step) for step in (1, 5, 8, 11)), (signal.SIGUSR2, 5), (signal.SIGINT, 11)],
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, teacher: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int
 ) -> None:

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from scenarios import RunScenario
 
-TESTS = Path(__file__).parents[2]
 NEEDS_FSDP = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"
 )
 FSDP = pytest.param("fsdp", marks=NEEDS_FSDP)
 
 
-def killer(scenario: str, folder: Path, ranks: int, wrap: str) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "engine_killer.py"), scenario, str(folder), str(ranks), wrap],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    report["stderr"] = done.stderr[-4000:]
-    return report
-
-
 @pytest.mark.slow
-def test_ten_kills_leave_no_trace(tmp_path: Path) -> None:
-    report = killer("kill", tmp_path, 1, "single")
+def test_ten_kills_leave_no_trace(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("engine_killer", "kill", tmp_path, 1, "single")
     assert report["disturbed"] == 10, report
     assert report["last"] == [0], report
     assert report["differences"] == []
@@ -41,8 +24,8 @@ def test_ten_kills_leave_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", FSDP])
-def test_killed_ranks_leave_no_trace(tmp_path: Path, wrap: str) -> None:
-    report = killer("kill", tmp_path, 2, wrap)
+def test_killed_ranks_leave_no_trace(run_scenario: RunScenario, tmp_path: Path, wrap: str) -> None:
+    report = run_scenario("engine_killer", "kill", tmp_path, 2, wrap)
     assert report["disturbed"] == 4, report
     assert report["last"] == [0, 0], report
     assert report["differences"] == []
@@ -52,8 +35,10 @@ def test_killed_ranks_leave_no_trace(tmp_path: Path, wrap: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "wrap"), [(1, "single"), (2, "ddp"), pytest.param(2, "fsdp", marks=NEEDS_FSDP)]
 )
-def test_a_termination_of_one_rank_saves_and_stops_all(tmp_path: Path, ranks: int, wrap: str) -> None:
-    report = killer("terminate", tmp_path, ranks, wrap)
+def test_a_termination_of_one_rank_saves_and_stops_all(
+    run_scenario: RunScenario, tmp_path: Path, ranks: int, wrap: str
+) -> None:
+    report = run_scenario("engine_killer", "terminate", tmp_path, ranks, wrap)
     assert report["disturbed"] == 2, report
     assert report["last"] == [0] * ranks, report
     assert report["differences"] == []
@@ -61,8 +46,10 @@ def test_a_termination_of_one_rank_saves_and_stops_all(tmp_path: Path, ranks: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", FSDP])
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_layer(tmp_path: Path, wrap: str) -> None:
-    report = killer("poison", tmp_path, 2, wrap)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_layer(
+    run_scenario: RunScenario, tmp_path: Path, wrap: str
+) -> None:
+    report = run_scenario("engine_killer", "poison", tmp_path, 2, wrap)
     assert report["ends"] == [1, 1], report
     assert report["texts"][0] == report["texts"][1]
     assert "not finite at step 4 (in layer01)" in report["texts"][0]
@@ -72,8 +59,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_layer(tmp_path
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
-    report = killer("starve", tmp_path, 2, "ddp")
+def test_a_disk_that_is_full_for_one_rank_stops_all(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("engine_killer", "starve", tmp_path, 2, "ddp")
     assert report["ends"] == [1, 1], report
     assert report["texts"][0] == report["texts"][1]
     assert "\n" not in report["texts"][0]
@@ -82,8 +69,8 @@ def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
 
 @NEEDS_FSDP
 @pytest.mark.slow
-def test_a_run_stopped_under_ddp_goes_on_under_fsdp(tmp_path: Path) -> None:
-    report = killer("rewrap", tmp_path, 2, "ddp")
+def test_a_run_stopped_under_ddp_goes_on_under_fsdp(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("engine_killer", "rewrap", tmp_path, 2, "ddp")
     assert report["ends"] == [[115, 115], [0, 0]], report
     assert report["same_names"]
     assert report["gap"] < 1e-4
@@ -93,8 +80,10 @@ def test_a_run_stopped_under_ddp_goes_on_under_fsdp(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "wrap"), [(1, "single"), (2, "ddp"), pytest.param(2, "fsdp", marks=NEEDS_FSDP)]
 )
-def test_clocks_that_differ_save_together_and_leave_no_trace(tmp_path: Path, ranks: int, wrap: str) -> None:
-    report = killer("clock", tmp_path, ranks, wrap)
+def test_clocks_that_differ_save_together_and_leave_no_trace(
+    run_scenario: RunScenario, tmp_path: Path, ranks: int, wrap: str
+) -> None:
+    report = run_scenario("engine_killer", "clock", tmp_path, ranks, wrap)
     assert report["ends"] == [[0] * ranks, [-9] * ranks, [0] * ranks], report
     assert all(steps == report["saved"][0] for steps in report["saved"]), report
     between = {int(step) for step in report["saved"][0] if int(step) % (8 if ranks == 1 else 4)}

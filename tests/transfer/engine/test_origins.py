@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config, make_teacher, state
+from engine_runs import config, state
 from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
 from graftvit.checkpoints.report import LoadReport
 from graftvit.models.errors import CheckpointError, ConfigError
@@ -42,11 +42,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(building, "load_pretrained", hub.load)
     monkeypatch.setattr(building, "load_weights", hub.start)
     return hub
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "vit")
 
 
 def test_the_commit_is_recorded_and_loaded_again(tmp_path: Path, teacher: Path, hub: Hub) -> None:

@@ -116,6 +116,7 @@ sys.exit(cli.main(["train", "--mode", "scratch", "--dataset", "digits", "--model
 """
 
 
+@pytest.mark.slow
 def test_a_signal_while_torch_is_loaded_ends_the_command_before_its_first_step(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", EARLY, str(tmp_path / "run")], capture_output=True, text=True

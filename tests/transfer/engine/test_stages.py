@@ -10,17 +10,12 @@ import graftvit
 import pytest
 import torch
 import yaml
-from engine_runs import config, make_teacher
+from engine_runs import config
 from graftvit.launch.cli import main
 from graftvit.models.conversion import plan_of
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.stages import Stage, chain, train_stages
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "teacher")
 
 
 def recipe(folder: Path, teacher: Path) -> Path:

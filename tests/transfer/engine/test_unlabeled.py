@@ -8,7 +8,7 @@ from typing import Any
 import graftvit
 import pytest
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher, records, tiny_vit
+from engine_runs import ARCHITECTURE, ARGUMENTS, records, tiny_vit
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
@@ -32,12 +32,6 @@ FRESH = [
     "student.model_args.in_chans=1", "student.model_args.embed_dim=16", "student.model_args.depth=2",
     "student.model_args.num_heads=2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a head of ten classes."""
-    return make_teacher(tmp_path_factory.mktemp("teachers") / "classifier")
 
 
 @pytest.fixture(scope="module")

@@ -2,77 +2,76 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_runs import config
 from graftvit.transfer.data.loaders import EvalLoader
-from graftvit.transfer.data.loading import Batch, TrainBatches
-from graftvit.transfer.data.sampler import BatchRequest
+from graftvit.transfer.data.loading import TrainBatches
+from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.engine.waiting import CommunicationTimer
+from scenarios import RunScenario
 from torch import nn
-
-TESTS = Path(__file__).parents[2]
 
 
 def timed(folder: Path) -> list[dict[str, Any]]:
     return [record for record in read_log(folder / "log.jsonl") if "seconds" in record]
 
 
-def test_a_slow_loader_shows_and_a_quick_one_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that stands still but for what this adds to it."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def add(seconds: float) -> None:
+        now[0] += seconds
+
+    return add
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, before: Callable[[], None]) -> None:
+    real = getattr(owner, name)
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        before()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+def test_time_of_the_loader_is_told_from_that_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_time: Callable[[float], None]
 ) -> None:
-    real = TrainBatches.__getitem__
-
-    def slow(self: TrainBatches, request: BatchRequest) -> Batch:
-        time.sleep(0.1)
-        return real(self, request)
-
-    optim = {"max_steps": 6}
-    train(config(tmp_path / "quick", optim=optim))
-    monkeypatch.setattr(TrainBatches, "__getitem__", slow)
-    train(config(tmp_path / "slow", optim=optim))
-    for record in timed(tmp_path / "slow"):
-        assert 0.5 < record["data_wait"] <= 1
-        assert record["data_wait"] * record["seconds"] >= 0.09 * 3
-        assert "comm_wait" not in record
-    last = timed(tmp_path / "quick")[-1]
-    assert 0 <= last["data_wait"] * last["seconds"] < 0.1 * 6
-
-
-def test_looking_at_the_test_set_is_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = EvalLoader.__iter__
-
-    def slow(self: EvalLoader) -> Any:
-        time.sleep(0.5)
-        return real(self)
-
-    monkeypatch.setattr(EvalLoader, "__iter__", slow)
-    train(config(tmp_path, optim={"epochs": 1}, engine={"log_interval": 3}))
+    slowed(monkeypatch, TrainBatches, "__getitem__", lambda: pass_time(0.3))
+    slowed(monkeypatch, Loop, "_step", lambda: pass_time(0.1))
+    train(config(tmp_path, optim={"max_steps": 6}))
     for record in timed(tmp_path):
-        assert record["data_wait"] * record["seconds"] < 0.4
+        assert record["data_wait"] == pytest.approx(0.75, abs=0.01)
+        assert "comm_wait" not in record
 
 
-def test_a_slow_process_is_what_the_others_wait_for(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "engine_waits.py"), str(tmp_path / "run"), "0.3"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["ends"] == [0, 0], done.stderr[-4000:]
+def test_looking_at_the_test_set_is_no_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_time: Callable[[float], None]
+) -> None:
+    slowed(monkeypatch, EvalLoader, "__iter__", lambda: pass_time(0.5))
+    slowed(monkeypatch, Loop, "_step", lambda: pass_time(0.1))
+    train(config(tmp_path, optim={"epochs": 1}, engine={"log_interval": 3}))
+    assert {record["data_wait"] for record in timed(tmp_path)} == {0.0}
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_what_the_others_wait_for(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("engine_waits", tmp_path / "run", 0.1)
+    assert report["ends"] == [0, 0]
     steps = [record["step"] for record in report["log"] if "comm_wait" in record]
     assert steps == [2, 2, 4, 4, 6, 6], "an interval and an epoch end at each"
-    assert all(0.5 < record["comm_wait"] <= 1 for record in report["log"] if "comm_wait" in record)
+    assert all(0 < record["comm_wait"] <= 1 for record in report["log"] if "comm_wait" in record)
 
 
 def test_without_ddp_there_is_nothing_to_read() -> None:

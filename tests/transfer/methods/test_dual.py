@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,10 @@ def test_the_check_for_maps_can_fail() -> None:
     assert shapes.maps()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*(("vit", method) for method in METHODS), *product(FAMILIES, ("copy", "distill", "feature"))],
+)
 @torch.no_grad()  # a bias that learns makes torch choose another kernel
 def test_student_stays_an_ordinary_timm_model(family: str, method: str) -> None:
     plain, x = tiny(family, seed=2), images()
@@ -245,7 +248,17 @@ def test_gradient_checkpointing_changes_nothing(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "family"), [*((method, "vit") for method in METHODS), ("distill", "eva02")]
+    ("method", "family"),
+    [
+        ("distill", "vit"),
+        *(
+            pytest.param(method, family, marks=pytest.mark.slow)
+            for method, family in [
+                *((each, "vit") for each in METHODS if each != "distill"),
+                ("distill", "eva02"),
+            ]
+        ),
+    ],
 )
 def test_compiles_without_a_graph_break(method: str, family: str) -> None:
     torch.compiler.reset()

@@ -332,6 +332,7 @@ print(staging.stage(DataConfig(data_path=sys.argv[1], stage=sys.argv[2])).data_p
 """
 
 
+@pytest.mark.slow
 def test_processes_that_come_at_once_share_one_copy(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "flowers", ["a", "b"])
     words = [sys.executable, "-c", SHARE, str(root), str(tmp_path / "disk"), str(tmp_path / "noted")]

@@ -117,6 +117,7 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_with_its_log_and_the_others_are_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,14 +1,13 @@
-"""Two DDP processes of which the second is slow in every batch: `python engine_waits.py FOLDER SECONDS` prints the log.
+"""Two DDP processes of which the second is slow in every batch, and what their log says.
 
-A script, so that it forks from a process that has only imported.
+`scenarios.py` calls `main` in a process that has only imported, so that it can fork.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from engine_killer import start, wait
 from engine_runs import config
@@ -17,7 +16,9 @@ from graftvit.transfer.engine.runlog import read_log
 from torch import Tensor
 
 
-def main(folder: Path, seconds: float) -> None:
+def main(path: str, seconds: float) -> dict[str, Any]:
+    folder = Path(path)
+
     def slow(rank: int) -> None:
         backward = Loop._backward
 
@@ -29,8 +30,4 @@ def main(folder: Path, seconds: float) -> None:
 
     run = config(folder, engine={"log_interval": 2}, optim={"accum_iter": 2, "epochs": 3, "clip_grad": None})
     ends = wait(start(run, 2, slow))
-    sys.stdout.write(json.dumps({"ends": ends, "log": read_log(folder / "log.jsonl")}) + "\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    return {"ends": ends, "log": read_log(folder / "log.jsonl")}

@@ -1,12 +1,10 @@
 """Runs that are killed, stopped, poisoned or starved of disk: forks a process a rank and looks at how they end.
 
-A script, so that it forks from a process that has only imported: `python engine_killer.py SCENARIO FOLDER RANKS WRAP`.
-It prints a report as JSON.
+`scenarios.py` calls `main` in a process that has only imported, so that it can fork.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -183,7 +181,8 @@ def rewrapped(run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
     return {"ends": ends, "same_names": whole.keys() == cut.keys(), "gap": max(gaps)}
 
 
-def main(scenario: str, folder: Path, ranks: int, wrap: str) -> None:
+def main(scenario: str, path: str, ranks: int, wrap: str) -> dict[str, Any]:
+    folder = Path(path)
     teacher = make_teacher(folder / "teacher")
 
     def run(name: str, fsdp: bool = wrap == "fsdp") -> RunConfig:
@@ -194,15 +193,9 @@ def main(scenario: str, folder: Path, ranks: int, wrap: str) -> None:
         return config(folder / name, teacher, engine=engine, optim=optim)
 
     if scenario in ("kill", "terminate"):
-        report = interrupted(scenario, run, ranks)
-    elif scenario == "clock":
-        report = clocked(run, ranks)
-    elif scenario == "rewrap":
-        report = rewrapped(run, ranks)
-    else:
-        report = failed({"poison": poison, "starve": starve}[scenario], run, ranks)
-    sys.stdout.write(json.dumps(report) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        return interrupted(scenario, run, ranks)
+    if scenario == "clock":
+        return clocked(run, ranks)
+    if scenario == "rewrap":
+        return rewrapped(run, ranks)
+    return failed({"poison": poison, "starve": starve}[scenario], run, ranks)

@@ -1,7 +1,6 @@
 """Runs that go on with another number of processes: forks a process a rank, and writes down what each batch was.
 
-A script, so that it forks from a process that has only imported: `python engine_elastic.py SCENARIO FOLDER WRAP`.
-It prints a report as JSON.
+`scenarios.py` calls `main` in a process that has only imported, so that it can fork.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,10 +148,10 @@ def streamed(folder: Path) -> dict[str, Any]:
     return {"ends": ends, "text": text, "steps": steps}
 
 
-def main(scenario: str, folder: Path, wrap: str) -> None:
+def main(scenario: str, path: str, wrap: str) -> dict[str, Any]:
+    folder = Path(path)
     if scenario == "streamed":
-        sys.stdout.write(json.dumps(streamed(folder)) + "\n")
-        return
+        return streamed(folder)
     teacher = make_teacher(folder / "teacher")
 
     def run(name: str, **optim: Any) -> RunConfig:
@@ -179,10 +177,9 @@ def main(scenario: str, folder: Path, wrap: str) -> None:
         for ranks, accum in ((3, 1), (1, 3)):
             ends.append(attempt(run("cut", accum_iter=accum), ranks))
             texts.append([(run("cut").output_dir / f"error{rank}.txt").read_text() for rank in range(ranks)])
-        sys.stdout.write(json.dumps({"ends": ends, "texts": texts}) + "\n")
-        return
+        return {"ends": ends, "texts": texts}
     whole, cut = run("whole"), run("cut")
-    report = {
+    return {
         "ends": ends,
         "steps": len(batches(whole)),
         "places": all(row[0][0] == row[0][1] for rows in batches(whole).values() for row in rows),
@@ -190,8 +187,3 @@ def main(scenario: str, folder: Path, wrap: str) -> None:
         "gap": gap(whole.output_dir, cut.output_dir),
         "log_gap": log_gap(whole.output_dir, cut.output_dir),
     }
-    sys.stdout.write(json.dumps(report) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

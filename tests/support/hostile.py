@@ -253,7 +253,7 @@ def archive_that_escapes(kind: str, folder: Path, canary: Path) -> Path:
 
 @hostile
 def archive_bomb(folder: Path, canary: Path) -> Path:
-    with zipfile.ZipFile(folder / "model.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(folder / "model.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         stream = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             stream, {"descr": "<f4", "fortran_order": False, "shape": (1 << 26,)}
