@@ -1,4 +1,4 @@
-"""`python -m graftvit.launch`, for launchers that start a module: `torchrun -m graftvit.launch train ...`."""
+"""Run `python -m graftvit.launch`, for launchers that start a module: `torchrun -m graftvit.launch train ...`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`graftvit stop`: end a run early, so that it can go on later."""
+"""`graftvit stop`: end a run early, so that it can be resumed later."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from ..flags import command_parser, run_folder
 from ..say import say, say_aside
 
 EXAMPLES = (
-    "graftvit stop /scratch/me/distill          # saves at the next step, then ends; not requeued",
-    "graftvit stop /scratch/me/distill --now    # ends at once, with what was saved before",
-    "graftvit stop /scratch/me/sweep            # all cells that wait or run",
+    "graftvit stop /scratch/me/distill          # save after the next step, then end; not requeued",
+    "graftvit stop /scratch/me/distill --now    # end at once; the last saved state remains",
+    "graftvit stop /scratch/me/sweep            # stop all cells that wait or run",
 )
 
 
 def run(argv: list[str]) -> int:
-    """Stop what waits or runs."""
+    """Stop the waiting and running jobs of a folder."""
     from ..slurm.jobs import describe_runs, run_folders
     from ..slurm.stopping import stop
 
     parser = command_parser(
         "stop",
-        "Tell a running job to save and end, and cancel a waiting one. `graftvit resume` goes on from there.",
+        "Tell a running job to save and end, and cancel a waiting one. `graftvit resume` continues from its state.",
         EXAMPLES,
         usage="RUN [--now]",
     )
@@ -35,5 +35,5 @@ def run(argv: list[str]) -> int:
         return 1
     if not stopped.done:
         states = sorted({status.state for status in describe_runs(run_folders(arguments.run))})
-        say(f"{arguments.run} has no job that waits or runs: it is {', '.join(states)}\n")
+        say(f"{arguments.run} has no waiting or running job: it is {', '.join(states)}\n")
     return 0
