@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
 
     parser = command_parser(
         "forget",
-        "Remove runs from the list of `graftvit jobs`. Their folders do not change, and `graftvit jobs RUN` shows them. "
+        "Remove runs from the list of `graftvit jobs`. Their folders do not change; `graftvit jobs RUN` shows them. "
         "A run returns to the list when it is submitted or resumed. A run that has a job cannot be removed.",
         EXAMPLES,
         usage="RUN ... | --ended",
