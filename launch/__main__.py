@@ -1,9 +1,20 @@
-"""Run `python -m graftvit.launch`, for launchers that start a module: `torchrun -m graftvit.launch train ...`."""
+"""Run the command, as `graftvit` and as `python -m graftvit.launch`, which launchers such as torchrun start."""
 
 from __future__ import annotations
 
 import sys
 
-from .cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run `cli.main`. Ctrl-C while it is imported ends in the same way as afterwards."""
+    try:
+        from .cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        sys.stderr.write("graftvit: stopped by Ctrl-C\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

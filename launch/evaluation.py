@@ -25,11 +25,11 @@ from ..transfer.data.loaders import (
     create_reference_loader,
 )
 from ..transfer.engine.parallel import create_accelerator, host_group
+from ..transfer.engine.stage_together import stage_together
 from ..transfer.evaluate import check_folders
 from ..transfer.metrics.distance import ComparedLayers, compared_layers
 from ..transfer.metrics.measure import PROBES, Against, Family, measure
 from ..transfer.metrics.reader import Reader
-from ..transfer.staging.together import stage_together
 from .candidates import (
     Candidate,
     check_alike,

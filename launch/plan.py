@@ -6,14 +6,15 @@ import os
 
 from torch import nn
 
+from ..models.errors import counted
 from ..transfer.config import RunConfig
+from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
 from ..transfer.engine.modes import mode_of
 from ..transfer.engine.optim import peak_learning_rate
 from ..transfer.engine.resume import changes, describe_changes
 from ..transfer.engine.tasks import TransferTask
-from ..transfer.staging.archives import is_packed
 from .memory import describe_memory, parameter_count
 
 
@@ -128,7 +129,7 @@ def _batch_words(run: DryRun) -> str:
     size, accum = data.batch_size, optim.accum_iter
     if batch is not None:
         size, accum = batch.batch_size, batch.micro_batches // run.processes
-    processes = f"{run.processes} process{'es' if run.processes > 1 else ''}"
+    processes = counted(run.processes, "process")
     return f"{size} x {accum} accumulated x {processes} = {size * accum * run.processes} images"
 
 
@@ -144,7 +145,7 @@ def _rate_words(run: DryRun) -> str:
 def _length_words(run: DryRun) -> str:
     optim, schedule = run.config.optim, run.schedule
     if schedule is None:
-        return f"{optim.max_steps} steps" if optim.max_steps else f"{optim.epochs} epochs"
+        return counted(optim.max_steps, "step") if optim.max_steps else counted(optim.epochs, "epoch")
     words = (
         f"{schedule.total_steps:,} steps, {schedule.steps_per_epoch:,} an epoch, "
         f"{schedule.warmup_steps:,.0f} of them warm-up"

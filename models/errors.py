@@ -76,6 +76,15 @@ class RunFailedError(GraftError):
     exit_code = 1
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 batch`, `2 batches`."""
+    return (
+        f"{count} {thing}"
+        if count == 1
+        else f"{count} {thing}{'es' if thing.endswith(('s', 'tch')) else 's'}"
+    )
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A hint for an unknown `name`: the nearest valid one, then all the valid ones."""
     names = sorted(valid)

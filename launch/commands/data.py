@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     arguments, config, given = _parse(argv)
     from ...checkpoints.atomic import write_bytes, write_text
     from ...transfer.data.survey import check_readable, survey
-    from ...transfer.staging.together import stage_together
+    from ...transfer.engine.stage_together import stage_together
     from ..data_table import to_json, to_text
 
     stage = next((each.value for each in reversed(given) if each.key == "data.stage"), None)

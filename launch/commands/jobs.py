@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
     arguments = _parse(argv)
     if arguments.watch:
         try:
-            watch(lambda: _look(arguments, tries=1), sys.stdout)
+            watch(lambda: _look(arguments, tries=1), sys.stdout, _none(arguments))
         except KeyboardInterrupt:  # the normal way to end it
             say("\n")
         return 0

@@ -13,7 +13,7 @@ from ..submitted import SUBMITTED
 
 if TYPE_CHECKING:
     from ..slurm.layers import Asked
-    from ..slurm.requests import Plan
+    from ..slurm.requests import SubmissionPlan
     from ..slurm.settings import ClusterConfig
 
 EXAMPLES = (
@@ -104,7 +104,7 @@ def _early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[],
 
 
 def _show_or_send(
-    arguments: argparse.Namespace, asked: Asked, plan: Plan, config: ClusterConfig, before: str = ""
+    arguments: argparse.Namespace, asked: Asked, plan: SubmissionPlan, config: ClusterConfig, before: str = ""
 ) -> int:
     """Show or submit the plan, after printing `before`."""
     from ..slurm.layers import describe

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, counted
 from ...transfer.config import RunConfig
 from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..flags import Parser, command_parser, parse_command
@@ -113,7 +113,7 @@ def _measured(metrics: Mapping[str, float]) -> str:
 
 def _length(config: RunConfig) -> str:
     steps = config.optim.max_steps
-    return f"{config.optim.epochs} epochs" if steps is None else f"{steps} steps"
+    return counted(config.optim.epochs, "epoch") if steps is None else counted(steps, "step")
 
 
 def _train(config: RunConfig) -> int:

@@ -32,7 +32,7 @@ STOPPED = 128 + signal.SIGUSR2
 
 
 @dataclass(frozen=True)
-class Attempt:
+class JobTask:
     """`graftvit WORDS` in a job; picklable, and called once in each task of each attempt."""
 
     words: list[str]

@@ -99,7 +99,10 @@ def waits_for(config: ClusterConfig, cpus_per_task: int) -> str:
         if len(fitting) >= config.nodes:
             every = f"all {len(fitting)}" if len(away) == len(fitting) else f"{len(away)} of {len(fitting)}"
             states = " or ".join(sorted(set(away)))
-            found.append(f"{every} nodes of partition {name} that fit are {states} now")
+            which = f"{every} nodes of partition {name} that fit are"
+            if len(fitting) == 1:
+                which = f"the only node of partition {name} that fits is"
+            found.append(f"{which} {states} now")
     return f"{', and '.join(found)}: the job waits for them" if found else ""
 
 

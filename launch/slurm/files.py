@@ -62,6 +62,8 @@ class Submission:
     """Folder of what was submitted together with it; its file `job` has the number. Empty in older records."""
     output_dir: str = ""
     """The run folder, as it was called then. Empty in older records."""
+    inode: int = 0
+    """Of that folder, by which one that was moved is told from a copy. 0 in older records."""
     host: str = ""
     pid: int = 0
     """The process that submitted it, which is the run itself with `debug`."""
@@ -296,6 +298,15 @@ def _moved(found: Submission, here: Path) -> Submission:
     if found.job_id or not found.launch:
         return found
     return replace(found, job_id=job_id(Path(found.launch), found.index))
+
+
+def is_copied(found: Submission, here: Path) -> bool:
+    """Whether a record has come to `here` with a copy of a run that has another name by now, or is gone."""
+    before = Path(found.output_dir or here)
+    try:
+        return bool(found.inode) and before.resolve() != here.resolve() and here.stat().st_ino != found.inode
+    except OSError:  # it has just been removed
+        return False
 
 
 def job_id(launch: Path, index: int | None) -> str:

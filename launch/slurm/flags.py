@@ -17,18 +17,18 @@ ONLY_IN_THE_SITE_FILE = ("shared_folders",)
 def add_cluster_flags(parser: Parser) -> None:
     """A flag for each field of `ClusterConfig`, and `--site`."""
     group = parser.add_argument_group("cluster", f"What the job asks for. Defaults come from {site_file()}.")
-    for name, field in ClusterConfig.model_fields.items():
+    for name, info in ClusterConfig.model_fields.items():
         if name in ONLY_IN_THE_SITE_FILE:
             continue
         keywords: dict[str, Any] = {"metavar": name.upper()}
         if name == "cluster":
-            keywords = {"choices": get_args(field.annotation)}
+            keywords = {"choices": get_args(info.annotation)}
         elif name in ("setup", "node_setup"):
             keywords = {"metavar": "LINE", "action": "append"}
         elif name == "sbatch":
             keywords = {"metavar": "OPTION[=VALUE]", "action": "append"}
-        default = "" if field.default in (None, (), {}) else f" (default: {field.default})"
-        text = f"{field.description}{default}".replace("%", "%%")
+        default = "" if info.default in (None, (), {}) else f" (default: {info.default})"
+        text = f"{info.description}{default}".replace("%", "%%")
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **keywords)
     group.add_argument(
         "--after",

@@ -7,12 +7,12 @@ from pathlib import Path
 from ...models.errors import ConfigError
 from ..hints import hint
 from .jobs import JudgedJob, judge_jobs, run_folders
-from .registry import forget, known, listed
+from .registry import forget, known, listed, plain
 
 
 def forget_run(folder: Path) -> None:
     """Raises ConfigError: the run is not in the list, or has a job; GraftError: Slurm does not answer."""
-    folder = folder.absolute()
+    folder = plain(folder)
     if folder not in listed():
         raise ConfigError(f"{folder} is not in the list of runs: `graftvit jobs` shows it")
     active = _active(folder)

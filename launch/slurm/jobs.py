@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from ...models.errors import ConfigError, GraftError
 from ..hints import hint
 from ..submitted import SUBMITTED
 from .ask import TRIES, NoAnswerError
-from .blame import NOTHING, Blame, blame, blame_start, log_starts
-from .files import Attempt, JobFolder, Submission
-from .judging import ACTIVE, AT_WORK, STARTING, WAITING, Evidence, Restart, judge, restarts_of
+from .blame import NOTHING, SILENT, Blame, blame, blame_start, log_starts
+from .files import Attempt, JobFolder, Submission, is_copied
+from .judging import ACTIVE, AT_WORK, WAITING, Evidence, Restart, judge, restarts_of
 from .lookup import find_submissions
 from .order import read_order
 from .processes import is_alive
@@ -23,6 +24,8 @@ from .registry import listed
 from .scheduler import JobState, job_states
 from .sweep import load_sweep
 
+FULL = 1 << 20
+"""Bytes that are less than what a run writes at its end."""
 GONE = "its folder was removed or moved"
 Submissions = Mapping[Path, Sequence[Submission]]
 
@@ -213,6 +216,8 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
     attempts = [attempt for attempt in files.attempts() if attempt.job_id == submission.job_id]
     last = attempts[-1] if attempts else None
     job = states.get(submission.job_id, JobState())
+    if is_copied(submission, run) or not _is_its_own(submission, job):
+        job = JobState()
     if submission.cluster != "slurm":
         problem = ""
         job = (
@@ -225,9 +230,25 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
     seen = Evidence(run, job, last, files.asked_to_stop(submission.job_id), problem)
     found = _blame(files, submission, seen)
     state, why = judge(Evidence(run, job, last, seen.stopping, problem, found))
+    if why == SILENT and _is_full(run):
+        why = f"{SILENT}; the file system of {run} is full"
     if not is_folder(run):
         why = "; ".join(filter(None, [why, GONE]))
     return JudgedJob(submission, job, state, why, last, found)
+
+
+def _is_its_own(submission: Submission, job: JobState) -> bool:
+    """Whether the job of this number is the one that was submitted: two clusters give it twice, or one set back."""
+    by_script = job.script is not None and job.script.parent == Path(submission.launch)
+    return not submission.name or job.name in ("", submission.name) or by_script
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a run could not write down now how it ended."""
+    try:
+        return shutil.disk_usage(folder).free < FULL
+    except OSError:
+        return False
 
 
 def _is_foreign(files: JobFolder) -> bool:
@@ -252,7 +273,7 @@ def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
     files, job, last, state = JobFolder(folder), shown.job, shown.last, shown.state
     attempts = files.attempts()
     waits = state in ("pending", "requeued")
-    trains = state == "running" and shown.why != STARTING and last is not None
+    trains = state == "running" and not shown.why and last is not None  # neither starts nor is suspended
     wrong = state in ("failed", "unknown", "node failed")
     stopped = {one.submission.job_id for one in jobs if files.asked_to_stop(one.submission.job_id)}
     command = shown.submission.command

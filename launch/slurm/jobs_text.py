@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
-from ...models.errors import escaped
+from ...models.errors import counted, escaped
 from ..hints import hint
 from .files import resumes
 from .jobs import RunStatus
@@ -68,7 +68,7 @@ def count_states(runs: Sequence[RunStatus]) -> str:
 
 def describe(run: RunStatus) -> str:
     """One run at length."""
-    processes = f" ({run.world_size} process{'es' if run.world_size > 1 else ''})" if run.world_size else ""
+    processes = f" ({counted(run.world_size, 'process')})" if run.world_size else ""
     limit = f"; its limit ends it at {_clock(run.ends)}" if run.ends else ""
     lines = [
         ("run", str(run.folder)),
@@ -165,7 +165,7 @@ def _progress(progress: Progress, *, long: bool = False) -> str:
         total = f" of {progress.total_steps}" if progress.total_steps else ""
         words.append(f"{', ' if progress.total_steps else ''}step {progress.step}{total}")
     if long and progress.epochs:
-        words.append(f", {progress.epoch} of {progress.epochs} epochs done")
+        words.append(f", {progress.epoch} of {counted(progress.epochs, 'epoch')} done")
     return " ".join(words).replace(" ,", ",")
 
 

@@ -95,16 +95,17 @@ def judge(seen: Evidence) -> tuple[str, str]:
 def _at_work(seen: Evidence) -> tuple[str, str]:
     """A job that holds nodes."""
     job, now = seen.job, seen.now
+    held = "" if job.state in ("RUNNING", "COMPLETING") else job.state.lower()
     if now is None:
-        return ("stopping", "") if seen.stopping else ("running", STARTING)
+        return ("stopping", held) if seen.stopping else ("running", held or STARTING)
     if now.outcome == "requeued":
         return "requeued", now.signal
     if now.outcome is not None:  # its nodes are not free yet, and its other ranks may hang: it can be stopped
         why = seen.found.why or now.why
         return "stopping", f"{now.outcome}: {why}" if why else now.outcome
     if now.signal or seen.stopping or job.state == "COMPLETING":
-        return "stopping", now.signal
-    return "running", "" if job.state in ("RUNNING", "COMPLETING") else job.state.lower()
+        return "stopping", now.signal or held
+    return "running", held
 
 
 def _ended(seen: Evidence) -> tuple[str, str]:

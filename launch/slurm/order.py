@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE = "command.json"
+ORDER_FILE = "command.json"
 """In `jobs/`: what the job was submitted for."""
 
 
@@ -28,6 +28,6 @@ class Order:
 def read_order(folder: Path) -> Order | None:
     """What was submitted to a folder that is no run's; None for a run."""
     try:
-        return Order(**json.loads((folder / "jobs" / FILE).read_text(encoding="utf-8")))
+        return Order(**json.loads((folder / "jobs" / ORDER_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...models.errors import GraftError
+from ...models.errors import GraftError, counted
 from .batch import Launch, script
 from .checks import check_commands
-from .requests import Plan
+from .requests import SubmissionPlan
 from .resume import Unfinished, check_again, launch_again, plan_again
 from .settings import ClusterConfig
 from .submission import check_cluster, check_runs, launch_of
@@ -23,7 +23,7 @@ class Preview:
     """Why it would be refused."""
 
 
-def preview(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> Preview:
+def preview(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> Preview:
     """The plan, the cells, and the script as sbatch would get it. Nothing is written or queued.
 
     Raises ConfigError: there is no Slurm here to make a script for.
@@ -63,13 +63,13 @@ def preview_again(unfinished: Unfinished, config: ClusterConfig, *, unchecked: b
 def _with_script(parts: list[str], launch: Launch, problem: GraftError | None, waits: str) -> Preview:
     config = launch.config
     if config.cluster != "slurm":
-        last = f"--cluster {config.cluster}: {config.tasks} processes on this machine\n"
+        last = f"--cluster {config.cluster}: {counted(config.tasks, 'process')} on this machine\n"
         return Preview("\n".join([*parts, last]), problem)
     said = [f"{waits}\n"] if waits else []
     return Preview("\n".join([*parts, *said, f"{script(launch).rstrip()}\n"]), problem)
 
 
-def _plans(plan: Plan, config: ClusterConfig) -> tuple[list[str], GraftError | None]:
+def _plans(plan: SubmissionPlan, config: ClusterConfig) -> tuple[list[str], GraftError | None]:
     """None of them where data or teacher cannot be read, which the problem tells."""
     try:
         return check_runs(plan, config), None

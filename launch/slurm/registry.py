@@ -22,7 +22,7 @@ def registry_file() -> Path:
 def remember(folder: Path) -> None:
     """Adds a run. A home that cannot be written keeps no run from being submitted: then there is a warning."""
     try:
-        _add(f"{folder.absolute()}")
+        _add(f"{plain(folder)}")
     except OSError as error:
         logger.warning(
             "%s cannot be written (%s): name the run to `graftvit jobs`", registry_file(), error.strerror
@@ -31,7 +31,7 @@ def remember(folder: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Takes a run out of the list; nothing of the run itself is touched. Raises OSError."""
-    _add(f"-{folder.absolute()}")
+    _add(f"-{plain(folder)}")
 
 
 def listed() -> list[Path]:
@@ -40,17 +40,24 @@ def listed() -> list[Path]:
         lines = registry_file().read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
-    found: dict[str, None] = {}
+    found: dict[Path, None] = {}
     for line in filter(None, lines):
-        found.pop(line.removeprefix("-"), None)
+        folder = plain(Path(line.removeprefix("-")))
+        found.pop(folder, None)
         if not line.startswith("-"):
-            found[line] = None
-    return [Path(line) for line in found]
+            found[folder] = None
+    return list(found)
 
 
 def known() -> list[Path]:
     """The runs that still exist, the one submitted last at the end."""
     return [folder for folder in listed() if folder.is_dir()]
+
+
+def plain(folder: Path) -> Path:
+    """The folder from `/`, and without `..`, which by a link leads elsewhere than the text says."""
+    folder = folder.absolute()
+    return folder.resolve() if ".." in folder.parts else folder
 
 
 def _add(line: str) -> None:

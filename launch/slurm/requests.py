@@ -16,7 +16,7 @@ from ..say import say_aside
 from .batch import Request
 from .files import JobFolder
 from .submit import write_text
-from .sweep import Sweep, check_folder, parse_sweep
+from .sweep import Sweep, check_sweep, parse_sweep
 from .sweep_cells import cell_configs, first_config
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ GOES_ON = Setting("engine.resume", "auto", "graftvit submit")
 
 
 @dataclass(frozen=True)
-class Plan:
+class SubmissionPlan:
     """What is to be submitted to `folder`."""
 
     folder: Path
@@ -56,7 +56,7 @@ def plan_run(
     settings: Sequence[Setting],
     sweep: Sequence[str],
     early: Callable[[], None] | None = None,
-) -> Plan:
+) -> SubmissionPlan:
     """What `graftvit submit RECIPE SETTINGS --sweep ...` submits; every cell is checked, nothing is written.
 
     `early` is called before what is slow to check.
@@ -86,13 +86,13 @@ def plan_run(
         if source is not None and source.stages
         else dump_config(_configs(recipe, settings)[0])
     )
-    return Plan(folder, configs[:1], {frozen: text}, [Request(["train", str(frozen)], folder)])
+    return SubmissionPlan(folder, configs[:1], {frozen: text}, [Request(["train", str(frozen)], folder)])
 
 
-def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence[str]) -> Plan:
+def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence[str]) -> SubmissionPlan:
     folder = _configs(recipe, settings)[0].output_dir
     sweep = parse_sweep(words, folder)
-    check_folder(sweep)
+    check_sweep(sweep)
     for cell in sweep.cells:
         _refuse_existing(_configs(recipe, [*settings, _absolute(cell.folder)])[0])
     plain = [setting for setting in settings if setting.key != "output_dir"]
@@ -107,7 +107,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
         raise ConfigError(
             f"all {len(sweep.cells)} cells of {folder} have finished: `{hint('summary', folder)}`"
         )
-    return Plan(folder, [first_config(sweep, recipe, settings)], frozen, requests, sweep=sweep)
+    return SubmissionPlan(folder, [first_config(sweep, recipe, settings)], frozen, requests, sweep=sweep)
 
 
 def _refuse_existing(config: RunConfig) -> None:
@@ -122,7 +122,7 @@ def _holds(path: Path, text: str) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
-def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> Plan:
+def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan:
     """A cell each, of which none may be impossible."""
     from ...transfer.analysis.compare.compare import check_plans
     from ..comparison import load_comparison
@@ -140,7 +140,7 @@ def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> Plan:
     if made is not None and not (made.output_dir / "student" / "config.json").exists():
         first, config = Request([*words, "--only", "teacher"], made.output_dir), made
     frozen = {path: _frozen_comparison(comparison, recipe)} | _frozen_teacher(comparison, path)
-    return Plan(comparison.folder, [config], frozen, requests, first, comparison=True)
+    return SubmissionPlan(comparison.folder, [config], frozen, requests, first, comparison=True)
 
 
 def _taken(settings: Iterable[Setting]) -> list[str]:

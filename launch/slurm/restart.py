@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ...models.errors import GraftError
+from ...models.errors import GraftError, counted
 from .ask import ask
 from .blame import said_of
 from .failures import Failure
@@ -74,7 +74,9 @@ def _again(
         return Verdict(now.name, f"{why}; it is not started again (--max_restarts 0)", None)
     if count > max_restarts:
         return Verdict(
-            now.name, f"{why}; {max_restarts} restarts in a row brought no new state (--max_restarts)", None
+            now.name,
+            f"{why}; {counted(max_restarts, 'restart')} in a row brought no new state (--max_restarts)",
+            None,
         )
     wait = min(LONGEST_WAIT, restart_wait * 2 ** (count - 1))
     return Verdict(

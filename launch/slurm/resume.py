@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +112,24 @@ def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = F
         return start(launch_again(left, config), left.first, waits)
 
 
+def go_back(unfinished: Unfinished) -> None:
+    """Changes to where the runs were submitted from: their relative paths are meant from there.
+
+    Raises ConfigError: it is not there.
+    """
+    directory = Path(next(iter(unfinished.submissions.values())).directory)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{unfinished.folder} was submitted from {directory}, which is not there any more, and relative paths in "
+            f"its settings are meant from there: `{shlex.join(['mkdir', '-p', str(directory)])}`, with what they name"
+        )
+    os.chdir(directory)
+
+
 def launch_again(unfinished: Unfinished, config: ClusterConfig) -> Launch:
     """The runs with what they ask of the cluster, from where they were submitted."""
+    go_back(unfinished)
     first = next(iter(unfinished.submissions.values()))
-    directory = Path(first.directory)
-    if directory.is_dir():
-        os.chdir(directory)  # relative paths of the run are meant from there
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
     cores = config.cpus_per_task or first.cpus_per_task
     return Launch(job_name(unfinished.folder), unfinished.folder, requests, config, cores)
@@ -136,8 +149,9 @@ def check_again(unfinished: Unfinished, config: ClusterConfig) -> str:
 def plan_again(unfinished: Unfinished, config: ClusterConfig) -> str:
     """The plan of the first run that has begun, which says what all cells do: they ask for the same processes.
 
-    Raises ConfigError: so many processes cannot share its step.
+    Raises ConfigError: so many processes cannot share its step, or the folder that it was submitted from is gone.
     """
+    go_back(unfinished)
     stages = (current_stage(run) for run in unfinished.submissions)
     begun = next((stage for stage in stages if (stage / "config.yaml").is_file()), None)
     if begun is None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
 from .ask import TRIES, NoSuchJobError, ask
@@ -44,8 +45,10 @@ _QUEUE = [
     "StartTime",
     "EndTime",
     "TimeLimit",
+    "Name",
+    "Command",
 ]
-_ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason"]
+_ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason", "JobName"]
 _FLAGS = ("--states=all", "--array", "--noheader")
 
 
@@ -69,6 +72,9 @@ class JobState:
     """`status:signal`."""
     history: tuple[str, ...] = ()
     """How earlier starts of the same job ended, where the accounting tells."""
+    name: str = ""
+    script: Path | None = None
+    """What was submitted, where the queue tells: a number alone may be another job's by now."""
 
 
 def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]:
@@ -166,7 +172,8 @@ def parse_queue(text: str) -> dict[str, JobState]:
     """Job id -> state, of the lines that `squeue` gives for `_QUEUE`."""
     found = {}
     for line in text.splitlines():
-        values = [value.strip() for value in line.split("|")]
+        # the last one may have the sign in it
+        values = [value.strip() for value in line.removesuffix("|").split("|", len(_QUEUE) - 1)]
         if len(values) < len(_QUEUE):
             continue
         row = dict(zip(_QUEUE, values, strict=False))
@@ -179,6 +186,8 @@ def parse_queue(text: str) -> dict[str, JobState]:
             end=_time(row["EndTime"]),
             limit=_limit(row["TimeLimit"]),
             exit_code=_exit_code(row["exit_code"]),
+            name=row["Name"],
+            script=Path(row["Command"]) if _word(row["Command"]) else None,
         )
     return found
 
@@ -197,10 +206,12 @@ def parse_accounting(text: str) -> dict[str, JobState]:
             end=_time(row.get("End", "")),
             limit=_limit(row.get("Timelimit", "")),
             exit_code=row.get("ExitCode", ""),
+            name=row.get("JobName", ""),
         )
         for job in expand_id(row.get("JobID", "")):
             before = found.get(job)
-            history = () if before is None else (*before.history, before.state)
+            again = before is not None and before.name == state.name  # else it is another job of that number
+            history = (*before.history, before.state) if before is not None and again else ()
             found[job] = replace(state, history=history, restarts=len(history))
     return found
 
@@ -234,7 +245,7 @@ def expand_nodes(text: str) -> tuple[str, ...]:
 def _merged(queued: JobState | None, recorded: JobState | None) -> JobState:
     if queued is None:
         return recorded or JobState()
-    history = () if recorded is None else recorded.history
+    history = recorded.history if recorded is not None and recorded.name == queued.name else ()
     return replace(queued, history=history[-queued.restarts :] if queued.restarts else ())
 
 

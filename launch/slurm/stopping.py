@@ -91,7 +91,8 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         f"{one.words} of {run}",
         f"`{resumes(run)}` {'goes on with it' if is_run else 'begins it anew'}",
     )
-    waits = submission.cluster == "slurm" and one.state in ("pending", "requeued")
+    suspended = one.job.state == "SUSPENDED"  # it hears no signal
+    waits = submission.cluster == "slurm" and (suspended or one.state in ("pending", "requeued"))
     if not is_folder(run):  # it could neither read the request nor save
         return _cancel_without_folder(run, one)
     try:
@@ -104,7 +105,7 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         return f"{job} is cancelled; {go_on}" if now else f"{job} {ends}; {go_on}"
     if now or waits:
         cancel(submission.job_id)
-        return f"{job} was {one.state} and is cancelled; {go_on}"
+        return f"{job} was {'suspended' if suspended else one.state} and is cancelled; {go_on}"
     try:
         signal_job(submission.job_id, "USR2")
     except NoSuchJobError:  # it ends already; its next attempt, if there is one, reads the request

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...models.errors import ConfigError, DataError, GraftError
+from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
 from ..hints import hint
 from ..say import say_aside
@@ -18,13 +18,13 @@ from .jobs import judge_jobs
 from .lock import submitting
 from .lookup import home
 from .registry import remember
-from .requests import Plan
+from .requests import SubmissionPlan
 from .settings import ClusterConfig
 from .submit import submit, test_only
-from .sweep import check_folder as check_sweep
+from .sweep import check_sweep
 
 
-def check(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
+def check(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """Returns what the job has to wait for, if anything.
 
     Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for.
@@ -42,7 +42,7 @@ def check_early(config: ClusterConfig) -> None:
         check_resources(config, config.cpus_per_task or 1)
 
 
-def check_cluster(plan: Plan, config: ClusterConfig, *, unchecked: bool = False) -> str:
+def check_cluster(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> str:
     """The part of `check` that needs no torch, and is quick."""
     _check_machine(plan, config)
     if plan.comparison:
@@ -59,7 +59,7 @@ def check_cluster(plan: Plan, config: ClusterConfig, *, unchecked: bool = False)
     return test_only(launch_of(plan, config))
 
 
-def check_runs(plan: Plan, config: ClusterConfig) -> list[str]:
+def check_runs(plan: SubmissionPlan, config: ClusterConfig) -> list[str]:
     """The part of `check` that is slow: the plan of each run in words."""
     if not plan.configs:
         return []
@@ -78,7 +78,7 @@ def check_runs(plan: Plan, config: ClusterConfig) -> list[str]:
     return plans
 
 
-def send(plan: Plan, config: ClusterConfig, waits: str = "") -> str:
+def send(plan: SubmissionPlan, config: ClusterConfig, waits: str = "") -> str:
     """Submits what has to wait for `waits`, and says which jobs these are and what to do next."""
     launch = launch_of(plan, config)
     with submitting(home(plan.folder)):
@@ -114,7 +114,7 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
             raise
         raise type(error)(f"{error}; job {made} for the teacher was submitted, and goes on") from error
     cells = len(jobs) > 1 or launch.folder != launch.requests[0].output_dir
-    count = f" ({len(jobs)} cell{'s' if len(jobs) > 1 else ''})" if cells else ""
+    count = f" ({counted(len(jobs), 'cell')})" if cells else ""
     return (
         f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {launch.folder}\n"
         f"  {hint('jobs', launch.folder)}\n  {hint('logs', launch.requests[0].output_dir, '--follow')}\n"
@@ -127,12 +127,12 @@ def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
     return config.cpus_per_task or 1 + max((run.data.workers for run in configs), default=0)
 
 
-def launch_of(plan: Plan, config: ClusterConfig) -> Launch:
+def launch_of(plan: SubmissionPlan, config: ClusterConfig) -> Launch:
     """The runs of `plan` with what they ask of the cluster."""
     return Launch(job_name(plan.folder), plan.folder, plan.requests, config, cores(plan.configs, config))
 
 
-def _check_machine(plan: Plan, config: ClusterConfig) -> None:
+def _check_machine(plan: SubmissionPlan, config: ClusterConfig) -> None:
     """Raises ConfigError where more is asked for than one machine or process is."""
     if config.cluster != "slurm" and config.nodes > 1:
         raise ConfigError(
@@ -149,7 +149,7 @@ def _check_machine(plan: Plan, config: ClusterConfig) -> None:
         )
 
 
-def _check_comparison(plan: Plan, config: ClusterConfig) -> None:
+def _check_comparison(plan: SubmissionPlan, config: ClusterConfig) -> None:
     if config.world_size > 1:
         raise ConfigError(
             f"a cell of a comparison is one process, and {config.nodes} x {config.tasks} are asked for: "
@@ -173,7 +173,7 @@ def _refuse_inner(folder: Path) -> None:
         )
 
 
-def _refuse_second(plan: Plan, config: ClusterConfig) -> None:
+def _refuse_second(plan: SubmissionPlan, config: ClusterConfig) -> None:
     """Raises ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
     _refuse_inner(plan.folder)
     first = [] if plan.first is None else [plan.first]

@@ -20,7 +20,7 @@ from submitit.core.utils import DelayedSubmission
 from ...checkpoints.atomic import write_file
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
-from .attempt import Attempt
+from .attempt import JobTask
 from .batch import Launch, Request, command, executor_of, job_name, script
 from .checks import ask_sbatch
 from .files import JobFolder, Submission
@@ -32,6 +32,8 @@ from .unbroken import InterruptedSubmissionError, ordering, unbroken
 logger = logging.getLogger(__name__)
 ANSWER = 120.0
 """Seconds that sbatch may take to answer."""
+_NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;.*| on .*)?$", re.MULTILINE)
+"""Among what a site says before and after it; a program of its own in front of sbatch may not know `--parsable`."""
 
 
 def test_only(launch: Launch) -> str:
@@ -100,7 +102,7 @@ def _prepare(launch: Launch, code: Path) -> None:
     if launch.config.cluster == "slurm":
         write_text(launch.place / "submit.sh", script(launch))
     for index, request in enumerate(launch.requests):
-        delayed = DelayedSubmission(Attempt(request.words, request.output_dir, directory))
+        delayed = DelayedSubmission(JobTask(request.words, request.output_dir, directory))
         delayed.set_timeout(launch.config.minutes, 0)
         delayed.dump(launch.place / f"{index}.pkl")
 
@@ -109,6 +111,7 @@ def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") 
     """The intention, in each run folder."""
     for index, request in enumerate(launch.requests):
         folder = JobFolder(request.output_dir)
+        request.output_dir.mkdir(parents=True, exist_ok=True)
         folder.stop_path.unlink(missing_ok=True)
         for one in folder.submissions():
             if not one.job_id:  # an interrupted one, of which no job has come: the caller has asked
@@ -129,6 +132,7 @@ def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") 
                 index=index if _is_array(launch) else None,
                 launch=str(launch.place),
                 output_dir=str(request.output_dir.absolute()),
+                inode=request.output_dir.stat().st_ino,
                 host=socket.gethostname(),
                 pid=os.getpid(),
             )
@@ -157,12 +161,10 @@ def _sbatch(launch: Launch) -> str:
             timeout=ANSWER,
             start_new_session=True,
         )
-        numbers = re.findall(
-            r"^([0-9]+)(?:;.*)?$", done.stdout, re.MULTILINE
-        )  # below what a site greets with
-        if done.returncode == 0 and numbers:
-            return str(numbers[-1])
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        numbers = _NUMBER.findall(done.stdout)
+        if done.returncode == 0 and len(numbers) == 1:
+            return str(numbers[0])
+        said = " ".join(done.stderr.split() if done.returncode else ()) or f"exit code {done.returncode}"
     try:
         number = number_by_name(launch.place)  # an answer may be lost on its way, and the job be queued
     except GraftError as error:
@@ -202,7 +204,7 @@ def _run(launch: Launch, code: Path, made: dict[str, Any]) -> list[str]:
     for request in launch.requests:
         one = replace(launch, requests=[request])
         with outside_of_a_job():
-            job = executor_of(one).submit(Attempt(request.words, request.output_dir, Path.cwd()))
+            job = executor_of(one).submit(JobTask(request.words, request.output_dir, Path.cwd()))
             _record(one, code, made, str(job.job_id))
         jobs.append(job)
     for job in jobs:

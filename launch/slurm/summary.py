@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...checkpoints.atomic import write_file
 from ...checkpoints.markdown import plain
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, counted
 from .summary_cells import ACCURACIES, LOSS, CellResult, read_cell
 from .sweep import SWEEP_FILE, load_sweep
 
@@ -141,7 +141,7 @@ def to_markdown(summary: Summary) -> str:
     left = "\n".join(f"- {plain(_state(result))}" for result in summary.missing)
     parts = [_table(lines, len(summary.keys) or 1)]
     if summary.missing:
-        parts.append(f"{len(summary.missing)} cells are not done:\n\n{left}")
+        parts.append(f"{counted(len(summary.missing), 'cell')} not done:\n\n{left}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -98,7 +98,7 @@ def load_sweep(folder: Path) -> Sweep | None:
     return Sweep(folder, axes, cells)
 
 
-def check_folder(sweep: Sweep) -> None:
+def check_sweep(sweep: Sweep) -> None:
     """ConfigError where the folder holds another sweep, or a run of its own; the same sweep may go on."""
     before = load_sweep(sweep.folder)
     if before is None:

@@ -14,14 +14,14 @@ from ..submitted import SUBMITTED, check_words
 from .batch import Request
 from .checks import check_folder
 from .files import JobFolder
-from .order import FILE, Order
-from .requests import Plan
+from .order import ORDER_FILE, Order
+from .requests import SubmissionPlan
 from .settings import ClusterConfig
 
 
 def plan_work(
     words: Sequence[str], folder: Path | None, config: ClusterConfig, *, unchecked: bool = False
-) -> tuple[Plan, ClusterConfig]:
+) -> tuple[SubmissionPlan, ClusterConfig]:
     """What `graftvit submit COMMAND ...` submits, and the resources with the cores that it needs. Nothing is written.
 
     Raises GraftError: the command would refuse its words, or it is one process and several are asked for.
@@ -40,7 +40,7 @@ def plan_work(
     _refuse_run(folder)
     order = Order(list(words), None if work.output is None else str(work.output.absolute()))
     text = json.dumps({"words": order.words, "output": order.output}) + "\n"
-    plan = Plan(folder, [], {folder / "jobs" / FILE: text}, [Request(order.words, folder)])
+    plan = SubmissionPlan(folder, [], {folder / "jobs" / ORDER_FILE: text}, [Request(order.words, folder)])
     return plan, config.model_copy(update={"cpus_per_task": config.cpus_per_task or 1 + work.workers})
 
 
@@ -53,7 +53,7 @@ def _refuse_run(folder: Path) -> None:
         raise ConfigError(f"--output_dir {folder} holds a run, with jobs of its own: give another folder")
 
 
-def describe(work: Plan) -> str:
+def describe(work: SubmissionPlan) -> str:
     """The command, where its log and jobs are, and what it writes."""
     order = Order(**json.loads(next(iter(work.frozen.values()))))
     output = f"writes {order.output}\n" if order.output else ""

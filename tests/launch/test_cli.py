@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import subprocess
@@ -312,3 +313,36 @@ def test_a_current_folder_that_is_gone_is_said(
     tmp_path.rmdir()
     assert main(["jobs"]) == 2
     assert "the current folder does not exist" in capsys.readouterr().err
+
+
+INTERRUPTED = """
+import builtins, runpy, sys
+real = builtins.__import__
+def load(name, *rest, **more):
+    if name.endswith("{module}"):
+        raise KeyboardInterrupt
+    return real(name, *rest, **more)
+builtins.__import__ = load
+{start}
+"""
+AS_MODULE = "runpy.run_module('graftvit.launch', run_name='__main__')"
+AS_SCRIPT = "from graftvit.launch.__main__ import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("start", [AS_MODULE, AS_SCRIPT])
+@pytest.mark.parametrize("module", ["cli", "submitted", "logging"])
+def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(start: str, module: str) -> None:
+    program = INTERRUPTED.format(module=module, start=start)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "graftvit: stopped by Ctrl-C\n")
+
+
+def test_before_ctrl_c_is_listened_to_next_to_nothing_is_loaded() -> None:
+    loaded = (
+        "import sys; old = set(sys.modules); import graftvit.launch.__main__; print(set(sys.modules) - old)"
+    )
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    names = ast.literal_eval(done.stdout)
+    ours = {"graftvit", "graftvit.launch", "graftvit.launch.__main__"}
+    assert {name for name in names if name.startswith("graftvit")} == ours
+    assert "importlib.metadata" not in names

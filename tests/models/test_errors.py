@@ -5,7 +5,15 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from graftvit.models.errors import LONGEST, CheckpointError, ConfigError, GraftError, escaped, one_sentence
+from graftvit.models.errors import (
+    LONGEST,
+    CheckpointError,
+    ConfigError,
+    GraftError,
+    counted,
+    escaped,
+    one_sentence,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,3 +65,9 @@ def test_the_error_itself_is_whole_and_can_be_sent() -> None:
 
 def test_lines_and_columns_of_a_text_stay() -> None:
     assert escaped("a\tb\n\x1b[1mc\r") == "a\tb\n\\x1b[1mc\\r"
+
+
+def test_one_and_several_are_counted_in_their_words() -> None:
+    assert [counted(count, "batch") for count in (0, 1, 2)] == ["0 batches", "1 batch", "2 batches"]
+    assert [counted(count, "process") for count in (1, 3)] == ["1 process", "3 processes"]
+    assert counted(5, "epoch") == "5 epochs"

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
-from ..staging.archives import is_packed
+from .archives import is_packed
 from .classes import keep_classes, wanted_classes
 from .digits import DigitsSource
 from .folders import FolderSource, Found, count_shared, find_images

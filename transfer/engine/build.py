@@ -25,6 +25,7 @@ from ...checkpoints.teacher import Teacher, load_teacher, load_weights
 from ...models.errors import ConfigError, DataError
 from ...models.lora import add_lora
 from ..config import DataConfig, RunConfig
+from ..data.archives import is_packed
 from ..data.datasets import check_dataset
 from ..data.loaders import (
     AbsentTrainLoader,
@@ -37,7 +38,6 @@ from ..data.loaders import (
 )
 from ..data.randomness import preserved
 from ..metrics.measure import PROBES
-from ..staging.archives import is_packed
 from .best import Choice, choose, classifies
 from .modes import TEACHER, Mode, Models, mode_of
 from .optim import check_optimizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, counted
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
 from .build import Parts
@@ -118,21 +118,22 @@ def check_spread(
     ]
     if processes not in fitting:
         raise ConfigError(
-            f"the run in {config.output_dir} takes {batch.micro_batches} batches of {batch.batch_size} images a step, "
-            f"which {_processes(processes)} cannot share: use {_listed(fitting)}, or another output_dir"
+            f"the run in {config.output_dir} takes {counted(batch.micro_batches, 'batch')} of {batch.batch_size} "
+            f"images a step, which {counted(processes, 'process')} cannot share: use {_listed(fitting)}, or another "
+            "output_dir"
         )
     accum, started = batch.micro_batches // processes, saved["config"]["optim"]["accum_iter"]
     if config.optim.accum_iter not in (started, accum):
         valid = " or ".join(str(value) for value in dict.fromkeys((started, accum)))
         raise ConfigError(
             f"optim.accum_iter={config.optim.accum_iter}, but the run in {config.output_dir} was started with "
-            f"{started}, and {_processes(processes)} take {accum} for its batch of {batch.images} images: "
+            f"{started}, and {counted(processes, 'process')} take {accum} for its batch of {batch.images} images: "
             f"give {valid}, or another output_dir"
         )
     if loader.streamed and processes != before and 0 < position.epoch_step < batch.steps_per_epoch:
         raise ConfigError(
             f"the run in {config.output_dir} stands in the middle of epoch {position.epoch} of a streamed data set, "
-            f"of which {_processes(processes)} would read other parts than the {before} that began it: "
+            f"of which {counted(processes, 'process')} would read other parts than the {before} that began it: "
             f"use {before} to the end of the epoch, or another output_dir"
         )
     if not loader.streamed and loader.num_samples // batch.images != batch.steps_per_epoch:
@@ -147,7 +148,7 @@ def describe(batch: GlobalBatch, before: int, processes: int) -> str:
     """What another number of processes changes, and what it does not."""
     now, then = batch.micro_batches // processes, batch.micro_batches // before
     return (
-        f"continues on {_processes(processes)} with {now} batch{'es' if now > 1 else ''} a step in place of "
+        f"continues on {counted(processes, 'process')} with {counted(now, 'batch')} a step in place of "
         f"{before} with {then}; the global batch stays {batch.images}"
     )
 
@@ -157,11 +158,7 @@ def _batch_size(setting: int, loader: TrainLoader, processes: int) -> int:
     return setting if loader.streamed else min(setting, loader.num_samples // processes)
 
 
-def _processes(count: int) -> str:
-    return f"{count} process{'es' if count > 1 else ''}"
-
-
 def _listed(counts: list[int]) -> str:
     *others, last = counts
     words = f"{', '.join(map(str, others))} or " if others else ""
-    return f"{words}{_processes(last)}"
+    return f"{words}{counted(last, 'process')}"

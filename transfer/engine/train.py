@@ -17,7 +17,6 @@ from ...checkpoints.state import StateFolder, TrainingState
 from ...models.errors import ConfigError, GraftError
 from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
-from ..staging.together import stage_together
 from .build import Parts, build
 from .elastic import GlobalBatch, describe, settle
 from .ema import WeightAverage
@@ -44,6 +43,7 @@ from .run_state import RunState, position_of
 from .runlog import RunLog
 from .scoring import score, teacher_top1
 from .signals import StopSignals
+from .stage_together import stage_together
 from .trackers import create_trackers, hyperparameters
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...models.errors import DataError
 from ..config import DataConfig
-from .archives import unpack
+from ..data.archives import unpack
 from .source import THREADS, Key, Piece, Source, batched
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
+from ..data.archives import SPLITS, is_packed, unpacked_size
 from ..data.folders import find_images
 from ..data.splits import split_folder
-from .archives import SPLITS, is_packed, unpacked_size
 
 THREADS = 16
 """That ask a file system at the same time: one that is far away answers late, but many at once."""

@@ -118,3 +118,27 @@ def test_it_is_said_before_the_job_is_sent(
         "graftvit: resumes at epoch 2 of 2; changed: optim.epochs 1 -> 2, cluster slurm -> local" in heard[0]
     )
     assert capsys.readouterr().out.startswith("submitted job 77 in")
+
+
+def test_of_stages_each_changed_setting_is_named_with_its_stage(tmp_path: Path) -> None:
+    run = config(tmp_path / "run").model_dump(mode="json")
+    recipe = {**run, "stages": [{"name": "one"}, {"name": "two", "optim": {"epochs": 2}}]}
+    Path("run.yaml").write_text(yaml.safe_dump(recipe))
+    plan_run("run.yaml", [], []).write()
+    submitted(tmp_path / "run")
+    (tmp_path / "run" / "1-two").mkdir()
+    (tmp_path / "run" / "1-two" / "config.yaml").write_text("")
+
+    def said(*words: str) -> str:
+        plan = plan_run("run.yaml", [parse_override(word) for word in words], [])
+        return describe_again(plan, ClusterConfig(nodes=2)).partition("; ")[2]
+
+    assert said() == "changed: nodes 1 -> 2"
+    recipe["stages"][1]["optim"]["epochs"] = 4
+    Path("run.yaml").write_text(yaml.safe_dump(recipe))
+    assert said() == "changed: two.optim.epochs 2 -> 4, nodes 1 -> 2"
+    assert said("seed=7") == (
+        "changed: one.seed 0 -> 7, two.optim.epochs 2 -> 4, two.seed 0 -> 7, nodes 1 -> 2"
+    )
+    (tmp_path / "run" / "jobs" / "config.yaml").write_text("[")
+    assert said() == "changed: nodes 1 -> 2"

@@ -168,7 +168,7 @@ def test_a_waiting_job_runs_when_its_nodes_come_back(
     try:
         assert main(["submit", "run.yaml", "--gpus_per_node", "h100:1"]) == 0
         said = capsys.readouterr().out
-        assert "all 1 nodes of partition main that fit are down now: the job waits for them\n" in said
+        assert "the only node of partition main that fits is down now: the job waits for them\n" in said
         job = said.split()[2]
     finally:
         cluster.start_node(cluster.nodes[2])

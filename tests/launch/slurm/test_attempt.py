@@ -15,7 +15,7 @@ import pytest
 from graftvit.launch import cli
 from graftvit.launch.slurm import attempt as module
 from graftvit.launch.slurm import record
-from graftvit.launch.slurm.attempt import Attempt
+from graftvit.launch.slurm.attempt import JobTask
 from graftvit.launch.slurm.failures import Failure, read_failure
 from graftvit.launch.slurm.files import Attempt as Record
 from graftvit.launch.slurm.files import JobFolder
@@ -58,7 +58,7 @@ class Job:
         self._patch.setenv("SLURM_RESTART_COUNT", str(restart))
         self._patch.setattr(cli, "dispatch", lambda words: work())
         try:
-            return Attempt(["train", "x.yaml"], self.folder, self.folder)()
+            return JobTask(["train", "x.yaml"], self.folder, self.folder)()
         except SystemExit as leaving:
             return leaving.code
 
@@ -342,7 +342,7 @@ def test_a_job_whose_run_folder_is_gone_ends_with_a_sentence(
 
     def attempt() -> object:
         with pytest.raises(SystemExit) as leaving:
-            Attempt(["evaluate", "x"], gone, job.folder)()
+            JobTask(["evaluate", "x"], gone, job.folder)()
         return leaving.value.code
 
     def dispatch(words: list[str]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm.registry import known, remember
+from graftvit.launch.slurm.registry import known, registry_file, remember
 from slurm_folders import say, submitted
 
 
@@ -62,3 +62,18 @@ def test_a_run_with_a_job_stays(
 def test_what_to_forget_must_be_clear(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["forget", *words]) == 2
     assert "name runs, or give --ended" in capsys.readouterr().err
+
+
+def test_one_run_under_two_names_is_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (one,) = runs(tmp_path, "one")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    detour = tmp_path / "deep" / ".." / "one"
+    remember(detour)
+    assert known() == [one]
+    with registry_file().open("a") as file:
+        file.write(f"{tmp_path}/link/../../one\n")  # as it was written before; the text alone leads elsewhere
+    assert known() == [one]
+    say(monkeypatch, "COMPLETED")
+    assert main(["forget", str(detour)]) == 0
+    assert known() == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,3 +208,13 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     submitted(tmp_path / "cells" / "seed=0")
     (tmp_path / "cells" / "seed=1").mkdir()
     assert run_folders(tmp_path) == [tmp_path / "cells" / "seed=0"]
+
+
+@pytest.mark.parametrize(("free", "why"), [(0, "; the file system of {} is full"), (1 << 30, "")])
+def test_who_could_not_write_his_last_word_on_a_full_disk_is_told_so(
+    free: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(submitted(tmp_path))
+    say(monkeypatch, JobState("COMPLETED"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert describe_run(tmp_path).why == f"ended without a word{why.format(tmp_path)}"

@@ -19,7 +19,7 @@ from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
 from graftvit.launch.slurm.registry import listed, registry_file, remember
-from graftvit.launch.slurm.requests import Plan
+from graftvit.launch.slurm.requests import SubmissionPlan
 from graftvit.launch.slurm.resume import find_unfinished
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.launch.slurm.settings import ClusterConfig
@@ -149,7 +149,7 @@ def test_a_run_of_this_machine_is_not_let_into_the_folder_of_a_job_without_recor
 ) -> None:
     with submitting(tmp_path):
         pass
-    plan = Plan(tmp_path, [], {}, [Request(["train"], tmp_path)])
+    plan = SubmissionPlan(tmp_path, [], {}, [Request(["train"], tmp_path)])
     config = ClusterConfig(cluster="local")
     queue(monkeypatch, NamedJob("7", job_name(tmp_path), tmp_path / "jobs" / "launch-0" / "submit.sh", 1.0))
     monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("RUNNING")))
@@ -184,7 +184,7 @@ def test_the_job_of_a_folder_that_is_gone_is_still_known(
     assert jobs.run_folders(gone) == [gone]
     status = jobs.describe_run(gone)
     assert (status.job_id, status.state, status.why) == ("7", "running", f"starting; {jobs.GONE}")
-    plan = Plan(gone, [], {}, [Request(["train"], gone)])
+    plan = SubmissionPlan(gone, [], {}, [Request(["train"], gone)])
     with pytest.raises(ConfigError, match="is job 7 already"):
         _refuse_second(plan, ClusterConfig())
     told: list[str] = []
@@ -322,6 +322,21 @@ def test_a_run_is_not_submitted_into_the_cells_of_another(
     submitted(tmp_path / "run", job_id="6")
     for inner in (tmp_path / "run" / "cells" / "x", tmp_path / "run" / "teacher"):
         with pytest.raises(ConfigError, match="which was submitted as a whole"):
-            _refuse_second(Plan(inner, [], {}, [Request(["train"], inner)]), ClusterConfig())
+            _refuse_second(SubmissionPlan(inner, [], {}, [Request(["train"], inner)]), ClusterConfig())
     beside = tmp_path / "other" / "teacher"
-    _refuse_second(Plan(beside, [], {}, [Request(["train"], beside)]), ClusterConfig())
+    _refuse_second(SubmissionPlan(beside, [], {}, [Request(["train"], beside)]), ClusterConfig())
+
+
+def test_a_copy_of_a_run_that_was_moved_afterwards_does_not_own_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    submitted(run, output_dir=str(run), inode=run.stat().st_ino)
+    shutil.copytree(run, tmp_path / "copy")
+    run.rename(tmp_path / "moved")
+    queue(monkeypatch)
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("RUNNING")))
+    assert jobs.describe_run(tmp_path / "moved").active
+    assert not jobs.describe_run(tmp_path / "copy").active
+    assert list(find_unfinished(tmp_path / "copy").submissions) == [tmp_path / "copy"]

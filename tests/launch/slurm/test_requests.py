@@ -13,7 +13,7 @@ from graftvit.launch.config import load_config, load_stages, parse_override
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.preview import preview
-from graftvit.launch.slurm.requests import Plan, plan_run
+from graftvit.launch.slurm.requests import SubmissionPlan, plan_run
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check
 from graftvit.launch.slurm.sweep import load_sweep
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(recipe: str | None, *words: str, sweep: list[str] | None = None) -> Plan:
+def planned(recipe: str | None, *words: str, sweep: list[str] | None = None) -> SubmissionPlan:
     plan = plan_run(recipe, [parse_override(word) for word in words], sweep or [])
     plan.write()
     return plan
@@ -100,7 +100,7 @@ def test_what_is_checked_of_a_sweep_is_its_first_cell(folder: Path) -> None:
 
 
 def test_cells_that_have_finished_are_left_out(folder: Path) -> None:
-    def plan(*words: str) -> Plan:
+    def plan(*words: str) -> SubmissionPlan:
         return planned("digits_scratch", "output_dir=out", *words, sweep=["seed=0..2"])
 
     cells = [request.output_dir for request in plan().requests]

@@ -126,7 +126,7 @@ def test_the_limit_names_the_flag(run: Run) -> None:
     run.attempt(LOST)
     verdict = run.verdict(max_restarts=1)
     assert verdict is not None
-    assert "1 restarts in a row brought no new state (--max_restarts)" in verdict.why
+    assert "1 restart in a row brought no new state (--max_restarts)" in verdict.why
 
 
 def test_a_new_state_begins_the_count_anew(run: Run) -> None:

@@ -260,3 +260,21 @@ def test_a_job_that_was_told_to_stop_is_waited_for(
     resume_module.wait_for_stops(tmp_path)
     assert capsys.readouterr().err == "graftvit: waiting for job 7, which was told to stop, to end\n"
     assert next(looks, None) is None
+
+
+@pytest.mark.parametrize("words", [[], ["--dry_run"], ["--unchecked"]])
+def test_a_folder_of_submission_that_is_gone_is_not_replaced_by_the_present_one(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: list[Launch],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    submitted(tmp_path / "run", directory=str(tmp_path / "a b"))
+    say(monkeypatch, GONE)
+    here = ["--cluster", "local", "--gpus_per_node", "0"]
+    assert main(["resume", str(tmp_path / "run"), *here, *words]) == 2
+    said = capsys.readouterr().err
+    assert f"was submitted from {tmp_path / 'a b'}, which is not there any more" in said
+    assert f"`mkdir -p '{tmp_path / 'a b'}'`" in said
+    assert not sent
+    (tmp_path / "a b").mkdir()
+    assert main(["resume", str(tmp_path / "run"), *here, *words]) == 0
+    assert Path.cwd() == tmp_path / "a b"

@@ -30,11 +30,11 @@ from patience import until
 from slurm_cluster import SlurmCluster
 
 QUEUE = """\
-12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|
-12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|1-00:20:00|
-12632730|RUNNING|gpu1,gpu2|None|2|0|2026-11-21T12:13:56|2026-11-21T12:33:56|UNLIMITED|
-12632729|CANCELLED|gpu1|None|0|15|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|
-50410830|FAILED|gpu1,gpu2|JobLaunchFailure|0|4021|2026-11-22T17:56:17|2026-11-22T17:56:17|2:00:00|
+12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|1-00:20:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+12632730|RUNNING|gpu1,gpu2|None|2|0|2026-11-21T12:13:56|2026-11-21T12:33:56|UNLIMITED|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+12632729|CANCELLED|gpu1|None|0|15|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+50410830|FAILED|gpu1,gpu2|JobLaunchFailure|0|4021|2026-11-22T17:56:17|2026-11-22T17:56:17|2:00:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
 """
 ACCOUNTING = """\
 JobID|State|NodeList|ExitCode|Start|End|Timelimit|Reason
@@ -54,7 +54,12 @@ def test_the_queue_is_read() -> None:
     assert jobs["12632732"].exit_code == "7:0"
     assert jobs["12632732"].reason == "NonZeroExitCode"
     assert jobs["12632731_2"] == JobState(
-        "PENDING", reason="JobArrayTaskLimit", limit=24 * 60 + 20, exit_code="0:0"
+        "PENDING",
+        reason="JobArrayTaskLimit",
+        limit=24 * 60 + 20,
+        exit_code="0:0",
+        name="graftvit-x-0",
+        script=Path("/x/jobs/launch-0/submit.sh"),
     )
     running = jobs["12632730"]
     assert (running.nodes, running.restarts, running.limit) == (("gpu1", "gpu2"), 2, None)
@@ -228,7 +233,7 @@ def test_real_jobs(
     assert state_when(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
     assert state_when(wide, lambda job: job.state == "RUNNING").nodes == tuple(cluster.nodes[:2])
     assert job_states([f"{array}_4", "1"]) == {
-        f"{array}_4": JobState("PENDING", reason="JobArrayTaskLimit", limit=10, exit_code="0:0"),
+        f"{array}_4": JobState("PENDING", reason="JobArrayTaskLimit", limit=10, exit_code="0:0", name="wrap"),
         "1": JobState(),
     }
     until(lambda: lines(Path(f"{mark}.ready")) == 2, "both tasks")

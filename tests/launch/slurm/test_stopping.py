@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm import jobs, processes, stopping
+from graftvit.launch.slurm import jobs, lookup, processes, stopping
 from graftvit.launch.slurm.ask import NoSuchJobError
 from graftvit.launch.slurm.files import JobFolder
 from graftvit.launch.slurm.scheduler import JobState
-from graftvit.models.errors import CheckpointError
+from graftvit.models.errors import CheckpointError, GraftError
 from patience import until
 from slurm_cluster import SlurmCluster
 from slurm_folders import submitted
@@ -123,3 +123,56 @@ def test_a_run_of_another_user_is_told_in_a_sentence(
         in capsys.readouterr().err
     )
     controllers[0].communicate("\n")
+
+
+def test_several_runs_are_stopped_and_one_that_is_none_keeps_no_other_from_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [tmp_path / name for name in ("a", "b", "c")]
+    for number, run in enumerate(runs):
+        submitted(run, job_id=str(number))
+    states = {"0": JobState("PENDING"), "1": JobState(), "2": JobState("PENDING")}
+    monkeypatch.setattr(jobs, "job_states", lambda ids, **_: {job: states[job] for job in ids})
+    monkeypatch.setattr(lookup, "queued_jobs", list)
+    told: list[str] = []
+    monkeypatch.setattr(stopping, "cancel", told.append)
+    assert main(["stop", *map(str, runs)]) == 0
+    assert f"{runs[1]} has no waiting or running job: it is unknown" in capsys.readouterr().out
+    assert told == ["0", "2"]
+    told.clear()
+    assert main(["stop", str(tmp_path / "nowhere"), *map(str, runs)]) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
+    assert told == ["0", "2"]
+
+    def silent(job: str) -> None:
+        told.append(job)
+        raise GraftError("not yours")
+
+    told.clear()
+    monkeypatch.setattr(stopping, "PAUSE", 0.0)
+    monkeypatch.setattr(stopping, "cancel", silent)
+    assert main(["stop", *map(str, runs)]) == 1
+    assert set(told) == {"0", "2"}
+
+
+def test_stop_without_a_run_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stop"]) == 2
+    assert "RUN" in capsys.readouterr().err
+
+
+@pytest.mark.slurm
+def test_a_suspended_job_is_shown_so_and_cancelled(
+    cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    job = cluster.run(*WAIT).strip()
+    files = submitted(tmp_path, job_id=job)
+    until(lambda: jobs.job_states([job])[job].state == "RUNNING", "the job", every=0.2)
+    cluster.run("scontrol", "suspend", job)
+    assert (jobs.describe_run(tmp_path).state, jobs.describe_run(tmp_path).why) == ("running", "suspended")
+    files.begin(job_id=job, restart=0, nodes=["n1"], world_size=1)
+    assert jobs.describe_run(tmp_path).why == "suspended"
+    assert main(["stop", str(tmp_path)]) == 0
+    assert f"job {job} of {tmp_path} was suspended and is cancelled" in capsys.readouterr().out
+    until(lambda: jobs.describe_run(tmp_path).state == "cancelled", "its end", every=0.2)

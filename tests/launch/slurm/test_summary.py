@@ -49,7 +49,7 @@ def test_the_tables_in_full(tmp_path: Path) -> None:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| first:6 | 2/2 | 4.00 ± 1.41 | 4.50 ± 0.71 | 5.50 ± 0.71 | 5.50 ± 0.71 | 0.5000 ± 0.3536 |\n"
         "| all | 1/2 | 4.50 | 4.50 | 1.00 | 2.00 | 2.0000 |\n"
-        "\n1 cells are not done:\n\n- layers=all,seed=1 failed: boom twice\n"
+        "\n1 cell not done:\n\n- layers=all,seed=1 failed: boom twice\n"
     )
     one, two = table(summary)
     assert float(one["test_ema_top1_std"]) == pytest.approx(0.5**0.5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch.config import Setting, load_config, load_stages, parse_override
 from graftvit.launch.fields import leaves
-from graftvit.launch.slurm.sweep import MAX_CELLS, check_folder, load_sweep, parse_sweep
+from graftvit.launch.slurm.sweep import MAX_CELLS, check_sweep, load_sweep, parse_sweep
 from graftvit.launch.slurm.sweep_axes import Axis, parse_axes
 from graftvit.launch.slurm.sweep_cells import as_text, cell_configs
 from graftvit.models.errors import CheckpointError, ConfigError
@@ -166,19 +166,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 
 def test_a_folder_takes_one_sweep(tmp_path: Path) -> None:
     sweep = parse_sweep(["transfer.layers=[0,3],all", "seed=0..1"], tmp_path)
-    check_folder(sweep)
+    check_sweep(sweep)
     sweep.save()
-    check_folder(parse_sweep(["layers=[0,3],all", "seed=0,1"], tmp_path))
+    check_sweep(parse_sweep(["layers=[0,3],all", "seed=0,1"], tmp_path))
     with pytest.raises(
         ConfigError, match=re.escape("(--sweep 'transfer.layers=[0,3],all' --sweep 'seed=0,1')")
     ):
-        check_folder(parse_sweep(["seed=0..1"], tmp_path))
+        check_sweep(parse_sweep(["seed=0..1"], tmp_path))
 
 
 def test_a_run_is_no_sweep(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(ConfigError, match="holds a run that is no sweep"):
-        check_folder(parse_sweep(["seed=0..1"], tmp_path))
+        check_sweep(parse_sweep(["seed=0..1"], tmp_path))
 
 
 def write_recipe(folder: Path, text: str) -> Path:

@@ -21,14 +21,16 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, file: io.StringIO, *states: RunStatus) -> str:
+def shown(monkeypatch: pytest.MonkeyPatch, file: io.StringIO, *states: RunStatus | None) -> str:
+    """What is written of one run; None where it is not among those to show."""
     left = list(states)
     monkeypatch.setattr(module, "EVERY", 0.0)
 
     def look() -> Seen:
-        return [left.pop(0)], ["/r"]
+        run = left.pop(0)
+        return ([], []) if run is None else ([run], ["/r"])
 
-    watch(look, file)
+    watch(look, file, "nothing waits\n")
     assert not left
     return file.getvalue()
 
@@ -47,3 +49,12 @@ def test_a_terminal_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), PENDING, RUNNING, FINISHED)
     assert "finished" in text
     assert "\x1b[" in text
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_nothing_to_watch_is_said_once(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for states in ([None], [RUNNING, None]):  # one ends, with --active
+        text = shown(monkeypatch, kind(), *states)
+        assert text.split("\r")[-1].count("nothing waits") == 1
+        assert text.rstrip().removesuffix("\x1b[?25h").rstrip().endswith("nothing waits")

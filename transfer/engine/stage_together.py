@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from ...models.errors import GraftError
 from ..config import DataConfig
-from ..engine.parallel import gather, raise_together
-from .copying import StagingStoppedError
-from .stage import stage
+from ..staging.copying import StagingStoppedError
+from ..staging.stage import stage
+from .parallel import gather, raise_together
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for the slowest node; a process that dies ends their waiting at once."""

@@ -16,8 +16,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...models.errors import DataError
 from ..config import DataConfig
-from ..data.splits import EVAL_NAMES, TRAIN_NAMES
-from ..data.steps import reason_of
+from .splits import EVAL_NAMES, TRAIN_NAMES
+from .steps import reason_of
 
 SPLITS = (*TRAIN_NAMES, *EVAL_NAMES, "test")
 ENDINGS = (".tar", ".zip")
