@@ -139,7 +139,7 @@ def test_logs_of_a_rank(
     assert main(["logs", str(tmp_path / "run"), "--rank", "1"]) == 0
     assert "out 1" in capsys.readouterr().out
     assert main(["logs", str(tmp_path / "run"), "--rank", "7"]) == 2
-    assert "there are 0 to 1" in capsys.readouterr().err
+    assert "ranks with logs are 0 to 1" in capsys.readouterr().err
 
 
 def test_following_ends_with_the_run(
