@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from engine_runs import config, differences, make_teacher
-from graftvit.launch.slurm.files import Attempt, JobFolder
+from graftvit.launch.slurm.job_folder import Attempt, JobFolder
 from graftvit.transfer.config import RunConfig
 from patience import until
 from slurm_cluster import SlurmCluster

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import jobs
-from graftvit.launch.slurm.files import JobFolder, Submission
+from graftvit.launch.slurm.job_folder import JobFolder, Submission
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.launch.slurm.settings import ClusterConfig
 

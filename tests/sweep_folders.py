@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.sweep import Cell, Sweep, parse_sweep
 
 

@@ -27,8 +27,7 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Print a table, one run in detail, or JSON."""
-    from ..slurm.jobs_text import describe, to_json, write_table
-    from ..slurm.watch import problems, watch
+    from ..slurm.jobs_text import describe, problems, to_json, watch, write_table
 
     arguments = _parse(argv)
     if arguments.watch:

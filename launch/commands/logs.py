@@ -14,7 +14,7 @@ from ..hints import hint
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
-    from ..slurm.files import JobFolder, Submission
+    from ..slurm.job_folder import JobFolder, Submission
     from ..slurm.logs import Follower
 
 EXAMPLES = (
@@ -27,7 +27,7 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Print the end of the logs of the job that `graftvit jobs` shows; with --follow also new lines."""
-    from ..slurm.files import JobFolder
+    from ..slurm.job_folder import JobFolder
     from ..slurm.jobs import run_folders, shown_submission
 
     arguments = _parse(argv)
@@ -89,8 +89,7 @@ def _paths(
     files: JobFolder, submission: Submission | None, rank: int | None
 ) -> Callable[[], tuple[Path, ...]]:
     """Return a function that finds the logs of a job, or of a newer job after the run is submitted again."""
-    from ..slurm.logs import log_files
-    from ..slurm.merged_logs import all_files
+    from ..slurm.logs import all_files, log_files
 
     first = files.submission()
 
@@ -118,8 +117,7 @@ def _show_end(paths: tuple[Path, ...], lines: int, followers: dict[Path, Followe
 
 
 def _show_merged(paths: tuple[Path, ...], lines: int, followers: dict[Path, Follower]) -> Path | None:
-    from ..slurm.logs import Follower
-    from ..slurm.merged_logs import merged
+    from ..slurm.logs import Follower, merged
 
     followers.update({path: Follower.at_end(path) for path in paths})
     found = merged(paths, lines)
@@ -136,8 +134,7 @@ def _follow(
     shown: Path | None,
 ) -> None:
     from ..slurm.jobs import describe_run
-    from ..slurm.logs import follow
-    from ..slurm.merged_logs import with_rank
+    from ..slurm.logs import follow, with_rank
 
     for path, text in follow(paths, lambda: describe_run(folder).over, followers):
         if rank is None:

@@ -15,11 +15,10 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Submit the unfinished runs of a folder again."""
-    from ..slurm.flags import add_cluster_flags, asked_by
-    from ..slurm.layers import describe
+    from ..slurm.lock import stoppable
     from ..slurm.preview import preview_again
     from ..slurm.resume import find_unfinished, resume, wait_for_stops
-    from ..slurm.unbroken import stoppable
+    from ..slurm.setting_layers import add_cluster_flags, asked_by, describe
 
     parser = command_parser(
         "resume",

@@ -12,8 +12,8 @@ from ..say import say
 from ..submitted import SUBMITTED
 
 if TYPE_CHECKING:
-    from ..slurm.layers import Asked
     from ..slurm.requests import SubmissionPlan
+    from ..slurm.setting_layers import Asked
     from ..slurm.settings import ClusterConfig
 
 EXAMPLES = (
@@ -37,8 +37,8 @@ def run(argv: list[str]) -> int:
     """Check the run, then show it or submit it."""
     if argv and argv[0] in SUBMITTED:
         return _run_work(argv)
-    from ..slurm.flags import add_cluster_flags, asked_by
-    from ..slurm.unbroken import stoppable
+    from ..slurm.lock import stoppable
+    from ..slurm.setting_layers import add_cluster_flags, asked_by
 
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser("submit", DESCRIPTION, EXAMPLES, usage)
@@ -65,8 +65,8 @@ def run(argv: list[str]) -> int:
 
 def _run_work(argv: list[str]) -> int:
     """Submit a command that is not a run. Flags that do not belong to the cluster belong to the command."""
-    from ..slurm.flags import add_cluster_flags, asked_by
-    from ..slurm.unbroken import stoppable
+    from ..slurm.lock import stoppable
+    from ..slurm.setting_layers import add_cluster_flags, asked_by
 
     command = argv[0]
     parser = command_parser(
@@ -85,8 +85,8 @@ def _run_work(argv: list[str]) -> int:
     add_cluster_flags(parser)
     own, words = split_words(parser, argv)
     arguments = parser.parse_args(own)
-    from ..slurm.work import describe as describe_work
-    from ..slurm.work import plan_work
+    from ..slurm.requests import describe as describe_work
+    from ..slurm.requests import plan_work
 
     asked = asked_by(arguments)
     config = asked.config()
@@ -107,8 +107,8 @@ def _show_or_send(
     arguments: argparse.Namespace, asked: Asked, plan: SubmissionPlan, config: ClusterConfig, before: str = ""
 ) -> int:
     """Show or submit the plan, after printing `before`."""
-    from ..slurm.layers import describe
     from ..slurm.preview import preview
+    from ..slurm.setting_layers import describe
     from ..slurm.submission import check, send
 
     unchecked = arguments.unchecked

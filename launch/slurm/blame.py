@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .failures import is_consequence
-from .files import Attempt, JobFolder, Submission
+from .job_folder import Attempt, JobFolder, Submission
 from .logs import log_files, ranks_with_logs, tail
 
 SILENT = "ended without a word"

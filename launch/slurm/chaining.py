@@ -11,7 +11,7 @@ from typing import Any
 
 from ...models.errors import ConfigError
 from ..hints import hint
-from .files import JobFolder
+from .job_folder import JobFolder
 from .jobs import judge_jobs, run_folders
 
 

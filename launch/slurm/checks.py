@@ -1,7 +1,7 @@
-"""What can be known to be wrong before a job is queued, each with its own sentence.
+"""Ask Slurm what the cluster has, and refuse a job that can never run, each mistake with its own sentence.
 
-Slurm lets some impossible requests wait for ever (more nodes or cores than a partition has), and tells of a folder that
-its nodes cannot see by a job that dies without a log.
+Slurm queues some impossible requests without a word (more nodes or cores than a partition has). If a node cannot see
+the output folder, the job just dies without a log.
 """
 
 from __future__ import annotations
@@ -9,14 +9,91 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...models.errors import ConfigError, did_you_mean
-from .gpus import generic_in, gpus_in, has_gpus, most_of
-from .inventory import Node, nodes_of, partitions, reserved_nodes, run
+from .resources import generic_in, gpus_in, has_gpus, most_of
+from .scheduler import expand_nodes
 from .settings import ClusterConfig, parse_time
+
+AT_WORK = (
+    "idle", "mixed", "allocated", "completing", "planned", "powered_down", "powering_down", "powering_up",
+)  # fmt: skip
+"""States of a node that takes jobs, or will as soon as it is free; `~` and `#` mark one that has to be woken up."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a machine of a partition has."""
+
+    name: str
+    cpus: int
+    memory: int
+    """MiB."""
+    gpus: Mapping[str, int]
+    """By type, "" where a node does not tell it."""
+    away: str = ""
+    """What keeps it from taking jobs now, as in drained; empty where nothing does."""
+    generic: Mapping[str, int] = field(default_factory=dict)
+    """What else it has, as in {"tmpdisk": 100}."""
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """Name -> fields of each partition. Raises ConfigError."""
+    found = {}
+    for line in output("scontrol", "--oneliner", "show", "partition").splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if "PartitionName" in fields:
+            found[fields["PartitionName"]] = fields
+    return found
+
+
+def reserved_nodes(own: str | None) -> set[str]:
+    """Nodes that a reservation holds now, other than that in which the job runs. Raises ConfigError."""
+    found: set[str] = set()
+    for line in output("scontrol", "--oneliner", "show", "reservation").splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if fields.get("State") == "ACTIVE" and fields.get("ReservationName") != own:
+            found.update(expand_nodes(fields.get("Nodes", "")))
+    return found
+
+
+def nodes_of(partition: str) -> list[Node]:
+    """The nodes of a partition, in whatever state. Raises ConfigError."""
+    nodes = {}
+    for line in output("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%c|%m|%T|%G").splitlines():
+        name, cpus, memory, state, generic = line.split("|")
+        size = int(cpus.rstrip("+")), int(memory.rstrip("+"))
+        nodes[name] = Node(name, *size, gpus_in(generic), _away(state), generic_in(generic))
+    return list(nodes.values())
+
+
+def _away(state: str) -> str:
+    """`drained*` as drained, `idle~` as nothing."""
+    word = re.sub(r"[^a-z_]", "", state.lower())
+    if state.endswith("*"):
+        return "down" if word in AT_WORK else word
+    return "in maintenance" if state.endswith("$") else "" if word in AT_WORK else word
+
+
+def output(*command: str) -> str:
+    """What a command of Slurm prints. Raises ConfigError where it fails."""
+    answer = run(*command)
+    if answer.returncode != 0:
+        raise ConfigError(f"{command[0]} does not reach the cluster: {' '.join(answer.stderr.split())}")
+    return answer.stdout
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command of Slurm, however it ends. Raises ConfigError where it does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"{command[0]} does not answer: {error}") from error
+
 
 OF_ONE_MACHINE = ("tmpfs", "ramfs", "devtmpfs")
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # folders that no two machines share

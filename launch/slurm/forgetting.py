@@ -7,7 +7,7 @@ from pathlib import Path
 from ...models.errors import ConfigError
 from ..hints import hint
 from .jobs import JudgedJob, judge_jobs, run_folders
-from .registry import forget, known, listed, plain
+from .known_runs import forget, known, listed, plain
 
 
 def forget_run(folder: Path) -> None:

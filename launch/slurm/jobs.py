@@ -14,13 +14,11 @@ from ..hints import hint
 from ..submitted import SUBMITTED
 from .ask import TRIES, NoAnswerError
 from .blame import NOTHING, SILENT, Blame, blame, blame_start, log_starts
-from .files import Attempt, JobFolder, Submission, is_copied
+from .job_folder import Attempt, JobFolder, Submission, is_copied, read_order
 from .judging import ACTIVE, AT_WORK, WAITING, Evidence, Restart, judge, restarts_of
-from .lookup import find_submissions
-from .order import read_order
-from .processes import is_alive
-from .progress import Progress, read_progress
-from .registry import listed
+from .known_runs import listed
+from .lookup import find_submissions, is_alive
+from .run_progress import Progress, read_progress
 from .scheduler import JobState, job_states
 from .sweep import load_sweep
 

@@ -24,7 +24,7 @@ from ...models.errors import GraftError, counted
 from .ask import ask
 from .blame import said_of
 from .failures import Failure
-from .files import Attempt, JobFolder, newest_state
+from .job_folder import Attempt, JobFolder, newest_state
 
 PATIENCE, PAUSE = 300.0, 10.0
 """Seconds that the record may be out of reach, and between two looks at it."""

@@ -15,11 +15,11 @@ from ..hints import hint
 from ..say import say_aside
 from .batch import Launch, Request, job_name
 from .checks import check_commands, check_folder, check_resources
-from .files import JobFolder, Submission, resumes
+from .job_folder import JobFolder, Submission, resumes
 from .jobs import judge_jobs, run_folders
 from .lock import submitting
 from .lookup import home
-from .progress import current_stage
+from .run_progress import current_stage
 from .settings import ClusterConfig
 from .submission import refuse_active, start
 from .submit import test_only

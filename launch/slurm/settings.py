@@ -25,7 +25,7 @@ from pydantic import (
 
 from ...models.errors import ConfigError
 from ...transfer.section import check_plain
-from .gpus import count_gpus, gpus_in, parse_gpus
+from .resources import count_gpus, gpus_in, parse_gpus
 
 OF_THE_JOB = (
     "array", "clusters", "error", "gpus", "gpus_per_task", "input", "job_name", "no_kill", "no_requeue", "ntasks",

@@ -10,11 +10,10 @@ from ...checkpoints.paths import is_folder
 from ...models.errors import ConfigError, GraftError
 from ..submitted import SUBMITTED
 from .ask import NoSuchJobError
-from .files import JobFolder, resumes
+from .job_folder import JobFolder, resumes
 from .jobs import GONE, JudgedJob, judge_jobs, run_folders
 from .lock import submitting
-from .lookup import home
-from .processes import stop_process
+from .lookup import home, stop_process
 from .scheduler import cancel, signal_job
 
 ROUNDS = 3

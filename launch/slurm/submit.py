@@ -23,11 +23,11 @@ from ..hints import hint
 from .attempt import JobTask
 from .batch import Launch, Request, command, executor_of, job_name, script
 from .checks import ask_sbatch
-from .files import JobFolder, Submission
+from .job_folder import JobFolder, Submission
+from .lock import InterruptedSubmissionError, ordering, unbroken
 from .lookup import UNSURE, number_by_name, write_number
 from .pitfalls import detached, outside_of_a_job, start_script
 from .snapshot import copy_package, origin
-from .unbroken import InterruptedSubmissionError, ordering, unbroken
 
 logger = logging.getLogger(__name__)
 ANSWER = 120.0

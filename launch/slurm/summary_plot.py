@@ -10,8 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .summary import Measure, Row, Summary
-from .summary_cells import ACCURACIES
+from .summary import ACCURACIES, Measure, Row, Summary
 
 INK, FAINT = "#24292f", "#d4d9df"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")

@@ -15,7 +15,7 @@ import graftvit
 import pytest
 import timm
 from graftvit.launch.cli import main
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from patience import until
 from PIL import Image
 from support.cut_recipes import SMALL, Cut, command

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch import cli
 from graftvit.launch.config import load_config, parse_override, read_recipe
-from graftvit.launch.slurm.layers import load_cluster
+from graftvit.launch.slurm.setting_layers import load_cluster
 from graftvit.models.errors import ConfigError
 from graftvit.models.plain_yaml import MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
 from graftvit.models.plan import parse_plan

@@ -12,9 +12,9 @@ from graftvit.launch.cli import main
 from graftvit.launch.config import dump_config, parse_override
 from graftvit.launch.plan import describe_plan
 from graftvit.launch.slurm import submission
-from graftvit.launch.slurm.again import describe_again, refuse_finished
 from graftvit.launch.slurm.requests import plan_run
 from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm.submission import describe_again, refuse_finished
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.train import train

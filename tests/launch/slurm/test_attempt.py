@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from graftvit.launch import cli
 from graftvit.launch.slurm import attempt as module
-from graftvit.launch.slurm import record
+from graftvit.launch.slurm import attempt as record
 from graftvit.launch.slurm.attempt import JobTask
 from graftvit.launch.slurm.failures import Failure, read_failure
-from graftvit.launch.slurm.files import Attempt as Record
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import Attempt as Record
+from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.pitfalls import INSIDE_A_LAUNCHER
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine import early_signals

@@ -10,7 +10,7 @@ import yaml
 from cluster_runs import graftvit
 from compare_runs import cell, write_config
 from graftvit.launch.cli import dispatch
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from patience import until
 from slurm_cluster import SlurmCluster
 

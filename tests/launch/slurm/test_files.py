@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.slurm.failures import Failure
-from graftvit.launch.slurm.files import JobFolder, newest_state
+from graftvit.launch.slurm.job_folder import JobFolder, newest_state
 from slurm_folders import submitted
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from graftvit.launch.flags import command_parser, parse_command
-from graftvit.launch.slurm.flags import add_cluster_flags, asked_by
-from graftvit.launch.slurm.layers import Asked, describe, site_file
+from graftvit.launch.slurm.setting_layers import Asked, add_cluster_flags, asked_by, describe, site_file
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
 

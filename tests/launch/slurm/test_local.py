@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from engine_runs import config, differences, make_teacher
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from patience import until
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,10 @@ from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs, lookup, stopping
 from graftvit.launch.slurm.ask import NoAnswerError
 from graftvit.launch.slurm.batch import Request, job_name
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
+from graftvit.launch.slurm.known_runs import listed, registry_file, remember
 from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
-from graftvit.launch.slurm.registry import listed, registry_file, remember
 from graftvit.launch.slurm.requests import SubmissionPlan
 from graftvit.launch.slurm.resume import find_unfinished
 from graftvit.launch.slurm.scheduler import JobState

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm.merged_logs import time_of
+from graftvit.launch.slurm.logs import time_of
 from slurm_folders import submitted
 
 STARTED = "submitit INFO (2026-11-22 17:57:{}) - Starting with JobEnvironment(job_id=12, global_rank=0(4))\n"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm.reasons import launch_failure, waiting
+from graftvit.launch.slurm.judging import launch_failure, waiting
 
 
 @pytest.mark.parametrize(

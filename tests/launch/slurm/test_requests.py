@@ -11,7 +11,7 @@ from compare_runs import write_config
 from graftvit.launch.comparison import load_comparison
 from graftvit.launch.config import load_config, load_stages, parse_override
 from graftvit.launch.slurm import submission
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.preview import preview
 from graftvit.launch.slurm.requests import SubmissionPlan, plan_run
 from graftvit.launch.slurm.settings import ClusterConfig

@@ -13,7 +13,7 @@ from graftvit.launch.slurm import ask as asking
 from graftvit.launch.slurm import restart as module
 from graftvit.launch.slurm.batch import Launch, Request, script
 from graftvit.launch.slurm.failures import Failure, Kind
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.restart import Verdict, judge, main
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError

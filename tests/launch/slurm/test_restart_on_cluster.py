@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, held, tasks_of
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from patience import until
 from slurm_cluster import SlurmCluster
 from slurm_processes import marked
@@ -86,7 +86,7 @@ def test_a_run_that_saves_nothing_between_its_failures_ends(cluster: SlurmCluste
     until(lambda: state_of(run, job).startswith("FAILED"), lambda: f"the failure\n{run.logs()}", every=0.5)
     first, second = run.jobs.attempts()
     assert (first.retried, second.retried, second.outcome) == (True, False, "failed")
-    assert "1 restarts in a row brought no new state (--max_restarts)" in second.why
+    assert "1 restart in a row brought no new state (--max_restarts)" in second.why
     assert "--max_restarts" in run.graftvit("jobs", str(run.folder))
 
 

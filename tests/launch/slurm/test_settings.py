@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from graftvit.launch.flags import command_parser, parse_command
-from graftvit.launch.slurm.flags import ONLY_IN_THE_SITE_FILE, add_cluster_flags, cluster_of
-from graftvit.launch.slurm.layers import site_file
+from graftvit.launch.slurm.setting_layers import (
+    ONLY_IN_THE_SITE_FILE,
+    add_cluster_flags,
+    cluster_of,
+    site_file,
+)
 from graftvit.launch.slurm.settings import ClusterConfig, parse_time, sbatch_fields
 from graftvit.models.errors import ConfigError
 from hypothesis import given

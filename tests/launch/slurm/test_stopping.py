@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm import jobs, lookup, processes, stopping
+from graftvit.launch.slurm import jobs, lookup, stopping
+from graftvit.launch.slurm import lookup as processes
 from graftvit.launch.slurm.ask import NoSuchJobError
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.models.errors import CheckpointError, GraftError
 from patience import until

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from engine_runs import config, make_teacher
-from graftvit.launch.slurm import checks, inventory
-from graftvit.launch.slurm.layers import load_cluster, site_file
+from graftvit.launch.slurm import checks
+from graftvit.launch.slurm import checks as inventory
 from graftvit.launch.slurm.requests import plan_run
+from graftvit.launch.slurm.setting_layers import load_cluster, site_file
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check_runs
 from graftvit.models.errors import ConfigError

@@ -5,8 +5,7 @@ import io
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm.summary import Summary, summarize, to_csv, to_markdown, write_summary
-from graftvit.launch.slurm.summary_cells import read_cell
+from graftvit.launch.slurm.summary import Summary, read_cell, summarize, to_csv, to_markdown, write_summary
 from graftvit.launch.slurm.summary_plot import draw, numeric_key
 from graftvit.models.errors import CheckpointError, ConfigError
 from PIL import Image

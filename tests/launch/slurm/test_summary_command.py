@@ -7,7 +7,7 @@ from engine_runs import config
 from graftvit.launch.cli import main
 from graftvit.launch.config import dump_config
 from graftvit.launch.slurm.summary import summarize
-from graftvit.launch.slurm.sweep_cells import cell_configs
+from graftvit.launch.slurm.sweep import cell_configs
 from graftvit.transfer.engine.runlog import read_log
 from sweep_folders import make_sweep, write_run
 

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 from graftvit.launch.config import Setting, load_config, load_stages, parse_override
 from graftvit.launch.fields import leaves
-from graftvit.launch.slurm.sweep import MAX_CELLS, check_sweep, load_sweep, parse_sweep
-from graftvit.launch.slurm.sweep_axes import Axis, parse_axes
-from graftvit.launch.slurm.sweep_cells import as_text, cell_configs
+from graftvit.launch.slurm.sweep import (
+    MAX_CELLS,
+    Axis,
+    as_text,
+    cell_configs,
+    check_sweep,
+    load_sweep,
+    parse_axes,
+    parse_sweep,
+)
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.transfer.config import RunConfig
 from hypothesis import given
@@ -259,7 +266,7 @@ def test_any_valid_value_survives_as_text(data: st.DataObject) -> None:
 
 
 def test_sweeps_are_read_without_torch() -> None:
-    code = "import sys, graftvit.launch.slurm.sweep_cells; sys.exit('torch' in sys.modules)"
+    code = "import sys, graftvit.launch.slurm.sweep; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

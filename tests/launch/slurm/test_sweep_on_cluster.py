@@ -13,7 +13,7 @@ import yaml
 from cluster_runs import graftvit, held, user_environment
 from engine_runs import config, make_teacher
 from graftvit.launch.cli import dispatch
-from graftvit.launch.slurm.files import Attempt, JobFolder
+from graftvit.launch.slurm.job_folder import Attempt, JobFolder
 from graftvit.models.errors import ConfigError
 from patience import until
 from slurm_cluster import SlurmCluster

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.slurm import jobs
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.jobs import describe_run
 from graftvit.launch.slurm.jobs_text import describe
 from graftvit.launch.slurm.scheduler import JobState

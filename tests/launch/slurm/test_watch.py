@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm import watch as module
+from graftvit.launch.slurm import jobs_text as module
 from graftvit.launch.slurm.jobs import RunStatus
-from graftvit.launch.slurm.watch import Seen, watch
+from graftvit.launch.slurm.jobs_text import Seen, watch
 
 PENDING = RunStatus(Path("/r"), "12", "slurm", 0.0, "pending", "waits for nodes: Resources", starts=1.8e9)
 RUNNING = RunStatus(Path("/r"), "12", "slurm", 0.0, "running")

@@ -14,12 +14,12 @@ from engine_runs import make_teacher
 from graftvit.launch import cli
 from graftvit.launch.cli import COMMANDS, main
 from graftvit.launch.flags import command_parser, split_words
-from graftvit.launch.slurm.flags import add_cluster_flags
+from graftvit.launch.slurm.job_folder import read_order
 from graftvit.launch.slurm.jobs import describe_run
 from graftvit.launch.slurm.jobs_text import describe
-from graftvit.launch.slurm.order import read_order
+from graftvit.launch.slurm.requests import plan_work
+from graftvit.launch.slurm.setting_layers import add_cluster_flags
 from graftvit.launch.slurm.settings import ClusterConfig
-from graftvit.launch.slurm.work import plan_work
 from graftvit.launch.submitted import SUBMITTED, Interrupted, check_words, ended_by_signals
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.engine import early_signals
@@ -162,7 +162,7 @@ def test_the_dry_run_shows_the_script_and_writes_nothing(
     make_teacher(folder / "teacher")
     for name in ("check_commands", "check_cluster"):
         monkeypatch.setattr(f"graftvit.launch.slurm.preview.{name}", lambda *arguments, **more: "")
-    monkeypatch.setattr("graftvit.launch.slurm.work.check_folder", lambda *arguments: None)
+    monkeypatch.setattr("graftvit.launch.slurm.requests.check_folder", lambda *arguments: None)
     words = ["submit", "evaluate", "teacher", "--dataset", "digits", "--gpus_per_node", "0", "--dry_run"]
     assert main([*words, "--tasks_per_node", "2", "--workers", "1"]) == 0
     shown = capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cluster_runs import cluster_run, graftvit
 from engine_runs import make_teacher
-from graftvit.launch.slurm.files import JobFolder
+from graftvit.launch.slurm.job_folder import JobFolder
 from image_folders import class_folder
 from patience import until
 from slurm_cluster import SlurmCluster

@@ -1,14 +1,15 @@
 """What a run on a cluster writes down: its submissions, its attempts, and the errors of their ranks.
 
-    OUTPUT_DIR/jobs/submissions/0001.json   what was submitted, oldest first; written before the scheduler is told
-    OUTPUT_DIR/jobs/attempts/0001-1234.0.jsonl  what the first attempt saw, job 1234 before any restart: one JSON object
-                                                an event, written by its first rank
-    OUTPUT_DIR/jobs/errors/0001-1234.0-3.txt    how rank 3 of that attempt failed, and below which kind of failure
-    OUTPUT_DIR/jobs/stop-1234               a request to job 1234 to stop after the next save; `stop`: to any job
+    OUTPUT_DIR/jobs/submissions/0001.json       what was submitted, oldest first; written before sbatch is called
+    OUTPUT_DIR/jobs/attempts/0001-1234.0.jsonl  the events of attempt 1: job 1234, restart 0; one JSON object a line,
+                                                written by its first rank
+    OUTPUT_DIR/jobs/errors/0001-1234.0-3.txt    how rank 3 of that attempt failed, under the kind of failure
+    OUTPUT_DIR/jobs/stop-1234                   a request to job 1234 to stop after the next save; `stop`: to any job
+    OUTPUT_DIR/jobs/command.json                the command, where the job is not a run
 
-An attempt is one time that the scheduler started the job. Each writes files of its own, which carry its identity in
-their names: one that was given up by its scheduler and still runs cannot spoil what the next one says, not even where
-somebody has removed `jobs/` in between.
+An attempt is one start of the job by the scheduler. Each attempt writes its own files, with its identity in their
+names. So an attempt that its scheduler has given up, and that still runs, cannot damage the files of the next one, not
+even where somebody has removed `jobs/` in between.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -316,3 +318,29 @@ def job_id(launch: Path, index: int | None) -> str:
     except OSError:
         return ""
     return number if index is None or not number else f"{number}_{index}"
+
+
+ORDER_FILE = "command.json"
+"""In `jobs/`: what the job was submitted for."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A command as it was submitted."""
+
+    words: list[str]
+    output: str | None
+    """The file or folder that it writes, from `/`; None where it only prints."""
+
+    @property
+    def line(self) -> str:
+        """As a user would type it."""
+        return shlex.join(["graftvit", *self.words])
+
+
+def read_order(folder: Path) -> Order | None:
+    """What was submitted to a folder that is no run's; None for a run."""
+    try:
+        return Order(**json.loads((folder / "jobs" / ORDER_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,6 +1,7 @@
-"""Which runs this user has submitted: one absolute folder a line, so that `graftvit jobs` finds them.
+"""The runs that this user has submitted, one absolute folder a line, for `graftvit jobs`.
 
-Lines are only added, so that two shells need no lock: `-` in front of a folder takes it out again.
+Lines are only added, so that two shells need no lock: a line with `-` in front removes a folder from the list. The
+folder itself stays as it is.
 """
 
 from __future__ import annotations
