@@ -1,4 +1,4 @@
-"""How it is started: the command line and the typed configuration."""
+"""The command line and the typed configuration, which start a run."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The command itself, as `graftvit` and as `python -m graftvit.launch`, which launchers such as torchrun start."""
+"""Run the command, as `graftvit` and as `python -m graftvit.launch`, which launchers such as torchrun start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """As `cli.main`; Ctrl-C while that is loaded ends no differently from one afterwards."""
+    """Run `cli.main`. Ctrl-C while it is imported ends in the same way as afterwards."""
     try:
         from .cli import main as run
 

@@ -1,4 +1,4 @@
-"""What `graftvit evaluate` compares: runs, students and teachers, each a function from images to logits."""
+"""The models that `graftvit evaluate` compares: runs, students and teachers, each a function from images to logits."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .sources import source_keywords
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is ready to predict: `predict` takes images as `spec` describes them."""
+    """A model that is ready to predict: `predict` takes images preprocessed as `spec` describes."""
 
     name: str
     module: nn.Module
     predict: Callable[[Tensor], Tensor]
     spec: Preprocessing
     num_classes: int
-    """0 of a model without a head."""
+    """0 for a model without a head."""
     label_names: tuple[str, ...] | None = None
-    """The classes of the head in their order, where they are known."""
+    """The class names of the head in order, if they are known."""
 
 
 def run_config(source: str) -> RunConfig | None:
-    """The configuration of the run whose folder `source` is, or None; of several stages, that of the last."""
+    """Return the configuration of the run in the folder `source` (its last stage), or None if `source` is no run."""
     parsed = parse_source(source)
     if not isinstance(parsed, FolderSource):
         return None
@@ -46,14 +46,14 @@ def run_config(source: str) -> RunConfig | None:
 
 
 def load_candidate(source: str, how: TeacherConfig) -> Candidate:
-    """The model of a source.
+    """Load the model of a source.
 
     Args:
         source: A run folder, a student folder, or any teacher source.
-        how: Architecture, arguments and resolution, where they are not the source's own.
+        how: Architecture, arguments and resolution that replace those of the source.
 
     Raises:
-        CheckpointError: if it cannot be read.
+        CheckpointError: if the source cannot be read.
     """
     loaded = load_pretrained(source, **source_keywords(how))
     spec = loaded.preprocessing
@@ -62,7 +62,7 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
 
 
 def check_alike(candidates: list[Candidate]) -> None:
-    """Raise ConfigError where models cannot be shown the same images, or have other classes."""
+    """Raise ConfigError if the models cannot take the same images or have different classes."""
     first = candidates[0]
     for other in candidates[1:]:
         if other.num_classes != first.num_classes:
@@ -84,9 +84,9 @@ def check_alike(candidates: list[Candidate]) -> None:
 
 
 def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
-    """The classes that the labels of an evaluation are numbered by: those of the first candidate that names its own.
+    """Return the class names that number the labels of an evaluation: those of the first candidate that has names.
 
-    Raises ConfigError where another one has other classes, or may have them in another order.
+    Raises ConfigError if another candidate has other classes, or may have them in another order.
     """
     named = [(each.name, each.label_names) for each in candidates if each.label_names is not None]
     if not named:
@@ -97,12 +97,12 @@ def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
         if not same_classes(names, theirs):
             foreign = [name for name in theirs or () if name not in names]
             raise ConfigError(
-                f"{other.name!r} has classes that {first!r} has not: {some(foreign, 5)}; evaluate them one by one"
+                f"{other.name!r} has classes that {first!r} does not have: {some(foreign, 5)}; evaluate them one by one"
             )
         if not comparable(names, theirs) and list(names) != sorted(names, key=natural_key):
             raise ConfigError(
-                f"{other.name!r} does not say the names of its classes, and those of {first!r} are in an order of "
-                "their own; evaluate them one by one"
+                f"{other.name!r} does not name its classes, and the classes of {first!r} are not sorted; evaluate "
+                "them one by one"
             )
     return names
 
@@ -110,13 +110,13 @@ def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
 def in_order(
     predict: Callable[[Tensor], Tensor], own: Sequence[str] | None, names: Sequence[str] | None
 ) -> Callable[[Tensor], Tensor]:
-    """`predict` with its logits, those of the classes `own`, in the order of `names`."""
+    """Return `predict` with its logits reordered from the classes `own` to the order of `names`."""
     columns = places(own, names)
     return predict if columns is None else lambda images: predict(images)[:, columns]
 
 
 def predictor(candidate: Candidate, spec: Preprocessing) -> Callable[[Tensor], Tensor]:
-    """`candidate.predict` for images that are normalised as `spec` says."""
+    """Return `candidate.predict` for images that are normalized as `spec` says."""
     own = candidate.spec
     if (own.mean, own.std) == (spec.mean, spec.std):
         return candidate.predict

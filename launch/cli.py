@@ -1,4 +1,4 @@
-"""The `graftvit` command: which subcommand, and how its errors and signals end."""
+"""The `graftvit` command: choose the subcommand, and turn its errors and signals into exit codes."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from .submitted import SUBMITTED, Interrupted, ended_by_signals
 COMMANDS = {
     "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
     "train": "train a student: transfer a teacher's attention, fine-tune, or start from scratch",
-    "submit": "give a run, a sweep, a comparison or another long command to a SLURM cluster, where it survives",
-    "jobs": "how the runs on a cluster are: state, restarts and why, nodes, progress, time left, errors",
-    "logs": "`graftvit logs RUN --follow`: what the processes of a run write",
-    "stop": "`graftvit stop RUN`: a running job saves and ends, a waiting one is cancelled",
-    "resume": "`graftvit resume RUN`: submit a run again from where it stands, on other nodes if you like",
-    "forget": "`graftvit forget RUN`: take a run out of the list of `graftvit jobs`; its folder stays",
-    "pretrain": "make a teacher by masked autoencoding, without labels",
-    "evaluate": "top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
-    "data": "what a data set holds, and a picture of training images as the model sees them",
-    "teacher": "`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit",
+    "submit": "run a training, a sweep, a comparison or another long command on a SLURM cluster",
+    "jobs": "show the runs on a cluster: state, restarts and their reasons, nodes, progress, time left, errors",
+    "logs": "`graftvit logs RUN --follow`: print the logs of a run",
+    "stop": "`graftvit stop RUN`: save and end a running job, cancel a waiting one",
+    "resume": "`graftvit resume RUN`: submit a run again from its last state, on the same nodes or on others",
+    "forget": "`graftvit forget RUN`: remove a run from the list of `graftvit jobs`; keep its folder",
+    "pretrain": "pretrain a teacher by masked autoencoding, without labels",
+    "evaluate": "measure top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
+    "data": "describe a data set, and draw training images as the model sees them",
+    "teacher": "`graftvit teacher info SOURCE`: describe a teacher, and check whether its weights fit",
     "push": "publish a student on the Hugging Face hub, with its card and its license",
-    "convert": "give a model other attention by a plan, and write the folder that recovery starts from",
-    "operators": "what a plan can name: the attention operators, their options, what they are and cost",
-    "save": "one model alone, from a run or any other source, as a folder that timm loads",
-    "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: other people's files of weights",
-    "export": "a model as an ONNX or torch.export file, checked against the model",
-    "layers": "which layers of a converted student to keep as softmax, and what each choice costs",
-    "benchmark": "`graftvit benchmark operators | models`: speed, memory and cost against fused softmax",
-    "compare": "one teacher, many attention operators, the same budget: accuracy and cost in tables and plots",
-    "summary": "what a sweep came to: mean ± std over seeds as CSV, Markdown and a plot",
-    "visualize": "look inside: attention over images, rollout, numbers by layer, a page to click through",
+    "convert": "replace the attention of a model by a plan, and write the folder that recovery starts from",
+    "operators": "list the attention operators that a plan can name, with their options and costs",
+    "save": "write one model, from a run or any other source, as a folder that timm loads",
+    "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: handle weights files of any origin",
+    "export": "write a model as an ONNX or torch.export file, checked against the model",
+    "layers": "find the layers of a converted student to keep as softmax, and what each choice costs",
+    "benchmark": "`graftvit benchmark operators | models`: measure speed, memory and cost against fused softmax",
+    "compare": "compare many attention operators on one teacher and one budget: accuracy, cost, tables, plots",
+    "summary": "summarize the results of a sweep: mean ± std over seeds as CSV, Markdown and a plot",
+    "visualize": "draw attention over images, rollout and numbers by layer, in a page to click through",
     "recipes": "list the recipes that come with the package, or print one",
 }
 DISTRIBUTED = ("train", "pretrain", "evaluate")
-"""Commands that several processes run together."""
+"""Commands that several processes can run together."""
 ALONE = ("compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
-"""Commands that are one process, and would be several side by side in several."""
+"""Commands that run in one process. Several processes would each run the whole command."""
 SAVING = ("train", "pretrain")
-"""Commands that a signal stops after a save."""
+"""Commands that save their state before a signal stops them."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 when done; 1 for a failure while running; 2 for a mistake in what was asked; 128 + the number of the
-        signal that stopped it.
+        0 on success; 1 if the command fails while it runs; 2 for a mistake of the user; 128 + the number of the
+        signal that stopped the command.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            # the reader of our output has left (`graftvit recipes | head`); python must not flush into it at exit
+            # the reader of our output has closed the pipe (`graftvit recipes | head`); Python must not flush into it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         if error.filename is None:
@@ -81,12 +81,12 @@ def _check_here() -> None:
         Path.cwd()
     except OSError as error:
         raise ConfigError(
-            f"the current folder is not there ({error.strerror}): change to one that is"
+            f"the current folder does not exist ({error.strerror}): change to one that does"
         ) from error
 
 
 def dispatch(words: list[str]) -> int:
-    """One command, as `main` runs it; its errors are raised."""
+    """Run one command as `main` does, but raise its errors."""
     if not words or words[0] in ("-h", "--help", "help"):
         sys.stdout.write(_overview())
         return 0 if words else 2
@@ -127,11 +127,11 @@ def _run(words: list[str]) -> int:
 
 
 def _log(command: str) -> None:
-    """Messages go to stderr: what a long command tells, from its first process, and all warnings."""
+    """Write log messages to stderr: progress of long commands from the first process, warnings from all."""
     log_plainly(logging.WARNING)
-    tells = command in ("train", "pretrain", "data", "export") and os.environ.get("RANK", "0") == "0"
-    logging.getLogger("graftvit").setLevel(logging.INFO if tells else logging.WARNING)
-    # a hub that cannot be reached ends in one error; its client would warn at each of its ten tries
+    reports = command in ("train", "pretrain", "data", "export") and os.environ.get("RANK", "0") == "0"
+    logging.getLogger("graftvit").setLevel(logging.INFO if reports else logging.WARNING)
+    # if the hub cannot be reached, one error is enough; its client would warn at each of its ten attempts
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
@@ -146,7 +146,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`graftvit COMMAND --help` explains one. To begin with:",
+            "`graftvit COMMAND --help` explains a command. Start with:",
             "  graftvit demo --quick",
             "  graftvit train attention_distill_vit_large --data_path /data/imagenet --dry_run",
             "",
@@ -155,7 +155,7 @@ def _overview() -> str:
 
 
 def _rank() -> str:
-    """Which process speaks, where there are several."""
+    """Return a prefix that names this process, or an empty text for a single process."""
     return f"rank {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 

@@ -1,4 +1,4 @@
-"""From a YAML file with `compare:` to a comparison."""
+"""Read a comparison from a YAML file with a section `compare`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from ..transfer.analysis.compare.comparison_cells import CompareConfig
 
 FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.stage", "data.workers", "data.download")
-"""What the run that makes the teacher takes over from the comparison."""
+"""The settings of the comparison that also hold for the run that trains the teacher."""
 
 
 def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Comparison:
-    """The comparison of a recipe or YAML file; a file without `stages:` is one stage, named by its mode.
+    """Load the comparison of a recipe or YAML file. A file without `stages:` is one stage, named by its mode.
 
-    Raises ConfigError: there is no section `compare`, or something in the file is not valid.
+    Raises ConfigError if the file has no section `compare` or is not valid.
     """
     from ..transfer.analysis.compare.compare import Comparison
     from ..transfer.engine.modes import mode_of
@@ -57,13 +57,13 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
 
 
 def _beside(recipe: str, source: Path) -> str | Path:
-    """The recipe of the teacher: a file beside the one that names it, as with `base:`, or what the name says."""
+    """Return the recipe of the teacher: a file beside the file that names it, as for `base:`, or a recipe's name."""
     path = source.parent / recipe
     return path if is_file(path) and path != source and source.is_file() else recipe
 
 
 def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
-    """What of the words of the command holds for the teacher's run, too, and its folder."""
+    """Return the given settings that also hold for the teacher's run, and the settings of its folder and display."""
     kept = [setting for setting in given if setting.key in FOR_THE_TEACHER]
     return [
         *kept,

@@ -1,4 +1,4 @@
-"""One typed configuration out of defaults, a YAML file and overrides; the same keys in Python."""
+"""Build one typed configuration from defaults, a YAML file and overrides; the keys are the same in Python."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that the user gave, and the words that an error names it by (`--blr`, `my.yaml: optim.blr`)."""
+    """A value from the user, and its origin as an error names it (`--blr`, `my.yaml: optim.blr`)."""
 
     key: str
     value: Any
@@ -36,7 +36,7 @@ class Setting:
 def load_config(
     source: str | Path | None = None, overrides: Json | Iterable[str | Setting] = ()
 ) -> RunConfig:
-    """The configuration of a run.
+    """Load the configuration of a run.
 
     Args:
         source: A recipe's name, a YAML file, or a run folder (its `config.yaml`); only defaults if None.
@@ -54,11 +54,12 @@ def load_config(
 
 
 def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = ()) -> list[Stage]:
-    """The stages of a recipe or YAML file that has `stages:`, each a configuration of its own; none otherwise.
+    """Load the stages of a recipe or YAML file that has `stages:`; return an empty list for any other.
 
-    What stands above the stages holds for all of them, then what a stage says, then the overrides.
+    Each stage has its own configuration. It starts from the settings above the stages; the settings of the stage
+    replace them, and the overrides replace both.
 
-    Raises ConfigError: as `load_config`, or a stage has no name.
+    Raises ConfigError as `load_config` does, and for a stage without a name.
     """
     recipe = Recipe([]) if source is None else read_recipe(source)
     if not recipe.stages:
@@ -70,12 +71,12 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
 
 
 def dump_config(config: RunConfig) -> str:
-    """The YAML that `load_config` reads back as the same configuration."""
+    """Write the YAML that `load_config` reads back as the same configuration."""
     return write_yaml(config.model_dump(mode="json"))
 
 
 def parse_override(text: str) -> Setting:
-    """`optim.blr=1e-3`, or `blr=1e-3` where the last name is unique."""
+    """Parse `optim.blr=1e-3`, or `blr=1e-3` if the last name is unique."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(
@@ -85,7 +86,7 @@ def parse_override(text: str) -> Setting:
 
 
 def parse_setting(name: str, text: str, origin: str) -> Setting:
-    """A setting whose value is still text; `origin` is what an error calls it."""
+    """Parse a setting whose value is still text; errors name it by `origin`."""
     key = _known(name)
     leaf = leaf_of(key)
     value = leaf.parse(text) if key == leaf.key else _plain_value(text)
@@ -94,16 +95,16 @@ def parse_setting(name: str, text: str, origin: str) -> Setting:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe or a YAML file says: settings, and of each stage its name and its own settings."""
+    """The content of a recipe or YAML file: settings, and for each stage its name and its own settings."""
 
     settings: list[Setting]
     stages: list[tuple[str, list[Setting]]] = field(default_factory=list)
     compare: JsonDict | None = None
-    """The section `compare`, for the command of that name alone."""
+    """The section `compare`, which only `graftvit compare` reads."""
 
 
 def read_settings(source: str | Path) -> list[Setting]:
-    """The settings of a recipe or a YAML file of one run, after those of its `base:` if it names one."""
+    """Return the settings of a recipe or YAML file of one run, after the settings of its `base:`, if any."""
     recipe = read_recipe(source)
     if recipe.stages:
         names = ", ".join(name for name, _ in recipe.stages)
@@ -112,10 +113,10 @@ def read_settings(source: str | Path) -> list[Setting]:
 
 
 def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
-    """A recipe or a YAML file, on top of its `base:` if it names one; stages take the place of the base's."""
+    """Read a recipe or YAML file on top of its `base:`, if any. Its stages replace those of the base."""
     label, text, folder = _read(source)
     if label in seen:
-        raise ConfigError(f"{label}: base: goes round in a circle ({' -> '.join([*seen, label])})")
+        raise ConfigError(f"{label}: base: forms a circle ({' -> '.join([*seen, label])})")
     try:
         content = parse_yaml(text)
     except YamlError as error:
@@ -153,14 +154,14 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
 
 
 def _base_path(base: str, folder: Path | None) -> str | Path:
-    """A base that is a file lies beside the file that names it."""
+    """Return the file `base` beside the file that names it if it exists, else the recipe's name."""
     if folder is not None and is_there(folder / base):
         return folder / base
     return base
 
 
 def _read(source: str | Path) -> tuple[str, str, Path | None]:
-    """What errors call the source, its text, and the folder that its `base:` is looked for in."""
+    """Return the source's name for errors, its text, and the folder in which to look for its `base:`."""
     path = Path(source)
     there = is_there(path)
     if there and path.is_dir() and (path / "config.yaml").is_file():
@@ -218,15 +219,15 @@ def _validate(settings: list[Setting]) -> RunConfig:
 
 
 def at_home(value: Any) -> Any:
-    """A path with the home folder in place of its leading `~`: a shell leaves that of `--output_dir=~/x` alone."""
+    """Replace a leading `~` of a path by the home folder; a shell does not do so in `--output_dir=~/x`."""
     if not isinstance(value, str | Path):
         return value
     scheme, mark, path = str(value).rpartition("local-dir:")
-    return type(value)(scheme + mark + os.path.expanduser(path))  # noqa: PTH111 - leaves a user that none knows
+    return type(value)(scheme + mark + os.path.expanduser(path))  # noqa: PTH111 - keeps an unknown user as it is
 
 
 def _put(values: JsonDict, path: list[str], value: Any) -> None:
-    """Set `values[path[0]][path[1]]...`; mappings are copied, so that a caller's own is not written into."""
+    """Set `values[path[0]][path[1]]...`; copy the mappings on the way, so that a caller's mapping does not change."""
     for name in path[:-1]:
         below = values.get(name)
         values[name] = dict(below) if isinstance(below, Mapping) else {}
@@ -235,7 +236,7 @@ def _put(values: JsonDict, path: list[str], value: Any) -> None:
 
 
 def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setting]) -> ConfigError:
-    """Pydantic's findings as one sentence a setting: its name, its value, what is valid."""
+    """Return pydantic's findings as one sentence for each setting: its name, its value, what is valid."""
     sentences: dict[str, str] = {}
     for finding in error.errors():
         path = [str(part) for part in finding["loc"]]

@@ -1,4 +1,4 @@
-"""A conversion in words: a line a layer, what it costs, and what each weight starts from."""
+"""The table of a conversion: for each layer its operator, its cost and its initial weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ KEPT = {"all": "copied", "mlp": "copied", "none": "fresh"}
 
 
 def conversion_table(student: nn.Module, weights: str, calibration: str | None = None) -> str:
-    """Of each layer: operator, new parameters, multiply-adds of its attention maps before and after, its start.
+    """Return a table of each layer's operator, new parameters, multiply-adds before and after, and initial weights.
 
-    With the words of a `calibration` the error of each layer before and after it.
+    If `calibration` describes calibration images, add the error of each layer before and after calibration.
     """
     from ..models.conversion import converted_layers, layer_macs
     from ..models.families import attention_blocks

@@ -1,4 +1,4 @@
-"""What `graftvit data` says: the survey of a data set as text and as JSON."""
+"""The output of `graftvit data`: the survey of a data set as text and as JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..transfer.analysis.report.tables import aligned
 from ..transfer.data.survey import Split, Survey, differences
 
 SHOWN_LABELS = 20
-"""With more classes than these, the text shows those at both ends; the JSON has all."""
+"""With more classes than these, the text shows the first and the last ones; the JSON has all."""
 
 
 def to_text(found: Survey) -> str:
-    """A table of the splits, what their files are, the labels, and what to look at."""
+    """Return tables of the splits, their files and labels, and the warnings."""
     rows = [["split", "images", "classes", "a class: min", "median", "max", "unlabeled", "unreadable"]]
     rows += [_row(split) for split in found.splits]
     blocks = [aligned(rows, right=tuple(range(1, len(rows[0]))))]
@@ -29,7 +29,7 @@ def to_text(found: Survey) -> str:
 
 
 def to_json(found: Survey) -> str:
-    """All numbers, and the label of each class."""
+    """Return all numbers and the label of each class as JSON."""
     splits = {split.name: _numbers(split) for split in found.splits}
     whole = {"splits": splits, "missing": found.missing, "warnings": differences(found)}
     return json.dumps(whole, indent=2)

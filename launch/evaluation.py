@@ -1,4 +1,4 @@
-"""Evaluation of what the command line names: which data, which device, which models, which numbers."""
+"""Evaluate the models that the command line names: choose data, device, models and metrics."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def evaluate_sources(
     subset: str | None = None,
     real: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """The numbers of each source and, where there are several heads, of their ensemble.
+    """Measure each source and, if several sources have heads, their ensemble.
 
     Args:
         sources: Run folders, student folders or teacher sources.
-        settings: Of `data`, `engine` and `teacher`; data settings are those of the first run among the sources
-            where these do not say otherwise.
-        metrics: What is measured; by default what `_families` says.
-        against: The source of a teacher that distances are measured from.
+        settings: Settings of `data`, `engine` and `teacher`; other data settings come from the first run among the
+            sources.
+        metrics: The metrics to measure; `_families` chooses the default.
+        against: The source of a teacher from which distances are measured.
         subset: `imagenet-a` or `imagenet-r`.
         real: Score against the ReaL labels of ImageNet's validation set.
 
     Raises:
-        GraftError: if a source cannot be read, or the sources, the data and the metrics do not go together.
+        GraftError: if a source cannot be read, or sources, data and metrics do not match.
     """
     _check_words(sources, metrics or (), against, subset, real)
     how = load_config(None, [each for each in settings if each.key.startswith("teacher.")]).teacher
@@ -116,9 +116,9 @@ def check_asked(
     real: bool = False,
     here: bool = True,
 ) -> DataConfig:
-    """The data settings of `evaluate_sources`, whose errors it raises as far as no model is loaded for them.
+    """Return the data settings of `evaluate_sources`, and raise those of its errors that need no loaded model.
 
-    `here` says that models and data are to be found on this machine.
+    With `here`, models and data must be on this machine.
     """
     _check_words(sources, metrics or (), against, subset, real)
     if not here:
@@ -143,27 +143,25 @@ def _check_words(
 
 def _check_metrics(metrics: Collection[Family], against: str | None) -> None:
     if "distance" in metrics and against is None:
-        raise ConfigError(
-            "--metrics distance needs the model that it is measured from: add --against TEACHER"
-        )
+        raise ConfigError("--metrics distance needs a model to measure from: add --against TEACHER")
     if against is not None and metrics and "distance" not in metrics:
-        raise ConfigError("--against changes nothing without the metric distance; add it to --metrics")
+        raise ConfigError("--against has no effect without the metric distance; add distance to --metrics")
 
 
 def _check_own_head(metrics: Collection[Family], subset: str | None, real: bool) -> None:
     if (real or subset is not None) and any(family in PROBES for family in metrics):
         raise ConfigError(
-            f"{'--real' if real else '--subset'} is for a model's own head, not for --metrics knn or probe, by which a "
-            "model without a head is measured"
+            f"{'--real' if real else '--subset'} needs a model's own head and cannot be used with --metrics knn or "
+            "probe, which measure a model without a head"
         )
 
 
 def _numbering(
     candidates: Sequence[Candidate], metrics: Collection[Family] | None, *, imagenet: bool
 ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """The classes in whose order all logits are put, and those that the labels of the images are numbered by.
+    """Return the class names that order all logits, and the class names that number the labels of the images.
 
-    ReaL labels and subsets are numbered as ImageNet is; none are where no head is scored.
+    ReaL labels and subsets use the numbers of ImageNet. Both are None if no head is scored.
     """
     scored = [each for each in candidates if each.num_classes and "top1" in (metrics or ("top1",))]
     if not imagenet:
@@ -172,14 +170,12 @@ def _numbering(
     names = imagenet_names()
     for each in scored:
         if not same_classes(each.label_names, names):
-            raise ConfigError(
-                f"--real and --subset are for the classes of ImageNet; {each.name!r} has others"
-            )
+            raise ConfigError(f"--real and --subset need the classes of ImageNet; {each.name!r} has others")
     return names, None
 
 
 def _learned_from(source: str, data: DataConfig) -> bool:
-    """Whether a source is a run on this data set, whose labels its logits are numbered by."""
+    """Return whether a source is a run on this data set, so that its logits follow the labels of the data set."""
     config = run_config(source)
     return config is not None and (config.data.dataset, config.data.data_path) == (
         data.dataset,
@@ -188,7 +184,7 @@ def _learned_from(source: str, data: DataConfig) -> bool:
 
 
 def _families(candidate: Candidate, loader: EvalLoader, against: str | None) -> tuple[Family, ...]:
-    """By default the model's own head where there are labels, else its nearest neighbors; distances from a teacher."""
+    """Return the default metrics: with labels the model's head, or else kNN; with `against` also distances."""
     labeled: tuple[Family, ...] = ("top1" if candidate.num_classes else "knn",) if loader.num_classes else ()
     return (*labeled, "distance") if against is not None else labeled
 
@@ -201,13 +197,13 @@ def _check_labels(
     subset: str | None,
     real: bool,
 ) -> None:
-    """Raises ConfigError or DataError where what is measured of a candidate needs other labels, or a head."""
+    """Raise ConfigError or DataError if the metrics of a candidate need other labels or a head."""
     for candidate in candidates:
         chosen = families[candidate.name]
         if not loader.num_classes and set(chosen) != {"distance"}:
             raise ConfigError(
-                "the images have no labels that say how many classes there are: set --num_classes, put each class "
-                "into a folder of its own, or measure distances with --against TEACHER"
+                "the images have no labels, so the number of classes is unknown: set --num_classes, put each class "
+                "into its own folder, or measure distances with --against TEACHER"
             )
         if "top1" in chosen and not candidate.num_classes:
             raise ConfigError(
@@ -227,14 +223,14 @@ def _against(
     spec: Preprocessing,
     accelerator: Accelerator,
 ) -> Against:
-    """The teacher, which sees the images that the candidates see, normalised and sized as its own are."""
+    """Load the teacher. It receives the candidates' images, normalized and resized as its own preprocessing asks."""
     teacher = load_candidate(source, how)
     model = teacher.module
     norms = Normalization(teacher.spec.mean, teacher.spec.std), Normalization(spec.mean, spec.std)
     channels, *size = teacher.spec.input_size
     if channels != spec.input_size[0]:
         raise ConfigError(
-            f"--against {source}: it takes images of {channels} channels, and the models measured take "
+            f"--against {source}: it takes images of {channels} channels, but the measured models take "
             f"{spec.input_size[0]}"
         )
     shown = Renormalized(channels, *norms, (size[0], size[1])).to(accelerator.device)
@@ -255,14 +251,14 @@ def _data_settings(sources: Sequence[str], settings: Sequence[Setting]) -> RunCo
     runs = [config for config in map(run_config, sources) if config is not None]
     if not runs:
         return load_config(None, others)
-    own = runs[0].data.model_dump(exclude={"stage"})  # a place on the nodes where it was trained
+    own = runs[0].data.model_dump(exclude={"stage"})  # a path on the nodes where the run was trained
     if {"data.dataset", "data.data_path"} & {each.key for each in others}:
         own["num_classes"] = None if _is_folder(others, own) else own["num_classes"]
     return load_config(None, [*(Setting(f"data.{name}", own[name], f"data.{name}") for name in own), *others])
 
 
 def _is_folder(settings: Sequence[Setting], own: Json) -> bool:
-    """Whether the data set is a folder, which says itself how many classes it has."""
+    """Return whether the data set is a folder, whose subfolders give the number of classes."""
     given = [str(each.value) for each in settings if each.key == "data.dataset"]
     return (given[-1] if given else own["dataset"]) in ("", "folder")
 

@@ -1,4 +1,4 @@
-"""The keys of a run as the command line sees them: their names, how a text becomes a value, what is valid."""
+"""The settings of a run as the command line sees them: their names, their parsing and their valid values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALIASES = {
     "num_workers": "data.workers",
     "model_ema_decay": "optim.ema",
 }
-"""Names that users of MAE, timm and the attention transfer code already type."""
+"""Names that users of MAE, timm and the attention transfer code already know."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Leaf:
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The types of the annotation, a union taken apart."""
+        """The types of the annotation; several for a union."""
         annotation = self.field.annotation
         for table in self.field.metadata:
             if isinstance(table, OneOf):
@@ -74,7 +74,7 @@ class Leaf:
         return words + _bounds(self.field) + (" or none" if type(None) in self.kinds else "")
 
     def parse(self, text: str) -> Any:
-        """The value that a user's `text` means; nonsense is returned as it is, for validation to refuse."""
+        """Parse a user's `text`. Text that cannot be parsed is returned unchanged, and validation refuses it."""
         if text.lower() in ("none", "null") and type(None) in self.kinds:
             return None
         many = [kind for kind in self.kinds if get_origin(kind) in (list, tuple)]
@@ -91,13 +91,13 @@ class Leaf:
 
 @functools.cache
 def leaves() -> dict[str, Leaf]:
-    """Every setting of a run by its dotted key, in the order of `transfer/config.py`."""
+    """Return every setting of a run by its dotted key, in the order of `transfer/config.py`."""
     return {leaf.key: leaf for leaf in _walk(RunConfig, "")}
 
 
 @functools.cache
 def sections() -> dict[str, type[Section]]:
-    """The sections of a run by name, in order."""
+    """Return the sections of a run by name, in order."""
     return {
         name: field.annotation
         for name, field in RunConfig.model_fields.items()
@@ -107,7 +107,7 @@ def sections() -> dict[str, type[Section]]:
 
 @functools.cache
 def short_names() -> dict[str, str]:
-    """Names without a section and their keys: the last part of a key where it is unique, and `ALIASES`."""
+    """Return the short names and their keys: the last part of each key where it is unique, and `ALIASES`."""
     owners: dict[str, list[str]] = {}
     for leaf in leaves().values():
         owners.setdefault(leaf.name, []).append(leaf.key)
@@ -115,7 +115,7 @@ def short_names() -> dict[str, str]:
 
 
 def find_key(name: str) -> str | None:
-    """The dotted key that `name` means (dashes are underscores), or None; keys inside a mapping count."""
+    """Return the dotted key that `name` means, or None. Dashes are underscores; keys inside a mapping are valid."""
     name = name.replace("-", "_")
     if name in leaves():
         return name
@@ -130,27 +130,27 @@ def find_key(name: str) -> str | None:
 
 
 def leaf_of(key: str) -> Leaf:
-    """The setting of a key that `find_key` returned; the mapping's for a key inside one."""
+    """Return the setting of a key that `find_key` returned; for a key inside a mapping, the mapping's setting."""
     while key not in leaves():
         key = key.rpartition(".")[0]
     return leaves()[key]
 
 
 def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: str = "") -> ConfigError:
-    """The error for a key or flag that does not exist: one sentence with the nearest valid one.
+    """Return the error for an unknown key or flag: one sentence that names the nearest valid one.
 
     Args:
         name: What the user wrote, without its dashes.
         dashes: `--` for a flag.
-        extra: More valid names, those of the command itself.
-        where: The file that the key was read in.
+        extra: More valid names: the flags of the command itself.
+        where: The file that contains the key.
     """
     kind = "flag" if dashes else "key"
     start = f"{where}: unknown {kind} {dashes + name!r}" if where else f"unknown {kind} {dashes + name!r}"
     plain = name.replace("-", "_")
     homonyms = [key for key in leaves() if key.rpartition(".")[2] == plain.rpartition(".")[2]]
     if len(homonyms) > 1:
-        return ConfigError(f"{start}: say which, {' or '.join(dashes + key for key in homonyms)}")
+        return ConfigError(f"{start}: write {' or '.join(dashes + key for key in homonyms)}")
     if homonyms:
         return ConfigError(f"{start}, did you mean {dashes + homonyms[0]!r}?")
     nearest = difflib.get_close_matches(plain, [*extra, *short_names(), *leaves()], n=1, cutoff=0.6)
@@ -178,7 +178,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 def _words(kind: Any, plural: bool = False) -> str:
-    """A type in words: `a whole number`, `one of ce, kl`, `2 numbers`."""
+    """Describe a type: `a whole number`, `one of ce, kl`, `2 numbers`."""
     if choices := _choices(kind):
         return ("any of " if plural else "one of ") + ", ".join(
             repr(c) if c == "" else str(c) for c in choices
@@ -197,7 +197,7 @@ def _words(kind: Any, plural: bool = False) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """The limits of a number in words: ` of at least 0 and below 1`."""
+    """Describe the limits of a number: ` of at least 0 and below 1`."""
     limits = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
     found = [
         f"{word} {getattr(limit, name)}"

@@ -16,22 +16,22 @@ from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unkn
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `ConfigError`s, in one sentence; `--dry-run` is `--dry_run` to it."""
+    """An argument parser that raises `ConfigError` with one sentence, and reads `--dry-run` as `--dry_run`."""
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:
-        """As argparse, after the dashes inside long flags became underscores."""
+        """Parse as argparse does, with dashes inside long flags replaced by underscores."""
         words = sys.argv[1:] if args is None else args
         return super().parse_args([_underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
+        """Raise ConfigError instead of printing the usage and exiting."""
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the flags that people type; the dotted ones follow from the group's title."""
+    """Show the short flags; the group's title gives the section of the dotted ones."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -42,7 +42,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def command_parser(command: str, description: str, examples: Iterable[str], usage: str = "") -> Parser:
-    """A parser for one command, with examples at the end of its help."""
+    """Create the parser of one command, with examples at the end of its help."""
     return Parser(
         prog=f"graftvit {command}",
         usage=f"graftvit {command} {usage}" if usage else None,
@@ -54,24 +54,25 @@ def command_parser(command: str, description: str, examples: Iterable[str], usag
 
 
 def run_folder(text: str) -> Path:
-    """A folder that is named on the command line; an empty name, as of a variable that is not set, is none.
+    """Parse a folder on the command line.
 
-    Raises argparse.ArgumentTypeError, which the parser turns into its own sentence.
+    Raises argparse.ArgumentTypeError for an empty name, such as that of a shell variable that is not set. The parser
+    adds the name of the argument.
     """
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} names no folder: give that of a run or of a sweep")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder: give the folder of a run or of a sweep")
     return Path(text)
 
 
 def parse_command(
     parser: Parser, argv: Sequence[str], only: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[Setting]]:
-    """The command's own arguments, and the settings of the run in the order in which they were given.
+    """Return the command's own arguments, and the settings of the run in the given order.
 
     Args:
         parser: Holds the command's own flags and positional arguments.
         argv: The words after the command's name.
-        only: Sections and keys that the command takes; all of them by default.
+        only: Sections and keys that the command takes; by default all.
 
     Raises:
         ConfigError: if a flag is unknown or has no value.
@@ -99,7 +100,7 @@ def parse_command(
 
 
 def split_words(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that are flags of `parser`, their values with them, and all others, which are somebody else's."""
+    """Return the flags of `parser` with their values, and all other words, which belong to another command."""
     own: list[str] = []
     others: list[str] = []
     words = list(argv)
@@ -114,7 +115,7 @@ def split_words(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[st
 
 
 def _underscored(word: str) -> str:
-    """`--dry-run=x-y` as `--dry_run=x-y`, and `=~/x` as a shell would expand it; other words unchanged."""
+    """Write `--dry-run=x-y` as `--dry_run=x-y`, and expand `=~/x` as a shell would; keep other words."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
@@ -122,7 +123,7 @@ def _underscored(word: str) -> str:
 
 
 def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str] | None) -> Setting:
-    """The setting of a long flag; takes its value from `words` if it needs one."""
+    """Return the setting of a long flag; take its value from `words` if it needs one."""
     name, equals, value = word[2:].partition("=")
     key = _only_key(name, only) or find_key(name)
     if key is None and not equals and (name.startswith(("no-", "no_"))):
@@ -143,7 +144,7 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
 
 
 def _only_key(name: str, only: Sequence[str] | None) -> str | None:
-    """The setting that a plain name means to a command that takes a few: `model` is `teacher.model` there."""
+    """Return the setting that a plain name means for a command with few settings: `model` means `teacher.model`."""
     head, dot, inner = name.replace("-", "_").partition(".")  # model_args.depth
     named = [key for key in leaves() if key.rpartition(".")[2] == head and _takes(leaf_of(key), only)]
     return f"{named[0]}{dot}{inner}" if only is not None and len(named) == 1 else None
@@ -151,7 +152,9 @@ def _only_key(name: str, only: Sequence[str] | None) -> str | None:
 
 def _checked(setting: Setting, only: Sequence[str] | None) -> Setting:
     if not _takes(leaf_of(setting.key), only):
-        raise ConfigError(f"{setting.origin} changes nothing here; valid are {', '.join(only or ())}")
+        raise ConfigError(
+            f"{setting.origin} has no effect on this command; valid are {', '.join(only or ())}"
+        )
     return setting
 
 
@@ -164,7 +167,7 @@ def _plain(own: set[str]) -> tuple[str, ...]:
 
 
 def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
-    """Add the settings to the help, a group a section, with defaults."""
+    """Add the settings to the help with their defaults, one group for each section."""
     taken = [leaf for leaf in leaves().values() if _takes(leaf, only)]
     titles = {"": ("run", "The run itself.")} | {
         name: (name, (section.__doc__ or "").strip()) for name, section in sections().items()
@@ -207,7 +210,7 @@ def _help(leaf: Leaf) -> str:
     if isinstance(default, tuple):
         default = ",".join(str(part) for part in default)
     if leaf.is_switch:
-        ending = "on by default; this turns it off" if default else "off by default"
+        ending = "on by default; this flag turns it off" if default else "off by default"
     else:
         ending = f"default: {'none' if default is None else default if default != '' else repr('')}"
     return f"{leaf.field.description or leaf.name.replace('_', ' ')} ({ending})".replace("%", "%%")

@@ -1,4 +1,4 @@
-"""Commands in what we say, as they can be pasted into a shell."""
+"""Commands in messages, quoted so that they can be pasted into a shell."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import shlex
 
 
 def hint(*words: object) -> str:
-    """Returns `graftvit WORDS`, each word quoted where a shell would take it apart."""
+    """Return `graftvit WORDS` with each word quoted for a shell."""
     return shlex.join(["graftvit", *map(str, words)])

@@ -1,4 +1,4 @@
-"""How much memory a step needs on a device, as the rehearsal of a dry run found."""
+"""The memory of a training step on one device, measured by the rehearsal of a dry run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_COUNTED = "the framework, workspaces, images, fragmentation"
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """One thing that takes memory: what it is, its bytes, and what they are for."""
+    """One use of memory: its name, its bytes, and how they were counted."""
 
     name: str
     size: int
@@ -21,7 +21,7 @@ class MemoryItem:
 
 
 def memory_items(run: DryRun) -> list[MemoryItem]:
-    """The items of a training step on one device; what FSDP shards is divided by the processes."""
+    """Return the items of a training step on one device; divide what FSDP shards by the number of processes."""
     found, task, config = run.footprint, run.parts.task, run.config
     shards = run.processes if config.engine.fsdp else 1
     split = f", over {shards} processes" if shards > 1 else ""
@@ -41,12 +41,12 @@ def memory_items(run: DryRun) -> list[MemoryItem]:
 
 
 def parameter_count(model: nn.Module, trained: bool = False) -> int:
-    """Number of parameters, or of those that learn."""
+    """Count the parameters, or only the trained ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def describe_memory(run: DryRun) -> list[str]:
-    """A line an item, the sum, and what is left out."""
+    """Return one line for each item, the sum, and what is not counted."""
     items = memory_items(run)
     width = max(len(item.name) for item in items)
     lines = [f"{item.name:<{width}}  {_gibibytes(item.size):>9}  {item.how}" for item in items]

@@ -1,4 +1,4 @@
-"""What a run would do, in words. `transfer/engine/dry_run.py` builds it; nothing is trained or downloaded."""
+"""Describe what a run would do. `transfer/engine/dry_run.py` builds the run; nothing is trained or downloaded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from .memory import describe_memory, parameter_count
 
 
 def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data: bool = False) -> str:
-    """The resolved plan of a run on so many processes, elsewhere; by default here, on those that a launcher started.
+    """Describe the resolved run.
 
-    Without its data set on this machine the run can be described where `data.num_classes` is given, and not if
-    `needs_data`.
+    Args:
+        config: The run.
+        processes: Number of processes on another machine; by default the run is on this machine, with the processes
+            that a launcher started.
+        needs_data: Refuse a run whose data set is not on this machine. By default `data.num_classes` is enough.
 
-    Raises GraftError: what the run would refuse before its first step or in it, in the same sentence.
+    Raises:
+        GraftError: the error that the run would raise before or in its first step.
     """
     run = dry_run(config, processes or _processes(), here=processes is None)
     if needs_data and run.absent is not None and not is_packed(config.data):
@@ -43,7 +47,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("memory", _memory_words(run)),
         ("best", _best_words(run)),
         ("run folder", str(config.output_dir)),
-        ("goes on", _resume_words(run)),
+        ("resumes", _resume_words(run)),
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = []
@@ -54,7 +58,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
 
 
 def _processes() -> int:
-    """How many a launcher has started; torchrun and accelerate tell it this way."""
+    """Return the number of processes that torchrun or accelerate started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -88,7 +92,9 @@ def _transfer_words(run: DryRun) -> str:
     dual = task.dual
     if dual.needs_teacher:
         count = parameter_count(dual.teacher_part)
-        loss = f"the student leaves with the part of its teacher that it runs with, {count / 1e6:.1f} M parameters"
+        loss = (
+            f"the student is saved with the part of its teacher that it needs, {count / 1e6:.1f} M parameters"
+        )
         return f"{dual.describe()}\n{loss}"
     loss = f"loss: {settings.weight:g} x the {settings.reduction} over layers"
     if settings.temperature != 1:
@@ -146,7 +152,10 @@ def _length_words(run: DryRun) -> str:
     )
     if schedule.warmup_steps < schedule.total_steps:
         return words
-    return f"{words}\nwarning: it ends in its warm-up, before the peak of the learning rate: lower optim.warmup_epochs"
+    return (
+        f"{words}\nwarning: the run ends before its warm-up does and never reaches the peak learning rate: lower "
+        "optim.warmup_epochs"
+    )
 
 
 def _resume_words(run: DryRun) -> str:
@@ -155,7 +164,7 @@ def _resume_words(run: DryRun) -> str:
         return ""
     step, schedule = saved["position"]["step"], run.schedule
     if schedule is not None and step >= schedule.total_steps:
-        return "no more: all its steps are done"
+        return "no: all its steps are done"
     changed = describe_changes(changes(saved, run.config))
     words = f"after step {step:,}" + (f"\n{changed}" if changed else "")
     if batch is None or saved["world_size"] == run.processes:

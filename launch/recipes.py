@@ -1,4 +1,4 @@
-"""The recipes that come with the package: one YAML a published experiment."""
+"""The recipes that come with the package: one YAML file for each published experiment."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes, sorted."""
+    """Return the names of the recipes, sorted."""
     return sorted(_recipes())
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a recipe.
+    """Return the YAML of a recipe.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: if no recipe has this name.
     """
     recipes = _recipes()
     if name not in recipes:
@@ -29,7 +29,7 @@ def recipe_text(name: str) -> str:
 
 
 def recipe_summary(name: str) -> str:
-    """The first line of a recipe, a comment that says where it comes from."""
+    """Return the first line of a recipe, a comment that states its origin."""
     return recipe_text(name).splitlines()[0].lstrip("# ").rstrip()
 
 

@@ -1,4 +1,4 @@
-"""What a command says: text in which nothing steers a terminal, whatever the names of files and models in it are."""
+"""The output of commands. Control characters in names of files and models are escaped before they reach a terminal."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from ..models.errors import escaped
 
 
 def say(text: str) -> None:
-    """To standard output."""
+    """Write a result to standard output."""
     sys.stdout.write(escaped(text))
 
 
 def say_aside(text: str) -> None:
-    """To standard error: what is no result."""
+    """Write to standard error what is not a result."""
     sys.stderr.write(escaped(text))
 
 
 class PlainFormatter(logging.Formatter):
-    """The message alone."""
+    """Format a record as its message alone."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As logging does, and then as `say`."""
+        """Format the record and escape control characters."""
         return escaped(super().format(record))
 
 
 def log_plainly(level: int) -> None:
-    """All loggers write to standard error, from `level` on."""
+    """Write the messages of all loggers from `level` up to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])

@@ -1,7 +1,8 @@
-"""The commands besides runs that `graftvit submit` gives to a cluster, and what it must know of them.
+"""The commands other than runs that `graftvit submit` can submit to a cluster.
 
-A command is one more name in `SUBMITTED`, and a function `check(argv, here)` in its module, which raises what is wrong
-with its words and returns its `Work`. It has no state to save: a job that is started again begins anew.
+To add a command, add its name to `SUBMITTED` and a function `check(argv, here)` to its module. The function checks the
+arguments, raises their errors and returns the `Work`. These commands save no state: a restarted job starts from the
+beginning.
 """
 
 from __future__ import annotations
@@ -22,37 +23,37 @@ SUBMITTED = ("evaluate", "data", "convert", "export", "layers", "benchmark")
 
 @dataclass(frozen=True)
 class Work:
-    """What a command is asked for."""
+    """What a submitted command writes and needs."""
 
     output: Path | None = None
-    """The file or folder that it writes; None where it only prints."""
+    """The file or folder that the command writes; None if it only prints."""
     workers: int = 0
-    """Loader processes, which want a core each."""
+    """Number of loader processes; each needs a core."""
 
 
 def check_words(command: str, words: Sequence[str], *, here: bool = True) -> Work:
-    """Parses and checks the words of a command, and does nothing.
+    """Parse and check the arguments of a command without running it.
 
-    `here` says that models and data sets are to be found on this machine, too. Raises GraftError as the command would.
+    With `here`, models and data sets must be on this machine. Raises the GraftError that the command would raise.
     """
     check: Callable[..., Work] = importlib.import_module(f".commands.{command}", __package__).check
     return check(list(words), here=here)
 
 
 class Interrupted(BaseException):
-    """A job was told to stop while a command ran that saves nothing."""
+    """A job received a stop signal while it ran a command that saves no state."""
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside the block, a stop signal ends the command at once, where a job listens to them. Raises Interrupted."""
+    """End the command at the first stop signal inside the block, if the job listens to signals. Raises Interrupted."""
     if not early_signals.listening() or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
         early_signals.remember(number, frame)
-        if early_signals.listening():  # a forked loader process is its parent's to end
+        if early_signals.listening():  # a forked loader process is ended by its parent
             raise Interrupted(number)
 
     before = {number: signal.signal(number, end) for number in early_signals.EARLY_SIGNALS}

@@ -1,4 +1,4 @@
-"""`graftvit benchmark operators | models`: latency, memory and multiply-adds against fused softmax attention."""
+"""`graftvit benchmark operators | models`: measure latency, memory and cost against fused softmax attention."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ EXAMPLES = (
     "graftvit benchmark models runs/distill --plan '*: monarch' --img_size 224 448 896 --batch 1 16",
 )
 METHOD = (
-    "Each case is timed in turn with fused softmax attention, after a warm-up: median and quartiles, and how many "
-    "times as fast it is. Peak memory is that of torch's allocator on a GPU, and of the allocations that torch's "
-    "profiler sees on a CPU. Results are written after each case; the same command goes on where it was stopped."
+    "After a warm-up, each case and fused softmax attention are timed in turn: median, quartiles, and the speed-up. "
+    "Peak memory comes from torch's allocator on a GPU, and from the allocations in torch's profiler on a CPU. "
+    "Results are written after each case; repeat the command to continue a stopped benchmark."
 )
 
 
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
         text = "\n".join([*(f"{name}: {words}" for name, words in ACTIONS.items()), "", METHOD])
         command_parser("benchmark", text, EXAMPLES, usage="ACTION [--flag value ...]").print_help(sys.stdout)
         return 0 if argv else 2
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
     action, arguments = _parse(argv)
     if action == "operators":
         cases, measure = _operators(arguments)
@@ -54,7 +54,7 @@ def run(argv: list[str]) -> int:
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
-    """Raise what is wrong with the words and, where they are `here`, the models."""
+    """Check the arguments and, with `here`, the models."""
     action, arguments = _parse(argv)
     if action == "operators":
         _operators(arguments)
@@ -75,7 +75,7 @@ def _operators_parser() -> Parser:
     parser = _parser("operators", "[--operators NAME ...] [--flag value ...]")
     parser.add_argument(
         "--operators", nargs="+", metavar="NAME",
-        help="operators, with options as in a plan (default: all but softmax)",
+        help="operators, with options as in a plan (default: all except softmax)",
     )  # fmt: skip
     parser.add_argument(
         "--tokens", nargs="+", type=_whole, default=[64, 196, 576, 1024, 2304, 4096], metavar="N",
@@ -84,7 +84,9 @@ def _operators_parser() -> Parser:
     parser.add_argument(
         "--heads", type=_whole, default=6, metavar="H", help="heads of the layer (default: 6)"
     )
-    parser.add_argument("--head_dim", type=_whole, default=64, metavar="D", help="their width (default: 64)")
+    parser.add_argument(
+        "--head_dim", type=_whole, default=64, metavar="D", help="width of a head (default: 64)"
+    )
     parser.add_argument(
         "--prefix", type=_count, default=0, metavar="P", help="prefix tokens before the patches (default: 0)"
     )
@@ -108,7 +110,7 @@ def _models_parser() -> Parser:
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names get random weights"
     )
-    parser.add_argument("--plan", nargs="+", required=True, help="how to convert it, e.g. '*: linear'")
+    parser.add_argument("--plan", nargs="+", required=True, help="layer plans to measure, e.g. '*: linear'")
     parser.add_argument(
         "--img_size", nargs="+", type=_whole, default=[224, 448], metavar="PIXELS",
         help="sides of square images (default: 224 448)",
@@ -147,19 +149,19 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
     )
     parser.add_argument(
         "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"],
-        help="of weights and inputs: float32, bfloat16, float16 (default: float32)",
+        help="dtypes of weights and inputs: float32, bfloat16, float16 (default: float32)",
     )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--compile", action="store_true", help="measure with torch.compile as well")
-    parser.add_argument("--backward", action="store_true", help="measure forward with backward as well")
+    parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
+    parser.add_argument("--backward", action="store_true", help="also measure forward with backward")
     parser.add_argument(
-        "--repeats", type=_whole, default=15, metavar="R", help="rounds, two at least (default: 15)"
+        "--repeats", type=_whole, default=15, metavar="R", help="rounds, at least two (default: 15)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmark"), metavar="DIR",
         help="folder for results.json, results.csv, table.md and latency.png (default: benchmark)",
     )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="drop the results in DIR and measure anew")
+    parser.add_argument("--force", action="store_true", help="delete the results in DIR and measure again")
 
 
 def _run(kind: Kind, cases: list[Case], measure: Measure, out: Path, device: str, force: bool) -> int:

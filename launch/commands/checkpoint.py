@@ -1,4 +1,4 @@
-"""`graftvit checkpoint inspect | strip | convert`: other people's files of weights."""
+"""`graftvit checkpoint inspect | strip | convert`: handle weights files of any origin."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..flags import Parser, command_parser
 from ..say import say
 
 ACTIONS = {
-    "inspect": "list keys, shapes, dtypes and sizes, and what else is in the file; no tensor is read",
-    "strip": "write the weights of one part alone: no teacher, optimiser, average or settings",
-    "convert": "the same as a .safetensors file",
+    "inspect": "list keys, shapes, dtypes, sizes and other content of the file; no tensor is read",
+    "strip": "write the weights of one model only: no teacher, optimizer, average or settings",
+    "convert": "do the same, and write a .safetensors file",
 }
 EXAMPLES = (
     "graftvit checkpoint inspect dino_vitsmall16_pretrain_full_checkpoint.pth",
@@ -42,7 +42,7 @@ def _parser(action: str, description: str) -> Parser:
 def _inspect(argv: list[str]) -> int:
     parser = _parser("inspect", ACTIONS["inspect"])
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="weights of any container: .safetensors, torch, .npz"
+        "file", metavar="FILE", type=Path, help="weights file of any container: .safetensors, torch, .npz"
     )
     arguments = parser.parse_args(argv)
     from ...checkpoints.inspect_file import describe_file
@@ -53,14 +53,14 @@ def _inspect(argv: list[str]) -> int:
 
 def _extract(action: str, argv: list[str]) -> int:
     parser = _parser(action, ACTIONS[action])
-    parser.add_argument("file", metavar="FILE", type=Path, help="weights, or the training state of a run")
+    parser.add_argument("file", metavar="FILE", type=Path, help="weights file, or the state of a run")
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the file to write; its suffix says in which container"
+        "out", metavar="OUT", type=Path, help="the file to write; its suffix chooses the container"
     )
     parser.add_argument(
-        "--part", choices=["student", "teacher", "ema"], help="which model (default: the one used)"
+        "--part", choices=["student", "teacher", "ema"], help="model to write (default: the one that loads)"
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
     if action == "convert" and arguments.out.suffix != ".safetensors":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`graftvit compare`: one teacher, many attention operators, the same budget; tables, plots and a report."""
+"""`graftvit compare`: compare many attention operators on one teacher and one budget."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ EXAMPLES = (
 )
 DESCRIPTION = (
     "Convert one teacher by each plan of the section 'compare', train every student through the same stages, and "
-    "measure accuracy, parameters, multiply-adds, latency, throughput and memory. Each cell is kept as it is done, "
-    "and the same command goes on where it was stopped. In a SLURM array each job takes its share of the cells; "
-    "--report makes the tables of all of them afterwards. Cells that ran side by side, or on a busy machine, are best "
-    "timed again together with --speed."
+    "measure accuracy, parameters, multiply-adds, latency, throughput and memory. Each finished cell is saved; repeat "
+    "the command to continue a stopped comparison. In a SLURM array each job takes its share of the cells; afterwards "
+    "--report makes the tables of all cells. If cells ran at the same time or on a busy machine, time them again "
+    "together with --speed."
 )
 
 
@@ -35,31 +35,32 @@ def run(argv: list[str]) -> int:
     parser = command_parser("compare", DESCRIPTION, EXAMPLES, usage="CONFIG [--flag value ...]")
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'compare'")
     parser.add_argument(
-        "--only", action="append", metavar="NAMES", help="only the cells of these names, with commas between"
+        "--only",
+        action="append",
+        metavar="NAMES",
+        help="run only the cells with these names, separated by commas",
     )
     parser.add_argument(
         "--cell",
         metavar="NAME",
-        help="this cell alone, also in an array, and no report: a job of `graftvit submit`",
+        help="run only this cell, also in an array, and write no report; used by jobs of `graftvit submit`",
     )
     parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
     parser.add_argument(
-        "--report", action="store_true", help="make the tables and plots of the cells on disk"
+        "--report", action="store_true", help="make the tables and plots of the finished cells, and stop"
     )
     parser.add_argument(
         "--speed",
         type=int,
         metavar="ROUNDS",
-        help="time all cells that are done anew, in the same rounds, and make the report",
+        help="time all finished cells again in the same rounds, and make the report",
     )
     arguments, settings = parse_command(parser, argv)
     if arguments.speed is not None and arguments.speed < 2:
-        raise ConfigError(f"--speed {arguments.speed}: two rounds at least")
+        raise ConfigError(f"--speed {arguments.speed}: give at least two rounds")
     if arguments.cell is not None and arguments.only is not None:
-        raise ConfigError(
-            f"--cell {arguments.cell} is one cell, and --only asks for others: give one of the two"
-        )
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells stderr of each start and stop
+        raise ConfigError(f"--cell {arguments.cell} and --only both choose cells: give one of the two")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
     from ...transfer.analysis.compare.compare import check_plans, choose_cells, raise_failed, run_compare
     from ...transfer.analysis.compare.comparison_report import write_report
     from ..comparison import load_comparison
@@ -81,12 +82,12 @@ def run(argv: list[str]) -> int:
     side_by_side = "SLURM_ARRAY_TASK_ID" in os.environ or arguments.cell is not None
 
     def after_cell() -> None:
-        if not side_by_side:  # jobs of an array would write the same files at once
+        if not side_by_side:  # jobs of an array would write the same files at the same time
             write_report(comparison, figures=False)
 
     failed = run_compare(comparison, cells, tell=_tell, after_cell=after_cell)
     if side_by_side:
-        _tell(f"`{hint('compare', arguments.config, '--report')}` makes the tables when all jobs are through")
+        _tell(f"when all jobs are done, `{hint('compare', arguments.config, '--report')}` makes the tables")
     else:
         say(f"report: {write_report(comparison)}\n")
     raise_failed(failed, comparison.folder)
@@ -94,10 +95,10 @@ def run(argv: list[str]) -> int:
 
 
 def _listing(comparison: Comparison, cells: list[Cell]) -> str:
-    """Return a line a cell: its folder, how far it is, its plan."""
+    """Return one line for each cell: its folder, its state and its plan."""
     from ...transfer.analysis.report.tables import aligned
 
-    table = aligned([[cell.folder, comparison.state(cell), cell.plan or "as it is"] for cell in cells])
+    table = aligned([[cell.folder, comparison.state(cell), cell.plan or "unchanged"] for cell in cells])
     stages = ", ".join(f"{stage.name} ({stage.config.mode})" for stage in comparison.stages)
     return f"{table}stages of each student: {stages}\nin {comparison.folder}\n"
 

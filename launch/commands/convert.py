@@ -1,4 +1,4 @@
-"""`graftvit convert SOURCE --plan PLAN --out DIR`: a model with other attention, as a folder."""
+"""`graftvit convert SOURCE --plan PLAN --out DIR`: replace the attention of a model, and write a model folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLES = (
 
 
 def run(argv: list[str]) -> int:
-    """Convert, print a line a layer, and write the folder."""
+    """Convert, print one line for each layer, and write the folder."""
     arguments, config = _parse(argv)
     teacher = _source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
     images = _images(config, teacher, arguments.calibrate) if arguments.calibrate else None
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
-    """Raise what is wrong with the words, the plan and, where they are `here`, the source and the images."""
+    """Check the arguments and the plan and, with `here`, the source and the images."""
     arguments, config = _parse(argv)
     if here:
         _student(
@@ -57,8 +57,9 @@ def check(argv: list[str], *, here: bool = True) -> Work:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = command_parser(
         "convert",
-        "Give the layers of a pretrained vision transformer other attention operators. Nothing is trained: the folder\n"
-        "is where recovery starts. A plan names layers and operators; where entries overlap, the last one holds.",
+        "Replace the attention operators in layers of a pretrained vision transformer. Nothing is trained: recovery\n"
+        "starts from the folder that is written. A plan names layers and operators; where entries overlap, the last\n"
+        "one wins.",
         EXAMPLES,
         usage="SOURCE --plan PLAN (--out DIR | --dry_run) [--flag value ...]",
     )
@@ -67,15 +68,15 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--weights", choices=("all", "mlp", "none"), default="all",
-        help="what is kept of the source's weights: all, all but the attention of converted layers (mlp), or none "
+        help="weights of the source to keep: all, all except the attention of converted layers (mlp), or none "
         "(default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--calibrate", type=int, default=0, metavar="N",
-        help="start operators near their layer's output on N images of --dataset or --data_path (default: 0)",
+        help="fit the initial operators to their layers' outputs on N images of --dataset or --data_path (default: 0)",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the table, write nothing")
-    parser.add_argument("--force", action="store_true", help="replace the model folder that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing model folder")
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
     config = load_config(None, settings)
     _check(arguments.out, arguments.dry_run, arguments.calibrate, config)
@@ -101,7 +102,7 @@ def _convert(
     student = _student(teacher, plan, weights, images, config)
     data = config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
-    say(_head(teacher) + conversion_table(student, weights, seen))
+    say(_describe_source(teacher) + conversion_table(student, weights, seen))
     if dry_run or out is None:
         return 0
     from ...checkpoints.converted_folder import write_converted
@@ -130,7 +131,7 @@ def _student(
 
 
 def _recovery(out: Path, source: str) -> str:
-    """The command that goes on from there; a source that is converted itself is no teacher for it."""
+    """Return the command that starts recovery."""
     return (
         f"recover it: graftvit train --mode align --student.model {shlex.quote(f'local-dir:{out}')} "
         f"--teacher.source {shlex.quote(source)}\n"
@@ -138,20 +139,20 @@ def _recovery(out: Path, source: str) -> str:
 
 
 def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> None:
-    """ConfigError where the flags do not go together."""
+    """Raise ConfigError if the flags contradict each other."""
     if out is None and not dry_run:
-        raise ConfigError("--out is missing: give a new folder, or --dry_run to see the table alone")
+        raise ConfigError("--out is missing: give a new folder, or --dry_run to see only the table")
     if images < 0:
-        raise ConfigError(f"--calibrate {images}: a number of images, 0 or more")
+        raise ConfigError(f"--calibrate {images}: give a number of images, 0 or more")
     given = bool(config.data.dataset or config.data.data_path)
     if images and not given:
         raise ConfigError(f"--calibrate {images} needs images: give --data_path FOLDER, or --dataset digits")
     if given and not images:
-        raise ConfigError("--dataset and --data_path are of --calibrate N: give N, the number of images")
+        raise ConfigError("--dataset and --data_path need --calibrate N: give N, the number of images")
 
 
 def _source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
-    """The model to convert; for a table alone, that of a timm name without its weights."""
+    """Load the model to convert; with `fresh`, build a timm name without downloading its weights."""
     from ...checkpoints.pretrained import load_pretrained
 
     return load_pretrained(source, **source_keywords(config.teacher), download=not fresh)
@@ -163,7 +164,7 @@ def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:
     return sample_images(config.data, teacher.preprocessing, count, seed=config.seed)
 
 
-def _head(teacher: Pretrained) -> str:
+def _describe_source(teacher: Pretrained) -> str:
     from ...models.conversion import plan_of
     from ...models.families import token_layout, vit
 
@@ -175,6 +176,6 @@ def _head(teacher: Pretrained) -> str:
     name = [] if teacher.architecture == teacher.source else [teacher.architecture]
     return (
         f"{teacher.source}: {', '.join([*name, *known])}\n"
-        + (f"converted before, by {older}: converted anew from its softmax layers\n" if older else "")
+        + (f"already converted by {older}: converted again from its softmax layers\n" if older else "")
         + f"images of {height}x{width}: {layout.num_tokens} tokens, {layout.num_prefix} of them prefix tokens\n\n"
     )

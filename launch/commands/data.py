@@ -1,4 +1,4 @@
-"""`graftvit data SOURCE`: what a data set holds, and what a model sees of it."""
+"""`graftvit data SOURCE`: describe a data set, and draw its images as a model sees them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = ("data", "student.model", "student.model_args", "student.img_size", "
 
 
 def run(argv: list[str]) -> int:
-    """Print what was found, and write the picture and the numbers where they are asked for."""
+    """Print the description, and write the picture and the numbers if flags ask for them."""
     arguments, config, given = _parse(argv)
     from ...checkpoints.atomic import write_bytes, write_text
     from ...transfer.data.survey import check_readable, survey
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
-    """Raise what is wrong with the words and, where it is `here`, the data set."""
+    """Check the arguments and, with `here`, the data set."""
     arguments, config, _ = _parse(argv)
     from ...transfer.data.datasets import check_dataset
 
@@ -61,8 +61,8 @@ def check(argv: list[str], *, here: bool = True) -> Work:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[Setting]]:
     parser = command_parser(
         "data",
-        "Say what a data set holds: splits, classes and their labels, images a class, sizes, formats, files that "
-        "cannot be read; and write a picture of training images as the model sees them, after augmentation and mixing.",
+        "Describe a data set: splits, classes and their labels, images per class, sizes, formats, unreadable files. "
+        "Write a picture of training images as the model sees them, after augmentation and mixing.",
         EXAMPLES,
         usage="[SOURCE] [--out PNG] [--flag value ...]",
     )
@@ -70,16 +70,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[Setting
         "source", nargs="?", metavar="SOURCE",
         help="a folder, a .tar file, or a data set's name as for --dataset: digits, torch/cifar10, hfds/..., wds/...",
     )  # fmt: skip
-    parser.add_argument("--recipe", metavar="RECIPE", help="recipe, YAML file or run whose settings count")
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe, YAML file or run whose settings to use")
     parser.add_argument(
         "--out", type=Path, metavar="PNG", help="write a picture of augmented training images"
     )
-    parser.add_argument("--images", type=int, default=32, metavar="N", help="images in it (default: 32)")
+    parser.add_argument(
+        "--images", type=int, default=32, metavar="N", help="images in the picture (default: 32)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
-    parser.add_argument("--decode", action="store_true", help="read files whole; headers alone by default")
+    parser.add_argument("--decode", action="store_true", help="decode whole files; by default only headers")
     parser.add_argument(
         "--limit", type=int, metavar="N",
-        help="images of a split to open, evenly over it (default: all, and the first 1,000 of a stream)",
+        help="images of each split to open, evenly spaced (default: all; the first 1,000 of a stream)",
     )  # fmt: skip
     arguments, given = parse_command(parser, argv, only=SETTINGS)
     _check(arguments.images, arguments.limit, arguments.out, arguments.json)
@@ -87,7 +89,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[Setting
 
 
 def _source(word: str | None) -> list[Setting]:
-    """Read SOURCE as settings: the name of a data set, else the path of one."""
+    """Read SOURCE as settings: the name of a data set, or else a path."""
     if word is None:
         return []
     from ...transfer.data.datasets import is_name
@@ -99,24 +101,24 @@ def _source(word: str | None) -> list[Setting]:
 
 
 def _config(recipe: str | None, settings: list[Setting]) -> RunConfig:
-    """Of a recipe of several stages, the last: its images are those of training."""
+    """Load the configuration; of several stages take the last, which trains the student."""
     stages = [] if recipe is None else load_stages(recipe, settings)
     return stages[-1].config if stages else load_config(recipe, settings)
 
 
 def _check(images: int, limit: int | None, *files: Path | None) -> None:
-    """Raises ConfigError for what can be seen before anything is read."""
+    """Raise ConfigError for invalid flags before any file is read."""
     if images < 1:
         raise ConfigError(f"--images {images}: must be at least 1")
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit}: must be at least 1")
     for file in files:
         if file is not None and not file.resolve().parent.is_dir():
-            raise ConfigError(f"{str(file)!r} cannot be written: its folder does not exist; make it first")
+            raise ConfigError(f"{str(file)!r} cannot be written: its folder does not exist; create it first")
 
 
 def _picture(config: RunConfig, count: int) -> bytes:
-    """A PNG of the first training images, at the size and with the interpolation of the student."""
+    """Draw a PNG of the first training images, with the size and interpolation of the student."""
     from ...transfer.analysis.report.ink import to_png
     from ...transfer.data.preview import preview
     from ...transfer.engine.students import find_whole, resolve_preprocessing

@@ -1,4 +1,4 @@
-"""`graftvit evaluate`: accuracy of checkpoints, one by one and together."""
+"""`graftvit evaluate`: measure checkpoints, one by one and as an ensemble."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ SETTINGS = (
     "engine.device",
     "engine.precision",
 )
-"""What makes a difference to an evaluation."""
+"""The settings that an evaluation uses."""
 
 
 def run(argv: list[str]) -> int:
-    """Evaluate each checkpoint and, where there are several, their ensemble."""
+    """Evaluate each checkpoint and the ensemble of several."""
     arguments, settings = _parse(argv)
     from ...transfer.metrics.table import to_json, to_table
     from ..evaluation import evaluate_sources
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
-    """Raise what can be seen to be wrong before a model is loaded."""
+    """Check the arguments and, with `here`, the data, without loading a model."""
     arguments, settings = _parse(argv)
     from ..evaluation import check_asked
 
@@ -82,9 +82,10 @@ def check(argv: list[str], *, here: bool = True) -> Work:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Setting]]:
     parser = command_parser(
         "evaluate",
-        "Top-1, top-5 and loss of a model's head, weighted nearest neighbors and a linear probe on its features, "
-        "distances from a teacher; exact over processes. Several checkpoints also give their ensemble, the mean of "
-        "their heads' probabilities. A run folder brings its own data settings; flags change them.",
+        "Measure top-1, top-5 and loss of a model's head, weighted nearest neighbors and a linear probe on its "
+        "features, and distances from a teacher; exact for any number of processes. Several checkpoints also give an "
+        "ensemble: the mean of their heads' probabilities. The data settings of a run folder are used; flags replace "
+        "them.",
         EXAMPLES,
         usage="CHECKPOINT [CHECKPOINT ...] [--flag value ...]",
     )
@@ -94,16 +95,20 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Setting]]:
     parser.add_argument(
         "--metrics",
         metavar="NAMES",
-        help="any of top1, knn, probe, distance, joined by commas (default: top1 of a model with a head, else knn; "
+        help="any of top1, knn, probe, distance, joined by commas (default: top1 for a model with a head, else knn; "
         "distance with --against)",
     )
-    parser.add_argument("--against", metavar="TEACHER", help="the model that distances are measured from")
-    parser.add_argument("--subset", choices=["imagenet-a", "imagenet-r"], help="classes of a variant")
+    parser.add_argument("--against", metavar="TEACHER", help="the model to measure distances from")
+    parser.add_argument(
+        "--subset", choices=["imagenet-a", "imagenet-r"], help="score only the classes of this variant"
+    )
     parser.add_argument("--real", action="store_true", help="score against the ReaL labels of ImageNet")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     arguments, settings = parse_command(parser, argv, only=SETTINGS)
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
-        raise ConfigError(f"--json is {str(arguments.json)!r}, but its folder does not exist; make it first")
+        raise ConfigError(
+            f"--json is {str(arguments.json)!r}, but its folder does not exist; create it first"
+        )
     return arguments, settings
 
 

@@ -1,4 +1,4 @@
-"""`graftvit export SOURCE OUT`: a model as an ONNX or torch.export file."""
+"""`graftvit export SOURCE OUT`: write a model as an ONNX or torch.export file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLES = (
 
 
 def run(argv: list[str]) -> int:
-    """Export one model and print what was written and how far it is from the model."""
+    """Export one model, and print the files and their error against the model."""
     arguments, how = _parse(argv)
     from ...checkpoints.export.export_source import export_source
 
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
-    """Raise what is wrong with the words and, where it is `here`, the source."""
+    """Check the arguments and, with `here`, the source."""
     arguments, _ = _parse(argv)
     from ...checkpoints.export.export_source import check_export
     from ...checkpoints.sources import parse_source
@@ -69,8 +69,8 @@ def _dynamic(arguments: argparse.Namespace) -> tuple[Dynamic, ...]:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, JsonDict]:
     parser = command_parser(
         "export",
-        "Write a model as one file that runs without this package, checked against the model before the file is "
-        "put in place. The input is normalised images (B, 3, H, W); the file's metadata says how to feed it.",
+        "Write a model as one file that runs without this package. The file is checked against the model before it "
+        "is put in place. Its input is normalized images (B, 3, H, W); its metadata describes the preprocessing.",
         EXAMPLES,
         usage="SOURCE OUT [--flag value ...]",
     )
@@ -78,19 +78,19 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, JsonDict]:
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="the file: .onnx for ONNX, .pt2 for torch.export"
     )
-    parser.add_argument("--format", choices=["onnx", "torch"], help="as the suffix of OUT says, by default")
+    parser.add_argument("--format", choices=["onnx", "torch"], help="default: chosen by the suffix of OUT")
     parser.add_argument(
         "--dynamic", nargs="+", choices=["batch", "resolution", "none"], default=["batch"],
-        help="sizes left free, of batch and resolution (default: batch)",
+        help="dynamic sizes: batch, resolution or none (default: batch)",
     )  # fmt: skip
-    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: torch's choice)")
+    parser.add_argument("--opset", type=int, metavar="N", help="opset of ONNX (default: torch's choice)")
     parser.add_argument(
-        "--normalise", action="store_true", help="take images in 0..1, and normalise them in the file"
+        "--normalise", action="store_true", help="make the file take images in 0..1 and normalize them itself"
     )
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
                         help="largest relative error against the model (default: 1e-4)")  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
     if "none" in arguments.dynamic and len(arguments.dynamic) > 1:
-        parser.error("--dynamic none stands alone")
+        parser.error("--dynamic none cannot be combined with other values")
     return arguments, keywords_of(settings)

@@ -1,4 +1,4 @@
-"""`graftvit forget`: take runs out of the list that `graftvit jobs` shows."""
+"""`graftvit forget`: remove runs from the list that `graftvit jobs` shows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from ..flags import command_parser, run_folder
 from ..say import say
 
 EXAMPLES = (
-    "graftvit forget /scratch/me/distill     # not shown by `graftvit jobs` any more",
-    "graftvit forget --ended                 # all whose jobs have ended",
+    "graftvit forget /scratch/me/distill     # `graftvit jobs` no longer lists it",
+    "graftvit forget --ended                 # all runs whose jobs have ended",
 )
 
 
@@ -18,8 +18,8 @@ def run(argv: list[str]) -> int:
 
     parser = command_parser(
         "forget",
-        "Take runs out of the list of `graftvit jobs`. Their folders stay as they are, and `graftvit jobs RUN` shows "
-        "them; submitted or resumed again, they are back in the list. A run with a job stays.",
+        "Remove runs from the list of `graftvit jobs`. Their folders do not change; `graftvit jobs RUN` shows them. "
+        "A run returns to the list when it is submitted or resumed. A run that has a job cannot be removed.",
         EXAMPLES,
         usage="RUN ... | --ended",
     )
@@ -29,9 +29,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--ended", action="store_true", help="all runs in the list that have no job")
     arguments = parser.parse_args(argv)
     if bool(arguments.runs) == arguments.ended:
-        raise ConfigError(
-            "which runs to forget is not clear: name runs, or give --ended for all that have no job"
-        )
+        raise ConfigError("give either the runs to forget, or --ended for all runs that have no job")
     for folder in arguments.runs:
         forget_run(folder)
     forgotten = forget_ended() if arguments.ended else arguments.runs

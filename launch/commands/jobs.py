@@ -1,4 +1,4 @@
-"""`graftvit jobs`: how the runs on a cluster are."""
+"""`graftvit jobs`: show the state of the runs on a cluster."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "graftvit jobs                         # all runs that this user submitted from here",
-    "graftvit jobs /scratch/me/distill     # one at length: restarts and why, the error of the rank that failed",
-    "graftvit jobs /scratch/me/sweep       # a line a cell",
-    "graftvit jobs --active --watch        # what waits or runs, again and again until nothing does",
+    "graftvit jobs /scratch/me/distill     # one run in detail: restarts and reasons, the error of the failed rank",
+    "graftvit jobs /scratch/me/sweep       # one line for each cell",
+    "graftvit jobs --active --watch        # repeat the table of waiting and running runs until none is left",
     "graftvit jobs --last 5                # the five runs that were submitted last",
     "graftvit jobs --json | jq '.[].state'",
 )
 
 
 def run(argv: list[str]) -> int:
-    """Print a table, one run at length, or JSON."""
+    """Print a table, one run in detail, or JSON."""
     from ..slurm.jobs_text import describe, problems, to_json, watch, write_table
 
     arguments = _parse(argv)
     if arguments.watch:
         try:
             watch(lambda: _look(arguments, tries=1), sys.stdout, _none(arguments))
-        except KeyboardInterrupt:  # the way to leave it, and no failure
+        except KeyboardInterrupt:  # the normal way to end it
             say("\n")
         return 0
     status, names = _look(arguments)
@@ -52,34 +52,32 @@ def run(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "jobs",
-        "Show runs on a cluster: state, restarts and why, nodes, progress, the time left, and of a waiting run why it "
-        "waits and when it is expected to start. Read from the files of each run, and checked against the scheduler "
-        "where it can be asked.",
+        "Show runs on a cluster: state, restarts and their reasons, nodes, progress and time left; for a waiting run "
+        "why it waits and when it is expected to start. This is read from the files of each run, and checked with the "
+        "scheduler if it answers.",
         EXAMPLES,
         usage="[RUN ...] [--active] [--last N] [--watch | --json]",
     )
     parser.add_argument(
         "runs", type=run_folder, nargs="*", metavar="RUN", help="folder of a run or of a sweep"
     )
-    parser.add_argument("--active", action="store_true", help="those alone that wait or run")
-    parser.add_argument(
-        "--last", type=int, metavar="N", help="those alone that were submitted last, N of them"
-    )
+    parser.add_argument("--active", action="store_true", help="only runs that wait or run")
+    parser.add_argument("--last", type=int, metavar="N", help="only the N runs that were submitted last")
     parser.add_argument(
         "--watch", action="store_true",
-        help="draw the table anew until no run is active, or Ctrl-C; in a pipe, write it where a state has changed",
+        help="redraw the table until no run is active, or Ctrl-C; in a pipe, print it when a state has changed",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="all that is known, for scripts")
+    parser.add_argument("--json", action="store_true", help="print all known facts as JSON, for scripts")
     arguments = parser.parse_args(argv)
     if arguments.last is not None and arguments.last < 1:
         raise ConfigError(f"--last {arguments.last}: give 1 or more")
     if arguments.watch and arguments.json:
-        raise ConfigError("--watch draws a table, and --json is for scripts: give one of them")
+        raise ConfigError("--watch and --json cannot be combined: give one of them")
     return arguments
 
 
 def _look(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[RunStatus], Sequence[str]]:
-    """The runs as they are now, and their names."""
+    """Return the current status of the runs, and their names."""
     from ..slurm.jobs import describe_runs
 
     names = _folders(arguments.runs)
@@ -92,7 +90,7 @@ def _look(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[RunSta
 
 
 def _folders(given: Sequence[Path]) -> dict[Path, str]:
-    """Run folder -> its name: a path that every command takes from here."""
+    """Map each run folder to its name: a path that every command accepts in this folder."""
     from ..slurm.jobs import listed_runs, run_folders
 
     names = {}
@@ -102,7 +100,7 @@ def _folders(given: Sequence[Path]) -> dict[Path, str]:
         except GraftError:
             if given:
                 raise
-            continue  # a remembered folder that is something else by now
+            continue  # a listed folder that is no longer a run
         names.update({run: str(folder / run.relative_to(folder.absolute())) for run in runs})
     return names
 
@@ -111,6 +109,6 @@ def _none(arguments: argparse.Namespace) -> str:
     if arguments.active:
         return "no run waits or runs\n"
     return (
-        "no run of this user is listed: `graftvit jobs FOLDER` shows one by its folder, `graftvit submit --help` tells "
-        "how to submit\n"
+        "no run of this user is listed: `graftvit jobs FOLDER` shows a run by its folder, `graftvit submit --help` "
+        "explains how to submit\n"
     )

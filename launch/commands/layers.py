@@ -1,4 +1,4 @@
-"""`graftvit layers STUDENT`: which layers of a converted student to keep as softmax, and what each choice costs."""
+"""`graftvit layers STUDENT`: find the layers of a converted student to keep as softmax, and what each choice costs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLES = (
 
 
 def run(argv: list[str]) -> int:
-    """Search, and print each choice with the plan that it leads to."""
+    """Search, and print each choice with its layer plan."""
     arguments, config = _parse(argv)
     from ...transfer.engine.stage_together import stage_together
     from ...transfer.recovery.calibration import calibration_batches
@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
-    """Raise what is wrong with the words and, where they are `here`, the models and the images."""
+    """Check the arguments and, with `here`, the models and the images."""
     arguments, config = _parse(argv)
     from ...checkpoints.sources import parse_source
     from ...transfer.data.datasets import check_dataset
@@ -54,8 +54,9 @@ def check(argv: list[str], *, here: bool = True) -> Work:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = command_parser(
         "layers",
-        "Find which layers of a converted student to give back to softmax attention: greedily, the layer whose return "
-        "brings the final tokens nearest to the teacher's, on images of the training set. Nothing is trained.",
+        "Find the layers of a converted student that should be softmax attention again. The search is greedy: each "
+        "step takes the layer that brings the final tokens nearest to the teacher's on training images. Nothing is "
+        "trained.",
         EXAMPLES,
         usage="STUDENT --teacher SOURCE [--flag value ...]",
     )
@@ -85,5 +86,5 @@ def _table(found: LayerSearch, student: nn.Module) -> str:
         rows.append((str(choice.layer), f"{choice.error:.4f}", f"{total:,}", found.plan_keeping(count)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*(f"{row[i]:>{widths[i]}}" for i in range(3)), row[3]]) for row in rows]
-    note = "error: of the final tokens, relative to the teacher's; MACs: of the attention maps of one image"
+    note = "error: of the final tokens, relative to the teacher's; MACs: for the attention maps of one image"
     return "\n".join([*lines, note, ""])

@@ -1,4 +1,4 @@
-"""`graftvit logs`: what the processes of a run wrote."""
+"""`graftvit logs`: print the logs of a run's processes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EXAMPLES = (
     "graftvit logs /scratch/me/distill",
     "graftvit logs /scratch/me/distill --follow",
     "graftvit logs /scratch/me/distill --rank 3 --lines 200",
-    "graftvit logs /scratch/me/distill --rank all    # each line with its rank, by time where lines tell it",
+    "graftvit logs /scratch/me/distill --rank all    # all ranks, merged by time",
 )
 
 
 def run(argv: list[str]) -> int:
-    """Print the end of the logs of the job that `graftvit jobs` shows, and what is added if asked to."""
+    """Print the end of the logs of the job that `graftvit jobs` shows; with --follow also new lines."""
     from ..slurm.job_folder import JobFolder
     from ..slurm.jobs import run_folders, shown_submission
 
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     folders = run_folders(arguments.run)
     folder = arguments.run.absolute()
     if folders != [folder]:
-        raise ConfigError(f"{folder} has several runs: name one, as in `{hint('logs', folders[0])}`")
+        raise ConfigError(f"{folder} has several runs: choose one, as in `{hint('logs', folders[0])}`")
     submission = shown_submission(folder)
     _check_rank(folder, submission, arguments)
     paths = _paths(JobFolder(folder), submission, arguments.rank)
@@ -43,16 +43,16 @@ def run(argv: list[str]) -> int:
     if arguments.follow:
         _follow(folder, paths, followers, arguments.rank, shown)
     elif shown is None:
-        say_aside(f"graftvit: nothing is written yet: `{hint('jobs', folder)}` tells how it is\n")
+        say_aside(f"graftvit: there is no log yet: `{hint('jobs', folder)}` shows the state of the run\n")
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "logs",
-        "Print what a process of a run wrote, standard error and standard output, of its job. With `--rank "
-        "all`, the lines of all that wrote something, merged by the times that lines of torch, submitit and Slurm "
-        "carry; a line without a time stays behind the one before it.",
+        "Print the standard error and standard output of one process of a run. With `--rank all`, print the lines of "
+        "all processes, merged by the times in lines of torch, submitit and Slurm; a line without a time stays after "
+        "the line before it.",
         EXAMPLES,
         usage="RUN [--rank K|all] [--lines N] [--follow]",
     )
@@ -64,13 +64,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--lines", type=int, default=50, help="last lines of each file (default: 50)")
     parser.add_argument(
-        "--follow", "-f", action="store_true", help="go on until the run has ended, or Ctrl-C"
+        "--follow", "-f", action="store_true", help="print new lines until the run has ended, or Ctrl-C"
     )
     arguments = parser.parse_args(argv)
     if arguments.lines < 0:
         raise ConfigError(f"--lines {arguments.lines} is negative: give 0 or more")
     if arguments.rank != "all" and not arguments.rank.isdecimal():
-        raise ConfigError(f"--rank {arguments.rank}: valid: all, or the number of a process, 0 or more")
+        raise ConfigError(f"--rank {arguments.rank}: give all, or the number of a process, 0 or more")
     arguments.rank = None if arguments.rank == "all" else int(arguments.rank)
     return arguments
 
@@ -80,13 +80,15 @@ def _check_rank(folder: Path, submission: Submission | None, arguments: argparse
 
     there = [] if submission is None else ranks_with_logs(submission)
     if there and arguments.rank not in (None, *there) and not arguments.follow:
-        raise ConfigError(f"--rank {arguments.rank} has no log in {folder}: there are {_ranges(there)}")
+        raise ConfigError(
+            f"--rank {arguments.rank} has no log in {folder}: ranks with logs are {_ranges(there)}"
+        )
 
 
 def _paths(
     files: JobFolder, submission: Submission | None, rank: int | None
 ) -> Callable[[], tuple[Path, ...]]:
-    """The logs of a job, or of a newer one once the run is submitted anew; asked again and again."""
+    """Return a function that finds the logs of a job, or of a newer job after the run is submitted again."""
     from ..slurm.logs import all_files, log_files
 
     first = files.submission()
@@ -102,7 +104,7 @@ def _paths(
 
 
 def _show_end(paths: tuple[Path, ...], lines: int, followers: dict[Path, Follower]) -> Path | None:
-    """The end of each file; returns the one that was shown last."""
+    """Print the end of each file, and return the last file printed."""
     from ..slurm.logs import Follower, tail
 
     shown = None
@@ -145,7 +147,7 @@ def _follow(
 
 
 def _write(path: Path, text: str, shown: Path | None) -> Path:
-    """Prints, under the name of the file where it is another than before."""
+    """Print `text`, after the name of its file if the previous text came from another file."""
     if path != shown:
         say(f"==> {path} <==\n")
     lines = _plain(text)
@@ -155,7 +157,7 @@ def _write(path: Path, text: str, shown: Path | None) -> Path:
 
 
 def _plain(text: str) -> str:
-    """Bars that overwrite their line, as lines."""
+    """Return progress bars that overwrite their line as separate lines."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -1,4 +1,4 @@
-"""`graftvit operators [NAME]`: what a plan can name."""
+"""`graftvit operators [NAME]`: list the attention operators that a plan can name."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from ..say import say
 GRIDS = (14, 32, 64)
 HEADS, WIDTH = 12, 64
 FOOT = """
-a map: linear in the values, so that its rows can be shown and matched    grid: it needs to know where the patches are
-bias: it takes a relative position bias (BEiT)    new: parameters of its own in a layer of 12 heads of 64, first grid
-MACs: multiply-adds of the attention map in such a layer on that many patches, against softmax
+a map: linear in the values, so that its rows can be shown and matched    grid: it needs the positions of the patches
+bias: it accepts a relative position bias (BEiT)    new: its new parameters in a layer of 12 heads of 64, first grid
+MACs: multiply-adds of the attention map in such a layer on that many patches, relative to softmax
 
 `graftvit operators NAME` explains one. In a plan: '*: linear; 9-11: softmax', with options: 'window(window=9)'.
 """
 
 
 def run(argv: list[str]) -> int:
-    """Print the table of operators, or one of them with its equation and options."""
+    """Print the table of operators, or one operator with its equation and options."""
     parser = command_parser(
         "operators",
-        "List the attention operators that a plan can name, with what they cost against softmax, or explain one.",
+        "List the attention operators that a plan can name, with their costs relative to softmax, or explain one.",
         ["graftvit operators", "graftvit operators hybrid", "graftvit operators window --grid 64"],
         usage="[NAME] [--grid N ...]",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="operator to explain")
     parser.add_argument(
         "--grid", nargs="+", type=int, default=GRIDS, metavar="N",
-        help="rows of patches to count multiply-adds at (default: 14 32 64)",
+        help="patches per side for which to count multiply-adds (default: 14 32 64)",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     if any(grid < 1 for grid in arguments.grid):
         raise ConfigError(
-            f"--grid {' '.join(map(str, arguments.grid))}: numbers of patches a side, 1 or more"
+            f"--grid {' '.join(map(str, arguments.grid))}: give numbers of patches per side, 1 or more"
         )
     from ...models.operators import OPERATORS
 
@@ -59,7 +59,7 @@ def _table(names: list[str], grids: list[int]) -> str:
 
 
 def _options(name: str) -> dict[str, str]:
-    """The options of an operator by name, with their defaults as a plan writes them."""
+    """Return the options of an operator by name, with their defaults as a plan writes them."""
     from ...models.operators import OPERATORS
 
     parameters = list(inspect.signature(OPERATORS[name]).parameters.values())[1:]
@@ -68,7 +68,7 @@ def _options(name: str) -> dict[str, str]:
 
 
 def _facts(name: str, grids: list[int]) -> list[str]:
-    """Traits, new parameters at the first grid, and the cost at each against softmax."""
+    """Return the traits, the new parameters at the first grid, and the cost at each grid relative to softmax."""
     from ...models.attention.base import Geometry, LayerShape
     from ...models.operators import create_operator
     from ...models.plan import Choice
@@ -85,7 +85,7 @@ def _facts(name: str, grids: list[int]) -> list[str]:
 
 
 def _explained(name: str) -> str:
-    """The text of an operator, and how a plan writes it with its options."""
+    """Return the docstring of an operator, and how a plan writes it with its options."""
     from ...models.operators import OPERATORS
 
     operator = OPERATORS[name]

@@ -1,4 +1,4 @@
-"""`graftvit pretrain`: masked autoencoding, which makes a teacher where there is none."""
+"""`graftvit pretrain`: pretrain a teacher by masked autoencoding."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ EXAMPLES = (
 
 
 def run(argv: list[str]) -> int:
-    """`graftvit train --mode pretrain`, with examples of its own."""
+    """Run `graftvit train --mode pretrain`, with its own help and examples."""
     parser = train_parser(
         "pretrain",
-        "Pretrain a vision transformer by masked autoencoding (MAE), without labels. It makes a teacher; "
-        "pass its folder as --teacher local-dir:RUN/student.",
+        "Pretrain a vision transformer by masked autoencoding (MAE), without labels. To use it as a teacher, pass "
+        "--teacher local-dir:RUN/student.",
         EXAMPLES,
     )
     return run_parsed(parser, argv, [Setting("mode", "pretrain", "graftvit pretrain")])

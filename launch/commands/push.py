@@ -26,11 +26,11 @@ LOG_IN = "Log in first: `hf auth login`, or set HF_TOKEN."
 
 
 def run(argv: list[str]) -> int:
-    """Push a student's folder, or show what would go up."""
+    """Push a student's folder, or show what would be pushed."""
     parser = command_parser(
         "push",
         "Create a repository on the hub and upload a student's folder in one commit: its weights, its config.json "
-        "and a model card, nothing else. The student carries the license of the weights that it was made from. "
+        "and a model card, nothing else. The student keeps the license of the weights that it was made from. "
         f"{LOG_IN}",
         EXAMPLES,
         usage="DIR ORG/NAME [--flag value ...]",
@@ -38,16 +38,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "source",
         metavar="DIR",
-        help="run folder (#best or #ema behind it), or student folder: config.json and weights",
+        help="run folder, with #best or #ema at its end if you like, or student folder: config.json and weights",
     )
     parser.add_argument(
-        "repository", metavar="ORG/NAME", help="repository on the hub; created if it is not there"
+        "repository", metavar="ORG/NAME", help="repository on the hub; created if it does not exist"
     )
-    parser.add_argument("--private", action="store_true", help="create it for you alone")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument(
         "--public",
         action="store_true",
-        help="make it public once all is there, whatever it is or would be by its owner's default",
+        help="make the repository public after the upload, also if it is private or private by its owner's default",
     )
     parser.add_argument(
         "--license", "--licence", metavar="ID", help="hub identifier; the teacher's by default"
@@ -56,14 +56,14 @@ def run(argv: list[str]) -> int:
         "--confirm_license",
         "--confirm_licence",
         action="store_true",
-        help="the owners of the teacher allow the license that is named",
+        help="confirm that the owners of the teacher allow the license in --license",
     )
     parser.add_argument(
-        "--revision", metavar="BRANCH", help="branch; created if it is not there; main by default"
+        "--revision", metavar="BRANCH", help="branch; created if it does not exist (default: main)"
     )
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
-    parser.add_argument("--dataset_name", metavar="NAME", help="what the card calls the data of the results")
-    parser.add_argument("--dry_run", action="store_true", help="show what would go up, send nothing")
+    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
+    parser.add_argument("--dataset_name", metavar="NAME", help="name of the evaluation data set in the card")
+    parser.add_argument("--dry_run", action="store_true", help="show what would be pushed, send nothing")
     arguments, _ = parse_command(parser, argv, only=())
     for flag in ("license", "revision", "message", "dataset_name"):
         if getattr(arguments, flag) is not None and not getattr(arguments, flag).strip():
@@ -85,19 +85,19 @@ def run(argv: list[str]) -> int:
             describe_transfer=describe_transfer,
         )
         if arguments.dry_run:
-            say(_dry(upload, private=arguments.private, public=arguments.public))
+            say(_describe_upload(upload, private=arguments.private, public=arguments.public))
             return 0
-        _behind(upload)
+        _report_left_out(upload)
         pushed = push_student(
             upload, private=arguments.private, public=arguments.public, message=arguments.message
         )
-    say(_done(upload, pushed))
+    say(_describe_pushed(upload, pushed))
     return 0
 
 
 @contextmanager
 def _student_folder(source: str) -> Iterator[Path]:
-    """The folder of a student as it is; of a run, with its part behind the path, what `graftvit save` writes of it."""
+    """Yield a student folder unchanged; for a run, yield the folder that `graftvit save` writes."""
     run = Path(source.partition("#")[0]).expanduser()
     if (run / "config.json").is_file() or not ((run / "checkpoints").is_dir() or (run / "student").is_dir()):
         yield Path(source).expanduser()
@@ -108,21 +108,21 @@ def _student_folder(source: str) -> Iterator[Path]:
         yield save_student(source, Path(temporary) / "student")
 
 
-def _behind(upload: Upload) -> None:
-    """Say before the upload what it leaves out."""
+def _report_left_out(upload: Upload) -> None:
+    """Print the files that the upload leaves out."""
     if upload.left_behind:
-        say_aside(f"left behind: {', '.join(upload.left_behind)}\n")
+        say_aside(f"not pushed: {', '.join(upload.left_behind)}\n")
 
 
-def _done(upload: Upload, pushed: Pushed) -> str:
+def _describe_pushed(upload: Upload, pushed: Pushed) -> str:
     from ...checkpoints.publish.sections import load_lines
 
     lines = [pushed.url]
     if not pushed.changed:
-        lines.append("The hub had all of it already.")
+        lines.append("The hub already had all files.")
     if pushed.kept_card:
         lines.append(
-            "README.md on the hub was edited by a person and stayed; one in the folder would replace it."
+            "README.md on the hub was edited by a person and is kept; a README.md in the folder would replace it."
         )
     if pushed.private:
         lines.append("It is private; --public makes it public.")
@@ -130,24 +130,24 @@ def _done(upload: Upload, pushed: Pushed) -> str:
     return "\n".join([*lines, "", *load_lines(upload.config, upload.facts), ""])
 
 
-def _dry(upload: Upload, *, private: bool, public: bool) -> str:
+def _describe_upload(upload: Upload, *, private: bool, public: bool) -> str:
     facts = upload.facts
     width = max(len(file.name) for file in upload.files)
     branch = f" (branch {facts.revision})" if facts.revision else ""
     lines = [f"Would push to {facts.repository}{branch}:"]
     lines += [f"  {file.name:<{width}}  {file.size:>14,} bytes" for file in upload.files]
-    lines += [f"Left behind: {', '.join(upload.left_behind)}"] if upload.left_behind else []
+    lines += [f"Not pushed: {', '.join(upload.left_behind)}"] if upload.left_behind else []
     lines += [*_on_the_hub(upload, private=private, public=public), f"License: {_license(upload)}"]
     kind = "your own README.md" if upload.own_card else "generated"
     return "\n".join([*lines, f"Card ({kind}):", "", upload.card.rstrip("\n"), ""])
 
 
 def _license(upload: Upload) -> str:
-    return upload.facts.license or "unknown; --license names one"
+    return upload.facts.license or "unknown; give one with --license"
 
 
 def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
-    """What the commit would meet there, if the hub can be asked."""
+    """Describe what the commit would change on the hub, if the hub can be reached."""
     from ...checkpoints.publish.upload import (
         UploadFailedError,
         ask_remote,
@@ -159,18 +159,18 @@ def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
     try:
         remote = ask_remote(upload)
     except UploadFailedError as error:
-        return [f"On the hub: not known, as {error.reason}"]
+        return [f"On the hub: unknown, because {error.reason}"]
     check_visibility(upload, remote, private=private)
     kept = keeps_remote_card(upload, remote)
     replaced, removed = replaced_and_removed(upload, remote)
     lines = [f"On the hub: {_state(remote)}"]
     if public and not (remote.exists and not remote.private):
-        lines.append("Public: once all of it is there")
+        lines.append("Visibility: public after the upload")
     elif not private and not remote.exists:
-        lines.append("Private until all of it is there, then as new repositories of its owner are")
+        lines.append("Visibility: private during the upload, then the owner's default for new repositories")
     if kept:
         replaced.remove("README.md")
-        lines.append("Stays there: README.md, edited by a person")
+        lines.append("Kept there: README.md, edited by a person")
     lines += [f"Replaced there: {', '.join(replaced)}"] if replaced else []
     lines += [f"Removed there: {', '.join(removed)}"] if removed else []
     return lines
@@ -178,6 +178,6 @@ def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
 
 def _state(remote: Remote) -> str:
     if not remote.exists:
-        return "no such repository that you can see; it would be created"
+        return "no repository of this name is visible to you; it would be created"
     kind = "private" if remote.private else "public"
     return f"a {kind} repository" + ("" if remote.commit else " without that branch, which would be created")

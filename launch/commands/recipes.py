@@ -8,7 +8,7 @@ from ..say import say
 
 
 def run(argv: list[str]) -> int:
-    """Print the table of recipes, or the YAML of the one that is named."""
+    """Print the table of recipes, or the YAML of one recipe."""
     parser = command_parser(
         "recipes",
         "List the recipes that come with the package, or print one as YAML.",

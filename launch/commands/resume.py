@@ -1,4 +1,4 @@
-"""`graftvit resume`: submit a run again from where it stands, or the cells of a sweep that did not finish."""
+"""`graftvit resume`: submit a run again from its last state, or the unfinished cells of a sweep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = (
 
 
 def run(argv: list[str]) -> int:
-    """Submit again what was submitted."""
+    """Submit the unfinished runs of a folder again."""
     from ..slurm.lock import stoppable
     from ..slurm.preview import preview_again
     from ..slurm.resume import find_unfinished, resume, wait_for_stops
@@ -22,9 +22,9 @@ def run(argv: list[str]) -> int:
 
     parser = command_parser(
         "resume",
-        "Submit a run again with the settings that it has, from its last state. Of a sweep, those cells that have "
-        "neither finished nor a job. What is asked of the cluster is as before where no flag says otherwise; the code "
-        "is the one that is installed now.",
+        "Submit a run again with its own settings, from its last state. For a sweep, submit the cells that are not "
+        "finished and have no job. The resources are those of the last submission, except those that flags change; "
+        "the code is the one that is installed now.",
         EXAMPLES,
         usage="RUN [--flag value ...]",
     )
@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print the plan, what is asked of the cluster and the sbatch script, then what is wrong with it, and stop",
+        help="print the plan, the requested resources, the sbatch script and any error, and stop",
     )
     add_cluster_flags(parser)
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`graftvit save SOURCE DIR`: one model alone, as a folder that timm loads."""
+"""`graftvit save SOURCE DIR`: write one model as a folder that timm loads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def run(argv: list[str]) -> int:
-    """Write the model of any source to a folder: no teacher, optimiser, average or pickle."""
+    """Write the model of any source to a folder, without teacher, optimizer, average or pickle."""
     parser = command_parser(
         "save",
-        "Write the model of a run, or of any other source, to a folder of its own: safetensors and config.json, "
-        "which plain timm loads as local-dir:DIR, and graftvit.load where its attention was converted or is copied.",
+        "Write the model of a run, or of any other source, to its own folder: safetensors and config.json. Plain timm "
+        "loads it as local-dir:DIR; graftvit.load loads models whose attention is converted or copied.",
         [
             "graftvit save runs/distill student",
             "graftvit save runs/distill#ema student --dtype bfloat16",
@@ -30,20 +30,20 @@ def run(argv: list[str]) -> int:
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)"
     )
     parser.add_argument(
         "--max_shard_size",
         default="5GB",
         metavar="SIZE",
-        help="larger weights get several files (default: 5GB)",
+        help="split larger weights into several files (default: 5GB)",
     )
     parser.add_argument(
         "--bare",
         action="store_true",
-        help="of a student that copies its teacher's attention, its own weights alone: its attention was never trained",
+        help="for a student that copies attention: write only its own weights; their own attention is untrained",
     )
-    parser.add_argument("--force", action="store_true", help="replace the model folder that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing model folder")
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
     how = keywords_of(settings)
     import torch
@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
 
 
 def _size(text: str) -> str:
-    """The size as huggingface_hub takes it; ConfigError where it is none."""
+    """Return the size as huggingface_hub takes it. Raises ConfigError for any other text."""
     number = text.upper().removesuffix("B").rstrip("KMGT")
     unit = text.upper()[len(number) :]
     if not number.isdigit() or unit not in ("KB", "MB", "GB", "TB") or int(number) == 0:

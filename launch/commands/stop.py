@@ -1,4 +1,4 @@
-"""`graftvit stop`: end a run early, so that it can go on later."""
+"""`graftvit stop`: end a run early, so that it can be resumed later."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ..flags import command_parser, run_folder
 from ..say import say, say_aside
 
 EXAMPLES = (
-    "graftvit stop /scratch/me/distill          # saves at the next step, then ends; not requeued",
-    "graftvit stop /scratch/me/distill --now    # ends at once, with what was saved before",
-    "graftvit stop /scratch/me/sweep            # all cells that wait or run",
-    "graftvit stop /scratch/me/a /scratch/me/b  # several",
+    "graftvit stop /scratch/me/distill          # save after the next step, then end; not requeued",
+    "graftvit stop /scratch/me/distill --now    # end at once; the last saved state remains",
+    "graftvit stop /scratch/me/sweep            # stop all cells that wait or run",
+    "graftvit stop /scratch/me/a /scratch/me/b  # stop several runs",
 )
 
 
 def run(argv: list[str]) -> int:
-    """Stop what waits or runs."""
+    """Stop the waiting and running jobs of each folder."""
     parser = command_parser(
         "stop",
-        "Tell a running job to save and end, and cancel a waiting one. `graftvit resume` goes on from there.",
+        "Tell a running job to save and end, and cancel a waiting one. `graftvit resume` continues from its state.",
         EXAMPLES,
         usage="RUN ... [--now]",
     )
@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
 
 
 def _stop(folder: Path, now: bool) -> int:
-    """One of them; the exit code. What is wrong with it keeps no other from being stopped."""
+    """Stop one folder and return the exit code. An error is printed, so that the other folders are still stopped."""
     from ..slurm.jobs import describe_runs, run_folders
     from ..slurm.stopping import stop
 
@@ -41,7 +41,7 @@ def _stop(folder: Path, now: bool) -> int:
         stopped = stop(folder, now=now)
         if not stopped.done + stopped.failed:
             states = sorted({status.state for status in describe_runs(run_folders(folder))})
-            say(f"{folder} has no job that waits or runs: it is {', '.join(states)}\n")
+            say(f"{folder} has no waiting or running job: it is {', '.join(states)}\n")
     except (GraftError, OSError) as error:
         say_aside(f"graftvit: error: {error}\n")
         return error.exit_code if isinstance(error, GraftError) else 1

@@ -1,4 +1,4 @@
-"""`graftvit submit`: check a run, a sweep or a comparison, show it, or give it to the cluster."""
+"""`graftvit submit`: check a run, a sweep or a comparison, and show it or submit it to the cluster."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ EXAMPLES = (
     "graftvit submit convert runs/teacher --plan '*: linear' --calibrate 64 --dataset digits --out /scratch/linear",
 )
 DESCRIPTION = (
-    "Submit a run to SLURM. It saves and is requeued when it is preempted, at its time limit and when a node dies, and "
-    "its result is that of a run which nothing disturbed. `graftvit jobs`, `logs`, `stop` and `resume` go on from here."
+    "Submit a run to SLURM. It saves its state and is requeued when it is preempted, when its time limit is reached or "
+    "when a node fails; its result is that of an undisturbed run. Afterwards use `graftvit jobs`, `logs`, `stop` and "
+    "`resume`."
 )
 
 
 def run(argv: list[str]) -> int:
-    """Check, show or submit."""
+    """Check the run, then show it or submit it."""
     if argv and argv[0] in SUBMITTED:
         return _run_work(argv)
     from ..slurm.lock import stoppable
@@ -44,12 +45,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE_OR_YAML", help="as for `graftvit train`")
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=VALUES",
-        help="run a setting with each value, as an array of jobs: a,b,c or 0..4; several make all combinations",
+        help="run each value of a setting as an array of jobs: a,b,c or 0..4; repeat it for all combinations",
     )  # fmt: skip
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print the plan, what is asked of the cluster and the sbatch script, then what is wrong with it, and stop",
+        help="print the plan, the requested resources, the sbatch script and any error, and stop",
     )
     add_cluster_flags(parser)
     arguments, settings = parse_command(parser, argv)
@@ -63,7 +64,7 @@ def run(argv: list[str]) -> int:
 
 
 def _run_work(argv: list[str]) -> int:
-    """A command that is no run: what is no flag of the cluster is the command's."""
+    """Submit a command that is not a run. Flags that do not belong to the cluster belong to the command."""
     from ..slurm.lock import stoppable
     from ..slurm.setting_layers import add_cluster_flags, asked_by
 
@@ -71,14 +72,14 @@ def _run_work(argv: list[str]) -> int:
     parser = command_parser(
         f"submit {command}",
         f"Submit `graftvit {command}` to SLURM, with its own flags (`graftvit {command} --help`). They are checked "
-        "before anything is queued, and paths are meant from where you are. It has nothing to save: a job that is "
-        "started again begins anew.",
+        "before the job is submitted; relative paths start from the current folder. The command saves no state: a "
+        "restarted job starts from the beginning.",
         [example for example in EXAMPLES if f"submit {command} " in example],
-        usage=f"WORDS OF `graftvit {command}` [--flag of the cluster ...]",
+        usage=f"ARGUMENTS OF `graftvit {command}` [--flag of the cluster ...]",
     )
     parser.add_argument(
         "--output_dir", type=Path, metavar="DIR",
-        help=f"folder of the job, for `graftvit jobs`, `logs`, `stop` and `resume` (default: runs/{command}-NAME)",
+        help=f"folder of the job for `graftvit jobs`, `logs`, `stop` and `resume` (default: runs/{command}-NAME)",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the sbatch script and stop")
     add_cluster_flags(parser)
@@ -96,7 +97,7 @@ def _run_work(argv: list[str]) -> int:
 
 
 def _early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[], None]:
-    """What is checked before anything slow; a dry run shows the script in any case."""
+    """Return the check that runs before slow ones; a dry run shows the script even if this check would fail."""
     from ..slurm.submission import check_early
 
     return lambda: None if arguments.dry_run or arguments.unchecked else check_early(config)
@@ -105,7 +106,7 @@ def _early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[],
 def _show_or_send(
     arguments: argparse.Namespace, asked: Asked, plan: SubmissionPlan, config: ClusterConfig, before: str = ""
 ) -> int:
-    """Prints what would be submitted, or submits it; `before` is said first."""
+    """Show or submit the plan, after printing `before`."""
     from ..slurm.preview import preview
     from ..slurm.setting_layers import describe
     from ..slurm.submission import check, send

@@ -1,4 +1,4 @@
-"""`graftvit summary FOLDER`: what a sweep came to, as tables and a plot."""
+"""`graftvit summary FOLDER`: summarize the results of a sweep as tables and a plot."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ EXAMPLES = (
     "graftvit summary runs/layers > table.md",
 )
 DESCRIPTION = (
-    "Print what the cells of a sweep measured so far, a row a setting, mean ± standard deviation over seeds, and the "
-    "cells that failed or are not done. Accuracies are in percent, after the last epoch and at the best one. Written "
-    "to FOLDER as summary.csv, summary.md and summary.png."
+    "Print the results of the finished cells of a sweep: one row for each setting, mean ± standard deviation over "
+    "seeds, and the cells that failed or are not finished. Accuracies are in percent, after the last epoch and at the "
+    "best one. The tables and a plot are written to FOLDER as summary.csv, summary.md and summary.png."
 )
 
 

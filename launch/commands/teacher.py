@@ -1,4 +1,4 @@
-"""`graftvit teacher info SOURCE`: what a teacher is, and whether its weights fit."""
+"""`graftvit teacher info SOURCE`: describe a teacher, and check whether its weights fit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 
 def run(argv: list[str]) -> int:
-    """Load a teacher and print what is known of it."""
+    """Load a teacher and print what is known about it."""
     parser = command_parser(
         "teacher",
-        "Print what a source is: format, architecture, input, license, what of it loads and what does not.",
+        "Describe a source: format, architecture, input, license, the weights that load and those that do not.",
         [
             "graftvit teacher info vit_large_patch16_224.mae",
             "graftvit teacher info mae_finetuned_vit_base.pth --teacher.model vit_base_patch16_224",

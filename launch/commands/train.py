@@ -29,7 +29,7 @@ EXAMPLES = (
 
 
 def run(argv: list[str]) -> int:
-    """Train as the recipe, the YAML file and the flags say."""
+    """Train with the settings of the recipe or YAML file and of the flags."""
     parser = train_parser(
         "train",
         "Train a student. Settings come from the defaults, then the recipe or YAML file, then the flags "
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
 
 
 def train_parser(command: str, description: str, examples: Sequence[str]) -> Parser:
-    """The parser that `train` and `pretrain` share."""
+    """Create the parser that `train` and `pretrain` share."""
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser(command, description, examples, usage)
     parser.add_argument(
@@ -59,7 +59,7 @@ def train_parser(command: str, description: str, examples: Sequence[str]) -> Par
 
 
 def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -> int:
-    """Resolve the words and act; `fixed` settings come before the user's."""
+    """Resolve the arguments and run; `fixed` settings come before the user's."""
     arguments, settings = parse_command(parser, argv)
     if arguments.recipe is not None and read_recipe(arguments.recipe).stages:
         return _run_stages(arguments, [*fixed, *settings])
@@ -81,7 +81,7 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
 
 
 def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
-    """A recipe of several stages: show them, or run them one after another."""
+    """Show the stages of a recipe, or run them one after another."""
     from ...transfer.engine.stages import chain, train_stages
 
     stages = load_stages(arguments.recipe, settings)
@@ -104,7 +104,7 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
-    """What a stage says of its student: its accuracy, or how far it is from its teacher."""
+    """Describe the student of a stage: its accuracy, or its distance from the teacher."""
     if "test_top1" in metrics:
         return f"top-1 {metrics['test_top1']:.2f} %, "
     error = metrics.get("test_relative_error")
@@ -124,7 +124,7 @@ def _train(config: RunConfig) -> int:
 
 
 def _stopped(result: RunResult, number: int, config: RunConfig) -> int:
-    """Say which signal stopped a run, and how to go on; return the exit code of that."""
+    """Report which signal stopped a run and how to continue it; return the exit code."""
     with_flag = "" if config.engine.resume == "auto" else " with --resume auto"
     name = signal.Signals(number).name
     done = (

@@ -1,4 +1,4 @@
-"""`graftvit visualize CHECKPOINT IMAGE ...`: what a model attends to, as pictures, numbers and a page."""
+"""`graftvit visualize CHECKPOINT IMAGE ...`: show what a model attends to as pictures, numbers and a page."""
 
 from __future__ import annotations
 
@@ -19,38 +19,36 @@ EXAMPLES = (
 
 
 def run(argv: list[str]) -> int:
-    """Write the folder, and say where its page is."""
+    """Write the folder, and print the path of its page."""
     parser = command_parser(
         "visualize",
-        "Look inside a model: attention of chosen queries over each image by layer and head, attention rollout, "
-        "entropy and mean distance by layer, and how far a student is from its teacher. Writes PNGs, numbers.json and "
-        "index.html, one file in which a click on a patch shows its row.",
+        "Show what a model attends to: attention of chosen queries over each image by layer and head, attention "
+        "rollout, entropy and mean distance by layer, and the distance of a student from its teacher. Write PNGs, "
+        "numbers.json and index.html, a page in which a click on a patch shows its row of the attention map.",
         EXAMPLES,
         usage="CHECKPOINT IMAGE [IMAGE ...] [--flag value ...]",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=SOURCE_HELP)
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files, folders of them, or digits:N; 16 at most"
+        "images", nargs="+", metavar="IMAGE", help="image files, folders of images, or digits:N; at most 16"
     )
-    parser.add_argument(
-        "--teacher", metavar="SOURCE", help="a model to put beside it, at the same image size"
-    )
+    parser.add_argument("--teacher", metavar="SOURCE", help="a model to compare with, at the same image size")
     parser.add_argument(
         "--query",
         default="",
         metavar="LIST",
-        help="patches by number, row by row from 0, and prefix tokens (cls, reg0), with commas (default: cls, or the "
-        "patch in the middle)",
+        help="patches by number, row by row from 0, and prefix tokens (cls, reg0), separated by commas (default: cls, "
+        "or the middle patch)",
     )
     parser.add_argument(
-        "--layers", default="*", metavar="LIST", help="which to show: 0,5,9-11 or -1 (default: all)"
+        "--layers", default="*", metavar="LIST", help="layers to show: 0,5,9-11 or -1 (default: all)"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("attention"),
         metavar="DIR",
-        help="where to write (default: attention)",
+        help="folder to write (default: attention)",
     )
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
     if arguments.out.exists() and not arguments.out.is_dir():

@@ -1,4 +1,4 @@
-"""GraftViT: make one vision transformer attend like another. What `import graftvit` gives, loaded when used."""
+"""GraftViT: make one vision transformer attend like another. The public names are imported when first used."""
 
 import lazy_loader
 

@@ -297,7 +297,7 @@ def test_a_current_folder_that_is_gone_is_said(
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
     assert main(["jobs"]) == 2
-    assert "the current folder is not there" in capsys.readouterr().err
+    assert "the current folder does not exist" in capsys.readouterr().err
 
 
 INTERRUPTED = """

@@ -151,7 +151,7 @@ def test_a_converted_source_is_converted_anew(
     capsys.readouterr()
     assert main(["convert", first, "--plan", "0: window", "--out", second, "--img_size", "24"]) == 0
     said = capsys.readouterr().out
-    assert "converted before, by 0: softmax; 1: linear" in said
+    assert "already converted by 0: softmax; 1: linear" in said
     assert "recover it" not in said, "its source is no softmax teacher"
     loaded = graftvit.load(second)
     assert plan_of(loaded) == "0: window; 1: softmax"
@@ -181,8 +181,8 @@ def test_a_folder_is_replaced_only_if_asked(
         (["--plan", "*: linear(feature=[1])", "--out", "x"], "a value is a finite number, a name, true or false"),
         (["--plan", "*: linear", "--out", "x", "--weights", "some"], "invalid choice: 'some'"),
         (["--plan", "*: linear", "--out", "x", "--calibrate", "4"], "--calibrate 4 needs images"),
-        (["--plan", "*: linear", "--out", "x", "--calibrate", "-1"], "--calibrate -1: a number of images"),
-        (["--plan", "*: linear", "--out", "x", "--dataset", "digits"], "are of --calibrate N: give N"),
+        (["--plan", "*: linear", "--out", "x", "--calibrate", "-1"], "--calibrate -1: give a number of images"),
+        (["--plan", "*: linear", "--out", "x", "--dataset", "digits"], "need --calibrate N: give N"),
         (["--plan", "*: linear", "--out", "x", "--calibrate", "4", "--data_path", "away"], "away does not exist"),
         (["--plan", "*: linear", "--out", "x", "--blr", "1"], "--blr"),
     ],

@@ -47,6 +47,10 @@ def test_on_a_folder(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in range(12):  # more than CIFAR-10 has
             write_images(tmp_path / "set" / split / f"class{name}", 1)
-    words = HEADER.split("layout instead: ")[1].split(". There")[0].replace("FOLDER", str(tmp_path / "set"))
+    words = (
+        HEADER.split("layout of ImageNet-100: ")[1]
+        .split(". There")[0]
+        .replace("FOLDER", str(tmp_path / "set"))
+    )
     output = ["--output_dir", str(tmp_path / "run")]
     assert main(["train", "efficient_attention_cifar10", *shlex.split(words), *SHORT, *output]) == 0

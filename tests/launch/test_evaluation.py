@@ -159,7 +159,7 @@ def test_images_are_renormalised() -> None:
         (["{a}", "--metrics", "knn", "--real"], ["--real", "--metrics knn"]),
         (["{a}", "--subset", "imagenet-a"], ["10 classes", "subset"]),
         (["{a}", "--subset", "imagenet-x"], ["imagenet-x", "imagenet-r"]),
-        (["{a}", "--mixup", "0.8"], ["--mixup changes nothing here"]),
+        (["{a}", "--mixup", "0.8"], ["--mixup has no effect on this command"]),
         (["{a}", "--json", "/nowhere/x.json"], ["--json", "/nowhere/x.json"]),
         (["local-dir:/nowhere"], ["/nowhere"]),
         ([], ["CHECKPOINT"]),

@@ -68,7 +68,7 @@ def test_torch_at_another_size(student: Path, tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["model.tflite"], "model.tflite"),
-        (["model.onnx", "--dynamic", "none", "batch"], "--dynamic none stands alone"),
+        (["model.onnx", "--dynamic", "none", "batch"], "--dynamic none cannot be combined"),
         (["model.onnx", "--dynamic", "time"], "invalid choice: 'time'"),
         (["model.pt2", "--format", "onnx"], "contradicts format 'onnx'"),
         (["model.pt2", "--opset", "18"], "opset"),

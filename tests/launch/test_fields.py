@@ -116,7 +116,7 @@ def test_valid_values_are_put_in_words(key: str, words: str) -> None:
         ("epoch", "did you mean 'optim.epochs'?"),
         ("optimizer.blr", "did you mean 'optim.blr'?"),
         ("transfer.blr", "did you mean 'optim.blr'?"),
-        ("optim.model", "say which, teacher.model or student.model"),
+        ("optim.model", "write teacher.model or student.model"),
         ("qqqqqq", "--help"),
     ],
 )

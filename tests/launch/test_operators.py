@@ -45,4 +45,4 @@ def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["operators", "linaer"]) == 2
     assert "unknown operator 'linaer'; did you mean 'linear'" in capsys.readouterr().err
     assert main(["operators", "--grid", "0"]) == 2
-    assert "--grid 0: numbers of patches a side, 1 or more" in capsys.readouterr().err
+    assert "--grid 0: give numbers of patches per side, 1 or more" in capsys.readouterr().err

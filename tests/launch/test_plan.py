@@ -139,7 +139,7 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path: Path) -> None:
     warned = [
-        "warning: it ends in its warm-up" in describe_plan(short_run(tmp_path, optim=optim))
+        "warning: the run ends before its warm-up" in describe_plan(short_run(tmp_path, optim=optim))
         for optim in ({"warmup_epochs": 2}, {"warmup_epochs": 1.9}, {"warmup_epochs": 1, "max_steps": 7})
     ]
     assert warned == [True, False, True]
@@ -153,13 +153,13 @@ def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
     assert plan["batch"] == "16 x 1 accumulated x 2 processes = 32 images"
     assert plan["learning rate"].startswith("0.00375 (blr 0.03 x 32 / 256)")
     assert plan["length"].startswith("9 steps, 4 an epoch")
-    assert plan["goes on"].splitlines() == [
+    assert plan["resumes"].splitlines() == [
         "after step 3",
         "changed: optim.max_steps 3 -> 9",
         "continues on 2 processes with 1 batch a step in place of 1 with 2; the global batch stays 32",
     ]
-    assert rows(describe_plan(longer))["goes on"].startswith("after step 3\nchanged")
-    assert rows(describe_plan(short_run(tmp_path / "run", optim=optim)))["goes on"].startswith("no more: ")
+    assert rows(describe_plan(longer))["resumes"].startswith("after step 3\nchanged")
+    assert rows(describe_plan(short_run(tmp_path / "run", optim=optim)))["resumes"].startswith("no: ")
 
 
 @pytest.mark.parametrize(

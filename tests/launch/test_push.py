@@ -156,7 +156,7 @@ def test_a_dry_run_shows_what_would_go_up_and_sends_nothing(
         "it would be created",
     ):
         assert words in shown
-    assert "Left behind: secret.txt" in shown
+    assert "Not pushed: secret.txt" in shown
     assert {request.method for request in hub[0].requests} <= {"GET", "HEAD"}
     assert not hub[1].created
 
@@ -169,7 +169,7 @@ def test_a_dry_run_works_without_a_network(
     assert main(["push", str(student), "org/vit", "--dry_run"]) == 0
     shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if line.startswith("On the hub")]
-    assert line.startswith("On the hub: not known, as http://")
+    assert line.startswith("On the hub: unknown, because http://")
     assert line.endswith(" cannot be reached, or it hung up")
 
 
@@ -178,7 +178,7 @@ def test_a_dry_run_says_what_it_would_replace(
 ) -> None:
     assert main(["push", str(student), "org/vit"]) == 0
     assert main(["push", str(student), "org/vit"]) == 0
-    assert "The hub had all of it already." in capsys.readouterr().out
+    assert "The hub already had all files." in capsys.readouterr().out
     assert main(["push", str(student), "org/vit", "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert "On the hub: a public repository" in shown
@@ -199,7 +199,7 @@ def test_what_lies_beside_a_student_stays_and_is_said(
     hub: tuple[Hub, Store], student: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["push", str(student), "org/vit"]) == 0
-    assert "left behind: secret.txt" in capsys.readouterr().err
+    assert "not pushed: secret.txt" in capsys.readouterr().err
     assert "secret.txt" not in names(hub[0])
 
 

@@ -89,7 +89,7 @@ def test_what_plain_timm_cannot_load_says_graftvit(
         (["--max_shard_size", "5"], "write a number with KB, MB, GB or TB"),
         (["--max_shard_size", "0GB"], "write a number with KB, MB, GB or TB"),
         (["--max_shard_size", "GB"], "write a number with KB, MB, GB or TB"),
-        (["--blr", "1"], "--blr changes nothing here"),
+        (["--blr", "1"], "--blr has no effect on this command"),
         (["--model", "vit_base_patch16_224"], "says it is 'vit_tiny_patch16_224'"),
         (["--revision", "v1"], "revision='v1' is of the hub"),
     ],

@@ -128,7 +128,7 @@ def test_logs_of_a_rank(
 ) -> None:
     submitted(tmp_path / "run")
     assert main(["logs", str(tmp_path / "run")]) == 0
-    assert "nothing is written yet" in capsys.readouterr().err
+    assert "there is no log yet" in capsys.readouterr().err
     (tmp_path / "run" / "logs" / "12_0_log.err").write_text("old\nerr 0\n")
     (tmp_path / "run" / "logs" / "12_1_log.out").write_text("out 1\n")
     assert main(["logs", str(tmp_path / "run"), "--lines", "1"]) == 0
@@ -139,7 +139,7 @@ def test_logs_of_a_rank(
     assert main(["logs", str(tmp_path / "run"), "--rank", "1"]) == 0
     assert "out 1" in capsys.readouterr().out
     assert main(["logs", str(tmp_path / "run"), "--rank", "7"]) == 2
-    assert "there are 0 to 1" in capsys.readouterr().err
+    assert "ranks with logs are 0 to 1" in capsys.readouterr().err
 
 
 def test_following_ends_with_the_run(
@@ -173,7 +173,7 @@ def test_stopping_what_has_ended_says_so(
     submitted(tmp_path / "run")
     say(monkeypatch, JobState("TIMEOUT"))
     assert main(["stop", str(tmp_path / "run")]) == 0
-    assert "has no job that waits or runs: it is timed out" in capsys.readouterr().out
+    assert "has no waiting or running job: it is timed out" in capsys.readouterr().out
 
 
 def test_a_local_run_is_stopped_through_its_controller(

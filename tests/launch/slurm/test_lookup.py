@@ -302,7 +302,7 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, ""]) == 2
-    assert "'' names no folder: give that of a run or of a sweep" in capsys.readouterr().err
+    assert "'' is not a folder: give the folder of a run or of a sweep" in capsys.readouterr().err
 
 
 def test_a_list_whose_last_line_was_cut_keeps_the_next_run(

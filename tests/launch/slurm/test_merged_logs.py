@@ -55,4 +55,4 @@ def test_lines_of_all_ranks_come_in_the_order_of_their_times(
 def test_a_rank_is_a_number_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     submitted(tmp_path)
     assert main(["logs", str(tmp_path), "--rank", "first"]) == 2
-    assert "valid: all, or the number of a process" in capsys.readouterr().err
+    assert "give all, or the number of a process" in capsys.readouterr().err

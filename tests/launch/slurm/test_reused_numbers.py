@@ -69,7 +69,7 @@ def test_the_job_of_somebody_else_is_never_shown_waited_for_or_cancelled(
     assert describe_run(tmp_path).state == "unknown"
     for words in ([], ["--now"]):
         assert main(["stop", str(tmp_path), *words]) == 0
-        assert "has no job that waits or runs" in capsys.readouterr().out
+        assert "has no waiting or running job" in capsys.readouterr().out
     assert list(find_unfinished(tmp_path).submissions) == [tmp_path]
     assert cluster.run("squeue", "--noheader", f"--jobs={job}", "--states=PENDING,RUNNING").strip()
     cluster.run("scancel", job)

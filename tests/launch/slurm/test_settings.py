@@ -172,7 +172,7 @@ def test_a_site_file_that_is_no_text() -> None:
         (["--time", "9999999999"], "--time is '9999999999': a limit is 24855 days at most"),
         (["--time", "35791395"], "--time is '35791395': a limit is 24855 days at most"),
         (["--signal_delay", "65536"], "--signal_delay is '65536'"),
-        (["--after", ""], "--after: '' names no folder"),
+        (["--after", ""], "--after: '' is not a folder"),
         (["--sbatch", "ni ce=5"], "'ni ce' is no name of an option"),
         (["--sbatch", "nice=5\n#SBATCH --hold"], "it must be one line"),
         (["--comment", "a\0b"], "--comment is 'a\\x00b': it must be one line"),

@@ -138,7 +138,7 @@ def test_several_runs_are_stopped_and_one_that_is_none_keeps_no_other_from_it(
     told: list[str] = []
     monkeypatch.setattr(stopping, "cancel", told.append)
     assert main(["stop", *map(str, runs)]) == 0
-    assert f"{runs[1]} has no job that waits or runs: it is unknown" in capsys.readouterr().out
+    assert f"{runs[1]} has no waiting or running job: it is unknown" in capsys.readouterr().out
     assert told == ["0", "2"]
     told.clear()
     assert main(["stop", str(tmp_path / "nowhere"), *map(str, runs)]) == 2

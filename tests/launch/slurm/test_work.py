@@ -50,7 +50,7 @@ def test_each_is_a_command_that_can_check_its_words() -> None:
         ("evaluate", "the following arguments are required: CHECKPOINT"),
         ("evaluate teacher --metrcs top1", "unknown flag '--metrcs', did you mean '--metrics'?"),
         ("evaluate teacher --metrics top2 --dataset digits", "'top2' is not a metric"),
-        ("evaluate teacher --metrics distance --dataset digits", "needs the model that it is measured from"),
+        ("evaluate teacher --metrics distance --dataset digits", "needs a model to measure from"),
         ("evaluate runs/gone --dataset digits", "runs/gone"),
         ("evaluate teacher --data_path gone", "data.data_path=gone does not exist"),
         ("evaluate teacher --dataset digits --json gone/out.json", "its folder does not exist"),
