@@ -61,7 +61,7 @@ def test_a_run_with_a_job_stays(
 @pytest.mark.parametrize("words", [[], ["run", "--ended"]])
 def test_what_to_forget_must_be_clear(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["forget", *words]) == 2
-    assert "name runs, or give --ended" in capsys.readouterr().err
+    assert "give either the runs to forget, or --ended" in capsys.readouterr().err
 
 
 def test_one_run_under_two_names_is_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
