@@ -64,7 +64,7 @@ def global_batch(config: RunConfig, loader: TrainLoader, processes: int, saved: 
     """
     if saved is None:
         return first_batch(config, loader, processes)
-    batch = GlobalBatch(**saved["global_batch"])
+    batch = saved_batch(saved, loader)
     check_spread(batch, saved, Position(**saved["position"]), config, loader, processes)
     return batch
 
@@ -74,6 +74,18 @@ def first_batch(config: RunConfig, loader: TrainLoader, processes: int) -> Globa
     accum = min(config.optim.accum_iter, loader.batches_per_epoch)
     steps = loader.batches_per_epoch // accum
     return GlobalBatch(processes, loader.batch_size, accum * processes, steps)
+
+
+def saved_batch(saved: Json, loader: TrainLoader) -> GlobalBatch:
+    """That of the run whose state has the meta part `saved`."""
+    if "global_batch" in saved:
+        return GlobalBatch(**saved["global_batch"])
+    # Before states said it, a run went on with the processes that it was started on.
+    processes, settings = saved["world_size"], saved["config"]
+    size = _batch_size(settings["data"]["batch_size"], loader, processes)
+    batches = max(1, loader.num_samples // (size * processes))
+    accum = min(settings["optim"]["accum_iter"], batches)
+    return GlobalBatch(processes, size, accum * processes, batches // accum)
 
 
 def as_started(config: RunConfig, saved: Json) -> RunConfig:

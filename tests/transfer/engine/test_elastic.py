@@ -21,6 +21,7 @@ from graftvit.transfer.engine.elastic import (
     check_spread,
     describe,
     first_batch,
+    saved_batch,
 )
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.meters import Meters
@@ -70,20 +71,17 @@ def config(batch_size: int = 16, accum_iter: int = 2, **optim: Any) -> RunConfig
     )
 
 
-def saved(
-    run: RunConfig, world_size: int, batch: GlobalBatch | None = None, images: int = 1000
-) -> dict[str, Any]:
-    """Meta of a state as it comes back from JSON, of a run that began on so many images or with this batch."""
-    began = loader(images, run.data.batch_size, world_size)
-    batch = first_batch(run, began, world_size) if batch is None else batch
-    meta = {"config": settings(run), "world_size": world_size, "global_batch": batch.meta()}
-    return cast("dict[str, Any]", json.loads(json.dumps(meta)))
+def saved(run: RunConfig, world_size: int, batch: GlobalBatch | None = None) -> dict[str, Any]:
+    """Meta of a state as it comes back from JSON; without `batch`, as states were before they had it."""
+    meta = {"config": settings(run), "world_size": world_size}
+    return cast(
+        "dict[str, Any]",
+        json.loads(json.dumps(meta if batch is None else {**meta, "global_batch": batch.meta()})),
+    )
 
 
 def check(run: RunConfig, meta: dict[str, Any], images: TrainLoader, processes: int, **position: int) -> None:
-    check_spread(
-        GlobalBatch(**meta["global_batch"]), meta, Position(**cast(Any, position)), run, images, processes
-    )
+    check_spread(saved_batch(meta, images), meta, Position(**cast(Any, position)), run, images, processes)
 
 
 def is_the_whole_run(report: dict[str, Any], steps: int) -> None:
@@ -139,17 +137,17 @@ def test_a_streamed_run_changes_its_processes_between_epochs(
 
 @given(
     images=st.integers(1, 400), size=st.integers(1, 16), accum=st.integers(1, 9),
-    before=st.integers(1, 8), now=st.integers(1, 8),
+    before=st.integers(1, 8), now=st.integers(1, 8), old=st.booleans(),
 )  # fmt: skip
 def test_the_schedule_stays_and_the_data_suffice(
-    images: int, size: int, accum: int, before: int, now: int
+    images: int, size: int, accum: int, before: int, now: int, old: bool
 ) -> None:
     assume(images >= before and images >= now)
     run, then = config(size, accum, warmup_epochs=3, epochs=7), loader(images, size, before)
     batch = first_batch(run, then, before)
-    meta = saved(run, before, batch)
+    meta = saved(run, before, None if old else batch)
     spread = loader(images, size, now)
-    assert GlobalBatch(**meta["global_batch"]) == batch
+    assert saved_batch(meta, spread) == batch
     if batch.micro_batches % now or spread.batch_size != then.batch_size:
         with pytest.raises(ConfigError, match=r"^[^\n]*cannot share: use [^\n]*$"):
             check(run, meta, spread, now)
@@ -179,10 +177,10 @@ def test_the_numbers_of_processes_that_would_do_are_named() -> None:
 
 def test_a_small_data_set_does_not_go_on_with_other_batches() -> None:
     run = config(16, 4)  # 40 images: 2 processes take batches of 16, 4 of 10
-    meta = saved(run, 1, images=40)
+    meta = saved(run, 1)
     with pytest.raises(ConfigError, match=r"batches of 16 images .*: use 1 or 2 processes"):
         check(run, meta, loader(40, 16, 4), 4)
-    few = saved(run, 4, images=40)
+    few = saved(run, 4)
     check(run, few, loader(40, 16, 4), 4)
     with pytest.raises(ConfigError, match=r"batches of 10 images .*: use 4 processes"):
         check(run, few, loader(40, 16, 2), 2)
@@ -234,7 +232,7 @@ def test_the_log_line_counts() -> None:
     )
 
 
-def test_a_state_with_more_tensors_than_a_run_needs_goes_on(
+def test_a_state_with_generators_and_without_a_global_batch_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(engine_runs.config(tmp_path / "whole"))
@@ -251,7 +249,7 @@ def test_a_state_with_more_tensors_than_a_run_needs_goes_on(
     path = tmp_path / "cut" / "checkpoints" / "last.safetensors"
     new = read_state(path)
     older = {**new.tensors, "rng.0.torch": torch.get_rng_state(), "rng.0.python.rest": torch.zeros(3)}
-    write_state(path, TrainingState(older, new.meta))
+    write_state(path, TrainingState(older, {k: v for k, v in new.meta.items() if k != "global_batch"}))
     train(engine_runs.config(tmp_path / "cut"))
     assert engine_runs.differences(tmp_path / "whole", tmp_path / "cut") == []
 
