@@ -4,7 +4,7 @@ from .export.export_source import export_model as export_model
 from .export.export_source import export_source as export_source
 from .inspect_file import describe_file as describe_file
 from .inspect_file import extract as extract
-from .loading import load as load
+from .load_model import load as load
 from .pretrained import Pretrained as Pretrained
 from .pretrained import Teacher as Teacher
 from .pretrained import load_pretrained as load_pretrained

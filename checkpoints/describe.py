@@ -15,10 +15,10 @@ from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, UnsupportedModelError
 from ..models.families import attention_shape, check_supported, token_layout
 from ..models.json_types import Json
-from .build import build
 from .fit import match
 from .pretrained import Pretrained, load_pretrained, plan_model, read_source
 from .report import grouped
+from .timm_models import build
 from .weights import Weights
 
 

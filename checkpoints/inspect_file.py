@@ -16,7 +16,6 @@ from torch import Tensor
 from ..models.errors import CheckpointError
 from ..models.json_types import Json, JsonDict
 from .atomic import write_file
-from .files import read_file, read_torch
 from .formats.containers import unwrap
 from .formats.described import as_metadata
 from .formats.normalization import IMAGENET
@@ -24,6 +23,7 @@ from .report import printable
 from .safety.file_outline import outline
 from .safety.tree import children, tensors_of
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
+from .weight_files import read_file, read_torch
 from .weights import Weights
 
 METADATA_WIDTH = 80

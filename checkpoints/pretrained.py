@@ -15,12 +15,11 @@ from ..models.errors import CheckpointError
 from ..models.families import check_patches, image_size, patch_size
 from ..models.json_types import Json, JsonDict
 from .architecture import infer_architecture
-from .build import build, check_name, converted, known_fields, published_config, read_timm
 from .class_names import read_names
-from .copying import described_architecture, make_whole, refuse_as_start
+from .copying_students import described_architecture, make_whole, refuse_as_start
 from .fit import fit, source_grid, without_values
-from .folders import read_folder, read_hub, read_weights_file
 from .identity import identify
+from .model_folders import read_folder, read_hub, read_weights_file
 from .position import Method
 from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, some
@@ -28,6 +27,7 @@ from .resized import late_size, resize_loaded
 from .safety.description import check_description
 from .safety.model_settings import check_settings
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
+from .timm_models import build, check_name, converted, known_fields, published_config, read_timm
 from .weights import Weights, as_pair
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..models.copying.operators import COPIES
+from ..models.copying.copying_operators import COPIES
 from ..models.json_types import Json
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..models.errors import CheckpointError
 from ..models.json_types import JsonDict
-from .files import Content, read_file
 from .regular_files import read_regular
 from .report import some
+from .weight_files import Content, read_file
 
 INDEX_SUFFIX = ".index.json"
 

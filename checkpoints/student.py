@@ -21,15 +21,15 @@ from ..models.errors import CheckpointError
 from ..models.families import vit
 from ..models.json_types import Json, JsonDict
 from .atomic import write_folder
-from .build import build, published_config
 from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
-from .folders import CONFIG
+from .model_folders import CONFIG
 from .preprocessing import Preprocessing
 from .pretrained import load_pretrained
 from .provenance import COST, NORM_EPS
 from .provenance import KEY as PROVENANCE
 from .report import some
+from .timm_models import build, published_config
 
 SHARD_SIZE = "5GB"
 

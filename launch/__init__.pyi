@@ -1,2 +1,2 @@
 from .cli import main as main
-from .config import load_config as load_config
+from .load_config import load_config as load_config

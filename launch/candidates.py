@@ -10,15 +10,15 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
 from ..checkpoints.class_names import comparable, places, same_classes
-from ..checkpoints.folders import last_stage
+from ..checkpoints.model_folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.pretrained import load_pretrained
 from ..checkpoints.report import some
 from ..checkpoints.sources import FolderSource, parse_source
 from ..models.errors import ConfigError
 from ..transfer.config import RunConfig, TeacherConfig
-from .config import load_config
-from .sources import source_keywords
+from .load_config import load_config
+from .source_flags import source_keywords
 
 
 @dataclass(frozen=True)

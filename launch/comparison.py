@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ..checkpoints.paths import is_file
 from ..models.errors import ConfigError
 from ..models.json_types import JsonDict
-from .config import Setting, load_config, load_stages, read_recipe
+from .load_config import Setting, load_config, load_stages, read_recipe
 
 if TYPE_CHECKING:
     from ..transfer.analysis.compare.compare import Comparison

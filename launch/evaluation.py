@@ -39,7 +39,7 @@ from .candidates import (
     predictor,
     run_config,
 )
-from .config import Setting, load_config
+from .load_config import Setting, load_config
 
 
 def evaluate_sources(

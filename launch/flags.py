@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from ..checkpoints.paths import is_there
 from ..models.errors import ConfigError
-from .config import Setting, at_home, parse_override, parse_setting
 from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unknown
+from .load_config import Setting, at_home, parse_override, parse_setting
 
 
 class Parser(argparse.ArgumentParser):

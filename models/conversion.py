@@ -33,8 +33,8 @@ from .families import (
 from .host import AttentionHost
 from .initialize import KeptWeights, initialize
 from .json_types import Json, JsonDict
+from .layer_plan import KEEP, Choice, parse_plan, plan_text
 from .operators import check_choice, create_operator
-from .plan import KEEP, Choice, parse_plan, plan_text
 from .replay import replay_blocks
 
 ARCHITECTURE = "graftvit_converted"
@@ -101,7 +101,7 @@ def convert(
     weights: KeptWeights = "all",
     calibration: Tensor | None = None,
 ) -> nn.Module:
-    """A copy of `model` whose layers have the operators of `plan` (`models/plan.py`).
+    """A copy of `model` whose layers have the operators of `plan` (`models/layer_plan.py`).
 
     A layer that is converted already is converted again, from its original attention layer.
 

@@ -18,10 +18,10 @@ from timm.models import is_model, load_pretrained, register_model, split_model_n
 from torch import Tensor, nn
 
 from . import conversion
+from .copying.copying_operators import COPIES, Copy
 from .copying.grids import GridRule
 from .copying.input import LARGEST, Normalization, TeacherInput
 from .copying.links import HeadMap, LayerPair, Link
-from .copying.operators import COPIES, Copy
 from .copying.tape import Tape
 from .copying.teacher_view import view_attention
 from .copying.tokens import match_tokens

@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention.base import QKV
 from .copied import CopiedAttention
-from .copying.operators import CopyMap
+from .copying.copying_operators import CopyMap
 from .copying.teacher_view import LastAttention
 from .families import attention_blocks, token_layout, vit
 

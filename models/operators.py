@@ -18,7 +18,7 @@ from .attention.ttt import TTTAttention
 from .attention.uniform import UniformAttention
 from .attention.window import NeighborhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
-from .plan import KEEP, Choice
+from .layer_plan import KEEP, Choice
 
 OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "softmax": SoftmaxAttention,

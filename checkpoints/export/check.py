@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...models.errors import CheckpointError, RunFailedError
-from ..build import one_line
-from .files import Format, run_onnx, run_torch
+from ..timm_models import one_line
 from .graph import quiet
+from .graph_files import Format, run_onnx, run_torch
 
 BATCHES = (1, 2, 3)
 Shape = tuple[int, int, int, int]

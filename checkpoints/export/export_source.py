@@ -16,13 +16,13 @@ from ...models import families
 from ...models.errors import CheckpointError, did_you_mean
 from ...models.json_types import JsonDict
 from ..atomic import sync, write_file
-from ..build import build
 from ..pretrained import Pretrained, load_pretrained
+from ..timm_models import build
 from ..weights import as_pair
 from .check import compare, example_images, shapes_to_check
-from .files import Format, check_onnx, data_file, format_of, write_onnx, write_torch
+from .export_report import ExportReport, channels_of, provenance_words, words_of
 from .graph import Dynamic, Normalized, check_dynamic, trace
-from .words import ExportReport, channels_of, provenance_words, words_of
+from .graph_files import Format, check_onnx, data_file, format_of, write_onnx, write_torch
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4

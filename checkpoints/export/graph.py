@@ -21,7 +21,7 @@ from ...models.conversion import converted_layers
 from ...models.copied import copying_of
 from ...models.errors import UnsupportedModelError
 from ...models.families import has_relative_bias
-from ..build import one_line
+from ..timm_models import one_line
 
 Dynamic = Literal["batch", "resolution"]
 MOST_IMAGES = 2**20

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ...models.errors import CheckpointError
 from ...models.json_types import Json
-from ..files import Content
 from ..sources import Part
 from ..state_file import is_state
+from ..weight_files import Content
 from ..weights import Weights
 from .described import with_metadata
 from .normalization import IMAGENET, NOTE
 from .prefixes import one_model
-from .run_state import read_state_weights
+from .training_state import read_state_weights
 
 WRAPPERS = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every name."""

@@ -16,7 +16,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from ...models.errors import CheckpointError
-from .failures import absent, explained, is_network, line, status_of
+from .hub_errors import absent, explained, is_network, line, status_of
 
 logger = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")

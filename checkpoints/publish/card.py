@@ -9,8 +9,8 @@ from ...models.json_types import Json, JsonDict
 from ..licenses import card_fields
 from ..provenance import KEY
 from ..public import public
+from .card_text import section
 from .sections import CardFacts, body, classes, measured, needs_graftvit
-from .words import section
 
 MARKER = "<!-- Written by graftvit push. Remove this line to keep a card that you edit. -->"
 METRICS = {"top1": "Top-1 accuracy (%)", "top5": "Top-5 accuracy (%)"}

@@ -12,7 +12,7 @@ from ...models.errors import CheckpointError
 from ...models.json_types import Json
 from ..licenses import NAMED, carried, check_named, check_shareable, normalize
 from ..provenance import KEY, licenses
-from .words import section
+from .card_text import section
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
-from ...models.copying.operators import COPIES
+from ...models.copying.copying_operators import COPIES
 from ...models.json_types import Json
 from ...models.plain_yaml import write_yaml
-from ..build import is_ours
-from ..copying import BARE_WORDS
+from ..copying_students import BARE_WORDS
 from ..licenses import normalize
 from ..markdown import code, fenced, plain
 from ..provenance import BARE, COST, KEY, PICKED, licenses
-from .words import DescribeTransfer, lesson_rows, number, plain_transfer, recipe_rows, section, table
+from ..timm_models import is_ours
+from .card_text import DescribeTransfer, lesson_rows, number, plain_transfer, recipe_rows, section, table
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from ...models.errors import CheckpointError
 from ...models.json_types import Json, JsonDict
-from ..copying import refuse_unnamed
-from ..folders import CONFIG
+from ..copying_students import refuse_unnamed
+from ..model_folders import CONFIG
 from ..provenance import KEY
 from ..public import public
 from ..regular_files import read_regular
@@ -23,9 +23,9 @@ from ..report import some
 from ..shards import weight_map
 from ..sources import PICKLE_SUFFIXES
 from .card import is_generated, student_card
+from .card_text import DescribeTransfer, plain_transfer, section
 from .claim import Claim, claim_license, license_of_card
 from .sections import CardFacts
-from .words import DescribeTransfer, plain_transfer, section
 
 CARD = "README.md"
 WEIGHTS = "model.safetensors"

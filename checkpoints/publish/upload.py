@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from ...models.errors import CheckpointError, RunFailedError
 from ..hub.download import download
-from ..hub.failures import is_network, line, status_of
+from ..hub.hub_errors import is_network, line, status_of
 from .card import is_generated
 from .claim import license_of_card
 from .student_files import CARD, WEIGHTS_PATTERN, Upload

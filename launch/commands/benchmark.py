@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from ...models.errors import ConfigError, did_you_mean
 from ..flags import Parser, command_parser
 from ..say import say, say_aside
-from ..sources import SOURCE_HELP
+from ..source_flags import SOURCE_HELP
 from ..submitted import Work
 
 if TYPE_CHECKING:

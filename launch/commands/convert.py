@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..config import load_config
 from ..flags import command_parser, parse_command
+from ..load_config import load_config
 from ..say import say
-from ..sources import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
+from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
 from ..submitted import Work
 
 if TYPE_CHECKING:

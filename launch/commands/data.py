@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..config import Setting, load_config, load_stages
 from ..flags import command_parser, parse_command
+from ..load_config import Setting, load_config, load_stages
 from ..say import say
 from ..submitted import Work
 
@@ -120,7 +120,7 @@ def _check(images: int, limit: int | None, *files: Path | None) -> None:
 def _picture(config: RunConfig, count: int) -> bytes:
     """Draw a PNG of the first training images, with the size and interpolation of the student."""
     from ...transfer.analysis.report.ink import to_png
-    from ...transfer.data.preview import preview
+    from ...transfer.data.image_preview import preview
     from ...transfer.engine.students import find_whole, resolve_preprocessing
 
     fresh = config.model_copy(update={"student": config.student.model_copy(update={"init": None})})

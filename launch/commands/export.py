@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...models.json_types import JsonDict
 from ..flags import command_parser, parse_command
 from ..say import say
-from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
+from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 from ..submitted import Work
 
 if TYPE_CHECKING:

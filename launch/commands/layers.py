@@ -6,10 +6,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..config import load_config
 from ..flags import command_parser, parse_command
+from ..load_config import load_config
 from ..say import say
-from ..sources import SOURCE_HELP
+from ..source_flags import SOURCE_HELP
 from ..submitted import Work
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def run(argv: list[str]) -> int:
     """Search, and print each choice with its layer plan."""
     arguments, config = _parse(argv)
     from ...transfer.engine.stage_together import stage_together
-    from ...transfer.recovery.calibration import calibration_batches
     from ...transfer.recovery.layer_search import search_layers
+    from ...transfer.recovery.paired_batch import calibration_batches
 
     config = config.model_copy(update={"data": stage_together(config.data, None)})
     teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)

@@ -70,8 +70,8 @@ def _options(name: str) -> dict[str, str]:
 def _facts(name: str, grids: list[int]) -> list[str]:
     """Return the traits, the new parameters at the first grid, and the cost at each grid relative to softmax."""
     from ...models.attention.base import Geometry, LayerShape
+    from ...models.layer_plan import Choice
     from ...models.operators import create_operator
-    from ...models.plan import Choice
 
     made = []
     for grid in grids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import Setting
+from ..load_config import Setting
 from .train import run_parsed, train_parser
 
 EXAMPLES = (

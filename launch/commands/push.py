@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError("--private and --public contradict each other: leave one out")
     from ...checkpoints.publish.student_files import plan_upload
     from ...checkpoints.publish.upload import push_student
-    from ...transfer.methods.words import describe_transfer
+    from ...transfer.methods.method_text import describe_transfer
 
     with _student_folder(arguments.source) as folder:
         upload = plan_upload(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
 from ..say import say
-from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
+from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
         say(f"{path}  {path.stat().st_size:,} bytes\n")
     say(_how_to_load(folder))
     if arguments.bare:
-        from ...checkpoints.copying import BARE_WORDS
+        from ...checkpoints.copying_students import BARE_WORDS
 
         say(f"{folder} is {BARE_WORDS}\n")
     return 0
@@ -79,7 +79,7 @@ def _size(text: str) -> str:
 
 
 def _how_to_load(folder: Path) -> str:
-    from ...checkpoints.folders import loads_in_plain_timm
+    from ...checkpoints.model_folders import loads_in_plain_timm
 
     if loads_in_plain_timm(folder):
         return f'load it: timm.create_model("local-dir:{folder}", pretrained=True)\n'

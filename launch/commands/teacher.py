@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..flags import command_parser, parse_command
 from ..say import say
-from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
+from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 
 def run(argv: list[str]) -> int:

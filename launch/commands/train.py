@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, counted
 from ...transfer.config import RunConfig
-from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..flags import Parser, command_parser, parse_command
+from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
         say(dump_config(config))
         return 0
     if arguments.dry_run:
-        from ..plan import describe_plan
+        from ..plan_text import describe_plan
 
         say(describe_plan(config))
         return 0
@@ -92,7 +92,7 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
     if arguments.dry_run:
         say("".join(f"stage {stage.name}: mode {stage.config.mode}, {_length(stage.config)}, "
                                  f"in {stage.config.output_dir}\n" for stage in shown))  # fmt: skip
-        from ..plan import describe_plan
+        from ..plan_text import describe_plan
 
         say(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
         return 0

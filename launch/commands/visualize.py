@@ -7,7 +7,7 @@ from pathlib import Path
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
 from ..say import say
-from ..sources import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
+from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 EXAMPLES = (
     "graftvit visualize vit_base_patch16_224.mae cat.jpg dog.jpg",

@@ -16,8 +16,8 @@ from ...models.errors import ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..cli import DISTRIBUTED
-from ..config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..hints import hint
+from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..say import say_aside
 from ..submitted import SUBMITTED, check_words
 from .batch import Request
@@ -121,7 +121,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
 def _refuse_existing(config: RunConfig) -> None:
     """Raises ConfigError where the run would be told never to go on with what is there."""
     if config.engine.resume == "never":
-        from ...transfer.engine.resume import refuse_existing
+        from ...transfer.engine.resume_check import refuse_existing
 
         refuse_existing(config.output_dir)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import ConfigError
-from ..config import load_config
 from ..hints import hint
+from ..load_config import load_config
 from ..say import say_aside
 from .batch import Launch, Request, job_name
 from .checks import check_commands, check_folder, check_resources
@@ -157,6 +157,6 @@ def plan_again(unfinished: Unfinished, config: ClusterConfig) -> str:
     if begun is None:
         return ""
     say_aside("graftvit: checking whether the run can go on: its teacher, data and plan ...\n")
-    from ..plan import describe_plan  # loads torch
+    from ..plan_text import describe_plan  # loads torch
 
     return describe_plan(load_config(begun), config.world_size)

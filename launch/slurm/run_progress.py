@@ -10,7 +10,7 @@ from typing import Any
 
 from ...models.errors import GraftError
 from ...transfer.engine.runlog import read_log
-from ..config import load_config
+from ..load_config import load_config
 
 INTERVALS = 5
 """The last records that tell the speed."""

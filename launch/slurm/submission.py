@@ -13,9 +13,9 @@ import yaml
 
 from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
-from ...transfer.engine.resume import changes, describe_changes, differences, settings
-from ..config import load_config
+from ...transfer.engine.resume_check import changes, describe_changes, differences, settings
 from ..hints import hint
+from ..load_config import load_config
 from ..say import say_aside
 from .ask import NoAnswerError
 from .batch import Launch, Request, job_name, new_identity
@@ -72,7 +72,7 @@ def check_runs(plan: SubmissionPlan, config: ClusterConfig) -> list[str]:
     if not plan.configs:
         return []
     say_aside("graftvit: checking the run: its settings, teacher, data and plan ...\n")
-    from ..plan import describe_plan  # loads torch
+    from ..plan_text import describe_plan  # loads torch
 
     plans = []
     for run in plan.configs:

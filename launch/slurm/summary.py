@@ -18,7 +18,7 @@ from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.config import RunConfig
 from ...transfer.engine.runlog import read_log
-from ..config import load_config
+from ..load_config import load_config
 from .job_folder import JobFolder
 from .run_progress import current_stage
 from .sweep import SWEEP_FILE, Cell, load_sweep

@@ -22,8 +22,8 @@ from ...checkpoints.atomic import write_file
 from ...models.errors import CheckpointError, ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
-from ..config import Setting, dump_config, load_config, load_stages, parse_setting, read_recipe
 from ..fields import find_key, leaf_of, leaves, unknown
+from ..load_config import Setting, dump_config, load_config, load_stages, parse_setting, read_recipe
 
 SWEEP_FILE = "sweep.json"
 NAME_LENGTH = 180

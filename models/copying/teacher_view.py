@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..families import attention_blocks, vit
 from ..host import AttentionHost
-from .operators import KeepHeads
+from .copying_operators import KeepHeads
 from .tape import Tape
 
 M = TypeVar("M", bound=nn.Module)

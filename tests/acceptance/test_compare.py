@@ -11,7 +11,7 @@ import pytest
 import timm
 import yaml
 from graftvit.launch.cli import main
-from graftvit.launch.config import read_recipe
+from graftvit.launch.load_config import read_recipe
 from measure import measure
 from photos import CLASSES
 

@@ -16,7 +16,7 @@ import pytest
 import timm
 from cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
 from graftvit.launch.cli import main
-from graftvit.launch.config import load_config
+from graftvit.launch.load_config import load_config
 from graftvit.launch.recipes import recipe_names
 from interrupting import terminated_after
 from measure import measure

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graftvit.checkpoints.files import read_file
 from graftvit.checkpoints.inspect_file import describe_file
 from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.weight_files import read_file
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import save_file
 
@@ -65,7 +65,7 @@ def test_a_file_for_which_there_is_no_memory_is_one_sentence(
     def none_left(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("graftvit.checkpoints.files.safe_open", none_left)
+    monkeypatch.setattr("graftvit.checkpoints.weight_files.safe_open", none_left)
     with pytest.raises(
         CheckpointError, match=r"m\.safetensors cannot be read: its [\d,]+ bytes need more memory"
     ):

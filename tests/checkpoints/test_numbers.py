@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.student import save_student

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.student import save_student, write_student

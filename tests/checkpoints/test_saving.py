@@ -11,7 +11,7 @@ import graftvit
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.loading import load
+from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state

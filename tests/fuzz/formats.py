@@ -17,7 +17,7 @@ import torch
 import yaml
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
-from graftvit.launch.config import dump_config, load_config
+from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import open_dataset

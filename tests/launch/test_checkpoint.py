@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import config, make_teacher
-from graftvit.checkpoints.files import read_file
 from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.weight_files import read_file
 from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError
 from graftvit.transfer.engine.train import train

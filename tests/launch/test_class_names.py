@@ -13,7 +13,7 @@ from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.publish.student_files import plan_upload
 from graftvit.checkpoints.student import save_student
 from graftvit.launch.cli import main
-from graftvit.launch.config import load_config
+from graftvit.launch.load_config import load_config
 from graftvit.transfer.engine.train import train
 from image_folders import class_folder, write_images
 

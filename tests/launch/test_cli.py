@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from graftvit.launch import cli
 from graftvit.launch.cli import COMMANDS, main
-from graftvit.launch.config import load_config
 from graftvit.launch.fields import leaves
+from graftvit.launch.load_config import load_config
 from graftvit.launch.say import PlainFormatter, say, say_aside
 from graftvit.models.errors import GraftError, RunFailedError
 from graftvit.transfer.config import RunConfig

@@ -13,7 +13,7 @@ import yaml
 from compare_runs import cell, write_config
 from graftvit.launch.cli import main
 from graftvit.launch.comparison import load_comparison
-from graftvit.launch.config import load_stages
+from graftvit.launch.load_config import load_stages
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.compare.student_cell import train_cell
 from patience import until

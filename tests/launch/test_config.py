@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.config import dump_config, load_config
+from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig, TransferConfig
 from hypothesis import given

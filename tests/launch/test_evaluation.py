@@ -12,7 +12,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.candidates import predictor
 from graftvit.launch.cli import main
-from graftvit.launch.config import load_config
+from graftvit.launch.load_config import load_config
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.train import train
 from timm.models import save_for_hf

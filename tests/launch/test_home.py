@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.config import at_home, load_config
 from graftvit.launch.flags import command_parser, parse_command
+from graftvit.launch.load_config import at_home, load_config
 
 
 @pytest.fixture(autouse=True)

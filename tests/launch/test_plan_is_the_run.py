@@ -17,7 +17,7 @@ import pytest
 import torch
 from engine_runs import config, make_teacher, records
 from graftvit.launch.memory import memory_items
-from graftvit.launch.plan import describe_plan
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.dry_run import dry_run

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.config import load_config, load_stages
+from graftvit.launch.load_config import load_config, load_stages
 from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
+from graftvit.models.layer_plan import parse_plan
 from graftvit.models.operators import OPERATORS
-from graftvit.models.plan import parse_plan
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
 PUBLISHED = [

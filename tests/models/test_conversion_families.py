@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import dense
-import graftvit.checkpoints.loading as loading
+import graftvit.checkpoints.load_model as loading
 import pytest
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
@@ -27,8 +27,8 @@ from graftvit.models.conversion import (
 )
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
+from graftvit.models.layer_plan import Choice
 from graftvit.models.operators import OPERATORS
-from graftvit.models.plan import Choice
 from operator_cases import CASES
 from torch import Tensor, nn
 

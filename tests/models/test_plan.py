@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from graftvit.models.errors import ConfigError
-from graftvit.models.plan import Choice, parse_plan, plan_text
+from graftvit.models.layer_plan import Choice, parse_plan, plan_text
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftvit.launch.config import load_config, load_stages, read_recipe
+from graftvit.launch.load_config import load_config, load_stages, read_recipe
 from graftvit.transfer import RunConfig
 
 from .photos import CLASSES

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
+from graftvit.models.layer_plan import Choice
 from graftvit.models.operators import create_operator
-from graftvit.models.plan import Choice
 from torch import Tensor
 
 GRIDS = [(14, 14), (16, 24), (7, 9)]

@@ -15,8 +15,8 @@ from ..config import DataConfig
 from .archives import is_packed
 from .classes import keep_classes, wanted_classes
 from .digits import DigitsSource
-from .folders import FolderImages, Found, count_shared, find_images
 from .hub import open_hub
+from .image_folder import FolderImages, Found, count_shared, find_images
 from .images import ImageSource, ReaderSource, TorchvisionSource
 from .numbering import MODEL, TRAINING, number_by_name
 from .readers import create

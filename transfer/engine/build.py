@@ -17,10 +17,10 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
-from ...checkpoints.build import check_published
-from ...checkpoints.copying import copied_teacher
+from ...checkpoints.copying_students import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
+from ...checkpoints.timm_models import check_published
 from ...models.errors import ConfigError, DataError
 from ...models.families import vit
 from ...models.json_types import JsonDict

@@ -16,7 +16,7 @@ from .elastic import GlobalBatch, settle
 from .optim import Schedule
 from .parallel import check_placement
 from .rehearsal import Footprint, rehearse
-from .resume import Position, check_length, check_same_run, commit_of, refuse_existing
+from .resume_check import Position, check_length, check_same_run, commit_of, refuse_existing
 
 
 @dataclass(frozen=True)

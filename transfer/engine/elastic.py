@@ -10,7 +10,7 @@ from ..config import RunConfig
 from ..data.loaders import TrainLoader
 from .build import Parts
 from .optim import Schedule, plan_schedule
-from .resume import Position, check_same_classes, check_same_weights
+from .resume_check import Position, check_same_classes, check_same_weights
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .build import Parts
 from .meters import LossHealth, describe, stacked, weights_finite
 from .optim import Schedule, set_learning_rate
 from .recorder import Recorder
-from .resume import Position
+from .resume_check import Position
 from .run_state import RunState, SaveClock
 from .scoring import best_value, score
 from .signals import StopSignals

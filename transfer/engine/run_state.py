@@ -22,7 +22,7 @@ from .elastic import GlobalBatch
 from .ema import WeightAverage
 from .meters import Meters
 from .parallel import gather, gathered, placed_like, raise_together
-from .resume import Position, settings
+from .resume_check import Position, settings
 from .runlog import RunLog
 from .students import StudentPlan
 from .tasks import Task

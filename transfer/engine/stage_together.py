@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ...models.errors import GraftError
 from ..config import DataConfig
-from ..staging.copying import StagingStoppedError
+from ..staging.copy_data_set import StagingStoppedError
 from ..staging.stage import stage
 from .parallel import gather, raise_together
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from ...checkpoints.atomic import write_folder, write_text
-from ...checkpoints.folders import STAGES_FILE
+from ...checkpoints.model_folders import STAGES_FILE
 from ...models.errors import ConfigError
 from ...models.json_types import JsonDict
 from ..config import RunConfig, StudentConfig

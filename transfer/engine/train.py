@@ -29,7 +29,7 @@ from .optim import Schedule, create_optimizer
 from .parallel import create_accelerator, gather, host_group, raise_together, shard
 from .progress import ProgressBar
 from .recorder import Recorder
-from .resume import (
+from .resume_check import (
     Position,
     check_agreement,
     check_length,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...models.attention.base import Heads
+from ...models.copying.copying_operators import Taught, softmax
 from ...models.copying.links import Link
-from ...models.copying.operators import Taught, softmax
 from ...models.copying.tokens import pick_dim
 from .method import AttentionMethod, Pairing, Watching, joined_projector
 from .outputs import squared_error

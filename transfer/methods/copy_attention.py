@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...models.copying.copying_operators import COPIES, Taught
 from ...models.copying.links import Link
-from ...models.copying.operators import COPIES, Taught
 from ..config import TransferConfig
 from .method import AttentionMethod, Pairing
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...models.attention.base import Heads
 from ...models.attention.fused import attention_with_lse
+from ...models.copying.copying_operators import Part, Taught, softmax
 from ...models.copying.links import Link
-from ...models.copying.operators import Part, Taught, softmax
 from ...models.copying.tokens import pick_dim
 from ..config import TransferConfig
 from .map_loss import MapLoss

@@ -24,8 +24,8 @@ from ..config import TransferConfig
 from .drop_path import share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .method import Pairing, TransferMethod
-from .plan import TransferPlan, resolve_plan
 from .registry import find_method
+from .transfer_plan import TransferPlan, resolve_plan
 
 
 @dataclass

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...models.conversion import ConvertedAttention
+from ...models.copying.copying_operators import Part, Taught
 from ...models.copying.links import Link
-from ...models.copying.operators import Part, Taught
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import view_attention
 from ...models.errors import TransferError
@@ -23,7 +23,7 @@ from ...models.host import AttentionHost, host_attention
 from ...models.json_types import Json
 from ..config import TransferConfig
 from .lessons import Changes
-from .plan import TransferPlan
+from .transfer_plan import TransferPlan
 
 Finish = Callable[[Tensor], dict[str, Tensor]]
 

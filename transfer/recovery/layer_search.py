@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...models.conversion import converted_layers, plan_of
 from ...models.errors import TransferError
 from ...models.families import attention_blocks, attention_shape, vit
-from ...models.plan import KEEP, Choice, parse_plan, plan_text
+from ...models.layer_plan import KEEP, Choice, parse_plan, plan_text
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TypeVar
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from ..data.archives import SPLITS, is_packed, unpacked_size
-from ..data.folders import find_images
+from ..data.image_folder import find_images
 from ..data.splits import split_folder
 
 THREADS = 16

@@ -16,7 +16,7 @@ from pathlib import Path
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from ..data.datasets import check_dataset
-from .copying import Progress, StagingStoppedError, copy, in_words
+from .copy_data_set import Progress, StagingStoppedError, copy, in_words
 from .source import Source, find_source
 
 logger = logging.getLogger(__name__)

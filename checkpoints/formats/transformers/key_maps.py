@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..keymap import KeyMap
-from . import describe as to_timm
+from . import hf_to_timm as to_timm
 from . import names, tensors
 
 FOR_VIT = (names.MASK_TOKEN, names.POOLER, names.SIMMIM)

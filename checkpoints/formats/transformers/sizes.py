@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ....models.errors import CheckpointError
 from ...weights import Weights
-from .config import Config
+from .hf_config import Config
 
 TABLE = "relative_position_bias_table"
 

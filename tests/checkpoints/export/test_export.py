@@ -14,10 +14,11 @@ import pytest
 import timm
 import torch
 from dense import FAMILIES, images, relative_error, tiny
-from graftvit.checkpoints.export import check, files
+from graftvit.checkpoints.export import check
+from graftvit.checkpoints.export import graph_files as files
 from graftvit.checkpoints.export.check import ExportFailedError
 from graftvit.checkpoints.export.export_source import export_model, export_source
-from graftvit.checkpoints.export.files import data_file
+from graftvit.checkpoints.export.graph_files import data_file
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import source_files as files
 import torch
-from graftvit.checkpoints.files import Content
 from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.read import KEY_MAPS, read_weights
 from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.weight_files import Content
 from graftvit.checkpoints.weights import Weights
 from graftvit.models.errors import CheckpointError
 from source_files import Tensors

@@ -11,13 +11,13 @@ from typing import Any, get_args
 import pytest
 import yaml
 from graftvit.checkpoints.publish.card import MARKER, hub_name, is_generated, student_card
+from graftvit.checkpoints.publish.card_text import MATCHES
 from graftvit.checkpoints.publish.sections import CardFacts, load_lines
-from graftvit.checkpoints.publish.words import MATCHES
 from graftvit.checkpoints.recorded import MODES
 from graftvit.transfer.config import AlignConfig, RunConfig
 from graftvit.transfer.engine.modes import MODES as RUN_MODES
+from graftvit.transfer.methods.method_text import describe_transfer
 from graftvit.transfer.methods.registry import method_names
-from graftvit.transfer.methods.words import describe_transfer
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -13,9 +13,9 @@ import hostile_archives  # noqa: F401  its files join the corpus
 import numpy as np
 import pytest
 import torch
-from graftvit.checkpoints.files import read_file
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.safety.file_outline import outline
+from graftvit.checkpoints.weight_files import read_file
 from graftvit.models.errors import CheckpointError
 from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
 from hostile_tensors import valid

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from engine_runs import config, make_teacher
 from graftvit.launch.cli import main
-from graftvit.launch.config import dump_config, parse_override
-from graftvit.launch.plan import describe_plan
+from graftvit.launch.load_config import dump_config, parse_override
+from graftvit.launch.plan_text import describe_plan
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.requests import plan_run
 from graftvit.launch.slurm.settings import ClusterConfig

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from compare_runs import write_config
 from graftvit.launch.comparison import load_comparison
-from graftvit.launch.config import load_config, load_stages, parse_override
+from graftvit.launch.load_config import load_config, load_stages, parse_override
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.preview import preview

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from engine_runs import config
 from graftvit.launch.cli import main
-from graftvit.launch.config import dump_config
+from graftvit.launch.load_config import dump_config
 from graftvit.launch.slurm import jobs, submission
 from graftvit.launch.slurm import resume as resume_module
 from graftvit.launch.slurm.batch import Launch, Request, script

@@ -195,7 +195,7 @@ def test_what_the_plan_warns_of_is_said(
     user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plans = "length  9 steps\n        warning: it ends in its warm-up\n"
-    monkeypatch.setattr("graftvit.launch.plan.describe_plan", lambda *_, **__: plans)
+    monkeypatch.setattr("graftvit.launch.plan_text.describe_plan", lambda *_, **__: plans)
     check_runs(plan_run("run.yaml", [], []), ClusterConfig())
     assert capsys.readouterr().err.splitlines()[1:] == ["graftvit: warning: it ends in its warm-up"]
 

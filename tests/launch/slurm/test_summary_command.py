@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from engine_runs import config
 from graftvit.launch.cli import main
-from graftvit.launch.config import dump_config
+from graftvit.launch.load_config import dump_config
 from graftvit.launch.slurm.summary import summarize
 from graftvit.launch.slurm.sweep import cell_configs
 from graftvit.transfer.engine.runlog import read_log

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from graftvit.launch.config import Setting, load_config, load_stages, parse_override
 from graftvit.launch.fields import leaves
+from graftvit.launch.load_config import Setting, load_config, load_stages, parse_override
 from graftvit.launch.slurm.sweep import (
     MAX_CELLS,
     Axis,

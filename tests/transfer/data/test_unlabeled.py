@@ -11,7 +11,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import has_split, open_dataset
-from graftvit.transfer.data.folders import FolderImages
+from graftvit.transfer.data.image_folder import FolderImages
 from graftvit.transfer.data.images import UNLABELED
 from graftvit.transfer.data.loaders import (
     create_eval_loader,

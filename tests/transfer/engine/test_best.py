@@ -11,7 +11,7 @@ from engine_runs import config, differences, records, state
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
-from graftvit.launch.plan import describe_plan
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine import loop
 from graftvit.transfer.engine.best import Criterion

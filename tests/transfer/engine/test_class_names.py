@@ -10,7 +10,7 @@ import pytest
 from engine_runs import config, make_teacher, records
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.engine.build import build
-from graftvit.transfer.engine.resume import check_same_classes
+from graftvit.transfer.engine.resume_check import check_same_classes
 from graftvit.transfer.engine.train import train
 from image_folders import class_folder
 

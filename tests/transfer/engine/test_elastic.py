@@ -25,7 +25,7 @@ from graftvit.transfer.engine.elastic import (
 )
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.meters import Meters
-from graftvit.transfer.engine.resume import Position, settings
+from graftvit.transfer.engine.resume_check import Position, settings
 from graftvit.transfer.engine.run_state import restore_meters
 from graftvit.transfer.engine.train import train
 from hypothesis import assume, given

@@ -14,7 +14,7 @@ from graftvit.checkpoints.report import LoadReport
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.engine import build as building
-from graftvit.transfer.engine.resume import check_same_teacher
+from graftvit.transfer.engine.resume_check import check_same_teacher
 from graftvit.transfer.engine.train import train
 
 COMMIT, MOVED = "c" * 40, "d" * 40

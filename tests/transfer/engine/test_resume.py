@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.engine.resume import (
+from graftvit.transfer.engine.resume_check import (
     Position,
     check_agreement,
     check_length,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from engine_runs import config, make_teacher
 from graftvit.checkpoints.pretrained import load_teacher
-from graftvit.launch.plan import describe_plan
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError
-from graftvit.transfer.engine.resume import check_same_teacher, check_same_weights
+from graftvit.transfer.engine.resume_check import check_same_teacher, check_same_weights
 from graftvit.transfer.engine.train import train
 from safetensors.torch import load_file, save_file
 

@@ -13,8 +13,8 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
-from graftvit.launch.config import load_config
-from graftvit.launch.plan import describe_plan
+from graftvit.launch.load_config import load_config
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders

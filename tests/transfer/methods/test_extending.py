@@ -17,8 +17,8 @@ from graftvit.models.errors import ConfigError
 from graftvit.models.operators import OPERATORS, register_operator
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods import registry
+from graftvit.transfer.methods.method_text import describe_transfer
 from graftvit.transfer.methods.registry import find_method, method_names, register_method
-from graftvit.transfer.methods.words import describe_transfer
 
 PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 

@@ -14,10 +14,10 @@ from data_sets import encoded, write_classes, write_images, write_shards, write_
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import check_apart, check_dataset, open_dataset
-from graftvit.transfer.data.folders import FolderImages
-from graftvit.transfer.staging import copying
+from graftvit.transfer.data.image_folder import FolderImages
+from graftvit.transfer.staging import copy_data_set as copying
 from graftvit.transfer.staging import stage as staging
-from graftvit.transfer.staging.copying import StagingStoppedError
+from graftvit.transfer.staging.copy_data_set import StagingStoppedError
 from graftvit.transfer.staging.source import find_source
 from graftvit.transfer.staging.stage import stage
 

@@ -17,7 +17,7 @@ from graftvit.transfer.data import loaders
 from graftvit.transfer.engine import stage_together as together
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.staging import copying
+from graftvit.transfer.staging import copy_data_set as copying
 from image_folders import class_folder
 
 

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from ....checkpoints.build import build, check_name
 from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
+from ....checkpoints.timm_models import build, check_name
 from ....models.conversion import convert, layer_macs
 from ....models.errors import ConfigError
 from ....models.families import attention_blocks, patch_size

@@ -12,8 +12,8 @@ from torch import nn
 
 from ....models.attention.base import Geometry, Heads, LayerShape
 from ....models.errors import ConfigError
+from ....models.layer_plan import Choice, parse_plan
 from ....models.operators import create_operator
-from ....models.plan import Choice, parse_plan
 from .cases import DTYPES, SOFTMAX, Case, Row, Ways
 from .measuring import compiled, measure_case
 from .timing import Step, counted_macs, step_of

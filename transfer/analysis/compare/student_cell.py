@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....checkpoints.build import published_config
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import Pretrained, load_pretrained
+from ....checkpoints.timm_models import published_config
 from ....models.attention.base import AttentionOperator
 from ....models.conversion import convert, converted_layers, new_parameters
 from ....models.families import attention_blocks

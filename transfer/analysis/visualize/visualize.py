@@ -15,7 +15,7 @@ from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....models.errors import TransferError
 from ....models.families import attention_blocks, check_supported, token_layout
 from ....models.json_types import JsonDict
-from ....models.plan import layer_numbers
+from ....models.layer_plan import layer_numbers
 from ..report.ink import to_png
 from ..report.pages import Plot
 from ..report.tables import to_json

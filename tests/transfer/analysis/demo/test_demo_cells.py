@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from graftvit.launch.config import load_config
+from graftvit.launch.load_config import load_config
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.demo.demo_cells import STUDENTS, TEACHERS, Cell, demo_cells, recipe
 from graftvit.transfer.cells.records import Ending, save_record

@@ -14,7 +14,7 @@ from ....models.json_types import Json, JsonDict
 from ...class_names import KEY as LABEL_NAMES
 from ...weights import Weights
 from ..normalization import IMAGENET, INCEPTION, normalized
-from .config import Config
+from .hf_config import Config
 from .lineages import Lineage, architecture_of
 from .sizes import measure
 

@@ -15,8 +15,8 @@ from ...models.copied import copying_of
 from ..pretrained import Pretrained
 from ..public import public_text
 from .check import Shape
-from .files import Format
 from .graph import Dynamic
+from .graph_files import Format
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from timm.models._hub import _parse_model_cfg
 
 from ..models.errors import CheckpointError
 from ..models.json_types import Json, JsonDict
-from .build import is_ours, known_fields
-from .files import Content, read_file
 from .formats import read_weights
 from .hub.download import commit_of, download, try_download
 from .preprocessing import Preprocessing
@@ -26,6 +24,8 @@ from .safety.model_settings import shortened
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
 from .state_file import BEST, read_meta
+from .timm_models import is_ours, known_fields
+from .weight_files import Content, read_file
 from .weights import Weights
 
 CONFIG = "config.json"

@@ -8,8 +8,8 @@ from dataclasses import replace
 from ....models.json_types import Json, JsonDict
 from ...weights import Weights
 from ..keymap import Describe
-from .config import Config, tower_config
-from .families import Family, activation, described, only_activation, without_bias
+from .hf_config import Config, tower_config
+from .hf_families import Family, activation, described, only_activation, without_bias
 from .lineages import Lineage
 from .sizes import matrix
 

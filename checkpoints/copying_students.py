@@ -15,11 +15,11 @@ from ..models.copied import ARCHITECTURE, CopiedTeacher
 from ..models.copying.input import Normalization
 from ..models.errors import CheckpointError, GraftError
 from ..models.json_types import Json
-from .build import build
 from .fit import own_norm_eps
-from .folders import read_folder
+from .model_folders import read_folder
 from .provenance import BARE, COST, copies
 from .sources import FolderSource
+from .timm_models import build
 from .weights import Weights
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
 from ..transfer.engine.modes import mode_of
 from ..transfer.engine.optim import peak_learning_rate
-from ..transfer.engine.resume import changes, describe_changes
+from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.tasks import TransferTask
 from .memory import describe_memory, parameter_count
 

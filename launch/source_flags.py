@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..models.json_types import JsonDict
 from ..transfer.config import TeacherConfig
-from .config import Setting, load_config
+from .load_config import Setting, load_config
 
 NAMES = ("model", "model_args", "revision", "img_size", "position_embedding")
 SOURCE_SETTINGS = tuple(f"teacher.{name}" for name in NAMES)

@@ -39,7 +39,7 @@ def lesson_rows(recipe: Json, describe: DescribeTransfer) -> Rows:
 
 
 def plain_transfer(settings: Json) -> Rows:
-    """The method's name alone: its words are its own (`graftvit.transfer.methods.words`)."""
+    """The method's name alone: its words are its own (`graftvit.transfer.methods.method_text`)."""
     return [("method", code(settings.get("method")))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...checkpoints.markdown import code
-from ...checkpoints.publish.words import Rows, number
+from ...checkpoints.publish.card_text import Rows, number
 from ...models.json_types import Json
 from .registry import find_method, method_names
 
