@@ -64,6 +64,7 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     assert first["layer_errors"] == second["layer_errors"]
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_named_stops_no_other_and_is_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

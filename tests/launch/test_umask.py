@@ -50,6 +50,7 @@ def test_files_that_a_library_keeps_to_its_user_are_opened(tmp_path: Path, umask
     assert modes(tmp_path) == wanted(tmp_path, umask)
 
 
+@pytest.mark.slow
 def test_all_that_a_run_and_the_commands_write(tmp_path: Path, umask: int) -> None:
     run, image = tmp_path / "run", tmp_path / "image.png"
     Image.new("L", (8, 8), 99).save(image)

@@ -80,6 +80,7 @@ def test_any_number_of_images_of_one_size(family: str, suffix: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @TWO_WAYS
 @each(name for name in FAMILIES if name not in BIASED)
 def test_every_family_with_any_number_of_images_of_any_size(family: str, suffix: str, tmp_path: Path) -> None:
@@ -94,6 +95,7 @@ def test_every_family_with_any_number_of_images_of_any_size(family: str, suffix:
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 @NEEDS_ONNX
 @each(["vit", "qk_norm", "beit"])
 def test_hosted_attention_is_exported(family: str, tmp_path: Path) -> None:
@@ -103,6 +105,7 @@ def test_hosted_attention_is_exported(family: str, tmp_path: Path) -> None:
     agrees(tmp_path / "model.onnx", model)
 
 
+@pytest.mark.slow
 @TWO_WAYS
 @each(["vit", "eva02"])
 def test_a_converted_model_is_exported_with_its_plan(family: str, suffix: str, tmp_path: Path) -> None:
@@ -195,6 +198,7 @@ def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
     assert report.output == "features"
 
 
+@pytest.mark.slow
 @TWO_WAYS
 def test_a_source_of_one_size_is_exported_for_any(suffix: str, tmp_path: Path) -> None:
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4, "num_classes": 5}

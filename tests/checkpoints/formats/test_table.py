@@ -132,6 +132,7 @@ def test_half_of_the_tensors_is_refused_also_without_a_name(tmp_path: Path, row:
         load_teacher(case.save(tmp_path, half))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", CASES)
 def test_no_tensor_may_be_absent_or_of_another_shape(tmp_path: Path, row: str) -> None:
     case, tensors = CASES[row], CASES[row].tensors()

@@ -96,6 +96,7 @@ def test_the_copy_hides_what_is_installed(tmp_path: Path) -> None:
     assert all(Path(module).is_relative_to(tmp_path) for module in modules)
 
 
+@pytest.mark.slow
 def test_a_copy_can_be_copied(tmp_path: Path) -> None:
     """As a job does that submits another one, or a package that was installed and not linked."""
     code = copy_package(tmp_path / "one")
@@ -111,6 +112,7 @@ def test_a_copy_can_be_copied(tmp_path: Path) -> None:
     assert python(tmp_path / second, HIDE + USE, tmp_path)[:3] == python(third, HIDE + USE, tmp_path)[:3]
 
 
+@pytest.mark.slow
 def test_a_checkout_found_by_its_egg_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in `python -m graftvit.launch` typed in the folder of the sources: there is no METADATA there."""
     egg = tmp_path / "here" / "graftvit.egg-info"

@@ -118,6 +118,7 @@ def test_a_killed_process_ends_in_one_sentence() -> None:
     assert torch.equal(next(train.epoch(1))[0], next(digits(0).epoch(1))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "USR2"])
 def test_a_signal_to_the_whole_job_leaves_the_loaders_alive(name: str) -> None:
     batches, found = workers_of(digits(1))

@@ -92,7 +92,8 @@ def is_the_whole_run(report: dict[str, Any], steps: int) -> None:
     assert report["log_gap"] < TOLERANCE, report
 
 
-@pytest.mark.parametrize("wrap", ["ddp", pytest.param("fsdp", marks=[NEEDS_FSDP, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", pytest.param("fsdp", marks=NEEDS_FSDP)])
 def test_four_processes_are_killed_two_are_stopped_and_four_end_it(
     run_scenario: RunScenario, tmp_path: Path, wrap: str
 ) -> None:
@@ -126,6 +127,7 @@ def test_what_does_not_fit_is_refused_on_every_process(run_scenario: RunScenario
     assert not any("\n" in text for text in [*three, *one])
 
 
+@pytest.mark.slow
 def test_a_streamed_run_changes_its_processes_between_epochs(
     run_scenario: RunScenario, tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_cell_that_fails_is_named_with_its_log_and_the_others_are_stopped(
     assert cell_processes() == []
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_killed_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(running: Collection[Cell]) -> None:
         for process in cell_processes():
