@@ -75,7 +75,7 @@ def test_labels_of_two_splits_must_mean_the_same() -> None:
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(tmp_path: Path) -> None:
     def start(rank: int) -> subprocess.Popen[bytes]:
-        words = [str(rank), "2", str(tmp_path / "group"), str(HERE), str(HERE.parents[1])]
+        words = [str(rank), "2", str(tmp_path / "group"), str(HERE), str(HERE.parents[1] / "support")]
         return subprocess.Popen([sys.executable, "-c", RANK, *words], stdout=subprocess.PIPE)
 
     first, second = (json.loads(process.communicate(timeout=300)[0]) for process in [start(0), start(1)])
