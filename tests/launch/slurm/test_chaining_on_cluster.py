@@ -21,7 +21,7 @@ def field(cluster: SlurmCluster, job: str, name: str) -> str:
 
 
 def test_what_waits_for_a_run_that_is_stopped_is_cancelled(cluster: SlurmCluster, tmp_path: Path) -> None:
-    first = cluster_run(cluster, tmp_path, "first", optim={"epochs": 40}, data={"batch_size": 16})
+    first = cluster_run(cluster, tmp_path, "first", optim={"epochs": 4000}, data={"batch_size": 16})
     second = cluster_run(cluster, tmp_path, "second", **SHORT)
     after = ("--after", str(first.folder))
     before = first.submit(*ALONE)
