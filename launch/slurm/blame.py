@@ -67,7 +67,7 @@ def said_of(files: JobFolder, attempt: Attempt) -> str:
 
 
 def blame_start(submission: Submission) -> Blame:
-    """Return what the log says about a start that ended before the run began, for example without a copy of its code."""
+    """Return what the log says about a start that ended before the run began, such as without a copy of its code."""
     words = tail(log_files(submission, 0)[0], _LINES)
     lines = words.splitlines()
     begin = max((number + 1 for number, line in enumerate(lines) if "CANCELLED AT" in line), default=0)

@@ -218,7 +218,7 @@ class JobFolder:
         path.write_text(failure.to_text(), encoding="utf-8")
 
     def _made(self, name: str) -> Path:
-        """Return a folder in `jobs/`. Raises FileNotFoundError if the run folder was removed; do not create that again."""
+        """Return a folder in `jobs/`. Raises FileNotFoundError if the run folder was removed."""
         for folder in (self.folder, self.folder / name):
             folder.mkdir(exist_ok=True)
         return self.folder / name

@@ -184,7 +184,11 @@ def test_a_run_keeps_its_resources_until_a_profile_is_named() -> None:
 @pytest.mark.parametrize(
     ("content", "words", "said"),
     [
-        ({"profiles": PROFILES}, ["--profile", "bgi"], "--profile 'bgi' is not among the profiles of {}: valid: debug"),
+        (
+            {"profiles": PROFILES},
+            ["--profile", "bgi"],
+            "--profile 'bgi' is not among the profiles of {}: valid: debug, ",
+        ),
         ({}, ["--profile", "big"], "--profile 'big' is not among the profiles of {}: it has none"),
         ({"profile": "x", "profiles": PROFILES}, [], "{}: profile 'x' is not among the profiles of {}: valid: debug, "),
         ({"profiles": {"a": {"nods": 1}}}, [], "{}: profiles.a: unknown key 'nods'; did you mean 'nodes'?"),
