@@ -37,7 +37,7 @@ WEIGHTS_NAMES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
 MAX_CARD = 1 << 20
-"""The bytes to read of a model card; a license after them is not found."""
+"""The longest model card in bytes; the license of a longer one is left out."""
 Find = Callable[[str], Path | None]
 """Returns the path of a file of the folder or repository by its name, None if it has none."""
 

@@ -203,7 +203,7 @@ def load_weights(
 
 @dataclass(frozen=True)
 class Head:
-    """Return the number of classes of a head."""
+    """The head of a model and its classes."""
 
     num_classes: int = 0
     """0 without a head."""

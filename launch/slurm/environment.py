@@ -16,7 +16,7 @@ from ...models.errors import ConfigError
 Environment = MutableMapping[str, str]
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32768)
-"""The port at which the processes of a run meet. Linux takes the ports of outgoing connections from 32768 on."""
+"""The ports at which the processes of a run meet. Linux takes the ports of outgoing connections from 32768 on."""
 
 
 def launcher(environment: Environment = os.environ) -> str:

@@ -213,12 +213,12 @@ class JobFolder:
         return bool(attempts) and attempts[-1].outcome == "finished"
 
     def write_failure(self, name: str, failure: Failure) -> None:
-        """Return how a rank of the attempt with these files failed."""
+        """Write how a rank of the attempt with these files failed."""
         path = self._made("errors") / f"{name}-{failure.rank}.txt"
         path.write_text(failure.to_text(), encoding="utf-8")
 
     def _made(self, name: str) -> Path:
-        """Return a folder in `jobs/`. Raises FileNotFoundError if the run folder was removed."""
+        """Create and return a folder in `jobs/`. Raises FileNotFoundError if the run folder itself was removed."""
         for folder in (self.folder, self.folder / name):
             folder.mkdir(exist_ok=True)
         return self.folder / name

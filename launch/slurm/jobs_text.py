@@ -35,7 +35,7 @@ def to_json(runs: Sequence[RunStatus]) -> str:
 
 
 def write_table(runs: Sequence[RunStatus], names: Sequence[str], file: TextIO) -> None:
-    """Return a line for each run, and below it the number of runs in each state."""
+    """Write a line for each run, and below it the number of runs in each state."""
     if file.isatty():
         from rich.console import Console
 
@@ -131,7 +131,7 @@ def _speaker(run: RunStatus) -> str:
 
 
 def _left(run: RunStatus) -> str:
-    """Return the remaining time of the run, and to what end."""
+    """Return the time that the run still needs."""
     if not run.active or run.state == "stopping" or run.progress.seconds_left is None:
         return ""
     return duration(run.progress.seconds_left) + ("" if run.state == "running" else " once it runs")

@@ -18,7 +18,7 @@ INTERVALS = 5
 
 @dataclass(frozen=True)
 class Progress:
-    """The epochs of the run, or of the current stage of a recipe with stages."""
+    """The progress of the run, or of the current stage of a recipe with stages."""
 
     stage: str = ""
     step: int = 0

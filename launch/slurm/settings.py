@@ -42,7 +42,7 @@ OF_ANOTHER_MEANING = ("container", "profile")
 MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
 """Ways to ask for memory, which exclude each other."""
 OF_SEVERAL_LINES = ("setup", "node_setup", "shared_folders")
-"""Characters that an option line must not contain."""
+"""Settings that are not written into a line of options."""
 LONGEST_MINUTES = (2**31 - 1) // 60
 """Slurm counts the seconds of a limit in 32 bits."""
 _GRES = r"[A-Za-z_][\w./-]*(:[\w.+-]+)?(:[0-9]+[KMGTP]?)?"

@@ -131,7 +131,7 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
 
 
 def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
-    """The cores of a process: the loader's, and one for the run."""
+    """Return the cores of a process: the loader's, and one for the run."""
     return config.cpus_per_task or 1 + max((run.data.workers for run in configs), default=0)
 
 

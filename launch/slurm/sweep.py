@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Return the cells of a sweep, in the order of the array: the last axis changes fastest."""
+    """The cells of a sweep, in the order of the array: the last axis changes fastest."""
 
     folder: Path
     axes: tuple[Axis, ...]
