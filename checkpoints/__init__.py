@@ -1,4 +1,4 @@
-"""What is read and written: teachers from any source, students in timm's layout, training state."""
+"""Read and write: teachers from any source, students in timm's layout, training state."""
 
 import lazy_loader
 

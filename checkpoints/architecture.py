@@ -1,4 +1,4 @@
-"""The architecture of weights that do not name their own: vision transformers of published widths and depths."""
+"""Find the architecture of weights that do not name it: vision transformers of published widths and depths."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SIZES = {
     1664: ("gigantic", 48),
     4096: ("7b", 40),
 }
-"""By width: timm's name and the depth. The number of heads is nowhere in the weights: timm's name has it."""
+"""By width: timm's name and the depth. No weight shows the number of heads: timm's name does."""
 
 LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 PLAIN = frozenset(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias"))
-"""What a block of a plain vision transformer holds, no more and no less."""
+"""The tensors of a block of a plain vision transformer, exactly."""
 SCALED = PLAIN | {"ls1.gamma", "ls2.gamma"}
 WITHOUT_KEY_BIAS = PLAIN - {"attn.qkv.bias"} | {"gamma_1", "gamma_2"}
 BIASES = frozenset({"attn.q_bias", "attn.v_bias"})
@@ -80,7 +80,7 @@ def _number(key: str) -> bool:
 def _namer(
     block: frozenset[str], tensors: Mapping[str, Tensor]
 ) -> Callable[[Weights, int, int], Named | None] | None:
-    """What names a model by width and patch size, by what a block holds and which tokens there are."""
+    """Return timm's name of a model by width and patch size, by the tensors of a block and by the tokens."""
     if "norm_pre.weight" in tensors:
         return None
     if block == SCALED:

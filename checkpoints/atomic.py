@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: temporary name, fsync, rename."""
+"""Write files and folders whole or not at all: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WriteFailedError(CheckpointError, RunFailedError):
 
 
 def write_file(path: Path, write: Callable[[Path], object], *, size: int) -> None:
-    """Calls `write(temporary)` and puts the result at `path` in one step; what was there stays until then.
+    """Call `write(temporary)` and move the result to `path` in one step; the old file stays until then.
 
     The temporary file lies in a folder of its own, for safetensors from 0.8 puts another one beside it. What
     an earlier attempt that died left there is removed first: a path has one writer at a time.
@@ -100,7 +100,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives what is in `folder`, which was made by `mkdir`, the permissions that the user's umask leaves.
+    """Give the content of `folder`, which `mkdir` made, the permissions that the user's umask allows.
 
     safetensors and temporary folders keep what they write to its user. The folder shows the umask: asking the
     system for it would set it, for all threads.
@@ -125,7 +125,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)  # its writer may be removing it, too
     else:
@@ -158,7 +158,7 @@ def _explained(path: Path, size: int) -> Iterator[None]:
 
 
 def _error_number(error: Exception) -> int | None:
-    """The system's number of an error; safetensors has it in its text only."""
+    """Return the system's number of an error; safetensors has it in its text only."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)|code: (\d+)", str(error))

@@ -1,4 +1,4 @@
-"""The classes of a head by name: timm's `label_names`, and how the names of two sides go together."""
+"""Compare the classes of heads by name: timm's `label_names`, matched between two models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORDNET = re.compile(r"n\d{8}")
 
 
 def read_names(described: Json, num_classes: int) -> tuple[str, ...] | None:
-    """The names of `num_classes` outputs in their order; None where the description does not say one for each."""
+    """Return the names of `num_classes` outputs in their order; None if the description does not name each."""
     names = described.get(KEY)
     if isinstance(names, Mapping):
         numbered = {str(number): name for number, name in names.items()}
@@ -27,17 +27,17 @@ def read_names(described: Json, num_classes: int) -> tuple[str, ...] | None:
 
 
 def comparable(one: Sequence[str] | None, other: Sequence[str] | None) -> bool:
-    """Whether both sides have names, and of the same kind."""
+    """Return whether both sides have names, and of the same kind."""
     return bool(one) and bool(other) and _by_wordnet(one or ()) == _by_wordnet(other or ())
 
 
 def same_classes(one: Sequence[str] | None, other: Sequence[str] | None) -> bool:
-    """Whether two heads may be taken to have the same classes, in any order: as far as their names are known."""
+    """Return whether two heads may have the same classes, in any order, as far as their names are known."""
     return not comparable(one, other) or set(one or ()) == set(other or ())
 
 
 def places(own: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int] | None:
-    """Which of the outputs `own` is each of `wanted`, the same classes; None where they are in that order already."""
+    """Return the index in `own` of each of `wanted`, the same classes; None if they are in that order already."""
     if not comparable(own, wanted) or list(own or ()) == list(wanted or ()):
         return None
     numbers = {name: number for number, name in enumerate(own or ())}
@@ -45,7 +45,7 @@ def places(own: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int]
 
 
 def difference(one: Sequence[str], other: Sequence[str]) -> str:
-    """The first class that two lists have not in common, as in "class 0 'cat' and 'dog'"."""
+    """Return the first class that only one of two lists has, for example "class 0 'cat' and 'dog'"."""
     for number, (first, second) in enumerate(zip(one, other, strict=False)):
         if first != second:
             return f"class {number} {first!r} and {second!r}"

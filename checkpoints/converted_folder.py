@@ -1,4 +1,4 @@
-"""A converted model as a student folder, with what it was made from."""
+"""Write a converted model as a student folder, with a record of its source."""
 
 from __future__ import annotations
 

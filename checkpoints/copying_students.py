@@ -1,4 +1,4 @@
-"""Students that copy their teacher's attention: made whole when they are read, or bare for whoever asks."""
+"""Read students that copy their teacher's attention: complete with the teacher's part, or bare on request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BARE_WORDS = (
 
 
 def copied_teacher(teacher: Pretrained) -> CopiedTeacher:
-    """How timm builds this teacher again."""
+    """The arguments with which timm builds this teacher again."""
     fresh = build(teacher.architecture, teacher.model_args, on_meta=True)
     return CopiedTeacher(
         teacher.architecture,
@@ -68,7 +68,7 @@ def make_whole(weights: Weights, load_pretrained: Callable[..., Pretrained], *, 
 
 
 def is_unnamed(architecture: str | None, provenance: Json) -> bool:
-    """Whether this is a bare student of an older version, which did not mark them."""
+    """Return whether this is a bare student of an older version, which did not mark them."""
     return architecture != ARCHITECTURE and copies(provenance) and not provenance.get(BARE)
 
 
@@ -87,12 +87,12 @@ def refuse_as_start(weights: Weights) -> None:
         method = weights.model_args["copied"]["method"]
         raise CheckpointError(
             f"{weights.origin} runs with its teacher's attention, and another model cannot start from that: write its "
-            f"own weights alone with `graftvit save SOURCE DIR --bare`, and go on from DIR by transfer.method={method}"
+            f"own weights alone with `graftvit save SOURCE DIR --bare`, and start from DIR by transfer.method={method}"
         )
 
 
 def described_architecture(weights: Weights) -> str:
-    """The timm name that describes the model; of a copying student, the student's."""
+    """Return the timm name that describes the model; for a copying student, the student's."""
     return str(
         weights.model_args["student"] if weights.architecture == ARCHITECTURE else weights.architecture
     )
@@ -107,7 +107,7 @@ def _bare(weights: Weights) -> Weights:
 
 
 def _marked(weights: Weights) -> Weights:
-    """The weights with a note that they are bare, and without the accuracy of the whole student."""
+    """Return the weights with a note that they are bare, and without the accuracy of the whole student."""
     made = {key: value for key, value in weights.provenance.items() if key not in ("results", COST)}
     return replace(weights, provenance=made | {BARE: True}, notes=(*weights.notes, BARE_WORDS))
 
@@ -117,7 +117,7 @@ def _of_teacher(weights: Weights) -> dict[str, Tensor]:
 
 
 def _part_beside(weights: Weights) -> dict[str, Tensor]:
-    """The part of the same teacher in the student that the run of this state has exported; nothing without one."""
+    """Return the teacher's part from the student that this state's run has exported; empty without one."""
     with suppress(CheckpointError):
         exported = read_folder(FolderSource(Path(weights.origin).parent.parent / "student"))
         alike = exported.model_args.get("copied") == weights.model_args["copied"]
@@ -127,12 +127,12 @@ def _part_beside(weights: Weights) -> dict[str, Tensor]:
 
 
 def _known(weights: Weights) -> Json:
-    """What a student says of the teacher that it was trained with."""
+    """Return the recorded description of the teacher that a student was trained with."""
     return weights.provenance.get("teacher") or {}
 
 
 def _load_part(weights: Weights, load_pretrained: Callable[..., Pretrained]) -> dict[str, Tensor]:
-    """The part of the teacher that the student needs, loaded as the run loaded it."""
+    """Load the part of the teacher that the student needs, as the run loaded it."""
     known = _known(weights)
     try:
         recipe: Json = weights.provenance["recipe"]["teacher"]

@@ -1,4 +1,4 @@
-"""A teacher, or weights that do not load as one, in words."""
+"""Describe a teacher, or weights that do not load as one, in words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .weights import Weights
 
 
 def teacher_facts(teacher: Pretrained) -> dict[str, str]:
-    """What is known of a teacher, one fact a name, in the order to show them."""
+    """Return what is known about a teacher, one fact for each name, in the order to show them."""
     parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
     facts = {
         "source": teacher.source,
@@ -42,7 +42,7 @@ def teacher_facts(teacher: Pretrained) -> dict[str, str]:
 
 
 def describe_teacher(teacher: Pretrained) -> str:
-    """The facts and the loading report as text, one line each."""
+    """Return the facts and the loading report as text, one line each."""
     facts = teacher_facts(teacher)
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
@@ -52,7 +52,7 @@ def describe_teacher(teacher: Pretrained) -> str:
 def describe_source(
     source: str, *, model: str | None = None, model_args: Json | None = None, **how: Any
 ) -> tuple[str, CheckpointError | None]:
-    """What a source is, what of it would load and what would not, and why it does not load where it does not.
+    """Describe a source: what it is, what would load, what would not, and why it does not load.
 
     The arguments are those of `load_pretrained`.
 
@@ -99,7 +99,7 @@ def by_block(keys: Iterable[str]) -> list[str]:
 
 
 def _copied(model: nn.Module) -> dict[str, str]:
-    """What a model copies of its teacher, and what both parts cost."""
+    """Return what a model copies from its teacher, and what both parts cost."""
     copying = copying_of(model)
     if copying is None:
         return {}

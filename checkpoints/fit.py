@@ -1,4 +1,4 @@
-"""Loading weights into a model: resample positions, check every key and shape, then load."""
+"""Load weights into a model: resample positions, check every key and shape, then load."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Match:
     """Weights held against a model, key by key, before anything is loaded."""
 
     present: Mapping[str, Tensor]
-    """What both have, position embeddings on the model's grid."""
+    """The tensors of both, with position embeddings on the model's grid."""
     missing: Mapping[str, str]
     unexpected: Mapping[str, str]
-    """What only one of them has, and why that is expected."""
+    """The tensors that only one of them has, with the reason."""
     absent: list[str]
     foreign: list[str]
-    """What only one of them has without a reason: not in the weights, not in the model."""
+    """The tensors that only one of them has without a reason: not in the weights, not in the model."""
     wrong: list[str]
     """Keys with another shape or kind of number, in words."""
     resampled: Mapping[str, str]
@@ -88,7 +88,7 @@ def fit(
 def match(
     model: nn.Module, weights: Weights, *, role: Role, method: Method, classifiers: tuple[str, ...]
 ) -> Match:
-    """Which of `weights` go where in `model`, and which cannot. Raises CheckpointError: no grid is known."""
+    """Match `weights` to the tensors of `model`, and list misfits. Raises CheckpointError: unknown grid."""
     weights = match_prefix(model, weights)
     target = model.state_dict()
     tensors, resampled = _resample(model, weights, target, method)
@@ -107,7 +107,7 @@ def match(
 
 
 def own_norm_eps(model: nn.Module, fresh: nn.Module, architecture: str) -> float | None:
-    """The norms' epsilon where it is not the one that timm builds, as in `fresh`.
+    """Return the norms' epsilon if it is not the one that timm builds in `fresh`.
 
     Raises CheckpointError: there are several.
     """
@@ -137,7 +137,7 @@ def _head_fits(
 
 
 def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """Tensors of another shape, or of numbers that stand for something else: whole numbers, truth values."""
+    """Return tensors with another shape, or with other types than float: whole numbers, truth values."""
     words = []
     for key, tensor in present.items():
         wanted = target[key]
@@ -149,7 +149,7 @@ def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[
 
 
 def without_values(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors have shapes only, as in a dry run."""
+    """Return whether tensors have shapes only, as in a dry run."""
     return any(tensor.is_meta for tensor in tensors.values())
 
 
@@ -170,7 +170,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def _resample(
     model: nn.Module, weights: Weights, target: Mapping[str, Tensor], method: Method
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors with position embeddings on the model's grid, and what was done to which."""
+    """Return the tensors with position embeddings on the model's grid, and a note for each change."""
     tensors, done = dict(weights.tensors), {}
     for key in [key for key in tensors if key in target]:
         if key == "pos_embed" and tensors[key].ndim == 3 and target[key].ndim == 3:
@@ -185,7 +185,7 @@ def _resample(
 
 
 def source_grid(model: nn.Module, weights: Weights) -> tuple[int, int] | None:
-    """The patch grid that the weights' `pos_embed` covers, for a model of their kind; None if unknown."""
+    """Return the patch grid of the weights' `pos_embed`, for a model of their kind; None if unknown."""
     position = match_prefix(model, weights).tensors.get("pos_embed")
     if position is None or position.ndim != 3 or getattr(model, "pos_embed", None) is None:
         return None

@@ -1,4 +1,4 @@
-"""Which weights these are, wherever they lie: a digest of their names, types, shapes and numbers."""
+"""Identify weights in any place by a digest of their names, types, shapes and numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .weights import Weights
 
 
 def identify(weights: Weights) -> str:
-    """The digest of a teacher: of its tensors under timm's names, and of its norms' epsilon where the source says one.
+    """Return the digest of a teacher: its tensors under timm's names, and its norms' epsilon if the source gives one.
 
     The same tensors have the same digest in any file and any container, and in any order.
     """

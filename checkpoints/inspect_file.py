@@ -1,4 +1,4 @@
-"""Other people's files: what is in them, and their weights alone."""
+"""Show what is in other people's files, and extract their weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METADATA_WIDTH = 80
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` wrote."""
+    """The result of `extract`."""
 
     path: Path
     tensors: int
@@ -63,12 +63,12 @@ def describe_file(path: Path) -> list[str]:
 
 
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
-    """Writes one part's weights, under the names that the file gives them, to a .safetensors or torch file.
+    """Write one part's weights, under the names that the file gives them, to a .safetensors or torch file.
 
     Pretrained, optimiser, averages and settings stay behind. Tensors that share their numbers are written once each.
 
-    Raises CheckpointError: as `read_file` and `unwrap`; `out` is there, its suffix is of no container, or its container
-    cannot say what the source says of its model.
+    Raises CheckpointError: as `read_file` and `unwrap`; `out` exists, its suffix names no container, or its container
+    cannot hold the source's description of the model.
     """
     if out.suffix not in (*SAFE_SUFFIXES, *PICKLE_SUFFIXES):
         valid = ", ".join((*SAFE_SUFFIXES, *PICKLE_SUFFIXES))
@@ -87,10 +87,10 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
 
 
 def _contents(out: Path, weights: Weights, source: FileSource) -> tuple[JsonDict, dict[str, str]]:
-    """What is written, and its metadata: the model is prepared and built from it as from the source.
+    """Return what is written, with metadata from which the model is built as from the source.
 
     A torch file has no metadata. As MAE and DeiT write them, a dictionary around the weights stands for ImageNet's
-    normalisation; there is none for others.
+    normalisation; others have no such entry.
     """
     if out.suffix in SAFE_SUFFIXES:
         part = "" if source.part is None else f"#{source.part}"
@@ -119,7 +119,7 @@ def _holds(value: Any, kept: set[int]) -> bool:
 
 
 def _entries(tree: Json) -> list[str]:
-    """The top of the tree, where it is more than tensors by name."""
+    """Return the top of the tree, if it is more than tensors by name."""
     lines = []
     for key, value in tree.items():
         inner = sum(1 for _ in tensors_of(value))

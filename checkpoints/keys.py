@@ -1,4 +1,4 @@
-"""Which keys may be missing or unexpected when weights are loaded, and why."""
+"""Decide which keys may be missing or unexpected when weights are loaded, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Licenses of weights: a student carries the license of the weights it was made from."""
+"""Find the license of a student: it carries the license of the weights it was made from."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .pretrained import load_pretrained
 
 
 def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
-    """The model of any source, in eval mode and with gradients: a saved student (converted ones too), a teacher.
+    """Return the model of any source, in eval mode and with gradients: a student (converted ones too) or a teacher.
 
     A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
 

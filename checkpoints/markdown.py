@@ -1,4 +1,4 @@
-"""Text in Markdown that says itself: no HTML, no link, no end of a table's cell."""
+"""Escape text for Markdown: no HTML, no link, no end of a table's cell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plain(text: object) -> str:
 
 
 def code(value: object) -> str:
-    """A value in a line or a table cell, as code; nothing in it can end either."""
+    """Return a value as code for a line or a table cell; nothing in it can end either."""
     text = one_sentence(str(value)).replace("`", "'").replace("|", r"\|")
     return f"`{text}`" if text else "(empty)"
 

@@ -1,4 +1,4 @@
-"""Folders with a config.json and weights, on this disk or on the hub, in timm's layout or in transformers'."""
+"""Read folders with a config.json and weights, on this disk or on the hub, in timm's or transformers' layout."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ WEIGHTS_NAMES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
 MAX_CARD = 1 << 20
-"""Bytes of a model card; what a longer one says of its license is left out."""
+"""The longest model card in bytes; the license of a longer one is left out."""
 Find = Callable[[str], Path | None]
-"""The path of a file of the folder or repository by its name, None where it has none."""
+"""Returns the path of a file of the folder or repository by its name, None if it has none."""
 
 
 def read_folder(source: FolderSource) -> Weights:
-    """The model of a timm folder, or of a run: what is exported of its newest step, else its state.
+    """Return the model of a timm folder, or of a run: the export of its newest step, else its state.
 
     Raises CheckpointError: there is no such model, or the files are damaged.
     """
@@ -68,7 +68,7 @@ def read_folder(source: FolderSource) -> Weights:
         )
     if part == "best" and ((exported / CONFIG).is_file() or (state.parent / "last.safetensors").is_file()):
         raise CheckpointError(
-            f"the run {folder} has no best state, for nothing was scored in it; leave #best out"
+            f"the run {folder} has no best state, because nothing was scored in it; leave #best out"
         )
     raise CheckpointError(
         f"the folder {folder} has no {CONFIG} (a timm folder) and no {exported.name}/ or checkpoints/ (a run)"
@@ -76,7 +76,7 @@ def read_folder(source: FolderSource) -> Weights:
 
 
 def last_stage(folder: Path) -> Path | None:
-    """The run folder of the last stage that was begun, of a run of several stages; None for any other folder."""
+    """Return the run folder of the last started stage of a run with stages; None for any other folder."""
     if not (folder / STAGES_FILE).is_file():
         return None
     begun = {path.parent.name.partition("-")[0]: path.parent for path in folder.glob("*-*/config.yaml")}
@@ -85,7 +85,7 @@ def last_stage(folder: Path) -> Path | None:
 
 
 def _went_on(exported: Path, state: Path) -> bool:
-    """Whether the run has trained on since it exported its student."""
+    """Return whether the run has trained on since it exported its student."""
     step = _provenance(_config(exported / CONFIG), exported).get("step")
     try:
         return step is not None and int(read_meta(state)["position"]["step"]) > step
@@ -94,12 +94,12 @@ def _went_on(exported: Path, state: Path) -> bool:
 
 
 def _part_of(state: Content) -> Part:
-    """The model of a run's state that its score is of: the average where it holds one."""
+    """Return the model in a run's state that its score belongs to: the average if the state has one."""
     return "ema" if any(name.startswith("ema.") for name in state.tree) else "student"
 
 
 def read_hub(source: HubSource) -> Weights:
-    """The model of a hub repository in timm's layout, at `revision` or at the newest commit.
+    """Return the model of a hub repository in timm's layout, at `revision` or at the newest commit.
 
     Raises CheckpointError as `hub.explained`, or as `read_folder`.
     """
@@ -112,12 +112,12 @@ def read_hub(source: HubSource) -> Weights:
 
 
 def read_weights_file(source: FileSource) -> Weights:
-    """The weights in one file. Raises CheckpointError as `read_file` and `read_weights`."""
+    """Return the weights in one file. Raises CheckpointError as `read_file` and `read_weights`."""
     return read_weights(read_file(source.path), source.part)
 
 
 def loads_in_plain_timm(folder: Path) -> bool:
-    """Whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
+    """Return whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
     config = _config(folder / CONFIG)
     architecture, own = config.get("architecture"), _provenance(config, folder)
     plain = is_model(str(architecture)) and not is_ours(str(architecture))
@@ -134,7 +134,7 @@ def _existing(path: Path) -> Path | None:
 
 
 def _read(folder: Path, find: Find, origin: str) -> Weights:
-    """The model of a folder with a config.json: timm's own, or one of transformers."""
+    """Return the model of a folder with a config.json: timm's own, or one of transformers."""
     config = _config(folder / CONFIG)
     if "model_type" in config and "architecture" not in config:
         weights = _weights(find, (), origin, {**config, **_preprocessor(find)}, folder)
@@ -165,7 +165,7 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
 
 
 def _provenance(config: Json, folder: Path) -> JsonDict:
-    """What a student of this package says of its making."""
+    """Return the provenance that a student of this package records."""
     made = config.get(PROVENANCE) or {}
     if not isinstance(made, dict):
         raise CheckpointError(
@@ -186,7 +186,7 @@ def _config(path: Path) -> JsonDict:
 
 
 def _weights(find: Find, first: tuple[str, ...], origin: str, config: Json, folder: Path) -> Weights:
-    """The weights in the first file that is there: one file, or the index of several."""
+    """Return the weights in the first existing file: one file, or the index of several."""
     for name in (*first, *WEIGHTS_NAMES):
         path = find(name)
         if path is None:
@@ -197,7 +197,7 @@ def _weights(find: Find, first: tuple[str, ...], origin: str, config: Json, fold
 
 
 def _preprocessor(find: Find) -> JsonDict:
-    """How transformers prepares the images: image_mean, image_std and more, where the source says it."""
+    """Return how transformers prepares the images: image_mean, image_std and more, if the source gives them."""
     path = find("preprocessor_config.json")
     return {} if path is None else {"preprocessor": _config(path)}
 
@@ -210,7 +210,7 @@ def _with_license(described: Json, find: Find) -> JsonDict:
 
 
 def _card_license(card: Path | None) -> str | None:
-    """The license that a model card states in its YAML head."""
+    """Return the license in the YAML head of a model card."""
     if card is None:
         return None
     from huggingface_hub import ModelCard

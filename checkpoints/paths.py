@@ -11,17 +11,17 @@ from pathlib import Path
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether a file or folder of that name exists."""
+    """Return whether a file or folder of that name exists."""
     return os.path.exists(path)  # noqa: PTH110
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether it is a file."""
+    """Return whether it is a file."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether it is a folder."""
+    """Return whether it is a folder."""
     return os.path.isdir(path)  # noqa: PTH112
 
 

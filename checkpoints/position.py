@@ -1,4 +1,4 @@
-"""Position embeddings at another resolution.
+"""Resample position embeddings to another resolution.
 
 `timm`: bicubic with antialiasing, `timm.layers.resample_abs_pos_embed`. `mae`: plain bicubic with
 `align_corners=False`, as MAE's fine-tuning code does for square grids. The two differ slightly where a
@@ -37,7 +37,7 @@ def resample_position(position_1ND: Tensor, old: Grid, new: Grid, num_prefix: in
 
 
 def find_grid(num_patches: int, declared: Grid | None) -> Grid | None:
-    """The grid of `num_patches`: the declared one where it accounts for them, else a square, else None."""
+    """Return the grid of `num_patches`: the declared one if it has that many, else a square, else None."""
     if declared is not None and declared[0] * declared[1] == num_patches:
         return declared
     side = math.isqrt(max(num_patches, 0))

@@ -1,4 +1,4 @@
-"""How an image becomes a model's input: read from timm's description of weights, and written with them."""
+"""Describe how an image becomes a model's input: read it from timm's description of weights, and write it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model wants to see, under the names of timm's `pretrained_cfg`.
+    """The input of a model, under the names of timm's `pretrained_cfg`.
 
     Evaluation resizes an image so that `crop_pct` of a side is `input_size`, and crops by `crop_mode` (center, squash
     or border, as timm has them); values 0..1 are normalized by `mean` and `std`, one number a channel.
@@ -40,7 +40,7 @@ class Preprocessing:
 
     @classmethod
     def read(cls, described: Json, input_size: tuple[int, int, int] | None = None) -> Preprocessing:
-        """From timm's description of weights; timm's own defaults stand for what it does not say.
+        """Read timm's description of weights; use timm's defaults for missing fields.
 
         `input_size` is that of the model at hand. Another number of channels than the description's takes the mean and
         deviation of its first channel.
@@ -65,7 +65,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: nn.Module, **own: Any) -> Preprocessing:
-        """Of a timm model at its resolution, from its `pretrained_cfg`, with fields of `own` above that."""
+        """Read the `pretrained_cfg` of a timm model at its resolution; fields of `own` override it."""
         described = {**(getattr(model, "pretrained_cfg", None) or {}), **own}
         return cls.read(described, input_size(model, described))
 
@@ -92,7 +92,7 @@ class Preprocessing:
             )
 
     def described(self) -> JsonDict:
-        """As fields of timm's `pretrained_cfg`; JSON."""
+        """Return the fields of timm's `pretrained_cfg`; JSON."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
         }
@@ -103,7 +103,7 @@ class Preprocessing:
         return transform
 
     def describe(self) -> str:
-        """In words, for a plan or a log."""
+        """Return a description in words, for a plan or a log."""
         channels, height, width = self.input_size
         return (
             f"{channels}x{height}x{width}, mean {_numbers(self.mean)}, std {_numbers(self.std)}; "
@@ -128,5 +128,5 @@ def _by_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 def _numbers(values: Sequence[float]) -> str:
-    """One number where all are the same."""
+    """Return one number if all are the same."""
     return ", ".join(f"{value:g}" for value in (values if len(set(values)) > 1 else values[:1]))

@@ -130,7 +130,7 @@ Teacher, load_teacher = Pretrained, load_pretrained
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The model that weights belong to: how timm builds it, and the weights under its names."""
+    """A model that belongs to weights: how timm builds it, and the weights under its names."""
 
     architecture: str
     arguments: JsonDict
@@ -150,7 +150,7 @@ def plan_model(
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
 ) -> ModelPlan:
-    """The model for `weights`; the arguments are those of `load_pretrained`, `asked` its model_args.
+    """Return the model for `weights`; the arguments are those of `load_pretrained`, `asked` its model_args.
 
     Raises CheckpointError: the architecture is not known, or timm cannot build it so.
     """
@@ -203,16 +203,16 @@ def load_weights(
 
 @dataclass(frozen=True)
 class Head:
-    """The classes of a head."""
+    """The head of a model and its classes."""
 
     num_classes: int = 0
     """0 without a head."""
     label_names: tuple[str, ...] | None = None
-    """The classes in their order, where that is known."""
+    """Return the classes in their order, if that is known."""
 
 
 def find_head(source: str) -> Head:
-    """The head that the weights of a source have; of a timm name by its description.
+    """Return the head that the weights of a source have; for a timm name by its description.
 
     Raises CheckpointError as `load_pretrained`.
     """
@@ -224,7 +224,7 @@ def find_head(source: str) -> Head:
 
 
 def read_preprocessing(source: str) -> Preprocessing:
-    """What weights say of their images, without building their model; of a timm name nothing is downloaded.
+    """Return the preprocessing of weights without building their model; for a timm name download nothing.
 
     Raises CheckpointError as `load_pretrained`.
     """
@@ -246,7 +246,7 @@ def _described(weights: Weights) -> JsonDict:
 
 
 def read_source(text: str, arguments: Json, revision: str | None = None, *, download: bool = True) -> Weights:
-    """The weights of a source under timm's names, and all that it says of them.
+    """Return the weights of a source under timm's names, with everything that the source records about them.
 
     Raises CheckpointError: there is no such source, it cannot be read, or what it or `arguments` say of a model cannot
     be meant.
@@ -273,7 +273,7 @@ def _read_source(text: str, arguments: Json, revision: str | None, download: boo
 
 
 def _with_architecture(weights: Weights, model: str | None) -> Weights:
-    """The weights with an architecture: their own, the given one, or the one that their shapes show."""
+    """Return the weights with an architecture: their own, the given one, or the one that their shapes show."""
     own = weights.architecture
     if model is not None:
         check_name(model)
@@ -319,7 +319,7 @@ def _without_origin(config: Json, weights: Weights) -> JsonDict:
 
 
 def _num_classes(weights: Weights, classifiers: tuple[str, ...]) -> int:
-    """The number of classes of the head in the weights, 0 without a head.
+    """Return the number of classes of the head in the weights, 0 without a head.
 
     Raises CheckpointError: half of the head is missing, or the weights state another number.
     """
@@ -342,7 +342,7 @@ def _target_size(
     asked: Json,
     img_size: int | tuple[int, int] | None,
 ) -> tuple[Weights, tuple[int, int] | None]:
-    """The weights under timm's names with the size that they were trained at, and the size to build for."""
+    """Return the weights under timm's names with the size that they were trained at, and the size to build for."""
     name = split_model_name_tag(str(weights.architecture))[0]
     probe = build(name, arguments, on_meta=True, within=weights.tensors)
     weights = replace(weights, tensors=converted(probe, weights.tensors))

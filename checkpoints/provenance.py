@@ -1,4 +1,4 @@
-"""What a saved student says of its making: the `graftvit` entry of its config.json and of a run's states."""
+"""Record how a student was made: the `graftvit` entry of its config.json and of a run's states."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOT_RECIPE = ("output_dir", "engine")
 
 
 def of_teacher(teacher: Pretrained | None) -> JsonDict | None:
-    """A teacher as provenance, in JSON: where it is from, which weights it has, how it is built and shown images."""
+    """Return a teacher as provenance, in JSON: its source, its weights, its arguments and its preprocessing."""
     if teacher is None:
         return None
     known = {
@@ -54,13 +54,13 @@ def of_weights(source: str, report: LoadReport) -> JsonDict:
 
 
 def licenses(provenance: Json) -> list[str | None]:
-    """The licenses of all weights that a student learned from or started from; None is an unknown one."""
+    """Return the licenses of all weights that a student learned from or started from; None is an unknown one."""
     origins = [provenance.get(key) for key in ("teacher", "init")]
     return [origin.get("licence") for origin in origins if origin and isinstance(origin, Mapping)]
 
 
 def carried_license(provenance: Json) -> str | None:
-    """The license that a student carries from these weights; None where it is unknown or no single one holds."""
+    """Return the license that a student carries from these weights; None if it is unknown or no single one holds."""
     try:
         return carried(*licenses(provenance))
     except CheckpointError:
@@ -68,13 +68,13 @@ def carried_license(provenance: Json) -> str | None:
 
 
 def copies(provenance: Json) -> bool:
-    """Whether a student was trained with its teacher's attention in place of its own."""
+    """Return whether a student was trained with its teacher's attention in place of its own."""
     recipe = provenance.get("recipe")
     return isinstance(recipe, Mapping) and copied_by(recipe)
 
 
 def of_state(meta: Json, part: str) -> JsonDict:
-    """Of one part of a run, from the meta of its state: teacher and start, the recipe, what was measured."""
+    """Return the record of one part of a run, from the meta of its state: teacher, start, recipe, results."""
     config = dict(meta.get("config") or {})
     metrics = (meta.get("position") or {}).get("metrics") or {}
     data = config.get("data") or {}

@@ -1,4 +1,4 @@
-"""What of a student's config.json others may see: no path of this machine."""
+"""Remove from a student's config.json what others must not see: paths of this machine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _INSIDE = re.compile(r"(?<![\w.:/\\-])(?:~[\w-]*/|/|[A-Za-z]:[\\/])[^\s\"'<>|:,;
 
 
 def public(config: Json) -> JsonDict:
-    """A copy of a config in which each path is its last component."""
+    """Return a copy of a config in which each path is its last component."""
     return {key: _public(value, key) for key, value in config.items()}
 
 
 def public_text(text: str, key: str = "") -> str:
-    """The text without folders: `local-dir:/home/me/runs/a` as `local-dir:a`; a hub name as it is.
+    """Return the text without folders: `local-dir:/home/me/runs/a` as `local-dir:a`; a hub name as it is.
 
     `key` is the setting that the text stands in.
     """
@@ -43,6 +43,6 @@ def _public(value: Any, key: str) -> Any:
 
 
 def _last(path: str) -> str:
-    """The last component; of an address, without its query, which may hold a key."""
+    """Return the last component; for an address, without its query, which may hold a key."""
     path = path.partition("?")[0] if "://" in path else path
     return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]

@@ -1,4 +1,4 @@
-"""What the names of train modes in recorded recipes mean, for who reads a student without the package's engine."""
+"""Describe the train modes in recorded recipes, so that a student can be read without the package's engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..models.json_types import Json
 
 @dataclass(frozen=True)
 class RecordedMode:
-    """What a mode did to a student."""
+    """The effect of a mode on a student."""
 
     words: str
     transfers: bool = False
@@ -34,12 +34,12 @@ _UNKNOWN = RecordedMode("")
 
 
 def recorded_mode(recipe: Json) -> RecordedMode:
-    """What the mode of a recipe did; nothing for one that is not known here."""
+    """Return the effect of the recipe's mode; empty for an unknown mode."""
     return MODES.get(str(recipe.get("mode")), _UNKNOWN)
 
 
 def copied_by(recipe: Json) -> bool:
-    """Whether a run of this recipe put its teacher's attention in place of the student's."""
+    """Return whether a run of this recipe put its teacher's attention in place of the student's."""
     settings = recipe.get("transfer")
     if not isinstance(settings, Mapping) or not recorded_mode(recipe).transfers:
         return False

@@ -1,4 +1,4 @@
-"""Which paths are opened at all: regular files, and links only to where the folder itself would put them."""
+"""Open only regular files, and only links to where the folder itself would put them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = (
 def check_regular(
     path: Path, inside: Path | None = None, *, refusal: type[GraftError] = CheckpointError
 ) -> Path:
-    """The file that `path` leads to, every link resolved, without opening it.
+    """Return the file that `path` leads to, every link resolved, without opening it.
 
     Args:
         refusal: the error to raise.
@@ -71,7 +71,7 @@ def open_regular(path: Path, *, refusal: type[GraftError] = CheckpointError) -> 
 
 
 def read_regular(path: Path, *, limit: int = MAX_TEXT, refusal: type[GraftError] = CheckpointError) -> str:
-    """The text of a regular file of at most `limit` bytes, which is UTF-8.
+    """Return the text of a regular file of at most `limit` bytes of UTF-8.
 
     Raises `refusal` as `open_regular`, or: it is larger, or no such text.
     """

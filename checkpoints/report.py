@@ -1,4 +1,4 @@
-"""What loading did, in words: every key that was left out or left fresh, with the reason."""
+"""Describe in words what loading did: every key that was left out or left fresh, with the reason."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from .weights import Weights, as_pair
 def late_size(
     weights: Weights, asked: Json, img_size: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """The image size to take on after loading: of a converted or copying model of a known size, if one is asked for."""
+    """Return the image size to apply after loading: for a converted or copying model of known size, if requested."""
     wanted = img_size if img_size is not None else asked.get("img_size")
     known = weights.architecture in (CONVERTED, COPIED) and weights.img_size is not None
     return as_pair(wanted) if known and wanted is not None else None

@@ -1,4 +1,4 @@
-"""Where weights come from, as the user writes it, read into a typed source."""
+"""Parse where weights come from, as the user writes it, into a typed source."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ Source = TimmSource | HubSource | FolderSource | FileSource
 
 
 def parse_source(text: str) -> Source:
-    """Reads a source as the user gave it. A `Part` behind a path, such as `#ema`, picks one of the models in it.
+    """Parse a source as the user gave it. A `Part` behind a path, such as `#ema`, picks one of the models in it.
 
-    Raises CheckpointError: it is none of the known kinds, the file or folder is not there, or timm has
+    Raises CheckpointError: it is not of a known kind, the file or folder is not there, or timm has
     no such model; the sentence says what would be valid.
     """
     prefix, colon, rest = text.partition(":")

@@ -1,4 +1,4 @@
-"""The states that a run keeps: last, the one before it, and the best."""
+"""Keep the states of a run: the last, the one before it, and the best."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StateFolder:
             if not self._last_is_whole:
                 self._last_is_whole = _is_whole(self.last)
             write_state(self._incoming, state)
-        with self._guard():  # again, for writing takes long
+        with self._guard():  # again, because writing takes long
             if self._last_is_whole:
                 with suppress(FileNotFoundError):  # an attempt that was given up has renamed it
                     self.last.replace(self.previous)
@@ -112,14 +112,14 @@ class StateFolder:
         return None
 
     def peek(self) -> JsonDict | None:
-        """The JSON part of what `load` would read, as far as the files' headers tell; None where there is none."""
+        """Return the JSON part of what `load` would read, judged by the files' headers; None without a state."""
         for path in self._candidates():
             with suppress(CheckpointError):
                 return read_meta(path)
         return None
 
     def _candidates(self) -> Iterator[Path]:
-        """The states to go on from, the best first.
+        """Return the states to resume from, the best first.
 
         A process that died between the two renames leaves the newest whole state without a name.
         """

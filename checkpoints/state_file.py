@@ -36,7 +36,7 @@ _CHUNK = 1 << 22
 
 @dataclass
 class TrainingState:
-    """What a run needs to go on: tensors by flat name, and JSON (tuples come back as lists)."""
+    """What a run needs to resume: tensors by flat name, and JSON (tuples come back as lists)."""
 
     tensors: dict[str, Tensor]
     meta: JsonDict
@@ -64,7 +64,7 @@ def write_state(path: Path, state: TrainingState) -> None:
 
 
 def read_state(path: Path) -> TrainingState:
-    """The state in `path`, after its digest was checked.
+    """Return the state in `path`, after a check of its digest.
 
     Raises CheckpointError naming the file: missing, no training state, truncated, or changed since.
     """
@@ -82,7 +82,7 @@ def read_state(path: Path) -> TrainingState:
 
 
 def read_meta(path: Path) -> JsonDict:
-    """The JSON part of the state in `path`, from its header alone: whether the tensors are whole is not looked at.
+    """Return the JSON part of the state in `path`, from its header alone; do not check the tensors.
 
     Raises CheckpointError naming the file: missing, no training state, or cut short.
     """
@@ -93,7 +93,7 @@ def read_meta(path: Path) -> JsonDict:
 
 
 def _meta(metadata: Mapping[str, str]) -> JsonDict:
-    """The JSON part of a state. Raises ValueError, KeyError or RecursionError where there is no valid one."""
+    """Return the JSON part of a state. Raises ValueError, KeyError or RecursionError if it is not valid."""
     meta = json.loads(metadata[META_KEY])
     if not isinstance(meta, dict):
         raise ValueError(f"its {META_KEY} is no table")
@@ -110,7 +110,7 @@ def check_state(path: Path) -> None:
 
 
 def is_state(metadata: Mapping[str, str] | None) -> bool:
-    """Whether the metadata of a safetensors file are those of a training state."""
+    """Return whether the metadata of a safetensors file are those of a training state."""
     return metadata is not None and META_KEY in metadata
 
 
@@ -137,7 +137,7 @@ def _check_digest(path: Path, file: BinaryIO) -> None:
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> bytes:
-    """All before the tensors: eight bytes for the length of the JSON header, and the header."""
+    """Return all before the tensors: eight bytes for the length of the JSON header, and the header."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
@@ -147,7 +147,7 @@ def _header(path: Path, file: BinaryIO, size: int) -> bytes:
 
 
 def _digest_position(header: bytes) -> int | None:
-    """Where the digest's 64 characters are; JSON escapes quotes inside strings, so the mark is there once."""
+    """Return where the digest's 64 characters are; JSON escapes quotes inside strings, so the mark is there once."""
     found = header.find(_MARK)
     if found < 0 or found + len(_MARK) + 64 > len(header):
         return None

@@ -1,4 +1,4 @@
-"""Writing a student as a timm folder, which timm loads without this package where it has the architecture."""
+"""Write a student as a timm folder; timm loads it without this package if it has the architecture."""
 
 from __future__ import annotations
 

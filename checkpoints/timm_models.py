@@ -1,4 +1,4 @@
-"""Building a timm model for weights, and what timm publishes under a name."""
+"""Build a timm model for weights, and find what timm publishes under a name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAFE_NAMES = {
     "pytorch_model.bin": "model.safetensors",
     "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
 }
-"""The safetensors file that the hub may have in place of a pickle of the usual name."""
+"""Return the safetensors file that the hub may have in place of a pickle of the usual name."""
 
 
 def build(
@@ -46,10 +46,10 @@ def build(
     on_meta: bool = False,
     within: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """A fresh timm model; the global random state stays as it was. On the meta device it has no memory.
+    """Return a fresh timm model; keep the global random state. On the meta device it has no memory.
 
     Args:
-        within: the weights that it is built for, where what they say of themselves is not to be trusted.
+        within: the weights that it is built for, if their description of the model cannot be trusted.
 
     Raises CheckpointError in the constructor's words where it refuses the arguments, for one that names a file to
     load, and for a model that is far larger than `within`.
@@ -84,7 +84,7 @@ def check_name(name: str) -> None:
 
 
 def is_ours(architecture: str) -> bool:
-    """Whether timm has an architecture only where this package is installed."""
+    """Return whether timm has an architecture only if this package is installed."""
     name = split_model_name_tag(architecture)[0]
     return (
         is_model(name)
@@ -99,7 +99,7 @@ def published_config(name: str) -> JsonDict:
 
 
 def read_timm(source: TimmSource, arguments: Json, *, download: bool = True) -> Weights:
-    """The published weights under a timm name, as timm itself converts them; those of the hub at `revision`.
+    """Return the published weights under a timm name, as timm itself converts them; those of the hub at `revision`.
 
     Without `download` their shapes alone, on the meta device.
 
@@ -152,7 +152,7 @@ def _published(source: TimmSource, keywords: Json) -> PretrainedCfg:
 
 
 def _weights_config(name: str, keywords: Json) -> PretrainedCfg:
-    """Where timm has the weights of a name, with what the caller puts over it."""
+    """Return where timm has the weights of a name, with the caller's overrides."""
     architecture, tag = split_model_name_tag(name)
     given = {key: value for key, value in keywords.items() if key.startswith("pretrained_cfg")}
     known = get_pretrained_cfg(name)
@@ -170,7 +170,7 @@ def _weights_config(name: str, keywords: Json) -> PretrainedCfg:
 
 
 def _from_hub(config: PretrainedCfg, revision: str | None) -> Path | None:
-    """The weights file of a repository of the hub, None where timm takes the weights from elsewhere."""
+    """Return the weights file of a repository of the hub, None if timm takes the weights from elsewhere."""
     if not _is_on_hub(config):
         return None
     repository, _, own = str(config.hf_hub_id).partition("@")
@@ -206,7 +206,7 @@ def converted(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def known_fields(config: Json) -> JsonDict:
-    """The part of a description that this timm's `PretrainedCfg` takes, without places to load from."""
+    """Return the part of a description that this timm's `PretrainedCfg` takes, without places to load from."""
     fields = {field.name for field in dataclasses.fields(PretrainedCfg)} - {
         "url",
         "file",

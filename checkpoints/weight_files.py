@@ -1,4 +1,4 @@
-"""Weights files, read without ever running what is in them; the bytes tell the container, never the name."""
+"""Read weights files without ever running their content; the bytes determine the container, never the name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLAIN_OBJECTS: list[Any] = [
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds, as it is: a tree of dicts from a .pth, flat tensors from a .safetensors or .npz."""
+    """The content of a file, as it is: a tree of dicts from a .pth, flat tensors from a .safetensors or .npz."""
 
     path: Path
     tree: JsonDict
@@ -80,7 +80,7 @@ def _read_safe(path: Path, metadata: dict[str, str]) -> Content:
 
 
 def read_torch(path: Path, kind: Kind) -> JsonDict:
-    """The tree in a torch file that `outline` has checked.
+    """Return the tree in a torch file that `outline` has checked.
 
     Of an archive only those numbers are read that are used: an optimizer's stay on the disk.
     """

@@ -1,4 +1,4 @@
-"""Weights with all that their source says of them: what every reader returns and every loader takes."""
+"""Hold weights with everything that their source records: every reader returns it, every loader takes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Weights:
     notes: tuple[str, ...] = ()
     """Sentences for the report."""
     provenance: Json = field(default_factory=dict)
-    """What a student of this package says of its making: teacher, recipe, results (`provenance.py`)."""
+    """The provenance of a student of this package: teacher, recipe, results (`provenance.py`)."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Keys of the source that its format has no use for, and why."""
 

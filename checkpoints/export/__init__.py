@@ -1,1 +1,1 @@
-"""Models as graphs that other runtimes run: ONNX and torch.export."""
+"""Export models as graphs that other runtimes run: ONNX and torch.export."""

@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the model computes, on several shapes."""
+"""Check that an exported file computes what the model computes, for several shapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ExportFailedError(CheckpointError, RunFailedError):
 def shapes_to_check(
     channels: int, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str]
 ) -> list[Shape]:
-    """The shapes to compare on; the last one, to trace with, is not of the model's own resolution if that is free.
+    """Return the shapes to compare; the last one, for tracing, differs from the model's resolution if that is free.
 
     A free resolution is checked on the model's own grid, on one with fewer rows, and on a larger one.
     """
@@ -46,7 +46,7 @@ def example_images(shape: Sequence[int]) -> Tensor:
 
 
 def compare(model: nn.Module, path: Path, kind: Format, shapes: Sequence[Shape], tolerance: float) -> float:
-    """The largest relative error of the file against the model, over all images of all `shapes`.
+    """Return the largest relative error of the file against the model, over all images of all `shapes`.
 
     Raises ExportFailedError: it is above `tolerance`, the model gives numbers that are not finite, or the file
     does not run.
@@ -75,7 +75,7 @@ def compare(model: nn.Module, path: Path, kind: Format, shapes: Sequence[Shape],
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
-    """The largest ‖output − reference‖ / ‖reference‖ of an image; infinite where it is not a number."""
+    """Return the largest ‖output − reference‖ / ‖reference‖ of an image; infinite if it is not a number."""
     if output.shape != reference.shape or not output.isfinite().all():
         return float("inf")
     difference = (output - reference).double().flatten(1).norm(dim=1)

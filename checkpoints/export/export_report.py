@@ -1,4 +1,4 @@
-"""What an exported file says of itself, and what is reported of the export."""
+"""Write the metadata of an exported file, and report the export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ExportReport:
     """`path`, and the file of its weights where an ONNX model is too large for one file."""
     format: Format
     opset: int | None
-    """Of ONNX."""
+    """The opset of ONNX."""
     output: str
     """"logits", or "features" of a model without a head."""
     dynamic: tuple[Dynamic, ...]
@@ -39,7 +39,7 @@ class ExportReport:
     metadata: Mapping[str, str]
 
     def lines(self) -> list[str]:
-        """The report as text."""
+        """Return the report as text."""
         kind = "torch.export" if self.format == "torch" else f"ONNX, opset {self.opset}"
         sizes = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in self.files)
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.checked)
@@ -53,7 +53,7 @@ class ExportReport:
 
 
 def provenance_words(teacher: Pretrained) -> dict[str, str]:
-    """Where a model comes from and how its images are cropped, for its file; no path of this machine."""
+    """Return the source of a model and the cropping of its images, for its file; without a path of this machine."""
     images = teacher.preprocessing
     facts = {
         "crop_pct": f"{images.crop_pct:g}",
@@ -71,7 +71,7 @@ def words_of(
     model: nn.Module, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str],
     mean: Sequence[float] | None, std: Sequence[float] | None, normalise: bool,
 ) -> dict[str, str]:  # fmt: skip
-    """What the file says of itself."""
+    """Return the metadata of the file."""
     channels = channels_of(model)
     pixels = f"{size[0]} x {size[1]}"
     if "resolution" in dynamic:

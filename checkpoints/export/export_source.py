@@ -1,4 +1,4 @@
-"""Exporting a model to ONNX or torch.export: checked against the model itself before there is a file."""
+"""Export a model to ONNX or torch.export: compare the graph with the model before the file is put in place."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def export_model(
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes `model` in float32 as a function of `images` (B, 3, H, W), and its weights, to one file.
+    """Write `model` in float32 as a function of `images` (B, 3, H, W), and its weights, to one file.
 
-    Nothing is put at `path` before the file, loaded anew and run on several shapes, gives what the model gives.
+    Put the file at `path` only after it was loaded again and gave the output of the model for several shapes.
 
     Args:
         format: "onnx" or "torch"; by default what the suffix of `path` says, .onnx or .pt2.
@@ -140,7 +140,7 @@ def export_model(
 def check_export(
     path: Path, wanted: str | None, dynamic: Collection[str], opset: int | None, tolerance: float, overwrite: bool
 ) -> Format:  # fmt: skip
-    """The format; raises CheckpointError for what can be seen before a model is loaded."""
+    """Return the format; raise CheckpointError for errors that need no model to be loaded."""
     kind = format_of(path, wanted)
     for name in dynamic:
         if name not in get_args(Dynamic):
@@ -160,7 +160,7 @@ def check_export(
 
 
 def _of_any_size(teacher: Pretrained) -> nn.Module:
-    """The teacher's model as timm builds it for images of any size, with the same weights."""
+    """Return the teacher's model as timm builds it for images of any size, with the same weights."""
     model = build(teacher.architecture, {**teacher.model_args, "dynamic_img_size": True})
     model.load_state_dict(teacher.model.state_dict(), assign=True)
     return model.eval().requires_grad_(False)
@@ -169,7 +169,7 @@ def _of_any_size(teacher: Pretrained) -> nn.Module:
 def _sizes(
     model: nn.Module, image_size: int | tuple[int, int] | None, dynamic: Collection[str]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The resolution, and that of a patch. Raises CheckpointError where the model takes another one."""
+    """Return the image and patch resolution. Raises CheckpointError if the model takes another one."""
     own = families.image_size(model)
     patch = families.patch_size(model)
     size = as_pair(image_size) if image_size is not None else own
@@ -188,7 +188,7 @@ def _sizes(
 
 @contextmanager
 def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode, in float32 on the CPU; a copy where it is not there."""
+    """Return the model in eval mode, in float32 on the CPU; a copy if it is elsewhere."""
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         model = copy.deepcopy(model).to("cpu", torch.float32)
@@ -197,7 +197,7 @@ def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _place_data(temporary: Path, path: Path) -> None:
-    """Puts the weights beside an ONNX file in place; the old file goes first, for it would read the new ones."""
+    """Put the weights beside an ONNX file in place; remove the old file first, because it would read the new ones."""
     if not data_file(temporary).exists() and not data_file(path).exists():
         return
     path.unlink(missing_ok=True)

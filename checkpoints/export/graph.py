@@ -1,4 +1,4 @@
-"""From a model to a graph of `torch.export`: which sizes stay free, and what must be told torch for that."""
+"""Turn a model into a graph of `torch.export`, and tell torch which sizes stay free."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_PATCHES = 2**14
 
 
 class Normalized(nn.Module):
-    """A model of images in 0..1 around one of normalised images."""
+    """A model that takes images in 0..1 and normalizes them for the model inside."""
 
     mean: Tensor
     std: Tensor
@@ -42,7 +42,7 @@ class Normalized(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """What the model gives for `images` (B, 3, H, W) of values 0..1."""
+        """Return the model's output for `images` (B, 3, H, W) of values 0..1."""
         output: Tensor = self.model((images - self.mean) / self.std)
         return output
 
@@ -79,7 +79,7 @@ def check_dynamic(model: nn.Module, dynamic: Collection[str]) -> None:
 def trace(
     model: nn.Module, example: Tensor, dynamic: Collection[str], patch_size: tuple[int, int]
 ) -> ExportedProgram:
-    """The graph of `model` for images like `example` (B, 3, H, W), with the sizes of `dynamic` left free.
+    """Return the graph of `model` for images like `example` (B, 3, H, W), with the sizes of `dynamic` left free.
 
     `example` must not be of the model's own resolution where that is left free: torch would take it for given.
 
@@ -150,7 +150,7 @@ def _without_types(graph: ExportedProgram) -> ExportedProgram:
 
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """No branch on the size of the example, which would become that of every image, and no region of autocast."""
+    """Trace without branches on the size of the example, which would hold for every image, and without autocast."""
     with contextlib.ExitStack() as stack:
         # timm asks torch whether it is being exported, which torch before 2.7 cannot say
         stack.enter_context(mock.patch.object(timm.layers.pos_embed, "is_exporting", _yes))

@@ -1,4 +1,4 @@
-"""The files of an exported graph, ONNX and torch's own: writing one, and running it as its users would."""
+"""Write the file of an exported graph, ONNX or torch's own, and run it as its users would."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Format = Literal["onnx", "torch"]
 SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch"}
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 OLDEST_OPSET = 18
-"""The first that resamples as torch does, with antialiasing."""
+"""The first opset that resamples as torch does, with antialiasing."""
 ONE_FILE_BYTES = 2**31 - 2**27
-"""Above this the weights stand beside the .onnx file: protobuf ends at 2 GiB."""
+"""Above this size the weights are beside the .onnx file: protobuf ends at 2 GiB."""
 METADATA_FILE = "graftvit.json"
 Run = Callable[[Tensor], Tensor]
 
 
 def format_of(path: Path, wanted: str | None) -> Format:
-    """The format that the suffix of `path` says. Raises CheckpointError: it says none, or not the wanted one."""
+    """Return the format of the suffix of `path`. Raises CheckpointError: it has none, or not the requested one."""
     if wanted is not None and wanted not in get_args(Format):
         raise CheckpointError(f"format={wanted!r} is unknown; {did_you_mean(str(wanted), get_args(Format))}")
     found = SUFFIXES.get(path.suffix)
@@ -55,7 +55,7 @@ def check_onnx(opset: int | None) -> None:
 
 
 def data_file(path: Path) -> Path:
-    """Where the weights of the ONNX file `path` stand if not in it."""
+    """Return the file of the weights of the ONNX file `path`, if they are not in it."""
     return path.with_name(f"{path.name}.data")
 
 
@@ -90,7 +90,7 @@ def write_torch(graph: ExportedProgram, path: Path, metadata: Mapping[str, str])
 
 
 def run_onnx(path: Path) -> Run:
-    """The function in an ONNX file, run by onnxruntime on the CPU."""
+    """Return the function in an ONNX file, run by onnxruntime on the CPU."""
     onnxruntime: Any = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
@@ -99,7 +99,7 @@ def run_onnx(path: Path) -> Run:
 
 
 def run_torch(path: Path) -> Run:
-    """The function in a file of torch.export."""
+    """Return the function in a file of torch.export."""
     with quiet():
         module = torch.export.load(path).module()
     return lambda images: module(images)
@@ -111,7 +111,7 @@ def _weight_bytes(graph: ExportedProgram) -> int:
 
 
 def _name_sizes(graph: Any) -> None:
-    """Free sizes under names that say what they are, for torch calls them s0 or s77."""
+    """Give free sizes names that explain them, because torch calls them s0 or s77."""
     [images] = graph.inputs
     names: dict[str, str] = {}
     for size, name in zip(images.shape, ("batch", "", "grid_height", "grid_width"), strict=True):
@@ -128,5 +128,5 @@ def _name_sizes(graph: Any) -> None:
 
 
 def _symbol(size: Any) -> str:
-    """The expression of a free size, empty for a number."""
+    """Return the expression of a free size, empty for a number."""
     return "" if isinstance(size, int) else str(getattr(size, "value", None) or "")

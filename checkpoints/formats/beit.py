@@ -1,4 +1,4 @@
-"""The key map of BEiT and BEiTv2, whose parts are named as in timm."""
+"""Map the keys of BEiT and BEiTv2, whose parts have timm's names."""
 
 from __future__ import annotations
 

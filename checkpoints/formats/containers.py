@@ -1,4 +1,4 @@
-"""What wraps the tensors in a file: dictionaries by the entry that holds the weights, and which part is asked for."""
+"""Unwrap the tensors of a file: find the entry that holds the weights, and the requested part."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .prefixes import one_model
 from .training_state import read_state_weights
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DDP and torch.compile put before every name."""
+"""The prefix that DDP and torch.compile put before every name."""
 INNER_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-"""What FSDP, activation checkpointing and torch.compile put anywhere into a name."""
+"""Parts that FSDP, activation checkpointing and torch.compile put anywhere into a name."""
 BEIT2_NOTE = NOTE + "ImageNet's, as BEiTv2 trains"
 
 
 @dataclass(frozen=True)
 class Container:
-    """Where each part is kept; the first part is the one that such files are used for."""
+    """The entry of each part; the first part is the default."""
 
     name: str
     parts: Mapping[Part, str]
     described: Json = field(default_factory=dict)
-    """What such files were trained with, unless their keys or their config say otherwise."""
+    """The images that such files were trained with, unless their keys or their config differ."""
     note: str = ""
     """Says so in the report."""
 
@@ -59,7 +59,7 @@ DICTIONARIES = (
 
 
 def unwrap(content: Content, part: Part | None) -> Weights:
-    """The tensors of `part` under the names that the file gives them; the default part for None.
+    """Return the tensors of `part` under the file's own names; the default part for None.
 
     Raises CheckpointError: the file holds no weights in a known place, or no such part.
     """
@@ -79,7 +79,7 @@ def _listed(seen: Mapping[Part, None]) -> str:
 
 
 def _entry(content: Content, part: Part | None, seen: dict[Part, None]) -> Weights:
-    """The dictionary of tensors in the file, and what the file says of it."""
+    """Return the dictionary of tensors in the file, and the file's metadata about it."""
     origin, tree = str(content.path), content.tree
     for kind in DICTIONARIES:
         present = {name: key for name, key in kind.parts.items() if _is_weights(tree.get(key))}
@@ -108,7 +108,7 @@ def _entry(content: Content, part: Part | None, seen: dict[Part, None]) -> Weigh
 
 
 def _timm_name(arch: Any) -> str | None:
-    """What a training file calls its architecture, where timm calls it so too (MoCo-v3's `vit_base` is not)."""
+    """Return a training file's architecture, if its name is timm's too (MoCo-v3's `vit_base` is not)."""
     return arch if isinstance(arch, str) and is_model(split_model_name_tag(arch)[0]) else None
 
 

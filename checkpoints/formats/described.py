@@ -1,4 +1,4 @@
-"""What a file of bare tensors says of its model in its metadata, where `graftvit checkpoint` took it out of another."""
+"""Read the model's description from the metadata of a file of bare tensors that `graftvit checkpoint` wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The key map of Google's flax ViTs: vit_jax's and big_vision's archives, SigLIP's image tower among them.
+"""Map the keys of Google's flax ViTs: archives of vit_jax and big_vision, and SigLIP's image tower.
 
 Kernels are (in, out) there, those of queries, keys and values (C, H, D), and the patches' (height, width, in, out).
 """

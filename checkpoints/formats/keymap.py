@@ -1,4 +1,4 @@
-"""Key maps: what other libraries call the parts of a vision transformer, in timm's names.
+"""Apply key maps: rename the parts of a vision transformer from other libraries to timm's names.
 
 A map is data, and `apply` is the only code that reads it. A new family is one more row of `table.KEY_MAPS`.
 """

@@ -1,4 +1,4 @@
-"""What images a family was trained on: the mean and the standard deviation that they were normalised by."""
+"""Give the mean and the standard deviation of the images that a family was trained on."""
 
 from __future__ import annotations
 

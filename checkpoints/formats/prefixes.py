@@ -1,4 +1,4 @@
-"""Files that hold several models in one dictionary, told apart by the prefix of their names."""
+"""Read files that hold several models in one dictionary, distinguished by the prefix of their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a file holds to weights under timm's names."""
+"""Turn the content of a file into weights under timm's names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEY_MAPS: tuple[KeyMap, ...] = (*TRANSFORMERS_MAPS, *RESEARCH_MAPS)
 
 
 def read_weights(content: Content, part: Part | None = None, config: Json | None = None) -> Weights:
-    """The weights in a file: the container gives the asked part, the table of key maps its names.
+    """Return the weights in a file: unwrap the requested part, and rename its keys by the table of key maps.
 
     `part` None is the one that the kind of file is published for. `config` is what lay beside the file.
 

@@ -1,4 +1,4 @@
-"""The weights in a training state of this package."""
+"""Read the weights in a training state of this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, through its own client and cache."""
+"""Download files from the Hugging Face hub, through its own client and cache."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _obtain(repository: str, filename: str, revision: str | None) -> Path | None
 
 
 def _is_current(path: Path, repository: str, filename: str, revision: str | None) -> bool:
-    """Whether the hub still has a cached file at its branch; also true, with a warning, if it does not answer."""
+    """Return whether the hub still has a cached file at its branch; true, with a warning, if it does not answer."""
     url = hf_hub_url(repository, filename, revision=revision)
     try:
         return get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).commit_hash == commit_of(path)

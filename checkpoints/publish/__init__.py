@@ -1,1 +1,1 @@
-"""What goes to the Hugging Face hub: a student's folder, its model card, its license."""
+"""Publish to the Hugging Face hub: a student's folder, its model card, its license."""

@@ -1,4 +1,4 @@
-"""The model card of a student: metadata that the hub reads, and what is known of its making in plain words."""
+"""Write the model card of a student: metadata that the hub reads, and how the student was made, in plain words."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ METRICS = {"top1": "Top-1 accuracy (%)", "top5": "Top-5 accuracy (%)"}
 
 
 def student_card(config: Json, facts: CardFacts) -> str:
-    """The text of README.md for a student with this config.json. No path of this machine is in it."""
+    """Return README.md for a student with this config.json, without any path of this machine."""
     config = public(config)
     head = _metadata(config, facts).to_yaml()
     return str(ModelCard(f"---\n{head}\n---\n{MARKER}\n\n{body(config, facts)}"))
 
 
 def is_generated(card: str) -> bool:
-    """Whether a card is one of ours that nobody has taken over: it may be replaced."""
+    """Return whether a card is generated and unedited: it may be replaced."""
     return MARKER in card
 
 
 def hub_name(source: str) -> str | None:
-    """The hub repository of a source of weights, None for a local one and for one that timm has elsewhere."""
+    """Return the hub repository of a source of weights, None for a local one and for one that timm has elsewhere."""
     if source.startswith(("hf-hub:", "hf_hub:")):
         return source.partition(":")[2].partition("@")[0]
     try:
@@ -61,7 +61,7 @@ def _metadata(config: Json, facts: CardFacts) -> ModelCardData:
 
 
 def _bases(made: Json) -> JsonDict:
-    """The hub's repositories that the student learned from or started from.
+    """Return the hub's repositories that the student learned from or started from.
 
     The hub knows adapters, merges, quantized models and finetunes; whole weights that were trained on what
     others give are the last.

@@ -1,4 +1,4 @@
-"""What a run did, in the words and tables of a model card."""
+"""Describe a run in the words and tables of a model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OFF = {"layer_decay": 1}
 """The value with which a setting does nothing, where it is not 0."""
 _WORDS = {"opt": "timm's", "aa": "policy", "clip_grad": "gradients clipped to", "reprob": "erasing"}
 MATCHES = {
-    "output": "what the attention puts out",
+    "output": "the output of the attention",
     "map": "the attention map, exactly",
     "probes": "the attention map, as random probes see it",
     "rows": "cross-entropy of sampled rows of the attention map",
@@ -23,13 +23,13 @@ DescribeTransfer = Callable[[Json], Rows]
 
 
 def section(config: Json, name: str) -> Json:
-    """A section of a config, empty where it is absent or is none."""
+    """Return a section of a config, empty if it is absent or not a section."""
     found = config.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def lesson_rows(recipe: Json, describe: DescribeTransfer) -> Rows:
-    """What was taken from the teacher; nothing for a run that was not taught."""
+    """Return what was taken from the teacher; empty for a run without a teacher."""
     mode = recorded_mode(recipe)
     if mode.matches:
         match = section(recipe, "align").get("match")
@@ -44,7 +44,7 @@ def plain_transfer(settings: Json) -> Rows:
 
 
 def recipe_rows(recipe: Json) -> Rows:
-    """The settings of a run that people ask for first; those that are not recorded are left out."""
+    """Return the settings of a run that people ask for first; those that are not recorded are left out."""
     data, optim, student = (section(recipe, name) for name in ("data", "optim", "student"))
     mode = str(recipe.get("mode", ""))
     rows = [
@@ -63,13 +63,13 @@ def recipe_rows(recipe: Json) -> Rows:
 
 
 def table(rows: Iterable[tuple[str, ...]], *head: str) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head or ("", ""), tuple("---" for _ in head or ("", "")), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def number(value: object) -> str:
-    """A number the way people write it; anything else as code."""
+    """Return a number as people write it; anything else as code."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f"{value:g}" if known else code(value)
 

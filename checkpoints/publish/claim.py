@@ -1,4 +1,4 @@
-"""Under which license a student is published: what its weights carry, what the user names, what a card says."""
+"""Find the license of a published student: from its weights, the user and an existing card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Claim:
 
 
 def claim_license(config: Json, named: str | None, *, confirmed: bool) -> Claim:
-    """The license of a student with this config.json: the one that is `named`, else the one that it carries.
+    """Return the license of a student with this config.json: the `named` one, else the one that it carries.
 
     Raises CheckpointError: as `carried`, `check_named` and `check_shareable`.
     """
@@ -44,7 +44,7 @@ def claim_license(config: Json, named: str | None, *, confirmed: bool) -> Claim:
 
 
 def license_of_card(card: str, claim: Claim, place: str) -> str | None:
-    """The license of a student whose card somebody wrote. `place` says which card it is.
+    """Return the license of a student whose card somebody wrote. `place` says which card it is.
 
     Raises CheckpointError: its head is no YAML; and unless it is confirmed: it names no license although the
     student carries one, a laxer one, or another one than the user does.
@@ -68,7 +68,7 @@ def license_of_card(card: str, claim: Claim, place: str) -> str | None:
 
 
 def _sources(config: Json) -> tuple[str | None, ...]:
-    """What the config records of the weights that the student was made from.
+    """Return what the config records about the weights that the student was made from.
 
     The license of the weights themselves answers for an origin that is unknown, for the writer knew it.
     """

@@ -1,4 +1,4 @@
-"""The sections of a model card, from a student's config.json; what is not recorded is left out or called unknown."""
+"""Write the sections of a model card from a student's config.json; leave out or call unknown what is not recorded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CardFacts:
 
 
 def body(config: Json, facts: CardFacts) -> str:
-    """All sections as Markdown. `config` holds no path of this machine any more (`public`)."""
+    """Return all sections as Markdown. `config` holds no path of this machine any more (`public`)."""
     sections = {
         f"# {facts.name}": _summary(config, facts),
         "## How to load": _loading(config, facts),
@@ -55,7 +55,7 @@ def body(config: Json, facts: CardFacts) -> str:
 
 
 def load_lines(config: Json, facts: CardFacts) -> list[str]:
-    """The three lines of Python that load the model from the hub, by timm alone where it can."""
+    """Return the three lines of Python that load the model from the hub, with timm alone if possible."""
     source = json.dumps(f"hf-hub:{facts.repository}" + (f"@{facts.revision}" if facts.revision else ""))
     prepared = "timm.data.resolve_model_data_config(model)"
     transform = f"transform = timm.data.create_transform(**{prepared}, is_training=False)"

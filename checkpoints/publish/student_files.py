@@ -1,4 +1,4 @@
-"""What of a student's folder would go to the hub: its files, its card, its license. Nothing is sent here."""
+"""Collect what would go to the hub from a student's folder: files, card, license. Send nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def plan_upload(
     dataset_name: str | None = None,
     describe_transfer: DescribeTransfer = plain_transfer,
 ) -> Upload:
-    """What `push_student` would send; works without a network.
+    """Return what `push_student` would send; works without a network.
 
     Args:
         folder: a student folder: config.json and weights in safetensors.
@@ -85,7 +85,7 @@ def plan_upload(
         dataset_name: what to call the data of the results in the card.
         describe_transfer: the card's rows for what was taken from the teacher.
 
-    Raises CheckpointError: the folder holds no whole student, the name is none, a file is a link that leads
+    Raises CheckpointError: the folder holds no whole student, the name is invalid, a file is a link that leads
     out of the folder, or the license is refused.
     """
     _check_repository(repository)
@@ -136,7 +136,7 @@ def _config(folder: Path) -> JsonDict:
     if not (folder / CONFIG).is_file():
         runs = [name for name in ("student", "student_ema") if (folder / name / CONFIG).is_file()]
         hint = f"it is a run, push {folder / runs[0]}" if runs else "a finished run writes one"
-        raise CheckpointError(f"{folder} is no student folder, for it has no {CONFIG}: {hint}")
+        raise CheckpointError(f"{folder} is not a student folder, because it has no {CONFIG}: {hint}")
     try:
         config = json.loads(read_regular(_inside(folder, CONFIG)))
     except (ValueError, RecursionError) as error:
@@ -147,7 +147,7 @@ def _config(folder: Path) -> JsonDict:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files with the weights, each of them whole."""
+    """Return the files with the weights, after checking each."""
     if (folder / WEIGHTS).exists():
         return [_inside(folder, WEIGHTS)]
     if (folder / INDEX).exists():
@@ -188,7 +188,7 @@ def _parameters(path: Path) -> int:
 
 
 def _own_card(folder: Path) -> str | None:
-    """The card of the folder if a person wrote or edited it."""
+    """Return the card of the folder if a person wrote or edited it."""
     if not (folder / CARD).exists():
         return None
     card = read_regular(_inside(folder, CARD))

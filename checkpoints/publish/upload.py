@@ -1,4 +1,4 @@
-"""Sending a student to the hub in one commit, with one sentence for what goes wrong on the way."""
+"""Send a student to the hub in one commit, with one sentence for each failure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What became of a push."""
+    """The result of a push."""
 
     url: str
     """Of the commit."""
@@ -63,7 +63,7 @@ class Pushed:
 
 
 def ask_remote(upload: Upload) -> Remote:
-    """What the repository holds now. Raises CheckpointError in one sentence."""
+    """Return what the repository holds now. Raises CheckpointError in one sentence."""
     name, revision = upload.facts.repository, upload.facts.revision
 
     def ask() -> Remote:
@@ -92,7 +92,7 @@ def replaced_and_removed(upload: Upload, remote: Remote) -> tuple[list[str], lis
 
 
 def keeps_remote_card(upload: Upload, remote: Remote) -> bool:
-    """Whether the hub has a card that a person edited, while this push brings a generated one.
+    """Return whether the hub has a card that a person edited, while this push brings a generated one.
 
     Raises CheckpointError: that card names a license that this student may not be under.
     """
@@ -120,10 +120,10 @@ def check_visibility(upload: Upload, remote: Remote, *, private: bool) -> None:
 def push_student(
     upload: Upload, *, private: bool = False, public: bool = False, message: str | None = None
 ) -> Pushed:
-    """Creates the repository and the branch where they are not there, and commits the files at once.
+    """Create the repository and the branch if needed, and commit all files at once.
 
     A new repository is as visible as its owner has them by default, but private until all is there, so that a push
-    which fails has published nothing. What a stopped push has uploaded stays on the hub; the next one goes on from
+    which fails has published nothing. Files of a stopped push stay on the hub; the next push continues from
     there.
 
     Args:
@@ -220,20 +220,20 @@ def _explained(action: Callable[[], Result], upload: Upload) -> Result:
 
 
 def _is_of_client(error: BaseException) -> bool:
-    """Whether the hub's client raised it, in reading an answer, and not this package by a bug."""
+    """Return whether the hub's client raised it while it read an answer, and not this package by a bug."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
     return not frames[-1].startswith("graftvit")
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error behind the client's "Error while uploading"."""
+    """Return the error behind the client's "Error while uploading"."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _refused(error: BaseException, repository: str) -> str | None:
-    """The sentence for what the user can mend."""
+    """Return the sentence for an error that the user can fix."""
     status, owner = status_of(error), repository.partition("/")[0]
     if status == 401:
         what = "you are not logged in" if get_token() is None else "your token is refused"
@@ -248,7 +248,7 @@ def _refused(error: BaseException, repository: str) -> str | None:
 
 
 def _failed(error: BaseException) -> tuple[str, str] | None:
-    """The reason that may pass by itself, and what to do then."""
+    """Return a reason that may pass by itself, and what to do then."""
     status = status_of(error)
     again = "push again (what is uploaded already is not sent twice)"
     if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:

@@ -1,1 +1,1 @@
-"""What is checked in a file of weights and in what it says of its model, before anything is allocated or run."""
+"""Check a file of weights and its description of the model, before anything is allocated or run."""

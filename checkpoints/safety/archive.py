@@ -1,4 +1,4 @@
-"""The directory of a zip archive, checked against the file before anything in it is unpacked."""
+"""Check the directory of a zip archive against the file before anything in it is unpacked."""
 
 from __future__ import annotations
 

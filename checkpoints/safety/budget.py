@@ -1,4 +1,4 @@
-"""A bound on what a constructor may make: it stops while a model outgrows the weights that it is built for."""
+"""Bound what a constructor may make: stop it when a model outgrows the weights that it is built for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What weights say of their own model, checked as soon as they are read: a file may say anything."""
+"""Check the description of a model in its weights as soon as it is read: a file may contain anything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INNER = {CONVERTED: "architecture", COPIED: "student"}
 
 
 def check_description(weights: Weights) -> Weights:
-    """The weights themselves, once what they say of their model has been checked.
+    """Return the weights themselves, once their description of the model has been checked.
 
     Raises CheckpointError: the architecture, its arguments, the description of the images or the provenance have the
     wrong type; a number is out of bounds; the base of a converted model is not one of timm's architectures; or the

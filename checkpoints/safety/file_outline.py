@@ -1,4 +1,4 @@
-"""Which container a file of weights is, and whether every size in it fits the file, before a tensor is made.
+"""Find the container of a file of weights, and check that every size in it fits the file, before a tensor is made.
 
 The first bytes tell the container, never the name. Whatever passes here can be loaded: no name in it makes more than
 data, and no size in it is larger than the file.

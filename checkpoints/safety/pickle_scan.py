@@ -1,4 +1,4 @@
-"""What a pickle names and how much it describes, told from its opcodes before torch's restricted loader runs it.
+"""Read from a pickle's opcodes what it names and how much it describes, before torch's restricted loader runs it.
 
 `torch.load(weights_only=True)` calls no foreign code, and it takes every size on trust: `torch.FloatTensor(1 << 40)`
 is allowed, a storage of an old file is allocated as long as the pickle says, and a nested tuple can take years to

@@ -1,1 +1,1 @@
-"""Runs on a cluster: submitting, surviving what happens to a job, and seeing how it is."""
+"""Run on a Slurm cluster: submit jobs, survive restarts, and show the state of runs."""

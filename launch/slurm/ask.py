@@ -1,4 +1,4 @@
-"""Slurm's commands, asked a bounded number of times."""
+"""Run Slurm's commands, each with a bounded number of tries."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _last_words(program: str, done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _raise_refusal(program: str, said: str) -> None:
-    """Raises what no other try would mend."""
+    """Raise an error that another try would not fix."""
     lower = said.lower()
     if any(word in lower for word in _GONE):
         raise NoSuchJobError(f"{program} failed: {said}")

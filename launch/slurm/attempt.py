@@ -1,7 +1,7 @@
-"""What runs in each task of a job: the ordinary command, the record of the attempt, and its exit code for Slurm.
+"""Run one attempt in each task of a job: run the command, write the record, and return the exit code for Slurm.
 
-All that an attempt needs is in the run folder. When the node of an attempt dies, nothing is called: the next attempt
-starts from the files, as any run does. A record that cannot be written stops no training.
+The run folder holds all that an attempt needs. When the node of an attempt dies, no code of ours is called: the next
+attempt starts from the files, as any run does. If a record cannot be written, the training continues.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .scheduler import fallen_nodes, reason_of_signal
 WAIT_FOR_THE_END = 600
 """Seconds that a task which got SIGTERM stays for the scheduler's SIGKILL, in case it has to be requeued."""
 STOPPED = 128 + signal.SIGUSR2
-"""The exit code of a run that was told to stop: what waits for it by `--after` must not begin."""
+"""The exit code of a run that was asked to stop: jobs that wait for it by `--after` must not start."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class JobTask:
     words: list[str]
     output_dir: Path
     directory: Path
-    """Where the user submitted from: relative paths of the run are meant from there."""
+    """The folder that the user submitted from: relative paths of the run start there."""
 
     def __call__(self) -> dict[str, str]:
         """Runs to the end; leaves by SystemExit where the run was stopped or failed."""
@@ -54,7 +54,7 @@ class JobTask:
         export_ranks(restart)
         limit_threads()
         record = Record(JobFolder(self.output_dir), job, restart)
-        if record.asked_to_stop:  # a request that came too late for the attempt before
+        if record.asked_to_stop:  # a request that came too late for the previous attempt
             record.note(outcome="stopped", ended=time.time())
             raise SystemExit(STOPPED)
         code = self._run(record)
@@ -72,7 +72,7 @@ class JobTask:
         raise SystemExit(code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """For submitit's own handler, which this one replaces at its first moment."""
+        """Replace submitit's own handler, as the first act of this one."""
         return submitit.helpers.DelayedSubmission(self)
 
     @property
@@ -93,7 +93,7 @@ class JobTask:
         except Exception as error:
             text = traceback.format_exc()
             sys.stderr.write(escaped(text))
-            # what a rank says whose neighbours the scheduler has ended is not why the run stopped
+            # if the scheduler has ended other ranks, the error of this rank is not the reason of the end
             if not early_signals.received:
                 record.fail(error, text)
             return 1
@@ -103,7 +103,7 @@ class JobTask:
 
 
 def _leave(record: Record) -> NoReturn:
-    """After a save on a signal: stop, or go on in another attempt. The other ranks have nothing left to do.
+    """After a save on a signal, stop or request a restart. The other ranks have nothing left to do.
 
     They leave with 0: a task that fails would end the step before the first rank has asked for the requeue.
     """
@@ -137,7 +137,7 @@ def _leave(record: Record) -> NoReturn:
 
 
 def _words(record: Record) -> str:
-    """The signal that counts, and why it came as far as the scheduler tells."""
+    """Return the signal that counts, with its reason if the scheduler knows it."""
     numbers = early_signals.received
     number = signal.SIGUSR2 if signal.SIGUSR2 in numbers else numbers[-1]
     submission = record.folder.submission()
@@ -151,7 +151,7 @@ SHORT_ATTEMPTS = 3
 
 
 class Record:
-    """Of one task; all but the failures is for the first rank."""
+    """The record of one task. All of it except the failures is for the first rank."""
 
     def __init__(self, folder: JobFolder, job: submitit.JobEnvironment, restart: int) -> None:
         self.folder, self.rank, self.restart = folder, job.global_rank, restart
@@ -168,7 +168,7 @@ class Record:
         if self._earlier and self._earlier[-1].outcome in (
             None,
             "failed",
-        ):  # who survived may have spoken first
+        ):  # a surviving rank may have written first
             fallen = fallen_nodes(self._earlier[-1].nodes) if job.cluster == "slurm" else []
             before = f"node failure: {', '.join(fallen)}" if fallen else ""
         self._begun = {
@@ -185,11 +185,11 @@ class Record:
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether `graftvit stop` was told to end this job."""
+        """Return whether `graftvit stop` asked this job to end."""
         return self.folder.asked_to_stop(self.job_id)
 
     def note(self, **event: object) -> None:
-        """Adds to the attempt's file, which is made anew where somebody has removed it."""
+        """Append to the attempt's file; create it again if somebody has removed it."""
         if self.rank != 0:
             return
         gone = not self.folder.attempt_path(self._name).exists()
@@ -225,7 +225,7 @@ class Record:
             return ""
         return (
             f"{count} attempts in a row met the time limit before they saved a new state: give a longer --time, or "
-            "make the start of the run shorter; `graftvit resume` goes on from the last state"
+            "make the start of the run shorter; `graftvit resume` resumes from the last state"
         )
 
     def _has_saved(self) -> bool:
@@ -239,7 +239,7 @@ class Record:
         return [one for one in self.folder.attempts() if one.job_id == self.job_id]
 
     def _files(self) -> str:
-        """The name of the attempt's files, which the first rank has given it, as a rule before another one fails."""
+        """Return the name of the attempt's files. The first rank chooses it, normally before another rank fails."""
         if self._name:
             return self._name
         over = {one.name for one in self._earlier if one.outcome is not None}

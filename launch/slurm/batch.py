@@ -1,4 +1,4 @@
-"""The batch script of a job: its resources as submitit and sbatch want them. Nothing here writes or submits."""
+"""Make the batch script of a job, with its resources as submitit and sbatch take them. Write and submit nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Launch:
     config: ClusterConfig
     cpus_per_task: int
     after: str | None = None
-    """The job that has to finish before; where it does not, these are cancelled."""
+    """The job that has to finish first; if it fails, these jobs are cancelled."""
     identity: str = field(default_factory=new_identity)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Launch:
 
     @property
     def place(self) -> Path:
-        """Where the job finds what it runs, and where its number is written down."""
+        """The folder in which the job finds what it runs, and in which its number is recorded."""
         return self.folder / "jobs" / f"launch-{self.identity}"
 
     @property
@@ -72,14 +72,14 @@ class Launch:
 
 
 def job_name(folder: Path) -> str:
-    """The name of what is submitted to `folder`; it tells runs of the same name in different places apart."""
-    place = folder.resolve()  # by whatever link somebody comes to it
+    """Return the job name of a submission to `folder`; it distinguishes runs of the same name in different places."""
+    place = folder.resolve()  # whichever link leads to it
     word = re.sub(r"[^\w.,=+-]", "-", place.name)
     return f"graftvit-{word}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
 
 
 def executor_of(launch: Launch) -> submitit.AutoExecutor:
-    """The executor, its resources set; nothing is written."""
+    """Return the executor with its resources; write nothing."""
     config = launch.config
     executor = submitit.AutoExecutor(folder=launch.logs, cluster=config.cluster)
     executor.update_parameters(**_common(launch))
@@ -91,7 +91,7 @@ def executor_of(launch: Launch) -> submitit.AutoExecutor:
 
 
 def script(launch: Launch) -> str:
-    """The sbatch script, as it would be submitted; nothing is written."""
+    """Return the sbatch script as it would be submitted; write nothing."""
     executor: Any = executor_of(launch)._executor
     count = len(launch.requests)
     if count > 1:
@@ -100,7 +100,7 @@ def script(launch: Launch) -> str:
 
 
 def command(launch: Launch) -> str:
-    """What each task runs: the request that stands in the folder of the launch."""
+    """Return the command of each task: it reads the request from the folder of the launch."""
     return f"sh {shlex.quote(str(launch.start))} -u -m submitit.core._submit {shlex.quote(str(launch.place))}"
 
 
@@ -144,7 +144,7 @@ def _of_slurm(launch: Launch) -> dict[str, Any]:
 
 
 def _node_setup(launch: Launch) -> list[str]:
-    """A step of one task a node, which has all cores of the job there.
+    """Return a step of one task a node, which has all cores of the job there.
 
     Signals wait for its end: a preempted job whose step dies of SIGTERM has failed, and is not started again.
     """

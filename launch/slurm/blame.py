@@ -1,7 +1,7 @@
-"""Why an attempt ended: what the scheduler wrote into the log first, then the rank whose error is a cause.
+"""Find why an attempt ended: first what the scheduler wrote into the log, then the rank whose error is a cause.
 
-When a node dies or the kernel kills a rank, the one concerned says nothing. Its neighbors do, loudly, and mean only
-that they lost it: such an error counts where there is no other.
+When a node dies or the kernel kills a rank, that rank writes nothing. The other ranks report errors that mean only
+that they lost it: such an error counts only if there is no other.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _MEMORY = re.compile(r"oom[-_ ]?kill", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Blame:
-    """The best reason that was found for an end; empty where there is none."""
+    """The best reason found for an end; empty without one."""
 
     why: str = ""
-    """In one line."""
+    """The reason in one line."""
     words: str = ""
-    """The last words of the rank, or those of the scheduler."""
+    """The last words of the rank, or of the scheduler."""
     rank: int | None = None
     state: str = ""
     """`node failed`, `failed`, or empty where only the files of the ranks tell."""
@@ -61,13 +61,13 @@ def blame(files: JobFolder, attempt: Attempt, submission: Submission, until: int
 
 
 def said_of(files: JobFolder, attempt: Attempt) -> str:
-    """What Slurm wrote of the end of the last attempt of a job, in one line; nothing where it wrote nothing."""
+    """Return what Slurm wrote about the end of the last attempt of a job, in one line; empty if it wrote nothing."""
     mine = [one for one in files.submissions() if one.job_id == attempt.job_id]
     return said_by_slurm(_log(attempt, mine[-1], None)).why if mine else ""
 
 
 def blame_start(submission: Submission) -> Blame:
-    """What the log says of a start that ended before the run could begin, as where the copy of its code is gone."""
+    """Return what the log says about a start that ended before the run began, such as without a copy of its code."""
     words = tail(log_files(submission, 0)[0], _LINES)
     lines = words.splitlines()
     begin = max((number + 1 for number, line in enumerate(lines) if "CANCELLED AT" in line), default=0)
@@ -76,7 +76,7 @@ def blame_start(submission: Submission) -> Blame:
 
 
 def said_by_slurm(log: str) -> Blame:
-    """What `srun` and `slurmstepd` wrote into the log of the first rank."""
+    """Return what `srun` and `slurmstepd` wrote into the log of the first rank."""
     lines = [line for line in log.splitlines() if line.startswith(("srun:", "slurmstepd"))]
     text = "\n".join(lines)
     if lost := list(dict.fromkeys(_NODE.findall(text))):
@@ -98,13 +98,13 @@ def said_by_slurm(log: str) -> Blame:
 
 
 def shorten(line: str) -> str:
-    """An error's last line without the places in foreign sources and the advice that follow a lost connection."""
+    """Return an error's last line, without source locations and without the advice that follows a lost connection."""
     line = re.sub(r"\[\S+\.(cc|cpp|h):\d+\] *", "", line)
     return re.sub(r"\. (This is typically|Check the logs).*", "", line)
 
 
 def _errors(files: JobFolder, attempt: Attempt) -> Blame | None:
-    """The rank that failed first by an error of its own, else the one that was first to lose another."""
+    """Return the rank that failed first by an error of its own, or else the rank that first lost another."""
     failures = files.failures(attempt.name)
     if not failures:
         return None
@@ -126,7 +126,7 @@ def _loudest_log(submission: Submission) -> Blame:
 
 
 def _log(attempt: Attempt, submission: Submission, until: int | None) -> str:
-    """The end of what the log of the first rank holds of an attempt; nothing where it is not known where it begins."""
+    """Return the end of an attempt's part of the first rank's log; empty if the start of that part is unknown."""
     if attempt.log_start is None:
         return ""
     try:

@@ -1,6 +1,6 @@
-"""`--after RUN`: a job that starts when other runs have finished well, and is cancelled where one of them does not.
+"""Implement `--after RUN`: start a job when other runs have finished well, and cancel it if one of them does not.
 
-A job that is started again keeps its number, so `afterok` waits through all restarts of it.
+A restarted job keeps its number, so `afterok` waits through all its restarts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .jobs import judge_jobs, run_folders
 
 
 def dependency_on(folders: Sequence[Path], *more: str) -> dict[str, Any]:
-    """The resources of a job that waits for these runs and sweeps; none where all of them have finished.
+    """Return the resources of a job that waits for these runs and sweeps; no dependency if all have finished.
 
     Args:
-        folders: Of runs or sweeps.
+        folders: Folders of runs or sweeps.
         more: Other dependencies, in sbatch's words.
 
     Raises:
@@ -33,7 +33,7 @@ def dependency_on(folders: Sequence[Path], *more: str) -> dict[str, Any]:
 
 
 def jobs_before(folder: Path) -> list[str]:
-    """The jobs of a run, or of the cells of a sweep, that have not finished yet. Raises ConfigError."""
+    """Return the unfinished jobs of a run, or of the cells of a sweep. Raises ConfigError."""
     found: list[str] = []
     for run, judged in judge_jobs(run_folders(folder), strict=True).items():
         active = [one for one in judged if one.active]

@@ -27,18 +27,18 @@ AT_WORK = (
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine of a partition has."""
+    """The resources of one machine of a partition."""
 
     name: str
     cpus: int
     memory: int
     """MiB."""
     gpus: Mapping[str, int]
-    """By type, "" where a node does not tell it."""
+    """The GPUs by type; "" if a node does not name the type."""
     away: str = ""
-    """What keeps it from taking jobs now, as in drained; empty where nothing does."""
+    """Why it takes no jobs now, for example `drained`; empty if it takes jobs."""
     generic: Mapping[str, int] = field(default_factory=dict)
-    """What else it has, as in {"tmpdisk": 100}."""
+    """Its other resources, for example {"tmpdisk": 100}."""
 
 
 def partitions() -> dict[str, dict[str, str]]:
@@ -62,7 +62,7 @@ def reserved_nodes(own: str | None) -> set[str]:
 
 
 def nodes_of(partition: str) -> list[Node]:
-    """The nodes of a partition, in whatever state. Raises ConfigError."""
+    """Return the nodes of a partition, in any state. Raises ConfigError."""
     nodes = {}
     for line in output("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%c|%m|%T|%G").splitlines():
         name, cpus, memory, state, generic = line.split("|")
@@ -80,7 +80,7 @@ def _away(state: str) -> str:
 
 
 def output(*command: str) -> str:
-    """What a command of Slurm prints. Raises ConfigError where it fails."""
+    """Return what a Slurm command prints. Raises ConfigError if it fails."""
     answer = run(*command)
     if answer.returncode != 0:
         raise ConfigError(f"{command[0]} does not reach the cluster: {' '.join(answer.stderr.split())}")
@@ -88,7 +88,7 @@ def output(*command: str) -> str:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """A command of Slurm, however it ends. Raises ConfigError where it does not answer."""
+    """Run a Slurm command and return its result, also a failure. Raises ConfigError if it does not answer."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError) as error:
@@ -156,7 +156,7 @@ def check_resources(config: ClusterConfig, cpus_per_task: int) -> None:
 
 
 def _check_time(config: ClusterConfig) -> None:
-    """Raises ConfigError where a run would be told to save before it has done anything."""
+    """Raise ConfigError if a run would be asked to save before it has done anything."""
     least = (config.signal_delay + START) // 60 + 1
     if config.minutes < least:
         raise ConfigError(
@@ -166,7 +166,7 @@ def _check_time(config: ClusterConfig) -> None:
 
 
 def waits_for(config: ClusterConfig, cpus_per_task: int) -> str:
-    """Which nodes a job has to wait for, as too few of those that fit it can be used now; nothing where enough can."""
+    """Return which nodes a job has to wait for, if too few of the nodes that fit can be used now; else nothing."""
     reserved, found = reserved_nodes(config.reservation), []
     for name in _asked_partitions(config, partitions()):
         fitting = [node for node in nodes_of(name) if not _lacks(node, config, cpus_per_task)]
@@ -184,7 +184,7 @@ def waits_for(config: ClusterConfig, cpus_per_task: int) -> str:
 
 
 def _closed(config: ClusterConfig) -> str:
-    """That all partitions which may be taken are down; sbatch does not tell, and takes the job."""
+    """Return a note if all partitions of the request are down; sbatch takes such a job without a warning."""
     cluster = partitions()
     names = _asked_partitions(config, cluster)
     if any(cluster[name].get("State") != "DOWN" for name in names):
@@ -193,7 +193,7 @@ def _closed(config: ClusterConfig) -> str:
 
 
 def _asked_partitions(config: ClusterConfig, cluster: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The partitions that may be taken: those of a list, or the default one. Raises ConfigError."""
+    """Return the partitions of the request: those in the list, or the default one. Raises ConfigError."""
     if config.partition is not None:
         names = [name.strip() for name in config.partition.split(",")]
     else:
@@ -241,7 +241,7 @@ def _check_nodes(config: ClusterConfig, cpus_per_task: int, partition: str, node
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What each node of a job must have."""
+    """The resources that each node of a job must have."""
 
     said: str
     unit: str
@@ -297,7 +297,7 @@ def _wanted_generic(config: ClusterConfig, name: str, count: int) -> _Wanted:
 
 
 def _memory(config: ClusterConfig, cores: int) -> tuple[str, int]:
-    """What asks for it, and what a node must have, in MiB."""
+    """Return which setting requests memory, and how many MiB a node must have."""
     if config.mem_per_cpu is not None:
         return f"{config.origin('mem_per_cpu')} x cores a node", _mebibytes(config.mem_per_cpu) * cores
     if config.mem_per_gpu is not None:
@@ -338,7 +338,7 @@ def _mebibytes(text: str | None) -> int:
 
 
 def _file_system(folder: Path) -> str:
-    """The kind of file system that `folder` is or will be on, as the kernel calls it; empty where it does not tell."""
+    """Return the kind of file system of `folder`, existing or not, by its kernel name; empty if unknown."""
     above = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()

@@ -1,7 +1,7 @@
-"""Which launcher started this process, and what torch has to be told for it.
+"""Find which launcher started this process, and set the variables that torch needs.
 
-torchrun and `accelerate launch` set RANK and its like themselves. `srun` does not, and a run of eight tasks would be
-eight runs in one folder. Two launchers at once are refused where they do not fit together.
+torchrun and `accelerate launch` set RANK and related variables themselves. `srun` does not, and a run of eight tasks
+would be eight runs in one folder. Two launchers at once are refused if they contradict each other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...models.errors import ConfigError
 Environment = MutableMapping[str, str]
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32768)
-"""Where the processes of a run meet. Linux takes the ports of outgoing connections from 32768 on."""
+"""The ports at which the processes of a run meet. Linux takes the ports of outgoing connections from 32768 on."""
 
 
 def launcher(environment: Environment = os.environ) -> str:
@@ -61,7 +61,7 @@ def prepare_process(environment: Environment = os.environ) -> None:
     if kind == "srun":
         environment.update(srun_ranks(environment))
     elif kind == "variables" and environment["WORLD_SIZE"] == "1":
-        for name in NEEDED:  # one process needs no group, and whoever sets these need not have set all
+        for name in NEEDED:  # one process needs no group, and a user who sets these need not have set all
             environment.pop(name, None)
     limit_threads(environment)
 
@@ -78,7 +78,7 @@ def refuse_several(command: str, environment: Environment = os.environ) -> None:
 
 
 def _starter(environment: Environment) -> tuple[str, int, str]:
-    """Who started how many such processes side by side, and the rank it gave this one."""
+    """The launcher of these parallel processes, their number, and the rank of this process."""
     tasks, rank = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("SLURM_PROCID", "")
     # the other tasks of `srun --pty bash` have ended
     interactive = "SLURM_PTY_PORT" in environment and os.isatty(0)
@@ -115,7 +115,7 @@ def _check_ranks(environment: Environment, starter: str, started: int, rank: str
 
 
 def srun_ranks(environment: Environment) -> dict[str, str]:
-    """What torchrun would have set, from what srun tells its tasks."""
+    """Return the variables that torchrun would have set, from those that srun sets for its tasks."""
     tasks = int(environment["SLURM_STEP_NUM_TASKS"])
     rank, local = environment["SLURM_PROCID"], environment.get("SLURM_LOCALID", "0")
     here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))
@@ -134,7 +134,7 @@ def srun_ranks(environment: Environment) -> dict[str, str]:
 
 
 def first_host(environment: Environment) -> str:
-    """The host of the first task of this step."""
+    """Return the host of the first task of this step."""
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
     if "[" not in nodes:
         return nodes.split(",")[0]

@@ -1,7 +1,7 @@
-"""How a rank failed: by itself or because another one did, and whether it may go better another time.
+"""Classify how a rank failed: by itself or because another rank did, and whether a restart may help.
 
-When one rank dies, the others fail as well, a moment later and with louder words. What torch says then is known by its
-text: the classes that it raises tell little, and some of them have changed.
+When one rank dies, the others fail a moment later, with longer messages. Such errors of torch are recognized by their
+text: the exception classes are too general, and some of them have changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AWAY = (
     errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ESHUTDOWN,
     errno.ENOLINK,
 )  # fmt: skip
-"""What the system says of a file whose file system does not answer."""
+"""What the system reports about a file whose file system does not answer."""
 
 _LASTING = r"ncclInvalidUsage|ncclInvalidArgument|Duplicate GPU detected|mismatch.*between ranks"
 _NO_MEMORY = r"out of memory|OutOfMemoryError|can't allocate memory|Cannot allocate memory|MemoryError"
@@ -36,14 +36,14 @@ _LOST = (
     r"|DistBackendError|DistNetworkError|DistStoreError|heartbeat monitor|remote worker crashing"
     r"|socketProgress|Last error:"
 )
-"""What torch's gloo, NCCL and store say of a rank that does not answer, or of a communicator that was given up."""
+"""What gloo, NCCL and torch's store report about a rank that does not answer, or about an aborted communicator."""
 _MACHINE = (
     r"EADDRINUSE|address already in use|uncorrectable ECC|hardware error|fell off the bus|NVLink"
     r"|busy or unavailable|system not yet initialized|No CUDA GPUs are available|no CUDA-capable device"
     r"|ncclUnhandledCudaError|ncclInternalError|CUDA error: unknown error"
     r"|DataLoader worker \(pid\(?s?\)?.*(killed by signal: (Killed|Terminated)|exited unexpectedly)"
 )
-"""What a machine, and not the run, is the reason of."""
+"""Errors whose reason is a machine, and not the run."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Failure:
 
     rank: int
     kind: Kind
-    """`cause`: by an error of its own; `consequence`: it tells what became of another rank."""
+    """`cause`: by an error of its own; `consequence`: because another rank failed."""
     transient: bool
-    """Whether it may go better when the run is started again."""
+    """Whether a restart may help."""
     text: str
     written: float = 0.0
     """Unix time."""
 
     def to_text(self) -> str:
-        """As it stands in a file: its words, and its kind in the last line."""
+        """Return the text for a file: the error, and its kind in the last line."""
         kind = f"{self.kind}, {'may pass' if self.transient else 'will come again'}"
         return f"{self.text.rstrip()}\n({kind})\n"
 
@@ -71,7 +71,7 @@ class Failure:
 
 
 def read_failure(path: Path) -> Failure:
-    """What `to_text` wrote; older files have no kind, and are a cause that will come again."""
+    """Parse what `to_text` wrote; older files have no kind, and count as a cause that a restart does not remove."""
     text = path.read_text(encoding="utf-8")
     found = re.search(r"\n\((cause|consequence), (may pass|will come again)\)\n$", text)
     kind: Kind = "consequence" if found and found[1] == "consequence" else "cause"
@@ -85,7 +85,7 @@ def read_failure(path: Path) -> Failure:
 
 
 def classify(error: BaseException, *, saved: bool) -> tuple[Kind, bool]:
-    """Whether a rank failed by itself, and whether that may pass.
+    """Return whether a rank failed by itself, and whether a restart may help.
 
     Args:
         error: As the rank raised it.
@@ -110,7 +110,7 @@ def classify(error: BaseException, *, saved: bool) -> tuple[Kind, bool]:
 
 
 def is_consequence(text: str) -> bool:
-    """Whether the last error in the words of a rank tells only what became of another."""
+    """Return whether the last error in the text of a rank is only a consequence of another rank's failure."""
     raised = [match.start() for match in re.finditer(r"^[\w.]*(Error|Exception)\b", text, re.MULTILINE)]
     return _says(_LOST, text[raised[-1] :] if raised else text)
 
@@ -120,7 +120,7 @@ def _says(pattern: str, text: str) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what led to it."""
+    """Return an error and the errors that caused it."""
     seen: list[BaseException] = []
     now: BaseException | None = error
     while now is not None and now not in seen:
@@ -130,7 +130,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether a file could not be reached; data workers and other languages hand the number on as text alone."""
+    """Return whether a file could not be reached; data workers and other languages give the error number as text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in AWAY
     numbers = re.findall(r"\[Errno (\d+)\]|\(os error (\d+)\)", str(error))
@@ -138,5 +138,5 @@ def _is_away(error: BaseException) -> bool:
 
 
 def _is_of_torch(error: BaseException) -> bool:
-    """Whether torch.distributed itself raised it: DistError, DistBackendError, DistStoreError, DistNetworkError."""
+    """Return whether torch.distributed raised it: DistError, DistBackendError, DistStoreError, DistNetworkError."""
     return any(parent.__name__ == "DistError" for parent in type(error).__mro__)

@@ -1,4 +1,4 @@
-"""Taking runs out of the list of `graftvit jobs`; their folders stay as they are."""
+"""Remove runs from the list of `graftvit jobs`; their folders stay as they are."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def forget_ended() -> list[Path]:
 def _active(folder: Path) -> list[JudgedJob]:
     try:
         runs = run_folders(folder)
-    except ConfigError:  # gone, or something else by now; its job may live
+    except ConfigError:  # removed or replaced by now; its job may still run
         runs = [folder]
     return [one for jobs in judge_jobs(runs, strict=True).values() for one in jobs if one.active]

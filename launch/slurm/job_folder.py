@@ -36,7 +36,7 @@ Outcome = Literal["finished", "stopped", "requeued", "failed"]
 
 @dataclass(frozen=True)
 class Submission:
-    """A job as it was submitted, or was about to be."""
+    """A job that was submitted, or is about to be."""
 
     job_id: str
     """`123`, `123_4` for a cell of an array, a process number for `local`; empty where it is not known (yet)."""
@@ -48,24 +48,24 @@ class Submission:
     logs: str
     """Folder of the logs, `<job_id>_<rank>_log.out` and `.err`."""
     resources: dict[str, Any]
-    """Of `ClusterConfig`."""
+    """The resources, as fields of `ClusterConfig`."""
     code: str
     """Folder with the copy of the package that the job runs."""
     directory: str = "."
-    """Where it was submitted from, which relative paths of the run are meant from."""
+    """The folder that it was submitted from; relative paths of the run start there."""
     cpus_per_task: int = 1
     origin: dict[str, Any] = field(default_factory=dict)
     """Git revision and package versions of that code."""
     name: str = ""
-    """Of the job, by which the scheduler is asked for its number."""
+    """The name of the job, by which the scheduler finds its number."""
     index: int | None = None
-    """Place in the array; None for a job that is none."""
+    """Place in the array; None for a job that is not in an array."""
     launch: str = ""
     """Folder of what was submitted together with it; its file `job` has the number. Empty in older records."""
     output_dir: str = ""
-    """The run folder, as it was called then. Empty in older records."""
+    """The run folder, as it was called at submission. Empty in older records."""
     inode: int = 0
-    """Of that folder, by which one that was moved is told from a copy. 0 in older records."""
+    """The inode of that folder, which distinguishes a moved folder from a copy. 0 in older records."""
     host: str = ""
     pid: int = 0
     """The process that submitted it, which is the run itself with `debug`."""
@@ -73,7 +73,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One time that the scheduler started the job, as its first rank wrote it down."""
+    """One start of the job by the scheduler, as its first rank recorded it."""
 
     number: int
     job_id: str
@@ -83,26 +83,26 @@ class Attempt:
     world_size: int
     started: float
     name: str = ""
-    """Of its files: its number and its identity."""
+    """The name of its files: its number and its identity."""
     before: str = ""
     """Why the attempt before ended, where that could be found out only afterwards."""
     state: str | None = None
-    """Which saved state it began from, as `newest_state` names it; None in older records."""
+    """The saved state that it started from, as `newest_state` names it; None in older records."""
     signal: str = ""
     """The signal that asked it to stop, and its reason, as in `SIGTERM (preempted)`."""
     outcome: Outcome | None = None
-    """How it ended; None where it runs, or ended without a word (killed, or its node died)."""
+    """How it ended; None if it runs, or ended without a record (killed, or its node died)."""
     ended: float | None = None
     why: str = ""
-    """The last words of an attempt that failed, or that was to be started again although it had."""
+    """The last words of an attempt that failed, or that was to be restarted after a failure."""
     log_start: int | None = None
     """Bytes of the first rank's error log that earlier attempts of the same job had written."""
     retried: bool = False
-    """Whether it failed, and the job is started again in the hope that this does not come again."""
+    """Whether it failed and the job is restarted because the failure may not happen again."""
 
 
 def resumes(run: Path) -> str:
-    """The command that goes on with a run: `graftvit resume`, where it has a record of how it was submitted."""
+    """The command that resumes a run: `graftvit resume`, if there is a record of its submission."""
     return hint("resume" if JobFolder(run).submissions() else "submit", run)
 
 
@@ -132,7 +132,7 @@ class JobFolder:
                     path.unlink()
 
     def submissions(self) -> list[Submission]:
-        """All that were submitted, the oldest first, but for damaged records: Slurm knows their jobs by name.
+        """Return all submissions, the oldest first, without damaged records: Slurm knows their jobs by name.
 
         Those of a copy are the jobs of the run that it was copied from; a folder that was moved keeps its own.
         """
@@ -148,11 +148,11 @@ class JobFolder:
         first = folder / path.relative_to(self.output_dir)
         try:
             return not first.samefile(path) and first.read_bytes() == path.read_bytes()
-        except OSError:  # it is there no more
+        except OSError:  # it no longer exists
             return False
 
     def submission(self) -> Submission | None:
-        """The newest; None where nothing was submitted. Raises CheckpointError for a damaged file."""
+        """Return the newest submission; None without one. Raises CheckpointError for a damaged file."""
         own = [path for path in self._all_paths() if not self._is_copy(path)]
         return _moved(_read_submission(own[-1]), self.output_dir) if own else None
 
@@ -160,19 +160,19 @@ class JobFolder:
         return sorted(path for path in (self.folder / "submissions").glob("*.json") if path.stem.isdigit())
 
     def _all_paths(self) -> list[Path]:
-        older = self.folder / "submission.json"  # there was one file for all, which had the newest
+        older = self.folder / "submission.json"  # older versions had one file, with the newest submission
         return [*([older] if older.exists() else []), *self._submission_paths()]
 
     def asked_to_stop(self, job_id: str) -> bool:
-        """Whether a job has to end after its next save."""
+        """Return whether a job has to end after its next save."""
         return self.stop_request(job_id).exists() or self.stop_path.exists()
 
     def stop_request(self, job_id: str) -> Path:
-        """The file that asks one job to stop; a job that this folder had before, or has later, does not read it."""
+        """Return the file that asks one job to stop; earlier and later jobs of this folder do not read it."""
         return self.folder / f"stop-{job_id}"
 
     def attempt_path(self, name: str) -> Path:
-        """The file of an attempt, by its name."""
+        """Return the file of an attempt, by its name."""
         return self.folder / "attempts" / f"{name}.jsonl"
 
     def begin(self, *, job_id: str, restart: int, **event: Any) -> str:
@@ -199,7 +199,7 @@ class JobFolder:
             os.fsync(file.fileno())
 
     def attempts(self) -> list[Attempt]:
-        """All attempts, the first one first; a file that no attempt has written is passed by."""
+        """Return all attempts, the first one first; skip files that no attempt has written."""
         found = []
         for path in (self.folder / "attempts").glob("[0-9]*.jsonl"):
             with contextlib.suppress(TypeError):
@@ -208,32 +208,32 @@ class JobFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the newest attempt ended the run."""
+        """Return whether the newest attempt ended the run."""
         attempts = self.attempts()
         return bool(attempts) and attempts[-1].outcome == "finished"
 
     def write_failure(self, name: str, failure: Failure) -> None:
-        """How a rank of the attempt with these files failed."""
+        """Write how a rank of the attempt with these files failed."""
         path = self._made("errors") / f"{name}-{failure.rank}.txt"
         path.write_text(failure.to_text(), encoding="utf-8")
 
     def _made(self, name: str) -> Path:
-        """A folder in `jobs/`. Raises FileNotFoundError: the run folder itself is gone, and is not made anew."""
+        """Create and return a folder in `jobs/`. Raises FileNotFoundError if the run folder itself was removed."""
         for folder in (self.folder, self.folder / name):
             folder.mkdir(exist_ok=True)
         return self.folder / name
 
     def failures(self, name: str) -> list[Failure]:
-        """How ranks failed in an attempt: those first that failed by themselves, each kind in the order of time."""
+        """Return how ranks failed in an attempt: causes first, then consequences, each kind in the order of time."""
         paths = (self.folder / "errors").glob(f"{glob.escape(name)}-*.txt")
         found = [read_failure(path) for path in paths]
         return sorted(found, key=lambda failure: (failure.kind != "cause", failure.written))
 
 
 def newest_state(output_dir: Path) -> str:
-    """A name of the newest state that a run has saved, of whatever stage; empty where there is none.
+    """Return a name of the newest saved state, of any stage; empty without one.
 
-    By its time of writing, which is the file server's: only whether two are the same has a meaning.
+    The name holds the file server's time of writing: compare two names only for equality.
     """
     names = [
         f"{above}checkpoints/{name}.safetensors"
@@ -248,7 +248,7 @@ def newest_state(output_dir: Path) -> str:
 
 
 def _number(path: Path) -> int:
-    """Of an attempt by its file; older records have nothing else in their names."""
+    """Return the identity of an attempt by its file; names in older records hold nothing else."""
     found = re.match(r"[0-9]+", path.stem)
     return int(found[0]) if found else 0
 
@@ -311,7 +311,7 @@ def _moved(found: Submission, here: Path) -> Submission:
 
 
 def is_copied(found: Submission, here: Path) -> bool:
-    """Whether a record has come to `here` with a copy of a run that has another name by now, or is gone."""
+    """Return whether a record came here with a copy of a run that has been renamed or removed."""
     before = Path(found.output_dir or here)
     try:
         return bool(found.inode) and before.resolve() != here.resolve() and here.stat().st_ino != found.inode
@@ -320,7 +320,7 @@ def is_copied(found: Submission, here: Path) -> bool:
 
 
 def job_id(launch: Path, index: int | None) -> str:
-    """The number of a job by the folder of its launch, once it is there; empty before."""
+    """Return the number of a job by the folder of its launch; empty until it is known."""
     try:
         number = (launch / "job").read_text(encoding="ascii").strip()
     except OSError:
@@ -329,7 +329,7 @@ def job_id(launch: Path, index: int | None) -> str:
 
 
 ORDER_FILE = "command.json"
-"""In `jobs/`: what the job was submitted for."""
+"""The file in `jobs/` that holds the submitted command."""
 
 
 @dataclass(frozen=True)
@@ -338,16 +338,16 @@ class Order:
 
     words: list[str]
     output: str | None
-    """The file or folder that it writes, from `/`; None where it only prints."""
+    """The absolute file or folder that it writes; None if it only prints."""
 
     @property
     def line(self) -> str:
-        """As a user would type it."""
+        """Return the command as a user would type it."""
         return shlex.join(["graftvit", *self.words])
 
 
 def read_order(folder: Path) -> Order | None:
-    """What was submitted to a folder that is no run's; None for a run."""
+    """Return what was submitted to a folder that is not a run folder; None for a run."""
     try:
         return Order(**json.loads((folder / "jobs" / ORDER_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

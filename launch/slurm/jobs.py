@@ -1,4 +1,4 @@
-"""How a run on a cluster is: the newest of its jobs, or an earlier one that still lives."""
+"""Describe a run on a cluster: by the newest of its jobs, or by an earlier one that still runs or waits."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class JudgedJob:
 
     @property
     def active(self) -> bool:
-        """Whether it waits, runs, or will be started again."""
+        """Return whether it waits, runs, or will be started again."""
         return self.state in ACTIVE
 
     @property
     def words(self) -> str:
-        """What to call it in a sentence."""
+        """Return its name for a sentence."""
         return f"job {self.submission.job_id}" if self.submission.job_id else "a job that is being submitted"
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as it is now."""
+    """The present state of a run."""
 
     folder: Path
     job_id: str
@@ -72,30 +72,30 @@ class RunStatus:
     ends: float | None = None
     """When the limit ends a running job, Unix time."""
     error: str = ""
-    """How the rank failed that is to blame, or what the scheduler wrote of it; empty where nothing failed."""
+    """How the blamed rank failed, or what the scheduler wrote about it; empty without a failure."""
     error_rank: int | None = None
     others: list[str] = field(default_factory=list)
     """Further jobs of the folder that wait or run."""
     problem: str = ""
     """Why the scheduler could not be asked; all else is then what the files say."""
     command: str = ""
-    """The command where it is no run, as it would be typed."""
+    """The command as it would be typed, if this is not a run."""
     output: str = ""
     """What such a command writes."""
 
     @property
     def active(self) -> bool:
-        """Whether it waits, runs, or will be started again."""
+        """Return whether it waits, runs, or will be started again."""
         return self.state in ACTIVE
 
     @property
     def over(self) -> bool:
-        """Whether it is known to wait and run no more."""
+        """Return whether it certainly no longer waits or runs."""
         return not self.active and not (self.problem and self.state == "unknown")
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The run itself, or the cells of a sweep or comparison that were submitted, the run of its teacher first.
+    """Return the run itself, or the submitted cells of a sweep or comparison, the run of its teacher first.
 
     A folder that is gone is its own run where it has a job that waits or runs.
 
@@ -122,20 +122,20 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def listed_runs() -> list[Path]:
-    """The runs of this user that are there, and those that are gone and have a job; the last one at the end."""
+    """Return this user's existing runs, and removed ones that still have a job; the last submitted one at the end."""
     runs = listed()
     living, _ = _without_folder(runs)
     return [run for run in runs if is_folder(run) or run in living]
 
 
 def _without_folder(runs: Iterable[Path]) -> tuple[list[Path], str]:
-    """Those whose folder is gone and whose job is not, and why Slurm could not be asked."""
+    """Return runs whose folder was removed but not their job, and why Slurm could not be asked."""
     judged, problem = _judge([run for run in runs if not is_folder(run)], TRIES)
     return [run for run, jobs in judged.items() if any(one.active for one in jobs)], problem
 
 
 def _submitted(runs: list[Path]) -> list[Path]:
-    """Those with a submission, or with a job without one. Raises GraftError: nobody tells."""
+    """Return runs with a submission, or with a job without one. Raises GraftError if that cannot be found out."""
     submissions, problem = _submissions(runs, by_name=True)
     found = [run for run in runs if submissions[run]]
     if problem and not found:
@@ -144,12 +144,12 @@ def _submitted(runs: list[Path]) -> list[Path]:
 
 
 def describe_run(folder: Path) -> RunStatus:
-    """How one run is. Raises ConfigError: it was never submitted."""
+    """Describe one run. Raises ConfigError: it was never submitted."""
     return describe_runs([folder])[0]
 
 
 def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[RunStatus]:
-    """How runs are, with one question to the scheduler for all. Raises ConfigError: one was never submitted."""
+    """Describe several runs, with one question to the scheduler. Raises ConfigError: one was never submitted."""
     judged, problem = _judge(list(folders), tries)
     for folder, jobs in judged.items():
         if not jobs:
@@ -174,12 +174,12 @@ def judge_jobs(
 
 
 def shown_job(jobs: Sequence[JudgedJob]) -> JudgedJob:
-    """The newest job of a run, or the newest that lives where that one does not."""
+    """Return the newest job of a run, or the newest active one if that one has ended."""
     return next((one for one in reversed(jobs) if one.active), jobs[-1])
 
 
 def shown_submission(folder: Path) -> Submission | None:
-    """How the job was submitted that `describe_run` tells of; None where no record is there.
+    """Return the submission of the job that `describe_run` describes; None without a record.
 
     The scheduler is asked where there are several alone, and but once.
     """
@@ -190,7 +190,7 @@ def shown_submission(folder: Path) -> Submission | None:
 
 
 def _judge(runs: list[Path], tries: int, by_name: bool = True) -> tuple[dict[Path, list[JudgedJob]], str]:
-    """All jobs of each run, and why the scheduler could not be asked where it should have been."""
+    """Return all jobs of each run, and why the scheduler could not be asked if it was needed."""
     submissions, problem = _submissions(runs, by_name)
     states: Mapping[str, JobState] = {}
     wanted = [one.job_id for jobs in submissions.values() for one in jobs if one.cluster == "slurm"]
@@ -236,13 +236,13 @@ def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], p
 
 
 def _is_its_own(submission: Submission, job: JobState) -> bool:
-    """Whether the job of this number is the one that was submitted: two clusters give it twice, or one set back."""
+    """Return whether the job of this number is the submitted one: numbers repeat on two clusters, or after a reset."""
     by_script = job.script is not None and job.script.parent == Path(submission.launch)
     return not submission.name or job.name in ("", submission.name) or by_script
 
 
 def _is_full(folder: Path) -> bool:
-    """Whether a run could not write down now how it ended."""
+    """Return whether a run could not record now how it ended."""
     try:
         return shutil.disk_usage(folder).free < FULL
     except OSError:
@@ -250,7 +250,7 @@ def _is_full(folder: Path) -> bool:
 
 
 def _is_foreign(files: JobFolder) -> bool:
-    """Whether the run is another user's, whose jobs a cluster may keep private."""
+    """Return whether the run is another user's: a cluster may hide such jobs."""
     return files.folder.exists() and files.folder.stat().st_uid != os.getuid() != 0
 
 

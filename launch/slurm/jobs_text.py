@@ -1,4 +1,4 @@
-"""How runs look in a terminal, in a pipe and as JSON. Names of runs are quoted for the shell.
+"""Print runs for a terminal, for a pipe and as JSON. Names of runs are quoted for the shell.
 
 `--watch` draws the table again in a terminal; in a pipe it writes the table when a state has changed.
 """
@@ -30,12 +30,12 @@ WIDEST_WHY = 60
 
 
 def to_json(runs: Sequence[RunStatus]) -> str:
-    """One list of objects; times are Unix times, durations seconds."""
+    """Return one list of objects; times are Unix times, durations seconds."""
     return json.dumps([asdict(run) for run in runs], indent=2, default=str) + "\n"
 
 
 def write_table(runs: Sequence[RunStatus], names: Sequence[str], file: TextIO) -> None:
-    """A line a run, and below it how many there are in each state."""
+    """Write a line for each run, and below it the number of runs in each state."""
     if file.isatty():
         from rich.console import Console
 
@@ -50,7 +50,7 @@ def write_table(runs: Sequence[RunStatus], names: Sequence[str], file: TextIO) -
 
 
 def rich_table(runs: Sequence[RunStatus], names: Sequence[str]) -> Table:
-    """For a terminal; the names of runs stay whole, so that they can be copied."""
+    """Return the table for a terminal; names of runs stay whole, so that they can be copied."""
     from rich.table import Table
 
     rows = _rows(runs, names)
@@ -64,7 +64,7 @@ def rich_table(runs: Sequence[RunStatus], names: Sequence[str]) -> Table:
 
 
 def count_states(runs: Sequence[RunStatus]) -> str:
-    """How many runs there are in each state; nothing for one run."""
+    """Return the number of runs in each state; empty for one run."""
     if len(runs) < 2:
         return ""
     counts = Counter(run.state for run in runs)
@@ -72,7 +72,7 @@ def count_states(runs: Sequence[RunStatus]) -> str:
 
 
 def describe(run: RunStatus) -> str:
-    """One run at length."""
+    """Return the details of one run."""
     processes = f" ({counted(run.world_size, 'process')})" if run.world_size else ""
     limit = f"; its limit ends it at {_clock(run.ends)}" if run.ends else ""
     lines = [
@@ -102,12 +102,12 @@ def describe(run: RunStatus) -> str:
     if run.error:
         text += f"{_speaker(run)}:\n" + "".join(f"  {line}\n" for line in run.error.splitlines())
     if not run.active and run.state != "finished":
-        text += f"`{resumes(run.folder)}` goes on with it\n"
+        text += f"`{resumes(run.folder)}` resumes it\n"
     return text
 
 
 def _output(run: RunStatus) -> str:
-    """Where the result of a command lies that has finished."""
+    """Return where the result of a finished command is."""
     if not run.command or run.state != "finished":
         return ""
     return f"{run.output}, and what it printed: " * bool(run.output) + f"`{hint('logs', run.folder)}`"
@@ -131,7 +131,7 @@ def _speaker(run: RunStatus) -> str:
 
 
 def _left(run: RunStatus) -> str:
-    """The time that the run needs, and of what."""
+    """Return the time that the run still needs."""
     if not run.active or run.state == "stopping" or run.progress.seconds_left is None:
         return ""
     return duration(run.progress.seconds_left) + ("" if run.state == "running" else " once it runs")
@@ -250,6 +250,6 @@ def _in_pipe(file: TextIO, none: str) -> Show:
 
 
 def problems(runs: Sequence[RunStatus]) -> list[str]:
-    """What kept the scheduler from being asked, once."""
+    """Return why the scheduler could not be asked, once."""
     found = dict.fromkeys(run.problem for run in runs if run.problem)
     return [f"what the files say, for {problem}\n" for problem in found]

@@ -1,4 +1,4 @@
-"""The state of a job in plain words, and why: from the scheduler, from the files of its run, from its last error.
+"""Describe the state of a job in plain words, and why: by the scheduler, the files of its run, and its last error.
 
 Slurm's reasons are in plain English, with Slurm's own word beside them.
 """
@@ -47,7 +47,7 @@ _HISTORY = {
 
 @dataclass(frozen=True)
 class Restart:
-    """That a run was started again, and why."""
+    """A restart of a run, and its reason."""
 
     attempt: int
     started: float
@@ -57,15 +57,15 @@ class Restart:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is to judge a job by.
+    """What the state of a job is judged by.
 
     Attributes:
-        folder: Of the run.
-        job: What the scheduler says.
+        folder: The run folder.
+        job: What the scheduler reports.
         last: The last attempt of this job that wrote files.
         stopping: Whether the run was asked to stop.
         problem: Why the scheduler could not be asked.
-        found: Why the last attempt ended, where it did not end well.
+        found: Why the last attempt ended, if it failed.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ class Evidence:
 
     @property
     def now(self) -> Attempt | None:
-        """The attempt that the scheduler speaks of; None where that has written nothing (yet)."""
+        """Return the attempt that the scheduler reports; None if that has written nothing (yet)."""
         return self.last if self.last is not None and self.last.restart >= self.job.restarts else None
 
 
@@ -97,7 +97,7 @@ def judge(seen: Evidence) -> tuple[str, str]:
 
 
 def _at_work(seen: Evidence) -> tuple[str, str]:
-    """A job that holds nodes."""
+    """Judge a job that holds nodes."""
     job, now = seen.job, seen.now
     held = "" if job.state in ("RUNNING", "COMPLETING") else job.state.lower()
     if now is None:
@@ -113,7 +113,7 @@ def _at_work(seen: Evidence) -> tuple[str, str]:
 
 
 def _ended(seen: Evidence) -> tuple[str, str]:
-    """A job that the scheduler calls ended, and that did not finish."""
+    """Judge a job that the scheduler reports as ended, and that did not finish."""
     job, now, found = seen.job, seen.now, seen.found
     by_stop = BY_STOP if seen.stopping else ""
     if now is not None and now.outcome == "stopped" and job.state != "CANCELLED":
@@ -143,7 +143,7 @@ def _failed(seen: Evidence, state: str) -> tuple[str, str]:
 
 
 def fuller(found: str, noted: str) -> str:
-    """What was found, or what an attempt noted where that has it and says more: whether it was started again."""
+    """Return what was found, or the attempt's own note if that says more, for example that it was restarted."""
     return noted if not found or found in noted else found
 
 
@@ -158,7 +158,7 @@ def exit_words(code: str) -> str:
 
 
 def _by_files(seen: Evidence) -> tuple[str, str]:
-    """A job of which nobody but its files can tell."""
+    """Judge a job that only its files describe."""
     last, found = seen.last, seen.found
     if last is not None and last.outcome in ("finished", "stopped", "failed"):
         if last.outcome == "failed" and found.why:
@@ -211,7 +211,7 @@ def restarts_of(
 
 
 def _was_stopped(before: Attempt, attempt: Attempt, stopped: Collection[str]) -> bool:
-    """Whether `before` was the last one of a job that was told to stop, and ended so."""
+    """Return whether `before` was the last attempt of a job that was asked to stop, and ended by that."""
     last = before.job_id != attempt.job_id
     return last and before.job_id in stopped and before.outcome in (None, "stopped")
 
@@ -295,14 +295,14 @@ def waiting(reason: str, start: float | None = None) -> str:
 
 
 def launch_failure(reason: str, exit_code: str, folder: Path) -> str:
-    """What most often kept a job from starting at all, with Slurm's word; nothing for other ends."""
+    """Return the most frequent reason why a job could not start at all, with Slurm's word; empty for other ends."""
     word = reason.partition("(")[0].strip() or ("RaisedSignal:53" if exit_code.endswith(":53") else "")
     text = STARTS.get(word, "")
     return f"{text.format(folder=folder)}: {reason or exit_code}" if text else ""
 
 
 def clock(moment: float) -> str:
-    """A time of day, with the date where it is not today."""
+    """Return a time of day, with the date if it is not today."""
     then = time.localtime(moment)
     today = then[:3] == time.localtime()[:3]
     return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then)

@@ -36,7 +36,7 @@ def forget(folder: Path) -> None:
 
 
 def listed() -> list[Path]:
-    """The runs, also those whose folder is not there (any more); the one submitted last at the end."""
+    """Return all listed runs, existing or not; the last submitted one at the end."""
     try:
         lines = registry_file().read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
@@ -51,12 +51,12 @@ def listed() -> list[Path]:
 
 
 def known() -> list[Path]:
-    """The runs that still exist, the one submitted last at the end."""
+    """Return the runs that still exist, the last submitted one at the end."""
     return [folder for folder in listed() if folder.is_dir()]
 
 
 def plain(folder: Path) -> Path:
-    """The folder from `/`, and without `..`, which by a link leads elsewhere than the text says."""
+    """Return the absolute folder without `..`, which behind a link leads elsewhere than the text says."""
     folder = folder.absolute()
     return folder.resolve() if ".." in folder.parts else folder
 

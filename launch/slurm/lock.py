@@ -1,4 +1,4 @@
-"""One submission into a folder at a time, from any shell or login node, and what Ctrl-C does to it.
+"""Allow one submission into a folder at a time, from any shell or login node, and handle Ctrl-C during it.
 
 A signal before the job is submitted ends the command. Between sbatch and the record of the job number, a signal waits.
 """
@@ -27,7 +27,7 @@ FILE = ".submitting"
 WAIT = 60.0
 """Seconds that a second submission waits for the first."""
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
-"""What a file system says that is told not to lock; of one that cannot, filelock knows by itself."""
+"""Errors of a file system that is configured without locks; filelock itself recognizes one that cannot lock."""
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def submitting(folder: Path, wait: float = WAIT) -> Iterator[None]:
 
 
 def is_submitting(folder: Path) -> bool:
-    """Whether another command is at it, on whatever machine."""
+    """Return whether another command holds the lock, on any machine."""
     if folder.resolve() in _mine or not (folder / FILE).exists():
         return False
     try:
@@ -89,12 +89,12 @@ def _try(lock: BaseFileLock, wait: float) -> BaseFileLock | None:
 
 
 _orders: list[bool] = []
-"""One for each that this process may have given to a scheduler."""
+"""One entry for each job that this process may have given to a scheduler."""
 HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
 class InterruptedSubmissionError(GraftError):
-    """A job that was submitted all the same; the exit code is the signal's."""
+    """A job that was submitted despite the signal; the exit code is the signal's."""
 
     def __init__(self, number: int, job: str, folder: Path) -> None:
         self.exit_code = 128 + number
@@ -148,15 +148,15 @@ def _tell(number: int, frame: FrameType | None) -> None:
 
 
 def ordering() -> None:
-    """From here on, something may have been submitted."""
+    """Note that from now on a job may have been submitted."""
     _orders.append(True)
 
 
 @contextmanager
 def unbroken() -> Iterator[list[int]]:
-    """Lets signals that would end this process wait; yields those that came.
+    """Delay signals that would end this process; yield those that arrived.
 
-    Handlers, and no mask: a child would keep the mask for life. One that was told to ignore a signal goes on to.
+    Use handlers, not a mask: a child would keep the mask for its whole life. An ignored signal stays ignored.
     """
     came: list[int] = []
     ordering()

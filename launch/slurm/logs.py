@@ -1,4 +1,4 @@
-"""The logs of a job: where they are, their last lines, following them, and the logs of all ranks merged by time.
+"""Find the logs of a job, print their last lines, follow them, and merge the logs of all ranks by time.
 
 Lines of submitit, torch, srun and Slurm carry a time. A line without a time stays behind the line before it in its
 file. Where no time decides, lower ranks come first.
@@ -37,12 +37,12 @@ def ranks_with_logs(submission: Submission) -> list[int]:
 
 
 def rank_of(path: Path) -> int:
-    """The rank that wrote a log."""
+    """Return the rank that wrote a log."""
     return int(path.stem.removesuffix("_log").rpartition("_")[2])
 
 
 def tail(path: Path, lines: int) -> str:
-    """The last `lines` lines; nothing where there is no file yet. Only the end of a long file is read."""
+    """Return the last `lines` lines; empty if the file does not exist yet. Only the end of a long file is read."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, 2)
@@ -58,7 +58,7 @@ def tail(path: Path, lines: int) -> str:
 
 @dataclass
 class Follower:
-    """What is added to a file; a file that was cut short is read from its beginning again."""
+    """Follow what is added to a file; a truncated file is read from its beginning again."""
 
     path: Path
     place: int = 0
@@ -84,7 +84,7 @@ class Follower:
         return (whole + newline).decode("utf-8", "replace")
 
     def rest(self) -> str:
-        """A last line without an end."""
+        """The last line, if it has no newline yet."""
         data, self._rest = self._rest, b""
         return data.decode("utf-8", "replace")
 
@@ -92,12 +92,12 @@ class Follower:
 def follow(
     files: Callable[[], tuple[Path, ...]], ended: Callable[[], bool], followers: dict[Path, Follower]
 ) -> Iterator[tuple[Path, str]]:
-    """Texts as they are written, until the run has ended.
+    """Yield texts as they are written, until the run has ended.
 
     Args:
-        files: The files to follow; asked again and again, as a run may be submitted anew.
-        ended: Whether the run has ended; asked every `ASK` seconds.
-        followers: Where each file has been read to.
+        files: Returns the files to follow; called repeatedly, because a run may be submitted again.
+        ended: Returns whether the run has ended; called every `ASK` seconds.
+        followers: How far each file has been read.
     """
     asked = time.monotonic()
     while True:
@@ -116,7 +116,7 @@ def follow(
 
 
 _STARTS = "submitit INFO ("
-"""What submitit says of each rank alike: told by its time alone."""
+"""Lines that submitit logs for every rank alike, recognized by their timestamp."""
 _ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,6}))?")
 _TORCH = re.compile(r"\[[A-Z](\d\d)(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{1,6})\d* ")
 
@@ -143,7 +143,7 @@ def with_rank(path: Path, text: str, paths: Iterable[Path]) -> str:
 
 
 def time_of(line: str, year: int) -> float | None:
-    """The time that a line carries, Unix time; torch leaves out the year."""
+    """Return the time of a line, Unix time; torch leaves out the year."""
     match = _ISO.search(line[:200])
     if match is not None:
         numbers, fraction = [int(number) for number in match.groups()[:6]], match[7] or "0"

@@ -1,4 +1,4 @@
-"""Which jobs a run has: from its records, and by the names of the jobs where records are missing.
+"""Find the jobs of a run: from its records, and by job names if records are missing.
 
 A record is written before the job is submitted, and its number after. If the submission is killed in between, or
 somebody removes `jobs/` or the run folder, the run still has a job: Slurm knows it by its name, and this machine's
@@ -33,7 +33,7 @@ from .settings import ClusterConfig
 
 _COLUMNS = ("JobArrayID", "State", "SubmitTime", "Name", "Command")
 UNSURE = "unsure"
-"""In the folder of a launch: sbatch was asked, and its answer was lost."""
+"""The mark in the folder of a launch: sbatch was called, and its answer was lost."""
 LATE = 300.0
 """Seconds in which such a job may still come into the queue."""
 
@@ -58,14 +58,14 @@ class NamedJob:
 
 
 def find_submissions(runs: Iterable[Path], *, by_name: bool = True) -> dict[Path, list[Submission]]:
-    """All submissions of each run, the oldest first, with the numbers of their jobs.
+    """Return all submissions of each run, the oldest first, with the numbers of their jobs.
 
-    What was interrupted before the scheduler knew of it is left out; what another command submits at this moment has
-    no number.
+    Submissions that were interrupted before the scheduler knew them are left out; a submission that another command
+    is making now has no number.
 
     Args:
         runs: Run folders, submitted or not.
-        by_name: Ask Slurm for jobs of runs that have lost their records, too.
+        by_name: Also ask Slurm for jobs of runs that have lost their records.
 
     Raises:
         GraftError: if Slurm has to be asked, and does not answer.
@@ -84,13 +84,13 @@ def find_submissions(runs: Iterable[Path], *, by_name: bool = True) -> dict[Path
 
 
 def home(run: Path) -> Path:
-    """The folder that a run is submitted to: that of its sweep or comparison, or its own."""
+    """Return the folder that a run is submitted to: the folder of its sweep or comparison, or its own."""
     above = run.parent.parent if run.parent.name == "cells" else run.parent if run.name == "teacher" else run
     return above if (above / "jobs").is_dir() or (above / "sweep.json").exists() else run
 
 
 def number_by_name(launch: Path) -> str:
-    """The number of what was submitted with `launch`, or nothing. Raises GraftError: Slurm does not answer."""
+    """Return the job number of `launch`; empty without one. Raises GraftError: Slurm does not answer."""
     jobs = [job for job in queued_jobs() if job.script.parent == launch]
     return jobs[0].job_id.partition("_")[0] if jobs else ""
 
@@ -103,10 +103,10 @@ def write_number(launch: Path, number: str) -> None:
 
 
 def queued_jobs() -> list[NamedJob]:
-    """All jobs of this user that Slurm knows. Raises GraftError."""
+    """Return all jobs of this user that Slurm knows. Raises GraftError."""
     columns = ",".join(f"{name}:|" for name in _COLUMNS)
     text = ask("squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}")
-    last = len(_COLUMNS) - 1  # the path of the script, which may have the sign in it
+    last = len(_COLUMNS) - 1  # the path of the script, which may contain the separator
     rows = [line.split("|", last) for line in text.splitlines() if line.count("|") > last]
     return [
         NamedJob(
@@ -119,7 +119,7 @@ def queued_jobs() -> list[NamedJob]:
 def _queued(
     found: Mapping[Path, Sequence[Submission]], lost: Sequence[Path], by_name: bool
 ) -> list[NamedJob]:
-    """The jobs of this user, where one of them may be of these runs."""
+    """Return the jobs of this user, if one of them may belong to these runs."""
     ours = [one for known in found.values() for one in known if one.cluster == "slurm"]
     if not all(one.job_id for one in ours):
         return queued_jobs()
@@ -136,15 +136,15 @@ def _queued(
     except NoAnswerError:
         if lost:
             raise
-        return []  # whoever asks for the states of these jobs meets the same
-    except GraftError:  # the commands are here, and no cluster is set up for them
+        return []  # the caller asks for the states of these jobs and gets the same error
+    except GraftError:  # the commands are installed, but no cluster is configured
         return []
 
 
 def _with_number(
     one: Submission, run: Path, named: Sequence[NamedJob], here: Mapping[Path, list[int]]
 ) -> Submission | None:
-    """None where it never came to a job."""
+    """Return the submission with its number; None if it never became a job."""
     if one.job_id:
         return one
     launch = Path(one.launch)
@@ -157,7 +157,7 @@ def _with_number(
         with contextlib.suppress(OSError):  # another user's run
             write_number(launch, numbers[0])
         return replace(one, job_id=numbers[0] if one.index is None else f"{numbers[0]}_{one.index}")
-    found = job_id(launch, one.index)  # the job may have begun by now, and have written it down
+    found = job_id(launch, one.index)  # the job may have started by now, and have recorded it
     if found:
         return replace(one, job_id=found)
     under_way = is_submitting(home(run)) or is_ordered(launch / "submit.sh")
@@ -174,19 +174,19 @@ def _without_record(run: Path, named: Sequence[NamedJob], recorded: Sequence[Sub
 
 
 def _on_this_machine(run: Path, here: Mapping[Path, list[int]]) -> list[Submission]:
-    """The same without Slurm."""
+    """Do the same without Slurm."""
     return [_bare(str(pid), "local", run) for pid in here.get(run / "jobs" / "logs", [])]
 
 
 def _bare(number: str, cluster: Cluster, folder: Path, **known: Any) -> Submission:
-    """What is known of a job whose record is gone."""
+    """Return what is known about a job whose record was removed."""
     logs, resources = str(folder / "jobs" / "logs"), ClusterConfig(cluster=cluster).model_dump(mode="json")
     values = {"submitted": 0.0, "command": [], "logs": logs, "resources": resources, "code": "", **known}
     return Submission(job_id=number, cluster=cluster, **values)
 
 
 def _run_of(job: NamedJob) -> Path | None:
-    """The run of a cell of an array, as its launch says."""
+    """Return the run of a cell of an array, from the record of its launch."""
     try:
         runs = json.loads((job.script.parent / "runs.json").read_text(encoding="utf-8"))
         return Path(runs[job.index or 0])
@@ -200,7 +200,7 @@ SLACK = 2.0
 
 
 def is_alive(submission: Submission) -> bool:
-    """Whether the process of a `local` or `debug` job runs on this machine."""
+    """Return whether the process of a `local` or `debug` job runs on this machine."""
     if submission.cluster == "debug":
         elsewhere = submission.pid in (0, os.getpid()) or submission.host != socket.gethostname()
         return not elsewhere and _is_older(submission.pid, submission.submitted)
@@ -210,7 +210,7 @@ def is_alive(submission: Submission) -> bool:
         return False
     return " ".join(words).endswith(
         f"{CONTROLLER} {submission.logs}"
-    )  # else the number is another process's by now
+    )  # else another process has the number by now
 
 
 def controllers() -> dict[Path, list[int]]:
@@ -224,7 +224,7 @@ def controllers() -> dict[Path, list[int]]:
 
 
 def is_ordered(script: Path) -> bool:
-    """Whether an sbatch still runs with this script, as after the end of the command that started it."""
+    """Return whether an sbatch with this script still runs, for example after the command that started it ended."""
     return any(_line(process).endswith(f" {script}") for process in _processes())
 
 
@@ -259,7 +259,7 @@ def _line(process: psutil.Process) -> str:
 
 
 def _is_older(pid: int, moment: float) -> bool:
-    """Whether the process was there at that moment, and is no later one of the same number."""
+    """Return whether the process existed at that moment, and is not a later one with the same number."""
     try:
         return pid > 0 and psutil.Process(pid).create_time() <= moment + SLACK
     except psutil.Error:

@@ -1,9 +1,9 @@
-"""What submitit does that a run of days must not depend on. One function a behaviour, as read and seen in 1.5.4.
+"""Avoid behaviors of submitit that a run of several days must not depend on: one function each, seen in 1.5.4.
 
-Not here because nothing of ours asks for it: `Job.state`, `done` and `result` (they wait for ever for a killed job
-without accounting, and take NODE_FAIL for an end although the job is started again), the count of time-outs (a limit
-of ten minutes or less makes each preemption one), and the pickle that `checkpoint` would write anew at each requeue (a
-kill in the middle leaves a file that makes every later one fail). The state of a run is in its own files.
+Not here because we do not use it: `Job.state`, `done` and `result` (they wait forever for a killed job without
+accounting, and take NODE_FAIL as an end although the job is restarted), the count of time-outs (with a limit of ten
+minutes or less, each preemption counts as one), and the pickle that `checkpoint` would write again at each requeue (a
+kill in the middle leaves a file that makes every later requeue fail). The state of a run is in its own files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ INSIDE_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MA
 
 
 def start_script(code: Path, launch: Path, python: str = sys.executable) -> str:
-    """A shell script in place of the interpreter: it starts it on the copy of the package, signals blocked.
+    """Return a shell script in place of the interpreter: it starts it on the copy of the package, signals blocked.
 
     submitit installs its handlers after it has loaded the job. A SIGUSR2 before that ends the process, and the job
     fails instead of going on later; a blocked one waits. `early_signals.remember_signals` lets it through. An `env`
@@ -82,13 +82,13 @@ def forget_old_results() -> None:
 
 
 def keep_results() -> None:
-    """Makes the folder of results anew where somebody has removed it: submitit would take that for a failure."""
+    """Create the folder of results again if somebody has removed it: submitit would treat that as a failure."""
     if "SUBMITIT_FOLDER" in os.environ:
         submitit.JobEnvironment().paths.folder.mkdir(parents=True, exist_ok=True)
 
 
 def requeue() -> None:
-    """Has the scheduler start this job again: the first rank asks once everything is saved. May not return.
+    """Make the scheduler restart this job: the first rank asks once everything is saved. May not return.
 
     Slurm answers by sending SIGTERM to all processes of the step, `scontrol` itself among them. submitit takes its
     death for a failure and ends the job; here it, and this process, ignore the signal until the answer is there.
@@ -104,7 +104,7 @@ def requeue() -> None:
             except (subprocess.SubprocessError, OSError) as error:
                 if not left:
                     raise RunFailedError(
-                        f"the job cannot be requeued ({error}); `graftvit resume` goes on from its state"
+                        f"the job cannot be requeued ({error}); `graftvit resume` resumes from its state"
                     ) from error
             time.sleep(REQUEUE_PAUSE)
     finally:
@@ -152,7 +152,7 @@ def detached(log: Path) -> Iterator[None]:
 
 
 def export_ranks(restart: int) -> Mapping[str, str]:
-    """RANK and its like of this process, for torch; a port of its own for each attempt.
+    """Return RANK and related variables of this process, for torch; each attempt has its own port.
 
     submitit's port depends on the job alone: a process that the scheduler gave up may still hold it. Most of its ports
     are of the range in which Linux puts outgoing connections, and one of these may hold it as well. It would also

@@ -1,4 +1,4 @@
-"""What `--dry_run` prints: the plan and the script, also of what would be refused, which it says at the end."""
+"""Print what `--dry_run` shows: the plan and the script, also of a submission that would be refused, and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Preview:
 
 
 def preview(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> Preview:
-    """The plan, the cells, and the script as sbatch would get it. Nothing is written or queued.
+    """Return the plan, the cells, and the script as sbatch would get it. Write and queue nothing.
 
     Raises ConfigError: there is no Slurm here to make a script for.
     """
@@ -32,7 +32,7 @@ def preview(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = Fa
         check_commands()
     waits, problem = _checked(lambda: check_cluster(plan, config, unchecked=unchecked))
     parts = list[str]()
-    if problem is None and not unchecked:  # what is slow is not waited for where the answer is known
+    if problem is None and not unchecked:  # do not run slow checks if the answer is known
         parts, problem = _plans(plan, config)
     if plan.first is not None:
         parts.append(f"a job of its own makes the teacher first, in {plan.first.output_dir}\n")
@@ -46,7 +46,7 @@ def preview(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = Fa
 
 
 def preview_again(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> Preview:
-    """As `preview`, of `graftvit resume`."""
+    """Do the same as `preview`, for `graftvit resume`."""
     if config.cluster == "slurm":
         check_commands()
     waits, problem, parts = "", None, list[str]()
@@ -84,7 +84,7 @@ def _plans(plan: SubmissionPlan, config: ClusterConfig) -> tuple[list[str], Graf
 
 
 def _checked(step: Callable[[], str]) -> tuple[str, GraftError | None]:
-    """What `step` says, and why it refuses."""
+    """Return the text of `step`, or why it refuses."""
     try:
         return step(), None
     except GraftError as error:

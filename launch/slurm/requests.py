@@ -1,4 +1,4 @@
-"""What a submission consists of: one run, the cells of a sweep, the cells of a comparison, or another command.
+"""Make a submission: one run, the cells of a sweep, the cells of a comparison, or another command.
 
 Each configuration is frozen as YAML before it is submitted.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 GOES_ON = Setting("engine.resume", "auto", "graftvit submit")
-"""What a job is given: its restarts go on, and `never` has refused by then what the folder held before."""
+"""The resume policy of a job: its restarts resume; `never` was checked before the submission."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SubmissionPlan:
 
     folder: Path
     configs: list[RunConfig]
-    """What is to run first, to check and to describe: the first stage of the first cell, or the teacher to be made."""
+    """The run to check and describe: the first stage of the first cell, or the teacher to train."""
     frozen: dict[Path, str]
     """Files to write before it is submitted."""
     requests: list[Request]
@@ -65,7 +65,7 @@ def plan_run(
     sweep: Sequence[str],
     early: Callable[[], None] | None = None,
 ) -> SubmissionPlan:
-    """What `graftvit submit RECIPE SETTINGS --sweep ...` submits; every cell is checked, nothing is written.
+    """Return what `graftvit submit RECIPE SETTINGS --sweep ...` submits; check every cell, write nothing.
 
     `early` is called before what is slow to check.
 
@@ -119,7 +119,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
 
 
 def _refuse_existing(config: RunConfig) -> None:
-    """Raises ConfigError where the run would be told never to go on with what is there."""
+    """Raise ConfigError if the run must never resume and its folder holds a state."""
     if config.engine.resume == "never":
         from ...transfer.engine.resume_check import refuse_existing
 
@@ -131,7 +131,7 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan:
-    """A cell each, of which none may be impossible."""
+    """Return a request for each cell; every cell must be possible."""
     from ...transfer.analysis.compare.compare import check_plans
     from ..comparison import load_comparison
 
@@ -152,7 +152,7 @@ def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan
 
 
 def _taken(settings: Iterable[Setting]) -> list[str]:
-    """The words that the run which makes the teacher takes over, too."""
+    """The words that the run of the teacher takes over, too."""
     from ..comparison import FOR_THE_TEACHER
     from .sweep import as_text
 
@@ -180,13 +180,13 @@ def _frozen_comparison(comparison: Comparison, recipe: str) -> str:
     for stage in comparison.stages:
         values = stage.config.model_dump(mode="json")
         if comparison.teacher is not None:
-            values["teacher"].pop("source")  # made in the folder of the comparison
+            values["teacher"].pop("source")  # trained in the folder of the comparison
         stages.append({"name": stage.name, **values})
     return write_yaml({"compare": read_recipe(recipe).compare, "stages": stages})
 
 
 def _frozen_teacher(comparison: Comparison, beside: Path) -> dict[Path, str]:
-    """The recipe of the teacher where it is a file of the user: under its name, beside the frozen comparison."""
+    """Return the recipe of the teacher if it is a user's file: under its name, beside the frozen comparison."""
     name = comparison.compare.teacher_recipe
     if comparison.teacher is None or name is None or Path(name).suffix not in (".yaml", ".yml"):
         return {}
@@ -198,7 +198,7 @@ def _frozen_teacher(comparison: Comparison, beside: Path) -> dict[Path, str]:
 def plan_work(
     words: Sequence[str], folder: Path | None, config: ClusterConfig, *, unchecked: bool = False
 ) -> tuple[SubmissionPlan, ClusterConfig]:
-    """What `graftvit submit COMMAND ...` submits, and the resources with the cores that it needs. Nothing is written.
+    """Return what `graftvit submit COMMAND ...` submits, and the resources with the cores that it needs. Write nothing.
 
     Raises GraftError: the command would refuse its words, or it is one process and several are asked for.
     """
@@ -230,7 +230,7 @@ def _refuse_run(folder: Path) -> None:
 
 
 def describe(work: SubmissionPlan) -> str:
-    """The command, where its log and jobs are, and what it writes."""
+    """Return the command, the folder of its log and jobs, and what it writes."""
     order = Order(**json.loads(next(iter(work.frozen.values()))))
     output = f"writes {order.output}\n" if order.output else ""
     return f"{order.line}\n{output}jobs and log in {work.folder}\n\n"

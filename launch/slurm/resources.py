@@ -1,4 +1,4 @@
-"""GPUs of a node by type, and its other generic resources, as sbatch takes them and as sinfo tells of them."""
+"""Parse and compare GPUs by type and other generic resources, as sbatch takes them and sinfo prints them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def parse_gpus(text: str) -> dict[str, int]:
 
 
 def gpus_in(gres: str | None) -> dict[str, int]:
-    """The GPUs of `gpu:a100:4,tmpdisk:100` by type; also of `sinfo`, which adds sockets: `gpu:a100:4(S:0-1)`."""
+    """Return the GPUs of `gpu:a100:4,tmpdisk:100` by type; also of sinfo's form with sockets: `gpu:a100:4(S:0-1)`."""
     found: dict[str, int] = {}
     for part in _parts(gres):
         kind, _, rest = part.partition(":")
         if kind not in ("gpu", "gres/gpu"):
             continue
         name, _, count = rest.rpartition(":")
-        if not count.isdecimal():  # `gpu` and `gpu:a100` are one
+        if not count.isdecimal():  # `gpu` and `gpu:a100` count as one
             name, count = count, "1"
         found[name] = found.get(name, 0) + int(count)
     return found
 
 
 def generic_in(gres: str | None) -> dict[str, int]:
-    """What else is there: `gpu:4,tmpdisk:ssd:2K` as {"tmpdisk:ssd": 2048}; of a type, and of the name alone."""
+    """Return other resources: `gpu:4,tmpdisk:ssd:2K` as {"tmpdisk:ssd": 2048}; by name and type, and by name alone."""
     found: dict[str, int] = {}
     for part in _parts(gres):
         name, *rest = part.lower().removeprefix("gres/").replace(":no_consume", "").split(":")
@@ -47,12 +47,12 @@ def generic_in(gres: str | None) -> dict[str, int]:
 
 
 def most_of(generic: Mapping[str, int], wanted: str) -> int:
-    """How many a node with `generic` can give: of a type where one is named, of all types where none is."""
+    """Return how many units a node with `generic` can give: of the named type, or of all types without a name."""
     return sum(count for name, count in generic.items() if name == wanted or name.startswith(f"{wanted}:"))
 
 
 def without_gpus(gres: str) -> str | None:
-    """What else is asked for; None where it is nothing."""
+    """Return the other resources of the request; None if there are none."""
     return ",".join(part for part in _parts(gres) if not gpus_in(part)) or None
 
 
@@ -62,7 +62,7 @@ def count_gpus(gpus: Mapping[str, int]) -> int:
 
 
 def has_gpus(gpus: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
-    """Whether a node with `gpus` can give those that are wanted."""
+    """Return whether a node with `gpus` can give the GPUs of a request."""
     named = {name: count for name, count in wanted.items() if name}
     typed = {name.lower(): count for name, count in gpus.items()}
     enough = all(typed.get(name.lower(), 0) >= count for name, count in named.items())

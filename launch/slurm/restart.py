@@ -1,10 +1,10 @@
-"""Whether a job that has failed is started again: asked by its batch script, once all its tasks have ended.
+"""Decide whether a failed job is restarted: its batch script asks, once all its tasks have ended.
 
     python -m graftvit.launch.slurm.restart LAUNCH CODE
 
-A rank that the kernel kills says nothing, and takes the others along. So this is not for a rank to decide. Whoever
-cancels, preempts or requeues a job ends its batch script as well, which then does not come here; and the scheduler
-itself is told to restart the job only where it still runs.
+A rank that the kernel kills writes nothing, and the other ranks fail with it. So a rank cannot decide this. If somebody
+cancels, preempts or requeues a job, its batch script ends as well and does not run this; and the scheduler itself
+restarts the job only if it still runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a job that has failed."""
+    """The decision about a job that has failed."""
 
     attempt: str
     """The name of the files of the attempt that failed."""
@@ -49,12 +49,12 @@ class Verdict:
 def judge(
     files: JobFolder, job_id: str, restart: int, *, max_restarts: int, restart_wait: int
 ) -> Verdict | None:
-    """What to do after an attempt; None where it ended as it should, or was told to end, or nothing is known of it."""
+    """Return what to do after an attempt; None if it ended well, was asked to end, or nothing is known about it."""
     of_job = [one for one in files.attempts() if one.job_id == job_id]
     now = next((one for one in of_job if one.restart == restart), None)
     if now is None or now.outcome in ("finished", "stopped") or files.asked_to_stop(job_id):
         return None
-    if now.outcome == "requeued":  # and the scheduler did not take that
+    if now.outcome == "requeued":  # and the scheduler refused that
         return Verdict(now.name, "", 0)
     failures = files.failures(now.name)
     lasting = [one for one in failures if one.kind == "cause" and not one.transient]
@@ -102,7 +102,7 @@ def _words(failure: Failure) -> str:
 
 
 def main(launch: Path, code: int) -> int:
-    """Has the job started again, or leaves it as it is; the exit code of the batch script."""
+    """Restart the job, or leave it as it is; return the exit code of the batch script."""
     job, restart = _job_id(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     try:
         files = JobFolder(_patiently(lambda: _run_folder(launch)))
@@ -118,12 +118,12 @@ def main(launch: Path, code: int) -> int:
         elif _runs(job, restart):
             _start_again(files, job, restart, verdict, verdict.wait)
     except (OSError, GraftError) as error:
-        _say(f"the job is not started again, for it cannot be found out whether it should be: {error}")
+        _say(f"the job is not started again, because it cannot be found out whether it should be: {error}")
     return code
 
 
 def _start_again(files: JobFolder, job: str, restart: int, verdict: Verdict, wait: int) -> None:
-    """Notes it, so that it counts, and only then asks. The nodes are free during the wait."""
+    """Record the restart, so that it counts, and only then ask. The nodes are free during the wait."""
     note = {"outcome": "requeued", "why": verdict.why, "retried": True, "ended": time.time()}
     if verdict.why:
         _patiently(lambda: files.note(verdict.attempt, **note))
@@ -142,7 +142,7 @@ def _start_again(files: JobFolder, job: str, restart: int, verdict: Verdict, wai
 
 
 def _runs(job: str, restart: int) -> bool:
-    """Whether the scheduler still takes this attempt for the one at work."""
+    """Return whether the scheduler still treats this attempt as the running one."""
     text = ask("scontrol", "--oneliner", "show", "job", job, tries=TRIES)
     fields = dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
     return fields.get("JobState") == "RUNNING" and fields.get("Restarts") == str(restart)
@@ -160,14 +160,14 @@ def _run_folder(launch: Path) -> Path:
 
 
 def _limits(files: JobFolder, launch: Path) -> dict[str, int]:
-    """As this job was submitted."""
+    """Return the submission of this job."""
     mine = [one for one in files.submissions() if one.launch == str(launch)]
     resources = mine[-1].resources if mine else {}
     return {name: int(resources.get(name, 0)) for name in ("max_restarts", "restart_wait")}
 
 
 def _patiently(act: Callable[[], Answer]) -> Answer:
-    """What `act` gives, which is tried again where the record's file system is away. Raises OSError in the end."""
+    """Return the result of `act`; try again if the record's file system is away. Raises OSError in the end."""
     until = time.monotonic() + PATIENCE
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What of a folder is not finished, and submitting it again."""
+"""Find unfinished runs in a folder and submit them again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .submission import refuse_active, start
 from .submit import test_only
 
 PATIENCE, EVERY = 600.0, 2.0
-"""Seconds that `graftvit resume` waits for a job that was told to stop, and between two looks at it."""
+"""How many seconds `graftvit resume` waits for a job that is stopping, and between two checks."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Unfinished:
     submissions: dict[Path, Submission]
     """Run folder -> how it was submitted."""
     first: Request | None = None
-    """The teacher of a comparison, which has to be made before."""
+    """The teacher of a comparison, which has to be trained first."""
 
     @property
     def resources(self) -> dict[str, Any]:
-        """What was asked of the cluster; a job that was waited for then may be forgotten by now."""
+        """The resources of the earlier submission; Slurm may have forgotten a job that it waited for."""
         asked = next(iter(self.submissions.values())).resources
         kept = {name: value for name, value in asked.items() if name != "dependency"}
         options = {
@@ -50,7 +50,7 @@ class Unfinished:
 
 
 def find_unfinished(folder: Path) -> Unfinished:
-    """The run, or the cells of a sweep or comparison.
+    """Return the unfinished run, or the unfinished cells of a sweep or comparison.
 
     Raises ConfigError: nothing was submitted to `folder`, all has finished, or a job is at work on what has not.
     """
@@ -65,7 +65,7 @@ def find_unfinished(folder: Path) -> Unfinished:
     if not known:
         raise ConfigError(
             f"{folder} has no record of how it was submitted: `{resumes(folder)}`, with the flags that it needs, "
-            "goes on with what it has saved"
+            "resumes from what it has saved"
         )
     left = {run: submission for run, submission in known.items() if not JobFolder(run).finished}
     if not left:
@@ -83,7 +83,7 @@ def find_unfinished(folder: Path) -> Unfinished:
 
 
 def wait_for_stops(folder: Path, patience: float = PATIENCE) -> None:
-    """Until jobs that `graftvit stop` has told to end have ended; after `patience` seconds they count as at work."""
+    """Wait until jobs that are stopping have ended; after `patience` seconds they count as running."""
     until, told = time.monotonic() + patience, False
     while time.monotonic() < until:
         judged = judge_jobs(run_folders(folder), strict=True)
@@ -127,7 +127,7 @@ def go_back(unfinished: Unfinished) -> None:
 
 
 def launch_again(unfinished: Unfinished, config: ClusterConfig) -> Launch:
-    """The runs with what they ask of the cluster, from where they were submitted."""
+    """Return the runs with their resources, from the folder that they were submitted from."""
     go_back(unfinished)
     first = next(iter(unfinished.submissions.values()))
     requests = [Request(submission.command, run) for run, submission in unfinished.submissions.items()]
@@ -147,7 +147,7 @@ def check_again(unfinished: Unfinished, config: ClusterConfig) -> str:
 
 
 def plan_again(unfinished: Unfinished, config: ClusterConfig) -> str:
-    """The plan of the first run that has begun, which says what all cells do: they ask for the same processes.
+    """Return the plan of the first started run, which describes all cells: they use the same number of processes.
 
     Raises ConfigError: so many processes cannot share its step, or the folder that it was submitted from is gone.
     """

@@ -1,4 +1,4 @@
-"""How far a run is, from its log and its configuration alone."""
+"""Measure how far a run is, from its log and its configuration alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...transfer.engine.runlog import read_log
 from ..load_config import load_config
 
 INTERVALS = 5
-"""The last records that tell the speed."""
+"""How many of the last records give the speed."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Of the run, or of the stage that a recipe with stages has come to."""
+    """The progress of the run, or of the current stage of a recipe with stages."""
 
     stage: str = ""
     step: int = 0
@@ -29,17 +29,17 @@ class Progress:
     epochs: int | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
-    """Of this stage: from now on where it trains, else once it does."""
+    """The seconds left in this stage: from now if it trains, else from its start."""
     last_top1: float | None = None
     best_top1: float | None = None
 
 
 def read_progress(folder: Path, training_since: float | None = None) -> Progress:
-    """What the files of a run folder tell; all defaults before the first record.
+    """The progress according to the files of a run folder; all defaults before the first record.
 
     Args:
-        folder: Of the run.
-        training_since: When the attempt that trains now began; None where none does, and no time goes by for the run.
+        folder: The run folder.
+        training_since: When the present attempt started to train; None if no attempt runs.
     """
     inner = current_stage(folder)
     stage = "" if inner == folder else inner.name
@@ -76,7 +76,7 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
 
 
 def current_stage(folder: Path) -> Path:
-    """The folder `<i>-<name>` of the last stage that has begun; the run folder itself where there is none."""
+    """Return the folder `<i>-<name>` of the last started stage; the run folder itself without stages."""
     stages = [
         (int(found[1]), path)
         for path in folder.glob("*-*")
@@ -101,7 +101,7 @@ def _length(folder: Path, epochs: list[dict[str, Any]]) -> tuple[int | None, int
 
 
 def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> float | None:
-    """From the last intervals, else from the last epoch."""
+    """Return the speed of the last intervals, or else of the last epoch."""
     intervals = [record for record in records if "n_parameters" not in record and "seconds" in record]
     chosen = intervals or epochs
     before = [0, *(int(record["step"]) for record in chosen)]

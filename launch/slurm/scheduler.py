@@ -1,8 +1,7 @@
-"""What the scheduler says of jobs and nodes, and what it is told to do with a job.
+"""Ask the scheduler about jobs and nodes, and give it orders about a job.
 
-The queue (`squeue`) is right about a job for as long as it knows it, some minutes after the end of the job. After
-that the accounting (`sacct`) knows, where a site keeps one; its rows also tell how each earlier start of a requeued
-job ended.
+The queue (`squeue`) is right about a job as long as it knows it, some minutes after the end of the job. After that the
+accounting (`sacct`) knows it, if a site keeps one; its rows also tell how each earlier start of a requeued job ended.
 """
 
 from __future__ import annotations
@@ -71,14 +70,14 @@ class JobState:
     exit_code: str = ""
     """`status:signal`."""
     history: tuple[str, ...] = ()
-    """How earlier starts of the same job ended, where the accounting tells."""
+    """How earlier starts of the same job ended, if the accounting knows it."""
     name: str = ""
     script: Path | None = None
-    """What was submitted, where the queue tells: a number alone may be another job's by now."""
+    """The name of the submission, if the queue knows it: the number alone may be another job's by now."""
 
 
 def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]:
-    """What is known of each job; state UNKNOWN where nobody knows it any more. Raises GraftError."""
+    """Return what is known about each job; state UNKNOWN if it is not known any more. Raises GraftError."""
     wanted = list(dict.fromkeys(ids))
     if not wanted:
         return {}
@@ -91,7 +90,7 @@ def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]
 
 
 def accounting_works() -> bool:
-    """Whether `sacct` answers here."""
+    """Return whether `sacct` answers here."""
     try:
         _accounting_text(["1"])
     except GraftError:
@@ -113,14 +112,14 @@ def signal_job(job_id: str, name: str) -> None:
 
 
 def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
-    """Why this job was just signalled: one call to the scheduler, from inside of the job.
+    """Return why this job was just signalled: one call to the scheduler, from inside the job.
 
     Args:
         job_id: `SLURM_JOB_ID`, or `123_4`.
-        signal_delay: Seconds before its limit at which the job is told to save; the scheduler may be a minute early.
+        signal_delay: Seconds before its limit at which the job is asked to save; the scheduler may be a minute early.
 
     Returns:
-        `preempted`, `requeued`, `cancelled`, `time limit`, or nothing where the scheduler does not tell.
+        `preempted`, `requeued`, `cancelled`, `time limit`, or an empty text if the scheduler gives no reason.
     """
     try:
         text = ask("scontrol", "--oneliner", "show", "job", job_id, timeout=8, tries=1)
@@ -130,7 +129,7 @@ def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
 
 
 def reason_in(text: str, restarts: int, now: datetime, signal_delay: int) -> str:
-    """The reason that `scontrol show job` gives away to a job that was started `restarts` times before."""
+    """Return the reason that `scontrol show job` shows for a job with `restarts` earlier starts."""
     fields = dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
     state = fields.get("JobState", "")
     if fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
@@ -149,7 +148,7 @@ def reason_in(text: str, restarts: int, now: datetime, signal_delay: int) -> str
 
 
 def fallen_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those of `nodes` that are down, failing or do not answer; none where the scheduler cannot be asked."""
+    """Return those of `nodes` that are down, failing or silent; empty if the scheduler cannot be asked."""
     if not nodes:
         return []
     try:
@@ -172,7 +171,7 @@ def parse_queue(text: str) -> dict[str, JobState]:
     """Job id -> state, of the lines that `squeue` gives for `_QUEUE`."""
     found = {}
     for line in text.splitlines():
-        # the last one may have the sign in it
+        # the last field may contain the separator
         values = [value.strip() for value in line.removesuffix("|").split("|", len(_QUEUE) - 1)]
         if len(values) < len(_QUEUE):
             continue
@@ -217,7 +216,7 @@ def parse_accounting(text: str) -> dict[str, JobState]:
 
 
 def expand_id(text: str) -> list[str]:
-    """The jobs that `123_[5-7,9%2]` stands for."""
+    """Return the jobs that `123_[5-7,9%2]` means."""
     match = re.fullmatch(r"(\d+)_\[([^%\]]*)(?:%\d+)?\]", text)
     if match is None:
         return [text]
@@ -232,7 +231,7 @@ def expand_id(text: str) -> list[str]:
 
 @lru_cache(maxsize=256)
 def expand_nodes(text: str) -> tuple[str, ...]:
-    """The names that `gpu[01-03]` stands for; the packed name itself where Slurm is not here to tell."""
+    """Return the names that `gpu[01-03]` means; the packed name itself if Slurm is not here to expand it."""
     packed = "" if text in ("None assigned", "(null)", "N/A") else text
     if "[" not in packed:
         return tuple(name for name in packed.split(",") if name)
@@ -289,7 +288,7 @@ def _limit(text: str) -> int | None:
 
 
 def _exit_code(text: str) -> str:
-    """`1792`, the status as wait(2) gives it, as `7:0`; what a signal ended has no status of its own."""
+    """Return `1792`, the status as wait(2) gives it, as `7:0`; after a signal there is no exit status."""
     if not text.isdigit():
         return text
     signal = int(text) & 127

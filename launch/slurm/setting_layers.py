@@ -1,4 +1,4 @@
-"""Where the resources of a job come from: flags, a profile, the environment, the site file. The first one wins.
+"""Read the resources of a job from flags, a profile, the environment and the site file. The first one wins.
 
 Each resource is a flag of `graftvit submit` and `resume`, named as in sbatch.
 """
@@ -31,7 +31,7 @@ OPTION_VARIABLES = {
         "wait_all_nodes", "wckey",
     )
 } | {"SBATCH_REQ_SWITCH": "switches"}  # fmt: skip
-"""What else sbatch takes from its surroundings and a run can live with."""
+"""Other variables that sbatch reads and a run can accept."""
 WITHOUT_VALUE = ("exclusive", "spread_job", "use_min_nodes")
 EXCLUSIVE_FOR = tuple(("exclusive", whom) for whom in ("user", "mcs", "topo"))
 
@@ -42,16 +42,16 @@ class Layer:
 
     values: Mapping[str, Any]
     name_of: Callable[[str], str]
-    """What an error and the dry run call the origin of a value."""
+    """How an error and the dry run name the origin of a value."""
 
 
 @dataclass
 class Asked:
-    """All layers in one: what wins, and where it is from."""
+    """All layers in one: the value that wins, and its origin."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
-    """By key; `sbatch.hold` for an option."""
+    """The origin by key; `sbatch.hold` for an option."""
 
     def put(self, layer: Layer) -> None:
         """Lays the values of `layer` over what is there."""
@@ -94,13 +94,13 @@ class Asked:
 
 
 def site_file() -> Path:
-    """Where a user keeps what holds for the cluster: `$XDG_CONFIG_HOME/graftvit/cluster.yaml`."""
+    """Return the user's own file of cluster settings: `$XDG_CONFIG_HOME/graftvit/cluster.yaml`."""
     root = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(root) / "graftvit" / "cluster.yaml"
 
 
 def shared_site_files() -> list[Path]:
-    """Where an administrator keeps it for all users: `/etc/xdg/graftvit/cluster.yaml`. The first counts most."""
+    """Return the administrator's files for all users: `/etc/xdg/graftvit/cluster.yaml`. The first counts most."""
     roots = os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg"
     return [Path(root) / "graftvit" / "cluster.yaml" for root in roots.split(":") if root]
 
@@ -129,7 +129,7 @@ def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str,
     def chosen(name: Any, origin: str) -> Layer:
         if name not in profiles:
             raise ConfigError(
-                f"{origin} {name!r} is none of the profiles of {files[-1]}: "
+                f"{origin} {name!r} is not among the profiles of {files[-1]}: "
                 + (f"valid: {', '.join(profiles)}" if profiles else "it has none")
             )
         return profiles[name]
@@ -151,14 +151,14 @@ def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str,
 
 
 def _of_today(before: Mapping[str, Any]) -> dict[str, Any]:
-    """What was an option of `sbatch` when the run was submitted, and has a name of its own by now, under that."""
+    """Move an `sbatch` option of an older record to the setting that has its own name now."""
     options = dict(before.get("sbatch", {}))
     moved = {name: options.pop(name) for name in sbatch_fields() if name in options}
     return {**before, **moved, "sbatch": options} if moved else dict(before)
 
 
 def from_environment() -> Layer:
-    """What the user's surroundings set for sbatch: it is read here, and sbatch itself is started without it."""
+    """Return what the user's environment sets for sbatch: it is read here, and sbatch itself starts without it."""
     own = {mark.variable: name for name, mark in sbatch_fields().items() if mark.variable}
     values = {name: os.environ[variable] for variable, name in own.items() if os.environ.get(variable)}
     options: dict[str, Any] = {}
@@ -180,7 +180,7 @@ def left_out() -> list[str]:
 
 
 def describe(asked: Asked) -> str:
-    """What is asked for, a line each with its origin; of what is not said here, the defaults of `--help` hold."""
+    """Return the requested resources, a line each with its origin; for others the defaults of `--help` hold."""
     rows = []
     for name, value in asked.values.items():
         if name == "sbatch":
@@ -247,7 +247,7 @@ ONLY_IN_THE_SITE_FILE = ("shared_folders",)
 
 
 def add_cluster_flags(parser: Parser) -> None:
-    """A flag for each field of `ClusterConfig`, and `--site`."""
+    """Add a flag for each field of `ClusterConfig`, and `--site`."""
     group = parser.add_argument_group("cluster", f"What the job asks for. Defaults come from {site_file()}.")
     for name, info in ClusterConfig.model_fields.items():
         if name in ONLY_IN_THE_SITE_FILE:
@@ -280,7 +280,7 @@ def add_cluster_flags(parser: Parser) -> None:
 
 
 def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None) -> Asked:
-    """The resources that the flags ask for, over those of `before` and of the site. Raises ConfigError."""
+    """Return the resources of the flags, over those of `before` and of the site. Raises ConfigError."""
     given = {
         name: getattr(arguments, name) for name in ClusterConfig.model_fields if hasattr(arguments, name)
     }
@@ -299,7 +299,7 @@ def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None
 
 
 def cluster_of(arguments: argparse.Namespace, before: dict[str, Any] | None = None) -> ClusterConfig:
-    """As `asked_by`, checked. Raises ConfigError."""
+    """Return the result of `asked_by`, checked. Raises ConfigError."""
     return asked_by(arguments, before).config()
 
 

@@ -1,6 +1,6 @@
-"""What can be asked of a cluster: each resource with its help, its check and its option of sbatch.
+"""Define the resources of a job: each with its help, its check and its option of sbatch.
 
-The names are those of sbatch. Where the values come from is told in `layers.py`.
+The names are those of sbatch. `setting_layers.py` says where the values come from.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OF_ANOTHER_MEANING = ("container", "profile")
 MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
 """Ways to ask for memory, which exclude each other."""
 OF_SEVERAL_LINES = ("setup", "node_setup", "shared_folders")
-"""What stands in no line of options."""
+"""Settings that are not written into a line of options."""
 LONGEST_MINUTES = (2**31 - 1) // 60
 """Slurm counts the seconds of a limit in 32 bits."""
 _GRES = r"[A-Za-z_][\w./-]*(:[\w.+-]+)?(:[0-9]+[KMGTP]?)?"
@@ -60,7 +60,7 @@ class Sbatch:
 
 @dataclass(frozen=True)
 class Origins:
-    """Where values are from, which makes no two of them different."""
+    """The origins of the values; they do not count when two requests are compared."""
 
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -279,17 +279,17 @@ class ClusterConfig(BaseModel):
         return self
 
     def known_from(self, origins: Mapping[str, str]) -> ClusterConfig:
-        """The same, with what an error calls the origin of each value."""
+        """Return the same, with the origin of each value as an error names it."""
         found = self.model_copy()
         found._origins = Origins(origins)
         return found
 
     def origin(self, name: str) -> str:
-        """What an error calls a resource: its flag, or the variable or the file that it is from."""
+        """Return how an error names a resource: its flag, or the variable or the file that it is from."""
         return self._origins.names.get(name, f"--{name}")
 
     def said(self, name: str) -> str:
-        """What is asked for, as an error begins: `--nodes is 4`, `SBATCH_PARTITION is gpu`."""
+        """Return the request as an error begins: `--nodes is 4`, `SBATCH_PARTITION is gpu`."""
         default = "" if name in self.model_fields_set else " by default"
         return f"{self.origin(name)} is {getattr(self, name)}{default}"
 
@@ -307,7 +307,7 @@ class ClusterConfig(BaseModel):
 
     @property
     def tasks(self) -> int:
-        """Processes of a node: one a GPU, one where there is none."""
+        """Return the number of processes of a node: one for each GPU, or one without a GPU."""
         return self.tasks_per_node or max(1, self.gpu_count)
 
     @property
@@ -321,7 +321,7 @@ class ClusterConfig(BaseModel):
         return parse_time(self.time)
 
     def options(self) -> dict[str, bool | str | int]:
-        """What the script has as options of sbatch, by their long names."""
+        """Return the script's options of sbatch, by their long names."""
         found: dict[str, bool | str | int] = {
             name: getattr(self, name)
             for name, marked in sbatch_fields().items()
@@ -343,7 +343,7 @@ def check_line(value: Any) -> None:
 
 
 def sbatch_fields() -> dict[str, Sbatch]:
-    """The resources that sbatch has an option for."""
+    """Return the resources that sbatch has an option for."""
     fields = ClusterConfig.model_fields.items()
     return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Sbatch)}
 

@@ -1,4 +1,4 @@
-"""The code that a job runs: a copy made when it was submitted, which no later edit reaches."""
+"""Copy the code that a job runs at submission, so that later edits do not change it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _copy(files: dict[str, Path], folder: Path) -> None:
 
 
 def _revision() -> dict[str, Any]:
-    """The commit, and whether the package's own files differ from it; nothing where none of it is in a repository."""
+    """Return the commit, and whether the package's own files differ from it; empty if it is not in a repository."""
     here = _folder("graftvit.launch")
     parts = [str(_folder(f"graftvit.{name}")) for name in PARTS]
     try:

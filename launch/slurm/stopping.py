@@ -1,4 +1,4 @@
-"""Ending runs early: after a save, or at once."""
+"""Stop runs early: after a save, or at once."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .lookup import home, stop_process
 from .scheduler import cancel, signal_job
 
 ROUNDS = 3
-"""How often a job is told that was told in vain: it may have begun, ended or been requeued in that moment."""
+"""How often a request to a job is repeated: it may have started, ended or been requeued in that moment."""
 PAUSE = 0.5
 """Seconds between two rounds."""
 
 
 @dataclass
 class Stopped:
-    """What came of it."""
+    """The result of stopping runs."""
 
     done: list[str] = field(default_factory=list)
-    """A sentence for each job that was told to end."""
+    """A sentence for each job that was asked to end."""
     failed: list[str] = field(default_factory=list)
-    """A sentence for each that goes on."""
+    """A sentence for each job that continues."""
 
 
 def stop(folder: Path, *, now: bool = False) -> Stopped:
@@ -59,7 +59,7 @@ def stop(folder: Path, *, now: bool = False) -> Stopped:
             except NoSuchJobError:  # where it is started again after all, it finds the request
                 ending.append(f"{one.words} of {run} is ending already")
             except GraftError as error:
-                made.failed.append(f"{one.words} of {run} goes on: {error}")
+                made.failed.append(f"{one.words} of {run} continues: {error}")
         if not made.failed + ending:
             break
     made.done += ending
@@ -88,15 +88,15 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
     ends = "saves at its next step and ends" if is_run else "ends"
     job, go_on = (
         f"{one.words} of {run}",
-        f"`{resumes(run)}` {'goes on with it' if is_run else 'begins it anew'}",
+        f"`{resumes(run)}` {'resumes it' if is_run else 'starts it again'}",
     )
-    suspended = one.job.state == "SUSPENDED"  # it hears no signal
+    suspended = one.job.state == "SUSPENDED"  # it receives no signal
     waits = submission.cluster == "slurm" and (suspended or one.state in ("pending", "requeued"))
     if not is_folder(run):  # it could neither read the request nor save
         return _cancel_without_folder(run, one)
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
-        request.touch()  # first: an attempt that is told to save looks for it afterwards
+        request.touch()  # first: an attempt that is asked to save looks for it afterwards
     except OSError as error:
         raise ConfigError(f"{request} cannot be written ({error.strerror}){_owner(run)}") from error
     if submission.cluster != "slurm":
@@ -107,10 +107,10 @@ def _stop(run: Path, one: JudgedJob, now: bool) -> str:
         return f"{job} was {'suspended' if suspended else one.state} and is cancelled; {go_on}"
     try:
         signal_job(submission.job_id, "USR2")
-    except NoSuchJobError:  # it ends already; its next attempt, if there is one, reads the request
+    except NoSuchJobError:  # it is already ending; its next attempt, if there is one, reads the request
         raise
     except GraftError:
-        request.unlink(missing_ok=True)  # nobody tells the job to look: it is not stopping
+        request.unlink(missing_ok=True)  # no signal makes the job look: it is not stopping
         raise
     return f"{job} {ends}; {go_on}"
 

@@ -1,6 +1,6 @@
-"""A submission, from its checks to its job numbers.
+"""Submit runs, from the checks to the job numbers.
 
-For a folder that already holds a run, it says what the run resumes from and which settings change, without torch.
+For a folder that already holds a run, print what the run resumes from and which settings change, without torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_early(config: ClusterConfig) -> None:
 
 
 def check_cluster(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> str:
-    """The part of `check` that needs no torch, and is quick."""
+    """Run the quick part of `check`, which needs no torch."""
     _check_machine(plan, config)
     if plan.comparison:
         _check_comparison(plan, config)
@@ -68,7 +68,7 @@ def check_cluster(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: boo
 
 
 def check_runs(plan: SubmissionPlan, config: ClusterConfig) -> list[str]:
-    """The part of `check` that is slow: the plan of each run in words."""
+    """Run the slow part of `check`: return the plan of each run in words."""
     if not plan.configs:
         return []
     say_aside("graftvit: checking the run: its settings, teacher, data and plan ...\n")
@@ -120,7 +120,7 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
     except GraftError as error:
         if not after:
             raise
-        raise type(error)(f"{error}; job {made} for the teacher was submitted, and goes on") from error
+        raise type(error)(f"{error}; job {made} for the teacher was submitted, and continues") from error
     cells = len(jobs) > 1 or launch.folder != launch.requests[0].output_dir
     count = f" ({counted(len(jobs), 'cell')})" if cells else ""
     return (
@@ -131,12 +131,12 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
 
 
 def cores(configs: Sequence[RunConfig], config: ClusterConfig) -> int:
-    """Of a process: the loader's, and one for the run."""
+    """Return the cores of a process: the loader's, and one for the run."""
     return config.cpus_per_task or 1 + max((run.data.workers for run in configs), default=0)
 
 
 def launch_of(plan: SubmissionPlan, config: ClusterConfig) -> Launch:
-    """The runs of `plan` with what they ask of the cluster."""
+    """Return the runs of `plan` with their resources."""
     return Launch(job_name(plan.folder), plan.folder, plan.requests, config, cores(plan.configs, config))
 
 
@@ -192,7 +192,7 @@ def _refuse_second(plan: SubmissionPlan, config: ClusterConfig) -> None:
     except NoAnswerError:
         if config.cluster == "slurm":
             raise
-        refuse_active([*there, *own], plan.folder, by_name=False)  # what needs no Slurm does not wait for it
+        refuse_active([*there, *own], plan.folder, by_name=False)  # checks without Slurm do not wait for it
 
 
 def refuse_active(runs: Iterable[Path], shown: Path, *, by_name: bool = True) -> None:
@@ -223,7 +223,7 @@ OF_ONE_JOB = ("dependency", "profile", "shared_folders", "sbatch.kill_on_invalid
 
 
 def describe_again(plan: SubmissionPlan, config: ClusterConfig) -> str:
-    """One line; empty where all is new, or each job begins anew anyway."""
+    """Return one line; empty if all runs are new, or each job starts from the beginning anyway."""
     if not plan.configs or plan.comparison:
         return ""
     if plan.sweep is not None:
@@ -237,7 +237,7 @@ def describe_again(plan: SubmissionPlan, config: ClusterConfig) -> str:
 
 
 def refuse_finished(plan: SubmissionPlan) -> None:
-    """Raises ConfigError where a single run has nothing left to train, for a job that would find nothing to do."""
+    """Raise ConfigError if a single run has nothing left to train."""
     single = len(plan.configs) == 1 and not plan.comparison and plan.sweep is None
     if single and JobFolder(plan.folder).finished and _has_finished(plan.folder, plan.configs[0]):
         raise ConfigError(
@@ -253,14 +253,14 @@ def _has_finished(folder: Path, run: RunConfig) -> bool:
 
 def _describe_cells(plan: SubmissionPlan) -> str:
     begun = sum(1 for request in plan.requests if newest_state(request.output_dir))
-    verb = "goes on with what it has" if begun == 1 else "go on with what they have"
+    verb = "resumes from what it has" if begun == 1 else "resume from what they have"
     return f"{begun} of {len(plan.requests)} cells {verb} saved" if begun else ""
 
 
 def _place(stage: Path, run: RunConfig) -> str:
-    """Where the run goes on."""
+    """Return where the run resumes."""
     if not newest_state(stage):
-        return "begins anew, as nothing was saved"
+        return "starts again, because nothing was saved"
     done, limit = read_progress(stage), run.optim.max_steps
     if stage != run.output_dir:
         return f"resumes in stage {stage.name} at epoch {done.epoch + 1}"
@@ -270,7 +270,7 @@ def _place(stage: Path, run: RunConfig) -> str:
 
 
 def _changed_settings(stage: Path, plan: SubmissionPlan) -> dict[str, tuple[object, object]]:
-    """As the run had them; of stages, which have their student from the one before, as they were submitted."""
+    """Return the settings of the earlier run; of stages, whose student comes from the stage before, as submitted."""
     run = plan.configs[0]
     if stage != run.output_dir:
         path, text = next(iter(plan.frozen.items()))

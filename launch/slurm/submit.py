@@ -1,4 +1,4 @@
-"""From a run and its resources to a job: the copy of the code, the record, the order to the scheduler, its number."""
+"""Turn a run and its resources into a job: copy the code, write the record, call sbatch, record the number."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 ANSWER = 120.0
 """Seconds that sbatch may take to answer."""
 _NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;.*| on .*)?$", re.MULTILINE)
-"""Among what a site says before and after it; a program of its own in front of sbatch may not know `--parsable`."""
+"""The job number in sbatch's output, among a site's own lines; a wrapper of sbatch may not know `--parsable`."""
 
 
 def test_only(launch: Launch) -> str:
@@ -48,7 +48,7 @@ def test_only(launch: Launch) -> str:
 
 
 def submit(launch: Launch) -> list[str]:
-    """Submits, and returns the job of each request. What was submitted stands in each run folder.
+    """Submit, and return the job of each request. Each run folder records what was submitted.
 
     Raises:
         ConfigError: if the cluster refused.
@@ -65,13 +65,13 @@ def submit(launch: Launch) -> list[str]:
 
 
 def _alone(launch: Launch, request: Request) -> Launch:
-    """A cell that is started by itself, and has its own folder for all that belongs to its job."""
+    """Submit a cell that is started alone, and has its own folder for all files of its job."""
     folder = request.output_dir
     return Launch(job_name(folder), folder, [request], launch.config, launch.cpus_per_task)
 
 
 def _order(launch: Launch, code: Path, made: dict[str, Any]) -> str:
-    """The number of the job. What is slow is done before; what a signal must not cut is done at once."""
+    """Return the number of the job. Slow work comes first; the part that a signal must not cut is short."""
     _prepare(launch, code)
     with outside_of_a_job(), unbroken() as held:
         _record(launch, code, made)
@@ -92,7 +92,7 @@ def _order(launch: Launch, code: Path, made: dict[str, Any]) -> str:
 
 
 def _prepare(launch: Launch, code: Path) -> None:
-    """All that the job reads: a job whose number never came back to us finds it, too."""
+    """Write all that the job reads: a job finds it even if its number never reached us."""
     launch.logs.mkdir(parents=True, exist_ok=True)
     directory = Path.cwd()
     write_text(launch.start, start_script(code, launch.place))
@@ -108,7 +108,7 @@ def _prepare(launch: Launch, code: Path) -> None:
 
 
 def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") -> None:
-    """The intention, in each run folder."""
+    """Record the intention, in each run folder."""
     for index, request in enumerate(launch.requests):
         folder = JobFolder(request.output_dir)
         request.output_dir.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def _sbatch(launch: Launch) -> str:
     words = ["sbatch", "--parsable", str(launch.place / "submit.sh")]
     said = f"gave no answer within {ANSWER:.0f} seconds"
     with contextlib.suppress(subprocess.TimeoutExpired):
-        # in a session of its own it does not hear Ctrl-C
+        # in its own session it receives no Ctrl-C
         done = subprocess.run(
             words,
             stdin=subprocess.DEVNULL,
@@ -166,7 +166,7 @@ def _sbatch(launch: Launch) -> str:
             return str(numbers[0])
         said = " ".join(done.stderr.split() if done.returncode else ()) or f"exit code {done.returncode}"
     try:
-        number = number_by_name(launch.place)  # an answer may be lost on its way, and the job be queued
+        number = number_by_name(launch.place)  # an answer may be lost, and the job be queued
     except GraftError as error:
         raise GraftError(
             f"sbatch: {said}; whether the job is queued is not known: `{hint('jobs', launch.folder)}` tells when "
@@ -183,7 +183,7 @@ def _sbatch(launch: Launch) -> str:
 
 
 def _may_be_queued(said: str) -> bool:
-    """Whether the question came to the controller, and the answer was lost."""
+    """Return whether the request reached the controller, and the answer was lost."""
     return any(
         words in said.lower()
         for words in ("timed out", "send/recv", "zero bytes", "gave no answer", "exit code 0")
@@ -217,7 +217,7 @@ def _is_array(launch: Launch) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file of text, whole or not at all."""
+    """Write a text file, whole or not at all."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The result of a sweep: one row a setting, with mean and standard deviation over its seeds, as tables and a plot.
+"""Summarize a sweep: one row for each setting, with mean and standard deviation over its seeds, as tables and a plot.
 
-It is read from the run folders of the cells alone.
+Only the run folders of the cells are read.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ LOSS = "train_loss"
 
 @dataclass(frozen=True)
 class CellResult:
-    """A cell as its run folder shows it."""
+    """The result of a cell according to its run folder."""
 
     cell: Cell
     state: State
     why: str = ""
     """How it failed, or how far it is."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """Of a cell that is done: test_top1 and test_ema_top1 in percent, last and best_, and the last train_loss."""
+    """The results of a finished cell: test_top1 and test_ema_top1 in percent, last and best_; the last train_loss."""
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """A cell is done when its last epoch is in the log and its student is written, failed when its last attempt
-    said so, and otherwise unfinished. Of a recipe with stages, the stage that it came to counts."""
+    """Read the result of a cell.
+
+    A cell is done if its last epoch is in the log and its student is written, failed if its last attempt recorded that,
+    and otherwise unfinished. For a recipe with stages, the current stage counts.
+    """
     run, why = current_stage(cell.folder), ""
     begun = (run / "config.yaml").is_file()
     if begun:
@@ -63,7 +66,7 @@ def read_cell(cell: Cell) -> CellResult:
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
-    """The records at the end of an epoch; the others have no number of parameters."""
+    """Return the records at the end of an epoch; the others have no number of parameters."""
     try:
         records = read_log(path)
     except (OSError, ValueError):
@@ -108,7 +111,7 @@ NAME = "summary"
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of all seeds that are done."""
+    """One number of all finished seeds."""
 
     values: tuple[float, ...]
 
@@ -118,7 +121,7 @@ class Measure:
 
     @property
     def std(self) -> float | None:
-        """Of the sample (n − 1); None of one value."""
+        """The deviation of the sample (n − 1); None for one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
@@ -139,7 +142,7 @@ class Row:
 
     @property
     def measures(self) -> dict[str, Measure]:
-        """Of the names in `NUMBERS`, those that the cells which are done have."""
+        """The names in `NUMBERS` that the finished cells have."""
         done = [result.numbers for result in self.cells if result.state == "done"]
         values = {name: tuple(one[name] for one in done if name in one) for name in NUMBERS}
         return {name: Measure(found) for name, found in values.items() if found}
@@ -151,29 +154,29 @@ class Summary:
 
     folder: Path
     keys: tuple[str, ...]
-    """What was swept, the seed aside."""
+    """The swept settings, without the seed."""
     rows: tuple[Row, ...]
 
     @property
     def names(self) -> list[str]:
-        """The numbers that any row has, in the order of `NUMBERS`."""
+        """Return the numbers that any row has, in the order of `NUMBERS`."""
         return [name for name in NUMBERS if any(name in row.measures for row in self.rows)]
 
     @property
     def missing(self) -> list[CellResult]:
-        """The cells that are not done."""
+        """Return the unfinished cells."""
         return [result for row in self.rows for result in row.cells if result.state != "done"]
 
 
 def summarize(folder: Path) -> Summary:
-    """What the cells of the sweep in `folder` measured so far.
+    """Return what the cells of the sweep in `folder` have measured so far.
 
     Raises ConfigError: no sweep was submitted to it; CheckpointError: its `sweep.json` is damaged.
     """
     sweep = load_sweep(folder)
     if sweep is None:
         raise ConfigError(
-            f"{folder} is no sweep, for it has no {SWEEP_FILE}: give the output_dir of `graftvit submit --sweep`"
+            f"{folder} is not a sweep, because it has no {SWEEP_FILE}: give the output_dir of `graftvit submit --sweep`"
         )
     rows: dict[tuple[tuple[str, str], ...], list[CellResult]] = {}
     for cell in sweep.cells:
@@ -199,7 +202,7 @@ def write_summary(summary: Summary) -> list[Path]:
 
 
 def to_csv(summary: Summary) -> str:
-    """A row a setting; empty where there is no number, or no deviation for there is one value."""
+    """Return a row for each setting; an empty field without a number, or without a deviation of a single value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}_{kind}" for name in summary.names for kind in ("mean", "std")]
@@ -217,7 +220,7 @@ def to_csv(summary: Summary) -> str:
 
 
 def to_markdown(summary: Summary) -> str:
-    """The table with mean ± standard deviation, and a line for each cell that is not done."""
+    """Return the table with mean ± standard deviation, and a line for each unfinished cell."""
     heads = [name.replace("_", " ") for name in summary.names]
     lines = [[*(summary.keys or ["setting"]), "done", *heads]]
     for row in summary.rows:
@@ -232,7 +235,7 @@ def to_markdown(summary: Summary) -> str:
 
 
 def shown(measure: Measure | None, name: str) -> str:
-    """`81.20 ± 0.35`: two digits after the point of an accuracy, four of a loss; empty where there is none."""
+    """Return `81.20 ± 0.35`: two digits after the point of an accuracy, four of a loss; empty without a number."""
     if measure is None:
         return ""
     digits = 4 if name == LOSS else 2

@@ -1,4 +1,4 @@
-"""The plot of a sweep: a point a setting with its deviation over seeds; lines over a number that was swept."""
+"""Plot a sweep: a point for each setting with its deviation over seeds; lines over a swept number."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .summary import ACCURACIES, Measure, Row, Summary
 
 INK, FAINT = "#24292f", "#d4d9df"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""Of Okabe and Ito (2008), told apart with every kind of colour vision; the yellow is too faint for lines."""
+"""Colors of Okabe and Ito (2008), distinct with every kind of color vision; the yellow is too pale for lines."""
 MARKERS = "osD^vP"
 LOG_FROM = 20.0
 """Ratio of the largest to the smallest value from which the axis is logarithmic."""
 
 
 def to_png(summary: Summary) -> bytes:
-    """The plot as a PNG file. At least one cell must be done."""
+    """Return the plot as a PNG file. At least one cell must be done."""
     file = io.BytesIO()
     draw(summary).savefig(file, format="png", dpi=150, facecolor="white")
     return file.getvalue()
 
 
 def draw(summary: Summary) -> Figure:
-    """The last accuracy of the average, of the student, or the loss: the first of them that there is."""
+    """Return the first available of: the last accuracy of the average, of the student, or the loss."""
     name = next(name for name in (*ACCURACIES[::-1], "train_loss") if name in summary.names)
     rows = [row for row in summary.rows if name in row.measures]
     key = numeric_key(summary)
@@ -39,7 +39,7 @@ def draw(summary: Summary) -> Figure:
 
 
 def numeric_key(summary: Summary) -> str | None:
-    """The one setting whose values are all numbers; None where there is none, or more than one."""
+    """Return the one setting whose values are all numbers; None if there is not exactly one."""
     found = [
         key for key in summary.keys if all(_number(row.settings[key]) is not None for row in summary.rows)
     ]
@@ -48,7 +48,7 @@ def numeric_key(summary: Summary) -> str | None:
 
 
 def _lines(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """The rows of each setting of everything else, by the number."""
+    """Group the rows by all other settings, and order each group by the number."""
     lines: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: float(row.settings[key])):
         lines.setdefault(_label(row, without=key), []).append(row)
@@ -77,7 +77,7 @@ def _over_number(lines: dict[str, list[Row]], key: str, name: str) -> Figure:
 
 
 def _points(rows: Sequence[Row], name: str) -> Figure:
-    """A line of text a setting, with its mean and deviation, and its seeds as small marks."""
+    """Draw a line of text for each setting, with its mean and deviation, and its seeds as small marks."""
     figure, axes = _figure(8.0, max(2.0, 0.32 * len(rows) + 1.0))
     for place, row in enumerate(rows):
         measure = row.measures[name]

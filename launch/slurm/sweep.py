@@ -1,4 +1,4 @@
-"""A sweep: one recipe in many settings, each a cell with a run folder of its own.
+"""Expand a sweep: one recipe in many settings, each a cell with its own run folder.
 
     OUTPUT_DIR/sweep.json               the axes, and the name and settings of each cell
     OUTPUT_DIR/cells/layers=all,seed=0  an ordinary run folder
@@ -65,7 +65,7 @@ class Sweep:
 
 
 def parse_sweep(words: Iterable[str], output_dir: Path) -> Sweep:
-    """The sweep of the words after each `--sweep`; nothing is written.
+    """Parse the words after each `--sweep`; write nothing.
 
     Raises ConfigError: as `parse_axes`, or there are too many cells for one array.
     """
@@ -85,7 +85,7 @@ def parse_sweep(words: Iterable[str], output_dir: Path) -> Sweep:
 
 
 def load_sweep(folder: Path) -> Sweep | None:
-    """The sweep that was submitted to this folder; None where none was.
+    """Return the sweep that was submitted to this folder; None without one.
 
     Raises CheckpointError: its file is damaged.
     """
@@ -107,7 +107,7 @@ def load_sweep(folder: Path) -> Sweep | None:
 
 
 def check_sweep(sweep: Sweep) -> None:
-    """ConfigError where the folder holds another sweep, or a run of its own; the same sweep may go on."""
+    """Raise ConfigError if the folder holds another sweep or a run; the same sweep may be submitted again."""
     before = load_sweep(sweep.folder)
     if before is None:
         if (sweep.folder / "log.jsonl").exists():
@@ -118,7 +118,7 @@ def check_sweep(sweep: Sweep) -> None:
     if before.cells != sweep.cells:
         raise ConfigError(
             f"output_dir={sweep.folder} holds another sweep ({_words(before)}): "
-            "give the same --sweep words to go on with it, or another output_dir"
+            "give the same --sweep words to resume it, or another output_dir"
         )
 
 
@@ -136,13 +136,13 @@ LABEL_LENGTH = 40
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and the values that it takes, as texts of the command line."""
+    """A setting and its values, as texts of the command line."""
 
     key: str
     values: tuple[str, ...]
 
     def labels(self) -> list[str]:
-        """The values as parts of a file name, all different, also where upper and lower case are one."""
+        """The values as parts of a file name, all different, also without upper and lower case."""
         slugs = [_slug(value) for value in self.values]
         folded = [slug.casefold() for slug in slugs]
         return [
@@ -155,12 +155,12 @@ class Axis:
 
 
 def parse_axes(words: Iterable[str]) -> list[Axis]:
-    """`transfer.layers=first:6,all` and `seed=0..4`, each as an axis, in the given order.
+    """Parse `transfer.layers=first:6,all` and `seed=0..4`, each as an axis, in the given order.
 
-    Commas separate values, `a..b` is all whole numbers from a to b, and a value with commas of its own stands in
+    Commas separate values, `a..b` is all whole numbers from a to b, and a value that contains commas is written in
     square brackets.
 
-    Raises ConfigError: a key is unknown, stands twice or cannot be swept, or a list is empty or malformed.
+    Raises ConfigError: a key is unknown, is there twice or cannot be swept, or a list is empty or malformed.
     """
     axes: list[Axis] = []
     for word in words:
@@ -174,13 +174,13 @@ def parse_axes(words: Iterable[str]) -> list[Axis]:
 
 
 def short_keys(axes: Sequence[Axis]) -> list[str]:
-    """The last part of each key, or the whole key where two would read the same."""
+    """Return the last part of each key, or the whole key if two last parts are equal."""
     last = [_slug(axis.key.rpartition(".")[2]) for axis in axes]
     return [name if last.count(name) == 1 else _slug(axis.key) for name, axis in zip(last, axes, strict=True)]
 
 
 def shortened(name: str, length: int) -> str:
-    """The name, its end replaced by a hash of all of it where it is longer than `length`."""
+    """Return the name; if it is longer than `length`, replace its end by a hash of all of it."""
     return name if len(name) <= length else f"{name[: length - 9]}~{_digest(name)}"
 
 
@@ -237,7 +237,7 @@ def _range(key: str, item: str, first: int, last: int) -> list[str]:
 
 
 def _split(key: str, text: str) -> list[str]:
-    """The items between the commas that stand in no brackets."""
+    """Split at the commas outside brackets."""
     items, open_brackets = [""], ""
     for letter in text:
         if letter == "," and not open_brackets:
@@ -256,13 +256,13 @@ def _split(key: str, text: str) -> list[str]:
 
 
 def _unwrapped(key: str, item: str) -> str:
-    """A value without the brackets that only keep its commas; inside a mapping they make a list."""
+    """Return a value without brackets that only keep its commas; inside a mapping they make a list."""
     inner = item[1:-1].strip()
     wraps = item[0] == "[" and item[-1] == "]" and inner and inner[0] != "["
     if not wraps or key not in leaves():
         return item
     depth = 0
-    for letter in inner:  # `[ab].*[cd]` is no value in brackets
+    for letter in inner:  # `[ab].*[cd]` is not a value in brackets
         depth += (letter == "[") - (letter == "]")
         if depth < 0:
             return item
@@ -281,7 +281,7 @@ def _slug(text: str) -> str:
 
 
 def _hashed(slug: str, text: str) -> str:
-    # no slug has a tilde: what stands here is told apart from every plain name
+    # no slug has a tilde: so this name differs from every plain name
     return f"{slug[:LABEL_LENGTH]}~{_digest(text)}"
 
 
@@ -302,14 +302,14 @@ def cell_configs(
 
 
 def first_config(sweep: Sweep, recipe: str | Path | None, overrides: Sequence[Setting]) -> RunConfig:
-    """What the first cell runs, or its first stage."""
+    """Return the run of the first cell, or its first stage."""
     own = _settings(sweep.cells[0], overrides)
     stages = [] if recipe is None else load_stages(recipe, own)
     return stages[0].config if stages else load_config(recipe, own)
 
 
 def as_text(setting: Setting) -> str:
-    """The text of the command line that `parse_setting` reads as the value of this setting."""
+    """Return the text of the command line that `parse_setting` reads as the value of this setting."""
     value: Any = setting.value
     if isinstance(value, str) and parse_setting(setting.key, value, setting.origin).value == value:
         return value

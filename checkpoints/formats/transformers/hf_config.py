@@ -1,4 +1,4 @@
-"""A transformers config.json, read with checks: each setting by its kind, each size against the tensors."""
+"""Read a transformers config.json with checks: each setting by its type, each size against the tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each family of transformers means to timm: its architectures, their activation and its images."""
+"""Map each family of transformers to timm: its architectures, their activation and its images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the tensors and the config.json of each family of transformers to timm's architecture and arguments."""
+"""Turn the tensors and the config.json of a transformers family into timm's architecture and arguments."""
 
 from __future__ import annotations
 

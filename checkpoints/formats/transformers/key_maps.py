@@ -1,4 +1,4 @@
-"""Key maps of Hugging Face transformers: one row a kind of file, told by its keys alone."""
+"""Key maps of Hugging Face transformers: one row for each kind of file, recognized by its keys alone."""
 
 from __future__ import annotations
 

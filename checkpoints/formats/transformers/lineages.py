@@ -1,4 +1,4 @@
-"""timm's architectures for towers of transformers: the published one where the sizes match, else a near one."""
+"""Choose timm's architecture for a tower of transformers: the published one if the sizes match, else a near one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of a vision tower, read from its tensors and held against its config.json."""
+"""Read the sizes of a vision tower from its tensors, and compare them with its config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other names alone cannot say of transformers' tensors: cut, folded, or of another rank in timm."""
+"""Change transformers' tensors where a new name is not enough: cut, fold, or change the rank for timm."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_a_new_run_and_one_that_saved_nothing(tmp_path: Path) -> None:
     assert again(run) == ""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_config(run))
-    assert again(run, "seed=3") == "begins anew, as nothing was saved; changed: seed 0 -> 3"
+    assert again(run, "seed=3") == "starts again, because nothing was saved; changed: seed 0 -> 3"
 
 
 def test_the_commit_of_a_teacher_is_no_change(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_cells_that_go_on_are_counted(tmp_path: Path) -> None:
     plan = plan_run("digits_scratch", [parse_override(f"output_dir={tmp_path / 'sweep'}")], words)
     assert (
         describe_again(plan, ClusterConfig())
-        == f"1 of {len(plan.requests)} cells goes on with what it has saved"
+        == f"1 of {len(plan.requests)} cells resumes from what it has saved"
     )
 
 

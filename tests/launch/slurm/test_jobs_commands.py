@@ -85,7 +85,7 @@ def test_one_run_at_length_and_as_json(
     assert "state     failed: ValueError: boom" in text
     assert "attempt 2 on gpu2, after: SIGUSR2 (preempted)" in text
     assert "last words of rank 1:\n  Traceback\n  ValueError: boom\n" in text
-    assert f"`graftvit resume {tmp_path}/run` goes on" in text
+    assert f"`graftvit resume {tmp_path}/run` resumes" in text
     assert main(["jobs", "--json", str(tmp_path / "run")]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["state"], found["error_rank"], found["restarts"][0]["attempt"]) == ("failed", 1, 2)
@@ -192,7 +192,7 @@ def test_a_local_run_is_stopped_through_its_controller(
         controller.stdout.readline()
         files = submitted(folder, cluster="local", job_id=str(controller.pid))
         assert main(["stop", str(folder), *words]) == 0
-        assert f"`graftvit resume {folder}` goes on" in capsys.readouterr().out
+        assert f"`graftvit resume {folder}` resumes" in capsys.readouterr().out
         assert files.asked_to_stop(str(controller.pid))
         assert int(controller.communicate(timeout=10)[0]) == number
 

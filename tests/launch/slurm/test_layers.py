@@ -184,9 +184,13 @@ def test_a_run_keeps_its_resources_until_a_profile_is_named() -> None:
 @pytest.mark.parametrize(
     ("content", "words", "said"),
     [
-        ({"profiles": PROFILES}, ["--profile", "bgi"], "--profile 'bgi' is none of the profiles of {}: valid: debug, "),
-        ({}, ["--profile", "big"], "--profile 'big' is none of the profiles of {}: it has none"),
-        ({"profile": "x", "profiles": PROFILES}, [], "{}: profile 'x' is none of the profiles of {}: valid: debug, "),
+        (
+            {"profiles": PROFILES},
+            ["--profile", "bgi"],
+            "--profile 'bgi' is not among the profiles of {}: valid: debug, ",
+        ),
+        ({}, ["--profile", "big"], "--profile 'big' is not among the profiles of {}: it has none"),
+        ({"profile": "x", "profiles": PROFILES}, [], "{}: profile 'x' is not among the profiles of {}: valid: debug, "),
         ({"profiles": {"a": {"nods": 1}}}, [], "{}: profiles.a: unknown key 'nods'; did you mean 'nodes'?"),
         ({"profiles": {"a": {"profile": "b"}}}, [], "{}: profiles.a: unknown key 'profile'"),
         ({"profiles": {"a": {"nodes": 0}}}, ["--profile", "a"], "{}: profiles.a.nodes is 0"),

@@ -209,7 +209,7 @@ def test_the_job_of_a_run_whose_records_were_removed_is_known_and_what_goes_on_w
     sent: list[str] = []
     monkeypatch.setattr(stopping, "signal_job", lambda job, _: sent.append(job))
     assert main(["stop", str(left)]) == 0
-    assert f"`graftvit submit {left}` goes on with it" in capsys.readouterr().out
+    assert f"`graftvit submit {left}` resumes it" in capsys.readouterr().out
     assert sent == ["7"]
     monkeypatch.setattr(jobs, "job_states", lambda ids, **_: dict.fromkeys(ids, JobState("COMPLETED")))
     with pytest.raises(ConfigError, match=f"no record of how it was submitted: `graftvit submit {left}`"):

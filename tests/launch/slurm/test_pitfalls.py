@@ -188,7 +188,7 @@ def test_a_requeue_is_asked_for_again_where_the_controller_is_away(
 def test_a_refused_requeue_says_how_to_go_on(in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pitfalls, "REQUEUE_PAUSE", 0.01)
     command(in_slurm, "scontrol", "exit 1")
-    with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit resume` goes on"):
+    with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit resume` resumes"):
         requeue()
 
 

@@ -103,7 +103,7 @@ def test_a_run_of_another_user_is_told_in_a_sentence(
     assert f"job {controllers[1].pid} of {folders[1]} saves" in said.out
     his = JobFolder(folders[0]).stop_request(str(controllers[0].pid))
     assert said.err.startswith(
-        f"graftvit: error: job {controllers[0].pid} of {folders[0]} goes on: {his} cannot be "
+        f"graftvit: error: job {controllers[0].pid} of {folders[0]} continues: {his} cannot be "
     )
     assert "it is the run of" in said.err
     assert said.err.count("\n") == 1

@@ -200,7 +200,7 @@ def test_the_plot_shows_the_average_where_there_is_one(tmp_path: Path) -> None:
 
 def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match="is no sweep"):
+        with pytest.raises(ConfigError, match="is not a sweep"):
             summarize(folder)
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"sweep\.json cannot be read"):

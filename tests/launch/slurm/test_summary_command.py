@@ -29,7 +29,7 @@ def test_a_folder_without_a_sweep_gets_one_sentence(
 ) -> None:
     assert main(["summary", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path} is no sweep" in line
+    assert f"{tmp_path} is not a sweep" in line
     assert "--sweep" in line
 
 
