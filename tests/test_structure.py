@@ -1,0 +1,86 @@
+"""Rooms that are easy to find: no circle of imports, and a name of its own for each file."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("models", "checkpoints", "transfer", "launch")
+
+
+def python_files(root: Path) -> list[Path]:
+    return sorted(path.relative_to(root) for package in PACKAGES for path in (root / package).rglob("*.py"))
+
+
+def imported_files(root: Path, path: Path) -> set[Path]:
+    """Return the files of the project that are imported when `path` is; imports inside functions come later."""
+    found = set()
+    for node in ast.parse((root / path).read_text()).body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        for name in [alias.name for alias in node.names]:
+            nearest = (folder / f"{name}.py", folder.with_suffix(".py"), folder / "__init__.py")
+            found |= {next(file for file in nearest if (root / file).is_file())}
+    return found
+
+
+def import_graph(root: Path) -> dict[Path, set[Path]]:
+    return {path: imported_files(root, path) for path in python_files(root)}
+
+
+def room(path: Path) -> Path:
+    """Return the package of a file: two levels of folders at most."""
+    return Path(*path.parent.parts[:2])
+
+
+def room_graph(files: dict[Path, set[Path]]) -> dict[Path, set[Path]]:
+    """Return which packages a package imports, without its own parent and children."""
+    graph: dict[Path, set[Path]] = defaultdict(set)
+    for path, imported in files.items():
+        here = room(path)
+        graph[here] |= {
+            there
+            for there in map(room, imported)
+            if here not in (there, there.parent) and there != here.parent
+        }
+    return graph
+
+
+def test_no_file_and_no_package_imports_itself_through_another() -> None:
+    files = import_graph(ROOT)
+    TopologicalSorter(files).prepare()
+    TopologicalSorter(room_graph(files)).prepare()
+
+
+def test_the_check_of_circles_would_notice(tmp_path: Path) -> None:
+    texts = {
+        "transfer/data/a.py": "from ..engine import b",
+        "transfer/engine/b.py": "from .c import x",
+        "transfer/engine/c.py": "from ..data.d import x",
+        "transfer/data/d.py": "def f():\n    from .a import x",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    files = import_graph(tmp_path)
+    TopologicalSorter(files).prepare()
+    with pytest.raises(CycleError):
+        TopologicalSorter(room_graph(files)).prepare()
+    (tmp_path / "transfer/data/d.py").write_text("from .a import x")
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(tmp_path)).prepare()
+
+
+def test_each_file_has_a_name_of_its_own() -> None:
+    """A file of launch/commands alone may be called as what it is the command of."""
+    places = defaultdict(list)
+    for path in python_files(ROOT):
+        if path.name != "__init__.py" and path.parent != Path("launch/commands"):
+            places[path.name].append(str(path))
+    assert [paths for paths in places.values() if len(paths) > 1] == []
