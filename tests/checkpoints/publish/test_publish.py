@@ -221,7 +221,7 @@ def test_what_is_no_student_folder_is_refused(student: Path, tmp_path: Path) -> 
     assert "there is no folder" in refusal(tmp_path / "absent")
     run = tmp_path / "run"
     run.mkdir()
-    assert "no student folder" in refusal(run)
+    assert "is not a student folder" in refusal(run)
     student.rename(run / "student")
     assert f"push {run / 'student'}" in refusal(run)
     weights = run / "student" / "model.safetensors"

@@ -100,7 +100,8 @@ def agree(dual: DualViT, twin: nn.Module, x: Tensor, size: tuple[int, int], grid
     (out.logits.square().mean() + out.transfer_loss).backward()
     assert relative_error(out.logits, logits) < 1e-9
     assert float(out.transfer_loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-8, abs=1e-12)
-    assert relative_error(gradient(dual.student), gradient(twin)) < 1e-8
+    # Not smaller: timm resamples position tables in float32, also on the way back.
+    assert relative_error(gradient(dual.student), gradient(twin)) < 1e-7
 
 
 def pair(method: str, theirs: Any, ours: Any, **options: Any) -> tuple[DualViT, nn.Module]:
