@@ -10,9 +10,8 @@ from typing import Any
 
 from graftvit.launch.load_config import load_config, load_stages, read_recipe
 from graftvit.transfer import RunConfig
-
-from .photos import CLASSES
-from .tiny_weights import write_stand_in
+from photos import CLASSES
+from tiny_weights import write_stand_in
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
