@@ -55,7 +55,9 @@ def of_weights(source: str, report: LoadReport) -> JsonDict:
 
 def licenses(provenance: Json) -> list[str | None]:
     """Return the licenses of all weights that a student learned from or started from; None is an unknown one."""
-    origins = [provenance.get(key) for key in ("teacher", "init")]
+    further = provenance.get("teachers")
+    named = list(further.values()) if isinstance(further, Mapping) else []
+    origins = [provenance.get("teacher"), *named, provenance.get("init")]
     return [origin.get("licence") for origin in origins if origin and isinstance(origin, Mapping)]
 
 

@@ -63,13 +63,19 @@ def _processes() -> int:
 
 
 def _teacher_words(run: DryRun) -> str:
-    teacher = run.parts.loaded
-    if teacher is None:
-        return ""
-    read = "weights not read for this plan" if _is_empty(teacher.model) else "weights read"
-    head = "with a head" if teacher.has_head else "without a head"
-    count = parameter_count(teacher.model)
-    return f"{teacher.source}: {teacher.architecture}, {count / 1e6:.1f} M parameters, {head}, frozen; {read}"
+    teachers = dict(run.parts.teachers)
+    if not teachers and run.parts.loaded is not None:
+        teachers = {"teacher": run.parts.loaded}
+    lines = []
+    for name, teacher in teachers.items():
+        read = "weights not read for this plan" if _is_empty(teacher.model) else "weights read"
+        head = "with a head" if teacher.has_head else "without a head"
+        count = parameter_count(teacher.model)
+        named = f"{name}: " if len(teachers) > 1 else ""
+        lines.append(
+            f"{named}{teacher.source}: {teacher.architecture}, {count / 1e6:.1f} M parameters, {head}, frozen; {read}"
+        )
+    return "\n".join(lines)
 
 
 def _is_empty(model: nn.Module) -> bool:
@@ -86,22 +92,26 @@ def _student_words(run: DryRun) -> str:
 
 
 def _transfer_words(run: DryRun) -> str:
-    task, settings = run.parts.task, run.config.transfer
+    task = run.parts.task
     if not isinstance(task, TransferTask):
         return ""
-    dual = task.dual
-    if dual.needs_teacher:
-        count = parameter_count(dual.teacher_part)
-        loss = (
+    lines = [task.dual.describe()]
+    for term in task.dual.terms:
+        settings, name = term.settings, f"loss {term.label}: " if term.label else "loss: "
+        if term.method.copies:
+            continue
+        loss = f"{name}{settings.weight:g} x the {settings.reduction} over layers"
+        if settings.temperature != 1:
+            loss += f", temperature {settings.temperature:g}"
+        if settings.rows < 1:
+            loss += f", {settings.rows:.0%} of the query rows"
+        lines.append(loss)
+    if task.dual.needs_teacher:
+        count = parameter_count(task.dual.teacher_part)
+        lines.append(
             f"the student is saved with the part of its teacher that it needs, {count / 1e6:.1f} M parameters"
         )
-        return f"{dual.describe()}\n{loss}"
-    loss = f"loss: {settings.weight:g} x the {settings.reduction} over layers"
-    if settings.temperature != 1:
-        loss += f", temperature {settings.temperature:g}"
-    if settings.rows < 1:
-        loss += f", {settings.rows:.0%} of the query rows"
-    return f"{dual.describe()}\n{loss}"
+    return "\n".join(lines)
 
 
 def _trained_words(run: DryRun) -> str:

@@ -160,7 +160,7 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
     check_supported(teacher)
     model, tape, links = vit(student), Tape(), copying.links(teacher, student)
     layers, kind = {pair.teacher for pair in copying.layers}, COPIES[copying.method]
-    model.teacher = view_attention(teacher, layers, tape, kind.parts, output=False)
+    model.teacher = view_attention(teacher, layers, tape, kind.parts)
     model.teacher.requires_grad_(False)
     norms = copying.teacher.normalization, copying.normalization
     model.teacher_input = TeacherInput(model.teacher.model, student, *norms)

@@ -108,6 +108,11 @@ class AttentionShape:
     width: int
 
 
+def is_supported(model: nn.Module) -> bool:
+    """Whether an adapter covers the model, so that its attention layers can be read."""
+    return isinstance(model, MODELS)
+
+
 def check_supported(model: nn.Module, *, copied: bool = False) -> None:
     """Raise `UnsupportedModelError` where the model or any block of it is of a kind that no adapter covers.
 

@@ -3,6 +3,8 @@ from .analysis.maps import attention_maps as attention_maps
 from .analysis.maps import divergence_by_layer as divergence_by_layer
 from .analysis.maps import js_divergence as js_divergence
 from .analysis.visualize.visualize import visualize as visualize
+from .config import LossConfig as LossConfig
+from .config import LossEntry as LossEntry
 from .config import RunConfig as RunConfig
 from .config import TransferConfig as TransferConfig
 from .engine.train import RunResult as RunResult
@@ -16,6 +18,7 @@ from .methods.dual import build_dual as build_dual
 from .methods.method import Installed as Installed
 from .methods.method import Pairing as Pairing
 from .methods.method import TransferMethod as TransferMethod
+from .methods.method import Wanted as Wanted
 from .methods.mismatch import compare_models as compare_models
 from .methods.mismatch import report_mismatch as report_mismatch
 from .methods.registry import register_method as register_method

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..models.json_types import JsonDict
 from .methods.registry import method_names
@@ -90,8 +90,8 @@ class StudentConfig(Section):
     _check_arguments = field_validator("model_args")(check_arguments)
 
 
-class TransferConfig(Section):
-    """What is taken from the teacher, from where, and how hard the student is pulled."""
+class LossConfig(Section):
+    """One loss, or one copy: what is taken from a teacher, from where, and its weight."""
 
     method: Annotated[str, OneOf(method_names)] = Field("distill", description="what is copied or distilled")
     layers: str | list[int] | list[tuple[int, int]] = Field(
@@ -108,11 +108,6 @@ class TransferConfig(Section):
     )
     feature_loss: Literal["cosine", "smooth_l1"] = Field("cosine", description="loss of method=feature")
     weight: float = Field(3.0, ge=0, description="weight of the transfer loss; 3 as published")
-    task_weight: float = Field(
-        1.0,
-        ge=0,
-        description="weight of the classification loss; 0 learns from the teacher alone, without labels",
-    )
     reduction: Literal["sum", "mean"] = Field(
         "sum",
         description="over layers: sum as published, or mean (multiply the weight by the number of layers to match)",
@@ -127,10 +122,51 @@ class TransferConfig(Section):
         False,
         description="distill maps between different patch grids by interpolating the teacher's attention logits",
     )
+
+
+class LossEntry(LossConfig):
+    """An entry of `transfer.losses`."""
+
+    teacher: str | None = Field(
+        None, description="name of the teacher in `teachers`; the section `teacher` by default"
+    )
+
+
+class TransferConfig(LossConfig):
+    """What is taken from the teacher, from where, and how hard the student is pulled."""
+
+    losses: list[LossEntry] = Field(
+        [],
+        description="several losses in one run, as in '[{method: distill, weight: 3}, {method: feature, weight: 1}]'; "
+        "each takes the settings above, which are the short form of a single loss",
+    )
+    task_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the classification loss; 0 learns from the teacher alone, without labels",
+    )
     share_drop_path: bool = Field(
         False,
         description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
     )
+
+    @property
+    def terms(self) -> tuple[LossEntry, ...]:
+        """The losses of the run: `losses`, or the one of the short form."""
+        short = LossEntry(**{name: getattr(self, name) for name in LossConfig.model_fields})
+        return tuple(self.losses) or (short,)
+
+    @model_validator(mode="after")
+    def _check_form(self) -> TransferConfig:
+        short = [
+            name for name, field in LossConfig.model_fields.items() if getattr(self, name) != field.default
+        ]
+        if self.losses and short:
+            raise ValueError(
+                f"transfer.{short[0]} is of the short form, and transfer.losses gives the losses: write "
+                f"{short[0]} into an entry of transfer.losses"
+            )
+        return self
 
 
 class AlignConfig(Section):
@@ -323,6 +359,10 @@ class RunConfig(Section):
     output_dir: Path = Field(Path("runs/default"), description="the run folder")
     seed: int = Field(0, ge=0)
     teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[str, TeacherConfig] = Field(
+        {},
+        description="further teachers by name for transfer.losses, as in '{convnext: {source: convnext_base}}'",
+    )
     student: StudentConfig = StudentConfig()
     transfer: TransferConfig = TransferConfig()
     align: AlignConfig = AlignConfig()

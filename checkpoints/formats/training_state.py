@@ -21,7 +21,8 @@ from ..weights import Weights
 
 TABLES = (
     "", "student", "student.model_args", "config", "config.student", "config.student.model_args", "config.data",
-    "config.transfer", "position", "position.metrics", "origins", "origins.teacher", "origins.init",
+    "config.transfer", "position", "position.metrics", "origins", "origins.teacher", "origins.teachers",
+    "origins.init",
 )  # fmt: skip
 """Places of a state's meta that hold a table, where they hold anything."""
 NAMES = (

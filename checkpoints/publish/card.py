@@ -66,7 +66,9 @@ def _bases(made: Json) -> JsonDict:
     The hub knows adapters, merges, quantized models and finetunes; whole weights that were trained on what
     others give are the last.
     """
-    sources = [str(section(made, origin).get("source", "")) for origin in ("teacher", "init")]
+    further = section(made, "teachers")
+    origins = [section(made, "teacher"), *(section(further, name) for name in further), section(made, "init")]
+    sources = [str(origin.get("source", "")) for origin in origins]
     names = list(dict.fromkeys(name for name in map(hub_name, filter(None, sources)) if name))
     return {"base_model": names, "base_model_relation": "finetune"} if names else {}
 

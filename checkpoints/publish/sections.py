@@ -159,7 +159,10 @@ def _making(config: Json, describe: DescribeTransfer) -> str:
     if not made:
         return "Nothing is recorded of how it was made."
     recipe = _recipe(config)
-    rows = _origin("teacher", made, recipe) + lesson_rows(recipe, describe) + _origin("init", made, recipe)
+    rows = _origin("teacher", made, recipe)
+    for name in section(made, "teachers"):
+        rows += _origin(name, section(made, "teachers"), recipe)
+    rows += lesson_rows(recipe, describe) + _origin("init", made, recipe)
     rows += _part_rows(made)
     rows += recipe_rows(recipe)
     rows += [("graftvit", number(made["version"]))] if made.get("version") else []
@@ -176,8 +179,8 @@ def _part_rows(made: Json) -> list[tuple[str, str]]:
 
 
 def _origin(key: str, made: Json, recipe: Json) -> list[tuple[str, str]]:
-    """Where weights came from that it learned from (`teacher`) or started from (`init`)."""
-    name = "teacher" if key == "teacher" else "start"
+    """Where weights came from that it learned from (`teacher`, or the name of another) or started from (`init`)."""
+    name = {"teacher": "teacher", "init": "start"}.get(key) or f"teacher {code(key)}"
     origin = section(made, key)
     if not origin:
         return [("start", "fresh weights")] if key == "init" and recipe else []

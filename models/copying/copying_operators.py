@@ -23,8 +23,8 @@ softmax = Softmax()
 
 
 @dataclass
-class Taught(ABC):
-    """A student operator: what it does with the teacher's layer, and plain softmax when no teacher ran."""
+class Copy(ABC):
+    """An operator that computes with a part of the teacher's attention; plain softmax when no teacher ran."""
 
     link: Link
     tape: Tape
@@ -34,27 +34,20 @@ class Taught(ABC):
         return self.taught_needs if self.tape.active else QKV
 
     @property
+    @abstractmethod
     def taught_needs(self) -> Collection[str]:
-        return QKV
+        """Projections of the student that `taught` uses."""
 
     def __call__(self, heads: Heads) -> Tensor:
         return self.taught(heads) if self.tape.active else softmax(heads)
 
     @abstractmethod
     def taught(self, heads: Heads) -> Tensor:
-        """The layer's attention while the teacher's side is on the tape."""
-
-    def record(self, loss: Tensor) -> None:
-        self.tape.record(self.link.pair.student, loss)
-
-
-@dataclass
-class Copy(Taught):
-    """An operator that computes with a part of the teacher's attention."""
+        """Return the layer's attention while the teacher's side is on the tape."""
 
     @abstractmethod
     def map(self, heads: Heads) -> Tensor:
-        """The map that `taught` applies, (B, H, N, N): for looking at small images, never in a hot path."""
+        """Return the map that `taught` applies, (B, H, N, N): for looking at small images, never in a hot path."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import any_timm
 from ..errors import TransferError
 from ..families import image_channels
 from .grids import Embeddings, GridRule, Grids
@@ -62,7 +63,40 @@ class Renormalized(nn.Module):
         return images
 
 
-class TeacherInput(Renormalized):
+class ShownImages(Renormalized):
+    """The images of a student, as a teacher of it is shown them."""
+
+    def grids(self, images: Tensor, rule: GridRule | None) -> Grids | None:
+        """Return the patch grids of teacher and student for these images; None where no patches are compared.
+
+        Raises TransferError: a model does not take images of this size, or the rule refuses the grids.
+        """
+        return None
+
+    def describe(self) -> list[str]:
+        """Describe each change to the images in one sentence."""
+        return [] if self.same_normalization else ["images are re-normalised for the teacher"]
+
+
+class WholeInput(ShownImages):
+    """The images of a student, as a teacher is shown them of which only whole results are used.
+
+    A teacher that takes one size alone sees images of that size; another sees them as they are.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
+    ) -> None:
+        channels = any_timm.image_channels(teacher), image_channels(student)
+        _check_channels(*channels)
+        super().__init__(channels[0], teacher_norm, student_norm, any_timm.fixed_size(teacher))
+
+    def describe(self) -> list[str]:
+        resized = [] if self.size is None else [f"images are shown to the teacher at {self.size}"]
+        return super().describe() + resized
+
+
+class TeacherInput(ShownImages):
     """The images of a student, as a teacher of it is shown them.
 
     It sees them at its own size; `Embeddings.teacher_size` says how those of another size than the student's own.
@@ -72,11 +106,7 @@ class TeacherInput(Renormalized):
         self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
     ) -> None:
         channels = image_channels(teacher), image_channels(student)
-        if channels[0] != channels[1]:
-            raise TransferError(
-                f"teacher takes {channels[0]} image channels and student {channels[1]}; "
-                "set student.model_args.in_chans or teacher.model_args.in_chans so that they agree"
-            )
+        _check_channels(*channels)
         super().__init__(channels[0], teacher_norm, student_norm)
         self.embeddings = Embeddings(teacher, student)
         _, own = self.embeddings.own_sizes
@@ -98,11 +128,14 @@ class TeacherInput(Renormalized):
         return grids
 
     def describe(self) -> list[str]:
-        """One sentence for each thing that is done to the images."""
-        lines = []
-        if not self.same_normalization:
-            lines.append("images are re-normalised for the teacher")
         teacher, student = self.embeddings.own_sizes
-        if teacher != student:
-            lines.append(f"images are resized to {teacher} for the teacher")
-        return lines
+        resized = [] if teacher == student else [f"images are resized to {teacher} for the teacher"]
+        return super().describe() + resized
+
+
+def _check_channels(teacher: int, student: int) -> None:
+    if teacher != student:
+        raise TransferError(
+            f"teacher takes {teacher} image channels and student {student}; "
+            "set student.model_args.in_chans or teacher.model_args.in_chans so that they agree"
+        )

@@ -23,7 +23,13 @@ class Step:
     grids: Grids | None = None
     """The grids of its images."""
     heads: dict[int, Heads] = field(default_factory=dict)
+    """Queries, keys and values of attention layers."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    """P V of attention layers (B, H, N, D), before the output projection."""
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    """Tokens (B, N, C) after blocks."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Results of the whole teacher, by the names of `teacher_view.WHOLE`."""
     masks: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -42,7 +48,7 @@ class StepMoment:
 
 
 class Tape(threading.local):
-    """The step that the student's layers run in, and what they give: losses by student layer, inputs of its heads.
+    """The step that the student's layers run in, and what they give: losses by name, inputs of its heads.
 
     Without a step the student is an ordinary model. Each thread has a step of its own. A copy, and what is pickled, is
     empty.
@@ -50,7 +56,7 @@ class Tape(threading.local):
 
     def __init__(self, step: Step | None = None) -> None:
         self.step = step
-        self.losses: dict[int, Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
         self.features: dict[str, Tensor] = {}
         self.replaying = False
 
@@ -71,6 +77,14 @@ class Tape(threading.local):
         return self._step.outputs
 
     @property
+    def blocks(self) -> dict[int, Tensor]:
+        return self._step.blocks
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        return self._step.whole
+
+    @property
     def masks(self) -> dict[int, Tensor]:
         return self._step.masks
 
@@ -87,10 +101,10 @@ class Tape(threading.local):
         """Leave the step: the student is an ordinary model again."""
         self.step, self.losses, self.features = None, {}, {}
 
-    def record(self, layer: int, loss: Tensor) -> None:
-        """Keep a layer's loss; the loss of a layer that is run again is known."""
+    def record(self, name: str, loss: Tensor) -> None:
+        """Keep a loss under its name; the loss of a layer that is run again is known."""
         if not self.replaying:
-            self.losses[layer] = loss
+            self.losses[name] = loss
 
     @property
     def moment(self) -> StepMoment:

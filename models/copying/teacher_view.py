@@ -6,13 +6,15 @@ A view shares every parameter and buffer with the teacher and changes nothing in
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from ..any_timm import patch_features
 from ..families import attention_blocks, vit
 from ..host import AttentionHost
 from .copying_operators import KeepHeads
@@ -56,7 +58,7 @@ class RecordedBlock(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         out = self.block(*args, **options)
-        self.tape.outputs[self.layer] = out
+        self.tape.blocks[self.layer] = out
         return out
 
 
@@ -88,36 +90,106 @@ def shallow(module: M) -> M:
     return twin
 
 
+class WholeModel(nn.Module):
+    """A whole teacher of timm, of any architecture, whose results go on the tape; always in eval mode."""
+
+    def __init__(self, model: nn.Module, wanted: Collection[str], tape: Tape) -> None:
+        super().__init__()
+        self.model = model
+        self.wanted = frozenset(wanted)
+        self.tape = tape
+        self.eval()
+
+    @property
+    def blocks(self) -> nn.Module:
+        return vit(self.model).blocks
+
+    def forward(self, images: Tensor) -> None:
+        model: Any = self.model
+        whole = self.tape.whole
+        features = model.forward_features(images)
+        if "patches" in self.wanted:
+            whole["patches"] = patch_features(self.model, features)
+        if "feature" in self.wanted:
+            whole["feature"] = model.forward_head(features, pre_logits=True)
+        if "logits" in self.wanted:
+            whole["logits"] = model.forward_head(features)
+
+    def train(self, mode: bool = True) -> WholeModel:
+        """Stay in eval mode."""
+        return super().train(False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a teacher a step needs. `a | b` is what both need."""
+
+    parts: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """Projections to keep, by attention layer."""
+    outputs: frozenset[int] = frozenset()
+    """Attention layers whose output to keep, before the output projection."""
+    blocks: frozenset[int] = frozenset()
+    """Blocks whose output to keep."""
+    whole: frozenset[str] = frozenset()
+    """Results of the whole model: any of `WHOLE`."""
+
+    @classmethod
+    def attention(cls, layers: Collection[int], parts: Collection[str], *, output: bool = False) -> Wanted:
+        """The projections `parts` of attention layers and, with `output`, their output."""
+        kept = dict.fromkeys(layers, frozenset(parts))
+        return cls(kept, frozenset(layers if output else ()))
+
+    def __or__(self, other: Wanted) -> Wanted:
+        layers = {*self.parts, *other.parts}
+        none: frozenset[str] = frozenset()
+        parts = {
+            layer: self.parts.get(layer, none) | other.parts.get(layer, none) for layer in sorted(layers)
+        }
+        return Wanted(
+            parts, self.outputs | other.outputs, self.blocks | other.blocks, self.whole | other.whole
+        )
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Blocks of which something is kept."""
+        return frozenset(self.parts) | self.outputs | self.blocks
+
+
+WHOLE = ("feature", "patches", "logits")
+"""Results of a whole model: the pooled feature (B, C), the features of its patches (B, N, C), its logits."""
+
+
+def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
+    """A view that puts what is `wanted` on the tape, and computes nothing beyond."""
+    if wanted.whole and not wanted.layers:
+        return WholeModel(shallow(teacher), wanted.whole, tape)
+    blocks = [
+        _view_block(block, index, wanted, tape) for index, block in enumerate(attention_blocks(teacher))
+    ]
+    if wanted.whole:
+        return WholeModel(_with_blocks(teacher, blocks), wanted.whole, tape)
+    last = max(wanted.layers)
+    if last not in wanted.blocks:
+        host: Any = blocks[last]._modules["attn"]
+        if not host.operator.keep_output:
+            host.operator.needs = wanted.parts[last]
+        blocks[last] = LastAttention(attention_blocks(teacher)[last], host, host.operator)
+    return truncated(teacher, blocks[: last + 1])
+
+
 def view_attention(
-    teacher: nn.Module, layers: Collection[int], tape: Tape, parts: Collection[str], output: bool
-) -> TokensOnly:
-    """A view that records the projections `parts` (and the attention output) of `layers`, then stops."""
-    last = max(layers)
-    blocks: list[nn.Module] = []
-    for index, block in enumerate(attention_blocks(teacher)[: last + 1]):
-        twin = shallow(block)
-        blocks.append(twin)
-        if index not in layers:
-            continue
-        recorder = KeepHeads(index, tape, keep_output=output)
-        if index == last:
-            recorder.needs = parts if not output else recorder.needs
-        host = AttentionHost(block.attn, recorder)
-        twin._modules["attn"] = host
-        if index == last:
-            blocks[-1] = LastAttention(block, host, recorder)
-    return truncated(teacher, blocks)
+    teacher: nn.Module, layers: Collection[int], tape: Tape, parts: Collection[str]
+) -> nn.Module:
+    """A view that records the projections `parts` of `layers`, then stops."""
+    return view_teacher(teacher, Wanted.attention(layers, parts), tape)
 
 
-def view_blocks(teacher: nn.Module, layers: Collection[int], tape: Tape) -> TokensOnly:
-    """A view that records the output of the blocks `layers`, then stops."""
-    blocks = [shallow(block) for block in attention_blocks(teacher)[: max(layers) + 1]]
-    return truncated(teacher, [RecordedBlock(b, i, tape) if i in layers else b for i, b in enumerate(blocks)])
-
-
-def view_whole(teacher: nn.Module) -> nn.Module:
-    """A view of the whole teacher."""
-    return _with_blocks(teacher, [shallow(block) for block in attention_blocks(teacher)])
+def _view_block(block: nn.Module, index: int, wanted: Wanted, tape: Tape) -> nn.Module:
+    twin = shallow(block)
+    if index in wanted.parts or index in wanted.outputs:
+        recorder = KeepHeads(index, tape, keep_output=index in wanted.outputs)
+        twin._modules["attn"] = AttentionHost(block.get_submodule("attn"), recorder)
+    return RecordedBlock(twin, index, tape) if index in wanted.blocks else twin
 
 
 def truncated(teacher: nn.Module, blocks: Sequence[nn.Module]) -> TokensOnly:

@@ -6,7 +6,7 @@ The dry run builds the same without weights: parameters that have a shape and no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ...models.errors import ConfigError, DataError
 from ...models.families import vit
 from ...models.json_types import JsonDict
 from ...models.lora import add_lora
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed
 from ..data.datasets import check_dataset
 from ..data.loaders import (
@@ -38,6 +38,7 @@ from ..data.loaders import (
     find_eval_loader,
 )
 from ..data.randomness import preserved
+from ..methods.terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from .best import Criterion, choose, classifies
 from .modes import TEACHER, Mode, Models, mode_of
@@ -48,6 +49,7 @@ from .tasks import Task, TransferTask
 from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
+NO_COMMITS: Mapping[str, str | None] = {}
 
 
 @dataclass
@@ -56,8 +58,8 @@ class Parts:
 
     task: Task
     plan: StudentPlan
-    teacher: Pretrained | None
-    """The one that every step needs."""
+    teachers: dict[str, Pretrained]
+    """Those that every step needs, by name."""
     loaded: Pretrained | None
     """The one that the student learns or starts from, which a run that has started from it holds no more."""
     spec: Preprocessing
@@ -71,11 +73,22 @@ class Parts:
     reference_loader: EvalLoader | None
     """The labelled training images, where the choice needs them."""
     origins: JsonDict
-    """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them."""
+    """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them, and
+    `teachers` where there are further ones."""
+
+    @property
+    def teacher(self) -> Pretrained | None:
+        """The one of the section `teacher`, where every step needs it."""
+        return self.teachers.get(DEFAULT_TEACHER)
 
 
 def build(
-    config: RunConfig, *, rank: int = 0, world_size: int = 1, commit: str | None = None, weights: bool = True
+    config: RunConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    commits: Mapping[str, str | None] = NO_COMMITS,
+    weights: bool = True,
 ) -> Parts:
     """Build a run on the CPU. The student's fresh weights depend on `config.seed` alone, not on the rank.
 
@@ -83,7 +96,7 @@ def build(
         config: The run.
         rank: Of this process.
         world_size: Number of processes.
-        commit: The one that the teacher was loaded at when the run began, for a run that resumes.
+        commits: Those that the teachers were loaded at when the run began, by name, for a run that resumes.
         weights: False for a dry run: parameters are on the meta device, published weights are not downloaded, and the
             training set may be absent where the settings say its number of classes.
 
@@ -95,17 +108,18 @@ def build(
     torch.manual_seed(config.seed)
     whole = find_whole(config.student)
     size = input_size(config.student, whole)[1:]
-    teacher = _teacher(config, size, commit, weights=weights) if _reads_teacher(mode) else None
+    teachers = _teachers(mode, size, commits, weights=weights)
+    teacher = teachers.get(DEFAULT_TEACHER)
     spec = resolve_preprocessing(config, teacher, whole)
     with preserved():
         train_loader = _train_loader(mode, spec, rank, world_size, absent=not weights)
         eval_loader = _eval_loader(mode, spec, train_loader, rank, world_size)
-    head = mode.head(train_loader.head(), teacher, whole)
-    mode.check_classes(teacher, head)
+    head = mode.head(train_loader.head(), teachers, whole)
+    mode.check_classes(teachers, head)
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
     student, init = _student(mode, plan, teacher, weights=weights)
-    task = mode.task(Models(student, teacher, spec, _calibration(config, spec, weights=weights)))
+    task = mode.task(Models(student, teachers, spec, _calibration(config, spec, weights=weights)))
     mode.freeze(task.trainable)
     if config.engine.fsdp:
         check_layers_apart(task)
@@ -118,6 +132,9 @@ def build(
     if choice is not None and choice.kind in PROBES:
         reference = create_reference_loader(_data(config, weights), spec, rank=rank, world_size=world_size)
     origins = {"teacher": provenance.of_teacher(teacher), "init": init}
+    further = {name: provenance.of_teacher(each) for name, each in teachers.items() if each is not teacher}
+    if further:
+        origins["teachers"] = further
     if isinstance(task, TransferTask):
         if weights:
             logger.info("%s", task.dual.describe())
@@ -126,7 +143,7 @@ def build(
     return Parts(
         task=task,
         plan=plan,
-        teacher=teacher if mode.taught else None,
+        teachers=teachers if mode.taught else {},
         loaded=teacher if mode.taught or not weights else None,
         spec=spec,
         train_loader=train_loader,
@@ -203,8 +220,18 @@ def _reads_teacher(mode: Mode) -> bool:
     return source is not None and mode.reads_teacher
 
 
-def _teacher(config: RunConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
-    how = config.teacher
+def _teachers(
+    mode: Mode, size: tuple[int, int], commits: Mapping[str, str | None], *, weights: bool
+) -> dict[str, Pretrained]:
+    """The teachers by name, the one of the section `teacher` first."""
+    config = mode.config
+    found = {DEFAULT_TEACHER: config.teacher} if _reads_teacher(mode) else {}
+    if mode.taught:
+        found |= config.teachers
+    return {name: _teacher(how, size, commits.get(name), weights=weights) for name, how in found.items()}
+
+
+def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
     check_published(str(how.source), how.model_args, commit or how.revision)
     return load_pretrained(
         str(how.source),

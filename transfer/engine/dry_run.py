@@ -16,7 +16,7 @@ from .elastic import GlobalBatch, settle
 from .optim import Schedule
 from .parallel import check_placement
 from .rehearsal import Footprint, rehearse
-from .resume_check import Position, check_length, check_same_run, commit_of, refuse_existing
+from .resume_check import Position, check_length, check_same_run, commits_of, refuse_existing
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
     on_cpu = config.engine.device == "cpu" or (here and not torch.cuda.is_available())
     check_placement(config, processes, on_cpu=on_cpu)
     saved = _saved(config)
-    commit = None if saved is None else commit_of(saved)
-    parts = build(config, world_size=processes, commit=commit, weights=False)
+    commits = {} if saved is None else commits_of(saved)
+    parts = build(config, world_size=processes, commits=commits, weights=False)
     batch = None
     if not isinstance(parts.train_loader, AbsentTrainLoader):
         config, batch = settle(config, parts, processes, saved)

@@ -6,7 +6,7 @@ A mode is one class. Nothing else compares names of modes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from ...models.mae import MaskedAutoencoder
 from ..config import Metric, RunConfig
 from ..methods.dual import build_dual
 from ..methods.method import TransferMethod
-from ..methods.registry import find_method
+from ..methods.terms import DEFAULT_TEACHER, choose_teachers, term_methods
 from ..recovery.align import Alignment
 from .optim import freeze, freeze_head
 from .students import StudentPlan, find_whole_name, plan_student
@@ -41,7 +41,8 @@ class Models:
     """The models of a run, of which its mode makes a task."""
 
     student: nn.Module
-    teacher: Pretrained | None
+    teachers: Mapping[str, Pretrained]
+    """By name: the one of the section `teacher` under `DEFAULT_TEACHER`, and those of `teachers`."""
     spec: Preprocessing
     """How the student's images are made."""
     calibration: Callable[[], Tensor | None]
@@ -54,9 +55,9 @@ class Models:
 
     def taught_by(self) -> Pretrained:
         """The teacher of a mode that is taught, for which `Mode.check` asked."""
-        if self.teacher is None:
+        if DEFAULT_TEACHER not in self.teachers:
             raise ConfigError("this mode needs a teacher: set teacher.source")
-        return self.teacher
+        return self.teachers[DEFAULT_TEACHER]
 
 
 class Mode(ABC):
@@ -105,7 +106,7 @@ class Mode(ABC):
         """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
         return self.config.student.init or find_whole_name(self.config.student) or self.starts_from
 
-    def head(self, data: Head, teacher: Pretrained | None, whole: Pretrained | None) -> Head:
+    def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
         """The student's head: that of the data set where it learns from labels.
 
         Without labels a head that comes with the weights stays as it is, and a fresh one would stay random, so there
@@ -118,10 +119,10 @@ class Mode(ABC):
             return head_of(whole)
         if source is None:
             return Head()
-        return head_of(teacher) if source == TEACHER else find_head(source)
+        return head_of(teachers.get(DEFAULT_TEACHER)) if source == TEACHER else find_head(source)
 
-    def check_classes(self, teacher: Pretrained | None, head: Head) -> None:
-        """Raise TransferError where the teacher would teach classes under the numbers of others."""
+    def check_classes(self, teachers: Mapping[str, Pretrained], head: Head) -> None:
+        """Raise TransferError where a teacher would teach classes under the numbers of others."""
         return
 
     def plan(
@@ -187,21 +188,53 @@ class Transfer(Mode):
     taught = True
 
     @property
-    def method(self) -> TransferMethod:
-        """What is taken from the teacher."""
-        return find_method(self.config.transfer.method)
+    def methods(self) -> list[TransferMethod]:
+        """What is taken from the teachers, by entry of `transfer.losses`."""
+        return term_methods(self.config.transfer)
+
+    @property
+    def teachers_of_terms(self) -> list[str]:
+        """The name of the teacher of each entry."""
+        return choose_teachers(self.config.transfer, [DEFAULT_TEACHER, *self.config.teachers])
 
     def check(self) -> None:
         super().check()
-        student, method = self.config.student, self.method
-        if method.loss_within_blocks and student.compile and student.grad_checkpointing:
+        student = self.config.student
+        self._check_teachers()
+        for method in self.methods:
+            if method.loss_within_blocks and student.compile and student.grad_checkpointing:
+                raise ConfigError(
+                    "student.compile=true does not go with student.grad_checkpointing=true for "
+                    f"transfer.method={method.name}, whose losses come from within the blocks: set one of them to "
+                    "false"
+                )
+        if all(method.copies for method in self.methods) and not self.needs_labels:
             raise ConfigError(
-                "student.compile=true does not go with student.grad_checkpointing=true for "
-                f"transfer.method={method.name}, whose losses come from within the blocks: set one of them to false"
+                f"transfer.task_weight=0 leaves nothing to learn: transfer.method={self.methods[0].name} has no loss "
+                "of its own"
             )
-        if method.copies and not self.needs_labels:
+
+    def _check_teachers(self) -> None:
+        """Raise ConfigError for a teacher that no entry of `transfer.losses` learns from."""
+        chosen = self.teachers_of_terms
+        for name, teacher in self.config.teachers.items():
+            if name == DEFAULT_TEACHER or not name.isidentifier():
+                raise ConfigError(
+                    f"teachers.{name}: {name!r} cannot be the name of a further teacher; use letters, digits and _, "
+                    f"and another name than {DEFAULT_TEACHER!r}"
+                )
+            if teacher.source is None:
+                raise ConfigError(
+                    f"teachers.{name}.source is none: set it to a timm name, a hub name or a path"
+                )
+            if name not in chosen:
+                raise ConfigError(
+                    f"teachers.{name} teaches nothing: name it as the teacher of an entry of transfer.losses"
+                )
+        if DEFAULT_TEACHER not in chosen:
             raise ConfigError(
-                f"transfer.task_weight=0 leaves nothing to learn: transfer.method={method.name} has no loss of its own"
+                "no entry of transfer.losses learns from teacher.source: give one of the named teachers as "
+                "teacher.source, and leave `teacher` out of its entries"
             )
 
     @property
@@ -210,41 +243,50 @@ class Transfer(Mode):
 
     @property
     def skips_parameters(self) -> bool:
-        return self.method.copies
+        return any(method.copies for method in self.methods)
 
-    def head(self, data: Head, teacher: Pretrained | None, whole: Pretrained | None) -> Head:
+    @property
+    def teaches_classes(self) -> list[str]:
+        """The names of the teachers whose classes the student's head learns."""
+        found = zip(self.methods, self.teachers_of_terms, strict=True)
+        return [name for method, name in found if method.teaches_classes]
+
+    def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
         own = whole is not None and self.starting_source == self.config.student.model
-        if self.method.teaches_classes and not self.needs_labels and not own:
-            return head_of(teacher)
-        return super().head(data, teacher, whole)
+        if self.teaches_classes and not self.needs_labels and not own:
+            return head_of(teachers.get(self.teaches_classes[0]))
+        return super().head(data, teachers, whole)
 
-    def check_classes(self, teacher: Pretrained | None, head: Head) -> None:
-        taught = None if teacher is None else teacher.label_names
+    def check_classes(self, teachers: Mapping[str, Pretrained], head: Head) -> None:
         names = head.label_names
-        if not self.method.teaches_classes or taught is None or names is None:
-            return
-        if comparable(taught, names) and list(taught) != list(names):
-            raise TransferError(
-                f"transfer.method={self.method.name} needs a teacher with the classes of the data set in the same "
-                f"order, and the two have {difference(taught, names)}: choose another teacher or method, or "
-                "transfer.task_weight=0"
-            )
+        for name in self.teaches_classes:
+            taught = teachers[name].label_names
+            if taught is None or names is None:
+                continue
+            if comparable(taught, names) and list(taught) != list(names):
+                raise TransferError(
+                    f"transfer.method=logits needs a teacher with the classes of the data set in the same "
+                    f"order, and the two have {difference(taught, names)}: choose another teacher or method, or "
+                    "transfer.task_weight=0"
+                )
 
     def task(self, models: Models) -> Task:
         config = self.config.transfer
-        images = models.calibration() if config.heads == "match" else None
-        dual = build_dual(config, models.taught_by(), models.student, models.normalization, images)
+        matches = any(each.heads == "match" for each in config.terms)
+        images = models.calibration() if matches else None
+        models.taught_by()
+        dual = build_dual(config, models.teachers, models.student, models.normalization, images)
         return TransferTask(dual, self.config.data.smoothing, config.task_weight)
 
     def freeze(self, trainable: nn.Module) -> None:
         super().freeze(trainable)
-        if not self.needs_labels and not self.method.teaches_classes:
+        if not self.needs_labels and not self.teaches_classes:
             freeze_head(trainable)  # nothing reaches it
 
     def default_metric(self, classified: bool) -> Metric:
         if classified:
             return "top1"
-        return "distance" if self.method.nears_features else "loss"
+        return "distance" if any(method.nears_features for method in self.methods) else "loss"
 
 
 class Align(Mode):
@@ -283,7 +325,7 @@ class Pretrain(Mode):
     def evaluates(self) -> bool:
         return super().evaluates and self.config.engine.metric != "auto"
 
-    def head(self, data: Head, teacher: Pretrained | None, whole: Pretrained | None) -> Head:
+    def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
         return Head()
 
     def plan(

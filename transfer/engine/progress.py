@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -60,11 +61,15 @@ class ProgressBar:
         self._bar.numbers = numbers(record)
 
 
+LAYER = re.compile(r"(.*\.)?layer\d+")
+"""Name of the loss of one layer."""
+
+
 def numbers(record: Mapping[str, float]) -> str:
     """The line under the bar: losses, learning rate, images a second, a wait for data that is worth a look."""
     losses = {key.removeprefix("train_"): value for key, value in record.items() if key.startswith("train_")}
     if len(losses) > SHOWN_PARTS:
-        losses = {name: value for name, value in losses.items() if not name.startswith("layer")}
+        losses = {name: value for name, value in losses.items() if not LAYER.fullmatch(name)}
     text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
     text = f"{text}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} img/s"
     waiting = record.get("data_wait", 0.0)

@@ -48,7 +48,7 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
     Raises GraftError: what the step itself refuses.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    teacher = [] if parts.teacher is None else [parts.teacher.model]
+    teacher = [each.model for each in parts.teachers.values()]
     memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teacher])}
     task = copy.deepcopy(parts.task, memo)
     taught = {id(memo[id(tensor)]) for tensor in _tensors(teacher)}

@@ -75,9 +75,10 @@ def check_same_run(saved: Json, config: RunConfig) -> None:
 def changes(saved: Json, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The settings that differ from those which the state with the meta part `saved` was made with."""
     found = differences(saved["config"], settings(config))
-    revision = "teacher.revision"
-    if revision in found and _same_commit(*found[revision], commit_of(saved)):
-        del found[revision]
+    for name in _teachers(saved.get("origins") or {}):
+        revision, commit = f"{name}.revision", commits_of(saved).get(name.removeprefix("teachers."))
+        if revision in found and _same_commit(*found[revision], commit):
+            del found[revision]
     return found
 
 
@@ -131,17 +132,18 @@ def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) 
 
     Raises ConfigError naming what differs.
     """
-    teacher = origins.get("teacher") or {}
-    before = (saved.get("origins") or {}).get("teacher") or {}
-    if _differ(before.get("digest"), teacher.get("digest")):
-        raise ConfigError(
-            f"teacher.source={teacher.get('source')!r} holds other weights than those that the run in {folder} was "
-            f"started with (sha256 {before['digest'][:12]} then, {teacher['digest'][:12]} now): put those back, or "
-            "give another output_dir"
-        )
-    if teacher.get("digest") is None:  # known by its name alone, for a plan
-        teacher = {}
-    pairs = {"teacher": (before, teacher), "student": (saved.get("student") or {}, student)}
+    pairs: dict[str, tuple[Json, Json]] = {"student": (saved.get("student") or {}, student)}
+    known_then = _teachers(saved.get("origins") or {})
+    for name, teacher in _teachers(origins).items():
+        before = known_then.get(name, {})
+        if _differ(before.get("digest"), teacher.get("digest")):
+            raise ConfigError(
+                f"{name}.source={teacher.get('source')!r} holds other weights than those that the run in {folder} was "
+                f"started with (sha256 {before['digest'][:12]} then, {teacher['digest'][:12]} now): put those back, or "
+                "give another output_dir"
+            )
+        if teacher.get("digest") is not None:  # else it is known by its name alone, for a plan
+            pairs[name] = before, teacher
     for name, (then, now) in pairs.items():
         now = json.loads(json.dumps({key: now[key] for key in BUILT if key in now and key in then}))
         known, found = dict(_flat({key: then[key] for key in now})), dict(_flat(now))
@@ -162,10 +164,16 @@ def _same_commit(before: str | None, now: str | None, commit: str | None) -> boo
     return now == commit or (before == commit and now is None)
 
 
-def commit_of(saved: Json) -> str | None:
-    """The commit on the hub that the teacher was loaded at when the run began."""
-    teacher = (saved.get("origins") or {}).get("teacher") or {}
-    return teacher.get("revision")
+def _teachers(origins: Json) -> dict[str, Json]:
+    """What is known of the teachers, by their sections."""
+    further = {f"teachers.{name}": each for name, each in (origins.get("teachers") or {}).items()}
+    return {"teacher": origins.get("teacher") or {}, **further}
+
+
+def commits_of(saved: Json) -> dict[str, str | None]:
+    """The commits on the hub that the teachers were loaded at when the run began, by name."""
+    found = _teachers(saved.get("origins") or {})
+    return {name.removeprefix("teachers."): each.get("revision") for name, each in found.items()}
 
 
 def _flat(tree: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:

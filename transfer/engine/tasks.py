@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.copying.input import TeacherInput
+from ...models.copying.input import ShownImages
 from ...models.families import attention_blocks
 from ...models.mae import MaskedAutoencoder
 from ..methods.dual import DualViT
@@ -45,7 +45,7 @@ class Task(nn.Module, ABC):
         """The model whose features count: the one that leaves the run."""
         return self.trainable
 
-    teacher_input: TeacherInput | None
+    teacher_input: ShownImages | None
     """How images are shown to the teacher, where there is one."""
 
     @property
@@ -90,7 +90,7 @@ class TransferTask(Task):
         self.task_weight = task_weight
 
     @property
-    def teacher_input(self) -> TeacherInput:  # type: ignore[override]
+    def teacher_input(self) -> ShownImages:  # type: ignore[override]
         return self.dual.teacher_input
 
     @property
@@ -118,9 +118,9 @@ class TransferTask(Task):
 class AlignTask(Task):
     """Each converted layer learns on its teacher's inputs; labels are not looked at."""
 
-    teacher_input: TeacherInput
+    teacher_input: ShownImages
 
-    def __init__(self, alignment: Alignment, teacher_input: TeacherInput) -> None:
+    def __init__(self, alignment: Alignment, teacher_input: ShownImages) -> None:
         super().__init__()
         self.alignment = alignment
         self.teacher_input = teacher_input

@@ -36,7 +36,7 @@ from .resume_check import (
     check_same_run,
     check_same_split,
     check_same_teacher,
-    commit_of,
+    commits_of,
     refuse_existing,
     settings,
 )
@@ -78,10 +78,10 @@ def train(config: RunConfig) -> RunResult:
         early = _signal(signals, group)
         if early is not None:
             return _unbegun(config, state, early)
-        commit = None if state is None else commit_of(state.meta)
+        commits = {} if state is None else commits_of(state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes
         here = config.model_copy(update={"data": data})
-        parts = build(here, rank=rank, world_size=world, commit=commit)
+        parts = build(here, rank=rank, world_size=world, commits=commits)
         check_same_teacher(gather(parts.origins, group))
         check_same_split(gather(parts.eval_loader is not None, group))
         early = _signal(signals, group)
@@ -235,6 +235,8 @@ def _write_config(config: RunConfig, parts: Parts) -> None:
     resolved = settings(config)
     if parts.origins["teacher"] is not None:
         resolved["teacher"]["revision"] = parts.origins["teacher"]["revision"]
+    for name, origin in parts.origins.get("teachers", {}).items():
+        resolved["teachers"][name]["revision"] = origin["revision"]
     write_text(config.output_dir / "config.yaml", write_yaml(resolved))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ...models.attention.base import Heads
-from ...models.copying.copying_operators import Taught, softmax
 from ...models.copying.links import Link
 from ...models.copying.tokens import pick_dim
-from .method import AttentionMethod, Pairing, Watching, joined_projector
+from .method import AttentionMethod, Pairing, joined_projector
 from .outputs import squared_error
+from .taught_layer import Observer
 
 
 class AttentionOutput(AttentionMethod):
@@ -22,27 +23,23 @@ class AttentionOutput(AttentionMethod):
     equal_grids = True
     keeps_output = True
 
-    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Taught:
-        return MatchOutput(link, pairing.tape, projector=joined_projector(pairing, link, projectors))
+    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Observer:
+        learned = joined_projector(pairing, link, projectors)
+        return MatchOutput(link, pairing.tape, pairing.loss_name(link), projector=learned)
 
 
 @dataclass
-class MatchOutput(Watching):
-    """The student's own attention, and the mean squared error of its output to the teacher's.
+class MatchOutput(Observer):
+    """The mean squared error of the student's attention output to the teacher's.
 
     Output means P V of every head, before the output projection (LoLCATs, arXiv:2410.10254; "Copy the same,
     distil the difference").
     """
 
+    reads_projections: ClassVar[bool] = False
     projector: nn.Module | None = None
 
-    def taught(self, heads: Heads) -> Tensor:
-        out = softmax(heads)
-        self.compare(out)
-        return out
-
-    def compare(self, out_BHND: Tensor) -> None:
-        """Record the error of the student's output, of whichever operator it is."""
+    def look(self, heads: Heads | None, out_BHND: Tensor, lse_BHN: Tensor | None) -> None:
         link = self.link
         teacher = self.tape.outputs[link.pair.teacher]
         teacher = pick_dim(teacher, 1, None if link.heads.is_identity else link.teacher_index)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from ...models.copying.links import Link
 from ...models.copying.tape import Tape
-from ...models.copying.teacher_view import view_blocks
-from ...models.families import attention_blocks
+from ...models.copying.teacher_view import Wanted
+from ...models.families import attention_blocks, attention_shape
 from .method import Installed, Pairing, TransferMethod, projector
 from .outputs import squared_error
+from .transfer_plan import TransferPlan
 
 
 class BlockOutput(TransferMethod):
@@ -22,13 +23,15 @@ class BlockOutput(TransferMethod):
     equal_grids = True
     nears_features = True
 
+    def wanted(self, plan: TransferPlan) -> Wanted:
+        return Wanted(blocks=frozenset(plan.teacher_layers))
+
     def install(self, pairing: Pairing) -> Installed:
-        plan, tape = pairing.plan, pairing.tape
-        installed = Installed(view_blocks(pairing.teacher, plan.teacher_layers, tape))
-        blocks = attention_blocks(pairing.student)
-        for link in plan.links:
-            learned = projector(installed.projectors, link, plan.student.width, plan.teacher.width)
-            match = _MatchBlock(link, tape, learned)
+        installed, blocks = Installed(), attention_blocks(pairing.student)
+        widths = [attention_shape(model).width for model in (pairing.student, pairing.teacher)]
+        for link in pairing.plan.links:
+            learned = projector(installed.projectors, link, *widths)
+            match = _MatchBlock(link, pairing.tape, pairing.loss_name(link), learned)
             pairing.changes.hooks.append(blocks[link.pair.student].register_forward_hook(match))
         return installed
 
@@ -39,6 +42,7 @@ class _MatchBlock:
 
     link: Link
     tape: Tape
+    name: str
     projector: nn.Module | None
 
     def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
@@ -46,10 +50,10 @@ class _MatchBlock:
             return
         pair, tokens = self.link.pair, self.link.tokens
         student = tokens.student.pick(out, 1)
-        teacher = tokens.teacher.pick(self.tape.outputs[pair.teacher], 1)
+        teacher = tokens.teacher.pick(self.tape.blocks[pair.teacher], 1)
         if self.projector is not None:
             student = self.projector(student)
-        self.tape.record(pair.student, squared_error(student, teacher, None))
+        self.tape.record(self.name, squared_error(student, teacher, None))
 
 
 METHODS = (BlockOutput(),)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...models.copying.copying_operators import COPIES, Taught
+from ...models.copying.copying_operators import COPIES, Copy
 from ...models.copying.links import Link
-from ..config import TransferConfig
+from ..config import LossConfig
 from .method import AttentionMethod, Pairing
 
 
@@ -24,10 +24,10 @@ class CopyAttention(AttentionMethod):
         self.words, self.parts = self.kind.words, self.kind.parts
         self.head_widths = "any" if self.kind.copies_map else "equal"
 
-    def averages_heads(self, config: TransferConfig) -> bool:
+    def averages_heads(self, config: LossConfig) -> bool:
         return self.kind.copies_map
 
-    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Taught:
+    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Copy:
         return self.kind.operator(link, pairing.tape)
 
 

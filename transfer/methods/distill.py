@@ -8,14 +8,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ...models.attention.base import Heads
-from ...models.attention.fused import attention_with_lse
-from ...models.copying.copying_operators import Part, Taught, softmax
+from ...models.copying.copying_operators import Part
 from ...models.copying.links import Link
 from ...models.copying.tokens import pick_dim
-from ..config import TransferConfig
+from ..config import LossConfig
 from .map_loss import MapLoss
 from .method import AttentionMethod, Pairing, joined_projector
 from .outputs import squared_error
+from .taught_layer import Observer
 
 
 class DistillMaps(AttentionMethod):
@@ -28,13 +28,13 @@ class DistillMaps(AttentionMethod):
     whole_maps = True
     temperature = True
 
-    def averages_heads(self, config: TransferConfig) -> bool:
+    def averages_heads(self, config: LossConfig) -> bool:
         return config.loss == "ce"
 
-    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Taught:
+    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Observer:
         config = pairing.config
         loss = MapLoss(config.loss == "kl", config.temperature, config.rows)
-        return DistillMap(link, pairing.tape, loss=loss)
+        return DistillMap(link, pairing.tape, pairing.loss_name(link), loss=loss)
 
 
 class DistillPart(AttentionMethod):
@@ -44,50 +44,52 @@ class DistillPart(AttentionMethod):
         self.name, self.parts = f"distill_{part}", (part,)
         self.words = f"mean squared error between the student's {words} and the teacher's"
 
-    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Taught:
+    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Observer:
         (part,) = self.parts
         learned = joined_projector(pairing, link, projectors)
-        return DistillProjection(link, pairing.tape, part=part, projector=learned)
+        return DistillProjection(link, pairing.tape, pairing.loss_name(link), part=part, projector=learned)
 
 
 @dataclass
-class DistillMap(Taught):
-    """The student's own attention, and the cross-entropy of its map to the teacher's."""
+class DistillMap(Observer):
+    """The cross-entropy of the student's map to the teacher's."""
 
     loss: MapLoss = field(default_factory=MapLoss)
 
-    def taught(self, heads: Heads) -> Tensor:
-        link, teacher = self.link, self.link.teacher_heads(self.tape)
-        lse = None
-        if self.loss.needs_own_rows or not link.tokens.student.whole:
-            out = softmax(heads)
-        else:
-            out, lse = attention_with_lse(*heads.qkv(), heads.scale, heads.bias)
-            lse = pick_dim(lse, 1, None if link.all_heads else link.student_index)
+    @property
+    def needs_lse(self) -> bool:
+        return not self.loss.needs_own_rows and self.link.tokens.student.whole
+
+    def look(self, heads: Heads | None, out_BHND: Tensor, lse_BHN: Tensor | None) -> None:
+        assert heads is not None
+        link = self.link
+        if self.needs_lse and lse_BHN is not None:
+            lse_BHN = pick_dim(lse_BHN, 1, None if link.all_heads else link.student_index)
+        else:  # of other rows, or of other tokens
+            lse_BHN = None
         self.record(
             self.loss(
                 link.matched_student(heads),
-                teacher,
+                link.teacher_heads(self.tape),
                 sizes=link.sizes,
                 num_prefix=link.num_prefix,
-                lse_BHN=lse,
+                lse_BHN=lse_BHN,
             )
         )
-        return out
 
 
 @dataclass
-class DistillProjection(Taught):
-    """The student's own attention, and the mean squared error of its queries, keys or values to the teacher's."""
+class DistillProjection(Observer):
+    """The mean squared error of the student's queries, keys or values to the teacher's."""
 
     part: Part = "q"
     projector: nn.Module | None = None
 
-    def taught(self, heads: Heads) -> Tensor:
+    def look(self, heads: Heads | None, out_BHND: Tensor, lse_BHN: Tensor | None) -> None:
+        assert heads is not None
         teacher = getattr(self.link.teacher_heads(self.tape), self.part)
         student = getattr(self.link.matched_student(heads), self.part)
         self.record(squared_error(student, teacher, self.projector))
-        return softmax(heads)
 
 
 METHODS = (DistillMaps(), DistillPart("q", "queries"), DistillPart("k", "keys"), DistillPart("v", "values"))

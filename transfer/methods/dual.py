@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -14,38 +15,61 @@ from ...checkpoints.pretrained import Pretrained
 from ...models.conversion import converted_layers
 from ...models.copied import CopiedTeacher, Copying, copied_layers
 from ...models.copying.input import Normalization as Normalization
-from ...models.copying.input import TeacherInput
+from ...models.copying.input import ShownImages
 from ...models.copying.tape import Tape
+from ...models.copying.teacher_view import Wanted, view_teacher
 from ...models.errors import ConfigError, TransferError, did_you_mean
-from ...models.families import check_supported, image_channels
+from ...models.families import check_supported, is_supported
+from ...models.host import host_attention
 from ...models.json_types import JsonDict
 from ...models.replay import replay_blocks, restore_blocks
 from ..config import TransferConfig
-from .drop_path import share_drop_paths
+from .drop_path import SharedDropPath, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .method import Pairing, TransferMethod
-from .registry import find_method
+from .taught_layer import freeze_unused
+from .terms import (
+    DEFAULT_TEACHER,
+    Teacher,
+    TeacherSide,
+    Term,
+    choose_teachers,
+    label_terms,
+    pretrained_normalization,
+    term_methods,
+)
 from .transfer_plan import TransferPlan, resolve_plan
 
 
 @dataclass
 class DualOutput:
-    """The student's logits, the weighted transfer loss (a float32 scalar), and its unweighted parts by layer."""
+    """The student's logits, the weighted transfer loss (a float32 scalar), and its unweighted parts by name.
+
+    `terms` has the unweighted loss of each entry of `transfer.losses`; it is empty for the short form.
+    """
 
     logits: Tensor
     transfer_loss: Tensor
     parts: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DualViT(nn.Module):
-    """A student that is taught by a frozen teacher, by copying or distilling its attention.
+    """A student that is taught by frozen teachers: by copying or distilling their attention, features or classes.
 
-    `method` and the keywords are those of `TransferConfig`. Teacher and student are timm models of the plain
-    ViT families (`graftvit.models.families.SUPPORTED`). The teacher is never registered: it is not trained, not
-    in the state dict, and stays in eval mode. The student stays an ordinary timm model, with its own state
-    dict; while it is taught, its attention layers are hosted (`release` puts timm's own back).
+    With the short form, `method` and the keywords are those of `TransferConfig`. With `losses`, a list of
+    `LossConfig` or of dictionaries with its keys, several losses are summed:
 
-    Without normalizations, each model's `pretrained_cfg` says how its images are normalised; `forward` takes
+        DualViT(teacher, student, losses=[{"method": "distill", "weight": 3}, {"method": "feature", "weight": 1}])
+
+    `teacher` is one model, or several by name, which an entry of `losses` names as its `teacher`; an entry without
+    a name learns from the first. The student is a timm model of the plain ViT families
+    (`graftvit.models.families.SUPPORTED`), and so is a teacher whose layers are used; `feature` and `logits` take any
+    classifier of timm. A teacher is never registered: it is not trained, not in the state dict, and stays in eval
+    mode. The student stays an ordinary timm model, with its own state dict; while it is taught, its attention layers
+    are hosted (`release` puts timm's own back).
+
+    Without normalizations, each model's `pretrained_cfg` says how its images are normalized; `forward` takes
     images as the student wants them. A student on the meta device has no heads to match: `heads=match` stays open.
     """
 
@@ -53,9 +77,9 @@ class DualViT(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module | Pretrained,
+        teacher: Teacher | Mapping[str, Teacher],
         student: nn.Module,
-        method: str = "distill",
+        method: str | None = None,
         *,
         teacher_normalization: Normalization | None = None,
         student_normalization: Normalization | None = None,
@@ -63,59 +87,97 @@ class DualViT(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.config = _settings(method=method, **options)
-        self.method = find_method(self.config.method)
-        if isinstance(teacher, Pretrained):
-            teacher_normalization = teacher_normalization or Normalization(teacher.mean, teacher.std)
-            teacher = teacher.model
-        check_free(teacher, student)
-        for model in (teacher, student):
-            end_lesson(model)
-        _check_teacher(teacher, self.method)
-        check_supported(student)
+        if method is not None:
+            options["method"] = method
+        self.config = _settings(**options)
+        given = teacher if isinstance(teacher, Mapping) else {DEFAULT_TEACHER: teacher}
+        chosen = choose_teachers(self.config, list(given))
         self.student = student
-        self._teacher = (teacher.eval().requires_grad_(False),)
-        self._normalizations = (
-            teacher_normalization or pretrained_normalization(teacher),
-            student_normalization or pretrained_normalization(student),
+        norm = student_normalization or pretrained_normalization(student)
+        models = {name: each.model if isinstance(each, Pretrained) else each for name, each in given.items()}
+        for each in models.values():
+            check_free(each, student)
+        for each in (*models.values(), student):
+            end_lesson(each)
+        kinds = term_methods(self.config)
+        for kind, name in zip(kinds, chosen, strict=True):
+            _check_teacher(models[name], kind)
+        check_supported(student)
+        self._normalization = norm
+        self._sides = tuple(
+            TeacherSide.of(name, each, student, norm, teacher_normalization)
+            for name, each in given.items()
+            if name in chosen
         )
-        self.teacher_input = TeacherInput(teacher, student, *self._normalizations)
-        plan = resolve_plan(self.config, teacher, student)
-        if plan.needs_calibration and not next(student.parameters()).is_meta:
-            plan = plan.calibrated(teacher, student, self.teacher_input, calibration)
-        self._install(plan)
+        sides = {side.name: side for side in self._sides}
+        terms = []
+        for label, settings, kind, name in zip(
+            label_terms(self.config), self.config.terms, kinds, chosen, strict=True
+        ):
+            side = sides[name]
+            plan = resolve_plan(settings, side.model, student)
+            if plan.needs_calibration and not next(student.parameters()).is_meta:
+                plan = plan.calibrated(side.model, student, side.input, calibration)
+            terms.append(Term(label, settings, kind, plan, side))
+        self._install(terms)
 
     @property
     def teacher(self) -> nn.Module:
-        """The whole frozen teacher."""
-        return self._teacher[0]
+        """The whole frozen teacher; the first of several."""
+        return self._sides[0].model
+
+    @property
+    def teachers(self) -> dict[str, nn.Module]:
+        """The whole frozen teachers by name."""
+        return {side.name: side.model for side in self._sides}
+
+    @property
+    def teacher_input(self) -> ShownImages:
+        """How images are shown to the first teacher."""
+        return self._sides[0].input
 
     @property
     def teacher_part(self) -> nn.Module:
-        """What of the teacher a step runs."""
-        return self._view[0]
+        """What of the first teacher a step runs."""
+        return self._views[self._sides[0].name]
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The losses and copies."""
+        return self._terms
+
+    @property
+    def plan(self) -> TransferPlan:
+        """The resolved pairs of the first loss."""
+        return self._terms[0].plan
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the student is nothing without its teacher: true for the copy methods."""
-        return self.method.copies
+        """Whether the student is nothing without its teacher: true where a method copies."""
+        return any(term.method.copies for term in self._terms)
 
     def forward(self, images: Tensor) -> DualOutput:
         """One step on images (B, C, H, W) as the student wants them."""
         self._check_in_use()
-        self._tape.begin(self.teacher_input.grids(images, self.plan.grids))
         try:
-            self._run_teacher(images)
+            self._run_teachers(images)
             logits = self._run_student(images)
-            parts = self._losses(logits)
+            losses = [(term, term.losses(logits, self._tapes[term.side.name].losses)) for term in self._terms]
         finally:
-            self._tape.end()
+            for tape in self._tapes.values():
+                tape.end()
         total = torch.zeros((), device=images.device)
-        for loss in parts.values():
-            total = total + loss
-        if self.config.reduction == "mean" and parts:
-            total = total / len(parts)
-        return DualOutput(logits, self.config.weight * total, parts)
+        parts: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
+        for term, found in losses:
+            if not found:
+                continue
+            loss = term.reduce(found.values())
+            total = total + term.settings.weight * loss
+            parts |= found
+            if term.label:
+                terms[term.label] = loss
+        return DualOutput(logits, total, {**parts, **terms} if terms else parts, terms)
 
     def predict(self, images: Tensor) -> Tensor:
         """The student's logits; the teacher runs only for the copy methods."""
@@ -130,15 +192,15 @@ class DualViT(nn.Module):
         return self
 
     def with_student(self, student: nn.Module) -> DualViT:
-        """The same teacher, settings and resolved heads around another student, such as a moving average."""
-        check_free(self.teacher, student)
+        """The same teachers, settings and resolved heads around another student, such as a moving average."""
+        for side in self._sides:
+            check_free(side.model, student)
         end_lesson(student)
         twin = DualViT.__new__(DualViT)
         nn.Module.__init__(twin)
-        twin.config, twin._teacher, twin._normalizations = self.config, self._teacher, self._normalizations
-        twin.method = self.method
-        twin.student, twin.teacher_input = student, self.teacher_input
-        twin._install(self.plan)
+        twin.config, twin._sides, twin._normalization = self.config, self._sides, self._normalization
+        twin.student = student
+        twin._install([replace(term, finish=None) for term in self._terms])
         twin.train(student.training)
         return twin
 
@@ -154,40 +216,87 @@ class DualViT(nn.Module):
 
     def copying(self, teacher: CopiedTeacher) -> Copying:
         """What the student of a copy method copies, of a teacher that is built as described."""
-        links = self.plan.links
+        term = next(term for term in self._terms if term.method.copies)
+        links = term.plan.links
         pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)
-        return Copying(self.config.method, pairs, heads, self._normalizations[1], teacher)
+        return Copying(term.settings.method, pairs, heads, self._normalization, teacher)
 
     def describe(self) -> str:
         """What goes from where to where, in words."""
-        return "\n".join([*self.plan.describe(), *self.teacher_input.describe()])
+        lines = []
+        for term in self._terms:
+            text = "\n".join(term.plan.describe())
+            lines.append(f"{term.label}:\n{indent(text, '  ')}" if term.label else text)
+        for side in self._sides:
+            name = f"{side.name}: " if len(self._sides) > 1 else ""
+            lines += [name + line for line in side.input.describe()]
+        return "\n".join(lines)
 
     def __setstate__(self, state: JsonDict) -> None:
         super().__setstate__(state)
         if self._in_use:  # of a copy, the lesson is its own
-            begin_lesson(self.teacher, self.student, self, self._changes)
+            begin_lesson(self.teachers.values(), self.student, self, self._changes)
 
-    def _install(self, plan: TransferPlan) -> None:
-        self.plan, self._tape, self._changes = plan, Tape(), Changes()
-        begin_lesson(self.teacher, self.student, self, self._changes)
+    def _install(self, terms: Sequence[Term]) -> None:
+        """Put the losses and copies into the student, and make the views of the teachers."""
+        self._changes = Changes()
+        self._tapes = {side.name: Tape() for side in self._sides}
+        begin_lesson(self.teachers.values(), self.student, self, self._changes)
         try:
-            pairing = Pairing(self.config, plan, self.teacher, self.student, self._tape, self._changes)
-            installed = self.method.install(pairing)
-            share = self.config.share_drop_path
-            shared = share_drop_paths(self.student, installed.view, self._tape) if share else []
+            self._terms, projectors = self._install_terms(terms)
+            self._views = {side.name: self._view(side) for side in self._sides}
+            self._drop_paths = self._share_drop_paths() if self.config.share_drop_path else ()
         except BaseException:
             end_lesson(self.student)
             raise
-        if len(installed.projectors) and not any(each.requires_grad for each in self.student.parameters()):
+        if len(projectors) and not any(each.requires_grad for each in self.student.parameters()):
             end_lesson(self.student)
             raise TransferError(
                 "every weight of the student is frozen, so the projectors alone would learn: call requires_grad_(True) "
                 "of it, or of the part that shall learn"
             )
-        self._view, self._finish = (installed.view,), installed.finish
-        self.projectors = installed.projectors.to(next(self.student.parameters()))
-        self._drop_paths = tuple(shared)
+        self.projectors = projectors.to(next(self.student.parameters()))
         self._in_use = True
+
+    def _install_terms(self, terms: Sequence[Term]) -> tuple[tuple[Term, ...], nn.ModuleDict]:
+        """Return the terms with their losses, and the modules that learn beside the student."""
+        attends = any(term.method.uses_heads for term in terms)
+        hosts = host_attention(self.student) if attends else []
+        installed, projectors = [], nn.ModuleDict()
+        for term in terms:
+            side = term.side
+            made = term.method.install(
+                Pairing(
+                    term.settings,
+                    term.plan,
+                    side.model,
+                    self.student,
+                    self._tapes[side.name],
+                    self._changes,
+                    hosts,
+                    term.prefix,
+                )
+            )
+            installed.append(replace(term, finish=made.finish))
+            if not term.label:
+                projectors = made.projectors
+            elif len(made.projectors):
+                projectors[_module_name(term.label)] = made.projectors
+        if attends:
+            freeze_unused(self.student, hosts, self._changes)
+        return tuple(installed), projectors
+
+    def _view(self, side: TeacherSide) -> nn.Module:
+        wanted = Wanted()
+        for term in self._terms:
+            if term.side is side:
+                wanted = wanted | term.method.wanted(term.plan)
+        return view_teacher(side.model, wanted, self._tapes[side.name])
+
+    def _share_drop_paths(self) -> tuple[SharedDropPath, ...]:
+        """Share the masks of the student with the first teacher."""
+        first = self._sides[0].name
+        return tuple(share_drop_paths(self.student, self._views[first], self._tapes[first]))
 
     def _check_in_use(self) -> None:
         if not self._in_use:
@@ -195,44 +304,45 @@ class DualViT(nn.Module):
                 "this DualViT was released and teaches nobody: call its student, or make another DualViT"
             )
 
-    def _run_teacher(self, images: Tensor) -> None:
+    def _run_teachers(self, images: Tensor) -> None:
+        for side in self._sides:
+            tape = self._tapes[side.name]
+            rules = [term.plan.grids for term in self._terms if term.side is side]
+            tape.begin(*{side.input.grids(images, rule) for rule in rules})
         if self.training:
             for drop_path in self._drop_paths:
                 drop_path.draw(images.shape[0], images)
-        if self.teacher.training:
-            self.teacher.eval()
-        with torch.no_grad():
-            self._view[0](self.teacher_input(images))
+        for side in self._sides:
+            if side.model.training:
+                side.model.eval()
+            with torch.no_grad():
+                self._views[side.name](side.input(images))
 
     def _run_student(self, images: Tensor) -> Tensor:
-        replay_blocks(self.student, self._tape.moment)
+        for tape in self._tapes.values():
+            replay_blocks(self.student, tape.moment)
         try:
             logits: Tensor = self.student(images)
         finally:
             restore_blocks(self.student)
         return logits
 
-    def _losses(self, logits: Tensor) -> dict[str, Tensor]:
-        """The unweighted losses of a step, layer by layer in the order of the plan."""
-        if self._finish is not None:
-            return self._finish(logits)
-        losses = self._tape.losses
-        layers = [] if self.needs_teacher else [link.pair.student for link in self.plan.links]
-        if any(layer not in losses for layer in layers):
-            raise TransferError(
-                "layers of the student gave no loss: it was compiled before it was taught, or its blocks were "
-                "replaced; wrap the plain model, and compile the DualViT"
-            )
-        return {f"layer{layer:02d}": losses[layer] for layer in layers}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualViT:
-        # The teacher follows the student to a device although it is not registered.
-        self.teacher._apply(fn)
+        # The teachers follow the student to a device although they are not registered.
+        for side in self._sides:
+            side.model._apply(fn)
         super()._apply(fn, recurse)
         return self
 
 
+def _module_name(label: str) -> str:
+    """A label as the name of a module, which has no dots."""
+    return label.replace(".", "_")
+
+
 def _check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
+    if not method.uses_layers and not is_supported(teacher):
+        return
     check_supported(teacher, copied=True)
     others = {index: str(layer.choice) for index, layer in converted_layers(teacher).items()}
     others |= dict.fromkeys(copied_layers(teacher), "the attention of a teacher of its own")
@@ -255,31 +365,22 @@ def _settings(**options: Any) -> TransferConfig:
         return TransferConfig(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise ConfigError(f"transfer.{name} is {options[name]!r}, but: {first['msg']}") from error
-
-
-def pretrained_normalization(model: nn.Module) -> Normalization:
-    """Mean and standard deviation from a timm model's `pretrained_cfg`; ImageNet's where it has none."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    mean: Sequence[float] = config.get("mean", (0.485, 0.456, 0.406))
-    std: Sequence[float] = config.get("std", (0.229, 0.224, 0.225))
-    channels = image_channels(model)
-    if len(mean) != channels:
-        mean, std = mean[:1], std[:1]
-    return Normalization(tuple(mean), tuple(std))
+        if not first["loc"]:
+            raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"transfer.{name} is {first['input']!r}, but: {first['msg']}") from error
 
 
 def build_dual(
     config: TransferConfig,
-    teacher: Pretrained,
+    teachers: Mapping[str, Teacher],
     student: nn.Module,
     student_normalization: Normalization,
     calibration: Tensor | None = None,
 ) -> DualViT:
     """The wrapper that a configuration describes."""
     return DualViT(
-        teacher,
+        teachers,
         student,
         student_normalization=student_normalization,
         calibration=calibration,

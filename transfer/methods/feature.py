@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.any_timm import feature_width
 from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
-from ...models.copying.teacher_view import view_whole
+from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
-from ...models.families import vit
 from .method import Installed, Pairing, TransferMethod
-from .outputs import Recorded
+from .transfer_plan import TransferPlan
 
 HEADS = ("head", "head_dist")
 
@@ -27,18 +27,16 @@ class Feature(TransferMethod):
     uses_layers = False
     nears_features = True
 
+    def wanted(self, plan: TransferPlan) -> Wanted:
+        return Wanted(whole=frozenset({"feature"}))
+
     def install(self, pairing: Pairing) -> Installed:
-        teacher, student, tape = pairing.teacher, pairing.student, pairing.tape
-        view = view_whole(teacher)
-        for name in HEADS:
-            if name in view._modules:
-                view._modules[name] = nn.Identity()
-        installed = Installed(Recorded(view, tape))
+        student, tape, installed = pairing.student, pairing.tape, Installed()
         for name in HEADS:
             head = student._modules.get(name)
             if head is not None:
                 pairing.changes.hooks.append(head.register_forward_pre_hook(_KeepInput(tape, name)))
-        widths = vit(student).num_features, vit(teacher).num_features
+        widths = feature_width(student), feature_width(pairing.teacher)
         if widths[0] != widths[1]:
             installed.projectors["feature"] = nn.Linear(*widths)
         installed.finish = _FeatureLoss(tape, pairing.config.feature_loss, installed.projectors)
@@ -69,7 +67,7 @@ class _FeatureLoss:
                 "the student's head was not seen to run: it was compiled before it was taught, or replaced; wrap the "
                 "plain model, and compile the DualViT"
             )
-        student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.outputs[0]
+        student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.whole["feature"]
         if "feature" in self.projectors:
             student = self.projectors["feature"](student)
         student, teacher = precise(student), precise(teacher)

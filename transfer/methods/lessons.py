@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
@@ -32,10 +33,13 @@ _taught_by: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary
 """The students of each teacher."""
 
 
-def begin_lesson(teacher: nn.Module, student: nn.Module, dual: nn.Module, changes: Changes) -> None:
+def begin_lesson(
+    teachers: Iterable[nn.Module], student: nn.Module, dual: nn.Module, changes: Changes
+) -> None:
     """Note that `dual` teaches `student`, and what it changed in it."""
     _lessons[student] = _Lesson(ref(dual), changes)
-    _taught_by.setdefault(teacher, WeakSet()).add(student)
+    for teacher in teachers:
+        _taught_by.setdefault(teacher, WeakSet()).add(student)
 
 
 def end_lesson(model: nn.Module) -> None:

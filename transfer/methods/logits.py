@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
-from ...models.copying.teacher_view import view_whole
+from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
 from ...models.families import vit
 from .method import Installed, Pairing, TransferMethod
-from .outputs import Recorded
+from .transfer_plan import TransferPlan
 
 
 class Logits(TransferMethod):
@@ -25,17 +25,18 @@ class Logits(TransferMethod):
     teaches_classes = True
     temperature = True
 
+    def wanted(self, plan: TransferPlan) -> Wanted:
+        return Wanted(whole=frozenset({"logits"}))
+
     def install(self, pairing: Pairing) -> Installed:
-        teacher, tape = pairing.teacher, pairing.tape
+        teacher = pairing.teacher
         classes = [vit(model).num_classes for model in (teacher, pairing.student)]
         if classes[0] != classes[1] or classes[0] == 0:
             raise TransferError(
                 f"transfer.method=logits needs one set of classes, and the teacher has {classes[0]} and the student "
                 f"{classes[1]}; use a teacher fine-tuned on this data, or method=feature"
             )
-        return Installed(
-            Recorded(view_whole(teacher), tape), finish=_LogitsLoss(tape, pairing.config.temperature)
-        )
+        return Installed(finish=_LogitsLoss(pairing.tape, pairing.config.temperature))
 
 
 @dataclass(eq=False)
@@ -44,7 +45,7 @@ class _LogitsLoss:
     temperature: float
 
     def __call__(self, logits: Tensor) -> dict[str, Tensor]:
-        target = F.log_softmax(precise(self.tape.outputs[0]) / self.temperature, dim=-1)
+        target = F.log_softmax(precise(self.tape.whole["logits"]) / self.temperature, dim=-1)
         mine = F.log_softmax(precise(logits) / self.temperature, dim=-1)
         loss = F.kl_div(mine, target, reduction="batchmean", log_target=True)
         return {"logits": loss * self.temperature**2}

@@ -6,23 +6,22 @@ A method is one instance of `TransferMethod` in a file of its own. Nothing else 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ...models.conversion import ConvertedAttention
-from ...models.copying.copying_operators import Part, Taught
+from ...models.copying.copying_operators import Copy, Part
 from ...models.copying.links import Link
 from ...models.copying.tape import Tape
-from ...models.copying.teacher_view import view_attention
-from ...models.errors import TransferError
-from ...models.host import AttentionHost, host_attention
+from ...models.copying.teacher_view import Wanted as Wanted
+from ...models.families import attention_shape
+from ...models.host import AttentionHost
 from ...models.json_types import Json
-from ..config import TransferConfig
+from ..config import LossConfig
 from .lessons import Changes
+from .taught_layer import Observer, attach
 from .transfer_plan import TransferPlan
 
 Finish = Callable[[Tensor], dict[str, Tensor]]
@@ -32,7 +31,7 @@ Finish = Callable[[Tensor], dict[str, Tensor]]
 class Pairing:
     """A teacher and a student, and what is to happen between them."""
 
-    config: TransferConfig
+    config: LossConfig
     plan: TransferPlan
     teacher: nn.Module
     student: nn.Module
@@ -40,13 +39,20 @@ class Pairing:
     """From which the student's layers read the teacher's side."""
     changes: Changes
     """What was changed in the student, which is added to."""
+    hosts: Sequence[AttentionHost] = ()
+    """Of the student's attention layers, for a method with `uses_heads`."""
+    prefix: str = ""
+    """Of the names of the losses, where there are several losses."""
+
+    def loss_name(self, link: Link) -> str:
+        """Return the name of the loss of a pair of layers."""
+        return f"{self.prefix}layer{link.pair.student:02d}"
 
 
 @dataclass
 class Installed:
-    """What a method made: the teacher as the step runs it, extra modules, and losses of the student's logits."""
+    """What a method made: modules that learn with the student, and the losses of its logits, by name."""
 
-    view: nn.Module
     projectors: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     finish: Finish | None = None
 
@@ -85,9 +91,13 @@ class TransferMethod(ABC):
         """Whether blocks of the student give losses while they run."""
         return self.uses_layers and not self.copies
 
-    def averages_heads(self, config: TransferConfig) -> bool:
+    def averages_heads(self, config: LossConfig) -> bool:
         """Whether a head of the student can learn from several of the teacher."""
         return False
+
+    @abstractmethod
+    def wanted(self, plan: TransferPlan) -> Wanted:
+        """Return what a step needs of the teacher, which it then finds on the tape of the pairing."""
 
     @abstractmethod
     def install(self, pairing: Pairing) -> Installed:
@@ -120,57 +130,25 @@ class AttentionMethod(TransferMethod):
     """Whether they keep what their heads put out, too."""
 
     @abstractmethod
-    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Taught:
-        """What the student's layer of `link` runs; modules that learn with it are added to `projectors`."""
+    def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Copy | Observer:
+        """Return what the student's layer of `link` copies, or its loss; add what learns with it to `projectors`."""
+
+    def wanted(self, plan: TransferPlan) -> Wanted:
+        return Wanted.attention(plan.teacher_layers, self.parts, output=self.keeps_output)
 
     def install(self, pairing: Pairing) -> Installed:
-        tape, changes = pairing.tape, pairing.changes
-        layers = pairing.plan.teacher_layers
-        installed = Installed(view_attention(pairing.teacher, layers, tape, self.parts, self.keeps_output))
-        hosts = host_attention(pairing.student)
+        installed = Installed()
         for link in pairing.plan.links:
-            host = hosts[link.pair.student]
-            operator = self.operator(pairing, link, installed.projectors)
-            if isinstance(host, ConvertedAttention):
-                changes.hooks.append(_watch_converted(host, link, operator))
-                continue
-            host.operator = operator
-            changes.frozen += _freeze_unused(host, operator)
-        if not any(
-            {"q", "k"} & set(getattr(host.operator, "taught_needs", host.operator.needs)) for host in hosts
-        ):
-            changes.frozen += _freeze(getattr(pairing.student, "rel_pos_bias", None))
+            part = self.operator(pairing, link, installed.projectors)
+            attach(pairing.hosts[link.pair.student], part, self.name, pairing.changes)
         return installed
-
-
-class Watching(Taught):
-    """The operator of a method that only looks at what a layer puts out: any layer can have it."""
-
-    @abstractmethod
-    def compare(self, out_BHND: Tensor) -> None:
-        """Record the error of the student's output, of whichever operator it is."""
-
-    def watch(self, module: nn.Module, inputs: object, out: Tensor) -> None:
-        """As a forward hook of a converted layer's operator: `compare`, while the teacher's side is on the tape."""
-        if self.tape.active:
-            self.compare(out)
-
-
-def _watch_converted(host: ConvertedAttention, link: Link, operator: Taught) -> RemovableHandle:
-    """A converted layer keeps its own operator; only what comes out of it can be matched."""
-    if not isinstance(operator, Watching):
-        raise TransferError(
-            f"layer {link.pair.student} of the student has {host.choice} in place of softmax attention: use mode=align "
-            "for its map, or transfer.method attention_output, block_output, feature or logits"
-        )
-    return host.operator.register_forward_hook(operator.watch)
 
 
 def joined_projector(pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> nn.Module | None:
     """The projector for the joined heads of a layer; None where chosen heads, of one width, are compared one by one."""
     if pairing.config.heads != "all":
         return None
-    student, teacher = pairing.plan.student, pairing.plan.teacher
+    student, teacher = attention_shape(pairing.student), attention_shape(pairing.teacher)
     widths = [shape.num_heads * shape.head_dim for shape in (student, teacher)]
     return projector(projectors, link, *widths, joined=student.num_heads != teacher.num_heads)
 
@@ -184,28 +162,3 @@ def projector(
     name = f"layer{link.pair.student:02d}"
     projectors[name] = nn.Linear(student, teacher)
     return projectors[name]
-
-
-def _freeze_unused(host: AttentionHost, operator: Taught) -> list[nn.Parameter]:
-    """Freeze what a copied layer never uses, so that DDP does not wait for its gradient."""
-    needs = operator.taught_needs
-    frozen: list[nn.Parameter] = []
-    for part in ("q", "k", "v"):
-        if part not in needs:
-            for name in (f"{part}_proj", f"{part}_norm"):
-                frozen += _freeze(host._modules.get(name))
-    if "q" not in needs and "k" not in needs:
-        frozen += _freeze_parameters([host._parameters.get("relative_position_bias_table")])
-    return frozen
-
-
-def _freeze(module: nn.Module | None) -> list[nn.Parameter]:
-    return [] if module is None else _freeze_parameters(list(module.parameters()))
-
-
-def _freeze_parameters(parameters: list[nn.Parameter | None]) -> list[nn.Parameter]:
-    """Those that were not frozen before."""
-    frozen = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return frozen

@@ -9,7 +9,20 @@ from .registry import find_method, method_names
 
 
 def describe_transfer(settings: Json) -> Rows:
-    """Method, layers, heads and weight of a transfer; the name alone of a method that is not registered here."""
+    """Describe method, layers, heads and weight of each loss; the name alone of a method that is not registered."""
+    losses = settings.get("losses") or []
+    if not losses:
+        return _describe_loss(settings)
+    rows: Rows = []
+    for number_of_loss, entry in enumerate(losses, start=1):
+        found = [*_describe_loss(entry)]
+        if entry.get("teacher"):
+            found.insert(1, ("from", code(entry["teacher"])))
+        rows += [(f"loss {number_of_loss}: {name}", text) for name, text in found]
+    return rows
+
+
+def _describe_loss(settings: Json) -> Rows:
     name = str(settings.get("method", ""))
     if name not in method_names():
         return [("method", f"{code(name)}: not described here")]

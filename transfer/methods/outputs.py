@@ -1,4 +1,4 @@
-"""What methods that compare outputs share: the teacher's output on the tape, and the error of two tensors."""
+"""The error of two tensors, for methods that compare outputs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
-from ...models.copying.tape import Tape
-from ...models.families import vit
-
-
-class Recorded(nn.Module):
-    """A whole teacher whose output goes on the tape."""
-
-    def __init__(self, model: nn.Module, tape: Tape) -> None:
-        super().__init__()
-        self.model = model
-        self.tape = tape
-
-    @property
-    def blocks(self) -> nn.Module:
-        return vit(self.model).blocks
-
-    def forward(self, images: Tensor) -> None:
-        self.tape.outputs[0] = self.model(images)
 
 
 def squared_error(student: Tensor, teacher: Tensor, projector: nn.Module | None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ...models.copying.grids import GridRule
-from ...models.copying.input import TeacherInput
+from ...models.copying.input import ShownImages
 from ...models.copying.links import HeadMap, Link
 from ...models.copying.tape import Step, Tape, take
 from ...models.copying.teacher_view import view_attention
@@ -17,11 +17,13 @@ from ...models.families import (
     AttentionShape,
     attention_blocks,
     attention_shape,
+    check_supported,
     evaluating,
     has_relative_bias,
+    is_supported,
     token_layout,
 )
-from ..config import TransferConfig
+from ..config import LossConfig
 from .heads import map_distance, match_heads, resolve_heads
 from .mismatch import compare_models, report_mismatch
 from .pairs import resolve_layers
@@ -30,12 +32,10 @@ from .registry import find_method
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """The resolved pairs of layers (none for `feature` and `logits`) and the shapes of both models."""
+    """The resolved pairs of layers, none for `feature` and `logits`."""
 
     method: str
     links: tuple[Link, ...]
-    teacher: AttentionShape
-    student: AttentionShape
     notes: tuple[str, ...]
     needs_calibration: bool = False
     grids: GridRule | None = None
@@ -49,7 +49,7 @@ class TransferPlan:
         self,
         teacher: nn.Module,
         student: nn.Module,
-        teacher_input: TeacherInput,
+        teacher_input: ShownImages,
         images: Tensor | None,
     ) -> TransferPlan:
         """Heads assigned layer by layer by the distance of their maps on a batch of images."""
@@ -64,7 +64,7 @@ class TransferPlan:
         ):
             tape = Tape(Step(grids))
             with evaluating(model):
-                view_attention(model, layers, tape, ("q", "k"), output=False)(batch)
+                view_attention(model, layers, tape, ("q", "k"))(batch)
             tapes.append(tape)
         links = tuple(replace(link, heads=_matched(link, *tapes)) for link in self.links)
         return replace(self, links=links, needs_calibration=False)
@@ -82,13 +82,17 @@ class TransferPlan:
         return [*lines, *self.notes]
 
 
-def resolve_plan(config: TransferConfig, teacher: nn.Module, student: nn.Module) -> TransferPlan:
+def resolve_plan(config: LossConfig, teacher: nn.Module, student: nn.Module) -> TransferPlan:
     """Resolve layers, heads and tokens; raises `TransferError` where the two models do not fit the method."""
+    method = find_method(config.method)
+    if not is_supported(teacher):
+        if method.uses_layers:
+            check_supported(teacher)
+        return TransferPlan(config.method, (), ())
     shapes = attention_shape(teacher), attention_shape(student)
     notes = (report_mismatch(compare_models(teacher, student)),)
-    method = find_method(config.method)
     if not method.uses_layers:
-        return TransferPlan(config.method, (), *shapes, notes)
+        return TransferPlan(config.method, (), notes)
     _check_method(config, student, *shapes)
     rule = GridRule(
         copy=method.equal_grids,
@@ -101,10 +105,10 @@ def resolve_plan(config: TransferConfig, teacher: nn.Module, student: nn.Module)
     links = tuple(
         Link(pair, heads, tokens) for pair in resolve_layers(config.layers, shapes[0].depth, shapes[1].depth)
     )
-    return TransferPlan(config.method, links, *shapes, (*tokens.report, *notes), needs_calibration, rule)
+    return TransferPlan(config.method, links, (*tokens.report, *notes), needs_calibration, rule)
 
 
-def _heads(config: TransferConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
+def _heads(config: LossConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
     method = find_method(config.method)
     if config.heads == "all" and method.joins_heads:
         # Tensors are compared with their heads joined, so equal counts do not matter.
@@ -118,7 +122,7 @@ def _heads(config: TransferConfig, teacher: AttentionShape, student: AttentionSh
     return heads
 
 
-def _first_heads(config: TransferConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
+def _first_heads(config: LossConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
     """Any one-to-one map, to stand in until the heads are matched."""
     count = min(teacher.num_heads, student.num_heads)
     return HeadMap(tuple((h,) if h < count else None for h in range(student.num_heads)), teacher.num_heads)
@@ -131,7 +135,7 @@ def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
     return match_heads(distance)
 
 
-def _check_method(config: TransferConfig, student: nn.Module, t: AttentionShape, s: AttentionShape) -> None:
+def _check_method(config: LossConfig, student: nn.Module, t: AttentionShape, s: AttentionShape) -> None:
     method = find_method(config.method)
     if t.head_dim != s.head_dim:
         widths = f"needs heads of one width, and the teacher's are {t.head_dim} wide and the student's {s.head_dim}"

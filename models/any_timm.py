@@ -1,0 +1,51 @@
+"""What is read of any classifier of timm, whatever its architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import UnsupportedModelError
+
+
+def feature_width(model: nn.Module) -> int:
+    """Return the width C of the pooled feature (B, C) that goes into a model's head."""
+    timm_model: Any = model
+    return int(getattr(timm_model, "head_hidden_size", timm_model.num_features))
+
+
+def patch_features(model: nn.Module, features: Tensor) -> Tensor:
+    """Return what `forward_features` gave as patches (B, N, C), row by row, without class tokens and registers.
+
+    Raises UnsupportedModelError: the features are not a map of patches.
+    """
+    timm_model: Any = model
+    width = int(timm_model.num_features)
+    if features.dim() == 3 and features.shape[2] == width:
+        return features[:, int(getattr(timm_model, "num_prefix_tokens", 0)) :]
+    if features.dim() == 4 and features.shape[3] == width:
+        return features.flatten(1, 2)
+    if features.dim() == 4 and features.shape[1] == width:
+        return features.flatten(2).transpose(1, 2)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} gives features of shape {tuple(features.shape)}, which are not patches of width "
+        f"{width}"
+    )
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return the number of channels of the images that a model takes: the input channels of its first convolution."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return 3
+    return first.in_channels
+
+
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the only size (height, width) of images that a model takes; None where it takes any."""
+    embedding: Any = getattr(model, "patch_embed", None)
+    size = getattr(embedding, "img_size", None)
+    if size is None or not getattr(embedding, "strict_img_size", True):
+        return None
+    return int(size[0]), int(size[1])

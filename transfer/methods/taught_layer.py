@@ -1,0 +1,156 @@
+"""One attention layer of a student that is taught: its own attention or a copy, and losses that look at it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...models.attention.base import QKV, Heads
+from ...models.attention.fused import attention_with_lse
+from ...models.conversion import ConvertedAttention
+from ...models.copying.copying_operators import Copy, softmax
+from ...models.copying.links import Link
+from ...models.copying.tape import Tape
+from ...models.errors import TransferError
+from ...models.host import AttentionHost
+from .lessons import Changes
+
+
+@dataclass
+class Observer(ABC):
+    """A loss of one attention layer. It sees the student's projections and output and changes neither."""
+
+    link: Link
+    tape: Tape
+    name: str
+    """Under which the loss is recorded."""
+    reads_projections: ClassVar[bool] = True
+    """Whether it needs the student's own softmax attention, and not the output alone."""
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether it uses the log-sum-exp (B, H, N) of the student's attention logits."""
+        return False
+
+    @abstractmethod
+    def look(self, heads: Heads | None, out_BHND: Tensor, lse_BHN: Tensor | None) -> None:
+        """Record the loss of the layer; `heads` is None where the layer has another operator than softmax."""
+
+    def record(self, loss: Tensor) -> None:
+        self.tape.record(self.name, loss)
+
+    def watch(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+        """Look at the output of a converted layer, as a forward hook of its operator."""
+        if self.tape.active:
+            self.look(None, out, None)
+
+
+@dataclass
+class TaughtLayer:
+    """The operator of a layer with losses: softmax attention, or a copy of the teacher's, and its observers."""
+
+    copy: Copy | None = None
+    observers: list[Observer] = field(default_factory=list)
+
+    @property
+    def tape(self) -> Tape:
+        """Any tape of the layer: all are in the same step."""
+        return self.observers[0].tape if self.copy is None else self.copy.tape
+
+    @property
+    def needs(self) -> Collection[str]:
+        return self.taught_needs if self.tape.active else QKV
+
+    @property
+    def taught_needs(self) -> Collection[str]:
+        """Projections of the student that a step uses."""
+        return QKV if self.copy is None else self.copy.taught_needs
+
+    def __call__(self, heads: Heads) -> Tensor:
+        if not self.tape.active:
+            return softmax(heads)
+        out, lse = self._attend(heads)
+        for observer in self.observers:
+            observer.look(heads, out, lse)
+        return out
+
+    def _attend(self, heads: Heads) -> tuple[Tensor, Tensor | None]:
+        if self.copy is not None:
+            return self.copy.taught(heads), None
+        if any(observer.needs_lse for observer in self.observers):
+            return attention_with_lse(*heads.qkv(), heads.scale, heads.bias)
+        return softmax(heads), None
+
+
+def attach(host: AttentionHost, part: Copy | Observer, method: str, changes: Changes) -> None:
+    """Add a copy or a loss to an attention layer of the student.
+
+    Raises TransferError: the layer has no softmax attention of its own that `method` could use.
+    """
+    layer = part.link.pair.student
+    if isinstance(host, ConvertedAttention):
+        if isinstance(part, Copy) or part.reads_projections:
+            raise TransferError(
+                f"layer {layer} of the student has {host.choice} in place of softmax attention: use mode=align "
+                "for its map, or transfer.method attention_output, block_output, feature or logits"
+            )
+        changes.hooks.append(host.operator.register_forward_hook(part.watch))
+        return
+    taught = host.operator if isinstance(host.operator, TaughtLayer) else TaughtLayer()
+    if isinstance(part, Copy):
+        copies, reads = [*filter(None, [taught.copy]), part], taught.observers
+        taught.copy = part
+    else:
+        copies, reads = [*filter(None, [taught.copy])], [*taught.observers, part]
+        taught.observers = reads
+    if len(copies) > 1:
+        raise TransferError(
+            f"transfer.losses copies into layer {layer} of the student twice: give the copies different layers"
+        )
+    if copies and any(observer.reads_projections for observer in reads):
+        raise TransferError(
+            f"transfer.losses copies into layer {layer} of the student, which then has no attention of its own for "
+            f"transfer.method={method}: give the two different layers"
+        )
+    host.operator = taught
+
+
+def freeze_unused(student: nn.Module, hosts: Collection[AttentionHost], changes: Changes) -> None:
+    """Freeze what copied layers never use, so that DDP does not wait for its gradient."""
+    for host in hosts:
+        if isinstance(host.operator, TaughtLayer):
+            changes.frozen += _freeze_host(host, host.operator.taught_needs)
+    if not any({"q", "k"} & set(_needs(host)) for host in hosts):
+        changes.frozen += _freeze(getattr(student, "rel_pos_bias", None))
+
+
+def _needs(host: AttentionHost) -> Collection[str]:
+    operator: Any = host.operator
+    return operator.taught_needs if isinstance(operator, TaughtLayer) else operator.needs
+
+
+def _freeze_host(host: AttentionHost, needs: Collection[str]) -> list[nn.Parameter]:
+    frozen: list[nn.Parameter] = []
+    for part in QKV:
+        if part not in needs:
+            for name in (f"{part}_proj", f"{part}_norm"):
+                frozen += _freeze(host._modules.get(name))
+    if "q" not in needs and "k" not in needs:
+        frozen += _freeze_parameters([host._parameters.get("relative_position_bias_table")])
+    return frozen
+
+
+def _freeze(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else _freeze_parameters(list(module.parameters()))
+
+
+def _freeze_parameters(parameters: list[nn.Parameter | None]) -> list[nn.Parameter]:
+    """Freeze the parameters that learn, and return them."""
+    frozen = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen

@@ -1,0 +1,138 @@
+"""The losses of a run, each with its method and its teacher, and the teachers as a step runs them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.pretrained import Pretrained
+from ...models.any_timm import image_channels
+from ...models.copying.input import Normalization, ShownImages, TeacherInput, WholeInput
+from ...models.copying.links import Link
+from ...models.errors import ConfigError, TransferError, did_you_mean
+from ...models.families import is_supported
+from ..config import LossEntry, TransferConfig
+from .method import Finish, TransferMethod
+from .registry import find_method
+from .transfer_plan import TransferPlan
+
+Teacher = nn.Module | Pretrained
+DEFAULT_TEACHER = "teacher"
+"""Name of the teacher that is not one of `teachers`."""
+
+
+@dataclass(frozen=True)
+class TeacherSide:
+    """A frozen teacher and how images are shown to it."""
+
+    name: str
+    model: nn.Module
+    input: ShownImages
+
+    @classmethod
+    def of(
+        cls, name: str, teacher: Teacher, student: nn.Module, norm: Normalization, own: Normalization | None
+    ) -> TeacherSide:
+        """Freeze a teacher. `norm` is of the student's images, `own` of the teacher's where it is given."""
+        if isinstance(teacher, Pretrained):
+            own = own or Normalization(teacher.mean, teacher.std)
+            teacher = teacher.model
+        kind = TeacherInput if is_supported(teacher) else WholeInput
+        shown = kind(teacher, student, own or pretrained_normalization(teacher), norm)
+        return cls(name, teacher.eval().requires_grad_(False), shown)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss, or one copy, of a run."""
+
+    label: str
+    """Its name among several; empty for the only one."""
+    settings: LossEntry
+    method: TransferMethod
+    plan: TransferPlan
+    side: TeacherSide
+    finish: Finish | None = None
+    """Gives the losses of a method that compares the results of whole models."""
+
+    @property
+    def prefix(self) -> str:
+        """Begins the names of its losses."""
+        return f"{self.label}." if self.label else ""
+
+    def loss_name(self, link: Link) -> str:
+        """Return the name of the loss of a pair of layers."""
+        return f"{self.prefix}layer{link.pair.student:02d}"
+
+    def losses(self, logits: Tensor, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the unweighted losses of a step, layer by layer in the order of the plan.
+
+        Raises TransferError: a layer recorded no loss.
+        """
+        if self.finish is not None:
+            found = self.finish(logits)
+            return (
+                {self.label or name: loss for name, loss in found.items()}
+                if len(found) == 1
+                else {f"{self.prefix}{name}": loss for name, loss in found.items()}
+            )
+        if self.method.copies:
+            return {}
+        names = [self.loss_name(link) for link in self.plan.links]
+        if any(name not in recorded for name in names):
+            raise TransferError(
+                "layers of the student gave no loss: it was compiled before it was taught, or its blocks were "
+                "replaced; wrap the plain model, and compile the DualViT"
+            )
+        return {name: recorded[name] for name in names}
+
+    def reduce(self, losses: Collection[Tensor]) -> Tensor:
+        """Return the sum of the losses, or their mean, as `reduction` says."""
+        total = torch.zeros((), device=next(iter(losses)).device)
+        for loss in losses:
+            total = total + loss
+        return total / len(losses) if self.settings.reduction == "mean" else total
+
+
+def choose_teachers(config: TransferConfig, names: Sequence[str]) -> list[str]:
+    """Return the name of the teacher of each loss. Raises ConfigError for a teacher that is not there."""
+    for name in [each.teacher for each in config.terms if each.teacher is not None]:
+        if name not in names:
+            raise ConfigError(
+                f"transfer.losses names the teacher {name!r}, which is not one of them; {did_you_mean(name, names)}"
+            )
+    return [names[0] if each.teacher is None else each.teacher for each in config.terms]
+
+
+def label_terms(config: TransferConfig) -> list[str]:
+    """Return a name for each entry of `transfer.losses`: its method, its teacher where one is named, and a number
+    where both are those of another entry."""
+    if not config.losses:
+        return [""]
+    names = [each.method + (f"@{each.teacher}" if each.teacher else "") for each in config.losses]
+    counts, seen = Counter(names), Counter[str]()
+    labels = []
+    for name in names:
+        seen[name] += 1
+        labels.append(f"{name}#{seen[name]}" if counts[name] > 1 else name)
+    return labels
+
+
+def term_methods(config: TransferConfig) -> list[TransferMethod]:
+    """Return the method of each loss."""
+    return [find_method(each.method) for each in config.terms]
+
+
+def pretrained_normalization(model: nn.Module) -> Normalization:
+    """Return mean and standard deviation from a timm model's `pretrained_cfg`; ImageNet's where it has none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean: Sequence[float] = config.get("mean", (0.485, 0.456, 0.406))
+    std: Sequence[float] = config.get("std", (0.229, 0.224, 0.225))
+    channels = image_channels(model)
+    if len(mean) != channels:
+        mean, std = mean[:1], std[:1]
+    return Normalization(tuple(mean), tuple(std))
