@@ -119,9 +119,14 @@ def load_pretrained(
         if copying is not None:
             plan.arguments["copied"] = copying.to_json()
     known = identified and not without_values(tensors)
+    described = _describe(built, source, plan, report)
+    if img_size is not None and image_size(built) is None and not plan.config.get("fixed_input_size"):
+        channels = described.preprocessing.input_size[0]
+        shown = replace(described.preprocessing, input_size=(channels, *as_pair(img_size)))
+        described = replace(described, preprocessing=shown)
     if not without_values(tensors):
         logger.info("%s", report)
-    return replace(_describe(built, source, plan, report), digest=identify(weights) if known else None)
+    return replace(described, digest=identify(weights) if known else None)
 
 
 Teacher, load_teacher = Pretrained, load_pretrained
@@ -348,6 +353,8 @@ def _target_size(
     weights = replace(weights, tensors=converted(probe, weights.tensors))
     if weights.img_size is None and asked.get("img_size") is not None:
         weights = replace(weights, model_args={**weights.model_args, "img_size": asked["img_size"]})
+    if image_size(probe) is None:  # a network of convolutions, which takes any size
+        return weights, None
     wanted = img_size if img_size is not None else asked.get("img_size")
     if wanted is not None:
         return weights, as_pair(wanted)

@@ -44,6 +44,9 @@ def image_channels(model: nn.Module) -> int:
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """Return the only size (height, width) of images that a model takes; None where it takes any."""
+    described = getattr(model, "pretrained_cfg", None) or {}
+    if described.get("fixed_input_size") and getattr(model, "patch_embed", None) is None:
+        return int(described["input_size"][1]), int(described["input_size"][2])
     embedding: Any = getattr(model, "patch_embed", None)
     size = getattr(embedding, "img_size", None)
     if size is None or not getattr(embedding, "strict_img_size", True):

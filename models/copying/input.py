@@ -81,18 +81,26 @@ class ShownImages(Renormalized):
 class WholeInput(ShownImages):
     """The images of a student, as a teacher is shown them of which only whole results are used.
 
-    A teacher that takes one size alone sees images of that size; another sees them as they are.
+    They are shown at `size` (height, width); by default at the only size that the teacher takes, or as they are.
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        teacher_norm: Normalization,
+        student_norm: Normalization,
+        size: tuple[int, int] | None = None,
     ) -> None:
         channels = any_timm.image_channels(teacher), image_channels(student)
         _check_channels(*channels)
-        super().__init__(channels[0], teacher_norm, student_norm, any_timm.fixed_size(teacher))
+        super().__init__(channels[0], teacher_norm, student_norm, size or any_timm.fixed_size(teacher))
+        self.own_size = any_timm.fixed_size(student)
 
     def describe(self) -> list[str]:
-        resized = [] if self.size is None else [f"images are shown to the teacher at {self.size}"]
+        resized = (
+            [] if self.size in (None, self.own_size) else [f"images are shown to the teacher at {self.size}"]
+        )
         return super().describe() + resized
 
 

@@ -110,10 +110,10 @@ class WholeModel(nn.Module):
         features = model.forward_features(images)
         if "patches" in self.wanted:
             whole["patches"] = patch_features(self.model, features)
-        if "feature" in self.wanted:
-            whole["feature"] = model.forward_head(features, pre_logits=True)
-        if "logits" in self.wanted:
-            whole["logits"] = model.forward_head(features)
+        if "pooled" in self.wanted:
+            whole["pooled"] = model.forward_head(features, pre_logits=True)
+        if "classes" in self.wanted:
+            whole["classes"] = model.forward_head(features)
 
     def train(self, mode: bool = True) -> WholeModel:
         """Stay in eval mode."""
@@ -155,8 +155,8 @@ class Wanted:
         return frozenset(self.parts) | self.outputs | self.blocks
 
 
-WHOLE = ("feature", "patches", "logits")
-"""Results of a whole model: the pooled feature (B, C), the features of its patches (B, N, C), its logits."""
+WHOLE = ("pooled", "patches", "classes")
+"""Results of a whole model: the pooled feature (B, C), features of the patches (B, N, C), logits (B, classes)."""
 
 
 def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:

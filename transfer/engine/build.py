@@ -38,7 +38,7 @@ from ..data.loaders import (
     find_eval_loader,
 )
 from ..data.randomness import preserved
-from ..methods.terms import DEFAULT_TEACHER
+from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from .best import Criterion, choose, classifies
 from .modes import TEACHER, Mode, Models, mode_of

@@ -23,8 +23,8 @@ from ...models.families import classifier_of, vit
 from ...models.mae import MaskedAutoencoder
 from ..config import Metric, RunConfig
 from ..methods.dual import build_dual
+from ..methods.loss_terms import DEFAULT_TEACHER, choose_teachers, term_methods
 from ..methods.method import TransferMethod
-from ..methods.terms import DEFAULT_TEACHER, choose_teachers, term_methods
 from ..recovery.align import Alignment
 from .optim import freeze, freeze_head
 from .students import StudentPlan, find_whole_name, plan_student

@@ -26,9 +26,7 @@ from ...models.replay import replay_blocks, restore_blocks
 from ..config import TransferConfig
 from .drop_path import SharedDropPath, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
-from .method import Pairing, TransferMethod
-from .taught_layer import freeze_unused
-from .terms import (
+from .loss_terms import (
     DEFAULT_TEACHER,
     Teacher,
     TeacherSide,
@@ -38,6 +36,8 @@ from .terms import (
     pretrained_normalization,
     term_methods,
 )
+from .method import Pairing, TransferMethod
+from .taught_layer import freeze_unused
 from .transfer_plan import TransferPlan, resolve_plan
 
 
@@ -177,7 +177,7 @@ class DualViT(nn.Module):
             parts |= found
             if term.label:
                 terms[term.label] = loss
-        return DualOutput(logits, total, {**parts, **terms} if terms else parts, terms)
+        return DualOutput(logits, total, {**terms, **parts}, terms)
 
     def predict(self, images: Tensor) -> Tensor:
         """The student's logits; the teacher runs only for the copy methods."""
@@ -223,9 +223,11 @@ class DualViT(nn.Module):
 
     def describe(self) -> str:
         """What goes from where to where, in words."""
-        lines = []
+        lines, shown = [], set[str]()
         for term in self._terms:
-            text = "\n".join(term.plan.describe())
+            told = [line for line in term.plan.describe() if line not in shown]
+            shown |= set(term.plan.notes)  # of two models, which several losses may share
+            text = "\n".join(told)
             lines.append(f"{term.label}:\n{indent(text, '  ')}" if term.label else text)
         for side in self._sides:
             name = f"{side.name}: " if len(self._sides) > 1 else ""

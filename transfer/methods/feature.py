@@ -28,7 +28,7 @@ class Feature(TransferMethod):
     nears_features = True
 
     def wanted(self, plan: TransferPlan) -> Wanted:
-        return Wanted(whole=frozenset({"feature"}))
+        return Wanted(whole=frozenset({"pooled"}))
 
     def install(self, pairing: Pairing) -> Installed:
         student, tape, installed = pairing.student, pairing.tape, Installed()
@@ -67,7 +67,7 @@ class _FeatureLoss:
                 "the student's head was not seen to run: it was compiled before it was taught, or replaced; wrap the "
                 "plain model, and compile the DualViT"
             )
-        student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.whole["feature"]
+        student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.whole["pooled"]
         if "feature" in self.projectors:
             student = self.projectors["feature"](student)
         student, teacher = precise(student), precise(teacher)

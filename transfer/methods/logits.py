@@ -26,7 +26,7 @@ class Logits(TransferMethod):
     temperature = True
 
     def wanted(self, plan: TransferPlan) -> Wanted:
-        return Wanted(whole=frozenset({"logits"}))
+        return Wanted(whole=frozenset({"classes"}))
 
     def install(self, pairing: Pairing) -> Installed:
         teacher = pairing.teacher
@@ -45,7 +45,7 @@ class _LogitsLoss:
     temperature: float
 
     def __call__(self, logits: Tensor) -> dict[str, Tensor]:
-        target = F.log_softmax(precise(self.tape.whole["logits"]) / self.temperature, dim=-1)
+        target = F.log_softmax(precise(self.tape.whole["classes"]) / self.temperature, dim=-1)
         mine = F.log_softmax(precise(logits) / self.temperature, dim=-1)
         loss = F.kl_div(mine, target, reduction="batchmean", log_target=True)
         return {"logits": loss * self.temperature**2}

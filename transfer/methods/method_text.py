@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ...checkpoints.markdown import code
 from ...checkpoints.publish.card_text import Rows, number
 from ...models.json_types import Json
@@ -10,11 +12,12 @@ from .registry import find_method, method_names
 
 def describe_transfer(settings: Json) -> Rows:
     """Describe method, layers, heads and weight of each loss; the name alone of a method that is not registered."""
-    losses = settings.get("losses") or []
-    if not losses:
+    losses = settings.get("losses")
+    entries = [entry for entry in losses if isinstance(entry, Mapping)] if isinstance(losses, list) else []
+    if not entries:
         return _describe_loss(settings)
     rows: Rows = []
-    for number_of_loss, entry in enumerate(losses, start=1):
+    for number_of_loss, entry in enumerate(entries, start=1):
         found = [*_describe_loss(entry)]
         if entry.get("teacher"):
             found.insert(1, ("from", code(entry["teacher"])))

@@ -38,11 +38,15 @@ class TeacherSide:
         cls, name: str, teacher: Teacher, student: nn.Module, norm: Normalization, own: Normalization | None
     ) -> TeacherSide:
         """Freeze a teacher. `norm` is of the student's images, `own` of the teacher's where it is given."""
+        size = None
         if isinstance(teacher, Pretrained):
-            own = own or Normalization(teacher.mean, teacher.std)
+            own, size = own or Normalization(teacher.mean, teacher.std), teacher.preprocessing.input_size[1:]
             teacher = teacher.model
-        kind = TeacherInput if is_supported(teacher) else WholeInput
-        shown = kind(teacher, student, own or pretrained_normalization(teacher), norm)
+        own = own or pretrained_normalization(teacher)
+        if is_supported(teacher):
+            shown: ShownImages = TeacherInput(teacher, student, own, norm)
+        else:
+            shown = WholeInput(teacher, student, own, norm, size)
         return cls(name, teacher.eval().requires_grad_(False), shown)
 
 
