@@ -217,5 +217,5 @@ def test_a_distilled_layer_and_a_copied_one_learn_side_by_side() -> None:
     dual = DualViT(tiny(seed=1), tiny(seed=2), losses=losses)
     out = step(dual, images())
     assert dual.needs_teacher
-    assert list(out.parts) == ["distill.layer02", "distill"]
+    assert list(out.parts) == ["distill", "distill.layer02"]
     assert not dual.student.blocks[0].attn.qkv.weight.grad[:64].any()
