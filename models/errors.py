@@ -42,7 +42,7 @@ def _shortened(word: str) -> str:
 
 
 class GraftError(Exception):
-    """A mistake that the user can mend. The command line prints it in one line and exits with `exit_code`."""
+    """A mistake that the user can correct. The command line prints it in one line and exits with `exit_code`."""
 
     exit_code = 2
 

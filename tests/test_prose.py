@@ -33,8 +33,8 @@ FORBIDDEN = {
 }
 """What not to write (a regular expression), and what to write in its place."""
 
-CHECKED = ["launch", "checkpoints"]
-"""Python files and folders that are clean. Add a folder once it is."""
+CHECKED = ["launch", "checkpoints", "models", "transfer"]
+"""Folders of Python files."""
 
 
 def python_files() -> list[Path]:

@@ -1,4 +1,4 @@
-"""What every attention operator takes, gives and says of itself."""
+"""Describe what every attention operator takes, returns and declares about itself."""
 
 from __future__ import annotations
 

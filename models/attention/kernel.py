@@ -180,7 +180,7 @@ def _check(option: str, value: str, table: Collection[str]) -> None:
 
 
 def _convolutions(shape: LayerShape, local: str, size: int | None) -> list[DepthwiseConv | None]:
-    """Those of values, queries and keys."""
+    """Return the widths of values, queries and keys."""
     if local == "none":
         if size is not None:
             raise ConfigError(f"plan: local_size={size} needs local=v or local=qk")

@@ -119,7 +119,7 @@ class MonarchAttention(AttentionOperator):
         return padded.reshape(*padded.shape[:2], -1, block, padded.shape[3])
 
     def _hidden(self, heads: Heads) -> Tensor | None:
-        """True at padding, (B or 1, L, J); None where there is none."""
+        """True at padding, (B or 1, L, J); None without padding."""
         geometry = heads.tokens()
         q, _ = heads.qk()
         block = self._width(geometry)

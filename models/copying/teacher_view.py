@@ -122,7 +122,7 @@ class WholeModel(nn.Module):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a teacher a step needs. `a | b` is what both need."""
+    """The parts of a teacher that a step needs. `a | b` has the parts of both."""
 
     parts: Mapping[int, frozenset[str]] = field(default_factory=dict)
     """Projections to keep, by attention layer."""

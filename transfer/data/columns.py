@@ -16,7 +16,7 @@ LABELS = ("label", "labels", "fine_label", "class", "target", "cls", "category",
 
 
 class Columns(NamedTuple):
-    """Names of two columns; `label` is None where there is none."""
+    """Names of two columns; `label` is None without labels."""
 
     image: str
     label: str | None

@@ -19,7 +19,7 @@ UNLABELED = -1
 
 
 class Header(NamedTuple):
-    """What a file says of its image before that is decoded; `kind` is the format, where there is a file.
+    """The description of an image in its file, read before the image is decoded; `kind` is its format.
 
     `turned` is whether its EXIF orientation is not upright, which no loader heeds.
     """

@@ -93,7 +93,7 @@ class TrainLoader:
         return self.epoch_from(epoch, start * self.batch_size * self._world_size)
 
     def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `epoch`, from a global number of samples: how a run goes on with another number of ranks."""
+        """As `epoch`, from a global number of samples: how a run resumes on another number of ranks."""
         requests = train_requests(
             epoch_order(self.num_samples, self._seed, epoch),
             epoch,
@@ -165,7 +165,9 @@ class StreamTrainLoader(TrainLoader):
         return self._stream.epoch(epoch, start, self.batches_per_epoch, self._mixing)
 
     def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
-        raise ConfigError("a streamed data set cannot go on with another number of ranks in mid-epoch")
+        raise ConfigError(
+            "a streamed data set cannot resume on another number of ranks in the middle of an epoch"
+        )
 
 
 class EvalLoader:
@@ -293,7 +295,7 @@ def create_eval_loader(
     label, where they are given, and in the training split else.
     """
     if config.val_split is None:
-        raise ConfigError("data.val_split is none, and this needs images to evaluate on: name a split")
+        raise ConfigError("data.val_split=none, and this needs images to evaluate on: name a split")
     dataset = open_dataset(config, config.val_split, spec.input_size[0], training=False, names=names)
     if isinstance(dataset, IterableDataset):
         check_stream(config, dataset, names)

@@ -113,7 +113,7 @@ def made(make: Callable[[BatchRequest], Batch], request: BatchRequest, name: Cal
 
 
 class TrainBatches(Dataset[Batch]):
-    """BatchRequest -> Batch. A bad image is replaced by the next one of the set that is none."""
+    """BatchRequest -> Batch. A bad image is replaced by the next readable one of the set."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Which samples make which batch: a pure function of (seed, epoch, position), two integers to resume from.
 
-A position is *global*: the place of a sample in the epoch's order over all ranks. A run that goes on with
-another number of ranks takes up the order where it stood, and repeats or drops no sample.
+A position is *global*: the place of a sample in the epoch's order over all ranks. A run that resumes on
+another number of ranks continues the order where it stopped, and repeats or drops no sample.
 """
 
 from __future__ import annotations

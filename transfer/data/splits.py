@@ -15,5 +15,5 @@ def synonyms(split: str) -> tuple[str, ...]:
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The folder of a split, or of a synonym of it; None where there is none."""
+    """The folder of a split, or of a synonym of it; None if it does not exist."""
     return next((root / name for name in (split, *synonyms(split)) if (root / name).is_dir()), None)

@@ -32,7 +32,7 @@ def training_settings(config: DataConfig) -> dict[str, str]:
 
 
 class StepError(DataError):
-    """A step that failed on an image; whoever knows the image says which."""
+    """A step that failed on an image; the caller, which knows the image, names it."""
 
 
 class OperationError(Exception):

@@ -102,7 +102,7 @@ def _read(stream: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _collate(rows: list[Ready], size: int, example: Ready | None, bad: list[BadImage]) -> Batch:
-    """A batch of `size`, padded with `example` where the stream ended; without images where there is none."""
+    """A batch of `size`, padded with `example` where the stream ended; without images if there is no example."""
     if example is None:
         return Batch(None, torch.empty(0), torch.empty(0), bad)
     padded = rows + [example] * (size - len(rows))

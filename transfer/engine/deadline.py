@@ -42,7 +42,7 @@ class Watch(threading.Thread):
         self._before = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
 
     def moved(self) -> None:
-        """Something moved: from here the time counts anew."""
+        """Restart the time: something moved."""
         if self._since is not None:
             self._since = time.monotonic()
 
@@ -127,7 +127,7 @@ def stop() -> None:
 def watched(grace: float) -> Iterator[None]:
     """Inside the block a signal ends the process after `grace` seconds in which nothing moved.
 
-    Goes on with what watches already, and leaves it to whoever began that to end it.
+    Use the watch that is already running, if any, and leave it running afterwards.
     """
     watch = current()
     if threading.current_thread() is not threading.main_thread():  # Python tells the main thread alone

@@ -1,4 +1,4 @@
-"""One run on any number of processes: what a step sees stays the same, and the processes share it anew."""
+"""One run on any number of processes: what a step sees stays the same, and is divided among the processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def settle(
 
 
 def global_batch(config: RunConfig, loader: TrainLoader, processes: int, saved: Json | None) -> GlobalBatch:
-    """That of a run which goes on from a state with the meta part `saved`, or starts.
+    """Return the batch of a run that starts, or that resumes from a state with the meta part `saved`.
 
     Raises ConfigError: as `check_spread`.
     """
@@ -70,14 +70,14 @@ def global_batch(config: RunConfig, loader: TrainLoader, processes: int, saved: 
 
 
 def first_batch(config: RunConfig, loader: TrainLoader, processes: int) -> GlobalBatch:
-    """That of a run which starts now."""
+    """Return the batch of a run that starts now."""
     accum = min(config.optim.accum_iter, loader.batches_per_epoch)
     steps = loader.batches_per_epoch // accum
     return GlobalBatch(processes, loader.batch_size, accum * processes, steps)
 
 
 def saved_batch(saved: Json, loader: TrainLoader) -> GlobalBatch:
-    """That of the run whose state has the meta part `saved`."""
+    """Return the batch of the run whose state has the meta part `saved`."""
     if "global_batch" in saved:
         return GlobalBatch(**saved["global_batch"])
     # Before states said it, a run went on with the processes that it was started on.
@@ -102,7 +102,7 @@ def check_spread(
     loader: TrainLoader,
     processes: int,
 ) -> None:
-    """Refuses to go on where `processes` cannot see, together, what the run has seen in a step so far.
+    """Refuse to resume where `processes` cannot see, together, what the run has seen in a step so far.
 
     Raises ConfigError that names the numbers of processes which can, or the setting that does not go with them.
     """

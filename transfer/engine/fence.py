@@ -138,7 +138,7 @@ def _boot() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in the system's ticks; None where there is none."""
+    """When a process began, in the system's ticks; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the heads put out, P V, pulled to the teacher's (LoLCATs, arXiv:2410.10254)."""
+"""Match the output of the heads, P V, with the teacher's (LoLCATs, arXiv:2410.10254)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AttentionOutput(AttentionMethod):
     """The mean squared error of the attention's output; the only one of its kind that converted layers can have."""
 
     name = "attention_output"
-    words = "mean squared error between what the heads put out, before the output projection"
+    words = "mean squared error between the outputs of the heads, before the output projection"
     equal_grids = True
     keeps_output = True
 

@@ -1,4 +1,4 @@
-"""What the blocks put out, pulled to the teacher's."""
+"""Match the outputs of the blocks with the teacher's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BlockOutput(TransferMethod):
     """The mean squared error of the tokens after a block."""
 
     name = "block_output"
-    words = "mean squared error between what the blocks put out"
+    words = "mean squared error between the outputs of the blocks"
     equal_grids = True
     nears_features = True
 

@@ -138,7 +138,7 @@ class DualViT(nn.Module):
 
     @property
     def teacher_part(self) -> nn.Module:
-        """What of the first teacher a step runs."""
+        """The part of the first teacher that a step runs."""
         return self._views[self._sides[0].name]
 
     @property

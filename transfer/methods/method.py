@@ -127,7 +127,7 @@ class AttentionMethod(TransferMethod):
     parts: tuple[Part, ...] = ("q", "k")
     """What the teacher's layers keep."""
     keeps_output: bool = False
-    """Whether they keep what their heads put out, too."""
+    """Whether they also keep the output of their heads."""
 
     @abstractmethod
     def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Copy | Observer:

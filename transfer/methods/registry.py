@@ -37,7 +37,7 @@ def method_names() -> tuple[str, ...]:
 
 
 def find_method(name: str) -> TransferMethod:
-    """The method of a name. Raises ConfigError where there is none."""
+    """Return the method of a name. Raises ConfigError for an unknown name."""
     if name in _registered:
         return _registered[name]
     if name not in _MODULES:

@@ -74,7 +74,7 @@ class DistanceSums:
         self._merge(count, mean_D, (centered_ND.T @ centered_ND).to(self._products_DD))
 
     def result(self) -> Distance:
-        """The distance over all rows of all processes, which all call it; DataError where there is none."""
+        """Return the distance over all rows of all processes, which all call it. Raises DataError without rows."""
         if self._widths is None or not (rows := round(float(count := summed(self._count.clone())))):
             raise DataError("no image could be compared: the split is empty")
         mean_D = summed(self._count * self._mean_D) / count

@@ -57,7 +57,7 @@ def fit_probe(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> Linear
 def _choose(
     features_ND: Tensor, labels_N: Tensor, held: tuple[Tensor, Tensor], num_classes: int, scale: float
 ) -> float:
-    """The strength with the most held-out images right, the least of equals; each fit goes on from the one before."""
+    """The strength with the most held-out images right, the least of equals; each fit starts from the one before."""
     parameters = _start(features_ND, num_classes)
     right = []
     for strength in STRENGTHS:

@@ -1,4 +1,4 @@
-"""A model that shows its features: what its head reads, and what its blocks put out."""
+"""A model that shows its features: the input of its head, and the outputs of its blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a data set is copied to a node's disk: its files, their sizes, and by what a copy of them is known."""
+"""Find what to copy of a data set to a node's disk: its files, their sizes, and by what a copy of them is known."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _source(root: Path, files: Iterable[tuple[str, str]], setting: str, folders:
 
 
 def _pieces(files: Iterable[tuple[str, str]], links: dict[str, str]) -> Iterator[Piece]:
-    """The regular files; what is none, or not there, goes to `links`."""
+    """Return the regular files; add what is not one, or is missing, to `links`."""
     with ThreadPoolExecutor(THREADS) as pool:
         for some in batched(files):
             found = pool.map(_status, (path for _, path in some))

@@ -55,7 +55,7 @@ def visualize(
         images: image files, folders of them, `digits:N`.
         teacher: a source to put beside it, at the same image size.
         queries: numbers of patches, row by row from 0, and names of prefix tokens; the class token by default,
-            the patch in the middle where there is none.
+            the patch in the middle without one.
         layers: which to show, as in a plan (`0,5,9-11`, `-1`); all by default. Numbers are of all layers.
         how: `model`, `img_size` and the rest, as of `load_pretrained`, for `source`.
 
