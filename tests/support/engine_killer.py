@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import config, differences, make_teacher, state
+from engine_runs import config, differences, make_convnext, make_teacher, several_losses, state
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import run_state
@@ -184,13 +184,15 @@ def rewrapped(run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
 def main(scenario: str, path: str, ranks: int, wrap: str) -> dict[str, Any]:
     folder = Path(path)
     teacher = make_teacher(folder / "teacher")
+    several = scenario == "kill" and ranks > 1
+    losses = several_losses(make_convnext(folder / "convnext")) if several else {}
 
     def run(name: str, fsdp: bool = wrap == "fsdp") -> RunConfig:
         engine = {"log_interval": 1, "save_every": 3, "fsdp": fsdp, "eval_every": 2}
         optim: dict[str, Any] = {"epochs": 6, "accum_iter": 2 if ranks > 1 and scenario != "clock" else 1}
         if scenario == "rewrap":  # Adam makes a whole step of rounding where a gradient is zero
             optim |= {"opt": "sgd", "lr": 0.05}
-        return config(folder / name, teacher, engine=engine, optim=optim)
+        return config(folder / name, teacher, engine=engine, optim=optim, **losses)
 
     if scenario in ("kill", "terminate"):
         return interrupted(scenario, run, ranks)

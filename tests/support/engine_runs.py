@@ -42,6 +42,30 @@ def make_teacher(folder: Path, classes: int = 10, **described: Any) -> Path:
     return folder
 
 
+def make_convnext(folder: Path) -> Path:
+    """A plain timm folder with a small ConvNeXt for digits."""
+    torch.manual_seed(12)
+    arguments = {"num_classes": 10, "in_chans": 1}
+    model: nn.Module = timm.create_model("test_convnext", **arguments)
+    spec = Preprocessing.of(model, mean=(0.4,), std=(0.3,))
+    write_student(model, folder, architecture="test_convnext", model_args=arguments, preprocessing=spec)
+    return folder
+
+
+def several_losses(convnext: Path) -> dict[str, Any]:
+    """Sections of a run with three losses of two teachers, one of them a ConvNeXt that sees larger images."""
+    return {
+        "teachers": {"convnext": {"source": f"local-dir:{convnext}", "img_size": 32}},
+        "transfer": {
+            "losses": [
+                {"method": "distill", "weight": 3.0, "layers": "0"},
+                {"method": "feature", "weight": 0.5, "teacher": "convnext"},
+                {"method": "logits", "weight": 0.5, "temperature": 2.0, "teacher": "convnext"},
+            ]
+        },
+    }
+
+
 def config(output_dir: Path, teacher: Path | None = None, **sections: Any) -> RunConfig:
     """Two epochs of eight steps; `sections` overrides keys, as in `optim={"blr": 1.0}`."""
     base: dict[str, Any] = {

@@ -25,6 +25,7 @@ def test_ten_kills_leave_no_trace(run_scenario: RunScenario, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", FSDP])
 def test_killed_ranks_leave_no_trace(run_scenario: RunScenario, tmp_path: Path, wrap: str) -> None:
+    """With three losses of two teachers, one of them a ConvNeXt."""
     report = run_scenario("engine_killer", "kill", tmp_path, 2, wrap)
     assert report["disturbed"] == 4, report
     assert report["last"] == [0, 0], report
