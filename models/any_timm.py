@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .errors import UnsupportedModelError
 
@@ -52,3 +54,24 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     if size is None or not getattr(embedding, "strict_img_size", True):
         return None
     return int(size[0]), int(size[1])
+
+
+def check_takes(model: nn.Module, size: tuple[int, int], section: str) -> None:
+    """Run a model on an image of a size (height, width) for its shapes alone.
+
+    Raises UnsupportedModelError: the model does not take it; `section` of the settings describes the model.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+    image = torch.empty(1, image_channels(model), *size, dtype=dtype, device="meta")
+    try:
+        with torch.no_grad():
+            functional_call(model, empty, (image,))
+    except NotImplementedError:
+        return  # an operation without a form for shapes alone: the first step tells
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"the {type(model).__name__} of {section} does not take images of {size[0]}x{size[1]}, set "
+            f"{section}.img_size to a size that it takes: {' '.join(str(error).split())[:200]}"
+        ) from error

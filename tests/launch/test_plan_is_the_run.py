@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config, make_teacher, records
+from engine_runs import config, make_convnext, make_teacher, records
 from graftvit.launch.memory import memory_items
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import GraftError
@@ -72,6 +72,35 @@ def sometimes(draw: random.Random, share: float, *values: Any) -> dict[str, Any]
     """A name and one of its values in a share of the cases, else nothing."""
     name, *choices = values
     return {name: draw.choice(choices)} if draw.random() < share else {}
+
+
+def several(draw: random.Random, transfer: dict[str, Any], teachers: list[Path]) -> dict[str, Any]:
+    """The sections of a run with several losses, and often with further teachers."""
+    names = draw.sample(("other", "convnext"), draw.choice((0, 1, 1, 2)))
+    sources = {"other": teachers[0], "convnext": teachers[-1]}
+    entries = (
+        [
+            {
+                "method": draw.choice(method_names()),
+                "weight": draw.choice((0.5, 3.0)),
+                **sometimes(draw, 0.3, "layers", "first:1", "last:1", "0", "9"),
+                **sometimes(draw, 0.2, "heads", "match", "0", "mean"),
+                **sometimes(draw, 0.2, "reduction", "mean"),
+                **sometimes(draw, 0.2, "rows", 0.5),
+                **sometimes(
+                    draw, 0.5, "teacher", *names, *(["nosuch"] if not names or draw.random() < 0.1 else [])
+                ),
+            }
+            for _ in range(draw.choice((1, 2, 2, 3)))
+        ]
+        if names or draw.random() < 0.9
+        else []
+    )
+    shared = {name: transfer[name] for name in ("task_weight", "share_drop_path") if name in transfer}
+    return {
+        "teachers": {name: {"source": f"local-dir:{sources[name]}"} for name in names},
+        "transfer": {**shared, "losses": entries},
+    }
 
 
 def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> RunConfig:
@@ -132,12 +161,14 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
         **sometimes(draw, 0.2, "metric", "top1", "knn", "probe", "distance", "loss"),
         "evaluate_teacher": draw.random() < 0.2,
     }  # fmt: skip
+    mode = draw.choice([*MODES, "transfer", "transfer", "transfer", "align"])
+    losses = several(draw, transfer, teachers) if draw.random() < 0.4 else {"transfer": transfer}
     return config(
         folder,
         teacher,
-        mode=draw.choice([*MODES, "transfer", "transfer", "transfer", "align"]),
+        mode=mode,
         student=student,
-        transfer=transfer,
+        **losses,
         align=sometimes(draw, 0.5, "match", "map", "probes", "rows"),
         data=data,
         optim=optim,
@@ -169,7 +200,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     def watched(loop: Loop, images: Tensor, targets: Tensor, index: int) -> None:
         task = loop.parts.task
-        teacher = [] if loop.parts.teacher is None else [loop.parts.teacher.model]
+        teacher = [each.model for each in loop.parts.teachers.values()]
         known = {
             t.untyped_storage().data_ptr() for m in (task, *teacher) for t in [*m.parameters(), *m.buffers()]
         }
@@ -215,6 +246,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         make_teacher(folder / "classes"),
         make_teacher(folder / "headless", 0),
         make_teacher(folder / "three", 3),
+        make_convnext(folder / "convnext"),
     ]
 
 
@@ -237,10 +269,11 @@ def test_the_dry_run_is_the_run(
     )
     last = next(record for record in log if "n_parameters" in record)
     assert f"{last['n_parameters']:,} of " in plan
-    layers = {key for key in last if re.fullmatch(r"train_layer\d+", key)}
-    links = getattr(getattr(run.parts.task, "dual", None), "plan", None)
-    if layers and links is not None:
-        assert layers == {f"train_layer{link.pair.student:02d}" for link in links.links}
+    layers = {key for key in last if re.fullmatch(r"train_(.*\.)?layer\d+", key)}
+    dual = getattr(run.parts.task, "dual", None)
+    if dual is not None:
+        taught = [term for term in dual.terms if not term.method.copies]
+        assert layers == {f"train_{term.loss_name(link)}" for term in taught for link in term.plan.links}
     assert run.schedule is not None
     assert last["lr"] == run.schedule.rate(0)
     expected = {item.name: item.size for item in memory_items(run)}

@@ -304,8 +304,8 @@ class Align(Mode):
     def task(self, models: Models) -> Task:
         teacher, student = models.taught_by(), models.student
         norms = Normalization(teacher.mean, teacher.std), models.normalization
-        teacher_input = TeacherInput(teacher.model, student, *norms)
-        return AlignTask(Alignment(teacher.model, student, self.config.align.match), teacher_input)
+        alignment = Alignment(teacher.model, student, self.config.align.match)
+        return AlignTask(alignment, TeacherInput(teacher.model, student, *norms))
 
     def default_metric(self, classified: bool) -> Metric:
         return "top1" if classified else "distance"

@@ -297,8 +297,13 @@ class DualViT(nn.Module):
 
     def _share_drop_paths(self) -> tuple[SharedDropPath, ...]:
         """Share the masks of the student with the first teacher."""
-        first = self._sides[0].name
-        return tuple(share_drop_paths(self.student, self._views[first], self._tapes[first]))
+        first = self._sides[0]
+        if not is_supported(first.model):
+            raise TransferError(
+                f"transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and {first.name} is "
+                f"a {type(first.model).__name__}: set it to false"
+            )
+        return tuple(share_drop_paths(self.student, self._views[first.name], self._tapes[first.name]))
 
     def _check_in_use(self) -> None:
         if not self._in_use:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints.pretrained import Pretrained
-from ...models.any_timm import image_channels
+from ...models.any_timm import check_takes, image_channels
 from ...models.copying.input import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.copying.links import Link
 from ...models.errors import ConfigError, TransferError, did_you_mean
-from ...models.families import is_supported
+from ...models.families import image_size, is_supported
 from ..config import LossEntry, TransferConfig
 from .method import Finish, TransferMethod
 from .registry import find_method
@@ -47,6 +47,10 @@ class TeacherSide:
             shown: ShownImages = TeacherInput(teacher, student, own, norm)
         else:
             shown = WholeInput(teacher, student, own, norm, size)
+            section = name if name == DEFAULT_TEACHER else f"teachers.{name}"
+            images = shown.size or image_size(student)
+            if images is not None:
+                check_takes(teacher.eval(), images, section)
         return cls(name, teacher.eval().requires_grad_(False), shown)
 
 

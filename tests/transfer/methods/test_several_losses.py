@@ -206,6 +206,16 @@ def test_the_short_form_beside_losses_is_refused() -> None:
         DualViT(tiny(seed=1), tiny(seed=2), weight=2.0, losses=[{"method": "distill"}])
 
 
+def test_a_teacher_that_takes_no_image_of_this_size_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"ConvNeXt of teacher does not take images of 8x8"):
+        DualViT(other(), tiny(seed=2, img_size=(8, 8)), "feature")
+
+
+def test_drop_paths_are_not_shared_with_a_network_without_blocks() -> None:
+    with pytest.raises(TransferError, match="share_drop_path needs a teacher with the blocks"):
+        DualViT(other(), tiny(seed=2), "feature", share_drop_path=True)
+
+
 def test_layers_of_another_architecture_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="supported are timm's plain vision transformers"):
         DualViT(other(), tiny(seed=2), "distill")
