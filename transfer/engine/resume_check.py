@@ -132,7 +132,7 @@ def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) 
 
     Raises ConfigError naming what differs.
     """
-    pairs: dict[str, tuple[Json, Json]] = {"student": (saved.get("student") or {}, student)}
+    pairs: dict[str, tuple[Json, Json]] = {}
     known_then = _teachers(saved.get("origins") or {})
     for name, teacher in _teachers(origins).items():
         before = known_then.get(name, {})
@@ -144,6 +144,7 @@ def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) 
             )
         if teacher.get("digest") is not None:  # else it is known by its name alone, for a plan
             pairs[name] = before, teacher
+    pairs["student"] = saved.get("student") or {}, student
     for name, (then, now) in pairs.items():
         now = json.loads(json.dumps({key: now[key] for key in BUILT if key in now and key in then}))
         known, found = dict(_flat({key: then[key] for key in now})), dict(_flat(now))

@@ -300,8 +300,8 @@ class DualViT(nn.Module):
         first = self._sides[0]
         if not is_supported(first.model):
             raise TransferError(
-                f"transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and {first.name} is "
-                f"a {type(first.model).__name__}: set it to false"
+                "transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and "
+                f"{first.name} is a {type(first.model).__name__}: set it to false"
             )
         return tuple(share_drop_paths(self.student, self._views[first.name], self._tapes[first.name]))
 
