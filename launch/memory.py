@@ -34,10 +34,16 @@ def memory_items(run: DryRun) -> list[MemoryItem]:
         MemoryItem("gradients", found.gradients // shards, f"{trained} trained{split}"),
         MemoryItem("optimizer", found.optimizer // shards, f"{config.optim.opt}{split}"),
         MemoryItem("moving average", found.average // shards, f"a copy of the student{split}"),
-        MemoryItem("teacher", found.teacher, "frozen, in float32"),
+        MemoryItem("teacher", found.teacher, f"frozen, in {_types(run)}"),
         MemoryItem("activations", found.activations, batch),
     ]
     return [item for item in items if item.size]
+
+
+def _types(run: DryRun) -> str:
+    """Name the types of the teachers' weights."""
+    kinds = {next(each.model.parameters()).dtype for each in run.parts.teachers.values()}
+    return " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
 
 
 def parameter_count(model: nn.Module, trained: bool = False) -> int:

@@ -44,6 +44,11 @@ class TeacherConfig(Section):
         "bicubic",
     )
 
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="type of the teacher's weights: half of the memory with bf16 or fp16"
+    )
+    compile: bool = Field(False, description="compile the teacher's forward pass with torch.compile")
+
     _check_size = field_validator("img_size")(check_size)
     _check_arguments = field_validator("model_args")(check_arguments)
 
@@ -308,6 +313,10 @@ class EngineConfig(Section):
     """Where and how the loop runs."""
 
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of autocast")
+    tf32: bool = Field(
+        False,
+        description="let a GPU round the inputs of float32 matrix products to TF32; off is exact float32",
+    )
     fsdp: bool = Field(False, description="shard the student with FSDP2 instead of replicating it")
     device: Literal["auto", "cpu"] = Field("auto", description="cpu uses no GPU")
     log_interval: int = Field(

@@ -66,6 +66,13 @@ class Renormalized(nn.Module):
 class ShownImages(Renormalized):
     """The images of a student, as a teacher of it is shown them."""
 
+    dtype: torch.dtype | None = None
+    """Of a teacher with weights of its own type; None for the type of the student's images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        shown: Tensor = super().forward(images)
+        return shown if self.dtype is None else shown.to(self.dtype)
+
     def grids(self, images: Tensor, rule: GridRule | None) -> Grids | None:
         """Return the patch grids of teacher and student for these images; None where no patches are compared.
 

@@ -32,6 +32,18 @@ class Step:
     """Results of the whole teacher, by the names of `teacher_view.WHOLE`."""
     masks: dict[int, Tensor] = field(default_factory=dict)
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """Give the teacher's side another type."""
+        for layer, heads in self.heads.items():
+            bias = None if heads.bias is None else heads.bias.to(dtype)
+            self.heads[layer] = heads.each(lambda x: x.to(dtype), bias)
+        for layer, out in self.outputs.items():
+            self.outputs[layer] = out.to(dtype)
+        for block, tokens in self.blocks.items():
+            self.blocks[block] = tokens.to(dtype)
+        for name, result in self.whole.items():
+            self.whole[name] = result.to(dtype)
+
 
 @dataclass(frozen=True)
 class StepMoment:
@@ -87,6 +99,10 @@ class Tape(threading.local):
     @property
     def masks(self) -> dict[int, Tensor]:
         return self._step.masks
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Give the teacher's side another type."""
+        self._step.convert(dtype)
 
     @property
     def _step(self) -> Step:

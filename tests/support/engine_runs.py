@@ -66,12 +66,12 @@ def several_losses(convnext: Path) -> dict[str, Any]:
     }
 
 
-def config(output_dir: Path, teacher: Path | None = None, **sections: Any) -> RunConfig:
+def config(output_dir: Path, source: Path | None = None, **sections: Any) -> RunConfig:
     """Two epochs of eight steps; `sections` overrides keys, as in `optim={"blr": 1.0}`."""
     base: dict[str, Any] = {
-        "mode": "scratch" if teacher is None else "transfer",
+        "mode": "scratch" if source is None else "transfer",
         "output_dir": output_dir,
-        "teacher": {"source": None if teacher is None else f"local-dir:{teacher}"},
+        "teacher": {"source": None if source is None else f"local-dir:{source}"},
         "student": {"model": ARCHITECTURE, "model_args": ARGUMENTS, "drop_path": 0.2},
         "data": {
             "dataset": "digits", "batch_size": 16, "eval_batch_size": 256, "workers": 0,

@@ -49,6 +49,7 @@ from .tasks import Task, TransferTask
 from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_COMMITS: Mapping[str, str | None] = {}
 
 
@@ -233,7 +234,7 @@ def _teachers(
 
 def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
     check_published(str(how.source), how.model_args, commit or how.revision)
-    return load_pretrained(
+    teacher = load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
@@ -243,6 +244,8 @@ def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, w
         identified=True,
         download=weights,
     )
+    teacher.model.to(DTYPES[how.dtype])
+    return teacher
 
 
 def _student(

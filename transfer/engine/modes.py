@@ -21,7 +21,7 @@ from ...models.copying.input import Normalization, TeacherInput
 from ...models.errors import ConfigError, TransferError
 from ...models.families import classifier_of, vit
 from ...models.mae import MaskedAutoencoder
-from ..config import Metric, RunConfig
+from ..config import Metric, RunConfig, TeacherConfig
 from ..methods.dual import build_dual
 from ..methods.loss_terms import DEFAULT_TEACHER, choose_teachers, term_methods
 from ..methods.method import TransferMethod
@@ -208,11 +208,25 @@ class Transfer(Mode):
                     f"transfer.method={method.name}, whose losses come from within the blocks: set one of them to "
                     "false"
                 )
+        for name, teacher in self._teacher_settings().items():
+            if teacher.compile and student.compile:
+                raise ConfigError(
+                    f"{name}.compile=true changes nothing beside student.compile=true, which compiles the whole step: "
+                    "set one of them to false"
+                )
+        if any(method.copies for method in self.methods) and self.config.teacher.dtype != "fp32":
+            raise ConfigError(
+                f"teacher.dtype={self.config.teacher.dtype} does not go with transfer.method={self.methods[0].name}, "
+                "whose student is saved with its teacher in float32: set it to fp32"
+            )
         if all(method.copies for method in self.methods) and not self.needs_labels:
             raise ConfigError(
                 f"transfer.task_weight=0 leaves nothing to learn: transfer.method={self.methods[0].name} has no loss "
                 "of its own"
             )
+
+    def _teacher_settings(self) -> dict[str, TeacherConfig]:
+        return {DEFAULT_TEACHER: self.config.teacher, **self.config.teachers}
 
     def _check_teachers(self) -> None:
         """Raise ConfigError for a teacher that no entry of `transfer.losses` learns from."""
@@ -276,6 +290,7 @@ class Transfer(Mode):
         images = models.calibration() if matches else None
         models.taught_by()
         dual = build_dual(config, models.teachers, models.student, models.normalization, images)
+        dual.compile_teachers([name for name, each in self._teacher_settings().items() if each.compile])
         return TransferTask(dual, self.config.data.smoothing, config.task_weight)
 
     def freeze(self, trainable: nn.Module) -> None:

@@ -53,6 +53,7 @@ def create_accelerator(config: RunConfig) -> Accelerator:
         ],
     )
     check_placement(config, accelerator.num_processes, on_cpu=accelerator.device.type == "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.engine.tf32
     if accelerator.num_processes > 1:
         atexit.register(_leave_group)
     return accelerator
@@ -63,6 +64,8 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
     engine = config.engine
     if engine.precision == "fp16" and on_cpu:
         raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
+    if engine.tf32 and on_cpu:
+        raise ConfigError("engine.tf32=true is of GPUs, and this run has none: set it to false")
     if not engine.fsdp:
         return
     if processes == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from textwrap import indent
 from typing import Any
@@ -74,6 +74,7 @@ class DualViT(nn.Module):
     """
 
     _in_use = False
+    _compiled: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -179,6 +180,12 @@ class DualViT(nn.Module):
                 terms[term.label] = loss
         return DualOutput(logits, total, {**terms, **parts}, terms)
 
+    def compile_teachers(self, names: Iterable[str]) -> None:
+        """Compile the forward passes of teachers by name."""
+        self._compiled = self._compiled | frozenset(names)
+        for name in names:
+            self._views[name].compile(fullgraph=True)
+
     def predict(self, images: Tensor) -> Tensor:
         """The student's logits; the teacher runs only for the copy methods."""
         if self.needs_teacher:
@@ -199,7 +206,7 @@ class DualViT(nn.Module):
         twin = DualViT.__new__(DualViT)
         nn.Module.__init__(twin)
         twin.config, twin._sides, twin._normalization = self.config, self._sides, self._normalization
-        twin.student = student
+        twin.student, twin._compiled = student, self._compiled
         twin._install([replace(term, finish=None) for term in self._terms])
         twin.train(student.training)
         return twin
@@ -247,6 +254,8 @@ class DualViT(nn.Module):
         try:
             self._terms, projectors = self._install_terms(terms)
             self._views = {side.name: self._view(side) for side in self._sides}
+            for name in self._compiled:
+                self._views[name].compile(fullgraph=True)
             self._drop_paths = self._share_drop_paths() if self.config.share_drop_path else ()
         except BaseException:
             end_lesson(self.student)
@@ -323,7 +332,19 @@ class DualViT(nn.Module):
             if side.model.training:
                 side.model.eval()
             with torch.no_grad():
-                self._views[side.name](side.input(images))
+                self._run_teacher(side, images)
+
+    def _run_teacher(self, side: TeacherSide, images: Tensor) -> None:
+        """Run one teacher; with weights of its own type it computes in that type, whatever autocast says."""
+        view = self._views[side.name]
+        if side.input.dtype is None:
+            view(side.input(images))
+            return
+        device = images.device.type
+        mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+        with torch.autocast(device, enabled=False):
+            view(side.input(images))
+        self._tapes[side.name].convert(mixed)
 
     def _run_student(self, images: Tensor) -> Tensor:
         for tape in self._tapes.values():

@@ -21,6 +21,7 @@ from .registry import find_method
 from .transfer_plan import TransferPlan
 
 Teacher = nn.Module | Pretrained
+HALF = (torch.bfloat16, torch.float16)
 DEFAULT_TEACHER = "teacher"
 """Name of the teacher that is not one of `teachers`."""
 
@@ -51,6 +52,8 @@ class TeacherSide:
             images = shown.size or image_size(student)
             if images is not None:
                 check_takes(teacher.eval(), images, section)
+        dtype = next(teacher.parameters()).dtype
+        shown.dtype = dtype if dtype in HALF else None
         return cls(name, teacher.eval().requires_grad_(False), shown)
 
 
