@@ -15,6 +15,7 @@ from ..models.errors import ConfigError
 from ..models.plain_yaml import YamlError, parse_yaml
 from ..transfer.config import RunConfig
 from ..transfer.section import OneOf, Section
+from .official_words import FLAGS
 
 ALIASES = {
     "teacher": "teacher.source",
@@ -148,6 +149,8 @@ def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: 
     kind = "flag" if dashes else "key"
     start = f"{where}: unknown {kind} {dashes + name!r}" if where else f"unknown {kind} {dashes + name!r}"
     plain = name.replace("-", "_")
+    if plain in FLAGS:
+        return ConfigError(f"{start} of the attention-transfer code: {FLAGS[plain]}")
     homonyms = [key for key in leaves() if key.rpartition(".")[2] == plain.rpartition(".")[2]]
     if len(homonyms) > 1:
         return ConfigError(f"{start}: write {' or '.join(dashes + key for key in homonyms)}")

@@ -17,7 +17,8 @@ from ..models.errors import ConfigError
 from ..models.json_types import Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
-from .fields import find_key, leaf_of, leaves, sections, unknown
+from .fields import ALIASES, find_key, leaf_of, leaves, sections, unknown
+from .official_words import check_finetune, check_value
 from .recipes import recipe_text
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def parse_setting(name: str, text: str, origin: str) -> Setting:
     """Parse a setting whose value is still text; errors name it by `origin`."""
     key = _known(name)
     leaf = leaf_of(key)
+    check_value(key, text, origin)
     value = leaf.parse(text) if key == leaf.key else _plain_value(text)
     return Setting(key, value, origin)
 
@@ -212,10 +214,12 @@ def _validate(settings: list[Setting]) -> RunConfig:
         value = at_home(setting.value) if texts else setting.value
         _put(values, setting.key.split("."), value)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         given = {leaf_of(setting.key).key: setting for setting in settings}
         raise _explain(error, values, given) from error
+    check_finetune(settings, ALIASES, config.mode)
+    return config
 
 
 def at_home(value: Any) -> Any:

@@ -8,17 +8,15 @@ from textwrap import indent
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ...checkpoints.pretrained import Pretrained
-from ...models.conversion import converted_layers
-from ...models.copied import CopiedTeacher, Copying, copied_layers
+from ...models.copied import CopiedTeacher, Copying
 from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import ShownImages
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted, view_teacher
-from ...models.errors import ConfigError, TransferError, did_you_mean
+from ...models.errors import TransferError
 from ...models.families import check_supported, is_supported
 from ...models.host import host_attention
 from ...models.json_types import JsonDict
@@ -31,12 +29,14 @@ from .loss_terms import (
     Teacher,
     TeacherSide,
     Term,
+    check_teacher,
     choose_teachers,
     label_terms,
     pretrained_normalization,
+    read_settings,
     term_methods,
 )
-from .method import Pairing, TransferMethod
+from .method import Pairing
 from .taught_layer import freeze_unused
 from .transfer_plan import TransferPlan, resolve_plan
 
@@ -90,7 +90,7 @@ class DualViT(nn.Module):
         super().__init__()
         if method is not None:
             options["method"] = method
-        self.config = _settings(**options)
+        self.config = read_settings(**options)
         given = teacher if isinstance(teacher, Mapping) else {DEFAULT_TEACHER: teacher}
         chosen = choose_teachers(self.config, list(given))
         self.student = student
@@ -102,7 +102,7 @@ class DualViT(nn.Module):
             end_lesson(each)
         kinds = term_methods(self.config)
         for kind, name in zip(kinds, chosen, strict=True):
-            _check_teacher(models[name], kind)
+            check_teacher(models[name], kind)
         check_supported(student)
         self._normalization = norm
         self._sides = tuple(
@@ -366,37 +366,6 @@ class DualViT(nn.Module):
 def _module_name(label: str) -> str:
     """A label as the name of a module, which has no dots."""
     return label.replace(".", "_")
-
-
-def _check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
-    if not method.uses_layers and not is_supported(teacher):
-        return
-    check_supported(teacher, copied=True)
-    others = {index: str(layer.choice) for index, layer in converted_layers(teacher).items()}
-    others |= dict.fromkeys(copied_layers(teacher), "the attention of a teacher of its own")
-    if others and method.uses_heads:
-        first, attention = next(iter(others.items()))
-        raise TransferError(
-            f"layer {first} of the teacher has {attention} in place of softmax attention, so "
-            f"transfer.method={method.name} has nothing to take from it; use block_output, feature or logits"
-        )
-
-
-def _settings(**options: Any) -> TransferConfig:
-    """The settings, with pydantic's findings as one sentence."""
-    unknown = [name for name in options if name not in TransferConfig.model_fields]
-    if unknown:
-        raise ConfigError(
-            f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], TransferConfig.model_fields)}"
-        )
-    try:
-        return TransferConfig(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
-        name = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"transfer.{name} is {first['input']!r}, but: {first['msg']}") from error
 
 
 def build_dual(

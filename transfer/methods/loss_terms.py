@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ...checkpoints.pretrained import Pretrained
 from ...models.any_timm import check_takes, image_channels
+from ...models.conversion import converted_layers
+from ...models.copied import copied_layers
 from ...models.copying.input import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.copying.links import Link
 from ...models.errors import ConfigError, TransferError, did_you_mean
-from ...models.families import image_size, is_supported
+from ...models.families import check_supported, image_size, is_supported
 from ..config import LossEntry, TransferConfig
 from .method import Finish, TransferMethod
 from .registry import find_method
@@ -147,3 +151,35 @@ def pretrained_normalization(model: nn.Module) -> Normalization:
     if len(mean) != channels:
         mean, std = mean[:1], std[:1]
     return Normalization(tuple(mean), tuple(std))
+
+
+def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
+    """Raise UnsupportedModelError or TransferError: a method cannot take what it needs from this teacher."""
+    if not method.uses_layers and not is_supported(teacher):
+        return
+    check_supported(teacher, copied=True)
+    others = {index: str(layer.choice) for index, layer in converted_layers(teacher).items()}
+    others |= dict.fromkeys(copied_layers(teacher), "the attention of a teacher of its own")
+    if others and method.uses_heads:
+        first, attention = next(iter(others.items()))
+        raise TransferError(
+            f"layer {first} of the teacher has {attention} in place of softmax attention, so "
+            f"transfer.method={method.name} has nothing to take from it; use block_output, feature or logits"
+        )
+
+
+def read_settings(**options: Any) -> TransferConfig:
+    """Return the settings. Raises ConfigError: one sentence about the first that is not valid."""
+    unknown = [name for name in options if name not in TransferConfig.model_fields]
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], TransferConfig.model_fields)}"
+        )
+    try:
+        return TransferConfig(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:
+            raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"transfer.{name} is {first['input']!r}, but: {first['msg']}") from error
