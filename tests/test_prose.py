@@ -33,7 +33,7 @@ FORBIDDEN = {
 }
 """What not to write (a regular expression), and what to write in its place."""
 
-CHECKED = ["launch", "checkpoints"]
+CHECKED = ["launch", "checkpoints", "models"]
 """Python files and folders that are clean. Add a folder once it is."""
 
 
