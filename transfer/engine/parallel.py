@@ -82,7 +82,7 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
 def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:
     """Whether DDP has to look in each step for parameters that take no part in it; torch warns where it finds none.
 
-    Copied layers skip the student's own projections. And DDP sorts its buckets anew after its first step unless it
+    Copied layers skip the student's own projections. And DDP sorts its buckets again after its first step unless it
     looks: three or more gloo ranks add an element in an order that depends on its place, so a restart would differ by
     rounding.
     """
@@ -128,7 +128,7 @@ def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    # A copy also where it is already on the CPU: training goes on while the state is being written.
+    # A copy also where it is already on the CPU: training continues while the state is being written.
     return tensor.to("cpu", copy=True)
 
 

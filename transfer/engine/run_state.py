@@ -252,7 +252,7 @@ class SaveClock:
         self.restart()
 
     def restart(self) -> None:
-        """A state was saved: the minutes count anew."""
+        """Restart the minutes: a state was saved."""
         self._since, self._asked = now(), False
 
     def due(self) -> bool:

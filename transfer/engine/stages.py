@@ -1,7 +1,7 @@
 """Stages: runs one after another, each with its own losses, optimiser and length, on one student.
 
 A stage is a run with a folder of its own, so each resumes as every run does, and a finished one is not done again.
-The first makes the student, the others go on from the student of the one before.
+The first makes the student, each other stage starts from the student of the one before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class StagesResult:
 
 
 def chain(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages with their run folders and with the student that each goes on from.
+    """Return the stages with their run folders, and with the student that each starts from.
 
     Stage i has the folder `output_dir/<i>-<name>`. Its student is that of the stage before.
 

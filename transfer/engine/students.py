@@ -31,7 +31,7 @@ class StudentPlan:
     arguments: JsonDict
     preprocessing: Preprocessing
     copying: Copying | None = None
-    """What of its teacher it runs with, once that is resolved."""
+    """The part of its teacher that it runs with, once that is resolved."""
     label_names: tuple[str, ...] | None = None
     """The classes of its head in their order, where they are known."""
 
@@ -69,7 +69,7 @@ def find_whole_name(config: StudentConfig) -> str | None:
 
 
 def find_whole(config: StudentConfig) -> Pretrained | None:
-    """The model that the student goes on from; None for a fresh one.
+    """Return the model that the student continues; None for a fresh student.
 
     Raises CheckpointError: it cannot be loaded. ConfigError: it runs with its teacher's attention.
     """
@@ -79,7 +79,7 @@ def find_whole(config: StudentConfig) -> Pretrained | None:
     if copying is not None:
         raise ConfigError(
             f"student.model={source!r} runs with its teacher's attention, and is not trained further so: write its own "
-            f"weights alone with `graftvit save {source} DIR --bare`, and go on from DIR by "
+            f"weights alone with `graftvit save {source} DIR --bare`, and start from DIR with "
             f"transfer.method={copying.method} with the same teacher"
         )
     return whole
@@ -116,7 +116,7 @@ def plan_student(
 ) -> StudentPlan:
     """The student with `num_classes` outputs.
 
-    `whole` is the model that it goes on from, whose architecture and plan it keeps.
+    `whole` is the model that it continues, whose architecture and plan it keeps.
     """
     channels, height, width = preprocessing.input_size
     if whole is not None:
@@ -146,7 +146,7 @@ def plan_student(
 def resolve_preprocessing(
     config: RunConfig, teacher: Pretrained | None, whole: Pretrained | None = None
 ) -> Preprocessing:
-    """How the student's images are made, in training, in evaluation and for whoever gets the student.
+    """How the student's images are made, in training, in evaluation and for users of the student.
 
     As the weights say that it starts from (`whole`, student.init), else as its teacher's, else as timm says of the
     architecture; `data.crop_pct`, `data.crop_mode` and `data.interpolation` stand above that.

@@ -123,7 +123,7 @@ def _unbegun(config: RunConfig, state: TrainingState | None, signal: int) -> Run
 
 @contextmanager
 def _fence(config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None) -> Iterator[Fence]:
-    """The run folder, taken over from whoever else may still write into it. The first process writes."""
+    """Take over the run folder from any other job that may still write into it. The first process writes."""
     if config.engine.resume == "never":
         refuse_existing(config.output_dir)
         accelerator.wait_for_everyone()  # before the first process makes the folder
@@ -147,7 +147,7 @@ def _states(config: RunConfig, fence: Fence) -> StateFolder:
 def _find_state(
     config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, fence: Fence
 ) -> TrainingState | None:
-    """The state to go on from. Every process reads it, and all must have read the same."""
+    """Return the state to resume from. Every process reads it, and all must have read the same."""
     if config.engine.resume == "never":
         return None
     state = _states(config, fence).load()

@@ -54,7 +54,7 @@ class CommunicationTimer:
             choose(every)
 
     def seconds(self) -> float | None:
-        """Of the last step that was timed; None where there is none since the last call."""
+        """Of the last step that was timed; None if no step was timed since the last call."""
         read = getattr(self._model, "_get_ddp_logging_data", None)
         timed: JsonDict = {} if read is None else read()
         total, hidden = timed.get("backward_comm_time"), timed.get("backward_compute_comm_overlap_time")
