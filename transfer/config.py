@@ -187,7 +187,7 @@ class DataConfig(Section):
     aa: str | None = Field(
         "rand-m9-mstd0.5-inc1", description="timm auto-augment policy, 'affine' for digits, or none"
     )
-    color_jitter: float = Field(0.0, ge=0, description="strength of colour jitter when aa is none")
+    color_jitter: float = Field(0.0, ge=0, description="strength of color jitter with aa=none")
     interpolation: Literal["bicubic", "bilinear", "random"] | None = Field(
         None,
         description="of resizing; that of the weights by default, and with random their own in evaluation",

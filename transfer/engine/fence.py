@@ -55,7 +55,7 @@ class Fence:
         holder = self._read()
         if holder is None and not self.folder.is_dir():
             raise FencedError(
-                f"{self.folder} does not exist any more: it was moved or removed; this run writes nothing more"
+                f"{self.folder} is not there any more: it was moved or removed; this run writes nothing more"
             )
         if holder is None and not (self.folder / "config.yaml").exists():
             raise FencedError(f"files of the run in {self.folder} were removed; this run writes nothing more")

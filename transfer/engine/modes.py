@@ -108,8 +108,8 @@ class Mode(ABC):
     def head(self, data: Head, teacher: Pretrained | None, whole: Pretrained | None) -> Head:
         """The student's head: that of the data set where it learns from labels.
 
-        Without labels a head that comes with the weights stays as it is, and a fresh one would stay random, so there
-        is none. `whole` is the model that the student continues, where it is one.
+        Without labels a head that comes with the weights stays as it is. A fresh one would stay random, so the student
+        has no head. `whole` is the model that the student continues, where it is one.
         """
         if self.needs_labels:
             return data

@@ -19,7 +19,7 @@ FREE = (
     "data.data_path", "data.stage", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
     "optim.epochs", "optim.max_steps",
 )  # fmt: skip
-"""Settings that may change when a run goes on: where and how it runs, and how long it is."""
+"""Settings that may change when a run resumes: where and how it runs, and its length."""
 HELD = ("engine.precision",)
 """Of these, what changes the numbers."""
 
