@@ -23,11 +23,12 @@ class TeacherConfig(Section):
     """The frozen model that is copied or distilled."""
 
     source: str | None = Field(
-        None, description="timm name, hf-hub:org/name[@revision], local-dir:path, or a weights file"
+        None, description="timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth"
     )
     revision: str | None = Field(
         None,
-        description="branch, tag or commit on the hub; the commit that was loaded stands in the run's config.yaml",
+        description="branch, tag or commit on the hub; the loaded commit is written to the run's config.yaml, "
+        "and a resumed run loads that commit",
     )
     model: str | None = Field(
         None, description="timm architecture, for a weights file that does not name its own"
@@ -35,18 +36,18 @@ class TeacherConfig(Section):
     model_args: JsonDict = Field({}, description="keyword arguments of the teacher's timm constructor")
     img_size: int | tuple[int, int] | None = Field(
         None,
-        description="image size that the teacher is resampled to and shown; the student's by default",
+        description="image size of the teacher's input, to which it is resampled; the student's by default",
     )
     position_embedding: Literal["timm", "mae"] = Field(
         "timm",
-        description="how position embeddings are resampled: timm's antialiased bicubic, or MAE's plain bicubic",
+        description="method to resample position embeddings: timm's antialiased bicubic, or MAE's plain bicubic",
     )
 
     _check_size = field_validator("img_size")(check_size)
     _check_arguments = field_validator("model_args")(check_arguments)
 
     def image_size(self, student: tuple[int, int]) -> int | tuple[int, int]:
-        """Of the teacher's images: as it is given, else the student's."""
+        """Return the size of the teacher's images: the given size, else the student's."""
         size: int | tuple[int, int] = self.img_size or self.model_args.get("img_size") or student
         return size
 
@@ -56,16 +57,17 @@ class StudentConfig(Section):
 
     model: str = Field(
         "vit_base_patch16_224",
-        description="timm architecture of a fresh student, or a source of a whole one (local-dir:…, hf-hub:…, a file)",
+        description="timm architecture of a fresh student, or the source of an existing one (local-dir:…, "
+        "hf-hub:…, a file)",
     )
     model_args: JsonDict = Field({}, description="keyword arguments of the student's timm constructor")
     plan: str | None = Field(
         None,
-        description="attention of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by default",
+        description="operator of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by default",
     )
     init: str | None = Field(
         None,
-        description="weights to start from, any teacher source; 'teacher' for the teacher's own; fresh by default",
+        description="initial weights: any teacher source, or 'teacher' for the teacher's weights; fresh by default",
     )
     img_size: int | tuple[int, int] | None = Field(
         None, description="input resolution; the architecture's by default"
@@ -93,7 +95,9 @@ class StudentConfig(Section):
 class TransferConfig(Section):
     """What is taken from the teacher, from where, and how hard the student is pulled."""
 
-    method: Annotated[str, OneOf(method_names)] = Field("distill", description="what is copied or distilled")
+    method: Annotated[str, OneOf(method_names)] = Field(
+        "distill", description="what is copied, distilled or matched"
+    )
     layers: str | list[int] | list[tuple[int, int]] = Field(
         "all",
         description="all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5 "
@@ -111,7 +115,7 @@ class TransferConfig(Section):
     task_weight: float = Field(
         1.0,
         ge=0,
-        description="weight of the classification loss; 0 learns from the teacher alone, without labels",
+        description="weight of the classification loss; 0 learns only from the teacher, without labels",
     )
     reduction: Literal["sum", "mean"] = Field(
         "sum",
@@ -138,8 +142,8 @@ class AlignConfig(Section):
 
     match: Literal["output", "map", "probes", "rows"] = Field(
         "output",
-        description="what of a layer is matched with its teacher's: output error, exact map error, its estimate by "
-        "random probes, or cross-entropy of sampled rows",
+        description="loss between a layer and the teacher's: output error, exact map error, its estimate by random "
+        "probes, or cross-entropy of sampled rows",
     )
 
 
@@ -152,11 +156,11 @@ class DataConfig(Section):
     data_path: str | None = Field(None, description="root folder of the data set")
     stage: str | None = Field(
         None,
-        description="folder of a node's own disk that the data set is copied to once a node, as in '$SLURM_TMPDIR', "
-        "which each node replaces by itself",
+        description="folder on a node's local disk to which each node copies the data set once; in '$SLURM_TMPDIR' "
+        "each node uses its own value",
     )
     train_split: str = Field("train", description="split to train on")
-    val_split: str | None = Field("validation", description="split to evaluate on; none for no evaluation")
+    val_split: str | None = Field("validation", description="split to evaluate on; none turns evaluation off")
     download: bool = Field(False, description="let torchvision download the data set")
     image_column: str | None = Field(
         None,
@@ -169,19 +173,19 @@ class DataConfig(Section):
     )
     classes: str | list[str] | None = Field(
         None,
-        description="classes to keep of a larger set: names joined by commas, imagenet-100, or a text file with a "
+        description="classes of a larger set to keep: names joined by commas, imagenet-100, or a text file with a "
         "name a line",
     )
     num_classes: int | None = Field(None, description="number of classes; read from the data set by default")
     train_samples: int | None = Field(
         None, gt=0, description="use only this many training samples, balanced over classes"
     )
-    label_seed: int = Field(0, description="which samples train_samples picks")
-    batch_size: int = Field(32, gt=0, description="images a device in a step")
+    label_seed: int = Field(0, description="seed that chooses the train_samples")
+    batch_size: int = Field(32, gt=0, description="images per device and step")
     eval_batch_size: int | None = Field(
-        None, gt=0, description="images a device in evaluation; batch_size by default"
+        None, gt=0, description="images per device in evaluation; batch_size by default"
     )
-    workers: int = Field(4, ge=0, description="loader processes a device")
+    workers: int = Field(4, ge=0, description="loader processes per device")
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area range of the random resized crop")
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     aa: str | None = Field(
@@ -190,20 +194,20 @@ class DataConfig(Section):
     color_jitter: float = Field(0.0, ge=0, description="strength of color jitter with aa=none")
     interpolation: Literal["bicubic", "bilinear", "random"] | None = Field(
         None,
-        description="of resizing; that of the weights by default, and with random their own in evaluation",
+        description="interpolation of resizing; the weights' own by default, and in evaluation also with random",
     )
     crop_pct: float | None = Field(
-        None, gt=0, le=1, description="share of a side that evaluation sees; that of the weights by default"
+        None, gt=0, le=1, description="share of a side that evaluation keeps; the weights' own by default"
     )
     crop_mode: Literal["center", "squash", "border"] | None = Field(
-        None, description="how evaluation crops, in timm's words; that of the weights by default"
+        None, description="timm's crop mode in evaluation; the weights' own by default"
     )
     reprob: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
     mixup: float = Field(0.0, ge=0, description="mixup alpha")
     cutmix: float = Field(0.0, ge=0, description="cutmix alpha")
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
     max_bad_images: int = Field(
-        100, ge=0, description="unreadable images skipped, with their paths, before the run stops"
+        100, ge=0, description="number of unreadable images to skip, with their paths, before the run stops"
     )
 
     @field_validator("stage")
@@ -230,7 +234,7 @@ class OptimConfig(Section):
 
     epochs: int = Field(100, gt=0, description="passes over the training set")
     max_steps: int | None = Field(None, gt=0, description="stop after this many steps; overrides epochs")
-    opt: str = Field("adamw", description="timm optimiser name")
+    opt: str = Field("adamw", description="timm optimizer name")
     lr: float | None = Field(
         None, ge=0, description="absolute learning rate; blr x effective batch / 256 by default"
     )
@@ -238,70 +242,69 @@ class OptimConfig(Section):
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(5, ge=0, description="linear warm-up from zero")
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of Adam")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="betas of Adam")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it"
     )
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
-    accum_iter: int = Field(1, gt=0, description="batches accumulated before an optimiser step")
+    accum_iter: int = Field(1, gt=0, description="batches accumulated before an optimizer step")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the student's moving average; off by default"
     )
     new_scale: float = Field(
-        1.0, gt=0, description="learning rate factor of the parameters that a conversion brought"
+        1.0, gt=0, description="learning rate factor of the parameters that a conversion added"
     )
     lora: int | None = Field(
         None,
         gt=0,
-        description="rank of LoRA adapters that learn in place of the attention weights; needs peft",
+        description="rank of LoRA adapters that learn instead of the attention weights; needs peft",
     )
     trainable: str = Field(
-        ".*", description="regular expression of the parameters that learn; the head always does"
+        ".*", description="regular expression of the parameters that learn; the head always learns"
     )
 
 
 class EngineConfig(Section):
     """Where and how the loop runs."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of autocast")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of autocast")
     fsdp: bool = Field(False, description="shard the student with FSDP2 instead of replicating it")
-    device: Literal["auto", "cpu"] = Field("auto", description="cpu forces the processor")
+    device: Literal["auto", "cpu"] = Field("auto", description="cpu uses no GPU")
     log_interval: int = Field(
-        20, gt=0, description="optimiser steps between log records; the only device synchronisation"
+        20, gt=0, description="optimizer steps between log records; the only device synchronization"
     )
     eval_every: int = Field(1, gt=0, description="epochs between evaluations")
     metric: Metric = Field(
         "auto",
-        description="what picks the best state; auto is top1 where labels and head go together, else the distance to "
-        "the teacher, or the run's own loss, on the test images",
+        description="metric that chooses the best state; auto is top1 if labels and head match, else the distance to "
+        "the teacher or the run's own loss, on the test images",
     )
     save_every: int | None = Field(
-        None, gt=0, description="optimiser steps between checkpoints; each epoch by default"
+        None, gt=0, description="optimizer steps between states; each epoch by default"
     )
     save_minutes: float | None = Field(
         None,
         gt=0,
-        description="minutes after the last checkpoint at which another is saved, at the next step; besides those of "
-        "save_every or of the epochs",
+        description="also save a state at the next step after this many minutes without one",
     )
     stop_grace: float = Field(
         300.0,
         gt=0,
-        description="seconds after a stop signal in which no step and no batch of an evaluation ends, at which the "
-        "process ends without a save",
+        description="after a stop signal, end without a save if no step and no evaluation batch ends within this "
+        "many seconds",
     )
     evaluate_start: bool = Field(
         False,
-        description="evaluate the student before its first step, too: what a conversion costs by itself",
+        description="also evaluate the student before its first step: the accuracy after conversion alone",
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues the run in output_dir if it holds one"
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="where curves go"
+        ("tensorboard",), description="trackers that record curves"
     )
     evaluate_teacher: bool = Field(
-        True, description="report the teacher's accuracy at the start when it has a head"
+        True, description="report the teacher's accuracy at the start if it has a head"
     )
     progress: bool = Field(True, description="draw a progress bar on a terminal")
 
@@ -313,7 +316,7 @@ class PretrainConfig(Section):
     decoder_dim: int = Field(512, gt=0)
     decoder_depth: int = Field(8, gt=0)
     decoder_heads: int = Field(16, gt=0)
-    norm_pixels: bool = Field(True, description="normalise each target patch")
+    norm_pixels: bool = Field(True, description="normalize each target patch")
 
 
 class RunConfig(Section):
