@@ -173,8 +173,8 @@ class DataConfig(Section):
     )
     classes: str | list[str] | None = Field(
         None,
-        description="classes of a larger set to keep: names joined by commas, imagenet-100, or a text file with a "
-        "name a line",
+        description="classes of a larger set to keep: names joined by commas, imagenet-100, or a text file with one "
+        "name per line",
     )
     num_classes: int | None = Field(None, description="number of classes; read from the data set by default")
     train_samples: int | None = Field(
