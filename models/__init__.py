@@ -1,4 +1,4 @@
-"""What a model is: the supported families, attention operators, and the host that wears one."""
+"""Models: the supported families, attention operators, and the host that runs an operator."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Calibration: each operator starts near the teacher's layer, from what that layer sees on a batch of images."""
+"""Calibration: fit each new operator to the output of its teacher layer on a batch of images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def calibrate(operator: AttentionOperator, heads: Heads, target_BHND: Tensor) -> tuple[float, float]:
     """Calibrate an operator and return its relative output error ‖out − target‖ / ‖target‖ before and after.
 
-    An operator that this would take further from the target keeps the parameters that it had.
+    If calibration increases the error, restore the parameters.
     """
     start, before = copy.deepcopy(operator.state_dict()), _error(operator, heads, target_BHND)
     operator.calibrate(heads, target_BHND)
@@ -35,9 +35,9 @@ def calibrate(operator: AttentionOperator, heads: Heads, target_BHND: Tensor) ->
 
 
 def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention], images: Tensor) -> None:
-    """Calibrate converted `layers` by their number; `teacher` is the softmax model, `images` (B, 3, H, W).
+    """Calibrate the converted `layers` (by number) on `images` (B, 3, H, W); `teacher` is the softmax model.
 
-    Raises UnsupportedModelError: the images are of another size than the teacher's.
+    Raises UnsupportedModelError: the size of the images is not the teacher's.
     """
     originals = {index: attention_blocks(teacher)[index].attn for index in layers}
     hooks = [
@@ -48,7 +48,7 @@ def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention
     try:
         with torch.no_grad(), evaluating(teacher, *layers.values()):
             vit(teacher).forward_features(images.to(like))
-    except AssertionError as error:  # of timm's patch embedding
+    except AssertionError as error:  # raised by timm's patch embedding
         size = "x".join(map(str, images.shape[-2:]))
         raise UnsupportedModelError(f"calibration images of {size} do not fit the model: {error}") from error
     finally:
@@ -57,7 +57,7 @@ def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention
 
 
 def _calibrate_layer(layer: ConvertedAttention, original: nn.Module, given: Given) -> None:
-    """Calibrate a layer on what the teacher's layer of the same depth is given."""
+    """Calibrate a layer on the input of the teacher's layer of the same depth."""
     target = Softmax()(AttentionHost(original).project(*given))
     layer.calibration = calibrate(layer.operator, layer.project(*given), target)
 

@@ -23,6 +23,6 @@ FASTER_FROM: dict[str, int] = {
     "monarch": 576,
     "uniform": 64,
 }
-"""By name: from so many patch tokens on the operator, with its default options, claims to be faster than
-`scaled_dot_product_attention` on a CPU (forward, float32, heads of width 64). An operator that is not here claims
-nothing. What was measured is in docs/efficiency.md; a test measures the claims at 4,096 tokens."""
+"""The number of patch tokens from which an operator with default options claims to be faster than
+`scaled_dot_product_attention` on a CPU (forward, float32, heads of width 64). An operator that is not listed makes no
+claim. docs/efficiency.md has the measurements; a test measures the claims at 4,096 tokens."""

@@ -1,6 +1,6 @@
-"""Conversion: a vision transformer with other attention operators, layer by layer.
+"""Conversion: replace the attention operators of a vision transformer, layer by layer.
 
-A converted model is known to timm as `graftvit_converted` with the arguments `architecture` and `plan`, so
+A converted model is the timm model `graftvit_converted` with the arguments `architecture` and `plan`, so
 `timm.create_model` and saved folders rebuild it wherever this package is imported.
 """
 
@@ -16,7 +16,7 @@ import timm
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
-from . import small  # noqa: F401  timm knows the small models from here on, as it knows converted ones
+from . import small  # noqa: F401  registers the small models with timm
 from .attention.base import AttentionOperator, Geometry, LayerShape, Traits
 from .calibration import calibrate_layers
 from .errors import UnsupportedModelError
@@ -41,8 +41,8 @@ ARCHITECTURE = "graftvit_converted"
 
 
 class TokenGrid:
-    """The geometry that all layers of a model share; a hook that reads it off the patches of each batch where the
-    image size is free. `plan_size` is the image size (height, width) that the operators were made for."""
+    """The geometry that all layers of a model share. As a hook it reads the geometry from the patches of each batch,
+    for models of any image size. `plan_size` is the image size (height, width) that the operators were created for."""
 
     def __init__(self, model: nn.Module, geometry: Geometry, plan_size: tuple[int, int] | None) -> None:
         self.model = model
@@ -75,7 +75,7 @@ class GridMoment:
 
 
 class ConvertedAttention(AttentionHost):
-    """A host that stays: its operator is part of the model, and so are the operator's parameters."""
+    """A permanent host: its operator and the operator's parameters are part of the model."""
 
     permanent = True
     operator: AttentionOperator
@@ -101,18 +101,18 @@ def convert(
     weights: KeptWeights = "all",
     calibration: Tensor | None = None,
 ) -> nn.Module:
-    """A copy of `model` whose layers have the operators of `plan` (`models/layer_plan.py`).
+    """Return a copy of `model` whose layers have the operators of `plan` (`models/layer_plan.py`).
 
-    A layer that is converted already is converted again, from its original attention layer.
+    A converted layer is converted again from its original attention layer.
 
     Args:
         weights: "all" keeps every weight; "mlp" initializes the attention of converted layers again, as timm does for
             the family; "none" initializes every weight again.
-        calibration: images (B, 3, H, W), normalized for the model. Each operator that can be calibrated starts near
-            the output of its layer in `model` on these images, and never further away than without them.
+        calibration: images (B, 3, H, W), normalized for the model. Operators that can be calibrated are fitted to the
+            output of their layer in `model` on these images, unless this increases the error.
 
     Raises:
-        UnsupportedModelError: no adapter covers the model, or an operator cannot stand in for a layer.
+        UnsupportedModelError: the model is not supported, or an operator cannot replace a layer.
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
     student = _softmax_only(copy.deepcopy(model))
@@ -142,7 +142,7 @@ def convert(
 
 
 def _softmax_only(model: nn.Module) -> nn.Module:
-    """`model`, changed in place, with the original layers in place of the converted ones."""
+    """Put the original layers back into `model` in place of converted ones, and return it."""
     for block in attention_blocks(model):
         layer = getattr(block, "attn", None)
         if isinstance(layer, ConvertedAttention):
@@ -154,26 +154,26 @@ def _softmax_only(model: nn.Module) -> nn.Module:
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy whose modules are its own and whose tensors are those of `model`."""
+    """Copy the modules of `model`, but share its tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
-    """The converted layers by their number."""
+    """Return the converted layers by number."""
     layers = enumerate(getattr(block, "attn", None) for block in attention_blocks(model))
     return {index: layer for index, layer in layers if isinstance(layer, ConvertedAttention)}
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the conversion added: the operators' own."""
+    """Return the parameters that the conversion added: those of the operators."""
     return [
         parameter for layer in converted_layers(model).values() for parameter in layer.operator.parameters()
     ]
 
 
 def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """Multiply-adds of attention for one image: in a softmax layer, and in each converted layer by its number."""
+    """Return the multiply-adds of attention for one image: of a softmax layer, and of converted layers by number."""
     geometry, layer = token_layout(model).geometry, attention_shape(model)
     shape = LayerShape(layer.num_heads, layer.head_dim, geometry)
     softmax = create_operator(Choice(KEEP), shape).macs(geometry)
@@ -183,10 +183,10 @@ def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     """Change the image size (height, width) of a model in place, converted or not.
 
-    timm resamples the position embeddings; operators resample the parameters that are tied to the grid. Operators
-    keep the sizes of their conversion: a window stays as wide as it was.
+    timm resamples the position embeddings; operators resample the parameters that are tied to the grid, and keep their
+    sizes, such as the width of a window.
 
-    Raises UnsupportedModelError: the family has one size alone, or the patches do not fit.
+    Raises UnsupportedModelError: the family has a fixed size, or the patches do not fit.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
     patch = patch_size(model)
@@ -206,20 +206,20 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
 
 
 def plan_size(model: nn.Module) -> tuple[int, int] | None:
-    """The image size (height, width) that the operators were made for, None where it is the model's own."""
+    """Return the image size (height, width) that the operators were created for; None if it is the model's own."""
     sizes = {layer.tokens.plan_size for layer in converted_layers(model).values()} - {image_size(model)}
     return sizes.pop() if sizes else None
 
 
 def plan_of(model: nn.Module) -> str | None:
-    """The plan of a converted model, None for one that is timm's own."""
+    """Return the layer plan of a converted model; None for other models."""
     layers = [getattr(block, "attn", None) for block in attention_blocks(model)]
     choices = [layer.choice if isinstance(layer, ConvertedAttention) else Choice(KEEP) for layer in layers]
     return plan_text(tuple(choices)) if any(choice.operator != KEEP for choice in choices) else None
 
 
 def with_plan(architecture: str, arguments: Json, plan: str) -> tuple[str, JsonDict]:
-    """Name and arguments with which timm builds `architecture` converted by `plan`, in place of an older plan."""
+    """Return timm's name and arguments for `architecture` converted by `plan`, which replaces an older plan."""
     given = {key: value for key, value in arguments.items() if key != "plan_size"}
     if architecture == ARCHITECTURE:
         architecture = given.pop("architecture")
@@ -227,7 +227,7 @@ def with_plan(architecture: str, arguments: Json, plan: str) -> tuple[str, JsonD
 
 
 def _check_layer(model: nn.Module, attention: Any, traits: Traits, choice: Choice, index: int) -> None:
-    """UnsupportedModelError where a layer has what the operator has no place for."""
+    """Raise UnsupportedModelError if a layer has a part that the operator does not support."""
     keep = f"keep it ('{index}: softmax')"
     has_bias = (
         getattr(attention, "relative_position_bias_table", None) is not None
@@ -260,9 +260,9 @@ def graftvit_converted(
     cache_dir: str | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The timm model `architecture` converted by `plan`; `pretrained` loads what its `pretrained_cfg` names.
+    """Create the timm model `architecture` converted by `plan`; `pretrained` loads the weights of its `pretrained_cfg`.
 
-    With a `plan_size` it is made at that image size, and resized to its own.
+    With `plan_size`, create it at that image size, then resize it to its own.
     """
     made_at = arguments if plan_size is None else {**arguments, "img_size": tuple(plan_size)}
     model = convert(timm.create_model(architecture, pretrained=False, **made_at), plan)

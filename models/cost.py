@@ -14,10 +14,10 @@ from .families import attention_blocks, token_layout, vit
 
 
 def dense_macs(model: nn.Module) -> int:
-    """Multiply-adds of one image in the patch embedding, the linear layers of the blocks, and the classifier.
+    """Return the multiply-adds of one image in the patch embedding, the blocks' linear layers and the classifier.
 
-    With those of the attention maps (`conversion.layer_macs`) these are all of a model but norms and activations,
-    and an attention pool where it has one. Projections that a copied layer takes from its teacher are not among them.
+    Together with the attention maps (`conversion.layer_macs`) this is the whole model except norms, activations and an
+    attention pool. Projections that a copied layer takes from its teacher are not counted.
     """
     geometry = token_layout(model).geometry
     tokens, patches = geometry.num_tokens, geometry.num_patches
@@ -32,7 +32,7 @@ def dense_macs(model: nn.Module) -> int:
 
 
 def copied_macs(model: nn.Module) -> tuple[int, int]:
-    """Multiply-adds of one image in a student that copies attention, and in the part of its teacher."""
+    """Return the multiply-adds of one image in a student that copies attention, and in the part of its teacher."""
     teacher: nn.Module = vit(model).teacher.model
     width = _head_dim(attention_blocks(teacher)[0].attn)
     student = dense_macs(model) + sum(_map_macs(model, block, width) for block in attention_blocks(model))
@@ -41,13 +41,13 @@ def copied_macs(model: nn.Module) -> tuple[int, int]:
 
 
 def copied_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of parameters of a student that copies attention, and of the part of its teacher."""
+    """Return the numbers of parameters of a student that copies attention, and of the part of its teacher."""
     teacher = sum(parameter.numel() for parameter in vit(model).teacher.parameters())
     return sum(parameter.numel() for parameter in model.parameters()) - teacher, teacher
 
 
 def _map_macs(model: nn.Module, block: nn.Module, teacher_width: int) -> int:
-    """Multiply-adds of softmax attention: 2 N² D a head, whichever model computes the queries and keys."""
+    """Return the multiply-adds of softmax attention, 2 N² D per head, whichever model computes queries and keys."""
     attention: Any = block.attn
     tokens, own_width = token_layout(model).num_tokens, _head_dim(attention)
     own = 2 * tokens**2 * own_width * int(attention.num_heads)
@@ -66,7 +66,7 @@ def _head_dim(attention: Any) -> int:
 
 
 def _unused(block: nn.Module) -> int:
-    """Weights of the projections that a copied layer, or the last layer of a teacher's part, does not compute."""
+    """Count the projection weights that a copied layer, or the last layer of a teacher's part, does not use."""
     attention: Any = block.attn
     if isinstance(attention, CopiedAttention):
         needs = attention.operator.taught_needs
@@ -80,6 +80,6 @@ def _unused(block: nn.Module) -> int:
 
 
 def _linear(module: nn.Module | None) -> list[nn.Linear]:
-    """The linear layers of the original model; those of an operator count as its own."""
+    """Return the linear layers of the original model, without those of operators."""
     modules = [] if module is None else module.named_modules()
     return [each for name, each in modules if isinstance(each, nn.Linear) and ".operator." not in f".{name}."]

@@ -1,4 +1,4 @@
-"""The errors that GraftViT raises for a user's mistake: one sentence with the flag, the value and the valid ones."""
+"""The errors for a user's mistake: one sentence with the flag, its value and the valid values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import difflib
 from collections.abc import Iterable
 
 LONGEST = 2_000
-"""Characters of a sentence."""
+"""Maximum length of a sentence in characters."""
 LONGEST_WORD = 300
-"""Characters of a name or a path in it."""
+"""Maximum length of a name or path in it."""
 ENDS = 120
-"""Characters of a longer one that are shown at each end."""
+"""Characters shown at each end of a longer name."""
 
 
 def escaped(text: str) -> str:
-    """`text` with an escape in place of each character that could steer a terminal; lines and tabs stay."""
+    """Escape the characters of `text` that could control a terminal; keep newlines and tabs."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
         for char in text
@@ -22,10 +22,7 @@ def escaped(text: str) -> str:
 
 
 def one_sentence(text: str, longest: int = LONGEST) -> str:
-    """`text` as it may be shown: one line, nothing that steers a terminal, what is too long without its middle.
-
-    A sentence that is fit already stays as it is.
-    """
+    """Make `text` safe to show: join its lines, escape control characters, cut the middle if it is too long."""
     lines = (line.strip() for line in text.replace("\t", " ").splitlines())
     words = " ".join(_shortened(escaped(word)) for word in " ".join(filter(None, lines)).split(" "))
     if len(words) <= longest:
@@ -51,7 +48,7 @@ class GraftError(Exception):
 
 
 class UnsupportedModelError(GraftError):
-    """A model, block or attention layer that no adapter covers."""
+    """A model, block or attention layer that is not supported."""
 
 
 class CheckpointError(GraftError):
@@ -59,11 +56,11 @@ class CheckpointError(GraftError):
 
 
 class TransferError(GraftError):
-    """A teacher, a student and a transfer method that do not go together."""
+    """A teacher, a student and a transfer method that cannot be combined."""
 
 
 class ConfigError(GraftError):
-    """A configuration key or value that is not valid."""
+    """An invalid configuration key or value."""
 
 
 class DataError(GraftError):
@@ -71,13 +68,13 @@ class DataError(GraftError):
 
 
 class RunFailedError(GraftError):
-    """A run that could not go on (non-finite loss, full disk); what was saved before is intact."""
+    """A run that could not continue (non-finite loss, full disk). States saved before are intact."""
 
     exit_code = 1
 
 
 def counted(count: int, thing: str) -> str:
-    """`1 batch`, `2 batches`."""
+    """Return a count with its noun: `1 batch`, `2 batches`."""
     return (
         f"{count} {thing}"
         if count == 1
@@ -86,7 +83,7 @@ def counted(count: int, thing: str) -> str:
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A hint for an unknown `name`: the nearest valid one, then all the valid ones."""
+    """Return a hint for an unknown `name`: the nearest valid name, then all valid names."""
     names = sorted(valid)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""

@@ -1,4 +1,4 @@
-"""Which timm models can be a teacher or a student, and their attention in plain numbers."""
+"""The supported timm models, and the sizes of their attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SUPPORTED = (
 
 
 class Block(nn.Module):
-    """What is read of a transformer block of timm: a type for attributes that `nn.Module` does not declare."""
+    """The attributes of timm's transformer blocks that we read: a type, because `nn.Module` does not declare them."""
 
     attn: Any
     """timm's attention layer, or the host that replaces it."""
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """What is read of a vision transformer of timm: a type, as `Block`, of which no model is made."""
+    """The attributes of timm's vision transformers that we read: a type like `Block`, never instantiated."""
 
     patch_embed: Any
     pos_embed: nn.Parameter | None
@@ -54,19 +54,19 @@ class ViT(nn.Module):
     set_grad_checkpointing: Callable[[bool], None]
     set_input_size: Callable[..., None]
     teacher: Any
-    """The part of its teacher that a copying student runs with; `teacher_input` and `copied` are beside it."""
+    """The part of the teacher in a student that copies attention, which also has `teacher_input` and `copied`."""
     teacher_input: Any
     copied: Any
 
 
 def vit(model: nn.Module) -> ViT:
-    """The same model with the attributes of timm's vision transformers declared."""
+    """Return the same model, typed with the attributes of timm's vision transformers."""
     return cast(ViT, model)
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode while inside; then restore the mode of each module."""
+    """Put models into eval mode inside the block; then restore the mode of each module."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:
@@ -79,7 +79,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What each token of the sequence is: prefix tokens by kind, then the patch grid, row by row."""
+    """The tokens of a sequence: prefix tokens by kind, then the patch grid, row by row."""
 
     prefix: tuple[str, ...]
     grid: tuple[int, int]
@@ -94,7 +94,7 @@ class TokenLayout:
 
     @property
     def geometry(self) -> Geometry:
-        """The same sequence, without the kinds of its prefix tokens."""
+        """Return the layout without the kinds of prefix tokens."""
         return Geometry(self.num_prefix, self.grid)
 
 
@@ -114,10 +114,10 @@ def is_supported(model: nn.Module) -> bool:
 
 
 def check_supported(model: nn.Module, *, copied: bool = False) -> None:
-    """Raise `UnsupportedModelError` where the model or any block of it is of a kind that no adapter covers.
+    """Raise `UnsupportedModelError` if the model or one of its blocks is not supported.
 
     A model that copies its teacher's attention is supported only with `copied`: it has no attention of its own to
-    convert, to teach or to learn from.
+    convert or to teach.
     """
     name = type(model).__name__
     if not copied and hasattr(model, "copied"):
@@ -144,36 +144,36 @@ def check_supported(model: nn.Module, *, copied: bool = False) -> None:
 
 
 def attention_blocks(model: nn.Module) -> list[Block]:
-    """The transformer blocks, first to last; none for a model without."""
+    """Return the transformer blocks in order; an empty list for a model without blocks."""
     own = model._modules.get("blocks")  # not what `replay.py` puts before it for one forward pass
     return list(getattr(model, "blocks", ()) if own is None else cast(Iterable[Block], own))
 
 
 def classifier_of(model: nn.Module) -> nn.Module | None:
-    """The layer that classifies, None for a model without."""
+    """Return the classifier layer, or None."""
     found = vit(model).get_classifier() if hasattr(model, "get_classifier") else None
     return found if isinstance(found, nn.Module) else None
 
 
 def image_size(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the images that a model was built for; None where it does not say."""
+    """Return the height and width of the images that a model was built for; None if unknown."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return None if size is None else (int(size[0]), int(size[1]))
 
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of a patch; one pixel where the model does not say."""
+    """Return the height and width of a patch; one pixel if unknown."""
     size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
     return int(size[0]), int(size[1])
 
 
 def image_channels(model: nn.Module) -> int:
-    """Channels of the images that a model takes."""
+    """Return the channels of the images that a model takes."""
     return int(vit(model).patch_embed.proj.in_channels)
 
 
 def has_relative_bias(model: nn.Module) -> bool:
-    """Whether the model adds a relative position bias to its attention logits, tied to its grid."""
+    """Return whether the model adds a relative position bias, tied to its grid, to its attention logits."""
     return getattr(model, "rel_pos_bias", None) is not None or any(
         getattr(getattr(block, "attn", None), "relative_position_bias_table", None) is not None
         for block in attention_blocks(model)
@@ -181,9 +181,9 @@ def has_relative_bias(model: nn.Module) -> bool:
 
 
 def token_layout(model: nn.Module) -> TokenLayout:
-    """The tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width).
+    """Return the tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width).
 
-    The grid is for the image size of the model; with `dynamic_img_size` other sizes have other grids.
+    The grid is that of the model's image size; with `dynamic_img_size`, other sizes have other grids.
     """
     registers = getattr(model, "reg_token", None)
     prefix = ["cls"] if vit(model).cls_token is not None else []
@@ -193,22 +193,22 @@ def token_layout(model: nn.Module) -> TokenLayout:
     size = image_size(model)
     if size is None:
         raise UnsupportedModelError(
-            f"this {type(model).__name__} was built without an image size, and nothing says how many patches it has: "
+            f"this {type(model).__name__} was built without an image size, so its number of patches is unknown: "
             "build it with img_size"
         )
     return TokenLayout(tuple(prefix), patch_grid(vit(model).patch_embed, size))
 
 
 def patch_grid(embedding: Any, images: tuple[int, int]) -> tuple[int, int]:
-    """The patches (down, across) of images of a size (height, width). Pixels left over are dropped or padded."""
+    """Return the patches (rows, columns) of images (height, width). Remaining pixels are dropped or padded."""
     height, width = embedding.dynamic_feat_size(images)
     return int(height), int(width)
 
 
 def fills(embedding: Any, images: tuple[int, int]) -> bool:
-    """Whether patches fill images of this size (height, width), as an embedding that takes any size needs it.
+    """Return whether whole patches fill images of this size (height, width).
 
-    An embedding that pads takes every size. One of a single size takes its own and ignores pixels beyond the patches.
+    An embedding that pads takes every size. One of a fixed size takes only its own, and ignores remaining pixels.
     """
     if getattr(embedding, "strict_img_size", True) or getattr(embedding, "dynamic_img_pad", True):
         return True
@@ -217,18 +217,18 @@ def fills(embedding: Any, images: tuple[int, int]) -> bool:
 
 
 def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None:
-    """UnsupportedModelError where a model that takes any image size cannot take this one, by default its own."""
+    """Raise UnsupportedModelError if a model of any image size cannot take `size` (default: its own)."""
     size = image_size(model) if size is None else size
     if size is not None and not fills(getattr(model, "patch_embed", None), size):
         patch = patch_size(model)
         raise UnsupportedModelError(
-            f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, as a model with "
-            "dynamic_img_size needs them: give another img_size"
+            f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, which a model with "
+            "dynamic_img_size needs: give another img_size"
         )
 
 
 def attention_shape(model: nn.Module) -> AttentionShape:
-    """Depth, heads, head width and model width, read from the first block (all blocks of a model are alike)."""
+    """Return depth, heads, head width and model width, read from the first block (all blocks are alike)."""
     blocks = attention_blocks(model)
     attention = blocks[0].attn
     width = attention.proj.in_features

@@ -2,8 +2,8 @@
 
 A host shares the parameters, buffers and submodules of the timm attention that it replaces, under the same
 names, so state dicts do not change. It projects tokens to queries, keys and values (with the layer's own norms
-and rotary embedding), hands them to an *operator*, and projects what comes back. With `softmax` as its operator
-it computes what timm computes, bit for bit.
+and rotary embedding), calls an *operator*, and projects its output. With the operator `softmax` it computes
+the same as timm, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .families import attention_blocks, check_supported
 from .json_types import JsonDict
 
 Given = tuple[Tensor, Tensor | None, Tensor | None]
-"""What an attention layer is given: tokens (B, N, C), rotary embedding, shared relative position bias."""
+"""The input of an attention layer: tokens (B, N, C), rotary embedding, shared relative position bias."""
 
 
 def observe(layer: nn.Module, see: Callable[[Given], None]) -> RemovableHandle:
-    """Call `see` with what an attention layer of timm, or a host, is given, before the layer runs."""
+    """Call `see` with the input of an attention layer (timm's or a host) before it runs."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
         see(_given(*inputs, **keywords))
@@ -47,12 +47,12 @@ def _given(
 
 
 class AttentionHost(nn.Module):
-    """A timm attention layer around any operator; `original` is the layer that it replaces."""
+    """A timm attention layer with any operator; `original` is the layer that it replaces."""
 
     permanent = False
-    """Whether the model is saved with its host, and not with the original layer."""
+    """Whether a saved model keeps the host instead of the original layer."""
     geometry: Geometry | None = None
-    """The tokens of the sequence, where an operator may need them."""
+    """The tokens of the sequence, for operators that need the grid."""
 
     def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class AttentionHost(nn.Module):
         is_causal: bool = False,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
-        """Attention over tokens (B, N, C). Masks are refused: a plain image transformer has none."""
+        """Attend over tokens (B, N, C). Refuse masks, which a plain image transformer does not have."""
         if attn_mask is not None or is_causal:
             raise UnsupportedModelError(
                 "attn_mask and is_causal are not supported by a hosted attention layer"
@@ -93,7 +93,7 @@ class AttentionHost(nn.Module):
     def project(
         self, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None
     ) -> Heads:
-        """The projections that the operator needs; the others are not computed."""
+        """Compute the projections that the operator needs, and no others."""
         needs = [part for part in QKV if part in self.operator.needs]
         projected = dict(zip(needs, self._projections(x, needs), strict=True))
         heads = {part: self._position(part, tensor, rope) for part, tensor in projected.items()}
@@ -109,7 +109,7 @@ class AttentionHost(nn.Module):
         )
 
     def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
-        """Join the heads and project them back, with the layer's norm and gate where it has them."""
+        """Join the heads and project them back, with the layer's norm and gate if it has them."""
         out = out_BHND.transpose(1, 2).flatten(2)
         out = self._child("norm", out)
         gate: Any = self._modules.get("gate")
@@ -118,7 +118,7 @@ class AttentionHost(nn.Module):
         return self._child("proj_drop", self._child("proj", out))
 
     def _projections(self, x: Tensor, needs: list[str]) -> list[Tensor]:
-        """(B, H, N, D) for each part that is needed, before norms and rotary embedding."""
+        """Return (B, H, N, D) for each part in `needs`, before norms and rotary embedding."""
         fused: Any = self._modules.get("qkv")
         if fused is None:
             return [self._separate(x, part) for part in needs]
@@ -135,14 +135,14 @@ class AttentionHost(nn.Module):
         return projected.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
     def _rows(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
-        """Parts `start` to `stop` of q, k and v, by those rows of the fused weight alone."""
+        """Compute parts `start` to `stop` of q, k and v from only those rows of the fused weight."""
         fused: Any = self.qkv
         width = fused.out_features // 3
         return self._split(self._fused(x, slice(start * width, stop * width)), stop - start)
 
     def _fused(self, x: Tensor, rows: slice) -> Tensor:
         fused: Any = self.qkv
-        if self._parameters.get("q_bias") is not None:  # BEiT and EVA keep two biases and a zero between them
+        if self._parameters.get("q_bias") is not None:  # BEiT and EVA have biases of q and v, and zeros for k
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))[rows]  # type: ignore[arg-type]
             if self.separate_bias:
                 return F.linear(x, fused.weight[rows]) + bias
@@ -156,7 +156,7 @@ class AttentionHost(nn.Module):
         return list(x.reshape(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0))
 
     def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
-        """Per-head norm and rotary embedding of q and k; grouped keys and values are repeated for their heads."""
+        """Apply per-head norm and rotary embedding to q and k; repeat grouped keys and values for their heads."""
         dtype = x_BHND.dtype
         if part != "v":
             x_BHND = self._child(f"{part}_norm", x_BHND)
@@ -183,7 +183,7 @@ class AttentionHost(nn.Module):
 
 
 def host_attention(model: nn.Module) -> list[AttentionHost]:
-    """Put a host in place of every attention layer of `model`; layers already hosted keep their host."""
+    """Replace every attention layer of `model` by a host; layers that have a host keep it."""
     check_supported(release_attention(model))
     hosts = []
     for block in attention_blocks(model):
@@ -194,7 +194,7 @@ def host_attention(model: nn.Module) -> list[AttentionHost]:
 
 
 def release_attention(model: nn.Module) -> nn.Module:
-    """Put timm's own attention layers back in place of their hosts (not of converted ones); returns the model."""
+    """Replace the hosts by timm's attention layers, except in converted layers, and return the model."""
     for block in attention_blocks(model):
         host = getattr(block, "attn", None)
         if isinstance(host, AttentionHost) and not host.permanent:

@@ -1,4 +1,4 @@
-"""Which weights a converted model starts from: the teacher's, the teacher's but for attention, or none of them."""
+"""The weights that a converted model starts from: all, all but attention, or none of the teacher's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WEIGHTS: dict[str, str] = {
 
 
 def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
-    """Keep the weights of `model` that `weights` says, and let timm draw the rest; `layers` are the converted ones.
+    """Keep the weights of `model` selected by `weights`, initialize the rest; `layers` are the converted layers.
 
-    Raises ConfigError: there is no such choice of weights.
+    Raises ConfigError: `weights` is not one of WEIGHTS.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r}; {did_you_mean(str(weights), WEIGHTS)}")
@@ -35,7 +35,7 @@ def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
 
 
 def _fresh(model: nn.Module) -> nn.Module:
-    """A copy as timm first draws it, with the family's own scales."""
+    """Return a copy that timm has initialized with the family's own scales."""
     fresh = copy.deepcopy(model)
     vit(fresh).init_weights()
     return fresh

@@ -1,4 +1,4 @@
-"""Values by name: what JSON, YAML and keyword arguments of timm hold. Whoever reads one checks what it needs."""
+"""Types of JSON, YAML and keyword arguments: values by name. The code that reads them checks their types."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 Json: TypeAlias = Mapping[str, Any]
-"""One that is read."""
+"""A mapping that is only read."""
 JsonDict: TypeAlias = dict[str, Any]
-"""One that is made, or changed."""
+"""A mapping that is created or changed."""

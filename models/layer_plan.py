@@ -1,9 +1,9 @@
-"""Conversion plans: which attention operator each layer gets.
+"""Layer plans: the attention operator of each layer.
 
-`"*: linear; 9-11: softmax"` gives every layer linear attention and the last three of twelve their own softmax back.
-Before the colon stand `*`, layers and ranges (`0,2,9-11`), negative ones counted from the end (`-1`); behind it the
-operator, with its options in parentheses (`linear(feature=relu)`). `keep` is `softmax`. Where several entries name
-a layer, the last one holds; a layer that none names is kept.
+`"*: linear; 9-11: softmax"` gives every layer linear attention, but the last three of twelve keep softmax.
+Before the colon: `*`, layers and ranges (`0,2,9-11`); negative numbers count from the end (`-1`). After the colon: the
+operator, with options in parentheses (`linear(feature=relu)`). `keep` means `softmax`. If several entries name a
+layer, the last one applies; a layer in no entry keeps softmax.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEEP = "softmax"
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
 MAX_VALUE = 200
-"""Characters of an option's value."""
+"""Maximum length of an option's value."""
 SYNTAX = "write e.g. '*: linear; 9-11: softmax'"
 
 
@@ -40,9 +40,9 @@ class Choice:
 
 
 def parse_plan(plan: str | Mapping[Any, str], depth: int) -> tuple[Choice, ...]:
-    """The choice of each of `depth` layers, from text or from a mapping of layers to operators.
+    """Return the choice of each of `depth` layers, from text or from a mapping of layers to operators.
 
-    Raises ConfigError naming the entry: a layer that is not there, or text that is no plan.
+    Raises ConfigError that names the entry: the layer does not exist, or the text is invalid.
     """
     entries = plan.items() if isinstance(plan, Mapping) else _entries(plan)
     choices = [Choice(KEEP)] * depth
@@ -54,7 +54,7 @@ def parse_plan(plan: str | Mapping[Any, str], depth: int) -> tuple[Choice, ...]:
 
 
 def plan_text(choices: tuple[Choice, ...]) -> str:
-    """The shortest plan that gives these choices: one entry for each run of equal layers."""
+    """Return the shortest plan for these choices: one entry for each run of equal layers."""
     entries, start = [], 0
     for choice, run in itertools.groupby(choices):
         length = len(list(run))
@@ -77,7 +77,7 @@ def _entries(text: str) -> list[tuple[str, str]]:
 
 
 def layer_numbers(text: str, depth: int, what: str = "plan") -> list[int]:
-    """The layers that `0,2,9-11`, `-1` or `*` mean; `what` names the setting in a ConfigError."""
+    """Return the layer numbers of `0,2,9-11`, `-1` or `*`. A ConfigError calls the setting `what`."""
     if text.strip() == "*":
         return list(range(depth))
     layers: list[int] = []
@@ -85,7 +85,7 @@ def layer_numbers(text: str, depth: int, what: str = "plan") -> list[int]:
         found = LAYERS.fullmatch(part.strip())
         if found is None:
             raise ConfigError(
-                f"{what}: {part.strip()!r} is no layer; write *, 3, 9-11, -1 or several with commas"
+                f"{what}: {part.strip()!r} is not a layer; write *, 3, 9-11, -1 or several with commas"
             )
         first, last = (_layer(number, depth, what) for number in (found[1], found[2] or found[1]))
         if last < first:
@@ -104,7 +104,7 @@ def _layer(number: str, depth: int, what: str) -> int:
 def _choice(text: str) -> Choice:
     found = CHOICE.fullmatch(text.strip())
     if found is None:
-        raise ConfigError(f"plan: {text.strip()!r} is no operator; {SYNTAX}, or linear(feature=relu)")
+        raise ConfigError(f"plan: {text.strip()!r} is not an operator; {SYNTAX}, or linear(feature=relu)")
     options = dict(_option(entry) for entry in (found[2] or "").split(",") if entry.strip())
     return Choice(KEEP if found[1] == "keep" else found[1], options)
 
@@ -112,7 +112,7 @@ def _choice(text: str) -> Choice:
 def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier():
-        raise ConfigError(f"plan: {text.strip()!r} is no option; write name=value")
+        raise ConfigError(f"plan: {text.strip()!r} is not an option; write name=value")
     try:
         scalar = parse_yaml(value) if len(value) <= MAX_VALUE else None
     except YamlError:

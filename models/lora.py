@@ -1,7 +1,7 @@
-"""LoRA on attention projections (arXiv 2106.09685): low-rank updates learn in place of the weights, then join them.
+"""LoRA on attention projections (arXiv 2106.09685): train low-rank updates instead of the weights, then merge them.
 
-W is replaced by W + 2 B A with A (rank, in) and B (out, rank), B = 0 at the start; the factor is alpha / rank with
-alpha = 2 rank, as LoLCATs has it (arXiv 2410.10254: rank 8, alpha 16).
+W becomes W + 2 B A with A (rank, in) and B (out, rank), B = 0 at the start. The factor is alpha / rank with
+alpha = 2 rank, as in LoLCATs (arXiv 2410.10254: rank 8, alpha 16).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weig
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Put adapters on every attention projection of `model`, in place. Adapters, head and what a conversion brought
-    learn; all else is frozen.
+    """Add adapters to every attention projection of `model`, in place, and freeze all parameters but the adapters, the
+    head and the operators of converted layers.
 
-    Raises ConfigError: peft is not installed; UnsupportedModelError: a layer keeps its biases apart from its weight.
+    Raises ConfigError: peft is not installed. UnsupportedModelError: a layer stores its biases apart from its weight.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -31,8 +31,8 @@ def add_lora(model: nn.Module, rank: int) -> None:
     for index, block in enumerate(attention_blocks(model)):
         if getattr(block.attn, "q_bias", None) is not None:
             raise UnsupportedModelError(
-                f"optim.lora: layer {index} keeps the biases of q and v apart from their weight (BEiT, EVA), so "
-                "adapters would be passed by; leave it out, or choose what learns by optim.trainable"
+                f"optim.lora: layer {index} stores the biases of q and v apart from their weight (BEiT, EVA), so "
+                "adapters would have no effect; remove optim.lora, or choose parameters with optim.trainable"
             )
     learned = [name for name, _ in model.named_parameters() if ".operator." in name or _is_head(model, name)]
     names = "|".join(PROJECTIONS)
@@ -43,7 +43,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with adapters as one without: W + 2 B A under the plain names. Others come back as they are."""
+    """Merge the adapters of a state dict: W + 2 B A under the plain names. Other tensors stay as they are."""
     plain = {}
     for name, tensor in tensors.items():
         if name.endswith((DOWN, UP)):

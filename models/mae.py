@@ -1,6 +1,6 @@
 """Masked autoencoding (He et al., arXiv:2111.06377) around a timm vision transformer.
 
-It makes a teacher for a domain that has none: no labels, only images. Shapes: B images, N patches, V of them
+It trains a teacher for a new domain from images without labels. Shapes: B images, N patches, V of them
 visible, P prefix tokens, D encoder width, E decoder width, K pixels of a patch times channels.
 """
 
@@ -19,15 +19,15 @@ from .patches import grid_positions, normalize_patches, unfold_patches
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder on the visible patches, a small decoder that paints the hidden ones.
+    """An encoder of the visible patches, and a small decoder that predicts the hidden patches.
 
-    The loss is the mean squared error over the pixels of hidden patches (section 3 of the paper), each target
-    patch normalised by its own mean and deviation when `norm_pixels`. The encoder is a plain
+    The loss is the mean squared error over the pixels of hidden patches (section 3 of the paper). With `norm_pixels`,
+    each target patch is normalized by its own mean and deviation. The encoder is a plain
     `timm.models.VisionTransformer`; its prefix tokens are never masked. Its head and `fc_norm` are not used.
 
     Raises:
         UnsupportedModelError: the encoder is not a plain timm VisionTransformer.
-        ConfigError: mask or decoder sizes that cannot be built.
+        ConfigError: the mask or decoder sizes are invalid.
     """
 
     positions: Tensor
@@ -63,7 +63,7 @@ class MaskedAutoencoder(nn.Module):
         self._init_decoder()
 
     def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction loss of `images` (B, C, H, W) each under a fresh random mask; a scalar."""
+        """Return the reconstruction loss of `images` (B, C, H, W), a scalar, with a new random mask for each image."""
         target_BNK = unfold_patches(images.float(), self.patch_size)
         if self.norm_pixels:
             target_BNK = normalize_patches(target_BNK)
@@ -72,18 +72,18 @@ class MaskedAutoencoder(nn.Module):
         return (error_BN * mask_BN).sum() / mask_BN.sum()
 
     def random_order(self, batch: int, device: torch.device) -> Tensor:
-        """A random permutation of the patches for each image, (B, N); the first V stay visible."""
+        """Return a random permutation of the patches for each image, (B, N); the first V stay visible."""
         return torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
 
     def _predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoder output for all patches (B, N, K) and which of them were hidden (B, N)."""
+        """Return the decoder output of all patches (B, N, K), and which patches were hidden (B, N)."""
         order_BN = self.random_order(len(images), images.device)
         visible_BV = order_BN[:, : self.num_patches - self.num_masked]
         mask_BN = torch.ones_like(order_BN, dtype=torch.bool).scatter(1, visible_BV, False)
         return self._decode(self._encode(images, visible_BV), visible_BV), mask_BN
 
     def _encode(self, images: Tensor, visible_BV: Tensor) -> Tensor:
-        """The encoder on its prefix tokens and the visible patches alone, (B, P + V, D)."""
+        """Encode the prefix tokens and the visible patches, (B, P + V, D)."""
         encoder, prefix = self.encoder, self.encoder.num_prefix_tokens
         x_BND = encoder._pos_embed(encoder.patch_embed(images))
         index_BVD = visible_BV.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1])
@@ -97,7 +97,7 @@ class MaskedAutoencoder(nn.Module):
         return encoded
 
     def _decode(self, encoded_BVD: Tensor, visible_BV: Tensor) -> Tensor:
-        """Mask tokens where patches are hidden, positions added, the decoder's blocks, pixels (B, N, K)."""
+        """Insert mask tokens for hidden patches, add positions, run the decoder, and return pixels (B, N, K)."""
         prefix = self.encoder.num_prefix_tokens
         x_BVE = self.decoder_embed(encoded_BVD)
         index_BVE = visible_BV.unsqueeze(-1).expand(-1, -1, x_BVE.shape[-1])
@@ -110,7 +110,7 @@ class MaskedAutoencoder(nn.Module):
         return pixels
 
     def _init_decoder(self) -> None:
-        """Xavier for the decoder's linear layers, as published; the encoder keeps its own initialisation."""
+        """Initialize the decoder's linear layers with Xavier, as published; the encoder keeps its initialization."""
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_head):
             for module in part.modules():

@@ -1,7 +1,7 @@
-"""How to build a student of its own size from the teacher's native parts, freshly initialised.
+"""Build a student of its own size from the teacher's native parts, freshly initialized.
 
-Attention transfer from DINOv2, CLIP and BEiTv2 into a plain student was seen to fail, and to work once the
-student had the teacher's own components, randomly initialised (arXiv:2605.07191).
+Attention transfer from DINOv2, CLIP and BEiTv2 into a plain student failed, and worked once the student had the
+teacher's own components, randomly initialized (arXiv:2605.07191).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BEIT_POOLING = ("", "avg", "token")
 
 
 def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) -> tuple[str, JsonDict]:
-    """timm architecture and arguments of a student with the teacher's parts and its own size.
+    """Return the timm architecture and arguments of a student with the teacher's parts and its own size.
 
-    `architecture` and `model_args` are the student's as asked for. Depth, width, heads, image and patch size,
-    pooling and number of classes follow them, and the MLP ratio where both MLPs are of one kind. The
-    architecture that comes back is the teacher's: its constructor brings the family, the MLP and the rotary
-    embedding. An argument for a native part gives way to the teacher's.
+    `architecture` and `model_args` are the requested student. Depth, width, heads, image and patch size, pooling and
+    number of classes follow them, as does the MLP ratio if both MLPs are of one kind. The returned architecture is the
+    teacher's, whose constructor sets the family, the MLP and the rotary embedding. The teacher's native parts override
+    `model_args`.
 
-    Raises `TransferError` for an argument or a size that the teacher's family does not take.
+    Raises TransferError: the teacher's family does not take an argument or a size.
     """
     check_supported(teacher)
     student = _build_without_memory(architecture, model_args, "student.model")
@@ -81,7 +81,7 @@ def _sizes(teacher: nn.Module, student: nn.Module) -> JsonDict:
 
 
 def _mlp_ratio(teacher: nn.Module, student: nn.Module, width: int) -> float:
-    """The ratio from which the teacher's constructor makes the hidden width, without a rounding loss."""
+    """Return the ratio from which the teacher's constructor computes the exact hidden width."""
     same = native_parts(teacher).mlp == native_parts(student).mlp
     projection = attention_blocks(student if same else teacher)[0].mlp.fc2
     hidden = projection.in_features * width // projection.out_features
@@ -92,25 +92,28 @@ def _mlp_ratio(teacher: nn.Module, student: nn.Module, width: int) -> float:
 
 
 def _pooling(teacher: nn.Module, student: nn.Module) -> str:
-    """The student's pooling, except that a distilled DeiT can only read its two tokens."""
+    """Return the student's pooling; a distilled DeiT can only read its two tokens.
+
+    Raises TransferError: the teacher's family does not have this pooling.
+    """
     if getattr(teacher, "dist_token", None) is not None:
         return "token"
     pooling = str(vit(student).global_pool)
     if pooling == "token" and vit(teacher).cls_token is None:
         raise TransferError(
             "student.global_pool=token needs a class token, which the teacher of student.mirror_teacher=true "
-            "has not; use avg"
+            "does not have; use avg"
         )
     if isinstance(teacher, Beit) and pooling not in BEIT_POOLING:
         raise TransferError(
-            f"student.global_pool={pooling} is no pooling of Beit, which student.mirror_teacher=true builds; "
+            f"student.global_pool={pooling} is not a pooling of Beit, which student.mirror_teacher=true builds; "
             f"valid: {', '.join(filter(None, BEIT_POOLING))}"
         )
     return pooling
 
 
 def _native(teacher: nn.Module) -> JsonDict:
-    """Constructor arguments for the teacher's parts, in every family's names; None for timm's default."""
+    """Return constructor arguments for the teacher's parts, in the names of all families; None for timm's default."""
     parts = native_parts(teacher)
     block = attention_blocks(teacher)[0]
     return {
@@ -141,7 +144,7 @@ def _native(teacher: nn.Module) -> JsonDict:
 
 
 def _refuse_foreign(model_args: Json, accepted: Json, student: nn.Module, family: type[nn.Module]) -> None:
-    """Refuse arguments that neither the teacher's family knows nor its own parts replace."""
+    """Raise TransferError for arguments that the teacher's family does not know and its parts do not replace."""
     for name in model_args:
         if name not in accepted and name not in _native(student):
             raise TransferError(

@@ -1,4 +1,4 @@
-"""The table of attention operators that a plan can name."""
+"""The registry of attention operators for layer plans."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "monarch": MonarchAttention,
     "uniform": UniformAttention,
 }
-"""By name; the first argument of each is the `LayerShape`, the others are options."""
+"""Constructors by name: the first argument is the `LayerShape`, the others are options."""
 
 MOST = 16_384
-"""The largest number of an option (features, landmarks, windows, iterations): a plan may come from any file."""
+"""The largest value of a numeric option: a plan may come from an untrusted file."""
 
 
 def register_operator(name: str, create: Callable[..., AttentionOperator]) -> None:
-    """Make an operator of another package known to plans under `name`.
+    """Register an operator of another package under `name`.
 
-    `create` takes the `LayerShape` and, as further parameters, the options of the operator; a class will do.
+    `create` is a class or function; it takes the `LayerShape` and the operator's options.
 
-    Raises ConfigError: there is one of this name.
+    Raises ConfigError: the name is taken.
     """
     if name in OPERATORS or name == KEEP:
         raise ConfigError(f"there is an operator {name!r} already: choose another name")
@@ -63,12 +63,12 @@ def register_operator(name: str, create: Callable[..., AttentionOperator]) -> No
 
 
 def options_of(name: str) -> list[str]:
-    """The options that an operator takes."""
+    """Return the names of an operator's options."""
     return list(inspect.signature(OPERATORS[name]).parameters)[1:]
 
 
 def check_choice(choice: Choice) -> None:
-    """ConfigError where there is no such operator, it has no such option, or a number is beyond `MOST`."""
+    """Raise ConfigError if the operator or an option does not exist, or a number is greater than `MOST`."""
     if choice.operator not in OPERATORS:
         raise ConfigError(
             f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
@@ -78,16 +78,16 @@ def check_choice(choice: Choice) -> None:
         if name not in valid:
             known = did_you_mean(name, valid) if valid else "it has none"
             raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
-        if isinstance(value, (int, float)) and not abs(value) <= MOST:  # NaN is no such number either
+        if isinstance(value, (int, float)) and not abs(value) <= MOST:  # also refuses NaN
             raise ConfigError(
                 f"plan: {choice.operator} has {name}={value:g}; valid are numbers up to {MOST:,}"
             )
 
 
 def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
-    """The operator of a choice for a layer of this shape.
+    """Create the operator of a choice for a layer of this shape.
 
-    Raises ConfigError: there is no such operator, or it has no such option or value.
+    Raises ConfigError: the operator, an option or its value is invalid.
     """
     check_choice(choice)
     return OPERATORS[choice.operator](shape, **choice.options)

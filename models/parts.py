@@ -1,4 +1,4 @@
-"""The native parts of a vision transformer that shape its attention, read from the model itself."""
+"""The native parts of a vision transformer that affect its attention, read from the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class NativeParts:
-    """What a model's blocks and embeddings are made of, apart from its size."""
+    """The components of a model's blocks and embeddings, apart from sizes."""
 
     layer_scale: float | None  # initial value; None without LayerScale
     registers: int
@@ -58,12 +58,12 @@ def native_parts(model: nn.Module) -> NativeParts:
 
 
 def has_norm(module: nn.Module | None) -> bool:
-    """Whether a module that may be left out (None or an identity) is there."""
+    """Return whether an optional module is present, that is, neither None nor an identity."""
     return module is not None and not isinstance(module, nn.Identity)
 
 
 def layer_scale_init(block: nn.Module) -> float | None:
-    """The value that a block's LayerScale starts from, or None where it has none."""
+    """Return the initial value of a block's LayerScale; None without LayerScale."""
     scale = getattr(block, "ls1", None)
     if has_norm(scale):
         return float(getattr(scale, "init_values", DEFAULT_LAYER_SCALE))
@@ -73,7 +73,7 @@ def layer_scale_init(block: nn.Module) -> float | None:
 
 
 def has_qkv_bias(attention: Any) -> bool:
-    """Whether queries have a bias, whichever way the attention layer keeps it."""
+    """Return whether queries have a bias, wherever the attention layer stores it."""
     if getattr(attention, "q_bias", None) is not None:
         return True
     projection = attention.qkv if attention.qkv is not None else attention.q_proj

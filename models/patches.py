@@ -23,14 +23,14 @@ def unfold_patches(images_BCHW: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def normalize_patches(patches_BNK: Tensor) -> Tensor:
-    """Each patch minus its mean, over its deviation sqrt(var + 1e-6)."""
+    """Subtract its mean from each patch, and divide by its deviation sqrt(var + 1e-6)."""
     mean_BN1 = patches_BNK.mean(dim=-1, keepdim=True)
     deviation_BN1 = (patches_BNK.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     return (patches_BNK - mean_BN1) / deviation_BN1
 
 
 def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Sine and cosine positions of a (rows, columns) grid, (1, rows * columns, dim); `dim` a multiple of 4.
+    """Return sine and cosine positions of a (rows, columns) grid: (1, rows * columns, dim); `dim` is a multiple of 4.
 
     A quarter each of sin(row w), cos(row w), sin(column w), cos(column w), with w = 10000^(-i / (dim / 4)).
     """

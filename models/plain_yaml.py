@@ -1,7 +1,7 @@
-"""The one reader and writer of YAML: as people expect it, and bounded, because anybody may have written the text.
+"""Read and write YAML 1.2, with bounds, because the text may come from anyone.
 
-As in YAML 1.2, `1e-3` is a number, and `2:5` and `no` are text (PyYAML's own YAML 1.1 reads text, 125 and false). A key
-that is given twice is refused.
+`1e-3` is a number, and `2:5` and `no` are text (PyYAML's YAML 1.1 reads text, 125 and false). A duplicate key is
+refused.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
 """Levels of lists and mappings."""
 MAX_NODES = 100_000
-"""Values and keys. An alias counts as many as what it stands for."""
+"""Values and keys. An alias counts as many as the value that it repeats."""
 MAX_DIGITS = 1_000
 """Characters of a whole number."""
 
 
 class YamlError(yaml.YAMLError):
-    """What is wrong with a text, in one line."""
+    """The reason why a text is invalid, in one line."""
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2, which refuses what would fill the memory or the stack."""
+    """PyYAML's safe loader with the scalars of YAML 1.2 and bounds on memory and nesting."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = 0
         self._nodes = 0
-        self._sizes: dict[str, int | None] = {}  # of what an anchor names, None while it is being read
+        self._sizes: dict[str, int | None] = {}  # by anchor; None while its value is being read
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Count, then read as PyYAML does."""
+        """Count the node, then read it as PyYAML does."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             size = self._sizes.get(str(event.anchor), 1)
@@ -58,13 +58,13 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """As PyYAML, which takes quadratic time for the parts of a long 1:2:3."""
+        """Limit the length, because PyYAML takes quadratic time for a long 1:2:3."""
         if len(str(node.value)) > MAX_DIGITS:
             raise YamlError(f"it has a whole number of more than {MAX_DIGITS} characters{_place(node)}")
         return int(super().construct_yaml_int(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Refuse a key that is given twice: the first would be lost without a word."""
+        """Refuse a duplicate key: the first value would be lost silently."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -84,7 +84,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes what `Loader` would take for something else than text."""
+    """Quote text that `Loader` would not read as text."""
 
 
 _SCALARS = {
@@ -104,10 +104,10 @@ for _side in (Loader, Dumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document.
+    """Return the value of a YAML document.
 
     Raises:
-        YamlError: the text is not YAML, a value is not of the form of its type, or a bound is passed.
+        YamlError: the text is not YAML, a value does not have the form of its type, or a bound is exceeded.
     """
     if len(text) > MAX_BYTES:
         raise YamlError(f"it has more than {MAX_BYTES:,} bytes")
@@ -120,13 +120,13 @@ def parse_yaml(text: str) -> Any:
     except RecursionError as error:
         raise YamlError("it nests too many levels") from error
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
-        # PyYAML's constructors trust that a tag says what the text is
-        raise YamlError(f"something in it is no value: {' '.join(str(error).split())}") from error
+        # PyYAML's constructors trust the tags of a text
+        raise YamlError(f"it has an invalid value: {' '.join(str(error).split())}") from error
 
 
 def write_yaml(value: Any) -> str:
-    """The YAML of plain values, keys in their order; a text stays on its line."""
-    # escapes instead of unicode: some line breaks of unicode that PyYAML writes, it reads back as spaces
+    """Return plain values as YAML, keys in their order; a text is never wrapped."""
+    # Escape unicode, because PyYAML reads some unicode line breaks that it writes as spaces.
     text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, width=math.inf)
     return text
 

@@ -1,7 +1,7 @@
-"""Blocks that a backward pass runs again: each reads what its own forward pass gave it, whatever ran in between.
+"""Gradient checkpointing: blocks run again in the backward pass with the inputs of their own forward pass.
 
-timm's gradient checkpointing keeps the callables that it finds in `model.blocks` and calls them again in the backward
-pass. For one forward pass it is given callables that hold what belongs to that pass.
+timm's gradient checkpointing keeps the callables in `model.blocks` and calls them again in the backward pass. For each
+forward pass, `model.blocks` gets callables that store the inputs of that pass.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _State = tuple[bool, list[tuple[int, ...]], list[tuple[int, int, int]]]
 
 
 class Moment(Protocol):
-    """What the blocks of one forward pass read beside their input."""
+    """The data that the blocks of one forward pass read beside their input."""
 
     def is_now(self) -> bool:
-        """Whether it is what they read now."""
+        """Return whether the blocks read this data now."""
 
     def again(self) -> AbstractContextManager[None]:
-        """Within it, they read it again."""
+        """Return a context in which the blocks read this data again."""
 
 
 @dataclass(eq=False)
 class ReplayedBlock:
-    """A block in one forward pass, and in the backward passes that run it again."""
+    """A block in one forward pass and in the backward passes that run it again."""
 
     block: nn.Module
     model: nn.Module
@@ -57,35 +57,34 @@ class ReplayedBlock:
         restore_blocks(self.model)
         if not torch.is_grad_enabled():
             raise TransferError(
-                "a student that is taught cannot recompute by torch's re-entrant checkpointing, which has no gradient "
-                "for the transfer loss: unset TIMM_REENTRANT_CKPT"
+                "torch's re-entrant checkpointing gives no gradient for the transfer loss: unset TIMM_REENTRANT_CKPT"
             )
         self.state = _state(self.block)
         return self.block(*args, **options)
 
 
 def replay_blocks(model: nn.Module, moment: Moment) -> None:
-    """Where the coming forward pass of `model` is checkpointed, let its backward pass read this moment again."""
+    """If the next forward pass of `model` is checkpointed, let its backward pass read `moment` again."""
     before: list[ReplayedBlock] = model.__dict__.get("blocks", [])
-    restore_blocks(model)  # what a forward pass that was interrupted has left
+    restore_blocks(model)  # an interrupted forward pass may have left its own
     recomputes = bool(getattr(model, "grad_checkpointing", False)) and torch.is_grad_enabled()
-    if not recomputes or torch.compiler.is_compiling():  # a compiled step has its inputs in its graph
+    if not recomputes or torch.compiler.is_compiling():  # a compiled graph stores its inputs
         return
     moments = [*(each for block in before[:1] for each in block.moments if each.is_now()), moment]
     blocks = [ReplayedBlock(block, model, moments) for block in attention_blocks(model)]
-    object.__setattr__(model, "blocks", blocks)  # before the module of that name, which stays where it is
+    object.__setattr__(model, "blocks", blocks)  # hides the module of that name, which stays registered
 
 
 def restore_blocks(model: nn.Module) -> None:
-    """Let `model.blocks` be the model's blocks again."""
+    """Restore `model.blocks` to the model's own blocks."""
     model.__dict__.pop("blocks", None)
 
 
 def _state(block: nn.Module) -> _State:
-    """What a block computes with that may change: its mode, modules, hooks, and the versions of its parameters."""
+    """Return what may change in a block: its mode, modules, hooks, and the versions of its parameters."""
     modules = list(block.modules())
     parts = [(id(module), *module._forward_hooks) for module in modules]
-    if isinstance(block, FSDPModule):  # gathers its parameters in between
+    if isinstance(block, FSDPModule):  # it gathers its parameters in between
         return block.training, parts, []
     weights = [(id(each), each._version, each.data_ptr()) for each in block.parameters()]
     return block.training, parts, weights

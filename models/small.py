@@ -1,6 +1,6 @@
-"""Small vision transformers that timm has no name for: for images of CIFAR's size, and one with many tokens at 160.
+"""Small vision transformers that timm does not define: for images of CIFAR's size, and one with many tokens at 160.
 
-timm knows them from the import of this package's models on: `--model vit_cifar_tiny`, `student.model: vit_cifar_tiny`,
+Importing this package's models registers them with timm: `--model vit_cifar_tiny`, `student.model: vit_cifar_tiny`,
 `timm.create_model("vit_cifar_tiny")`. Heads are 64 wide, as in DeiT's models of the same names.
 
 | name                   | image | patch | tokens | width | depth | heads | parameters | multiply-adds |
@@ -27,7 +27,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def _described(img_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> JsonDict:
-    """What timm wants to know of a model that nobody has published weights for."""
+    """Return timm's configuration of a model without published weights."""
     return {
         "input_size": (3, img_size, img_size),
         "num_classes": 10,
@@ -53,7 +53,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def vit_cifar_nano(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
-    """ViT-Nano/4 at 32 x 32: half of ViT-Tiny's depth and two of its three heads, for runs on a CPU."""
+    """ViT-Nano/4 at 32 x 32: half the depth of ViT-Tiny and two of its three heads, for runs on a CPU."""
     return _create("vit_cifar_nano", pretrained, {"embed_dim": 128, "depth": 6, "num_heads": 2}, arguments)
 
 
@@ -71,7 +71,7 @@ def vit_cifar_small(pretrained: bool = False, **arguments: Any) -> VisionTransfo
 
 @register_model
 def vit_tiny_d8_patch8_160(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
-    """ViT-Tiny/8 at 160 x 160 with 8 layers: 401 tokens, where the attention maps are a quarter of the work."""
+    """ViT-Tiny/8 at 160 x 160 with 8 layers and 401 tokens: the attention maps are a quarter of the work."""
     shape = {"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3}
     return _create("vit_tiny_d8_patch8_160", pretrained, shape, arguments)
 

@@ -1,4 +1,4 @@
-"""What is learned: the dual teacher-student wrapper, the transfer losses, and the engine that trains."""
+"""Learning: teacher and student in one model, the transfer losses, and the training engine."""
 
 import lazy_loader
 

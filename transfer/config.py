@@ -53,7 +53,7 @@ class TeacherConfig(Section):
     _check_arguments = field_validator("model_args")(check_arguments)
 
     def image_size(self, student: tuple[int, int]) -> int | tuple[int, int]:
-        """Of the teacher's images: as it is given, else the student's."""
+        """Return the size of the teacher's images: the given size, else the student's."""
         size: int | tuple[int, int] = self.img_size or self.model_args.get("img_size") or student
         return size
 

@@ -1,4 +1,4 @@
-"""Accuracy of models, one by one and together, exact over ranks."""
+"""Accuracy of models, each alone and as an ensemble, exact over ranks."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def evaluate(
     subset: str | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Metrics]:
-    """Each model's metrics on `loader`; with more than one and `ensemble`, also of their mean probabilities.
+    """Return each model's metrics on `loader`; with several models and `ensemble`, also of their mean probabilities.
 
-    A model maps images (B, C, H, W) on `device` (the accelerator's where there is one) to logits (B,
-    classes), under whatever autocast it opens itself; modules are in eval mode meanwhile. `subset` keeps only
-    the logits of an ImageNet variant's classes. `others` are measured alike, and are no part of the ensemble.
-    Sums stay on the device and are added over ranks at the end; call it on all ranks. Targets of several classes
-    (ReaL labels) count as right if any is among the top; their loss is against the uniform distribution over them.
+    A model maps images (B, C, H, W) on `device` (default: the accelerator's) to logits (B, classes), under its own
+    autocast; modules are put into eval mode. `subset` keeps only the logits of an ImageNet variant's classes. `others`
+    are measured in the same way, but are not part of the ensemble. Sums stay on the device and are added over ranks at
+    the end; call it on all ranks. Targets of several classes (ReaL labels) are correct if any of them is among the top;
+    their loss is against the uniform distribution over them.
 
-    Raises DataError where classes and logits do not fit, or nothing could be evaluated.
+    Raises DataError: classes and logits do not fit, or no image could be evaluated.
     """
     device = accelerator.device if accelerator is not None else torch.device(device)
     classes = None if subset is None else torch.tensor(subset_classes(subset), device=device)
@@ -82,10 +82,10 @@ def evaluate(
 
 
 def check_classes(name: str, logits: int, loader: EvalLoader, subset: str | None = None) -> None:
-    """DataError where a model's logits are not the classes of the data set, or of ImageNet with a `subset`.
+    """Raise DataError if a model's logits are not the classes of the data set, or of ImageNet with a `subset`.
 
-    With more logits than classes the labels would stand for other classes than the model's, and the accuracy would be
-    a plausible wrong number.
+    With more logits than classes, labels would mean other classes than the model's, and the accuracy would look
+    plausible but be wrong.
     """
     if subset is not None:
         if logits != IMAGENET_CLASSES:
@@ -96,9 +96,9 @@ def check_classes(name: str, logits: int, loader: EvalLoader, subset: str | None
 
 
 def check_folders(name: str, logits: int, loader: EvalLoader) -> None:
-    """DataError where 1,000 logits meet the 200 folders of an ImageNet variant, whatever number of classes is given.
+    """Raise DataError for 1,000 logits and the 200 folders of an ImageNet variant, whatever number of classes is given.
 
-    A model that was trained on these folders, with logits to spare, is right to be scored so.
+    A model that was trained on these folders may have more logits than folders.
     """
     if logits == IMAGENET_CLASSES and find_subset(loader.class_names) is not None:
         raise DataError(_misfit(name, logits, loader))
@@ -118,12 +118,12 @@ def _misfit(name: str, logits: int, loader: EvalLoader) -> str:
 
 
 def _numbered(loader: EvalLoader) -> int:
-    """How many classes the labels are numbered by: the folders where these are known, whatever number is given."""
+    """Return the number of classes of the labels: the number of folders if known, whatever number is given."""
     return len(loader.class_names or ()) or loader.num_classes
 
 
 def _within(targets: Tensor, valid: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Targets as places in the subset; images of other classes become invalid."""
+    """Return the targets as positions in the subset; images of other classes become invalid."""
     if targets.ndim == 2:
         kept = targets[:, classes]
         return kept, valid & kept.any(dim=1)
@@ -138,7 +138,7 @@ def _within(targets: Tensor, valid: Tensor, classes: Tensor, num_classes: int) -
 
 
 def _score(log_probabilities: Tensor, targets: Tensor, valid: Tensor, precision: torch.dtype) -> Tensor:
-    """Sums over the valid images of: right at top 1, right in the top 5, cross-entropy, one."""
+    """Return sums over the valid images: correct in top 1, correct in top 5, cross-entropy, count."""
     top = log_probabilities.topk(min(5, log_probabilities.shape[-1]), dim=-1).indices
     if targets.ndim == 2:
         width = log_probabilities.shape[-1]
@@ -154,7 +154,7 @@ def _score(log_probabilities: Tensor, targets: Tensor, valid: Tensor, precision:
 
 
 def _mean(log_probabilities: list[Tensor]) -> Tensor:
-    """The log of the mean probability."""
+    """Return the log of the mean probability."""
     return torch.stack(log_probabilities).logsumexp(dim=0) - math.log(len(log_probabilities))
 
 

@@ -1,4 +1,4 @@
-"""What a section of settings is, and what no setting can mean. No torch here."""
+"""The base class of settings sections, and checks for all settings, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models.json_types import JsonDict
 
 @dataclass(frozen=True)
 class OneOf:
-    """Of a setting whose valid values are names in a table, which other packages may add to."""
+    """Marks a setting whose valid values are names in a registry, which other packages can extend."""
 
     names: Callable[[], Iterable[str]]
 
@@ -26,7 +26,7 @@ MAX_WHOLE = 2**63
 
 
 def check_plain(value: Any, depth: int = 50) -> None:
-    """ValueError for what no setting can mean: a number that is not finite, text with a NUL, endless nesting."""
+    """Raise ValueError for non-finite numbers, text with a NUL, and too deep nesting."""
     if depth == 0:
         raise ValueError("it nests too many levels")
     if isinstance(value, float) and not math.isfinite(value):
@@ -34,7 +34,7 @@ def check_plain(value: Any, depth: int = 50) -> None:
     if isinstance(value, int) and abs(value) >= MAX_WHOLE:
         raise ValueError("whole numbers must be below 2^63")
     if isinstance(value, str | Path) and "\0" in str(value):
-        raise ValueError("text and paths must be without a NUL character")
+        raise ValueError("text and paths must not contain a NUL character")
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set):
@@ -68,17 +68,17 @@ class Section(BaseModel):
 
 
 def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-    """ValueError for an image size without pixels."""
+    """Raise ValueError for an image size without pixels."""
     if size is not None and min((size,) if isinstance(size, int) else size) <= 0:
         raise ValueError("an image size is a whole number above 0, or two: height, width")
     return size
 
 
 def check_arguments(arguments: JsonDict) -> JsonDict:
-    """Raise ValueError for a name that no keyword argument has, such as `depth:6`, which YAML reads as a name alone."""
+    """Raise ValueError for a name that is not an identifier, such as `depth:6`, which YAML reads as a name."""
     for name in arguments:
         if not name.isidentifier():
             raise ValueError(
-                f"{name!r} is no name of an argument; write '{{depth: 6}}', with a blank after the colon"
+                f"{name!r} is not the name of an argument; write '{{depth: 6}}', with a space after the colon"
             )
     return arguments

@@ -1,4 +1,4 @@
-"""Agent attention: a few pooled queries gather the values, and every token asks them."""
+"""Agent attention: a few pooled queries gather the values, and every token attends to them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .terms import LowRank, Term
 class AgentAttention(PooledAttention):
     """A of grid queries: softmax(s Q [K_P; T]ᵀ + log c) [I_P; softmax(s T Kᵀ)] (Han et al. 2024, arXiv 2312.08874).
 
-    The agents T are the means of the queries over `num_agents` cells of the grid at most, a quarter of the patches
-    and 81 by default; K_P are the keys of the prefix tokens, which every query sees exactly, and c is how many
-    tokens a key stands for. Prefix queries attend exactly. The map is not negative and its rows sum to one.
+    The agents T are the means of the queries over at most `num_agents` cells of the grid (default: a quarter of the
+    patches, at most 81); K_P are the keys of the prefix tokens, which every query sees exactly; c is the number of
+    tokens that a key stands for. Prefix queries attend exactly. The map is nonnegative and its rows sum to one.
 
-    The paper's position biases are left out: a converted model has its positions in queries and keys, and their
-    tables would be tied to the grid. 4 N M D multiply-adds a head. `local_size` is the side of a depthwise
-    convolution of the values, 0 for none.
+    The paper's position biases are left out: a converted model has its positions in queries and keys, and the bias
+    tables would be tied to the grid. 4 N M D multiply-adds per head. `local_size` is the side of a depthwise
+    convolution of the values; 0 means no convolution.
 
-    Raises ConfigError: an option has a value that it cannot have.
+    Raises ConfigError: an option is invalid.
     """
 
     def __init__(self, shape: LayerShape, num_agents: int | None = None, local_size: int = 3) -> None:
@@ -67,7 +67,7 @@ class AgentAttention(PooledAttention):
         return total + self.macs_beside(geometry)
 
     def _agents(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """T (B, H, M, D), and the log-counts of the prefix keys and of the agents, in the dtype of q."""
+        """Return T (B, H, M, D) and the log-counts of prefix keys and agents, in the dtype of q."""
         q, _ = heads.qk()
         cells = self.cells(heads.tokens())
         own = precise(q)

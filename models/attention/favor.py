@@ -17,12 +17,12 @@ class Favor(FeatureMap):
     """φ(x) = exp(Ω x' − ‖x'‖²/2 − c) + 1e-4 with x' = √s τ x (Choromanski et al. 2021, arXiv 2009.14794).
 
     Without the constants, φ(q)·φ(k) / F is an unbiased estimate of exp(s q·k). The rows of Ω are orthogonal in blocks
-    of D, each as long as a Gaussian vector. c keeps the exponential at most 1 and cancels in the map: the largest
-    exponent of a query, or of all keys of an image's head. The published code takes the largest Ω x' instead, whose
-    1e-4 swamps tokens of large norm.
+    of D, each as long as a Gaussian vector. c is the largest exponent of a query, or of all keys of one head and
+    image: it keeps the exponential at most 1 and cancels in the map. The published code subtracts the largest Ω x'
+    instead, so that the added 1e-4 dominates tokens of large norm.
 
-    Ω is drawn once and saved: the paper's own training redraws it. All ranks have that of the first, as a buffer.
-    τ, one for each head, is 1 unless calibration lowers it: the variance grows as exp(‖q' + k'‖²).
+    Ω is drawn once and saved as a buffer, equal on all ranks; the paper's training redraws it. τ (one per head) is 1
+    unless calibration lowers it, because the variance grows as exp(‖q' + k'‖²).
     """
 
     sizes_features = True
@@ -60,16 +60,16 @@ class Favor(FeatureMap):
 
 
 def default_features(shape: LayerShape) -> int:
-    """The paper's D ln D where the image is large, a quarter of the tokens where it is small, D at least.
+    """Return the paper's D ln D, but at most a quarter of the tokens, and at least D.
 
-    More than half as many features as tokens would cost more than softmax attention.
+    With more features than half the tokens, the operator would cost more than softmax attention.
     """
     published = int(shape.head_dim * math.log(shape.head_dim))
     return max(shape.head_dim, min(published, shape.geometry.num_tokens // 4))
 
 
 def orthogonal_features(count: int, width: int) -> Tensor:
-    """(count, width): Gaussian rows, orthogonal within each block of `width`; drawn on the CPU, in float32."""
+    """Draw Gaussian rows (count, width) on the CPU in float32, orthogonal within each block of `width`."""
     blocks = [_orthogonal(width) for _ in range(-(-count // width))]
     lengths = torch.randn(count, width, device="cpu").norm(dim=1, keepdim=True)
     rows: Tensor = torch.cat(blocks)[:count] * lengths
@@ -77,7 +77,7 @@ def orthogonal_features(count: int, width: int) -> Tensor:
 
 
 def _orthogonal(width: int) -> Tensor:
-    """Uniform among orthogonal matrices. LAPACK's Q alone is not: the signs that it chooses bias the estimate."""
+    """Draw a uniform orthogonal matrix. LAPACK's Q alone is not uniform: its signs bias the estimate."""
     q, r = torch.linalg.qr(torch.randn(width, width, device="cpu"))
     rows: Tensor = (q * r.diagonal().sign()).T
     return rows

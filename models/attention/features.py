@@ -1,4 +1,4 @@
-"""Feature maps φ of kernel attention: what stands in for exp(s q·k) as φ(q)·φ(k). Here those without parameters.
+"""Feature maps φ of kernel attention, φ(q)·φ(k) in place of exp(s q·k), without parameters.
 
 Shape suffixes: B batch, H heads, N tokens, D head width, F features.
 """
@@ -17,41 +17,41 @@ from .base import Geometry, Heads, LayerShape
 
 
 class FeatureMap(nn.Module, ABC):
-    """φ for queries and keys. `num_features` is an option of those that `sizes_features` alone."""
+    """φ for queries and keys. Only maps with `sizes_features` take the option `num_features`."""
 
     nonnegative = True
     positive = True
-    """No query has φ(q) = 0, whose row of the map would be zero."""
+    """No query has φ(q) = 0, which would make its row of the map zero."""
     needs_grid = False
     sizes_features = False
     candidates: tuple[float, ...] = ()
-    """What calibration tries, head by head, as the argument of `adjust`; one of them changes nothing."""
+    """The arguments of `adjust` that calibration tries for each head. One of them changes nothing."""
 
     def __init__(self, shape: LayerShape, num_features: int | None = None) -> None:
         super().__init__()
         if num_features is not None and not self.sizes_features:
             raise ConfigError(
-                f"plan: num_features={num_features}: this feature map has as many as a head has channels; leave it out"
+                f"plan: num_features={num_features}: this feature map has one feature per channel; remove the option"
             )
         if num_features is not None and (not isinstance(num_features, int) or num_features < 1):
-            raise ConfigError(f"plan: num_features={num_features} is no positive whole number")
+            raise ConfigError(f"plan: num_features={num_features} is not a positive whole number")
         self.shape = shape
 
     def num_features(self, geometry: Geometry) -> int:
-        """F, the width of φ(q)."""
+        """Return F, the width of φ(q)."""
         return self.shape.head_dim
 
     @property
     def macs_per_token(self) -> int:
-        """Multiply-adds of φ for one token and one head."""
+        """Return the multiply-adds of φ for one token and one head."""
         return 0
 
     @abstractmethod
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k), each (B, H, N, F), of projections in float32 or float64."""
+        """Return φ(q) and φ(k), each (B, H, N, F), from projections in float32 or float64."""
 
     def adjust(self, value_H11: Tensor) -> None:
-        """Change each head's temperature, or what is nearest to it, by one of the `candidates`."""
+        """Change each head's temperature, or its nearest equivalent, by one of the `candidates`."""
 
 
 class Elu(FeatureMap):
@@ -73,7 +73,7 @@ class Relu(FeatureMap):
 
 
 class Identity(FeatureMap):
-    """φ(x) = x, for a normaliser that needs no positive features."""
+    """φ(x) = x, for a normalizer that does not need positive features."""
 
     nonnegative = False
     positive = False
@@ -86,10 +86,10 @@ class Identity(FeatureMap):
 class Cosine(FeatureMap):
     """φ(x) = relu(x), with a pair of grid tokens weighted by cos(π/2 Δrow/height) cos(π/2 Δcolumn/width).
 
-    cosFormer (Qin et al. 2022, arXiv 2202.08791) has one cosine along a sequence; on a grid there is one for
-    each axis. As cos(a − b) = cos a cos b + sin a sin b, this is a product of features, 4 D of them. Pairs with a
-    prefix token, which has no place, weigh 1, for which there are 2 D more where there are prefix tokens: grid
-    queries have the second, grid keys the first, prefix queries the first and prefix keys both.
+    cosFormer (Qin et al. 2022, arXiv 2202.08791) has one cosine along a sequence; a grid has one for each axis.
+    Because cos(a − b) = cos a cos b + sin a sin b, this is a product of 4 D features. A pair with a prefix token,
+    which has no position, has weight 1. This takes 2 D more features: grid queries have the second, grid keys the
+    first, prefix queries the first and prefix keys both.
     """
 
     positive = False
@@ -111,7 +111,7 @@ class Cosine(FeatureMap):
 
 
 def _places(geometry: Geometry, like: Tensor) -> Tensor:
-    """(n, 4): the products of the cosine and the sine of each patch's row and column, as angles up to π/2."""
+    """Return (n, 4): products of cosine and sine of each patch's row and column, as angles up to π/2."""
     angles = [
         torch.arange(size, device=like.device, dtype=like.dtype) * (math.pi / 2 / size)
         for size in geometry.grid
@@ -123,12 +123,12 @@ def _places(geometry: Geometry, like: Tensor) -> Tensor:
 def _with_prefix(
     places_nC: Tensor, grid: tuple[float, float], prefix: tuple[float, float], geometry: Geometry
 ) -> Tensor:
-    """(N, 6): two more columns, `grid` at patches and `prefix` at prefix tokens."""
+    """Return (N, 6): two more columns, `grid` at patches and `prefix` at prefix tokens."""
     patches = torch.cat([places_nC, places_nC.new_tensor(grid).expand(len(places_nC), 2)], 1)
     first = places_nC.new_tensor((0.0, 0.0, 0.0, 0.0, *prefix)).expand(geometry.num_prefix, 6)
     return torch.cat([first, patches], 0)
 
 
 def _products(x_BHND: Tensor, places_NC: Tensor) -> Tensor:
-    """(B, H, N, C·D)."""
+    """Return the features (B, H, N, C·D)."""
     return (places_NC[:, :, None] * x_BHND[:, :, :, None, :]).flatten(3)

@@ -1,18 +1,18 @@
-"""Softmax attention and its by-products without ever forming the N x N map.
+"""Softmax attention and its by-products without forming the N x N map.
 
 With P = softmax(s Q Kᵀ + bias) and lse its row-wise log-sum-exp, three operators cover every transfer loss:
 
 * `attention_with_lse`: P V and lse, both differentiable;
-* `apply_map`: P V, differentiable in V alone (the map belongs to a frozen teacher);
-* `map_logsumexp`: lse alone, differentiable in Q and K.
+* `apply_map`: P V, differentiable only in V (the map belongs to a frozen teacher);
+* `map_logsumexp`: lse only, differentiable in Q and K.
 
-Each runs on torch's stock fused kernels; two identities make their backward passes fit those kernels:
+Each runs on torch's own fused kernels. Two identities make the backward passes fit these kernels:
 
 * The gradient of lse with respect to the logits is P, so an upstream gradient g of lse adds g to dP inside
   dS = P * (dP - D + g). A column of ones appended to V and g appended to the upstream gradient adds it to dP;
-  a column of zeros appended to the saved output keeps D = rowsum(dO * O) as it was.
-* Pᵀ G is itself an attention: queries K, keys Q, values G, and a bias of -lse on each key gives the softmax
-  over the wrong axis; multiplying by its own row sums undoes that. One forward kernel instead of a backward.
+  a column of zeros appended to the saved output keeps D = rowsum(dO * O) unchanged.
+* Pᵀ G is itself an attention with queries K, keys Q, values G and a bias of -lse on each key. Its softmax is over the
+  wrong axis; multiplying by its row sums corrects this. One forward kernel replaces a backward.
 
 Shape suffixes: B batch, H heads, M query rows, N keys, D head width.
 """
@@ -33,7 +33,7 @@ _exporting = getattr(
 def attention_with_lse(
     q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """P V of shape (B, H, M, D) and lse of shape (B, H, M) in float32 (float64 for float64 inputs)."""
+    """Return P V (B, H, M, D) and lse (B, H, M) in float32 (float64 for float64 inputs)."""
     q_BHMD, k_BHND, v_BHND, bias = kernels.same_dtype(q_BHMD, k_BHND, v_BHND, bias)
     out, lse = _attention_with_lse(q_BHMD, k_BHND, v_BHND, bias, scale)
     return out, lse[..., : q_BHMD.shape[2]]
@@ -42,17 +42,17 @@ def attention_with_lse(
 def apply_map(
     q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias: Tensor | None = None
 ) -> Tensor:
-    """P V of shape (B, H, M, D), with a gradient for V only; Q, K and bias are constants."""
+    """Return P V (B, H, M, D), with a gradient only for V; Q, K and bias are constants."""
     q_BHMD, k_BHND, v_BHND, bias = kernels.same_dtype(q_BHMD, k_BHND, v_BHND, bias)
     width, key_width = v_BHND.shape[-1], k_BHND.shape[-1]
-    if width < key_width:  # the kernels want one head width
+    if width < key_width:  # the kernels need one head width
         v_BHND = F.pad(v_BHND, (0, key_width - width))
     elif width > key_width:
         q_BHMD = F.pad(q_BHMD, (0, width - key_width))
         k_BHND = F.pad(k_BHND, (0, width - key_width))
     q_BHMD, k_BHND, bias = q_BHMD.detach(), k_BHND.detach(), None if bias is None else bias.detach()
     out: Tensor
-    if _exporting():  # a file has no place for an operator of ours
+    if _exporting():  # an exported file cannot contain our operators
         out = F.scaled_dot_product_attention(q_BHMD, k_BHND, v_BHND, bias, scale=scale)
     else:
         out = _apply_map(q_BHMD, k_BHND, v_BHND, bias, scale)[0]
@@ -60,7 +60,7 @@ def apply_map(
 
 
 def map_logsumexp(q_BHMD: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Log-sum-exp of each row of s Q Kᵀ + bias, shape (B, H, M), in float32 (float64 for float64 inputs)."""
+    """Return the log-sum-exp of each row of s Q Kᵀ + bias, (B, H, M), in float32 (float64 for float64 inputs)."""
     q_BHMD, k_BHND, _, bias = kernels.same_dtype(q_BHMD, k_BHND, k_BHND, bias)
     if bias is not None and bias.requires_grad:
         return attention_with_lse(q_BHMD, k_BHND, k_BHND.detach(), scale, bias)[1]
@@ -147,7 +147,7 @@ def _map_logsumexp(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> t
 def _map_logsumexp_backward(
     grad_lse: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, lse: Tensor, mean_key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    # d lse / d q = s P K, which the forward pass already has; d lse / d k = s Pᵀ (g q).
+    # d lse / d q = s P K, which the forward pass computed; d lse / d k = s Pᵀ (g q).
     grad = (scale * grad_lse[..., : q.shape[2], None]).to(q.dtype)
     weighted = grad * q
     if kernels.has_transposed(q, bias):

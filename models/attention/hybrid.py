@@ -1,4 +1,4 @@
-"""Hybrid attention: windows and dilated windows exactly, all other tokens by a kernel."""
+"""Hybrid attention: exact in windows and dilated windows, a kernel for all other tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RARE = -2.197
 
 
 class Outside(NamedTuple):
-    """A joint map: what each table's keys have more than by the kernel, (B, H, n, S), and the kernel's factors."""
+    """A joint map: weights of each table's keys beyond the kernel's, (B, H, n, S), and the kernel's factors."""
 
     inside: list[Tensor]
     left: Tensor
@@ -32,18 +32,18 @@ class Outside(NamedTuple):
 
 
 class HybridAttention(AttentionOperator):
-    """Local softmax attention and kernel attention in one map; `combine` says how.
+    """Local softmax attention and kernel attention in one map, combined by `combine`:
 
     gate:  A = Σ_b diag(g_b) A_b over the branches, with g = softmax_b(q W + β) for each token and head. W starts at
-           zero and β such that the kernel has a tenth of a window's weight.
+           zero, and β gives the kernel a tenth of a window's weight.
     joint: out_i = [γ Σ_{j∈W} exp(s q_i·k_j - c_i) v_j + Σ_{j∉W} φ(q_i)·φ(k_j) v_j] / [the same with v = 1], where W is
-           what i sees in its window or dilated window, c_i the largest logit there and γ = sigmoid(g) a head's own,
-           0.1 at the start (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, in two dimensions).
+           the set of keys in the (dilated) windows of i, c_i the largest logit in W, and γ = sigmoid(g) one number
+           per head, 0.1 at the start (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, in two dimensions).
 
-    Prefix tokens are seen exactly by every query, and attend to every token exactly themselves. `branches` joins names
-    by "+"; `feature` is that of the kernel.
+    Every query sees prefix tokens exactly; prefix queries attend exactly to all tokens. `branches` joins names with
+    "+"; `feature` is the feature map of the kernel.
 
-    Raises ConfigError: an option has a value that it cannot have.
+    Raises ConfigError: an option is invalid.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class HybridAttention(AttentionOperator):
         return [tables(heads.tokens(), q.device) for tables in self._tile_tables()]
 
     def _gates(self, heads: Heads) -> list[Tensor]:
-        """g of each branch, (B, H, n, 1)."""
+        """Return g of each branch, (B, H, n, 1)."""
         q, _ = heads.qk()
         with torch.autocast(q.device.type, enabled=False):
             grid = precise(q[:, :, heads.tokens().num_prefix :])
@@ -162,7 +162,7 @@ class HybridAttention(AttentionOperator):
         return terms
 
     def _joint(self, heads: Heads) -> Outside:
-        """The rows of the grid tokens: what is inside, less what the kernel would give there, and the kernel's all."""
+        """Return the rows of grid tokens: the kernel's map, and inside the windows the difference to it."""
         assert self.kernel is not None
         q, k = map(precise, heads.qk())
         left, right = self.kernel.features(heads)
@@ -197,7 +197,7 @@ class HybridAttention(AttentionOperator):
 
 
 def _disjoint(tables: list[Table], geometry: Geometry) -> list[Table]:
-    """The same tables, without the keys that a query sees by an earlier one."""
+    """Remove from each table the keys that a query already sees in an earlier table."""
     if len(tables) == 1:
         return tables
     first, (queries, keys, sees, place) = tables
@@ -208,14 +208,14 @@ def _disjoint(tables: list[Table], geometry: Geometry) -> list[Table]:
 
 
 def _weighted(weights_BHnS: Tensor, v: Tensor, table: Table, num_prefix: int) -> Tensor:
-    """Sum of the values of each grid token's tile by its weights, (B, H, n, D)."""
+    """Return the weighted sum of the values of each grid token's tile, (B, H, n, D)."""
     queries, keys, _, place = table
     tiles: Tensor = gather(weights_BHnS, queries - num_prefix) @ gather(v, keys)
     return tiles.flatten(2, 3).index_select(2, place)
 
 
 def _checked(combine: str, branches: str) -> list[str]:
-    """The names of the branches, the kernel last; ConfigError where they or `combine` are none."""
+    """Return the names of the branches, the kernel last. Raise ConfigError if they or `combine` are invalid."""
     if combine not in COMBINE:
         raise ConfigError(f"plan: combine={combine}; {did_you_mean(str(combine), COMBINE)}")
     names = branches.split("+")

@@ -1,4 +1,4 @@
-"""Rows of the Jacobian: what stands in for rows of the map where an operator is not linear in V."""
+"""Rows of the Jacobian, in place of rows of the map for operators that are not linear in V."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def jacobian_rows(operator: AttentionOperator, heads: Heads, index: Tensor) -> Tensor:
-    """mean_c ∂o_ic / ∂v_jc for the queries `index` (S,) and all tokens j, (B, H, S, N), without a graph.
+    """Return mean_c ∂o_ic / ∂v_jc for the queries `index` (S,) and all tokens j: (B, H, S, N), without gradient.
 
-    For an operator that is linear in V these are the rows of its map. Exact, by S D backward passes, which serve
-    all images and heads at once because no image and no head sees the values of another.
+    For an operator that is linear in V these are the rows of its map. Exact, by S D backward passes. Each pass serves
+    all images and heads, because no image or head sees the values of another.
     """
     q, k, values = heads.qkv()
     with torch.enable_grad():
@@ -28,7 +28,7 @@ def jacobian_rows(operator: AttentionOperator, heads: Heads, index: Tensor) -> T
 
 
 def _row(out_BHD: Tensor, v_BHND: Tensor) -> Tensor:
-    """The row of one query, (B, H, N)."""
+    """Return the row of one query, (B, H, N)."""
     width = out_BHD.shape[-1]
     row = torch.zeros(v_BHND.shape[:3], dtype=v_BHND.dtype, device=v_BHND.device)
     for channel in range(width):

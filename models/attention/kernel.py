@@ -1,4 +1,4 @@
-"""Kernel attention: exp(s q·k) replaced by φ(q)·φ(k), so that keys and values are summed once for all queries."""
+"""Kernel attention: φ(q)·φ(k) replaces exp(s q·k), so keys and values are summed once for all queries."""
 
 from __future__ import annotations
 
@@ -34,22 +34,20 @@ LOCAL_SIZES = {"v": 5, "qk": 3}
 
 
 class KernelAttention(AttentionOperator):
-    """A = L Rᵀ / N from features φ(q), φ(k), normalised so that the rows sum to one; 2 N F D multiply-adds a head.
+    """A = L Rᵀ / N from features φ(q), φ(k), normalized so that rows sum to one; 2 N F D multiply-adds per head.
 
-    The parts are free to combine:
+    The options combine freely:
 
-    feature:    φ, one of FEATURES; `num_features` is its width, where it can be chosen.
-    normaliser: how A comes from φ(q)·φ(k), one of NORMALIZERS.
-    local:      "v" adds a depthwise convolution of the values to A V, "qk" one of each of the queries and the keys to
-                themselves before φ. `local_size` is the width of its window, 5 on values and 3 on queries and keys.
-    centre:     the mean key is subtracted from all keys first. Softmax attention does not notice; a kernel does, and
-                the keys of pretrained models have a large common mean. With it, the map stays the same when all
-                keys shift.
+    feature:    φ, one of FEATURES; `num_features` sets its width if the map allows it.
+    normaliser: how to compute A from φ(q)·φ(k), one of NORMALIZERS.
+    local:      "v" adds a depthwise convolution of the values to A V; "qk" adds to queries and keys a convolution of
+                themselves before φ. `local_size` is the side of its window (default: 5 for v, 3 for qk).
+    centre:     subtract the mean key from all keys first. Softmax attention is invariant to it, a kernel is not, and
+                keys of pretrained models have a large common mean.
 
-    Features, normalisers and sums are computed in float32 at least. Padding (`Heads.key_mask`) counts in none of
-    the sums and means.
+    Features, normalizers and sums are computed in float32 or better. Sums and means ignore padding (`Heads.key_mask`).
 
-    Raises ConfigError: an option has a value that is not in its table, or that does not go with the others.
+    Raises ConfigError: an option is invalid, or two options cannot be combined.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class KernelAttention(AttentionOperator):
             return [LowRank(*self._factors(heads))]
 
     def features(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k), (B, H, N, F), in float32 at least; φ(k) is zero at padding."""
+        """Return φ(q) and φ(k), (B, H, N, F), in float32 or better; φ(k) is zero at padding."""
         q, k, v = heads.qkv()
         q, k = precise(q), without_padding(precise(k), heads)
         if self.centre:
@@ -128,7 +126,7 @@ class KernelAttention(AttentionOperator):
 
     @torch.no_grad()
     def calibrate(self, heads: Heads, target_BHND: Tensor) -> None:
-        """Choose each head's temperature among the candidates of the feature map, by the error of the output."""
+        """Choose for each head the feature map's candidate temperature with the smallest output error."""
         candidates = self.feature.candidates
         if not candidates:
             return
@@ -141,14 +139,14 @@ class KernelAttention(AttentionOperator):
     def _adjusted_error(
         self, start: dict[str, Tensor], value: float, heads: Heads, target_BHND: Tensor
     ) -> Tensor:
-        """The squared error of each head's output (H,) with all heads adjusted by one candidate."""
+        """Return the squared error of each head's output (H,), with all heads adjusted by one candidate."""
         self.feature.load_state_dict(start)
         self.feature.adjust(torch.full((self.shape.num_heads, 1, 1), value, device=target_BHND.device))
         difference: Tensor = self(heads).float() - target_BHND.float()
         return difference.square().sum((0, 2, 3))
 
     def _factors(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """The map is their product; right is zero at padding."""
+        """Return the factors L and R / N of the map; R is zero at padding."""
         q_BHNF, k_BHNF = self.features(heads)
         mean_BH1F = mean_of_keys(k_BHNF, heads)
         left, right = self.normaliser.factors(q_BHNF, k_BHNF, mean_BH1F, heads.scale)
@@ -156,19 +154,19 @@ class KernelAttention(AttentionOperator):
 
 
 def without_padding(x_BHND: Tensor, heads: Heads) -> Tensor:
-    """The same with zeros at the tokens that `key_mask` leaves out."""
+    """Return `x_BHND` with zeros at padding tokens."""
     if heads.key_mask is None:
         return x_BHND
     return x_BHND.masked_fill(~heads.key_mask[:, None, :, None], 0.0)
 
 
 def mean_of_keys(x_BHND: Tensor, heads: Heads) -> Tensor:
-    """(B, H, 1, D): over the tokens that are no padding, where x is zero."""
+    """Return the mean (B, H, 1, D) over tokens that are not padding; `x_BHND` must be zero at padding."""
     return (x_BHND / _num_keys(x_BHND, heads)).sum(2, keepdim=True)
 
 
 def _num_keys(x_BHND: Tensor, heads: Heads) -> Tensor | int:
-    """How many tokens are no padding, (B, 1, 1, 1) or one for all, 1 at least."""
+    """Return the number of tokens that are not padding, at least 1: (B, 1, 1, 1), or one number for all images."""
     if heads.key_mask is None:
         return x_BHND.shape[2]
     return heads.key_mask.sum(1).clamp_min(1).to(x_BHND.dtype)[:, None, None, None]
@@ -180,7 +178,7 @@ def _check(option: str, value: str, table: Collection[str]) -> None:
 
 
 def _convolutions(shape: LayerShape, local: str, size: int | None) -> list[DepthwiseConv | None]:
-    """Return the widths of values, queries and keys."""
+    """Return the convolutions of values, queries and keys."""
     if local == "none":
         if size is not None:
             raise ConfigError(f"plan: local_size={size} needs local=v or local=qk")

@@ -1,8 +1,8 @@
-"""One face for torch's fused attention kernels: forward with log-sum-exp, backward, and the transposed map.
+"""One interface for torch's fused attention kernels: forward with log-sum-exp, backward, and the transposed map.
 
-CPU: the flash kernel, any dtype. CUDA: flash for half precision, memory-efficient otherwise or with a bias.
-Any other device, or a head width that the CUDA kernels refuse: image by image, so that at most one
-H x M x N block exists at a time.
+CPU: the flash kernel, any dtype. CUDA: flash for half precision without bias, else memory-efficient.
+Any other device, or a head width that the CUDA kernels refuse: one image at a time, so at most one
+H x M x N block exists.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def precise(x: Tensor) -> Tensor:
-    """`x` in float32, or better where it is."""
+    """Cast `x` to float32; keep float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def same_dtype(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Cast to the autocast dtype where autocast is on, as `scaled_dot_product_attention` does; else to one dtype.
+    """Cast to the autocast dtype if autocast is on, as `scaled_dot_product_attention` does; else to one dtype.
 
-    The bias, of shape (1 or B, 1 or H, M, N) or without the batch, is expanded over the heads, never over the batch.
+    Expand the bias, (1 or B, 1 or H, M, N) or without the batch, over the heads, not over the batch.
     """
     device = q.device.type
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if torch.is_autocast_enabled(device) and dtype is not torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(device) and dtype is not torch.float64:  # autocast keeps float64
         dtype = torch.get_autocast_dtype(device)
     if bias is not None:
         bias = bias.to(dtype)[(None,) * (4 - bias.dim())].expand(-1, q.shape[1], -1, -1)
@@ -36,7 +36,7 @@ def same_dtype(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """P V and the log-sum-exp of its rows, the latter possibly padded beyond M (see `empty_lse`)."""
+    """Return P V and the log-sum-exp of the rows, possibly padded beyond M (see `empty_lse`)."""
     kernel = _kernel(q, bias)
     bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
     if kernel == "cpu":
@@ -62,7 +62,7 @@ def backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, k and v of P V, given its output and log-sum-exp."""
+    """Return the gradients of P V for q, k and v, given its output and log-sum-exp."""
     kernel = _kernel(q, bias)
     bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
     if kernel == "cpu":
@@ -111,15 +111,15 @@ def backward(
 
 
 def has_transposed(q: Tensor, bias: Tensor | None) -> bool:
-    """Whether `transposed_map` runs here: its key bias would have to be formed with another bias beside it."""
+    """Return whether `transposed_map` works here: on the CPU, without another bias than its key bias."""
     return _kernel(q, bias) == "cpu" and bias is None
 
 
 def transposed_map(q_BHMD: Tensor, k_BHND: Tensor, g_BHMD: Tensor, lse_BHM: Tensor, scale: float) -> Tensor:
-    """Pᵀ G of shape (B, H, N, D) by one forward kernel; see the module `fused`.
+    """Return Pᵀ G (B, H, N, D) by one forward kernel; see the module `fused`.
 
-    The bias stays as precise as it is: half precision would lose hundreds of a large log-sum-exp. The row sums, by
-    which the last line multiplies, are those of Pᵀ and at most M.
+    The bias keeps its precision: half precision could round a large log-sum-exp by hundreds. The last line multiplies
+    by the row sums of Pᵀ, which are at most M.
     """
     bias_BHNM = (-lse_BHM)[:, :, None, :].expand(-1, -1, k_BHND.shape[2], -1)
     out, lse = forward(k_BHND, q_BHMD, g_BHMD.to(q_BHMD.dtype), bias_BHNM, scale)
@@ -137,7 +137,7 @@ def backward_with_bias(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for q, k, v and the bias, image by image: the size of a bias, never of B maps."""
+    """Return the gradients for q, k, v and the bias, one image at a time: it needs memory for one bias, not B maps."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     grad_bias = (
         q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
@@ -158,17 +158,17 @@ def backward_with_bias(
 
 
 def extra_columns(q: Tensor) -> int:
-    """Columns to append so that one of them carries the gradient of lse; CUDA kernels want multiples of 8."""
+    """Return the columns to append for the gradient of lse; CUDA kernels need multiples of 8."""
     return 8 if q.device.type == "cuda" else 1
 
 
 def empty_out(q: Tensor) -> Tensor:
-    """A tensor as `forward` returns for P V: shape and layout of the queries."""
+    """Return an empty tensor of the shape and layout that `forward` returns for P V."""
     return torch.empty_like(q)
 
 
 def empty_lse(q: Tensor) -> Tensor:
-    """A tensor as `forward` returns for the log-sum-exp: rows padded to 32 by the memory-efficient kernel."""
+    """Return an empty tensor like the log-sum-exp of `forward`; the memory-efficient kernel pads rows to 32."""
     batch, heads, rows, _ = q.shape
     rows = -(-rows // 32) * 32 if _kernel(q, None) == "efficient" else rows
     return q.new_empty(batch, heads, rows, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -183,7 +183,7 @@ def _kernel(q: Tensor, bias: Tensor | None) -> str:
 
 
 def _aligned(bias: Tensor | None) -> Tensor | None:
-    # The memory-efficient kernel wants rows of the bias to start at multiples of 16 elements.
+    # The memory-efficient kernel needs rows of the bias that start at multiples of 16 elements.
     if bias is None or bias.shape[-1] % 16 == 0:
         return bias
     length = -(-bias.shape[-1] // 16) * 16
@@ -204,7 +204,7 @@ def _forward_by_image(
 
 
 def mean_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The mean over the batch of softmax(s Q Kᵀ + bias), (H, M, N) in float32, one image at a time."""
+    """Return the mean over the batch of softmax(s Q Kᵀ + bias), (H, M, N) in float32, computed image by image."""
     total = torch.zeros(
         q.shape[1], q.shape[2], k.shape[2], dtype=empty_lse(q[:1, :1, :1]).dtype, device=q.device
     )
@@ -214,9 +214,9 @@ def mean_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, image: int) -> Tensor:
-    """s Q Kᵀ + bias of one image, (H, M, N), in float32 at least: so do the fused kernels, whose lse stands beside it.
+    """Return s Q Kᵀ + bias of one image, (H, M, N), in float32 or better, as the fused kernels compute their lse.
 
-    In bfloat16 a logit of 1,000 is rounded by up to 2, and its exponential wrong by e².
+    bfloat16 rounds a logit of 1,000 by up to 2, which is a factor of e² in its exponential.
     """
     with torch.autocast(q.device.type, enabled=False):
         logits = scale * precise(q[image]) @ precise(k[image]).transpose(-2, -1)

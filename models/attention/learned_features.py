@@ -14,9 +14,9 @@ FOCUSED_FLOOR = 1e-6
 
 
 class LinearMaps(FeatureMap):
-    """W x + b for queries and for keys, each head with its own; W starts at the identity, b at zero.
+    """W x + b for queries and for keys, separate for each head. b starts at zero, W at the identity.
 
-    With another number of features than the head has channels, W starts as a random orthogonal matrix.
+    If the number of features is not the head width, W starts as a random orthogonal matrix.
     """
 
     sizes_features = True
@@ -38,7 +38,7 @@ class LinearMaps(FeatureMap):
         return self.shape.head_dim * self.width
 
     def mapped(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """W x + b of queries and keys, (B, H, N, width)."""
+        """Return W x + b of queries and keys, (B, H, N, width)."""
         q, k = heads.qk()
         q, k = q @ self.q_weight.to(q.dtype), k @ self.k_weight.to(k.dtype)
         return (q + self.q_bias.to(q.dtype), k + self.k_bias.to(k.dtype)) if self.has_bias else (q, k)
@@ -47,7 +47,7 @@ class LinearMaps(FeatureMap):
 class T2R(LinearMaps):
     """φ(x) = relu(W x + b) (Kasai et al. 2021, arXiv 2103.13076).
 
-    A factor of W changes no map, so calibration moves b: up for flatter, down for sharper rows.
+    Scaling W does not change the map, so calibration shifts b: up for flatter rows, down for sharper ones.
     """
 
     positive = False
@@ -65,7 +65,7 @@ class T2R(LinearMaps):
 class Hedgehog(LinearMaps):
     """φ(x) = [softmax(W x), softmax(−W x)], as in LoLCATs (Zhang et al. 2024, arXiv 2410.10254).
 
-    2 D features. The scale s of the layer is not applied: W has the temperature, and calibration chooses it.
+    2 D features. The scale s of the layer is not applied: W contains the temperature, which calibration chooses.
     """
 
     has_bias = False
@@ -85,7 +85,7 @@ class Hedgehog(LinearMaps):
 
 class JointHedgehog(Hedgehog):
     """φ(x) = softmax([2 (W x + b), −2 (W x + b)]): one softmax over both signs (Zhang et al. 2024, arXiv 2402.04347,
-    in the form of the `fla` library). There all heads share W and b; here each has its own.
+    in the form of the `fla` library). There all heads share W and b; here each head has its own.
     """
 
     has_bias = True
@@ -98,8 +98,8 @@ class JointHedgehog(Hedgehog):
 class Focused(FeatureMap):
     """φ(x) = (‖y‖ / ‖y³‖) y³ with y = (relu(x) + 1e-6) / softplus(t) (Han et al. 2023, arXiv 2308.00442).
 
-    The power is by element, and both norms are over all channels of all heads, as in the released code; t, one for
-    each channel, starts at zero and is shared by queries and keys.
+    The power is elementwise, and both norms are over all channels of all heads, as in the released code. Queries and
+    keys share t, one per channel, which starts at zero.
     """
 
     positive = False
@@ -123,13 +123,13 @@ class Focused(FeatureMap):
 
 
 def _norm(x_BHND: Tensor) -> Tensor:
-    """(B, 1, N, 1): of each token over its channels of all heads."""
+    """Return the norm (B, 1, N, 1) of each token over the channels of all heads."""
     norm: Tensor = torch.linalg.vector_norm(x_BHND, dim=(1, 3), keepdim=True)
     return norm
 
 
 def _start(shape: LayerShape, width: int) -> Tensor:
-    """(H, D, width)."""
+    """Return the initial W, (H, D, width)."""
     weight = torch.eye(shape.head_dim, width).repeat(shape.num_heads, 1, 1)
     if width != shape.head_dim:
         for matrix in weight:

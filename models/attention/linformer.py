@@ -1,4 +1,4 @@
-"""Linformer: softmax attention over fewer keys, learned weighted sums of those there are."""
+"""Linformer: softmax attention over fewer keys, which are learned weighted sums of all keys."""
 
 from __future__ import annotations
 
@@ -16,26 +16,24 @@ from .terms import LowRank, Term
 
 SHARING = ("headwise", "key-value", "layerwise")
 SPREAD = 0.01
-"""How much of a row starts spread over all tokens where rows are softmaxes, so that no weight is zero."""
+"""The share of a softmax row that is spread over all tokens at the start, so that no weight is zero."""
 
 
 class LinformerAttention(AttentionOperator):
     """A of grid queries: softmax(s Q [K_P; E K]ᵀ + log c) [I_P; F] (Wang et al. 2020, arXiv 2006.04768, eq. 7).
 
-    E and F (M, n) pool the grid tokens, and start as means over `num_keys` cells of the grid at most: a quarter of
-    the patches and 128 by default, as the paper has a quarter of 512 and 1,024 tokens. K_P are the keys of the
-    prefix tokens, which every query sees exactly; prefix queries attend exactly. c = (Σ e)² / Σ e² is how many tokens
-    a row e of E spreads over: 1 for a prefix token, as many as it has for a cell. With E = F = I this is softmax
-    attention.
+    E and F (M, n) pool the grid tokens. They start as means over at most `num_keys` cells of the grid (default: a
+    quarter of the patches, at most 128; the paper uses a quarter of 512 and 1,024 tokens). K_P are the keys of the
+    prefix tokens, which every query sees exactly; prefix queries attend exactly. c = (Σ e)² / Σ e² is the effective
+    number of tokens of a row e of E: 1 for a prefix token, the number of tokens for a cell. With E = F = I this is
+    softmax attention.
 
-    `sharing`: headwise has E and F in each layer, for all heads; key-value has E = F; layerwise has one E = F for
-    all layers with the same options, kept by the first. With `stochastic` rows are softmaxes of what is learned,
-    so that they sum to one, and the map is not negative and its rows sum to one too; otherwise neither holds once
-    they are learned. At another grid the rows are interpolated as images.
+    `sharing`: headwise has E and F in each layer, for all heads; key-value has E = F; layerwise has one E = F for all
+    layers with the same options, stored in the first. With `stochastic`, rows of E and F are softmaxes of parameters,
+    so the map is nonnegative and its rows sum to one. Without it, training breaks both properties. For another grid
+    the rows are interpolated as images. 4 N M D multiply-adds per head.
 
-    4 N M D multiply-adds a head.
-
-    Raises ConfigError: an option has a value that it cannot have.
+    Raises ConfigError: an option is invalid.
     """
 
     key_pooling: nn.Parameter | None
@@ -52,7 +50,7 @@ class LinformerAttention(AttentionOperator):
         if sharing not in SHARING:
             raise ConfigError(f"plan: sharing={sharing}; {did_you_mean(str(sharing), SHARING)}")
         if not isinstance(stochastic, bool):
-            raise ConfigError(f"plan: stochastic={stochastic}; it is true or false")
+            raise ConfigError(f"plan: stochastic={stochastic}; valid: true, false")
         count = default_count(shape.geometry, 4, 128) if num_keys is None else num_keys
         check_count("num_keys", count, shape.geometry)
         self.sharing, self.stochastic = sharing, stochastic
@@ -109,7 +107,7 @@ class LinformerAttention(AttentionOperator):
         return (maps + pooling) * self.shape.head_dim * self.shape.num_heads
 
     def pooling(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """E and F, (M, n), for this grid, in float32 at least."""
+        """Return E and F, (M, n), for this grid, in float32 or better."""
         kept = self._first[0] if self._first else self
         assert kept.key_pooling is not None
         keys = kept._at(geometry, kept.key_pooling)
@@ -125,7 +123,7 @@ class LinformerAttention(AttentionOperator):
         super().resample(geometry)
 
     def _at(self, geometry: Geometry, learned: Tensor) -> Tensor:
-        """Rows of weights on this grid, from what is learned on the layer's own."""
+        """Return the rows of weights for this grid, from the parameters for the layer's own grid."""
         precise = learned.to(torch.promote_types(learned.dtype, torch.float32))
         rows = precise.softmax(-1) if self.stochastic else precise
         old = self.shape.geometry.grid
@@ -135,25 +133,25 @@ class LinformerAttention(AttentionOperator):
         return rows / rows.sum(-1, keepdim=True) if self.stochastic else rows
 
     def _learned(self, rows: Tensor) -> Tensor:
-        """The parameter of which these rows are made."""
+        """Return the parameter that produces these rows."""
         return rows.log() if self.stochastic else rows
 
 
 def interpolated(rows_Mn: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Each row as an image of the new size, times n_old / n_new, so that what it pools stays as large."""
+    """Interpolate each row as an image, times n_old / n_new so that its sum stays the same."""
     images = rows_Mn.reshape(1, -1, *old)
     resized = F.interpolate(images, size=new, mode="bilinear", align_corners=False, antialias=True)
     return resized[0].flatten(1) * (math.prod(old) / math.prod(new))
 
 
 def _pooled(weights_Mn: Tensor, x_BHND: Tensor, num_prefix: int) -> Tensor:
-    """Prefix tokens as they are, then weighted sums of the grid tokens: (B, H, P + M, D) in the dtype of the input."""
+    """Return the prefix tokens and weighted sums of the grid tokens, (B, H, P + M, D) in the dtype of the input."""
     pooled = weights_Mn.to(x_BHND.dtype) @ x_BHND[:, :, num_prefix:]
     return torch.cat((x_BHND[:, :, :num_prefix], pooled.to(x_BHND.dtype)), 2)
 
 
 def _log_counts(weights_Mn: Tensor, num_prefix: int) -> Tensor:
-    """log c of the keys (P + M,): nothing for prefix tokens; a row that sums to little counts for one token."""
+    """Return log c of the keys (P + M,): 0 for prefix tokens; a row with a small sum counts as one token."""
     smallest = torch.finfo(weights_Mn.dtype).tiny
     spread = weights_Mn.sum(-1).square() / weights_Mn.square().sum(-1).clamp_min(smallest)
     return F.pad(spread.clamp_min(1).log(), (num_prefix, 0))

@@ -1,4 +1,4 @@
-"""The local term of an operator: a depthwise convolution on the token grid, zero to begin with."""
+"""The local term of an operator: a depthwise convolution on the token grid that starts at zero."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .base import Geometry, LayerShape
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel of each head with its own `size` x `size` taps, without bias.
+    """A convolution of each channel of each head with its own `size` x `size` weights, without bias.
 
-    Prefix tokens have no place on the grid: they give nothing and get zeros. The taps start at zero, so that a
-    conversion starts at the operator without its local term.
+    Prefix tokens are not on the grid: they contribute nothing and get zeros. The weights start at zero, so a
+    conversion starts without the local term.
 
-    Raises ConfigError: `size` is no odd number.
+    Raises ConfigError: `size` is not an odd number.
     """
 
     def __init__(self, shape: LayerShape, size: int) -> None:
         super().__init__()
         if not isinstance(size, int) or size < 1 or size % 2 == 0:
-            raise ConfigError(f"plan: local_size={size} is no odd number, such as 3 or 5")
+            raise ConfigError(f"plan: local_size={size} is not an odd number, such as 3 or 5")
         self.size = size
         self.weight = nn.Parameter(torch.zeros(shape.num_heads * shape.head_dim, 1, size, size))
 
     def forward(self, x_BHND: Tensor, geometry: Geometry) -> Tensor:
-        """(B, H, N, D) in the dtype of the input."""
+        """Return (B, H, N, D) in the dtype of the input."""
         grid_BHnD = x_BHND[:, :, geometry.num_prefix :]
         batch, heads, _, width = grid_BHnD.shape
         image = grid_BHnD.transpose(2, 3).reshape(batch, heads * width, *geometry.grid)
@@ -37,5 +37,5 @@ class DepthwiseConv(nn.Module):
         return F.pad(local_BHnD, (0, 0, geometry.num_prefix, 0))
 
     def macs(self, geometry: Geometry) -> int:
-        """Multiply-adds of one image."""
+        """Return the multiply-adds of one image."""
         return geometry.num_patches * self.weight.numel()

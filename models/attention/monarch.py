@@ -1,4 +1,4 @@
-"""MonarchAttention: the map as a Monarch matrix, two batches of small ones, found without training."""
+"""MonarchAttention: the map as a Monarch matrix (two batches of small matrices), found without training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .softmax import softmax_rows
 from .terms import FirstRows, Term
 
 HIDDEN = -1e9
-"""The logit of a key that is padding: finite, so that a block of nothing but padding has no NaN."""
+"""The logit of a padding key: finite, so that a block of padding alone gives no NaN."""
 
 
 class Factors(NamedTuple):
     """A of query (l, j) and key (k, i) is `blocks` (B, H, J, L, K) times `within` (B, H, K, J, I), and `prefix`
-    (B, H, J, L, P) for the prefix keys: of each grid query the sum over all is one."""
+    (B, H, J, L, P) for the prefix keys. The row of each grid query sums to one over all keys."""
 
     blocks: Tensor
     within: Tensor
@@ -30,24 +30,24 @@ class Factors(NamedTuple):
 class MonarchAttention(AttentionOperator):
     """Softmax attention projected on Monarch matrices: A[(l, j), (k, i)] = L[j, l, k] R[k, j, i].
 
-    Yaras et al. 2025 (NeurIPS, arXiv 2505.18698). The tokens are cut into blocks of `block`, a row of the grid by
-    default: query (l, j) and key (k, i) are the tokens in places j and i of blocks l and k. A query chooses a block
-    by L, and a key in it by R, which all queries of one place share. L and R maximise Σ A s QKᵀ + entropy(A) in
-    turns, `steps` times, each in closed form, from L = 1: no parameter, no training. Σ over rows of
-    KL(A ‖ softmax) falls with each turn.
+    Yaras et al. 2025 (NeurIPS, arXiv 2505.18698). The tokens are cut into blocks of `block` tokens (default: a row of
+    the grid): query (l, j) and key (k, i) are the tokens at positions j and i of blocks l and k. L weights the blocks,
+    and R the keys in a block; all queries at one position share R. L and R maximize Σ A s QKᵀ + entropy(A) in turns,
+    `steps` times, each in closed form, from L = 1, without parameters or training. Each turn lowers the sum over rows
+    of KL(A ‖ softmax).
 
-    Prefix keys are blocks of their own, so each query weighs them exactly; prefix queries attend to every token
-    exactly. With blocks of one token, or one block, this is softmax attention. About (3 b + 2 N/b) N D
-    multiply-adds a head for one step, N^1.5 D where b is near √N.
+    Prefix keys are blocks of their own, so each query weights them exactly; prefix queries attend exactly. With
+    blocks of one token, or one block, this is softmax attention. About (3 b + 2 N/b) N D multiply-adds per head and
+    step, N^1.5 D where b is near √N.
 
-    Raises ConfigError: steps or block is no whole number above 0.
+    Raises ConfigError: steps or block is not a whole number above 0.
     """
 
     def __init__(self, shape: LayerShape, steps: int = 2, block: int | None = None) -> None:
         super().__init__(shape)
         for name, value in (("steps", steps), ("block", 1 if block is None else block)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"plan: {name}={value}; it is a whole number, 1 or more")
+                raise ConfigError(f"plan: {name}={value}; give a whole number, 1 or more")
         self.steps, self.block = steps, block
 
     @property
@@ -78,7 +78,7 @@ class MonarchAttention(AttentionOperator):
         return rows
 
     def terms(self, heads: Heads) -> list[Term]:
-        """The map itself: a Monarch matrix has no low rank. Losses on rows and on probes need no such thing."""
+        """Return the whole map, because a Monarch matrix has no low rank. Losses use rows and probes instead."""
         return [FirstRows(self.matrix(heads))]
 
     def macs(self, geometry: Geometry) -> int:
@@ -101,7 +101,7 @@ class MonarchAttention(AttentionOperator):
             q_BHLJD = self._cut(q_BHND[:, :, first:], geometry)
             k_BHKID = self._cut(k_BHND[:, :, first:], geometry)
             hidden_BKI = self._hidden(heads)
-            if hidden_BKI is not None:  # a query that is padding has no say in what its place looks at
+            if hidden_BKI is not None:  # padding queries do not influence the map
                 q_BHLJD = q_BHLJD.masked_fill(hidden_BKI[:, None, :, :, None], 0)
             prefix_BHJLP = q_BHLJD.transpose(2, 3) @ k_BHND[:, :, None, :first].transpose(3, 4)
             if heads.key_mask is not None:
@@ -109,17 +109,17 @@ class MonarchAttention(AttentionOperator):
             return _alternate(q_BHLJD, k_BHKID, prefix_BHJLP, hidden_BKI, self.steps)
 
     def _width(self, geometry: Geometry) -> int:
-        """Tokens in a block."""
+        """Return the number of tokens in a block."""
         return min(self.block or geometry.grid[1], geometry.num_patches)
 
     def _cut(self, x_BHND: Tensor, geometry: Geometry) -> Tensor:
-        """Grid tokens as blocks (B, H, L, J, D), the last filled up with zeros."""
+        """Cut grid tokens into blocks (B, H, L, J, D), the last padded with zeros."""
         block = self._width(geometry)
         padded = F.pad(x_BHND, (0, 0, 0, -x_BHND.shape[2] % block))
         return padded.reshape(*padded.shape[:2], -1, block, padded.shape[3])
 
     def _hidden(self, heads: Heads) -> Tensor | None:
-        """True at padding, (B or 1, L, J); None without padding."""
+        """Return a mask that is True at padding, (B or 1, L, J); None without padding."""
         geometry = heads.tokens()
         q, _ = heads.qk()
         block = self._width(geometry)
@@ -136,7 +136,7 @@ class MonarchAttention(AttentionOperator):
 def _alternate(
     q_BHLJD: Tensor, k_BHKID: Tensor, prefix_BHJLP: Tensor, hidden_BKI: Tensor | None, steps: int
 ) -> Factors:
-    """Best R for L, then best L for R, `steps` times; the queries are scaled already."""
+    """Find the best R for L, then the best L for R, `steps` times. The queries are already scaled."""
     mean_BHKJD, blocks = q_BHLJD, k_BHKID.shape[2]
     queries_BHJLD = q_BHLJD.transpose(2, 3)
     hidden = None if hidden_BKI is None else hidden_BKI[:, None]
@@ -161,10 +161,7 @@ def _alternate(
 
 
 def _mean_queries(log_BHJLK: Tensor, queries_BHJLD: Tensor, hidden: Tensor | None) -> Tensor:
-    """For each block k and place j the mean of the queries there, by how much they choose k; (B, H, K, J, D).
-
-    Queries that are padding have no say.
-    """
+    """Return for each block k and position j the mean query, weighted by L: (B, H, K, J, D), without padding."""
     if hidden is not None:
         log_BHJLK = log_BHJLK.masked_fill(hidden.transpose(2, 3)[..., None], HIDDEN)
     weights_BHJKL = log_BHJLK.transpose(3, 4).softmax(-1)

@@ -1,8 +1,8 @@
 """Normalisers of kernel attention: features φ(q), φ(k) to factors L, R of a map A = L Rᵀ / N whose rows sum to one.
 
 Each takes φ(q) and φ(k) of shape (B, H, N, F), the mean key feature (B, H, 1, F) and the scale s of the layer, and
-gives L and R, (B, H, N, F) or one wider. The means are over tokens that are no padding, and keep float16 from
-overflow where sums would not.
+returns L and R, (B, H, N, F) or one column wider. The means are over tokens that are not padding. Means, unlike sums,
+do not overflow float16.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Factors: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Normalizer:
-    """How to normalise, and what holds of the map."""
+    """A normalization and the properties of its map."""
 
     factors: Callable[[Tensor, Tensor, Tensor, float], Factors]
     nonnegative: bool
-    """The map is, if the features are."""
+    """The map is nonnegative if the features are."""
     divides: bool
-    """By φ(q)·φ̄(k), which features of both signs would not keep from zero."""
+    """It divides by φ(q)·φ̄(k), which can be zero for features of both signs."""
     extra: int
-    """Columns of L and R beyond the features."""
+    """The number of columns of L and R beyond the features."""
 
 
 def by_sum(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
@@ -44,7 +44,7 @@ def inline(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> F
 def mala(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
     """A_ij = (s φ(q_i)·φ(k_j) (1 + 1/z_i) − z_i) / N with z_i = s φ(q_i)·φ̄: MALA (Fan et al. 2025, arXiv 2507.00698).
 
-    This is the map by sums plus that of InLine without its 1/N.
+    This is the map of `by_sum` plus the map of `inline` without its 1/N.
     """
     left, right = by_sum(q_BHNF, k_BHNF, mean_BH1F, scale)
     shift = -scale * _sums(q_BHNF, mean_BH1F)

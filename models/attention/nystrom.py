@@ -1,4 +1,4 @@
-"""Nyströmformer: the softmax map from three small ones, by way of landmarks."""
+"""Nyströmformer: the softmax map approximated by three small maps, through landmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .terms import LowRank, Term
 
 
 class Landmarks(NamedTuple):
-    """Prefix tokens as they are, then cells: queries and keys (B, H, M, D), log-counts (B or 1, 1, 1, M), Z."""
+    """Prefix tokens, then cells: queries and keys (B, H, M, D), log-counts (B or 1, 1, 1, M), Z."""
 
     q: Tensor
     k: Tensor
@@ -30,20 +30,20 @@ class Landmarks(NamedTuple):
 class NystromAttention(PooledAttention):
     """A of grid queries: softmax(s Q K̃ᵀ + log c) Z softmax(s Q̃ Kᵀ) with Z ≈ softmax(s Q̃ K̃ᵀ + log c)⁺.
 
-    Xiong et al. 2021 (arXiv 2102.03902). The landmarks Q̃, K̃ are the means of queries and keys over `num_landmarks`
-    cells of the grid at most, a fifth of the patches and 64 by default, and each prefix token as it is; c is how
-    many tokens a landmark stands for. The paper has means of segments of a sequence, no prefix and no counts.
-    Prefix queries attend exactly. With as many landmarks as patches and many iterations this is softmax attention,
-    as it is where the keys of each cell are equal.
+    Xiong et al. 2021 (arXiv 2102.03902). The landmarks Q̃, K̃ are the prefix tokens and the means of queries and keys
+    over at most `num_landmarks` cells of the grid (default: a fifth of the patches, at most 64); c is the number of
+    tokens of a landmark. The paper uses means of sequence segments, without prefix or counts. Prefix queries attend
+    exactly. This is softmax attention with as many landmarks as patches and many iterations, or if the keys of each
+    cell are equal.
 
-    Z is iterated in float32 from a scale of each image's and head's own. Six iterations do not converge, which
-    helps: the true pseudo-inverse has huge entries where landmarks are alike. More is not better, and with 20 and
-    more the rounding of float32 grows. A is signed, and its rows sum to one only nearly.
+    Z is iterated in float32, scaled for each image and head. Six iterations do not converge, which helps: the true
+    pseudo-inverse has huge entries where landmarks are similar. More iterations are not better, and from 20 on the
+    float32 rounding grows. A is signed, and its rows sum to one only approximately.
 
-    4 N M D + 4 M³ an iteration multiply-adds a head: more than softmax attention from about 46 landmarks on at 197
-    tokens. `local_size` is the side of a depthwise convolution of the values, 0 for none.
+    4 N M D multiply-adds per head, and 4 M³ per iteration: more than softmax attention from about 46 landmarks at 197
+    tokens. `local_size` is the side of a depthwise convolution of the values; 0 means no convolution.
 
-    Raises ConfigError: an option has a value that it cannot have.
+    Raises ConfigError: an option is invalid.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class NystromAttention(PooledAttention):
         count = default_count(shape.geometry, 5, 64) if num_landmarks is None else num_landmarks
         super().__init__(shape, "num_landmarks", count, local_size)
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ConfigError(f"plan: iterations={iterations}; it is a whole number, 1 or more")
+            raise ConfigError(f"plan: iterations={iterations}; give a whole number, 1 or more")
         self.iterations = iterations
 
     @property
@@ -112,10 +112,10 @@ class NystromAttention(PooledAttention):
 
 
 def pseudo_inverse(x: Tensor, iterations: int) -> Tensor:
-    """Moore-Penrose inverse of matrices X (..., M, M) without negative entries, as far as `iterations` take it.
+    """Approximate the Moore-Penrose inverse of nonnegative matrices X (..., M, M) in `iterations` steps.
 
     Z ← ¼ Z (13 I − X Z (15 I − X Z (7 I − X Z))), from Z = Xᵀ / (‖X‖₁ ‖X‖∞) of each matrix (arXiv 2102.03902).
-    Public versions take the largest norms in the batch, so that the images of a batch touch each other.
+    Public versions use the largest norms of the batch, so that an image's result depends on the others.
     """
     norms = x.sum(-2).amax(-1) * x.sum(-1).amax(-1)
     inverse = x.transpose(-1, -2) / norms[..., None, None]

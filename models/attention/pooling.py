@@ -1,6 +1,6 @@
-"""Pooled tokens: means over the cells of the token grid, which operators put in place of the tokens themselves.
+"""Pooled tokens: means over cells of the token grid, which operators use in place of the tokens.
 
-A grid is cut into cells as equal as can be; each token is in one. Prefix tokens are in none.
+A grid is cut into cells of nearly equal size. Each patch is in one cell, prefix tokens are in none.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Cells: TypeAlias = tuple[int, int]
 
 
 class PooledAttention(AttentionOperator):
-    """An operator with pooled tokens, `count` at most, and a depthwise convolution of the values, zero to begin with.
+    """An operator with at most `count` pooled tokens and a depthwise convolution of the values that starts at zero.
 
-    Raises ConfigError: `count` is no number of cells, or `local_size` neither odd nor 0, which stands for no
-    convolution.
+    Raises ConfigError: `count` is not between 1 and the number of patches, or `local_size` is neither odd nor 0 (no
+    convolution).
     """
 
     def __init__(self, shape: LayerShape, option: str, count: int, local_size: int) -> None:
@@ -43,25 +43,25 @@ class PooledAttention(AttentionOperator):
         return local
 
     def macs_beside(self, geometry: Geometry) -> int:
-        """Multiply-adds of the exact prefix queries and of the convolution."""
+        """Return the multiply-adds of the exact prefix queries and of the convolution."""
         exact = 2 * geometry.num_prefix * geometry.num_tokens * self.shape.head_dim * self.shape.num_heads
         return exact + (0 if self.conv is None else self.conv.macs(geometry))
 
 
 def default_count(geometry: Geometry, part: int, most: int) -> int:
-    """One for each `part` patches, `most` at most, so that the cost of large images grows as they do."""
+    """Return one for each `part` patches, at most `most`, so that the cost stays linear in the patches."""
     return max(1, min(most, geometry.num_patches // part))
 
 
 def check_count(option: str, value: int, geometry: Geometry) -> None:
-    """ConfigError where there are not so many patches."""
+    """Raise ConfigError unless `value` is a whole number from 1 to the number of patches."""
     patches = geometry.num_patches
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= patches:
-        raise ConfigError(f"plan: {option}={value}; it is a whole number from 1 to {patches}, all patches")
+        raise ConfigError(f"plan: {option}={value}; give a whole number from 1 to {patches}, all patches")
 
 
 def cells_of(count: int, geometry: Geometry) -> Cells:
-    """At most `count` cells, about as long as wide; cells of one token where the grid has no more than `count`."""
+    """Choose at most `count` nearly square cells; one token per cell if the grid has at most `count` tokens."""
     height, width = geometry.grid
     if count >= height * width:
         return height, width
@@ -71,14 +71,14 @@ def cells_of(count: int, geometry: Geometry) -> Cells:
 
 
 def cell_means(x_BHND: Tensor, heads: Heads, cells: Cells) -> Tensor:
-    """Means of the grid tokens of each cell, padding left out; (B, H, cells, D), zero where nothing is left."""
+    """Return the means of each cell without padding, (B, H, cells, D); zero if a cell is all padding."""
     grid = without_padding(x_BHND, heads)[:, :, heads.tokens().num_prefix :]
     counts = cell_counts(heads, cells, x_BHND).transpose(2, 3)
     return _cell_sums(grid, heads.tokens(), cells) / counts.clamp_min(1)
 
 
 def cell_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
-    """How many tokens each cell has, (B or 1, 1, 1, cells); padding does not count."""
+    """Return the number of tokens in each cell without padding, (B or 1, 1, 1, cells)."""
     geometry = heads.tokens()
     if heads.key_mask is None:
         seen = like.new_ones(1, 1, geometry.num_patches, 1)
@@ -88,8 +88,8 @@ def cell_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
 
 
 def log_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
-    """What a logit gains for the tokens that its key stands for, (B or 1, 1, 1, P + cells): one for each prefix token,
-    as many as it has for each cell (proportional attention: Bolya et al. 2023, arXiv 2210.09461, eq. 1)."""
+    """Return the log of the number of tokens of each key, (B or 1, 1, 1, P + cells), to add to its logits
+    (proportional attention: Bolya et al. 2023, arXiv 2210.09461, eq. 1)."""
     num_prefix = heads.tokens().num_prefix
     if heads.key_mask is None:
         prefix = like.new_ones(1, 1, 1, num_prefix)
@@ -99,28 +99,28 @@ def log_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
 
 
 def mean_weights(geometry: Geometry, cells: Cells) -> Tensor:
-    """(cells, n): the means as a matrix, in float32 on the CPU."""
+    """Return the matrix of the means, (cells, n), in float32 on the CPU."""
     members = [_members(length, count) for length, count in zip(geometry.grid, cells, strict=True)]
     return torch.kron(*(each / each.sum(1, keepdim=True) for each in members))
 
 
 def pooling_macs(geometry: Geometry, cells: Cells) -> int:
-    """Multiply-adds of the means of one channel of one head."""
+    """Return the multiply-adds of the means of one channel of one head."""
     (rows, columns), (height, width) = cells, geometry.grid
     return rows * width * (height + columns)
 
 
 def _cell_sums(x_BHnD: Tensor, geometry: Geometry, cells: Cells) -> Tensor:
-    """(B, H, cells, D): sums along the rows, then along the columns."""
+    """Sum along the rows, then along the columns: (B, H, cells, D)."""
     height, width = geometry.grid
-    # Products and not torch's adaptive pooling, whose cells overlap where they do not divide the grid.
+    # torch's adaptive pooling has overlapping cells if they do not divide the grid.
     by_row = _members(height, cells[0], x_BHnD) @ x_BHnD.unflatten(2, (height, width)).flatten(3)
     by_cell: Tensor = _members(width, cells[1], x_BHnD) @ by_row.unflatten(3, (width, -1))
     return by_cell.flatten(2, 3)
 
 
 def _members(length: int, count: int, like: Tensor | None = None) -> Tensor:
-    """(count, length): one where a position is in a cell of this axis."""
+    """Return (count, length): 1 where a position is in a cell of this axis."""
     device = torch.device("cpu") if like is None else like.device
     dtype = torch.float32 if like is None else like.dtype
     cell = torch.arange(length, device=device) * count // length

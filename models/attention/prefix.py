@@ -1,4 +1,4 @@
-"""Prefix tokens that attend to every token exactly, beside grid tokens that do not."""
+"""Exact attention of prefix tokens, for operators that approximate the rows of grid tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .terms import FirstRows, Term
 
 
 def prefix_softmax(heads: Heads) -> Tensor:
-    """The prefix tokens' attention to every token, (B, H, P, D)."""
+    """Return the softmax attention of the prefix tokens to every token, (B, H, P, D)."""
     q, k, v = heads.qkv()
     first = q[:, :, : heads.tokens().num_prefix]
     return F.scaled_dot_product_attention(
@@ -20,5 +20,5 @@ def prefix_softmax(heads: Heads) -> Tensor:
 
 
 def prefix_term(heads: Heads) -> Term:
-    """The same as rows of the map."""
+    """Return the prefix rows of the softmax map as a term."""
     return FirstRows(softmax_rows(heads, slice(heads.tokens().num_prefix)))

@@ -1,4 +1,4 @@
-"""Softmax attention: what every other operator is measured against."""
+"""Softmax attention, the reference for every other operator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Softmax:
 
 
 class SoftmaxAttention(AttentionOperator):
-    """Softmax attention as an operator among the others: 2 N² D multiply-adds a head."""
+    """Softmax attention as an operator of a converted layer: 2 N² D multiply-adds per head."""
 
     @property
     def traits(self) -> Traits:
@@ -46,7 +46,7 @@ class SoftmaxAttention(AttentionOperator):
 
 
 def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
-    """Rows of softmax(s Q Kᵀ + bias), (B, H, S, N), in float32 at least."""
+    """Return rows of softmax(s Q Kᵀ + bias), (B, H, S, N), in float32 or better."""
     q, k = heads.qk()
     logits = heads.scale * precise(q[:, :, index]) @ precise(k).transpose(2, 3)
     mask = _mask(heads)
@@ -57,7 +57,7 @@ def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
 
 
 def _mask(heads: Heads) -> Tensor | None:
-    """The bias, and minus infinity at keys that are padding."""
+    """Return the bias, with minus infinity at padding keys."""
     if heads.seen is None or heads.bias is None:
         return heads.bias if heads.seen is None else heads.seen
     return heads.bias.masked_fill(~heads.seen, -torch.inf)

@@ -1,4 +1,4 @@
-"""The terms of which effective attention maps are made: A = Σ terms, none of them N x N."""
+"""The terms of effective maps: A = Σ terms, none of them N x N."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LowRank:
 
 @dataclass
 class Sparse:
-    """Row i has `weights` (B, H, N, S) at the columns `index` (N, S); a column may be there twice."""
+    """Row i has `weights` (B, H, N, S) at the columns `index` (N, S); a column may repeat."""
 
     weights: Tensor
     index: Tensor
@@ -29,7 +29,7 @@ class Sparse:
 
 @dataclass
 class FirstRows:
-    """The first P rows, whole, (B, H, P, N): prefix tokens that attend to every token exactly."""
+    """The first P rows, dense, (B, H, P, N): prefix tokens that attend exactly."""
 
     weights: Tensor
 
@@ -38,7 +38,7 @@ Term: TypeAlias = LowRank | Sparse | FirstRows
 
 
 def term_rows(term: Term, index: Tensor, heads: Heads) -> Tensor:
-    """Rows `index` (S,) of a term, (B, H, S, N)."""
+    """Return rows `index` (S,) of a term, (B, H, S, N)."""
     if isinstance(term, LowRank):
         return term.left[:, :, index] @ term.right.transpose(2, 3)
     weights = term.weights

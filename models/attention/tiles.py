@@ -1,6 +1,6 @@
-"""Tiled softmax: tiles of grid queries, each with the keys that it sees, from static tables of token indices.
+"""Tiled softmax: tiles of grid queries with the keys that they see, from static tables of token indices.
 
-Windows, dilated windows and neighbourhoods differ in their tables alone. Axes are cut one by one; a tile of the grid
+Windows, dilated windows and neighborhoods differ only in their tables. Each axis is cut separately; a tile of the grid
 is a pair of cuts. Shape suffixes: T tiles, M queries of a tile, S keys of a tile, n grid tokens.
 """
 
@@ -23,13 +23,13 @@ from .terms import Sparse, Term
 Cut: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Along one axis: queries (a,), keys (b,), and which query sees which key (a, b)."""
 Cutter: TypeAlias = Callable[[int, int, int], list[Cut]]
-"""Length of the axis, window and dilation to the cuts that hold every position once as a query."""
+"""Return cuts for (length of the axis, window, dilation); each position is a query in exactly one cut."""
 Table: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """Queries (T, M) and keys (T, S) as tokens, `sees` (T, M, S), and the place (n,) of each grid token in (T M)."""
 
 
 def blocks(length: int, window: int, dilation: int) -> list[Cut]:
-    """Windows of at most `window` positions, as equal as can be, within each residue of `dilation`."""
+    """Cut each residue class of `dilation` into windows of nearly equal size, at most `window` positions."""
     cuts = []
     for phase in _phases(length, dilation):
         for block in np.array_split(phase, -(-len(phase) // window)):
@@ -38,7 +38,7 @@ def blocks(length: int, window: int, dilation: int) -> list[Cut]:
 
 
 def neighbors(length: int, window: int, dilation: int) -> list[Cut]:
-    """The `window` positions nearest to each, of its residue; at the ends the window is moved inwards.
+    """Give each position the `window` nearest positions of its residue class; at the ends the window moves inwards.
 
     This is NATTEN's definition (Hassani et al. 2023, arXiv 2204.07143; dilated: 2209.15001).
     """
@@ -54,13 +54,13 @@ def neighbors(length: int, window: int, dilation: int) -> list[Cut]:
 
 @lru_cache(maxsize=64)
 def tile_arrays(cutter: Cutter, geometry: Geometry, window: int, dilation: int) -> tuple[NDArray[Any], ...]:
-    """The table of these tiles as arrays; prefix tokens are keys of every tile, and first."""
+    """Return the table of these tiles as arrays. Prefix tokens are the first keys of every tile."""
     rows, columns = (cutter(length, window, dilation) for length in geometry.grid)
     tiles = [_tile(row, column, geometry) for row in rows for column in columns]
     most_queries, most_keys = (max(len(tile[part]) for tile in tiles) for part in (0, 1))
     queries = np.stack([np.pad(tile[0], (0, most_queries - len(tile[0])), mode="edge") for tile in tiles])
     keys = np.stack([np.pad(tile[1], (0, most_keys - len(tile[1])), mode="edge") for tile in tiles])
-    # A query that fills up its tile repeats the last one; a key that does is seen by none.
+    # A padding query repeats the last query of its tile; no query sees a padding key.
     sees = np.stack(
         [
             np.pad(
@@ -76,7 +76,7 @@ def tile_arrays(cutter: Cutter, geometry: Geometry, window: int, dilation: int) 
 
 
 def tile_table(cutter: Cutter, geometry: Geometry, window: int, dilation: int) -> Table:
-    """`tile_arrays` as tensors on the CPU."""
+    """Return `tile_arrays` as tensors on the CPU."""
     queries, keys, sees, place = tile_arrays(cutter, geometry, window, dilation)
     return tuple(torch.from_numpy(array.copy()) for array in (queries, keys, sees, place))  # type: ignore[return-value]
 
@@ -84,12 +84,12 @@ def tile_table(cutter: Cutter, geometry: Geometry, window: int, dilation: int) -
 def tiled_softmax(
     q: Tensor, k: Tensor, v: Tensor, table: Table, *, scale: float, dropout: float = 0.0, masked: bool = True
 ) -> Tensor:
-    """Softmax attention of the grid tokens (B, H, n, D) over the keys of their tiles, by torch's fused attention.
+    """Return softmax attention of grid tokens over the keys of their tiles, (B, H, n, D), by torch's fused attention.
 
-    `masked` is False where every query sees every key of its tile.
+    `masked` is False if every query sees every key of its tile.
     """
     queries, keys, sees, place = table
-    # The fused kernels take four dimensions, with tiles where heads would be.
+    # The fused kernels take four dimensions: tiles are in the dimension of the heads.
     tiles = [gather(x, index).flatten(0, 1) for x, index in ((q, queries), (k, keys), (v, keys))]
     mask = sees.unsqueeze(0) if masked else None
     out = F.scaled_dot_product_attention(
@@ -100,7 +100,7 @@ def tiled_softmax(
 
 
 def tile_logits(q: Tensor, k: Tensor, table: Table, scale: float) -> Tensor:
-    """s q·k of each grid token with the keys of its tile, (B, H, n, S) in float32 at least; -inf where unseen."""
+    """Return s q·k of each grid token and the keys of its tile, (B, H, n, S) in float32 or better; -inf if unseen."""
     queries, keys, sees, place = table
     products = precise(gather(q, queries)) @ precise(gather(k, keys)).transpose(3, 4)
     logits = (scale * products).masked_fill(~sees, -torch.inf)
@@ -108,19 +108,19 @@ def tile_logits(q: Tensor, k: Tensor, table: Table, scale: float) -> Tensor:
 
 
 def sparse_term(weights_BHnS: Tensor, table: Table, num_prefix: int) -> Term:
-    """The rows of the grid tokens as a term; those of the prefix tokens are zero."""
+    """Return the rows of the grid tokens as a term; the rows of prefix tokens are zero."""
     head = (0, 0, num_prefix, 0)
     return Sparse(F.pad(weights_BHnS, head), F.pad(token_keys(table), head))
 
 
 def token_keys(table: Table) -> Tensor:
-    """The keys (n, S) of each grid token."""
+    """Return the keys (n, S) of each grid token."""
     queries, keys, _, place = table
     return keys[place // queries.shape[1]]
 
 
 def gather(x_BHND: Tensor, index: Tensor) -> Tensor:
-    """(B, H, T, M, D): the tokens of `index` (T, M)."""
+    """Return the tokens at `index` (T, M): (B, H, T, M, D)."""
     tiles: Tensor = x_BHND.index_select(2, index.flatten()).unflatten(2, tuple(index.shape))
     return tiles
 
@@ -130,7 +130,7 @@ def _phases(length: int, dilation: int) -> list[NDArray[Any]]:
 
 
 def _tile(row: Cut, column: Cut, geometry: Geometry) -> Cut:
-    """Tokens of the queries and keys of a pair of cuts, and who sees whom."""
+    """Return the query tokens and key tokens of a pair of cuts, and which query sees which key."""
     prefix, width = geometry.num_prefix, geometry.grid[1]
     queries, keys = (prefix + (row[i][:, None] * width + column[i]).ravel() for i in (0, 1))
     sees = np.kron(row[2], column[2])

@@ -1,4 +1,4 @@
-"""TTT-SwiGLU: a small network is trained on keys and values by one gradient step, and answers the queries."""
+"""TTT-SwiGLU: one gradient step trains a small network on keys and values, which is then applied to the queries."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class InnerWeights(NamedTuple):
 class TTTAttention(AttentionOperator):
     """o_i = f_{W − g}(q_i) with f_W(x) = (silu(x W₁) ⊙ x W₂) W₃ and g = ∂/∂W of −(s/N) Σ_j v_j · f_W(k_j).
 
-    Test-time training (Sun et al. 2024, arXiv 2407.04620) with a SwiGLU of D x D matrices a head and one closed-form
+    Test-time training (Sun et al. 2024, arXiv 2407.04620) with a SwiGLU of D x D matrices per head and one closed-form
     step on the inner product, as in the conversion of DeiT to linear time ("T5", ICML 2026); its predecessor is ViT³
-    (arXiv 2512.01643). Keys are normalised over the tokens, channel by channel, with 1 added to the variance: the
-    large common mean of pretrained keys would otherwise swamp the step. Queries and keys get a zero-initialised
-    depthwise 3 x 3 convolution of themselves, without the published bias; prefix tokens, which are off the grid, go
-    without it and are ordinary tokens otherwise. 9 N D² multiply-adds a head, and 18 N D for the convolutions.
+    (arXiv 2512.01643). Keys are normalized over the tokens, per channel, with 1 added to the variance, because the
+    large common mean of pretrained keys would dominate the step. Queries and keys get a zero-initialized depthwise
+    3 x 3 convolution of themselves, without the published bias. Prefix tokens are not on the grid: they skip the
+    convolution and are otherwise ordinary tokens. 9 N D² multiply-adds per head, and 18 N D for the convolutions.
 
-    Not linear in V: there is no map. The values must be as wide as the queries.
+    It is not linear in V, so it has no map. The values must be as wide as the queries.
     """
 
     def __init__(self, shape: LayerShape) -> None:
@@ -68,13 +68,13 @@ class TTTAttention(AttentionOperator):
 
 
 def normalized_keys(k_BHND: Tensor) -> Tensor:
-    """Keys without their mean over the tokens and by their deviation, where it is not small."""
+    """Subtract the mean over the tokens from the keys, and divide by sqrt(variance + 1)."""
     variance, mean = torch.var_mean(k_BHND, dim=2, correction=0, keepdim=True)
     return (k_BHND - mean) * (variance + NORM_EPSILON).rsqrt()
 
 
 def inner_step(weights: InnerWeights, k_BHND: Tensor, v_BHND: Tensor) -> InnerWeights:
-    """The weights after one step of gradient descent on −Σ_j v_j · f_W(k_j), in closed form."""
+    """Return the weights after one gradient step on −Σ_j v_j · f_W(k_j), in closed form."""
     gate, linear = k_BHND @ weights.gated, k_BHND @ weights.linear
     sigmoid = gate.sigmoid()
     gated = gate * sigmoid
@@ -89,7 +89,7 @@ def inner_step(weights: InnerWeights, k_BHND: Tensor, v_BHND: Tensor) -> InnerWe
 
 
 def answer(weights: InnerWeights, x_BHND: Tensor) -> Tensor:
-    """f_W(x) = (silu(x W₁) ⊙ x W₂) W₃."""
+    """Return f_W(x) = (silu(x W₁) ⊙ x W₂) W₃."""
     return (F.silu(x_BHND @ weights.gated) * (x_BHND @ weights.linear)) @ weights.out
 
 

@@ -1,4 +1,4 @@
-"""Uniform attention: every token takes the mean of all values, so that nothing is known of where to look."""
+"""Uniform attention: every token takes the mean of all values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .terms import LowRank, Term
 
 
 class UniformAttention(AttentionOperator):
-    """A = 1/N, without queries, keys or parameters: the floor that other operators are measured from.
+    """A = 1/N, without queries, keys or parameters: the lower baseline for other operators.
 
-    Tokens still exchange their mean, so a network that is trained with it is no stack of MLPs on single tokens.
+    Tokens still exchange their mean, so a network with it is more than MLPs on single tokens.
     """
 
     needs = ("v",)
@@ -35,7 +35,7 @@ class UniformAttention(AttentionOperator):
 
 
 def _weights(heads: Heads) -> Tensor:
-    """What each key counts, (B or 1, 1, N, 1), in float32 at least: the same for all that are no padding."""
+    """Return the weight of each key, (B or 1, 1, N, 1), in float32 or better: equal for all but padding."""
     v = heads.values()
     precise = torch.promote_types(v.dtype, torch.float32)
     if heads.key_mask is None:

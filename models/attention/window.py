@@ -1,4 +1,4 @@
-"""Local softmax attention: windows, dilated windows and neighbourhoods of the token grid."""
+"""Local softmax attention: windows, dilated windows and neighborhoods of the token grid."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PARTS = ("queries", "keys", "sees", "place")
 
 
 class TileTables(torch.nn.Module):
-    """The table of a layer's own grid, on the layer's device; that of another grid is made when it is asked for."""
+    """The table of the layer's own grid, on its device. Tables of other grids are made on demand."""
 
     def __init__(self, cutter: Cutter, geometry: Geometry, window: int, dilation: int) -> None:
         super().__init__()
         for name, value in (("window", window), ("dilation", dilation)):
             if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"plan: {name}={value}; it is a whole number of tokens, 1 or more")
+                raise ConfigError(f"plan: {name}={value}; give a whole number of tokens, 1 or more")
         self.cutter, self.window, self.dilation = cutter, window, dilation
         self.fit(geometry)
 
@@ -35,7 +35,7 @@ class TileTables(torch.nn.Module):
         self.masked = not bool(table[2].all())
 
     def forward(self, geometry: Geometry, device: torch.device) -> tuple[Table, bool]:
-        """The table on this device, and whether a query is kept from some key of its tile."""
+        """Return the table on this device, and whether some query does not see every key of its tile."""
         own: Table = (self.queries, self.keys, self.sees, self.place)  # type: ignore[assignment]
         same = geometry.grid == self.geometry.grid and geometry.num_prefix == self.geometry.num_prefix
         if same and own[0].device == device:
@@ -48,7 +48,7 @@ class TileTables(torch.nn.Module):
         return tuple(part.to(device) for part in table)  # type: ignore[return-value]
 
     def products(self, geometry: Geometry) -> int:
-        """Pairs of query and key that are computed, those at ragged ends included."""
+        """Return the number of computed pairs of query and key, including padding of smaller tiles."""
         queries, keys, _, _ = tile_table(self.cutter, geometry, self.window, self.dilation)
         return queries.numel() * keys.shape[1]
 
@@ -56,12 +56,12 @@ class TileTables(torch.nn.Module):
 class WindowAttention(AttentionOperator):
     """softmax(s q·k) over the keys of the query's window: windows of at most `window` × `window` tokens.
 
-    The grid is cut into windows as equal as can be (Liu et al. 2021, arXiv 2103.14030, without shifts and bias).
-    With a `dilation` r the windows are of tokens with equal row and column modulo r (the atrous attention of Ibtehaz
-    et al. 2024, arXiv 2403.04200). Prefix tokens are keys of every window, and attend to every token themselves.
-    With a window as large as the grid this is softmax attention. 2 N w² D multiply-adds a head.
+    The grid is cut into windows of nearly equal size (Liu et al. 2021, arXiv 2103.14030, without shifts and bias).
+    With a `dilation` r, a window has tokens with equal row and column modulo r (the atrous attention of Ibtehaz et al.
+    2024, arXiv 2403.04200). Prefix tokens are keys of every window and attend to every token. With a window as large
+    as the grid this is softmax attention. 2 N w² D multiply-adds per head.
 
-    Raises ConfigError: window or dilation is no whole number above 0.
+    Raises ConfigError: window or dilation is not a whole number above 0.
     """
 
     cutter = staticmethod(blocks)
@@ -97,11 +97,11 @@ class WindowAttention(AttentionOperator):
 
 
 class NeighborhoodAttention(WindowAttention):
-    """softmax(s q·k) over the `window` × `window` keys around the query, every `dilation`-th of them.
+    """softmax(s q·k) over `window` × `window` keys around the query, `dilation` tokens apart.
 
-    At the border the window is moved inwards, so that every query has equally many keys (Hassani et al. 2023,
-    arXiv 2204.07143; dilated: arXiv 2209.15001). Prefix tokens as in `WindowAttention`. Queries go in tiles with the
-    keys of all of them, so more than 2 N w² D multiply-adds are done: two to three times as many for a window of 7.
+    At the border the window moves inwards, so every query has the same number of keys (Hassani et al. 2023,
+    arXiv 2204.07143; dilated: arXiv 2209.15001). Prefix tokens are as in `WindowAttention`. A tile of queries computes
+    the keys of all its queries: for a window of 7, two to three times the necessary 2 N w² D multiply-adds.
     """
 
     cutter = staticmethod(neighbors)

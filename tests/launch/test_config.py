@@ -98,7 +98,7 @@ def test_an_empty_section_is_empty(tmp_path: Path) -> None:
         ("optim: {blr: x}", ["m.yaml: optim.blr", "'x'", "a number of at least 0"]),
         ("optim: {betas: [0.9]}", ["optim.betas", "[0.9]", "2 numbers"]),
         ("transfer: {method: distil}", ["transfer.method", "'distil'", "distill_q"]),
-        ("student: {model_args: {depth:2}}", ["student.model_args", "'depth:2'", "a blank after the colon"]),
+        ("student: {model_args: {depth:2}}", ["student.model_args", "'depth:2'", "a space after the colon"]),
         ("student: {model_args: 3}", ["student.model_args", "3", "mapping"]),
         ("mode: train", ["mode", "'train'", "pretrain"]),
         ("seed: -1", ["seed", "-1", "at least 0"]),

@@ -88,7 +88,7 @@ def test_another_image_size(student: str, tmp_path: Path) -> None:
         (["{empty}"], "has no image in it"),
         (["digits:0"] * 17, "17 images are given and at most 16"),
         (["digits:0", "--layers", "2"], "--layers: there is no layer 2; the model has layers 0 to 1"),
-        (["digits:0", "--layers", "a"], "--layers: 'a' is no layer"),
+        (["digits:0", "--layers", "a"], "--layers: 'a' is not a layer"),
         (["digits:0", "--query", "99"], "--query '99': valid are patches 0 to 23, cls, reg0, reg1"),
         (["digits:0", "--out", "{broken}"], "which is a file; give a folder"),
         ([], "IMAGE"),

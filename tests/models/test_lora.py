@@ -90,7 +90,7 @@ def test_a_run_with_adapters_resumes_and_is_saved_without_them(tmp_path: Path) -
 
 
 def test_what_cannot_have_adapters_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedModelError, match="layer 0 keeps the biases of q and v apart"):
+    with pytest.raises(UnsupportedModelError, match="layer 0 stores the biases of q and v apart"):
         add_lora(vit("beit_base_patch16_224", num_heads=2), 2)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"needs peft, not installed: pip install 'graftvit\[lora\]'"):

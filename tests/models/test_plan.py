@@ -43,14 +43,14 @@ def test_a_long_text_stays_whole() -> None:
     [
         ("", "the plan '' is empty"),
         ("linear", "has no colon"),
-        ("x: linear", "'x' is no layer"),
-        ("1.5: linear", "'1.5' is no layer"),
+        ("x: linear", "'x' is not a layer"),
+        ("1.5: linear", "'1.5' is not a layer"),
         ("12: linear", "there is no layer 12; the model has layers 0 to 11"),
         ("-13: linear", "there is no layer -13"),
         ("5-3: linear", "the range '5-3' is empty"),
-        ("*: Linear!", "'Linear!' is no operator"),
-        ("*: linear(relu)", "'relu' is no option; write name=value"),
-        ("*:", "'' is no operator"),
+        ("*: Linear!", "'Linear!' is not an operator"),
+        ("*: linear(relu)", "'relu' is not an option; write name=value"),
+        ("*:", "'' is not an operator"),
     ],
 )
 def test_mistakes_are_named(plan: str, words: str) -> None:

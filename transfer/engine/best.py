@@ -1,4 +1,4 @@
-"""Which number picks the best state of a run."""
+"""The metric that selects the best state of a run."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ Kind = Family | Literal["objective"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A number of an evaluation, `test_<key>` in the log."""
+    """A metric of an evaluation, `test_<key>` in the log."""
 
     key: str
     kind: Kind
-    """What is measured for it; `objective` is the run's own loss on the test images."""
+    """The measurement; `objective` is the run's own loss on the test images."""
 
     @property
     def smaller(self) -> bool:
-        """Whether less is better."""
+        """Return whether smaller values are better."""
         return self.key in ("loss", "objective", "relative_error")
 
     def describe(self) -> str:
-        """Which state is the best, in words."""
+        """Describe the best state in words."""
         return f"the state with the {'smallest' if self.smaller else 'largest'} test_{self.key}"
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether `value` beats `best`, which anything does that is the first."""
+        """Return whether `value` is better than `best`. The first value (`best` is None) always is."""
         return best is None or (value < best if self.smaller else value > best)
 
 
@@ -49,7 +49,7 @@ CRITERIA: dict[Metric, Criterion] = {
 
 
 def classifies(head: Head, loader: EvalLoader | None) -> bool:
-    """Whether a head can be scored by the labels of these images: they are its classes, in any order."""
+    """Return whether the labels of these images are the head's classes, in any order."""
     if loader is None or not 0 < head.num_classes == loader.num_classes:
         return False
     return same_classes(head.label_names, loader.class_names)
@@ -63,11 +63,11 @@ def choose(
     student: nn.Module,
     teacher: nn.Module | None,
 ) -> Criterion | None:
-    """The number that `engine.metric` asks for; None where nothing is evaluated, and the last state is the best.
+    """Return the metric that `engine.metric` selects; None without evaluation (the last state is then the best).
 
-    `head` is the student's, `loader` has the test images.
+    `head` is the student's head, `loader` has the test images.
 
-    Raises ConfigError: it cannot be measured in this run.
+    Raises ConfigError: this run cannot measure the metric.
     """
     classified = classifies(head, loader)
     config = mode.config
@@ -101,5 +101,5 @@ def choose(
 
 
 def _width(model: nn.Module) -> int:
-    """Of what the head reads."""
+    """Return the width of the head's input."""
     return int(getattr(model, "head_hidden_size", None) or vit(model).num_features)

@@ -1,9 +1,9 @@
-"""The end of a process that was told to stop and does not come to it, without torch.
+"""End a process that hangs after a stop signal, without torch.
 
-A stop signal is acted on where a run can be saved: at a step boundary. A process that loads from a disk that hangs, or
-waits for a data worker or for another process, may never come to one, and Python's own handlers do not even run while
-it waits inside of a library. So the system writes each signal into a socket, a thread reads there, and what has moved
-nothing for a stated time after a signal is ended. What was saved is written whole or not at all, so it stays.
+A run acts on a stop signal at a step boundary, where it can be saved. A process that waits for a disk, a data worker or
+another process may never reach one, and Python runs no signal handlers inside a library call. So the system writes
+each signal into a socket, and a thread that reads the socket ends the process after a time without progress. States
+are written atomically, so saved states stay intact.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 GRACE = 300.0
-"""Seconds after a signal, or after the last that moved since, at which the process ends; `engine.stop_grace`."""
+"""Seconds without progress after a signal until the process ends; `engine.stop_grace`."""
 SECOND = 5.0
 """Seconds for a second Ctrl-C to end the process in Python's own way."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
 
 
 class Watch(threading.Thread):
-    """Ends the process `grace` seconds after a stop signal in which nothing moved."""
+    """A thread that ends the process after a stop signal and `grace` seconds without progress."""
 
     def __init__(self, grace: float, least: float = 0.0) -> None:
         super().__init__(name="graftvit-deadline", daemon=True)
@@ -42,16 +42,16 @@ class Watch(threading.Thread):
         self._before = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
 
     def moved(self) -> None:
-        """Restart the time: something moved."""
+        """Restart the time, because the process made progress."""
         if self._since is not None:
             self._since = time.monotonic()
 
     def clear(self) -> None:
-        """What came so far has been dealt with."""
+        """Forget the signals received so far."""
         self._since, self._limit, self._interrupts = None, float("inf"), 0
 
     def close(self) -> None:
-        """Nothing is watched any more. Only for the main thread."""
+        """Stop the watch. Call it only in the main thread."""
         signal.set_wakeup_fd(self._before)
         self.clear()
         self._writes.send(b"\0")
@@ -60,7 +60,7 @@ class Watch(threading.Thread):
         self._writes.close()
 
     def run(self) -> None:
-        """The life of the thread."""
+        """Run the thread."""
         while True:
             left = self._left()
             if left is not None and left <= 0:
@@ -87,7 +87,7 @@ class Watch(threading.Thread):
         return None if since is None else min(since + self.grace, self._limit) - time.monotonic()
 
     def _end(self) -> None:
-        """Leaves without any clean-up, for that might hang as well; data workers, which might stay, are ended first."""
+        """Kill the data workers, then exit without clean-up, which might also hang."""
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         why = f"and nothing moved in the {self.grace:g} seconds after it (engine.stop_grace)"
         if self._limit < float("inf"):
@@ -103,12 +103,12 @@ _watch: Watch | None = None
 
 
 def current() -> Watch | None:
-    """What watches this process; nothing in a forked one."""
+    """Return the watch of this process; None in a forked process."""
     return _watch if _watch is not None and _watch.owner == os.getpid() else None
 
 
 def start(grace: float = GRACE, least: float = 0.0) -> None:
-    """Watches from now on, for at least `least` seconds whatever a run's own settings say."""
+    """Start the watch, with at least `least` seconds of grace whatever the settings of a run say."""
     global _watch
     stop()
     _watch = Watch(grace, least)
@@ -116,7 +116,7 @@ def start(grace: float = GRACE, least: float = 0.0) -> None:
 
 
 def stop() -> None:
-    """Watches no more."""
+    """Stop the watch."""
     global _watch
     watch, _watch = current(), None
     if watch is not None:
@@ -125,12 +125,14 @@ def stop() -> None:
 
 @contextmanager
 def watched(grace: float) -> Iterator[None]:
-    """Inside the block a signal ends the process after `grace` seconds in which nothing moved.
+    """End the process, inside the block, after a signal and `grace` seconds without progress.
 
     Use the watch that is already running, if any, and leave it running afterwards.
     """
     watch = current()
-    if threading.current_thread() is not threading.main_thread():  # Python tells the main thread alone
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python delivers signals only to the main thread
         yield
     elif watch is None:
         start(grace)
@@ -147,21 +149,21 @@ def watched(grace: float) -> Iterator[None]:
 
 
 def moved() -> None:
-    """A step, or a batch of an evaluation, is behind."""
+    """Note that a step, or a batch of an evaluation, is done."""
     watch = current()
     if watch is not None:
         watch.moved()
 
 
 def clear() -> None:
-    """The signals that came were acted on."""
+    """Note that the received signals were handled."""
     watch = current()
     if watch is not None:
         watch.clear()
 
 
 def _forget_in_a_fork() -> None:
-    """A forked loader worker does not tell its parent of its own signals."""
+    """Keep a forked loader worker from reporting its signals to its parent."""
     if _watch is not None:
         signal.set_wakeup_fd(-1)
 

@@ -1,4 +1,4 @@
-"""A run that is built and not trained: the same `build` without weights, and all that a first step would refuse."""
+"""The dry run: build a run without weights, and check everything that its first step checks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .resume_check import Position, check_length, check_same_run, commits_of, re
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run is made of, without weights."""
+    """The parts of a run, without weights."""
 
     config: RunConfig
-    """As the run was started with, where it resumes."""
+    """The settings; if the run resumes, those that it was started with."""
     parts: Parts
     processes: int
     saved: Json | None
-    """The meta part of the state that the run resumes from; None where it starts."""
+    """The meta part of the state that the run resumes from; None for a new run."""
     batch: GlobalBatch | None
     """None where the training set is not on this machine."""
     footprint: Footprint
@@ -40,17 +40,17 @@ class DryRun:
 
     @property
     def absent(self) -> GraftError | None:
-        """Why the training set could not be read, where it may be on another machine."""
+        """Return why the training set could not be read, if it may be on another machine."""
         loader = self.parts.train_loader
         return loader.reason if isinstance(loader, AbsentTrainLoader) else None
 
 
 def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
-    """Build `config` without weights for so many processes, and rehearse its first step.
+    """Build `config` without weights for `processes` processes, and rehearse its first step.
 
-    `here` says that the run would be on this machine, whose device is then known.
+    `here`: the run would be on this machine, whose device is known.
 
-    Raises GraftError: what the run refuses before its first step or in it, in the same sentence.
+    Raises GraftError: the run would raise the same error before or in its first step.
     """
     on_cpu = config.engine.device == "cpu" or (here and not torch.cuda.is_available())
     check_placement(config, processes, on_cpu=on_cpu)
@@ -67,7 +67,7 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
 
 
 def _saved(config: RunConfig) -> Json | None:
-    """The meta part of the state in the run folder, which `config` may resume or has to leave alone."""
+    """Return the meta part of the state in the run folder, if any. Raise GraftError if `config` cannot resume it."""
     if config.engine.resume == "never":
         refuse_existing(config.output_dir)
         return None

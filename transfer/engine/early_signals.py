@@ -1,7 +1,7 @@
-"""Signals that come before a run can act on them: remembered from the first moment, without torch.
+"""Remember signals that arrive before a run can handle them, without torch.
 
-Loading torch and a teacher takes a minute on a busy file system, and a scheduler may say at any time that the job
-has to stop. Whoever starts a run calls `remember_signals` first; the run then takes up what has come.
+Loading torch and a teacher takes a minute on a busy file system, and a scheduler may stop the job at any time. A
+command that starts a run calls `remember_signals` first; the run then handles the remembered signals.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from . import deadline
 
 EARLY_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)
-)  # Windows has no SIGUSR2; Ctrl-C ends a run that has not begun at once
+)  # Windows has no SIGUSR2; Ctrl-C ends a run that has not started immediately
 received: list[int] = []
-"""The stop signals that this process got so far, in their order."""
+"""The stop signals that this process received so far, in order."""
 _owner: int | None = None  # the process that remembers
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Remembers inside the block, if nothing remembers yet; afterwards the handlers are those of before."""
+    """Remember signals inside the block, unless this is already done; then restore the handlers."""
     if listening() or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -40,7 +40,7 @@ def remembering() -> Iterator[None]:
 
 
 def forget_signals() -> None:
-    """Nothing has come, and nothing is remembered any more."""
+    """Clear the received signals and stop remembering."""
     global _owner
     deadline.stop()
     _owner = None
@@ -48,9 +48,9 @@ def forget_signals() -> None:
 
 
 def remember_signals(least: float = 0.0) -> None:
-    """Installs handlers that remember, and lets the signals through that were blocked until now.
+    """Install handlers that remember signals, and unblock signals that were blocked until now.
 
-    A process that nothing moves in after one is ended, but not before `least` seconds (`deadline`).
+    A process without progress after a signal is ended, but not before `least` seconds (`deadline`).
     """
     global _owner
     _owner = os.getpid()
@@ -63,11 +63,11 @@ def remember_signals(least: float = 0.0) -> None:
 
 
 def listening() -> bool:
-    """Whether this process remembers its signals."""
+    """Return whether this process remembers its signals."""
     return _owner == os.getpid()
 
 
 def remember(number: int, frame: FrameType | None = None) -> None:
-    """A handler that does nothing else; a forked loader process does not remember."""
+    """Remember a signal (a handler); do nothing in a forked loader process."""
     if listening():
         received.append(number)

@@ -15,27 +15,27 @@ from .resume_check import Position, check_same_classes, check_same_weights
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What an optimiser step sees, for the whole life of a run."""
+    """The batch of an optimizer step, the same for the whole life of a run."""
 
     processes: int
-    """That the run was started on."""
+    """Number of processes that the run was started on."""
     batch_size: int
-    """Images of one batch: `data.batch_size`, or less where the data set is small."""
+    """Images of one batch: `data.batch_size`, or less if the data set is small."""
     micro_batches: int
     """Batches of a step, over all processes."""
     steps_per_epoch: int
 
     @property
     def images(self) -> int:
-        """Images of a step."""
+        """Return the images of a step."""
         return self.batch_size * self.micro_batches
 
     def meta(self) -> dict[str, int]:
-        """As JSON."""
+        """Return the fields as JSON."""
         return asdict(self)
 
     def schedule(self, config: RunConfig, processes: int) -> Schedule:
-        """The schedule that `config`, as the run was started with, had then; `processes` now share each step."""
+        """Return the schedule of `config`, the settings at the start of the run; `processes` now share each step."""
         batches = self.steps_per_epoch * self.micro_batches // self.processes
         first = plan_schedule(config.optim, batches, config.data.batch_size, self.processes)
         return replace(first, accum=self.micro_batches // processes)
@@ -44,11 +44,11 @@ class GlobalBatch:
 def settle(
     config: RunConfig, parts: Parts, processes: int, saved: Json | None
 ) -> tuple[RunConfig, GlobalBatch]:
-    """The settings and the batch of a run that was built: as it was started with, where it resumes.
+    """Return the settings and the batch of a built run; if it resumes, those that it was started with.
 
     `saved` is the meta part of the state that it resumes from.
 
-    Raises ConfigError: the run was started with other classes or weights, or `check_spread` refuses.
+    Raises ConfigError: the run was started with other classes or weights, or as `check_spread`.
     """
     if saved is None:
         return config, first_batch(config, parts.train_loader, processes)
@@ -80,7 +80,7 @@ def saved_batch(saved: Json, loader: TrainLoader) -> GlobalBatch:
     """Return the batch of the run whose state has the meta part `saved`."""
     if "global_batch" in saved:
         return GlobalBatch(**saved["global_batch"])
-    # Before states said it, a run went on with the processes that it was started on.
+    # States without a global batch were written with as many processes as the run was started on.
     processes, settings = saved["world_size"], saved["config"]
     size = _batch_size(settings["data"]["batch_size"], loader, processes)
     batches = max(1, loader.num_samples // (size * processes))
@@ -89,7 +89,7 @@ def saved_batch(saved: Json, loader: TrainLoader) -> GlobalBatch:
 
 
 def as_started(config: RunConfig, saved: Json) -> RunConfig:
-    """`config` with the `optim.accum_iter` that the run was started with, which its schedule follows from."""
+    """Return `config` with the `optim.accum_iter` at the start of the run, which determines the schedule."""
     accum = saved["config"]["optim"]["accum_iter"]
     return config.model_copy(update={"optim": config.optim.model_copy(update={"accum_iter": accum})})
 
@@ -102,9 +102,9 @@ def check_spread(
     loader: TrainLoader,
     processes: int,
 ) -> None:
-    """Refuse to resume where `processes` cannot see, together, what the run has seen in a step so far.
+    """Raise ConfigError unless `processes` can reproduce the global batch of the run.
 
-    Raises ConfigError that names the numbers of processes which can, or the setting that does not go with them.
+    The message names valid numbers of processes, or the setting that does not fit them.
     """
     before = saved["world_size"]
     fitting = [
@@ -129,8 +129,8 @@ def check_spread(
         )
     if loader.streamed and processes != before and 0 < position.epoch_step < batch.steps_per_epoch:
         raise ConfigError(
-            f"the run in {config.output_dir} stands in the middle of epoch {position.epoch} of a streamed data set, "
-            f"of which {counted(processes, 'process')} would read other parts than the {before} that began it: "
+            f"the run in {config.output_dir} is in the middle of epoch {position.epoch} of a streamed data set, "
+            f"of which {counted(processes, 'process')} would read other parts than the {before} that started it: "
             f"use {before} to the end of the epoch, or another output_dir"
         )
     if not loader.streamed and loader.num_samples // batch.images != batch.steps_per_epoch:
@@ -142,7 +142,7 @@ def check_spread(
 
 
 def describe(batch: GlobalBatch, before: int, processes: int) -> str:
-    """What another number of processes changes, and what it does not."""
+    """Describe what another number of processes changes, and what it does not."""
     now, then = batch.micro_batches // processes, batch.micro_batches // before
     return (
         f"continues on {counted(processes, 'process')} with {counted(now, 'batch')} a step in place of "
@@ -151,7 +151,7 @@ def describe(batch: GlobalBatch, before: int, processes: int) -> str:
 
 
 def _batch_size(setting: int, loader: TrainLoader, processes: int) -> int:
-    """Images of a batch where `processes` share the data set of `loader`."""
+    """Return the images of a batch if `processes` share the data set of `loader`."""
     return setting if loader.streamed else min(setting, loader.num_samples // processes)
 
 

@@ -1,8 +1,8 @@
-"""Which attempt may write a run folder: the newest one.
+"""Let only the newest attempt write a run folder.
 
-A scheduler that loses sight of a node starts the job again elsewhere while the old processes may still run, and a
-person may start one command twice. Each attempt puts a token of its own into `fence.json`; one that finds another's
-there has been replaced, and stops before it writes anything more.
+A scheduler that loses a node restarts the job elsewhere while the old processes may still run, and a person may start
+a command twice. Each attempt writes its own token into `fence.json`. An attempt that finds another token there has
+been replaced, and stops before it writes anything more.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ...models.json_types import JsonDict
 
 
 class FencedError(RunFailedError):
-    """Another attempt has taken the run over; this one must write nothing more."""
+    """Another attempt has taken over the run; this one must write nothing more."""
 
 
 class Fence:
-    """The right of one attempt to write into `folder`, until another one takes it."""
+    """The right of one attempt to write into `folder`, until another attempt takes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,10 +34,9 @@ class Fence:
         self.token = uuid.uuid4().hex[:12]
 
     def take(self) -> None:
-        """From now on this attempt may write, and every other one may not.
+        """Take the right to write from every other attempt.
 
-        Raises ConfigError: a process of this machine that is not of the same job writes into the folder, or it
-            cannot be made.
+        Raises ConfigError: another job's process on this machine writes into the folder, or it cannot be created.
         """
         holder = self._read()
         if holder is not None and _works_here(holder):
@@ -52,7 +51,7 @@ class Fence:
         write_text(self.path, json.dumps({"token": self.token, **_me()}) + "\n")
 
     def check(self) -> None:
-        """Raises FencedError where another attempt has taken the run over, or the run folder is gone."""
+        """Raise FencedError if another attempt has taken over the run, or the run folder is gone."""
         holder = self._read()
         if holder is None and not self.folder.is_dir():
             raise FencedError(
@@ -66,10 +65,10 @@ class Fence:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Inside the block this attempt writes.
+        """Write only inside this block.
 
-        Raises FencedError where another attempt has taken the run over: before the block, and in place of what
-            fails in it, for the other one removes what is under way.
+        Raises FencedError: another attempt has taken over the run. It is raised before the block, and in place of an
+            error in it, because the other attempt removes unfinished files.
         """
         self.check()
         try:
@@ -80,7 +79,7 @@ class Fence:
 
     @contextmanager
     def held(self) -> Iterator[Fence]:
-        """Gives the right back at the end, so that nobody waits for a process that is done with the run."""
+        """Give the right back at the end of the block, so that nothing waits for a finished process."""
         try:
             yield self
         finally:
@@ -109,7 +108,7 @@ def _me() -> JsonDict:
 
 
 def _works_here(holder: JsonDict) -> bool:
-    """Whether the holder is another process of this machine that lives, and not an earlier attempt of one job."""
+    """Return whether the holder is another live process of this machine, and not an earlier attempt of this job."""
     if holder.get("boot") != _boot() or not holder.get("boot") or holder.get("pid") == os.getpid():
         return False
     if holder.get("job") is not None and holder.get("job") == _job():
@@ -124,12 +123,12 @@ def _describe(holder: JsonDict) -> str:
 
 
 def _job() -> str | None:
-    """The scheduler's name of this job, the same in all its attempts."""
+    """Return the scheduler's name of this job, the same in all its attempts."""
     return os.environ.get("SLURM_JOB_ID")
 
 
 def _boot() -> str:
-    """What no two machines share, nor two process tables of one; empty where the system does not tell."""
+    """Return an identifier unique to this machine and its process table; empty if the system has none."""
     try:
         table = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + table
@@ -138,7 +137,7 @@ def _boot() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in the system's ticks; None if there is no such process."""
+    """Return when a process started, in the system's ticks; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the student, and its average, in timm's layout."""
+"""Export the student of a finished run, and its average, in timm's layout."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def export_students(
     writes: bool,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Writes `student/` and `student_ema/`; of a masked autoencoder, the encoder alone.
+    """Write `student/` and `student_ema/`; for a masked autoencoder, only the encoder.
 
-    The weights are loaded into a model that timm made from the same arguments, so nothing of the training is
-    in it; a student that copies attention gets what it needs of the teacher. `meta` is what a state would say of the
-    run. All processes take part; those that do not write only help to gather.
+    The weights are loaded into a new timm model of the same arguments, so it contains nothing of the training; a
+    student that copies attention gets the part of the teacher that it needs. `meta` is the meta part of a state.
+    All processes must call it; only the first one writes.
     """
     named = {"student": gathered(parts.task.trainable.state_dict(), keep=writes)}
     if average is not None:
-        # Integer buffers have no average: they are the student's own.
+        # Integer buffers have no average: use the student's own.
         named["student_ema"] = named["student"] | gathered(average.average, keep=writes)
     error: GraftError | None = None
     if writes:

@@ -1,4 +1,4 @@
-"""The training loop: epochs, optimiser steps, and what happens at each step boundary."""
+"""The training loop: epochs, optimizer steps and step boundaries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .waiting import CommunicationTimer
 
 @dataclass
 class Loop:
-    """A run from `position` to its end."""
+    """The training of a run from `position` to its end."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -42,17 +42,17 @@ class Loop:
         first = self.accelerator.is_main_process
         self.clock = SaveClock(self.config.engine.save_minutes if first else None)
         self.due = False
-        """Whether the clock asked for a state that is not saved yet, as all processes know."""
+        """Whether the clock asked for a state that is not saved yet. All processes agree on it."""
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done and the last evaluation with them."""
+        """Return whether all steps and the last evaluation are done."""
         return self.position.step >= self.schedule.total_steps and self.position.epoch_step == 0
 
     def run(self) -> int | None:
-        """Trains to the end, or until all processes agree on a signal, which is returned after a save."""
+        """Train to the end, or until all processes agree on a stop signal; then save and return the signal."""
         self.run_state.model.train()
-        self.clock.restart()  # a teacher's evaluation may lie behind
+        self.clock.restart()  # the teacher may have been evaluated before
         timer = CommunicationTimer(self.run_state.model, self.config.engine.log_interval)
         self.recorder.communication = timer.seconds
         for kind in self.run_state.meters:
@@ -73,7 +73,7 @@ class Loop:
         )
 
     def _epoch_steps(self) -> int | None:
-        """The steps that are left of this epoch; the signal that ends them early, if one does."""
+        """Do the remaining steps of this epoch. Return the signal that stopped them, or None."""
         with closing(self._batches()) as batches:
             while self._steps_left:
                 self._step(batches)
@@ -89,12 +89,12 @@ class Loop:
 
     @property
     def _save_due(self) -> bool:
-        """Whether a state is due at this step, by the clock or by the number of steps."""
+        """Return whether a state is due at this step, by the clock or by the number of steps."""
         every = self.config.engine.save_every
         return self.due or (every is not None and self.position.step % every == 0)
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Batches of this epoch on the device, from where the run stands."""
+        """Yield the batches of this epoch on the device, from the position of the run."""
         start = self.position.epoch_step * self.schedule.accum
         batches = self.parts.train_loader.epoch(self.position.epoch, start)
         while True:
@@ -106,7 +106,7 @@ class Loop:
             yield batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One optimiser step over `accum` batches. Nothing here waits for the device."""
+        """Do one optimizer step over `accum` batches, without waiting for the device."""
         set_learning_rate(self.run_state.optimizer, self.schedule.rate(self.position.step))
         for index in range(self.schedule.accum):
             last = index == self.schedule.accum - 1
@@ -123,7 +123,7 @@ class Loop:
         self.recorder.step(self.position.step, self.position.epoch)
 
     def _backward(self, images: Tensor, targets: Tensor, index: int) -> None:
-        """Adds the gradients of batch `index` of this step."""
+        """Add the gradients of batch `index` of this step."""
         seed_batch(self.config.seed, self.position.epoch, self._place(index), self.accelerator.device)
         with self.accelerator.autocast():
             losses: dict[str, Tensor] = self.run_state.model(images, targets)
@@ -135,7 +135,7 @@ class Loop:
         self.recorder.images(len(images) * self.accelerator.num_processes)
 
     def _place(self, index: int) -> int:
-        """Place of the first sample of this process's batch `index` of the step, in the epoch's order."""
+        """Return the position in the epoch's order of the first sample of this process's batch `index`."""
         rank, processes = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         batches = self.position.epoch_step * self.schedule.accum + index
         return (batches * processes + rank) * self.parts.train_loader.batch_size
@@ -145,7 +145,7 @@ class Loop:
         self.recorder.write("interval", self._record("interval"))
 
     def _record(self, kind: str) -> JsonDict:
-        """Epoch, step, mean losses since the last record of this kind, learning rate. Synchronises."""
+        """Return epoch, step, mean losses since the last record of this kind, and learning rate. Synchronizes."""
         means = self.run_state.meters[kind].means(self.accelerator)
         self.run_state.meters[kind].reset()
         return {
@@ -156,7 +156,7 @@ class Loop:
         }
 
     def _end_epoch(self) -> None:
-        """Evaluates where it is due, writes the epoch's record and saves."""
+        """Evaluate if it is due, write the epoch's record and save."""
         self._check_losses()
         record, better = self._record("epoch"), False
         over = self.position.step >= self.schedule.total_steps
@@ -171,7 +171,7 @@ class Loop:
             self._save(best=better, last=due)
 
     def _evaluate(self, record: JsonDict) -> bool:
-        """Adds the test metrics to `record`; whether they are the best so far."""
+        """Add the test metrics to `record`, and return whether they are the best so far."""
         metrics = score(self.parts, self.run_state.average, self.accelerator)
         record |= metrics
         self.position.metrics |= metrics
@@ -185,7 +185,7 @@ class Loop:
         return better
 
     def _save(self, *, best: bool = False, last: bool = True) -> None:
-        """Saves, after making sure that there is something good to save."""
+        """Save a state, after checking that losses and weights are finite."""
         self._check_losses()
         if not weights_finite(self.parts.task, self.accelerator):
             raise RunFailedError(f"a weight is not finite at step {self.position.step}{self._last_good()}")

@@ -1,4 +1,4 @@
-"""Mean losses of many steps, and whether all of them were finite, without waiting for the device."""
+"""Mean losses and a check for non-finite losses, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .parallel import local
 
 
 def stacked(losses: Mapping[str, Tensor]) -> Tensor:
-    """The scalars of `losses` as one detached float32 vector, in their order."""
+    """Return the scalars of `losses` as one detached float32 vector, in their order."""
     return torch.stack([loss.detach().float() for loss in losses.values()])
 
 
 class Meters:
-    """Running sums of named scalars. Part of the saved state, so that an interval may be cut by a restart."""
+    """Running sums of named scalars. They are in the saved state, because a restart may interrupt an interval."""
 
     def __init__(self, device: torch.device) -> None:
         # float64: an epoch adds thousands of values. MPS has no float64.
@@ -27,21 +27,21 @@ class Meters:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Clear the sums."""
         self.count = 0
         self.names: tuple[str, ...] = ()
         self.sums = torch.zeros(0, dtype=self._dtype, device=self._device)
 
     @torch.no_grad()
     def add(self, names: Sequence[str], values: Tensor) -> None:
-        """Adds one value of each named loss, the same names each time. Does not wait for the device."""
+        """Add one value of each named loss, the same names each time, without waiting for the device."""
         if not self.count:
             self.names, self.sums = tuple(names), torch.zeros_like(values, dtype=self._dtype)
         self.count += 1
         self.sums = self.sums + values
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over steps and processes. Synchronises."""
+        """Return the means over steps and processes. Synchronizes."""
         if not self.count:
             return {}
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
@@ -49,7 +49,7 @@ class Meters:
         return {name: value / total for name, value in zip(self.names, sums, strict=True)}
 
     def load(self, count: int, names: Sequence[str], sums: Tensor) -> None:
-        """Puts back what `count`, `names` and `sums` were."""
+        """Restore `count`, `names` and `sums`."""
         self.count, self.names = count, tuple(names)
         self.sums = sums.to(self._device, self._dtype)
 
@@ -66,13 +66,13 @@ class LossHealth:
 
     @torch.no_grad()
     def record(self, step: int, names: Sequence[str], values: Tensor) -> None:
-        """Notes which of `values` are not finite at `step`. Does not wait for the device."""
+        """Record which of `values` are not finite at `step`, without waiting for the device."""
         if self._first is None:
             self._names, self._first = tuple(names), torch.full_like(values, NEVER, dtype=torch.int64)
         self._first = torch.where(torch.isfinite(values), self._first, self._first.clamp(max=step))
 
     def failures(self, accelerator: Accelerator) -> dict[str, int]:
-        """Part -> first step on any process; the same on all, so that they stop together. Synchronises."""
+        """Return the first step of each failed part on any process, equal on all processes. Synchronizes."""
         if self._first is None:
             return {}
         first = self._first.clone()
@@ -82,7 +82,7 @@ class LossHealth:
 
 
 def describe(failures: Mapping[str, int]) -> str:
-    """The first step and the parts that failed at it. The total is named only where no part explains it."""
+    """Describe the first failed step and its parts. Name the total only if no part explains it."""
     step = min(failures.values())
     parts = [name for name, first in failures.items() if first == step]
     explained = [name for name in parts if name not in ("loss", "transfer")]
@@ -91,10 +91,9 @@ def describe(failures: Mapping[str, int]) -> str:
 
 @torch.no_grad()
 def weights_finite(model: nn.Module, accelerator: Accelerator) -> bool:
-    """Whether every floating-point weight is finite, on all processes. Synchronises; meant for before a save.
+    """Return whether every floating-point weight is finite on all processes. Synchronizes; call it before a save.
 
-    A gradient can overflow while its loss is finite: the weights are then bad one step before a loss shows
-    it.
+    A gradient can overflow while the loss is finite: the weights are then bad one step before the loss.
     """
     held = [local(tensor) for tensor in model.state_dict().values()]
     floats = [tensor for tensor in held if tensor.is_floating_point() and tensor.numel()]

@@ -1,4 +1,4 @@
-"""Learning rate, schedule, parameter groups, the optimizer and what learns."""
+"""Learning rate, schedule, optimizer, its parameter groups, and freezing."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 def peak_learning_rate(config: OptimConfig, batch_size: int, world_size: int) -> tuple[float, int]:
-    """(lr, effective batch): lr = blr x effective batch / 256, effective = batch x accum_iter x processes.
+    """Return (lr, effective batch): lr = blr x effective batch / 256, effective = batch x accum_iter x processes.
 
-    `config.lr`, where given, is taken as it is.
+    `config.lr`, if given, is used unchanged.
     """
     effective = batch_size * config.accum_iter * world_size
     return (config.blr * effective / 256 if config.lr is None else config.lr), effective
 
 
 def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: float, total_steps: int) -> float:
-    """Rate of step `step`, counted from 0: linear from zero to `peak` over the warm-up, then half a cosine.
+    """Return the rate of `step`, counted from 0: linear from zero to `peak` in the warm-up, then half a cosine.
 
-    minimum + (peak - minimum) (1 + cos(pi (step - warmup) / (total - warmup))) / 2, as in MAE. A pure
-    function of the step, so that a restart has nothing to restore.
+    minimum + (peak - minimum) (1 + cos(pi (step - warmup) / (total - warmup))) / 2, as in MAE. It is a pure function
+    of the step, so a restart has nothing to restore.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -44,15 +44,15 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: float
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Gives every group `rate` times its layer's scale."""
+    """Set the rate of every group to `rate` times its layer's scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def freeze(model: nn.Module, trainable: str, *, keep_head: bool = True) -> None:
-    """Freezes the parameters of `model` whose name the regular expression is not found in, save the head's.
+    """Freeze the parameters of `model` whose names do not match the regular expression, except the head's.
 
-    Raises ConfigError where the expression is not valid or matches nothing.
+    Raises ConfigError: the expression is invalid or matches nothing.
     """
     try:
         pattern = re.compile(trainable)
@@ -71,7 +71,7 @@ def freeze(model: nn.Module, trainable: str, *, keep_head: bool = True) -> None:
 
 
 def freeze_head(model: nn.Module) -> None:
-    """Freezes the classifier, for a loss that it has no part in."""
+    """Freeze the classifier, for a loss that does not use it."""
     for parameter in _head_parameters(model):
         parameter.requires_grad_(False)
 
@@ -82,7 +82,7 @@ def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_optimizer(config: OptimConfig) -> None:
-    """Raise ConfigError where timm has no such optimizer, or it cannot be used as it is configured."""
+    """Raise ConfigError if timm has no such optimizer, or it cannot be used with these settings."""
     valid = [str(name) for name in list_optimizers()]
     if config.opt not in valid:
         raise ConfigError(
@@ -99,12 +99,11 @@ def check_optimizer(config: OptimConfig) -> None:
 def create_optimizer(
     task: nn.Module, model: nn.Module, config: OptimConfig, peak: float
 ) -> torch.optim.Optimizer:
-    """timm's optimiser over `model` with layer decay, and over what else learns in `task` at scale 1.
+    """Create timm's optimizer of `model` with layer decay, and of other trainable parameters in `task` at scale 1.
 
     The layer scales are timm's, `layer_decay ** (depth + 1 - layer)` with the embeddings as layer 0, block i
-    as layer i + 1 and the head as layer depth + 1. They equal MAE's for a model with average pooling. timm
-    differs where a final `norm` comes before a token head: it gives that norm the last block's scale, MAE
-    gives it the head's 1.
+    as layer i + 1 and the head as layer depth + 1. They equal MAE's for a model with average pooling. They
+    differ for a final `norm` before a token head: timm gives it the last block's scale, MAE the head's 1.
     """
     check_optimizer(config)
     find_exempt: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
@@ -126,7 +125,7 @@ def create_optimizer(
         ImportError,
         AssertionError,
         RuntimeError,
-    ) as error:  # of optimizers for a device or package of their own
+    ) as error:  # from optimizers that need another device or package
         raise ConfigError(
             f"optim.opt={config.opt!r} cannot be used here: {one_sentence(str(error))}"
         ) from error
@@ -134,7 +133,7 @@ def create_optimizer(
 
 
 def _scale_new(groups: list[JsonDict], model: nn.Module, scale: float) -> list[JsonDict]:
-    """The groups with the parameters that a conversion brought in groups of their own, at `scale` times the rate."""
+    """Split the new parameters of a conversion into groups of their own, at `scale` times the rate."""
     new = {id(parameter) for parameter in new_parameters(model)}
     if scale == 1 or not new:
         return groups
@@ -149,21 +148,21 @@ def _scale_new(groups: list[JsonDict], model: nn.Module, scale: float) -> list[J
 
 
 def _betas(config: OptimConfig) -> JsonDict:
-    """The optimiser's betas; its own where it takes none or three and the setting is left at its default."""
+    """Return the betas; the optimizer's own if it takes none or three and the setting has its default."""
     info = get_optimizer_info(config.opt)
     if info.has_betas and info.num_betas == len(config.betas):
         return {"betas": config.betas}
     if config.betas != OptimConfig.model_fields["betas"].default:
         takes = f"{info.num_betas} betas" if info.has_betas else "no betas"
         raise ConfigError(
-            f"optim.betas={config.betas} does not go with optim.opt={config.opt!r}, which takes {takes}"
+            f"optim.betas={config.betas} does not fit optim.opt={config.opt!r}, which takes {takes}"
         )
     return {}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps are optimiser steps; each takes `accum` batches. An epoch's left-over batches are not used."""
+    """The schedule in optimizer steps of `accum` batches. An epoch's remaining batches are not used."""
 
     accum: int
     steps_per_epoch: int
@@ -174,7 +173,7 @@ class Schedule:
     effective_batch: int
 
     def rate(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
+        """Return the learning rate of `step`, counted from 0."""
         return learning_rate(
             step,
             peak=self.peak,
@@ -185,7 +184,7 @@ class Schedule:
 
 
 def plan_schedule(config: OptimConfig, batches_per_epoch: int, batch_size: int, world_size: int) -> Schedule:
-    """The schedule of a run whose loader gives `batches_per_epoch` batches to each process."""
+    """Return the schedule of a run whose loader gives `batches_per_epoch` batches to each process."""
     accum = min(config.accum_iter, batches_per_epoch)
     steps_per_epoch = batches_per_epoch // accum
     peak, effective = peak_learning_rate(config, batch_size, world_size)

@@ -1,9 +1,8 @@
 """Processes and devices: accelerate sets up device, precision and DDP; FSDP2 is torch's own `fully_shard`.
 
-accelerate offers FSDP2 on accelerators only (`AcceleratorState` leaves a CPU run at MULTI_CPU), so a run of
-it could not be tested on a machine without one. Sharding here gives one code path for gloo and NCCL, and
-keeps the wrap to the student's blocks: the teacher is not a child of the task and stays whole on every
-process.
+accelerate supports FSDP2 only on accelerators (`AcceleratorState` sets a CPU run to MULTI_CPU), so it could not be
+tested on a CPU. Our own sharding has one code path for gloo and NCCL, and wraps only the student's blocks: the teacher
+is not a child of the task and stays whole on every process.
 """
 
 from __future__ import annotations
@@ -32,12 +31,11 @@ T = TypeVar("T")
 
 
 def create_accelerator(config: RunConfig) -> Accelerator:
-    """The accelerate object of this run; one process unless a launcher set RANK and WORLD_SIZE.
+    """Create the accelerate object of this run, with one process unless a launcher set RANK and WORLD_SIZE.
 
     Raises ConfigError: as `check_placement`.
     """
-    # accelerate keeps its state for the life of the process; a second run may want another precision or
-    # device.
+    # accelerate keeps its state for the life of the process; a second run may use another precision or device.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,7 +58,7 @@ def create_accelerator(config: RunConfig) -> Accelerator:
 
 
 def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
-    """Raise ConfigError where the settings do not go with the processes and the device of the run."""
+    """Raise ConfigError if the settings do not fit the processes and the device of the run."""
     engine = config.engine
     if engine.precision == "fp16" and on_cpu:
         raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
@@ -74,7 +72,9 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
             "start it with torchrun, or set engine.fsdp=false"
         )
     if config.student.compile:
-        raise ConfigError("student.compile=true does not go with engine.fsdp=true: set one of them to false")
+        raise ConfigError(
+            "student.compile=true cannot be used with engine.fsdp=true: set one of them to false"
+        )
     if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):
         raise ConfigError(
             f"engine.fsdp=true on a CPU needs a newer torch than {torch.__version__}: "
@@ -83,11 +83,11 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
 
 
 def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:
-    """Whether DDP has to look in each step for parameters that take no part in it; torch warns where it finds none.
+    """Return whether DDP must search for unused parameters in each step; torch warns if it finds none.
 
-    Copied layers skip the student's own projections. And DDP sorts its buckets again after its first step unless it
-    looks: three or more gloo ranks add an element in an order that depends on its place, so a restart would differ by
-    rounding.
+    Copied layers skip the student's own projections. Without the search, DDP also sorts its buckets again after its
+    first step: the order in which three or more gloo ranks add an element depends on its place, so a restart would
+    differ by rounding.
     """
     return mode_of(config).skips_parameters or (cpu and world_size > 2)
 
@@ -98,17 +98,17 @@ def _leave_group() -> None:
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """A gloo group for decisions between processes, which must not touch the device; None for one process."""
+    """Return a gloo group for decisions between processes without the device; None for one process."""
     if accelerator.num_processes == 1:
         return None
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 def shard(task: nn.Module, units: Iterable[nn.Module], accelerator: Accelerator) -> None:
-    """Shards `task` in place with FSDP2, each of `units` on its own and the rest together.
+    """Shard `task` in place with FSDP2, each of `units` on its own and the rest together.
 
-    The root is resharded after its forward too: a shard that was written to (averaged weights in evaluation)
-    is then what the next forward gathers.
+    The root is also resharded after its forward pass, so that the next one gathers shards that were changed (averaged
+    weights in evaluation).
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for unit in units:
@@ -118,25 +118,25 @@ def shard(task: nn.Module, units: Iterable[nn.Module], accelerator: Accelerator)
 
 
 def check_layers_apart(task: nn.Module) -> None:
-    """Raise ConfigError where a layer computes with the parameters of another, which shards keep apart."""
+    """Raise ConfigError if a layer computes with the parameters of another, which FSDP shards separately."""
     if any(isinstance(module, AttentionOperator) and module.borrows for module in task.modules()):
         raise ConfigError(
-            "engine.fsdp=true shards layer by layer, and with sharing=layerwise a layer computes with what another "
-            "one holds: choose another sharing, or set engine.fsdp=false"
+            "engine.fsdp=true shards layer by layer, but with sharing=layerwise a layer uses the parameters of another "
+            "one: choose another sharing, or set engine.fsdp=false"
         )
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """`tensor` on the CPU, gathered if it is sharded, which all processes must do in one order."""
+    """Return a copy of `tensor` on the CPU, gathered if it is sharded. All processes must call it in one order."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    # A copy also where it is already on the CPU: training continues while the state is being written.
+    # Copy CPU tensors too: training continues while the state is being written.
     return tensor.to("cpu", copy=True)
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """The tensors whole and on the CPU where `keep`; elsewhere nothing, after helping to gather them.
+    """Gather the tensors on the CPU and return them if `keep`, else nothing. All processes must call it.
 
     Only the process that writes keeps them: eight copies of a large state do not fit into one machine.
     """
@@ -150,13 +150,13 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of `tensor`, sharing its memory. DTensor has no in-place foreach operations."""
+    """Return this process's shard of `tensor`, sharing memory. DTensor has no in-place foreach operations."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(value: Tensor, reference: Tensor) -> Tensor:
-    """`value` with device, type and sharding of `reference`; the inverse of `whole`."""
+    """Return `value` with the device, type and sharding of `reference`; the inverse of `whole`."""
     moved = value.to(device=reference.device, dtype=reference.dtype)
     if isinstance(reference, DTensor):
         return distribute_tensor(moved, reference.device_mesh, reference.placements)
@@ -164,7 +164,7 @@ def placed_like(value: Tensor, reference: Tensor) -> Tensor:
 
 
 def gather(item: T, group: dist.ProcessGroup | None) -> list[T]:
-    """`item` of every process, by rank, on every process."""
+    """Return the `item` of every process, by rank, on every process."""
     if group is None:
         return [item]
     items = [item] * dist.get_world_size(group)
@@ -173,7 +173,7 @@ def gather(item: T, group: dist.ProcessGroup | None) -> list[T]:
 
 
 def raise_together(error: GraftError | None, group: dist.ProcessGroup | None) -> None:
-    """Raises on every process the error that one of them met, so that none waits for the others for ever."""
+    """Raise one process's error on every process, so that none waits for the others forever."""
     first = next((found for found in gather(error, group) if found is not None), None)
     if first is not None:
         raise error or first

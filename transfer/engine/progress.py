@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 SHOWN_PARTS = 6
-"""With more losses than these, those of single layers are left to the log."""
+"""With more losses, the losses of single layers appear only in the log."""
 NOTABLE_WAIT = 0.1
-"""Share of the time spent waiting for data above which the line says so."""
+"""The share of time spent waiting for data above which the line shows it."""
 
 
 class TwoLines(Progress):
-    """The bar, and a line of numbers under it: together they are too wide for most terminals."""
+    """The bar, and the numbers on a second line, because one line would be too wide for most terminals."""
 
     numbers = ""
 
@@ -28,9 +28,9 @@ class TwoLines(Progress):
 
 
 class ProgressBar:
-    """Steps done and the time left; below, the losses, learning rate and images a second.
+    """Steps done and time left; below, losses, learning rate and images per second.
 
-    The step count moves each step, which costs no synchronisation; the numbers when a record is logged.
+    The step count changes with each step, without synchronization; the numbers change with each log record.
     """
 
     def __init__(self, total: int, *, shown: bool, done: int = 0) -> None:
@@ -53,11 +53,11 @@ class ProgressBar:
         self._bar.stop()
 
     def step(self, done: int, epoch: int) -> None:
-        """`done` optimiser steps are behind."""
+        """Show that `done` optimizer steps are done."""
         self._bar.update(self._task, completed=done, description=f"epoch {epoch}")
 
     def show(self, record: Mapping[str, float]) -> None:
-        """Shows the numbers of a log record."""
+        """Show the numbers of a log record."""
         self._bar.numbers = numbers(record)
 
 
@@ -66,7 +66,7 @@ LAYER = re.compile(r"(.*\.)?layer\d+")
 
 
 def numbers(record: Mapping[str, float]) -> str:
-    """The line under the bar: losses, learning rate, images a second, a wait for data that is worth a look."""
+    """Return the line under the bar: losses, learning rate, images per second, and a long wait for data."""
     losses = {key.removeprefix("train_"): value for key, value in record.items() if key.startswith("train_")}
     if len(losses) > SHOWN_PARTS:
         losses = {name: value for name, value in losses.items() if not LAYER.fullmatch(name)}

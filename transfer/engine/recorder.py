@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: log.jsonl, the trackers, the progress bar. Only the first process writes."""
+"""Write the numbers of a run to log.jsonl, the trackers and the progress bar. Only the first process writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Adds the clock to each record and passes it on."""
+    """Add the times of the clock to each record and pass it on."""
 
     def __init__(
         self, log: RunLog, trackers: list[GeneralTracker], bar: ProgressBar, *, writes: bool
@@ -31,20 +31,20 @@ class Recorder:
         self._writes = writes
         self._clocks: dict[str, Clock] = {}
         self.communication: Callable[[], float | None] = lambda: None
-        """Seconds of exposed communication of a step timed since the last call, if one was."""
+        """Return the seconds of exposed communication of a step timed since the last call, or None."""
 
     def start(self, kind: str) -> None:
-        """The clock of `kind` (interval or epoch) starts now."""
+        """Start the clock of `kind` (interval or epoch)."""
         self._clocks[kind] = Clock()
 
     def images(self, count: int) -> None:
-        """`count` more images, of all processes, went through a step."""
+        """Count the images of a step, over all processes."""
         for clock in self._clocks.values():
             clock.images += count
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block the clocks stand still: evaluating and saving are not training."""
+        """Stop the clocks inside the block: evaluating and saving are not training."""
         begin = time.perf_counter()
         try:
             yield
@@ -54,7 +54,7 @@ class Recorder:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside the block this process waits for its loader."""
+        """Count the time inside the block as waiting for the loader."""
         begin = time.perf_counter()
         try:
             yield
@@ -63,13 +63,13 @@ class Recorder:
                 clock.waited += time.perf_counter() - begin
 
     def step(self, done: int, epoch: int) -> None:
-        """A step is behind."""
+        """Note that a step is done."""
         for clock in self._clocks.values():
             clock.steps += 1
         self._bar.step(done, epoch)
 
     def write(self, kind: str, record: Json) -> None:
-        """One record, with what its clock says (`Clock.readings`); the clock starts again."""
+        """Write a record with the readings of its clock (`Clock.readings`), and restart the clock."""
         exposed = self.communication()
         for clock in self._clocks.values():
             clock.exposed += [] if exposed is None else [exposed]
@@ -80,7 +80,7 @@ class Recorder:
             self._bar.show(full)
 
     def plain(self, record: Json) -> None:
-        """One record as it is."""
+        """Write a record unchanged."""
         if not self._writes:
             return
         self.log.append(record)
@@ -94,12 +94,12 @@ class Recorder:
             )
 
     def describe(self, hyperparameters: Json) -> None:
-        """Tells the trackers the settings of the run."""
+        """Send the settings of the run to the trackers."""
         for tracker in self._trackers:
             tracker.store_init_configuration(dict(hyperparameters))
 
     def finish(self) -> None:
-        """Closes the trackers."""
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.finish()
 

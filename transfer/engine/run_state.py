@@ -1,7 +1,7 @@
-"""The state of a run: captured, saved and restored. All processes take part; the first one touches the disk.
+"""Capture, save and restore the state of a run. All processes take part; only the first one writes.
 
-The format does not depend on how the run is spread: sharded tensors are gathered whole and sharded again on
-the way back, so one process, DDP and FSDP2 write the same file."""
+The format does not depend on the processes: sharded tensors are gathered for saving and sharded again when restored,
+so one process, DDP and FSDP2 write the same file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMAT = 1
 
 @dataclass
 class RunState:
-    """What changes in a run, captured at a step boundary and put back; one format however it is spread."""
+    """Everything that changes in a run; it is captured at a step boundary and restored."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -41,23 +41,23 @@ class RunState:
     task: Task
     plan: StudentPlan
     model: nn.Module
-    """What a step calls: the task, wrapped for its processes."""
+    """The task, wrapped for its processes, which a step calls."""
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     meters: Mapping[str, Meters]
     log: RunLog
     batch: GlobalBatch
     origins: JsonDict
-    """Where the teacher and the starting weights are from."""
+    """The sources of the teacher and of the initial weights."""
     n_parameters: int
     """Trainable parameters, counted after freezing and before sharding."""
     last_step: int | None = None
     """The step of the newest state on the disk."""
 
     def save(self, position: Position, *, best: bool = False, last: bool = True) -> None:
-        """Writes `last` (the one before becomes `previous`) and, if asked, `best`.
+        """Write `last` (the one before becomes `previous`) and, if asked, `best`.
 
-        A disk error is raised on every process, and the states that were there stay as they are.
+        A disk error is raised on every process, and existing states stay intact.
         """
         state = self.capture(position)
         error: GraftError | None = None
@@ -76,7 +76,7 @@ class RunState:
             self.last_step = position.step
 
     def capture(self, position: Position) -> TrainingState:
-        """The state at this boundary. All processes take part; only the first one's is whole."""
+        """Return the state at this boundary. All processes take part; only the first one's is complete."""
         keep = self.accelerator.is_main_process
         tensors = capture_weights(self.task.saved, self.average, keep=keep)
         slots, numbers = capture_optimizer(self.task, self.optimizer, keep=keep)
@@ -94,7 +94,7 @@ class RunState:
         return TrainingState({**tensors, **slots, **sums}, meta)
 
     def meta(self, position: Position) -> JsonDict:
-        """What a state and the students written at the end say of the run, as JSON."""
+        """Return the description of the run, as JSON, for states and for the students written at the end."""
         return {
             "format": FORMAT,
             "config": settings(self.config),
@@ -104,7 +104,7 @@ class RunState:
         }
 
     def restore(self, state: TrainingState) -> None:
-        """Everything as it was when `state` was captured."""
+        """Restore everything from `state`."""
         restore_optimizer(state.tensors, state.meta["optimizer_numbers"], self.task, self.optimizer)
         restore_weights(state.tensors, self.task.saved, self.average)
         if self.average is not None:
@@ -123,7 +123,7 @@ class RunState:
 
 
 def position_of(state: TrainingState) -> Position:
-    """Where the run stood."""
+    """Return the position of the run in `state`."""
     return Position(**state.meta["position"])
 
 
@@ -131,7 +131,7 @@ Tensors = dict[str, Tensor]
 
 
 def capture_weights(module: nn.Module, average: WeightAverage | None, *, keep: bool) -> Tensors:
-    """`student.…` (and projectors beside it) and `ema.…`, whole, where `keep`; all processes must call it."""
+    """Return `student.…`, projectors and `ema.…`, gathered, if `keep`. All processes must call it."""
     tensors = dict(module.state_dict())
     if average is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in average.average.items()}
@@ -140,9 +140,9 @@ def capture_weights(module: nn.Module, average: WeightAverage | None, *, keep: b
 
 @torch.no_grad()
 def restore_weights(tensors: Mapping[str, Tensor], module: nn.Module, average: WeightAverage | None) -> None:
-    """Copies the weights back in place, which a compiled or sharded module and its optimiser go on using.
+    """Copy the weights back in place, so that compiled or sharded modules and the optimizer stay valid.
 
-    Raises CheckpointError that names what is missing or has another shape.
+    Raises CheckpointError that names a tensor that is missing or has another shape.
     """
     for name, target in module.state_dict().items():
         target.copy_(placed_like(_find(tensors, name, target), target))
@@ -166,7 +166,7 @@ def _find(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
 def capture_optimizer(
     task: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool
 ) -> tuple[Tensors, JsonDict]:
-    """`optimizer.<parameter>|<slot>` tensors, where `keep`, and the slots that are plain numbers."""
+    """Return the tensors `optimizer.<parameter>|<slot>` if `keep`, and the slots that are plain numbers."""
     tensors: Tensors = {}
     numbers: JsonDict = {}
     for name, parameter in task.named_parameters():
@@ -184,14 +184,16 @@ def restore_optimizer(
     task: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Puts the slots back beside their parameters, sharded like them; groups come from the configuration."""
+    """Restore the slots of each parameter, sharded like it; groups come from the configuration."""
     parameters = dict(task.named_parameters())
     slots = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
     for key, value in {**slots, **numbers}.items():
         name, slot = key.removeprefix("optimizer.").rsplit("|", 1)
         parameter = parameters.get(name)
         if parameter is None:
-            raise CheckpointError(f"the saved optimiser knows a parameter {name!r} that the student has not")
+            raise CheckpointError(
+                f"the saved optimizer has a parameter {name!r} that the student does not have"
+            )
         if isinstance(value, Tensor):
             # A slot with the parameter's shape lives beside it; a step counter stays a scalar on the CPU.
             value = (
@@ -201,7 +203,7 @@ def restore_optimizer(
 
 
 def capture_meters(meters: Mapping[str, Meters], group: dist.ProcessGroup | None) -> tuple[Tensors, JsonDict]:
-    """Sums of every process, `meters.<rank>.…`, and what they are sums of."""
+    """Return the sums of every process, `meters.<rank>.…`, with their counts and names."""
     mine = {name: (meter.count, meter.names, meter.sums.cpu()) for name, meter in meters.items()}
     tensors: Tensors = {}
     counts: JsonDict = {}
@@ -221,9 +223,9 @@ def restore_meters(
     processes: int,
     before: int,
 ) -> None:
-    """Gives this process its sums back; of `before` other processes, all to the first and nothing to the others.
+    """Restore the sums of this process. If the number of processes changed, the first process gets all sums.
 
-    The count is that of the batches that each of `processes` would have added for the same steps.
+    The count is the number of batches that each of `processes` would have added in the same steps.
     """
     for name, meter in meters.items():
         keys = [f"meters.{number}.{name}" for number in range(before)]
@@ -237,14 +239,14 @@ def restore_meters(
 
 
 def now() -> float:
-    """Seconds of a clock that never goes back."""
+    """Return the seconds of a monotonic clock."""
     return time.monotonic()
 
 
 class SaveClock:
-    """Asks for a save once so many minutes have passed since the last; never without `minutes`.
+    """Ask for a save when `minutes` have passed since the last one; never if None.
 
-    Clocks of processes differ, so that one process asks and all of them agree (`StopSignals.agreed`).
+    The clocks of processes differ, so one process asks and all agree (`StopSignals.agreed`).
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -256,7 +258,7 @@ class SaveClock:
         self._since, self._asked = now(), False
 
     def due(self) -> bool:
-        """Whether to ask for a save at this boundary. True once: the answer comes later than the next boundary."""
+        """Return whether to ask for a save. It is True once, because the answer comes after the next boundary."""
         if self._seconds is None or self._asked or now() - self._since < self._seconds:
             return False
         self._asked = True

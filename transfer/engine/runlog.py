@@ -1,4 +1,4 @@
-"""`log.jsonl` of a run folder: one JSON object an interval and one an epoch."""
+"""`log.jsonl` of a run folder: one JSON object per interval and one per epoch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ...models.errors import RunFailedError
 from ...models.json_types import Json, JsonDict
 
 WALL_CLOCK = ("seconds", "images_per_second", "data_wait", "comm_wait")
-"""The keys that depend on the machine's clock. All others are the same after a resume, bit for bit."""
+"""The keys that depend on the clock. All others are equal bit for bit in a resumed run."""
 
 
 class RunLog:
-    """Appends records. The saved state counts them, so that a resumed run can drop what came after it.
+    """Append records. A state stores their number, so that a resumed run can drop the records after it.
 
-    Each write is inside a `guard`, which raises where another attempt has taken the run over. The file is opened
-    once: what an attempt that was given up still writes goes into the file that `keep` has replaced.
+    Each write is inside a `guard`, which raises if another attempt has taken over the run. The file is opened once, so
+    a replaced attempt still writes into the old file, which `keep` has replaced.
     """
 
     def __init__(self, path: Path, guard: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -30,7 +30,7 @@ class RunLog:
         self._file: TextIO | None = None
 
     def append(self, record: Json) -> None:
-        """Writes one record at once; RunFailedError where the disk does not take it."""
+        """Write one record immediately. Raise RunFailedError if the disk fails."""
         with self._writing():
             if self._file is None:
                 self._file = self.path.open("a")
@@ -39,20 +39,20 @@ class RunLog:
         self.records += 1
 
     def sync(self) -> None:
-        """Makes the records durable; called before a state that counts them is written. Raises as `append`."""
+        """Flush the records to the disk; called before a state is written. Raise as `append`."""
         if self._file is not None:
             with self._writing():
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Nothing is appended any more."""
+        """Close the file."""
         if self._file is not None:
-            with suppress(OSError):  # a full disk was told of at the append
+            with suppress(OSError):  # `append` has reported a full disk
                 self._file.close()
             self._file = None
 
     def keep(self, records: int) -> None:
-        """Keeps the first `records` records and drops the rest, in one atomic replacement."""
+        """Keep the first `records` records and drop the rest, in one atomic replacement."""
         with self._writing():
             self.close()
             lines = self.path.read_text().splitlines(keepends=True)[:records] if self.path.exists() else []
@@ -73,7 +73,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[JsonDict]:
-    """The records of a log; a last line that a crash cut short is left out."""
+    """Return the records of a log, without a last line that a crash cut short."""
     records = []
     for line in path.read_text().splitlines():
         try:

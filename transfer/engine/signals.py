@@ -1,4 +1,4 @@
-"""What all processes agree on at a step boundary: to stop, after SIGTERM, SIGUSR2 or Ctrl-C, and to save."""
+"""Agree between all processes, at a step boundary, to stop (after SIGTERM, SIGUSR2 or Ctrl-C) or to save."""
 
 from __future__ import annotations
 
@@ -23,28 +23,27 @@ STOP_SIGNALS = tuple(
 
 
 class Agreed(NamedTuple):
-    """What holds for all processes at a boundary."""
+    """The decision of all processes at a boundary."""
 
     signal: int | None
-    """The signal on which they stop."""
+    """The signal that stops them."""
     save: bool
     """Whether a state is due by the clock."""
 
 
 class StopSignals:
-    """Handlers for the life of a `with` block; `agreed()` once a step says whether all processes stop or save now.
+    """Signal handlers inside a `with` block; call `agreed()` once a step to learn whether all processes stop or save.
 
-    With several processes each boundary starts an all-reduce of the flags on the CPU and reads the one
-    started at the boundary before: all see the same values, nothing waits for a device, and the stop, or the
-    save, comes one step later. A second SIGINT aborts at once. The handlers that were there before are put back on
-    exit.
-    With `grace`, a process that comes to no boundary in so many seconds after a signal is ended (`deadline`).
+    With several processes, each boundary starts an all-reduce of the flags on the CPU and reads the one started at the
+    boundary before: all see the same values, nothing waits for a device, and a stop or save happens one step later. A
+    second SIGINT aborts immediately. The previous handlers are restored on exit.
+    With `grace`, a process without progress for so many seconds after a signal is ended (`deadline`).
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, grace: float | None = None) -> None:
         self._watched = nullcontext() if grace is None else deadline.watched(grace)
         self.received: int | None = early_signals.received[-1] if early_signals.received else None
-        """The last stop signal that this process got, from before this block too where it was remembered."""
+        """The last stop signal of this process, also one remembered from before this block."""
         self._group = group
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
@@ -61,7 +60,7 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            # None stands for a handler that Python did not install; the default is the nearest thing to it.
+            # None means a handler that Python did not install; the default handler is the closest replacement.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._watched.__exit__(kind, error, trace)
         if kind is None and self._pending is not None:
@@ -77,9 +76,9 @@ class StopSignals:
         early_signals.remember(number)
 
     def agreed(self, *, save: bool = False) -> Agreed:
-        """What all processes do at this boundary; all must ask at each one.
+        """Return what all processes do at this boundary; all must call it at each one.
 
-        `save` says that this process finds a state due.
+        `save`: a state is due according to this process.
         """
         deadline.moved()
         if self._group is None:

@@ -1,4 +1,4 @@
-"""Staging by all processes of a run: one of each node copies, and the others wait for as long as that takes."""
+"""Stage data for all processes of a run: one process per node copies, and the others wait."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..staging.stage import stage
 from .parallel import gather, raise_together
 
 PATIENCE = timedelta(days=7)
-"""How long processes wait for the slowest node; a process that dies ends their waiting at once."""
+"""How long processes wait for the slowest node. If a process dies, the waiting ends immediately."""
 
 
 def stage_together(
     config: DataConfig, group: dist.ProcessGroup | None, stopped: Callable[[], bool] = lambda: False
 ) -> DataConfig:
-    """The settings that read the copy of this process's node; those of `config` where it asks for none.
+    """Return the settings that read the copy on this process's node; `config` itself without staging.
 
-    All processes of `group` must call it. Where one is told to stop, all return; the data set may be read where it is.
-    Raises on all what one of them met.
+    All processes of `group` must call it. If one is told to stop, all return, possibly without a copy.
+    An error of one process is raised on all.
     """
     if config.stage is None:
         return config

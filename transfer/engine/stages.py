@@ -1,7 +1,7 @@
-"""Stages: runs one after another, each with its own losses, optimiser and length, on one student.
+"""Stages: runs one after another on one student, each with its own losses, optimizer and length.
 
-A stage is a run with a folder of its own, so each resumes as every run does, and a finished one is not done again.
-The first makes the student, each other stage starts from the student of the one before.
+A stage is a run with its own folder, so it resumes like every run, and a finished stage is not repeated.
+The first stage creates the student; each other stage starts from the student of the one before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STUDENTS = ("student", "student_ema")
 
 @dataclass(frozen=True)
 class Stage:
-    """A named run of several."""
+    """A named run in a sequence of runs."""
 
     name: str
     config: RunConfig
@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class StagesResult:
-    """How far the stages came; `signal` is the one that stopped them after a save."""
+    """The results of the stages; `signal` is the one that stopped them after a save."""
 
     results: dict[str, RunResult]
     output_dir: Path
@@ -45,13 +45,13 @@ class StagesResult:
 def chain(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages with their run folders, and with the student that each starts from.
 
-    Stage i has the folder `output_dir/<i>-<name>`. Its student is that of the stage before.
+    Stage i has the folder `output_dir/<i>-<name>`.
 
-    Raises ConfigError: there are none, two have one name, they have different output folders, or one but the
-    first says which student it is about.
+    Raises ConfigError: there are no stages, two have the same name, their output folders differ, or a stage after the
+    first sets its student.
     """
     if not stages:
-        raise ConfigError("stages: is empty; give a list of stages, each with a name")
+        raise ConfigError("stages is empty; give a list of stages, each with a name")
     names = [stage.name for stage in stages]
     folder = stages[0].config.output_dir
     for index, stage in enumerate(stages):
@@ -71,7 +71,7 @@ def chain(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _going_on(config: RunConfig, before: Path) -> StudentConfig:
-    """The student's settings with the student of the stage before in place of how the first one was made."""
+    """Return the student's settings, with the student of the stage before in place of its creation."""
     made: JsonDict = {
         "model": f"local-dir:{before / 'student'}",
         "model_args": {},
@@ -82,9 +82,9 @@ def _going_on(config: RunConfig, before: Path) -> StudentConfig:
 
 
 def train_stages(stages: Sequence[Stage]) -> StagesResult:
-    """Runs `chain(stages)` to the end, from where they stand if they were begun.
+    """Run `chain(stages)` to the end; resume a stage that was started.
 
-    The last student is copied to `output_dir/student`, and what each stage measured is in `output_dir/stages.json`.
+    The last student is copied to `output_dir/student`; `output_dir/stages.json` has the metrics of each stage.
     Raises GraftError as `train`.
     """
     folder = stages[0].config.output_dir

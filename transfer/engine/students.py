@@ -25,18 +25,18 @@ from ..data.augment import with_settings
 
 @dataclass(frozen=True)
 class StudentPlan:
-    """How to make the student, `timm.create_model(architecture, **arguments)`, and how its images are."""
+    """How to create the student, `timm.create_model(architecture, **arguments)`, and to preprocess its images."""
 
     architecture: str
     arguments: JsonDict
     preprocessing: Preprocessing
     copying: Copying | None = None
-    """The part of its teacher that it runs with, once that is resolved."""
+    """The part of its teacher that it runs with, once resolved."""
     label_names: tuple[str, ...] | None = None
-    """The classes of its head in their order, where they are known."""
+    """The classes of its head in order, if known."""
 
     def meta(self) -> JsonDict:
-        """As JSON, for a state file: enough to build what the run leaves without the run's settings."""
+        """Return the plan as JSON for a state: enough to build the student without the run's settings."""
         name, arguments = self.architecture, self.arguments
         if self.copying is not None:
             name, arguments = with_copying(name, arguments, self.copying)
@@ -44,9 +44,9 @@ class StudentPlan:
         return {"architecture": name, "model_args": arguments, **self.preprocessing.described(), **known}
 
     def create(self, drop_path: float = 0.0) -> nn.Module:
-        """A fresh model; ConfigError in timm's words where it refuses the arguments.
+        """Create a new model.
 
-        UnsupportedModelError: it does not take images of this size.
+        Raises ConfigError: timm refuses the arguments. UnsupportedModelError: it does not take images of this size.
         """
         try:
             model: nn.Module = timm.create_model(
@@ -62,7 +62,7 @@ class StudentPlan:
 
 
 def find_whole_name(config: StudentConfig) -> str | None:
-    """`config.model` where it is a source of a whole model, and not the architecture of a fresh student."""
+    """Return `config.model` if it is a source of a whole model; None if it is a timm architecture."""
     text = config.model
     is_source = ":" in text or "/" in text or Path(text.partition("#")[0]).exists()
     return text if is_source and not is_model(split_model_name_tag(text)[0]) else None
@@ -78,17 +78,17 @@ def find_whole(config: StudentConfig) -> Pretrained | None:
     copying = None if whole is None else copying_of(whole.model)
     if copying is not None:
         raise ConfigError(
-            f"student.model={source!r} runs with its teacher's attention, and is not trained further so: write its own "
-            f"weights alone with `graftvit save {source} DIR --bare`, and start from DIR with "
+            f"student.model={source!r} runs with its teacher's attention and cannot be trained further: write only its "
+            f"own weights with `graftvit save {source} DIR --bare`, and start from DIR with "
             f"transfer.method={copying.method} with the same teacher"
         )
     return whole
 
 
 def input_size(config: StudentConfig, whole: Pretrained | None = None) -> tuple[int, int, int]:
-    """(channels, height, width) of the student's images, without building it; those of `whole` where it is that.
+    """Return (channels, height, width) of the student's images, or those of `whole`, without building the model.
 
-    Raises ConfigError where timm does not know the architecture.
+    Raises ConfigError: timm does not know the architecture.
     """
     if whole is not None:
         return whole.preprocessing.input_size
@@ -114,10 +114,7 @@ def plan_student(
     preprocessing: Preprocessing,
     whole: Pretrained | None = None,
 ) -> StudentPlan:
-    """The student with `num_classes` outputs.
-
-    `whole` is the model that it continues, whose architecture and plan it keeps.
-    """
+    """Plan the student with `num_classes` outputs; it keeps the architecture and plan of `whole`, if given."""
     channels, height, width = preprocessing.input_size
     if whole is not None:
         arguments = {**whole.model_args, "num_classes": num_classes, "img_size": (height, width)}
@@ -146,10 +143,10 @@ def plan_student(
 def resolve_preprocessing(
     config: RunConfig, teacher: Pretrained | None, whole: Pretrained | None = None
 ) -> Preprocessing:
-    """How the student's images are made, in training, in evaluation and for users of the student.
+    """Return the preprocessing of the student's images, for training, evaluation and users of the student.
 
-    As the weights say that it starts from (`whole`, student.init), else as its teacher's, else as timm says of the
-    architecture; `data.crop_pct`, `data.crop_mode` and `data.interpolation` stand above that.
+    It is that of the initial weights (`whole`, student.init), else the teacher's, else timm's for the architecture;
+    `data.crop_pct`, `data.crop_mode` and `data.interpolation` override it.
     """
     init = config.student.init
     if whole is not None:

@@ -1,4 +1,4 @@
-"""Experiment trackers of accelerate: TensorBoard in the run folder, Weights & Biases if asked for."""
+"""Experiment trackers of accelerate: TensorBoard in the run folder, Weights & Biases if requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELP = {"wandb": ": `wandb login` once, or WANDB_MODE=offline where there is no 
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise ConfigError where the package of a tracker is not installed."""
+    """Raise ConfigError if the package of a tracker is not installed."""
     if "wandb" in names and not is_wandb_available():
         raise ConfigError(
             "engine.trackers asks for wandb, which is not installed: pip install 'graftvit[wandb]'"
@@ -22,9 +22,9 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int) -> list[GeneralTracker]:
-    """The trackers of a run that stands at `step`; what an earlier attempt logged after it is dropped.
+    """Create the trackers of a run at `step`, and drop what an earlier attempt logged after it.
 
-    Raises ConfigError where a tracker's package is missing, or it does not start.
+    Raises ConfigError: a tracker's package is missing, or it does not start.
     """
     check_trackers(names)
     trackers: list[GeneralTracker] = []
@@ -45,14 +45,14 @@ def _start(tracker: GeneralTracker) -> None:
         tracker.start()
     except (
         Exception
-    ) as error:  # of the tracker's own kinds: no key, no network, a folder that it cannot write
+    ) as error:  # trackers raise their own errors: no key, no network, a folder that cannot be written
         raise ConfigError(
             f"engine.trackers={tracker.name} does not start ({one_sentence(str(error))}){HELP.get(tracker.name, '')}"
         ) from error
 
 
 def hyperparameters(settings: JsonDict, **extra: float) -> JsonDict:
-    """The run's settings as the flat scalars that trackers accept."""
+    """Return the run's settings as the flat scalars that trackers accept."""
     flat: JsonDict = dict(extra)
     for section, values in settings.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:

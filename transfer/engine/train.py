@@ -1,4 +1,4 @@
-"""`train(config)`: transfer, fine-tuning, from scratch, masked autoencoding; resumed where it stopped."""
+"""`train(config)`: run or resume a training in any mode."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. `signal` is the one that stopped it after a save.
+    """The result of a run. `signal` is the one that stopped it after a save.
 
-    `metrics` are those of the last evaluation, with `teacher_top1` and the best of what picks the best state
-    (`best_top1`, `best_relative_error`, ...) where there are such.
+    `metrics` are those of the last evaluation, with `teacher_top1` and the best value of the metric that selects the
+    best state (`best_top1`, `best_relative_error`, ...) if there are any.
     """
 
     metrics: dict[str, float]
@@ -66,9 +66,9 @@ class RunResult:
 
 
 def train(config: RunConfig) -> RunResult:
-    """Runs `config` to its end, from the last state of its output_dir if that holds one.
+    """Run `config` to its end; resume from the last state in its output_dir, if any.
 
-    Raises GraftError: exit code 2 for a mistake in the settings, 1 where the run could not go on.
+    Raises GraftError: exit code 2 for a mistake in the settings, 1 if the run could not continue.
     """
     accelerator = create_accelerator(config)
     group = host_group(accelerator)
@@ -94,7 +94,7 @@ def train(config: RunConfig) -> RunResult:
         with _recorder(config, parts, accelerator, run_state.log, position, schedule) as recorder:
             loop = Loop(config, accelerator, parts, run_state, schedule, recorder, signals, position)
             _start(loop, state)
-            del state  # as large as all that learns, and the run is long
+            del state  # as large as all trained parameters, and the run is long
             stopped = loop.run()
         if loop.finished:
             export_students(
@@ -111,12 +111,12 @@ def train(config: RunConfig) -> RunResult:
 
 
 def _signal(signals: StopSignals, group: dist.ProcessGroup | None) -> int | None:
-    """The signal that a process got while nothing was done yet that a save could keep."""
+    """Return the signal that a process received before there was anything to save."""
     return max(filter(None, gather(signals.received, group)), default=None)
 
 
 def _unbegun(config: RunConfig, state: TrainingState | None, signal: int) -> RunResult:
-    """Of a run that was stopped before its first step."""
+    """Return the result of a run that was stopped before its first step."""
     done = 0 if state is None else position_of(state).step
     return RunResult({}, config.output_dir, done, False, signal)
 
@@ -166,7 +166,7 @@ def _prepare(
     fence: Fence,
     batch: GlobalBatch,
 ) -> tuple[RunState, Schedule]:
-    """Wraps the task for its processes; makes optimiser, average and the run_state that holds them together."""
+    """Wrap the task for its processes, and create the optimizer, the average and the run state."""
     schedule = batch.schedule(config, accelerator.num_processes)
     parts.train_loader.batches_per_epoch = schedule.accum * schedule.steps_per_epoch
     n_parameters = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
@@ -193,7 +193,7 @@ def _prepare(
 
 
 def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Module:
-    """What a step calls: the task on its device, compiled if asked for, sharded or replicated."""
+    """Return the task on its device, compiled if requested, sharded or replicated."""
     task: nn.Module = parts.task.to(accelerator.device)  # the teacher goes with it
     if config.student.compile:
         task.compile(fullgraph=True)
@@ -213,7 +213,7 @@ def _recorder(
     position: Position,
     schedule: Schedule,
 ) -> Iterator[Recorder]:
-    """The run folder with its configuration, the log cut to `position`, trackers and progress bar."""
+    """Write the configuration, cut the log to `position`, and create trackers and progress bar."""
     main = accelerator.is_main_process
     trackers = []
     if main:
@@ -231,7 +231,7 @@ def _recorder(
 
 
 def _write_config(config: RunConfig, parts: Parts) -> None:
-    """`config.yaml` in the run folder, with the teacher's commit. Raises WriteFailedError."""
+    """Write `config.yaml` in the run folder, with the teacher's commit. Raise WriteFailedError."""
     resolved = settings(config)
     if parts.origins["teacher"] is not None:
         resolved["teacher"]["revision"] = parts.origins["teacher"]["revision"]
@@ -241,7 +241,7 @@ def _write_config(config: RunConfig, parts: Parts) -> None:
 
 
 def _start(loop: Loop, state: TrainingState | None) -> None:
-    """Puts `state` back; without one, says what begins."""
+    """Restore `state`; without a state, log what starts."""
     position, accelerator = loop.position, loop.accelerator
     if state is None:
         _begin(loop)
@@ -249,7 +249,7 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
     loop.run_state.restore(state)
     choice = loop.parts.choice
     if position.best is not None and choice is not None and choice.key != position.best_metric:
-        position.best = None  # a value of another metric, which this run measures no more
+        position.best = None  # a value of another metric, which this run does not measure
     if accelerator.is_main_process:
         done = f"resumed at step {position.step} of {loop.schedule.total_steps}"
         logger.warning("the run in %s is %s", loop.config.output_dir, "finished" if loop.finished else done)
@@ -261,7 +261,7 @@ def _start(loop: Loop, state: TrainingState | None) -> None:
 
 
 def _begin(loop: Loop) -> None:
-    """Says once, at the start of a new run: learning rate, number of parameters, the teacher's accuracy."""
+    """Log, at the start of a new run, the learning rate, the number of parameters and the teacher's accuracy."""
     config, schedule = loop.config, loop.schedule
     rates = {"blr": config.optim.blr, "peak_lr": schedule.peak, "effective_batch": schedule.effective_batch}
     logger.info(

@@ -1,4 +1,4 @@
-"""How long a process waits: the clock of a record, and the gradient communication that DDP could not hide."""
+"""Measure how long a process waits: the clock of a record, and the exposed gradient communication of DDP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NANOSECONDS = 1e-9
 
 @dataclass
 class Clock:
-    """What happened since the last record of a kind, by the clock of this process."""
+    """Times and counts since the last record of a kind, by the clock of this process."""
 
     start: float = field(default_factory=lambda: time.perf_counter())
     images: int = 0
@@ -22,10 +22,10 @@ class Clock:
     waited: float = 0.0
     """Seconds in which the loader had no batch ready."""
     exposed: list[float] = field(default_factory=list)
-    """Seconds of communication after the backward, of the steps that were timed."""
+    """Seconds of communication after the backward pass, in the steps that were timed."""
 
     def readings(self) -> dict[str, float]:
-        """Seconds, images a second, and the shares of the seconds that went by waiting."""
+        """Return the seconds, images per second, and the shares of time spent waiting."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         readings = {
             "seconds": round(seconds, 3),
@@ -39,11 +39,11 @@ class Clock:
 
 
 class CommunicationTimer:
-    """DDP's own timing of a step: how long its gradient exchange went on after the backward had ended.
+    """DDP's own timing of a step: how long its gradient exchange continued after the backward pass.
 
-    DDP times its first ten steps and then one in `every`, at the start of the step after it, when it asks the device
-    for the times. With `every` the interval of the log, that is where the log has waited for the device anyway.
-    FSDP and a single process have no such numbers.
+    DDP times its first ten steps and then one in `every`. It reads the times from the device at the start of the next
+    step; if `every` is the interval of the log, the log has waited for the device there anyway. FSDP and a single
+    process have no such times.
     """
 
     def __init__(self, model: nn.Module, every: int) -> None:
@@ -54,7 +54,7 @@ class CommunicationTimer:
             choose(every)
 
     def seconds(self) -> float | None:
-        """Of the last step that was timed; None if no step was timed since the last call."""
+        """Return the seconds of the last timed step; None if no step was timed since the last call."""
         read = getattr(self._model, "_get_ddp_logging_data", None)
         timed: JsonDict = {} if read is None else read()
         total, hidden = timed.get("backward_comm_time"), timed.get("backward_compute_comm_overlap_time")

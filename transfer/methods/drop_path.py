@@ -1,4 +1,4 @@
-"""Stochastic depth with one set of masks for teacher and student, as the official attention-transfer code has it."""
+"""Stochastic depth with the same masks for teacher and student, as in the official attention-transfer code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BRANCHES = ("drop_path1", "drop_path2")
 
 
 class SharedDropPath(nn.Module):
-    """A student's `DropPath` whose mask, once drawn, the teacher's layer of the same depth uses as well.
+    """A student's `DropPath` whose drawn mask is also used by the teacher's layer of the same depth.
 
-    Without a drawn mask it is the `DropPath` that it stands for.
+    Without a drawn mask it acts as the `DropPath` that it replaces.
     """
 
     def __init__(self, original: DropPath, tape: Tape, index: int) -> None:
@@ -43,7 +43,7 @@ class SharedDropPath(nn.Module):
 
 
 def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) -> list[SharedDropPath]:
-    """Let every block of the view use the masks of the student's block; returns the modules to draw."""
+    """Let every block of the view use the masks of the student's block, and return the modules to draw."""
     blocks, teacher_blocks = attention_blocks(student), attention_blocks(teacher_view)
     if len(blocks) < len(teacher_blocks):
         raise TransferError(

@@ -28,7 +28,7 @@ _PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
 
 
 def resolve_heads(heads: str | Sequence[int], teacher_heads: int, student_heads: int) -> HeadMap:
-    """The map of heads that `heads` names. Raises `TransferError`; 'match' needs `match_heads` instead."""
+    """Return the map of heads for `heads`. Raise `TransferError` if it is invalid, or 'match' (see `match_heads`)."""
     if not isinstance(heads, str):
         return _subset(list(heads), heads, teacher_heads, student_heads)
     compact = re.sub(r"\s", "", heads)
@@ -48,9 +48,9 @@ def resolve_heads(heads: str | Sequence[int], teacher_heads: int, student_heads:
 
 
 def match_heads(distance_HtHs: Tensor) -> HeadMap:
-    """The one-to-one assignment of least total distance, from the (teacher heads, student heads) matrix.
+    """Return the one-to-one assignment of least total distance, from the (teacher heads, student heads) matrix.
 
-    Where the student has more heads than the teacher, the heads that are left over learn from none.
+    If the student has more heads than the teacher, the remaining heads learn from no head.
     """
     if not bool(torch.isfinite(distance_HtHs).all()):
         raise TransferError(
@@ -75,10 +75,10 @@ def map_distance(
     bias_t: Tensor | None = None,
     bias_s: Tensor | None = None,
 ) -> Tensor:
-    """Mean over batch and queries of sum_j (A_t[i, j] - A_s[i, j])^2, for every pair of heads: (H_t, H_s).
+    """Return the mean over batch and queries of sum_j (A_t[i, j] - A_s[i, j])^2 for every pair of heads: (H_t, H_s).
 
-    A = softmax(scale q k^T + bias). Queries and keys are (B, H, N, D) over the same tokens, a bias is
-    broadcastable to (B, H, N, N). Rows are taken a few at a time, so memory grows with N, not N^2.
+    A = softmax(scale q k^T + bias). Queries and keys are (B, H, N, D) over the same tokens; a bias is
+    broadcastable to (B, H, N, N). Rows are processed a few at a time, so memory grows with N, not N^2.
     """
     batch, teacher_heads, tokens, _ = q_t.shape
     student_heads = q_s.shape[1]

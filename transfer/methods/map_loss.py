@@ -5,8 +5,8 @@ With P_t, P_s the rows of teacher and student, s the student's scale and b its r
     CE = −Σ_j P_t(j) log P_s(j) = lse_s(i) − s q_s(i)·(P_t K_s)(i) − Σ_j P_t(i, j) b(i, j)
 
 (Attention Transfer, arXiv:2411.09702, eq. of the distillation loss), averaged over batch, heads and query rows.
-KL = CE − H(P_t), of the same gradient. P_t K_s is one call of fused attention, lse_s a by-product of the
-student's own.
+KL = CE − H(P_t), with the same gradient. P_t K_s is one call of fused attention; lse_s is a by-product of the
+student's own attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...models.copying.tape import average_heads, spread_heads
 
 @dataclass(frozen=True)
 class MapLoss:
-    """How two maps are compared; see `TransferConfig` for the meaning of each."""
+    """How two maps are compared; see `TransferConfig` for the fields."""
 
     entropy: bool = False
     temperature: float = 1.0
@@ -32,7 +32,7 @@ class MapLoss:
 
     @property
     def needs_own_rows(self) -> bool:
-        """Whether the student's log-sum-exp must be computed apart from its own attention."""
+        """Return whether the student's log-sum-exp must be computed apart from its own attention."""
         return self.temperature != 1.0 or self.rows < 1.0
 
     def __call__(
@@ -44,10 +44,10 @@ class MapLoss:
         num_prefix: int,
         lse_BHN: Tensor | None = None,
     ) -> Tensor:
-        """The loss as a scalar, in float32 or better.
+        """Return the loss as a scalar, in float32 or better.
 
-        `teacher` holds `sizes[h]` heads in a row for head h of `student`: the target is the mean of their maps.
-        `lse_BHN` is the student's log-sum-exp where its own attention gave it.
+        `teacher` has `sizes[h]` consecutive heads for head h of `student`; the target is the mean of their maps.
+        `lse_BHN` is the student's log-sum-exp if its own attention computed it.
         """
         student, teacher = self._warm(student), self._warm(teacher)
         weights = None
@@ -73,17 +73,17 @@ class MapLoss:
 
 
 def entropy(teacher: Heads) -> Tensor:
-    """H(P) of each row, without the expected value of the bias, which `_expected_bias` gives for all rows."""
+    """Return H(P) of each row, without the expected value of the bias (`_expected_bias`)."""
     with torch.no_grad():
         lse = map_logsumexp(*teacher.qk(), teacher.scale, teacher.bias)
         return lse - _expected_logit(teacher, teacher, [1])
 
 
 def sample_rows(heads: Heads, fraction: float, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Query rows of one step, and weights that make their weighted sum an unbiased mean over all rows.
+    """Draw the query rows of one step, with weights whose weighted sum is an unbiased mean over all rows.
 
-    Prefix rows are always among them, each with weight 1/N; of the n patch rows m are drawn without
-    replacement, each with weight n / (N m).
+    All prefix rows are included with weight 1/N; m of the n patch rows are drawn without replacement, each with
+    weight n / (N m).
     """
     total, device = heads.known.shape[2], heads.known.device
     patches = total - num_prefix
@@ -96,14 +96,14 @@ def sample_rows(heads: Heads, fraction: float, num_prefix: int) -> tuple[Tensor,
 
 
 def at_rows(heads: Heads, rows: Tensor) -> Heads:
-    """Queries and bias at some rows; keys stay."""
+    """Select some rows of queries and bias; keep all keys."""
     q, k = heads.qk()
     bias = None if heads.bias is None else heads.bias.index_select(2, rows)
     return Heads(q.index_select(2, rows), k, heads.v, bias, heads.scale)
 
 
 def _expected_logit(student: Heads, teacher: Heads, sizes: list[int]) -> Tensor:
-    """s q_s·(P_t K_s) of shape (B, H, N)."""
+    """Return s q_s·(P_t K_s), (B, H, N)."""
     q, k = student.qk()
     keys = spread_heads(k, sizes)
     mean_key = average_heads(apply_map(*teacher.qk(), keys, teacher.scale, teacher.bias), sizes)
@@ -114,7 +114,7 @@ def _expected_logit(student: Heads, teacher: Heads, sizes: list[int]) -> Tensor:
 def _expected_bias(
     student: Heads, teacher: Heads, sizes: list[int], weights: Tensor | None
 ) -> Tensor | float:
-    """The mean over batch, heads and rows of Σ_j P_t(i, j) b(i, j); the mean map is as large as a bias."""
+    """Return the mean over batch, heads and rows of Σ_j P_t(i, j) b(i, j); the mean map is as large as a bias."""
     if student.bias is None:
         return 0.0
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How teacher and student differ, with a warning where the literature saw attention transfer fail."""
+"""The differences of teacher and student, with warnings for differences where attention transfer is known to fail."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ class Mismatch:
 
 
 def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ...]:
-    """Everything that differs between two supported models: sizes, tokens and native parts.
+    """Return all differences of two supported models: sizes, tokens and native parts.
 
-    A warning stands where the teacher has a part that the student lacks and that families have for which
-    transfer into a plain student was seen to fail (arXiv:2605.07191: DINOv2, CLIP, BEiTv2 and one more). The
-    paper shows that adding the teacher's native components repairs it; which of them matters is read off the
-    architectures here, not measured.
+    There is a warning for a part that the student lacks and that belongs to families whose transfer into a plain
+    student failed (arXiv:2605.07191: DINOv2, CLIP, BEiTv2 and one more). In the paper, adding the teacher's native
+    components solved this. Which component matters is inferred here from the architectures, not measured.
     """
     parts_t, parts_s = native_parts(teacher), native_parts(student)
     words = zip(_describe(teacher, parts_t).items(), _describe(student, parts_s).values(), strict=True)
@@ -42,7 +41,7 @@ def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ..
 
 
 def report_mismatch(mismatches: Sequence[Mismatch]) -> str:
-    """A table of the differences, then the warnings."""
+    """Return a table of the differences, then the warnings."""
     if not mismatches:
         return "teacher and student are built alike"
     rows = [("", "teacher", "student"), *((m.name, m.teacher, m.student) for m in mismatches)]

@@ -31,9 +31,9 @@ _PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
 def resolve_layers(
     layers: str | Sequence[int] | Sequence[tuple[int, int]], teacher_depth: int, student_depth: int
 ) -> tuple[LayerPair, ...]:
-    """The pairs of blocks that `layers` names, in the order of the student's blocks.
+    """Return the pairs of blocks for `layers`, in the order of the student's blocks.
 
-    Raises `TransferError` where a layer is out of range, named twice for the student, or none is selected.
+    Raises TransferError: a layer is out of range or named twice for the student, or no layer is selected.
     """
     items: Sequence[int] | Sequence[tuple[int, int]]
     items = _parse(layers, student_depth) if isinstance(layers, str) else layers
@@ -53,9 +53,9 @@ def resolve_layers(
 
 
 def spread_layer(student: int, teacher_depth: int, student_depth: int) -> int:
-    """The teacher layer for a student layer: t = ceil((s + 1) L_t / L_s) - 1.
+    """Return the teacher layer for a student layer: t = ceil((s + 1) L_t / L_s) - 1.
 
-    Layers are spread evenly, the last goes to the last, and equal depth gives layer i to layer i.
+    Layers are spread evenly, the last learns from the last, and with equal depth layer i learns from layer i.
     """
     return -(-(student + 1) * teacher_depth // student_depth) - 1
 

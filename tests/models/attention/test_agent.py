@@ -100,7 +100,7 @@ def test_any_grid_has_as_many_agents() -> None:
 
 @pytest.mark.parametrize("value", [0, 36, True, 2.0])
 def test_the_number_of_agents_is_checked(value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"plan: num_agents={value}; it is a whole number from 1 to 35"):
+    with pytest.raises(ConfigError, match=f"plan: num_agents={value}; give a whole number from 1 to 35"):
         build(num_agents=value)
 
 

@@ -262,11 +262,11 @@ def test_other_sharing_is_of_a_layer_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_keys": 49}, "num_keys=49; it is a whole number from 1 to 48"),
+        ({"num_keys": 49}, "num_keys=49; give a whole number from 1 to 48"),
         ({"num_keys": 0}, "num_keys=0"),
         ({"num_keys": True}, "num_keys=True"),
         ({"sharing": "layer"}, "sharing=layer; did you mean 'layerwise'"),
-        ({"stochastic": "yes"}, "stochastic=yes; it is true or false"),
+        ({"stochastic": "yes"}, "stochastic=yes; valid: true, false"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

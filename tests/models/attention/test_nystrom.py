@@ -184,8 +184,8 @@ def test_it_starts_without_its_convolution() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_landmarks": 49}, "num_landmarks=49; it is a whole number from 1 to 48"),
-        ({"iterations": 0}, "iterations=0; it is a whole number, 1 or more"),
+        ({"num_landmarks": 49}, "num_landmarks=49; give a whole number from 1 to 48"),
+        ({"iterations": 0}, "iterations=0; give a whole number, 1 or more"),
         ({"iterations": 2.5}, "iterations=2.5"),
         ({"local_size": 4}, "local_size=4"),
     ],

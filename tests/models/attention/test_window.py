@@ -140,5 +140,5 @@ def test_no_tensor_has_as_many_elements_as_the_map(kind: Any) -> None:
 
 def test_windows_that_are_none_are_refused() -> None:
     for options, message in (({"window": 0}, "window=0"), ({"dilation": 1.5}, "dilation=1.5")):
-        with pytest.raises(ConfigError, match=f"plan: {message}; it is a whole number"):
+        with pytest.raises(ConfigError, match=f"plan: {message}; give a whole number"):
             WindowAttention(LayerShape(1, 8, RAGGED), **options)  # type: ignore[arg-type]

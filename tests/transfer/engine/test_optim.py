@@ -105,7 +105,7 @@ def test_an_unknown_optimiser_is_answered_with_the_nearest() -> None:
 def test_betas_that_an_optimiser_does_not_take_are_refused() -> None:
     for opt in ("adan", "sgd"):
         create_optimizer(vit(), vit(), OptimConfig(opt=opt), 1e-3)
-        with pytest.raises(ConfigError, match=rf"optim.betas=.*does not go with optim.opt='{opt}'"):
+        with pytest.raises(ConfigError, match=rf"optim.betas=.*does not fit optim.opt='{opt}'"):
             create_optimizer(vit(), vit(), OptimConfig(opt=opt, betas=(0.5, 0.6)), 1e-3)
 
 
