@@ -130,6 +130,13 @@ def find_key(name: str) -> str | None:
     return None
 
 
+def find_stage_key(name: str) -> tuple[str, str] | None:
+    """Return the stage and the key that `align.epochs` or `align.optim.epochs` means, or None."""
+    stage, _, rest = name.replace("-", "_").partition(".")
+    key = find_key(rest) if rest else None
+    return None if key is None else (stage, key)
+
+
 def leaf_of(key: str) -> Leaf:
     """Return the setting of a key that `find_key` returned; for a key inside a mapping, the mapping's setting."""
     while key not in leaves():

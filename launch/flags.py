@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from ..checkpoints.paths import is_there
 from ..models.errors import ConfigError
-from .fields import Leaf, find_key, leaf_of, leaves, sections, short_names, unknown
+from .fields import Leaf, find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
 from .load_config import Setting, at_home, parse_override, parse_setting
 
 
@@ -126,6 +127,9 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
     """Return the setting of a long flag; take its value from `words` if it needs one."""
     name, equals, value = word[2:].partition("=")
     key = _only_key(name, only) or find_key(name)
+    stage = ""
+    if key is None and only is None:
+        stage, key = find_stage_key(name) or ("", None)
     if key is None and not equals and (name.startswith(("no-", "no_"))):
         key = find_key(name[3:])
         if key is not None and leaf_of(key).is_switch:
@@ -135,12 +139,12 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
         raise unknown(name, dashes="--", extra=_plain(own))
     leaf = leaf_of(key)
     if not equals and leaf.is_switch:
-        return _checked(Setting(key, True, word), only)
+        return _checked(Setting(key, True, word, stage), only)
     if not equals:
         if not words or words[0].startswith("--"):
             raise ConfigError(f"--{name} needs a value: {leaf.valid()}")
         value = words.pop(0)
-    return _checked(parse_setting(key, value, origin=f"--{name}"), only)
+    return _checked(replace(parse_setting(key, value, origin=f"--{name}"), stage=stage), only)
 
 
 def _only_key(name: str, only: Sequence[str] | None) -> str | None:

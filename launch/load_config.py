@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from ..checkpoints.paths import is_there
 from ..checkpoints.regular_files import read_regular
-from ..models.errors import ConfigError
+from ..models.errors import ConfigError, did_you_mean
 from ..models.json_types import Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
-from .fields import ALIASES, find_key, leaf_of, leaves, sections, unknown
+from .fields import ALIASES, find_key, find_stage_key, leaf_of, leaves, sections, unknown
 from .official_words import check_finetune, check_value
 from .recipes import recipe_text
 
@@ -32,6 +32,8 @@ class Setting:
     key: str
     value: Any
     origin: str
+    stage: str = ""
+    """The stage that it is for; empty for every stage, or for a run without stages."""
 
 
 def load_config(
@@ -68,7 +70,19 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
     from ..transfer.engine.stages import Stage  # loads torch
 
     given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
-    return [Stage(name, _validate([*recipe.settings, *own, *given])) for name, own in recipe.stages]
+    names = [name for name, _ in recipe.stages]
+    for setting in given:
+        if setting.stage and setting.stage not in names:
+            raise ConfigError(
+                f"{setting.origin}: there is no stage {setting.stage!r}; {did_you_mean(setting.stage, names)}"
+            )
+    return [
+        Stage(
+            name,
+            _validate([*recipe.settings, *own, *(each for each in given if each.stage in ("", name))], name),
+        )
+        for name, own in recipe.stages
+    ]
 
 
 def dump_config(config: RunConfig) -> str:
@@ -88,11 +102,12 @@ def parse_override(text: str) -> Setting:
 
 def parse_setting(name: str, text: str, origin: str) -> Setting:
     """Parse a setting whose value is still text; errors name it by `origin`."""
-    key = _known(name)
+    found = find_key(name)
+    stage, key = ("", found) if found is not None else find_stage_key(name) or ("", _known(name))
     leaf = leaf_of(key)
     check_value(key, text, origin)
     value = leaf.parse(text) if key == leaf.key else _plain_value(text)
-    return Setting(key, value, origin)
+    return Setting(key, value, origin, stage)
 
 
 @dataclass(frozen=True)
@@ -207,9 +222,11 @@ def _plain_value(text: str) -> Any:
         return text
 
 
-def _validate(settings: list[Setting]) -> RunConfig:
+def _validate(settings: list[Setting], stage: str = "") -> RunConfig:
     values: JsonDict = {}
     for setting in settings:
+        if setting.stage != stage and setting.stage:  # of a run without stages
+            raise unknown(setting.origin.lstrip("-"), dashes="--" if setting.origin.startswith("--") else "")
         texts = {str, Path} & {*leaf_of(setting.key).kinds}
         value = at_home(setting.value) if texts else setting.value
         _put(values, setting.key.split("."), value)
