@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from graftvit.launch.fields import find_key, leaves, sections
+from graftvit.launch.fields import find_key, find_stage_key, leaves, sections
 from graftvit.transfer.engine.modes import MODES
 from graftvit.transfer.methods.registry import method_names
 
@@ -234,7 +234,9 @@ def test_documents_name_no_setting_that_is_gone() -> None:
     dotted = re.compile(rf"(?<![\w./-])(?:--)?((?:{'|'.join(sections())})\.[a-z_]+)(?=[=`\s])")
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for key in dotted.findall(path.read_text()):
-            assert find_key(key) or key.endswith((".py", ".json")), f"{name_of(path)}: {key}"
+            assert find_key(key) or find_stage_key(key) or key.endswith((".py", ".json")), (
+                f"{name_of(path)}: {key}"
+            )
 
 
 OTHER_NAMES = {

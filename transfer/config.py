@@ -328,6 +328,9 @@ class EngineConfig(Section):
         description="metric that chooses the best state; auto is top1 if labels and head match, else the "
         "distance to the teacher or the run's own loss, on the test images",
     )
+    patience: int | None = Field(
+        None, gt=0, description="end the run after this many evaluations without a better value of the metric"
+    )
     save_every: int | None = Field(
         None, gt=0, description="optimizer steps between states; each epoch by default"
     )

@@ -129,6 +129,11 @@ def build(
     choice = (
         choose(mode, head=head, loader=eval_loader, student=task.backbone, teacher=taught) if known else None
     )
+    if known and choice is None and config.engine.patience is not None:
+        raise ConfigError(
+            "engine.patience needs evaluations with a metric, and this run has none: give a validation split and "
+            "engine.metric, or leave engine.patience out"
+        )
     reference = None
     if choice is not None and choice.kind in PROBES:
         reference = create_reference_loader(_data(config, weights), spec, rank=rank, world_size=world_size)

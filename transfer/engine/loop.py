@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from ..data.randomness import seed_batch
 from .build import Parts
 from .meters import LossHealth, describe, stacked, weights_finite
 from .optim import Schedule, set_learning_rate
-from .recorder import Recorder
+from .recorder import Recorder, peak_memory
 from .resume_check import Position
 from .run_state import RunState, SaveClock
 from .scoring import best_value, score
 from .signals import StopSignals
 from .waiting import CommunicationTimer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,8 +49,15 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Return whether all steps and the last evaluation are done."""
-        return self.position.step >= self.schedule.total_steps and self.position.epoch_step == 0
+        """Return whether the last step and the last evaluation are done."""
+        return self._over and self.position.epoch_step == 0
+
+    @property
+    def _over(self) -> bool:
+        """Return whether all steps are done, or `engine.patience` is exhausted."""
+        patience = self.config.engine.patience
+        exhausted = patience is not None and self.position.stale >= patience
+        return exhausted or self.position.step >= self.schedule.total_steps
 
     def run(self) -> int | None:
         """Train to the end, or until all processes agree on a stop signal; then save and return the signal."""
@@ -153,20 +163,27 @@ class Loop:
             "step": self.position.step,
             **{f"train_{name}": value for name, value in means.items()},
             "lr": self.schedule.rate(self.position.step - 1),
+            **peak_memory(self.accelerator.device),
         }
 
     def _end_epoch(self) -> None:
         """Evaluate if it is due, write the epoch's record and save."""
         self._check_losses()
         record, better = self._record("epoch"), False
-        over = self.position.step >= self.schedule.total_steps
-        if over or (self.position.epoch + 1) % self.config.engine.eval_every == 0:
+        if self._over or (self.position.epoch + 1) % self.config.engine.eval_every == 0:
             with self.recorder.paused():
                 better = self._evaluate(record)
         self.recorder.write("epoch", {**record, "n_parameters": self.run_state.n_parameters})
+        if self._over and self.position.step < self.schedule.total_steps:
+            logger.warning(
+                "ended at step %d of %d: %d evaluations without a better value (engine.patience)",
+                self.position.step,
+                self.schedule.total_steps,
+                self.position.stale,
+            )
         self.position.epoch += 1
         self.position.epoch_step = 0
-        due = over or self.config.engine.save_every is None or self._save_due
+        due = self._over or self.config.engine.save_every is None or self._save_due
         if due or better:
             self._save(best=better, last=due)
 
@@ -182,6 +199,7 @@ class Loop:
         better = choice.better(value, self.position.best)
         if better:
             self.position.best, self.position.best_metric = value, choice.key
+        self.position.stale = 0 if better else self.position.stale + 1
         return better
 
     def _save(self, *, best: bool = False, last: bool = True) -> None:

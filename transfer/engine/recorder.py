@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.tracking import GeneralTracker
 
 from ...models.json_types import Json
@@ -102,6 +103,13 @@ class Recorder:
         """Close the trackers."""
         for tracker in self._trackers:
             tracker.finish()
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory of a GPU, in GiB, that tensors held at once in this process; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
 
 
 def _short(value: Any) -> str:

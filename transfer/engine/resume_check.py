@@ -39,6 +39,8 @@ class Position:
     epoch: int = 0
     epoch_step: int = 0
     best: float | None = None
+    stale: int = 0
+    """Evaluations since the last best value."""
     best_metric: str = "top1"
     """What `best` is a value of."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -12,8 +12,8 @@ from typing import TextIO
 from ...models.errors import RunFailedError
 from ...models.json_types import Json, JsonDict
 
-WALL_CLOCK = ("seconds", "images_per_second", "data_wait", "comm_wait")
-"""The keys that depend on the clock. All others are equal bit for bit in a resumed run."""
+WALL_CLOCK = ("seconds", "images_per_second", "data_wait", "comm_wait", "peak_memory_gib")
+"""The keys that depend on the clock or the device. All others are equal bit for bit in a resumed run."""
 
 
 class RunLog:
