@@ -20,8 +20,9 @@ from graftvit.checkpoints.publish.upload import (
 )
 from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import CheckpointError
+from hub_client import use_hub
 from hub_server import TOKEN, Fault, Hub, closed_port
-from hub_uploads import Store, serve_uploads, use_hub
+from hub_uploads import Store, serve_uploads
 from huggingface_hub import constants
 
 NAME = "vit_tiny_patch16_224"
@@ -201,23 +202,6 @@ def test_the_parent_is_the_commit_that_was_looked_at(
     assert len(store.commits) == 2
     assert store.commits[1].parent == store.commits[0].oid == seen.commit
     assert server.refs["org/vit"]["main"] == store.commits[1].oid
-
-
-@pytest.mark.parametrize("where", ["/preupload/", "/objects/batch", "/upload/"])
-def test_a_hub_that_stumbles_is_asked_again(hub: tuple[Hub, Store], student: Path, where: str) -> None:
-    server, store = hub
-    server.faults.append(Fault(status=503, where=where, times=2))
-    push(student)
-    assert len(store.commits) == 1
-    assert len(server.asked(where=where)) == 3
-
-
-def test_an_upload_that_is_cut_is_sent_again(hub: tuple[Hub, Store], student: Path) -> None:
-    server, store = hub
-    server.faults.append(Fault(method="PUT", where="/upload/", reset=True, times=2))
-    push(student)
-    assert len(store.commits) == 1
-    assert store.objects
 
 
 def test_a_push_that_failed_at_its_end_goes_on_from_there(hub: tuple[Hub, Store], student: Path) -> None:
