@@ -79,8 +79,7 @@ def status_of(error: BaseException) -> int | None:
 
 def absent(repository: str, filename: str, revision: str | None) -> str:
     """Return the sentence for a file that the repository lacks, with the files that it has."""
-    asked = {"revision": revision, "timeout": HINT_TIMEOUT}
-    names = _hint(lambda: [file.rfilename for file in HfApi().model_info(repository, **asked).siblings or []])
+    names = _hint(lambda: _file_names(repository, revision))
     near = _nearest(filename, names)
     hint = f"did you mean {near!r}?" if near else _listed(names, f"{repository}/tree/main")
     return f"{repository} has no {filename!r}; {hint}"
@@ -168,6 +167,12 @@ def _revisions(repository: str) -> list[str]:
     """Return the branches and tags of a repository."""
     refs = HfApi().list_repo_refs(repository)
     return [ref.name for ref in (*refs.branches, *refs.tags)]
+
+
+def _file_names(repository: str, revision: str | None) -> list[str]:
+    """Return the files of a repository."""
+    files = HfApi().model_info(repository, revision=revision, timeout=HINT_TIMEOUT).siblings
+    return [file.rfilename for file in files or []]
 
 
 def _hint(ask: Callable[[], list[str]]) -> list[str]:
