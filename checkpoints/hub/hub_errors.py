@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 from urllib.error import URLError
 
 from huggingface_hub import HfApi, constants, get_token
@@ -80,7 +79,7 @@ def status_of(error: BaseException) -> int | None:
 
 def absent(repository: str, filename: str, revision: str | None) -> str:
     """Return the sentence for a file that the repository lacks, with the files that it has."""
-    names = _file_names(repository, revision)
+    names = _hint(lambda: _file_names(repository, revision))
     near = _nearest(filename, names)
     hint = f"did you mean {near!r}?" if near else _listed(names, f"{repository}/tree/main")
     return f"{repository} has no {filename!r}; {hint}"
@@ -121,7 +120,7 @@ def _sentence(error: BaseException, repository: str, revision: str | None) -> st
         login = "use a token that may read it" if token else LOGIN
         return f"{repository} is not on {hub}{hint}: check the name, or {login} if it is private"
     if isinstance(error, RevisionNotFoundError):
-        names = _revisions(repository)
+        names = _hint(lambda: _revisions(repository))
         near = _nearest(revision or "", names)
         hint = f"did you mean {near!r}? " if near else ""
         return f"{repository} has no revision {revision!r}: {hint}{_listed(names, f'{repository}/commits')}"
@@ -156,26 +155,30 @@ def _listed(names: list[str], page: str) -> str:
 def _nearest_repository(repository: str) -> str | None:
     """Return the repository that `repository` may have meant: of the same owner, or else of another one."""
     owner, _, name = repository.rpartition("/")
-    siblings = {found.rpartition("/")[2] for found in _models(author=owner, limit=500)} - {name}
-    near = _nearest(name, sorted(siblings))
+    siblings = _hint(lambda: [model.id for model in HfApi().list_models(author=owner, limit=500)])
+    near = _nearest(name, sorted({found.rpartition("/")[2] for found in siblings} - {name}))
     if near is not None:
         return f"{owner}/{near}"
-    return _nearest(repository, [found for found in _models(search=name, limit=100) if found != repository])
+    alike = _hint(lambda: [model.id for model in HfApi().list_models(search=name, limit=100)])
+    return _nearest(repository, [found for found in alike if found != repository])
 
 
 def _revisions(repository: str) -> list[str]:
     """Return the branches and tags of a repository."""
-    with suppress(Exception):  # a hint that fails must not hide the error that it belongs to
-        refs = HfApi().list_repo_refs(repository)
-        return [ref.name for ref in (*refs.branches, *refs.tags)]
-    return []
+    refs = HfApi().list_repo_refs(repository)
+    return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 
 def _file_names(repository: str, revision: str | None) -> list[str]:
     """Return the files of a repository."""
+    files = HfApi().model_info(repository, revision=revision, timeout=HINT_TIMEOUT).siblings
+    return [file.rfilename for file in files or []]
+
+
+def _hint(ask: Callable[[], list[str]]) -> list[str]:
+    """Return the names that the hub gives; none if it fails, because a hint must not hide the error that it is for."""
     with suppress(Exception):
-        files = HfApi().model_info(repository, revision=revision, timeout=HINT_TIMEOUT).siblings
-        return [file.rfilename for file in files or []]
+        return ask()
     return []
 
 
@@ -184,9 +187,3 @@ def _nearest(name: str, valid: Sequence[str]) -> str | None:
     by_lower = {one.lower(): one for one in valid}
     found = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
     return by_lower[found[0]] if found else None
-
-
-def _models(**query: Any) -> list[str]:
-    with suppress(Exception):
-        return [model.id for model in HfApi().list_models(**query)]
-    return []

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_client import client_environment, use_hub
 from hub_server import Hub
-from hub_uploads import client_environment, serve_uploads, use_hub
+from hub_uploads import serve_uploads
 from photos import make_photo_folder
 from plain_timm import PlainTimm
 

@@ -11,8 +11,6 @@ import argparse
 import json
 import logging
 import os
-import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from pathlib import Path
 from random import Random
 
 from graftvit.models.errors import GraftError
+from limits import EndlessError, limited_memory, limited_work
 
 from .formats import FORMATS, WrongError, copy_of
 
@@ -37,10 +36,6 @@ LONGEST = 2000
 """Characters of a sentence."""
 
 
-class EndlessError(BaseException):
-    """More than `WORK` for one case."""
-
-
 def check_case(seed: int, number: int, good: Path, scratch: Path) -> dict[str, str | int]:
     """Damages one file and reads it; what came of it."""
     rng = Random(f"{seed} {number}")
@@ -48,9 +43,9 @@ def check_case(seed: int, number: int, good: Path, scratch: Path) -> dict[str, s
     folder = copy_of(good / name, scratch)
     how = FORMATS[name].damage(rng, folder)
     outcome, words = "read", ""
-    signal.setitimer(signal.ITIMER_PROF, WORK)
     try:
-        FORMATS[name].check(folder)
+        with limited_work(WORK):
+            FORMATS[name].check(folder)
     except GraftError as error:
         outcome, words = "refused", str(error)
         if not words or "\n" in words or len(words) > LONGEST:
@@ -59,8 +54,6 @@ def check_case(seed: int, number: int, good: Path, scratch: Path) -> dict[str, s
         outcome, words = "FAILED", f"{type(error).__name__}: {error}"
         if isinstance(error, WrongError):
             outcome = "WRONG NUMBERS"
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
     return {"case": number, "format": name, "damage": how, "outcome": outcome, "words": words[:400]}
 
 
@@ -68,25 +61,19 @@ def serve(seed: int, first: int, count: int) -> None:
     """Works off cases in this process and prints a line of JSON for each, and one before each."""
     warnings.simplefilter("ignore")
     logging.disable()
-    signal.signal(signal.SIGPROF, _end)
     with tempfile.TemporaryDirectory() as place:
         good = Path(place, "good")
         for name, each in FORMATS.items():
             (good / name).mkdir(parents=True)
             each.make(good / name)
             each.check(good / name)  # all is imported, and a file without damage is read
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, resource.RLIM_INFINITY))
-        for number in range(first, first + count):
-            sys.stdout.write(f"{number}\n")
-            sys.stdout.flush()
-            result = check_case(seed, number, good, Path(place, "case"))
-            sys.stdout.write(json.dumps(result) + "\n")
-            sys.stdout.flush()
-
-
-def _end(*_: object) -> None:
-    raise EndlessError
+        with limited_memory(MEMORY):
+            for number in range(first, first + count):
+                sys.stdout.write(f"{number}\n")
+                sys.stdout.flush()
+                result = check_case(seed, number, good, Path(place, "case"))
+                sys.stdout.write(json.dumps(result) + "\n")
+                sys.stdout.flush()
 
 
 def run(count: int, seed: int, first: int = 0) -> Iterator[dict[str, str | int]]:

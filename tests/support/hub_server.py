@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import socket
-import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,14 +34,13 @@ class Fault:
     """What goes wrong with the next `times` requests of `method` whose path contains `where`.
 
     Fields that are set apply together: `content` in place of the file, of which the body ends after `cut`
-    bytes although its announced length is that of the whole (`reset`: rudely), or comes after `hang` seconds.
+    bytes although its announced length is that of the whole, or comes after `hang` seconds.
     """
 
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
     cut: int | None = None
-    reset: bool = False
     hang: float = 0.0
     method: str = ""
     where: str = ""
@@ -266,19 +263,6 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except OSError:  # the client hung up first
             return
-        if self.fault.reset:
-            self.hang_up()
-
-    def hang_up(self) -> None:
-        """Closes rudely: with nothing lingering, which sends a reset."""
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-
-    def finish(self) -> None:
-        try:
-            super().finish()
-        except (OSError, ValueError):  # the connection was reset on purpose
-            return
 
     def log_message(self, *arguments: Any) -> None:
         """Silence."""
@@ -299,7 +283,7 @@ def serve(
     """A hub with `files[repository, commit, name]` and `refs[repository][branch]`, up while the block runs."""
     hub = Hub(dict(files), {name: dict(of) for name, of in (refs or {}).items()})
     servers = [
-        _Server(("127.0.0.1", 0), type(host, (handler,), {"hub": hub, "host": host}))
+        ThreadingHTTPServer(("127.0.0.1", 0), type(host, (handler,), {"hub": hub, "host": host}))
         for host in ("hub", "cdn")
     ]
     hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
@@ -312,12 +296,6 @@ def serve(
         for server in servers:
             server.shutdown()
             server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    def shutdown_request(self, request: Any) -> None:
-        if request.fileno() >= 0:  # not closed by a fault
-            super().shutdown_request(request)
 
 
 def closed_port() -> str:

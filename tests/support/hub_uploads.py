@@ -10,18 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
 import yaml
-from hub_server import COMMIT, LARGE, MODEL, TOKEN, Hub, HubHandler, git_hash, serve
-from huggingface_hub import constants
+from hub_server import COMMIT, LARGE, MODEL, Hub, HubHandler, git_hash, serve
 
 OWNERS = ("org", "tester")
 """Whom the account behind TOKEN may write for."""
@@ -163,8 +159,6 @@ class UploadHandler(HubHandler):
 
     def large_upload(self, digest: str) -> None:
         content = self.sent
-        if self.fault.reset:
-            return self.hang_up()
         if hashlib.sha256(content).hexdigest() != digest:
             return self.reply(400, b"wrong hash")
         self.store.objects[digest] = content
@@ -235,36 +229,3 @@ def serve_uploads(files: Mapping[tuple[str, str, str], bytes] | None = None) -> 
     handler = type("Uploads", (UploadHandler,), {"store": store})
     with serve(files or {}, handler=handler) as hub:
         yield hub, store
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, hub: Hub | str, home: Path, token: str | None = TOKEN) -> None:
-    """Turns the client of this process to this hub, logged in, with a cache of its own."""
-    address = hub if isinstance(hub, str) else hub.url
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    if token is not None:
-        monkeypatch.setenv("HF_TOKEN", token)
-
-
-def client_environment(hub: Hub | str, home: Path, **more: str) -> dict[str, str]:
-    """The environment of a process whose client talks to this hub, logged in, with a cache of its own."""
-    address = hub if isinstance(hub, str) else hub.url
-    dropped = (
-        "HF_HUB_OFFLINE",
-        "HF_HUB_CACHE",
-        "HF_TOKEN_PATH",
-        "http_proxy",
-        "https_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-    )
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    mine = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    return kept | mine | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"} | more

@@ -33,12 +33,24 @@ BIASED = ("beit", "beit_shared")
 ROTATED = ("dinov3", "eva02")
 UNLIKE = ("vit", "dinov3")
 """Families whose graphs differ most: no rotation and a rotation that depends on the size; the others are slow."""
+OWN_PARTS = ("clip", "siglip", "eva02", "dinov2_registers", "beit")
+"""Families with operators that no other family has, which ONNX must translate."""
 
 
 def each(families: Iterable[str]) -> pytest.MarkDecorator:
+    """Each family with a suffix: the `UNLIKE` with both, `OWN_PARTS` with ONNX, the others with torch's."""
+    cases = [(name, suffix) for name in families for suffix in (".onnx", ".pt2")]
     return pytest.mark.parametrize(
-        "family",
-        [name if name in UNLIKE else pytest.param(name, marks=pytest.mark.slow) for name in families],
+        ("family", "suffix"),
+        [
+            pytest.param(
+                name,
+                suffix,
+                marks=[NEEDS_ONNX] * (suffix == ".onnx") + [pytest.mark.slow] * (name not in UNLIKE),
+            )
+            for name, suffix in cases
+            if name in UNLIKE or (name in OWN_PARTS) == (suffix == ".onnx")
+        ],
     )
 
 
@@ -68,7 +80,6 @@ def agrees(path: Path, model: nn.Module, *sizes: tuple[int, int], batches: tuple
                 assert relative_error(run(x), model(x)) <= 1e-5, (batch, size)
 
 
-@TWO_WAYS
 @each(("vit", *ROTATED, *BIASED))
 def test_any_number_of_images_of_one_size(family: str, suffix: str, tmp_path: Path) -> None:
     model, path = small(family, depth=2), tmp_path / f"model{suffix}"  # two, which may share what they read
@@ -81,7 +92,6 @@ def test_any_number_of_images_of_one_size(family: str, suffix: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-@TWO_WAYS
 @each(name for name in FAMILIES if name not in BIASED)
 def test_every_family_with_any_number_of_images_of_any_size(family: str, suffix: str, tmp_path: Path) -> None:
     model, path = small(family, dynamic_img_size=True), tmp_path / f"model{suffix}"
@@ -97,7 +107,7 @@ def test_every_family_with_any_number_of_images_of_any_size(family: str, suffix:
 
 @pytest.mark.slow
 @NEEDS_ONNX
-@each(["vit", "qk_norm", "beit"])
+@pytest.mark.parametrize("family", ["qk_norm", "beit"])
 def test_hosted_attention_is_exported(family: str, tmp_path: Path) -> None:
     model = small(family)
     host_attention(model)
@@ -106,8 +116,9 @@ def test_hosted_attention_is_exported(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@TWO_WAYS
-@each(["vit", "eva02"])
+@pytest.mark.parametrize(
+    ("family", "suffix"), [pytest.param("vit", ".onnx", marks=NEEDS_ONNX), ("eva02", ".pt2")]
+)
 def test_a_converted_model_is_exported_with_its_plan(family: str, suffix: str, tmp_path: Path) -> None:
     model, path = convert(small(family, dynamic_img_size=True), "*: linear"), tmp_path / f"model{suffix}"
     report = export_model(model, path, dynamic=("batch", "resolution"))
@@ -147,9 +158,13 @@ def test_an_operator_of_any_grid_is_right_on_grids_it_was_not_traced_on(
 
 
 @TWO_WAYS
-def test_a_fixed_batch_is_one(suffix: str, tmp_path: Path) -> None:
+def test_a_fixed_batch_is_one_and_nothing_is_said(
+    suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: Any
+) -> None:
     model, path = small(), tmp_path / f"model{suffix}"
     assert export_model(model, path, dynamic=()).checked == ((1, 3, 32, 48),)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
     agrees(path, model, batches=(1,))
     with pytest.raises(Exception, match=r"images|[Ss]hape|dimension|size"):
         runner(path)(images(2, dtype=torch.float32))
@@ -199,16 +214,15 @@ def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@TWO_WAYS
-def test_a_source_of_one_size_is_exported_for_any(suffix: str, tmp_path: Path) -> None:
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4, "num_classes": 5}
+def test_a_source_of_one_size_is_exported_for_any(tmp_path: Path) -> None:
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 4, "num_classes": 5}
     model = timm.create_model("eva02_tiny_patch14_224", **sizes).eval()
     nn.init.normal_(model.pos_embed)
     write_student(
         model, tmp_path / "student", architecture="eva02_tiny_patch14_224", model_args=sizes,
         preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
     )  # fmt: skip
-    path = tmp_path / f"model{suffix}"
+    path = tmp_path / "model.pt2"
     export_source(tmp_path / "student", path, dynamic=("batch", "resolution"))
     agrees(path, model, (16, 16))
     larger = timm.create_model("eva02_tiny_patch14_224", **sizes, dynamic_img_size=True).eval()
@@ -231,15 +245,6 @@ def test_the_model_and_the_random_state_stay_as_they_were(tmp_path: Path) -> Non
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert next(model.parameters()).dtype == torch.float64
     assert next(iter(torch.export.load(tmp_path / "model.pt2").state_dict.values())).dtype == torch.float32
-
-
-@TWO_WAYS
-def test_nothing_is_said(
-    suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: Any
-) -> None:
-    export_model(small(), tmp_path / f"model{suffix}")
-    assert capfd.readouterr() == ("", "")
-    assert not recwarn.list
 
 
 @NEEDS_ONNX

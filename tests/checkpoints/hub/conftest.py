@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.hub.download import download
 from graftvit.models.errors import CheckpointError
-from hub_client import point_client
+from hub_client import be_impatient, use_hub
 from hub_server import COMMIT, Hub, serve
 
 OLD = "b" * 40
@@ -29,19 +29,14 @@ def server() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def waits(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the client would have waited."""
-    return point_client(monkeypatch, server.url, tmp_path / "cache")
+def client(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point the client of this process at the hub, without a token."""
+    use_hub(monkeypatch, server, tmp_path, token=None)
+    be_impatient(monkeypatch)
 
 
 @pytest.fixture
-def blobs(tmp_path: Path) -> Callable[[], list[str]]:
-    """The names of what the cache holds, unfinished files among them."""
-    return lambda: sorted(path.name for path in (tmp_path / "cache").glob("models--*/blobs/*"))
-
-
-@pytest.fixture
-def refused(waits: list[float]) -> Callable[..., str]:
+def refused(client: None) -> Callable[..., str]:
     """The sentence of a download that is refused."""
 
     def sentence(

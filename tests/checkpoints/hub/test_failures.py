@@ -18,7 +18,7 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 @pytest.fixture
-def token(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def token(client: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
@@ -115,7 +115,7 @@ def test_a_name_that_the_hub_cannot_have(refused: Refused) -> None:
 
 
 def test_a_cache_that_cannot_be_written(server: Hub, refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
+    (tmp_path / "hub").write_text("a file where the folder should be")
     assert refused().endswith("set HF_HOME to a folder that can")
 
 

@@ -30,7 +30,7 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def published(server: Hub, waits: list[float]) -> dict[str, dict[str, Tensor]]:
+def published(server: Hub, client: None) -> dict[str, dict[str, Tensor]]:
     """What timm's repository of the name has at its two commits."""
     by_commit = {COMMIT: tensors(0), OLD: tensors(1)}
     for commit, state in by_commit.items():
@@ -54,13 +54,6 @@ def test_a_revision_loads_exactly_that_commit(
     assert same(teacher, published[commit])
     assert teacher.revision == teacher.report.revision == commit
     assert teacher.license == "cc-by-nc-4.0"
-
-
-def test_a_pinned_commit_stays_while_main_moves(server: Hub, published: dict[str, dict[str, Tensor]]) -> None:
-    first = load_teacher(NAME, model_args=SMALL)
-    server.refs[REPOSITORY]["main"] = OLD
-    assert same(load_teacher(NAME, model_args=SMALL, revision=first.revision), published[COMMIT])
-    assert same(load_teacher(NAME, model_args=SMALL), published[OLD])
 
 
 def refused(revision: str | None = None, **arguments: Any) -> str:
@@ -110,7 +103,7 @@ def test_a_repository_without_weights_says_what_it_has(
     assert refused(OLD).startswith(f"{REPOSITORY} has no 'pytorch_model.bin'")
 
 
-@pytest.mark.usefixtures("waits")
+@pytest.mark.usefixtures("client")
 def test_a_revision_of_weights_at_an_address_is_refused(server: Hub) -> None:
     name = "vit_huge_patch14_gap_224.in1k_ijepa"
     with pytest.raises(CheckpointError) as caught:

@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import timm
-from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.publish.card import MARKER
 from graftvit.checkpoints.publish.student_files import Upload, plan_upload
-from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import CheckpointError
 from huggingface_hub import ModelCard
+from tiny_students import ARGUMENTS, NAME, write_tiny_student
 
-NAME = "vit_tiny_patch16_224"
-ARGUMENTS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
 TEACHER = {"source": "/secret/mae.pth", "architecture": NAME, "revision": None, "licence": "cc-by-nc-4.0"}
 
 
@@ -30,14 +27,7 @@ def student(tmp_path: Path) -> Path:
         "teacher": TEACHER,
         "recipe": {"data": {"data_path": "/secret/in1k"}},
     }
-    return write(tmp_path / "student", provenance=made, license="cc-by-nc-4.0")
-
-
-def write(folder: Path, **how: Any) -> Path:
-    model = timm.create_model(NAME, **ARGUMENTS)
-    how = {"architecture": NAME, "model_args": ARGUMENTS, "preprocessing": Preprocessing.of(model)} | how
-    write_student(model, folder, **how)
-    return folder
+    return write_tiny_student(tmp_path / "student", provenance=made, license="cc-by-nc-4.0")
 
 
 def names(upload: Upload) -> list[str]:
@@ -97,7 +87,7 @@ def test_no_path_of_this_machine_goes_up(student: Path) -> None:
 
 
 def test_an_unknown_license_is_not_made_up(tmp_path: Path) -> None:
-    upload = plan_upload(write(tmp_path / "student"), "org/vit")
+    upload = plan_upload(write_tiny_student(tmp_path / "student"), "org/vit")
     assert upload.facts.license is None
     assert ModelCard(upload.card).data.license is None
     assert "license" not in json.loads(content(upload, "config.json"))["pretrained_cfg"]
@@ -111,7 +101,7 @@ def test_parameters_are_counted_from_the_header(student: Path) -> None:
 
 
 def test_shards_go_up_with_their_index(tmp_path: Path) -> None:
-    folder = write(tmp_path / "student", max_shard_size=8000)
+    folder = write_tiny_student(tmp_path / "student", max_shard_size=8000)
     shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
     assert len(shards) > 1
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"an older one")
@@ -125,7 +115,7 @@ def test_shards_go_up_with_their_index(tmp_path: Path) -> None:
 
 
 def test_an_index_must_be_that_of_its_files(tmp_path: Path) -> None:
-    folder = write(tmp_path / "student", max_shard_size=8000)
+    folder = write_tiny_student(tmp_path / "student", max_shard_size=8000)
     index = folder / "model.safetensors.index.json"
     held = json.loads(index.read_text())
     first = next(iter(held["weight_map"].values()))

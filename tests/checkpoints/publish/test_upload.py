@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.publish.student_files import plan_upload
 from graftvit.checkpoints.publish.upload import (
     Pushed,
@@ -18,14 +16,13 @@ from graftvit.checkpoints.publish.upload import (
     push_student,
     replaced_and_removed,
 )
-from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import CheckpointError
+from hub_client import use_hub
 from hub_server import TOKEN, Fault, Hub, closed_port
-from hub_uploads import Store, serve_uploads, use_hub
+from hub_uploads import Store, serve_uploads
 from huggingface_hub import constants
+from tiny_students import write_tiny_student
 
-NAME = "vit_tiny_patch16_224"
-ARGUMENTS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
 BRANCH = "/api/models/org/vit"
 
 
@@ -37,21 +34,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hub, 
         yield server, store
 
 
+def write_licensed(folder: Path, **how: Any) -> Path:
+    return write_tiny_student(folder, **{"license": "mit"} | how)
+
+
 @pytest.fixture
 def student(tmp_path: Path) -> Path:
-    return write(tmp_path / "student")
-
-
-def write(folder: Path, **how: Any) -> Path:
-    model = timm.create_model(NAME, **ARGUMENTS)
-    how = {
-        "architecture": NAME,
-        "model_args": ARGUMENTS,
-        "preprocessing": Preprocessing.of(model),
-        "license": "mit",
-    } | how
-    write_student(model, folder, **how)
-    return folder
+    return write_licensed(tmp_path / "student")
 
 
 def push(
@@ -97,7 +86,7 @@ def test_a_second_push_sends_only_what_changed(hub: tuple[Hub, Store], student: 
     assert not again.changed
     assert again.commit == first.commit
     assert len(server.asked("PUT", "/upload/")) == 1
-    write(student)
+    write_licensed(student)
     third = push(student)
     assert store.commits[-1].added == ["model.safetensors"]
     assert store.commits[-1].parent == first.commit
@@ -117,7 +106,7 @@ def test_a_branch_is_made_where_it_is_not_there(hub: tuple[Hub, Store], student:
 def test_weights_of_another_layout_do_not_stay(hub: tuple[Hub, Store], student: Path, tmp_path: Path) -> None:
     server, store = hub
     push(student)
-    sharded = write(tmp_path / "sharded", max_shard_size=8000)
+    sharded = write_licensed(tmp_path / "sharded", max_shard_size=8000)
     upload = plan_upload(sharded, "org/vit")
     assert replaced_and_removed(upload, ask_remote(upload)) == (
         ["README.md", "config.json"],
@@ -135,7 +124,7 @@ def test_a_card_that_a_person_edited_on_the_hub_stays(hub: tuple[Hub, Store], st
     push(student)
     edited = b"---\nlicense: mit\n---\n# Edited there\n"
     server.files["org/vit", store.commits[-1].oid, "README.md"] = edited
-    write(student)
+    write_licensed(student)
     assert push(student).kept_card
     assert server.files["org/vit", store.commits[-1].oid, "README.md"] == edited
     (student / "README.md").write_text("---\nlicense: mit\n---\n# Edited here\n")
@@ -149,7 +138,7 @@ def test_a_card_on_the_hub_must_name_the_license_too(
     server, store = hub
     push(student)
     server.files["org/vit", store.commits[-1].oid, "README.md"] = b"---\nlicense: mit\n---\n# Edited there\n"
-    stricter = write(tmp_path / "stricter", license="cc-by-nc-4.0")
+    stricter = write_licensed(tmp_path / "stricter", license="cc-by-nc-4.0")
     assert "README.md on the hub mit is not cc-by-nc-4.0" in refusal(stricter)
     assert len(store.commits) == 1
 
@@ -178,7 +167,7 @@ def test_nobody_may_push_for_somebody_else(hub: tuple[Hub, Store], student: Path
 
 def test_a_change_by_somebody_else_is_not_overwritten(hub: tuple[Hub, Store], student: Path) -> None:
     push(student)
-    write(student)
+    write_licensed(student)
     upload = plan_upload(student, "org/vit")
     hub[0].faults.append(Fault(method="POST", where="/preupload/", hang=0.2))
     hub[0].faults.append(Fault(method="POST", where="/commit/", status=412, content=b'{"error": "moved"}'))
@@ -192,32 +181,15 @@ def test_the_parent_is_the_commit_that_was_looked_at(
 ) -> None:
     server, store = hub
     push(student)
-    upload = plan_upload(write(tmp_path / "mine"), "org/vit")
+    upload = plan_upload(write_licensed(tmp_path / "mine"), "org/vit")
     seen = ask_remote(upload)
-    push(write(tmp_path / "theirs"))
+    push(write_licensed(tmp_path / "theirs"))
     monkeypatch.setattr("graftvit.checkpoints.publish.upload.ask_remote", lambda upload: seen)
     with pytest.raises(CheckpointError, match="changed by somebody else"):
         push_student(upload)
     assert len(store.commits) == 2
     assert store.commits[1].parent == store.commits[0].oid == seen.commit
     assert server.refs["org/vit"]["main"] == store.commits[1].oid
-
-
-@pytest.mark.parametrize("where", ["/preupload/", "/objects/batch", "/upload/"])
-def test_a_hub_that_stumbles_is_asked_again(hub: tuple[Hub, Store], student: Path, where: str) -> None:
-    server, store = hub
-    server.faults.append(Fault(status=503, where=where, times=2))
-    push(student)
-    assert len(store.commits) == 1
-    assert len(server.asked(where=where)) == 3
-
-
-def test_an_upload_that_is_cut_is_sent_again(hub: tuple[Hub, Store], student: Path) -> None:
-    server, store = hub
-    server.faults.append(Fault(method="PUT", where="/upload/", reset=True, times=2))
-    push(student)
-    assert len(store.commits) == 1
-    assert store.objects
 
 
 def test_a_push_that_failed_at_its_end_goes_on_from_there(hub: tuple[Hub, Store], student: Path) -> None:
@@ -308,7 +280,7 @@ def test_a_private_push_that_fails_says_nothing_of_it(hub: tuple[Hub, Store], st
 
 def test_a_repository_that_was_private_before_stays_so(hub: tuple[Hub, Store], student: Path) -> None:
     push(student, private=True)
-    write(student)
+    write_licensed(student)
     assert push(student).private
     assert "org/vit" in hub[0].private
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.models.errors import GraftError
 from hostile_configs import HUGE_INTS, KINDS, change, small_model, write_model
+from limits import limited_memory, limited_work
 
 ROOM = 1 << 30
 CPU_SECONDS = 20.0
@@ -77,23 +76,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def limited() -> Iterator[None]:
     """A process that may take a gigabyte more than it has, and twenty seconds of work."""
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGPROF, _stop)
-    resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, hard))
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    signal.signal(signal.SIGPROF, before)
-
-
-class WithoutEnd(BaseException):
-    """More than `CPU_SECONDS` of work."""
-
-
-def _stop(*_: object) -> None:
-    raise WithoutEnd
+    with limited_memory(ROOM), limited_work(CPU_SECONDS):
+        yield
 
 
 @pytest.mark.parametrize(("kind", "place", "value"), CASES, ids=lambda value: repr(value)[:60])

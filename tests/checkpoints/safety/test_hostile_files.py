@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
 from hostile_tensors import valid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limits import limited_memory
 
 ROOM = 512 << 20
 """Bytes that the process may take beyond what it has; the smallest lie in the corpus asks for more."""
@@ -34,25 +33,13 @@ def everything_is_imported(tmp_path_factory: pytest.TempPathFactory) -> None:
     load_teacher(str(path), model=ARCHITECTURE, model_args=ARGUMENTS)
 
 
-@contextmanager
-def limited() -> Iterator[None]:
-    """Inside the block an allocation of a lying size fails, instead of succeeding lazily."""
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 @pytest.mark.parametrize("name", sorted(CORPUS))
 def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (tmp_path / "files").mkdir()
     path = CORPUS[name](tmp_path / "files", canary)
     source = f"local-dir:{path}" if path.is_dir() and name != "no_regular_file_folder" else str(path)
-    with limited(), pytest.raises(CheckpointError) as caught:
+    with limited_memory(ROOM), pytest.raises(CheckpointError) as caught:
         load_teacher(source, model=ARCHITECTURE, model_args=ARGUMENTS)
     sentence = str(caught.value)
     assert "\n" not in sentence
