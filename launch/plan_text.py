@@ -12,7 +12,7 @@ from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
 from ..transfer.engine.modes import mode_of
-from ..transfer.engine.optim import peak_learning_rate
+from ..transfer.engine.optim import describe_batch, peak_learning_rate
 from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.tasks import TransferTask
 from .memory import describe_memory, parameter_count
@@ -140,7 +140,9 @@ def _batch_words(run: DryRun) -> str:
     if batch is not None:
         size, accum = batch.batch_size, batch.micro_batches // run.processes
     processes = counted(run.processes, "process")
-    return f"{size} x {accum} accumulated x {processes} = {size * accum * run.processes} images"
+    words = f"{size} x {accum} accumulated x {processes} = {size * accum * run.processes} images"
+    differs = describe_batch(optim, data.batch_size, run.processes)
+    return f"{words}\nnote: {differs}" if differs else words
 
 
 def _rate_words(run: DryRun) -> str:

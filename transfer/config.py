@@ -293,6 +293,11 @@ class OptimConfig(Section):
     )
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
     accum_iter: int = Field(1, gt=0, description="batches accumulated before an optimizer step")
+    recipe_batch: int | None = Field(
+        None,
+        gt=0,
+        description="images per step of the published recipe; the plan and the log say by how much a run differs",
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the student's moving average; off by default"
     )

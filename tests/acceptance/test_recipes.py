@@ -28,11 +28,13 @@ STAGES = {"epochs": 2}
 DIGITS = Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2})
 """Models that are small already; 40 labels are one step an epoch."""
 CONVERTED = Cut(alone=False)
+FEW_IMAGES = ("--min_lr", "1e-6")
+"""The published floor of the copy recipes is above the peak of so small a batch."""
 CUTS = {
     "adala_vit_large": Cut(img_size=56, length=STAGES, stop_after=8, alone=False),
-    "attention_copy_vit_base": Cut(alone=False, workers=2),
-    "attention_copy_vit_huge": Cut(img_size=56, alone=False),
-    "attention_copy_vit_large": Cut(alone=False),
+    "attention_copy_vit_base": Cut(alone=False, workers=2, more=FEW_IMAGES),
+    "attention_copy_vit_huge": Cut(img_size=56, alone=False, more=FEW_IMAGES),
+    "attention_copy_vit_large": Cut(alone=False, more=FEW_IMAGES),
     "attention_distill_vit_base": Cut(DEEP, img_size=224),
     "attention_distill_vit_huge": Cut(DEEP, img_size=56),
     "attention_distill_vit_large": Cut(DEEP),

@@ -69,7 +69,9 @@ def test_the_published_recipe_is_planned_without_data_or_weights() -> None:
     assert "loss: 3 x the sum over layers" in plan["transfer"]
     assert plan["trained"] == "304,326,632 of 304,326,632 parameters"
     assert "data.data_path" in plan["data"]
-    assert plan["batch"] == "32 x 1 accumulated x 1 process = 32 images"
+    batch, note = plan["batch"].splitlines()
+    assert batch == "32 x 1 accumulated x 1 process = 32 images"
+    assert note.endswith("the learning rate is 1.25e-05, and the recipe's 0.0008; --accum_iter 64 keeps both")
     assert "200 epochs" in plan["length"]
     assert "activations" in plan["memory"]
 

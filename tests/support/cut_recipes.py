@@ -37,7 +37,7 @@ class Cut:
 KEYS = {
     "output_dir", "teacher.source", "teacher.img_size", "student.model_args", "student.img_size", "student.init",
     "data.dataset", "data.data_path", "data.num_classes", "data.batch_size", "data.workers",
-    "optim.epochs", "optim.max_steps", "optim.warmup_epochs", "engine.device",
+    "optim.epochs", "optim.max_steps", "optim.warmup_epochs", "optim.min_lr", "engine.device",
 }  # fmt: skip
 """The only settings that a cut changes."""
 

@@ -14,7 +14,7 @@ from timm.optim._param_groups import param_groups_layer_decay, param_groups_weig
 from torch import nn
 
 from ...models.conversion import new_parameters
-from ...models.errors import ConfigError, did_you_mean, one_sentence
+from ...models.errors import ConfigError, counted, did_you_mean, one_sentence
 from ...models.families import classifier_of
 from ...models.json_types import JsonDict
 from ..config import OptimConfig
@@ -29,6 +29,28 @@ def peak_learning_rate(config: OptimConfig, batch_size: int, world_size: int) ->
     """
     effective = batch_size * config.accum_iter * world_size
     return (config.blr * effective / 256 if config.lr is None else config.lr), effective
+
+
+def describe_batch(config: OptimConfig, batch_size: int, world_size: int) -> str:
+    """Describe how far the effective batch is from the recipe's, and how to get there; empty where they are equal."""
+    rate, effective = peak_learning_rate(config, batch_size, world_size)
+    recipe = config.recipe_batch
+    if recipe is None or recipe == effective:
+        return ""
+    one = batch_size * world_size
+    accum, rest = divmod(recipe, one)
+    keep = (
+        f"--accum_iter {accum}"
+        if accum and not rest
+        else f"--batch_size and --accum_iter whose product over {counted(world_size, 'process')} is {recipe:,}"
+    )
+    if config.lr is None:
+        published = f"{config.blr * recipe / 256:g}"
+        return (
+            f"a step has {effective:,} images, and the recipe's {recipe:,}: the learning rate is {rate:g}, and the "
+            f"recipe's {published}; {keep} keeps both"
+        )
+    return f"a step has {effective:,} images, and the recipe's {recipe:,}, for its learning rate; {keep} keeps it"
 
 
 def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: float, total_steps: int) -> float:
@@ -188,6 +210,12 @@ def plan_schedule(config: OptimConfig, batches_per_epoch: int, batch_size: int, 
     accum = min(config.accum_iter, batches_per_epoch)
     steps_per_epoch = batches_per_epoch // accum
     peak, effective = peak_learning_rate(config, batch_size, world_size)
+    if 0 < peak < config.min_lr:
+        origin = f"optim.blr x {effective:,} images / 256" if config.lr is None else "optim.lr"
+        raise ConfigError(
+            f"optim.min_lr={config.min_lr:g} is above the peak of the learning rate, {peak:g} ({origin}), so the rate "
+            "would be constant: lower min_lr, or raise the rate or the number of images per step (--accum_iter)"
+        )
     return Schedule(
         accum=accum,
         steps_per_epoch=steps_per_epoch,

@@ -25,7 +25,7 @@ from .fence import Fence
 from .finish import export_students
 from .loop import Loop
 from .meters import Meters
-from .optim import Schedule, create_optimizer
+from .optim import Schedule, create_optimizer, describe_batch
 from .parallel import create_accelerator, gather, host_group, raise_together, shard
 from .progress import ProgressBar
 from .recorder import Recorder
@@ -272,6 +272,9 @@ def _begin(loop: Loop) -> None:
         schedule.total_steps,
         loop.run_state.n_parameters,
     )
+    differs = describe_batch(config.optim, config.data.batch_size, loop.accelerator.num_processes)
+    if differs and loop.accelerator.is_main_process:
+        logger.warning("%s", differs)
     loop.recorder.describe(hyperparameters(settings(config), **rates))
     if config.engine.evaluate_start and loop.parts.eval_loader is not None:
         run_state = loop.run_state

@@ -12,6 +12,7 @@ from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.optim import (
     create_optimizer,
+    describe_batch,
     freeze,
     learning_rate,
     plan_schedule,
@@ -158,3 +159,46 @@ def test_freeze_does_not_thaw() -> None:
 def test_freeze_refuses_a_useless_pattern(pattern: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"optim.trainable=.*{message}"):
         freeze(vit(), pattern)
+
+
+@pytest.mark.parametrize(
+    ("lr", "blr", "refused"), [(None, 1e-3, True), (None, 0.1, False), (1e-4, 1.0, True), (0.0, 1.0, False)]
+)
+def test_a_floor_above_the_peak_is_refused(lr: float | None, blr: float, refused: bool) -> None:
+    config = OptimConfig(lr=lr, blr=blr, min_lr=2e-3)
+    if not refused:
+        assert plan_schedule(config, 10, 32, 1).total_steps
+        return
+    with pytest.raises(
+        ConfigError, match=r"optim.min_lr=0.002 is above the peak of the learning rate, 0.0001"
+    ):
+        plan_schedule(config, 10, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "processes", "words"),
+    [
+        ({}, 32, 1, ""),
+        ({"recipe_batch": 2048}, 32, 64, ""),
+        ({"recipe_batch": 2048, "accum_iter": 64}, 32, 1, ""),
+        (
+            {"recipe_batch": 2048},
+            32,
+            1,
+            "32 images, .* 2,048: .* is 0.000125, .*'s 0.008; --accum_iter 64",
+        ),
+        (
+            {"recipe_batch": 2048, "lr": 1e-3},
+            32,
+            8,
+            "256 images, and the recipe's 2,048, for its .*; --accum_iter 8",
+        ),
+        ({"recipe_batch": 100}, 32, 2, "--batch_size and --accum_iter whose product over 2 processes is 100"),
+    ],
+)
+def test_a_batch_that_is_not_the_recipes_is_described(
+    options: dict[str, float], batch: int, processes: int, words: str
+) -> None:
+    described = describe_batch(OptimConfig(**options), batch, processes)
+    assert bool(described) == bool(words)
+    assert re.search(words, described)
