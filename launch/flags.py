@@ -126,14 +126,12 @@ def _underscored(word: str) -> str:
 def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str] | None) -> Setting:
     """Return the setting of a long flag; take its value from `words` if it needs one."""
     name, equals, value = word[2:].partition("=")
-    key = _only_key(name, only) or find_key(name)
-    stage = ""
-    if key is None and only is None:
-        stage, key = find_stage_key(name) or ("", None)
-    if key is None and not equals and (name.startswith(("no-", "no_"))):
-        key = find_key(name[3:])
+    stage, key = _staged_key(name, only)
+    off = key is None or stage.startswith("no_")
+    if off and not equals and name.startswith(("no-", "no_")):
+        stage, key = _staged_key(name[3:], only)
         if key is not None and leaf_of(key).is_switch:
-            return _checked(Setting(key, False, word), only)
+            return _checked(Setting(key, False, word, stage), only)
         raise unknown(name, dashes="--", extra=_plain(own))
     if key is None:
         raise unknown(name, dashes="--", extra=_plain(own))
@@ -145,6 +143,14 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
             raise ConfigError(f"--{name} needs a value: {leaf.valid()}")
         value = words.pop(0)
     return _checked(replace(parse_setting(key, value, origin=f"--{name}"), stage=stage), only)
+
+
+def _staged_key(name: str, only: Sequence[str] | None) -> tuple[str, str | None]:
+    """Return the stage, empty for all, and the key that a flag means; the key is None for an unknown one."""
+    key = _only_key(name, only) or find_key(name)
+    if key is not None or only is not None:
+        return "", key
+    return find_stage_key(name) or ("", None)
 
 
 def _only_key(name: str, only: Sequence[str] | None) -> str | None:

@@ -58,7 +58,7 @@ def test_help_imports_no_torch_and_has_examples() -> None:
 
 def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
-    flags = set(re.findall(r"--[a-z_.-]+", capsys.readouterr().out))
+    flags = set(re.findall(r"--[a-z0-9_.-]+", capsys.readouterr().out))
     for key, leaf in leaves().items():
         assert flags & {f"--{key}", f"--{leaf.name}", f"--no-{leaf.name}", f"--no-{key}"}, key
 

@@ -25,9 +25,9 @@ HOSTILE = {
     "self": ("&a [*a]", "holds itself"),
     "self, deep": ("a: &a {b: {c: *a}}", "holds itself"),
     "digits": ("a: " + "9" * 5_000, "a whole number of more than"),
-    "tag": ("a: !!bool x", "is no value"),
-    "time": ("a: !!timestamp x", "is no value"),
-    "int": ("a: !!int ''", "is no value"),
+    "tag": ("a: !!bool x", "has an invalid value"),
+    "time": ("a: !!timestamp x", "has an invalid value"),
+    "int": ("a: !!int ''", "has an invalid value"),
     "key": ("? [1]\n: 2", "a key is not text"),
     "merge": ("a: !!merge x\n", "could not determine a constructor"),
 }

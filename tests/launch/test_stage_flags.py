@@ -31,6 +31,11 @@ def test_a_setting_reaches_its_stage_alone(words: list[str]) -> None:
 
 
 def test_a_switch_and_a_setting_of_a_section_with_the_same_name() -> None:
+    assert not any(
+        stage.config.engine.progress for stage in stages("--no-progress", "--no-task.progress").values()
+    )
+    off = stages("--no-features.engine.progress")
+    assert [off[name].config.engine.progress for name in off] == [True, False, True]
     found = stages("--features.student.compile", "--task.blr", "2e-4", "--align.match", "map")
     assert [found[name].config.student.compile for name in found] == [False, True, False]
     assert found["task"].config.optim.blr == 2e-4

@@ -89,7 +89,7 @@ def test_images_of_other_types_are_read(tmp_path: Path, suffix: str) -> None:
 
 def test_evaluation_needs_a_split(tmp_path: Path) -> None:
     folder(tmp_path, "train", {"a": 2})
-    with pytest.raises(ConfigError, match=r"data\.val_split is none"):
+    with pytest.raises(ConfigError, match=r"data\.val_split=none"):
         create_eval_loader(DataConfig(data_path=str(tmp_path), val_split=None), SPEC)
     with pytest.raises(DataError, match="none to train without evaluation"):
         create_eval_loader(DataConfig(data_path=str(tmp_path)), SPEC)

@@ -180,7 +180,9 @@ def test_a_forward_that_fails_leaves_the_student_as_it_was() -> None:
 def test_a_step_is_freed_with_its_backward() -> None:
     _, dual = two("distill")
     seen: list[weakref.ref[object]] = []
-    dual.student.blocks[0].register_forward_pre_hook(lambda *_: seen.append(weakref.ref(dual._tape.step)))
+    dual.student.blocks[0].register_forward_pre_hook(
+        lambda *_: seen.append(weakref.ref(dual._tapes["teacher"].step))
+    )
     loss = total(dual(images()))
     assert seen[0]() is not None
     loss.backward()
