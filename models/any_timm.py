@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import UnsupportedModelError
+from .outside import OutsideTeacher
 
 
 def feature_width(model: nn.Module) -> int:
@@ -17,11 +19,13 @@ def feature_width(model: nn.Module) -> int:
     return int(getattr(timm_model, "head_hidden_size", timm_model.num_features))
 
 
-def patch_features(model: nn.Module, features: Tensor) -> Tensor:
+def patch_features(model: nn.Module, features: Tensor | Mapping[str, Tensor]) -> Tensor:
     """Return what `forward_features` gave as patches (B, N, C), row by row, without class tokens and registers.
 
     Raises UnsupportedModelError: the features are not a map of patches.
     """
+    if isinstance(features, Mapping):  # of an OutsideTeacher
+        return features["patches"]
     timm_model: Any = model
     width = int(timm_model.num_features)
     if features.dim() == 3 and features.shape[2] == width:
@@ -38,6 +42,8 @@ def patch_features(model: nn.Module, features: Tensor) -> Tensor:
 
 def image_channels(model: nn.Module) -> int:
     """Return the number of channels of the images that a model takes: the input channels of its first convolution."""
+    if isinstance(model, OutsideTeacher):
+        return model.in_chans
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         return 3
@@ -46,6 +52,8 @@ def image_channels(model: nn.Module) -> int:
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """Return the only size (height, width) of images that a model takes; None where it takes any."""
+    if isinstance(model, OutsideTeacher):
+        return model.img_size
     described = getattr(model, "pretrained_cfg", None) or {}
     if described.get("fixed_input_size") and getattr(model, "patch_embed", None) is None:
         return int(described["input_size"][1]), int(described["input_size"][2])
@@ -61,6 +69,8 @@ def check_takes(model: nn.Module, size: tuple[int, int], section: str) -> None:
 
     Raises UnsupportedModelError: the model does not take it; `section` of the settings describes the model.
     """
+    if isinstance(model, OutsideTeacher):  # a function may compute with anything: the first step tells
+        return
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
     dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)

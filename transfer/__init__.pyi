@@ -15,6 +15,7 @@ from .methods.dual import DualOutput as DualOutput
 from .methods.dual import DualViT as DualViT
 from .methods.dual import Normalization as Normalization
 from .methods.dual import build_dual as build_dual
+from .methods.loss_terms import OutsideTeacher as OutsideTeacher
 from .methods.method import Installed as Installed
 from .methods.method import Pairing as Pairing
 from .methods.method import TransferMethod as TransferMethod

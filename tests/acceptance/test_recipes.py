@@ -43,6 +43,7 @@ CUTS = {
     "cifar10_copy": Cut(alone=False),
     "cifar10_distill": Cut(),
     "copy_same_distill_vit_base": CONVERTED,
+    "deit_distilled_base": Cut(),
     "digits_copy": Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2}, alone=False),
     "digits_distill": DIGITS,
     "digits_finetune": DIGITS,
@@ -56,6 +57,7 @@ CUTS = {
     "mae_finetune_vit_large": Cut(),
     "recover_vit_base": Cut(length=STAGES, stop_after=8, alone=False),
     "t2r_vit_base": CONVERTED,
+    "two_teachers_vit_base": Cut(DEEP),
 }
 COMPARED = {"digits_compare"}
 """Recipes of `graftvit compare` alone: see `test_compare.py`."""

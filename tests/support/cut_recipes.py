@@ -35,8 +35,8 @@ class Cut:
 
 
 KEYS = {
-    "output_dir", "teacher.source", "teacher.img_size", "student.model_args", "student.img_size", "student.init",
-    "data.dataset", "data.data_path", "data.num_classes", "data.batch_size", "data.workers",
+    "output_dir", "teacher.source", "teachers", "teacher.img_size", "student.model_args", "student.img_size",
+    "student.init", "data.dataset", "data.data_path", "data.num_classes", "data.batch_size", "data.workers",
     "optim.epochs", "optim.max_steps", "optim.warmup_epochs", "optim.min_lr", "engine.device",
 }  # fmt: skip
 """The only settings that a cut changes."""
@@ -79,6 +79,22 @@ def stand_ins(recipe: str, cut: Cut, folder: Path, pretrained: str = "") -> list
         if source.startswith("local-dir:"):
             flags += [flag, pretrained]
             continue
-        arguments = {**cut.model_args, "img_size": cut.img_size}
-        flags += [flag, write_stand_in(source, folder / "weights", arguments, len(CLASSES))]
-    return flags
+        flags += [flag, _stand_in(source, cut, folder / "weights")]
+    further = {
+        name: {
+            **each.model_dump(exclude_defaults=True),
+            "source": _stand_in(str(each.source), cut, folder / name),
+        }
+        for name, each in own.teachers.items()
+    }
+    return [*flags, "--teachers", json.dumps(further)] if further else flags
+
+
+def _stand_in(source: str, cut: Cut, folder: Path) -> str:
+    if source in CONVOLUTIONS:
+        return write_stand_in(CONVOLUTIONS[source], folder, {}, len(CLASSES))
+    return write_stand_in(source, folder, {**cut.model_args, "img_size": cut.img_size}, len(CLASSES))
+
+
+CONVOLUTIONS = {"regnety_160.deit_in1k": "test_resnet", "convnext_base.fb_in22k_ft_in1k": "test_convnext"}
+"""Small networks in place of teachers that are no vision transformers."""

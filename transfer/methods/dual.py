@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.pretrained import Pretrained
 from ...models.copied import CopiedTeacher, Copying
 from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import ShownImages
@@ -32,6 +31,7 @@ from .loss_terms import (
     check_teacher,
     choose_teachers,
     label_terms,
+    model_of,
     pretrained_normalization,
     read_settings,
     term_methods,
@@ -43,7 +43,7 @@ from .transfer_plan import TransferPlan, resolve_plan
 
 @dataclass
 class DualOutput:
-    """The student's logits, the weighted transfer loss (a float32 scalar), and its unweighted parts by name.
+    """The logits that learn from labels, the weighted transfer loss (a float32 scalar), its unweighted parts by name.
 
     `terms` has the unweighted loss of each entry of `transfer.losses`; it is empty for the short form.
     """
@@ -95,7 +95,7 @@ class DualViT(nn.Module):
         chosen = choose_teachers(self.config, list(given))
         self.student = student
         norm = student_normalization or pretrained_normalization(student)
-        models = {name: each.model if isinstance(each, Pretrained) else each for name, each in given.items()}
+        models = {name: model_of(name, each) for name, each in given.items()}
         for each in models.values():
             check_free(each, student)
         for each in (*models.values(), student):
@@ -163,6 +163,7 @@ class DualViT(nn.Module):
         try:
             self._run_teachers(images)
             logits = self._run_student(images)
+            labelled = [term.labelled() for term in self._terms if term.labelled is not None]
             losses = [(term, term.losses(logits, self._tapes[term.side.name].losses)) for term in self._terms]
         finally:
             for tape in self._tapes.values():
@@ -178,7 +179,7 @@ class DualViT(nn.Module):
             parts |= found
             if term.label:
                 terms[term.label] = loss
-        return DualOutput(logits, total, {**terms, **parts}, terms)
+        return DualOutput(labelled[0] if labelled else logits, total, {**terms, **parts}, terms)
 
     def compile_teachers(self, names: Iterable[str]) -> None:
         """Compile the forward passes of teachers by name."""
@@ -207,7 +208,7 @@ class DualViT(nn.Module):
         nn.Module.__init__(twin)
         twin.config, twin._sides, twin._normalization = self.config, self._sides, self._normalization
         twin.student, twin._compiled = student, self._compiled
-        twin._install([replace(term, finish=None) for term in self._terms])
+        twin._install([replace(term, finish=None, labelled=None) for term in self._terms])
         twin.train(student.training)
         return twin
 
@@ -288,7 +289,7 @@ class DualViT(nn.Module):
                     term.prefix,
                 )
             )
-            installed.append(replace(term, finish=made.finish))
+            installed.append(replace(term, finish=made.finish, labelled=made.labelled))
             if not term.label:
                 projectors = made.projectors
             elif len(made.projectors):

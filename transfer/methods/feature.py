@@ -62,12 +62,13 @@ class _FeatureLoss:
     projectors: nn.ModuleDict
 
     def __call__(self, logits: Tensor) -> dict[str, Tensor]:
-        if not self.tape.features:
+        if not any(name in self.tape.features for name in HEADS):
             raise TransferError(
                 "the student's head was not seen to run: it was compiled before it was taught, or replaced; wrap the "
                 "plain model, and compile the DualViT"
             )
-        student, teacher = torch.stack(list(self.tape.features.values())).mean(0), self.tape.whole["pooled"]
+        inputs = [self.tape.features[name] for name in HEADS if name in self.tape.features]
+        student, teacher = torch.stack(inputs).mean(0), self.tape.whole["pooled"]
         if "feature" in self.projectors:
             student = self.projectors["feature"](student)
         student, teacher = precise(student), precise(teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
@@ -17,10 +17,10 @@ from .transfer_plan import TransferPlan
 
 
 class Logits(TransferMethod):
-    """KL divergence of the student's class probabilities from the teacher's."""
+    """KL divergence of the student's class probabilities from the teacher's, or cross-entropy with its class."""
 
     name = "logits"
-    words = "KL divergence between the class probabilities"
+    words = "{logits_loss} between the class probabilities"
     uses_layers = False
     teaches_classes = True
     temperature = True
@@ -29,26 +29,72 @@ class Logits(TransferMethod):
         return Wanted(whole=frozenset({"classes"}))
 
     def install(self, pairing: Pairing) -> Installed:
-        teacher = pairing.teacher
-        classes = [vit(model).num_classes for model in (teacher, pairing.student)]
+        config, student = pairing.config, pairing.student
+        classes = [vit(model).num_classes for model in (pairing.teacher, student)]
         if classes[0] != classes[1] or classes[0] == 0:
             raise TransferError(
                 f"transfer.method=logits needs one set of classes, and the teacher has {classes[0]} and the student "
                 f"{classes[1]}; use a teacher fine-tuned on this data, or method=feature"
             )
-        return Installed(finish=_LogitsLoss(pairing.tape, pairing.config.temperature))
+        if config.logits_loss == "hard" and config.temperature != 1:
+            raise TransferError(
+                f"transfer.temperature={config.temperature:g} changes nothing with transfer.logits_loss=hard: leave it "
+                "out"
+            )
+        heads: dict[str, nn.Module] = {}
+        if config.logits_head == "distillation":
+            heads = {name: module for name in HEADS if (module := student._modules.get(name)) is not None}
+            if len(heads) < len(HEADS):
+                raise TransferError(
+                    "transfer.logits_head=distillation needs a student with a head for a distillation token, such as "
+                    "deit_base_distilled_patch16_224; use all"
+                )
+        for name, head in heads.items():
+            pairing.changes.hooks.append(head.register_forward_hook(_KeepOutput(pairing.tape, name)))
+        hard, temperature = config.logits_loss == "hard", config.temperature
+        loss = _LogitsLoss(pairing.tape, temperature, hard, own_head=bool(heads))
+        return Installed(finish=loss, labelled=loss.labelled if heads else None)
+
+
+HEADS = ("head", "head_dist")
+"""The heads of a student with a distillation token: for labels, and for the teacher's classes."""
+
+
+@dataclass(eq=False)
+class _KeepOutput:
+    """A hook of one head: its logits are kept."""
+
+    tape: Tape
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+        if self.tape.active:
+            self.tape.features[f"logits of {self.name}"] = out
 
 
 @dataclass(eq=False)
 class _LogitsLoss:
     tape: Tape
     temperature: float
+    hard: bool
+    own_head: bool
 
     def __call__(self, logits: Tensor) -> dict[str, Tensor]:
-        target = F.log_softmax(precise(self.tape.whole["classes"]) / self.temperature, dim=-1)
-        mine = F.log_softmax(precise(logits) / self.temperature, dim=-1)
+        mine = precise(self.of_head("head_dist") if self.own_head else logits)
+        theirs = precise(self.tape.whole["classes"])
+        if self.hard:
+            return {"logits": F.cross_entropy(mine, theirs.argmax(-1))}
+        target = F.log_softmax(theirs / self.temperature, dim=-1)
+        mine = F.log_softmax(mine / self.temperature, dim=-1)
         loss = F.kl_div(mine, target, reduction="batchmean", log_target=True)
         return {"logits": loss * self.temperature**2}
+
+    def of_head(self, name: str) -> Tensor:
+        return self.tape.features[f"logits of {name}"]
+
+    def labelled(self) -> Tensor:
+        """Return the logits that learn from labels."""
+        return self.of_head("head")
 
 
 METHODS = (Logits(),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from ...models.conversion import converted_layers
 from ...models.copied import copied_layers
 from ...models.copying.input import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.copying.links import Link
-from ...models.errors import ConfigError, TransferError, did_you_mean
+from ...models.errors import ConfigError, TransferError, UnsupportedModelError, did_you_mean
 from ...models.families import check_supported, image_size, is_supported
+from ...models.outside import OutsideTeacher as OutsideTeacher
 from ..config import LossEntry, TransferConfig
 from .method import Finish, TransferMethod
 from .registry import find_method
@@ -56,8 +57,8 @@ class TeacherSide:
             images = shown.size or image_size(student)
             if images is not None:
                 check_takes(teacher.eval(), images, section)
-        dtype = next(teacher.parameters()).dtype
-        shown.dtype = dtype if dtype in HALF else None
+        dtypes = {parameter.dtype for parameter in teacher.parameters()}
+        shown.dtype = next((dtype for dtype in HALF if dtypes == {dtype}), None)
         return cls(name, teacher.eval().requires_grad_(False), shown)
 
 
@@ -73,6 +74,8 @@ class Term:
     side: TeacherSide
     finish: Finish | None = None
     """Gives the losses of a method that compares the results of whole models."""
+    labelled: Callable[[], Tensor] | None = None
+    """Gives the logits that learn from labels, where these are not the student's prediction."""
 
     @property
     def prefix(self) -> str:
@@ -111,6 +114,17 @@ class Term:
         for loss in losses:
             total = total + loss
         return total / len(losses) if self.settings.reduction == "mean" else total
+
+
+def model_of(name: str, teacher: Teacher) -> nn.Module:
+    """Return the model of a teacher. Raises UnsupportedModelError: it is not one of timm, nor an OutsideTeacher."""
+    model = teacher.model if isinstance(teacher, Pretrained) else teacher
+    if not isinstance(model, nn.Module) or not hasattr(model, "forward_head"):
+        raise UnsupportedModelError(
+            f"{name} is a {type(model).__name__}, which is not a classifier of timm: give "
+            "graftvit.transfer.OutsideTeacher(model, feature_width=..., num_classes=...)"
+        )
+    return model
 
 
 def choose_teachers(config: TransferConfig, names: Sequence[str]) -> list[str]:

@@ -55,6 +55,8 @@ class Installed:
 
     projectors: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     finish: Finish | None = None
+    labelled: Callable[[], Tensor] | None = None
+    """Gives the logits of a step that learn from labels, where these are not the student's prediction."""
 
 
 class TransferMethod(ABC):
@@ -63,7 +65,7 @@ class TransferMethod(ABC):
     name: str
     """The value of `transfer.method`."""
     words: str
-    """What it does, as a model card says it; `{loss}` and `{feature_loss}` are those of the settings."""
+    """What it does, as a model card says it; settings such as `{loss}` and `{feature_loss}` are filled in."""
     uses_layers: bool = True
     """Whether it works on pairs of layers (`transfer.layers`), and needs the same tokens in both models."""
     uses_heads: bool = False
@@ -105,9 +107,9 @@ class TransferMethod(ABC):
 
     def describe(self, settings: Json) -> str:
         """What it does with these settings of the section `transfer`, as a model card says it."""
-        losses = {
-            name: LOSSES.get(str(settings.get(name)), "a distance") for name in ("loss", "feature_loss")
-        }
+        names = ("loss", "feature_loss", "logits_loss")
+        given = {name: settings.get(name, LossConfig.model_fields[name].default) for name in names}
+        losses = {name: LOSSES.get(str(value), "a distance") for name, value in given.items()}
         return self.words.format(**losses)
 
 
@@ -116,8 +118,9 @@ LOSSES = {
     "kl": "KL divergence",
     "cosine": "cosine distance",
     "smooth_l1": "smooth L1",
+    "hard": "hard-label cross-entropy",
 }
-"""Values of `transfer.loss` and `transfer.feature_loss` in words."""
+"""Values of `transfer.loss`, `transfer.feature_loss` and `transfer.logits_loss` in words."""
 
 
 class AttentionMethod(TransferMethod):

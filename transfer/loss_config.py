@@ -1,0 +1,99 @@
+"""The settings of the losses of a run. No torch here, so that `graftvit --help` stays quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .methods.registry import method_names
+from .section import OneOf, Section
+
+
+class LossConfig(Section):
+    """One loss, or one copy: what is taken from a teacher, from where, and its weight."""
+
+    method: Annotated[str, OneOf(method_names)] = Field(
+        "distill", description="what is copied, distilled or matched"
+    )
+    layers: str | list[int] | list[tuple[int, int]] = Field(
+        "all",
+        description="all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5 or "
+        "teacher>student pairs 2>0,5>1",
+    )
+    heads: str | list[int] = Field(
+        "all",
+        description="all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ",
+    )
+    loss: Literal["ce", "kl"] = Field(
+        "ce", description="loss between maps; equal gradients, kl also subtracts the entropy"
+    )
+    feature_loss: Literal["cosine", "smooth_l1"] = Field("cosine", description="loss of method=feature")
+    logits_loss: Literal["kl", "hard"] = Field(
+        "kl", description="loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
+    )
+    logits_head: Literal["all", "distillation"] = Field(
+        "all",
+        description="which head learns with method=logits: the prediction of all heads, or only that of "
+        "DeiT's distillation token, while only the other head learns from labels",
+    )
+    weight: float = Field(3.0, ge=0, description="weight of the transfer loss; 3 as published")
+    reduction: Literal["sum", "mean"] = Field(
+        "sum",
+        description="over layers: sum as published, or mean (multiply the weight by the number of layers to match)",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="divides teacher and student logits; the loss is multiplied by T^2"
+    )
+    rows: float = Field(
+        1.0, gt=0, le=1, description="fraction of query rows that the map loss samples each step, unbiased"
+    )
+    interpolate_grid: bool = Field(
+        False,
+        description="distill maps between different patch grids by interpolating the teacher's attention logits",
+    )
+
+
+class LossEntry(LossConfig):
+    """An entry of `transfer.losses`."""
+
+    teacher: str | None = Field(
+        None, description="name of the teacher in `teachers`; the section `teacher` by default"
+    )
+
+
+class TransferConfig(LossConfig):
+    """What is taken from the teacher, from where, and how hard the student is pulled."""
+
+    losses: list[LossEntry] = Field(
+        [],
+        description="several losses in one run, as in '[{method: distill, weight: 3}, {method: feature}]'; "
+        "each entry takes the settings above, which describe a single loss, and a teacher",
+    )
+    task_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the classification loss; 0 learns only from the teacher, without labels",
+    )
+    share_drop_path: bool = Field(
+        False,
+        description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
+    )
+
+    @property
+    def terms(self) -> tuple[LossEntry, ...]:
+        """The losses of the run: `losses`, or the one of the short form."""
+        short = LossEntry(**{name: getattr(self, name) for name in LossConfig.model_fields})
+        return tuple(self.losses) or (short,)
+
+    @model_validator(mode="after")
+    def _check_form(self) -> TransferConfig:
+        short = [
+            name for name, field in LossConfig.model_fields.items() if getattr(self, name) != field.default
+        ]
+        if self.losses and short:
+            raise ValueError(
+                f"transfer.{short[0]} is of the short form, and transfer.losses gives the losses: write "
+                f"{short[0]} into an entry of transfer.losses"
+            )
+        return self
