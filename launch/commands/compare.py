@@ -19,12 +19,12 @@ EXAMPLES = (
     "graftvit compare digits_compare",
     "graftvit compare digits_compare --only teacher uniform linear --output_dir runs/few",
     "graftvit compare efficient_attention_cifar10 --data_path /data/cifar --download --dry_run",
-    "sbatch --array=0-7 --wrap 'graftvit compare mine.yaml' && graftvit compare mine.yaml --report",
+    "graftvit submit mine.yaml && graftvit compare mine.yaml --report",
 )
 DESCRIPTION = (
     "Convert one teacher by each plan of the section 'compare', train every student through the same stages, and "
     "measure accuracy, parameters, multiply-adds, latency, throughput and memory. Each finished cell is saved; repeat "
-    "the command to continue a stopped comparison. In a SLURM array each job takes its share of the cells; afterwards "
+    "the command to continue a stopped comparison. On a cluster, `graftvit submit` makes each cell a job; afterwards "
     "--report makes the tables of all cells. If cells ran at the same time or on a busy machine, time them again "
     "together with --speed."
 )
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--cell",
         metavar="NAME",
-        help="run only this cell, also in an array, and write no report; used by jobs of `graftvit submit`",
+        help="run only this cell and write no report; used by jobs of `graftvit submit`",
     )
     parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
     parser.add_argument(
@@ -61,13 +61,17 @@ def run(argv: list[str]) -> int:
     if arguments.cell is not None and arguments.only is not None:
         raise ConfigError(f"--cell {arguments.cell} and --only both choose cells: give one of the two")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
-    from ...transfer.analysis.compare.compare import check_plans, choose_cells, raise_failed, run_compare
+    from ...transfer.analysis.compare.compare import check_plans, raise_failed, run_compare
+    from ...transfer.analysis.compare.comparison_cells import only_named
     from ...transfer.analysis.compare.comparison_report import write_report
     from ..comparison import load_comparison
 
     comparison = load_comparison(arguments.config, settings)
-    only = None if arguments.only is None else [name for words in arguments.only for name in words.split(",")]
-    cells = choose_cells(comparison, only, alone=arguments.cell)
+    if arguments.cell is not None:
+        cells = only_named(comparison.cells(), [arguments.cell], "--cell")
+    else:
+        only = arguments.only and [name for words in arguments.only for name in words.split(",")]
+        cells = only_named(comparison.cells(), only)
     if arguments.speed is not None:
         from ...transfer.analysis.compare.speed import measure_again
 
@@ -79,14 +83,18 @@ def run(argv: list[str]) -> int:
     if arguments.dry_run:
         say(_listing(comparison, cells))
         return 0
-    side_by_side = "SLURM_ARRAY_TASK_ID" in os.environ or arguments.cell is not None
+    alone = arguments.cell is not None
+    if "SLURM_ARRAY_TASK_ID" in os.environ and not alone:
+        raise ConfigError(
+            "each job of a SLURM array would run the same cells: give each job its own --cell, or use graftvit submit"
+        )
 
     def after_cell() -> None:
-        if not side_by_side:  # jobs of an array would write the same files at the same time
+        if not alone:  # jobs of other cells would write the same files at the same time
             write_report(comparison, figures=False)
 
     failed = run_compare(comparison, cells, tell=_tell, after_cell=after_cell)
-    if side_by_side:
+    if alone:
         _tell(f"when all jobs are done, `{hint('compare', arguments.config, '--report')}` makes the tables")
     else:
         say(f"report: {write_report(comparison)}\n")

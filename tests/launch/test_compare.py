@@ -119,9 +119,9 @@ def test_the_teacher_is_trained_first_and_once(tmp_path: Path, capsys: pytest.Ca
 def test_an_array_says_that_the_teacher_comes_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"ID": "0", "COUNT": "2"}.items():
-        monkeypatch.setitem(os.environ, f"SLURM_ARRAY_TASK_{name}", value)
-    assert main(["compare", "digits_compare", "--output_dir", str(tmp_path)]) == 2
+    monkeypatch.setitem(os.environ, "SLURM_ARRAY_TASK_ID", "0")
+    words = ["compare", "digits_compare", "--output_dir", str(tmp_path)]
+    assert main([*words, "--cell", "uniform"]) == 2
     assert "--only teacher first" in capsys.readouterr().err
 
 
@@ -129,8 +129,9 @@ def test_one_cell_alone_also_in_an_array(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"})
-    for name, value in {"ID": "2", "COUNT": "3"}.items():  # where its share would be another cell
-        monkeypatch.setitem(os.environ, f"SLURM_ARRAY_TASK_{name}", value)
+    monkeypatch.setitem(os.environ, "SLURM_ARRAY_TASK_ID", "2")
+    assert main(["compare", str(path)]) == 2
+    assert "give each job its own --cell" in capsys.readouterr().err
     assert main(["compare", str(path), "--cell", "teacher-8"]) == 0
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     assert main(["compare", str(path), "--cell", "teacher-8"]) == 0

@@ -1,9 +1,9 @@
-"""Which cells are ours, and running them one after another."""
+"""Choose cells by name, and run them one after another."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from ...models.errors import ConfigError, did_you_mean
@@ -28,26 +28,6 @@ def pick_named(
     return [cell for cell in cells if set(names) & set(names_of(cell))]
 
 
-def array_share(cells: Sequence[T], environment: Mapping[str, str]) -> list[T]:
-    """Return the cells of this job of a SLURM array, every COUNT-th from its place on; outside of an array all.
-
-    Raises ConfigError: the array's variables contradict each other.
-    """
-    if "SLURM_ARRAY_TASK_ID" not in environment:
-        return list(cells)
-    number, first, step, count = (
-        _number(environment, f"SLURM_ARRAY_TASK_{name}", default)
-        for name, default in (("ID", ""), ("MIN", "0"), ("STEP", "1"), ("COUNT", ""))
-    )
-    place, left = divmod(number - first, max(1, step))
-    if left or not 0 <= place < count:
-        raise ConfigError(
-            f"SLURM_ARRAY_TASK_ID={number} is no place of an array of {count} from {first} in steps of {step}; "
-            "submit it as --array=0-7, without gaps"
-        )
-    return list(cells[place::count])
-
-
 def left_to_run(cells: Sequence[T], state: Callable[[T], State], tell: Callable[[str], None]) -> list[T]:
     """Return the cells that are not done, and tell how many are."""
     left = [cell for cell in cells if state(cell) != "done"]
@@ -66,11 +46,3 @@ def run_in_turn(cells: Sequence[T], run: Callable[[T], str], tell: Callable[[str
         result = run(cell)
         left = (time.monotonic() - start) / number * (len(cells) - number)
         tell(f"    {result}; {left:.0f} s to go")
-
-
-def _number(environment: Mapping[str, str], name: str, default: str) -> int:
-    text = environment.get(name, default)
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} is {text!r}, but must be a whole number") from error

@@ -144,6 +144,17 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
         )
 
 
+SHORT = {"max_steps": 4, "warmup_epochs": 0.25}
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """The folder of a short run with no setting changed."""
+    folder = tmp_path_factory.mktemp("unchanged")
+    train(config(folder, teacher, optim=SHORT))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("section", "change"),
     [
@@ -156,17 +167,13 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_no_setting_is_without_effect(
-    tmp_path: Path, teacher: Path, section: str, change: dict[str, Any]
+    tmp_path: Path, teacher: Path, unchanged: Path, section: str, change: dict[str, Any]
 ) -> None:
-    base = {"max_steps": 4, "warmup_epochs": 0.25}
-    train(config(tmp_path / "a", teacher, optim=base))
-    optim = {**base, **change} if section == "optim" else base
-    train(
-        config(
-            tmp_path / "b", teacher, **{"optim": optim, **({section: change} if section != "optim" else {})}
-        )
-    )
-    a, b = state(tmp_path / "a"), state(tmp_path / "b")
+    sections: dict[str, Any] = {"optim": SHORT, section: change}
+    if section == "optim":
+        sections = {"optim": {**SHORT, **change}}
+    train(config(tmp_path, teacher, **sections))
+    a, b = state(unchanged), state(tmp_path)
     learned = [name for name in a if name.startswith(("student.", "ema.", "projectors."))]
     assert a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in learned)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_runs import config, differences, make_teacher
+from engine_runs import config, differences
 from graftvit.transfer.engine import run_state
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.run_state import RunState, SaveClock
@@ -18,6 +18,32 @@ class Hand:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0
         monkeypatch.setattr(run_state, "now", lambda: self.seconds)
+
+
+def saved_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let each step take a minute of the test's clock, and return the list that gets the step of each saved state."""
+    hand, steps = Hand(monkeypatch), []
+    step, save = Loop._step, RunState.save
+
+    def slow(self: Loop, batches: object) -> None:
+        step(self, batches)  # type: ignore[arg-type]
+        hand.seconds += 60
+
+    def noted(self: RunState, position: object, *, best: bool = False, last: bool = True) -> None:
+        save(self, position, best=best, last=last)  # type: ignore[arg-type]
+        steps.extend([position.step] if last else [])  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Loop, "_step", slow)
+    monkeypatch.setattr(RunState, "save", noted)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """The folder of a run that saves at the end of each epoch, of eight steps."""
+    folder = tmp_path_factory.mktemp("plain")
+    train(config(folder, teacher))
+    return folder
 
 
 def test_it_asks_once_when_the_minutes_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,44 +71,22 @@ def test_it_asks_once_when_the_minutes_are_over(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_run_saves_by_the_clock_and_its_result_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int | None, saved: list[int]
+    tmp_path: Path,
+    teacher: Path,
+    plain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_every: int | None,
+    saved: list[int],
 ) -> None:
-    """A step takes a minute of the test's clock; an epoch is eight of them."""
-    hand, steps = Hand(monkeypatch), []
-    step, save = Loop._step, RunState.save
-
-    def slow(self: Loop, batches: object) -> None:
-        step(self, batches)  # type: ignore[arg-type]
-        hand.seconds += 60
-
-    def noted(self: RunState, position: object, *, best: bool = False, last: bool = True) -> None:
-        save(self, position, best=best, last=last)  # type: ignore[arg-type]
-        steps.extend([position.step] if last else [])  # type: ignore[attr-defined]
-
-    teacher = make_teacher(tmp_path / "teacher")
-    train(config(tmp_path / "plain", teacher))
-    monkeypatch.setattr(Loop, "_step", slow)
-    monkeypatch.setattr(RunState, "save", noted)
+    steps = saved_steps(monkeypatch)
     train(config(tmp_path / "clocked", teacher, engine={"save_every": save_every, "save_minutes": 3}))
     assert steps == saved
-    assert differences(tmp_path / "plain", tmp_path / "clocked") == []
+    assert differences(plain, tmp_path / "clocked") == []
 
 
 def test_a_state_that_falls_due_at_the_end_of_an_epoch_is_saved_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hand, steps = Hand(monkeypatch), []
-    step, save = Loop._step, RunState.save
-
-    def slow(self: Loop, batches: object) -> None:
-        step(self, batches)  # type: ignore[arg-type]
-        hand.seconds += 60
-
-    def noted(self: RunState, position: object, *, best: bool = False, last: bool = True) -> None:
-        save(self, position, best=best, last=last)  # type: ignore[arg-type]
-        steps.extend([position.step] if last else [])  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(Loop, "_step", slow)
-    monkeypatch.setattr(RunState, "save", noted)
+    steps = saved_steps(monkeypatch)
     train(config(tmp_path / "run", engine={"save_every": 1000, "save_minutes": 8}, optim={"epochs": 3}))
     assert steps == [8, 16, 24]

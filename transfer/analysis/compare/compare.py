@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +16,14 @@ from ....models.errors import ConfigError, GraftError, RunFailedError, one_sente
 from ....models.json_types import JsonDict
 from ...cells.pool import StoppedError
 from ...cells.records import State, cell_state, digest, load_record, save_record
-from ...cells.sharing import array_share, left_to_run, run_in_turn
+from ...cells.sharing import left_to_run, run_in_turn
 from ...config import RunConfig
 from ...engine.stages import Stage
 from ...engine.students import input_size
 from ...engine.train import train
 from ..benchmark.cases import load_average, machine
 from .cell_record import Record, Speed
-from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells, only_named
+from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells
 from .speed import measure_speed
 from .student_cell import (
     count_parameters,
@@ -105,22 +105,6 @@ def _plain(config: RunConfig, but: set[str]) -> JsonDict:
     return config.model_dump(mode="json", exclude={"output_dir": True, "data": but, "engine": WITHOUT_EFFECT})
 
 
-def choose_cells(
-    comparison: Comparison,
-    only: Sequence[str] | None = None,
-    environment: Mapping[str, str] = os.environ,
-    *,
-    alone: str | None = None,
-) -> list[Cell]:
-    """Return the cells of this command: those of the names, and of them this array job's share.
-
-    With `alone` it is that cell, whatever the job.
-    """
-    if alone is not None:
-        return only_named(comparison.cells(), [alone], "--cell")
-    return array_share(only_named(comparison.cells(), only), environment)
-
-
 def check_plans(comparison: Comparison) -> None:
     """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
     for cell in comparison.cells():
@@ -182,7 +166,7 @@ def _make_teacher(comparison: Comparison, tell: Callable[[str], None]) -> None:
     if config is None or (config.output_dir / "student" / "config.json").exists():
         return
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        raise ConfigError("the teacher must be there before an array: run with --only teacher first")
+        raise ConfigError("train the teacher before an array: run with --only teacher first")
     tell(f"the teacher, in {config.output_dir}")
     result = train(config)
     if result.signal is not None:

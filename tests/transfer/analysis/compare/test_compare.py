@@ -10,7 +10,7 @@ from compare_runs import cell, write_config
 from graftvit.launch.comparison import load_comparison
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.compare import compare as compare_run
-from graftvit.transfer.analysis.compare.compare import Comparison, choose_cells, run_compare
+from graftvit.transfer.analysis.compare.compare import Comparison, run_compare
 from graftvit.transfer.analysis.compare.comparison_cells import only_named
 from graftvit.transfer.analysis.compare.comparison_report import write_report
 from graftvit.transfer.analysis.compare.student_cell import fresh_model, is_linear
@@ -132,17 +132,6 @@ def test_ctrl_c_stops_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest
     assert stopped.value.exit_code == 130
     assert cell(tmp_path, "teacher-8")["error"] is None
     assert not (tmp_path / "out" / "cells" / "uniform-8" / "cell.json").exists()
-
-
-def test_the_jobs_of_an_array_share_all_cells(tmp_path: Path) -> None:
-    comparison = load_comparison(write_config(tmp_path, PLANS, img_size=[8, 16]))
-    shares = [
-        choose_cells(comparison, None, {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "3"})
-        for number in range(3)
-    ]
-    assert sorted(cell.folder for share in shares for cell in share) == sorted(
-        cell.folder for cell in comparison.cells()
-    )
 
 
 def test_linear_means_every_layer(tmp_path: Path) -> None:
