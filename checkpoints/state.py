@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -38,8 +39,11 @@ class StateFolder:
         self._incoming = folder / f"incoming{writer and '.'}{writer}.safetensors"
         self._last_is_whole = False
 
-    def save(self, state: TrainingState) -> None:
-        """Writes `last`; the one before becomes `previous`.
+    def save(self, state: TrainingState, keep: int = 0, step: int = 0) -> None:
+        """Write `last`; the one before becomes `previous`.
+
+        With `keep`, the state is also kept as `step-<step>`, and only the newest `keep` of these stay. They share the
+        disk space of `last` and `previous` where the file system has hard links.
 
         Raises CheckpointError (exit code 1) on a full disk, with the states that were there intact; what `guard`
         raises.
@@ -53,8 +57,23 @@ class StateFolder:
                 with suppress(FileNotFoundError):  # an attempt that was given up has renamed it
                     self.last.replace(self.previous)
             self._rename_incoming()
+            if keep:
+                self._keep(keep, step)
             sync(self.folder)
         self._last_is_whole = True
+
+    def _keep(self, count: int, step: int) -> None:
+        """Keep `last` under its step, and remove the oldest states beyond `count`."""
+        own = self.folder / f"step-{step:08d}.safetensors"
+        own.unlink(missing_ok=True)  # of an attempt that stopped before its next state
+        try:
+            own.hardlink_to(self.last)
+        except OSError:  # a file system without links
+            copied = own.with_name(f".{own.name}.tmp")
+            shutil.copyfile(self.last, copied)
+            copied.replace(own)
+        for old in sorted(self.folder.glob("step-*.safetensors"))[:-count]:
+            old.unlink(missing_ok=True)
 
     def save_best(self, state: TrainingState) -> None:
         """Writes `best`. Raises as `save`."""

@@ -265,6 +265,11 @@ class EngineConfig(Section):
         gt=0,
         description="also save a state at the next step after this many minutes without one",
     )
+    keep_states: int = Field(
+        0,
+        ge=0,
+        description="number of newest states to keep under their step, besides last, previous and best",
+    )
     stop_grace: float = Field(
         300.0,
         gt=0,

@@ -56,6 +56,25 @@ def test_last_previous_and_best(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_newest_states_are_kept_under_their_steps(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    folder = StateFolder(tmp_path)
+    for step in (5, 10, 15, 20):
+        folder.save(at(step), keep=2, step=step)
+    folder.save(at(20), keep=2, step=20)  # saved again by an attempt that began at 15
+    assert listed(tmp_path) == [
+        "last.safetensors", "previous.safetensors", "step-00000015.safetensors", "step-00000020.safetensors",
+    ]  # fmt: skip
+    assert [step_of(read_state(tmp_path / f"step-000000{step}.safetensors")) for step in (15, 20)] == [15, 20]
+    folder.save(at(25))  # without the setting, kept states stay
+    assert step_of(read_state(tmp_path / "step-00000020.safetensors")) == 20
+    assert step_of(folder.load()) == 25
+
+
 @pytest.mark.parametrize("how", ["flip", "empty", "truncate", "remove"])
 def test_a_damaged_last_is_named_and_the_previous_used(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture

@@ -67,7 +67,7 @@ class RunState:
                 if best:
                     self.folder.save_best(state)
                 if last:
-                    self.folder.save(state)
+                    self.folder.save(state, self.config.engine.keep_states, position.step)
             except GraftError as failure:
                 failure.exit_code = 1
                 error = failure

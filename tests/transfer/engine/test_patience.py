@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import config, differences, records
+from graftvit.checkpoints import load
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import loop
@@ -86,3 +87,12 @@ def test_the_log_holds_the_peak_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
     assert peak_memory(torch.device("cuda", 0)) == {"peak_memory_gib": 1.5}
     assert peak_memory(torch.device("cpu")) == {}
+
+
+def test_a_run_keeps_its_newest_states(tmp_path: Path) -> None:
+    run = config(tmp_path / "run", engine={"keep_states": 2, "save_every": 3}, optim={"max_steps": 9})
+    assert train(run).finished
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert names == ["step-00000006.safetensors", "step-00000009.safetensors"]
+    model = load(tmp_path / "run" / "checkpoints" / names[0])
+    assert model.num_classes == 10
