@@ -24,7 +24,7 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.modes import MODES
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.methods.registry import method_names
+from graftvit.transfer.methods.registry import find_method, method_names
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -74,28 +74,38 @@ def sometimes(draw: random.Random, share: float, *values: Any) -> dict[str, Any]
     return {name: draw.choice(choices)} if draw.random() < share else {}
 
 
+def loss(draw: random.Random) -> dict[str, Any]:
+    """A method and, mostly, settings that it reads."""
+    method = draw.choice(method_names())
+    settings = {
+        **sometimes(
+            draw, 0.4, "layers", "first:1", "last:2", "every:2", "0", "1>0,0>1", "-1", ":1", "9", "x"
+        ),
+        **sometimes(draw, 0.3, "heads", "mean", "match", "0", "1>0", "7", "x"),
+        **sometimes(draw, 0.3, "loss", "kl"),
+        **sometimes(draw, 0.3, "feature_loss", "smooth_l1"),
+        **sometimes(draw, 0.3, "logits_loss", "hard"),
+        **sometimes(draw, 0.1, "logits_head", "distillation"),
+        **sometimes(draw, 0.3, "weight", 0.5, 3.0),
+        **sometimes(draw, 0.2, "reduction", "mean"),
+        **sometimes(draw, 0.2, "temperature", 2.0),
+        **sometimes(draw, 0.2, "rows", 0.5),
+        **sometimes(draw, 0.1, "interpolate_grid", True),
+    }
+    reads = find_method(method).reads or ()
+    kept = {name: value for name, value in settings.items() if name in reads or draw.random() < 0.03}
+    return {"method": method, **kept}
+
+
 def several(draw: random.Random, transfer: dict[str, Any], teachers: list[Path]) -> dict[str, Any]:
     """The sections of a run with several losses, and often with further teachers."""
     names = draw.sample(("other", "convnext"), draw.choice((0, 1, 1, 2)))
     sources = {"other": teachers[0], "convnext": teachers[-1]}
-    entries = (
-        [
-            {
-                "method": draw.choice(method_names()),
-                "weight": draw.choice((0.5, 3.0)),
-                **sometimes(draw, 0.3, "layers", "first:1", "last:1", "0", "9"),
-                **sometimes(draw, 0.2, "heads", "match", "0", "mean"),
-                **sometimes(draw, 0.2, "reduction", "mean"),
-                **sometimes(draw, 0.2, "rows", 0.5),
-                **sometimes(
-                    draw, 0.5, "teacher", *names, *(["nosuch"] if not names or draw.random() < 0.1 else [])
-                ),
-            }
-            for _ in range(draw.choice((1, 2, 2, 3)))
-        ]
-        if names or draw.random() < 0.9
-        else []
-    )
+    wrong = ["nosuch"] if not names or draw.random() < 0.1 else []
+    entries = [
+        {**loss(draw), **sometimes(draw, 0.5, "teacher", *names, *wrong)}
+        for _ in range(draw.choice((1, 2, 2, 3)))
+    ]
     shared = {name: transfer[name] for name in ("task_weight", "share_drop_path") if name in transfer}
     return {
         "teachers": {name: {"source": f"local-dir:{sources[name]}"} for name in names},
@@ -126,19 +136,8 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
         **sometimes(draw, 0.2, "grad_checkpointing", True),
         **sometimes(draw, 0.05, "img_size", 8, 16, 10),
     }
-    transfer = {
-        "method": draw.choice(method_names()),
-        **sometimes(
-            draw, 0.4, "layers", "first:1", "last:2", "every:2", "0", "1>0,0>1", "-1", ":1", "9", "x"
-        ),
-        **sometimes(draw, 0.3, "heads", "mean", "match", "0", "1>0", "7", "x"),
-        **sometimes(draw, 0.3, "loss", "kl"),
-        **sometimes(draw, 0.2, "feature_loss", "smooth_l1"),
+    transfer = loss(draw) | {
         **sometimes(draw, 0.2, "task_weight", 0.0, 0.5),
-        **sometimes(draw, 0.2, "reduction", "mean"),
-        **sometimes(draw, 0.2, "temperature", 2.0),
-        **sometimes(draw, 0.2, "rows", 0.5),
-        **sometimes(draw, 0.1, "interpolate_grid", True),
         **sometimes(draw, 0.1, "share_drop_path", True),
     }
     data = {

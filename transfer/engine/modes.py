@@ -199,8 +199,10 @@ class Transfer(Mode):
 
     def check(self) -> None:
         super().check()
-        student = self.config.student
+        student, losses = self.config.student, self.config.transfer.losses
         self._check_teachers()
+        for index, (method, term) in enumerate(zip(self.methods, self.config.transfer.terms, strict=True)):
+            method.check_read(term, f"transfer.losses[{index}]" if losses else "transfer")
         for method in self.methods:
             if method.loss_within_blocks and student.compile and student.grad_checkpointing:
                 raise ConfigError(

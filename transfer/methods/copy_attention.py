@@ -14,6 +14,7 @@ class CopyAttention(AttentionMethod):
     """The student computes with what its teacher has just computed."""
 
     copies = True
+    reads = frozenset({"layers", "heads"})
     joins_heads = False
     whole_maps = True
     equal_grids = True

@@ -26,7 +26,9 @@ class DistillMaps(AttentionMethod):
     joins_heads = False
     head_widths: Literal["any"] = "any"
     whole_maps = True
-    temperature = True
+    reads = frozenset(
+        {"layers", "heads", "loss", "weight", "reduction", "temperature", "rows", "interpolate_grid"}
+    )
 
     def averages_heads(self, config: LossConfig) -> bool:
         return config.loss == "ce"
@@ -39,6 +41,8 @@ class DistillMaps(AttentionMethod):
 
 class DistillPart(AttentionMethod):
     """The mean squared error of queries, keys or values."""
+
+    reads = frozenset({"layers", "heads", "weight", "reduction", "interpolate_grid"})
 
     def __init__(self, part: Part, words: str) -> None:
         self.name, self.parts = f"distill_{part}", (part,)

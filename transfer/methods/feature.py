@@ -26,6 +26,7 @@ class Feature(TransferMethod):
     words = "{feature_loss} between the pooled features before the head"
     uses_layers = False
     nears_features = True
+    reads = frozenset({"feature_loss", "weight"})
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset({"pooled"}))

@@ -23,7 +23,7 @@ class Logits(TransferMethod):
     words = "{logits_loss} between the class probabilities"
     uses_layers = False
     teaches_classes = True
-    temperature = True
+    reads = frozenset({"weight", "temperature", "logits_loss", "logits_head"})
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset({"classes"}))

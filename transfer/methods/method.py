@@ -16,6 +16,7 @@ from ...models.copying.copying_operators import Copy, Part
 from ...models.copying.links import Link
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted as Wanted
+from ...models.errors import ConfigError
 from ...models.families import attention_shape
 from ...models.host import AttentionHost
 from ...models.json_types import Json
@@ -85,13 +86,25 @@ class TransferMethod(ABC):
     """Whether the student's head learns the teacher's classes, which must be those of the data set."""
     nears_features: bool = False
     """Whether the distance of the features says how far the student is."""
-    temperature: bool = False
-    """Whether it reads `transfer.temperature`."""
+    reads: frozenset[str] | None = None
+    """The settings of a loss that it reads, beside its name and teacher; None for all. Another than its default that
+    it does not read is refused."""
 
     @property
     def loss_within_blocks(self) -> bool:
         """Whether blocks of the student give losses while they run."""
         return self.uses_layers and not self.copies
+
+    def check_read(self, settings: LossConfig, where: str) -> None:
+        """Raise ConfigError for a setting that changes nothing with this method; `where` is the key of the loss."""
+        for name, declared in LossConfig.model_fields.items():
+            value = getattr(settings, name)
+            unread = self.reads is not None and name not in {*self.reads, "method"}
+            if unread and value != declared.default:
+                raise ConfigError(
+                    f"{where}.{name}={value!r} changes nothing with transfer.method={self.name}: leave it out "
+                    f"(it reads {', '.join(sorted(self.reads or ()))})"
+                )
 
     def averages_heads(self, config: LossConfig) -> bool:
         """Whether a head of the student can learn from several of the teacher."""

@@ -1,0 +1,92 @@
+"""A method reads the settings that it declares, and a run refuses the others where they are set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import gradient, images, tiny
+from engine_runs import config, make_teacher
+from graftvit.models.errors import ConfigError
+from graftvit.transfer.config import LossConfig, RunConfig
+from graftvit.transfer.engine.dry_run import dry_run
+from graftvit.transfer.engine.train import train
+from graftvit.transfer.methods.dual import DualViT
+from graftvit.transfer.methods.registry import find_method, method_names
+
+OTHER: dict[str, Any] = {
+    "layers": "0", "heads": [0], "loss": "kl", "feature_loss": "smooth_l1", "logits_loss": "hard",
+    "logits_head": "distillation", "weight": 0.5, "reduction": "mean", "temperature": 2.0, "rows": 0.5,
+    "interpolate_grid": True,
+}  # fmt: skip
+"""For each setting of a loss, another value than its default."""
+SETTINGS = [name for name in LossConfig.model_fields if name != "method"]
+CASES = [(method, name) for method in method_names() for name in SETTINGS]
+
+
+def test_each_setting_has_another_value() -> None:
+    assert set(OTHER) == set(SETTINGS)
+    assert all(
+        OTHER[name] != field.default for name, field in LossConfig.model_fields.items() if name in OTHER
+    )
+
+
+def result(method: str, options: dict[str, Any]) -> torch.Tensor:
+    """Everything that a step gives: logits, loss, and gradient of the student."""
+    grid = {"img_size": (16, 48)} if options.get("interpolate_grid") else {}
+    teacher, student = (
+        tiny(seed=1, **grid),
+        tiny("deit_distilled" if "logits_head" in options else "vit", seed=2),
+    )
+    torch.manual_seed(0)  # of sampled rows
+    dual = DualViT(teacher, student, method, **options)
+    out = dual(images())
+    (out.logits.square().mean() + out.transfer_loss).backward()
+    return torch.cat([out.logits.detach().flatten(), out.transfer_loss.detach()[None], gradient(student)])
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [case for case in CASES if case[1] in (find_method(case[0]).reads or ())]
+)
+def test_what_a_method_reads_changes_its_result(method: str, name: str) -> None:
+    changed = {name: OTHER[name]}
+    plain = {"logits_head": "all"} if name == "logits_head" else {}
+    if name == "interpolate_grid":
+        with pytest.raises(Exception, match="interpolate_grid=true"):
+            DualViT(tiny(seed=1, img_size=(16, 48)), tiny(seed=2), method)
+        assert torch.isfinite(result(method, changed)).all()
+        return
+    assert not torch.equal(result(method, changed), result(method, plain))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def run_with(folder: Path, teacher: Path, settings: dict[str, Any], *, listed: bool) -> RunConfig:
+    return config(folder, teacher, transfer={"losses": [settings]} if listed else settings)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("method", "name"), [case for case in CASES if case[1] not in (find_method(case[0]).reads or ())]
+)
+def test_what_a_method_does_not_read_is_refused(
+    method: str, name: str, listed: bool, teacher: Path, tmp_path: Path
+) -> None:
+    run = run_with(tmp_path / "run", teacher, {"method": method, name: OTHER[name]}, listed=listed)
+    place = r"transfer.losses\[0\]" if listed else "transfer"
+    with pytest.raises(
+        ConfigError, match=rf"{place}.{name}=.* changes nothing with transfer.method={method}"
+    ) as plan:
+        dry_run(run, 1, here=True)
+    with pytest.raises(ConfigError) as trained:
+        train(run)
+    assert str(plan.value) == str(trained.value)
+
+
+def test_every_method_of_the_package_declares_what_it_reads() -> None:
+    assert all(find_method(name).reads is not None for name in method_names())
