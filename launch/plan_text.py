@@ -100,7 +100,8 @@ def _transfer_words(run: DryRun) -> str:
         settings, name = term.settings, f"loss {term.label}: " if term.label else "loss: "
         if term.method.copies:
             continue
-        loss = f"{name}{settings.weight:g} x the {settings.reduction} over layers"
+        over = f"the {settings.reduction} over layers" if term.method.uses_layers else term.method.name
+        loss = f"{name}{settings.weight:g} x {over}"
         if settings.temperature != 1:
             loss += f", temperature {settings.temperature:g}"
         if settings.rows < 1:
