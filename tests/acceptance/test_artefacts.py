@@ -48,17 +48,17 @@ class Method:
     part: str = "student"
 
 
-TAUGHT = "--mode transfer --teacher {teacher} --weight 1.0"
+TAUGHT = "--mode transfer --teacher {teacher}"
 METHODS = {
     "finetune": Method("--mode finetune --init {weights}"),
     "scratch": Method("--mode scratch"),
     "copy": Method(f"{TAUGHT} --method copy", alone=False),
     "copy_q": Method(f"{TAUGHT} --method copy_q", alone=False),
-    "distill": Method(f"{TAUGHT} --method distill"),
-    "attention_output": Method(f"{TAUGHT} --method attention_output"),
+    "distill": Method(f"{TAUGHT} --weight 1.0 --method distill"),
+    "attention_output": Method(f"{TAUGHT} --weight 1.0 --method attention_output"),
     "converted": Method("--mode finetune --teacher {teacher} --init teacher --plan *:linear", alone=False),
     "lora": Method("--mode finetune --init {teacher} --lora 4"),
-    "ema": Method(f"{TAUGHT} --method distill --ema 0.9", part="student_ema"),
+    "ema": Method(f"{TAUGHT} --weight 1.0 --method distill --ema 0.9", part="student_ema"),
 }
 COPYING = ("copy", "copy_q")
 
