@@ -90,6 +90,12 @@ class Leaf:
             return text
 
 
+def entry_section(leaf: Leaf) -> type[Section] | None:
+    """Return the section of the entries of a list or mapping, such as `LossEntry`; None for other settings."""
+    inner = [kind for outer in leaf.kinds for kind in get_args(outer)]
+    return next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
 @functools.cache
 def leaves() -> dict[str, Leaf]:
     """Return every setting of a run by its dotted key, in the order of `transfer/config.py`."""
@@ -197,7 +203,16 @@ def _words(kind: Any, plural: bool = False) -> str:
     if kind in names:
         word = names[kind]
         return f"{word}s" if plural else word if kind in (bool, str) else f"a {word}"
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return f"mappings with any of the keys {', '.join(kind.model_fields)}"
     origin, arguments = get_origin(kind), get_args(kind)
+    if (
+        origin is dict
+        and arguments[1:]
+        and isinstance(arguments[1], type)
+        and issubclass(arguments[1], Section)
+    ):
+        return f"a mapping of names to {_words(arguments[1])}"
     if origin is tuple and arguments[-1] is not Ellipsis:
         return f"{len(arguments)} {_words(arguments[0], plural=True)}"
     if origin in (list, tuple):

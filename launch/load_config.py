@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from ..checkpoints.paths import is_there
 from ..checkpoints.regular_files import read_regular
@@ -17,7 +18,8 @@ from ..models.errors import ConfigError, did_you_mean
 from ..models.json_types import Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
-from .fields import ALIASES, find_key, find_stage_key, leaf_of, leaves, sections, unknown
+from ..transfer.section import Section
+from .fields import ALIASES, entry_section, find_key, find_stage_key, leaf_of, leaves, sections, unknown
 from .official_words import check_finetune, check_value
 from .recipes import recipe_text
 
@@ -265,6 +267,11 @@ def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setti
         if not key:
             sentences[finding["msg"]] = finding["msg"].removeprefix("Value error, ")
             continue
+        inner = finding["loc"][key.count(".") + 1 :]
+        section = entry_section(leaf_of(key))
+        if section is not None and len(inner) > 1:
+            sentences[".".join(path)] = _explain_entry(finding, inner, section, given[key].origin)
+            continue
         value: Any = values
         for name in key.split("."):
             value = value[name]
@@ -277,3 +284,15 @@ def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setti
         meaning = f" ({field.description})" if field.description else ""
         sentences[key] = f"{given[key].origin} is {value!r}, but must be {leaf_of(key).valid()}{meaning}"
     return ConfigError("; ".join(sentences.values()))
+
+
+def _explain_entry(
+    finding: ErrorDetails, inner: Sequence[int | str], section: type[Section], origin: str
+) -> str:
+    """Return a finding within an entry of a list or mapping, such as `--losses[0].weight`, as one sentence."""
+    *above, name = inner
+    place = origin + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in above)
+    if finding["type"] == "extra_forbidden":
+        return f"{place} has an unknown key {name!r}; {did_you_mean(str(name), section.model_fields)}"
+    message = finding["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{place}.{name} is {finding['input']!r}, but {message}"

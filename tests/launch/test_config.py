@@ -192,3 +192,30 @@ def test_a_resolved_configuration_round_trips(config: RunConfig) -> None:
 def test_sizes_and_ranges_that_cannot_be_meant_are_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{key} is .*above 0"):
         load_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("losses=[{method: distil}]", "losses[0].method is 'distil', but should be one of 'copy', "),
+        (
+            "losses=[{method: distill}, {wieght: 2}]",
+            "losses[1] has an unknown key 'wieght'; did you mean 'weight'?",
+        ),
+        ("losses=[{method: distill, rows: 2}]", "losses[0].rows is 2, but should be less than or equal to 1"),
+        ("teachers={cnx: {sorce: x}}", "teachers.cnx has an unknown key 'sorce'; did you mean 'source'?"),
+        (
+            "teachers={cnx: {dtype: fp8}}",
+            "teachers.cnx.dtype is 'fp8', but should be 'fp32', 'bf16' or 'fp16'",
+        ),
+        ("losses=3", "losses is [3], but must be a list of mappings with any of the keys method, layers, "),
+        (
+            "teachers=3",
+            "teachers is 3, but must be a mapping of names to mappings with any of the keys source, ",
+        ),
+    ],
+)
+def test_a_mistake_within_a_list_of_sections_is_named(word: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, [word])
+    assert str(refused.value).startswith(sentence)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...models.errors import DataError, RunFailedError
+from ...models.errors import DataError, RunFailedError, counted
 from ...models.json_types import JsonDict
 from ..config import RunConfig
 from ..data.randomness import seed_batch
@@ -176,10 +176,10 @@ class Loop:
         self.recorder.write("epoch", {**record, "n_parameters": self.run_state.n_parameters})
         if self._over and self.position.step < self.schedule.total_steps:
             logger.warning(
-                "ended at step %d of %d: %d evaluations without a better value (engine.patience)",
+                "ended at step %d of %d: %s without a better value (engine.patience)",
                 self.position.step,
                 self.schedule.total_steps,
-                self.position.stale,
+                counted(self.position.stale, "evaluation"),
             )
         self.position.epoch += 1
         self.position.epoch_step = 0

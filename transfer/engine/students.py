@@ -55,10 +55,16 @@ class StudentPlan:
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"student.model={self.architecture!r} cannot be built with {self.arguments}: "
-                f"{error or 'timm refused them'}"
+                f"{error or 'timm refused them'}{self._pooling_hint}"
             ) from error
         check_patches(model)
         return model
+
+    @property
+    def _pooling_hint(self) -> str:
+        """The setting that a student with a head for a token needs; its default is average pooling."""
+        pooled = self.arguments.get("global_pool") == "avg" and "distilled" in self.architecture
+        return " Give student.global_pool=token (avg is the default)." if pooled else ""
 
 
 def find_whole_name(config: StudentConfig) -> str | None:

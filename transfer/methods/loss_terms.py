@@ -132,7 +132,8 @@ def choose_teachers(config: TransferConfig, names: Sequence[str]) -> list[str]:
     for name in [each.teacher for each in config.terms if each.teacher is not None]:
         if name not in names:
             raise ConfigError(
-                f"transfer.losses names the teacher {name!r}, which is not one of them; {did_you_mean(name, names)}"
+                f"transfer.losses names the teacher {name!r}, and `teachers` has none of that name; "
+                f"{did_you_mean(name, names)}"
             )
     return [names[0] if each.teacher is None else each.teacher for each in config.terms]
 

@@ -56,7 +56,9 @@ def test_a_run_ends_after_so_many_evaluations_that_are_no_better(
     assert [record["test_top1"] for record in records(tmp_path / "run") if "test_top1" in record] == list(
         SCORES[:epochs]
     )
-    assert (f"{patience} evaluations without a better value" in caplog.text) == (epochs < 9)
+    assert (f"{patience} evaluation{'s' * (patience > 1)} without a better value" in caplog.text) == (
+        epochs < 9
+    )
     assert (tmp_path / "run" / "student").is_dir()
 
 
