@@ -1,4 +1,4 @@
-"""What is read of any classifier of timm, whatever its architecture."""
+"""Read sizes and patch features from any timm classifier, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def feature_width(model: nn.Module) -> int:
 
 
 def patch_features(model: nn.Module, features: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Return what `forward_features` gave as patches (B, N, C), row by row, without class tokens and registers.
+    """Return the output of `forward_features` as patches (B, N, C), row by row, without prefix tokens.
 
     Raises UnsupportedModelError: the features are not a map of patches.
     """
@@ -41,7 +41,7 @@ def patch_features(model: nn.Module, features: Tensor | Mapping[str, Tensor]) ->
 
 
 def image_channels(model: nn.Module) -> int:
-    """Return the number of channels of the images that a model takes: the input channels of its first convolution."""
+    """Return the channels of the images that a model takes: those of its first convolution; 3 without one."""
     if isinstance(model, OutsideTeacher):
         return model.in_chans
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
@@ -51,7 +51,7 @@ def image_channels(model: nn.Module) -> int:
 
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the only size (height, width) of images that a model takes; None where it takes any."""
+    """Return the only size (height, width) of images that a model takes; None if it takes any."""
     if isinstance(model, OutsideTeacher):
         return model.img_size
     described = getattr(model, "pretrained_cfg", None) or {}
@@ -65,11 +65,11 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def check_takes(model: nn.Module, size: tuple[int, int], section: str) -> None:
-    """Run a model on an image of a size (height, width) for its shapes alone.
+    """Run a model on an image of `size` (height, width) on the meta device, which computes only shapes.
 
-    Raises UnsupportedModelError: the model does not take it; `section` of the settings describes the model.
+    Raises UnsupportedModelError: the model does not take this size; `section` is its section of the settings.
     """
-    if isinstance(model, OutsideTeacher):  # a function may compute with anything: the first step tells
+    if isinstance(model, OutsideTeacher):  # may need real values: the first step will show
         return
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
@@ -79,7 +79,7 @@ def check_takes(model: nn.Module, size: tuple[int, int], section: str) -> None:
         with torch.no_grad():
             functional_call(model, empty, (image,))
     except NotImplementedError:
-        return  # an operation without a form for shapes alone: the first step tells
+        return  # an operation that the meta device does not have: the first step will show
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UnsupportedModelError(
             f"the {type(model).__name__} of {section} does not take images of {size[0]}x{size[1]}, set "

@@ -235,7 +235,7 @@ def _check_layer(model: nn.Module, attention: Any, traits: Traits, choice: Choic
     )
     if has_bias and not traits.bias:
         raise UnsupportedModelError(
-            f"plan: layer {index} has a relative position bias, which {choice.operator} has no place for; {keep}"
+            f"plan: layer {index} has a relative position bias, which {choice.operator} does not support; {keep}"
         )
     if getattr(attention.attn_drop, "p", 0) > 0 and not traits.dropout:
         raise UnsupportedModelError(

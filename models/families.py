@@ -145,7 +145,7 @@ def check_supported(model: nn.Module, *, copied: bool = False) -> None:
 
 def attention_blocks(model: nn.Module) -> list[Block]:
     """Return the transformer blocks in order; an empty list for a model without blocks."""
-    own = model._modules.get("blocks")  # not what `replay.py` puts before it for one forward pass
+    own = model._modules.get("blocks")  # not the callables of `replay.py`
     return list(getattr(model, "blocks", ()) if own is None else cast(Iterable[Block], own))
 
 

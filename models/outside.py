@@ -1,4 +1,4 @@
-"""A teacher from any other library, with the methods of a classifier of timm."""
+"""A teacher from another library, with the interface of a timm classifier."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class OutsideTeacher(nn.Module):
     Args:
         model: Returns a mapping with any of `pooled` (B, feature_width), `patches` (B, N, C) and `classes`
             (B, num_classes), an output of transformers (`pooler_output`, `last_hidden_state`, `logits`), or a tensor:
-            the feature where `feature_width` is given, else the logits.
+            the feature if `feature_width` is given, else the logits.
         feature_width: Width of the pooled feature; 0 without one.
         num_classes: Number of classes; 0 without logits.
-        mean: Mean of each channel of its images, which are in 0..1 before.
+        mean: Mean of each channel, to normalize its images from 0..1.
         std: Standard deviation of each channel.
-        img_size: Image size (height, width) at which it sees images; by default the student's.
+        img_size: Size (height, width) of its images (default: the student's).
     """
 
     def __init__(

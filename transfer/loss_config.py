@@ -11,7 +11,7 @@ from .section import OneOf, Section
 
 
 class LossConfig(Section):
-    """One loss, or one copy: what is taken from a teacher, from where, and its weight."""
+    """One loss or one copy: what to take from a teacher, from where, and its weight."""
 
     method: Annotated[str, OneOf(method_names)] = Field(
         "distill", description="what is copied, distilled or matched"
@@ -63,7 +63,7 @@ class LossEntry(LossConfig):
 
 
 class TransferConfig(LossConfig):
-    """What is taken from the teacher, from where, and how hard the student is pulled."""
+    """The losses of a run: what to take from which teacher and layers, and with which weight."""
 
     losses: list[LossEntry] = Field(
         [],
@@ -82,7 +82,7 @@ class TransferConfig(LossConfig):
 
     @property
     def terms(self) -> tuple[LossEntry, ...]:
-        """The losses of the run: `losses`, or the one of the short form."""
+        """Return `losses`, or the single loss that the other settings describe."""
         short = LossEntry(**{name: getattr(self, name) for name in LossConfig.model_fields})
         return tuple(self.losses) or (short,)
 
@@ -93,7 +93,7 @@ class TransferConfig(LossConfig):
         ]
         if self.losses and short:
             raise ValueError(
-                f"transfer.{short[0]} is of the short form, and transfer.losses gives the losses: write "
+                f"transfer.{short[0]} describes a single loss and cannot be used with transfer.losses: write "
                 f"{short[0]} into an entry of transfer.losses"
             )
         return self

@@ -53,7 +53,7 @@ class Section(BaseModel):
         kind = cls.model_fields[str(info.field_name)].annotation
         if not (
             isinstance(kind, type) and issubclass(kind, Section)
-        ):  # its fields are looked at by themselves
+        ):  # its own fields are checked separately
             check_plain(value)
         return value
 

@@ -1,4 +1,4 @@
-"""Normalisers of kernel attention: features φ(q), φ(k) to factors L, R of a map A = L Rᵀ / N whose rows sum to one.
+"""Normalizers of kernel attention: features φ(q), φ(k) to factors L, R of a map A = L Rᵀ / N whose rows sum to one.
 
 Each takes φ(q) and φ(k) of shape (B, H, N, F), the mean key feature (B, H, 1, F) and the scale s of the layer, and
 returns L and R, (B, H, N, F) or one column wider. The means are over tokens that are not padding. Means, unlike sums,

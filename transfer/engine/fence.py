@@ -87,7 +87,7 @@ class Fence:
             if holder is not None and holder["token"] == self.token:
                 with contextlib.suppress(OSError):
                     self.path.unlink()
-                    self.folder.rmdir()  # refused where there is a run in it
+                    self.folder.rmdir()  # fails if the folder contains a run
 
     def _read(self) -> JsonDict | None:
         try:

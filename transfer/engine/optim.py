@@ -32,7 +32,7 @@ def peak_learning_rate(config: OptimConfig, batch_size: int, world_size: int) ->
 
 
 def describe_batch(config: OptimConfig, batch_size: int, world_size: int) -> str:
-    """Describe how far the effective batch is from the recipe's, and how to get there; empty where they are equal."""
+    """Describe how far the effective batch is from the recipe's, and how to reach it; empty if they are equal."""
     rate, effective = peak_learning_rate(config, batch_size, world_size)
     recipe = config.recipe_batch
     if recipe is None or recipe == effective:
@@ -108,7 +108,7 @@ def check_optimizer(config: OptimConfig) -> None:
     valid = [str(name) for name in list_optimizers()]
     if config.opt not in valid:
         raise ConfigError(
-            f"optim.opt={config.opt!r} is not a timm optimiser: {did_you_mean(config.opt, valid)}"
+            f"optim.opt={config.opt!r} is not a timm optimizer: {did_you_mean(config.opt, valid)}"
         )
     if get_optimizer_info(config.opt).second_order:
         raise ConfigError(

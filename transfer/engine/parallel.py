@@ -63,7 +63,7 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
     if engine.precision == "fp16" and on_cpu:
         raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
     if engine.tf32 and on_cpu:
-        raise ConfigError("engine.tf32=true is of GPUs, and this run has none: set it to false")
+        raise ConfigError("engine.tf32=true needs a GPU: set it to false")
     if not engine.fsdp:
         return
     if processes == 1:

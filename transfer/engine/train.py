@@ -194,7 +194,7 @@ def _prepare(
 
 def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Module:
     """Return the task on its device, compiled if requested, sharded or replicated."""
-    task: nn.Module = parts.task.to(accelerator.device)  # the teacher goes with it
+    task: nn.Module = parts.task.to(accelerator.device)  # moves the teacher, too
     if config.student.compile:
         task.compile(fullgraph=True)
     if config.engine.fsdp:

@@ -110,7 +110,7 @@ def test_a_run_with_a_half_teacher(teacher: Path, tmp_path: Path) -> None:
             {"teacher": {"compile": True}, "student": {"compile": True}},
             "teacher.compile=true changes nothing",
         ),
-        ({"engine": {"tf32": True}}, "engine.tf32=true is of GPUs"),
+        ({"engine": {"tf32": True}}, "engine.tf32=true needs a GPU"),
     ],
 )
 def test_types_that_a_run_cannot_have_are_refused(
