@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...checkpoints.atomic import write_file
+from ...checkpoints.atomic import write_text
 from ...models.errors import CheckpointError
 from ..hints import hint
 from .failures import Failure, read_failure
@@ -118,11 +118,7 @@ class JobFolder:
         """Adds one, the newest. Raises WriteFailedError."""
         number = max((int(path.stem) for path in self._submission_paths()), default=0) + 1
         text = json.dumps(asdict(submission), indent=2) + "\n"
-
-        def write(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
-
-        write_file(self.folder / "submissions" / f"{number:04d}.json", write, size=len(text))
+        write_text(self.folder / "submissions" / f"{number:04d}.json", text)
 
     def withdraw_submission(self, launch: str) -> None:
         """Removes what was to be submitted with `launch`, and was not."""

@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...checkpoints.atomic import write_text
 from ...models.errors import ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..cli import DISTRIBUTED
 from ..hints import hint
-from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
+from ..load_config import Setting, dump_config, read_recipe
 from ..say import say_aside
 from ..submitted import SUBMITTED, check_words
 from .batch import Request
 from .checks import check_folder
 from .job_folder import ORDER_FILE, JobFolder, Order
 from .settings import ClusterConfig
-from .submit import write_text
-from .sweep import Sweep, cell_configs, check_sweep, first_config, parse_sweep
+from .sweep import Sweep, cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
 
 if TYPE_CHECKING:
     from ...transfer.analysis.compare.compare import Comparison
@@ -81,29 +81,26 @@ def plan_run(
             early()
         say_aside("graftvit: checking the cells of the comparison ...\n")
         return _plan_comparison(str(recipe), settings)
-    settings = [*settings, _absolute(_configs(recipe, settings)[0].output_dir)]
+    settings = [*settings, _absolute(run_configs(recipe, settings)[0].output_dir)]
     if sweep:
         return _plan_sweep(recipe, settings, sweep)
-    configs = _configs(recipe, settings)
+    configs = run_configs(recipe, settings)
     for config in configs:
         _refuse_existing(config)
     folder, settings = configs[0].output_dir, [*settings, GOES_ON]
     frozen = folder / "jobs" / "config.yaml"
-    text = (
-        _frozen(recipe, settings)
-        if source is not None and source.stages
-        else dump_config(_configs(recipe, settings)[0])
-    )
-    return SubmissionPlan(folder, configs[:1], {frozen: text}, [Request(["train", str(frozen)], folder)])
+    texts = {frozen: frozen_text(recipe, settings)}
+    return SubmissionPlan(folder, configs[:1], texts, [Request(["train", str(frozen)], folder)])
 
 
 def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence[str]) -> SubmissionPlan:
-    folder = _configs(recipe, settings)[0].output_dir
+    folder = run_configs(recipe, settings)[0].output_dir
     sweep = parse_sweep(words, folder)
     check_sweep(sweep)
     for cell in sweep.cells:
-        _refuse_existing(_configs(recipe, [*settings, _absolute(cell.folder)])[0])
+        _refuse_existing(run_configs(recipe, [*settings, _absolute(cell.folder)])[0])
     plain = [setting for setting in settings if setting.key != "output_dir"]
+    first = run_configs(recipe, cell_settings(sweep.cells[0], settings))[0]
     texts = cell_configs(sweep, recipe, [*plain, GOES_ON])
     frozen = {cell.folder / "jobs" / "config.yaml": texts[cell.name] for cell in sweep.cells}
     requests = [
@@ -115,7 +112,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
         raise ConfigError(
             f"all {len(sweep.cells)} cells of {folder} have finished: `{hint('summary', folder)}`"
         )
-    return SubmissionPlan(folder, [first_config(sweep, recipe, settings)], frozen, requests, sweep=sweep)
+    return SubmissionPlan(folder, [first], frozen, requests, sweep=sweep)
 
 
 def _refuse_existing(config: RunConfig) -> None:
@@ -159,20 +156,8 @@ def _taken(settings: Iterable[Setting]) -> list[str]:
     return [f"--{setting.key}={as_text(setting)}" for setting in settings if setting.key in FOR_THE_TEACHER]
 
 
-def _configs(recipe: str | None, settings: Sequence[Setting]) -> list[RunConfig]:
-    stages = load_stages(recipe, settings) if recipe is not None else []
-    return [stage.config for stage in stages] or [load_config(recipe, settings)]
-
-
 def _absolute(folder: Path) -> Setting:
     return Setting("output_dir", str(folder.absolute()), "--output_dir")
-
-
-def _frozen(recipe: str | None, settings: Sequence[Setting]) -> str:
-    stages = load_stages(recipe, settings)
-    return write_yaml(
-        {"stages": [{"name": stage.name, **stage.config.model_dump(mode="json")} for stage in stages]}
-    )
 
 
 def _frozen_comparison(comparison: Comparison, recipe: str) -> str:

@@ -89,15 +89,6 @@ def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]
     return {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
 
 
-def accounting_works() -> bool:
-    """Return whether `sacct` answers here."""
-    try:
-        _accounting_text(["1"])
-    except GraftError:
-        return False
-    return True
-
-
 def cancel(job_id: str) -> None:
     """Ends a job for good, whether it waits or runs. Raises GraftError."""
     ask("scancel", job_id)

@@ -105,13 +105,6 @@ def shared_site_files() -> list[Path]:
     return [Path(root) / "graftvit" / "cluster.yaml" for root in roots.split(":") if root]
 
 
-def load_cluster(
-    given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None
-) -> ClusterConfig:
-    """The resources that `ask` finds. Raises ConfigError."""
-    return ask(given, site, before).config()
-
-
 def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None) -> Asked:
     """Lays all origins over each other.
 
@@ -296,11 +289,6 @@ def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None
         own = asked.values.get("dependency")
         asked.put(Layer(dependency_on(arguments.after, *([own] if own else [])), lambda key: "--after"))
     return asked
-
-
-def cluster_of(arguments: argparse.Namespace, before: dict[str, Any] | None = None) -> ClusterConfig:
-    """Return the result of `asked_by`, checked. Raises ConfigError."""
-    return asked_by(arguments, before).config()
 
 
 def _option(word: str) -> tuple[str, str | bool]:

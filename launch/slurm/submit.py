@@ -17,7 +17,7 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission
 
-from ...checkpoints.atomic import write_file
+from ...checkpoints.atomic import write_text
 from ...models.errors import ConfigError, GraftError
 from ..hints import hint
 from .attempt import JobTask
@@ -214,12 +214,3 @@ def _run(launch: Launch, code: Path, made: dict[str, Any]) -> list[str]:
 
 def _is_array(launch: Launch) -> bool:
     return len(launch.requests) > 1
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_file(path, write, size=len(text))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...checkpoints.atomic import write_file
+from ...checkpoints.atomic import write_bytes
 from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.config import RunConfig
@@ -197,7 +197,7 @@ def write_summary(summary: Summary) -> list[Path]:
 
         files[".png"] = to_png(summary)
     for suffix, content in files.items():
-        _write(summary.folder / f"{NAME}{suffix}", content)
+        write_bytes(summary.folder / f"{NAME}{suffix}", content)
     return [summary.folder / f"{NAME}{suffix}" for suffix in files]
 
 
@@ -252,10 +252,3 @@ def _table(lines: Sequence[Sequence[str]], words: int) -> str:
     rule = ["---"] * words + ["---:"] * (len(lines[0]) - words)
     shown = [[plain(cell) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [shown[0], rule, *shown[1:]])
-
-
-def _write(path: Path, content: bytes) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_file(path, write, size=len(content))

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.atomic import write_file
+from ...checkpoints.atomic import write_text
 from ...models.errors import CheckpointError, ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..fields import find_key, leaf_of, leaves, unknown
-from ..load_config import Setting, dump_config, load_config, load_stages, parse_setting, read_recipe
+from ..load_config import Setting, dump_config, load_config, load_stages, parse_setting
 
 SWEEP_FILE = "sweep.json"
 NAME_LENGTH = 180
@@ -56,12 +56,7 @@ class Sweep:
             "axes": [{"key": axis.key, "values": axis.values} for axis in self.axes],
             "cells": [{"name": cell.name, "settings": cell.settings} for cell in self.cells],
         }
-        text = json.dumps(content, indent=1) + "\n"
-
-        def write(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
-
-        write_file(self.folder / SWEEP_FILE, write, size=len(text))
+        write_text(self.folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def parse_sweep(words: Iterable[str], output_dir: Path) -> Sweep:
@@ -298,14 +293,23 @@ def cell_configs(
     """
     given = list(overrides)
     _check_once(sweep, given)
-    return {cell.name: _cell_config(cell, recipe, given) for cell in sweep.cells}
+    return {cell.name: frozen_text(recipe, cell_settings(cell, given)) for cell in sweep.cells}
 
 
-def first_config(sweep: Sweep, recipe: str | Path | None, overrides: Sequence[Setting]) -> RunConfig:
-    """Return the run of the first cell, or its first stage."""
-    own = _settings(sweep.cells[0], overrides)
-    stages = [] if recipe is None else load_stages(recipe, own)
-    return stages[0].config if stages else load_config(recipe, own)
+def run_configs(recipe: str | Path | None, settings: Sequence[Setting]) -> list[RunConfig]:
+    """Return the configuration of a run, or of each of its stages. Raises ConfigError."""
+    stages = [] if recipe is None else load_stages(recipe, settings)
+    return [stage.config for stage in stages] or [load_config(recipe, settings)]
+
+
+def frozen_text(recipe: str | Path | None, settings: Sequence[Setting]) -> str:
+    """Return the YAML of all settings of a run; stages stay stages. Raises ConfigError."""
+    stages = [] if recipe is None else load_stages(recipe, settings)
+    if not stages:
+        return dump_config(load_config(recipe, settings))
+    return write_yaml(
+        {"stages": [{"name": stage.name, **stage.config.model_dump(mode="json")} for stage in stages]}
+    )
 
 
 def as_text(setting: Setting) -> str:
@@ -318,17 +322,8 @@ def as_text(setting: Setting) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _cell_config(cell: Cell, recipe: str | Path | None, overrides: Sequence[Setting]) -> str:
-    own = _settings(cell, overrides)
-    if recipe is None or not read_recipe(recipe).stages:
-        return dump_config(load_config(recipe, own))
-    stages = load_stages(recipe, own)
-    return write_yaml(
-        {"stages": [{"name": stage.name, **stage.config.model_dump(mode="json")} for stage in stages]}
-    )
-
-
-def _settings(cell: Cell, overrides: Sequence[Setting]) -> list[Setting]:
+def cell_settings(cell: Cell, overrides: Sequence[Setting]) -> list[Setting]:
+    """Return the settings of the run of a cell."""
     own = [parse_setting(key, value, origin=f"--sweep {key}") for key, value in cell.settings.items()]
     return [*overrides, *own, Setting("output_dir", str(cell.folder), "output_dir")]
 

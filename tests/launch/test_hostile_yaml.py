@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch import cli
 from graftvit.launch.load_config import load_config, parse_override, read_recipe
-from graftvit.launch.slurm.setting_layers import load_cluster
+from graftvit.launch.slurm.setting_layers import ask
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import parse_plan
 from graftvit.models.plain_yaml import MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
@@ -44,7 +44,7 @@ def test_hostile_text_is_refused_in_one_sentence(name: str, tmp_path: Path) -> N
         load_config(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=sentence):
-        load_cluster({}, path)
+        ask({}, path)
 
 
 def test_an_alias_of_a_reasonable_size_is_what_it_stands_for() -> None:
@@ -95,7 +95,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(make: Callable[[Path], No
     with pytest.raises(ConfigError, match=r"it\.yaml"):
         read_recipe(tmp_path / "mine.yaml")
     with pytest.raises(ConfigError, match=r"it\.yaml"):
-        load_cluster({}, tmp_path / "it.yaml")
+        ask({}, tmp_path / "it.yaml")
 
 
 @pytest.mark.parametrize("base", ["/dev/zero", "[1, 2]", "5", '"a\\0b"', "a" * 6_000])
@@ -148,7 +148,7 @@ def test_the_site_file_says_numbers_and_text_that_can_be(tmp_path: Path) -> None
     ):
         (tmp_path / "site.yaml").write_text(text)
         with pytest.raises(ConfigError):
-            load_cluster({}, tmp_path / "site.yaml")
+            ask({}, tmp_path / "site.yaml").config()
 
 
 @pytest.mark.parametrize(

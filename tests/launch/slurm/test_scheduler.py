@@ -14,7 +14,6 @@ from graftvit.launch.slurm import ask, scheduler
 from graftvit.launch.slurm.ask import NoAnswerError, NoSuchJobError
 from graftvit.launch.slurm.scheduler import (
     JobState,
-    accounting_works,
     cancel,
     expand_id,
     fallen_in,
@@ -122,7 +121,6 @@ def test_without_slurm_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GraftError, match="squeue is not on this machine"):
         job_states(["1"])
-    assert not accounting_works()
     assert fallen_nodes(["a"]) == []
     assert scheduler.reason_of_signal("1") == ""
 
@@ -220,7 +218,6 @@ def test_real_jobs(
 ) -> None:
     cluster = start_cluster(accounting=accounting)
     use(monkeypatch, cluster)
-    assert accounting_works() == (accounting == "shim")
     array = sbatch(cluster, "sleep 100", "--array=0-5%1")
     failed = sbatch(cluster, "exit 7")
     mark = tmp_path / "usr2"

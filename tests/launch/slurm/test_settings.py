@@ -12,7 +12,7 @@ from graftvit.launch.flags import command_parser, parse_command
 from graftvit.launch.slurm.setting_layers import (
     ONLY_IN_THE_SITE_FILE,
     add_cluster_flags,
-    cluster_of,
+    asked_by,
     site_file,
 )
 from graftvit.launch.slurm.settings import ClusterConfig, parse_time, sbatch_fields
@@ -42,7 +42,7 @@ def parsed(*words: str) -> argparse.Namespace:
 
 
 def asked(*words: str, base: dict[str, Any] | None = None) -> ClusterConfig:
-    return cluster_of(parsed(*words), base)
+    return asked_by(parsed(*words), base).config()
 
 
 def refusal(*words: str) -> str:

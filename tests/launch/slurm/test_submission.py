@@ -14,7 +14,7 @@ from engine_runs import config, make_teacher
 from graftvit.launch.slurm import checks
 from graftvit.launch.slurm import checks as inventory
 from graftvit.launch.slurm.requests import plan_run
-from graftvit.launch.slurm.setting_layers import load_cluster, site_file
+from graftvit.launch.slurm.setting_layers import ask, site_file
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check_runs
 from graftvit.models.errors import ConfigError
@@ -138,7 +138,7 @@ def test_a_check_names_where_a_value_is_from(
     path = site(**{"time": "1:00:00", **content})
     for name, value in surroundings.items():
         monkeypatch.setenv(name, value)
-    asked = load_cluster({})
+    asked = ask({}).config()
     assert sentence.format(site=path) in refused(asked, asked.cpus_per_task or 1)
 
 
