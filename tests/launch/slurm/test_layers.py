@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from graftvit.launch.flags import command_parser, parse_command
-from graftvit.launch.slurm.setting_layers import Asked, add_cluster_flags, asked_by, describe, site_file
+from cluster_users import asked, refusal, write_site
+from graftvit.launch.slurm.setting_layers import describe
 from graftvit.launch.slurm.settings import ClusterConfig
-from graftvit.models.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +21,6 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def site(**values: Any) -> Path:
-    path = site_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
 def site_of_all(tmp_path: Path, **values: Any) -> Path:
     """What an administrator wrote."""
     path = tmp_path / "all" / "graftvit" / "cluster.yaml"
@@ -37,27 +29,14 @@ def site_of_all(tmp_path: Path, **values: Any) -> Path:
     return path
 
 
-def asked(*words: str, before: dict[str, Any] | None = None) -> Asked:
-    parser = command_parser("submit", "", [])
-    add_cluster_flags(parser)
-    return asked_by(parse_command(parser, words)[0], before)
-
-
 def config(*words: str, before: dict[str, Any] | None = None) -> ClusterConfig:
     return asked(*words, before=before).config()
-
-
-def refusal(*words: str) -> str:
-    with pytest.raises(ConfigError) as raised:
-        config(*words)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def test_a_flag_wins_over_the_surroundings_and_those_over_the_site_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    site(partition="of_the_site", account="of_the_site", qos="of_the_site")
+    write_site(partition="of_the_site", account="of_the_site", qos="of_the_site")
     for name in ("PARTITION", "ACCOUNT"):
         monkeypatch.setenv(f"SBATCH_{name}", "of_the_surroundings")
     found = config("--partition", "of_the_flag")
@@ -108,7 +87,7 @@ def test_options_of_the_surroundings_without_a_value(
 
 
 def test_other_options_of_the_surroundings_are_shown_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    site(sbatch={"wckey": "of_the_site", "nice": 5})
+    write_site(sbatch={"wckey": "of_the_site", "nice": 5})
     monkeypatch.setenv("SBATCH_WCKEY", "of_the_surroundings")
     assert config().sbatch == {"wckey": "of_the_surroundings", "nice": 5}
     assert "  wckey              of_the_surroundings    SBATCH_WCKEY\n" in describe(asked())
@@ -132,7 +111,7 @@ def test_a_wrong_value_of_the_surroundings_is_named_with_its_variable(
 
 
 def test_each_value_is_shown_with_its_origin() -> None:
-    path = site(partition="gpu", shared_folders=["/scratch"], setup=["module load cuda", "umask 002"])
+    path = write_site(partition="gpu", shared_folders=["/scratch"], setup=["module load cuda", "umask 002"])
     assert describe(asked("--nodes", "2", "--sbatch", "mail-type=END")) == (
         "asked of the cluster:\n"
         f"  partition          gpu                    {path}: partition\n"
@@ -151,7 +130,7 @@ PROFILES = {
 def test_a_profile_goes_before_the_surroundings_and_the_file_and_after_flags(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = site(partition="gpu", account="lab", mem_per_cpu="4G", sbatch={"nice": 5}, profiles=PROFILES)
+    path = write_site(partition="gpu", account="lab", mem_per_cpu="4G", sbatch={"nice": 5}, profiles=PROFILES)
     monkeypatch.setenv("SBATCH_PARTITION", "of_the_surroundings")
     found = config("--profile", "debug", "--time", "60")
     assert (found.profile, found.partition, found.account, found.minutes) == ("debug", "debug", "lab", 60)
@@ -164,7 +143,7 @@ def test_a_profile_goes_before_the_surroundings_and_the_file_and_after_flags(
 
 
 def test_the_default_profile_goes_after_the_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    site(partition="gpu", profile="debug", profiles=PROFILES)
+    write_site(partition="gpu", profile="debug", profiles=PROFILES)
     assert (config().partition, config().minutes) == ("debug", 30)
     assert (config("--profile", "big").partition, config("--profile", "big").minutes) == ("gpu", 1440)
     monkeypatch.setenv("SBATCH_PARTITION", "of_the_surroundings")
@@ -172,11 +151,11 @@ def test_the_default_profile_goes_after_the_surroundings(monkeypatch: pytest.Mon
 
 
 def test_a_run_keeps_its_resources_until_a_profile_is_named() -> None:
-    path = site(profiles=PROFILES)
+    path = write_site(profiles=PROFILES)
     before = config("--profile", "debug", "--nodes", "2").model_dump(mode="json")
     path.unlink()
     assert config(before=before).model_dump(mode="json") == before  # also where the profile is gone
-    site(profile="debug", profiles=PROFILES)
+    write_site(profile="debug", profiles=PROFILES)
     found = config("--profile", "big", before=before)
     assert (found.profile, found.nodes, found.minutes, found.partition) == ("big", 8, 30, "debug")
 
@@ -200,14 +179,14 @@ def test_a_run_keeps_its_resources_until_a_profile_is_named() -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_profile_is_named(content: dict[str, Any], words: list[str], said: str) -> None:
-    path = site(**content)
+    path = write_site(**content)
     assert said.replace("{}", str(path)) in refusal(*words)
 
 
 @pytest.mark.parametrize("name", ["mem", "mem_per_cpu", "mem_per_gpu"])
 def test_one_way_to_ask_for_memory_takes_the_place_of_another(name: str) -> None:
     for other in {"mem", "mem_per_cpu", "mem_per_gpu"} - {name}:
-        site(**{other: "1G"})
+        write_site(**{other: "1G"})
         found = config(f"--{name}", "2G")
         assert (getattr(found, name), getattr(found, other)) == ("2G", None)
         before = ClusterConfig(**{other: "1G"}).model_dump(mode="json")
@@ -216,31 +195,31 @@ def test_one_way_to_ask_for_memory_takes_the_place_of_another(name: str) -> None
 
 
 def test_two_ways_to_ask_for_memory_at_once_are_refused() -> None:
-    site(mem="1G", mem_per_gpu="2G")
+    write_site(mem="1G", mem_per_gpu="2G")
     assert "mem and mem_per_gpu exclude each other" in refusal()
 
 
 def test_gpus_of_gres_take_the_place_of_others_and_the_other_way_round() -> None:
-    site(gpus_per_node=8)
+    write_site(gpus_per_node=8)
     assert config("--gres", "tmpdisk:100").gpu_count == 8
     found = config("--gres", "gpu:a100:4,tmpdisk:100")
     assert (found.gpus, found.gpus_per_node, found.tasks) == ({"a100": 4}, None, 4)
-    site(gres="gpu:a100:4,tmpdisk:100")
+    write_site(gres="gpu:a100:4,tmpdisk:100")
     found = config("--gpus_per_node", "2")
     assert (found.gpus, found.gres) == ({"": 2}, "tmpdisk:100")
     before = config().model_dump(mode="json")
     assert config("--gpus_per_node", "h100:1", before=before).gpus == {"h100": 1}
-    site(gres="gpu:4")
+    write_site(gres="gpu:4")
     assert config("--gpus_per_node", "2").gres is None
-    site(gres="gpu:4", gpus_per_node=4)
+    write_site(gres="gpu:4", gpus_per_node=4)
     assert "gpus_per_node and the GPUs of gres are the same: give one of them" in refusal()
 
 
 def test_a_switch_of_sbatch_reads_alike_everywhere() -> None:
-    site(sbatch={"hold": "true", "contiguous": True, "overcommit": False, "spread-job": "false"})
+    write_site(sbatch={"hold": "true", "contiguous": True, "overcommit": False, "spread-job": "false"})
     assert config().sbatch == {"hold": True, "contiguous": True}
     assert config("--sbatch", "hold=false", "--sbatch", "contiguous=FALSE").sbatch == {}
-    site()
+    write_site()
     assert config("--sbatch", "hold=true").sbatch == {"hold": True}
     assert config("--sbatch", "hold").sbatch == {"hold": True}
 
@@ -261,13 +240,13 @@ def test_what_an_administrator_wrote_lies_below_what_a_user_did(tmp_path: Path) 
     found = asked().config()
     assert (found.partition, found.gpus_per_node, found.time) == ("gpu", "1", "1:00:00")
     assert f"{path}: profiles.small.time" in describe(asked())
-    site(account="mine", gpus_per_node=4, profiles={"big": {"nodes": 8}})
+    write_site(account="mine", gpus_per_node=4, profiles={"big": {"nodes": 8}})
     found = config()
     assert (found.account, found.gpus_per_node, found.time) == ("mine", "4", "1:00:00")
     assert config("--profile", "big").nodes == 8  # the user's own of that name
-    site(profile="big")
+    write_site(profile="big")
     assert (config().nodes, config().time) == (2, "24:00:00")  # in place of the administrator's choice
-    assert config("--site", str(site(nodes=3))).partition is None  # a file that is named stands alone
+    assert config("--site", str(write_site(nodes=3))).partition is None  # a file that is named stands alone
 
 
 def test_a_wrong_key_of_an_administrator_is_named_with_its_file(tmp_path: Path) -> None:

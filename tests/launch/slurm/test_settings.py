@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from graftvit.launch.flags import command_parser, parse_command
+from cluster_users import asked, refusal, write_site
+from graftvit.launch.flags import command_parser
 from graftvit.launch.slurm.setting_layers import (
     ONLY_IN_THE_SITE_FILE,
     add_cluster_flags,
-    asked_by,
     site_file,
 )
 from graftvit.launch.slurm.settings import ClusterConfig, parse_time, sbatch_fields
@@ -28,47 +26,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def site(**values: Any) -> Path:
-    path = site_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def parsed(*words: str) -> argparse.Namespace:
-    parser = command_parser("submit", "", [])
-    add_cluster_flags(parser)
-    return parse_command(parser, words)[0]
-
-
-def asked(*words: str, base: dict[str, Any] | None = None) -> ClusterConfig:
-    return asked_by(parsed(*words), base).config()
-
-
-def refusal(*words: str) -> str:
-    with pytest.raises(ConfigError) as raised:
-        asked(*words)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+def config(*words: str, before: dict[str, Any] | None = None) -> ClusterConfig:
+    return asked(*words, before=before).config()
 
 
 def test_defaults_without_any_file() -> None:
-    assert asked() == ClusterConfig()
-    assert (asked().tasks, asked().world_size, asked().minutes) == (1, 1, 1440)
+    assert config() == ClusterConfig()
+    assert (config().tasks, config().world_size, config().minutes) == (1, 1, 1440)
 
 
 def test_a_flag_wins_over_the_site_file_and_that_over_the_defaults() -> None:
-    site(partition="gpu", nodes=4, account="lab", mem="100G")
-    config = asked("--nodes", "8", "--mem=200G")
-    assert (config.partition, config.account, config.nodes, config.mem) == ("gpu", "lab", 8, "200G")
-    assert config.qos is None
+    write_site(partition="gpu", nodes=4, account="lab", mem="100G")
+    found = config("--nodes", "8", "--mem=200G")
+    assert (found.partition, found.account, found.nodes, found.mem) == ("gpu", "lab", 8, "200G")
+    assert found.qos is None
 
 
 def test_what_a_run_asked_for_before_wins_over_the_site_file() -> None:
-    site(partition="gpu", account="lab")
-    config = asked("--nodes", "2", base={"partition": "old", "nodes": 8, "sbatch": {"reservation": "r"}})
-    assert (config.partition, config.account, config.nodes) == ("old", "lab", 2)
-    assert (config.reservation, config.sbatch) == ("r", {})  # it has a flag of its own by now
+    write_site(partition="gpu", account="lab")
+    found = config("--nodes", "2", before={"partition": "old", "nodes": 8, "sbatch": {"reservation": "r"}})
+    assert (found.partition, found.account, found.nodes) == ("old", "lab", 2)
+    assert (found.reservation, found.sbatch) == ("r", {})  # it has a flag of its own by now
 
 
 def test_where_the_site_file_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,18 +61,18 @@ def test_where_the_site_file_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_another_site_file_is_taken_instead(tmp_path: Path) -> None:
-    site(partition="gpu", account="lab")
+    write_site(partition="gpu", account="lab")
     other = tmp_path / "other.yaml"
     other.write_text("partition: cpu\n")
-    config = asked("--site", str(other))
-    assert (config.partition, config.account) == ("cpu", None)
+    found = config("--site", str(other))
+    assert (found.partition, found.account) == ("cpu", None)
     assert str(tmp_path / "none.yaml") in refusal("--site", str(tmp_path / "none.yaml"))
 
 
 def test_an_empty_site_file_says_nothing() -> None:
     site_file().parent.mkdir(parents=True)
     site_file().write_text("# partition: gpu\n")
-    assert asked() == ClusterConfig()
+    assert config() == ClusterConfig()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +110,7 @@ def test_an_empty_site_file_says_nothing() -> None:
     ],
 )
 def test_a_wrong_site_file_is_named_with_its_key(content: str, words: str) -> None:
-    path = site()
+    path = write_site()
     path.write_text(content)
     said = refusal()
     assert str(path) in said
@@ -140,7 +118,7 @@ def test_a_wrong_site_file_is_named_with_its_key(content: str, words: str) -> No
 
 
 def test_a_site_file_that_is_no_text() -> None:
-    path = site()
+    path = write_site()
     path.write_bytes(b"partition: \xff\xfe")
     assert f"{path} is damaged: it is no UTF-8 text" in refusal()
 
@@ -183,7 +161,7 @@ def test_a_site_file_that_is_no_text() -> None:
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value(words: list[str], said: str) -> None:
-    site(partition="gpu")
+    write_site(partition="gpu")
     found = refusal(*words)
     assert said in found
     assert "cluster.yaml" not in found
@@ -201,44 +179,46 @@ def command_flags() -> set[str]:
 
 
 def test_other_options_of_sbatch() -> None:
-    site(sbatch={"mail-user": "me@x", "mail-type": "END", "exclusive": True, "hold": False, "nice": 100})
-    config = asked("--sbatch", "mail-type=FAIL,END", "--sbatch=--wckey=a=b", "--sbatch", "contiguous")
-    assert config.sbatch == {
+    write_site(
+        sbatch={"mail-user": "me@x", "mail-type": "END", "exclusive": True, "hold": False, "nice": 100}
+    )
+    found = config("--sbatch", "mail-type=FAIL,END", "--sbatch=--wckey=a=b", "--sbatch", "contiguous")
+    assert found.sbatch == {
         "mail_user": "me@x", "mail_type": "FAIL,END", "exclusive": True, "nice": 100,
         "wckey": "a=b", "contiguous": True,
     }  # fmt: skip
-    again = ClusterConfig.model_validate(config.model_dump(mode="json"))  # as `graftvit resume` reads it
-    assert again == config
+    again = ClusterConfig.model_validate(found.model_dump(mode="json"))  # as `graftvit resume` reads it
+    assert again == found
 
 
 def test_lines_of_setup() -> None:
-    site(setup="module purge\nmodule load cuda")
-    assert asked().setup == ("module purge", "module load cuda")
-    site(setup=["module load cuda", "source 'my env/bin/activate'"])
-    assert asked().setup[1] == "source 'my env/bin/activate'"
-    assert asked("--setup", "a b", "--setup=export X=--y").setup == ("a b", "export X=--y")
+    write_site(setup="module purge\nmodule load cuda")
+    assert config().setup == ("module purge", "module load cuda")
+    write_site(setup=["module load cuda", "source 'my env/bin/activate'"])
+    assert config().setup[1] == "source 'my env/bin/activate'"
+    assert config("--setup", "a b", "--setup=export X=--y").setup == ("a b", "export X=--y")
 
 
 def test_shared_folders_as_people_write_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("WORKDIR", "/lustre/me")
-    site(shared_folders=["~/runs", "$WORKDIR/x", "/scratch"])
-    assert asked().shared_folders == (Path("/home/me/runs"), Path("/lustre/me/x"), Path("/scratch"))
-    site(shared_folders="/scratch")
-    assert asked().shared_folders == (Path("/scratch"),)
+    write_site(shared_folders=["~/runs", "$WORKDIR/x", "/scratch"])
+    assert config().shared_folders == (Path("/home/me/runs"), Path("/lustre/me/x"), Path("/scratch"))
+    write_site(shared_folders="/scratch")
+    assert config().shared_folders == (Path("/scratch"),)
 
 
 def test_numbers_that_are_names() -> None:
-    site(account=1234, time=90, mem=4000)
+    write_site(account=1234, time=90, mem=4000)
     site_file().write_text("account: 007\ntime: 1:30:00\nqos: no\nmem: 4000\nconstraint: 1e3\n")
-    config = asked()
-    assert (config.account, config.minutes, config.qos, config.mem) == ("007", 90, "no", "4000")
+    found = config()
+    assert (found.account, found.minutes, found.qos, found.mem) == ("007", 90, "no", "4000")
 
 
 def test_tasks_are_one_a_gpu() -> None:
-    assert asked("--nodes", "2", "--gpus_per_node", "8").world_size == 16
-    assert asked("--nodes", "2", "--gpus_per_node", "8", "--tasks_per_node", "1").world_size == 2
-    assert asked("--nodes", "2", "--gpus_per_node", "0").world_size == 2
+    assert config("--nodes", "2", "--gpus_per_node", "8").world_size == 16
+    assert config("--nodes", "2", "--gpus_per_node", "8", "--tasks_per_node", "1").world_size == 2
+    assert config("--nodes", "2", "--gpus_per_node", "0").world_size == 2
 
 
 TIMES = {

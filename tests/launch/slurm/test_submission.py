@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from engine_runs import config, make_teacher
+from cluster_users import user_with_recipe, write_site
 from graftvit.launch.slurm import checks
 from graftvit.launch.slurm import checks as inventory
 from graftvit.launch.slurm.requests import plan_run
-from graftvit.launch.slurm.setting_layers import ask, site_file
+from graftvit.launch.slurm.setting_layers import ask
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check_runs
 from graftvit.models.errors import ConfigError
@@ -51,26 +50,13 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.fixture
 def user(tmp_path: Path, nodes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user with a recipe `run.yaml` on a login node, whose Slurm is made of shell scripts."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    site(shared_folders=[str(tmp_path)], gpus_per_node=0, cpus_per_task=1)
-    run = config(tmp_path / "run", make_teacher(tmp_path / "teacher"))
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     for name, lines in SLURM.items():
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
         program.write_text(f"#!/bin/sh\n{lines}")
         program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def site(**values: object) -> Path:
-    path = site_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values))
-    return path
+    path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    return user_with_recipe(tmp_path, monkeypatch, path, gpus_per_node=0)
 
 
 def refused(asked: ClusterConfig, cores: int = 1) -> str:
@@ -135,7 +121,7 @@ def test_a_check_names_where_a_value_is_from(
     surroundings: dict[str, str], content: dict[str, object], sentence: str, user: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    path = site(**{"time": "1:00:00", **content})
+    path = write_site(**{"time": "1:00:00", **content})
     for name, value in surroundings.items():
         monkeypatch.setenv(name, value)
     asked = ask({}).config()
