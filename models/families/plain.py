@@ -1,9 +1,8 @@
-"""The supported timm models, and the sizes of their attention."""
+"""Plain vision transformers: one list of blocks, which all have the same tokens, heads and widths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,11 +13,12 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from .attention.base import Geometry
-from .errors import UnsupportedModelError
-from .json_types import JsonDict
+from ..attention.base import Geometry
+from ..errors import UnsupportedModelError
+from .model_types import Block, vit
+from .site import Family
 
 MODELS = (VisionTransformer, Beit, Eva)
 BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
@@ -27,54 +27,6 @@ SUPPORTED = (
     "timm's plain vision transformers: vision_transformer (ViT, DeiT III, MAE, DINO, DINOv2, CLIP, SigLIP), "
     "deit, beit (BEiT, BEiTv2) and eva (EVA, EVA-02, DINOv3)"
 )
-
-
-class Block(nn.Module):
-    """The attributes of timm's transformer blocks that we read: a type, because `nn.Module` does not declare them."""
-
-    attn: Any
-    """timm's attention layer, or the host that replaces it."""
-    mlp: Any
-
-
-class ViT(nn.Module):
-    """The attributes of timm's vision transformers that we read: a type like `Block`, never instantiated."""
-
-    patch_embed: Any
-    pos_embed: nn.Parameter | None
-    cls_token: nn.Parameter | None
-    blocks: nn.Module
-    global_pool: str
-    default_cfg: JsonDict
-    num_classes: int
-    num_features: int
-    forward_features: Callable[[Tensor], Tensor]
-    get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
-    init_weights: Callable[[], None]
-    set_grad_checkpointing: Callable[[bool], None]
-    set_input_size: Callable[..., None]
-    teacher: Any
-    """The part of the teacher in a student that copies attention, which also has `teacher_input` and `copied`."""
-    teacher_input: Any
-    copied: Any
-
-
-def vit(model: nn.Module) -> ViT:
-    """Return the same model, typed with the attributes of timm's vision transformers."""
-    return cast(ViT, model)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode inside the block; then restore the mode of each module."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass(frozen=True)
@@ -113,38 +65,18 @@ def is_supported(model: nn.Module) -> bool:
     return isinstance(model, MODELS)
 
 
-def check_supported(model: nn.Module, *, copied: bool = False) -> None:
-    """Raise `UnsupportedModelError` if the model or one of its blocks is not supported.
-
-    A model that copies its teacher's attention is supported only with `copied`: it has no attention of its own to
-    convert or to teach.
-    """
-    name = type(model).__name__
+def refuse_copied(model: nn.Module, copied: bool) -> None:
+    """Raise UnsupportedModelError for a model that copies its teacher's attention, unless `copied`."""
     if not copied and hasattr(model, "copied"):
         raise UnsupportedModelError(
-            f"this {name} runs with its teacher's attention and has none of its own to convert, teach or learn from: "
-            "take its teacher, a student that was trained by distilling, or its own weights alone "
+            f"this {type(model).__name__} runs with its teacher's attention and has none of its own to convert, teach "
+            "or learn from: take its teacher, a student that was trained by distilling, or its own weights alone "
             "(`graftvit save SOURCE DIR --bare`)"
         )
-    if not isinstance(model, MODELS):
-        raise UnsupportedModelError(f"{name} is not a supported model; supported are {SUPPORTED}")
-    for index, block in enumerate(attention_blocks(model)):
-        attention = getattr(block, "attn", None)
-        attention = getattr(attention, "original", attention)  # a host has the layer that it replaces
-        if not isinstance(block, BLOCKS) or not isinstance(attention, ATTENTIONS):
-            part = (
-                type(block).__name__
-                if attention is None
-                else f"{type(block).__name__} with {type(attention).__name__}"
-            )
-            raise UnsupportedModelError(
-                f"block {index} of {name} is a {part}, which is not supported; supported are {SUPPORTED}, "
-                "with one softmax attention a block"
-            )
 
 
 def attention_blocks(model: nn.Module) -> list[Block]:
-    """Return the transformer blocks in order; an empty list for a model without blocks."""
+    """Return the blocks of a plain transformer in order; an empty list for a model without such blocks."""
     own = model._modules.get("blocks")  # not the callables of `replay.py`
     return list(getattr(model, "blocks", ()) if own is None else cast(Iterable[Block], own))
 
@@ -156,7 +88,10 @@ def classifier_of(model: nn.Module) -> nn.Module | None:
 
 
 def image_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the height and width of the images that a model was built for; None if unknown."""
+    """Return the height and width of the images that a model was built for; None if unknown.
+
+    A pyramid that takes images of any size has a size once it was resized or converted.
+    """
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return None if size is None else (int(size[0]), int(size[1]))
 
@@ -185,18 +120,23 @@ def token_layout(model: nn.Module) -> TokenLayout:
 
     The grid is that of the model's image size; with `dynamic_img_size`, other sizes have other grids.
     """
-    registers = getattr(model, "reg_token", None)
-    prefix = ["cls"] if vit(model).cls_token is not None else []
-    if getattr(model, "dist_token", None) is not None:
-        prefix.append("dist")
-    prefix += [f"reg{index}" for index in range(0 if registers is None else registers.shape[1])]
     size = image_size(model)
     if size is None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} was built without an image size, so its number of patches is unknown: "
             "build it with img_size"
         )
-    return TokenLayout(tuple(prefix), patch_grid(vit(model).patch_embed, size))
+    return TokenLayout(prefix_kinds(model), patch_grid(vit(model).patch_embed, size))
+
+
+def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
+    """Return the kinds of prefix tokens: "cls", "dist", "reg0", …"""
+    registers = getattr(model, "reg_token", None)
+    prefix = ["cls"] if vit(model).cls_token is not None else []
+    if getattr(model, "dist_token", None) is not None:
+        prefix.append("dist")
+    prefix += [f"reg{index}" for index in range(0 if registers is None else registers.shape[1])]
+    return tuple(prefix)
 
 
 def patch_grid(embedding: Any, images: tuple[int, int]) -> tuple[int, int]:
@@ -235,3 +175,25 @@ def attention_shape(model: nn.Module) -> AttentionShape:
     return AttentionShape(
         len(blocks), attention.num_heads, width // attention.num_heads, attention.proj.out_features
     )
+
+
+class Plain(Family):
+    """timm's plain vision transformers, as `SUPPORTED` lists them."""
+
+    name = "vision_transformer, deit, beit and eva"
+    models = MODELS
+    blocks = BLOCKS
+    attentions = ATTENTIONS
+    is_pyramid = False
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        return [[f"blocks.{index}" for index in range(len(attention_blocks(model)))]]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return image_size(model)
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        return [Geometry(len(prefix_kinds(model)), patch_grid(vit(model).patch_embed, size))]
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        vit(model).set_input_size(img_size=size)

@@ -1,0 +1,29 @@
+"""The supported timm models: where their blocks are, and the sizes of their attention."""
+
+from .model_types import Block as Block
+from .model_types import ViT as ViT
+from .model_types import evaluating as evaluating
+from .model_types import vit as vit
+from .plain import SUPPORTED as SUPPORTED
+from .plain import AttentionShape as AttentionShape
+from .plain import TokenLayout as TokenLayout
+from .plain import attention_blocks as attention_blocks
+from .plain import attention_shape as attention_shape
+from .plain import check_patches as check_patches
+from .plain import classifier_of as classifier_of
+from .plain import fills as fills
+from .plain import has_relative_bias as has_relative_bias
+from .plain import image_channels as image_channels
+from .plain import image_size as image_size
+from .plain import is_supported as is_supported
+from .plain import patch_grid as patch_grid
+from .plain import patch_size as patch_size
+from .plain import token_layout as token_layout
+from .site import Family as Family
+from .site import Site as Site
+from .walk import check_supported as check_supported
+from .walk import depths as depths
+from .walk import family_of as family_of
+from .walk import find_family as find_family
+from .walk import is_pyramid as is_pyramid
+from .walk import sites as sites

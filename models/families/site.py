@@ -1,0 +1,110 @@
+"""A site is one block of a model with its place; a family knows where the blocks of its timm models are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from ..attention.base import Geometry, LayerShape
+from ..errors import UnsupportedModelError
+from .model_types import Block
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block of a model: its place, and the tokens and heads of its attention."""
+
+    index: int
+    """The number among all blocks of the model, as in plans and records."""
+    stage: int
+    """From 0; a plain vision transformer has one stage."""
+    place: int
+    """The number in the stage."""
+    path: str
+    """The name of the block in the model, such as "layers.0.blocks.1"."""
+    width: int
+    num_heads: int
+    """0 for a block without attention."""
+    head_dim: int
+    geometry: Geometry | None
+    """The tokens of the stage for images of the model's size; None if the model has no size."""
+
+    @property
+    def shape(self) -> LayerShape:
+        """Return the sizes of the block's attention.
+
+        Raises UnsupportedModelError: the model was built without an image size.
+        """
+        if self.geometry is None:
+            raise UnsupportedModelError(
+                f"this model was built without an image size, so the number of tokens of {self.path} is unknown: "
+                "build it with img_size"
+            )
+        return LayerShape(self.num_heads, self.head_dim, self.geometry)
+
+    def block(self, model: nn.Module) -> Block:
+        """Return the block of this site in `model`."""
+        return cast(Block, submodule(model, self.path))
+
+    def replace_block(self, model: nn.Module, block: nn.Module) -> None:
+        """Put another block in this place."""
+        parent, _, name = self.path.rpartition(".")
+        submodule(model, parent)._modules[name] = block
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """Return a submodule by its registered name, even while another attribute hides that name (`replay.py`)."""
+    for name in filter(None, path.split(".")):
+        model = cast(nn.Module, model._modules[name])
+    return model
+
+
+class Family(ABC):
+    """Models of timm that are built in one way. A new family is a file and an entry of `walk.FAMILIES`."""
+
+    name: str
+    models: tuple[type[nn.Module], ...]
+    blocks: tuple[type[nn.Module], ...]
+    attentions: tuple[type[nn.Module], ...]
+    is_pyramid = True
+    """The model has several stages, with fewer tokens in each."""
+
+    @abstractmethod
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        """Return the names of the blocks, stage by stage."""
+
+    @abstractmethod
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Return the height and width of the images that the model is meant for; None if it has no size."""
+
+    @abstractmethod
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        """Return the tokens of each stage for images of this size (height, width)."""
+
+    @abstractmethod
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Prepare the model for images of another size, and resample what is tied to the size."""
+
+    def sites(self, model: nn.Module) -> Iterator[Site]:
+        """Yield the sites of a model in order."""
+        paths, size = self.paths(model), self.image_size(model)
+        geometries = [None] * len(paths) if size is None else self.geometries(model, size)
+        index = 0
+        for stage, (names, geometry) in enumerate(zip(paths, geometries, strict=True)):
+            for place, path in enumerate(names):
+                width, heads, head_dim = _sizes(submodule(model, path))
+                yield Site(index, stage, place, path, width, heads, head_dim, geometry)
+                index += 1
+
+
+def _sizes(block: Any) -> tuple[int, int, int]:
+    """Return width, number of heads and width of a head."""
+    projection = getattr(block.attn, "proj", None)
+    if projection is None:
+        return int(block.mlp.fc1.in_features), 0, 0
+    heads = int(block.attn.num_heads)
+    return int(projection.out_features), heads, int(projection.in_features) // heads

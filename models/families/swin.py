@@ -1,0 +1,47 @@
+"""Swin and Swin V2: windows of the grid, shifted in every other block (arXiv:2103.14030, arXiv:2111.09883)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import WindowAttention as WindowAttentionV1
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from torch import nn
+
+from ..attention.base import Geometry
+from .model_types import vit
+from .plain import patch_grid
+from .site import Family
+
+
+class Swin(Family):
+    """timm's `swin_*` and `swinv2_*` of these two classes."""
+
+    name = "swin_transformer and swin_transformer_v2 (Swin, Swin V2)"
+    models = (SwinTransformer, SwinTransformerV2)
+    blocks = (SwinTransformerBlock, SwinTransformerV2Block)
+    attentions = (WindowAttentionV1, WindowAttentionV2)
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        layers: Any = model.layers
+        return [
+            [f"layers.{i}.blocks.{j}" for j in range(len(layer.blocks))] for i, layer in enumerate(layers)
+        ]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        size = vit(model).patch_embed.img_size
+        return None if size is None else (int(size[0]), int(size[1]))
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        layers: Any = model.layers
+        found, (height, width) = [], patch_grid(vit(model).patch_embed, size)
+        for layer in layers:
+            if not isinstance(layer.downsample, nn.Identity):
+                height, width = -(-height // 2), -(-width // 2)  # timm pads an odd side
+            found.append(Geometry(0, (height, width)))
+        return found
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        vit(model).set_input_size(img_size=size)

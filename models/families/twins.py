@@ -1,0 +1,42 @@
+"""Twins: PVT's reduced attention (PCPVT), or windows and reduced attention in turn (SVT) (arXiv:2104.13840)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.twins import Block, GlobalSubSampleAttn, LocallyGroupedAttn
+from timm.models.twins import Twins as TwinsModel
+from torch import nn
+
+from ..attention.base import Geometry
+from .site import Family
+
+
+class Twins(Family):
+    """timm's `twins_pcpvt_*` and `twins_svt_*`."""
+
+    name = "twins (Twins-PCPVT, Twins-SVT)"
+    models = (TwinsModel,)
+    blocks = (Block,)
+    attentions = (GlobalSubSampleAttn, LocallyGroupedAttn)
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        stages: Any = model.blocks
+        return [[f"blocks.{i}.{j}" for j in range(len(stage))] for i, stage in enumerate(stages)]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        whole: Any = model
+        height, width = getattr(model, "img_size", None) or whole.patch_embeds[0].img_size
+        return int(height), int(width)
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        whole: Any = model
+        found, (height, width) = [], size
+        for embedding in whole.patch_embeds:
+            height, width = height // embedding.patch_size[0], width // embedding.patch_size[1]
+            found.append(Geometry(0, (height, width)))
+        return found
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        whole: Any = model
+        whole.img_size = size
