@@ -23,7 +23,7 @@ def find_family(model: nn.Module) -> Family | None:
 def family_of(model: nn.Module) -> Family:
     """Return the family of a model.
 
-    Raises UnsupportedModelError: there is none.
+    Raises UnsupportedModelError: the model is of no supported family.
     """
     family = find_family(model)
     if family is None:

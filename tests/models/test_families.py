@@ -69,7 +69,5 @@ def test_what_knows_plain_models_alone_refuses_a_pyramid_by_name(kind: str) -> N
 def test_a_pyramid_with_another_attention_is_refused() -> None:
     model = tiny("swin")
     sites(model)[1].block(model).attn = nn.Identity()
-    with pytest.raises(
-        UnsupportedModelError, match="block 1 of SwinTransformer is a .* with Identity"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"block 1 of SwinTransformer is a .* with Identity"):
         check_supported(model, pyramids=True)
