@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import commands
 import yaml
 from engine_runs import config, differences, make_teacher
 from graftvit.launch.slurm.job_folder import Attempt, JobFolder
@@ -128,10 +129,7 @@ def user_environment(cluster: SlurmCluster, root: Path) -> dict[str, str]:
 
 def graftvit(cluster: SlurmCluster, root: Path, *words: str, code: int = 0) -> str:
     """What the command prints; `code` is how it must end."""
-    command = [sys.executable, "-m", "graftvit.launch", *words]
-    done = subprocess.run(
-        command, env=user_environment(cluster, root), cwd=root, capture_output=True, text=True, timeout=120
-    )
+    done = commands.run(words, user_environment(cluster, root), root)
     assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout if code == 0 else done.stderr
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import psutil
 import pytest
 import yaml
@@ -41,8 +42,7 @@ def user(root: Path) -> dict[str, str]:
 
 
 def graftvit(root: Path, *words: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "graftvit.launch", *words]
-    done = subprocess.run(command, env=user(root), capture_output=True, text=True, timeout=120)
+    done = commands.run(words, user(root), root)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -89,9 +89,7 @@ def test_several_tasks_in_one_process_are_refused(tmp_path: Path) -> None:
 
 
 def shown(root: Path, folder: Path) -> dict[str, Any]:
-    words = [sys.executable, "-m", "graftvit.launch", "jobs", str(folder), "--json"]
-    done = subprocess.run(words, env=user(root), capture_output=True, text=True, check=True)
-    (status,) = json.loads(done.stdout)
+    (status,) = json.loads(graftvit(root, "jobs", str(folder), "--json"))
     return dict(status)
 
 
@@ -136,14 +134,11 @@ def test_a_local_job_whose_submission_was_killed_is_known_and_runs(tmp_path: Pat
 def test_a_debug_run_is_one_while_its_process_lives(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ("submit", str(recipe(tmp_path, "run", 500)), "--cluster", "debug", "--unchecked", *HERE)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "graftvit.launch", *words], env=user(tmp_path),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = commands.Command(words, user(tmp_path), tmp_path)
     until(lambda: lines(folder) > 5, "training")
     assert shown(tmp_path, folder)["state"] == "running"
     assert "already" in graftvit(tmp_path, "resume", str(folder), code=2)
     graftvit(tmp_path, "stop", str(folder))
-    process.communicate(timeout=60)
+    process.communicate()
     assert outcomes(folder) == ["stopped"]
     assert shown(tmp_path, folder)["state"] == "stopped"

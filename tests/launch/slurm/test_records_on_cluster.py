@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster_runs import ClusterRun, cluster_run, held, user_environment
+from commands import Command
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import scheduler
 from patience import until
@@ -63,15 +62,9 @@ def slow_sbatch(run: ClusterRun, before: float = 0.0, after: float = 0.0) -> Ite
         run.cluster.environment["PATH"] = path
 
 
-def begin(run: ClusterRun, *words: str) -> subprocess.Popen[str]:
+def begin(run: ClusterRun, *words: str) -> Command:
     """A command in a terminal of its own, whose signals nobody has told to be ignored."""
-    alone = "import signal, runpy; [signal.signal(one, signal.SIG_DFL) for one in (1, 15)]; "
-    alone += "signal.signal(2, signal.default_int_handler); runpy.run_module('graftvit.launch', run_name='__main__')"
-    return subprocess.Popen(
-        [sys.executable, "-c", alone, *words],
-        env=user_environment(run.cluster, run.root), cwd=run.root, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return Command(words, user_environment(run.cluster, run.root), run.root)
 
 
 def recipe(run: ClusterRun) -> str:
@@ -85,9 +78,9 @@ def shown(run: ClusterRun) -> dict[str, Any]:
     return dict(status)
 
 
-def end_together(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
+def end_together(processes: Sequence[Command]) -> list[str]:
     """What those say on standard error that fail."""
-    ended = [(process.communicate(timeout=120), process.returncode) for process in processes]
+    ended = [(process.communicate(), process.returncode) for process in processes]
     return [said[1] for said, code in ended if code]
 
 
