@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import UnsupportedModelError
+from .families import is_supported, patch_grid
 from .outside import OutsideTeacher
 
 
@@ -19,25 +20,46 @@ def feature_width(model: nn.Module) -> int:
     return int(getattr(timm_model, "head_hidden_size", timm_model.num_features))
 
 
-def patch_features(model: nn.Module, features: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Return the output of `forward_features` as patches (B, N, C), row by row, without prefix tokens.
+def patch_width(model: nn.Module) -> int:
+    """Return the width C of the features of the patches (B, ..., C) that `patch_features` gives."""
+    if isinstance(model, OutsideTeacher):
+        return model.patch_width
+    timm_model: Any = model
+    return int(timm_model.num_features)
+
+
+def patch_features(
+    model: nn.Module, features: Tensor | Mapping[str, Tensor], images: tuple[int, int]
+) -> Tensor:
+    """Return the features of the patches without prefix tokens, of images of a size (height, width).
+
+    The shape is (B, rows, columns, C), or (B, N, C) of a model that does not say how its N patches lie.
 
     Raises UnsupportedModelError: the features are not a map of patches.
     """
-    if isinstance(features, Mapping):  # of an OutsideTeacher
-        return features["patches"]
+    if isinstance(model, OutsideTeacher) and isinstance(features, Mapping):
+        return model.patches(features)
+    assert isinstance(features, Tensor)
     timm_model: Any = model
     width = int(timm_model.num_features)
     if features.dim() == 3 and features.shape[2] == width:
-        return features[:, int(getattr(timm_model, "num_prefix_tokens", 0)) :]
+        patches = features[:, int(getattr(timm_model, "num_prefix_tokens", 0)) :]
+        return as_grid(model, patches, images) if is_supported(model) else patches
     if features.dim() == 4 and features.shape[3] == width:
-        return features.flatten(1, 2)
+        return features
     if features.dim() == 4 and features.shape[1] == width:
-        return features.flatten(2).transpose(1, 2)
+        return features.permute(0, 2, 3, 1)
     raise UnsupportedModelError(
         f"{type(model).__name__} gives features of shape {tuple(features.shape)}, which are not patches of width "
         f"{width}"
     )
+
+
+def as_grid(model: nn.Module, patches_BNC: Tensor, images: tuple[int, int]) -> Tensor:
+    """Return the patches of a plain vision transformer, of images of a size, as (B, rows, columns, C)."""
+    grid = patch_grid(model.patch_embed, images)
+    found: Tensor = patches_BNC.unflatten(1, grid)
+    return found
 
 
 def image_channels(model: nn.Module) -> int:

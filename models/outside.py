@@ -17,10 +17,11 @@ class OutsideTeacher(nn.Module):
     """A module or a function of images (B, C, H, W) as a teacher for the methods `feature` and `logits`.
 
     Args:
-        model: Returns a mapping with any of `pooled` (B, feature_width), `patches` (B, N, C) and `classes`
-            (B, num_classes), an output of transformers (`pooler_output`, `last_hidden_state`, `logits`), or a tensor:
-            the feature if `feature_width` is given, else the logits.
+        model: Returns a mapping with any of `pooled` (B, feature_width), `patches` (B, N, patch_width) or
+            (B, patch_width, rows, columns), and `classes` (B, num_classes), an output of transformers (`pooler_output`,
+            `last_hidden_state`, `logits`), or a tensor: the feature if `feature_width` is given, else the logits.
         feature_width: Width of the pooled feature; 0 without one.
+        patch_width: Width of the features of the patches (default: feature_width).
         num_classes: Number of classes; 0 without logits.
         mean: Mean of each channel, to normalize its images from 0..1.
         std: Standard deviation of each channel.
@@ -32,18 +33,20 @@ class OutsideTeacher(nn.Module):
         model: Callable[[Tensor], Any],
         *,
         feature_width: int = 0,
+        patch_width: int = 0,
         num_classes: int = 0,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         img_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if not feature_width and not num_classes:
+        if not feature_width and not patch_width and not num_classes:
             raise TransferError(
                 "an OutsideTeacher teaches nothing: give its feature_width, its num_classes or both"
             )
         self.model = model
         self.num_features, self.num_classes = feature_width, num_classes
+        self.patch_width = patch_width or feature_width
         self.in_chans = len(mean)
         self.img_size = img_size
         self.pretrained_cfg = {"mean": tuple(mean), "std": tuple(std)}
@@ -77,10 +80,22 @@ class OutsideTeacher(nn.Module):
         wanted, width = ("pooled", self.num_features) if pre_logits else ("classes", self.num_classes)
         found = results.get(wanted)
         if found is None or found.flatten(1).shape[1] != width:
-            shape = "nothing" if found is None else tuple(found.shape)
             setting = "feature_width" if pre_logits else "num_classes"
-            raise TransferError(
-                f"the model of an OutsideTeacher returned {shape} as {wanted!r}, and {setting}={width} says "
-                f"(B, {width})"
-            )
+            raise _wrong(found, wanted, f"{setting}={width} says (B, {width})")
         return found.flatten(1)
+
+    def patches(self, results: Mapping[str, Tensor]) -> Tensor:
+        """Return the features of the patches, (B, rows, columns, C) or (B, N, C)."""
+        found, width = results.get("patches"), self.patch_width
+        if found is not None and found.dim() == 4 and found.shape[1] == width:
+            return found.permute(0, 2, 3, 1)
+        if found is None or found.dim() != 3 or found.shape[2] != width:
+            raise _wrong(
+                found, "patches", f"patch_width={width} says (B, N, {width}) or (B, {width}, rows, columns)"
+            )
+        return found
+
+
+def _wrong(found: Tensor | None, name: str, said: str) -> TransferError:
+    shape = "nothing" if found is None else tuple(found.shape)
+    return TransferError(f"the model of an OutsideTeacher returned {shape} as {name!r}, and {said}")

@@ -28,7 +28,14 @@ class LossConfig(Section):
     loss: Literal["ce", "kl"] = Field(
         "ce", description="loss between maps; equal gradients, kl also subtracts the entropy"
     )
-    feature_loss: Literal["cosine", "smooth_l1"] = Field("cosine", description="loss of method=feature")
+    feature_loss: Literal["cosine", "smooth_l1", "mse"] = Field(
+        "cosine", description="loss of method=feature"
+    )
+    tokens: Literal["pooled", "patches", "both"] = Field(
+        "pooled",
+        description="features of method=feature: the pooled one before the head, those of the patches after the "
+        "final norm, or both",
+    )
     logits_loss: Literal["kl", "hard"] = Field(
         "kl", description="loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
     )

@@ -109,7 +109,7 @@ class WholeModel(nn.Module):
         whole = self.tape.whole
         features = model.forward_features(images)
         if "patches" in self.wanted:
-            whole["patches"] = patch_features(self.model, features)
+            whole["patches"] = patch_features(self.model, features, (images.shape[-2], images.shape[-1]))
         if "pooled" in self.wanted:
             whole["pooled"] = model.forward_head(features, pre_logits=True)
         if "classes" in self.wanted:
@@ -156,7 +156,8 @@ class Wanted:
 
 
 WHOLE = ("pooled", "patches", "classes")
-"""Results of a whole model: the pooled feature (B, C), features of the patches (B, N, C), logits (B, classes)."""
+"""Results of a whole model: the pooled feature (B, C), features of the patches (B, rows, columns, C) or
+(B, N, C), logits (B, classes)."""
 
 
 def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:

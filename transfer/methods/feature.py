@@ -1,81 +1,78 @@
-"""The pooled feature before the head, pulled to the teacher's."""
+"""Features after the last block, pulled to the teacher's: the pooled one before the head, the patches', or both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.any_timm import feature_width
 from ...models.attention.kernels import precise
-from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted
-from ...models.errors import TransferError
+from ...models.json_types import Json
+from .feature_parts import PARTS, FeaturePart, image_size_of, record_images
 from .method import Installed, Pairing, TransferMethod
 from .transfer_plan import TransferPlan
 
-HEADS = ("head", "head_dist")
+RESULTS = {"feature": "pooled", "patches": "patches"}
+"""Results of a whole teacher by the names of the losses."""
 
 
 class Feature(TransferMethod):
-    """The distance of what goes into the head; DeiT's two heads read two tokens, and their mean is the feature."""
+    """The distance of what goes into the head, of the patches, or the sum of both."""
 
     name = "feature"
-    words = "{feature_loss} between the pooled features before the head"
+    words = "{feature_loss} between "
     uses_layers = False
     nears_features = True
-    reads = frozenset({"feature_loss", "weight"})
+    reads = frozenset({"feature_loss", "tokens", "weight"})
 
     def wanted(self, plan: TransferPlan) -> Wanted:
-        return Wanted(whole=frozenset({"pooled"}))
+        return Wanted(whole=frozenset(RESULTS[part.loss_name] for part in PARTS[plan.tokens]))
+
+    def describe(self, settings: Json) -> str:
+        parts = PARTS.get(str(settings.get("tokens")), PARTS["pooled"])
+        return super().describe(settings) + " and ".join(part.words for part in parts)
 
     def install(self, pairing: Pairing) -> Installed:
-        student, tape, installed = pairing.student, pairing.tape, Installed()
-        for name in HEADS:
-            head = student._modules.get(name)
-            if head is not None:
-                pairing.changes.hooks.append(head.register_forward_pre_hook(_KeepInput(tape, name)))
-        widths = feature_width(student), feature_width(pairing.teacher)
-        if widths[0] != widths[1]:
-            installed.projectors["feature"] = nn.Linear(*widths)
-        installed.finish = _FeatureLoss(tape, pairing.config.feature_loss, installed.projectors)
+        installed, losses = Installed(), []
+        record_images(pairing.student, pairing.tape, pairing.changes)
+        for kind in PARTS[pairing.config.tokens]:
+            part = kind(pairing.student, pairing.teacher, pairing.tape)
+            part.record(pairing.changes)
+            student, teacher = part.widths
+            if student != teacher:
+                installed.projectors[part.loss_name] = nn.Linear(student, teacher)
+            losses.append(_FeatureLoss(part, pairing.config.feature_loss, installed.projectors))
+        installed.finish = _Losses(losses)
         return installed
 
 
 @dataclass(eq=False)
-class _KeepInput:
-    """A hook before a student's head: what goes into it is the feature."""
-
-    tape: Tape
-    name: str
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.tape.active:
-            self.tape.features[self.name] = inputs[0]
-
-
-@dataclass(eq=False)
 class _FeatureLoss:
-    tape: Tape
+    part: FeaturePart
     loss: str
     projectors: nn.ModuleDict
 
-    def __call__(self, logits: Tensor) -> dict[str, Tensor]:
-        if not any(name in self.tape.features for name in HEADS):
-            raise TransferError(
-                "the student's head was not seen to run: it was compiled before it was taught, or replaced; wrap the "
-                "plain model, and compile the DualViT"
-            )
-        inputs = [self.tape.features[name] for name in HEADS if name in self.tape.features]
-        student, teacher = torch.stack(inputs).mean(0), self.tape.whole["pooled"]
-        if "feature" in self.projectors:
-            student = self.projectors["feature"](student)
-        student, teacher = precise(student), precise(teacher)
+    def __call__(self) -> Tensor:
+        student, name = self.part.of_student(), self.part.loss_name
+        if name in self.projectors:
+            student = self.projectors[name](student)
+        student, teacher = precise(student), self.part.of_teacher(image_size_of(self.part.tape))
         if self.loss == "smooth_l1":
-            return {"feature": F.smooth_l1_loss(student, teacher)}
-        return {"feature": 1 - F.cosine_similarity(student, teacher, dim=-1).mean()}
+            return F.smooth_l1_loss(student, teacher)
+        if self.loss == "mse":
+            return F.mse_loss(student, teacher)
+        return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+@dataclass(eq=False)
+class _Losses:
+    losses: Sequence[_FeatureLoss]
+
+    def __call__(self, logits: Tensor) -> dict[str, Tensor]:
+        return {loss.part.loss_name: loss() for loss in self.losses}
 
 
 METHODS = (Feature(),)

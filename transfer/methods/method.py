@@ -131,6 +131,7 @@ LOSSES = {
     "kl": "KL divergence",
     "cosine": "cosine distance",
     "smooth_l1": "smooth L1",
+    "mse": "mean squared error",
     "hard": "hard-label cross-entropy",
 }
 """Values of `transfer.loss`, `transfer.feature_loss` and `transfer.logits_loss` in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class TransferPlan:
     needs_calibration: bool = False
     grids: GridRule | None = None
     """Which patch grids of a batch go together; None where no tokens are matched."""
+    tokens: Literal["pooled", "patches", "both"] = "pooled"
+    """Features of whole models that a method compares."""
 
     @property
     def teacher_layers(self) -> set[int]:
@@ -88,11 +91,11 @@ def resolve_plan(config: LossConfig, teacher: nn.Module, student: nn.Module) -> 
     if not is_supported(teacher):
         if method.uses_layers:
             check_supported(teacher)
-        return TransferPlan(config.method, (), ())
+        return TransferPlan(config.method, (), (), tokens=config.tokens)
     shapes = attention_shape(teacher), attention_shape(student)
     notes = (report_mismatch(compare_models(teacher, student)),)
     if not method.uses_layers:
-        return TransferPlan(config.method, (), notes)
+        return TransferPlan(config.method, (), notes, tokens=config.tokens)
     _check_method(config, student, *shapes)
     rule = GridRule(
         copy=method.equal_grids,

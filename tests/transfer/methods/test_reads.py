@@ -18,7 +18,7 @@ from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.registry import find_method, method_names
 
 OTHER: dict[str, Any] = {
-    "layers": "0", "heads": [0], "loss": "kl", "feature_loss": "smooth_l1", "logits_loss": "hard",
+    "layers": "0", "heads": [0], "loss": "kl", "feature_loss": "smooth_l1", "tokens": "both", "logits_loss": "hard",
     "logits_head": "distillation", "weight": 0.5, "reduction": "mean", "temperature": 2.0, "rows": 0.5,
     "interpolate_grid": True,
 }  # fmt: skip
