@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .base import Geometry, Heads, LayerShape
+from .chunked import Chunk, ChunkedFeatures
 from .features import FeatureMap
+from .kernels import precise
 
 EPSILON = 1e-4
 
@@ -50,6 +52,9 @@ class Favor(FeatureMap):
         k_largest = k_BHNF.detach().amax((2, 3), keepdim=True)
         return (q_BHNF - q_largest).exp() + EPSILON, (k_BHNF - k_largest).exp() + EPSILON
 
+    def chunked(self, heads: Heads) -> ChunkedFeatures:
+        return FavorChunks(self.omega, self.temperature, heads)
+
     def adjust(self, value_H11: Tensor) -> None:
         self.temperature.mul_(value_H11)
 
@@ -57,6 +62,52 @@ class Favor(FeatureMap):
         x = x_BHND * (scale**0.5 * self.temperature.to(x_BHND.dtype))
         exponents: Tensor = x @ self.omega.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
         return exponents
+
+
+class FavorChunks(ChunkedFeatures):
+    """The features of `Favor`. c of the keys is the largest exponent so far: it grows from chunk to chunk.
+
+    The norm of a query is in each of its exponents and in the largest, so it cancels; its derivative does not.
+    """
+
+    def __init__(self, omega_FD: Tensor, temperature_H11: Tensor, heads: Heads) -> None:
+        super().__init__(len(omega_FD), floor=EPSILON)
+        q, _ = heads.qk()
+        factor_H11 = heads.scale**0.5 * temperature_H11.to(precise(q).dtype)
+        self.omega_HFD = factor_H11 * omega_FD.to(factor_H11.dtype)
+        self.half_H11 = factor_H11.square() / 2
+        self.largest = q.new_full((*q.shape[:2], 1, 1), -torch.inf, dtype=factor_H11.dtype)
+
+    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
+        exponents: Tensor = x_BHnD @ self.omega_HFD.transpose(1, 2)
+        return exponents.sub_(exponents.amax(3, keepdim=True)).exp_()
+
+    def keys(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
+        exponents, norms = self._exponents(x_BHnD)
+        return exponents.sub_(norms + self.largest[chunk.images]).exp_()
+
+    def first_keys(self, x_BHnD: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        exponents, norms = self._exponents(x_BHnD)
+        before = self.largest[chunk.images]
+        largest = torch.maximum(before, (exponents.amax(3, keepdim=True) - norms).amax(2, keepdim=True))
+        factor = (before - largest).exp_()
+        self.largest[chunk.images] = largest
+        return exponents.sub_(norms + largest).exp_(), factor
+
+    def queries_gradient(
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
+    ) -> Tensor:
+        grad = grad_BHnF.mul_(features_BHnF)
+        norms = 2 * self.half_H11 * grad.sum(3, keepdim=True)
+        grad_x: Tensor = grad @ self.omega_HFD
+        return grad_x.addcmul_(norms, x_BHnD, value=-1)
+
+    keys_gradient = queries_gradient
+
+    def _exponents(self, x_BHnD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Ω x' (B, H, n, F) and ‖x'‖²/2 (B, H, n, 1)."""
+        norms = x_BHnD.square().sum(3, keepdim=True).mul_(self.half_H11)
+        return x_BHnD @ self.omega_HFD.transpose(1, 2), norms
 
 
 def default_features(shape: LayerShape) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .base import Geometry, Heads, LayerShape
+from .chunked import Chunk, ChunkedFeatures
+from .kernels import precise
 
 
 class FeatureMap(nn.Module, ABC):
@@ -50,6 +52,10 @@ class FeatureMap(nn.Module, ABC):
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Return φ(q) and φ(k), each (B, H, N, F), from projections in float32 or float64."""
 
+    def chunked(self, heads: Heads) -> ChunkedFeatures | None:
+        """Return φ of a chunk of tokens with its derivative; None if the map has none."""
+        return None
+
     def adjust(self, value_H11: Tensor) -> None:
         """Change each head's temperature, or its nearest equivalent, by one of the `candidates`."""
 
@@ -61,6 +67,9 @@ class Elu(FeatureMap):
         q, k = heads.qk()
         return F.elu(q) + 1, F.elu(k) + 1
 
+    def chunked(self, heads: Heads) -> ChunkedFeatures:
+        return EluChunks(self.shape.head_dim)
+
 
 class Relu(FeatureMap):
     """φ(x) = relu(x)."""
@@ -70,6 +79,9 @@ class Relu(FeatureMap):
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
         q, k = heads.qk()
         return F.relu(q), F.relu(k)
+
+    def chunked(self, heads: Heads) -> ChunkedFeatures:
+        return ReluChunks(self.shape.head_dim)
 
 
 class Identity(FeatureMap):
@@ -100,14 +112,24 @@ class Cosine(FeatureMap):
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
         q, k = heads.qk()
-        geometry = heads.tokens()
-        places_nC = _places(geometry, q)
-        if geometry.num_prefix:
-            q_places = _with_prefix(places_nC, grid=(0.0, 1.0), prefix=(1.0, 0.0), geometry=geometry)
-            k_places = _with_prefix(places_nC, grid=(1.0, 0.0), prefix=(1.0, 1.0), geometry=geometry)
-        else:
-            q_places = k_places = places_nC
+        q_places, k_places = _all_places(heads.tokens(), q)
         return _products(F.relu(q), q_places), _products(F.relu(k), k_places)
+
+    def chunked(self, heads: Heads) -> ChunkedFeatures:
+        q, _ = heads.qk()
+        q_places, k_places = _all_places(heads.tokens(), precise(q[:, :, :0]))
+        return CosineChunks(self.num_features(heads.tokens()), q_places, k_places)
+
+
+def _all_places(geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of each token in its features: of queries and of keys, each (N, 4 or 6)."""
+    places_nC = _places(geometry, like)
+    if not geometry.num_prefix:
+        return places_nC, places_nC
+    return (
+        _with_prefix(places_nC, grid=(0.0, 1.0), prefix=(1.0, 0.0), geometry=geometry),
+        _with_prefix(places_nC, grid=(1.0, 0.0), prefix=(1.0, 1.0), geometry=geometry),
+    )
 
 
 def _places(geometry: Geometry, like: Tensor) -> Tensor:
@@ -132,3 +154,60 @@ def _with_prefix(
 def _products(x_BHND: Tensor, places_NC: Tensor) -> Tensor:
     """Return the features (B, H, N, C·D)."""
     return (places_NC[:, :, None] * x_BHND[:, :, :, None, :]).flatten(3)
+
+
+class EluChunks(ChunkedFeatures):
+    """The features of `Elu`: elu(x) + 1 = max(x + 1, exp(min(x, 0))), whose derivative is min(φ, 1)."""
+
+    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
+        features = x_BHnD.clamp_max(0).exp_()
+        return torch.maximum(features, x_BHnD + 1, out=features)
+
+    def queries_gradient(
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
+    ) -> Tensor:
+        return grad_BHnF.mul_(features_BHnF.clamp_max_(1))
+
+    keys, keys_gradient = queries, queries_gradient
+
+
+class ReluChunks(ChunkedFeatures):
+    """The features of `Relu`."""
+
+    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
+        return F.relu(x_BHnD)
+
+    def queries_gradient(
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
+    ) -> Tensor:
+        return grad_BHnF.mul_(features_BHnF > 0)
+
+    keys, keys_gradient = queries, queries_gradient
+
+
+class CosineChunks(ChunkedFeatures):
+    """The features of `Cosine`."""
+
+    def __init__(self, num_features: int, q_places_NC: Tensor, k_places_NC: Tensor) -> None:
+        super().__init__(num_features)
+        self.q_places, self.k_places = q_places_NC, k_places_NC
+
+    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
+        return _products(F.relu(x_BHnD), self.q_places[chunk.tokens])
+
+    def keys(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
+        return _products(F.relu(x_BHnD), self.k_places[chunk.tokens])
+
+    def queries_gradient(
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
+    ) -> Tensor:
+        return _products_gradient(x_BHnD, grad_BHnF, self.q_places[chunk.tokens])
+
+    def keys_gradient(self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk) -> Tensor:
+        return _products_gradient(x_BHnD, grad_BHnF, self.k_places[chunk.tokens])
+
+
+def _products_gradient(x_BHnD: Tensor, grad_BHnF: Tensor, places_nC: Tensor) -> Tensor:
+    grad: Tensor = (grad_BHnF.unflatten(3, (-1, x_BHnD.shape[3])) * places_nC[:, :, None]).sum(3)
+    grad *= x_BHnD > 0
+    return grad

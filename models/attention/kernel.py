@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from .chunked import ChunkedFeatures, chunked_attention
 from .favor import Favor
 from .features import Cosine, Elu, FeatureMap, Identity, Relu
 from .kernels import precise
 from .learned_features import T2R, Focused, Hedgehog, JointHedgehog
 from .local import DepthwiseConv
-from .normalizers import NORMALIZERS
+from .normalizers import EPSILON, NORMALIZERS, Sums
 from .terms import LowRank, Term
 
 FEATURES: dict[str, type[FeatureMap]] = {
@@ -89,8 +90,14 @@ class KernelAttention(AttentionOperator):
     def attend(self, heads: Heads) -> Tensor:
         v_BHND = heads.values()
         with torch.autocast(v_BHND.device.type, enabled=False):
-            left_BHNF, right_BHNF = self._factors(heads)
-            out: Tensor = left_BHNF @ (right_BHNF.transpose(2, 3) @ v_BHND.to(right_BHNF.dtype))
+            chunks = self._chunks(heads)
+            if chunks is not None:
+                return chunked_attention(chunks, *heads.qkv(), centre=self.centre, least=EPSILON)
+            q_BHNF, k_BHNF = self.features(heads)
+            values, num = precise(v_BHND), _num_keys(k_BHNF, heads)
+            products = k_BHNF.transpose(2, 3) @ values / num
+            means = mean_of_keys(k_BHNF, heads), mean_of_keys(without_padding(values, heads), heads)
+            out = self.normaliser.output(q_BHNF, Sums(products, *means), heads.scale)
         return out.to(v_BHND.dtype)
 
     def local(self, heads: Heads) -> Tensor | None:
@@ -145,6 +152,11 @@ class KernelAttention(AttentionOperator):
         difference: Tensor = self(heads).float() - target_BHND.float()
         return difference.square().sum((0, 2, 3))
 
+    def _chunks(self, heads: Heads) -> ChunkedFeatures | None:
+        """Return the features in chunks, if this operator, these tokens and the compiler can use them."""
+        plain = self.q_conv is None and heads.key_mask is None and self.normaliser is NORMALIZERS["sum"]
+        return self.feature.chunked(heads) if plain and not torch.compiler.is_compiling() else None
+
     def _factors(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Return the factors L and R / N of the map; R is zero at padding."""
         q_BHNF, k_BHNF = self.features(heads)
@@ -162,7 +174,7 @@ def without_padding(x_BHND: Tensor, heads: Heads) -> Tensor:
 
 def mean_of_keys(x_BHND: Tensor, heads: Heads) -> Tensor:
     """Return the mean (B, H, 1, D) over tokens that are not padding; `x_BHND` must be zero at padding."""
-    return (x_BHND / _num_keys(x_BHND, heads)).sum(2, keepdim=True)
+    return x_BHND.sum(2, keepdim=True) / _num_keys(x_BHND, heads)
 
 
 def _num_keys(x_BHND: Tensor, heads: Heads) -> Tensor | int:

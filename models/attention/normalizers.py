@@ -1,15 +1,17 @@
 """Normalizers of kernel attention: features φ(q), φ(k) to factors L, R of a map A = L Rᵀ / N whose rows sum to one.
 
 Each takes φ(q) and φ(k) of shape (B, H, N, F), the mean key feature (B, H, 1, F) and the scale s of the layer, and
-returns L and R, (B, H, N, F) or one column wider. The means are over tokens that are not padding. Means, unlike sums,
-do not overflow float16.
+returns L and R, (B, H, N, F) or one column wider. The means are over tokens that are not padding.
+
+Each also returns A V without the factors. It takes `Sums` of the keys and changes outputs (B, H, N, D) in place of
+features, which are wider or as wide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,11 +20,24 @@ EPSILON = 1e-6
 Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
+class Sums(NamedTuple):
+    """Means over the keys j that are not padding."""
+
+    products: Tensor
+    """Of φ(k_j) v_jᵀ, (B, H, F, D)."""
+    keys: Tensor
+    """Of φ(k_j), (B, H, 1, F)."""
+    values: Tensor
+    """Of v_j, (B, H, 1, D)."""
+
+
 @dataclass(frozen=True)
 class Normalizer:
     """A normalization and the properties of its map."""
 
     factors: Callable[[Tensor, Tensor, Tensor, float], Factors]
+    output: Callable[[Tensor, Sums, float], Tensor]
+    """A V from φ(q), the sums of the keys and the scale."""
     nonnegative: bool
     """The map is nonnegative if the features are."""
     divides: bool
@@ -51,11 +66,34 @@ def mala(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Fac
     return torch.cat([left + scale * q_BHNF, shift], -1), _with_ones(right)
 
 
+def sum_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
+    """Return A V for the map of `by_sum`."""
+    return (q_BHNF @ sums.products) / _totals(q_BHNF, sums).clamp_min(EPSILON)
+
+
+def inline_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
+    """Return A V for the map of `inline`."""
+    centred = sums.products - sums.keys.transpose(2, 3) * sums.values
+    return q_BHNF @ (scale * centred) + sums.values
+
+
+def mala_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
+    """Return A V for the map of `mala`."""
+    totals = _totals(q_BHNF, sums)
+    factors = totals.clamp_min(EPSILON).reciprocal() + scale
+    return torch.addcmul((q_BHNF @ sums.products) * factors, totals, sums.values, value=-scale)
+
+
 NORMALIZERS = {
-    "sum": Normalizer(by_sum, nonnegative=True, divides=True, extra=0),
-    "inline": Normalizer(inline, nonnegative=False, divides=False, extra=1),
-    "mala": Normalizer(mala, nonnegative=False, divides=True, extra=1),
+    "sum": Normalizer(by_sum, sum_output, nonnegative=True, divides=True, extra=0),
+    "inline": Normalizer(inline, inline_output, nonnegative=False, divides=False, extra=1),
+    "mala": Normalizer(mala, mala_output, nonnegative=False, divides=True, extra=1),
 }
+
+
+def _totals(q_BHNF: Tensor, sums: Sums) -> Tensor:
+    """Return φ(q)·φ̄, (B, H, N, 1)."""
+    return q_BHNF @ sums.keys.transpose(2, 3)
 
 
 def _sums(q_BHNF: Tensor, mean_BH1F: Tensor) -> Tensor:
