@@ -65,7 +65,7 @@ class AttentionHost(nn.Module):
         self.operator: Operator = operator or Softmax()
         layer: Any = original
         self.num_heads: int = layer.num_heads
-        self.scale: float = layer.scale
+        self.scale: float = getattr(layer, "scale", 1.0)  # Swin V2 scales its queries itself
         self.num_prefix_tokens: int = getattr(layer, "num_prefix_tokens", 0)
         self.rotate_half: bool = getattr(layer, "rotate_half", False)
         self.kv_groups: int = getattr(layer, "num_kv_groups", 1)
@@ -89,6 +89,14 @@ class AttentionHost(nn.Module):
                 "attn_mask and is_causal are not supported by a hosted attention layer"
             )
         return self.merge(self.operator(self.project(x, rope, shared_rel_pos_bias)), x)
+
+    def attend(self, heads: Heads) -> Tensor:
+        """Return the output (B, H, N, D) before the heads are joined."""
+        return self.operator(heads)
+
+    def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
+        """Return the projections for the arguments with which timm's block calls the layer."""
+        return self.project(*_given(*inputs, **keywords))
 
     def project(
         self, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None

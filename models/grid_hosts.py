@@ -1,0 +1,212 @@
+"""Hosts for the attention of pyramids: each works on all tokens of its stage's grid.
+
+Without an operator a host computes what timm's layer does: this is the host's *native* attention, with reduced keys,
+windows, shift, bias and scale. With an operator the operator gets the projections of all tokens of the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention.base import QKV, Geometry, Heads, Operator
+from .attention.softmax import Softmax
+from .host import AttentionHost
+from .shifted_windows import Size, Windows
+
+LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
+"""The limit of the logarithm of Swin V2's learned scale."""
+
+
+class GridHost(AttentionHost):
+    """An attention layer of a pyramid; its input is (B, N, C) with the grid, or (B, height, width, C)."""
+
+    kept: Sequence[str] = QKV
+    """The parts of q, k and v that the projections still compute: a conversion drops the others."""
+    _block: tuple[nn.Module, ...] = ()
+    """timm's block of a native host that replaced it; in a tuple, so that it is not registered."""
+
+    def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
+        super().__init__(original, operator)
+        self.is_native = operator is None
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:  # type: ignore[override]
+        """Attend over all tokens of the grid."""
+        return self.merge(self.attend(self.project(x, size)), x)
+
+    def attend(self, heads: Heads) -> Tensor:
+        return self.native(heads) if self.is_native else self.operator(heads)
+
+    def native(self, heads: Heads) -> Tensor:
+        """Return the output (B, H, N, D) of timm's layer."""
+        return Softmax()(heads)
+
+    def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
+        """Compute the projections that the operator needs, and no others."""
+        grid = (x.shape[1], x.shape[2]) if size is None else (size[0], size[1])
+        parts = self.parts(x.flatten(1, 2) if size is None else x, grid)
+        heads = {part: self._by_head(tensor) for part, tensor in parts.items() if part in self.operator.needs}
+        dropout: Any = self.attn_drop
+        return Heads(
+            q=self.normed("q", heads.get("q")),
+            k=self.normed("k", heads.get("k")),
+            v=heads.get("v"),
+            bias=None if self.is_native else self.grid_bias(grid),
+            scale=self.scale,
+            dropout=dropout.p if self.training else 0.0,
+            geometry=Geometry(0, grid),
+        )
+
+    def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
+        return self.project(*inputs, **keywords)
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        """Return the parts `kept` of q, k and v, (B, N, H·D); native keys and values may have fewer tokens."""
+        raise NotImplementedError
+
+    def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
+        """Return queries or keys after the layer's own norm."""
+        return x_BHND
+
+    def grid_bias(self, grid: Size) -> Tensor | None:
+        """Return the relative position bias of all pairs of tokens, (1, H, N, N), for a converted layer that has it."""
+        return None
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        """Join the heads and project them back; return the shape of the input."""
+        out = self._child("proj_drop", self._child("proj", out_BHND.transpose(1, 2).flatten(2)))
+        return out.reshape(x.shape)
+
+    def set_input_size(
+        self, feat_size: Size, window_size: Size, always_partition: bool | None = None
+    ) -> None:
+        """Change the grid as timm does; called by timm on blocks of Swin, which a native host replaced."""
+        block: Any = self._block[0]
+        block.set_input_size(feat_size, window_size, always_partition)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the buffers that are not in the state dict; called by timm."""
+        layer: Any = self.original
+        if hasattr(layer, "init_non_persistent_buffers"):
+            layer.init_non_persistent_buffers()
+
+    def _by_head(self, x_BNC: Tensor) -> Tensor:
+        x_BNHD: Tensor = x_BNC.unflatten(2, (self.num_heads, -1))
+        return x_BNHD.transpose(1, 2)
+
+
+class ReducedHost(GridHost):
+    """PVTv2 and the sub-sampled layers of Twins: natively, keys and values are of a smaller grid."""
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        rest = [part for part in self.kept if part != "q"]
+        found = {"q": self._child("q", x_BNC)} if "q" in self.kept else {}
+        if rest:
+            source = x_BNC if self._modules.get("sr") is None else self._reduced(x_BNC, grid)
+            found |= zip(rest, self._child("kv", source).chunk(len(rest), -1), strict=True)
+        return found
+
+    def _reduced(self, x_BNC: Tensor, grid: Size) -> Tensor:
+        image = x_BNC.transpose(1, 2).unflatten(2, grid)
+        small = self._child("sr", self._child("pool", image)).flatten(2).transpose(1, 2)
+        return self._child("act", self._child("norm", small))
+
+
+class WindowHost(GridHost):
+    """The local layers of Twins: natively, softmax within windows."""
+
+    def windows(self, grid: Size) -> Windows:
+        """Return the native windows of a grid."""
+        layer: Any = self.original
+        return Windows(grid, (layer.ws, layer.ws))
+
+    def window_bias(self, windows: Windows, like: Tensor) -> Tensor | None:
+        """Return what is added to the native logits of each window, (1 or W, H, M, M)."""
+        return None
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        return dict(zip(self.kept, self._project(x_BNC).chunk(len(self.kept), -1), strict=True))
+
+    def native(self, heads: Heads) -> Tensor:
+        windows = self.windows(heads.tokens().grid)
+        padding = self._zero() if windows.is_padded else None
+        pads = (None, None, None) if padding is None else padding.qkv()
+        q, k, v = (windows.cut(x, pad) for x, pad in zip(heads.qkv(), pads, strict=True))
+        bias = self.window_bias(windows, q)
+        if bias is not None and bias.shape[0] > 1:  # one for each window, the same for every image
+            bias = bias.expand(len(heads.known), *bias.shape).flatten(0, 1)
+        cut = Heads(q, k, v, bias, heads.scale, heads.dropout)
+        return windows.join(Softmax()(cut))
+
+    def _project(self, x_BNC: Tensor) -> Tensor:
+        return self._child("qkv", x_BNC)
+
+    def _zero(self) -> Heads:
+        """Return the projections of a token of zeros, with which timm pads the grid."""
+        fused: Any = self.qkv
+        weight: Tensor = fused.weight
+        return self.project(weight.new_zeros(1, 1, weight.shape[1]), (1, 1))
+
+
+class SwinHost(WindowHost):
+    """Swin: natively, softmax within windows of the shifted grid, with a relative position bias."""
+
+    def windows(self, grid: Size) -> Windows:
+        block: Any = self._block[0]
+        return Windows(grid, tuple(block.window_size), tuple(block.shift_size))
+
+    def window_bias(self, windows: Windows, like: Tensor) -> Tensor:
+        bias = self.relative_bias()
+        mask = self._shift_mask(windows, like)
+        return bias.to(like.dtype) if mask is None else (bias + mask.unsqueeze(1)).to(like.dtype)
+
+    def relative_bias(self) -> Tensor:
+        """Return the bias of all pairs of tokens of the window that the layer is set to, (1, H, M, M)."""
+        layer: Any = self.original
+        bias: Tensor = layer._get_rel_pos_bias()
+        return bias
+
+    def _shift_mask(self, windows: Windows, like: Tensor) -> Tensor | None:
+        """Return -100 between tokens of a window that are no neighbors in the grid, (W, M, M); None without a shift."""
+        block: Any = self._block[0]
+        if block.dynamic_mask:
+            mask: Tensor | None = block.get_attn_mask(like.new_empty(1, *windows.padded, 1))
+            return mask
+        fixed: Tensor | None = block.attn_mask
+        return fixed
+
+
+class SwinV2Host(SwinHost):
+    """Swin V2: cosine attention with a learned scale, and a bias computed from the distance of two tokens."""
+
+    def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
+        if x_BHND is None:
+            return None
+        x_BHND = F.normalize(x_BHND, dim=-1)
+        if part == "k":
+            return x_BHND
+        scale: Any = self.logit_scale
+        return x_BHND * torch.clamp(scale, max=LARGEST_LOG_SCALE).exp()
+
+    def relative_bias(self) -> Tensor:
+        layer: Any = self.original
+        tokens = layer.window_size[0] * layer.window_size[1]
+        table = layer.cpb_mlp(layer.relative_coords_table).view(-1, self.num_heads)
+        bias = table[layer.relative_position_index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
+        return 16 * torch.sigmoid(bias).unsqueeze(0)
+
+    def _project(self, x_BNC: Tensor) -> Tensor:
+        owned = {**self._parameters, **self._buffers}
+        biases = [bias for part in self.kept if (bias := owned.get(f"{part}_bias")) is not None]
+        if not biases:
+            return self._child("qkv", x_BNC)
+        fused: Any = self.qkv
+        bias = torch.cat(biases)
+        if self.separate_bias:
+            return F.linear(x_BNC, fused.weight) + bias
+        return F.linear(x_BNC, fused.weight, bias)

@@ -1,0 +1,66 @@
+"""Put hosts in place of the attention layers of any supported model, and take them out again."""
+
+from __future__ import annotations
+
+from timm.models.pvt_v2 import Attention as PVTAttention
+from timm.models.swin_transformer import WindowAttention as WindowAttentionV1
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
+from torch import nn
+
+from .families import Site, check_supported, is_pyramid, sites
+from .grid_hosts import GridHost, ReducedHost, SwinHost, SwinV2Host, WindowHost
+from .host import AttentionHost, host_attention, release_attention
+from .shifted_windows import whole_grid
+
+HOSTS: dict[type[nn.Module], type[GridHost]] = {
+    PVTAttention: ReducedHost,
+    GlobalSubSampleAttn: ReducedHost,
+    LocallyGroupedAttn: WindowHost,
+    WindowAttentionV1: SwinHost,
+    WindowAttentionV2: SwinV2Host,
+}
+
+
+def host_layers(model: nn.Module) -> list[AttentionHost]:
+    """Replace every attention layer of a model of any family by a native host; layers that have a host keep it.
+
+    Raises UnsupportedModelError: the model is not supported.
+    """
+    if not is_pyramid(model):
+        return host_attention(model)
+    check_supported(model, pyramids=True)
+    return [host_layer(model, site) for site in sites(model) if site.num_heads]
+
+
+def host_layer(model: nn.Module, site: Site) -> AttentionHost:
+    """Replace the attention layer of one site of a pyramid by a native host; a layer that has a host keeps it."""
+    block = site.block(model)
+    if isinstance(block.attn, AttentionHost):
+        return block.attn
+    kind = next(host for layer, host in HOSTS.items() if isinstance(block.attn, layer))
+    host = kind(block.attn)
+    host._block = (block,)
+    put_attention(model, site, host)
+    return host
+
+
+def put_attention(model: nn.Module, site: Site, attention: nn.Module) -> None:
+    """Put a layer that takes the whole grid in place of the attention of a site of a pyramid."""
+    block = whole_grid(site.block(model))
+    block._modules["attn"] = attention
+    site.replace_block(model, block)
+
+
+def release_layers(model: nn.Module) -> nn.Module:
+    """Put timm's layers back in place of native hosts, and return the model. Converted layers stay."""
+    if not is_pyramid(model):
+        return release_attention(model)
+    for site in sites(model):
+        host = site.block(model).attn
+        if isinstance(host, GridHost) and not host.permanent:
+            [block] = host._block
+            block._modules["attn"] = host.original
+            block.training = host.original.training = host.training
+            site.replace_block(model, block)
+    return model
