@@ -104,6 +104,10 @@ def _transfer_words(run: DryRun) -> str:
         loss = f"{name}{settings.weight:g} x {over}"
         if settings.temperature != 1:
             loss += f", temperature {settings.temperature:g}"
+        if settings.standardize != "none":
+            loss += (
+                f", standardized ({settings.standardize}) on {settings.standardize_images:,} training images"
+            )
         if settings.rows < 1:
             loss += f", {settings.rows:.0%} of the query rows"
         lines.append(loss)

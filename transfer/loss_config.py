@@ -36,6 +36,14 @@ class LossConfig(Section):
         description="features of method=feature: the pooled one before the head, those of the patches after the "
         "final norm, or both",
     )
+    standardize: Literal["none", "dimension", "phi_s"] = Field(
+        "none",
+        description="standardize the teacher's features with method=feature: each dimension by itself, or all by one "
+        "scale after a rotation (PHI-S)",
+    )
+    standardize_images: int = Field(
+        1024, gt=0, description="training images that the statistics of standardize are measured on"
+    )
     logits_loss: Literal["kl", "hard"] = Field(
         "kl", description="loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
     )

@@ -52,6 +52,7 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
     memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teacher])}
     task = copy.deepcopy(parts.task, memo)
     taught = {id(memo[id(tensor)]) for tensor in _tensors(teacher)}
+    task.measured()
     own = list(_tensors([task]))
     with mode:
         images, targets = _batch(config, parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from ...models.copying.input import ShownImages
 from ...models.families import attention_blocks
 from ...models.mae import MaskedAutoencoder
 from ..methods.dual import DualViT
+from ..methods.standardize import mark_ready
 from ..recovery.align import Alignment
 
 Losses = dict[str, Tensor]
@@ -52,6 +53,14 @@ class Task(nn.Module, ABC):
     def shard_units(self) -> Sequence[nn.Module]:
         """The modules that FSDP shards one by one."""
         return attention_blocks(self.trainable)
+
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        """Measure on training images what a new run needs before its first step."""
+        return
+
+    def measured(self) -> None:
+        """Note that what `measure` gives is there: from a state, or for a rehearsal without values."""
+        return
 
     @abstractmethod
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
@@ -110,6 +119,12 @@ class TransferTask(Task):
         if output.parts:  # a copying method has no transfer loss
             losses = {**losses, "transfer": output.transfer_loss, **output.parts}
         return losses
+
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        self.dual.standardize(batches)
+
+    def measured(self) -> None:
+        mark_ready(self.dual)
 
     def predict(self, images: Tensor) -> Tensor:
         return self.dual.predict(images)

@@ -24,6 +24,7 @@ from .ema import WeightAverage
 from .fence import Fence
 from .finish import export_students
 from .loop import Loop
+from .measure_features import leave_to_us, measure_features
 from .meters import Meters
 from .optim import Schedule, create_optimizer, describe_batch
 from .parallel import create_accelerator, gather, host_group, raise_together, shard
@@ -90,6 +91,10 @@ def train(config: RunConfig) -> RunResult:
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         config, batch = settle(config, parts, world, None if state is None else state.meta)
         run_state, schedule = _prepare(config, accelerator, group, parts, fence, batch)
+        if state is None:
+            measure_features(here, parts, accelerator)
+        else:
+            parts.task.measured()
         check_length(position, schedule.total_steps)
         with _recorder(config, parts, accelerator, run_state.log, position, schedule) as recorder:
             loop = Loop(config, accelerator, parts, run_state, schedule, recorder, signals, position)
@@ -200,6 +205,7 @@ def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Modul
     if config.engine.fsdp:
         shard(task, parts.task.shard_units, accelerator)
     elif accelerator.num_processes > 1:
+        leave_to_us(parts.task)
         task = accelerator.prepare_model(task)
     return task
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models.copying.tape import Tape
 from ...models.errors import TransferError
-from ...models.families import attention_blocks
+from ...models.families import attention_blocks, is_supported
 
 BRANCHES = ("drop_path1", "drop_path2")
 
@@ -40,6 +40,15 @@ class SharedDropPath(nn.Module):
             out: Tensor = self.original(x)
             return out
         return x * mask
+
+
+def check_shares(name: str, teacher: nn.Module) -> None:
+    """Raise TransferError: the teacher of this name has no blocks whose masks could be the student's."""
+    if not is_supported(teacher):
+        raise TransferError(
+            "transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and "
+            f"{name} is a {type(teacher).__name__}: set it to false"
+        )
 
 
 def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) -> list[SharedDropPath]:

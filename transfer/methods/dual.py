@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from textwrap import indent
 from typing import Any
@@ -16,12 +17,12 @@ from ...models.copying.input import ShownImages
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted, view_teacher
 from ...models.errors import TransferError
-from ...models.families import check_supported, is_supported
+from ...models.families import check_supported, evaluating
 from ...models.host import host_attention
 from ...models.json_types import JsonDict
 from ...models.replay import replay_blocks, restore_blocks
 from ..config import TransferConfig
-from .drop_path import SharedDropPath, share_drop_paths
+from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .loss_terms import (
     DEFAULT_TEACHER,
@@ -37,6 +38,7 @@ from .loss_terms import (
     term_methods,
 )
 from .method import Pairing
+from .standardize import Measured, fit, mark_ready
 from .taught_layer import freeze_unused
 from .transfer_plan import TransferPlan, resolve_plan
 
@@ -166,8 +168,7 @@ class DualViT(nn.Module):
             labelled = [term.labelled() for term in self._terms if term.labelled is not None]
             losses = [(term, term.losses(logits, self._tapes[term.side.name].losses)) for term in self._terms]
         finally:
-            for tape in self._tapes.values():
-                tape.end()
+            self._end_step()
         total = torch.zeros((), device=images.device)
         parts: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
@@ -180,6 +181,11 @@ class DualViT(nn.Module):
             if term.label:
                 terms[term.label] = loss
         return DualOutput(labelled[0] if labelled else logits, total, {**terms, **parts}, terms)
+
+    def standardize(self, batches: Iterable[Tensor]) -> None:
+        """Measure the statistics of `transfer.standardize` on batches of images as the student wants them."""
+        with evaluating(self):
+            fit(self._measured, batches, self._shown)
 
     def compile_teachers(self, names: Iterable[str]) -> None:
         """Compile the forward passes of teachers by name."""
@@ -194,11 +200,6 @@ class DualViT(nn.Module):
         logits: Tensor = self.student(images)
         return logits
 
-    def train(self, mode: bool = True) -> DualViT:
-        """Set the student's mode; the teacher stays in eval mode."""
-        super().train(mode)
-        return self
-
     def with_student(self, student: nn.Module) -> DualViT:
         """The same teachers, settings and resolved heads around another student, such as a moving average."""
         for side in self._sides:
@@ -209,6 +210,7 @@ class DualViT(nn.Module):
         twin.config, twin._sides, twin._normalization = self.config, self._sides, self._normalization
         twin.student, twin._compiled = student, self._compiled
         twin._install([replace(term, finish=None, labelled=None) for term in self._terms])
+        mark_ready(twin.projectors, like=self.projectors)
         twin.train(student.training)
         return twin
 
@@ -257,7 +259,7 @@ class DualViT(nn.Module):
             self._views = {side.name: self._view(side) for side in self._sides}
             for name in self._compiled:
                 self._views[name].compile(fullgraph=True)
-            self._drop_paths = self._share_drop_paths() if self.config.share_drop_path else ()
+            self._drop_paths = self._shared_drop_paths() if self.config.share_drop_path else []
         except BaseException:
             end_lesson(self.student)
             raise
@@ -274,7 +276,7 @@ class DualViT(nn.Module):
         """Return the terms with their losses, and the modules that learn beside the student."""
         attends = any(term.method.uses_heads for term in terms)
         hosts = host_attention(self.student) if attends else []
-        installed, projectors = [], nn.ModuleDict()
+        installed, projectors, self._measured = [], nn.ModuleDict(), list[Measured]()
         for term in terms:
             side = term.side
             made = term.method.install(
@@ -290,6 +292,7 @@ class DualViT(nn.Module):
                 )
             )
             installed.append(replace(term, finish=made.finish, labelled=made.labelled))
+            self._measured += made.measured
             if not term.label:
                 projectors = made.projectors
             elif len(made.projectors):
@@ -305,21 +308,30 @@ class DualViT(nn.Module):
                 wanted = wanted | term.method.wanted(term.plan)
         return view_teacher(side.model, wanted, self._tapes[side.name])
 
-    def _share_drop_paths(self) -> tuple[SharedDropPath, ...]:
+    def _shared_drop_paths(self) -> list[SharedDropPath]:
         """Share the masks of the student with the first teacher."""
         first = self._sides[0]
-        if not is_supported(first.model):
-            raise TransferError(
-                "transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and "
-                f"{first.name} is a {type(first.model).__name__}: set it to false"
-            )
-        return tuple(share_drop_paths(self.student, self._views[first.name], self._tapes[first.name]))
+        check_shares(first.name, first.model)
+        return share_drop_paths(self.student, self._views[first.name], self._tapes[first.name])
 
     def _check_in_use(self) -> None:
         if not self._in_use:
             raise TransferError(
                 "this DualViT was released and teaches nobody: call its student, or make another DualViT"
             )
+
+    @contextmanager
+    def _shown(self, images: Tensor) -> Iterator[None]:
+        """Let the teachers see images; within, what they give is on the tapes."""
+        try:
+            self._run_teachers(images)
+            yield
+        finally:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        for tape in self._tapes.values():
+            tape.end()
 
     def _run_teachers(self, images: Tensor) -> None:
         for side in self._sides:

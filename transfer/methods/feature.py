@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
 from ...models.copying.teacher_view import Wanted
+from ...models.errors import ConfigError
 from ...models.json_types import Json
+from ..config import LossConfig
 from .feature_parts import PARTS, FeaturePart, image_size_of, record_images
 from .method import Installed, Pairing, TransferMethod
+from .standardize import Measured, Standardizer
 from .transfer_plan import TransferPlan
 
 RESULTS = {"feature": "pooled", "patches": "patches"}
 """Results of a whole teacher by the names of the losses."""
+STANDARDIZED = {
+    "dimension": ", each dimension of the teacher's standardized",
+    "phi_s": ", the teacher's standardized by PHI-S",
+}
 
 
 class Feature(TransferMethod):
@@ -26,25 +33,40 @@ class Feature(TransferMethod):
     words = "{feature_loss} between "
     uses_layers = False
     nears_features = True
-    reads = frozenset({"feature_loss", "tokens", "weight"})
+    reads = frozenset({"feature_loss", "tokens", "standardize", "standardize_images", "weight"})
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset(RESULTS[part.loss_name] for part in PARTS[plan.tokens]))
 
     def describe(self, settings: Json) -> str:
         parts = PARTS.get(str(settings.get("tokens")), PARTS["pooled"])
-        return super().describe(settings) + " and ".join(part.words for part in parts)
+        how = STANDARDIZED.get(str(settings.get("standardize")), "")
+        return super().describe(settings) + " and ".join(part.words for part in parts) + how
+
+    def check_read(self, settings: LossConfig, where: str) -> None:
+        super().check_read(settings, where)
+        number = settings.standardize_images
+        if settings.standardize == "none" and number != LossConfig.model_fields["standardize_images"].default:
+            raise ConfigError(
+                f"{where}.standardize_images={number} changes nothing with standardize=none: leave it out, or set "
+                "standardize to dimension or phi_s"
+            )
 
     def install(self, pairing: Pairing) -> Installed:
-        installed, losses = Installed(), []
+        config, installed, losses = pairing.config, Installed(), []
         record_images(pairing.student, pairing.tape, pairing.changes)
-        for kind in PARTS[pairing.config.tokens]:
+        for kind in PARTS[config.tokens]:
             part = kind(pairing.student, pairing.teacher, pairing.tape)
             part.record(pairing.changes)
             student, teacher = part.widths
-            if student != teacher:
+            standardizer = None
+            if config.standardize != "none":
+                standardizer = Standardizer(config.standardize, teacher)
+                installed.projectors[f"{part.loss_name}_statistics"] = standardizer
+                installed.measured.append(Measured(standardizer, config.standardize_images, part.of_teacher))
+            if student != teacher or standardizer is not None:
                 installed.projectors[part.loss_name] = nn.Linear(student, teacher)
-            losses.append(_FeatureLoss(part, pairing.config.feature_loss, installed.projectors))
+            losses.append(_FeatureLoss(part, config.feature_loss, installed.projectors))
         installed.finish = _Losses(losses)
         return installed
 
@@ -60,6 +82,8 @@ class _FeatureLoss:
         if name in self.projectors:
             student = self.projectors[name](student)
         student, teacher = precise(student), self.part.of_teacher(image_size_of(self.part.tape))
+        if f"{name}_statistics" in self.projectors:
+            teacher = self.projectors[f"{name}_statistics"](teacher)
         if self.loss == "smooth_l1":
             return F.smooth_l1_loss(student, teacher)
         if self.loss == "mse":

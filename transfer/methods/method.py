@@ -22,6 +22,7 @@ from ...models.host import AttentionHost
 from ...models.json_types import Json
 from ..config import LossConfig
 from .lessons import Changes
+from .standardize import Measured
 from .taught_layer import Observer, attach
 from .transfer_plan import TransferPlan
 
@@ -58,6 +59,8 @@ class Installed:
     finish: Finish | None = None
     labelled: Callable[[], Tensor] | None = None
     """Gives the logits of a step that learn from labels, where these are not the student's prediction."""
+    measured: list[Measured] = field(default_factory=list)
+    """What training images must fill before the first step."""
 
 
 class TransferMethod(ABC):

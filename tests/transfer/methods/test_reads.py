@@ -18,7 +18,8 @@ from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.registry import find_method, method_names
 
 OTHER: dict[str, Any] = {
-    "layers": "0", "heads": [0], "loss": "kl", "feature_loss": "smooth_l1", "tokens": "both", "logits_loss": "hard",
+    "layers": "0", "heads": [0], "loss": "kl", "feature_loss": "smooth_l1", "tokens": "both",
+    "standardize": "phi_s", "standardize_images": 1, "logits_loss": "hard",
     "logits_head": "distillation", "weight": 0.5, "reduction": "mean", "temperature": 2.0, "rows": 0.5,
     "interpolate_grid": True,
 }  # fmt: skip
@@ -42,7 +43,8 @@ def result(method: str, options: dict[str, Any]) -> torch.Tensor:
         tiny("deit_distilled" if "logits_head" in options else "vit", seed=2),
     )
     torch.manual_seed(0)  # of sampled rows
-    dual = DualViT(teacher, student, method, **options)
+    dual = DualViT(teacher, student, method, **options).double()
+    dual.standardize([images()])
     out = dual(images())
     (out.logits.square().mean() + out.transfer_loss).backward()
     return torch.cat([out.logits.detach().flatten(), out.transfer_loss.detach()[None], gradient(student)])
@@ -54,6 +56,9 @@ def result(method: str, options: dict[str, Any]) -> torch.Tensor:
 def test_what_a_method_reads_changes_its_result(method: str, name: str) -> None:
     changed = {name: OTHER[name]}
     plain = {"logits_head": "all"} if name == "logits_head" else {}
+    if name == "standardize_images":
+        plain = {"standardize": "dimension", "tokens": "patches"}
+        changed |= plain
     if name == "interpolate_grid":
         with pytest.raises(Exception, match="interpolate_grid=true"):
             DualViT(tiny(seed=1, img_size=(16, 48)), tiny(seed=2), method)

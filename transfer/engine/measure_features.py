@@ -1,0 +1,58 @@
+"""The statistics of the teachers' features, measured before the first step of a new run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import RunConfig
+from ..data.loaders import create_train_loader
+from ..data.randomness import preserved
+from ..methods.standardize import Standardizer
+from . import deadline
+from .build import Parts
+
+logger = logging.getLogger(__name__)
+
+
+def measure_features(config: RunConfig, parts: Parts, accelerator: Accelerator) -> None:
+    """Fill the standardizers of a new run from its first training images; the random generators stay as they were.
+
+    Every process sees the same images, those of a run of one process, and then takes the first one's numbers: devices
+    of two kinds round differently.
+    """
+    statistics = _statistics(parts.task)
+    if not statistics:
+        return
+    with preserved(), accelerator.autocast():
+        parts.task.measure(_first_images(config, parts, accelerator))
+    if accelerator.num_processes > 1:
+        for _, tensor in statistics:
+            dist.broadcast(tensor, 0)
+    logger.info("the statistics of the teachers' features are measured on training images")
+
+
+def leave_to_us(task: nn.Module) -> None:
+    """Tell DDP not to send the statistics again in each step: they never change."""
+    names = [name for name, _ in _statistics(task)]
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, names)
+
+
+def _statistics(task: nn.Module) -> list[tuple[str, Tensor]]:
+    found = [(name, each) for name, each in task.named_modules() if isinstance(each, Standardizer)]
+    return [(f"{prefix}.{name}", tensor) for prefix, each in found for name, tensor in each.named_buffers()]
+
+
+def _first_images(config: RunConfig, parts: Parts, accelerator: Accelerator) -> Iterator[Tensor]:
+    """Yield the batches that a run of one process would begin with, without mixing."""
+    data = config.data.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
+    loader = create_train_loader(data, parts.spec, seed=config.seed, labels=False)
+    for images, _ in loader.epoch(0):
+        deadline.moved()
+        yield images.to(accelerator.device)
