@@ -9,8 +9,7 @@ With P = softmax(s Q Kᵀ + bias) and lse its row-wise log-sum-exp, three operat
 Each runs on torch's own fused kernels. Two identities make the backward passes fit these kernels:
 
 * The gradient of lse with respect to the logits is P, so an upstream gradient g of lse adds g to dP inside
-  dS = P * (dP - D + g). A column of ones appended to V and g appended to the upstream gradient adds it to dP;
-  a column of zeros appended to the saved output keeps D = rowsum(dO * O) unchanged.
+  dS = P * (dP - D + g). The module `fold` makes a kernel for the gradient of P V compute it.
 * Pᵀ G is itself an attention with queries K, keys Q, values G and a bias of -lse on each key. Its softmax is over the
   wrong axis; multiplying by its row sums corrects this. One forward kernel replaces a backward.
 
@@ -93,27 +92,10 @@ def _attention_with_lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if bias_grad and bias is not None:
         return kernels.backward_with_bias(grad_out, grad_lse, q, k, v, bias, out, lse, scale)
-    extra = kernels.extra_columns(q)
-    rows = q.shape[2]
-    grad_lse = grad_lse[..., :rows, None].to(q.dtype)
-    ones = torch.ones_like(v[..., :1])
-    dq, dk, dv = kernels.backward(
-        F.pad(torch.cat([grad_out, grad_lse], -1), (0, extra - 1)),
-        F.pad(q, (0, extra)),
-        F.pad(k, (0, extra)),
-        F.pad(torch.cat([v, ones], -1), (0, extra - 1)),
-        bias,
-        F.pad(out, (0, extra)),
-        lse,
-        scale,
-    )
-    width = q.shape[-1]
-    return (
-        dq[..., :width].contiguous(),
-        dk[..., :width].contiguous(),
-        dv[..., :width].contiguous(),
-        q.new_empty(0),
-    )
+    grad_lse = grad_lse[..., : q.shape[2]]
+    gradients = kernels.backward(grad_out, q, k, v, bias, out, lse, scale, grad_lse)
+    dq, dk, dv = (x.contiguous() for x in gradients)
+    return dq, dk, dv, q.new_empty(0)
 
 
 @torch.library.custom_op("graftvit::apply_map", mutates_args=())

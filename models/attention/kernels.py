@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .fold import fold_lse_gradient
+
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
@@ -61,9 +63,15 @@ def backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of P V for q, k and v, given its output and log-sum-exp."""
+    """Return the gradients of P V, and of the log-sum-exp if `grad_lse` (B, H, M) is given, for q, k and v."""
     kernel = _kernel(q, bias)
+    if kernel == "other":
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        return backward_with_bias(grad_out, grad_lse, q, k, v, bias, out, lse, scale)[:3]
+    if grad_lse is not None:
+        grad_out, out = fold_lse_gradient(grad_out, grad_lse, out)
     bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
     if kernel == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -88,7 +96,7 @@ def backward(
             none,
             scale=scale,
         )
-    elif kernel == "efficient":
+    else:
         none = torch.empty((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad_out,
@@ -104,9 +112,6 @@ def backward(
             [True, True, True, False],
             scale=scale,
         )
-    else:
-        zero = torch.zeros_like(lse)
-        dq, dk, dv, _ = backward_with_bias(grad_out, zero, q, k, v, bias, out, lse, scale)
     return dq, dk, dv
 
 
@@ -155,11 +160,6 @@ def backward_with_bias(
         if bias is not None:
             grad_bias[image if per_image else 0] += grad
     return dq, dk, dv, grad_bias
-
-
-def extra_columns(q: Tensor) -> int:
-    """Return the columns to append for the gradient of lse; CUDA kernels need multiples of 8."""
-    return 8 if q.device.type == "cuda" else 1
 
 
 def empty_out(q: Tensor) -> Tensor:
