@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ..models.errors import ConfigError
+from ..models.errors import ConfigError, did_you_mean
 from ..models.plain_yaml import YamlError, parse_yaml
 from ..transfer.config import RunConfig
 from ..transfer.section import OneOf, Section
@@ -31,6 +32,8 @@ ALIASES = {
     "model_ema_decay": "optim.ema",
 }
 """Names that users of MAE, timm and the attention transfer code already know."""
+ENTRY = re.compile(r"(?P<list>[\w.-]+)\[(?P<index>\d+)\]\.(?P<name>\w+)")
+"""A setting within an entry of a list, such as `transfer.losses[0].weight`."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,16 @@ def short_names() -> dict[str, str]:
 
 
 def find_key(name: str) -> str | None:
-    """Return the dotted key that `name` means, or None. Dashes are underscores; keys inside a mapping are valid."""
+    """Return the dotted key that `name` means, or None. Dashes are underscores; keys inside a mapping are valid.
+
+    So is a setting of an entry that exists in a list: `losses[0].weight` means `transfer.losses[0].weight`.
+    """
     name = name.replace("-", "_")
+    entry = ENTRY.fullmatch(name)
+    if entry is not None:
+        key, section = find_key(entry["list"]), _section_of_entries(entry)
+        valid = section is not None and entry["name"] in section.model_fields
+        return f"{key}[{entry['index']}].{entry['name']}" if valid else None
     if name in leaves():
         return name
     if name in short_names():
@@ -136,6 +147,11 @@ def find_key(name: str) -> str | None:
     return None
 
 
+def _section_of_entries(entry: re.Match[str]) -> type[Section] | None:
+    key = find_key(entry["list"])
+    return entry_section(leaves()[key]) if key in leaves() and not leaves()[key].is_mapping else None
+
+
 def find_stage_key(name: str) -> tuple[str, str] | None:
     """Return the stage and the key that `align.epochs` or `align.optim.epochs` means, or None."""
     stage, _, rest = name.replace("-", "_").partition(".")
@@ -144,7 +160,8 @@ def find_stage_key(name: str) -> tuple[str, str] | None:
 
 
 def leaf_of(key: str) -> Leaf:
-    """Return the setting of a key that `find_key` returned; for a key inside a mapping, the mapping's setting."""
+    """Return the setting of a key that `find_key` returned; for a key inside a mapping or a list, that of the whole."""
+    key = key.partition("[")[0]
     while key not in leaves():
         key = key.rpartition(".")[0]
     return leaves()[key]
@@ -164,6 +181,10 @@ def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: 
     plain = name.replace("-", "_")
     if plain in FLAGS:
         return ConfigError(f"{start} of the attention-transfer code: {FLAGS[plain]}")
+    entry = ENTRY.fullmatch(plain)
+    section = None if entry is None else _section_of_entries(entry)
+    if entry is not None and section is not None:
+        return ConfigError(f"{start}; {did_you_mean(entry['name'], section.model_fields)}")
     homonyms = [key for key in leaves() if key.rpartition(".")[2] == plain.rpartition(".")[2]]
     if len(homonyms) > 1:
         return ConfigError(f"{start}: write {' or '.join(dashes + key for key in homonyms)}")

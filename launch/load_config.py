@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..models.json_types import Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
 from ..transfer.section import Section
-from .fields import ALIASES, entry_section, find_key, find_stage_key, leaf_of, leaves, sections, unknown
+from .fields import ALIASES, Leaf, entry_section, find_key, find_stage_key, leaf_of, leaves, sections, unknown
 from .official_words import check_finetune, check_value
 from .recipes import recipe_text
 
@@ -231,14 +231,19 @@ def _validate(settings: list[Setting], stage: str = "") -> RunConfig:
             raise unknown(setting.origin.lstrip("-"), dashes="--" if setting.origin.startswith("--") else "")
         texts = {str, Path} & {*leaf_of(setting.key).kinds}
         value = at_home(setting.value) if texts else setting.value
-        _put(values, setting.key.split("."), value)
+        _put(values, setting, value)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        given = {leaf_of(setting.key).key: setting for setting in settings}
+        given = {leaf_of(setting.key).key: _of_whole_list(setting) for setting in settings}
         raise _explain(error, values, given) from error
     check_finetune(settings, ALIASES, config.mode)
     return config
+
+
+def _of_whole_list(setting: Setting) -> Setting:
+    """Return a setting of an entry as one of its list, whose findings name the entry themselves."""
+    return replace(setting, origin=setting.origin.partition("[")[0]) if "[" in setting.key else setting
 
 
 def at_home(value: Any) -> Any:
@@ -249,13 +254,27 @@ def at_home(value: Any) -> Any:
     return type(value)(scheme + mark + os.path.expanduser(path))  # noqa: PTH111 - keeps an unknown user as it is
 
 
-def _put(values: JsonDict, path: list[str], value: Any) -> None:
-    """Set `values[path[0]][path[1]]...`; copy the mappings on the way, so that a caller's mapping does not change."""
-    for name in path[:-1]:
+def _put(values: JsonDict, setting: Setting, value: Any) -> None:
+    """Set `values[first][second]...` of a dotted key; copy on the way, so that a caller's values do not change.
+
+    Raises ConfigError: the key is of an entry that the list does not have.
+    """
+    *path, last = setting.key.split(".")
+    for part in path:
+        name, _, index = part.rstrip("]").partition("[")
         below = values.get(name)
-        values[name] = dict(below) if isinstance(below, Mapping) else {}
-        values = values[name]
-    values[path[-1]] = value
+        if not index:
+            values[name] = dict(below) if isinstance(below, Mapping) else {}
+            values = values[name]
+            continue
+        entries = list(below) if isinstance(below, list | tuple) else []
+        if int(index) >= len(entries) or not isinstance(entries[int(index)], Mapping):
+            raise ConfigError(
+                f"{setting.origin}: there is no entry {index} in {name}, which has {len(entries)}, counted from 0"
+            )
+        values[name], entries[int(index)] = entries, dict(entries[int(index)])
+        values = entries[int(index)]
+    values[last] = value
 
 
 def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setting]) -> ConfigError:
@@ -270,7 +289,8 @@ def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setti
         inner = finding["loc"][key.count(".") + 1 :]
         section = entry_section(leaf_of(key))
         if section is not None and len(inner) > 1:
-            sentences[".".join(path)] = _explain_entry(finding, inner, section, given[key].origin)
+            place = given[key].origin + (f"[{inner[0]}]" if isinstance(inner[0], int) else f".{inner[0]}")
+            sentences[f"{place}.{inner[1]}"] = _explain_entry(finding, inner, section, place)
             continue
         value: Any = values
         for name in key.split("."):
@@ -287,12 +307,13 @@ def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setti
 
 
 def _explain_entry(
-    finding: ErrorDetails, inner: Sequence[int | str], section: type[Section], origin: str
+    finding: ErrorDetails, inner: Sequence[int | str], section: type[Section], place: str
 ) -> str:
     """Return a finding within an entry of a list or mapping, such as `--losses[0].weight`, as one sentence."""
-    *above, name = inner
-    place = origin + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in above)
+    name = str(inner[1])
     if finding["type"] == "extra_forbidden":
-        return f"{place} has an unknown key {name!r}; {did_you_mean(str(name), section.model_fields)}"
+        return f"{place} has an unknown key {name!r}; {did_you_mean(name, section.model_fields)}"
+    if len(inner) > 2 and name in section.model_fields:  # of one of several kinds, or within a list
+        return f"{place}.{name} is not {Leaf(name, section.model_fields[name]).valid()}"
     message = finding["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{place}.{name} is {finding['input']!r}, but {message}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .methods.registry import method_names
 from .section import OneOf, Section
@@ -67,6 +67,12 @@ class LossConfig(Section):
         False,
         description="distill maps between different patch grids by interpolating the teacher's attention logits",
     )
+
+    @field_validator("layers", "heads", mode="before")
+    @classmethod
+    def _one_number(cls, chosen: Any) -> Any:
+        """Read a single number, as YAML reads `layers: 7`, as the text of it."""
+        return str(chosen) if isinstance(chosen, int) and not isinstance(chosen, bool) else chosen
 
 
 class LossEntry(LossConfig):

@@ -202,7 +202,7 @@ def _parse_axis(word: str) -> Axis:
 def _check_apart(key: str, other: str) -> None:
     if key == other:
         raise ConfigError(f"--sweep {key} is given twice; put all its values into one list")
-    if key.startswith(f"{other}.") or other.startswith(f"{key}."):
+    if key.startswith((f"{other}.", f"{other}[")) or other.startswith((f"{key}.", f"{key}[")):
         raise ConfigError(f"--sweep {key} and --sweep {other} set the same thing; give one of the two")
 
 

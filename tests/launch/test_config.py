@@ -208,6 +208,10 @@ def test_sizes_and_ranges_that_cannot_be_meant_are_refused(key: str, value: obje
             "teachers={cnx: {dtype: fp8}}",
             "teachers.cnx.dtype is 'fp8', but should be 'fp32', 'bf16' or 'fp16'",
         ),
+        (
+            "losses=[{method: distill, layers: [0, a]}]",
+            "losses[0].layers is not text or a list of whole numbers or",
+        ),
         ("losses=3", "losses is [3], but must be a list of mappings with any of the keys method, layers, "),
         (
             "teachers=3",
@@ -219,3 +223,35 @@ def test_a_mistake_within_a_list_of_sections_is_named(word: str, sentence: str, 
     with pytest.raises(ConfigError) as refused:
         load_config(None, [word])
     assert str(refused.value).startswith(sentence)
+
+
+TWO = "losses=[{method: distill, layers: 1}, {method: feature, weight: 5}]"
+
+
+@pytest.mark.parametrize("word", ["transfer.losses[1].weight=2", "losses[1].weight=2"])
+def test_a_setting_of_one_entry_of_a_list(word: str) -> None:
+    first, second = load_config(None, [TWO, word]).transfer.losses
+    assert (first.weight, first.layers, second.weight, second.method) == (3.0, "1", 2.0, "feature")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([TWO, "losses[1].wieght=2"], "unknown key 'losses[1].wieght'; did you mean 'weight'? valid: "),
+        ([TWO, "losses[2].weight=2"], "losses[2].weight: there is no entry 2 in losses, which has 2"),
+        (["losses[0].weight=2"], "losses[0].weight: there is no entry 0 in losses, which has 0"),
+        ([TWO, "losses[1].weight=-2"], "losses[1].weight is -2, but should be greater than or equal to 0"),
+        ([TWO, "losses[0]=3"], "unknown key 'losses[0]'"),
+    ],
+)
+def test_a_mistake_in_a_setting_of_one_entry_is_named(words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, words)
+    assert str(refused.value).startswith(sentence)
+
+
+def test_a_recipe_keeps_its_list_where_one_entry_is_overridden() -> None:
+    changed = load_config("two_teachers_vit_base", ["losses[1].weight=7"]).transfer.losses
+    plain = load_config("two_teachers_vit_base").transfer.losses
+    assert changed[1].weight == 7
+    assert (changed[0], changed[2]) == (plain[0], plain[2])

@@ -21,14 +21,15 @@ from ...models.copying.input import Normalization, TeacherInput
 from ...models.errors import ConfigError, TransferError
 from ...models.families import classifier_of, vit
 from ...models.mae import MaskedAutoencoder
-from ..config import Metric, RunConfig, TeacherConfig
+from ..config import Metric, RunConfig
 from ..methods.dual import build_dual
-from ..methods.loss_terms import DEFAULT_TEACHER, choose_teachers, term_methods
+from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
 from ..recovery.align import Alignment
 from .optim import freeze, freeze_head
 from .students import StudentPlan, find_whole_name, plan_student
 from .tasks import AlignTask, ClassificationTask, PretrainTask, Task, TransferTask
+from .teacher_checks import check_something_to_learn, check_teachers, teacher_settings, teachers_of_terms
 
 HEAD_STD = 2e-5
 """Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""
@@ -195,12 +196,12 @@ class Transfer(Mode):
     @property
     def teachers_of_terms(self) -> list[str]:
         """The name of the teacher of each entry."""
-        return choose_teachers(self.config.transfer, [DEFAULT_TEACHER, *self.config.teachers])
+        return teachers_of_terms(self.config)
 
     def check(self) -> None:
+        check_teachers(self.config)
         super().check()
         student, losses = self.config.student, self.config.transfer.losses
-        self._check_teachers()
         for index, (method, term) in enumerate(zip(self.methods, self.config.transfer.terms, strict=True)):
             method.check_read(term, f"transfer.losses[{index}]" if losses else "transfer")
         for method in self.methods:
@@ -210,7 +211,7 @@ class Transfer(Mode):
                     f"transfer.method={method.name}, whose losses come from within the blocks: set one of them to "
                     "false"
                 )
-        for name, teacher in self._teacher_settings().items():
+        for name, teacher in teacher_settings(self.config).items():
             if teacher.compile and student.compile:
                 raise ConfigError(
                     f"{name}.compile=true changes nothing beside student.compile=true, which compiles the whole step: "
@@ -221,37 +222,7 @@ class Transfer(Mode):
                 f"teacher.dtype={self.config.teacher.dtype} does not go with transfer.method={self.methods[0].name}, "
                 "whose student is saved with its teacher in float32: set it to fp32"
             )
-        if all(method.copies for method in self.methods) and not self.needs_labels:
-            raise ConfigError(
-                f"transfer.task_weight=0 leaves nothing to learn: transfer.method={self.methods[0].name} has no loss "
-                "of its own"
-            )
-
-    def _teacher_settings(self) -> dict[str, TeacherConfig]:
-        return {DEFAULT_TEACHER: self.config.teacher, **self.config.teachers}
-
-    def _check_teachers(self) -> None:
-        """Raise ConfigError for a teacher that no entry of `transfer.losses` learns from."""
-        chosen = self.teachers_of_terms
-        for name, teacher in self.config.teachers.items():
-            if name == DEFAULT_TEACHER or not name.isidentifier():
-                raise ConfigError(
-                    f"teachers.{name}: {name!r} cannot be the name of a further teacher; use letters, digits and _, "
-                    f"and another name than {DEFAULT_TEACHER!r}"
-                )
-            if teacher.source is None:
-                raise ConfigError(
-                    f"teachers.{name}.source is not set: set it to a timm name, a hub name or a path"
-                )
-            if name not in chosen:
-                raise ConfigError(
-                    f"teachers.{name} teaches nothing: name it as the teacher of an entry of transfer.losses"
-                )
-        if DEFAULT_TEACHER not in chosen:
-            raise ConfigError(
-                "no entry of transfer.losses learns from teacher.source: give one of the named teachers as "
-                "teacher.source, and leave `teacher` out of its entries"
-            )
+        check_something_to_learn(self.config)
 
     @property
     def needs_labels(self) -> bool:
@@ -292,7 +263,7 @@ class Transfer(Mode):
         images = models.calibration() if matches else None
         models.taught_by()
         dual = build_dual(config, models.teachers, models.student, models.normalization, images)
-        dual.compile_teachers([name for name, each in self._teacher_settings().items() if each.compile])
+        dual.compile_teachers([name for name, each in teacher_settings(self.config).items() if each.compile])
         return TransferTask(dual, self.config.data.smoothing, config.task_weight)
 
     def freeze(self, trainable: nn.Module) -> None:

@@ -31,16 +31,17 @@ from .loss_terms import (
     Term,
     check_teacher,
     choose_teachers,
-    label_terms,
     model_of,
+    placed,
     pretrained_normalization,
     read_settings,
+    resolve_terms,
     term_methods,
 )
 from .method import Pairing
 from .standardize import Measured, fit, mark_ready
 from .taught_layer import freeze_unused
-from .transfer_plan import TransferPlan, resolve_plan
+from .transfer_plan import TransferPlan
 
 
 @dataclass
@@ -103,8 +104,9 @@ class DualViT(nn.Module):
         for each in (*models.values(), student):
             end_lesson(each)
         kinds = term_methods(self.config)
-        for kind, name in zip(kinds, chosen, strict=True):
-            check_teacher(models[name], kind)
+        for index, (kind, name) in enumerate(zip(kinds, chosen, strict=True)):
+            with placed(self.config, index):
+                check_teacher(models[name], kind)
         check_supported(student)
         self._normalization = norm
         self._sides = tuple(
@@ -113,16 +115,7 @@ class DualViT(nn.Module):
             if name in chosen
         )
         sides = {side.name: side for side in self._sides}
-        terms = []
-        for label, settings, kind, name in zip(
-            label_terms(self.config), self.config.terms, kinds, chosen, strict=True
-        ):
-            side = sides[name]
-            plan = resolve_plan(settings, side.model, student)
-            if plan.needs_calibration and not next(student.parameters()).is_meta:
-                plan = plan.calibrated(side.model, student, side.input, calibration)
-            terms.append(Term(label, settings, kind, plan, side))
-        self._install(terms)
+        self._install(resolve_terms(self.config, chosen, sides, student, calibration))
 
     @property
     def teacher(self) -> nn.Module:
@@ -277,20 +270,13 @@ class DualViT(nn.Module):
         attends = any(term.method.uses_heads for term in terms)
         hosts = host_attention(self.student) if attends else []
         installed, projectors, self._measured = [], nn.ModuleDict(), list[Measured]()
-        for term in terms:
-            side = term.side
-            made = term.method.install(
-                Pairing(
-                    term.settings,
-                    term.plan,
-                    side.model,
-                    self.student,
-                    self._tapes[side.name],
-                    self._changes,
-                    hosts,
-                    term.prefix,
-                )
+        for index, term in enumerate(terms):
+            side, tape = term.side, self._tapes[term.side.name]
+            pairing = Pairing(
+                term.settings, term.plan, side.model, self.student, tape, self._changes, hosts, term.prefix
             )
+            with placed(self.config, index):
+                made = term.method.install(pairing)
             installed.append(replace(term, finish=made.finish, labelled=made.labelled))
             self._measured += made.measured
             if not term.label:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +19,13 @@ from ...models.conversion import converted_layers
 from ...models.copied import copied_layers
 from ...models.copying.input import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.copying.links import Link
-from ...models.errors import ConfigError, TransferError, UnsupportedModelError, did_you_mean
+from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
 from ...models.families import check_supported, image_size, is_supported
 from ...models.outside import OutsideTeacher as OutsideTeacher
 from ..config import LossEntry, TransferConfig
 from .method import Finish, TransferMethod
 from .registry import find_method
-from .transfer_plan import TransferPlan
+from .transfer_plan import TransferPlan, resolve_plan
 
 Teacher = nn.Module | Pretrained
 HALF = (torch.bfloat16, torch.float16)
@@ -116,6 +118,41 @@ class Term:
         return total / len(losses) if self.settings.reduction == "mean" else total
 
 
+@contextmanager
+def placed(config: TransferConfig, index: int) -> Iterator[None]:
+    """Let an error name the settings of an entry of `transfer.losses` and of its teacher, by their keys."""
+    try:
+        yield
+    except GraftError as error:
+        if not config.losses:
+            raise
+        entry, name = f"transfer.losses[{index}]", config.losses[index].teacher
+        text = re.sub(r"(?<![.\w])transfer\.(?=[a-z])(?!losses|share|task)", f"{entry}.", str(error))
+        if name not in (None, DEFAULT_TEACHER):
+            text = re.sub(r"(?<![.\w])teacher\.(?=[a-z])", f"teachers.{name}.", text)
+        raise type(error)(text if entry in text else f"{entry}: {text}") from error
+
+
+def resolve_terms(
+    config: TransferConfig,
+    chosen: Sequence[str],
+    sides: Mapping[str, TeacherSide],
+    student: nn.Module,
+    calibration: Tensor | None,
+) -> list[Term]:
+    """Return the losses of a run, each with what it means for its teacher and the student."""
+    terms = []
+    labels, kinds = label_terms(config), term_methods(config)
+    for index, settings in enumerate(config.terms):
+        side = sides[chosen[index]]
+        with placed(config, index):
+            plan = resolve_plan(settings, side.model, student)
+            if plan.needs_calibration and not next(student.parameters()).is_meta:
+                plan = plan.calibrated(side.model, student, side.input, calibration)
+        terms.append(Term(labels[index], settings, kinds[index], plan, side))
+    return terms
+
+
 def model_of(name: str, teacher: Teacher) -> nn.Module:
     """Return the model of a teacher. Raises UnsupportedModelError: it is not one of timm, nor an OutsideTeacher."""
     model = teacher.model if isinstance(teacher, Pretrained) else teacher
@@ -172,7 +209,13 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
     """Raise UnsupportedModelError or TransferError: a method cannot take what it needs from this teacher."""
     if not method.uses_layers and not is_supported(teacher):
         return
-    check_supported(teacher, copied=True)
+    try:
+        check_supported(teacher, copied=True)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"transfer.method={method.name} reads the layers of its teacher, and {error}; feature and logits take any "
+            "classifier"
+        ) from error
     others = {index: str(layer.choice) for index, layer in converted_layers(teacher).items()}
     others |= dict.fromkeys(copied_layers(teacher), "the attention of a teacher of its own")
     if others and method.uses_heads:

@@ -208,6 +208,19 @@ def test_each_cell_has_its_whole_configuration(tmp_path: Path) -> None:
     assert config.output_dir == tmp_path / "out" / "cells" / "layers=0-3,seed=1"
 
 
+def test_a_setting_of_one_loss_is_swept(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "transfer: {losses: [{method: distill}, {method: feature}]}\n")
+    sweep = parse_sweep(["losses[1].weight=1,0.5", "transfer.losses[0].layers=all,[0,3]"], tmp_path / "out")
+    configs = cell_configs(sweep, path)
+    assert list(configs)[3] == "weight=0.5,layers=0-3"
+    first, second = read_back(tmp_path, configs["weight=0.5,layers=0-3"]).transfer.losses
+    assert (first.layers, second.weight) == ([0, 3], 0.5)
+    with pytest.raises(ConfigError, match="set the same thing"):
+        parse_sweep(["losses[1].weight=1,2", "losses=[],[{method: copy}]"], tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no entry 2 in losses, which has 2"):
+        cell_configs(parse_sweep(["losses[2].weight=1,2"], tmp_path), path)
+
+
 def test_every_cell_is_checked(tmp_path: Path) -> None:
     sweep = parse_sweep(["seed=0..1", "blr=1e-3,fast"], tmp_path)
     with pytest.raises(ConfigError, match=r"--sweep optim\.blr is 'fast', but must be a number"):

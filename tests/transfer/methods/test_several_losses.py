@@ -192,7 +192,10 @@ def test_any_classifier_teaches_features_and_classes(name: str, method: str) -> 
         ([{"method": "distill", "teacher": "nosuch"}], "transfer.losses names the teacher 'nosuch'"),
         ([{"method": "distil"}], "transfer.losses.*distill"),
         ([{"method": "copy"}, {"method": "copy_q"}], "copies into layer 0 of the student twice"),
-        ([{"method": "copy"}, {"method": "distill"}], "no attention of its own for transfer.method=distill"),
+        (
+            [{"method": "copy"}, {"method": "distill"}],
+            "no attention of its own for transfer.losses",
+        ),
         ([{"method": "distill"}, {"method": "copy", "layers": "0"}], "no attention of its own"),
     ],
 )
