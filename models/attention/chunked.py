@@ -35,11 +35,24 @@ class Chunk(NamedTuple):
 class ChunkedFeatures(ABC):
     """Features of one chunk of tokens, without parameters; φ(x) is what the methods return plus `floor`.
 
-    The methods get and return float32 or float64. One object serves one forward pass and its backward pass.
+    The methods get and return float32 or float64. One object serves one forward pass and its backward pass. What a
+    method returns is valid until it is called for the next chunk.
     """
 
     def __init__(self, num_features: int, floor: float = 0.0) -> None:
         self.num_features, self.floor = num_features, floor
+        self._scratch: dict[tuple[str, torch.Size], Tensor] = {}
+
+    def scratch(self, name: str, like: Tensor) -> Tensor:
+        """Return memory of the shape, layout and dtype of `like`: new memory for each chunk would not be in the cache."""
+        key = name, like.shape
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty_like(like)
+        return self._scratch[key]
+
+    def release(self) -> None:
+        """Free the memory of `scratch`."""
+        self._scratch.clear()
 
     @abstractmethod
     def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
@@ -86,7 +99,8 @@ class _ChunkedAttention(torch.autograd.Function):
             if features.floor:
                 product_BHnE += features.floor * sums_BHFE[chunk.images].sum(2, keepdim=True)
             total = torch.clamp_min(product_BHnE[..., -1:], least, out=chunk.of(total_BHN1))
-            chunk.of(out).copy_(product_BHnE[..., :-1].div_(total))
+            chunk.of(out).copy_(product_BHnE[..., :-1].mul_(total.reciprocal()))
+        features.release()
         ctx.features, ctx.least = features, least
         ctx.save_for_backward(q, k, v, mean_BH1D, sums_BHFE, total_BHN1, out)
         return out
@@ -98,6 +112,7 @@ class _ChunkedAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             dq, grad_sums = _query_gradients(ctx.features, q, grad_out, out, total_BHN1, sums_BHFE, ctx.least)
             dk, dv = _key_gradients(ctx.features, k, v, mean_BH1D, grad_sums)
+        ctx.features.release()
         return None, None, None, dq, dk, dv
 
 
@@ -107,7 +122,7 @@ def _key_sums(features: ChunkedFeatures, k: Tensor, v: Tensor, mean_BH1D: Tensor
     sums_BHFE = v.new_zeros((batch, heads, features.num_features, width + 1), dtype=_dtype(k))
     for chunk in _chunks(features, k):
         some_BHFE = sums_BHFE[chunk.images]
-        keys, factor = features.first_keys(_centred(k, mean_BH1D, chunk), chunk)
+        keys, factor = features.first_keys(_centred(features, k, mean_BH1D, chunk), chunk)
         if factor is not None:
             some_BHFE *= factor
         some_BHFE[..., :-1] += keys.transpose(2, 3) @ _precise(chunk.of(v))
@@ -155,7 +170,7 @@ def _key_gradients(
     common = None if mean_BH1D is None else torch.zeros_like(mean_BH1D)
     for chunk in _chunks(features, k):
         of_S_BHFD, of_m_BHF1 = grad_sums[chunk.images].split((v.shape[3], 1), 3)
-        x = _centred(k, mean_BH1D, chunk)
+        x = _centred(features, k, mean_BH1D, chunk)
         keys = features.keys(x, chunk)
         values = keys @ of_S_BHFD
         if features.floor:
@@ -182,9 +197,11 @@ def _chunks(features: ChunkedFeatures, x_BHND: Tensor) -> Iterator[Chunk]:
             yield Chunk(slice(image, image + images), slice(token, token + length))
 
 
-def _centred(k: Tensor, mean_BH1D: Tensor | None, chunk: Chunk) -> Tensor:
+def _centred(features: ChunkedFeatures, k: Tensor, mean_BH1D: Tensor | None, chunk: Chunk) -> Tensor:
     keys = _precise(chunk.of(k))
-    return keys if mean_BH1D is None else keys - mean_BH1D[chunk.images]
+    if mean_BH1D is None:
+        return keys
+    return torch.sub(keys, mean_BH1D[chunk.images], out=features.scratch("centred", keys))
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -160,8 +160,8 @@ class EluChunks(ChunkedFeatures):
     """The features of `Elu`: elu(x) + 1 = max(x + 1, exp(min(x, 0))), whose derivative is min(φ, 1)."""
 
     def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        features = x_BHnD.clamp_max(0).exp_()
-        return torch.maximum(features, x_BHnD + 1, out=features)
+        low = torch.clamp_max(x_BHnD, 0, out=self.scratch("low", x_BHnD)).exp_()
+        return torch.maximum(low, torch.add(x_BHnD, 1, out=self.scratch("high", x_BHnD)), out=low)
 
     def queries_gradient(
         self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
