@@ -44,7 +44,7 @@ class ChunkedFeatures(ABC):
         self._scratch: dict[tuple[str, torch.Size], Tensor] = {}
 
     def scratch(self, name: str, like: Tensor) -> Tensor:
-        """Return memory of the shape, layout and dtype of `like`: new memory for each chunk would not be in the cache."""
+        """Return memory of the shape and layout of `like`, kept from chunk to chunk so that it is in the cache."""
         key = name, like.shape
         if key not in self._scratch:
             self._scratch[key] = torch.empty_like(like)
