@@ -9,7 +9,7 @@ from torch import Tensor
 from .base import Geometry, Heads, LayerShape, Traits
 from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
-from .prefix import prefix_softmax, prefix_term
+from .prefix import prefix_term, with_prefix
 from .softmax import softmax_rows
 from .terms import LowRank, Term
 
@@ -46,7 +46,7 @@ class AgentAttention(PooledAttention):
         grid = F.scaled_dot_product_attention(
             q[:, :, num_prefix:], keys, values, attn_mask=counts, scale=heads.scale
         )
-        return torch.cat((prefix_softmax(heads), grid), 2)
+        return with_prefix(heads, grid)
 
     def terms(self, heads: Heads) -> list[Term]:
         q, k, v = heads.qkv()

@@ -12,7 +12,7 @@ from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .kernel import KernelAttention
 from .kernels import precise
-from .prefix import prefix_softmax, prefix_term
+from .prefix import prefix_term, with_prefix
 from .terms import LowRank, Term
 from .tiles import Table, blocks, gather, sparse_term, tile_logits, tiled_softmax
 from .window import TileTables
@@ -86,7 +86,7 @@ class HybridAttention(AttentionOperator):
                 grid = self._joined(heads)
         else:
             grid = self._gated(heads)
-        return torch.cat((prefix_softmax(heads), grid), 2)
+        return with_prefix(heads, grid)
 
     def local(self, heads: Heads) -> Tensor | None:
         return None if self.kernel is None else self.kernel.local(heads)

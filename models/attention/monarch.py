@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .prefix import prefix_softmax
+from .prefix import with_prefix
 from .softmax import softmax_rows
 from .terms import FirstRows, Term
 
@@ -65,7 +65,7 @@ class MonarchAttention(AttentionOperator):
             if first:
                 grid_BHJLD = grid_BHJLD + factors.prefix @ values[:, :, None, :first]
         grid = grid_BHJLD.transpose(2, 3).flatten(2, 3)[:, :, : v.shape[2] - first]
-        return torch.cat((prefix_softmax(heads), grid.to(v.dtype)), 2)
+        return with_prefix(heads, grid.to(v.dtype))
 
     def rows(self, heads: Heads, index: Tensor) -> Tensor:
         factors, first = self._factors(heads), heads.tokens().num_prefix

@@ -13,7 +13,7 @@ from .base import Geometry, Heads, LayerShape, Traits
 from .kernel import without_padding
 from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
-from .prefix import prefix_softmax, prefix_term
+from .prefix import prefix_term, with_prefix
 from .terms import LowRank, Term
 
 
@@ -78,7 +78,7 @@ class NystromAttention(PooledAttention):
                 attn_mask=landmarks.log_counts,
                 scale=heads.scale,
             )
-        return torch.cat((prefix_softmax(heads), grid.to(v.dtype)), 2)
+        return with_prefix(heads, grid.to(v.dtype))
 
     def terms(self, heads: Heads) -> list[Term]:
         num_prefix = heads.tokens().num_prefix

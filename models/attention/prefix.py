@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,13 @@ def prefix_softmax(heads: Heads) -> Tensor:
     return F.scaled_dot_product_attention(
         first, k, v, attn_mask=heads.seen, dropout_p=heads.dropout, scale=heads.scale
     )
+
+
+def with_prefix(heads: Heads, grid_BHnD: Tensor) -> Tensor:
+    """Return the exact attention of the prefix tokens, then `grid_BHnD`: (B, H, N, D)."""
+    if heads.tokens().num_prefix == 0:
+        return grid_BHnD
+    return torch.cat((prefix_softmax(heads), grid_BHnD), 2)
 
 
 def prefix_term(heads: Heads) -> Term:

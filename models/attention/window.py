@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .prefix import prefix_softmax, prefix_term
+from .prefix import prefix_term, with_prefix
 from .terms import Term
 from .tiles import Cutter, Table, blocks, neighbors, sparse_term, tile_logits, tile_table, tiled_softmax
 
@@ -79,7 +79,7 @@ class WindowAttention(AttentionOperator):
         geometry = heads.tokens()
         table, masked = self.tables(geometry, q.device)
         grid = tiled_softmax(q, k, v, table, scale=heads.scale, dropout=heads.dropout, masked=masked)
-        return torch.cat((prefix_softmax(heads), grid), 2)
+        return with_prefix(heads, grid)
 
     def terms(self, heads: Heads) -> list[Term]:
         q, k = heads.qk()
