@@ -26,7 +26,8 @@ def few_keys_attention(
 ) -> Tensor:
     """Return softmax(s Q Kᵀ + bias) V, (B, H, N, D)."""
     learned = torch.is_grad_enabled() and bias_M.requires_grad
-    plain = q_BHND.device.type == "cpu" and q_BHND.dtype == k_BHMD.dtype == v_BHMD.dtype == bias_M.dtype
+    plain = q_BHND.device.type == "cpu" and k_BHMD.shape == v_BHMD.shape
+    plain = plain and q_BHND.dtype == k_BHMD.dtype == v_BHMD.dtype == bias_M.dtype
     if learned and plain and kernels.precise(q_BHND) is q_BHND and not _cast_or_compiled():
         out: Tensor = _FewKeys.apply(q_BHND, k_BHMD, v_BHMD, bias_M, scale)
         return out

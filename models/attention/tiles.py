@@ -19,6 +19,7 @@ from torch import Tensor
 from .base import Geometry
 from .kernels import precise
 from .terms import Sparse, Term
+from .tile_groups import by_groups, grouped_softmax
 
 Cut: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Along one axis: queries (a,), keys (b,), and which query sees which key (a, b)."""
@@ -89,6 +90,10 @@ def tiled_softmax(
     `masked` is False if every query sees every key of its tile.
     """
     queries, keys, sees, place = table
+    if dropout == 0 and by_groups(q, k, v):
+        out = grouped_softmax(q, k, v, queries, keys, sees if masked else None, scale)
+        prefix = q.shape[2] - len(place)
+        return out[:, :, prefix:] if prefix else out
     # The fused kernels take four dimensions: tiles are in the dimension of the heads.
     tiles = [gather(x, index).flatten(0, 1) for x, index in ((q, queries), (k, keys), (v, keys))]
     mask = sees.unsqueeze(0) if masked else None

@@ -13,6 +13,7 @@ import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
+from graftvit.models.attention import few_keys
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.attention.linformer import LinformerAttention, interpolated
 from graftvit.models.attention.softmax import softmax_rows
@@ -283,3 +284,19 @@ def test_the_cost_against_softmax(
     geometry = Geometry(1, grid)
     operator = LinformerAttention(LayerShape(1, 64, geometry), num_keys)
     assert operator.macs(geometry) / (2 * tokens**2 * 64) == pytest.approx(ratio, abs=0.02)
+
+
+def test_chunks_of_queries_give_the_gradient_of_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, bias = (
+        torch.randn(*shape, dtype=torch.float64)
+        for shape in ((3, 2, 17, 5), (3, 2, 4, 5), (3, 2, 4, 5), (4,))
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v, bias)]
+    monkeypatch.setattr(few_keys, "CACHED", 2 * 4 * 7)  # seven queries
+    out = few_keys.few_keys_attention(q, k, v, bias, 0.3)
+    wanted = (0.3 * q @ k.transpose(2, 3) + bias).softmax(-1) @ v
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
+    found = torch.autograd.grad(out, inputs, upstream)
+    for gradient, whole in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
+        torch.testing.assert_close(gradient, whole, rtol=1e-8, atol=1e-10)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from graftvit.models.attention import tile_groups
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.attention.window import NeighborhoodAttention, WindowAttention
 from graftvit.models.conversion import convert, resize
 from graftvit.models.errors import ConfigError
-from operator_cases import draw
+from operator_cases import Case, draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,3 +143,20 @@ def test_windows_that_are_none_are_refused() -> None:
     for options, message in (({"window": 0}, "window=0"), ({"dilation": 1.5}, "dilation=1.5")):
         with pytest.raises(ConfigError, match=f"plan: {message}; give a whole number"):
             WindowAttention(LayerShape(1, 8, RAGGED), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["window", "neighbourhood", "dilated"])
+@pytest.mark.parametrize("elements", [1, 40_000], ids=["a tile", "several images"])
+def test_groups_of_tiles_give_the_map_and_its_gradients(
+    name: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_groups, "CACHED", elements)
+    geometry = Geometry(2, (5, 8))
+    operator, heads = Case(name, {"window": 3}).build(geometry), draw(geometry, batch=3)
+    _, _, v = inputs = [x.requires_grad_() for x in heads.qkv()]
+    upstream = torch.randn_like(v)
+    out, wanted = operator.attend(heads), operator.matrix(heads) @ v
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
+    found = torch.autograd.grad(out, inputs, upstream)
+    for gradient, dense in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
+        torch.testing.assert_close(gradient, dense, rtol=1e-8, atol=1e-10)
