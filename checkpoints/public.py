@@ -8,7 +8,7 @@ from typing import Any
 
 from ..models.json_types import Json, JsonDict
 
-PATH_KEYS = ("source", "init", "data_path", "stage", "output_dir")
+PATH_KEYS = ("source", "init", "data_path", "stage", "output_dir", "cache")
 """Settings that may hold a path, relative ones included."""
 _HUB = ("hf-hub:", "hf_hub:")
 _BEGIN = r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:[\\/]|\\\\)"

@@ -29,12 +29,13 @@ def memory_items(run: DryRun) -> list[MemoryItem]:
     batch = f"{run.parts.train_loader.batch_size} images, {config.engine.precision}"
     if config.student.grad_checkpointing:
         batch += ", block inputs only"
+    until = "" if run.targets is None else ", until its targets are computed"
     items = [
         MemoryItem("student", found.student // shards, f"{count} parameters in float32{split}"),
         MemoryItem("gradients", found.gradients // shards, f"{trained} trained{split}"),
         MemoryItem("optimizer", found.optimizer // shards, f"{config.optim.opt}{split}"),
         MemoryItem("moving average", found.average // shards, f"a copy of the student{split}"),
-        MemoryItem("teacher", found.teacher, f"frozen, in {_types(run)}"),
+        MemoryItem("teacher", found.teacher, f"frozen, in {_types(run)}{until}"),
         MemoryItem("activations", found.activations, batch),
     ]
     return [item for item in items if item.size]

@@ -39,6 +39,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("student", _student_words(run)),
         ("images", run.parts.spec.describe()),
         ("transfer", _transfer_words(run)),
+        ("targets", "" if run.targets is None else run.targets.describe()),
         ("trained", _trained_words(run)),
         ("data", _data_words(run)),
         ("batch", _batch_words(run)),

@@ -11,10 +11,10 @@ from .engine.train import RunResult as RunResult
 from .engine.train import train as train
 from .evaluate import Metrics as Metrics
 from .evaluate import evaluate as evaluate
+from .methods.configured_dual import build_dual as build_dual
 from .methods.dual import DualOutput as DualOutput
 from .methods.dual import DualViT as DualViT
 from .methods.dual import Normalization as Normalization
-from .methods.dual import build_dual as build_dual
 from .methods.loss_terms import OutsideTeacher as OutsideTeacher
 from .methods.method import Installed as Installed
 from .methods.method import Pairing as Pairing

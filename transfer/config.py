@@ -151,6 +151,12 @@ class DataConfig(Section):
         None, gt=0, description="images per device in evaluation; batch_size by default"
     )
     workers: int = Field(4, ge=0, description="loader processes per device")
+    views: int | None = Field(
+        None,
+        ge=0,
+        description="number of augmented views of each image: epoch e shows view e modulo this number; 0 shows "
+        "images without augmentation, as evaluation does; a new view each epoch by default",
+    )
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area range of the random resized crop")
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     aa: str | None = Field(

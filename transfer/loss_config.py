@@ -100,6 +100,17 @@ class TransferConfig(LossConfig):
         False,
         description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
     )
+    cache: str | None = Field(
+        None,
+        description="folder that keeps what the teachers compute of the training images, so that they compute it "
+        "once for all epochs and runs; needs data.views",
+    )
+    cache_limit: float | None = Field(
+        None,
+        gt=0,
+        description="largest size in GiB of this run's targets in transfer.cache; by default what is missing may "
+        "take 90% of the free disk",
+    )
 
     @property
     def terms(self) -> tuple[LossEntry, ...]:

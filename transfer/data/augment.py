@@ -37,8 +37,12 @@ def with_settings(own: Preprocessing, config: DataConfig) -> Preprocessing:
 def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
     """timm's training transform with the keys of `config`; `aa: affine` neither crops nor flips.
 
+    With `views: 0` it is the transform of evaluation.
+
     Raises ConfigError for an auto-augment policy that timm does not know.
     """
+    if config.views == 0:
+        return eval_transform(spec)
     policy = None if config.aa in (None, "", "none") else config.aa
     if policy == "affine":
         return _affine(config, spec)

@@ -66,6 +66,12 @@ class Fetcher:
 
     def fetch(self, requests: Iterator[BatchRequest]) -> Iterator[Loaded]:
         """A batch for each request, in order. A new pass ends the one before it."""
+        for batch in self.fetch_batches(requests):
+            if batch.images is not None:
+                yield batch.images, batch.targets, batch.valid
+
+    def fetch_batches(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
+        """As `fetch`, with all that a batch has."""
         self._requests.pending = requests
         try:
             for batch in guarded(self._loader):
@@ -74,7 +80,7 @@ class Fetcher:
                     raise DataError(
                         f"no image of the set can be read; the last tried is {batch.bad[-1].describe()}"
                     )
-                yield batch.images, batch.targets, batch.valid
+                yield batch
         except DataError:
             self._loader = self._open()
             raise

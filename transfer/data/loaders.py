@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,9 +23,9 @@ from .datasets import check_apart, has_split, open_dataset
 from .fetch import Fetcher
 from .images import ImageSource, SourceView
 from .labels import IMAGENET_CLASSES, real_labels
-from .loading import EvalBatches, TrainBatches
+from .loading import Batch, Beside, EvalBatches, TrainBatches
 from .numbering import MODEL, number_by_name
-from .sampler import Indices, balanced_subset, epoch_order, eval_requests, train_requests
+from .sampler import BatchRequest, Indices, balanced_subset, epoch_order, eval_requests, train_requests
 from .streams import StreamFetcher, read_all_on_every_rank
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
+
+FullBatch = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Images, targets, and tensors of the same images."""
 
 
 class TrainLoader:
@@ -68,16 +72,17 @@ class TrainLoader:
             )
         self.batch_size = min(config.batch_size, self.num_samples // world_size)
         self.batches_per_epoch = self.num_samples // (self.batch_size * world_size)
-        self._seed, self._rank, self._world_size = seed, rank, world_size
-        batches = TrainBatches(
+        self._seed, self._rank, self._world_size, self._config = seed, rank, world_size, config
+        self.batches = TrainBatches(
             source,
             subset,
             train_transform(config, spec),
             seed=seed,
             mixing=create_mixing(config, self.num_classes),
             tries=config.max_bad_images + 1,
+            views=config.views,
         )
-        self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
+        self._fetcher = Fetcher(self.batches, config.workers, config.max_bad_images)
 
     def head(self) -> Head:
         """A head for the classes of these images."""
@@ -94,6 +99,20 @@ class TrainLoader:
 
     def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As `epoch`, from a global number of samples: how a run resumes on another number of ranks."""
+        for images, targets, _ in self._full_epoch_from(epoch, position):
+            yield images, targets
+
+    def full_epoch(self, epoch: int, start: int = 0) -> Iterator[FullBatch]:
+        """As `epoch`, with what `batches.beside` adds."""
+        return self._full_epoch_from(epoch, start * self.batch_size * self._world_size)
+
+    def fetch_apart(self, requests: Iterator[BatchRequest], beside: Beside) -> Iterator[Batch]:
+        """Yield a batch for each request, with loader processes of its own, and with what `beside` adds."""
+        batches = copy.copy(self.batches)
+        batches.beside = beside
+        yield from Fetcher(batches, self._config.workers, self._config.max_bad_images).fetch_batches(requests)
+
+    def _full_epoch_from(self, epoch: int, position: int) -> Iterator[FullBatch]:
         requests = train_requests(
             epoch_order(self.num_samples, self._seed, epoch),
             epoch,
@@ -102,8 +121,9 @@ class TrainLoader:
             world_size=self._world_size,
             start=position,
         )
-        for images, targets, _ in self._fetcher.fetch(requests):
-            yield images, targets
+        for batch in self._fetcher.fetch_batches(requests):
+            if batch.images is not None:
+                yield batch.images, batch.targets, batch.beside or {}
 
 
 class AbsentTrainLoader(TrainLoader):
@@ -139,6 +159,10 @@ class StreamTrainLoader(TrainLoader):
     ) -> None:
         if config.train_samples is not None:
             raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} is a stream")
+        if config.views:
+            raise ConfigError(
+                f"data.views={config.views} needs samples by index; {config.dataset} is a stream"
+            )
         self.class_names = stream_classes(stream)
         self.num_classes = count_classes(config, self.class_names, None, labels)
         self.batch_size = config.batch_size
@@ -199,8 +223,8 @@ class EvalLoader:
         )
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
-        batches = EvalBatches(source, eval_transform(spec), spec.input_size, accepted)
-        self._fetcher = Fetcher(batches, config.workers, config.max_bad_images)
+        self.batches = EvalBatches(source, eval_transform(spec), spec.input_size, accepted)
+        self._fetcher = Fetcher(self.batches, config.workers, config.max_bad_images)
 
     @property
     def bad_images(self) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.data.mixup import Mixup
@@ -53,6 +52,19 @@ class Batch(NamedTuple):
     valid: Tensor
     bad: list[BadImage]
     failure: str | None = None
+    beside: dict[str, Tensor] | None = None
+    """What `TrainBatches.beside` adds to the images."""
+
+
+class Beside(Protocol):
+    """Adds tensors to the images (B, C, H, W) of a batch: those of the samples `indices` in a view.
+
+    It runs in the loader processes. `name` gives the name of a sample for an error, a DataError.
+    """
+
+    def __call__(
+        self, view: int, indices: Sequence[int], images: Tensor, name: Callable[[int], str]
+    ) -> dict[str, Tensor]: ...
 
 
 Loaded = tuple[Tensor, Tensor, Tensor]
@@ -113,7 +125,12 @@ def made(make: Callable[[BatchRequest], Batch], request: BatchRequest, name: Cal
 
 
 class TrainBatches(Dataset[Batch]):
-    """BatchRequest -> Batch. A bad image is replaced by the next readable one of the set."""
+    """BatchRequest -> Batch. A bad image is replaced by the next readable one of the set.
+
+    Epoch e augments by view e, or by view e modulo `views` where there are so many.
+    """
+
+    beside: Beside | None = None
 
     def __init__(
         self,
@@ -124,6 +141,7 @@ class TrainBatches(Dataset[Batch]):
         seed: int,
         mixing: Mixup | None,
         tries: int,
+        views: int | None = None,
     ) -> None:
         self._source = source
         self._subset = subset
@@ -131,29 +149,38 @@ class TrainBatches(Dataset[Batch]):
         self._seed = seed
         self._mixing = mixing
         self._tries = min(tries, len(subset))
+        self._views = views
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         with preserved():
-            return made(self._make, request, lambda index: name_of(self._source, self._place(index)))
+            return made(self._make, request, self.name)
+
+    def name(self, index: int) -> str:
+        """Return the path of a sample, or its number."""
+        return name_of(self._source, self._place(index))
 
     def _make(self, request: BatchRequest) -> Batch:
         bad: list[BadImage] = []
         ready: list[Ready] = []
+        view = request.epoch if self._views is None else request.epoch % max(1, self._views)
         for index in request.indices:
-            found = self._first_ready(index, request.epoch, bad)
+            found = self._first_ready(index, view, bad)
             if found is None:
                 return Batch(None, torch.empty(0), torch.empty(0), bad)
             ready.append(found)
         images_BCHW = torch.stack([each.pixels for each in ready])
         targets_B = torch.tensor([each.target for each in ready])
+        beside = None
+        if self.beside is not None:
+            beside = self.beside(view, request.indices, images_BCHW, self.name)
         if self._mixing is not None:
             seed = derive_seed(MIXING, self._seed, request.epoch, request.position)
             images_BCHW, targets_B = mix(self._mixing, images_BCHW, targets_B, seed)
-        return Batch(images_BCHW, targets_B, torch.ones(len(ready), dtype=torch.bool), bad)
+        return Batch(images_BCHW, targets_B, torch.ones(len(ready), dtype=torch.bool), bad, beside=beside)
 
-    def _first_ready(self, index: int, epoch: int, bad: list[BadImage]) -> Ready | None:
+    def _first_ready(self, index: int, view: int, bad: list[BadImage]) -> Ready | None:
         for place in range(index, index + self._tries):
-            seed_generators(derive_seed(SAMPLE, self._seed, epoch, index))
+            seed_generators(derive_seed(SAMPLE, self._seed, view, index))
             result = prepared(self._source, self._place(place), self._transform)
             if not isinstance(result, BadImage):
                 return result
@@ -176,7 +203,11 @@ class EvalBatches(Dataset[Batch]):
         self._labels = labels
 
     def __getitem__(self, request: BatchRequest) -> Batch:
-        return made(self._make, request, partial(name_of, self._source))
+        return made(self._make, request, self.name)
+
+    def name(self, index: int) -> str:
+        """Return the path of an image, or its number."""
+        return name_of(self._source, index)
 
     def _make(self, request: BatchRequest) -> Batch:
         images = torch.zeros(len(request.indices), *self._size)

@@ -11,7 +11,15 @@ from ..config import DataConfig
 from .loaders import create_train_loader
 from .randomness import preserved
 
-PLAIN = {"aa": None, "color_jitter": 0.0, "hflip": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
+PLAIN = {
+    "aa": None,
+    "color_jitter": 0.0,
+    "hflip": 0.0,
+    "reprob": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "views": None,
+}
 
 
 def sample_images(config: DataConfig, spec: Preprocessing, count: int, *, seed: int = 0) -> Tensor:

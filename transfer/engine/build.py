@@ -25,6 +25,9 @@ from ...models.errors import ConfigError, DataError
 from ...models.families import vit
 from ...models.json_types import JsonDict
 from ...models.lora import add_lora
+from ..cache.cache_checks import check_metric
+from ..cache.target_key import find_shards
+from ..cache.target_shards import TargetShards
 from ..config import DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed
 from ..data.datasets import check_dataset
@@ -76,6 +79,11 @@ class Parts:
     origins: JsonDict
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them, and
     `teachers` where there are further ones."""
+
+    targets: TargetShards | None = None
+    """What the teachers compute of the training images, where `transfer.cache` keeps it."""
+    cached_top1: float | None = None
+    """The teacher's accuracy, of a run with `targets`."""
 
     @property
     def teacher(self) -> Pretrained | None:
@@ -146,6 +154,10 @@ def build(
             logger.info("%s", task.dual.describe())
         if task.dual.needs_teacher and teacher is not None:
             plan = replace(plan, copying=task.dual.copying(copied_teacher(teacher)))
+    targets = None
+    if config.transfer.cache is not None and known and isinstance(task, TransferTask):
+        check_metric("" if choice is None else choice.kind)
+        targets = find_shards(config, task.dual, teachers, spec, train_loader)
     return Parts(
         task=task,
         plan=plan,
@@ -158,6 +170,7 @@ def build(
         choice=choice,
         reference_loader=reference,
         origins=origins,
+        targets=targets,
     )
 
 

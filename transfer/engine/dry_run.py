@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from ...models.json_types import Json
 from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from .build import Parts, build
+from .cached_targets import CacheSize, plan_targets
 from .elastic import GlobalBatch, settle
 from .optim import Schedule
 from .parallel import check_placement
@@ -32,6 +33,8 @@ class DryRun:
     batch: GlobalBatch | None
     """None where the training set is not on this machine."""
     footprint: Footprint
+    targets: CacheSize | None = None
+    """What `transfer.cache` holds of the run; None without it, or where the training set is not on this machine."""
 
     @property
     def schedule(self) -> Schedule | None:
@@ -61,9 +64,12 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
     if not isinstance(parts.train_loader, AbsentTrainLoader):
         config, batch = settle(config, parts, processes, saved)
     run = DryRun(config, parts, processes, saved, batch, rehearse(config, parts, here=here))
-    if saved is not None and run.schedule is not None:
-        check_length(Position(**saved["position"]), run.schedule.total_steps)
-    return run
+    if run.schedule is None:
+        return run
+    position = Position() if saved is None else Position(**saved["position"])
+    check_length(position, run.schedule.total_steps)
+    targets = plan_targets(config, parts, run.schedule, position, here=here)
+    return replace(run, targets=targets)
 
 
 def _saved(config: RunConfig) -> Json | None:

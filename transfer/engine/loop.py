@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ...models.errors import DataError, RunFailedError, counted
@@ -25,6 +27,9 @@ from .signals import StopSignals
 from .waiting import CommunicationTimer
 
 logger = logging.getLogger(__name__)
+
+Batch = tuple[Any, ...]
+"""Images, their labels and, where they are kept, the teachers' targets by name: what a task takes."""
 
 
 @dataclass
@@ -103,25 +108,27 @@ class Loop:
         every = self.config.engine.save_every
         return self.due or (every is not None and self.position.step % every == 0)
 
-    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """Yield the batches of this epoch on the device, from the position of the run."""
         start = self.position.epoch_step * self.schedule.accum
-        batches = self.parts.train_loader.epoch(self.position.epoch, start)
+        loader, epoch = self.parts.train_loader, self.position.epoch
+        cached = self.parts.targets is not None
+        batches: Iterator[Batch] = loader.full_epoch(epoch, start) if cached else loader.epoch(epoch, start)
         while True:
             with self.recorder.waiting():
                 batch = next(batches, None)
             if batch is None:
                 raise DataError(f"the data set ended in the middle of epoch {self.position.epoch}")
-            device = self.accelerator.device
-            yield batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+            yield send_to_device(batch, self.accelerator.device, non_blocking=True)
 
-    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _step(self, batches: Iterator[Batch]) -> None:
         """Do one optimizer step over `accum` batches, without waiting for the device."""
         set_learning_rate(self.run_state.optimizer, self.schedule.rate(self.position.step))
         for index in range(self.schedule.accum):
             last = index == self.schedule.accum - 1
             with nullcontext() if last else self.accelerator.no_sync(self.run_state.model):
-                self._backward(*next(batches), index)
+                images, targets, *taught = next(batches)
+                self._backward(images, targets, index, *taught)
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.parts.task.parameters(), self.config.optim.clip_grad)
         self.run_state.optimizer.step()
@@ -132,11 +139,11 @@ class Loop:
         self.position.epoch_step += 1
         self.recorder.step(self.position.step, self.position.epoch)
 
-    def _backward(self, images: Tensor, targets: Tensor, index: int) -> None:
-        """Add the gradients of batch `index` of this step."""
+    def _backward(self, images: Tensor, targets: Tensor, index: int, *taught: Mapping[str, Tensor]) -> None:
+        """Add the gradients of batch `index` of this step. `taught` has the teachers' results if they are kept."""
         seed_batch(self.config.seed, self.position.epoch, self._place(index), self.accelerator.device)
         with self.accelerator.autocast():
-            losses: dict[str, Tensor] = self.run_state.model(images, targets)
+            losses: dict[str, Tensor] = self.run_state.model(images, targets, *taught)
         self.accelerator.backward(losses["loss"] / self.schedule.accum)
         names, values = tuple(losses), stacked(losses)
         self.health.record(self.position.step + 1, names, values)

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..cache.target_rows import TargetRows
 from ..config import RunConfig
 from ..data.loaders import create_train_loader
 from ..data.randomness import preserved
-from ..methods.standardize import Standardizer
+from ..methods.standardize import Batch, Standardizer
 from . import deadline
 from .build import Parts
 
@@ -49,10 +51,16 @@ def _statistics(task: nn.Module) -> list[tuple[str, Tensor]]:
     return [(f"{prefix}.{name}", tensor) for prefix, each in found for name, tensor in each.named_buffers()]
 
 
-def _first_images(config: RunConfig, parts: Parts, accelerator: Accelerator) -> Iterator[Tensor]:
+def _first_images(config: RunConfig, parts: Parts, accelerator: Accelerator) -> Iterator[Batch]:
     """Yield the batches that a run of one process would begin with, without mixing."""
     data = config.data.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
     loader = create_train_loader(data, parts.spec, seed=config.seed, labels=False)
-    for images, _ in loader.epoch(0):
+    if parts.targets is None:
+        for images, _ in loader.epoch(0):
+            deadline.moved()
+            yield images.to(accelerator.device)
+        return
+    loader.batches.beside = TargetRows(parts.targets)
+    for images, _, taught in loader.full_epoch(0):
         deadline.moved()
-        yield images.to(accelerator.device)
+        yield images.to(accelerator.device), send_to_device(taught, accelerator.device)

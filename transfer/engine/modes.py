@@ -21,8 +21,9 @@ from ...models.copying.input import Normalization, TeacherInput
 from ...models.errors import ConfigError, TransferError
 from ...models.families import classifier_of, vit
 from ...models.mae import MaskedAutoencoder
+from ..cache.cache_checks import check_cache
 from ..config import Metric, RunConfig
-from ..methods.dual import build_dual
+from ..methods.configured_dual import build_dual
 from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
 from ..recovery.align import Alignment
@@ -204,6 +205,7 @@ class Transfer(Mode):
         student, losses = self.config.student, self.config.transfer.losses
         for index, (method, term) in enumerate(zip(self.methods, self.config.transfer.terms, strict=True)):
             method.check_read(term, f"transfer.losses[{index}]" if losses else "transfer")
+        check_cache(self.config, self.methods)
         for method in self.methods:
             if method.loss_within_blocks and student.compile and student.grad_checkpointing:
                 raise ConfigError(

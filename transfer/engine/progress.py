@@ -33,7 +33,7 @@ class ProgressBar:
     The step count changes with each step, without synchronization; the numbers change with each log record.
     """
 
-    def __init__(self, total: int, *, shown: bool, done: int = 0) -> None:
+    def __init__(self, total: int, *, shown: bool, done: int = 0, name: str = "epoch 0") -> None:
         self._bar = TwoLines(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -41,7 +41,7 @@ class ProgressBar:
             TimeRemainingColumn(compact=True),
             disable=not (shown and sys.stdout.isatty()),
         )
-        self._task = self._bar.add_task("epoch 0", total=total, completed=done)
+        self._task = self._bar.add_task(name, total=total, completed=done)
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -55,6 +55,10 @@ class ProgressBar:
     def step(self, done: int, epoch: int) -> None:
         """Show that `done` optimizer steps are done."""
         self._bar.update(self._task, completed=done, description=f"epoch {epoch}")
+
+    def advance(self, count: int) -> None:
+        """Show that `count` more are done."""
+        self._bar.advance(self._task, count)
 
     def show(self, record: Mapping[str, float]) -> None:
         """Show the numbers of a log record."""

@@ -23,6 +23,8 @@ from .ema import WeightAverage
 from .optim import create_optimizer
 from .tasks import Task
 
+CHECKSUM = 8
+"""Bytes of the checksum of an image."""
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,7 +52,7 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     teacher = [each.model for each in parts.teachers.values()]
     memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teacher])}
-    task = copy.deepcopy(parts.task, memo)
+    task = copy.deepcopy(parts.task, memo)  # with its teachers
     taught = {id(memo[id(tensor)]) for tensor in _tensors(teacher)}
     task.measured()
     own = list(_tensors([task]))
@@ -71,6 +73,18 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
         average=_bytes(average),
         activations=activations,
     )
+
+
+def target_bytes(config: RunConfig, parts: Parts) -> int:
+    """Return the bytes that `transfer.cache` takes for one image."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    teachers = [each.model for each in parts.teachers.values()]
+    memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teachers])}
+    task: Any = copy.deepcopy(parts.task, memo)
+    with mode, torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
+        targets = task.dual.teach(_batch(config, parts)[0])
+    sizes: list[int] = [each.element_size() * each[0].numel() for each in targets.values()]
+    return CHECKSUM + sum(sizes)
 
 
 def _optimizer_slots(config: RunConfig, task: Task, here: bool) -> list[Any]:

@@ -17,7 +17,7 @@ from ..config import RunConfig
 FREE = (
     "output_dir", "engine.", "teacher.compile", "student.compile", "student.grad_checkpointing",
     "data.data_path", "data.stage", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
-    "optim.epochs", "optim.max_steps",
+    "optim.epochs", "optim.max_steps", "transfer.cache",
 )  # fmt: skip
 """Settings that may change when a run resumes: where and how it runs, and its length."""
 HELD = ("engine.precision", "engine.tf32")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ...models.copying.input import ShownImages
 from ...models.families import attention_blocks
 from ...models.mae import MaskedAutoencoder
 from ..methods.dual import DualViT
-from ..methods.standardize import mark_ready
+from ..methods.standardize import Batch, mark_ready
 from ..recovery.align import Alignment
 
 Losses = dict[str, Tensor]
@@ -54,7 +54,7 @@ class Task(nn.Module, ABC):
         """The modules that FSDP shards one by one."""
         return attention_blocks(self.trainable)
 
-    def measure(self, batches: Iterable[Tensor]) -> None:
+    def measure(self, batches: Iterable[Batch]) -> None:
         """Measure on training images what a new run needs before its first step."""
         return
 
@@ -110,8 +110,9 @@ class TransferTask(Task):
     def saved(self) -> nn.Module:
         return self.dual
 
-    def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        output = self.dual(images)
+    def forward(self, images: Tensor, targets: Tensor, *taught: Mapping[str, Tensor]) -> Losses:
+        """Losses of images; with `taught`, which the teachers gave for them before, no teacher runs."""
+        output = self.dual(images, *taught)
         if self.task_weight == 0:
             return {"loss": output.transfer_loss, **output.parts}
         task = self.task_weight * classification_loss(output.logits, targets, self.smoothing)
@@ -120,7 +121,7 @@ class TransferTask(Task):
             losses = {**losses, "transfer": output.transfer_loss, **output.parts}
         return losses
 
-    def measure(self, batches: Iterable[Tensor]) -> None:
+    def measure(self, batches: Iterable[Batch]) -> None:
         self.dual.standardize(batches)
 
     def measured(self) -> None:

@@ -19,6 +19,7 @@ from ...models.errors import GraftError
 from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
 from .build import Parts, build
+from .cached_targets import prepare_targets
 from .elastic import GlobalBatch, describe, settle
 from .ema import WeightAverage
 from .fence import Fence
@@ -90,6 +91,10 @@ def train(config: RunConfig) -> RunResult:
             return _unbegun(config, state, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         config, batch = settle(config, parts, world, None if state is None else state.meta)
+        prepare_targets(config, parts, accelerator, group, batch.schedule(config, world), position, signals)
+        early = _signal(signals, group)
+        if early is not None:
+            return _unbegun(config, state, early)
         run_state, schedule = _prepare(config, accelerator, group, parts, fence, batch)
         if state is None:
             measure_features(here, parts, accelerator)
@@ -286,7 +291,11 @@ def _begin(loop: Loop) -> None:
         run_state = loop.run_state
         metrics = score(loop.parts, run_state.average, loop.accelerator)
         loop.recorder.plain({"epoch": 0, "step": 0, **metrics})
-    top1 = teacher_top1(loop.parts, loop.accelerator) if config.engine.evaluate_teacher else None
+    top1 = None
+    if loop.parts.targets is not None:
+        top1 = loop.parts.cached_top1
+    elif config.engine.evaluate_teacher:
+        top1 = teacher_top1(loop.parts, loop.accelerator)
     if top1 is not None:
         loop.position.metrics["teacher_top1"] = top1
         loop.recorder.plain({"epoch": 0, "step": 0, "teacher_top1": top1})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,6 @@ from ...models.families import check_supported, evaluating
 from ...models.host import host_attention
 from ...models.json_types import JsonDict
 from ...models.replay import replay_blocks, restore_blocks
-from ..config import TransferConfig
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .loss_terms import (
@@ -32,6 +33,7 @@ from .loss_terms import (
     check_teacher,
     choose_teachers,
     model_of,
+    module_name,
     placed,
     pretrained_normalization,
     read_settings,
@@ -39,8 +41,9 @@ from .loss_terms import (
     term_methods,
 )
 from .method import Pairing
-from .standardize import Measured, fit, mark_ready
+from .standardize import Batch, Measured, fit, mark_ready
 from .taught_layer import freeze_unused
+from .teacher_run import collect, fill_tape
 from .transfer_plan import TransferPlan
 
 
@@ -77,6 +80,7 @@ class DualViT(nn.Module):
     """
 
     _in_use = False
+    _dismissed = False
     _compiled: frozenset[str] = frozenset()
 
     def __init__(
@@ -128,6 +132,11 @@ class DualViT(nn.Module):
         return {side.name: side.model for side in self._sides}
 
     @property
+    def sides(self) -> tuple[TeacherSide, ...]:
+        """The teachers with how images are shown to them."""
+        return self._sides
+
+    @property
     def teacher_input(self) -> ShownImages:
         """How images are shown to the first teacher."""
         return self._sides[0].input
@@ -152,11 +161,14 @@ class DualViT(nn.Module):
         """Whether the student is nothing without its teacher: true where a method copies."""
         return any(term.method.copies for term in self._terms)
 
-    def forward(self, images: Tensor) -> DualOutput:
-        """One step on images (B, C, H, W) as the student wants them."""
+    def forward(self, images: Tensor, taught: Mapping[str, Tensor] | None = None) -> DualOutput:
+        """One step on images (B, C, H, W) as the student wants them.
+
+        With `taught`, which `teach` gave for these images, no teacher runs.
+        """
         self._check_in_use()
         try:
-            self._run_teachers(images)
+            self._run_teachers(images, taught)
             logits = self._run_student(images)
             labelled = [term.labelled() for term in self._terms if term.labelled is not None]
             losses = [(term, term.losses(logits, self._tapes[term.side.name].losses)) for term in self._terms]
@@ -175,8 +187,26 @@ class DualViT(nn.Module):
                 terms[term.label] = loss
         return DualOutput(labelled[0] if labelled else logits, total, {**terms, **parts}, terms)
 
-    def standardize(self, batches: Iterable[Tensor]) -> None:
-        """Measure the statistics of `transfer.standardize` on batches of images as the student wants them."""
+    def teach(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the results of the whole teachers by name, such as `teacher.classes`: what `taught` takes."""
+        self._check_in_use()
+        try:
+            self._run_teachers(images, convert=False)
+            return collect(self._tapes)
+        finally:
+            self._end_step()
+
+    def dismiss(self) -> None:
+        """Let go of the teachers' weights: from now on each step needs `taught`."""
+        for side in self._sides:
+            side.model.to("meta")
+        self._dismissed = True
+
+    def standardize(self, batches: Iterable[Batch]) -> None:
+        """Measure the statistics of `transfer.standardize` on batches of images as the student wants them.
+
+        A batch is its images, or these with what the teachers `taught` of them.
+        """
         with evaluating(self):
             fit(self._measured, batches, self._shown)
 
@@ -201,7 +231,7 @@ class DualViT(nn.Module):
         twin = DualViT.__new__(DualViT)
         nn.Module.__init__(twin)
         twin.config, twin._sides, twin._normalization = self.config, self._sides, self._normalization
-        twin.student, twin._compiled = student, self._compiled
+        twin.student, twin._compiled, twin._dismissed = student, self._compiled, self._dismissed
         twin._install([replace(term, finish=None, labelled=None) for term in self._terms])
         mark_ready(twin.projectors, like=self.projectors)
         twin.train(student.training)
@@ -282,17 +312,18 @@ class DualViT(nn.Module):
             if not term.label:
                 projectors = made.projectors
             elif len(made.projectors):
-                projectors[_module_name(term.label)] = made.projectors
+                projectors[module_name(term.label)] = made.projectors
         if attends:
             freeze_unused(self.student, hosts, self._changes)
         return tuple(installed), projectors
 
+    def wanted(self, side: TeacherSide) -> Wanted:
+        """Return what a step needs of a teacher."""
+        found = [term.method.wanted(term.plan) for term in self._terms if term.side is side]
+        return functools.reduce(operator.or_, found)
+
     def _view(self, side: TeacherSide) -> nn.Module:
-        wanted = Wanted()
-        for term in self._terms:
-            if term.side is side:
-                wanted = wanted | term.method.wanted(term.plan)
-        return view_teacher(side.model, wanted, self._tapes[side.name])
+        return view_teacher(side.model, self.wanted(side), self._tapes[side.name])
 
     def _shared_drop_paths(self) -> list[SharedDropPath]:
         """Share the masks of the student with the first teacher."""
@@ -307,10 +338,10 @@ class DualViT(nn.Module):
             )
 
     @contextmanager
-    def _shown(self, images: Tensor) -> Iterator[None]:
+    def _shown(self, images: Tensor, taught: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Let the teachers see images; within, what they give is on the tapes."""
         try:
-            self._run_teachers(images)
+            self._run_teachers(images, taught)
             yield
         finally:
             self._end_step()
@@ -319,31 +350,19 @@ class DualViT(nn.Module):
         for tape in self._tapes.values():
             tape.end()
 
-    def _run_teachers(self, images: Tensor) -> None:
+    def _run_teachers(
+        self, images: Tensor, taught: Mapping[str, Tensor] | None = None, *, convert: bool = True
+    ) -> None:
+        if taught is None and self._dismissed:
+            raise TransferError("the teachers were dismissed and see no more images: give what they taught")
         for side in self._sides:
-            tape = self._tapes[side.name]
             rules = [term.plan.grids for term in self._terms if term.side is side]
-            tape.begin(*{side.input.grids(images, rule) for rule in rules})
+            self._tapes[side.name].begin(*{side.input.grids(images, rule) for rule in rules})
         if self.training:
             for drop_path in self._drop_paths:
                 drop_path.draw(images.shape[0], images)
         for side in self._sides:
-            if side.model.training:
-                side.model.eval()
-            with torch.no_grad():
-                self._run_teacher(side, images)
-
-    def _run_teacher(self, side: TeacherSide, images: Tensor) -> None:
-        """Run one teacher; with weights of its own type it computes in that type, whatever autocast says."""
-        view = self._views[side.name]
-        if side.input.dtype is None:
-            view(side.input(images))
-            return
-        device = images.device.type
-        mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
-        with torch.autocast(device, enabled=False):
-            view(side.input(images))
-        self._tapes[side.name].convert(mixed)
+            fill_tape(side, self._views[side.name], self._tapes[side.name], images, taught, convert=convert)
 
     def _run_student(self, images: Tensor) -> Tensor:
         for tape in self._tapes.values():
@@ -357,28 +376,8 @@ class DualViT(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualViT:
         # The teachers follow the student to a device although they are not registered.
         for side in self._sides:
-            side.model._apply(fn)
+            side.input.to(fn(side.input.scale).device)
+            if not self._dismissed:
+                side.model._apply(fn)
         super()._apply(fn, recurse)
         return self
-
-
-def _module_name(label: str) -> str:
-    """A label as the name of a module, which has no dots."""
-    return label.replace(".", "_")
-
-
-def build_dual(
-    config: TransferConfig,
-    teachers: Mapping[str, Teacher],
-    student: nn.Module,
-    student_normalization: Normalization,
-    calibration: Tensor | None = None,
-) -> DualViT:
-    """The wrapper that a configuration describes."""
-    return DualViT(
-        teachers,
-        student,
-        student_normalization=student_normalization,
-        calibration=calibration,
-        **{name: getattr(config, name) for name in type(config).model_fields},
-    )

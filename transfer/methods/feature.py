@@ -38,6 +38,9 @@ class Feature(TransferMethod):
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset(RESULTS[part.loss_name] for part in PARTS[plan.tokens]))
 
+    def keeps_vectors(self, settings: LossConfig) -> bool:
+        return settings.tokens == "pooled"
+
     def describe(self, settings: Json) -> str:
         parts = PARTS.get(str(settings.get("tokens")), PARTS["pooled"])
         how = STANDARDIZED.get(str(settings.get("standardize")), "")

@@ -12,6 +12,7 @@ from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
 from ...models.families import vit
+from ..config import LossConfig
 from .method import Installed, Pairing, TransferMethod
 from .transfer_plan import TransferPlan
 
@@ -27,6 +28,9 @@ class Logits(TransferMethod):
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset({"classes"}))
+
+    def keeps_vectors(self, settings: LossConfig) -> bool:
+        return True
 
     def install(self, pairing: Pairing) -> Installed:
         config, student = pairing.config, pairing.student

@@ -31,6 +31,8 @@ Teacher = nn.Module | Pretrained
 HALF = (torch.bfloat16, torch.float16)
 DEFAULT_TEACHER = "teacher"
 """Name of the teacher that is not one of `teachers`."""
+OF_RUNS = frozenset({"cache", "cache_limit"})
+"""Settings of `transfer` that a run reads, and `DualViT` does not."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,11 @@ def label_terms(config: TransferConfig) -> list[str]:
     return labels
 
 
+def module_name(label: str) -> str:
+    """Return a label as the name of a module, which has no dots."""
+    return label.replace(".", "_")
+
+
 def term_methods(config: TransferConfig) -> list[TransferMethod]:
     """Return the method of each loss."""
     return [find_method(each.method) for each in config.terms]
@@ -228,11 +235,10 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
 
 def read_settings(**options: Any) -> TransferConfig:
     """Return the settings. Raises ConfigError: one sentence about the first that is not valid."""
-    unknown = [name for name in options if name not in TransferConfig.model_fields]
+    known = [name for name in TransferConfig.model_fields if name not in OF_RUNS]
+    unknown = [name for name in options if name not in known]
     if unknown:
-        raise ConfigError(
-            f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], TransferConfig.model_fields)}"
-        )
+        raise ConfigError(f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
     try:
         return TransferConfig(**options)
     except ValidationError as error:

@@ -109,6 +109,10 @@ class TransferMethod(ABC):
                     f"(it reads {', '.join(sorted(self.reads or ()))})"
                 )
 
+    def keeps_vectors(self, settings: LossConfig) -> bool:
+        """Whether all that it needs of its teacher is one vector an image, which `transfer.cache` can keep."""
+        return False
+
     def averages_heads(self, config: LossConfig) -> bool:
         """Whether a head of the student can learn from several of the teacher."""
         return False

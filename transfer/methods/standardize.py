@@ -11,7 +11,7 @@ distances between features keep their proportions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from ...models.attention.kernels import precise
 from ...models.errors import TransferError
 from .hadamard import hadamard_matrix
+
+Batch = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+"""Images, or images and what the teachers gave for them before."""
 
 
 class Standardizer(nn.Module):
@@ -144,16 +147,17 @@ def mark_ready(module: nn.Module, *, like: nn.Module | None = None) -> None:
 @torch.no_grad()
 def fit(
     measured: Sequence[Measured],
-    batches: Iterable[Tensor],
-    shown: Callable[[Tensor], AbstractContextManager[None]],
+    batches: Iterable[Batch],
+    shown: Callable[..., AbstractContextManager[None]],
 ) -> None:
     """Fit standardizers to batches of images; within `shown` the teachers have seen a batch."""
     moments = [Moments(each) for each in measured]
-    for images in batches:
+    for batch in batches:
         waiting = [each for each in moments if not each.full]
         if not waiting:
             break
-        with shown(images):
+        images, *taught = (batch,) if isinstance(batch, Tensor) else batch
+        with shown(images, *taught):
             for each in waiting:
                 each.add(images)
     for each in moments:

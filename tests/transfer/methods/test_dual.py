@@ -16,6 +16,7 @@ from graftvit.models.copying.input import Normalization
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.transfer.config import TransferConfig
 from graftvit.transfer.methods.dual import DualViT
+from graftvit.transfer.methods.loss_terms import OF_RUNS
 from graftvit.transfer.methods.map_loss import sample_rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -348,8 +349,11 @@ def test_attention_dropout_is_refused() -> None:
 
 
 def test_every_setting_is_a_keyword() -> None:
-    settings = {name: field.default for name, field in TransferConfig.model_fields.items()}
+    fields = TransferConfig.model_fields.items()
+    settings = {name: field.default for name, field in fields if name not in OF_RUNS}
     assert DualViT(tiny(seed=1), tiny(seed=2), **settings).config == TransferConfig()
+    with pytest.raises(ConfigError, match="unknown setting 'cache'"):
+        DualViT(tiny(seed=1), tiny(seed=2), "logits", cache="targets")
 
 
 def test_description_names_pairs_and_heads() -> None:

@@ -1,0 +1,1 @@
+"""Teacher targets that are computed once: `transfer.cache`."""

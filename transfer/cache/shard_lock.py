@@ -1,0 +1,50 @@
+"""A lock of one file among the processes that may write it; the system frees it when its process dies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+
+class ShardLock:
+    """The right to write `path`, held until `free`."""
+
+    def __init__(self, path: Path, file: BinaryIO | None) -> None:
+        self._path = path
+        self._file = file
+
+    @classmethod
+    def take(cls, path: Path) -> ShardLock | None:
+        """Return the lock; None where another process has it. A file system without locks lets everybody in."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return cls(path, None)
+        own = path.with_name(f".{path.name}.lock")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        file = own.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            return cls(own, file)
+        if not _is_same(own, file):  # its holder removed it meanwhile
+            file.close()
+            return None
+        return cls(own, file)
+
+    def free(self) -> None:
+        """Give the lock back."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+
+def _is_same(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
