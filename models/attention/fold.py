@@ -51,7 +51,8 @@ def fold_lse_gradient(grad_out_BHMW: Tensor, grad_lse_BHM: Tensor, out_BHMW: Ten
     little_BHM1 = (norm_BHM1 < width * exact_BHM1) & (grad_BHM1 != 0)
     square_BHM1 = torch.where(little_BHM1, width * exact_BHM1.square(), norm_BHM1.square())
     factor_BHM1 = -grad_BHM1 / square_BHM1.clamp_min(torch.finfo(grad_BHM1.dtype).tiny)  # 0 for g = 0
-    grad_out_BHMW = torch.where(little_BHM1, filler_BHM1, grad_out_BHMW)
-    folded_BHMW = torch.empty_like(out_BHMW)
-    torch.addcmul(out_BHMW, grad_out_BHMW, factor_BHM1, out=folded_BHMW)  # rounds the sum once
-    return grad_out_BHMW, folded_BHMW
+    # Both keep the layout of their argument, which the kernels would copy otherwise.
+    given_BHMW, folded_BHMW = torch.empty_like(grad_out_BHMW), torch.empty_like(out_BHMW)
+    torch.where(little_BHM1, filler_BHM1, grad_out_BHMW, out=given_BHMW)
+    torch.addcmul(out_BHMW, given_BHMW, factor_BHM1, out=folded_BHMW)  # rounds the sum once
+    return given_BHMW, folded_BHMW

@@ -94,7 +94,7 @@ def _attention_with_lse_backward(
         return kernels.backward_with_bias(grad_out, grad_lse, q, k, v, bias, out, lse, scale)
     grad_lse = grad_lse[..., : q.shape[2]]
     gradients = kernels.backward(grad_out, q, k, v, bias, out, lse, scale, grad_lse)
-    dq, dk, dv = (x.contiguous() for x in gradients)
+    dq, dk, dv = (kernels.by_token(x) for x in gradients)
     return dq, dk, dv, q.new_empty(0)
 
 
@@ -115,8 +115,10 @@ def _apply_map_backward(
     scale: float,
 ) -> Tensor:
     if kernels.has_transposed(q, bias):
-        return kernels.transposed_map(q, k, grad_out, lse, scale)
-    return kernels.backward(grad_out, q, k, v, bias, out, lse, scale)[2].contiguous()
+        dv = kernels.transposed_map(q, k, grad_out, lse, scale)
+    else:
+        dv = kernels.backward(grad_out, q, k, v, bias, out, lse, scale)[2]
+    return kernels.by_token(dv)
 
 
 @torch.library.custom_op("graftvit::map_logsumexp", mutates_args=())
@@ -135,8 +137,8 @@ def _map_logsumexp_backward(
     if kernels.has_transposed(q, bias):
         dk = kernels.transposed_map(q, k, weighted, lse, scale)
     else:
-        dk = kernels.backward(weighted, q, k, k, bias, mean_key, lse, scale)[2].contiguous()
-    return grad * mean_key, dk
+        dk = kernels.backward(weighted, q, k, k, bias, mean_key, lse, scale)[2]
+    return kernels.by_token(grad * mean_key), kernels.by_token(dk)
 
 
 # Shapes for tracing.
@@ -156,20 +158,18 @@ def _(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, 
 @_attention_with_lse_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, bias, out, lse, scale, bias_grad):  # type: ignore[no-untyped-def]
     grad_bias = q.new_empty(bias.shape) if bias_grad and bias is not None else q.new_empty(0)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (kernels.empty_by_token(x) for x in (q, k, v))
     return dq, dk, dv, grad_bias
 
 
 @_apply_map_backward.register_fake
 def _(grad_out, q, k, v, bias, out, lse, scale):  # type: ignore[no-untyped-def]
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return kernels.empty_by_token(v)
 
 
 @_map_logsumexp_backward.register_fake
 def _(grad_lse, q, k, bias, lse, mean_key, scale):  # type: ignore[no-untyped-def]
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
-        k.shape, dtype=k.dtype, device=k.device
-    )
+    return kernels.empty_by_token(q), kernels.empty_by_token(k)
 
 
 # Gradients.

@@ -128,7 +128,7 @@ def transposed_map(q_BHMD: Tensor, k_BHND: Tensor, g_BHMD: Tensor, lse_BHM: Tens
     """
     bias_BHNM = (-lse_BHM)[:, :, None, :].expand(-1, -1, k_BHND.shape[2], -1)
     out, lse = forward(k_BHND, q_BHMD, g_BHMD.to(q_BHMD.dtype), bias_BHNM, scale)
-    return (out * lse.exp()[..., None]).to(g_BHMD.dtype).contiguous()
+    return (out * lse.exp()[..., None]).to(g_BHMD.dtype)
 
 
 def backward_with_bias(
@@ -143,7 +143,7 @@ def backward_with_bias(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients for q, k, v and the bias, one image at a time: it needs memory for one bias, not B maps."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (empty_by_token(x) for x in (q, k, v))
     grad_bias = (
         q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
     )
@@ -165,6 +165,17 @@ def backward_with_bias(
 def empty_out(q: Tensor) -> Tensor:
     """Return an empty tensor of the shape and layout that `forward` returns for P V."""
     return torch.empty_like(q)
+
+
+def by_token(x_BHND: Tensor) -> Tensor:
+    """Return `x`, copied if it is not (B, N, H, D) in memory, as the kernels of a CPU write gradients."""
+    return x_BHND.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_by_token(x_BHND: Tensor) -> Tensor:
+    """Return an empty tensor of the shape of `x` and the layout of `by_token`."""
+    batch, heads, tokens, width = x_BHND.shape
+    return x_BHND.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def empty_lse(q: Tensor) -> Tensor:

@@ -157,3 +157,11 @@ def test_a_backward_pass_has_the_width_of_the_head(
     monkeypatch.setattr(kernels, "backward", record)
     gradients(*draw(dtype))
     assert widths == [(16, 16, 16, 16)]
+
+
+def test_layouts_are_kept() -> None:
+    _, grad_out, grad_lse = draw(torch.float32)
+    by_token = grad_out.transpose(1, 2).contiguous().transpose(1, 2)
+    for layout in (grad_out, by_token):
+        for x in fold_lse_gradient(layout, grad_lse, layout):
+            assert x.stride() == layout.stride()
