@@ -26,6 +26,7 @@ from ..models import copied  # noqa: F401  timm knows converted and copying mode
 from ..models.errors import CheckpointError, GraftError
 from ..models.families import image_size, vit
 from ..models.json_types import Json, JsonDict
+from ..models.without_memory import without_memory
 from .hub.download import commit_of, download, try_download
 from .safety.budget import bounded
 from .safety.model_settings import shortened
@@ -59,8 +60,9 @@ def build(
             f"model_args of {architecture!r} name a checkpoint_path, which is not opened: leave it out"
         )
     limit = nullcontext() if within is None else bounded(within.values())
+    device = without_memory() if on_meta else torch.device("cpu")
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"), limit:
+        with torch.random.fork_rng(devices=[]), device, limit:
             return timm.create_model(architecture, pretrained=False, **arguments)
     except GraftError:
         raise

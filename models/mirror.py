@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 
 import timm
-import torch
 from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import VisionTransformer
@@ -19,6 +18,7 @@ from .errors import TransferError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, patch_size, vit
 from .json_types import Json, JsonDict
 from .parts import ACTIVATIONS, has_norm, native_parts
+from .without_memory import without_memory
 
 BEIT_POOLING = ("", "avg", "token")
 
@@ -48,7 +48,7 @@ def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) ->
 
 def _build_without_memory(architecture: str, model_args: Json, origin: str) -> nn.Module:
     try:
-        with torch.device("meta"):
+        with without_memory():
             return timm.create_model(architecture, pretrained=False, **model_args)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise TransferError(
