@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .attention.base import AttentionOperator, Heads
-from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
-from .families import attention_blocks, evaluating, vit
-from .host import AttentionHost, Given, observe
+from .families import evaluating, sites, vit
+from .host import AttentionHost
+from .hosting import Call, watch_layer
 
 if TYPE_CHECKING:
-    from .conversion import ConvertedAttention
+    from .converted import ConvertedAttention
 
 
 def calibrate(operator: AttentionOperator, heads: Heads, target_BHND: Tensor) -> tuple[float, float]:
@@ -35,13 +35,14 @@ def calibrate(operator: AttentionOperator, heads: Heads, target_BHND: Tensor) ->
 
 
 def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention], images: Tensor) -> None:
-    """Calibrate the converted `layers` (by number) on `images` (B, 3, H, W); `teacher` is the softmax model.
+    """Calibrate the converted `layers` (by number) on `images` (B, 3, H, W); `teacher` is the model that
+    was converted, and its layers may get hosts.
 
     Raises UnsupportedModelError: the size of the images is not the teacher's.
     """
-    originals = {index: attention_blocks(teacher)[index].attn for index in layers}
+    places = sites(teacher)
     hooks = [
-        observe(originals[index], partial(_calibrate_layer, layer, originals[index]))
+        watch_layer(teacher, places[index], partial(_calibrate_layer, layer))
         for index, layer in layers.items()
     ]
     like = next(teacher.parameters())
@@ -56,10 +57,10 @@ def calibrate_layers(teacher: nn.Module, layers: Mapping[int, ConvertedAttention
             hook.remove()
 
 
-def _calibrate_layer(layer: ConvertedAttention, original: nn.Module, given: Given) -> None:
+def _calibrate_layer(layer: ConvertedAttention, native: AttentionHost, call: Call) -> None:
     """Calibrate a layer on the input of the teacher's layer of the same depth."""
-    target = Softmax()(AttentionHost(original).project(*given))
-    layer.calibration = calibrate(layer.operator, layer.project(*given), target)
+    target = native.attend(native.heads_of(*call.inputs, **call.keywords))
+    layer.calibration = calibrate(layer.operator, layer.heads_of(*call.inputs, **call.keywords), target)
 
 
 def _error(operator: AttentionOperator, heads: Heads, target: Tensor) -> float:

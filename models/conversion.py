@@ -7,91 +7,41 @@ A converted model is the timm model `graftvit_converted` with the arguments `arc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import timm
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
 from . import small  # noqa: F401  registers the small models with timm
-from .attention.base import AttentionOperator, Geometry, LayerShape, Traits
+from .attention.base import AttentionOperator, LayerShape, Traits
 from .calibration import calibrate_layers
-from .errors import UnsupportedModelError
+from .converted import ConvertedAttention as ConvertedAttention
+from .converted import TokenGrid
+from .converted import converted_layers as converted_layers
+from .converted import new_parameters as new_parameters
+from .converted import plan_of as plan_of
+from .converted import plan_size as plan_size
+from .errors import ConfigError, UnsupportedModelError
 from .families import (
     attention_blocks,
     attention_shape,
     check_patches,
     check_supported,
+    create_timm_model,
     image_size,
+    is_pyramid,
     patch_size,
     token_layout,
     vit,
 )
-from .host import AttentionHost
 from .initialize import KeptWeights, initialize
 from .json_types import Json, JsonDict
-from .layer_plan import KEEP, Choice, parse_plan, plan_text
+from .layer_plan import KEEP, NONE, Choice, parse_plan
 from .operators import check_choice, create_operator
-from .replay import replay_blocks
+from .pyramid_conversion import convert_pyramid, resize_pyramid, sharing_copy
 
 ARCHITECTURE = "graftvit_converted"
-
-
-class TokenGrid:
-    """The geometry that all layers of a model share. As a hook it reads the geometry from the patches of each batch,
-    for models of any image size. `plan_size` is the image size (height, width) that the operators were created for."""
-
-    def __init__(self, model: nn.Module, geometry: Geometry, plan_size: tuple[int, int] | None) -> None:
-        self.model = model
-        self.geometry = geometry
-        self.plan_size = plan_size
-
-    def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
-        if patches.ndim == 4:  # (B, height, width, C)
-            self.geometry = Geometry(self.geometry.num_prefix, (patches.shape[1], patches.shape[2]))
-            replay_blocks(self.model, GridMoment(self, self.geometry))
-
-
-@dataclass(frozen=True)
-class GridMoment:
-    """The geometry of one forward pass."""
-
-    tokens: TokenGrid
-    geometry: Geometry
-
-    def is_now(self) -> bool:
-        return self.tokens.geometry is self.geometry
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        before, self.tokens.geometry = self.tokens.geometry, self.geometry
-        try:
-            yield
-        finally:
-            self.tokens.geometry = before
-
-
-class ConvertedAttention(AttentionHost):
-    """A permanent host: its operator and the operator's parameters are part of the model."""
-
-    permanent = True
-    operator: AttentionOperator
-
-    def __init__(
-        self, original: nn.Module, operator: AttentionOperator, choice: Choice, tokens: TokenGrid
-    ) -> None:
-        super().__init__(original, operator)
-        self.choice = choice
-        self.tokens = tokens
-        self.calibration: tuple[float, float] | None = None
-        """Relative output error on the calibration batch, before and after."""
-
-    @property
-    def geometry(self) -> Geometry:  # type: ignore[override]
-        return self.tokens.geometry
 
 
 def convert(
@@ -100,28 +50,44 @@ def convert(
     *,
     weights: KeptWeights = "all",
     calibration: Tensor | None = None,
+    without: Collection[str] = (),
 ) -> nn.Module:
     """Return a copy of `model` whose layers have the operators of `plan` (`models/layer_plan.py`).
 
-    A converted layer is converted again from its original attention layer.
+    A converted layer of a plain vision transformer is converted again from its original attention layer. One of a
+    pyramid has lost what its operator does not need: it can be kept or removed, and is refused for another operator.
 
     Args:
         weights: "all" keeps every weight; "mlp" initializes the attention of converted layers again, as timm does for
             the family; "none" initializes every weight again.
         calibration: images (B, 3, H, W), normalized for the model. Operators that can be calibrated are fitted to the
             output of their layer in `model` on these images, unless this increases the error.
+        without: parts of a pyramid's layers to give up where an operator does not take them: "bias", the relative
+            position bias.
 
     Raises:
         UnsupportedModelError: the model is not supported, or an operator cannot replace a layer.
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
+    if is_pyramid(model):
+        return convert_pyramid(model, plan, weights=weights, calibration=calibration, without=without)
+    if without:
+        raise ConfigError(
+            f"without={','.join(without)} is for pyramids, and {type(model).__name__} is a plain vision transformer: "
+            "leave it out"
+        )
     student = _softmax_only(copy.deepcopy(model))
-    check_supported(student)
+    check_supported(student, pyramids=True)
     blocks, layer = attention_blocks(student), attention_shape(student)
     tokens = TokenGrid(student, token_layout(student).geometry, image_size(student))
     shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
     choices = parse_plan(plan, len(blocks))
     for choice in choices:
+        if choice.operator == NONE:
+            raise ConfigError(
+                "plan: 'none' takes the attention out of a layer of a pyramid; a plain vision transformer has no other "
+                "layers in which tokens meet: name an operator, such as uniform"
+            )
         check_choice(choice)
     converted = {index: choice for index, choice in enumerate(choices) if choice.operator != KEEP}
     initialize(student, converted, weights)
@@ -137,7 +103,7 @@ def convert(
     if getattr(student, "dynamic_img_size", False):
         vit(student).patch_embed.register_forward_hook(tokens)
     if calibration is not None:
-        calibrate_layers(_softmax_only(_sharing_copy(model)), converted_layers(student), calibration)
+        calibrate_layers(_softmax_only(sharing_copy(model)), converted_layers(student), calibration)
     return student
 
 
@@ -151,25 +117,6 @@ def _softmax_only(model: nn.Module) -> nn.Module:
     for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
         del hooks[key]
     return model
-
-
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of `model`, but share its tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
-    """Return the converted layers by number."""
-    layers = enumerate(getattr(block, "attn", None) for block in attention_blocks(model))
-    return {index: layer for index, layer in layers if isinstance(layer, ConvertedAttention)}
-
-
-def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that the conversion added: those of the operators."""
-    return [
-        parameter for layer in converted_layers(model).values() for parameter in layer.operator.parameters()
-    ]
 
 
 def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
@@ -195,6 +142,9 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
             f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
         )
     check_patches(model, size)
+    if is_pyramid(model):
+        resize_pyramid(model, size)
+        return
     try:
         vit(model).set_input_size(img_size=size)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
@@ -203,19 +153,6 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     for layer in converted_layers(model).values():
         layer.tokens.geometry = token_layout(model).geometry
         layer.operator.resample(layer.tokens.geometry)
-
-
-def plan_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the image size (height, width) that the operators were created for; None if it is the model's own."""
-    sizes = {layer.tokens.plan_size for layer in converted_layers(model).values()} - {image_size(model)}
-    return sizes.pop() if sizes else None
-
-
-def plan_of(model: nn.Module) -> str | None:
-    """Return the layer plan of a converted model; None for other models."""
-    layers = [getattr(block, "attn", None) for block in attention_blocks(model)]
-    choices = [layer.choice if isinstance(layer, ConvertedAttention) else Choice(KEEP) for layer in layers]
-    return plan_text(tuple(choices)) if any(choice.operator != KEEP for choice in choices) else None
 
 
 def with_plan(architecture: str, arguments: Json, plan: str) -> tuple[str, JsonDict]:
@@ -257,6 +194,7 @@ def graftvit_converted(
     architecture: str,
     plan: str,
     plan_size: tuple[int, int] | None = None,
+    without: Collection[str] = (),
     cache_dir: str | None = None,
     **arguments: Any,
 ) -> nn.Module:
@@ -265,7 +203,7 @@ def graftvit_converted(
     With `plan_size`, create it at that image size, then resize it to its own.
     """
     made_at = arguments if plan_size is None else {**arguments, "img_size": tuple(plan_size)}
-    model = convert(timm.create_model(architecture, pretrained=False, **made_at), plan)
+    model = convert(create_timm_model(architecture, **made_at), plan, without=without)
     if plan_size is not None and arguments.get("img_size") is not None:
         resize(model, arguments["img_size"])
     if pretrained:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 from timm.models.pvt_v2 import Attention as PVTAttention
 from timm.models.swin_transformer import WindowAttention as WindowAttentionV1
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from .families import Site, check_supported, is_pyramid, sites
+from .families import NoAttention, Site, check_supported, is_pyramid, sites
 from .grid_hosts import GridHost, ReducedHost, SwinHost, SwinV2Host, WindowHost
 from .host import AttentionHost, host_attention, release_attention
+from .json_types import JsonDict
 from .shifted_windows import whole_grid
 
 HOSTS: dict[type[nn.Module], type[GridHost]] = {
@@ -45,11 +51,43 @@ def host_layer(model: nn.Module, site: Site) -> AttentionHost:
     return host
 
 
+@dataclass(frozen=True)
+class Call:
+    """The arguments with which timm's block calls its attention layer."""
+
+    inputs: tuple[Any, ...]
+    keywords: JsonDict
+
+
+def watch_layer(model: nn.Module, site: Site, see: Callable[[AttentionHost, Call], None]) -> RemovableHandle:
+    """Call `see` with a native host of a layer and the arguments of each call, before the layer runs.
+
+    A layer of a pyramid is replaced by its host, because timm's layer may see only windows.
+    """
+    layer = site.block(model).attn
+    host = host_layer(model, site) if is_pyramid(model) else AttentionHost(layer)
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
+        see(host, Call(inputs, keywords))
+
+    watched = host if is_pyramid(model) else layer
+    return watched.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def put_attention(model: nn.Module, site: Site, attention: nn.Module) -> None:
     """Put a layer that takes the whole grid in place of the attention of a site of a pyramid."""
     block = whole_grid(site.block(model))
     block._modules["attn"] = attention
     site.replace_block(model, block)
+
+
+def remove_attention(model: nn.Module, site: Site, plan_size: tuple[int, int] | None) -> None:
+    """Take the attention of a site of a pyramid out of its block, with its norm and its dropped path."""
+    nothing = NoAttention()
+    nothing.plan_size = plan_size
+    put_attention(model, site, nothing)
+    for name in ("norm1", "drop_path1"):
+        site.block(model)._modules[name] = nn.Identity()
 
 
 def release_layers(model: nn.Module) -> nn.Module:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from .errors import ConfigError, did_you_mean
-from .families import attention_blocks, vit
+from .families import blocks_of, vit
 
 KeptWeights = Literal["all", "mlp", "none"]
 WEIGHTS: dict[str, str] = {
@@ -27,15 +27,28 @@ def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r}; {did_you_mean(str(weights), WEIGHTS)}")
     if weights == "none":
-        vit(model).init_weights()
+        _initialize(model)
     elif weights == "mlp":
-        fresh = attention_blocks(_fresh(model))
+        fresh, blocks = blocks_of(_fresh(model)), blocks_of(model)
         for index in layers:
-            attention_blocks(model)[index].attn.load_state_dict(fresh[index].attn.state_dict())
+            blocks[index].attn.load_state_dict(fresh[index].attn.state_dict())
 
 
 def _fresh(model: nn.Module) -> nn.Module:
     """Return a copy that timm has initialized with the family's own scales."""
     fresh = copy.deepcopy(model)
-    vit(fresh).init_weights()
+    _initialize(fresh)
     return fresh
+
+
+def _initialize(model: nn.Module) -> None:
+    """Initialize every weight as timm's constructor does; PVTv2 and Twins have no method for it."""
+    if hasattr(model, "init_weights"):
+        vit(model).init_weights()
+        return
+    for module in model.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    own: Any = model
+    model.apply(own._init_weights)

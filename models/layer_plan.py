@@ -1,9 +1,13 @@
 """Layer plans: the attention operator of each layer.
 
 `"*: linear; 9-11: softmax"` gives every layer linear attention, but the last three of twelve keep softmax.
-Before the colon: `*`, layers and ranges (`0,2,9-11`); negative numbers count from the end (`-1`). After the colon: the
-operator, with options in parentheses (`linear(feature=relu)`). `keep` means `softmax`. If several entries name a
-layer, the last one applies; a layer in no entry keeps softmax.
+Before the colon: `*`, layers and ranges (`0,2,9-11`); negative numbers count from the end (`-1`). In a pyramid layers
+are numbered through all stages, and `stage2` (from 1, as papers count) and `stage3.0-1` name layers of a stage. After
+the colon: the operator, with options in parentheses (`linear(feature=relu)`). If several entries name a layer, the last
+one applies; a layer in no entry is kept.
+
+`keep` is the layer as it is, `softmax` is softmax over all tokens, and `none` is no attention. A plain vision
+transformer already has softmax over all tokens, so `keep` means `softmax` there.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +24,11 @@ from .json_types import Json
 from .plain_yaml import YamlError, parse_yaml, write_yaml
 
 KEEP = "softmax"
+"""The operator of a layer that a plain vision transformer keeps."""
+AS_IT_IS, NONE = "keep", "none"
+"""The words for layers of pyramids that are left as they are, and that lose their attention."""
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+STAGE = re.compile(r"stage(\d+)(?:\.(\d+)(?:-(\d+))?)?")
 CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
 MAX_VALUE = 200
 """Maximum length of an option's value."""
@@ -39,15 +47,18 @@ class Choice:
         return f"{self.operator}({options})" if options else self.operator
 
 
-def parse_plan(plan: str | Mapping[Any, str], depth: int) -> tuple[Choice, ...]:
-    """Return the choice of each of `depth` layers, from text or from a mapping of layers to operators.
+def parse_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> tuple[Choice, ...]:
+    """Return the choice of each layer, from text or from a mapping of layers to operators.
+
+    `depth` is the number of layers of a plain vision transformer, or those of each stage of a pyramid.
 
     Raises ConfigError that names the entry: the layer does not exist, or the text is invalid.
     """
     entries = plan.items() if isinstance(plan, Mapping) else _entries(plan)
-    choices = [Choice(KEEP)] * depth
+    kept = KEEP if isinstance(depth, int) else AS_IT_IS
+    choices = [Choice(kept)] * (depth if isinstance(depth, int) else sum(depth))
     for layers, text in entries:
-        choice = _choice(str(text))
+        choice = _choice(str(text), kept)
         for layer in layer_numbers(str(layers), depth):
             choices[layer] = choice
     return tuple(choices)
@@ -76,22 +87,46 @@ def _entries(text: str) -> list[tuple[str, str]]:
     return entries
 
 
-def layer_numbers(text: str, depth: int, what: str = "plan") -> list[int]:
-    """Return the layer numbers of `0,2,9-11`, `-1` or `*`. A ConfigError calls the setting `what`."""
+def layer_numbers(text: str, depth: int | Sequence[int], what: str = "plan") -> list[int]:
+    """Return the layer numbers of `0,2,9-11`, `-1`, `*`, or `stage2` of a pyramid; `depth` as in `parse_plan`.
+
+    A ConfigError calls the setting `what`.
+    """
+    stages = [] if isinstance(depth, int) else list(depth)
+    depth = depth if isinstance(depth, int) else sum(depth)
     if text.strip() == "*":
         return list(range(depth))
     layers: list[int] = []
     for part in text.split(","):
+        named = STAGE.fullmatch(part.strip()) if stages else None
+        if named is not None:
+            layers += _layers_of_stage(named, stages, what)
+            continue
         found = LAYERS.fullmatch(part.strip())
         if found is None:
+            also = ", stage2, stage3.0-1" if stages else ""
             raise ConfigError(
-                f"{what}: {part.strip()!r} is not a layer; write *, 3, 9-11, -1 or several with commas"
+                f"{what}: {part.strip()!r} is not a layer; write *, 3, 9-11, -1{also} or several with commas"
             )
         first, last = (_layer(number, depth, what) for number in (found[1], found[2] or found[1]))
         if last < first:
             raise ConfigError(f"{what}: the range {part.strip()!r} is empty in a model of {depth} layers")
         layers += range(first, last + 1)
     return layers
+
+
+def _layers_of_stage(found: re.Match[str], stages: Sequence[int], what: str) -> range:
+    """Return the layers of `stage2` or `stage3.0-1`."""
+    stage, first, last = int(found[1]), found[2], found[3] or found[2]
+    if not 1 <= stage <= len(stages):
+        raise ConfigError(f"{what}: there is no stage {stage}; the model has stages 1 to {len(stages)}")
+    start, size = sum(stages[: stage - 1]), stages[stage - 1]
+    begin, end = (0, size - 1) if first is None else (int(first), int(last))
+    if not begin <= end < size:
+        raise ConfigError(
+            f"{what}: {found[0]!r} has no layers; stage {stage} of the model has layers 0 to {size - 1}"
+        )
+    return range(start + begin, start + end + 1)
 
 
 def _layer(number: str, depth: int, what: str) -> int:
@@ -101,12 +136,12 @@ def _layer(number: str, depth: int, what: str) -> int:
     return layer % depth
 
 
-def _choice(text: str) -> Choice:
+def _choice(text: str, kept: str) -> Choice:
     found = CHOICE.fullmatch(text.strip())
     if found is None:
         raise ConfigError(f"plan: {text.strip()!r} is not an operator; {SYNTAX}, or linear(feature=relu)")
     options = dict(_option(entry) for entry in (found[2] or "").split(",") if entry.strip())
-    return Choice(KEEP if found[1] == "keep" else found[1], options)
+    return Choice(kept if found[1] == AS_IT_IS else found[1], options)
 
 
 def _option(text: str) -> tuple[str, Any]:

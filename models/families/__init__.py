@@ -1,9 +1,11 @@
 """The supported timm models: where their blocks are, and the sizes of their attention."""
 
+from .create import create_timm_model as create_timm_model
 from .model_types import Block as Block
 from .model_types import ViT as ViT
 from .model_types import evaluating as evaluating
 from .model_types import vit as vit
+from .no_attention import NoAttention as NoAttention
 from .plain import SUPPORTED as SUPPORTED
 from .plain import AttentionShape as AttentionShape
 from .plain import TokenLayout as TokenLayout
@@ -21,6 +23,7 @@ from .plain import patch_size as patch_size
 from .plain import token_layout as token_layout
 from .site import Family as Family
 from .site import Site as Site
+from .walk import blocks_of as blocks_of
 from .walk import check_supported as check_supported
 from .walk import depths as depths
 from .walk import family_of as family_of

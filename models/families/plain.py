@@ -11,6 +11,8 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.twins import Twins
 from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
@@ -23,6 +25,8 @@ from .site import Family
 MODELS = (VisionTransformer, Beit, Eva)
 BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
 ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
+ANY_SIZE = (PyramidVisionTransformerV2, Twins)
+"""timm's models that take images of any size, and get the attribute `img_size` when they are resized."""
 SUPPORTED = (
     "timm's plain vision transformers: vision_transformer (ViT, DeiT III, MAE, DINO, DINOv2, CLIP, SigLIP), "
     "deit, beit (BEiT, BEiTv2) and eva (EVA, EVA-02, DINOv3)"
@@ -93,6 +97,8 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
     A pyramid that takes images of any size has a size once it was resized or converted.
     """
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None and isinstance(model, ANY_SIZE):
+        size = getattr(model, "img_size", None)
     return None if size is None else (int(size[0]), int(size[1]))
 
 

@@ -18,6 +18,7 @@ class PVTv2(Family):
     models = (PyramidVisionTransformerV2,)
     blocks = (Block,)
     attentions = (Attention,)
+    sized_when_built = False
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         stages: Any = model.stages

@@ -72,6 +72,8 @@ class Family(ABC):
     attentions: tuple[type[nn.Module], ...]
     is_pyramid = True
     """The model has several stages, with fewer tokens in each."""
+    sized_when_built = True
+    """timm's constructor takes `img_size`, and builds parts for it."""
 
     @abstractmethod
     def paths(self, model: nn.Module) -> list[list[str]]:

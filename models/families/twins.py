@@ -19,6 +19,7 @@ class Twins(Family):
     models = (TwinsModel,)
     blocks = (Block,)
     attentions = (GlobalSubSampleAttn, LocallyGroupedAttn)
+    sized_when_built = False
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         stages: Any = model.blocks

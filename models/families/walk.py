@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .plain import SUPPORTED, Plain, refuse_copied
+from .model_types import Block
+from .no_attention import NoAttention
+from .plain import SUPPORTED, Plain, attention_blocks, refuse_copied
 from .pvt import PVTv2
 from .site import Family, Site, submodule
 from .swin import Swin
@@ -47,6 +51,15 @@ def sites(model: nn.Module) -> list[Site]:
     return list(family_of(model).sites(model))
 
 
+def blocks_of(model: nn.Module) -> list[Block]:
+    """Return all blocks of a model in order; of a model of no supported family, those that look like its blocks."""
+    family = find_family(model)
+    if family is None or not family.is_pyramid:
+        return attention_blocks(model)
+    paths = family.paths(model)
+    return [cast(Block, submodule(model, path)) for stage in paths for path in stage]
+
+
 def depths(model: nn.Module) -> list[int]:
     """Return the number of blocks of each stage.
 
@@ -70,10 +83,11 @@ def check_supported(model: nn.Module, *, copied: bool = False, pyramids: bool = 
         raise UnsupportedModelError(
             f"{name} is a pyramid, which can be converted but is not supported here; supported are {SUPPORTED}"
         )
-    blocks = [submodule(model, path) for stage in family.paths(model) for path in stage]
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks_of(model)):
         attention = getattr(block, "attn", None)
         attention = getattr(attention, "original", attention)  # a host has the layer that it replaces
+        if isinstance(attention, NoAttention):
+            continue
         if not isinstance(block, family.blocks) or not isinstance(attention, family.attentions):
             part = (
                 type(block).__name__

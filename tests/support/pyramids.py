@@ -27,7 +27,6 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "swin": ("swin_tiny_patch4_window7_224", _SWIN),
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),
 }
-WINDOWS = ("svt", "swin", "swinv2")
 SIZES = {"square": (32, 32), "not divisible": (40, 24)}
 
 

@@ -1,0 +1,154 @@
+"""Conversion of pyramids: which layers a plan changes, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attention.base import AttentionOperator
+from .calibration import calibrate_layers
+from .converted import TokenGrid, choices_of, converted_layers
+from .errors import ConfigError, UnsupportedModelError, did_you_mean
+from .families import Site, check_supported, depths, family_of, sites
+from .grid_conversion import convert_layer, has_bias
+from .hosting import put_attention, release_layers, remove_attention
+from .initialize import initialize
+from .layer_plan import AS_IT_IS, NONE, Choice, parse_plan
+from .operators import check_choice, create_operator
+
+PARTS = ("bias",)
+"""What `without` can give up."""
+
+
+def convert_pyramid(
+    model: nn.Module,
+    plan: str | Mapping[Any, str],
+    *,
+    weights: str,
+    calibration: Tensor | None,
+    without: Collection[str],
+) -> nn.Module:
+    """Return a copy of a pyramid with the operators of `plan`, as `conversion.convert` describes."""
+    student = release_layers(copy.deepcopy(model))
+    check_supported(student, pyramids=True)
+    for part in without:
+        if part not in PARTS:
+            raise ConfigError(f"without={part!r}; {did_you_mean(part, PARTS)}")
+    changes = _changes(student, plan, weights)
+    size = family_of(student).image_size(student)
+    if not family_of(student).sized_when_built:
+        student.img_size = size  # type: ignore[assignment]
+    initialize(student, [site.index for site in changes], weights)
+    tokens = {site.stage: TokenGrid(student, site.shape.geometry, size) for site in changes}
+    first: dict[tuple[str, int], AttentionOperator] = {}
+    for site, choice in changes.items():
+        if choice.operator == NONE:
+            remove_attention(student, site, size)
+            continue
+        attention = site.block(student).attn
+        operator = create_operator(choice, site.shape)
+        shared = first.setdefault((str(choice), site.stage), operator)  # one grid: that of the stage
+        if shared is not operator:
+            operator.share(shared)
+        check_layer(site, attention, operator, choice, without)
+        layer = convert_layer(
+            attention, operator.to(next(attention.parameters())), choice, tokens[site.stage]
+        )
+        put_attention(student, site, layer)
+    if calibration is not None:
+        new = {site.index for site in changes}
+        layers = {index: layer for index, layer in converted_layers(student).items() if index in new}
+        calibrate_layers(sharing_copy(model), layers, calibration)
+    return student
+
+
+def _changes(student: nn.Module, plan: str | Mapping[Any, str], weights: str) -> dict[Site, Choice]:
+    """Return the sites that the plan changes.
+
+    Raises UnsupportedModelError: a layer that was converted before would get another operator.
+    """
+    choices, now = parse_plan(plan, depths(student)), choices_of(student)
+    changes: dict[Site, Choice] = {}
+    for site, choice, own in zip(sites(student), choices, now, strict=True):
+        _check_choice(choice)
+        if choice.operator == AS_IT_IS or choice == own:
+            continue
+        if own.operator != AS_IT_IS and choice.operator != NONE:
+            lost = "its attention" if own.operator == NONE else f"what {own} does not need"
+            raise UnsupportedModelError(
+                f"plan: layer {site.index} was converted to {own} and has lost {lost}, so it cannot become {choice}: "
+                f"convert the original model, or keep the layer ('{site.index}: keep')"
+            )
+        changes[site] = choice
+    if weights != "all" and any(choice.operator != AS_IT_IS for choice in now):
+        raise UnsupportedModelError(
+            f"weights={weights} needs a model that is not converted yet, and layers of this {type(student).__name__} "
+            "are: convert the original model"
+        )
+    return changes
+
+
+def _check_choice(choice: Choice) -> None:
+    if choice.operator not in (AS_IT_IS, NONE):
+        check_choice(choice)
+    elif choice.options:
+        raise ConfigError(
+            f"plan: {choice.operator} has no option {next(iter(choice.options))!r}; it has none"
+        )
+
+
+def check_layer(
+    site: Site, attention: Any, operator: AttentionOperator, choice: Choice, without: Collection[str] = ()
+) -> None:
+    """Raise UnsupportedModelError if a layer has a part that the operator does not support."""
+    keep = f"keep it ('{site.index}: keep')"
+    if has_bias(attention) and not operator.traits.bias and "bias" not in without:
+        raise UnsupportedModelError(
+            f"plan: layer {site.index} has a relative position bias, which {choice.operator} does not support; give it "
+            f"up by --without bias (in Python without=['bias']), or {keep}"
+        )
+    drop = getattr(attention.attn_drop, "p", 0)
+    if drop > 0 and not operator.traits.dropout:
+        raise UnsupportedModelError(
+            f"plan: layer {site.index} has attn_drop {drop:g}, and {choice.operator} has no map to drop from; build "
+            f"the model with attn_drop_rate 0, or {keep}"
+        )
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Copy the modules of `model`, but share its tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def resize_pyramid(model: nn.Module, size: tuple[int, int]) -> None:
+    """Change the image size (height, width) of a pyramid in place, converted or not.
+
+    Raises UnsupportedModelError: a stage would have no tokens, or timm refuses the size.
+    """
+    family = family_of(model)
+    stages = family.geometries(model, size)
+    empty = next((number for number, stage in enumerate(stages, 1) if min(stage.grid) < 1), None)
+    if empty is not None:
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} leave no token in stage {empty}: give a larger img_size"
+        )
+    try:
+        family.resize(model, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        name = type(model).__name__
+        raise UnsupportedModelError(f"{name} cannot be resized to {size[0]}x{size[1]}: {error}") from error
+    layers = converted_layers(model)
+    for site in sites(model):
+        if site.index in layers:
+            layers[site.index].tokens.geometry = site.shape.geometry
+            layers[site.index].operator.resample(site.shape.geometry)
+
+
+def gave_up(model: nn.Module) -> list[str]:
+    """Return the parts that the conversion of a model gave up, as `without` names them."""
+    given = {part for layer in converted_layers(model).values() for part in getattr(layer, "gave_up", ())}
+    return [part for part in PARTS if part in given]
