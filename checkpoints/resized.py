@@ -12,7 +12,7 @@ from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import converted_layers
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
-from ..models.families import token_layout, vit
+from ..models.families import Site, sites, vit
 from ..models.json_types import Json
 from .position import Method, resample_position
 from .prefix_tokens import num_prefix_rows
@@ -36,17 +36,18 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
     """
     parts = {"": model} if copying_of(model) is None else {"": model, "teacher.": vit(model).teacher.model}
     positions = {prefix: getattr(part, "pos_embed", None) for prefix, part in parts.items()}
-    old = token_layout(model).grid
+    before = sites(model)
     resize(model, size)
-    new = token_layout(model).grid
-    if old == new:
+    after, layers = sites(model), converted_layers(model)
+    changes = {site.index: _change(site, now) for site, now in zip(before, after, strict=True)}
+    if not any(changes.values()):
         return report
-    change = f"from grid {old[0]}x{old[1]} to {new[0]}x{new[1]}"
     done = {
-        f"blocks.{index}.attn.operator": change
-        for index, layer in converted_layers(model).items()
-        if layer.operator.traits.resolution == "resampled"
+        f"{site.path}.attn.operator": changes[site.index]
+        for site in after
+        if site.index in layers and layers[site.index].operator.traits.resolution == "resampled"
     }
+    old, new, change = before[0].shape.geometry.grid, after[0].shape.geometry.grid, changes[0]
     for prefix, position in positions.items():
         if position is None:
             continue
@@ -57,3 +58,9 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
             )
         done[f"{prefix}pos_embed"] = f"{change} ({method}'s bicubic)"
     return replace(report, resampled={**report.resampled, **done})
+
+
+def _change(old: Site, new: Site) -> str:
+    """Return how the grid of a block changed, in words; nothing if it did not."""
+    (rows, columns), (height, width) = old.shape.geometry.grid, new.shape.geometry.grid
+    return "" if (rows, columns) == (height, width) else f"from grid {rows}x{columns} to {height}x{width}"

@@ -20,6 +20,7 @@ from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
 from ..models.families import vit
 from ..models.json_types import Json, JsonDict
+from ..models.pyramid_conversion import pyramid_arguments
 from .atomic import write_folder
 from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
@@ -166,7 +167,8 @@ def _with_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[st
     if plan is None:
         return name, dict(arguments)
     of_plan = {} if name == CONVERTED else {"architecture": name, "plan": plan}
-    return CONVERTED, {**of_plan, **arguments, "plan_size": plan_size(model)}
+    own = {**pyramid_arguments(model), "plan_size": plan_size(model)}
+    return CONVERTED, {**of_plan, **arguments, **own}
 
 
 def _plain(arguments: JsonDict) -> JsonDict:

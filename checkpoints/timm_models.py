@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..models import copied  # noqa: F401  timm knows converted and copying models from here on
 from ..models.errors import CheckpointError, GraftError
-from ..models.families import image_size, vit
+from ..models.families import image_size, is_pyramid, vit
 from ..models.json_types import Json, JsonDict
 from ..models.without_memory import without_memory
 from .hub.download import commit_of, download, try_download
@@ -197,7 +197,12 @@ def _create_pretrained(name: str, keywords: Json) -> nn.Module:
 
 def converted(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under the model's names: as they are, else by the converter that timm has for the family."""
-    core = {key for key in model.state_dict() if key.startswith("blocks.0.")}
+    heads = ("head.",) if is_pyramid(model) else ()
+    core = {
+        key
+        for key in model.state_dict()
+        if key.startswith("blocks.0.") or (heads and not key.startswith(heads))
+    }
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or core <= tensors.keys():
         return dict(tensors)

@@ -29,16 +29,16 @@ def conversion_table(student: nn.Module, weights: str, calibration: str | None =
     for index in range(len(attention_blocks(student))):
         layer = layers.get(index)
         if layer is None:
-            costs, error = [_number(softmax), ""], "-"
+            costs, error = [as_number(softmax), ""], "-"
             rows.append([str(index), "softmax", "-", *costs, *([error] * measured), KEPT[weights]])
             continue
         error = "{:.3f} -> {:.3f}".format(*layer.calibration) if layer.calibration else "-"
-        costs = [f"{_number(softmax)} -> {_number(own[index])}", f"{_percent(own[index], softmax)}"]
+        costs = [f"{as_number(softmax)} -> {as_number(own[index])}", f"{as_percent(own[index], softmax)}"]
         new = sum(parameter.numel() for parameter in layer.operator.parameters())
         rows.append(
             [str(index), str(layer.choice), f"{new:,}", *costs, *([error] * measured), STARTS[weights]]
         )
-    note = f"\nerror: of the layer's output against softmax, before and after calibration on {calibration}\n"
+    note = calibration_note("softmax", str(calibration))
     return aligned(rows, right=(0, 2, 4)) + note * measured + _totals(student, softmax, own)
 
 
@@ -54,20 +54,29 @@ def _totals(student: nn.Module, softmax: int, own: dict[int, int]) -> str:
     return "\n".join(
         [
             "",
-            f"attention maps: {_number(before)} -> {_number(after)} MACs an image ({_percent(after, before)})",
-            f"whole model:    {_number(rest + before)} -> {_number(rest + after)} MACs "
-            f"({_percent(rest + after, rest + before)}), {whole:,} parameters, {new:,} of them new",
+            f"attention maps: {as_number(before)} -> {as_number(after)} MACs an image ({as_percent(after, before)})",
+            f"whole model:    {as_number(rest + before)} -> {as_number(rest + after)} MACs "
+            f"({as_percent(rest + after, rest + before)}), {whole:,} parameters, {new:,} of them new",
             "",
         ]
     )
 
 
-def _number(value: int) -> str:
+def calibration_note(reference: str, calibration: str) -> str:
+    """Return the line below a table that explains its errors."""
+    return (
+        f"\nerror: of the layer's output against {reference}, before and after calibration on {calibration}\n"
+    )
+
+
+def as_number(value: int) -> str:
+    """Return a number of multiply-adds in three digits and a unit."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return str(value)
 
 
-def _percent(value: int, whole: int) -> str:
+def as_percent(value: int, whole: int) -> str:
+    """Return a part of a whole in percent."""
     return f"{100 * value / whole:.0f} %"

@@ -62,12 +62,18 @@ class ConvertedLocal(WindowHost, ConvertedGrid):
 class ConvertedSwin(SwinHost, ConvertedGrid):
     """A converted layer of Swin, without windows and shift; its bias, if it is kept, is of the whole grid."""
 
+    @property
+    def window_size(self) -> Size:
+        """The grid of the bias: code that resamples tables by timm's names reads it here."""
+        layer: Any = self.original
+        height, width = layer.window_size
+        return height, width
+
     def grid_bias(self, grid: Size) -> Tensor | None:
         if not self.has_bias:
             return None
-        layer: Any = self.original
-        if tuple(layer.window_size) != tuple(grid):
-            height, width = layer.window_size
+        height, width = self.window_size
+        if (height, width) != tuple(grid):
             raise UnsupportedModelError(
                 f"the relative position bias of this layer is of a grid of {height}x{width} tokens, and the images "
                 f"have {grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"

@@ -46,6 +46,10 @@ class GridHost(AttentionHost):
         """Return the output (B, H, N, D) of timm's layer."""
         return Softmax()(heads)
 
+    def native_pairs(self, grid: Size) -> tuple[int, int]:
+        """Return the numbers of queries and of keys of each query in timm's layer, for its cost."""
+        raise NotImplementedError
+
     def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
         """Compute the projections that the operator needs, and no others."""
         grid = (x.shape[1], x.shape[2]) if size is None else (size[0], size[1])
@@ -111,6 +115,18 @@ class ReducedHost(GridHost):
             found |= zip(rest, self._child("kv", source).chunk(len(rest), -1), strict=True)
         return found
 
+    def native_pairs(self, grid: Size) -> tuple[int, int]:
+        height, width = grid
+        pool, reduction = self._modules.get("pool"), self._modules.get("sr")
+        if isinstance(pool, nn.AdaptiveAvgPool2d):
+            keys = int(pool.output_size) ** 2  # type: ignore[arg-type]
+        elif isinstance(reduction, nn.Conv2d):
+            rows, columns = reduction.stride
+            keys = (height // int(rows)) * (width // int(columns))
+        else:
+            keys = height * width
+        return height * width, keys
+
     def _reduced(self, x_BNC: Tensor, grid: Size) -> Tensor:
         image = x_BNC.transpose(1, 2).unflatten(2, grid)
         small = self._child("sr", self._child("pool", image)).flatten(2).transpose(1, 2)
@@ -142,6 +158,10 @@ class WindowHost(GridHost):
             bias = bias.expand(len(heads.known), *bias.shape).flatten(0, 1)
         cut = Heads(q, k, v, bias, heads.scale, heads.dropout)
         return windows.join(Softmax()(cut))
+
+    def native_pairs(self, grid: Size) -> tuple[int, int]:
+        windows = self.windows(grid)
+        return windows.padded[0] * windows.padded[1], windows.window[0] * windows.window[1]
 
     def _project(self, x_BNC: Tensor) -> Tensor:
         return self._child("qkv", x_BNC)
@@ -200,9 +220,17 @@ class SwinV2Host(SwinHost):
         bias = table[layer.relative_position_index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
         return 16 * torch.sigmoid(bias).unsqueeze(0)
 
-    def _project(self, x_BNC: Tensor) -> Tensor:
+    @property
+    def has_separate_biases(self) -> bool:
+        """Whether the biases of q and v are parameters of the layer, not of its projection."""
+        return bool(self._separate_biases())
+
+    def _separate_biases(self) -> list[Tensor]:
         owned = {**self._parameters, **self._buffers}
-        biases = [bias for part in self.kept if (bias := owned.get(f"{part}_bias")) is not None]
+        return [bias for part in self.kept if (bias := owned.get(f"{part}_bias")) is not None]
+
+    def _project(self, x_BNC: Tensor) -> Tensor:
+        biases = self._separate_biases()
         if not biases:
             return self._child("qkv", x_BNC)
         fused: Any = self.qkv

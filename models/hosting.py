@@ -13,7 +13,7 @@ from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .families import NoAttention, Site, check_supported, is_pyramid, sites
+from .families import Block, NoAttention, Site, check_supported, is_pyramid, sites
 from .grid_hosts import GridHost, ReducedHost, SwinHost, SwinV2Host, WindowHost
 from .host import AttentionHost, host_attention, release_attention
 from .json_types import JsonDict
@@ -44,10 +44,16 @@ def host_layer(model: nn.Module, site: Site) -> AttentionHost:
     block = site.block(model)
     if isinstance(block.attn, AttentionHost):
         return block.attn
+    host = native_host(block)
+    put_attention(model, site, host)
+    return host
+
+
+def native_host(block: Block) -> GridHost:
+    """Return a host for the attention layer of a pyramid's block, without putting it there."""
     kind = next(host for layer, host in HOSTS.items() if isinstance(block.attn, layer))
     host = kind(block.attn)
     host._block = (block,)
-    put_attention(model, site, host)
     return host
 
 
@@ -64,14 +70,13 @@ def watch_layer(model: nn.Module, site: Site, see: Callable[[AttentionHost, Call
 
     A layer of a pyramid is replaced by its host, because timm's layer may see only windows.
     """
-    layer = site.block(model).attn
-    host = host_layer(model, site) if is_pyramid(model) else AttentionHost(layer)
+    layer = host_layer(model, site) if is_pyramid(model) else site.block(model).attn
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
+        host = module if isinstance(module, GridHost) else AttentionHost(module)  # in the mode of the layer
         see(host, Call(inputs, keywords))
 
-    watched = host if is_pyramid(model) else layer
-    return watched.register_forward_pre_hook(hook, with_kwargs=True)
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def put_attention(model: nn.Module, site: Site, attention: nn.Module) -> None:

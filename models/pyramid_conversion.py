@@ -12,10 +12,11 @@ from .attention.base import AttentionOperator
 from .calibration import calibrate_layers
 from .converted import TokenGrid, choices_of, converted_layers
 from .errors import ConfigError, UnsupportedModelError, did_you_mean
-from .families import Site, check_supported, depths, family_of, sites
+from .families import Site, check_supported, depths, family_of, is_pyramid, sites
 from .grid_conversion import convert_layer, has_bias
 from .hosting import put_attention, release_layers, remove_attention
 from .initialize import initialize
+from .json_types import JsonDict
 from .layer_plan import AS_IT_IS, NONE, Choice, parse_plan
 from .operators import check_choice, create_operator
 
@@ -148,7 +149,11 @@ def resize_pyramid(model: nn.Module, size: tuple[int, int]) -> None:
             layers[site.index].operator.resample(site.shape.geometry)
 
 
-def gave_up(model: nn.Module) -> list[str]:
-    """Return the parts that the conversion of a model gave up, as `without` names them."""
+def pyramid_arguments(model: nn.Module) -> JsonDict:
+    """Return the arguments that build a converted pyramid beside its plan; none for other models."""
+    if not is_pyramid(model):
+        return {}
     given = {part for layer in converted_layers(model).values() for part in getattr(layer, "gave_up", ())}
-    return [part for part in PARTS if part in given]
+    without = [part for part in PARTS if part in given]
+    size = family_of(model).image_size(model)
+    return {"img_size": size, **({"without": without} if without else {})}

@@ -26,6 +26,7 @@ EXAMPLES = (
     "graftvit convert vit_base_patch16_224.mae --plan '*: window(window=7); -1: keep' --dry_run",
     "graftvit convert runs/teacher --plan '*: kernel(feature=relu)' --out student --calibrate 64 --dataset digits",
     "graftvit convert hf-hub:facebook/dinov2-base --img_size 518 --plan '*: hybrid' --out hybrid --weights mlp",
+    "graftvit convert swin_tiny_patch4_window7_224.ms_in1k --plan 'stage3: linear' --without bias --out swin",
     "graftvit operators   # what a plan can name",
 )
 
@@ -35,18 +36,15 @@ def run(argv: list[str]) -> int:
     arguments, config = _parse(argv)
     teacher = _source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
     images = _images(config, teacher, arguments.calibrate) if arguments.calibrate else None
-    return _convert(
-        teacher, arguments.plan, arguments.weights, images, config, arguments.out, arguments.dry_run
-    )
+    student = _student(teacher, arguments, images, config)
+    return _write(student, teacher, images, config, arguments)
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and the plan and, with `here`, the source and the images."""
     arguments, config = _parse(argv)
     if here:
-        _student(
-            _source(arguments.source, config, fresh=True), arguments.plan, arguments.weights, None, config
-        )
+        _student(_source(arguments.source, config, fresh=True), arguments, None, config)
         if arguments.calibrate and not config.data.download:
             from ...transfer.data.datasets import check_dataset
 
@@ -75,6 +73,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         "--calibrate", type=int, default=0, metavar="N",
         help="fit the initial operators to their layers' outputs on N images of --dataset or --data_path (default: 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--without", action="append", default=[], choices=("bias",),
+        help="a part of a pyramid's layers to give up where an operator does not take it: bias, the relative position "
+        "bias (Swin)",
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the table, write nothing")
     parser.add_argument("--force", action="store_true", help="replace an existing model folder")
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
@@ -87,46 +90,58 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     return arguments, config
 
 
-def _convert(
+def _write(
+    student: nn.Module,
     teacher: Pretrained,
-    plan: str,
-    weights: str,
     images: Tensor | None,
     config: RunConfig,
-    out: Path | None,
-    dry_run: bool,
+    arguments: argparse.Namespace,
 ) -> int:
+    """Print the table and, unless this is a dry run, write the folder."""
     from ...models.conversion import plan_of
+    from ...models.families import is_pyramid
     from ..conversion_table import conversion_table
+    from ..pyramid_table import pyramid_table
 
-    student = _student(teacher, plan, weights, images, config)
-    data = config.data.dataset or config.data.data_path
+    out, weights, data = arguments.out, arguments.weights, config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
-    say(_describe_source(teacher) + conversion_table(student, weights, seen))
-    if dry_run or out is None:
+    pyramid = is_pyramid(student)
+    table = (
+        pyramid_table(teacher.model, student, weights, seen)
+        if pyramid
+        else conversion_table(student, weights, seen)
+    )
+    say(_describe_source(teacher) + table)
+    if arguments.dry_run or out is None:
         return 0
     from ...checkpoints.converted_folder import write_converted
 
     write_converted(student, out, teacher, weights=weights, calibration=seen)
+    recovers = not pyramid and not plan_of(teacher.model)
     say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
-        f'load it: graftvit.load("{out}")\n'
-        + ("" if plan_of(teacher.model) else _recovery(out, teacher.source))
+        f'load it: graftvit.load("{out}")\n' + (_recovery(out, teacher.source) if recovers else "")
     )
     return 0
 
 
 def _student(
-    teacher: Pretrained, plan: str, weights: str, images: Tensor | None, config: RunConfig
+    teacher: Pretrained, arguments: argparse.Namespace, images: Tensor | None, config: RunConfig
 ) -> nn.Module:
     import torch
 
     from ...models.conversion import convert, plan_of
 
     torch.manual_seed(config.seed)
-    student = convert(teacher.model, plan, weights=weights, calibration=images)  # type: ignore[arg-type]
+    student = convert(
+        teacher.model,
+        arguments.plan,
+        weights=arguments.weights,
+        calibration=images,
+        without=arguments.without,
+    )
     if plan_of(student) is None:
-        raise ConfigError(f"--plan {plan!r} keeps every layer: name an operator other than softmax")
+        raise ConfigError(f"--plan {arguments.plan!r} keeps every layer: name an operator other than softmax")
     return student
 
 
@@ -154,8 +169,13 @@ def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> N
 def _source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
     """Load the model to convert; with `fresh`, build a timm name without downloading its weights."""
     from ...checkpoints.pretrained import load_pretrained
+    from ...models.conversion import resize
+    from ...models.families import image_size, is_pyramid
 
-    return load_pretrained(source, **source_keywords(config.teacher), download=not fresh)
+    teacher = load_pretrained(source, **source_keywords(config.teacher), download=not fresh)
+    if is_pyramid(teacher.model) and image_size(teacher.model) is None:
+        resize(teacher.model, teacher.preprocessing.input_size[1:])
+    return teacher
 
 
 def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:
@@ -166,16 +186,30 @@ def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:
 
 def _describe_source(teacher: Pretrained) -> str:
     from ...models.conversion import plan_of
-    from ...models.families import token_layout, vit
+    from ...models.families import is_pyramid
 
-    layout = token_layout(teacher.model)
-    height, width = vit(teacher.model).patch_embed.img_size
     older = plan_of(teacher.model)
     known = [f"commit {teacher.revision}"] if teacher.revision else []
     known += [f"license {teacher.license}" if teacher.license else "license unknown"]
     name = [] if teacher.architecture == teacher.source else [teacher.architecture]
+    again = (
+        "other layers converted" if is_pyramid(teacher.model) else "converted again from its softmax layers"
+    )
     return (
         f"{teacher.source}: {', '.join([*name, *known])}\n"
-        + (f"already converted by {older}: converted again from its softmax layers\n" if older else "")
-        + f"images of {height}x{width}: {layout.num_tokens} tokens, {layout.num_prefix} of them prefix tokens\n\n"
+        + (f"already converted by {older}: {again}\n" if older else "")
+        + _describe_tokens(teacher.model)
     )
+
+
+def _describe_tokens(model: nn.Module) -> str:
+    """Return the size of the images and the tokens of a model, of a pyramid stage by stage."""
+    from ...models.families import image_size, is_pyramid, sites, token_layout
+
+    height, width = image_size(model) or (0, 0)
+    if is_pyramid(model):
+        grids = {site.stage: site.shape.geometry.grid for site in sites(model)}
+        stages = ", ".join(f"{rows}x{columns}" for rows, columns in grids.values())
+        return f"images of {height}x{width}: stages of {stages} tokens\n\n"
+    layout = token_layout(model)
+    return f"images of {height}x{width}: {layout.num_tokens} tokens, {layout.num_prefix} of them prefix tokens\n\n"
