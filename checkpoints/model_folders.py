@@ -86,7 +86,7 @@ def last_stage(folder: Path) -> Path | None:
 
 def _went_on(exported: Path, state: Path) -> bool:
     """Return whether the run has trained on since it exported its student."""
-    step = _provenance(_config(exported / CONFIG), exported).get("step")
+    step = _provenance(read_config(exported / CONFIG), exported).get("step")
     try:
         return step is not None and int(read_meta(state)["position"]["step"]) > step
     except (CheckpointError, KeyError, TypeError, ValueError):
@@ -118,7 +118,7 @@ def read_weights_file(source: FileSource) -> Weights:
 
 def loads_in_plain_timm(folder: Path) -> bool:
     """Return whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
-    config = _config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     architecture, own = config.get("architecture"), _provenance(config, folder)
     plain = is_model(str(architecture)) and not is_ours(str(architecture))
     # Beside what a norm sees, a smaller epsilon is a matter of rounding, whatever the architecture's own.
@@ -135,7 +135,7 @@ def _existing(path: Path) -> Path | None:
 
 def _read(folder: Path, find: Find, origin: str) -> Weights:
     """Return the model of a folder with a config.json: timm's own, or one of transformers."""
-    config = _config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if "model_type" in config and "architecture" not in config:
         weights = _weights(find, (), origin, {**config, **_preprocessor(find)}, folder)
         return replace(weights, origin=origin, pretrained_cfg=_with_license(weights.pretrained_cfg, find))
@@ -174,7 +174,7 @@ def _provenance(config: Json, folder: Path) -> JsonDict:
     return made
 
 
-def _config(path: Path) -> JsonDict:
+def read_config(path: Path) -> JsonDict:
     text = read_regular(path)
     try:
         config = json.loads(text)
@@ -199,17 +199,17 @@ def _weights(find: Find, first: tuple[str, ...], origin: str, config: Json, fold
 def _preprocessor(find: Find) -> JsonDict:
     """Return how transformers prepares the images: image_mean, image_std and more, if the source gives them."""
     path = find("preprocessor_config.json")
-    return {} if path is None else {"preprocessor": _config(path)}
+    return {} if path is None else {"preprocessor": read_config(path)}
 
 
 def _with_license(described: Json, find: Find) -> JsonDict:
     known = dict(described)
     if not known.get("license"):
-        known["license"] = _card_license(find("README.md"))
+        known["license"] = read_card_license(find("README.md"))
     return known
 
 
-def _card_license(card: Path | None) -> str | None:
+def read_card_license(card: Path | None) -> str | None:
     """Return the license in the YAML head of a model card."""
     if card is None:
         return None

@@ -47,6 +47,7 @@ class OutsideTeacher(nn.Module):
         self.model = model
         self.num_features, self.num_classes = feature_width, num_classes
         self.patch_width = patch_width or feature_width
+        self.pooled = nn.Identity()
         self.in_chans = len(mean)
         self.img_size = img_size
         self.pretrained_cfg = {"mean": tuple(mean), "std": tuple(std)}
@@ -54,7 +55,18 @@ class OutsideTeacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, or the features of a model without classes."""
         results = self.forward_features(images)
+        if self.num_features:
+            self.pooled(self.forward_head(results, pre_logits=True))
         return self.forward_head(results, pre_logits=not self.num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the module that the pooled features go into. Raises TransferError: there are none."""
+        if not self.num_features:
+            raise TransferError(
+                "this teacher gives classes and no features, so there is no distance to it: set engine.metric to "
+                "another than distance"
+            )
+        return self.pooled
 
     def forward_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return all results by name. Raises TransferError: the model returned none of them."""

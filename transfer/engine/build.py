@@ -21,6 +21,7 @@ from ...checkpoints.copying_students import copied_teacher
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...checkpoints.timm_models import check_published
+from ...checkpoints.transformers_teacher import load_transformers
 from ...models.errors import ConfigError, DataError
 from ...models.families import vit
 from ...models.json_types import JsonDict
@@ -251,14 +252,15 @@ def _teachers(
 
 
 def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
-    check_published(str(how.source), how.model_args, commit or how.revision)
-    teacher = load_pretrained(
+    revision = commit or how.revision
+    check_published(str(how.source), how.model_args, revision)
+    teacher = load_transformers(str(how.source), how.img_size, revision) or load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
         img_size=how.image_size(size),
         position_embedding=how.position_embedding,
-        revision=commit or how.revision,
+        revision=revision,
         identified=True,
         download=weights,
     )

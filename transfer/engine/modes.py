@@ -30,7 +30,13 @@ from ..recovery.align import Alignment
 from .optim import freeze, freeze_head
 from .students import StudentPlan, find_whole_name, plan_student
 from .tasks import AlignTask, ClassificationTask, PretrainTask, Task, TransferTask
-from .teacher_checks import check_something_to_learn, check_teachers, teacher_settings, teachers_of_terms
+from .teacher_checks import (
+    check_compiles,
+    check_something_to_learn,
+    check_teachers,
+    teacher_settings,
+    teachers_of_terms,
+)
 
 HEAD_STD = 2e-5
 """Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""
@@ -264,6 +270,7 @@ class Transfer(Mode):
         matches = any(each.heads == "match" for each in config.terms)
         images = models.calibration() if matches else None
         models.taught_by()
+        check_compiles(self.config, models.teachers)
         dual = build_dual(config, models.teachers, models.student, models.normalization, images)
         dual.compile_teachers([name for name, each in teacher_settings(self.config).items() if each.compile])
         return TransferTask(dual, self.config.data.smoothing, config.task_weight)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from ...checkpoints.pretrained import load_pretrained
+from collections.abc import Mapping
+
+from ...checkpoints.pretrained import Pretrained, load_pretrained
 from ...checkpoints.sources import HubSource, parse_source
+from ...checkpoints.transformers_teacher import load_transformers
 from ...models.errors import ConfigError
+from ...models.outside import OutsideTeacher
 from ..config import RunConfig, TeacherConfig
 from ..methods.loss_terms import DEFAULT_TEACHER, check_teacher, choose_teachers, placed, term_methods
 
@@ -56,9 +60,26 @@ def _check_fit(config: RunConfig, chosen: list[str]) -> None:
         how = teacher_settings(config)[name]
         if not method.uses_layers or how.source is None or isinstance(parse_source(how.source), HubSource):
             continue
-        teacher = load_pretrained(how.source, model=how.model, model_args=how.model_args, download=False)
+        teacher = load_transformers(how.source) or load_pretrained(
+            how.source, model=how.model, model_args=how.model_args, download=False
+        )
         with placed(config.transfer, index):
             check_teacher(teacher.model, method)
+
+
+def check_compiles(config: RunConfig, teachers: Mapping[str, Pretrained]) -> None:
+    """Raise ConfigError for a teacher of another library that is to be compiled: it may not be one graph."""
+    for name, how in teacher_settings(config).items():
+        if name in teachers and isinstance(teachers[name].model, OutsideTeacher):
+            section = name if name == DEFAULT_TEACHER else f"teachers.{name}"
+            for key, compiles in {
+                f"{section}.compile": how.compile,
+                "student.compile": config.student.compile,
+            }.items():
+                if compiles:
+                    raise ConfigError(
+                        f"{key}=true does not go with the teacher {how.source}, which timm lacks: set it to false"
+                    )
 
 
 def check_something_to_learn(config: RunConfig) -> None:

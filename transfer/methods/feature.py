@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
 from ...models.copying.teacher_view import Wanted
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, TransferError
 from ...models.json_types import Json
 from ..config import LossConfig
 from .feature_parts import PARTS, FeaturePart, image_size_of, record_images
@@ -62,6 +62,8 @@ class Feature(TransferMethod):
             part = kind(pairing.student, pairing.teacher, pairing.tape)
             part.record(pairing.changes)
             student, teacher = part.widths
+            if teacher == 0:
+                raise TransferError(f"the teacher does not give {part.words}: use other tokens, or logits")
             standardizer = None
             if config.standardize != "none":
                 standardizer = Standardizer(config.standardize, teacher)

@@ -216,6 +216,11 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
     """Raise UnsupportedModelError or TransferError: a method cannot take what it needs from this teacher."""
     if not method.uses_layers and not is_supported(teacher):
         return
+    if isinstance(teacher, OutsideTeacher):
+        raise UnsupportedModelError(
+            f"transfer.method={method.name} reads the layers of its teacher, and a teacher of another library than "
+            "timm gives features and classes alone: use feature or logits"
+        )
     try:
         check_supported(teacher, copied=True)
     except UnsupportedModelError as error:
