@@ -40,6 +40,7 @@ CUTS = {
     "attention_distill_vit_huge": Cut(DEEP, img_size=56),
     "attention_distill_vit_large": Cut(DEEP),
     "attention_distill_vit_large_bf16": Cut(DEEP),
+    "cached_teacher_vit_small": Cut(workers=2),
     "cifar100_copy": Cut(alone=False),
     "cifar100_distill": Cut(workers=2),
     "cifar10_copy": Cut(alone=False),

@@ -37,7 +37,7 @@ class Cut:
 KEYS = {
     "output_dir", "teacher.source", "teachers", "teacher.img_size", "student.model_args", "student.img_size",
     "student.init", "data.dataset", "data.data_path", "data.num_classes", "data.batch_size", "data.workers",
-    "optim.epochs", "optim.max_steps", "optim.warmup_epochs", "optim.min_lr", "engine.device",
+    "transfer.cache", "optim.epochs", "optim.max_steps", "optim.warmup_epochs", "optim.min_lr", "engine.device",
 }  # fmt: skip
 """The only settings that a cut changes."""
 
@@ -59,6 +59,8 @@ def command(recipe: str, cut: Cut, photos: Path, out: Path, weights: list[str]) 
         flags["num_classes"] = len(CLASSES)
     if own.teacher.img_size:
         flags["teacher.img_size"] = cut.img_size
+    if own.transfer.cache:
+        flags["cache"] = out.parent / "targets"
     if cut.batch_size:
         flags["batch_size"] = cut.batch_size
     if cut.img_size:
