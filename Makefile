@@ -35,9 +35,9 @@ compare: install
 test: install
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not slurm" $(ARGS)
 
-# Most of the rest waits for other processes, so there are two workers a core.
+# Most of the rest waits for other processes, so there are three workers a core. A worker runs all tests of a cluster.
 test-all: test
-	$(BIN)/pytest -n $(shell expr 2 '*' $$(nproc 2>/dev/null || echo 2)) --dist worksteal -m "slow or slurm" $(ARGS)
+	$(BIN)/pytest -n $(shell expr 3 '*' $$(nproc 2>/dev/null || echo 2)) --dist loadgroup -m "slow or slurm" $(ARGS)
 
 # The tests of one model run in one process, which trains it once.
 acceptance: install

@@ -14,6 +14,15 @@ settings.load_profile("graftvit")
 gc.disable()  # while the tests are imported, which makes millions of objects and no garbage
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that wait longest, those of a cluster; those of one file share it, in one process."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("slurm", "slow")])
+
+
 def pytest_collection_finish() -> None:
     """Leave all that was imported out of each later search for garbage, which takes half of the time of small tests."""
     gc.freeze()
