@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ...models.errors import DataError, did_you_mean
 from .images import Header
 
+Places = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
 VALIDATION_SIZE = 500
 SPLITS = {
     "train": "train",
@@ -16,6 +21,21 @@ SPLITS = {
     "val": "validation",
     "test": "validation",
 }
+
+
+@functools.cache  # scikit-learn parses a text file each time
+def _read_split(split: str) -> tuple[Places, Pixels, Places]:
+    """Return the numbers of a split's images, their pixels and their classes."""
+    from sklearn.datasets import load_digits  # a second that runs on other data need not wait
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, validation = train_test_split(
+        np.arange(len(digits.target)), test_size=VALIDATION_SIZE, stratify=digits.target, random_state=0
+    )
+    places = np.sort(train if split == "train" else validation)
+    pixels = np.rint(digits.images[places] * (255 / 16)).astype(np.uint8)
+    return places, pixels, digits.target[places]
 
 
 class DigitsSource:
@@ -30,16 +50,8 @@ class DigitsSource:
     def __init__(self, split: str, mode: str) -> None:
         if split not in SPLITS:
             raise DataError(f"digits has no split {split!r}; {did_you_mean(split, SPLITS)}")
-        from sklearn.datasets import load_digits  # a second that runs on other data need not wait
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        train, validation = train_test_split(
-            np.arange(len(digits.target)), test_size=VALIDATION_SIZE, stratify=digits.target, random_state=0
-        )
-        self._places = np.sort(train if SPLITS[split] == "train" else validation)
-        self._pixels = np.rint(digits.images[self._places] * (255 / 16)).astype(np.uint8)
-        self.targets: list[int] = digits.target[self._places].tolist()
+        self._places, self._pixels, targets = _read_split(SPLITS[split])
+        self.targets: list[int] = targets.tolist()
         self._mode = mode
 
     def __len__(self) -> int:
