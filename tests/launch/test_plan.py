@@ -41,11 +41,11 @@ def rows(plan: str) -> dict[str, str]:
     return found
 
 
-@pytest.fixture
-def teacher(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     arguments = SMALL | {"num_classes": 0, "in_chans": 3}
     model = timm.create_model("vit_tiny_patch16_224", **arguments)
-    folder = tmp_path / "teacher"
+    folder = tmp_path_factory.mktemp("teachers") / "teacher"
     mean_std = (0.5, 0.5, 0.5)
     write_student(
         model,
@@ -147,10 +147,19 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path: Path) -> None:
     assert warned == [True, False, True]
 
 
-def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
-    optim = {"accum_iter": 2, "max_steps": 3}
-    train(short_run(tmp_path / "run", optim=optim))
-    longer = short_run(tmp_path / "run", optim={**optim, "max_steps": 9})
+BEGUN = {"accum_iter": 2, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three steps, which plans only read."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(short_run(folder, optim=BEGUN))
+    return folder
+
+
+def test_a_run_that_goes_on_keeps_its_batch(begun: Path) -> None:
+    longer = short_run(begun, optim={**BEGUN, "max_steps": 9})
     plan = rows(describe_plan(longer, 2))
     assert plan["batch"] == "16 x 1 accumulated x 2 processes = 32 images"
     assert plan["learning rate"].startswith("0.00375 (blr 0.03 x 32 / 256)")
@@ -161,7 +170,7 @@ def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
         "continues on 2 processes with 1 batch a step in place of 1 with 2; the global batch stays 32",
     ]
     assert rows(describe_plan(longer))["resumes"].startswith("after step 3\nchanged")
-    assert rows(describe_plan(short_run(tmp_path / "run", optim=optim)))["resumes"].startswith("no: ")
+    assert rows(describe_plan(short_run(begun, optim=BEGUN)))["resumes"].startswith("no: ")
 
 
 @pytest.mark.parametrize(
@@ -174,12 +183,10 @@ def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_go_on_is_refused_before_it_runs(
-    processes: int, sections: dict[str, Any], sentence: str, tmp_path: Path
+    processes: int, sections: dict[str, Any], sentence: str, begun: Path
 ) -> None:
-    optim = {"accum_iter": 2, "max_steps": 3}
-    train(short_run(tmp_path / "run", optim=optim))
     with pytest.raises(ConfigError, match=sentence):
-        describe_plan(short_run(tmp_path / "run", **{"optim": optim, **sections}), processes)
+        describe_plan(short_run(begun, **{"optim": BEGUN, **sections}), processes)
 
 
 def test_without_data_the_classes_must_be_known(teacher: str) -> None:

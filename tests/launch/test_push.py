@@ -109,6 +109,7 @@ def names(hub: Hub, repository: str = "org/vit") -> list[str]:
     return hub.names(repository, hub.refs[repository]["main"])
 
 
+@pytest.mark.slow
 def test_a_trained_student_is_loaded_by_timm_alone(
     hub: tuple[Hub, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,7 +32,7 @@ TWO_WAYS = pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=NEEDS_
 BIASED = ("beit", "beit_shared")
 ROTATED = ("dinov3", "eva02")
 UNLIKE = ("vit", "dinov3")
-"""Families whose graphs differ most: no rotation and a rotation that depends on the size; the others are slow."""
+"""Families whose graphs differ most: no rotation and a rotation that depends on the size."""
 OWN_PARTS = ("clip", "siglip", "eva02", "dinov2_registers", "beit")
 """Families with operators that no other family has, which ONNX must translate."""
 
@@ -46,7 +46,7 @@ def each(families: Iterable[str]) -> pytest.MarkDecorator:
             pytest.param(
                 name,
                 suffix,
-                marks=[NEEDS_ONNX] * (suffix == ".onnx") + [pytest.mark.slow] * (name not in UNLIKE),
+                marks=[NEEDS_ONNX] * (suffix == ".onnx") + [pytest.mark.slow] * (name != "vit"),
             )
             for name, suffix in cases
             if name in UNLIKE or (name in OWN_PARTS) == (suffix == ".onnx")

@@ -158,14 +158,17 @@ def test_unused_parameters_of_a_copied_layer_are_frozen_for_ddp() -> None:
     assert not student.blocks[0].attn.q_proj.weight.requires_grad
 
 
-@pytest.mark.parametrize("rows", [0.25, 0.5])
-@pytest.mark.parametrize("family", ["vit", "vit_no_prefix", "dinov2_registers", "beit"])
+@pytest.mark.parametrize(
+    ("rows", "family"),
+    [*product([0.25], ["vit", "vit_no_prefix", "dinov2_registers", "beit"]), (0.5, "dinov2_registers")],
+)
+@torch.no_grad()
 def test_sampled_rows_are_unbiased(rows: float, family: str) -> None:
     teacher, student, x = tiny(family, seed=1), tiny(family, seed=2), images()
-    full = float(DualViT(teacher, copy.deepcopy(student), weight=1.0)(x).transfer_loss.detach())
+    full = float(DualViT(teacher, copy.deepcopy(student), weight=1.0)(x).transfer_loss)
     dual = DualViT(teacher, student, rows=rows, weight=1.0)
     torch.manual_seed(0)
-    samples = torch.tensor([float(dual(x).transfer_loss.detach()) for _ in range(200)], dtype=torch.float64)
+    samples = torch.tensor([float(dual(x).transfer_loss) for _ in range(200)], dtype=torch.float64)
     assert samples.std() > 0
     assert abs(float(samples.mean()) - full) < 5 * float(samples.std()) / 200**0.5
 
@@ -248,19 +251,8 @@ def test_gradient_checkpointing_changes_nothing(method: str) -> None:
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize(
-    ("method", "family"),
-    [
-        ("distill", "vit"),
-        *(
-            pytest.param(method, family, marks=pytest.mark.slow)
-            for method, family in [
-                *((each, "vit") for each in METHODS if each != "distill"),
-                ("distill", "eva02"),
-            ]
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "family"), [*((each, "vit") for each in METHODS), ("distill", "eva02")])
 def test_compiles_without_a_graph_break(method: str, family: str) -> None:
     torch.compiler.reset()
     dual = DualViT(tiny(family, seed=1), tiny(family, seed=2), method).float().train()
