@@ -41,6 +41,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         norm_pixels: bool = True,
+        decay_tokens: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = _plain_encoder(encoder)
@@ -48,6 +49,7 @@ class MaskedAutoencoder(nn.Module):
         self.patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
         self.grid: tuple[int, int] = tuple(patch_embed.grid_size)
         self.norm_pixels = norm_pixels
+        self.decay_tokens = decay_tokens
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_masked = _count_masked(self.num_patches, mask_ratio)
         _check_decoder(decoder_dim, decoder_heads)
@@ -74,6 +76,22 @@ class MaskedAutoencoder(nn.Module):
     def random_order(self, batch: int, device: torch.device) -> Tensor:
         """Return a random permutation of the patches for each image, (B, N); the first V stay visible."""
         return torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names without weight decay: none, or without `decay_tokens` the tokens and timm's exceptions."""
+        if self.decay_tokens:
+            return set()
+        return {"mask_token", *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+
+    def group_matcher(
+        self, coarse: bool = False
+    ) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:
+        """Return timm's layers of the encoder, for layer decay; the decoder is in no group, which is the top layer."""
+        found = self.encoder.group_matcher(coarse=coarse)
+        return {
+            name: _within(each) if isinstance(each, str) else [(_within(rule), order) for rule, order in each]
+            for name, each in found.items()
+        }
 
     def _predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the decoder output of all patches (B, N, K), and which patches were hidden (B, N)."""
@@ -117,6 +135,11 @@ class MaskedAutoencoder(nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
+
+
+def _within(rule: str) -> str:
+    """Return the expression that matches `encoder.NAME` where `rule` matches NAME."""
+    return rf"^encoder\.(?:{rule.removeprefix('^')})"
 
 
 def _plain_encoder(encoder: nn.Module) -> VisionTransformer:

@@ -306,6 +306,11 @@ class PretrainConfig(Section):
     decoder_depth: int = Field(8, gt=0, description="decoder depth")
     decoder_heads: int = Field(16, gt=0, description="decoder heads")
     norm_pixels: bool = Field(True, description="normalize each target patch")
+    decay_tokens: bool = Field(
+        True,
+        description="apply weight decay to tokens and position embeddings, as MAE's code does; off exempts them as in "
+        "the other modes",
+    )
 
 
 class RunConfig(Section):
