@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from ..transfer.config import RunConfig
 from ..transfer.section import Section
 from .fields import ALIASES, Leaf, entry_section, find_key, find_stage_key, leaf_of, leaves, sections, unknown
 from .official_words import check_finetune, check_value
+from .overridden import read_elsewhere, without_overridden
 from .recipes import recipe_text
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Setting:
     origin: str
     stage: str = ""
     """The stage that it is for; empty for every stage, or for a run without stages."""
+    layer: str = ""
+    """The file that it is from, or the stage in which the file has it; empty for a flag."""
 
 
 def load_config(
@@ -55,7 +59,7 @@ def load_config(
         settings += [Setting(_known(name), value, name) for name, value in overrides.items()]
     else:
         settings += [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
-    return _validate(settings)
+    return _validate(without_overridden(settings, _validate))
 
 
 def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = ()) -> list[Stage]:
@@ -78,12 +82,13 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
             raise ConfigError(
                 f"{setting.origin}: there is no stage {setting.stage!r}; {did_you_mean(setting.stage, names)}"
             )
+    settings, configs = dict[str, list[Setting]](), dict[str, RunConfig]()
+    for name, own in recipe.stages:
+        mine = [*recipe.settings, *own, *(each for each in given if each.stage in ("", name))]
+        settings[name] = without_overridden(mine, partial(_validate, stage=name))
+        configs[name] = _validate(settings[name], name)
     return [
-        Stage(
-            name,
-            _validate([*recipe.settings, *own, *(each for each in given if each.stage in ("", name))], name),
-        )
-        for name, own in recipe.stages
+        Stage(name, _validate(read_elsewhere(own, name, configs), name)) for name, own in settings.items()
     ]
 
 
@@ -150,7 +155,8 @@ def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
     inherited = Recipe([]) if base is None else read_recipe(_base_path(base, folder), (*seen, label))
     stages = _stages(content.pop("stages", None), label) or inherited.stages
     compare = content.pop("compare", inherited.compare)
-    return Recipe(inherited.settings + _flatten(content, "", label), stages, compare)
+    own = [replace(setting, layer=label) for setting in _flatten(content, "", label)]
+    return Recipe(inherited.settings + own, stages, compare)
 
 
 def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
@@ -168,7 +174,8 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
             raise ConfigError(
                 f"{label}: stages[{number}] needs a name of letters, digits and dashes, not {name!r}"
             )
-        stages.append((name, _flatten(settings, "", f"{label}: stages.{name}")))
+        own = _flatten(settings, "", f"{label}: stages.{name}")
+        stages.append((name, [replace(setting, layer=name) for setting in own]))
     return stages
 
 
@@ -224,7 +231,7 @@ def _plain_value(text: str) -> Any:
         return text
 
 
-def _validate(settings: list[Setting], stage: str = "") -> RunConfig:
+def _validate(settings: Sequence[Setting], stage: str = "") -> RunConfig:
     values: JsonDict = {}
     for setting in settings:
         if setting.stage != stage and setting.stage:  # of a run without stages

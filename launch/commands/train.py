@@ -82,7 +82,7 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
 
 def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
     """Show the stages of a recipe, or run them one after another."""
-    from ...transfer.engine.stages import chain, train_stages
+    from ...transfer.engine.stages import chain, check_stages, train_stages
 
     stages = load_stages(arguments.recipe, settings)
     shown = chain(stages)
@@ -90,6 +90,7 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
         say("---\n".join(f"# stage {stage.name}\n{dump_config(stage.config)}" for stage in shown))
         return 0
     if arguments.dry_run:
+        check_stages(stages)
         say("".join(f"stage {stage.name}: mode {stage.config.mode}, {_length(stage.config)}, "
                                  f"in {stage.config.output_dir}\n" for stage in shown))  # fmt: skip
         from ..plan_text import describe_plan

@@ -20,9 +20,11 @@ from graftvit.launch.memory import memory_items
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.effect import unread, without
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.modes import MODES
+from graftvit.transfer.engine.modes import MODES, mode_of
+from graftvit.transfer.engine.run_parts import run_parts
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.registry import find_method, method_names
 from torch import Tensor, nn
@@ -147,7 +149,7 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
         **sometimes(draw, 0.05, "aa", "affine", "nosuch"), **sometimes(draw, 0.03, "dataset", "nosuch"),
     }  # fmt: skip
     optim = {
-        "epochs": 1, "max_steps": 1, "ema": draw.choice((None, 0.9)), "clip_grad": draw.choice((None, 1.0)),
+        "max_steps": 1, "ema": draw.choice((None, 0.9)), "clip_grad": draw.choice((None, 1.0)),
         **sometimes(draw, 0.4, "opt", *OPTIMIZERS), **sometimes(draw, 0.3, "accum_iter", 2, 3),
         **sometimes(draw, 0.2, "layer_decay", 0.7), **sometimes(draw, 0.2, "lora", 2),
         **sometimes(draw, 0.3, "trainable", r"blocks\.1", "attn", "head", "nosuch", "(", "q_norm"),
@@ -162,7 +164,7 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
     }  # fmt: skip
     mode = draw.choice([*MODES, "transfer", "transfer", "transfer", "align"])
     losses = several(draw, transfer, teachers) if draw.random() < 0.4 else {"transfer": transfer}
-    return config(
+    found = config(
         folder,
         teacher,
         mode=mode,
@@ -174,6 +176,8 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
         engine=engine,
         pretrain=sometimes(draw, 0.2, "decoder_heads", 3),
     )
+    vain = unread(found, run_parts(mode_of(found)))
+    return without(found, (key for key in vain if draw.random() < 0.97))
 
 
 def refusal(start: Any, settings: RunConfig) -> str:

@@ -56,6 +56,7 @@ DISTILL = AUGMENTATION | {
 COPY = DISTILL | {
     "transfer.method": "copy",
     "transfer.layers": "all",
+    "transfer.share_drop_path": False,  # no block is dropped
     "student.drop_path": 0.0,
     "optim.epochs": 100,
     "optim.warmup_epochs": 5,

@@ -11,6 +11,9 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.effect import unread, without
+from graftvit.transfer.engine.modes import mode_of
+from graftvit.transfer.engine.run_parts import run_parts
 from graftvit.transfer.engine.runlog import WALL_CLOCK, read_log
 from torch import Tensor, nn
 
@@ -67,7 +70,7 @@ def several_losses(convnext: Path) -> dict[str, Any]:
 
 
 def config(output_dir: Path, source: Path | None = None, **sections: Any) -> RunConfig:
-    """Two epochs of eight steps; `sections` overrides keys, as in `optim={"blr": 1.0}`."""
+    """Two epochs of eight steps; `sections` overrides keys, as in `optim={"blr": 1.0}`, and what these leave unread."""
     base: dict[str, Any] = {
         "mode": "scratch" if source is None else "transfer",
         "output_dir": output_dir,
@@ -83,7 +86,13 @@ def config(output_dir: Path, source: Path | None = None, **sections: Any) -> Run
     }  # fmt: skip
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
-    return RunConfig.model_validate(base)
+    found = RunConfig.model_validate(base)
+    given = {
+        f"{name}.{key}" if isinstance(values, dict) else name
+        for name, values in sections.items()
+        for key in (values if isinstance(values, dict) else [""])
+    }
+    return without(found, unread(found, run_parts(mode_of(found))).keys() - given)
 
 
 def state(folder: Path, name: str = "last") -> dict[str, Tensor]:

@@ -45,9 +45,11 @@ from ..data.randomness import preserved
 from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from .best import Criterion, choose, classifies
-from .modes import TEACHER, Mode, Models, mode_of
-from .optim import check_optimizer
+from .mode import TEACHER, Mode, Models
+from .modes import mode_of
+from .optim import check_adapters, check_optimizer, check_schedule
 from .parallel import check_layers_apart
+from .run_parts import check_read
 from .students import StudentPlan, find_whole, input_size, resolve_preprocessing
 from .tasks import Task, TransferTask
 from .trackers import check_trackers
@@ -131,6 +133,7 @@ def build(
     student, init = _student(mode, plan, teacher, weights=weights)
     task = mode.task(Models(student, teachers, spec, _calibration(config, spec, weights=weights)))
     mode.freeze(task.trainable)
+    check_adapters(task.trainable, config.optim)
     if config.engine.fsdp:
         check_layers_apart(task)
     taught = None if teacher is None else teacher.model
@@ -178,7 +181,9 @@ def build(
 def check_settings(mode: Mode) -> None:
     """Raise ConfigError for settings that no run can have, before anything is read."""
     mode.check()
+    check_read(mode)
     check_optimizer(mode.config.optim)
+    check_schedule(mode.config.optim)
     check_trackers(mode.config.engine.trackers)
 
 
@@ -232,21 +237,14 @@ def _eval_loader(
     return create_eval_loader(data, spec, rank=rank, world_size=world_size)
 
 
-def _reads_teacher(mode: Mode) -> bool:
-    """Whether to load a teacher; one that is named in vain is logged."""
-    source = mode.config.teacher.source
-    if source is not None and not mode.reads_teacher:
-        logger.warning("teacher.source=%s is not used: mode=%s has no teacher", source, mode.config.mode)
-    return source is not None and mode.reads_teacher
-
-
 def _teachers(
     mode: Mode, size: tuple[int, int], commits: Mapping[str, str | None], *, weights: bool
 ) -> dict[str, Pretrained]:
     """The teachers by name, the one of the section `teacher` first."""
     config = mode.config
-    found = {DEFAULT_TEACHER: config.teacher} if _reads_teacher(mode) else {}
-    if mode.taught:
+    reads = mode.reads_teacher and config.teacher.source is not None
+    found = {DEFAULT_TEACHER: config.teacher} if reads else {}
+    if "teachers" in mode.reads:
         found |= config.teachers
     return {name: _teacher(how, size, commits.get(name), weights=weights) for name, how in found.items()}
 

@@ -17,6 +17,7 @@ from ...models.conversion import new_parameters
 from ...models.errors import ConfigError, counted, did_you_mean, one_sentence
 from ...models.families import classifier_of
 from ...models.json_types import JsonDict
+from ...models.lora import DOWN, UP
 from ..config import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,25 @@ def check_optimizer(config: OptimConfig) -> None:
             "adamw"
         )
     _betas(config)
+
+
+def check_schedule(config: OptimConfig) -> None:
+    """Raise ConfigError for a warm-up as long as the run, in which the learning rate never reaches its peak."""
+    if config.max_steps is None and 0 < config.warmup_epochs >= config.epochs:
+        raise ConfigError(
+            f"optim.warmup_epochs={config.warmup_epochs:g} is not below optim.epochs={config.epochs}, so the learning "
+            "rate would never reach its peak: lower warmup_epochs (0 for none)"
+        )
+
+
+def check_adapters(model: nn.Module, config: OptimConfig) -> None:
+    """Raise ConfigError for adapters of which none learns."""
+    learns = any(p.requires_grad for name, p in model.named_parameters() if name.endswith((DOWN, UP)))
+    if config.lora is not None and not learns:
+        raise ConfigError(
+            f"optim.lora={config.lora} changes nothing with optim.trainable={config.trainable!r}, which leaves its "
+            "adapters out: leave one of them out, or let optim.trainable match lora_"
+        )
 
 
 def create_optimizer(

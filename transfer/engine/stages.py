@@ -18,7 +18,11 @@ from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.model_folders import STAGES_FILE
 from ...models.errors import ConfigError
 from ...models.json_types import JsonDict
-from ..config import RunConfig, StudentConfig
+from ..config import RunConfig
+from ..effect import Part, unread, without
+from .build import check_settings
+from .modes import mode_of
+from .run_parts import run_parts
 from .train import RunResult, train
 
 logger = logging.getLogger(__name__)
@@ -65,20 +69,36 @@ def chain(stages: Sequence[Stage]) -> list[Stage]:
     for index, stage in enumerate(stages):
         config = stage.config.model_copy(update={"output_dir": folder / f"{index + 1}-{stage.name}"})
         if chained:
-            config = config.model_copy(update={"student": _going_on(config, chained[-1].config.output_dir)})
+            config = _going_on(config, chained[-1].config.output_dir)
         chained.append(Stage(stage.name, config))
     return chained
 
 
-def _going_on(config: RunConfig, before: Path) -> StudentConfig:
-    """Return the student's settings, with the student of the stage before in place of its creation."""
+def _going_on(config: RunConfig, before: Path) -> RunConfig:
+    """Return the settings with the student of the stage before, without what only the creation of a student reads."""
     made: JsonDict = {
         "model": f"local-dir:{before / 'student'}",
         "model_args": {},
         "plan": None,
         "init": None,
     }
-    return config.student.model_copy(update=made)
+    chained = config.model_copy(update={"student": config.student.model_copy(update=made)})
+    return without(chained, _unread(chained).keys() - _unread(config).keys())
+
+
+def _unread(config: RunConfig) -> dict[str, Part]:
+    return unread(config, run_parts(mode_of(config)))
+
+
+def check_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """Return `chain(stages)`. Raise ConfigError for settings that one of the runs cannot have."""
+    chained = chain(stages)
+    for stage in chained:
+        try:
+            check_settings(mode_of(stage.config))
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+    return chained
 
 
 def train_stages(stages: Sequence[Stage]) -> StagesResult:
@@ -89,7 +109,7 @@ def train_stages(stages: Sequence[Stage]) -> StagesResult:
     """
     folder = stages[0].config.output_dir
     results: dict[str, RunResult] = {}
-    for stage in chain(stages):
+    for stage in check_stages(stages):
         logger.warning("stage %s in %s", stage.name, stage.config.output_dir)
         result = train(stage.config)
         results[stage.name] = result

@@ -33,7 +33,8 @@ def short(folder: Path, images: Path, teacher: Path | None = None, **sections: A
         "train_samples": None,
         **sections.pop("data", {}),
     }
-    optim = {"ema": None, "epochs": 3, **sections.pop("optim", {})}
+    optim = {"ema": None, **sections.pop("optim", {})}
+    optim |= {} if "max_steps" in optim else {"epochs": 3}
     return config(folder, teacher, data=data, optim=optim, **sections)
 
 

@@ -224,7 +224,7 @@ def test_what_it_cannot_be_is_refused_with_what_to_do(
     with pytest.raises(GraftError, match="block_output, feature or logits"):
         train(config(tmp_path / "taught", run, transfer={"method": "distill"}))
     save_student(str(run), tmp_path / "bare", bare=True)
-    source, how = str(tmp_path / "bare"), {"epochs": 1, "max_steps": 1}
+    source, how = str(tmp_path / "bare"), {"max_steps": 1}
     train(config(tmp_path / "next", mode="finetune", student={"init": source}, optim=how))
 
 

@@ -275,12 +275,14 @@ def test_an_output_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         train(config(tmp_path / "file" / "run"))
 
 
-def test_a_teacher_that_the_mode_does_not_use_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    teacher = make_teacher(tmp_path / "teacher")
-    train(config(tmp_path / "run", teacher, mode="scratch", optim={"max_steps": 1}))
-    assert "is not used: mode=scratch has no teacher" in caplog.text
+@pytest.mark.parametrize("mode", ["scratch", "pretrain"])
+def test_a_teacher_that_the_mode_does_not_use_is_refused(mode: str, tmp_path: Path) -> None:
+    run = config(tmp_path / "run", mode=mode, teacher={"source": "local-dir:teacher"})
+    with pytest.raises(
+        ConfigError, match=rf"teacher.source='local-dir:teacher' changes nothing with mode={mode}"
+    ):
+        train(run)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_log_records_are_json_lines(tmp_path: Path) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from graftvit.models.errors import ConfigError
+from graftvit.models.lora import add_lora
+from graftvit.models.mae import MaskedAutoencoder
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.optim import (
+    check_adapters,
+    check_schedule,
     create_optimizer,
     describe_batch,
     freeze,
@@ -202,3 +207,59 @@ def test_a_batch_that_is_not_the_recipes_is_described(
     described = describe_batch(OptimConfig(**options), batch, processes)
     assert bool(described) == bool(words)
     assert re.search(words, described)
+
+
+def autoencoder(**options: bool) -> MaskedAutoencoder:
+    return MaskedAutoencoder(vit("token"), decoder_dim=8, decoder_depth=1, decoder_heads=2, **options)
+
+
+def test_layer_decay_in_pretraining_scales_the_encoder_and_leaves_the_decoder() -> None:
+    model, encoder = autoencoder(), vit("token")
+    found = {}
+    for each in (model, encoder):
+        optimizer = create_optimizer(each, each, OptimConfig(layer_decay=0.5), 1e-3)
+        set_learning_rate(optimizer, 1.0)
+        found[each] = {name: scale for name, (scale, _) in scales(each, optimizer).items()}
+    inner = {
+        name.removeprefix("encoder."): scale for name, scale in found[model].items() if "encoder." in name
+    }
+    assert inner == found[encoder]
+    assert {scale for name, scale in found[model].items() if not name.startswith("encoder.")} == {1.0}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_pretraining_decays_tokens_as_mae_does_unless_told_otherwise(layer_decay: float) -> None:
+    config = OptimConfig(layer_decay=layer_decay)
+    exempt = {}
+    for decayed in (True, False):
+        model = autoencoder(decay_tokens=decayed)
+        found = scales(model, create_optimizer(model, model, config, 1e-3))
+        exempt[decayed] = {name for name, (_, decay) in found.items() if decay == 0}
+    assert exempt[False] - exempt[True] == {"encoder.cls_token", "encoder.pos_embed", "mask_token"}
+    assert all(model.get_parameter(name).ndim == 1 for name in exempt[True])
+
+
+@pytest.mark.parametrize(("warmup", "epochs", "steps"), [(5, 5, None), (5.0, 3, None), (1.5, 1, None)])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup: float, epochs: int, steps: int | None) -> None:
+    config = OptimConfig(warmup_epochs=warmup, epochs=epochs, max_steps=steps)
+    with pytest.raises(
+        ConfigError, match=rf"optim.warmup_epochs={warmup:g} is not below optim.epochs={epochs}"
+    ):
+        check_schedule(config)
+
+
+@pytest.mark.parametrize(
+    "values", [{"warmup_epochs": 0}, {"warmup_epochs": 5, "max_steps": 3}, {"warmup_epochs": 0.9}]
+)
+def test_a_shorter_warm_up_none_and_one_in_a_run_of_steps_are_accepted(values: dict[str, float]) -> None:
+    check_schedule(OptimConfig.model_validate({"epochs": 1, **values}))
+
+
+@pytest.mark.parametrize(("trainable", "refused"), [("head", True), (r"blocks\.0", False), ("lora_", False)])
+def test_adapters_of_which_none_learns_are_refused(trainable: str, refused: bool) -> None:
+    pytest.importorskip("peft")
+    model, config = vit(), OptimConfig(lora=2, trainable=trainable)
+    add_lora(model, 2)
+    freeze(model, trainable)
+    with pytest.raises(ConfigError, match=r"optim.lora=2 changes nothing") if refused else nullcontext():
+        check_adapters(model, config)

@@ -25,7 +25,7 @@ from graftvit.transfer.engine.runlog import WALL_CLOCK
 from patience import until
 
 SHORT = {
-    "optim": {"max_steps": 4, "epochs": 4, "warmup_epochs": 1},
+    "optim": {"max_steps": 4, "epochs": 100, "warmup_epochs": 1},
     "engine": {"eval_every": 2, "save_every": 1, "log_interval": 1},
     "student": {"model_args": {"embed_dim": 8, "num_heads": 2}},
     "pretrain": {"decoder_dim": 8, "decoder_heads": 2},
