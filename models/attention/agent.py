@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Geometry, Heads, LayerShape, Traits
+from .base import Geometry, Heads, LayerShape, Traits, without_prefix
 from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
 from .prefix import prefix_term, with_prefix
@@ -44,7 +44,7 @@ class AgentAttention(PooledAttention):
         keys = torch.cat((k[:, :, :num_prefix], agents), 2)
         values = torch.cat((v[:, :, :num_prefix], gathered), 2)
         grid = F.scaled_dot_product_attention(
-            q[:, :, num_prefix:], keys, values, attn_mask=counts, scale=heads.scale
+            without_prefix(q, heads.tokens()), keys, values, attn_mask=counts, scale=heads.scale
         )
         return with_prefix(heads, grid)
 

@@ -33,6 +33,11 @@ class Geometry:
         return self.num_prefix + self.num_patches
 
 
+def without_prefix(x_BHND: Tensor, geometry: Geometry) -> Tensor:
+    """Return the grid tokens (B, H, n, D): `x_BHND` itself without prefix tokens, as a slice costs a backward pass."""
+    return x_BHND[:, :, geometry.num_prefix :] if geometry.num_prefix else x_BHND
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """The sizes from which an operator creates its parameters."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits, without_prefix
 from .few_keys import few_keys_attention
 from .pooling import cells_of, check_count, default_count, mean_weights
 from .prefix import prefix_term, with_prefix
@@ -84,7 +84,7 @@ class LinformerAttention(AttentionOperator):
         keys_Mn, values_Mn = self.pooling(geometry)
         keys, values = _pooled(keys_Mn, k, num_prefix), _pooled(values_Mn, v, num_prefix)
         counts = _log_counts(keys_Mn, num_prefix).to(q.dtype)
-        grid = few_keys_attention(q[:, :, num_prefix:], keys, values, counts, heads.scale)
+        grid = few_keys_attention(without_prefix(q, heads.tokens()), keys, values, counts, heads.scale)
         return with_prefix(heads, grid)
 
     def terms(self, heads: Heads) -> list[Term]:
@@ -146,7 +146,7 @@ def interpolated(rows_Mn: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
 def _pooled(weights_Mn: Tensor, x_BHND: Tensor, num_prefix: int) -> Tensor:
     """Return the prefix tokens and weighted sums of the grid tokens, (B, H, P + M, D) in the dtype of the input."""
     # One product for all heads: in the layout of a layer, all channels of a token are adjacent.
-    grid_BnC = x_BHND[:, :, num_prefix:].transpose(1, 2).flatten(2)
+    grid_BnC = (x_BHND[:, :, num_prefix:] if num_prefix else x_BHND).transpose(1, 2).flatten(2)
     pooled_BMC = weights_Mn.to(x_BHND.dtype) @ grid_BnC
     pooled = pooled_BMC.unflatten(2, (x_BHND.shape[1], -1)).transpose(1, 2)
     return torch.cat((x_BHND[:, :, :num_prefix], pooled.to(x_BHND.dtype)), 2)

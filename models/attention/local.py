@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .base import Geometry, LayerShape
+from .base import Geometry, LayerShape, without_prefix
 
 
 class DepthwiseConv(nn.Module):
@@ -28,13 +28,15 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x_BHND: Tensor, geometry: Geometry) -> Tensor:
         """Return (B, H, N, D) in the dtype of the input."""
-        grid_BHnD = x_BHND[:, :, geometry.num_prefix :]
+        grid_BHnD = without_prefix(x_BHND, geometry)
         batch, heads, _, width = grid_BHnD.shape
-        image = grid_BHnD.transpose(2, 3).reshape(batch, heads * width, *geometry.grid)
+        # In the layout of a layer this image is a view, in the format of channels last.
+        image = grid_BHnD.transpose(1, 2).reshape(batch, *geometry.grid, heads * width).permute(0, 3, 1, 2)
         weight = self.weight.to(x_BHND.dtype)
-        local = F.conv2d(image, weight, padding=self.size // 2, groups=heads * width)
-        local_BHnD = local.to(x_BHND.dtype).reshape(batch, heads, width, -1).transpose(2, 3)
-        return F.pad(local_BHnD, (0, 0, geometry.num_prefix, 0))
+        local = F.conv2d(image, weight, padding=self.size // 2, groups=heads * width).to(x_BHND.dtype)
+        local_BHnD = local.permute(0, 2, 3, 1).reshape(batch, -1, heads, width).transpose(1, 2)
+        prefix = geometry.num_prefix
+        return F.pad(local_BHnD, (0, 0, prefix, 0)) if prefix else local_BHnD
 
     def macs(self, geometry: Geometry) -> int:
         """Return the multiply-adds of one image."""

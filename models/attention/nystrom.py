@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Geometry, Heads, LayerShape, Traits
+from .base import Geometry, Heads, LayerShape, Traits, without_prefix
 from .kernel import without_padding
 from .kernels import precise
 from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
@@ -72,7 +72,7 @@ class NystromAttention(PooledAttention):
                 landmarks.q, k, v.to(k.dtype), attn_mask=heads.seen, scale=heads.scale
             )
             grid = F.scaled_dot_product_attention(
-                q[:, :, heads.tokens().num_prefix :],
+                without_prefix(q, heads.tokens()),
                 landmarks.k,
                 landmarks.inverse @ seen,
                 attn_mask=landmarks.log_counts,

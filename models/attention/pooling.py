@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import AttentionOperator, Geometry, Heads, LayerShape
+from .base import AttentionOperator, Geometry, Heads, LayerShape, without_prefix
 from .kernel import without_padding
 from .local import DepthwiseConv
 
@@ -72,7 +72,7 @@ def cells_of(count: int, geometry: Geometry) -> Cells:
 
 def cell_means(x_BHND: Tensor, heads: Heads, cells: Cells) -> Tensor:
     """Return the means of each cell without padding, (B, H, cells, D); zero if a cell is all padding."""
-    grid = without_padding(x_BHND, heads)[:, :, heads.tokens().num_prefix :]
+    grid = without_prefix(without_padding(x_BHND, heads), heads.tokens())
     counts = cell_counts(heads, cells, x_BHND).transpose(2, 3)
     return _cell_sums(grid, heads.tokens(), cells) / counts.clamp_min(1)
 
@@ -113,10 +113,14 @@ def pooling_macs(geometry: Geometry, cells: Cells) -> int:
 def _cell_sums(x_BHnD: Tensor, geometry: Geometry, cells: Cells) -> Tensor:
     """Sum along the rows, then along the columns: (B, H, cells, D)."""
     height, width = geometry.grid
+    batch, heads, _, channels = x_BHnD.shape
     # torch's adaptive pooling has overlapping cells if they do not divide the grid.
-    by_row = _members(height, cells[0], x_BHnD) @ x_BHnD.unflatten(2, (height, width)).flatten(3)
-    by_cell: Tensor = _members(width, cells[1], x_BHnD) @ by_row.unflatten(3, (width, -1))
-    return by_cell.flatten(2, 3)
+    # In the layout of a layer the grid is a view, and a row of it has all heads.
+    grid_BhwC = x_BHnD.transpose(1, 2).reshape(batch, height, -1)
+    by_row = _members(height, cells[0], x_BHnD) @ grid_BhwC
+    by_cell = _members(width, cells[1], x_BHnD) @ by_row.reshape(batch * cells[0], width, -1)
+    sums: Tensor = by_cell.reshape(batch, -1, heads, channels).transpose(1, 2)
+    return sums
 
 
 def _members(length: int, count: int, like: Tensor | None = None) -> Tensor:
