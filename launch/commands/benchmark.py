@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +28,7 @@ ACTIONS = {
 EXAMPLES = (
     "graftvit benchmark operators",
     "graftvit benchmark operators --operators linear monarch 'kernel(feature=relu)' --tokens 196 1024 4096 --backward",
+    "graftvit benchmark operators --peers --tokens 196 1024 4096 --batch 1 --backward",
     "graftvit benchmark operators --device cuda --dtype float32 bfloat16 --batch 1 8 --compile",
     "graftvit benchmark models vit_small_patch16_224 --plan '*: linear' '*: linear; 9-11: softmax'",
     "graftvit benchmark models runs/distill --plan '*: monarch' --img_size 224 448 896 --batch 1 16",
@@ -90,6 +92,10 @@ def _operators_parser() -> Parser:
     parser.add_argument(
         "--prefix", type=_count, default=0, metavar="P", help="prefix tokens before the patches (default: 0)"
     )
+    parser.add_argument(
+        "--peers", action="store_true",
+        help="also time each operator's straight-line form and its public implementation (the extra peers)",
+    )  # fmt: skip
     _add_common(parser, [1, 8])
     return parser
 
@@ -101,7 +107,8 @@ def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
     names = arguments.operators or [name for name in OPERATORS if name != SOFTMAX]
-    cases = operator_cases(names, arguments.tokens, layer, _ways(arguments))
+    ways = replace(_ways(arguments), peers=arguments.peers)
+    cases = operator_cases(names, arguments.tokens, layer, ways)
     return cases, lambda case: measure_operator(case, layer, arguments.repeats)
 
 

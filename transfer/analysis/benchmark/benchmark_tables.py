@@ -23,6 +23,8 @@ def render(results: Results) -> str:
     parts = [first]
     for setting, rows in _settings(results.rows).items():
         parts += [f"### {setting}", size_table(rows) + _miscounted(rows)]
+        if any(row.straight or row.public for row in rows):
+            parts.append(peers_table(rows))
     if crossovers(results.rows):
         size = "N" if results.kind == "operators" else "image side"
         heading = f"### Crossover: the {size} from which it is faster than fused softmax attention"
@@ -47,6 +49,22 @@ def size_table(rows: Sequence[Row]) -> str:
     head = ["operator" if rows[0].case.kind == "operators" else "plan", "ms", "spread", "softmax ms", "ratio"]
     head += ["images/s", "peak MiB", "attention MMACs", "counted"]
     return markdown(head, [_line(row) for row in sorted(rows, key=lambda row: -row.ratio)])
+
+
+def peers_table(rows: Sequence[Row]) -> str:
+    """Return a line a case of one setting: its time over those of its straight-line form and of a public package."""
+    head = ["operator", "ms", "straight-line ms", "ratio", "public implementation", "its ms", "ratio"]
+    lines = []
+    for row in sorted(rows, key=lambda row: row.case.name):
+        beside = [
+            cell
+            for seconds in (row.straight, row.public)
+            for cell in (
+                ("", "") if seconds is None else (milliseconds(seconds), f"{row.median / seconds:.2f}")
+            )
+        ]
+        lines.append([row.case.name, milliseconds(row.median), *beside[:2], row.package, *beside[2:]])
+    return "Time over the time of other forms; below 1 the operator is faster:\n\n" + markdown(head, lines)
 
 
 def _settings(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -40,6 +40,8 @@ class Case:
     device: str
     backward: bool = False
     compiled: bool = False
+    peers: bool = False
+    """Beside its straight-line form and its public implementation."""
 
     @property
     def setting(self) -> str:
@@ -71,13 +73,15 @@ class Ways:
     """The backward pass, too."""
     compiled: bool = False
     """Compiled, too."""
+    peers: bool = False
+    """Each beside its straight-line form and its public implementation."""
 
     def cases(
         self, kind: Kind, names: Sequence[str], sources: Sequence[str], sizes: Sequence[int]
     ) -> list[Case]:
         """Return every combination, small sizes first."""
         return [
-            Case(kind, name, source, size, batch, dtype, self.device, backward, compiled)
+            Case(kind, name, source, size, batch, dtype, self.device, backward, compiled, self.peers)
             for size in sorted(sizes)
             for source in sources
             for batch in self.batches
@@ -105,6 +109,12 @@ class Row:
     """The same by torch's counter; for a model, what its counter gives with the rest of the model left out."""
     load: float
     """Load average of the machine over the last minute."""
+    straight: float | None = None
+    """Median seconds of the straight-line form of the operator's equation, timed in the same rounds."""
+    public: float | None = None
+    """Median seconds of its public implementation, timed in the same rounds."""
+    package: str = ""
+    """The package of the public implementation."""
 
     @property
     def ratio(self) -> float:

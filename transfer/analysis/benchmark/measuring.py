@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -17,11 +17,24 @@ def compiled(module: nn.Module, case: Case) -> nn.Module:
     return cast(nn.Module, torch.compile(module)) if case.compiled else module
 
 
-def measure_case(case: Case, steps: Sequence[Step], repeats: int, *, macs: int, counted: int) -> Row:
-    """Time both `steps` in turn, softmax first, and measure the peak memory of the second."""
+def measure_case(
+    case: Case,
+    steps: Sequence[Step],
+    repeats: int,
+    *,
+    macs: int,
+    counted: int,
+    peers: Mapping[str, Step] | None = None,
+    package: str = "",
+) -> Row:
+    """Time both `steps` in turn, softmax first, and measure the peak memory of the second.
+
+    `peers` may have a step `straight` and a step `public`, which take their turns, too.
+    """
     device, (softmax, own) = torch.device(case.device), steps
-    timings = time_steps({"softmax": softmax, "own": own}, repeats, device)
+    timings = time_steps({"softmax": softmax, "own": own, **(peers or {})}, repeats, device)
     time = timings["own"]
+    straight, public = (timings[name].median if name in timings else None for name in ("straight", "public"))
     return Row(
         case,
         time.median,
@@ -32,4 +45,7 @@ def measure_case(case: Case, steps: Sequence[Step], repeats: int, *, macs: int, 
         macs,
         counted,
         load_average(),
+        straight,
+        public,
+        package,
     )

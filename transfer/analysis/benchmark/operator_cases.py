@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from ....models.attention.base import Geometry, Heads, LayerShape
+from ....models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from ....models.errors import ConfigError
 from ....models.layer_plan import Choice, parse_plan
 from ....models.operators import create_operator
 from .cases import DTYPES, SOFTMAX, Case, Row, Ways
 from .measuring import compiled, measure_case
+from .public_forms import public_form
+from .straight_forms import straight_form
 from .timing import Step, counted_macs, step_of
 
 LONGEST = 2
@@ -63,7 +65,9 @@ def operator_cases(names: Sequence[str], tokens: Sequence[int], layer: Layer, wa
     """
     for name in names:
         for size in tokens:
-            create_operator(choice_of(name), layer.shape(size))
+            operator = create_operator(choice_of(name), layer.shape(size))
+            if ways.peers:
+                _check_peers(name, operator, layer)
     return ways.cases("operators", [str(choice_of(name)) for name in names], [str(layer)], tokens)
 
 
@@ -75,9 +79,38 @@ def measure_operator(case: Case, layer: Layer, repeats: int) -> Row:
         create_operator(choice_of(name), shape).to(device, dtype).eval() for name in (SOFTMAX, case.name)
     )
     heads = _draw(shape, case.batch, device, dtype)
-    steps = [_step(each, heads, case.backward) for each in (softmax, compiled(operator, case))]
+    steps = [
+        _step(each, heads, case.backward, each.parameters()) for each in (softmax, compiled(operator, case))
+    ]
     counted = counted_macs(_step(operator, _draw(shape, 1, device, dtype), backward=False))
-    return measure_case(case, steps, repeats, macs=operator.macs(shape.geometry), counted=counted)
+    macs = operator.macs(shape.geometry)
+    if not case.peers:
+        return measure_case(case, steps, repeats, macs=macs, counted=counted)
+    peers, package = _peers(case.name, operator, heads, case.backward)
+    return measure_case(case, steps, repeats, macs=macs, counted=counted, peers=peers, package=package)
+
+
+def _check_peers(name: str, operator: AttentionOperator, layer: Layer) -> None:
+    if layer.prefix:
+        raise ConfigError(
+            f"--prefix {layer.prefix} with --peers: public implementations have no prefix tokens; take --prefix 0"
+        )
+    public_form(name, operator, _draw(operator.shape, 1, torch.device("cpu"), torch.float32))
+
+
+def _peers(
+    name: str, operator: AttentionOperator, heads: Heads, backward: bool
+) -> tuple[dict[str, Step], str]:
+    """Return the steps of the straight-line form and of the public implementation, and the name of its package."""
+    straight, public = straight_form(operator), public_form(name, operator, heads)
+    steps = {} if straight is None else {"straight": _step(straight, heads, backward, operator.parameters())}
+    if public is None:
+        return steps, ""
+    package, call, parameters = public
+    return {
+        **steps,
+        "public": _step(lambda heads: call(*heads.qkv()), heads, backward, parameters),
+    }, package
 
 
 def _draw(shape: LayerShape, batch: int, device: torch.device, dtype: torch.dtype) -> Heads:
@@ -87,9 +120,11 @@ def _draw(shape: LayerShape, batch: int, device: torch.device, dtype: torch.dtyp
     return Heads(q, k, v, None, shape.head_dim**-0.5, geometry=shape.geometry)
 
 
-def _step(operator: nn.Module, heads: Heads, backward: bool) -> Step:
+def _step(
+    run: Callable[[Heads], Tensor], heads: Heads, backward: bool, parameters: Iterable[Tensor] = ()
+) -> Step:
     if not backward:
-        return step_of(partial(operator, heads))
+        return step_of(partial(run, heads))
     q, k, v = (x.detach().requires_grad_() for x in heads.qkv())
     ready = heads.with_qkv(q, k, v)
-    return step_of(partial(operator, ready), [q, k, v, *operator.parameters()], torch.randn_like(v))
+    return step_of(partial(run, ready), [q, k, v, *parameters], torch.randn_like(v))

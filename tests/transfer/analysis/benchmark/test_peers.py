@@ -1,0 +1,80 @@
+"""The forms beside which operators are timed: what they compute, and how they are shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmark_rows import row
+from graftvit.models.attention.base import Geometry, LayerShape
+from graftvit.models.errors import ConfigError
+from graftvit.models.layer_plan import Choice
+from graftvit.models.operators import OPERATORS, create_operator
+from graftvit.transfer.analysis.benchmark import public_forms
+from graftvit.transfer.analysis.benchmark.benchmark_tables import peers_table
+from graftvit.transfer.analysis.benchmark.cases import Ways
+from graftvit.transfer.analysis.benchmark.operator_cases import Layer, measure_operator, operator_cases
+from graftvit.transfer.analysis.benchmark.public_forms import PUBLIC, public_form
+from graftvit.transfer.analysis.benchmark.straight_forms import straight_form
+from operator_cases import HEADS, WIDTH, Case, draw
+
+GRID = Geometry(0, (6, 8))
+THEMSELVES = {"softmax", "hybrid", "ttt", "monarch"}
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - THEMSELVES))
+def test_the_straight_line_form_is_the_operator(name: str) -> None:
+    operator, heads = Case(name).build(GRID), draw(GRID)
+    form = straight_form(operator)
+    assert form is not None
+    torch.testing.assert_close(form(heads), operator(heads), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(THEMSELVES))
+def test_other_operators_are_their_own_form(name: str) -> None:
+    assert straight_form(create_operator(Choice(name), LayerShape(HEADS, WIDTH, GRID))) is None
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_implementations_take_the_same_projections(name: str) -> None:
+    pytest.importorskip(PUBLIC[name].module.split(".")[0])
+    operator, heads = Case(name).build(GRID, torch.float32), draw(GRID, torch.float32)
+    found = public_form(name, operator, heads)
+    assert found is not None
+    package, call, parameters = found
+    leaves = [x.requires_grad_() for x in heads.qkv()]
+    out = call(*heads.qkv())
+    assert package == PUBLIC[name].package
+    assert out.shape == heads.values().shape
+    gradients = torch.autograd.grad(out.sum(), [*leaves, *parameters], allow_unused=True)
+    assert all(gradient is not None for gradient in gradients[:3])
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        public_forms.PUBLIC, "linear", PUBLIC["linear"]._replace(module="a_package_that_nobody_has")
+    )
+    with pytest.raises(ConfigError, match=r"linear-attention-transformer.*graftvit\[peers\]"):
+        operator_cases(["linear"], [64], Layer(), Ways(peers=True))
+
+
+def test_prefix_tokens_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--prefix 1 with --peers"):
+        operator_cases(["uniform"], [64], Layer(prefix=1), Ways(peers=True))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_case_with_peers_times_them(backward: bool) -> None:
+    pytest.importorskip("performer_pytorch")
+    cases = operator_cases(["performer", "ttt"], [64], Layer(2, 8), Ways(backward=True, peers=True))
+    rows = [measure_operator(case, Layer(2, 8), 2) for case in cases if case.backward == backward]
+    assert [bool(row.straight) for row in rows] == [bool(row.public) for row in rows] == [True, False]
+    assert rows[0].package == "performer-pytorch"
+
+
+def test_the_table_has_a_blank_where_there_is_no_other_form() -> None:
+    first = replace(row("linear", 64), median=0.02, straight=0.04, public=0.01, package="theirs")
+    table = peers_table([first, row("ttt", 64)])
+    assert "| linear | 20 | 40 | 0.50 | theirs | 10 | 2.00 |" in table
+    assert "| ttt | " in table

@@ -1,0 +1,123 @@
+"""The equation of each operator, written down without any care for speed: what an operator has to be faster than.
+
+Each form takes an operator with its default options and heads without prefix tokens and padding, and returns what the
+operator returns (a test compares them). It uses the operator's parameters, feature map and convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....models.attention.agent import AgentAttention
+from ....models.attention.base import AttentionOperator, Heads
+from ....models.attention.kernel import KernelAttention
+from ....models.attention.linformer import LinformerAttention
+from ....models.attention.normalizers import NORMALIZERS
+from ....models.attention.nystrom import NystromAttention, pseudo_inverse
+from ....models.attention.pooling import PooledAttention, mean_weights
+from ....models.attention.uniform import UniformAttention
+from ....models.attention.window import WindowAttention
+
+Form: TypeAlias = Callable[[Heads], Tensor]
+
+
+def straight_form(operator: AttentionOperator) -> Form | None:
+    """Return the form of an operator; None if the operator itself is written so, step by step."""
+    for kind, form in FORMS.items():
+        if isinstance(operator, kind):
+            return lambda heads: _with_local(operator, heads, form(operator, heads))
+    return None
+
+
+def _with_local(operator: AttentionOperator, heads: Heads, out: Tensor) -> Tensor:
+    local = operator.local(heads)
+    return out if local is None else out + local
+
+
+def kernel(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """φ(q) (φ(k)ᵀ v), divided by φ(q) · Σ φ(k), or in the form of InLine or of MALA."""
+    own = cast(KernelAttention, operator)
+    q, k, v = heads.qkv()
+    if own.centre:
+        k = k - k.mean(2, keepdim=True)
+    q, k = own.feature(heads.with_qkv(q, k, v))
+    products: Tensor = q @ (k.transpose(2, 3) @ v)
+    sums: Tensor = q @ k.sum(2, keepdim=True).transpose(2, 3)
+    if own.normaliser is NORMALIZERS["sum"]:
+        return products / sums
+    tokens, mean = v.shape[2], v.mean(2, keepdim=True)
+    signed: Tensor = heads.scale * (products - sums * mean) / tokens
+    if own.normaliser is NORMALIZERS["inline"]:
+        return signed + mean
+    return products / sums + signed
+
+
+def linformer(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q (E k)ᵀ + log c) F v."""
+    q, k, v = heads.qkv()
+    pool_keys, pool_values = cast(LinformerAttention, operator).pooling(heads.tokens())
+    counts = pool_keys.sum(-1).square() / pool_keys.square().sum(-1)
+    logits = heads.scale * q @ (pool_keys @ k).transpose(2, 3) + counts.clamp_min(1).log()
+    return logits.softmax(-1) @ (pool_values @ v)
+
+
+def agent(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q tᵀ + log c) softmax(s t kᵀ) v with the agents t."""
+    q, k, v = heads.qkv()
+    means, counts = _cells(cast(AgentAttention, operator), heads)
+    agents = means @ q
+    gathered = (heads.scale * agents @ k.transpose(2, 3)).softmax(-1) @ v
+    return (heads.scale * q @ agents.transpose(2, 3) + counts).softmax(-1) @ gathered
+
+
+def nystrom(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q k̃ᵀ + log c) Z softmax(s q̃ kᵀ) v with the landmarks q̃, k̃."""
+    own = cast(NystromAttention, operator)
+    q, k, v = heads.qkv()
+    means, counts = _cells(own, heads)
+    q_marks, k_marks = means @ q, means @ k
+    left, middle = ((heads.scale * x @ k_marks.transpose(2, 3) + counts).softmax(-1) for x in (q, q_marks))
+    right = (heads.scale * q_marks @ k.transpose(2, 3)).softmax(-1)
+    return left @ (pseudo_inverse(middle, own.iterations) @ (right @ v))
+
+
+def window(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """Gather the tiles, attend within each by torch's fused attention, and put the tokens back."""
+    q, k, v = heads.qkv()
+    (queries, keys, sees, place), masked = cast(WindowAttention, operator).tables(heads.tokens(), q.device)
+    tiles = [
+        x.index_select(2, index.flatten()).unflatten(2, tuple(index.shape)).flatten(0, 1)
+        for x, index in ((q, queries), (k, keys), (v, keys))
+    ]
+    mask = sees.unsqueeze(0) if masked else None
+    out = F.scaled_dot_product_attention(tiles[0], tiles[1], tiles[2], attn_mask=mask, scale=heads.scale)
+    tiled: Tensor = out.unflatten(0, q.shape[:2]).flatten(2, 3)
+    return tiled.index_select(2, place)
+
+
+def uniform(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """The mean of the values, for every token."""
+    v = heads.values()
+    return v.mean(2, keepdim=True).expand_as(v)
+
+
+FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor]] = {
+    KernelAttention: kernel,
+    LinformerAttention: linformer,
+    AgentAttention: agent,
+    NystromAttention: nystrom,
+    WindowAttention: window,
+    UniformAttention: uniform,
+}
+
+
+def _cells(operator: PooledAttention, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Return the matrix of the means (cells, N), and the logs of the sizes of the cells."""
+    v = heads.values()
+    means = mean_weights(heads.tokens(), operator.cells(heads.tokens())).to(v)
+    return means, torch.count_nonzero(means, 1).to(v.dtype).log()
