@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from visualize_models import GRID, PREFIX, TOKENS, operator_inputs, picture, save, tiny
 
 pytest.importorskip("websocket", reason="websocket-client is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]  # which starts once
 PLAN = "0: mala; 1: linear"
 STUDENT = "#panel-student .stage"
 
