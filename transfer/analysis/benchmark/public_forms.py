@@ -29,7 +29,7 @@ class Public(NamedTuple):
 def public_form(
     name: str, operator: AttentionOperator, heads: Heads
 ) -> tuple[str, Call, list[Tensor]] | None:
-    """Return the package, its function of q, k and v (B, H, N, D), and its parameters. Return None without a public one.
+    """Return the package, its function of q, k and v (B, H, N, D) and its parameters; None without a public one.
 
     Raises ConfigError: the package is not installed.
     """
