@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 from unittest import mock
 
-import timm.layers.pos_embed
 import torch
 from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
@@ -127,10 +126,6 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _yes() -> bool:
-    return True
-
-
 _AUTOCAST = torch.autocast
 
 
@@ -152,8 +147,6 @@ def _without_types(graph: ExportedProgram) -> ExportedProgram:
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Trace without branches on the size of the example, which would hold for every image, and without autocast."""
     with contextlib.ExitStack() as stack:
-        # timm asks torch whether it is being exported, which torch before 2.7 cannot say
-        stack.enter_context(mock.patch.object(timm.layers.pos_embed, "is_exporting", _yes))
         # such a region of a converted layer becomes a node that torch 2.6 cannot write to a file
         stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
         for module in model.modules():

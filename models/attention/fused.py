@@ -24,10 +24,6 @@ from torch import Tensor
 
 from . import kernels
 
-_exporting = getattr(
-    torch.compiler, "is_exporting", torch.compiler.is_compiling
-)  # the first is torch's since 2.7
-
 
 def attention_with_lse(
     q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, bias: Tensor | None = None
@@ -51,7 +47,7 @@ def apply_map(
         k_BHND = F.pad(k_BHND, (0, width - key_width))
     q_BHMD, k_BHND, bias = q_BHMD.detach(), k_BHND.detach(), None if bias is None else bias.detach()
     out: Tensor
-    if _exporting():  # an exported file cannot contain our operators
+    if torch.compiler.is_exporting():  # an exported file cannot contain our operators
         out = F.scaled_dot_product_attention(q_BHMD, k_BHND, v_BHND, bias, scale=scale)
     else:
         out = _apply_map(q_BHMD, k_BHND, v_BHND, bias, scale)[0]

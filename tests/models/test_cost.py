@@ -6,7 +6,6 @@ import dense
 import pytest
 import torch
 from copied_models import CASES, MAPS, METHODS, pair, whole
-from graftvit.models.attention import fused
 from graftvit.models.conversion import convert, layer_macs
 from graftvit.models.cost import copied_macs, dense_macs
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,7 +40,9 @@ def test_a_copying_student_and_its_teachers_part_are_counted(
 ) -> None:
     if case in MAPS and method != "copy":
         return
-    monkeypatch.setattr(fused, "_exporting", lambda: True)  # the counter does not know our operator
+    monkeypatch.setattr(
+        torch.compiler, "is_exporting", lambda: True
+    )  # the counter does not know our operator
     alone = whole(*pair(case, method, torch.float32))
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         alone(dense.images(1, dtype=torch.float32))
