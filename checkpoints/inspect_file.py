@@ -23,7 +23,7 @@ from .report import printable
 from .safety.file_outline import outline
 from .safety.tree import children, tensors_of
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
-from .weight_files import read_file, read_torch
+from .weight_files import read_file
 from .weights import Weights
 
 METADATA_WIDTH = 80
@@ -43,13 +43,12 @@ class Extracted:
 def describe_file(path: Path) -> list[str]:
     """Container, tensors with dtype, shape and size, totals, and what else is there; one line each.
 
-    No tensor is read, except of a torch file before 1.6.
+    No tensor is read, except of an .npz file.
 
     Raises CheckpointError as `outline`.
     """
     found = outline(path)
-    tree = found.tensors or (read_torch(path, found.kind) if found.kind.startswith("torch") else {})
-    rows = [(name, str(t.dtype).removeprefix("torch."), t) for name, t in tensors_of(tree)]
+    rows = [(name, str(t.dtype).removeprefix("torch."), t) for name, t in tensors_of(found.tree)]
     width = max((len(name) for name, *_ in rows), default=0)
     lines = [f"{path}: {found.kind}, {found.size:,} bytes"]
     lines += [
@@ -59,7 +58,7 @@ def describe_file(path: Path) -> list[str]:
     total = sum(tensor.nbytes for *_, tensor in rows)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in Counter(dtype for _, dtype, _ in rows).items())
     lines.append(f"{len(rows)} tensors ({kinds or 'none'}), {total:,} bytes")
-    return [printable(line) for line in (*lines, *_entries(tree), *_metadata(found.metadata))]
+    return [printable(line) for line in (*lines, *_entries(found.tree), *_metadata(found.metadata))]
 
 
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
@@ -115,16 +114,17 @@ def _write(tree: JsonDict, metadata: dict[str, str], path: Path) -> None:
 
 
 def _holds(value: Any, kept: set[int]) -> bool:
-    return id(value) in kept or any(_holds(child, kept) for child in children(value))
+    return id(value) in kept or any(_holds(child, kept) for child in children(value).values())
 
 
 def _entries(tree: Json) -> list[str]:
     """Return the top of the tree, if it is more than tensors by name."""
     lines = []
     for key, value in tree.items():
+        kind = "dict" if isinstance(value, dict) else type(value).__name__
         inner = sum(1 for _ in tensors_of(value))
         if isinstance(value, (dict, list, tuple)):
-            lines.append(f"  {key}: {type(value).__name__} of {len(value)}, {inner} tensors")
+            lines.append(f"  {key}: {kind} of {len(value)}, {inner} tensors")
         elif isinstance(value, argparse.Namespace):
             lines.append(f"  {key}: settings, {', '.join(sorted(vars(value)))[:METADATA_WIDTH]}")
         elif not inner:

@@ -20,7 +20,7 @@ from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
 from .regular_files import read_regular
-from .safety.model_settings import shortened
+from .report import shortened
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
 from .state_file import BEST, read_meta

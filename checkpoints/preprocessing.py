@@ -15,7 +15,7 @@ from ..models.copying.input import LARGEST
 from ..models.errors import CheckpointError
 from ..models.families import image_size
 from ..models.json_types import Json, JsonDict
-from .safety.model_settings import shortened
+from .report import shortened
 
 CROP_MODES = ("center", "squash", "border")
 MOST_CHANNELS = 10_000

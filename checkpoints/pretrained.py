@@ -24,8 +24,7 @@ from .position import Method
 from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, some
 from .resized import late_size, resize_loaded
-from .safety.description import check_description
-from .safety.model_settings import check_settings
+from .safety.description import check_description, check_settings
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .timm_models import build, check_name, converted, known_fields, published_config, read_timm
 from .weights import Weights, as_pair

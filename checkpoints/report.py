@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..models.errors import escaped
 
@@ -61,3 +63,8 @@ def some(names: Iterable[str], limit: int = 4) -> str:
 def printable(text: str) -> str:
     """`text` in one line, with an escape in place of each character that could steer a terminal."""
     return escaped(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def shortened(value: Any) -> str:
+    """A value of unknown size in a few words."""
+    return " ".join(reprlib.repr(value).split())

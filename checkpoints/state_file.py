@@ -23,7 +23,7 @@ from ..models.errors import CheckpointError
 from ..models.json_types import JsonDict
 from .atomic import write_file
 from .regular_files import open_regular
-from .safety.file_outline import read_metadata
+from .safety.file_outline import outline
 
 META_KEY = "graftvit.state"
 BEST = "best.safetensors"
@@ -87,7 +87,7 @@ def read_meta(path: Path) -> JsonDict:
     Raises CheckpointError naming the file: missing, no training state, or cut short.
     """
     try:
-        return _meta(read_metadata(path))
+        return _meta(outline(path).metadata)
     except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -127,7 +127,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_digest(path: Path, file: BinaryIO) -> None:
-    read_metadata(path)  # a file longer than its tensors is not read to its end
+    outline(path)  # a file longer than its tensors is not read to its end
     header = _header(path, file, file.seek(0, os.SEEK_END))
     position = _digest_position(header)
     if position is None:

@@ -28,8 +28,8 @@ from ..models.families import image_size, is_pyramid, vit
 from ..models.json_types import Json, JsonDict
 from ..models.without_memory import without_memory
 from .hub.download import commit_of, download, try_download
+from .report import shortened
 from .safety.budget import bounded
-from .safety.model_settings import shortened
 from .sources import TimmSource, parse_source
 from .weights import Weights
 

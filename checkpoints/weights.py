@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..models.errors import CheckpointError
 from ..models.json_types import Json
-from .safety.model_settings import shortened
+from .report import shortened
 
 
 @dataclass(frozen=True)

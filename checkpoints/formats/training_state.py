@@ -13,7 +13,7 @@ from ...models.lora import merged
 from ..class_names import KEY as LABEL_NAMES
 from ..preprocessing import Preprocessing
 from ..provenance import PICKED, carried_license, of_state
-from ..safety.model_settings import shortened
+from ..report import shortened
 from ..sources import Part
 from ..state_file import BEST, META_KEY
 from ..weight_files import Content

@@ -7,57 +7,35 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules import module as hooks
 
 PARTS_EACH, SPARE_PARTS, MOST_PARTS = 8, 10_000, 200_000
 """Modules, parameters and buffers for each tensor of the weights, and beside that; however many tensors there are."""
-SPARE_ELEMENTS = 1 << 26
-"""Numbers that a model may have beside twice those of its weights: positions of larger images, tables of offsets."""
-MOST_INDICES = 1 << 29
-"""Numbers in integer tables, as of relative positions. They grow with the image and lie in no file: a BEiT of 24 layers
-has 400 million of them at 1,024 pixels."""
-
-
-class OutgrownError(ValueError):
-    """A model that became larger than its weights, while it was built."""
-
-
-class _Count:
-    """What the modules that this thread builds have registered so far."""
-
-    def __init__(self, weights: Collection[Tensor]) -> None:
-        self.thread = threading.get_ident()
-        self.parts = min(PARTS_EACH * len(weights) + SPARE_PARTS, MOST_PARTS)
-        self.held = sum(tensor.numel() for tensor in weights)
-        self.elements = 2 * self.held + SPARE_ELEMENTS
-        self.indices = MOST_INDICES
-        self.words = f"its weights hold {len(weights):,} tensors with {self.held:,} numbers"
-
-    def __call__(self, module: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
-        if threading.get_ident() != self.thread:
-            return
-        self.parts -= 1
-        if isinstance(part, Tensor) and part.is_floating_point():
-            self.elements -= part.numel()
-        elif isinstance(part, Tensor):
-            self.indices -= part.numel()
-        if min(self.parts, self.elements, self.indices) < 0:
-            raise OutgrownError(f"the model would be far larger than its weights: {self.words}")
+SPARE_NUMBERS, MOST_INDICES = 1 << 26, 1 << 29
+"""Numbers beside twice those of the weights (positions of larger images), and whole numbers (tables of relative
+positions, which lie in no file: a BEiT of 24 layers has 400 million of them at 1,024 pixels)."""
 
 
 @contextmanager
 def bounded(weights: Collection[Tensor]) -> Iterator[None]:
-    """Raises OutgrownError out of a constructor as soon as what it makes is far more than `weights`."""
-    count = _Count(weights)
+    """Raises ValueError out of a constructor in this thread as soon as what it makes is far more than `weights`."""
+    builder, held = threading.get_ident(), sum(tensor.numel() for tensor in weights)
+    parts = min(PARTS_EACH * len(weights) + SPARE_PARTS, MOST_PARTS)
+    left = {"parts": parts, "numbers": 2 * held + SPARE_NUMBERS, "indices": MOST_INDICES}
+
+    def count(module: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
+        if threading.get_ident() != builder:
+            return
+        left["parts"] -= 1
+        if isinstance(part, Tensor):
+            left["numbers" if part.is_floating_point() else "indices"] -= part.numel()
+        if min(left.values()) < 0:
+            raise ValueError(
+                "the model would be far larger than its weights: "
+                f"its weights hold {len(weights):,} tensors with {held:,} numbers"
+            )
+
     with ExitStack() as stack:
-        for register in (
-            register_module_parameter_registration_hook,
-            register_module_buffer_registration_hook,
-            register_module_module_registration_hook,
-        ):
-            stack.callback(register(count).remove)
+        for kind in ("parameter", "buffer", "module"):
+            stack.callback(getattr(hooks, f"register_module_{kind}_registration_hook")(count).remove)
         yield

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, SupportsIndex
 
 from timm.models import is_model, split_model_name_tag
 
@@ -12,11 +13,18 @@ from ...models.copied import ARCHITECTURE as COPIED
 from ...models.copied import Copying
 from ...models.errors import CheckpointError
 from ..preprocessing import Preprocessing
+from ..report import shortened
 from ..weights import Weights
-from .model_settings import check_settings, shortened
 
 INNER = {CONVERTED: "architecture", COPIED: "student"}
 """The argument of each architecture of ours that names the one of timm which it changes."""
+MAX_WHOLE, MAX_LAYERS = 10_000_000, 1000
+"""No model has more classes, pixels a side or features, or more layers."""
+MAX_ENTRIES, MAX_LEVELS, MAX_TEXT = 100_000, 16, 100_000
+WHOLE = {"num_classes", "in_chans", "num_heads", "embed_dim", "depth", "patch_size", "img_size", "plan_size"}
+"""Arguments of timm's plain vision transformers that are whole numbers, or lists of them."""
+LAYERS = ("depth", "depths", "layers", "num_layers")
+"""Arguments of timm's constructors that say how often something is built."""
 
 
 def check_description(weights: Weights) -> Weights:
@@ -26,47 +34,33 @@ def check_description(weights: Weights) -> Weights:
     wrong type; a number is out of bounds; the base of a converted model is not one of timm's architectures; or the
     description of what a student copies cannot be read.
     """
-    _check_kinds(weights)
-    for name in ("model_args", "pretrained_cfg"):
-        check_settings(f"{weights.origin}: {name}", getattr(weights, name), len(weights.tensors))
+    described = {"model_args": weights.model_args, "pretrained_cfg": weights.pretrained_cfg}
+    for name, table in described.items():
+        _require(isinstance(table, Mapping), weights, name, table, "no table of settings")
+        check_settings(f"{weights.origin}: {name}", table, len(weights.tensors))
+    names = {name: weights.pretrained_cfg.get(name) for name in ("license", "classifier")}
+    for name, value in {"architecture": weights.architecture, **names}.items():
+        texts: Any = [value]
+        if name == "classifier" and isinstance(value, (list, tuple)) and value:
+            texts = value
+        _require(all(one is None or isinstance(one, str) for one in texts), weights, name, value, "no name")
     Preprocessing.read(weights.pretrained_cfg)
     if weights.architecture in INNER:
         _check_inner(weights, weights.architecture)
     return weights
 
 
-def _check_kinds(weights: Weights) -> None:
-    said = {"architecture": weights.architecture, "license": None, "classifier": None}
-    tables = {"model_args": weights.model_args, "pretrained_cfg": weights.pretrained_cfg}
-    wrong = [name for name, table in tables.items() if not isinstance(table, Mapping)]
-    if not wrong:
-        said |= {name: weights.pretrained_cfg.get(name) for name in ("license", "classifier")}
-        wrong = [name for name, value in said.items() if not _is_name(value, several=name == "classifier")]
-    if wrong:
-        raise CheckpointError(
-            f"{weights.origin} says {wrong[0]}={shortened((tables | said)[wrong[0]])}, which is "
-            f"{'no table of settings' if wrong[0] in tables else 'no name'}"
-        )
-
-
-def _is_name(value: Any, *, several: bool) -> bool:
-    """Whether a value is text or nothing; or a list of texts."""
-    if several and isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(one, str) for one in value)
-    return value is None or isinstance(value, str)
+def _require(holds: bool, weights: Weights, name: str, value: Any, words: str) -> None:
+    if not holds:
+        raise CheckpointError(f"{weights.origin} says {name}={shortened(value)}, which is {words}")
 
 
 def _check_inner(weights: Weights, outer: str) -> None:
-    """Of a model that one of our architectures makes out of a model of timm."""
-    name = INNER[outer]
-    named = weights.model_args.get(name)
-    if not isinstance(named, str) or not is_model(split_model_name_tag(named)[0]) or named == outer:
-        raise CheckpointError(
-            f"{weights.origin} says {name}={shortened(named)}, which is no architecture of timm"
-        )
-    if outer == CONVERTED and not isinstance(weights.model_args.get("plan"), str):
-        plan = shortened(weights.model_args.get("plan"))
-        raise CheckpointError(f"{weights.origin} says plan={plan}, which is no text")
+    """Check a model that one of our architectures makes out of a model of timm."""
+    named, plan = weights.model_args.get(INNER[outer]), weights.model_args.get("plan")
+    known = isinstance(named, str) and is_model(split_model_name_tag(named)[0]) and named != outer
+    _require(known, weights, INNER[outer], named, "no architecture of timm")
+    _require(outer != CONVERTED or isinstance(plan, str), weights, "plan", plan, "no text")
     if outer == COPIED:
         try:
             Copying.from_json(weights.model_args["copied"])
@@ -74,3 +68,54 @@ def _check_inner(weights: Weights, outer: str) -> None:
             raise CheckpointError(f"{weights.origin} says of what it copies: {error}") from error
     if named in INNER:
         _check_inner(weights, named)
+
+
+def check_settings(where: str, settings: Any, num_tensors: int = 0) -> None:
+    """Refuse settings that no model has; what is no JSON (a caller's function or class) is left to timm.
+
+    Args:
+        where: file and setting, as the error names them.
+        num_tensors: of the weights that the settings came with; a model has no more layers than its weights tensors.
+
+    Raises CheckpointError: a number that is not finite, is negative or beyond `MAX_WHOLE`, more layers than there are
+    tensors, or more entries, levels or text than any model needs.
+    """
+    for number, (path, key, value, level) in enumerate(_entries(where, settings)):
+        if number > MAX_ENTRIES or level > MAX_LEVELS:
+            many = (
+                f"it has more than {MAX_ENTRIES:,} entries, or is nested more than {MAX_LEVELS} levels deep"
+            )
+            raise CheckpointError(f"{path[:200]} is refused: {many}")
+        problem = _problem(key, value, num_tensors)
+        if problem is not None:
+            raise CheckpointError(f"{path}={shortened(value)} is refused: {problem}")
+
+
+def _entries(where: str, settings: Any) -> Iterator[tuple[str, str, Any, int]]:
+    """Yield path, last name, value and level of all in `settings`; an entry of a list has the name of the list."""
+    waiting = [(where, "", settings, 0)]
+    while waiting:
+        path, key, value, level = waiting.pop()
+        yield path, key, value, level
+        if isinstance(value, Mapping):
+            named = ((str(name)[:80], inner) for name, inner in value.items())
+            waiting += [(f"{path}.{name}", name, inner, level + 1) for name, inner in named]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(path, key, inner, level + 1) for inner in value]
+
+
+def _problem(key: str, value: Any, num_tensors: int) -> str | None:
+    is_number, is_whole = isinstance(value, (int, float)), isinstance(value, (list, tuple, SupportsIndex))
+    if key in WHOLE and value is not None and (isinstance(value, bool) or not is_whole):
+        return "it is a whole number, or a list of them"
+    if key.endswith("_rate") and is_number and not 0 <= value <= 1:
+        return "a rate is from 0 to 1"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number must be finite"
+    if isinstance(value, int) and not 0 <= value <= MAX_WHOLE:
+        return f"a whole number is from 0 to {MAX_WHOLE:,}"
+    if key in LAYERS and isinstance(value, int) and value > max(num_tensors, MAX_LAYERS):
+        return f"more layers than any model has, and its weights have {num_tensors:,} tensors"
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return f"no text has more than {MAX_TEXT:,} characters"
+    return None

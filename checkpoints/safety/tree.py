@@ -1,47 +1,45 @@
-"""The tree of dictionaries and lists that a torch file holds."""
+"""The tree of dictionaries and lists that a file of weights holds, and what is refused of a file."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...models.errors import CheckpointError
-from .pickle_scan import MAX_ENTRIES
-
-MAX_DEPTH = 100
+MAX_ENTRIES, MAX_NAME, MAX_PART = 2_000_000, 1000, 16 << 20
+"""Entries of a tree, characters of a path in it, and bytes of its description in a torch file."""
 
 
-def check_tree(path: Path, tree: Any) -> None:
-    """Raises CheckpointError for a tree that is deeper or larger than any checkpoint, or holds itself."""
-    waiting, entries = [(tree, 0)], 0
-    while waiting:
-        node, depth = waiting.pop()
-        entries += 1
-        if depth > MAX_DEPTH or entries > MAX_ENTRIES:
-            raise CheckpointError(
-                f"{path} is damaged: it is nested more than {MAX_DEPTH} deep or has more than {MAX_ENTRIES:,} entries"
-            )
-        waiting += [(child, depth + 1) for child in children(node)]
+class RefusedError(ValueError):
+    """A file that is whole, and means harm; its text says why."""
 
 
-def children(node: Any) -> list[Any]:
-    """What a container holds; nothing for anything else."""
-    if isinstance(node, dict):
-        return list(node.values())
+def children(node: Any) -> dict[Any, Any]:
+    """Return what a container holds by name or number; nothing for anything else."""
     if isinstance(node, argparse.Namespace):
-        return list(vars(node).values())
-    return list(node) if isinstance(node, (list, tuple)) else []
+        return vars(node)
+    return (
+        dict(enumerate(node)) if isinstance(node, (list, tuple)) else node if isinstance(node, dict) else {}
+    )
 
 
 def tensors_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a tree by their path, names joined by dots."""
-    if isinstance(tree, Tensor):
-        yield prefix, tree
-        return
-    named = tree.items() if isinstance(tree, dict) else enumerate(children(tree))
-    for key, value in named:
-        yield from tensors_of(value, f"{prefix}.{key}" if prefix else str(key))
+    """Yield the tensors of a tree by their path, names joined by dots.
+
+    Raises ValueError for a tree that is deeper or larger than any checkpoint, or holds itself.
+    """
+    waiting, seen = [(prefix, tree)], 0
+    while waiting:
+        path, node = waiting.pop()
+        inner = children(node)
+        seen += len(inner)
+        if len(path) > MAX_NAME or seen > MAX_ENTRIES:
+            raise ValueError(
+                f"it has more than {MAX_ENTRIES:,} entries, or a path of {MAX_NAME:,} characters"
+            )
+        if isinstance(node, Tensor):
+            yield path, node
+        named = [(f"{path}.{name}" if path else str(name), value) for name, value in inner.items()]
+        waiting += reversed(named)

@@ -65,7 +65,7 @@ def test_a_file_for_which_there_is_no_memory_is_one_sentence(
     def none_left(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("graftvit.checkpoints.weight_files.safe_open", none_left)
+    monkeypatch.setattr("graftvit.checkpoints.safety.file_outline.safe_open", none_left)
     with pytest.raises(
         CheckpointError, match=r"m\.safetensors cannot be read: its [\d,]+ bytes need more memory"
     ):

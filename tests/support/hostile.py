@@ -131,19 +131,16 @@ def torch_zip(path: Path, pickled: bytes, records: dict[str, bytes] | None = Non
             archive.writestr(f"archive/data/{name}", content)
 
 
-class _Pickler(pickle.Pickler):
-    """Writes a storage as torch does."""
+class Storage:
+    """A storage as torch describes it; `view` is the last entry of an old file's."""
 
-    def persistent_id(self, obj: Any) -> Any:
-        return obj.pid if isinstance(obj, _Storage) else None
-
-
-class _Storage:
-    def __init__(self, elements: Any, key: str = "0") -> None:
-        self.pid = ("storage", torch.FloatStorage, key, "cpu", elements)
+    def __init__(self, elements: Any, key: str = "0", *view: Any) -> None:
+        self.pid = ("storage", torch.FloatStorage, key, "cpu", elements, *view)
 
 
-class _Tensor:
+class Described:
+    """A tensor as torch describes it."""
+
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
@@ -151,22 +148,37 @@ class _Tensor:
         return torch._utils._rebuild_tensor_v2, (*self.arguments, False, {})
 
 
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.pid if isinstance(obj, Storage) else None
+
+
+def pickled(tree: Any) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(tree)
+    return stream.getvalue()
+
+
+def legacy(tree: Any, keys: list[str], numbers: bytes) -> bytes:
+    """A file as torch wrote it before 1.6."""
+    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, tree, keys)
+    return b"".join(map(pickled, parts)) + numbers
+
+
 @several(
     "huge_shape", "huge_storage", "negative_shape", "huge_stride", "negative_offset", "no_record", "repeated"
 )
 def lying_tensor(kind: str, folder: Path, canary: Path) -> Path:
     tensor = {
-        "huge_shape": _Tensor(_Storage(4), 0, (HUGE,), (1,)),
-        "huge_storage": _Tensor(_Storage(HUGE), 0, (4,), (1,)),
-        "negative_shape": _Tensor(_Storage(4), 0, (-4,), (1,)),
-        "huge_stride": _Tensor(_Storage(4), 0, (2,), (HUGE,)),
-        "negative_offset": _Tensor(_Storage(4), -1, (4,), (1,)),
-        "no_record": _Tensor(_Storage(4, "7"), 0, (4,), (1,)),
-        "repeated": _Tensor(_Storage(4), 0, (1 << 20, 1 << 20), (0, 0)),
+        "huge_shape": Described(Storage(4), 0, (HUGE,), (1,)),
+        "huge_storage": Described(Storage(HUGE), 0, (4,), (1,)),
+        "negative_shape": Described(Storage(4), 0, (-4,), (1,)),
+        "huge_stride": Described(Storage(4), 0, (2,), (HUGE,)),
+        "negative_offset": Described(Storage(4), -1, (4,), (1,)),
+        "no_record": Described(Storage(4, "7"), 0, (4,), (1,)),
+        "repeated": Described(Storage(4), 0, (1 << 20, 1 << 20), (0, 0)),
     }[kind]
-    stream = io.BytesIO()
-    _Pickler(stream, protocol=2).dump({"pos_embed": tensor})
-    torch_zip(folder / "model.pth", stream.getvalue(), {"0": bytes(16)})
+    torch_zip(folder / "model.pth", pickled({"pos_embed": tensor}), {"0": bytes(16)})
     return folder / "model.pth"
 
 
@@ -220,13 +232,10 @@ def memory_that_a_pickle_takes(kind: str, folder: Path, canary: Path) -> Path:
 @several("huge_storage", "huge_shape", "storage_that_is_not_there")
 def lying_legacy(kind: str, folder: Path, canary: Path) -> Path:
     elements = HUGE if kind == "huge_storage" else 4
-    tensor = _Tensor(_Storage(elements), 0, (HUGE,) if kind == "huge_shape" else (4,), (1,))
-    with (folder / "model.pth").open("wb") as file:
-        for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
-            pickle.dump(part, file, protocol=2)
-        _Pickler(file, protocol=2).dump({"pos_embed": tensor})
-        pickle.dump([] if kind == "storage_that_is_not_there" else ["0"], file, protocol=2)
-        file.write(struct.pack("<q", elements) + bytes(16))
+    tensor = Described(Storage(elements, "0", None), 0, (HUGE,) if kind == "huge_shape" else (4,), (1,))
+    keys = [] if kind == "storage_that_is_not_there" else ["0"]
+    content = legacy({"pos_embed": tensor}, keys, struct.pack("<q", elements) + bytes(16))
+    (folder / "model.pth").write_bytes(content)
     return folder / "model.pth"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hostile import ARCHITECTURE, ARGUMENTS, several, weights
+from hostile import ARCHITECTURE, ARGUMENTS, Described, Storage, legacy, pickled, several, torch_zip, weights
 from safetensors.torch import save_file
 
 END, END64, LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
@@ -86,6 +86,52 @@ def more_than_the_file(kind: str, folder: Path, canary: Path) -> Path:
     else:
         path.write_bytes(_zip(_records(weights()), zipfile.ZIP_DEFLATED))
     return path
+
+
+@several("ints", "names", "paths", "items")
+def work_that_grows_with_the_square(kind: str, folder: Path, canary: Path) -> Path:
+    """Keys of one hash, and a long text that is copied again and again."""
+    collisions = [b"\x8a\x0b" + (number * (2**61 - 1)).to_bytes(11, "little") for number in range(60_000)]
+    megabytes = b"X" + struct.pack("<I", 4 << 20) + b"x" * (4 << 20)
+    stream = {
+        "ints": b"}(" + b"".join(key + b"N" for key in collisions) + b"u.",
+        "items": b"}U\x01ac__builtin__\nset\n((" + b"".join(collisions) + b"ttRs.",
+        "names": megabytes + b"q\x000" + b"h\x00h\x00\x930" * 100_000 + b"N.",
+        "paths": b"}" + megabytes + b"](" + b"K\x00" * 400_000 + b"es.",
+    }[kind]
+    path = folder / "model.pth"
+    path.write_bytes(_zip({"archive/data.pkl": b"\x80\x02" + stream, "archive/version": b"3\n"}))
+    return path
+
+
+@several("zip", "npz")
+def directory_of_gigabytes(kind: str, folder: Path, canary: Path) -> Path:
+    """A file with a hole: it takes no place on the disk, and its end says that it is nearly all directory."""
+    path = folder / f"model.{'pth' if kind == 'zip' else 'npz'}"
+    size = 3 << 30
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.seek(size)
+        file.write(struct.pack("<4s4H2LH", END, 0, 0, 1, 1, size - 4, 4, 0))
+    return path
+
+
+def record_of_a_lying_size(path: Path) -> None:
+    """Its directory says that a record is longer than its bytes, so a tensor would take those of the next record."""
+    tree = {"a": Described(Storage(48), 0, (48,), (1,)), "b": Described(Storage(4, "1"), 0, (4,), (1,))}
+    torch_zip(path, pickled(tree), {"0": bytes(16), "1": bytes(16)})
+    content = bytearray(path.read_bytes())
+    entry = content.find(b"archive/data/0", content.find(b"PK\x01\x02")) - 46
+    content[entry + 24 : entry + 28] = struct.pack("<L", 192)
+    path.write_bytes(content)
+
+
+def legacy_view_of_another_storage(path: Path) -> None:
+    """A view under the key of a small storage: torch would take that one, and lengthen it to the tensor's size."""
+    small, view = Storage(1, "1", None), Storage(1000, "0", ("1", 0, 1000))
+    tree = {"small": Described(small, 0, (1,), (1,)), "view": Described(view, 0, (1000,), (1,))}
+    numbers = struct.pack("<q", 1000) + bytes(4000) + struct.pack("<q", 1) + bytes(4)
+    path.write_bytes(legacy(tree, ["0", "1"], numbers))
 
 
 @several("zip", "safetensors")
