@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..transfer.engine.dry_run import DryRun
+from ..transfer.engine.shard_checks import sharded_teachers
+from ..transfer.engine.shard_teachers import shard_units
 
 NOT_COUNTED = "the framework, workspaces, images, fragmentation"
 
@@ -35,10 +37,31 @@ def memory_items(run: DryRun) -> list[MemoryItem]:
         MemoryItem("gradients", found.gradients // shards, f"{trained} trained{split}"),
         MemoryItem("optimizer", found.optimizer // shards, f"{config.optim.opt}{split}"),
         MemoryItem("moving average", found.average // shards, f"a copy of the student{split}"),
-        MemoryItem("teacher", found.teacher, f"frozen, in {_types(run)}{until}"),
+        MemoryItem("teacher", _teacher_size(run), f"frozen, in {_types(run)}{until}{_spread(run)}"),
         MemoryItem("activations", found.activations, batch),
     ]
     return [item for item in items if item.size]
+
+
+def _teacher_size(run: DryRun) -> int:
+    """Return the bytes of the teachers on one device: of a sharded one the shards, and its largest block whole."""
+    size = run.footprint.teacher
+    for name in sharded_teachers(run.config):
+        units = [_bytes(unit) for unit in shard_units(run.parts.teachers[name].model)]
+        size += sum(units) // run.processes + max(units, default=0) - sum(units)
+    return size
+
+
+def _spread(run: DryRun) -> str:
+    sharded = sharded_teachers(run.config)
+    if not sharded:
+        return ""
+    named = "" if len(run.parts.teachers) == 1 else f" of {' and '.join(sharded)}"
+    return f", the blocks{named} over {run.processes} processes and one of them whole"
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _types(run: DryRun) -> str:

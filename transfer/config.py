@@ -50,6 +50,10 @@ class TeacherConfig(Section):
         "fp32", description="type of the teacher's weights: half of the memory with bf16 or fp16"
     )
     compile: bool = Field(False, description="compile the teacher's forward pass with torch.compile")
+    shard: bool = Field(
+        False,
+        description="shard the teacher's weights over the processes with FSDP2, for one larger than a device",
+    )
 
     _check_size = field_validator("img_size")(check_size)
     _check_arguments = field_validator("model_args")(check_arguments)

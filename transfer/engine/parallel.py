@@ -26,6 +26,7 @@ from ...models.attention.base import AttentionOperator
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 from .modes import mode_of
+from .shard_checks import check_sharding, sharded_teachers
 
 T = TypeVar("T")
 
@@ -64,6 +65,12 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
         raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision to bf16 or fp32")
     if engine.tf32 and on_cpu:
         raise ConfigError("engine.tf32=true needs a GPU: set it to false")
+    check_sharding(config, processes)
+    shards = "engine.fsdp" if engine.fsdp else "teacher.shard"
+    if on_cpu and (engine.fsdp or sharded_teachers(config)) and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ConfigError(
+            f"{shards}=true on a CPU needs a newer torch than {torch.__version__}: update torch, or set {shards}=false"
+        )
     if not engine.fsdp:
         return
     if processes == 1:
@@ -74,11 +81,6 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
     if config.student.compile:
         raise ConfigError(
             "student.compile=true cannot be used with engine.fsdp=true: set one of them to false"
-        )
-    if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):
-        raise ConfigError(
-            f"engine.fsdp=true on a CPU needs a newer torch than {torch.__version__}: "
-            "update torch, or set engine.fsdp=false"
         )
 
 

@@ -15,7 +15,7 @@ from ...models.json_types import Json, JsonDict
 from ..config import RunConfig
 
 FREE = (
-    "output_dir", "engine.", "teacher.compile", "student.compile", "student.grad_checkpointing",
+    "output_dir", "engine.", "teacher.compile", "teacher.shard", "student.compile", "student.grad_checkpointing",
     "data.data_path", "data.stage", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
     "optim.epochs", "optim.max_steps", "transfer.cache",
 )  # fmt: skip

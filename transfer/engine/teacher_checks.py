@@ -18,6 +18,11 @@ def teacher_settings(config: RunConfig) -> dict[str, TeacherConfig]:
     return {DEFAULT_TEACHER: config.teacher, **config.teachers}
 
 
+def section_of(name: str) -> str:
+    """Return the key of the section of a teacher."""
+    return name if name == DEFAULT_TEACHER else f"teachers.{name}"
+
+
 def teachers_of_terms(config: RunConfig) -> list[str]:
     """Return the name of the teacher of each loss."""
     return choose_teachers(config.transfer, list(teacher_settings(config)))
@@ -71,7 +76,7 @@ def check_compiles(config: RunConfig, teachers: Mapping[str, Pretrained]) -> Non
     """Raise ConfigError for a teacher of another library that is to be compiled: it may not be one graph."""
     for name, how in teacher_settings(config).items():
         if name in teachers and isinstance(teachers[name].model, OutsideTeacher):
-            section = name if name == DEFAULT_TEACHER else f"teachers.{name}"
+            section = section_of(name)
             for key, compiles in {
                 f"{section}.compile": how.compile,
                 "student.compile": config.student.compile,

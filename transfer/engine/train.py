@@ -45,6 +45,7 @@ from .resume_check import (
 from .run_state import RunState, position_of
 from .runlog import RunLog
 from .scoring import score, teacher_top1
+from .shard_teachers import shard_teachers
 from .signals import StopSignals
 from .stage_together import stage_together
 from .trackers import create_trackers, hyperparameters
@@ -204,6 +205,7 @@ def _prepare(
 
 def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Module:
     """Return the task on its device, compiled if requested, sharded or replicated."""
+    shard_teachers(config, parts, accelerator)  # block by block, before a whole teacher would move
     task: nn.Module = parts.task.to(accelerator.device)  # moves the teacher, too
     if config.student.compile:
         task.compile(fullgraph=True)

@@ -147,6 +147,11 @@ class DualViT(nn.Module):
         return self._views[self._sides[0].name]
 
     @property
+    def teacher_views(self) -> dict[str, nn.Module]:
+        """The parts of the teachers that a step runs, by name; they share the teachers' parameters."""
+        return self._views
+
+    @property
     def terms(self) -> tuple[Term, ...]:
         """The losses and copies."""
         return self._terms
