@@ -164,6 +164,8 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
     }  # fmt: skip
     mode = draw.choice([*MODES, "transfer", "transfer", "transfer", "align"])
     losses = several(draw, transfer, teachers) if draw.random() < 0.4 else {"transfer": transfer}
+    if mode == "transfer" and draw.random() < 0.2:
+        keep_targets(draw, folder, losses["transfer"], data)
     found = config(
         folder,
         teacher,
@@ -178,6 +180,16 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
     )
     vain = unread(found, run_parts(mode_of(found)))
     return without(found, (key for key in vain if draw.random() < 0.97))
+
+
+def keep_targets(draw: random.Random, folder: Path, transfer: dict[str, Any], data: dict[str, Any]) -> None:
+    """Add a cache of teacher targets and, mostly, what it needs."""
+    transfer |= {"cache": str(folder.parent / "targets"), **sometimes(draw, 0.2, "cache_limit", 1e-6, 1.0)}
+    data |= {"views": draw.choice((0, 1, 2, 2, None)), "mixup": draw.choice((0.0, 0.0, 0.2))}
+    if draw.random() < 0.8 and not transfer.get("losses"):
+        kept = {name: transfer[name] for name in ("cache", "cache_limit", "task_weight") if name in transfer}
+        transfer.clear()
+        transfer |= {**kept, "method": draw.choice(("logits", "feature"))}
 
 
 def refusal(start: Any, settings: RunConfig) -> str:
@@ -201,7 +213,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     tasks: list[nn.Module] = []
     backward = Loop._backward
 
-    def watched(loop: Loop, images: Tensor, targets: Tensor, index: int) -> None:
+    def watched(loop: Loop, images: Tensor, targets: Tensor, index: int, *taught: Any) -> None:
         task = loop.parts.task
         teacher = [each.model for each in loop.parts.teachers.values()]
         known = {
@@ -215,11 +227,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            backward(loop, images, targets, index)
+            backward(loop, images, targets, index, *taught)
         found.setdefault("activations", size(kept))
         tasks[:] = [task]
         found["student"] = size([*task.parameters(), *task.buffers()])
-        found["teacher"] = size(t for m in teacher for t in [*m.parameters(), *m.buffers()])
+        if not taught:
+            found["teacher"] = size(t for m in teacher for t in [*m.parameters(), *m.buffers()])
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         grads = (p.grad for p in tasks[0].parameters() if p.grad is not None)

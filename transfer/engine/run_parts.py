@@ -16,7 +16,7 @@ EVERY_RUN = OUTSIDE | {
     "mode", "seed",
     "student.model", "student.plan", "student.init", "student.img_size", "student.compile",
     "data.dataset", "data.stage", "data.train_split", "data.classes", "data.num_classes", "data.train_samples",
-    "data.batch_size", "data.views", "data.crop_pct", "data.crop_mode", "data.reprob", "data.mixup", "data.cutmix",
+    "data.batch_size", "data.views", "data.crop_pct", "data.crop_mode", "data.mixup", "data.cutmix",
     "optim.max_steps", "optim.opt", "optim.lr", "optim.min_lr", "optim.warmup_epochs", "optim.weight_decay",
     "optim.betas", "optim.layer_decay", "optim.clip_grad", "optim.accum_iter", "optim.recipe_batch", "optim.ema",
     "optim.lora", "optim.trainable",

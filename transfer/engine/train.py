@@ -92,7 +92,7 @@ def train(config: RunConfig) -> RunResult:
             return _unbegun(config, state, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         config, batch = settle(config, parts, world, None if state is None else state.meta)
-        prepare_targets(config, parts, accelerator, group, batch.schedule(config, world), position, signals)
+        prepare_targets(here, parts, accelerator, group, batch.schedule(config, world), position, signals)
         early = _signal(signals, group)
         if early is not None:
             return _unbegun(config, state, early)

@@ -172,6 +172,25 @@ def test_without_augmentation_seeds_share_targets(teacher: Path, passes: list[in
     assert differences(tmp_path / "without", tmp_path / "two") == []
 
 
+def test_the_same_images_elsewhere_have_the_same_targets(
+    teacher: Path, passes: list[int], tmp_path: Path
+) -> None:
+    """As the copies of two nodes."""
+    folders = []
+    for place in ("one", "other"):
+        root = write_classes(tmp_path / "data", ("a", "b"), ("train", "validation"), count=4)
+        data = {
+            "dataset": "", "data_path": str(root), "train_samples": None, "batch_size": 4,
+            "stage": str(tmp_path / place),
+        }  # fmt: skip
+        made = run(tmp_path / f"run_{place}", teacher, tmp_path / "cache", {"method": "feature"}, data=data)
+        train(made)
+        folders.append(sorted(path.name for path in (tmp_path / "cache").rglob("*.json")))
+    assert len(passes) == 2 * 2, "two views of eight images"
+    assert folders[0] == folders[1]
+    assert len(folders[0]) == 2
+
+
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

@@ -352,3 +352,10 @@ def test_description_names_pairs_and_heads() -> None:
     text = DualViT(tiny(seed=1, depth=6), tiny(seed=2), heads=[1, 2]).describe()
     assert "1>0, 3>1, 5>2" in text
     assert "1>1, 2>2" in text
+
+
+def test_the_images_of_a_teacher_are_made_on_the_device_of_the_student() -> None:
+    other = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    dual = DualViT(tiny(seed=1), tiny(seed=2), "logits", teacher_normalization=other).to("meta")
+    assert dual.teacher_input.scale.is_meta
+    assert dual(images().to("meta")).transfer_loss.is_meta
