@@ -20,6 +20,10 @@ def check_cache(config: RunConfig, methods: Sequence[TransferMethod]) -> None:
     data, transfer = config.data, config.transfer
     if transfer.cache is None:
         return
+    if not transfer.cache.strip() or (Path(transfer.cache).exists() and not Path(transfer.cache).is_dir()):
+        raise ConfigError(
+            f"transfer.cache={transfer.cache!r} is not a folder: name one, which is made if needed"
+        )
     for method, settings in zip(methods, transfer.terms, strict=True):
         if not method.keeps_vectors(settings):
             raise ConfigError(

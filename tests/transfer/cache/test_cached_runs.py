@@ -277,6 +277,17 @@ def test_what_cannot_be_kept_is_refused(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("cache", ["", "file"])
+def test_a_cache_is_a_folder(
+    cache: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    made = run(tmp_path / "run", teacher, None, {**LOGITS, "cache": cache})
+    with pytest.raises(ConfigError, match=f"transfer.cache='{cache}' is not a folder"):
+        dry_run(made, 1, here=True)
+
+
 def test_a_full_disk_is_refused_before_anything_is_computed(
     teacher: Path, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
