@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 DATA = {"mixup": 0.0, "views": 2}
+PLAIN = {"views": 0, "crop_scale": (0.08, 1.0)}
 LOGITS = {"method": "logits", "temperature": 2.0}
 
 
@@ -130,7 +131,7 @@ def test_a_cache_serves_other_students_lengths_and_more_views(
     [
         {"seed": 1},
         {"data": {"hflip": 0.3}},
-        {"data": {"views": 0}},
+        {"data": PLAIN},
         {"data": {"train_samples": 129}},
         {"data": {"train_split": "validation", "val_split": "train"}},
         {"engine": {"precision": "bf16"}},
@@ -163,7 +164,7 @@ def test_another_teacher_has_another_folder_and_the_same_elsewhere_has_not(
 
 @pytest.mark.slow
 def test_without_augmentation_seeds_share_targets(teacher: Path, passes: list[int], tmp_path: Path) -> None:
-    plain = {"data": {"views": 0}, "optim": {"epochs": 3}}
+    plain = {"data": PLAIN, "optim": {"epochs": 3}}
     train(run(tmp_path / "one", teacher, tmp_path / "cache", **plain))
     assert len(passes) == 9
     train(run(tmp_path / "two", teacher, tmp_path / "cache", seed=5, **plain))
@@ -259,6 +260,7 @@ def test_a_stop_while_targets_are_computed_keeps_whole_files(
         ),
         ({"transfer": {"method": "feature", "tokens": "both"}}, "use logits or feature with tokens=pooled"),
         ({"data": {"views": None}}, "set data.views to a number, or to 0"),
+        ({"data": {**PLAIN, "reprob": 0.2}}, "data.reprob=0.2 changes nothing with data.views=0"),
         ({"data": {"mixup": 0.2}}, "data.mixup=0.2, which mixes"),
         ({"data": {"cutmix": 1.0}}, "data.cutmix=1, which mixes"),
         ({"transfer": {"method": "feature", "share_drop_path": True}}, "transfer.share_drop_path=true"),
