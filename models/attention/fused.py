@@ -30,8 +30,8 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Return P V (B, H, M, D) and lse (B, H, M) in float32 (float64 for float64 inputs)."""
     q_BHMD, k_BHND, v_BHND, bias = kernels.same_dtype(q_BHMD, k_BHND, v_BHND, bias)
-    out, lse = _attention_with_lse(q_BHMD, k_BHND, v_BHND, bias, scale)
-    return out, lse[..., : q_BHMD.shape[2]]
+    outputs: tuple[Tensor, Tensor] = _attention_with_lse(q_BHMD, k_BHND, v_BHND, bias, scale)
+    return outputs
 
 
 def apply_map(
@@ -60,7 +60,7 @@ def map_logsumexp(q_BHMD: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | N
     if bias is not None and bias.requires_grad:
         return attention_with_lse(q_BHMD, k_BHND, k_BHND.detach(), scale, bias)[1]
     lse: Tensor = _map_logsumexp(q_BHMD, k_BHND, bias, scale)[0]
-    return lse[..., : q_BHMD.shape[2]]
+    return lse
 
 
 # The operators. Each is opaque to torch.compile, so the compiled step runs the same kernels as the eager one.
@@ -88,7 +88,6 @@ def _attention_with_lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if bias_grad and bias is not None:
         return kernels.backward_with_bias(grad_out, grad_lse, q, k, v, bias, out, lse, scale)
-    grad_lse = grad_lse[..., : q.shape[2]]
     gradients = kernels.backward(grad_out, q, k, v, bias, out, lse, scale, grad_lse)
     dq, dk, dv = (kernels.by_token(x) for x in gradients)
     return dq, dk, dv, q.new_empty(0)
@@ -128,7 +127,7 @@ def _map_logsumexp_backward(
     grad_lse: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, lse: Tensor, mean_key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     # d lse / d q = s P K, which the forward pass computed; d lse / d k = s Pᵀ (g q).
-    grad = (scale * grad_lse[..., : q.shape[2], None]).to(q.dtype)
+    grad = (scale * grad_lse[..., None]).to(q.dtype)
     weighted = grad * q
     if kernels.has_transposed(q, bias):
         dk = kernels.transposed_map(q, k, weighted, lse, scale)
@@ -143,12 +142,12 @@ def _map_logsumexp_backward(
 @_attention_with_lse.register_fake
 @_apply_map.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    return kernels.empty_out(q), kernels.empty_lse(q)
+    return kernels.empty_by_token(q), kernels.empty_lse(q)
 
 
 @_map_logsumexp.register_fake
 def _(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    return kernels.empty_lse(q), kernels.empty_out(q)
+    return kernels.empty_lse(q), kernels.empty_by_token(q)
 
 
 @_attention_with_lse_backward.register_fake

@@ -1,19 +1,21 @@
 """One interface for torch's fused attention kernels: forward with log-sum-exp, backward, and the transposed map.
 
 CPU: the flash kernel, any dtype. CUDA: flash for half precision without bias, else memory-efficient.
-Any other device, or a head width that the CUDA kernels refuse: one image at a time, so at most one
-H x M x N block exists.
+Any other device, or float64 or heads wider than 256 on CUDA: one image at a time, so at most one H x M x N block
+exists.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from . import cuda_kernels
 from .fold import fold_lse_gradient
 
 aten = torch.ops.aten
-HALF = (torch.float16, torch.bfloat16)
 
 
 def precise(x: Tensor) -> Tensor:
@@ -38,20 +40,16 @@ def same_dtype(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Return P V and the log-sum-exp of the rows, possibly padded beyond M (see `empty_lse`)."""
+    """Return P V, laid out `by_token`, and the log-sum-exp (B, H, M) of the rows."""
     kernel = _kernel(q, bias)
-    bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
     if kernel == "cpu":
+        bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    elif kernel == "flash":
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    elif kernel == "efficient":
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, _aligned(bias), True, scale=scale)[
-            :2
-        ]
-    else:
+    elif kernel == "other":
         out, lse = _forward_by_image(q, k, v, bias, scale)
-    return out, lse.contiguous()
+    else:
+        out, lse = cuda_kernels.forward(kernel, q, k, v, bias, scale)
+    return by_token(out), lse.contiguous()
 
 
 def backward(
@@ -72,46 +70,13 @@ def backward(
         return backward_with_bias(grad_out, grad_lse, q, k, v, bias, out, lse, scale)[:3]
     if grad_lse is not None:
         grad_out, out = fold_lse_gradient(grad_out, grad_lse, out)
-    bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
     if kernel == "cpu":
+        bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
         )
-    elif kernel == "flash":
-        none = torch.empty(0, dtype=torch.int64, device=q.device)
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            False,
-            none,
-            none,
-            scale=scale,
-        )
     else:
-        none = torch.empty((), dtype=torch.int64, device=q.device)
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            _aligned(bias),
-            out,
-            lse,
-            none,
-            none,
-            0.0,
-            [True, True, True, False],
-            scale=scale,
-        )
+        dq, dk, dv = cuda_kernels.backward(kernel, grad_out, q, k, v, bias, out, lse, scale)
     return dq, dk, dv
 
 
@@ -147,12 +112,11 @@ def backward_with_bias(
     grad_bias = (
         q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
     )
-    rows = q.shape[2]
     per_image = bias is not None and bias.shape[0] > 1
     for image in range(q.shape[0]):
         logits = _logits(q, k, bias, scale, image)
-        probabilities = (logits - lse[image, :, :rows, None]).exp().to(q.dtype)
-        delta = (grad_out[image] * out[image]).sum(-1) - grad_lse[image, :, :rows]
+        probabilities = (logits - lse[image][..., None]).exp().to(q.dtype)
+        delta = (grad_out[image] * out[image]).sum(-1) - grad_lse[image]
         grad = probabilities * (grad_out[image] @ v[image].transpose(-2, -1) - delta[..., None].to(q.dtype))
         dq[image] = scale * grad @ k[image]
         dk[image] = scale * grad.transpose(-2, -1) @ q[image]
@@ -162,13 +126,8 @@ def backward_with_bias(
     return dq, dk, dv, grad_bias
 
 
-def empty_out(q: Tensor) -> Tensor:
-    """Return an empty tensor of the shape and layout that `forward` returns for P V."""
-    return torch.empty_like(q)
-
-
 def by_token(x_BHND: Tensor) -> Tensor:
-    """Return `x`, copied if it is not (B, N, H, D) in memory, as the kernels of a CPU write gradients."""
+    """Return `x`, copied if it is not (B, N, H, D) in memory, as the kernels write what they return."""
     return x_BHND.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -179,34 +138,20 @@ def empty_by_token(x_BHND: Tensor) -> Tensor:
 
 
 def empty_lse(q: Tensor) -> Tensor:
-    """Return an empty tensor like the log-sum-exp of `forward`; the memory-efficient kernel pads rows to 32."""
-    batch, heads, rows, _ = q.shape
-    rows = -(-rows // 32) * 32 if _kernel(q, None) == "efficient" else rows
-    return q.new_empty(batch, heads, rows, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    """Return an empty tensor like the log-sum-exp of `forward`."""
+    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _kernel(q: Tensor, bias: Tensor | None) -> str:
-    if q.device.type == "cpu":
-        return "cpu"
-    if q.device.type == "cuda" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.dtype != torch.float64:
-        return "flash" if q.dtype in HALF and bias is None else "efficient"
-    return "other"
-
-
-def _aligned(bias: Tensor | None) -> Tensor | None:
-    # The memory-efficient kernel needs rows of the bias that start at multiples of 16 elements.
-    if bias is None or bias.shape[-1] % 16 == 0:
-        return bias
-    length = -(-bias.shape[-1] // 16) * 16
-    padded = bias.new_zeros(*bias.shape[1:-1], length)
-    padded[..., : bias.shape[-1]] = bias[0]
-    return padded.expand(bias.shape[0], *padded.shape)[..., : bias.shape[-1]]
+def _kernel(q: Tensor, bias: Tensor | None) -> Literal["cpu", "flash", "efficient", "other"]:
+    if q.device.type == "cuda":
+        return cuda_kernels.choose(q, bias) or "other"
+    return "cpu" if q.device.type == "cpu" else "other"
 
 
 def _forward_by_image(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = empty_out(q), empty_lse(q)
+    out, lse = empty_by_token(q), empty_lse(q)
     for image in range(q.shape[0]):
         logits = _logits(q, k, bias, scale, image)
         lse[image] = logits.logsumexp(-1)
