@@ -146,9 +146,14 @@ def _with_prefix(
     places_nC: Tensor, grid: tuple[float, float], prefix: tuple[float, float], geometry: Geometry
 ) -> Tensor:
     """Return (N, 6): two more columns, `grid` at patches and `prefix` at prefix tokens."""
-    patches = torch.cat([places_nC, places_nC.new_tensor(grid).expand(len(places_nC), 2)], 1)
-    first = places_nC.new_tensor((0.0, 0.0, 0.0, 0.0, *prefix)).expand(geometry.num_prefix, 6)
-    return torch.cat([first, patches], 0)
+    first_PC = places_nC.new_zeros(geometry.num_prefix, places_nC.shape[1])
+    parts = [(first_PC, prefix), (places_nC, grid)]
+    return torch.cat([_with_columns(each, columns) for each, columns in parts])
+
+
+def _with_columns(x_NC: Tensor, columns: tuple[float, float]) -> Tensor:
+    """Append columns of one number each, which are not copied to a GPU as those of `torch.tensor` are."""
+    return torch.cat([x_NC, *(x_NC.new_full((len(x_NC), 1), value) for value in columns)], 1)
 
 
 def _products(x_BHND: Tensor, places_NC: Tensor) -> Tensor:

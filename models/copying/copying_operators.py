@@ -15,8 +15,8 @@ from ..attention.base import QKV, Heads
 from ..attention.fused import apply_map
 from ..attention.softmax import Softmax
 from .links import Link
+from .places import pick_dim, put_dim
 from .tape import Tape, average_heads, spread_heads
-from .tokens import pick_dim
 
 Part = Literal["q", "k", "v"]
 softmax = Softmax()
@@ -145,12 +145,8 @@ def blend(link: Link, copied: Tensor, own: Tensor) -> Tensor:
     copied = copied.to(own.dtype)
     if link.tokens.student_only:
         picked = pick_dim(own, 1, None if link.all_heads else link.student_index)
-        copied = _scatter(copied, picked, 2, link.tokens.student.index(own.shape[2]))
-    return copied if link.all_heads else _scatter(copied, own, 1, link.student_index)
-
-
-def _scatter(part: Tensor, whole: Tensor, dim: int, index: list[int]) -> Tensor:
-    return whole.index_copy(dim, torch.tensor(index, device=whole.device), part)
+        copied = put_dim(copied, picked, 2, link.tokens.student.index(own.shape[2]))
+    return copied if link.all_heads else put_dim(copied, own, 1, link.student_index)
 
 
 def _identity(heads: Heads) -> Tensor:

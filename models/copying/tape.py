@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..attention.base import Heads
 from .grids import Grids
-from .tokens import Tokens, pick_dim
+from .places import pick_dim
+from .tokens import Tokens
 
 
 @dataclass

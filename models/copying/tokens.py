@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..families import TokenLayout
 from .grids import GridRule
+from .places import pick_dim
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Tokens:
             return x
         if self.prefix == tuple(range(start, self.num_prefix)):
             return x.narrow(dim, start, length - start)
-        return x.index_select(dim, torch.tensor(self.index(length), device=x.device))
+        return pick_dim(x, dim, self.index(length))
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,3 @@ def interpolate_tokens(x_BHND: Tensor, num_prefix: int, old: tuple[int, int], ne
     image = F.interpolate(image, size=new, mode="bilinear", align_corners=False)
     patches_BHND = image.reshape(batch, heads, width, new[0] * new[1]).transpose(2, 3)
     return torch.cat((prefix_BHPD, patches_BHND), dim=2)
-
-
-def pick_dim(x: Tensor, dim: int, index: list[int] | tuple[int, ...] | None) -> Tensor:
-    """`x` at `index` along `dim`: a view where the index is a run, a copy otherwise."""
-    if index is None:
-        return x
-    start = index[0]
-    if list(index) == list(range(start, start + len(index))):
-        return x.narrow(dim, start, len(index))
-    return x.index_select(dim, torch.tensor(index, device=x.device))

@@ -10,7 +10,8 @@ from graftvit.models.attention import fused, kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16]
+DTYPES += [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64)]
 SHAPES = [(2, 3, 17, 17, 16), (1, 2, 33, 5, 64), (2, 2, 9, 9, 20), (2, 1, 1, 1, 8), (1, 2, 10, 10, 264)]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...models.attention.base import Heads
 from ...models.copying.links import Link
-from ...models.copying.tokens import pick_dim
+from ...models.copying.places import pick_dim
 from .method import AttentionMethod, Pairing, joined_projector
 from .outputs import squared_error
 from .taught_layer import Observer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...models.attention.base import Heads
 from ...models.copying.copying_operators import Part
 from ...models.copying.links import Link
-from ...models.copying.tokens import pick_dim
+from ...models.copying.places import pick_dim
 from ..config import LossConfig
 from .map_loss import MapLoss
 from .method import AttentionMethod, Pairing, joined_projector
