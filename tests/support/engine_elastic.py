@@ -157,7 +157,8 @@ def main(scenario: str, path: str, wrap: str) -> dict[str, Any]:
     def run(name: str, **optim: Any) -> RunConfig:
         engine = {"save_every": 5, "fsdp": wrap == "fsdp"}
         data = {"batch_size": 4, "mixup": 0.8}
-        base = {"epochs": 4, "opt": "sgd", "lr": 0.05, "accum_iter": 2}
+        base = {"opt": "sgd", "lr": 0.05, "accum_iter": 2}
+        base |= {} if "max_steps" in optim else {"epochs": 4}
         return config(folder / name, teacher, engine=engine, data=data, optim={**base, **optim})
 
     ends: list[list[int]] = []

@@ -72,12 +72,12 @@ def student(folder: Path) -> Any:
 def test_a_head_that_came_with_the_weights_stays(start: str, teacher: Path, tmp_path: Path) -> None:
     data = flat_folder(tmp_path / "images", validation=6)
     whole = [f"student.model=local-dir:{teacher}"]
-    inits = {"whole": whole, "teacher": FRESH, "file": [*FRESH, f"student.init=local-dir:{teacher}"]}
+    fresh = [*FRESH, "global_pool=token"]
+    inits = {"whole": whole, "teacher": fresh, "file": [*fresh, f"student.init=local-dir:{teacher}"]}
     words = [
         "mode=align",
         f"teacher=local-dir:{teacher}",
         "student.plan=*: linear",
-        "global_pool=token",
         *inits[start],
     ]
     made = run(tmp_path / "run", *words, data=data)
