@@ -33,8 +33,8 @@ def short(folder: Path, images: Path, teacher: Path | None = None, **sections: A
         "train_samples": None,
         **sections.pop("data", {}),
     }
-    optim = {"ema": None, **sections.pop("optim", {})}
-    optim |= {} if "max_steps" in optim else {"epochs": 3}
+    given = sections.pop("optim", {})
+    optim = {"ema": None, **({} if "max_steps" in given else {"epochs": 3}), **given}
     return config(folder, teacher, data=data, optim=optim, **sections)
 
 
