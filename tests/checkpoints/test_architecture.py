@@ -11,11 +11,12 @@ import torch
 from graftvit.checkpoints.architecture import infer_architecture
 from graftvit.checkpoints.weights import Weights
 from graftvit.models.errors import CheckpointError
+from graftvit.models.without_memory import without_memory
 from torch import Tensor
 
 
 def shapes(name: str, **arguments: Any) -> dict[str, Tensor]:
-    with torch.device("meta"):
+    with without_memory():
         return dict(timm.create_model(name, num_classes=0, **arguments).state_dict())
 
 

@@ -18,6 +18,8 @@ from graftvit.transfer.engine.train import train
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 3}
 STUDENT = [
     "student.model=vit_tiny_patch16_224",

@@ -30,6 +30,8 @@ from graftvit.transfer.methods.registry import find_method, method_names
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 CASES = int(os.environ.get("GRAFTVIT_FUZZ") or 40)
 OPTIMIZERS = (
     "adamw",

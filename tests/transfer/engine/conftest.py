@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from engine_runs import make_teacher
-from graftvit.transfer.data import digits
 from scenarios import RunScenario, scenario_server
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_digits() -> Iterator[None]:
-    """Measure on the first hundred of the 500 test digits, which take a third of the time of a short run."""
-    read = digits._read_split
-
-    def fewer(split: str) -> tuple[np.ndarray, ...]:
-        return tuple(part[:100] if split == "validation" else part for part in read(split))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "_read_split", fewer)
-        yield
+def every_run_has(few_digits: None) -> None:
+    """Evaluate each run on few digits."""
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ def total(out: DualOutput) -> Tensor:
 
 
 def two(method: str, family: str = "vit", **options: object) -> tuple[DualViT, DualViT]:
-    """The same pair without and with gradient checkpointing."""
-    teacher, student = tiny(family, seed=1), tiny(family, seed=2)
+    """The same pair of two blocks without and with gradient checkpointing."""
+    teacher, student = tiny(family, seed=1, depth=2), tiny(family, seed=2, depth=2)
     duals = [DualViT(teacher, copy.deepcopy(student), method, **options).train() for _ in range(2)]
     duals[1].student.set_grad_checkpointing(True)
     return duals[0], duals[1]
