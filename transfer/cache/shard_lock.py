@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
+
+from ...checkpoints.atomic import write_text
+
+POLL = 0.05
+"""Seconds between two looks at a file that another process writes."""
 
 
 class ShardLock:
@@ -41,6 +47,20 @@ class ShardLock:
         if self._file is not None:
             self._path.unlink(missing_ok=True)
             self._file.close()
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file that several processes may write at once, all the same text. Raise WriteFailedError."""
+    while not path.exists():
+        lock = ShardLock.take(path)
+        if lock is None:
+            time.sleep(POLL)
+            continue
+        try:
+            if not path.exists():
+                write_text(path, text)
+        finally:
+            lock.free()
 
 
 def _is_same(path: Path, file: BinaryIO) -> bool:

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...checkpoints.atomic import write_text
 from ...checkpoints.state_file import TrainingState as Content
 from ...checkpoints.state_file import check_state, read_meta, write_state
 from ...models.errors import CheckpointError, ConfigError
 from ...models.json_types import JsonDict
+from .shard_lock import write_once
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,9 @@ class TargetShards:
         """
         path = self.folder / ABOUT
         text = json.dumps({"samples": self.samples, "shard": self.shard_size, **self.described}, indent=1)
+        write_once(path, text)
         try:
             found = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            write_text(path, text)
-            return
         except (OSError, ValueError) as error:
             raise ConfigError(f"transfer.cache: {path} cannot be read: {error}") from error
         if found != text:

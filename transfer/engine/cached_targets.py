@@ -11,10 +11,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...checkpoints.atomic import write_text
+from ...checkpoints.atomic import WriteFailedError
 from ...models.errors import GraftError, counted
 from ..cache.cache_checks import check_size, gibibytes
 from ..cache.filling import fill
+from ..cache.shard_lock import write_once
 from ..cache.target_key import describe_test_images, has_weights
 from ..cache.target_rows import TargetRows
 from ..cache.target_shards import Shard, TargetShards, digest_of
@@ -78,7 +79,7 @@ def prepare_targets(
             parts.task.to(accelerator.device)
             note = {"teacher_top1": teacher_top1(parts, accelerator)}
             if accelerator.is_main_process:
-                write_text(path, json.dumps(note))
+                _keep_note(path, note)
     parts.cached_top1 = (note or {}).get("teacher_top1") if wanted else None
     parts.train_loader.batches.beside = TargetRows(cache)
     parts.task.dual.dismiss()
@@ -206,6 +207,15 @@ def _digest_of_test(config: RunConfig, parts: Parts) -> str:
     if parts.eval_loader is None:
         return "none"
     return digest_of(describe_test_images(config, parts.spec, parts.eval_loader))
+
+
+def _keep_note(path: Path, note: Note) -> None:
+    """Write the teacher's accuracy. A cache that this user may only read stays as it is."""
+    try:
+        path.unlink(missing_ok=True)  # one that cannot be read
+        write_once(path, json.dumps(note))
+    except (OSError, WriteFailedError) as error:
+        logger.warning("transfer.cache does not keep the teacher's accuracy: %s", error)
 
 
 def _read_note(path: Path) -> Note | None:

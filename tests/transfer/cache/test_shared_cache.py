@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from graftvit.transfer.cache.shard_lock import ShardLock
+from graftvit.transfer.cache.shard_lock import ShardLock, write_once
 from scenarios import RunScenario, scenario_server
 
 NONE = {"one": [], "two": []}
@@ -54,6 +55,14 @@ def test_ranks_and_loader_processes_share_a_cache(
     assert report["passes"][1] == 0
     assert report["differences"] == NONE
     assert report["left"] == []
+
+
+def test_a_file_that_all_write_is_written_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "about.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_once, [path] * 64, [str(number) for number in range(64)]))
+    assert path.read_text().isdecimal()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_lock_is_of_one_process_and_leaves_no_file(tmp_path: Path) -> None:
