@@ -77,6 +77,12 @@ class ChunkedFeatures(ABC):
         return self.keys(x_BHnD, chunk), None
 
 
+def several_chunks(features: ChunkedFeatures, x_BHND: Tensor) -> bool:
+    """Return whether the features of all tokens do not fit in one chunk, as chunks cost more where they do."""
+    batch, heads, tokens, _ = x_BHND.shape
+    return batch * heads * tokens * features.num_features > CACHED.get(x_BHND.device.type, ELSEWHERE)
+
+
 def chunked_attention(
     features: ChunkedFeatures, q: Tensor, k: Tensor, v: Tensor, centre: bool, least: float
 ) -> Tensor:

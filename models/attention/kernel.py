@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .chunked import ChunkedFeatures, chunked_attention
+from .chunked import ChunkedFeatures, chunked_attention, several_chunks
 from .favor import Favor
 from .features import Cosine, Elu, FeatureMap, Identity, Relu
 from .kernels import precise
@@ -155,7 +155,10 @@ class KernelAttention(AttentionOperator):
     def _chunks(self, heads: Heads) -> ChunkedFeatures | None:
         """Return the features in chunks, if this operator, these tokens and the compiler can use them."""
         plain = self.q_conv is None and heads.key_mask is None and self.normaliser is NORMALIZERS["sum"]
-        return self.feature.chunked(heads) if plain and not torch.compiler.is_compiling() else None
+        if not plain or torch.compiler.is_compiling():
+            return None
+        chunks = self.feature.chunked(heads)
+        return chunks if chunks is not None and several_chunks(chunks, heads.known) else None
 
     def _factors(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Return the factors L and R / N of the map; R is zero at padding."""

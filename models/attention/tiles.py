@@ -90,7 +90,7 @@ def tiled_softmax(
     `masked` is False if every query sees every key of its tile.
     """
     queries, keys, sees, place = table
-    if dropout == 0 and by_groups(q, k, v):
+    if dropout == 0 and by_groups(k, v, keys):
         out = grouped_softmax(q, k, v, queries, keys, sees if masked else None, scale)
         prefix = q.shape[2] - len(place)
         return out[:, :, prefix:] if prefix else out

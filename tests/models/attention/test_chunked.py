@@ -81,8 +81,9 @@ def test_half_precision_keeps_float32_sums(name: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(found.float(), dense, rtol=2e-2, atol=2e-2)
 
 
-def test_features_that_need_no_gradient_are_not_remembered() -> None:
+def test_features_that_need_no_gradient_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward pass keeps q, k, v, the output and the sums: nothing as large as the features."""
+    cut(monkeypatch, 50, 2 * WIDTH)
     geometry = Geometry(0, (32, 32))
     operator, heads = Case("performer").build(geometry), draw(geometry, batch=1)
     kept: list[int] = []

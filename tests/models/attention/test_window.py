@@ -145,14 +145,17 @@ def test_windows_that_are_none_are_refused() -> None:
             WindowAttention(LayerShape(1, 8, RAGGED), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["window", "neighbourhood", "dilated"])
+@pytest.mark.parametrize("options", [{"window": 3}, {"window": 3, "dilation": 2}], ids=str)
 @pytest.mark.parametrize("elements", [1, 40_000], ids=["a tile", "several images"])
 def test_groups_of_tiles_give_the_map_and_its_gradients(
-    name: str, elements: int, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, int], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tile_groups, "CACHED", elements)
+    monkeypatch.setattr(tile_groups, "MANY", 0)
     geometry = Geometry(2, (5, 8))
-    operator, heads = Case(name, {"window": 3}).build(geometry), draw(geometry, batch=3)
+    operator: Any
+    operator, heads = Case("neighbourhood", options).build(geometry), draw(geometry, batch=3)
+    assert tile_groups.by_groups(heads.values(), heads.values(), operator.tables.keys)
     _, _, v = inputs = [x.requires_grad_() for x in heads.qkv()]
     upstream = torch.randn_like(v)
     out, wanted = operator.attend(heads), operator.matrix(heads) @ v

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....models.attention.base import AttentionOperator, Heads
@@ -29,7 +30,9 @@ class Public(NamedTuple):
 def public_form(
     name: str, operator: AttentionOperator, heads: Heads
 ) -> tuple[str, Call, list[Tensor]] | None:
-    """Return the package, its function of q, k and v (B, H, N, D) and its parameters; None without a public one.
+    """Return the package, its function of q, k and v (B, H, N, D), and its parameters.
+
+    Return None for an operator that is not in `PUBLIC`.
 
     Raises ConfigError: the package is not installed.
     """
@@ -94,7 +97,9 @@ def _nystrom(package: Any, operator: Any, heads: Heads) -> tuple[Call, nn.Module
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-        module.to_qkv = Given(Three(rows))
+        # The package pads its input, from which it then projects, to whole segments.
+        padding = (0, 0, -q.shape[2] % module.num_landmarks, 0)
+        module.to_qkv = Given(Three([F.pad(x, padding) for x in rows] if padding[2] else rows))
         return _heads(module(rows[0]), num_heads)
 
     return call, module

@@ -37,9 +37,11 @@ def test_other_operators_are_their_own_form(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_public_implementations_take_the_same_projections(name: str) -> None:
+@pytest.mark.parametrize("grid", [(6, 8), (7, 7)], ids=str)
+def test_public_implementations_take_the_same_projections(name: str, grid: tuple[int, int]) -> None:
     pytest.importorskip(PUBLIC[name].module.split(".")[0])
-    operator, heads = Case(name).build(GRID, torch.float32), draw(GRID, torch.float32)
+    geometry = Geometry(0, grid)
+    operator, heads = Case(name).build(geometry, torch.float32), draw(geometry, torch.float32)
     found = public_form(name, operator, heads)
     assert found is not None
     package, call, parameters = found
