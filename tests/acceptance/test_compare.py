@@ -86,7 +86,11 @@ def test_operators_on_digits(tmp_path: Path) -> None:
     plans = {name: read_recipe("digits_compare").compare["plans"][name] for name in ("linear", "mixed")}
     write_yaml(
         tmp_path / "teacher.yaml",
-        {"base": "digits_teacher", "data": {"train_samples": 200}, "optim": {"epochs": 2}},
+        {
+            "base": "digits_teacher",
+            "data": {"train_samples": 200},
+            "optim": {"epochs": 2, "warmup_epochs": 1},
+        },
     )
     compare = {**SHORT, "plans": plans, "teacher_recipe": "teacher.yaml"}
     short = write_yaml(tmp_path / "short.yaml", {"base": "digits_compare", "compare": compare})

@@ -24,7 +24,7 @@ from plain_timm import PlainTimm
 
 DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""
-STAGES = {"epochs": 2}
+STAGES = {"epochs": 2, "warmup_epochs": 0.1}
 DIGITS = Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2})
 """Models that are small already; 40 labels are one step an epoch."""
 CONVERTED = Cut(alone=False)

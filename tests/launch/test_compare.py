@@ -101,7 +101,7 @@ def test_the_teacher_is_trained_first_and_once(tmp_path: Path, capsys: pytest.Ca
     config = yaml.safe_load(path.read_text())
     student = {key: value for key, value in config["student"].items() if key != "init"}
     recipe = {"mode": "scratch", "student": student, "data": config["data"], "engine": config["engine"],
-              "optim": {"epochs": 1}}  # fmt: skip
+              "optim": {"epochs": 1, "warmup_epochs": 0}}  # fmt: skip
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe))
     config["compare"]["teacher_recipe"] = str(tmp_path / "teacher.yaml")
     path.write_text(yaml.safe_dump(config))

@@ -136,7 +136,7 @@ def short_run(folder: Path) -> RunConfig:
         "teacher": {"source": f"local-dir:{folder / 'teacher'}"},
         "student": {"model": architecture, "model_args": small, "img_size": 16},
         "data": {"dataset": "digits", "train_samples": 20, "batch_size": 10, "workers": 0, "aa": None},
-        "optim": {"epochs": 1, "ema": 0.9},
+        "optim": {"epochs": 1, "warmup_epochs": 0.5, "ema": 0.9},
         "engine": {"device": "cpu", "progress": False, "trackers": ()},
     }
     return RunConfig.model_validate(config)

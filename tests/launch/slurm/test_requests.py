@@ -51,7 +51,8 @@ def with_teacher(folder: Path, name: str) -> Path:
     whole = yaml.safe_load(path.read_text())
     del whole["teacher"]
     student = {key: value for key, value in whole["student"].items() if key != "init"}
-    recipe = {"mode": "scratch", "student": student, "data": whole["data"], "optim": {"epochs": 1}}
+    recipe = {"mode": "scratch", "student": student, "data": whole["data"]}
+    recipe["optim"] = {"epochs": 1, "warmup_epochs": 0}
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(yaml.safe_dump(recipe))
     whole["compare"]["teacher_recipe"] = name
