@@ -83,5 +83,10 @@ def find_foreign(source: Source, revision: str | None) -> ForeignFolder | None:
     else:
         return None
     kind = made.config.get("model_type")
-    named = isinstance(kind, str) and "architecture" not in made.config
-    return made if named and kind not in MODEL_TYPES else None
+    if not isinstance(kind, str) or "architecture" in made.config or kind in MODEL_TYPES:
+        return None
+    if revision is not None and isinstance(source, FolderSource):
+        raise CheckpointError(
+            f"revision={revision!r} is of the hub, and {made.origin} is on this disk: leave it out"
+        )
+    return made

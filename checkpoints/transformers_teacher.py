@@ -39,18 +39,27 @@ GRIDS = {"swin": 0, "swinv2": 0, "dinov3_convnext": 1}
 
 
 def load_transformers(
-    source: str, img_size: int | tuple[int, int] | None = None, revision: str | None = None
+    source: str,
+    img_size: int | tuple[int, int] | None = None,
+    revision: str | None = None,
+    timm_settings: Json | None = None,
 ) -> Pretrained | None:
     """Load a vision model of transformers from a folder or the hub; None if the source is anything else.
 
     Its code is that of the installed package, its weights are safetensors, and its images are those of its image
     processor, at `img_size` if it is given.
 
-    Raises CheckpointError: transformers is not installed, does not have the model, or the model takes no images.
+    Raises CheckpointError: transformers is not installed, does not have the model, or the model takes no images; or
+    `timm_settings`, by name, has a setting of timm's constructor.
     """
     folder = find_foreign(parse_source(source), revision)
     if folder is None:
         return None
+    for name, value in (timm_settings or {}).items():
+        if value:
+            raise CheckpointError(
+                f"{name}={value!r} is of a model of timm, and {folder.origin} is one of transformers: leave it out"
+            )
     model, loaded = _load(folder)
     spec = _preprocessing(folder, img_size)
     images = _Images(model)

@@ -164,6 +164,22 @@ def test_what_cannot_teach_is_named(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"model": "resnet18"}, "model='resnet18' is of a model of timm"),
+        ({"model_args": {"depth": 3}}, "model_args={'depth': 3} is of a model of timm"),
+        ({"revision": "main"}, "revision='main' is of the hub, and .* is on this disk"),
+    ],
+)
+def test_settings_of_other_sources_are_refused(teacher: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make(tmp_path / "resnet", "resnet")
+    source = {"source": str(tmp_path / "resnet"), **teacher}
+    run = config(tmp_path / "run", mode="transfer", teacher=source, transfer={"method": "feature"})
+    with pytest.raises(CheckpointError, match=message):
+        dry_run(run, 1, here=True)
+
+
 def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
     make(tmp_path / "resnet", "resnet")
     (tmp_path / "resnet" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")

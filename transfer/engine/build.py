@@ -252,7 +252,8 @@ def _teachers(
 def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
     revision = commit or how.revision
     check_published(str(how.source), how.model_args, revision)
-    teacher = load_transformers(str(how.source), how.img_size, revision) or load_pretrained(
+    of_timm = {"model": how.model, "model_args": how.model_args}
+    teacher = load_transformers(str(how.source), how.img_size, revision, of_timm) or load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,

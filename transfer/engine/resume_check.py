@@ -10,7 +10,7 @@ from typing import Any
 
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import difference
-from ...models.errors import CheckpointError, ConfigError, DataError
+from ...models.errors import CheckpointError, ConfigError, DataError, counted
 from ...models.json_types import Json, JsonDict
 from ..config import RunConfig
 
@@ -183,6 +183,10 @@ def _flat(tree: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(each, Mapping) for each in value):
+            yield f"{prefix}{key}", counted(len(value), "loss")
+            for index, each in enumerate(value):
+                yield from _flat(each, f"{prefix}{key}[{index}].")
         else:
             yield f"{prefix}{key}", value
 
