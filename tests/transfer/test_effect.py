@@ -27,7 +27,7 @@ from torch import Tensor
 IN_THE_LOOP = {
     "student.compile", "teacher.compile", "teacher.dtype", "student.grad_checkpointing",
     "data.stage", "optim.clip_grad", "optim.ema", "optim.recipe_batch", "data.eval_batch_size",
-    "engine.precision", "engine.tf32", "engine.fsdp", "engine.patience",
+    "engine.precision", "engine.tf32", "engine.fsdp", "teacher.shard", "engine.patience",
     "engine.evaluate_teacher", "engine.evaluate_start", "engine.eval_every",
 }  # fmt: skip
 """Settings that are read after the run is built: tests of the engine see that they change it."""
@@ -47,7 +47,8 @@ BY_VALUE = {
 OTHER: dict[str, Any] = {
     "seed": 1, "teacher.source": "OTHER", "teacher.revision": "main", "teacher.model": ARCHITECTURE,
     "teacher.model_args": {"qk_norm": False}, "teacher.img_size": 16, "teacher.position_embedding": "mae",
-    "teacher.dtype": "bf16", "teacher.compile": True, "teachers": {"other": {"source": "TEACHER"}},
+    "teacher.dtype": "bf16", "teacher.compile": True, "teacher.shard": True,
+    "teachers": {"other": {"source": "TEACHER"}},
     "student.model": "vit_small_patch16_224", "student.model_args": {**ARGUMENTS, "qk_norm": True},
     "student.plan": "1: kernel", "student.init": "OTHER", "student.img_size": 16, "student.global_pool": "token",
     "student.drop_path": 0.5, "student.pos_embed_std": 0.3, "student.mirror_teacher": True,

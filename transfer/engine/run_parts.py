@@ -107,7 +107,12 @@ def _teacher_parts(mode: Mode) -> list[Part]:
     return [
         Part("the teacher", TEACHER_SOURCE, mode.reads_teacher or starts, none),
         Part("a named teacher", TEACHER_SOURCE - {"teacher.source"}, loaded or starts, missing),
-        Part("the teacher's step", frozenset({"teacher.dtype", "teacher.img_size"}), mode.taught, kept),
+        Part(
+            "the teacher's step",
+            frozenset({"teacher.dtype", "teacher.img_size", "teacher.shard"}),
+            mode.taught,
+            kept,
+        ),
         Part("the teacher's compiled step", frozenset({"teacher.compile"}), mode.compiles_teacher, kept),
         Part(
             "resampled position embeddings",
