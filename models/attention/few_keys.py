@@ -26,6 +26,7 @@ def few_keys_attention(
 ) -> Tensor:
     """Return softmax(s Q Kᵀ + bias) V, (B, H, N, D)."""
     learned = torch.is_grad_enabled() and bias_M.requires_grad
+    learned = learned and q_BHND.shape[:3].numel() * len(bias_M) > CACHED  # else torch's maps are small
     plain = q_BHND.device.type == "cpu" and k_BHMD.shape == v_BHMD.shape
     plain = plain and q_BHND.dtype == k_BHMD.dtype == v_BHMD.dtype == bias_M.dtype
     if learned and plain and kernels.precise(q_BHND) is q_BHND and not _cast_or_compiled():
