@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
-from .families import attention_blocks, classifier_of
+from .families import attention_blocks, check_supported, classifier_of
 
 SCALE = 2
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
@@ -22,12 +22,17 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Add adapters to every attention projection of `model`, in place, and freeze all parameters but the adapters, the
     head and the operators of converted layers.
 
-    Raises ConfigError: peft is not installed. UnsupportedModelError: a layer stores its biases apart from its weight.
+    Raises ConfigError: peft is not installed. UnsupportedModelError: the model is no plain vision
+    transformer, or a layer stores its biases apart from its weight.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("optim.lora needs peft, not installed: pip install 'graftvit[lora]'") from error
+    try:
+        check_supported(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"optim.lora: {error}") from error
     for index, block in enumerate(attention_blocks(model)):
         if getattr(block.attn, "q_bias", None) is not None:
             raise UnsupportedModelError(

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import TransferError
-from ..families import fills, patch_grid
+from ..errors import TransferError, UnsupportedModelError
+from ..families import SUPPORTED, fills, patch_grid
 
 Size = tuple[int, int]
 """Height and width."""
@@ -70,6 +70,11 @@ class Embeddings:
     """The patch embeddings of a teacher and a student, as they are at each call: a model may be resized."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        for model in (teacher, student):
+            if not hasattr(model, "patch_embed"):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has no patch embedding for the whole model; supported are {SUPPORTED}"
+                )
         self._embeddings: Any = (teacher.patch_embed, student.patch_embed)
 
     def grids(self, images: Size) -> Grids:

@@ -81,6 +81,8 @@ def refuse_copied(model: nn.Module, copied: bool) -> None:
 
 def attention_blocks(model: nn.Module) -> list[Block]:
     """Return the blocks of a plain transformer in order; an empty list for a model without such blocks."""
+    if isinstance(model, Twins):  # its `blocks` are lists of blocks, one for each stage
+        return []
     own = model._modules.get("blocks")  # not the callables of `replay.py`
     return list(getattr(model, "blocks", ()) if own is None else cast(Iterable[Block], own))
 
@@ -110,7 +112,9 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 def image_channels(model: nn.Module) -> int:
     """Return the channels of the images that a model takes."""
-    return int(vit(model).patch_embed.proj.in_channels)
+    several: Any = getattr(model, "patch_embeds", None)  # Twins has one for each stage
+    embedding = vit(model).patch_embed if several is None else several[0]
+    return int(embedding.proj.in_channels)
 
 
 def has_relative_bias(model: nn.Module) -> bool:
@@ -126,6 +130,7 @@ def token_layout(model: nn.Module) -> TokenLayout:
 
     The grid is that of the model's image size; with `dynamic_img_size`, other sizes have other grids.
     """
+    _check_plain(model)
     size = image_size(model)
     if size is None:
         raise UnsupportedModelError(
@@ -174,13 +179,27 @@ def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None
 
 
 def attention_shape(model: nn.Module) -> AttentionShape:
-    """Return depth, heads, head width and model width, read from the first block (all blocks are alike)."""
+    """Return depth, heads, head width and model width, read from the first block (all blocks are alike).
+
+    Raises UnsupportedModelError: the model is no plain vision transformer.
+    """
+    _check_plain(model)
     blocks = attention_blocks(model)
     attention = blocks[0].attn
     width = attention.proj.in_features
     return AttentionShape(
         len(blocks), attention.num_heads, width // attention.num_heads, attention.proj.out_features
     )
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model whose layers are not all alike, such as a pyramid."""
+    blocks = attention_blocks(model)
+    if not blocks or not hasattr(blocks[0], "attn") or not hasattr(model, "cls_token"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no single list of equal attention layers, as is needed here; supported are "
+            f"{SUPPORTED}"
+        )
 
 
 class Plain(Family):

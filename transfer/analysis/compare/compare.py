@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
+from ....models.families import check_supported
 from ....models.json_types import JsonDict
 from ...cells.pool import StoppedError
 from ...cells.records import State, cell_state, digest, load_record, save_record
@@ -109,7 +110,7 @@ def check_plans(comparison: Comparison) -> None:
     """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
     for cell in comparison.cells():
         try:
-            fresh_model(comparison.config, cell.plan, cell.size)
+            check_supported(fresh_model(comparison.config, cell.plan, cell.size))
         except GraftError as error:
             raise ConfigError(f"compare.plans: {cell.name} at {cell.size} px: {error}") from error
 

@@ -1,0 +1,102 @@
+"""What the commands and modes say of a pyramid where they know plain vision transformers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.student import write_student
+from graftvit.launch.cli import main
+from graftvit.models.conversion import convert, plan_of
+from graftvit.models.errors import UnsupportedModelError
+from graftvit.models.families import attention_shape, token_layout
+from graftvit.models.lora import add_lora
+from PIL import Image
+from pyramids import TINY, arguments, tiny
+
+DATA = ["--dataset", "digits"]
+REFUSED = {
+    "align": ["train", "--mode", "align", *DATA],
+    "layers of the teacher": ["train", "--method", "attention_output", *DATA],
+    "logits of the teacher": ["train", "--method", "logits", *DATA],
+    "layers": ["layers", "--keep", "1", "--batches", "1", *DATA],
+    "visualize": ["visualize"],
+    "benchmark": ["benchmark", "models", "--plan", "stage1: softmax", "--img_size", "32"],
+}
+"""The commands of docs/conversion.md that refuse a pyramid."""
+
+
+@pytest.fixture(scope="module", params=["svt", "swin"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a pyramid and its conversion."""
+    root, kind = tmp_path_factory.mktemp("pyramid"), request.param
+    teacher = tiny(kind, num_classes=10)
+    shown = Preprocessing.of(teacher, input_size=(3, 32, 32))
+    how = {
+        "architecture": TINY[kind][0],
+        "model_args": arguments(kind, num_classes=10),
+        "preprocessing": shown,
+    }
+    write_student(teacher, root / "teacher", **how)
+    write_student(
+        convert(teacher, "stage1: linear", without=["bias"]), root / "student", **how
+    )  # knows its plan
+    Image.new("RGB", (32, 32)).save(root / "image.png")
+    return root
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_pyramid_is_refused_by_name(
+    name: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, student = str(folders / "teacher"), str(folders / "student")
+    words = REFUSED[name]
+    if words[0] == "train":
+        words = [*words, "--teacher", teacher, "--student.model", f"local-dir:{student}"]
+        words += ["--output_dir", str(tmp_path / "run"), "--dry_run"]
+    elif words[0] == "layers":
+        words = [words[0], student, "--teacher", teacher, *words[1:]]
+    elif words[0] == "visualize":
+        words = [*words, student, str(folders / "image.png"), "--out", str(tmp_path / "seen")]
+    else:
+        words = [*words[:2], teacher, *words[2:], "--out", str(tmp_path / "timed")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "SwinTransformer" in said or "Twins" in said
+    assert "supported are timm's plain vision transformers" in said
+
+
+def test_a_comparison_refuses_a_pyramid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "student: {model: pvt_v2_b0}\ncompare: {plans: {linear: '*: linear'}}\ndata: {dataset: digits}\n"
+        "stages: [{name: task, mode: finetune}]\n"
+    )
+    out = str(tmp_path / "out")
+    assert main(["compare", str(tmp_path / "mine.yaml"), "--output_dir", out, "--dry_run"]) == 2
+    assert "PyramidVisionTransformerV2 is a pyramid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_questions_with_one_answer_for_all_layers_are_refused(kind: str) -> None:
+    for ask in (attention_shape, token_layout):
+        with pytest.raises(UnsupportedModelError, match="has no single list of equal attention layers"):
+            ask(tiny(kind))
+    with pytest.raises(UnsupportedModelError, match=r"optim\.lora: .* is a pyramid"):
+        add_lora(tiny(kind), 2)
+
+
+def test_a_converted_pyramid_is_trained_on_labels(folders: Path, tmp_path: Path) -> None:
+    import graftvit
+
+    words = ["train", "--mode", "finetune", "--student.model", f"local-dir:{folders / 'student'}", *DATA]
+    assert main([*words, "--output_dir", str(tmp_path), "--epochs", "1", "--batch_size", "512"]) == 0
+    trained = graftvit.load(str(tmp_path / "student"))
+    assert plan_of(trained) == plan_of(graftvit.load(str(folders / "student")))
+    assert not all(
+        torch.equal(a, b)
+        for a, b in zip(
+            trained.parameters(), graftvit.load(str(folders / "student")).parameters(), strict=True
+        )
+    )
