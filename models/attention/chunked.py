@@ -77,10 +77,10 @@ class ChunkedFeatures(ABC):
         return self.keys(x_BHnD, chunk), None
 
 
-def several_chunks(features: ChunkedFeatures, x_BHND: Tensor) -> bool:
+def several_chunks(x_BHND: Tensor, num_features: int) -> bool:
     """Return whether the features of all tokens do not fit in one chunk, as chunks cost more where they do."""
     batch, heads, tokens, _ = x_BHND.shape
-    return batch * heads * tokens * features.num_features > CACHED.get(x_BHND.device.type, ELSEWHERE)
+    return batch * heads * tokens * num_features > CACHED.get(x_BHND.device.type, ELSEWHERE)
 
 
 def chunked_attention(

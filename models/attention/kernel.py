@@ -96,8 +96,9 @@ class KernelAttention(AttentionOperator):
             q_BHNF, k_BHNF = self.features(heads)
             values, num = precise(v_BHND), _num_keys(k_BHNF, heads)
             products = k_BHNF.transpose(2, 3) @ values / num
-            means = mean_of_keys(k_BHNF, heads), mean_of_keys(without_padding(values, heads), heads)
-            out = self.normaliser.output(q_BHNF, Sums(products, *means), heads.scale)
+            mean = mean_of_keys(without_padding(values, heads), heads) if self.normaliser.extra else None
+            sums = Sums(products, mean_of_keys(k_BHNF, heads), mean)
+            out = self.normaliser.output(q_BHNF, sums, heads.scale)
         return out.to(v_BHND.dtype)
 
     def local(self, heads: Heads) -> Tensor | None:
@@ -157,8 +158,8 @@ class KernelAttention(AttentionOperator):
         plain = self.q_conv is None and heads.key_mask is None and self.normaliser is NORMALIZERS["sum"]
         if not plain or torch.compiler.is_compiling():
             return None
-        chunks = self.feature.chunked(heads)
-        return chunks if chunks is not None and several_chunks(chunks, heads.known) else None
+        num_features = self.feature.num_features(heads.geometry or self.shape.geometry)
+        return self.feature.chunked(heads) if several_chunks(heads.known, num_features) else None
 
     def _factors(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Return the factors L and R / N of the map; R is zero at padding."""

@@ -27,8 +27,8 @@ class Sums(NamedTuple):
     """Of φ(k_j) v_jᵀ, (B, H, F, D)."""
     keys: Tensor
     """Of φ(k_j), (B, H, 1, F)."""
-    values: Tensor
-    """Of v_j, (B, H, 1, D)."""
+    values: Tensor | None
+    """Of v_j, (B, H, 1, D), if the normalizer has an extra column."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,14 @@ def sum_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
 
 def inline_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
     """Return A V for the map of `inline`."""
+    assert sums.values is not None
     centred = sums.products - sums.keys.transpose(2, 3) * sums.values
     return q_BHNF @ (scale * centred) + sums.values
 
 
 def mala_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
     """Return A V for the map of `mala`."""
+    assert sums.values is not None
     totals = _totals(q_BHNF, sums)
     factors = totals.clamp_min(EPSILON).reciprocal() + scale
     return torch.addcmul((q_BHNF @ sums.products) * factors, totals, sums.values, value=-scale)
