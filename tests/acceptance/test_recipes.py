@@ -17,7 +17,9 @@ import timm
 from cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
+from graftvit.launch.overridden import unread_of
 from graftvit.launch.recipes import recipe_names
+from graftvit.transfer.config import RunConfig
 from interrupting import terminated_after
 from measure import measure
 from plain_timm import PlainTimm
@@ -101,13 +103,22 @@ def folders(run: Path) -> list[Path]:
 
 
 def check_settings(recipe: str, run: Path) -> None:
-    """What ran is the recipe, but for what the table says."""
+    """What ran is the recipe, but for what the table says, and for what this deprives of its effect."""
     for folder, own in zip(folders(run), stages_of(recipe), strict=True):
-        ran, wanted = flat(load_config(folder).model_dump()), flat(own.model_dump())
+        config = load_config(folder)
+        ran, wanted = flat(config.model_dump()), flat(own.model_dump())
         if folder.name[:1].isdigit() and folder.name[:2] != "1-":
             for key in ("student.model", "student.plan"):  # goes on from the student of the stage before
                 ran[key] = wanted[key]
-        assert {key for key in ran | wanted if ran.get(key) != wanted.get(key)} <= KEYS
+        changed = {key for key in ran | wanted if ran.get(key) != wanted.get(key)} - KEYS
+        assert {key for key in changed if not changes_nothing(config, key, wanted[key])} == set()
+
+
+def changes_nothing(config: RunConfig, key: str, value: Any) -> bool:
+    """Whether the run would refuse this value."""
+    section, _, name = key.rpartition(".")
+    changed = getattr(config, section).model_copy(update={name: value})
+    return key in unread_of(config.model_copy(update={section: changed}))
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,8 @@ def cluster_run(cluster: SlurmCluster, root: Path, name: str = "run", **sections
     if not teacher.exists():
         make_teacher(teacher)
     data = {"train_samples": 400, "batch_size": 8, "eval_batch_size": 128}
-    optim = {"epochs": 8, "blr": 0.03, "ema": 0.9}
+    steps = "max_steps" in sections.get("optim", {})
+    optim = {"blr": 0.03, "ema": 0.9, **({} if steps else {"epochs": 8})}
     engine = {"log_interval": 5, "save_every": 20, "eval_every": 4, "evaluate_teacher": False}
     merged: dict[str, Any] = {"data": data, "optim": optim, "engine": engine}
     for section, values in sections.items():

@@ -96,9 +96,15 @@ def describe_changes(found: Mapping[str, tuple[Any, Any]]) -> str:
     words = [
         f"{key} {_plain(before)} -> {_plain(now)}"
         for key, (before, now) in found.items()
-        if key != "output_dir" and _plain(before) != _plain(now)
+        if key != "output_dir" and _plain(before) != _plain(now) and not _replaced(key, found)
     ]
     return f"changed: {', '.join(words)}" if words else ""
+
+
+def _replaced(key: str, found: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Return whether a length in epochs gave way to one in steps, which is among the changes."""
+    prefix, epochs, _ = key.rpartition("optim.epochs")
+    return bool(epochs) and found.get(f"{prefix}optim.max_steps", (None, None))[1] is not None
 
 
 def _plain(value: Any) -> str:
