@@ -7,6 +7,7 @@
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
 #   make bench   time and memory against the dense form, results in benchmarks/
+#   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md
 #   make dev     an editable install for editors, mypy and pyright, which the other targets keep until `make clean`
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 
@@ -24,7 +25,7 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo compare test test-all acceptance lint bench dev install clean
+.PHONY: demo compare test test-all acceptance lint bench gpu dev install clean
 
 demo: install
 	$(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
@@ -33,7 +34,7 @@ compare: install
 	$(BIN)/graftvit compare digits_compare --output_dir compare $(ARGS)
 
 test: install
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not slurm" $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not slurm and not cuda" $(ARGS)
 
 # Most of the rest waits for other processes, so there are three workers a core. A worker runs all tests of a cluster.
 test-all: test
@@ -54,6 +55,11 @@ lint: $(VENV)/.dependencies
 
 bench: install
 	env -u OMP_NUM_THREADS KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks $(ARGS)
+
+# The runs take every GPU of this machine; the table is measured on one.
+gpu: install
+	$(BIN)/pytest -m cuda tests/cuda $(ARGS)
+	$(BIN)/python -m benchmarks.gpu
 
 # What is installed is what a user gets: a copy, or links to these files after `make dev`. The dependencies are
 # installed once for a pyproject.toml, the project itself each time, so that new files are linked, too.

@@ -30,9 +30,7 @@ def main() -> None:
     for case in cases(arguments):
         print(case.describe(), flush=True)
         rows.append(measure(case, arguments.repeats))
-        print(
-            "  " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in rows[-1]["ratio"].items()), flush=True
-        )
+        print(f"  bound {rows[-1]['bound_seconds']:.3f} s, {ratios(rows[-1])}", flush=True)
         result = {
             "machine": machine(),
             "repeats": arguments.repeats,
@@ -41,6 +39,12 @@ def main() -> None:
         }
         write(arguments.output / arguments.name, result)
     print(f"\n{table(result)}\nwritten to {arguments.output / arguments.name}.md and .json")
+
+
+def ratios(row: dict[str, Any]) -> str:
+    """Return each step's time over the bound, and its least by operations."""
+    least = {name: f" (floor {value:.3f})" for name, value in row["floor"].items()}
+    return ", ".join(f"{name} {ratio:.3f}{least.get(name, '')}" for name, ratio in row["ratio"].items())
 
 
 def write(name: Path, result: dict[str, Any]) -> None:
@@ -55,8 +59,8 @@ def parse() -> argparse.Namespace:
         prog="benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["ViT-S", "ViT-B"])
-    parser.add_argument("--tokens", nargs="+", type=int, choices=SIDES, default=list(SIDES))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", nargs="+", type=int, choices=SIDES, default=[197, 577, 1025, 2305])
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="ViT-S at 197 tokens, three repeats")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from .dense import DenseDual
 
 MODELS = {"ViT-S": "vit_small_patch16_224", "ViT-B": "vit_base_patch16_224", "ViT-L": "vit_large_patch16_224"}
-SIDES = {197: 224, 577: 384, 1025: 512, 2305: 768}  # image side in pixels that gives this many tokens
+SIDES = {
+    197: 224,
+    577: 384,
+    1025: 512,
+    2305: 768,
+    4097: 1024,
+}  # image side in pixels that gives this many tokens
 OURS = {
     "distill": {"method": "distill"},
     "copy": {"method": "copy"},
