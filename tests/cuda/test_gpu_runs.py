@@ -41,7 +41,10 @@ def test_precision(precision: str, tmp_path: Path) -> None:
     assert all(math.isfinite(loss) for loss in found)
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+SEVERAL = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP needs several GPUs")
+
+
+@pytest.mark.parametrize("wrap", ["ddp", pytest.param("fsdp", marks=SEVERAL)])
 def test_every_gpu_of_this_machine(wrap: str, tmp_path: Path) -> None:
     teacher, program = make_teacher(tmp_path / "teacher"), tmp_path / "program.py"
     program.write_text(f"import sys\nsys.path[:0] = {sys.path!r}\n{RUN}")
