@@ -75,6 +75,7 @@ def test_results_are_those_of_transformers(name: str, head: bool, tmp_path: Path
     torch.testing.assert_close(results["patches"], hidden)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_it_and_is_resumed(tmp_path: Path) -> None:
     make(tmp_path / "convnext", "convnext")
     sections: dict[str, Any] = {

@@ -101,6 +101,7 @@ def test_patches_of_every_family(family: str) -> None:
     assert relative_error(loss, F.mse_loss(*both)) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_no_graph_break() -> None:
     torch.compiler.reset()
     teacher, student, x = convolutional(), tiny(seed=2, img_size=(64, 64)), images(size=(64, 64))
