@@ -91,7 +91,22 @@ def test_a_converted_pyramid_is_trained_on_labels(folders: Path, tmp_path: Path)
     import graftvit
 
     words = ["train", "--mode", "finetune", "--student.model", f"local-dir:{folders / 'student'}", *DATA]
-    assert main([*words, "--output_dir", str(tmp_path), "--epochs", "1", "--batch_size", "512"]) == 0
+    assert (
+        main(
+            [
+                *words,
+                "--output_dir",
+                str(tmp_path),
+                "--epochs",
+                "1",
+                "--warmup_epochs",
+                "0",
+                "--batch_size",
+                "512",
+            ]
+        )
+        == 0
+    )
     trained = graftvit.load(str(tmp_path / "student"))
     assert plan_of(trained) == plan_of(graftvit.load(str(folders / "student")))
     assert not all(
