@@ -26,7 +26,7 @@ from torch import Tensor
 
 IN_THE_LOOP = {
     "student.compile", "teacher.compile", "teacher.dtype", "student.grad_checkpointing",
-    "data.stage", "optim.clip_grad", "optim.ema", "optim.recipe_batch", "data.eval_batch_size",
+    "data.stage", "transfer.cache", "optim.clip_grad", "optim.ema", "optim.recipe_batch", "data.eval_batch_size",
     "engine.precision", "engine.tf32", "engine.fsdp", "teacher.shard", "engine.patience",
     "engine.evaluate_teacher", "engine.evaluate_start", "engine.eval_every",
 }  # fmt: skip
