@@ -61,6 +61,7 @@ def test_a_folder_of_a_converted_pyramid(
     torch.testing.assert_close(logits(again), logits(loaded))
 
 
+@pytest.mark.slow
 def test_a_converted_pyramid_is_loaded_at_another_size_saved_and_exported(
     teacher: Path, tmp_path: Path
 ) -> None:

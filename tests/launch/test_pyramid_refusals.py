@@ -87,6 +87,7 @@ def test_questions_with_one_answer_for_all_layers_are_refused(kind: str) -> None
         add_lora(tiny(kind), 2)
 
 
+@pytest.mark.slow
 def test_a_converted_pyramid_is_trained_on_labels(folders: Path, tmp_path: Path) -> None:
     import graftvit
 
