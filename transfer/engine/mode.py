@@ -69,8 +69,8 @@ class Mode(ABC):
     """Whether a step runs the student's blocks."""
     pools: ClassVar[bool] = True
     """Whether the student is pooled as `student.global_pool` says."""
-    compiles_teacher: ClassVar[bool] = False
-    """Whether the teacher can be compiled alone."""
+    prepares_teacher: ClassVar[bool] = False
+    """Whether teachers can be compiled alone, or sharded."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """The settings that no other mode reads."""
 

@@ -73,7 +73,7 @@ class Transfer(Mode):
     """Learning from a frozen teacher's attention, features or classes, and from labels."""
 
     taught = True
-    compiles_teacher = True
+    prepares_teacher = True
     reads = frozenset({"teachers", *(f"transfer.{name}" for name in TransferConfig.model_fields)})
 
     @property

@@ -104,16 +104,24 @@ def _teacher_parts(mode: Mode) -> list[Part]:
     none = f"with mode={config.mode}, whose student starts from {mode.starting_source or 'fresh weights'}: leave it out"
     missing = "without a teacher: leave it out, or set teacher.source"
     kept = f"with mode={config.mode}, in which no teacher takes part in a step: leave it out"
+    whole = (
+        f"with mode={config.mode}, which neither compiles nor shards it: leave it out, or set mode=transfer"
+    )
     return [
         Part("the teacher", TEACHER_SOURCE, mode.reads_teacher or starts, none),
         Part("a named teacher", TEACHER_SOURCE - {"teacher.source"}, loaded or starts, missing),
         Part(
             "the teacher's step",
-            frozenset({"teacher.dtype", "teacher.img_size", "teacher.shard"}),
+            frozenset({"teacher.dtype", "teacher.img_size"}),
             mode.taught,
             kept,
         ),
-        Part("the teacher's compiled step", frozenset({"teacher.compile"}), mode.compiles_teacher, kept),
+        Part(
+            "the teacher's compiled or sharded step",
+            frozenset({"teacher.compile", "teacher.shard"}),
+            mode.prepares_teacher,
+            whole,
+        ),
         Part(
             "resampled position embeddings",
             frozenset({"teacher.position_embedding"}),

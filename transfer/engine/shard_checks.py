@@ -19,8 +19,6 @@ def check_sharding(config: RunConfig, processes: int) -> None:
     if not names:
         return
     key = f"{section_of(names[0])}.shard=true"
-    if config.mode != "transfer":
-        raise ConfigError(f"{key} needs mode=transfer, and the mode is {config.mode}: set it to false")
     if processes == 1:
         raise ConfigError(
             f"{key} shards over processes and this run has one: start it with torchrun, or set it to false"

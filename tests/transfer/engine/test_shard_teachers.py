@@ -12,7 +12,9 @@ from dense import tiny
 from engine_runs import config, make_convnext, make_teacher
 from graftvit.launch.memory import memory_items
 from graftvit.models.errors import ConfigError
+from graftvit.transfer.engine.build import check_settings
 from graftvit.transfer.engine.dry_run import dry_run
+from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.parallel import check_placement
 from graftvit.transfer.engine.shard_teachers import shard_units
 from scenarios import RunScenario
@@ -57,7 +59,6 @@ def test_the_parts_that_are_gathered_one_by_one() -> None:
     ("sections", "processes", "message"),
     [
         ({}, 1, "teacher.shard=true shards over processes and this run has one"),
-        ({"mode": "finetune"}, 2, "needs mode=transfer, and the mode is finetune"),
         ({"transfer": {"method": "copy"}}, 2, "does not go with transfer.method=copy"),
         ({"student": {"compile": True}}, 2, "student.compile=true cannot be used with teacher.shard=true"),
         ({"teacher": {"compile": True}}, 2, "teacher.compile=true cannot be used with teacher.shard=true"),
@@ -76,6 +77,17 @@ def test_what_does_not_go_with_a_sharded_teacher(
     run = config(tmp_path, **{"mode": "transfer", **sections}, teacher=teacher)
     with pytest.raises(ConfigError, match=message):
         check_placement(run, processes, on_cpu=True)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "align"])
+def test_other_modes_refuse_a_sharded_teacher(mode: str, tmp_path: Path) -> None:
+    run = config(
+        tmp_path, mode=mode, teacher={"source": "test_vit", "shard": True}, student={"plan": "*: linear"}
+    )
+    with pytest.raises(
+        ConfigError, match=f"teacher.shard=True changes nothing with mode={mode}, which neither"
+    ):
+        check_settings(mode_of(run))
 
 
 @NEEDS_FSDP
