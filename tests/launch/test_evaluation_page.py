@@ -83,13 +83,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_of(command: str, place: Path) -> list[str]:
-    models = {
-        "vit_base_patch16_224": "classifier", "vit_base_patch16_224.augreg_in1k": "classifier",
-        "vit_base_patch16_224.mae": "encoder",
-    }  # fmt: skip
+    models = {"vit_base_patch16_224.augreg_in1k": "classifier", "vit_base_patch16_224.mae": "encoder"}
     words = shlex.split(command)[1:]
+    fresh = ["--student.model_args", json.dumps(ARGUMENTS)] if "vit_base_patch16_224" in words else []
     words = [f"local-dir:{place / models[word]}" if word in models else word for word in words]
-    return [*words, *(SHORT if words[0] == "train" else SMALL)]
+    words = [ARCHITECTURE if word == "vit_base_patch16_224" else word for word in words]
+    return [*words, *fresh, *(SHORT if words[0] == "train" else SMALL)]
 
 
 @pytest.mark.parametrize("command", commands())

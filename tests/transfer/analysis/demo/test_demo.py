@@ -26,10 +26,11 @@ from patience import until
 
 SHORT = {
     "optim": {"max_steps": 4, "epochs": 100, "warmup_epochs": 1},
-    "engine": {"eval_every": 2, "save_every": 1, "log_interval": 1},
+    "engine": {"save_every": 1, "log_interval": 1},
     "student": {"model_args": {"embed_dim": 8, "num_heads": 2}},
 }
 DECODER = {"pretrain": {"decoder_dim": 8, "decoder_heads": 2}}
+SCORED = {"engine": {"eval_every": 2}}
 
 
 OTHERS: list[BaseProcess] = []
@@ -51,8 +52,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def short(name: str, folder: Path, changes: Mapping[str, Any]) -> RunConfig:
         left = {key: value for key, value in changes.items() if key != "optim"}
-        decoder = DECODER if name == "digits_pretrain" else {}
-        return plain(name, folder, demo_cells._merged({**SHORT, **decoder}, left))
+        own = DECODER if name == "digits_pretrain" else SCORED
+        return plain(name, folder, demo_cells._merged(demo_cells._merged(SHORT, own), left))
 
     monkeypatch.setattr(demo_cells, "recipe", short)
 
