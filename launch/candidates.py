@@ -30,7 +30,7 @@ class Candidate:
     predict: Callable[[Tensor], Tensor]
     spec: Preprocessing
     num_classes: int
-    """0 for a model without a head."""
+    """The number of classes; 0 if the model has no head."""
     label_names: tuple[str, ...] | None = None
     """The class names of the head in order, if they are known."""
 

@@ -38,15 +38,18 @@ def _beside(below: list[Setting], above: list[Setting], validate: Validate) -> l
     """Return the settings of `below` that keep their effect under those of `above`."""
     typed = {key_of(setting) for setting in above}
     try:
+        shadows = _shadows_of(typed, validate([*below, *above])) - typed
+        below = _without(below, shadows)
         after = unread_of(validate([*below, *above]))
-        shadows = {part.shadow for key, part in after.items() if key in typed} - typed - {""}
-        if shadows:
-            below = _without(below, shadows)
-            after = unread_of(validate([*below, *above]))
     except ConfigError:  # a stronger layer may replace what is not valid
         return below
     gone = after.keys() - typed
     return _without(below, gone - _unread_before(below, validate)) if gone else below
+
+
+def _shadows_of(typed: Collection[str], config: RunConfig) -> set[str]:
+    """Return the settings that take the place of typed ones, whatever value these have."""
+    return {part.shadow for part in _parts_of(config) if not part.present and part.reads & set(typed)} - {""}
 
 
 def _unread_before(settings: Sequence[Setting], validate: Validate) -> set[str]:
@@ -72,10 +75,15 @@ def read_elsewhere(settings: Sequence[Setting], stage: str, configs: dict[str, R
 def unread_of(config: RunConfig) -> dict[str, Part]:
     """Return the settings that change nothing in the run of `config`."""
     from ..transfer.effect import unread
+
+    return unread(config, _parts_of(config))
+
+
+def _parts_of(config: RunConfig) -> list[Part]:
     from ..transfer.engine.modes import mode_of  # loads torch
     from ..transfer.engine.run_parts import run_parts
 
-    return unread(config, run_parts(mode_of(config)))
+    return run_parts(mode_of(config))
 
 
 def key_of(setting: Setting) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ENSEMBLE = "ensemble"
 SUBSET_CLASSES = 200
-"""Of ImageNet-A and of ImageNet-R."""
+"""The number of classes of ImageNet-A and of ImageNet-R."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Apply key maps: rename the parts of a vision transformer from other libraries to timm's names.
 
-A map is data, and `apply` is the only code that reads it. A new family is one more row of `table.KEY_MAPS`.
+A map is data, and `apply` is the only code that reads it. A new family is one more row of `read.KEY_MAPS`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Request:
 
 
 def new_identity() -> str:
-    """Tells a launch from all others of its folder."""
+    """Return a name for a launch that no other launch of its folder has."""
     return uuid.uuid4().hex[:8]
 
 
@@ -105,7 +105,7 @@ def command(launch: Launch) -> str:
 
 
 def _common(launch: Launch) -> dict[str, Any]:
-    """Resources under the names that submitit has for every cluster."""
+    """Return the resources by the names that submitit has for every cluster."""
     config = launch.config
     common: dict[str, Any] = {
         "name": launch.name,

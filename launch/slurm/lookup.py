@@ -96,7 +96,7 @@ def number_by_name(launch: Path) -> str:
 
 
 def write_number(launch: Path, number: str) -> None:
-    """Writes down which job the scheduler has made of it."""
+    """Record the job number of a launch."""
     temporary = launch / ".job"
     temporary.write_text(f"{number}\n", encoding="ascii")
     temporary.replace(launch / "job")
@@ -166,7 +166,7 @@ def _with_number(
 
 
 def _without_record(run: Path, named: Sequence[NamedJob], recorded: Sequence[Submission]) -> list[Submission]:
-    """Jobs of a run that no record tells of, as after `rm -r jobs`: all of them, or beside others those that live."""
+    """Return the jobs of a run that have no record, as after `rm -r jobs`; no ended ones if others have records."""
     top, known = home(run), {one.job_id for one in recorded}
     jobs = [job for job in named if job.name == job_name(top) and (top == run or _run_of(job) == run)]
     jobs = [job for job in jobs if job.job_id not in known and (not recorded or job.state not in ENDED)]
@@ -214,7 +214,7 @@ def is_alive(submission: Submission) -> bool:
 
 
 def controllers() -> dict[Path, list[int]]:
-    """Folder of logs -> the processes that watch over its jobs: submitit's, or the shell that set it up."""
+    """Return, for each log folder, the ids of the processes that watch its jobs: submitit's, or the shell before it."""
     found: dict[Path, dict[int, int]] = {}
     for process in _processes():
         _, is_one, logs = _line(process).partition(f"{CONTROLLER} ")
@@ -229,7 +229,7 @@ def is_ordered(script: Path) -> bool:
 
 
 def stop_process(submission: Submission, *, now: bool = False) -> None:
-    """Tells a `local` or `debug` job to save and end, or to end. Raises GraftError: it is another user's."""
+    """Tell a `local` or `debug` job to save and end, or to end. Raises GraftError: it is another user's."""
     pid = submission.pid if submission.cluster == "debug" else _innermost(submission)
     # submitit's controller passes SIGTERM on to its tasks, and kills them on SIGINT; it does not know SIGUSR2
     try:

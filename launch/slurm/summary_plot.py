@@ -17,7 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Colors of Okabe and Ito (2008), distinct with every kind of color vision; the yellow is too pale for lines."""
 MARKERS = "osD^vP"
 LOG_FROM = 20.0
-"""Ratio of the largest to the smallest value from which the axis is logarithmic."""
+"""The axis is logarithmic if the largest value is at least this many times the smallest."""
 
 
 def to_png(summary: Summary) -> bytes:

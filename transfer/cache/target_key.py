@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ...checkpoints.preprocessing import Preprocessing
@@ -54,7 +55,24 @@ def describe_test_images(config: RunConfig, spec: Preprocessing, loader: EvalLoa
     """Return what the teacher's accuracy on the test images depends on, beside the teacher."""
     samples = digest_of_samples(loader.batches.name, loader.num_samples, config.data.data_path)
     names = None if loader.class_names is None else list(loader.class_names)
-    return {"samples": samples, "count": loader.num_samples, "classes": names, **spec.described()}
+    files = digest_of_files(loader.batches.name, loader.num_samples)
+    return {
+        "samples": samples,
+        "files": files,
+        "count": loader.num_samples,
+        "classes": names,
+        **spec.described(),
+    }
+
+
+def digest_of_files(name: Callable[[int], str], count: int) -> str:
+    """Return a digest of the sizes and times of the files of samples, for samples that are files."""
+    found = hashlib.sha256()
+    for index in range(count):
+        with suppress(OSError, ValueError):
+            status = os.stat(name(index))  # noqa: PTH116 - a text, not a place
+            found.update(f"{index} {status.st_size} {status.st_mtime_ns}\0".encode())
+    return found.hexdigest()
 
 
 def digest_of_samples(name: Callable[[int], str], count: int, root: str | None) -> str:

@@ -24,6 +24,7 @@ from .resume_check import Position
 from .run_state import RunState, SaveClock
 from .scoring import best_value, score
 from .signals import StopSignals
+from .tasks import check_learns
 from .waiting import CommunicationTimer
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class Loop:
         seed_batch(self.config.seed, self.position.epoch, self._place(index), self.accelerator.device)
         with self.accelerator.autocast():
             losses: dict[str, Tensor] = self.run_state.model(images, targets, *taught)
+        check_learns(losses["loss"])
         self.accelerator.backward(losses["loss"] / self.schedule.accum)
         names, values = tuple(losses), stacked(losses)
         self.health.record(self.position.step + 1, names, values)

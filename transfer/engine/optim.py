@@ -116,6 +116,11 @@ def check_optimizer(config: OptimConfig) -> None:
             f"optim.opt={config.opt!r} needs second derivatives, which a step does not compute: use another, such as "
             "adamw"
         )
+    if config.opt.startswith("kron"):
+        raise ConfigError(
+            f"optim.opt={config.opt!r} keeps lists of matrices, which the state of a run cannot hold: use another, "
+            "such as adamw"
+        )
     _betas(config)
 
 
@@ -167,7 +172,8 @@ def create_optimizer(
         ImportError,
         AssertionError,
         RuntimeError,
-    ) as error:  # from optimizers that need another device or package
+        ValueError,
+    ) as error:  # from optimizers that need another device or package, or other values
         raise ConfigError(
             f"optim.opt={config.opt!r} cannot be used here: {one_sentence(str(error))}"
         ) from error

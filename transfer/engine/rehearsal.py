@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ...models.errors import ConfigError
 from ..config import RunConfig
 from .build import Parts
 from .ema import WeightAverage
 from .optim import create_optimizer
-from .tasks import Task
+from .tasks import Task, check_learns
 
 CHECKSUM = 8
 """Bytes of the checksum of an image."""
@@ -62,6 +62,7 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
             with torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
                 loss = task(images, targets)["loss"]
             activations = _bytes(kept)
+        check_learns(loss)
         loss.backward()
         slots = _optimizer_slots(config, task, here)
         average = WeightAverage(task.trainable, 0.5).average.values() if config.optim.ema is not None else ()
@@ -95,7 +96,17 @@ def _optimizer_slots(config: RunConfig, task: Task, here: bool) -> list[Any]:
         if here:
             raise
         return []
-    optimizer.step()
+    try:
+        optimizer.step()
+    except DataDependentOutputException:  # it looks at numbers: take as many slots as the first parameter has
+        first: dict[str, Any] = next(iter(optimizer.state.values()), {})
+        count = sum(isinstance(slot, Tensor) and slot.dim() > 0 for slot in first.values())
+        return [
+            torch.empty_like(p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            for _ in range(count)
+        ]
     return [value for state in optimizer.state.values() for value in state.values()]
 
 

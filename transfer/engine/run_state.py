@@ -175,7 +175,27 @@ def capture_optimizer(
                 tensors[f"optimizer.{name}|{slot}"] = value
             elif value is not None:
                 numbers[f"optimizer.{name}|{slot}"] = value
-    return gathered(tensors, keep=keep), numbers
+    counters, counts = _group_counters(optimizer)
+    return gathered(tensors, keep=keep) | counters, numbers | counts
+
+
+CONFIGURED = frozenset({"params", "lr", "initial_lr", "lr_scale", "weight_decay"})
+"""What the configuration gives to a group of parameters."""
+
+
+def _group_counters(optimizer: torch.optim.Optimizer) -> tuple[Tensors, JsonDict]:
+    """Return what steps have written into the groups, such as the step of LAMB and Adan: `group.<index>|<key>`."""
+    tensors: Tensors = {}
+    numbers: JsonDict = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key in CONFIGURED or key in optimizer.defaults:
+                continue
+            if isinstance(value, Tensor):
+                tensors[f"group.{index}|{key}"] = value.detach().cpu()
+            elif isinstance(value, int | float):
+                numbers[f"group.{index}|{key}"] = value
+    return tensors, numbers
 
 
 def restore_optimizer(
@@ -184,10 +204,14 @@ def restore_optimizer(
     task: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Restore the slots of each parameter, sharded like it; groups come from the configuration."""
+    """Restore the slots of each parameter, sharded like it. Groups come from the configuration, but for counters."""
     parameters = dict(task.named_parameters())
-    slots = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+    slots = {key: value for key, value in tensors.items() if key.startswith(("optimizer.", "group."))}
     for key, value in {**slots, **numbers}.items():
+        if key.startswith("group."):
+            index, name = key.removeprefix("group.").split("|", 1)
+            optimizer.param_groups[int(index)][name] = value.clone() if isinstance(value, Tensor) else value
+            continue
         name, slot = key.removeprefix("optimizer.").rsplit("|", 1)
         parameter = parameters.get(name)
         if parameter is None:

@@ -73,7 +73,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[JsonDict]:
-    """Return the records of a log, without a last line that a crash cut short."""
+    """Return the records of a log. Leave out an incomplete last line, which a crash can cause."""
     records = []
     for line in path.read_text().splitlines():
         try:

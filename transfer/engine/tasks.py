@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.copying.input import ShownImages
+from ...models.errors import ConfigError
 from ...models.families import attention_blocks
 from ...models.mae import MaskedAutoencoder
 from ..methods.dual import DualViT
@@ -26,6 +27,15 @@ def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Te
     """
     soft = targets.is_floating_point()
     return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else smoothing)
+
+
+def check_learns(loss: Tensor) -> None:
+    """Raise ConfigError for a loss that no trained parameter changes."""
+    if not loss.requires_grad:
+        raise ConfigError(
+            "no trained parameter changes the loss: let optim.trainable name parameters before the layers that learn "
+            "(transfer.layers), or set transfer.task_weight above 0"
+        )
 
 
 class Task(nn.Module, ABC):

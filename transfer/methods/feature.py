@@ -19,7 +19,7 @@ from .standardize import Measured, Standardizer
 from .transfer_plan import TransferPlan
 
 RESULTS = {"feature": "pooled", "patches": "patches"}
-"""Results of a whole teacher by the names of the losses."""
+"""By the name of each loss, the result of the whole teacher that it reads."""
 STANDARDIZED = {
     "dimension": ", each dimension of the teacher's standardized",
     "phi_s": ", the teacher's standardized by PHI-S",

@@ -42,9 +42,9 @@ class Pairing:
     changes: Changes
     """What was changed in the student, which is added to."""
     hosts: Sequence[AttentionHost] = ()
-    """Of the student's attention layers, for a method with `uses_heads`."""
+    """The hosts of the student's attention layers, for a method with `uses_heads`."""
     prefix: str = ""
-    """Of the names of the losses, where there are several losses."""
+    """What the names of the losses begin with, if there are several losses."""
 
     def loss_name(self, link: Link) -> str:
         """Return the name of the loss of a pair of layers."""
@@ -60,7 +60,7 @@ class Installed:
     labelled: Callable[[], Tensor] | None = None
     """Gives the logits of a step that learn from labels, where these are not the student's prediction."""
     measured: list[Measured] = field(default_factory=list)
-    """What training images must fill before the first step."""
+    """Statistics that are measured on training images before the first step."""
 
 
 class TransferMethod(ABC):
@@ -90,8 +90,8 @@ class TransferMethod(ABC):
     nears_features: bool = False
     """Whether the distance of the features says how far the student is."""
     reads: frozenset[str] | None = None
-    """The settings of a loss that it reads, beside its name and teacher; None for all. Another than its default that
-    it does not read is refused."""
+    """The settings of a loss that it reads, beside its name and teacher; None for all. A setting that
+    it does not read is refused, unless it has its default."""
 
     @property
     def loss_within_blocks(self) -> bool:

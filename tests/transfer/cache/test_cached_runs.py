@@ -17,6 +17,7 @@ from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.cache import target_shards
+from graftvit.transfer.cache.target_key import digest_of_files
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.build import build
@@ -223,6 +224,16 @@ def test_an_image_that_changed_stops_the_run(teacher: Path, tmp_path: Path) -> N
     image(7).save(changed)
     with pytest.raises(DataError, match=f"{changed} is not the image that its targets in transfer.cache"):
         train(run(tmp_path / "second", teacher, tmp_path / "cache", {"method": "feature"}, data=data))
+
+
+def test_the_accuracy_of_a_teacher_is_measured_again_on_other_test_images(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "images", ("a", "b"), ("train", "validation"), count=4)
+    names = sorted(str(path) for path in (root / "validation").rglob("*.png"))
+    before = digest_of_files(names.__getitem__, len(names))
+    assert before == digest_of_files(names.__getitem__, len(names))
+    image(9).save(names[-1])
+    assert digest_of_files(names.__getitem__, len(names)) != before
+    assert digest_of_files(str, 3) == digest_of_files(str, 5), "samples that are no files"
 
 
 @pytest.mark.slow

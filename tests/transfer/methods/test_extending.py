@@ -15,6 +15,9 @@ from graftvit.launch.fields import leaf_of
 from graftvit.models.conversion import convert
 from graftvit.models.errors import ConfigError
 from graftvit.models.operators import OPERATORS, register_operator
+from graftvit.transfer.engine.build import check_settings
+from graftvit.transfer.engine.dry_run import dry_run
+from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods import registry
 from graftvit.transfer.methods.method_text import describe_transfer
@@ -38,9 +41,9 @@ def test_the_operator_of_the_page_is_converted_to(examples: dict[str, Any]) -> N
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2
     )
-    student: Any = convert(model, "1: mean(share=0.9)")
+    student: Any = convert(model, "*: mean(share=0.9)")
     operator = student.blocks[1].attn.operator
-    assert operator.share == 0.9
+    assert operator.mixed == 0.9
     assert student(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
     heads = student.blocks[1].attn.project(torch.randn(1, 17, 24))
     torch.testing.assert_close(operator.matrix(heads) @ heads.v, operator(heads))
@@ -51,8 +54,14 @@ def test_the_operator_of_the_page_is_converted_to(examples: dict[str, Any]) -> N
 def test_the_method_of_the_page_trains(examples: dict[str, Any], tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     settings = config(tmp_path / "run", teacher, transfer={"method": "probabilities"}, optim={"max_steps": 1})
+    assert dry_run(settings, 1, here=True).footprint.student
     assert train(settings).finished
     assert "train_probabilities" in records(tmp_path / "run")[-1]
+    wrong = config(tmp_path / "run", teacher, transfer={"method": "probabilities", "temperature": 2.0})
+    with pytest.raises(
+        ConfigError, match=r"temperature=2.0 changes nothing with transfer.method=probabilities"
+    ):
+        check_settings(mode_of(wrong))
     assert "probabilities" in leaf_of("transfer.method").valid()
     assert describe_transfer({"method": "probabilities"})[0][1].endswith("between the class probabilities")
     with pytest.raises(ConfigError, match="already"):
