@@ -31,7 +31,6 @@ from .families import (
     create_timm_model,
     image_size,
     is_pyramid,
-    patch_size,
     token_layout,
     vit,
 )
@@ -136,11 +135,6 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     Raises UnsupportedModelError: the family has a fixed size, or the patches do not fit.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
-    patch = patch_size(model)
-    if any(side < least for side, least in zip(size, patch, strict=True)):
-        raise UnsupportedModelError(
-            f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
-        )
     check_patches(model, size)
     if is_pyramid(model):
         resize_pyramid(model, size)

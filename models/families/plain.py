@@ -168,10 +168,14 @@ def fills(embedding: Any, images: tuple[int, int]) -> bool:
 
 
 def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None:
-    """Raise UnsupportedModelError if a model of any image size cannot take `size` (default: its own)."""
+    """Raise UnsupportedModelError if images of `size` (default: the model's own) have no patch, or a broken one."""
     size = image_size(model) if size is None else size
+    patch = patch_size(model)
+    if size is not None and any(side < least for side, least in zip(size, patch, strict=True)):
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
+        )
     if size is not None and not fills(getattr(model, "patch_embed", None), size):
-        patch = patch_size(model)
         raise UnsupportedModelError(
             f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, which a model with "
             "dynamic_img_size needs: give another img_size"

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import timm
+from engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
-from graftvit.models.errors import DataError
+from graftvit.models.errors import DataError, UnsupportedModelError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import build as building
 from graftvit.transfer.engine import modes
@@ -57,3 +58,21 @@ def test_all_processes_match_heads_on_the_same_images(
     own = [next(part.train_loader.epoch(0))[0] for part in parts]
     assert not own[0].equal(own[1])
     assert shown[0].equal(shown[1])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"teacher": {"img_size": 2}}, {"mode": "scratch", "student": {"img_size": 2}}]
+)
+def test_images_smaller_than_a_patch_are_refused_in_one_sentence(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    source = {} if "mode" in settings else {"source": f"local-dir:{make_teacher(tmp_path / 't')}"}
+    student = {"model": ARCHITECTURE, "model_args": ARGUMENTS, **settings.pop("student", {})}
+    config = RunConfig(
+        teacher={**source, **settings.pop("teacher", {})},
+        student=student,
+        data={"dataset": "digits"},
+        **settings,
+    )
+    with pytest.raises(UnsupportedModelError, match="images of 2x2 have no whole patch of 4x4"):
+        building.build(config, weights=False)
