@@ -42,7 +42,7 @@ class LossConfig(Section):
         "scale after a rotation (PHI-S)",
     )
     standardize_images: int = Field(
-        1024, ge=2, description="training images that the statistics of standardize are measured on"
+        1024, gt=0, description="training images that the statistics of standardize are measured on"
     )
     logits_loss: Literal["kl", "hard"] = Field(
         "kl", description="loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
