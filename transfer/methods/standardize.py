@@ -101,7 +101,7 @@ class Moments:
         Raises TransferError: the features are not finite, or they are the same for all images.
         """
         if isinstance(self._sum, float) or isinstance(self._products, float):
-            raise TransferError("transfer.standardize needs training images, and there are none")
+            raise TransferError("transfer.standardize needs training images: the training set is empty")
         mean = (self._sum / self._count).cpu()
         covariance = (self._products / self._count).cpu() - torch.outer(mean, mean)
         standardizer = self.measured.standardizer
