@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from timm.models import split_model_name_tag
 from torch import nn
 
-from ..models.conversion import plan_size
+from ..models.conversion import plan_size, resize
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError
-from ..models.families import check_patches, image_size, patch_size
+from ..models.families import check_patches, image_size, is_pyramid, patch_size
 from ..models.json_types import Json, JsonDict
 from .architecture import infer_architecture
 from .class_names import read_names
@@ -123,6 +123,8 @@ def load_pretrained(
         channels = described.preprocessing.input_size[0]
         shown = replace(described.preprocessing, input_size=(channels, *as_pair(img_size)))
         described = replace(described, preprocessing=shown)
+    if is_pyramid(built) and image_size(built) is None:
+        resize(built, described.preprocessing.input_size[1:])
     if not without_values(tensors):
         logger.info("%s", report)
     return replace(described, digest=identify(weights) if known else None)

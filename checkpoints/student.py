@@ -18,7 +18,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
-from ..models.families import vit
+from ..models.families import constructor_arguments, vit
 from ..models.json_types import Json, JsonDict
 from ..models.pyramid_conversion import pyramid_arguments
 from .atomic import write_folder
@@ -165,7 +165,7 @@ def _with_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[st
     name = split_model_name_tag(architecture)[0]
     plan = plan_of(model)
     if plan is None:
-        return name, dict(arguments)
+        return name, constructor_arguments(name, arguments)
     of_plan = {} if name == CONVERTED else {"architecture": name, "plan": plan}
     own = {**pyramid_arguments(model), "plan_size": plan_size(model)}
     return CONVERTED, {**of_plan, **arguments, **own}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..models import copied  # noqa: F401  timm knows converted and copying models from here on
 from ..models.errors import CheckpointError, GraftError
-from ..models.families import image_size, is_pyramid, vit
+from ..models.families import create_timm_model, image_size, is_pyramid, vit
 from ..models.json_types import Json, JsonDict
 from ..models.without_memory import without_memory
 from .hub.download import commit_of, download, try_download
@@ -63,7 +63,7 @@ def build(
     device = without_memory() if on_meta else torch.device("cpu")
     try:
         with torch.random.fork_rng(devices=[]), device, limit:
-            return timm.create_model(architecture, pretrained=False, **arguments)
+            return create_timm_model(architecture, **arguments)
     except GraftError:
         raise
     except Exception as error:  # constructors check little, and raise anything for a wrong argument

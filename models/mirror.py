@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import inspect
 
-import timm
 from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .errors import TransferError, UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported, patch_size, vit
+from .families import attention_blocks, attention_shape, check_supported, create_timm_model, patch_size, vit
 from .json_types import Json, JsonDict
 from .parts import ACTIVATIONS, has_norm, native_parts
 from .without_memory import without_memory
@@ -33,9 +32,12 @@ def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) ->
 
     Raises TransferError: the teacher's family does not take an argument or a size.
     """
-    check_supported(teacher)
     student = _build_without_memory(architecture, model_args, "student.model")
-    check_supported(student)
+    for model in (teacher, student):
+        try:
+            check_supported(model)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"student.mirror_teacher=true: {error}") from error
     family = next(kind for kind in (VisionTransformer, Beit, Eva) if isinstance(teacher, kind))
     accepted = inspect.signature(family.__init__).parameters
     _refuse_foreign(model_args, accepted, student, family)
@@ -49,7 +51,7 @@ def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) ->
 def _build_without_memory(architecture: str, model_args: Json, origin: str) -> nn.Module:
     try:
         with without_memory():
-            return timm.create_model(architecture, pretrained=False, **model_args)
+            return create_timm_model(architecture, **model_args)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise TransferError(
             f"{origin} {architecture} cannot be built with {dict(model_args)}: {error}"

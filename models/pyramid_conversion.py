@@ -128,17 +128,10 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 def resize_pyramid(model: nn.Module, size: tuple[int, int]) -> None:
     """Change the image size (height, width) of a pyramid in place, converted or not.
 
-    Raises UnsupportedModelError: a stage would have no tokens, or timm refuses the size.
+    Raises UnsupportedModelError: timm refuses the size.
     """
-    family = family_of(model)
-    stages = family.geometries(model, size)
-    empty = next((number for number, stage in enumerate(stages, 1) if min(stage.grid) < 1), None)
-    if empty is not None:
-        raise UnsupportedModelError(
-            f"images of {size[0]}x{size[1]} leave no token in stage {empty}: give a larger img_size"
-        )
     try:
-        family.resize(model, size)
+        family_of(model).resize(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
         name = type(model).__name__
         raise UnsupportedModelError(f"{name} cannot be resized to {size[0]}x{size[1]}: {error}") from error

@@ -169,13 +169,8 @@ def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> N
 def _source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
     """Load the model to convert; with `fresh`, build a timm name without downloading its weights."""
     from ...checkpoints.pretrained import load_pretrained
-    from ...models.conversion import resize
-    from ...models.families import image_size, is_pyramid
 
-    teacher = load_pretrained(source, **source_keywords(config.teacher), download=not fresh)
-    if is_pyramid(teacher.model) and image_size(teacher.model) is None:
-        resize(teacher.model, teacher.preprocessing.input_size[1:])
-    return teacher
+    return load_pretrained(source, **source_keywords(config.teacher), download=not fresh)
 
 
 def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:

@@ -1,6 +1,8 @@
 """The supported timm models: where their blocks are, and the sizes of their attention."""
 
+from .create import constructor_arguments as constructor_arguments
 from .create import create_timm_model as create_timm_model
+from .create import family_named as family_named
 from .model_types import Block as Block
 from .model_types import ViT as ViT
 from .model_types import evaluating as evaluating
@@ -11,7 +13,6 @@ from .plain import AttentionShape as AttentionShape
 from .plain import TokenLayout as TokenLayout
 from .plain import attention_blocks as attention_blocks
 from .plain import attention_shape as attention_shape
-from .plain import check_patches as check_patches
 from .plain import classifier_of as classifier_of
 from .plain import fills as fills
 from .plain import has_relative_bias as has_relative_bias
@@ -23,6 +24,7 @@ from .plain import patch_size as patch_size
 from .plain import token_layout as token_layout
 from .site import Family as Family
 from .site import Site as Site
+from .size_checks import check_patches as check_patches
 from .walk import blocks_of as blocks_of
 from .walk import check_supported as check_supported
 from .walk import depths as depths

@@ -167,21 +167,6 @@ def fills(embedding: Any, images: tuple[int, int]) -> bool:
     return images[0] % int(patch[0]) == 0 and images[1] % int(patch[1]) == 0
 
 
-def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None:
-    """Raise UnsupportedModelError if images of `size` (default: the model's own) have no patch, or a broken one."""
-    size = image_size(model) if size is None else size
-    patch = patch_size(model)
-    if size is not None and any(side < least for side, least in zip(size, patch, strict=True)):
-        raise UnsupportedModelError(
-            f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
-        )
-    if size is not None and not fills(getattr(model, "patch_embed", None), size):
-        raise UnsupportedModelError(
-            f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, which a model with "
-            "dynamic_img_size needs: give another img_size"
-        )
-
-
 def attention_shape(model: nn.Module) -> AttentionShape:
     """Return depth, heads, head width and model width, read from the first block (all blocks are alike).
 

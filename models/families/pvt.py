@@ -19,6 +19,7 @@ class PVTv2(Family):
     blocks = (Block,)
     attentions = (Attention,)
     sized_when_built = False
+    takes_size = False
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         stages: Any = model.stages

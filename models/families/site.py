@@ -74,6 +74,8 @@ class Family(ABC):
     """The model has several stages, with fewer tokens in each."""
     sized_when_built = True
     """timm's constructor takes `img_size`, and builds parts for it."""
+    takes_size = True
+    """timm's constructor takes `img_size`."""
 
     @abstractmethod
     def paths(self, model: nn.Module) -> list[list[str]]:

@@ -290,8 +290,19 @@ def _student(
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
-        vit(student).set_grad_checkpointing(True)
+        _recompute(student)
     return student, init
+
+
+def _recompute(student: nn.Module) -> None:
+    """Let the student recompute its activations; raise ConfigError for a family of timm that cannot."""
+    try:
+        vit(student).set_grad_checkpointing(True)
+    except AssertionError as error:
+        raise ConfigError(
+            f"student.grad_checkpointing=true: timm's {type(student).__name__} cannot recompute activations: set it "
+            "to false"
+        ) from error
 
 
 def _start_from(

@@ -16,7 +16,7 @@ from ...checkpoints.pretrained import Head, Pretrained
 from ...models.conversion import converted_layers
 from ...models.copying.input import Normalization, TeacherInput
 from ...models.errors import ConfigError, TransferError
-from ...models.families import classifier_of
+from ...models.families import SUPPORTED, classifier_of, family_named, find_family
 from ...models.mae import MaskedAutoencoder
 from ..cache.cache_checks import check_cache
 from ..config import AlignConfig, Metric, PretrainConfig, RunConfig, TransferConfig
@@ -215,6 +215,7 @@ class Pretrain(Mode):
     ) -> StudentPlan:
         """The encoder: it ends in `norm`, which timm does not build for average pooling."""
         student = self.config.student
+        _refuse_pyramid(student.model, whole)
         pool = "token" if student.model_args.get("class_token", True) else ""
         return plan_student(student.model_copy(update={"global_pool": pool}), classes, None, spec)
 
@@ -227,6 +228,15 @@ class Pretrain(Mode):
                     f"{index} needs all of them: leave it out of student.plan, or convert the encoder afterwards"
                 )
         return PretrainTask(MaskedAutoencoder(models.student, **self.config.pretrain.model_dump()))
+
+
+def _refuse_pyramid(model: str, whole: Pretrained | None) -> None:
+    family = family_named(model) if whole is None else find_family(whole.model)
+    if family is not None and family.is_pyramid:
+        raise ConfigError(
+            f"mode=pretrain: student.model={model} is a pyramid, and masked autoencoding shows the encoder a part of "
+            f"the tokens; supported are {SUPPORTED}"
+        )
 
 
 MODES: dict[str, type[Mode]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
 
@@ -16,7 +15,7 @@ from ...checkpoints.timm_models import published_config
 from ...models.conversion import with_plan
 from ...models.copied import Copying, copying_of, with_copying
 from ...models.errors import ConfigError, did_you_mean
-from ...models.families import check_patches
+from ...models.families import check_patches, create_timm_model
 from ...models.json_types import JsonDict
 from ...models.mirror import mirror_arguments
 from ..config import RunConfig, StudentConfig
@@ -49,9 +48,7 @@ class StudentPlan:
         Raises ConfigError: timm refuses the arguments. UnsupportedModelError: it does not take images of this size.
         """
         try:
-            model: nn.Module = timm.create_model(
-                self.architecture, drop_path_rate=drop_path, **self.arguments
-            )
+            model = create_timm_model(self.architecture, drop_path_rate=drop_path, **self.arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"student.model={self.architecture!r} cannot be built with {self.arguments}: "

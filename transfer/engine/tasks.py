@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models.copying.input import ShownImages
 from ...models.errors import ConfigError
-from ...models.families import attention_blocks
+from ...models.families import blocks_of
 from ...models.mae import MaskedAutoencoder
 from ..methods.dual import DualViT
 from ..methods.standardize import Batch, mark_ready
@@ -62,7 +62,7 @@ class Task(nn.Module, ABC):
     @property
     def shard_units(self) -> Sequence[nn.Module]:
         """The modules that FSDP shards one by one."""
-        return attention_blocks(self.trainable)
+        return blocks_of(self.trainable)
 
     def measure(self, batches: Iterable[Batch]) -> None:
         """Measure on training images what a new run needs before its first step."""
@@ -184,7 +184,7 @@ class PretrainTask(Task):
 
     @property
     def shard_units(self) -> Sequence[nn.Module]:
-        return attention_blocks(self.backbone)
+        return blocks_of(self.backbone)
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         return {"loss": self.student(images)}

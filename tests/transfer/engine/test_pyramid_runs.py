@@ -1,0 +1,91 @@
+"""Runs of pyramids on labels: trained, cut and resumed, saved, and loaded by timm alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import graftvit
+import pytest
+import timm
+import torch
+from engine_runs import config, differences
+from graftvit.models.errors import ConfigError, UnsupportedModelError
+from graftvit.models.families import image_size, sites
+from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine.build import build
+from graftvit.transfer.engine.train import train
+from pyramids import TINY, images, tiny
+
+KINDS = ("pvt", "svt", "swin", "swinv2")
+
+
+def pyramid(output_dir: Path, kind: str, student: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    """Four steps of a tiny pyramid of the kind on digits of 32x32."""
+    model = {"model": TINY[kind][0], "model_args": TINY[kind][1], "img_size": 32, **(student or {})}
+    short = {"optim": {"max_steps": 4, "warmup_epochs": 0}, "data": {"batch_size": 8, "train_samples": 40}}
+    return config(output_dir, student=model, **{**short, **sections})
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(images((32, 32)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pyramid_is_trained_resumed_and_loaded_by_timm(kind: str, tmp_path: Path) -> None:
+    train(pyramid(tmp_path / "whole", kind, engine={"save_every": 2}))
+    train(pyramid(tmp_path / "cut", kind, engine={"save_every": 2}))
+    (tmp_path / "cut" / "checkpoints" / "last.safetensors").unlink()
+    train(pyramid(tmp_path / "cut", kind, engine={"save_every": 2}))
+    assert differences(tmp_path / "whole", tmp_path / "cut") == []
+    folder = tmp_path / "whole" / "student_ema"
+    loaded = graftvit.load(folder)
+    assert image_size(loaded) == (32, 32)
+    assert torch.equal(logits(timm.create_model(f"local-dir:{folder}", pretrained=True)), logits(loaded))
+    started = build(pyramid(tmp_path / "other", kind, student={"init": str(tmp_path / "whole")}))
+    assert torch.equal(logits(started.task.trainable), logits(graftvit.load(tmp_path / "whole")))
+
+
+@pytest.mark.parametrize("kind", ["pvt", "swin"])
+def test_recomputed_activations_do_not_change_the_gradients(kind: str, tmp_path: Path) -> None:
+    gradients = []
+    for again in (False, True):
+        parts = build(pyramid(tmp_path, kind, student={"grad_checkpointing": again}))
+        torch.manual_seed(0)
+        parts.task(images((32, 32)), torch.tensor([1, 2]))["loss"].backward()
+        gradients.append([parameter.grad for parameter in parts.task.trainable.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_twins_cannot_recompute_activations(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="grad_checkpointing=true: timm's Twins cannot recompute"):
+        build(pyramid(tmp_path, "svt", student={"grad_checkpointing": True}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp_shards_a_pyramid_block_by_block(kind: str, tmp_path: Path) -> None:
+    task = build(pyramid(tmp_path, kind)).task
+    student = task.trainable
+    assert [id(unit) for unit in task.shard_units] == [id(site.block(student)) for site in sites(student)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_needs_plain_transformers_refuses_by_name(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"student.model={TINY[kind][0]} is a pyramid"):
+        build(pyramid(tmp_path, kind, mode="pretrain"))
+    mirrored = pyramid(tmp_path, kind).model_copy(update={"mode": "transfer"})
+    name = type(tiny(kind)).__name__
+    words = {"teacher": {"source": TINY[kind][0]}, "student": {"mirror_teacher": True}}
+    with pytest.raises(UnsupportedModelError, match=f"mirror_teacher=true: {name} is a pyramid"):
+        build(RunConfig.model_validate(_merged(mirrored, words)), weights=False)
+
+
+def test_an_image_that_leaves_a_stage_without_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="images of 6x6 leave no token in stage 2"):
+        build(pyramid(tmp_path, "svt", student={"img_size": 6}))
+
+
+def _merged(run: RunConfig, words: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    settings = run.model_dump()
+    return settings | {name: settings[name] | values for name, values in words.items()}
