@@ -30,8 +30,8 @@ AS_IT_IS, NONE = "keep", "none"
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 STAGE = re.compile(r"stage(\d+)(?:\.(\d+)(?:-(\d+))?)?")
 CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
-MAX_VALUE = 200
-"""Maximum length of an option's value."""
+MAX_VALUE = 400
+"""Maximum length of an option's value, the longest being the text of a program."""
 SYNTAX = "write e.g. '*: linear; 9-11: softmax'"
 
 
