@@ -24,7 +24,10 @@ LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
 
 
 class GridHost(AttentionHost):
-    """An attention layer of a pyramid; its input is (B, N, C) with the grid, or (B, height, width, C)."""
+    """An attention layer of a pyramid; its input is (B, N, C) with the grid, or (B, height, width, C).
+
+    Tokens before those of the grid are prefix tokens.
+    """
 
     kept: Sequence[str] = QKV
     """The parts of q, k and v that the projections still compute: a conversion drops the others."""
@@ -46,14 +49,15 @@ class GridHost(AttentionHost):
         """Return the output (B, H, N, D) of timm's layer."""
         return Softmax()(heads)
 
-    def native_pairs(self, grid: Size) -> tuple[int, int]:
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
         """Return the numbers of queries and of keys of each query in timm's layer, for its cost."""
         raise NotImplementedError
 
     def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
         """Compute the projections that the operator needs, and no others."""
         grid = (x.shape[1], x.shape[2]) if size is None else (size[0], size[1])
-        parts = self.parts(x.flatten(1, 2) if size is None else x, grid)
+        x_BNC = x.flatten(1, 2) if size is None else x
+        parts = self.parts(x_BNC, grid)
         heads = {part: self._by_head(tensor) for part, tensor in parts.items() if part in self.operator.needs}
         dropout: Any = self.attn_drop
         return Heads(
@@ -63,7 +67,7 @@ class GridHost(AttentionHost):
             bias=None if self.is_native else self.grid_bias(grid),
             scale=self.scale,
             dropout=dropout.p if self.training else 0.0,
-            geometry=Geometry(0, grid),
+            geometry=Geometry(x_BNC.shape[1] - grid[0] * grid[1], grid),
         )
 
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
@@ -105,7 +109,7 @@ class GridHost(AttentionHost):
 
 
 class ReducedHost(GridHost):
-    """PVTv2 and the sub-sampled layers of Twins: natively, keys and values are of a smaller grid."""
+    """PVT, PVTv2 and the sub-sampled layers of Twins: natively, keys and values are of a smaller grid."""
 
     def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
         rest = [part for part in self.kept if part != "q"]
@@ -115,8 +119,8 @@ class ReducedHost(GridHost):
             found |= zip(rest, self._child("kv", source).chunk(len(rest), -1), strict=True)
         return found
 
-    def native_pairs(self, grid: Size) -> tuple[int, int]:
-        height, width = grid
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        height, width = geometry.grid
         pool, reduction = self._modules.get("pool"), self._modules.get("sr")
         if isinstance(pool, nn.AdaptiveAvgPool2d):
             keys = int(pool.output_size) ** 2  # type: ignore[arg-type]
@@ -124,8 +128,8 @@ class ReducedHost(GridHost):
             rows, columns = reduction.stride
             keys = (height // int(rows)) * (width // int(columns))
         else:
-            keys = height * width
-        return height * width, keys
+            keys = geometry.num_tokens
+        return geometry.num_tokens, keys
 
     def _reduced(self, x_BNC: Tensor, grid: Size) -> Tensor:
         image = x_BNC.transpose(1, 2).unflatten(2, grid)
@@ -159,8 +163,8 @@ class WindowHost(GridHost):
         cut = Heads(q, k, v, bias, heads.scale, heads.dropout)
         return windows.join(Softmax()(cut))
 
-    def native_pairs(self, grid: Size) -> tuple[int, int]:
-        windows = self.windows(grid)
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        windows = self.windows(geometry.grid)
         return windows.padded[0] * windows.padded[1], windows.window[0] * windows.window[1]
 
     def _project(self, x_BNC: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def attention_macs(model: nn.Module) -> list[int]:
             found.append(converted[site.index].operator.macs(site.shape.geometry))
         else:
             host = attention if isinstance(attention, GridHost) else native_host(site.block(model))
-            queries, keys = host.native_pairs(site.shape.geometry.grid)
+            queries, keys = host.native_pairs(site.shape.geometry)
             found.append(2 * queries * keys * site.head_dim * site.num_heads)
     return found
 

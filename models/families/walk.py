@@ -10,12 +10,12 @@ from ..errors import UnsupportedModelError
 from .model_types import Block
 from .no_attention import NoAttention
 from .plain import SUPPORTED, Plain, attention_blocks, refuse_copied
-from .pvt import PVTv2
+from .pvt import PVTv1, PVTv2
 from .site import Family, Site, submodule
 from .swin import Swin
 from .twins import Twins
 
-FAMILIES: tuple[Family, ...] = (Plain(), PVTv2(), Twins(), Swin())
+FAMILIES: tuple[Family, ...] = (Plain(), PVTv2(), PVTv1(), Twins(), Swin())
 PYRAMIDS = ", ".join(family.name for family in FAMILIES if family.is_pyramid)
 
 

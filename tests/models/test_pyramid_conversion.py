@@ -79,10 +79,10 @@ def test_a_converted_layer_is_its_equation_on_the_whole_grid(kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["pvt", "pcpvt", "swin", "swinv2"])
+@pytest.mark.parametrize("kind", ["pvt", "pvt1", "pcpvt", "swin", "swinv2"])
 def test_softmax_over_a_grid_of_one_window_is_what_windows_are(kind: str) -> None:
     """One window as large as the grid is the whole grid, with its bias; so is a reduction of nothing."""
-    one = {"sr_ratios": (1, 1)} if kind in ("pvt", "pcpvt") else {"window_size": 8}
+    one = {"sr_ratios": (1, 1)} if kind in ("pvt", "pvt1", "pcpvt") else {"window_size": 8}
     model = tiny(kind, **one).double()
     student = convert(model, "*: softmax")
     torch.testing.assert_close(
@@ -113,9 +113,11 @@ def test_none_takes_attention_and_norm_out(kind: str) -> None:
         if not any(key.startswith((f"{p}.attn.", f"{p}.norm1.")) for p in gone)
     }
     assert student.state_dict().keys() == expected
-    assert plan_of(student) == {"pvt": "0: none; 1-2: keep", "pvt_li": "0: none; 1-2: keep"}.get(
-        kind, "0-1: none; 2-3: keep"
-    )
+    assert plan_of(student) == {
+        "pvt": "0: none; 1-2: keep",
+        "pvt_li": "0: none; 1-2: keep",
+        "pvt1": "0: none; 1-2: keep",
+    }.get(kind, "0-1: none; 2-3: keep")
     assert torch.equal(rebuilt(student, kind)(inputs), student(inputs))
     student.train()(inputs).sum().backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
@@ -215,7 +217,7 @@ def test_a_bias_of_the_whole_grid_is_resized_with_the_images(kind: str) -> None:
     assert torch.equal(again(images((40, 24))), student(images((40, 24))))
 
 
-@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+@pytest.mark.parametrize("kind", ["pvt", "pvt1", "svt", "swin", "swinv2"])
 def test_a_saved_student_cannot_become_what_it_has_lost(kind: str) -> None:
     student = rebuilt(converted(kind, "0: linear; 1: none"), kind)
     for plan, words in (
@@ -275,7 +277,7 @@ def test_what_cannot_be_converted_is_named() -> None:
         resize(tiny("svt"), 4)
 
 
-@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+@pytest.mark.parametrize("kind", ["pvt", "pvt1", "svt", "swin", "swinv2"])
 def test_a_converted_pyramid_is_known_as_one(kind: str) -> None:
     student = converted(kind, "1: linear")
     check_supported(student, pyramids=True)
@@ -285,14 +287,14 @@ def test_a_converted_pyramid_is_known_as_one(kind: str) -> None:
     assert list(converted_layers(student)) == [1]
 
 
-@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+@pytest.mark.parametrize("kind", ["pvt", "pvt1", "svt", "swin", "swinv2"])
 def test_a_converted_pyramid_exports(kind: str) -> None:
     student, inputs = converted(kind), images(SIZE)
     graph = torch.export.export(student, (inputs,), strict=False)
     torch.testing.assert_close(graph.module()(inputs), student(inputs))
 
 
-@pytest.mark.parametrize("kind", ["pvt", "swin", "swinv2"])
+@pytest.mark.parametrize("kind", ["pvt", "pvt1", "swin", "swinv2"])
 def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
     gradients = []
     for checkpointed in (False, True):

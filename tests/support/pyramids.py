@@ -22,17 +22,19 @@ _SWIN: dict[str, Any] = {
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "pvt": ("pvt_v2_b0", _PVT),
     "pvt_li": ("pvt_v2_b2_li", _PVT),
+    "pvt1": ("pvt_small", _PVT),
     "svt": ("twins_svt_small", {**_TWINS, "wss": (3, 3)}),
     "pcpvt": ("twins_pcpvt_small", _TWINS),
     "swin": ("swin_tiny_patch4_window7_224", _SWIN),
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),
 }
+ANY_SIZE = ("pvt", "pvt_li")
 SIZES = {"square": (32, 32), "not divisible": (40, 24)}
 
 
 def arguments(kind: str, size: tuple[int, int] = (32, 32), **more: Any) -> dict[str, Any]:
     """Return the arguments of timm's constructor; PVTv2 takes no image size."""
-    sized = {} if kind.startswith("pvt") else {"img_size": size}
+    sized = {} if kind in ANY_SIZE else {"img_size": size}
     return {**TINY[kind][1], "num_classes": 3, **sized, **more}
 
 
@@ -44,7 +46,7 @@ def tiny(kind: str, size: tuple[int, int] = (32, 32), *, seed: int = 0, **more: 
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    if kind.startswith("pvt"):
+    if kind in ANY_SIZE:
         model.img_size = size
     return model.eval()
 

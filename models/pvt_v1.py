@@ -1,0 +1,206 @@
+"""PVT, the pyramid of Wang et al. 2021 (arXiv:2102.12122), which timm does not have.
+
+Four stages of blocks with spatially reduced keys and values. Each stage has its own learned positions; the last one has
+a class token. Names are those of timm's PVTv2: `patch_embed`, `stages.i.downsample`, `stages.i.blocks.j`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .pvt_layers import EPSILON, PatchEmbedding, PVTBlock, PVTStage, Size
+
+
+class PVT(nn.Module):
+    """The Pyramid Vision Transformer, with the interface of timm's models.
+
+    `global_pool` is "token" (the class token of the last stage) or "avg" (no class token, the mean of the grid).
+
+    Raises ConfigError: an unknown `global_pool`, or reduced keys in a stage with a class token.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        img_size: int | Size = 224,
+        patch_size: int = 4,
+        global_pool: Literal["token", "avg"] = "token",
+        depths: Sequence[int] = (3, 4, 6, 3),
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if global_pool not in ("token", "avg"):
+            raise ConfigError(f"global_pool={global_pool!r}; valid are token and avg")
+        if global_pool == "token" and sr_ratios[-1] != 1:
+            raise ConfigError(
+                f"sr_ratios={tuple(sr_ratios)}: the last stage has a class token, which a reduction has no place for; "
+                "give 1, or global_pool=avg"
+            )
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.patch_embed = PatchEmbedding(in_chans, embed_dims[0], patch_size)
+        self.patch_embed.img_size = to_2tuple(img_size)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages, grid = [], self._first_grid()
+        for i, (width, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+            more = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+            blocks = [
+                PVTBlock(width, num_heads[i], sr_ratios[i], mlp_ratios[i], rates[i][j], **more)
+                for j in range(depth)
+            ]
+            embedding = PatchEmbedding(embed_dims[i - 1], width, 2) if i else None
+            grid = (grid[0] // 2, grid[1] // 2) if i else grid
+            last = i == len(depths) - 1
+            stages.append(PVTStage(embedding, blocks, grid, width, last and global_pool == "token"))
+            stages[-1].pos_drop.p = pos_drop_rate
+        self.stages = nn.ModuleList(stages)
+        self.feature_info = [
+            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
+            for i, width in enumerate(embed_dims)
+        ]
+        self.norm: nn.Module = nn.LayerNorm(embed_dims[-1], EPSILON)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Linear(embed_dims[-1], num_classes) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Return the number of prefix tokens of the last stage."""
+        return self._stages()[-1].num_prefix
+
+    def init_weights(self) -> None:
+        """Initialize as published: truncated normal of 0.02 for linear layers, positions and the class token."""
+        for module in self.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for stage in self._stages():
+            trunc_normal_(stage.pos_embed, std=0.02)
+            if stage.cls_token is not None:
+                trunc_normal_(stage.cls_token, std=0.02)
+
+    def set_input_size(self, img_size: int | Size) -> None:
+        """Resample the learned positions for images of another size."""
+        self.patch_embed.img_size = to_2tuple(img_size)
+        grid = self._first_grid()
+        for stage in self._stages():
+            if stage.downsample is not None:
+                grid = (grid[0] // 2, grid[1] // 2)
+            stage.set_grid(grid)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters without weight decay: the class token, as published."""
+        return {f"stages.{i}.cls_token" for i, stage in enumerate(self._stages()) if stage.num_prefix}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns of timm's layer groups: stages, or blocks."""
+        if coarse:
+            return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)"}
+        blocks = [
+            (r"^stages\.(\d+)\.(?:downsample|pos_embed|cls_token)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99_999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping its activations."""
+        for stage in self._stages():
+            stage.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier. `global_pool` cannot change: a class token is made with the model."""
+        if global_pool not in (None, self.global_pool):
+            raise ConfigError(f"global_pool={global_pool!r}; this model was built with {self.global_pool}")
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the tokens after the last norm, and the maps (B, C, H, W) of the stages `indices`, as timm does.
+
+        Raises ConfigError: an `output_fmt` other than "NCHW".
+        """
+        if output_fmt != "NCHW":
+            raise ConfigError(f"output_fmt={output_fmt!r}; valid is NCHW")
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        stages, maps, x = self._stages(), [], self.patch_embed(x)
+        for i, stage in enumerate(stages[: last + 1] if stop_early else stages):
+            tokens, grid = stage(x)
+            x = stage.as_map(tokens, grid)
+            if i in wanted:
+                is_last = i == len(stages) - 1
+                maps.append(stage.as_map(self.norm(tokens), grid) if norm and is_last else x)
+        return maps if intermediates_only else (self.norm(tokens), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, and the parts that are not needed, as timm does."""
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        ends = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or ends:
+            self.norm = nn.Identity()
+        if prune_head or ends:
+            self.reset_classifier(0)
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the tokens (B, N, C) of the last stage after the last norm."""
+        stages = self._stages()
+        x = self.patch_embed(x)
+        for stage in stages[:-1]:
+            x = stage.as_map(*stage(x))
+        tokens, _ = stages[-1](x)
+        out: Tensor = self.norm(tokens)
+        return out
+
+    def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits (B, classes), or the pooled features (B, C)."""
+        pooled = self.head_drop(x_BNC[:, 0] if self.global_pool == "token" else x_BNC.mean(1))
+        out: Tensor = pooled if pre_logits else self.head(pooled)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, classes) of images (B, 3, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _first_grid(self) -> Size:
+        height, width = cast(Size, self.patch_embed.img_size)
+        rows, columns = self.patch_embed.patch_size
+        return height // rows, width // columns
+
+    def _stages(self) -> list[PVTStage]:
+        return cast("list[PVTStage]", list(self.stages))
