@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster_runs import ClusterRun
 from ledger import Ledger
 
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds after which a command counts as hanging."""
 
 

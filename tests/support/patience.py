@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 Result = TypeVar("Result")
-PATIENCE = 240.0
+PATIENCE = 900.0
 """Seconds until a test gives up; only a test that fails waits so long."""
 
 
