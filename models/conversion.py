@@ -94,6 +94,8 @@ def convert(
     for index, choice in converted.items():
         original = blocks[index].attn
         operator = create_operator(choice, shape)
+        if weights == "none":
+            operator.start_fresh()
         if first.setdefault(str(choice), operator) is not operator:
             operator.share(first[str(choice)])
         _check_layer(student, original, operator.traits, choice, index)

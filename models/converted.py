@@ -101,6 +101,12 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def start_fresh(model: nn.Module) -> None:
+    """Initialize the operators of a model whose other weights are fresh, instead of a conversion's start."""
+    for layer in converted_layers(model).values():
+        layer.operator.start_fresh()
+
+
 def plan_size(model: nn.Module) -> tuple[int, int] | None:
     """Return the image size (height, width) that the operators were created for; None if it is the model's own."""
     removed = (

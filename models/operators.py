@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .attention.agent import AgentAttention
+from .attention.attention_program import ProgramAttention
 from .attention.base import AttentionOperator, LayerShape
 from .attention.hybrid import HybridAttention
 from .attention.kernel import KernelAttention
@@ -19,6 +20,7 @@ from .attention.uniform import UniformAttention
 from .attention.window import NeighborhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
 from .layer_plan import KEEP, Choice
+from .programs.found import FOUND
 
 OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "softmax": SoftmaxAttention,
@@ -43,6 +45,8 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "ttt": TTTAttention,
     "monarch": MonarchAttention,
     "uniform": UniformAttention,
+    "program": ProgramAttention,
+    **{name: partial(ProgramAttention, code=code) for name, code in FOUND.items()},
 }
 """Constructors by name: the first argument is the `LayerShape`, the others are options."""
 

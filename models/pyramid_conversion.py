@@ -51,6 +51,8 @@ def convert_pyramid(
             continue
         attention = site.block(student).attn
         operator = create_operator(choice, site.shape)
+        if weights == "none":
+            operator.start_fresh()
         shared = first.setdefault((str(choice), site.stage), operator)  # one grid: that of the stage
         if shared is not operator:
             operator.share(shared)

@@ -140,6 +140,8 @@ class Traits:
     """The operator applies `Heads.bias`."""
     dropout: bool = False
     """The operator applies `Heads.dropout`."""
+    independent_heads: bool = True
+    """No head depends on the projections of another head."""
     graph_any_grid: bool = False
     """A graph exported on one token grid is correct on every other grid. Without this trait the graph contains
     constants of its example's grid; a comparison of outputs may miss them where attention is nearly uniform."""
@@ -207,6 +209,12 @@ class AttentionOperator(nn.Module, ABC):
         """Set parameters so that the output for `heads` is near the teacher's, `target_BHND`, on a calibration batch.
 
         Most operators have nothing to set.
+        """
+
+    def start_fresh(self) -> None:
+        """Initialize parameters for a model whose other weights are fresh too.
+
+        Most operators start as they do in a conversion of a pretrained model.
         """
 
     def share(self, first: AttentionOperator) -> None:

@@ -1,6 +1,8 @@
-"""The local term of an operator: a depthwise convolution on the token grid that starts at zero."""
+"""The local term of an operator: a depthwise convolution on the token grid that starts at zero in a conversion."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +13,22 @@ from .base import Geometry, LayerShape, without_prefix
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel of each head with its own `size` x `size` weights, without bias.
+    """A convolution of each channel of each head with its own `size` x `size` weights, without `bias` unless given.
 
     Prefix tokens are not on the grid: they contribute nothing and get zeros. The weights start at zero, so a
-    conversion starts without the local term.
+    conversion starts without the local term; `start_fresh` draws them as torch draws those of a convolution.
 
     Raises ConfigError: `size` is not an odd number.
     """
 
-    def __init__(self, shape: LayerShape, size: int) -> None:
+    def __init__(self, shape: LayerShape, size: int, *, bias: bool = False) -> None:
         super().__init__()
         if not isinstance(size, int) or size < 1 or size % 2 == 0:
             raise ConfigError(f"plan: local_size={size} is not an odd number, such as 3 or 5")
         self.size = size
-        self.weight = nn.Parameter(torch.zeros(shape.num_heads * shape.head_dim, 1, size, size))
+        channels = shape.num_heads * shape.head_dim
+        self.weight = nn.Parameter(torch.zeros(channels, 1, size, size))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x_BHND: Tensor, geometry: Geometry) -> Tensor:
         """Return (B, H, N, D) in the dtype of the input."""
@@ -32,11 +36,17 @@ class DepthwiseConv(nn.Module):
         batch, heads, _, width = grid_BHnD.shape
         # In the layout of a layer this image is a view, in the format of channels last.
         image = grid_BHnD.transpose(1, 2).reshape(batch, *geometry.grid, heads * width).permute(0, 3, 1, 2)
-        weight = self.weight.to(x_BHND.dtype)
-        local = F.conv2d(image, weight, padding=self.size // 2, groups=heads * width).to(x_BHND.dtype)
+        weight, bias = self.weight.to(x_BHND.dtype), None if self.bias is None else self.bias.to(x_BHND.dtype)
+        local = F.conv2d(image, weight, bias, padding=self.size // 2, groups=heads * width).to(x_BHND.dtype)
         local_BHnD = local.permute(0, 2, 3, 1).reshape(batch, -1, heads, width).transpose(1, 2)
         prefix = geometry.num_prefix
         return F.pad(local_BHnD, (0, 0, prefix, 0)) if prefix else local_BHnD
+
+    def start_fresh(self) -> None:
+        """Draw the weights and the bias as torch does for a convolution."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / self.size, 1 / self.size)
 
     def macs(self, geometry: Geometry) -> int:
         """Return the multiply-adds of one image."""

@@ -54,7 +54,8 @@ def side_by_side(left: Shape, right: Shape) -> Shape | None:
 
 
 def row_distances(left: Shape, right: Shape) -> Shape | None:
-    return Shape(left.rows, ONE) if left == right else None
+    both = broadcast(left, right)
+    return None if both is None else Shape(both.rows, ONE)
 
 
 def number_of_equals(left: Shape, right: Shape) -> Shape | None:

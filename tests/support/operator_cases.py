@@ -10,6 +10,7 @@ import torch
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from graftvit.models.layer_plan import Choice
 from graftvit.models.operators import create_operator
+from graftvit.models.programs.found import FOUND
 from torch import Tensor
 
 GRIDS = [(14, 14), (16, 24), (7, 9)]
@@ -125,4 +126,7 @@ CASES = [
     Case("monarch", {"steps": 1}),
     Case("monarch", {"steps": 3, "block": 5}),
     Case("uniform"),
+    Case("program"),
+    Case("program", {"code": "mm(softmax(nt(scale(q) k)) v)", "local_size": 0}),
+    *(Case(name) for name in FOUND),
 ]

@@ -22,6 +22,7 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...checkpoints.timm_models import check_published
 from ...checkpoints.transformers_teacher import load_transformers
+from ...models.converted import start_fresh
 from ...models.errors import ConfigError, DataError
 from ...models.families import vit
 from ...models.json_types import JsonDict
@@ -311,6 +312,7 @@ def _start_from(
     """Load the weights to start from, the teacher's own or others; say where they are from."""
     source, how, revision = mode.starting_source, mode.config.teacher, None
     if source is None:
+        start_fresh(student)
         return None
     if source == TEACHER:
         source = how.source

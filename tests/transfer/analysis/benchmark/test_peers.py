@@ -11,6 +11,7 @@ from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import Choice
 from graftvit.models.operators import OPERATORS, create_operator
+from graftvit.models.programs.found import FOUND
 from graftvit.transfer.analysis.benchmark import public_forms
 from graftvit.transfer.analysis.benchmark.benchmark_tables import peers_table
 from graftvit.transfer.analysis.benchmark.cases import Ways
@@ -20,7 +21,7 @@ from graftvit.transfer.analysis.benchmark.straight_forms import straight_form
 from operator_cases import HEADS, WIDTH, Case, draw
 
 GRID = Geometry(0, (6, 8))
-THEMSELVES = {"softmax", "hybrid", "ttt", "monarch"}
+THEMSELVES = {"softmax", "hybrid", "ttt", "monarch", "program", *FOUND}
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - THEMSELVES))

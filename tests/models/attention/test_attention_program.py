@@ -1,0 +1,107 @@
+"""Programs as operators: the grid, prefix tokens, padding, heads that see each other, and the convolution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import TINY, tiny
+from graftvit.models.attention.attention_program import ProgramAttention
+from graftvit.models.attention.base import Geometry, LayerShape
+from graftvit.models.conversion import convert, converted_layers
+from graftvit.models.converted import start_fresh
+from graftvit.models.errors import ConfigError
+from graftvit.models.layer_plan import Choice
+from graftvit.models.operators import create_operator
+from graftvit.models.programs.found import FOUND
+from graftvit.models.programs.program_text import parse_program
+from operator_cases import Case, draw
+from torch import Tensor
+
+GRID = Geometry(2, (3, 5))
+
+
+def build(name: str, geometry: Geometry = GRID) -> ProgramAttention:
+    operator = Case(name).build(geometry)
+    assert isinstance(operator, ProgramAttention)
+    return operator
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_grid_tokens_get_the_program_and_prefix_tokens_softmax(name: str) -> None:
+    operator, heads = build(name), draw(GRID)
+    q, k, v = heads.qkv()
+    out = operator.attend(heads)
+    grid = parse_program(FOUND[name])(q=q[:, :, 2:], k=k[:, :, 2:], v=v[:, :, 2:])
+    torch.testing.assert_close(out[:, :, 2:], grid)
+    torch.testing.assert_close(out[:, :, :2], F.scaled_dot_product_attention(q[:, :, :2], k, v))
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_an_image_with_padding_is_the_image_without(name: str) -> None:
+    heads, operator = draw(GRID), build(name)
+    seen = torch.ones(2, GRID.num_tokens, dtype=torch.bool)
+    seen[1, [4, 9, 16]] = False
+    heads.key_mask = seen
+    out = operator.attend(heads)
+    q, k, v = (x[1:, :, seen[1]] for x in heads.qkv())
+    alone = parse_program(FOUND[name])(q=q[:, :, 2:], k=k[:, :, 2:], v=v[:, :, 2:])
+    torch.testing.assert_close(out[1:, :, seen[1]][:, :, 2:], alone)
+    assert not out[1, :, [4, 9, 16]].any()
+
+
+@pytest.mark.parametrize("name", ["attnzero_105", "attnzero_34", "attnzero_140", "attnzero_76"])
+def test_rows_are_those_of_autograds_jacobian_where_heads_see_each_other(name: str) -> None:
+    geometry = Geometry(0, (2, 3))
+    operator, heads = Case(name).build(geometry, width=4), draw(geometry, batch=1, width=4)
+    q, k, v = heads.qkv()
+
+    def out(values: Tensor) -> Tensor:
+        return operator.attend(heads.with_qkv(q, k, values))
+
+    whole = torch.autograd.functional.jacobian(out, v)[0, :, :, :, 0]  # (H, N, D, H, N, D)
+    dense = torch.stack([whole[h, :, :, h].diagonal(dim1=1, dim2=3).mean(-1) for h in range(2)])
+    torch.testing.assert_close(operator.matrix(heads)[0], dense, rtol=1e-9, atol=1e-12)
+    across = whole[0, :, :, 1].abs().max()
+    assert bool(across > 1e-9) is not operator.traits.independent_heads
+
+
+def test_a_layer_computes_only_the_projections_that_are_needed() -> None:
+    shape = LayerShape(2, 8, Geometry(0, (3, 4)))
+    assert create_operator(Choice("attnzero_174"), shape).needs == ("q", "v")
+    assert create_operator(Choice("attnzero_80"), shape).needs == ("v",)
+    assert create_operator(Choice("attnzero_105"), shape).needs == ("q", "k", "v")
+    assert build("attnzero_80").needs == ("q", "k", "v"), "prefix tokens attend by softmax"
+
+
+def test_the_convolution_has_a_bias_and_ten_parameters_a_channel() -> None:
+    geometry = Geometry(0, (3, 5))
+    operator, heads = build("attnzero_40", geometry), draw(geometry)
+    q, _, v = heads.qkv()
+    assert sum(parameter.numel() for parameter in operator.parameters()) == 10 * 16
+    assert operator.conv is not None
+    image = v.permute(0, 1, 3, 2).reshape(2, 16, 3, 5)
+    dense = F.conv2d(image, operator.conv.weight, operator.conv.bias, padding=1, groups=16)
+    local = (operator(heads) - q).permute(0, 1, 3, 2).reshape(2, 16, 3, 5)
+    torch.testing.assert_close(local, dense)
+
+
+def test_the_convolution_starts_at_zero_but_in_a_fresh_model() -> None:
+    model = tiny("vit", dtype=torch.float32, **TINY)
+    plan = "*: attnzero_105; 0: linear"
+    kept, fresh = convert(model, plan), convert(model, plan, weights="none")
+    assert not any(x.any() for x in converted_layers(kept)[1].operator.parameters())
+    weight, bias = converted_layers(fresh)[1].operator.parameters()
+    assert 0 < float(weight.detach().abs().max()) <= 1 / 3
+    assert 0 < float(bias.detach().abs().max()) <= 1 / 3
+    start_fresh(kept)
+    assert all(x.any() for x in converted_layers(kept)[1].operator.parameters())
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("mm(q k)", "mm is not defined for N×D and N×D"), (7, "'7' is not a name"), ("nt(q k)", "gives N×N")],
+)
+def test_a_wrong_program_is_refused(code: object, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        create_operator(Choice("program", {"code": code}), LayerShape(2, 8, GRID))
