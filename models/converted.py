@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .attention.base import AttentionOperator, Geometry
 from .families import NoAttention, blocks_of, image_size, is_pyramid
 from .host import AttentionHost
-from .layer_plan import AS_IT_IS, KEEP, NONE, Choice, plan_text
+from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, plan_text
+from .merges import merges_deformably
 from .replay import replay_blocks
 
 
@@ -91,7 +92,9 @@ def plan_of(model: nn.Module) -> str | None:
     """Return the layer plan of a converted model; None for other models."""
     choices = choices_of(model)
     kept = AS_IT_IS if is_pyramid(model) else KEEP
-    return plan_text(tuple(choices)) if any(choice.operator != kept for choice in choices) else None
+    merge = DEFORMABLE if merges_deformably(model) else AS_IT_IS
+    changed = merge != AS_IT_IS or any(choice.operator != kept for choice in choices)
+    return plan_text(tuple(choices), merge) if changed else None
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:

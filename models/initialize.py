@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import ConfigError, did_you_mean
 from .families import blocks_of, vit
+from .token_merging import OffsetConv2d
 
 KeptWeights = Literal["all", "mlp", "none"]
 WEIGHTS: dict[str, str] = {
@@ -52,3 +53,6 @@ def _initialize(model: nn.Module) -> None:
             reset()
     own: Any = model
     model.apply(own._init_weights)
+    for module in model.modules():
+        if isinstance(module, OffsetConv2d):
+            module.reset_parameters()

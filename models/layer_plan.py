@@ -8,6 +8,9 @@ one applies; a layer in no entry is kept.
 
 `keep` is the layer as it is, `softmax` is softmax over all tokens, and `none` is no attention. A plain vision
 transformer already has softmax over all tokens, so `keep` means `softmax` there.
+
+In a pyramid the entry `merge: deformable` replaces the parts that merge tokens between stages (`token_merging.py`);
+`merge: keep` leaves them as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 from .json_types import Json
 from .plain_yaml import YamlError, parse_yaml, write_yaml
 
@@ -27,6 +30,9 @@ KEEP = "softmax"
 """The operator of a layer that a plain vision transformer keeps."""
 AS_IT_IS, NONE = "keep", "none"
 """The words for layers of pyramids that are left as they are, and that lose their attention."""
+MERGE = "merge"
+"""The word before the colon for the merges between the stages of a pyramid."""
+DEFORMABLE = "deformable"
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 STAGE = re.compile(r"stage(\d+)(?:\.(\d+)(?:-(\d+))?)?")
 CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
@@ -54,17 +60,37 @@ def parse_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> tup
 
     Raises ConfigError that names the entry: the layer does not exist, or the text is invalid.
     """
-    entries = plan.items() if isinstance(plan, Mapping) else _entries(plan)
+    merge_of_plan(plan, depth)
+    entries = [entry for entry in _items(plan) if entry[0].strip() != MERGE]
     kept = KEEP if isinstance(depth, int) else AS_IT_IS
     choices = [Choice(kept)] * (depth if isinstance(depth, int) else sum(depth))
     for layers, text in entries:
-        choice = _choice(str(text), kept)
-        for layer in layer_numbers(str(layers), depth):
+        choice = _choice(text, kept)
+        for layer in layer_numbers(layers, depth):
             choices[layer] = choice
     return tuple(choices)
 
 
-def plan_text(choices: tuple[Choice, ...]) -> str:
+def merge_of_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> str:
+    """Return what a plan does with merges, "keep" or "deformable".
+
+    Raises ConfigError: another word, or a plain vision transformer, which has no merges.
+    """
+    word = AS_IT_IS
+    for layers, text in _items(plan):
+        if layers.strip() != MERGE:
+            continue
+        word = text.strip()
+        if isinstance(depth, int):
+            raise ConfigError(
+                f"plan: 'merge: {word}' is for pyramids; a plain vision transformer merges no tokens"
+            )
+        if word not in (AS_IT_IS, DEFORMABLE):
+            raise ConfigError(f"plan: 'merge: {word}'; {did_you_mean(word, (DEFORMABLE, AS_IT_IS))}")
+    return word
+
+
+def plan_text(choices: tuple[Choice, ...], merge: str = AS_IT_IS) -> str:
     """Return the shortest plan for these choices: one entry for each run of equal layers."""
     entries, start = [], 0
     for choice, run in itertools.groupby(choices):
@@ -72,7 +98,15 @@ def plan_text(choices: tuple[Choice, ...]) -> str:
         last = start + length - 1
         entries.append(f"{start if length == 1 else f'{start}-{last}'}: {choice}")
         start += length
-    return f"*: {choices[0]}" if len(entries) == 1 else "; ".join(entries)
+    if len(entries) == 1:
+        entries = [f"*: {choices[0]}"]
+    return "; ".join(entries if merge == AS_IT_IS else [*entries, f"{MERGE}: {merge}"])
+
+
+def _items(plan: str | Mapping[Any, str]) -> list[tuple[str, str]]:
+    if isinstance(plan, Mapping):
+        return [(str(layers), str(text)) for layers, text in plan.items()]
+    return _entries(plan)
 
 
 def _entries(text: str) -> list[tuple[str, str]]:

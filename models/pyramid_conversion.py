@@ -17,7 +17,8 @@ from .grid_conversion import convert_layer, has_bias
 from .hosting import put_attention, release_layers, remove_attention
 from .initialize import initialize
 from .json_types import JsonDict
-from .layer_plan import AS_IT_IS, NONE, Choice, parse_plan
+from .layer_plan import AS_IT_IS, DEFORMABLE, NONE, Choice, merge_of_plan, parse_plan
+from .merges import merge_deformably
 from .operators import check_choice, create_operator
 
 PARTS = ("bias",)
@@ -38,6 +39,8 @@ def convert_pyramid(
     for part in without:
         if part not in PARTS:
             raise ConfigError(f"without={part!r}; {did_you_mean(part, PARTS)}")
+    if merge_of_plan(plan, depths(student)) == DEFORMABLE:
+        merge_deformably(student)
     changes = _changes(student, plan, weights)
     size = family_of(student).image_size(student)
     if not family_of(student).sized_when_built:

@@ -11,8 +11,11 @@ of odd length loses its last row or column. Shape suffixes: B batch, C channels,
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer_v2 import PatchMerging
 from torch import Tensor, nn
 from torchvision.extension import _has_ops
 from torchvision.ops import deform_conv2d
@@ -31,7 +34,8 @@ class PreciseConv2d(nn.Conv2d):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         weight, bias = (None if each is None else each.to(x_BCHW.dtype) for each in (self.weight, self.bias))
         assert weight is not None
-        return self._conv_forward(x_BCHW, weight, bias)
+        out: Tensor = self._conv_forward(x_BCHW, weight, bias)
+        return out
 
 
 class OffsetConv2d(PreciseConv2d):
@@ -52,7 +56,9 @@ class DeformableConv2d(nn.Conv2d):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return (B, C', h, w) in the type of the input. Half precision cannot hold a place between two pixels."""
-        with torch.autocast(x_BCHW.device.type, enabled=False):
+        device = x_BCHW.device.type
+        available = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if available else nullcontext():
             x = precise(x_BCHW)
             weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
             out = convolve_at(x, self.conv_offset(x), weight, bias)
@@ -65,7 +71,7 @@ class TokenMerging(nn.Module):
     patch_size = (2, 2)
 
     def __init__(self, in_chans: int, out_chans: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.dconv = DeformableConv2d(in_chans, out_chans)
         self.norm_layer = nn.BatchNorm2d(out_chans)
         self.act = nn.GELU()
@@ -75,8 +81,8 @@ class TokenMerging(nn.Module):
         return out.permute(0, 2, 3, 1)
 
 
-class SwinMerging(TokenMerging):
-    """The same for Swin: (B, H, W, C) to (B, h, w, C')."""
+class SwinMerging(TokenMerging, PatchMerging):
+    """The same for Swin: (B, H, W, C) to (B, h, w, C'). timm resizes a stage of Swin V2 only with its own class."""
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         return super().forward(x_BHWC.permute(0, 3, 1, 2))
@@ -95,7 +101,7 @@ def convolve_at(x_BCHW: Tensor, offsets_BThw: Tensor, weight: Tensor, bias: Tens
 
     Where torchvision has none, and in a graph that is exported, it is computed by `convolve_samples`.
     """
-    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
     known = _has_ops() and x_BCHW.device.type in (*HAS_OPERATOR, "meta")
     if exporting or not known:
         return convolve_samples(x_BCHW, offsets_BThw, weight, bias)
@@ -120,4 +126,5 @@ def tap_places(offsets_BThw: Tensor) -> Tensor:
     rows, columns = (torch.arange(size).to(offsets_BThw) for size in offsets_BThw.shape[2:])
     start_2hw = torch.stack(torch.meshgrid(2 * rows, 2 * columns, indexing="ij"))
     taps_42 = torch.tensor(TAPS).to(offsets_BThw)
-    return start_2hw + taps_42[:, :, None, None] + offsets_BThw.unflatten(1, (len(TAPS), 2))
+    places: Tensor = start_2hw + taps_42[:, :, None, None] + offsets_BThw.unflatten(1, (len(TAPS), 2))
+    return places

@@ -11,7 +11,7 @@ from ..attention.base import Geometry
 from ..pvt_layers import PVTBlock
 from ..pvt_v1 import PVT
 from .model_types import vit
-from .site import Family
+from .site import Family, merged_grid
 
 
 class PVTv2(Family):
@@ -30,6 +30,10 @@ class PVTv2(Family):
             [f"stages.{i}.blocks.{j}" for j in range(len(stage.blocks))] for i, stage in enumerate(stages)
         ]
 
+    def merges(self, model: nn.Module) -> list[str]:
+        stages: Any = model.stages
+        return [f"stages.{i}.downsample" for i in range(1, len(stages))]
+
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         """Return the size that the model was resized to, else the size of its published weights."""
         own: Any = getattr(model, "img_size", None)
@@ -42,7 +46,7 @@ class PVTv2(Family):
         embeddings = [stage.downsample or whole.patch_embed for stage in whole.stages]
         found, grid = [], size
         for embedding in embeddings:
-            grid = _after(embedding.proj, grid)
+            grid = merged_grid(embedding, grid)
             found.append(Geometry(0, grid))
         return found
 
@@ -72,12 +76,3 @@ class PVTv1(PVTv2):
 
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         vit(model).set_input_size(img_size=size)
-
-
-def _after(convolution: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width of a convolution's output."""
-    sides: Any = zip(
-        size, convolution.kernel_size, convolution.stride, convolution.padding, strict=True
-    )  # fmt: skip
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
-    return height, width

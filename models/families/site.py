@@ -11,6 +11,7 @@ from torch import nn
 
 from ..attention.base import Geometry, LayerShape
 from ..errors import UnsupportedModelError
+from ..token_merging import TokenMerging
 from .model_types import Block
 
 
@@ -63,6 +64,16 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
+def merged_grid(merge: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of the output of a merge or patch embedding that is a convolution."""
+    convolution = merge.dconv if isinstance(merge, TokenMerging) else merge.proj
+    sides: Any = zip(
+        size, convolution.kernel_size, convolution.stride, convolution.padding, strict=True
+    )  # fmt: skip
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
+    return height, width
+
+
 class Family(ABC):
     """Models of timm that are built in one way. A new family is a file and an entry of `walk.FAMILIES`."""
 
@@ -74,6 +85,13 @@ class Family(ABC):
     """The model has several stages, with fewer tokens in each."""
     sized_when_built = True
     """timm's constructor takes `img_size`, and builds parts for it."""
+    merging: type[TokenMerging] = TokenMerging
+    """Deformable merging with the input and output of this family's merges."""
+
+    def merges(self, model: nn.Module) -> list[str]:
+        """Return the names of the parts that merge tokens, one before each stage but the first."""
+        return []
+
     takes_size = True
     """timm's constructor takes `img_size`."""
 

@@ -11,9 +11,10 @@ from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import nn
 
 from ..attention.base import Geometry
+from ..token_merging import SwinMerging, TokenMerging
 from .model_types import vit
 from .plain import patch_grid
-from .site import Family
+from .site import Family, merged_grid
 
 
 class Swin(Family):
@@ -23,12 +24,17 @@ class Swin(Family):
     models = (SwinTransformer, SwinTransformerV2)
     blocks = (SwinTransformerBlock, SwinTransformerV2Block)
     attentions = (WindowAttentionV1, WindowAttentionV2)
+    merging = SwinMerging
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         layers: Any = model.layers
         return [
             [f"layers.{i}.blocks.{j}" for j in range(len(layer.blocks))] for i, layer in enumerate(layers)
         ]
+
+    def merges(self, model: nn.Module) -> list[str]:
+        layers: Any = model.layers
+        return [f"layers.{i}.downsample" for i in range(1, len(layers))]
 
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         size = vit(model).patch_embed.img_size
@@ -38,10 +44,18 @@ class Swin(Family):
         layers: Any = model.layers
         found, (height, width) = [], patch_grid(vit(model).patch_embed, size)
         for layer in layers:
-            if not isinstance(layer.downsample, nn.Identity):
+            if isinstance(layer.downsample, TokenMerging):
+                height, width = merged_grid(layer.downsample, (height, width))
+            elif not isinstance(layer.downsample, nn.Identity):
                 height, width = -(-height // 2), -(-width // 2)  # timm pads an odd side
             found.append(Geometry(0, (height, width)))
         return found
 
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
-        vit(model).set_input_size(img_size=size)
+        """Resize as timm does; a stage after deformable merging may have fewer tokens than timm expects."""
+        whole: Any = model
+        whole.set_input_size(img_size=size)
+        for layer, geometry in zip(whole.layers, self.geometries(model, size), strict=True):
+            expected, layer.output_resolution = tuple(layer.output_resolution), geometry.grid
+            for block in layer.blocks if expected != geometry.grid else ():
+                block.set_input_size(feat_size=geometry.grid, window_size=block.window_size)

@@ -9,6 +9,7 @@ from timm.models.twins import Twins as TwinsModel
 from torch import nn
 
 from ..attention.base import Geometry
+from ..token_merging import TwinsMerging
 from .site import Family
 
 
@@ -20,10 +21,15 @@ class Twins(Family):
     blocks = (Block,)
     attentions = (GlobalSubSampleAttn, LocallyGroupedAttn)
     sized_when_built = False
+    merging = TwinsMerging
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         stages: Any = model.blocks
         return [[f"blocks.{i}.{j}" for j in range(len(stage))] for i, stage in enumerate(stages)]
+
+    def merges(self, model: nn.Module) -> list[str]:
+        whole: Any = model
+        return [f"patch_embeds.{i}" for i in range(1, len(whole.patch_embeds))]
 
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         whole: Any = model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import graftvit.models.pvt_models  # noqa: F401  registers PVT with timm
 import timm
 import torch
 from torch import Tensor, nn
