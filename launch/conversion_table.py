@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..transfer.analysis.report.tables import aligned
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..models.conversion import ConvertedAttention
 
 
 STARTS = {"all": "copied", "mlp": "attention fresh, rest copied", "none": "fresh"}
@@ -38,8 +41,8 @@ def conversion_table(student: nn.Module, weights: str, calibration: str | None =
         rows.append(
             [str(index), str(layer.choice), f"{new:,}", *costs, *([error] * measured), STARTS[weights]]
         )
-    note = calibration_note("softmax", str(calibration))
-    return aligned(rows, right=(0, 2, 4)) + note * measured + _totals(student, softmax, own)
+    note = calibration_note("softmax", str(calibration)) * measured + fit_notes(layers)
+    return aligned(rows, right=(0, 2, 4)) + note + _totals(student, softmax, own)
 
 
 def _totals(student: nn.Module, softmax: int, own: dict[int, int]) -> str:
@@ -67,6 +70,12 @@ def calibration_note(reference: str, calibration: str) -> str:
     return (
         f"\nerror: of the layer's output against {reference}, before and after calibration on {calibration}\n"
     )
+
+
+def fit_notes(layers: Mapping[int, ConvertedAttention]) -> str:
+    """Return a line for each layer that was fitted, with its measures before and after; none without such layers."""
+    found = [f"fit of layer {index}: {layer.fit}\n" for index, layer in layers.items() if layer.fit]
+    return "".join(["\n", *found] if found else [])
 
 
 def as_number(value: int) -> str:

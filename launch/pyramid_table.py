@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..transfer.analysis.report.tables import aligned
-from .conversion_table import KEPT, STARTS, as_number, as_percent, calibration_note
+from .conversion_table import KEPT, STARTS, as_number, as_percent, calibration_note, fit_notes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +40,7 @@ def pyramid_table(
         place = [str(index), str(site.stage + 1), str(choices[index])]
         rows.append([*place, f"{new:,}" if new else "-", *costs, *([error] * measured), start])
     note = calibration_note("timm's layer", calibration) if calibration is not None else ""
+    note += fit_notes(layers)
     return aligned(rows, right=(0, 1, 3, 5)) + note + _totals(teacher, student, sum(before), sum(after))
 
 

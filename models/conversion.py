@@ -14,8 +14,8 @@ from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
 from . import pvt_models, small  # noqa: F401  registers these models with timm
-from .attention.base import AttentionOperator, LayerShape, Traits
-from .calibration import calibrate_layers
+from .attention.base import AttentionOperator, LayerShape, Projections, Traits
+from .calibration import Finished, calibrate_layers
 from .converted import ConvertedAttention as ConvertedAttention
 from .converted import TokenGrid
 from .converted import converted_layers as converted_layers
@@ -50,6 +50,8 @@ def convert(
     weights: KeptWeights = "all",
     calibration: Tensor | None = None,
     without: Collection[str] = (),
+    seed: int = 0,
+    finished: Finished | None = None,
 ) -> nn.Module:
     """Return a copy of `model` whose layers have the operators of `plan` (`models/layer_plan.py`).
 
@@ -60,16 +62,27 @@ def convert(
         weights: "all" keeps every weight; "mlp" initializes the attention of converted layers again, as timm does for
             the family; "none" initializes every weight again.
         calibration: images (B, 3, H, W), normalized for the model. Operators that can be calibrated are fitted to the
-            output of their layer in `model` on these images, unless this increases the error.
+            output of their layer in `model` on these images, unless this increases the error. Operators that must be
+            fitted before they can run, such as hash, are fitted to the layer's input.
         without: parts of a pyramid's layers to give up where an operator does not take them: "bias", the relative
             position bias.
+        seed: of the draws that fitting makes.
+        finished: keeps the layers that are calibrated, so that a conversion that was killed resumes at the next one.
 
     Raises:
         UnsupportedModelError: the model is not supported, or an operator cannot replace a layer.
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
     if is_pyramid(model):
-        return convert_pyramid(model, plan, weights=weights, calibration=calibration, without=without)
+        return convert_pyramid(
+            model,
+            plan,
+            weights=weights,
+            calibration=calibration,
+            without=without,
+            seed=seed,
+            finished=finished,
+        )
     if without:
         raise ConfigError(
             f"without={','.join(without)} is for pyramids, and {type(model).__name__} is a plain vision transformer: "
@@ -99,12 +112,19 @@ def convert(
         if first.setdefault(str(choice), operator) is not operator:
             operator.share(first[str(choice)])
         _check_layer(student, original, operator.traits, choice, index)
+        operator.adopt(Projections(original))
         like = next(original.parameters())
         blocks[index].attn = ConvertedAttention(original, operator.to(like), choice, tokens)
     if getattr(student, "dynamic_img_size", False):
         vit(student).patch_embed.register_forward_hook(tokens)
     if calibration is not None:
-        calibrate_layers(_softmax_only(sharing_copy(model)), converted_layers(student), calibration)
+        calibrate_layers(
+            _softmax_only(sharing_copy(model)),
+            converted_layers(student),
+            calibration,
+            seed=seed,
+            finished=finished,
+        )
     return student
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attention.base import AttentionOperator, Geometry
+from .attention.base import AttentionOperator, Fit, Geometry
 from .families import NoAttention, blocks_of, image_size, is_pyramid
 from .host import AttentionHost
 from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, plan_text
@@ -64,6 +64,8 @@ class ConvertedAttention(AttentionHost):
         self.tokens = tokens
         self.calibration: tuple[float, float] | None = None
         """Relative output error on the calibration batch, before and after."""
+        self.fit: Fit | None = None
+        """What fitting the operator changed, if it needs a fit."""
 
     @property
     def geometry(self) -> Geometry:  # type: ignore[override]

@@ -9,6 +9,7 @@ from functools import partial
 from .attention.agent import AgentAttention
 from .attention.attention_program import ProgramAttention
 from .attention.base import AttentionOperator, LayerShape
+from .attention.hash import HashAttention
 from .attention.hybrid import HybridAttention
 from .attention.kernel import KernelAttention
 from .attention.linformer import LinformerAttention
@@ -47,6 +48,7 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "uniform": UniformAttention,
     "program": ProgramAttention,
     **{name: partial(ProgramAttention, code=code) for name, code in FOUND.items()},
+    "hash": HashAttention,
 }
 """Constructors by name: the first argument is the `LayerShape`, the others are options."""
 

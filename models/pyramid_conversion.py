@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention.base import AttentionOperator
-from .calibration import calibrate_layers
+from .attention.base import AttentionOperator, Projections
+from .calibration import Finished, calibrate_layers
 from .converted import TokenGrid, choices_of, converted_layers
 from .errors import ConfigError, UnsupportedModelError, did_you_mean
 from .families import Site, check_supported, depths, family_of, is_pyramid, sites
@@ -32,6 +32,8 @@ def convert_pyramid(
     weights: str,
     calibration: Tensor | None,
     without: Collection[str],
+    seed: int = 0,
+    finished: Finished | None = None,
 ) -> nn.Module:
     """Return a copy of a pyramid with the operators of `plan`, as `conversion.convert` describes."""
     student = release_layers(copy.deepcopy(model))
@@ -60,6 +62,7 @@ def convert_pyramid(
         if shared is not operator:
             operator.share(shared)
         check_layer(site, attention, operator, choice, without)
+        operator.adopt(Projections(attention))
         layer = convert_layer(
             attention, operator.to(next(attention.parameters())), choice, tokens[site.stage]
         )
@@ -67,7 +70,7 @@ def convert_pyramid(
     if calibration is not None:
         new = {site.index for site in changes}
         layers = {index: layer for index, layer in converted_layers(student).items() if index in new}
-        calibrate_layers(sharing_copy(model), layers, calibration)
+        calibrate_layers(sharing_copy(model), layers, calibration, seed=seed, finished=finished)
     return student
 
 

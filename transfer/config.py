@@ -78,6 +78,12 @@ class StudentConfig(Section):
         description="operator of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by "
         "default",
     )
+    calibrate: int = Field(
+        0,
+        ge=0,
+        description="training images on which the operators of the plan are fitted and calibrated before the first "
+        "step; hash needs it",
+    )
     init: str | None = Field(
         None,
         description="initial weights: any teacher source, or 'teacher' for the teacher's weights; fresh by "

@@ -26,6 +26,7 @@ EXAMPLES = (
     "graftvit convert vit_base_patch16_224.mae --plan '*: window(window=7); -1: keep' --dry_run",
     "graftvit convert runs/teacher --plan '*: kernel(feature=relu)' --out student --calibrate 64 --dataset digits",
     "graftvit convert hf-hub:facebook/dinov2-base --img_size 518 --plan '*: hybrid' --out hybrid --weights mlp",
+    "graftvit convert pvt_v2_b0 --plan 'stage1: hash' --calibrate 32 --data_path D --out hashed",
     "graftvit convert swin_tiny_patch4_window7_224.ms_in1k --plan 'stage3: linear' --without bias --out swin",
     "graftvit operators   # what a plan can name",
 )
@@ -37,6 +38,8 @@ def run(argv: list[str]) -> int:
     teacher = _source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
     images = _images(config, teacher, arguments.calibrate) if arguments.calibrate else None
     student = _student(teacher, arguments, images, config)
+    if not arguments.dry_run:
+        _check_fitted(student)
     return _write(student, teacher, images, config, arguments)
 
 
@@ -83,9 +86,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
     config = load_config(None, settings)
     _check(arguments.out, arguments.dry_run, arguments.calibrate, config)
+    from ...checkpoints.fitted_layers import only_fitted
     from ...checkpoints.student import refuse_existing
 
-    if arguments.out is not None and not arguments.dry_run:
+    if arguments.out is not None and not arguments.dry_run and not only_fitted(arguments.out):
         refuse_existing(arguments.out, overwrite=arguments.force)
     return arguments, config
 
@@ -130,8 +134,10 @@ def _student(
 ) -> nn.Module:
     import torch
 
+    from ...checkpoints.fitted_layers import FittedLayers
     from ...models.conversion import convert, plan_of
 
+    kept = images is not None and arguments.out is not None and not arguments.dry_run
     torch.manual_seed(config.seed)
     student = convert(
         teacher.model,
@@ -139,10 +145,24 @@ def _student(
         weights=arguments.weights,
         calibration=images,
         without=arguments.without,
+        seed=config.seed,
+        finished=FittedLayers(arguments.out) if kept else None,
     )
     if plan_of(student) is None:
         raise ConfigError(f"--plan {arguments.plan!r} keeps every layer: name an operator other than softmax")
     return student
+
+
+def _check_fitted(student: nn.Module) -> None:
+    """Raise ConfigError for a model that could not run, because operators of it were never fitted."""
+    from ...models.conversion import converted_layers
+
+    choices = [layer.choice for layer in converted_layers(student).values() if not layer.operator.fitted]
+    if choices:
+        raise ConfigError(
+            f"--plan has {choices[0].operator}, which must be fitted to images: give --calibrate N with --dataset or "
+            "--data_path"
+        )
 
 
 def _recovery(out: Path, source: str) -> str:

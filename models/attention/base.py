@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .jacobian import jacobian_rows
+from .projections import Projections as Projections
 from .terms import Term, term_rows
 
 QKV = ("q", "k", "v")
@@ -147,6 +148,18 @@ class Traits:
     constants of its example's grid; a comparison of outputs may miss them where attention is nearly uniform."""
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What fitting an operator changed: its measures by name, before and after."""
+
+    measures: Mapping[str, tuple[float, float]]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {before:.3f} -> {after:.3f}" for name, (before, after) in self.measures.items()
+        )
+
+
 class AttentionOperator(nn.Module, ABC):
     """An operator of a converted layer: `forward` is `attend` plus the local term, if it has one.
 
@@ -216,6 +229,22 @@ class AttentionOperator(nn.Module, ABC):
 
         Most operators start as they do in a conversion of a pretrained model.
         """
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the operator can run; one that must be fitted refuses to run before `fit`."""
+        return True
+
+    def adopt(self, projections: Projections) -> None:
+        """Change the layer's projections in place, at its conversion. Most operators take them as they are."""
+
+    def fit(self, samples: Sequence[Heads], *, seed: int) -> Fit | None:
+        """Learn what task gradients do not reach from batches of the layer's input; the seed decides every draw.
+
+        Without samples, make the operator ready to run without any meaning, for measurements of speed. Most operators
+        have nothing to fit and return None.
+        """
+        return None
 
     def share(self, first: AttentionOperator) -> None:
         """Share parameters with `first`, the operator of the first layer with the same options.

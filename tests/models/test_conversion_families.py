@@ -16,6 +16,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import AttentionOperator, Geometry, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
+from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import (
     ConvertedAttention,
     TokenGrid,
@@ -59,6 +60,13 @@ def images(size: tuple[int, int] = SIZE) -> Tensor:
 
 def plan(operator: str) -> str:
     return f"*: {FIRST[operator]}"
+
+
+def ready(model: nn.Module, plan: str) -> nn.Module:
+    """Convert a model; operators that must be fitted can run."""
+    student = convert(model, plan)
+    fit_at_random(converted_layers(student))
+    return student
 
 
 def save(model: nn.Module, family: str, folder: Path, **changes: Any) -> str:
@@ -110,7 +118,7 @@ def test_every_operator_has_a_case() -> None:
 )
 def test_an_operator_in_a_family(operator: str, family: str, tmp_path: Path) -> None:
     model = teacher(family)
-    student = convert(model, plan(operator)).eval()
+    student = ready(model, plan(operator)).eval()
     train_a_step(student)
     folder = save(student, family, tmp_path / "student")
     logits = student(images())
@@ -142,7 +150,7 @@ def test_softmax_as_an_operator_gives_the_same_bits(family: str) -> None:
 def test_a_mixed_plan_keeps_what_it_keeps(family: str, tmp_path: Path) -> None:
     model = teacher(family, depth=4)
     names = list(FIRST)
-    student = convert(model, f"*: {FIRST[names[0]]}; 1: keep; 3: {FIRST[names[-1]]}").eval()
+    student = ready(model, f"*: {FIRST[names[0]]}; 1: keep; 3: {FIRST[names[-1]]}").eval()
     assert list(converted_layers(student)) == [0, 2, 3]
     kept, own = cast(Any, student).blocks[1], cast(Any, model).blocks[1]
     assert type(kept.attn) is type(own.attn)
@@ -188,7 +196,7 @@ def test_a_relative_bias_is_refused_or_honoured(operator: str, family: str) -> N
     ("family", "prefix"), [("vit_no_prefix", 0), ("vit", 1), ("deit_distilled", 2), ("dinov2_registers", 5)]
 )
 def test_prefix_tokens_are_known_to_the_operator(operator: str, family: str, prefix: int) -> None:
-    student = convert(teacher(family), plan(operator)).eval()
+    student = ready(teacher(family), plan(operator)).eval()
     assert student(images()).isfinite().all()
     for layer in converted_layers(student).values():
         assert layer.geometry == Geometry(prefix, (4, 6))
@@ -197,7 +205,7 @@ def test_prefix_tokens_are_known_to_the_operator(operator: str, family: str, pre
 
 @pytest.mark.parametrize("operator", FIRST)
 def test_a_resized_student_is_saved_as_it_is(operator: str, tmp_path: Path) -> None:
-    student = convert(teacher("vit"), plan(operator)).eval()
+    student = ready(teacher("vit"), plan(operator)).eval()
     resize(student, OTHER)
     folder = save(student, "vit", tmp_path / "student", img_size=OTHER)
     assert torch.equal(loading.load(folder)(images(OTHER)), student(images(OTHER)))
@@ -207,7 +215,7 @@ def test_a_resized_student_is_saved_as_it_is(operator: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("operator", FIRST)
 def test_a_free_image_size_reaches_the_operator(operator: str) -> None:
-    fixed = convert(teacher("vit"), plan(operator)).eval()
+    fixed = ready(teacher("vit"), plan(operator)).eval()
     student = convert(teacher("vit", dynamic_img_size=True), plan(operator)).eval()
     student.load_state_dict(fixed.state_dict())
     assert torch.equal(student(images()), fixed(images()))

@@ -41,6 +41,9 @@ class Case:
             with torch.no_grad():
                 for parameter in operator.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
+            if not operator.fitted:
+                few = Geometry(0, (5, 6))
+                operator.fit([draw(few, torch.float32, heads=heads, width=width, seed=7)], seed=1)
         return operator.to(dtype).eval()
 
 
@@ -129,4 +132,6 @@ CASES = [
     Case("program"),
     Case("program", {"code": "mm(softmax(nt(scale(q) k)) v)", "local_size": 0}),
     *(Case(name) for name in FOUND),
+    Case("hash"),
+    Case("hash", {"bits": 5, "anchors": 7, "mode": "reference"}),
 ]

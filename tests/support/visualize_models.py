@@ -11,6 +11,7 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import AttentionOperator, Heads
+from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
 from PIL import Image
 from torch import Tensor, nn
@@ -31,7 +32,10 @@ def tiny(plan: str | None = None, seed: int = 0, **more: Any) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return (model if plan is None else convert(model, plan)).eval()
+    if plan is not None:
+        model = convert(model, plan)
+        fit_at_random(converted_layers(model))
+    return model.eval()
 
 
 def save(model: nn.Module, folder: Path, **more: Any) -> str:

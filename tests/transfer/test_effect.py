@@ -25,7 +25,7 @@ from graftvit.transfer.engine.run_parts import EVERY_RUN, run_parts
 from torch import Tensor
 
 IN_THE_LOOP = {
-    "student.compile", "teacher.compile", "teacher.dtype", "student.grad_checkpointing",
+    "student.compile", "teacher.compile", "teacher.dtype", "student.grad_checkpointing", "student.calibrate",
     "data.stage", "transfer.cache", "optim.clip_grad", "optim.ema", "optim.recipe_batch", "data.eval_batch_size",
     "engine.precision", "engine.tf32", "engine.fsdp", "teacher.shard", "engine.patience",
     "engine.evaluate_teacher", "engine.evaluate_start", "engine.eval_every",
@@ -50,7 +50,8 @@ OTHER: dict[str, Any] = {
     "teacher.dtype": "bf16", "teacher.compile": True, "teacher.shard": True,
     "teachers": {"other": {"source": "TEACHER"}},
     "student.model": "vit_small_patch16_224", "student.model_args": {**ARGUMENTS, "qk_norm": True},
-    "student.plan": "1: kernel", "student.init": "OTHER", "student.img_size": 16, "student.global_pool": "token",
+    "student.plan": "1: kernel", "student.calibrate": 3, "student.init": "OTHER", "student.img_size": 16,
+    "student.global_pool": "token",
     "student.drop_path": 0.5, "student.pos_embed_std": 0.3, "student.mirror_teacher": True,
     "student.grad_checkpointing": True, "student.compile": True,
     "transfer.method": "attention_output", "transfer.layers": "0", "transfer.heads": [0], "transfer.loss": "kl",

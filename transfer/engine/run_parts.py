@@ -169,6 +169,12 @@ def _student_parts(mode: Mode) -> list[Part]:
             student.plan is not None or whole is not None,
             "without converted layers: leave it out, or set student.plan",
         ),
+        Part(
+            "new operators",
+            frozenset({"student.calibrate"}),
+            student.plan is not None,
+            "without new operators: leave it out, or set student.plan",
+        ),
     ]
 
 

@@ -24,6 +24,7 @@ from .elastic import GlobalBatch, describe, settle
 from .ema import WeightAverage
 from .fence import Fence
 from .finish import export_students
+from .fit_operators import fit_operators
 from .loop import Loop
 from .measure_features import leave_to_us, measure_features
 from .meters import Meters
@@ -96,6 +97,8 @@ def train(config: RunConfig) -> RunResult:
         early = _signal(signals, group)
         if early is not None:
             return _unbegun(config, state, early)
+        if state is None:
+            fit_operators(here, parts, accelerator)
         run_state, schedule = _prepare(config, accelerator, group, parts, fence, batch)
         if state is None:
             measure_features(here, parts, accelerator)

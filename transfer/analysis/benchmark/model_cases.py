@@ -11,7 +11,8 @@ from torch import nn
 from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
 from ....checkpoints.timm_models import build, check_name
-from ....models.conversion import convert, layer_macs
+from ....models.calibration import fit_at_random
+from ....models.conversion import convert, converted_layers, layer_macs
 from ....models.errors import ConfigError
 from ....models.families import attention_blocks, patch_size
 from .cases import DTYPES, Case, Row, Ways
@@ -65,6 +66,7 @@ def measure_model(case: Case, repeats: int) -> Row:
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     softmax = load_model(case.source, case.size)
     student = convert(softmax, case.name)
+    fit_at_random(converted_layers(student))
     softmax, student = (model.to(device, dtype).requires_grad_(case.backward) for model in (softmax, student))
     torch.manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype)

@@ -78,6 +78,7 @@ def measure_operator(case: Case, layer: Layer, repeats: int) -> Row:
     softmax, operator = (
         create_operator(choice_of(name), shape).to(device, dtype).eval() for name in (SOFTMAX, case.name)
     )
+    operator.fit([], seed=0)
     heads = _draw(shape, case.batch, device, dtype)
     steps = [
         _step(each, heads, case.backward, each.parameters()) for each in (softmax, compiled(operator, case))

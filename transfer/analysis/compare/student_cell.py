@@ -15,6 +15,7 @@ from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....checkpoints.timm_models import published_config
 from ....models.attention.base import AttentionOperator
+from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
 from ....models.families import attention_blocks
 from ....models.json_types import JsonDict
@@ -158,7 +159,11 @@ def speed_models(config: RunConfig, plan: str | None, size: int) -> tuple[nn.Mod
     """Build a softmax model and the student with random weights, which are as fast as trained ones."""
     torch.manual_seed(0)
     softmax = fresh_model(config, None, size)
-    return softmax, softmax if plan is None else convert(softmax, plan)
+    if plan is None:
+        return softmax, softmax
+    student = convert(softmax, plan)
+    fit_at_random(converted_layers(student))
+    return softmax, student
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

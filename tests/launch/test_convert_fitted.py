@@ -1,0 +1,71 @@
+"""`graftvit convert` with an operator that must be fitted: what it prints and refuses, and kill -9."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import graftvit
+import pytest
+import torch
+from engine_runs import make_teacher
+from graftvit.launch.cli import main
+
+KILLED = """
+import os, signal, sys
+from graftvit.checkpoints.fitted_layers import FittedLayers
+save = FittedLayers.save
+def save_and_die(self, index, key, layer):
+    save(self, index, key, layer)
+    os.kill(os.getpid(), signal.SIGKILL)
+FittedLayers.save = save_and_die
+from graftvit.launch.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+DIGITS = ("--calibrate", "6", "--dataset", "digits")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    return str(make_teacher(tmp_path / "teacher"))
+
+
+def test_the_table_has_the_fit_of_each_layer(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    plan = "*: hash(anchors=7); 0: softmax"
+    assert main(["convert", teacher, "--plan", plan, "--out", str(out), *DIGITS]) == 0
+    said = capsys.readouterr().out
+    assert "fit of layer 1: objective " in said
+    assert "fit of layer 0" not in said
+    assert graftvit.load(str(out))(torch.zeros(1, 1, 8, 8)).isfinite().all()
+    assert not (out / "fit").exists()
+
+
+def test_a_model_that_could_not_run_is_not_written(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", teacher, "--plan", "1: hash", "--out", str(tmp_path / "out")]) == 2
+    assert "--plan has hash, which must be fitted to images: give --calibrate N" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_gives_the_same_bits(teacher: str, tmp_path: Path) -> None:
+    words = ["convert", teacher, "--plan", "*: hash(anchors=7)", *DIGITS, "--seed", "3"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    killed = tmp_path / "killed"
+    for finished in (1, 2):
+        command = [sys.executable, "-c", KILLED, *words, "--out", str(killed)]
+        died = subprocess.run(command, capture_output=True, env=dict(os.environ), check=False)
+        assert died.returncode == -signal.SIGKILL
+        assert len(list((killed / "fit").glob("layer*.safetensors"))) == finished
+    assert main([*words, "--out", str(killed)]) == 0
+    assert not (killed / "fit").exists()
+    assert (killed / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()

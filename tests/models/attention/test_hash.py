@@ -1,0 +1,234 @@
+"""Hashed attention: the published numbers, the dense form on its codes, its gradient, and what fitting does."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from graftvit.models.attention.base import Geometry, Heads, LayerShape
+from graftvit.models.attention.hash import HashAttention
+from graftvit.models.attention.hash_fit import by_gradient, learn_bits, similar_pairs
+from graftvit.models.errors import ConfigError, UnsupportedModelError
+from graftvit.models.layer_plan import Choice
+from graftvit.models.operators import create_operator
+from graftvit.transfer.analysis.benchmark.timing import counted_macs
+from operator_cases import draw
+from torch import Tensor
+
+SMALL = Geometry(1, (3, 5))
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.tensor(np.random.RandomState(seed).standard_normal(shape), dtype=torch.float32)
+
+
+def named(key: str, *shape: int) -> Tensor:
+    """The spec's draw for a key of the published code."""
+    return normal(zlib.crc32(key.encode()), *shape)
+
+
+def only(q: Tensor, v: Tensor) -> Heads:
+    return Heads(q, None, v, None, 1.0)
+
+
+def fitted(geometry: Geometry = SMALL, seed: int = 0, **options: object) -> HashAttention:
+    operator = HashAttention(LayerShape(2, 8, geometry), **options)  # type: ignore[arg-type]
+    operator.fit([draw(Geometry(0, (5, 6)), torch.float32, seed=3)], seed=seed)
+    return operator.double()
+
+
+def test_attention_of_the_published_code() -> None:
+    """Golden values of EcoFormer's module: 64 channels, two heads, 49 tokens."""
+    operator = HashAttention(LayerShape(2, 32, Geometry(0, (7, 7))), mode="reference")
+    hashes = "fast_attention.ksh"
+    operator.weight.copy_(named(f"{hashes}.A", 2, 16, 25))
+    operator.mean.copy_(0.5 + 0.05 * named(f"{hashes}.mvec", 1, 2, 1, 25)[0, :, 0])
+    operator.anchors.copy_(F.normalize(named(f"{hashes}.anchor", 1, 2, 25, 32)[0], dim=-1))
+    x = normal(1, 2, 49, 64)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, named(f"{name}.weight", 64, 64) / 8, 0.05 * named(f"{name}.bias", 64))
+
+    q, v = (linear(name, x).unflatten(2, (2, 32)).transpose(1, 2) for name in ("to_qk", "to_v"))
+    out = linear("proj", operator(only(q, v)).transpose(1, 2).flatten(2))
+    wanted = [0.029204, -0.000624, -0.131941, -0.069126, 0.095423, 0.070532, 0.067501, 0.039182]
+    torch.testing.assert_close(out[0, 0, :8], torch.tensor(wanted), atol=2e-5, rtol=0)
+    assert float(out.sum()) == pytest.approx(-119.24393, abs=1e-3)
+
+
+def test_fitting_of_the_published_code() -> None:
+    """Golden values: one decision for all heads, anchors that are the first tokens of the first image."""
+    u = F.normalize(normal(2, 2, 2, 60, 8), dim=-1)
+    start = normal(3, 2, 16, 25)
+    operator = HashAttention(
+        LayerShape(2, 8, Geometry(0, (6, 10))), mode="reference", fitting="published", start="q"
+    )
+    operator.anchors.copy_(u[0, :, :25])
+    operator.mean.zero_()
+    operator.mean.copy_(operator._features(u).mean((0, 2)))
+    torch.testing.assert_close(
+        operator.mean[0, :4], torch.tensor([0.624493, 0.624621, 0.624158, 0.609632]), atol=1e-5, rtol=0
+    )
+    learned, accepted = learn_bits(operator._features(u), similar_pairs(u), start, by_gradient, by_head=False)
+    assert accepted.int().tolist() == [[bit, bit] for bit in (0, 1, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1, 1)]
+    assert float((learned - start).norm()) == pytest.approx(0.42597, abs=1e-4)
+    assert float(learned.sum()) == pytest.approx(11.7735, abs=1e-3)
+    wanted = torch.tensor([-0.704166, 0.652933, -0.171185, -0.776402])
+    torch.testing.assert_close(learned[0, 1, :4], wanted, atol=1e-5, rtol=0)
+    assert "objective 0.651 -> 0.645" in str(operator.learn(u, start))
+    torch.testing.assert_close(operator.weight, learned)
+    codes = operator.codes(only(u, u))
+    assert codes.sum() == -56
+    assert "".join("+" if bit > 0 else "-" for bit in codes[0, 0, 0]) == "-+-++-+--+++--+-"
+    out = operator(only(u, u))
+    wanted = torch.tensor(
+        [-0.077494, -0.060853, -0.099911, 0.09871, -0.036989, -0.039226, 0.018384, -0.075745]
+    )
+    torch.testing.assert_close(out[0, 0, 0], wanted, atol=1e-5, rtol=0)
+    assert float(out.sum()) == pytest.approx(-0.42483, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference"])
+@pytest.mark.parametrize("geometry", [SMALL, Geometry(0, (7, 9)), Geometry(0, (1, 1))], ids=str)
+def test_it_is_dense_kernel_attention_on_the_codes(mode: str, geometry: Geometry) -> None:
+    operator, heads = fitted(mode=mode), draw(geometry)
+    z, v = operator.codes(heads), heads.values()
+    assert (z.abs() == 1).all()
+    kernel = z @ z.transpose(2, 3) + 17
+    assert (kernel >= 1).all()
+    weights = kernel / kernel.sum(-1, keepdim=True)
+    if mode == "reference":
+        own = z @ z.transpose(2, 3) + 17 * torch.eye(v.shape[2], dtype=v.dtype)
+        weights = own / kernel.sum(-1, keepdim=True)
+    torch.testing.assert_close(operator(heads), weights @ v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(operator.matrix(heads), weights, rtol=1e-12, atol=1e-12)
+
+
+def test_codes_are_those_of_gaussian_kernels() -> None:
+    """The equations token by token, with σ² of each image and head by itself."""
+    operator, heads = fitted(bits=3, anchors=4), draw(SMALL)
+    codes, (q, _) = operator.codes(heads), heads.qk()
+    for image in range(2):
+        for head in range(2):
+            u = q[image, head] / q[image, head].norm(dim=-1, keepdim=True)
+            distance = torch.cdist(u, operator.anchors[head]).square()
+            kernel = torch.exp(-distance / (2 * distance.mean())) - operator.mean[head]
+            assert torch.equal((kernel @ operator.weight[head].T).sign(), codes[image, head])
+
+
+def test_the_gradient_passes_where_y_is_small() -> None:
+    operator, heads = fitted(), draw(SMALL)
+    q = heads.qk()[0].requires_grad_()
+    upstream = torch.randn(2, 2, SMALL.num_tokens, 16, dtype=torch.float64)
+    found = torch.autograd.grad(operator.codes(only(q, q)), q, upstream)[0]
+    y = operator._features(F.normalize(q, dim=-1)) @ operator.weight.transpose(1, 2)
+    passed = torch.where(y.abs() < 1, upstream, 0.0)
+    assert 0 < (y.abs() >= 1).double().mean() < 0.5
+    torch.testing.assert_close(found, torch.autograd.grad(y, q, passed)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_token_of_zeros_has_no_direction_and_harms_nobody() -> None:
+    operator, heads = fitted(), draw(SMALL)
+    q = heads.qk()[0]
+    q[0, 0, 3] = 0
+    assert operator(only(q, heads.values())).isfinite().all()
+
+
+def test_cost_is_linear_from_196_to_12544_tokens() -> None:
+    counts = {}
+    for side in (14, 28, 56, 112):
+        geometry = Geometry(0, (side, side))
+        operator = HashAttention(LayerShape(1, 64, geometry))
+        operator.fit([], seed=0)
+        q = torch.randn(1, 1, side * side, 64)
+        counts[side * side] = counted_macs(lambda op=operator, q=q: op(only(q, q)))  # type: ignore[misc]
+        assert counts[side * side] == operator.macs(geometry)
+    assert list(counts) == [196, 784, 3136, 12544]
+    assert len({count / tokens for tokens, count in counts.items()}) == 1
+
+
+def test_an_operator_that_was_never_fitted_says_so() -> None:
+    operator = HashAttention(LayerShape(2, 8, SMALL))
+    assert not operator.fitted
+    with pytest.raises(
+        UnsupportedModelError, match=r"are not fitted: give --calibrate N .* student.calibrate=N"
+    ):
+        operator(draw(SMALL, torch.float32))
+    trained = fitted().float()
+    operator.load_state_dict(trained.state_dict())
+    assert operator.fitted
+    assert torch.equal(operator(draw(SMALL, torch.float32)), trained(draw(SMALL, torch.float32)))
+    operator.load_state_dict(HashAttention(LayerShape(2, 8, SMALL)).state_dict())
+    assert not operator.fitted
+
+
+def test_values_are_looked_at_until_the_operator_is_known_to_be_fitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Looking at a value waits for a GPU."""
+    operator = fitted()
+    operator(draw(SMALL))
+    looked: list[bool] = []
+    monkeypatch.setattr(Tensor, "any", lambda self: looked.append(True))
+    operator(draw(SMALL))
+    assert not looked
+
+
+@pytest.mark.parametrize("fitting", ["eigen", "published"])
+def test_the_seed_decides_the_fit(fitting: str) -> None:
+    one, again, other = (fitted(seed=seed, fitting=fitting).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_eigenvectors_fit_better_than_the_published_steps() -> None:
+    samples = [draw(Geometry(0, (14, 14)), torch.float32, width=16, seed=5)]
+    measures = {}
+    for fitting in ("eigen", "published"):
+        operator = HashAttention(LayerShape(2, 16, Geometry(0, (14, 14))), fitting=fitting)
+        measures[fitting] = operator.fit(samples, seed=0).measures
+    for before, after in (each["objective"] for each in measures.values()):
+        assert after < before
+    assert measures["eigen"]["objective"][1] < measures["published"]["objective"][1]
+    assert 0 < measures["published"]["accepted"][1] <= 1
+
+
+def test_anchors_are_tokens() -> None:
+    """As published, of the first image and in the same places for all heads; else of all images, head by head."""
+    sample = draw(Geometry(0, (5, 6)), torch.float32, seed=3)
+    u = F.normalize(sample.qk()[0], dim=-1)
+    places = {}
+    for fitting in ("eigen", "published"):
+        operator = fitted(fitting=fitting).float()
+        same = (operator.anchors[:, :, None, None] - u.transpose(0, 1)[:, None]).abs().amax(-1) < 1e-6
+        found = same.nonzero()  # head, anchor, image, token
+        assert len(found) == 2 * 25
+        places[fitting] = found.view(2, 25, 4)[..., 2:]
+    assert (places["published"][..., 0] == 0).all()
+    assert torch.equal(*places["published"])
+    assert len(places["eigen"][..., 0].unique()) == 2
+    assert not torch.equal(*places["eigen"])
+
+
+def test_too_few_tokens_for_the_anchors_are_refused() -> None:
+    operator = HashAttention(LayerShape(2, 8, SMALL), anchors=70)
+    with pytest.raises(ConfigError, match="anchors=70 of the operator hash are drawn from 60 tokens"):
+        operator.fit([draw(Geometry(0, (5, 6)), torch.float32)], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 0}, "bits=0; write a whole number"),
+        ({"anchors": 2.5}, "anchors=2.5"),
+        ({"mode": "exakt"}, "did you mean 'exact'"),
+        ({"fitting": "best"}, "valid: eigen, published"),
+        ({"start": "v"}, "valid: k, mean, q, symmetric"),
+    ],
+)
+def test_invalid_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_operator(Choice("hash", options), LayerShape(2, 8, SMALL))

@@ -1,0 +1,82 @@
+"""Fit and calibrate the operators of a new student on training images, before its first step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from ...checkpoints.fitted_layers import FittedLayers
+from ...models.attention.base import Projections
+from ...models.calibration import calibrate_layers, fit_layers
+from ...models.conversion import converted_layers
+from ...models.families import family_of, sites
+from ...models.pyramid_conversion import sharing_copy
+from ..config import RunConfig
+from ..data.randomness import preserved
+from ..data.sample import sample_images
+from .build import Parts
+from .modes import mode_of
+from .teacher_checks import sharded_teachers
+
+logger = logging.getLogger(__name__)
+
+
+def fit_operators(config: RunConfig, parts: Parts, accelerator: Accelerator) -> None:
+    """Fit the student's operators on `student.calibrate` images; the random generators stay as they were.
+
+    A student that starts from weights sees the inputs of its teacher's layers, if they have the same shapes, and a
+    layer that is finished is kept in `output_dir/fit`. Else each layer that was never fitted sees what the student
+    itself gives it. Every process
+    fits on the same images, and then takes the first one's numbers: devices of two kinds round differently.
+
+    Raises DataError: there are no images. ConfigError: an operator cannot be fitted on so few.
+    """
+    student = parts.task.trainable
+    layers = converted_layers(student) if config.student.calibrate else {}
+    if not layers:
+        return
+    starts = mode_of(config).starting_source is not None
+    teacher = parts.loaded.model if parts.loaded is not None and starts else None
+    if teacher is not None and not _alike(teacher, student):
+        teacher = None
+    alone = config.engine.fsdp or sharded_teachers(config)
+    device = torch.device("cpu") if alone else accelerator.device
+    student.to(device)
+    images = sample_images(config.data, parts.spec, config.student.calibrate, seed=config.seed).to(device)
+    if starts:
+        for layer in layers.values():
+            if not layer.operator.fitted:
+                layer.operator.adopt(Projections(layer.original))
+    with preserved():
+        if teacher is not None:
+            taught = sharing_copy(teacher) if device.type == "cpu" else copy.deepcopy(teacher).to(device)
+            kept = FittedLayers(config.output_dir) if accelerator.is_main_process else None
+            calibrate_layers(taught, layers, images, seed=config.seed, finished=kept)
+        else:
+            unfitted = {index: layer for index, layer in layers.items() if not layer.operator.fitted}
+            fit_layers(student, unfitted, images, config.seed)
+    for index, layer in layers.items():
+        if layer.fit is not None:
+            logger.info("fit of layer %d on %d images: %s", index, len(images), layer.fit)
+        if accelerator.num_processes > 1:
+            for tensor in layer.operator.state_dict().values():
+                _take_first(tensor, accelerator)
+
+
+def _alike(teacher: nn.Module, student: nn.Module) -> bool:
+    """Return whether every layer of the student has one of the same shape in its place in the teacher."""
+    if family_of(teacher) is not family_of(student):
+        return False
+    return [site.shape for site in sites(teacher)] == [site.shape for site in sites(student)]
+
+
+def _take_first(tensor: torch.Tensor, accelerator: Accelerator) -> None:
+    """Set a tensor to the numbers of the first process."""
+    there = tensor.detach().to(accelerator.device)
+    dist.broadcast(there, 0)
+    tensor.data.copy_(there)
