@@ -18,7 +18,8 @@ from ..checkpoints.regular_files import read_regular
 from ..models.errors import ConfigError, did_you_mean
 from ..models.json_types import Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
-from ..transfer.config import RunConfig
+from ..transfer.config import LossConfig, RunConfig
+from ..transfer.loss_config import describes_single_loss
 from ..transfer.section import Section
 from .fields import ALIASES, Leaf, entry_section, find_key, find_stage_key, leaf_of, leaves, sections, unknown
 from .official_words import check_finetune, check_value
@@ -245,7 +246,16 @@ def _validate(settings: Sequence[Setting], stage: str = "") -> RunConfig:
         given = {leaf_of(setting.key).key: _of_whole_list(setting) for setting in settings}
         raise _explain(error, values, given) from error
     check_finetune(settings, ALIASES, config.mode)
+    _check_single_loss(settings, config)
     return config
+
+
+def _check_single_loss(settings: Sequence[Setting], config: RunConfig) -> None:
+    """Raise ConfigError for a typed setting of a single loss beside `transfer.losses`, even where it is a default."""
+    single = {f"transfer.{name}" for name in LossConfig.model_fields}
+    for setting in settings if config.transfer.losses else ():
+        if not setting.layer and setting.key in single:
+            raise ConfigError(describes_single_loss(setting.origin, setting.key.rpartition(".")[2]))
 
 
 def _of_whole_list(setting: Setting) -> Setting:

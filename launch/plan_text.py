@@ -6,6 +6,8 @@ import os
 
 from torch import nn
 
+from ..checkpoints.publish.card_text import MATCHES
+from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.errors import counted
 from ..transfer.config import RunConfig
 from ..transfer.data.archives import is_packed
@@ -14,7 +16,7 @@ from ..transfer.engine.elastic import describe
 from ..transfer.engine.modes import mode_of
 from ..transfer.engine.optim import describe_batch, peak_learning_rate
 from ..transfer.engine.resume_check import changes, describe_changes
-from ..transfer.engine.tasks import TransferTask
+from ..transfer.engine.tasks import AlignTask, TransferTask
 from .memory import describe_memory, parameter_count
 
 
@@ -39,6 +41,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("student", _student_words(run)),
         ("images", run.parts.spec.describe()),
         ("transfer", _transfer_words(run)),
+        ("alignment", _alignment_words(run)),
         ("targets", "" if run.targets is None else run.targets.describe()),
         ("trained", _trained_words(run)),
         ("data", _data_words(run)),
@@ -86,10 +89,10 @@ def _is_empty(model: nn.Module) -> bool:
 def _student_words(run: DryRun) -> str:
     plan, start = run.parts.plan, mode_of(run.config).starting_source or "fresh weights"
     count, classes = parameter_count(run.parts.task.backbone), plan.arguments["num_classes"]
-    return (
-        f"{plan.architecture}: {count / 1e6:.1f} M parameters, "
-        f"{f'{classes} classes' if classes else 'no head'}, from {start}"
-    )
+    name = plan.architecture
+    if name == CONVERTED:
+        name = f"{plan.arguments['architecture']} converted by '{plan.arguments['plan']}'"
+    return f"{name}: {count / 1e6:.1f} M parameters, {f'{classes} classes' if classes else 'no head'}, from {start}"
 
 
 def _transfer_words(run: DryRun) -> str:
@@ -101,7 +104,11 @@ def _transfer_words(run: DryRun) -> str:
         settings, name = term.settings, f"loss {term.label}: " if term.label else "loss: "
         if term.method.copies:
             continue
-        over = f"the {settings.reduction} over layers" if term.method.uses_layers else term.method.name
+        over = (
+            f"the {settings.reduction} over layers"
+            if term.method.uses_layers
+            else " + ".join(term.method.loss_names(settings)).join(("(", ")"))
+        )
         loss = f"{name}{settings.weight:g} x {over}"
         if settings.temperature != 1:
             loss += f", temperature {settings.temperature:g}"
@@ -112,12 +119,24 @@ def _transfer_words(run: DryRun) -> str:
         if settings.rows < 1:
             loss += f", {settings.rows:.0%} of the query rows"
         lines.append(loss)
+    losses = [term.settings for term in task.dual.terms if not term.method.copies]
+    if losses and not any(settings.weight for settings in losses):
+        lines.append("note: no teacher teaches, because the weight of each transfer loss is 0")
     if task.dual.needs_teacher:
         count = parameter_count(task.dual.teacher_part)
         lines.append(
             f"the student is saved with the part of its teacher that it needs, {count / 1e6:.1f} M parameters"
         )
     return "\n".join(lines)
+
+
+def _alignment_words(run: DryRun) -> str:
+    task = run.parts.task
+    if not isinstance(task, AlignTask):
+        return ""
+    layers = ", ".join(map(str, task.alignment.layers))
+    match = run.config.align.match
+    return f"layers {layers} learn on the inputs of the teacher's layers; match={match}: {MATCHES[match]}"
 
 
 def _trained_words(run: DryRun) -> str:
@@ -157,7 +176,8 @@ def _rate_words(run: DryRun) -> str:
     if schedule is not None:
         peak, effective = schedule.peak, schedule.effective_batch
     why = f"blr {optim.blr:g} x {effective} / 256" if optim.lr is None else "as given"
-    return f"{peak:g} ({why}), down to {min(optim.min_lr, peak):g}; layer decay {optim.layer_decay:g}"
+    words = f"{peak:g} ({why}), down to {min(optim.min_lr, peak):g}; layer decay {optim.layer_decay:g}"
+    return words if optim.new_scale == 1 else f"{words}; x {optim.new_scale:g} for what the conversion added"
 
 
 def _length_words(run: DryRun) -> str:

@@ -71,6 +71,11 @@ def parse_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> tup
     return tuple(choices)
 
 
+def operators_in(plan: str) -> set[str]:
+    """Return the names of the operators in the text of a plan. Raises ConfigError: the text is invalid."""
+    return {_choice(text, KEEP).operator for layers, text in _items(plan) if layers.strip() != MERGE}
+
+
 def merge_of_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> str:
     """Return what a plan does with merges, "keep" or "deformable".
 

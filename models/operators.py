@@ -52,6 +52,9 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
 }
 """Constructors by name: the first argument is the `LayerShape`, the others are options."""
 
+BUILT_IN = frozenset(OPERATORS)
+"""The operators of this package, without registered ones."""
+
 MOST = 16_384
 """The largest value of a numeric option: a plan may come from an untrusted file."""
 

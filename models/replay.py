@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from .errors import TransferError
 from .families import attention_blocks
 
-_State = tuple[bool, list[tuple[int, ...]], list[tuple[int, int, int]]]
+_State = tuple[bool, list[tuple[int, ...]], list[tuple[int, ...]]]
 
 
 class Moment(Protocol):
@@ -86,5 +86,8 @@ def _state(block: nn.Module) -> _State:
     parts = [(id(module), *module._forward_hooks) for module in modules]
     if isinstance(block, FSDPModule):  # it gathers its parameters in between
         return block.training, parts, []
-    weights = [(id(each), each._version, each.data_ptr()) for each in block.parameters()]
+    weights = [
+        (id(each), each._version, each.untyped_storage()._cdata, each.storage_offset())
+        for each in block.parameters()
+    ]
     return block.training, parts, weights

@@ -124,8 +124,13 @@ class TransferConfig(LossConfig):
             name for name, field in LossConfig.model_fields.items() if getattr(self, name) != field.default
         ]
         if self.losses and short:
-            raise ValueError(
-                f"transfer.{short[0]} describes a single loss and cannot be used with transfer.losses: write "
-                f"{short[0]} into an entry of transfer.losses"
-            )
+            raise ValueError(describes_single_loss(f"transfer.{short[0]}", short[0]))
         return self
+
+
+def describes_single_loss(given: str, name: str) -> str:
+    """Return why the setting `name`, which the user wrote as `given`, is refused beside `transfer.losses`."""
+    return (
+        f"{given} describes a single loss and cannot be used with transfer.losses: write {name} into an entry of "
+        "transfer.losses"
+    )

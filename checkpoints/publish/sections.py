@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
 from ...models.copying.copying_operators import COPIES
+from ...models.errors import ConfigError
 from ...models.json_types import Json
+from ...models.layer_plan import AS_IT_IS, NONE, operators_in
+from ...models.operators import BUILT_IN
 from ...models.plain_yaml import write_yaml
 from ..copying_students import BARE_WORDS
 from ..licenses import normalize
@@ -65,18 +68,18 @@ def load_lines(config: Json, facts: CardFacts) -> list[str]:
 
 
 def needs_graftvit(config: Json, facts: CardFacts) -> bool:
-    """Whether timm alone cannot load it."""
+    """Return whether timm alone cannot load it."""
     return is_ours(str(config.get("architecture"))) or facts.sharded
 
 
 def classes(config: Json) -> int:
-    """How many classes the student has, 0 for none."""
+    """Return how many classes the student has, 0 for none."""
     count = config.get("num_classes")
     return count if isinstance(count, int) else 0
 
 
 def measured(config: Json) -> dict[str, float]:
-    """The recorded results that are numbers."""
+    """Return the recorded results that are numbers."""
     return {
         key: float(value)
         for key, value in section(section(config, KEY), "results").items()
@@ -132,12 +135,29 @@ def _loading(config: Json, facts: CardFacts) -> str:
     rows.append(("output", f"logits of {classes(config)} classes" if classes(config) else "features"))
     block = fenced("\n".join(load_lines(config, facts)), "python")
     rows += _cost_rows(config)
+    outside = ", ".join(map(code, _outside_operators(config)))
+    if outside:
+        rows.append(
+            ("operators of another package", f"{outside}: first import the package that registers them")
+        )
     note = f"**It is {BARE_WORDS}.**" if _is_bare(config) else ""
     return f"{needs}\n\n{block}\n\n{table(rows)}\n{note}"
 
 
+def _outside_operators(config: Json) -> list[str]:
+    """Return the operators of a converted student that graftvit does not have itself."""
+    if config.get("architecture") != CONVERTED:
+        return []
+    try:
+        return sorted(
+            operators_in(str(section(config, "model_args").get("plan"))) - BUILT_IN - {AS_IT_IS, NONE}
+        )
+    except ConfigError:  # not written by graftvit
+        return []
+
+
 def _cost_rows(config: Json) -> list[tuple[str, str]]:
-    """What a copying student and the part of its teacher cost; nothing for the others."""
+    """Return what a copying student and the part of its teacher cost; nothing for the others."""
     cost, names = (
         section(section(config, KEY), COST),
         {"student": "the student itself", "teacher": "the part of its teacher"},
@@ -170,7 +190,7 @@ def _making(config: Json, describe: DescribeTransfer) -> str:
 
 
 def _part_rows(made: Json) -> list[tuple[str, str]]:
-    """Which weights of the run these are."""
+    """Return which weights of the run these are."""
     parts = {"student": "the weights", "ema": "the moving average of the weights"}
     part, step, picked = parts.get(str(made.get("part"))), made.get("step"), made.get(PICKED)
     after = "" if step is None else f" after step {number(step)}"
@@ -179,7 +199,8 @@ def _part_rows(made: Json) -> list[tuple[str, str]]:
 
 
 def _origin(key: str, made: Json, recipe: Json) -> list[tuple[str, str]]:
-    """Where weights came from that it learned from (`teacher`, or the name of another) or started from (`init`)."""
+    """Return where weights came from that it learned from (`teacher`, or the name of another) or started from
+    (`init`)."""
     name = {"teacher": "teacher", "init": "start"}.get(key) or f"teacher {code(key)}"
     origin = section(made, key)
     if not origin:

@@ -228,6 +228,17 @@ def test_a_mistake_within_a_list_of_sections_is_named(word: str, sentence: str, 
 TWO = "losses=[{method: distill, layers: 1}, {method: feature, weight: 5}]"
 
 
+def test_a_setting_of_a_single_loss_over_a_list_is_refused_even_with_its_default(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("transfer: {losses: [{method: distill}, {method: feature}]}\n")
+    for word in ("method=distill", "transfer.weight=3.0"):
+        with pytest.raises(ConfigError, match=r"single loss and cannot be used with transfer\.losses: write"):
+            load_config(tmp_path / "two.yaml", [word])
+    assert load_config(tmp_path / "two.yaml", ["losses=[]", "method=distill"]).transfer.losses == []
+    written = tmp_path / "config.yaml"
+    written.write_text(dump_config(load_config(tmp_path / "two.yaml")))
+    assert len(load_config(written).transfer.losses) == 2
+
+
 @pytest.mark.parametrize("word", ["transfer.losses[1].weight=2", "losses[1].weight=2"])
 def test_a_setting_of_one_entry_of_a_list(word: str) -> None:
     first, second = load_config(None, [TWO, word]).transfer.losses

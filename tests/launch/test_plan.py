@@ -117,6 +117,63 @@ def test_modes_without_transfer(mode: str, teacher: str) -> None:
     assert ("no head" in plan["student"]) == (mode == "pretrain")
 
 
+def test_the_plan_of_an_alignment_names_what_learns_and_from_what(teacher: str) -> None:
+    words = [
+        f"model={teacher}",
+        "mode=align",
+        f"teacher={teacher}",
+        "plan=*: linear; 0: softmax",
+        "match=map",
+    ]
+    plan = rows(describe_plan(load_config(None, [*words, "new_scale=5", "dataset=digits", "device=cpu"])))
+    assert "vit_tiny_patch16_224 converted by '*: linear; 0: softmax'" in plan["student"]
+    assert plan["alignment"].startswith("layers 1, 2, 3 learn")
+    assert "match=map: the attention map, exactly" in plan["alignment"]
+    assert "x 5 for what the conversion added" in plan["learning rate"]
+
+
+def test_the_plan_adds_the_losses_of_a_feature_and_notes_a_teacher_of_no_weight(teacher: str) -> None:
+    def transfer(weight: float) -> str:
+        losses = (
+            f"losses=[{{method: feature, tokens: both, weight: {weight}}}, {{method: distill, weight: 0}}]"
+        )
+        overrides = [*STUDENT, f"teacher={teacher}", "dataset=digits", losses]
+        return rows(describe_plan(load_config(None, overrides)))["transfer"]
+
+    assert "loss feature: 2 x (feature + patches)" in transfer(2)
+    assert "no teacher teaches" not in transfer(2)
+    assert "no teacher teaches" in transfer(0)
+
+
+def test_a_teacher_from_which_nothing_starts_is_refused(teacher: str) -> None:
+    words = [*STUDENT, "mode=finetune", f"teacher={teacher}", "dataset=digits"]
+    with pytest.raises(ConfigError, match=r"teacher\.source=.* changes nothing with mode=finetune"):
+        describe_plan(load_config(None, [*words, "init=vit_tiny_patch16_224"]))
+    assert describe_plan(load_config(None, words)) == describe_plan(
+        load_config(None, [*words, "init=teacher"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["dataset=digits", "stage=/tmp"], "data.dataset=digits has no files"),
+        (
+            ["data_path=.", "num_classes=3", "stage=/proc/none/of"],
+            "data.stage=/proc/none/of cannot be written",
+        ),
+        (["data_path=.", "num_classes=3", "stage=$NO_SUCH_DISK"], "NO_SUCH_DISK is not set"),
+    ],
+)
+def test_a_folder_that_cannot_hold_a_copy_is_refused(words: list[str], sentence: str) -> None:
+    config = load_config(None, [*STUDENT, "mode=scratch", *words])
+    with pytest.raises(GraftError) as refused:
+        describe_plan(config)
+    assert sentence in str(refused.value)
+    if "digits" not in sentence:
+        describe_plan(config, processes=1)  # another machine may have it
+
+
 def test_frozen_parameters_are_not_trained(teacher: str) -> None:
     overrides = [*STUDENT, f"teacher={teacher}", "dataset=digits", r"trainable=blocks\.3"]
     plan = rows(describe_plan(load_config(None, overrides)))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from dense import gradient, images, relative_error, tiny
 from graftvit.models.conversion import convert, converted_layers, plan_of
+from graftvit.models.replay import _state
 from graftvit.transfer.methods.dual import DualViT
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 SIZES = [(32, 48), (48, 32), (16, 96)]  # as many patches in other grids
 
@@ -68,3 +70,18 @@ def test_an_interrupted_forward_hides_no_layer() -> None:
     assert len(converted_layers(model)) == len(expected.blocks)
     with torch.no_grad():
         assert torch.equal(model.eval()(images()), expected(images()))
+
+
+def test_a_block_of_fake_tensors_is_compared_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with FakeTensorMode():
+            block = nn.Linear(3, 3)
+            before = _state(block)
+            assert _state(block) == before
+            block.weight.data = torch.empty(3, 3)
+            assert _state(block) != before
+    finally:
+        torch.set_warn_always(always)
+    assert not list(recwarn)

@@ -104,7 +104,7 @@ class _Claims:
                 self.busy.append(shard)
                 continue
             self.held[shard] = lock
-            if self.cache.is_sound(shard):
+            if self.cache.fault(shard) is None:
                 self.done(shard)
                 continue
             end = shard.first + shard.size

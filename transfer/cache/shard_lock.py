@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from ...checkpoints.atomic import write_text
+from ...checkpoints.atomic import WriteFailedError, write_text
 
 POLL = 0.05
 """Seconds between two looks at a file that another process writes."""
@@ -22,14 +22,23 @@ class ShardLock:
 
     @classmethod
     def take(cls, path: Path) -> ShardLock | None:
-        """Return the lock; None where another process has it. A file system without locks lets everybody in."""
+        """Return the lock; None where another process has it. A file system without locks lets everybody in.
+
+        Raises WriteFailedError: nothing can be written beside `path`.
+        """
         try:
             import fcntl
         except ImportError:  # Windows
             return cls(path, None)
         own = path.with_name(f".{path.name}.lock")
-        own.parent.mkdir(parents=True, exist_ok=True)
-        file = own.open("ab")
+        try:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            file = own.open("ab")
+        except OSError as error:
+            raise WriteFailedError(
+                f"transfer.cache: {path} is missing or damaged, and cannot be written ({error.strerror}): let someone "
+                "who may write there compute the targets first, or name another folder"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...checkpoints.atomic import write_text
 from ...checkpoints.state_file import TrainingState as Content
 from ...checkpoints.state_file import check_state, read_meta, write_state
 from ...models.errors import CheckpointError, ConfigError
@@ -81,39 +82,45 @@ class TargetShards:
     def open(self) -> None:
         """Make the folder and say in it what it is of.
 
+        A damaged description is written again: each shard says itself what it is of.
+
         Raises ConfigError: the folder says that it is of something else. WriteFailedError: it cannot be written.
         """
         path = self.folder / ABOUT
         text = json.dumps({"samples": self.samples, "shard": self.shard_size, **self.described}, indent=1)
         write_once(path, text)
         try:
-            found = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
+            found = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
             raise ConfigError(f"transfer.cache: {path} cannot be read: {error}") from error
-        if found != text:
+        if found == text:
+            return
+        if _is_json(found):
             raise ConfigError(
-                f"transfer.cache: {path} is damaged or describes other targets: remove the folder {self.folder}, and "
-                "they are computed again"
+                f"transfer.cache: {path} describes other targets: remove the folder {self.folder}, and they are "
+                "computed again"
             )
+        logger.warning("transfer.cache: %s is damaged; it is written again", path)
+        write_text(path, text)
 
     def unsound(self, shards: Iterable[Shard]) -> list[Shard]:
         """Return the shards that are missing or damaged; name each damaged one in the log."""
-        return [shard for shard in shards if not self.is_sound(shard)]
+        faults = {shard: self.fault(shard) for shard in shards}
+        for shard, fault in faults.items():
+            if fault is not None and self.path(shard).exists():
+                logger.warning("transfer.cache: %s; its targets are computed again", fault)
+        return [shard for shard, fault in faults.items() if fault is not None]
 
-    def is_sound(self, shard: Shard) -> bool:
-        """Return whether the file of a shard is there and whole: its digest is computed."""
+    def fault(self, shard: Shard) -> str | None:
+        """Return why the file of a shard cannot be used; None if it is there and whole: its digest is computed."""
         path = self.path(shard)
         if not path.exists():
-            return False
+            return f"{path} is missing"
         try:
             check_state(path)
-            sound = read_meta(path) == self._meta(shard)
-            why = f"{path} is not of these images"
+            return None if read_meta(path) == self._meta(shard) else f"{path} is not of these images"
         except CheckpointError as error:
-            sound, why = False, str(error)
-        if not sound:
-            logger.warning("transfer.cache: %s; its targets are computed again", why)
-        return sound
+            return str(error)
 
     def write(self, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
         """Write the targets of a shard, whole or not at all. Raises WriteFailedError as `write_state`."""
@@ -121,3 +128,11 @@ class TargetShards:
 
     def _meta(self, shard: Shard) -> JsonDict:
         return {"targets": self.folder.name, **shard._asdict()}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

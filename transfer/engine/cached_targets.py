@@ -215,7 +215,7 @@ def _keep_note(path: Path, note: Note) -> None:
         path.unlink(missing_ok=True)  # one that cannot be read
         write_once(path, json.dumps(note))
     except (OSError, WriteFailedError) as error:
-        logger.warning("transfer.cache does not keep the teacher's accuracy: %s", error)
+        logger.warning("transfer.cache does not keep the teacher's accuracy: %s", error.__cause__ or error)
 
 
 def _read_note(path: Path) -> Note | None:

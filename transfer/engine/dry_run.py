@@ -11,6 +11,7 @@ from ...models.errors import GraftError
 from ...models.json_types import Json
 from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
+from ..staging.stage import check_stage
 from .build import Parts, build
 from .cached_targets import CacheSize, plan_targets
 from .elastic import GlobalBatch, settle
@@ -57,6 +58,8 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
     """
     on_cpu = config.engine.device == "cpu" or (here and not torch.cuda.is_available())
     check_placement(config, processes, on_cpu=on_cpu)
+    if config.data.stage is not None:
+        check_stage(config.data, here=here)
     saved = _saved(config)
     commits = {} if saved is None else commits_of(saved)
     parts = build(config, world_size=processes, commits=commits, weights=False)

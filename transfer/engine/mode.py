@@ -53,8 +53,6 @@ class Mode(ABC):
 
     taught: ClassVar[bool] = False
     """Whether a teacher takes part in every step."""
-    reads_teacher: ClassVar[bool] = True
-    """Whether a teacher is loaded at all, to learn from or to start from."""
     starts_from: ClassVar[str | None] = None
     """The weights that the student starts from where the settings name none."""
     keeps_head: ClassVar[bool] = True
@@ -87,6 +85,11 @@ class Mode(ABC):
     @property
     def needs_labels(self) -> bool:
         """Whether the run learns from labels; one that does not takes any images, and may have no validation split."""
+        return True
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether a teacher is loaded at all, to learn from or to start from."""
         return True
 
     @property

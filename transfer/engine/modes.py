@@ -43,7 +43,9 @@ HEAD_STD = 2e-5
 class Scratch(Mode):
     """Supervised training of fresh weights."""
 
-    reads_teacher = False
+    @property
+    def reads_teacher(self) -> bool:
+        return False
 
     def task(self, models: Models) -> Task:
         return ClassificationTask(models.student, self.config.data.smoothing)
@@ -52,9 +54,12 @@ class Scratch(Mode):
 class Finetune(Scratch):
     """Supervised training from the teacher's weights, or from others."""
 
-    reads_teacher = True
     starts_from = TEACHER
     draws_head = True
+
+    @property
+    def reads_teacher(self) -> bool:
+        return self.config.student.init in (None, TEACHER) or self.config.student.mirror_teacher
 
     def check(self) -> None:
         named = self.config.student.init is not None or find_whole_name(self.config.student)
@@ -194,10 +199,13 @@ class Align(Mode):
 class Pretrain(Mode):
     """Masked autoencoding, without labels and without a teacher."""
 
-    reads_teacher = False
     classifies = False
     pools = False
     reads = frozenset(f"pretrain.{name}" for name in PretrainConfig.model_fields)
+
+    @property
+    def reads_teacher(self) -> bool:
+        return False
 
     @property
     def needs_labels(self) -> bool:

@@ -41,6 +41,9 @@ class Feature(TransferMethod):
     def keeps_vectors(self, settings: LossConfig) -> bool:
         return settings.tokens == "pooled"
 
+    def loss_names(self, settings: LossConfig) -> tuple[str, ...]:
+        return tuple(part.loss_name for part in PARTS[settings.tokens])
+
     def describe(self, settings: Json) -> str:
         parts = PARTS.get(str(settings.get("tokens")), PARTS["pooled"])
         how = STANDARDIZED.get(str(settings.get("standardize")), "")

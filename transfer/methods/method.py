@@ -113,6 +113,10 @@ class TransferMethod(ABC):
         """Whether all that it needs of its teacher is one vector an image, which `transfer.cache` can keep."""
         return False
 
+    def loss_names(self, settings: LossConfig) -> tuple[str, ...]:
+        """Return the names of its losses, which are added, where it compares the results of whole models."""
+        return (self.name,)
+
     def averages_heads(self, config: LossConfig) -> bool:
         """Whether a head of the student can learn from several of the teacher."""
         return False

@@ -93,10 +93,15 @@ class Alignment(nn.Module):
         self._hosts: dict[int, AlignedAttention] = {}
         self._view = (self._teach(teacher, layers, LAYER_LOSSES[loss]),)
 
+    @property
+    def layers(self) -> list[int]:
+        """Return the numbers of the layers that learn."""
+        return list(self._hosts)
+
     def _teach(
         self, teacher: nn.Module, layers: dict[int, ConvertedAttention], loss: LayerLoss
     ) -> TokensOnly:
-        """The teacher up to its last layer that teaches."""
+        """Return the teacher up to its last layer that teaches."""
         blocks = []
         for index, block in enumerate(attention_blocks(teacher)[: max(layers) + 1]):
             twin = shallow(block)
@@ -107,7 +112,7 @@ class Alignment(nn.Module):
         return truncated(teacher, blocks).eval()
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """The loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
+        """Return the loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
         (view,) = self._view
         self._take_grid(vit(view.model).patch_embed, (images.shape[-2], images.shape[-1]))
         with torch.no_grad():
@@ -134,7 +139,8 @@ class Alignment(nn.Module):
             layer.tokens.geometry = Geometry(layer.tokens.geometry.num_prefix, grid)
 
     def used_parameters(self) -> list[nn.Parameter]:
-        """The student's parameters that a loss depends on: of converted layers, all but the output projection."""
+        """Return the student's parameters that a loss depends on: of converted layers, all but the output
+        projection."""
         return [
             parameter
             for layer in converted_layers(self.student).values()
@@ -144,7 +150,7 @@ class Alignment(nn.Module):
         ] + [p for layer in converted_layers(self.student).values() for p in layer.parameters(recurse=False)]
 
     def freeze_others(self) -> None:
-        """Leaves to learn only what a loss depends on."""
+        """Freeze all parameters of the student but those that a loss depends on."""
         used = {id(parameter) for parameter in self.used_parameters()}
         for parameter in self.student.parameters():
             parameter.requires_grad_(id(parameter) in used)

@@ -67,28 +67,27 @@ class Source:
         return sum(-(-piece.size // BLOCK) * BLOCK for piece in self.pieces)
 
     def fingerprint(self) -> str:
-        """Of where the files are, their names, sizes and times."""
+        """Return a digest of where the files are, their names, sizes and times."""
         rows = sorted((piece.place, piece.size, piece.modified) for piece in self.pieces)
         whole = [str(self.root), self.packed, self.folders, sorted(self.links.items()), rows]
         return hashlib.sha256(json.dumps(whole).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
     def settings(self, copy: Path) -> dict[str, str | None]:
-        """The settings of `data` that read the copy."""
+        """Return the settings of `data` that read the copy."""
         place = copy / self.root.name if self.root.is_file() and not self.packed else copy
         return {self.setting: f"hfds/{place}" if self.setting == "dataset" else str(place), "stage": None}
 
 
 def find_source(config: DataConfig) -> Source:
-    """Raises ConfigError: there are no files that could be copied; DataError: they cannot be read."""
+    """Find what is to be copied.
+
+    Raises ConfigError: there are no files that could be copied; DataError: they cannot be read.
+    """
+    check_has_files(config)
     family, _, name = config.dataset.partition("/")
     if family == "hfds" and Path(name).is_dir():
         return _tree(Path(name).absolute(), "dataset")
-    if family in ("digits", "hfids") or config.data_path is None:
-        raise ConfigError(
-            f"data.stage={config.stage}, but data.dataset={config.dataset} has no files that could be copied: "
-            "leave data.stage out" + (", or give data.data_path" if family == "hfds" else "")
-        )
-    root = Path(config.data_path).expanduser().absolute()
+    root = Path(str(config.data_path)).expanduser().absolute()
     if not root.exists():
         hint = ": data.download=true fetches it there first, without data.stage" if config.download else ""
         raise DataError(f"data.data_path={config.data_path} does not exist{hint}")
@@ -97,8 +96,21 @@ def find_source(config: DataConfig) -> Source:
     return _images(root, config) if family in ("", "folder") else _tree(root, "data_path")
 
 
+def check_has_files(config: DataConfig) -> None:
+    """Raise ConfigError for a data set without files that could be copied."""
+    family, _, name = config.dataset.partition("/")
+    if family == "hfds" and Path(name).is_dir():
+        return
+    if family in ("digits", "hfids") or config.data_path is None:
+        raise ConfigError(
+            f"data.stage={config.stage}, but data.dataset={config.dataset} has no files that could be copied: "
+            "leave data.stage out" + (", or give data.data_path" if family == "hfds" else "")
+        )
+
+
 def _images(root: Path, config: DataConfig) -> Source:
-    """The images of the splits that the settings name, as `find_images` finds them: each real file once a split."""
+    """Return the images of the splits that the settings name, as `find_images` finds them: each real file once a
+    split."""
     usual = tuple(name for name in SPLITS if (root / name).is_dir())
     named = [name for name in (config.train_split, config.val_split) if name]
     roots = [split_folder(root, name) or (None if usual else root) for name in named]
@@ -110,7 +122,7 @@ def _images(root: Path, config: DataConfig) -> Source:
 
 
 def _tree(root: Path, setting: str) -> Source:
-    """All files of a folder; links are followed where they do not lead back."""
+    """Return all files of a folder; links are followed where they do not lead back."""
     return _source(root, _walk(root), setting, ())
 
 

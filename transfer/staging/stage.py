@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from ..data.datasets import check_dataset
 from .copy_data_set import Progress, StagingStoppedError, copy, in_words
-from .source import Source, find_source
+from .source import Source, check_has_files, find_source
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ POLL = 0.5
 
 
 def stage(config: DataConfig, stopped: Callable[[], bool] = lambda: False) -> DataConfig:
-    """The settings that read the copy in `config.stage`, which is made first where it is not there yet.
+    """Return the settings that read the copy in `config.stage`, which is made first where it is not there yet.
 
     Processes of a node that come at the same time share one: the first one copies. A copy is known by the names, sizes
     and times of its source's files. What was cut short is made again.
@@ -46,6 +47,22 @@ def stage(config: DataConfig, stopped: Callable[[], bool] = lambda: False) -> Da
     return config.model_copy(update=source.settings(target))
 
 
+def check_stage(config: DataConfig, *, here: bool) -> None:
+    """Check what `stage` refuses first, and copy nothing. `here`: the run would be on this machine.
+
+    Raises ConfigError: there are no files to copy, or a variable is not set. DataError: the folder cannot be written.
+    """
+    check_has_files(config)
+    if not here:
+        return
+    folder = stage_folder(config)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise DataError(f"data.stage={folder} cannot be written: {error.strerror}") from error
+
+
 def stage_folder(config: DataConfig) -> Path:
     """`config.stage` with the variables of this node. Raises ConfigError: one is not set."""
     text = str(config.stage)
@@ -59,7 +76,7 @@ def stage_folder(config: DataConfig) -> Path:
 
 
 def _own_folder(folder: Path) -> Path:
-    """The folder of this user's copies: on a disk of all, others could put something else there."""
+    """Return the folder of this user's copies: on a disk of all, others could put something else there."""
     own = folder / f"graftvit-data-{os.getuid() if hasattr(os, 'getuid') else 0}"
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -94,7 +111,7 @@ def _make(source: Source, target: Path, config: DataConfig, stopped: Callable[[]
 
 
 def _check_room(source: Source, size: int, folder: Path) -> None:
-    """Raises DataError where the disk has too little room, before anything is copied."""
+    """Raise DataError where the disk has too little room, before anything is copied."""
     disk = os.statvfs(folder)
     free, places = disk.f_bavail * disk.f_frsize, disk.f_favail
     files = len(source.pieces)
@@ -109,7 +126,7 @@ def _check_room(source: Source, size: int, folder: Path) -> None:
 
 
 def _is_whole(target: Path) -> bool:
-    """Whether the copy is there with all its files, of which a node's cleaning may have removed some."""
+    """Return whether the copy is there with all its files, of which a node's cleaning may have removed some."""
     try:
         written = json.loads(_marker(target).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -122,7 +139,7 @@ def _marker(target: Path) -> Path:
 
 
 def _content(folder: Path) -> dict[str, int]:
-    """How many files a copy has, and their bytes."""
+    """Return how many files a copy has, and their bytes."""
     files = total = 0
     for path, _, names in os.walk(folder):
         for name in names:

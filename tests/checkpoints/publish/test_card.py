@@ -168,7 +168,7 @@ def test_settings_that_are_on_are_all_in_the_table() -> None:
     card = student_card(made, FACTS)
     assert "mixup 1, cutmix 1, erasing 0.25" in row(card, "augmentation")
     assert "smoothing" not in row(card, "augmentation")
-    assert "layer decay" not in row(card, "optimiser")
+    assert "layer decay" not in row(card, "optimizer")
 
 
 def test_a_state_that_was_picked_says_by_what_and_when() -> None:
@@ -256,6 +256,17 @@ def test_a_converted_student_needs_graftvit() -> None:
     assert "Its attention was converted: `*: linear; 9-11: softmax`." in card
     assert load_lines(made, FACTS)[1] == 'model = graftvit.load("hf-hub:me/my-vit").eval()'
     assert "pip install graftvit" in card
+
+
+def test_a_card_names_the_operators_that_another_package_registers() -> None:
+    def loading(plan: str) -> str:
+        arguments = {"architecture": "vit_tiny_patch16_224", "plan": plan}
+        made = {**config(), "architecture": "graftvit_converted", "model_args": arguments}
+        return student_card(made, FACTS).partition("## How to load")[2].partition("## How it was made")[0]
+
+    assert "| `mean`: first import the package" in loading("*: mean(size=3); 1: keep; 2: none; 3: linear")
+    assert "first import" not in loading("*: keep; 1: none; 2: linear(feature=relu); 3: softmax")
+    assert "first import" not in loading("no plan at all")
 
 
 def test_an_architecture_of_our_own_needs_graftvit() -> None:

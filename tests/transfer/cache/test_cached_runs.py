@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_sets import image, write_classes
 from engine_runs import config, differences, make_convnext, make_teacher
+from graftvit.checkpoints.atomic import WriteFailedError
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
 from graftvit.models.errors import ConfigError, DataError
@@ -210,10 +211,40 @@ def test_a_damaged_or_missing_file_is_named_and_computed_again(
     shutil.copy(kept, moved)
     passes.clear()
     train(run(tmp_path / "second", teacher, tmp_path / "cache"))
-    assert f"{damaged} is damaged: its sha256 does not match" in caplog.text
+    assert caplog.text.count(f"{damaged} is damaged: its sha256 does not match") == 1
     assert f"{moved} is not of these images" in caplog.text
     assert len(passes) == 9
     assert differences(tmp_path / "first", tmp_path / "second") == []
+
+
+def test_a_cut_description_of_a_cache_is_written_again(
+    teacher: Path, passes: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(run(tmp_path / "first", teacher, tmp_path / "cache"))
+    (about,) = (tmp_path / "cache").rglob("about.json")
+    whole = about.read_bytes()
+    about.write_bytes(whole[:-9])
+    passes.clear()
+    train(run(tmp_path / "second", teacher, tmp_path / "cache"))
+    assert (about.read_bytes(), passes) == (whole, [])
+    assert f"{about} is damaged; it is written again" in caplog.text
+    about.write_text("{}")
+    with pytest.raises(ConfigError, match="describes other targets: remove the folder"):
+        train(run(tmp_path / "third", teacher, tmp_path / "cache"))
+
+
+def test_a_cache_that_lacks_targets_and_cannot_be_written_says_what_to_do(
+    teacher: Path, tmp_path: Path
+) -> None:
+    cached = run(tmp_path / "first", teacher, tmp_path / "cache")
+    parts = build(cached)
+    assert parts.targets is not None
+    parts.targets.open()
+    (parts.targets.folder / "view-000").write_text("root may write into every folder, but not into this file")
+    with pytest.raises(
+        WriteFailedError, match=r"is missing or damaged, and cannot be written .* another folder"
+    ):
+        train(cached)
 
 
 def test_an_image_that_changed_stops_the_run(teacher: Path, tmp_path: Path) -> None:
