@@ -56,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> None:
-    """Calls `write(temporary)` to fill a new folder, and puts it at `path`.
+    """Call `write(temporary)` to fill a new folder, and put it at `path`.
 
     A folder cannot be renamed over another one: the old one is set aside for the moment between two renames,
     and is brought back by `recover_folder` if the process died there.
@@ -83,7 +83,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> Non
 
 
 def recover_folder(path: Path) -> None:
-    """Brings back what a dead `write_folder` had set aside, or removes it if the new folder is there."""
+    """Bring back what a dead `write_folder` had set aside, or remove it if the new folder is there."""
     aside = path.with_name(f".{path.name}.old")
     if not aside.exists():
         return
@@ -94,7 +94,7 @@ def recover_folder(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of `path` that dead attempts left."""
+    """Remove the temporary files of `path` that dead attempts left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         remove(leftover)
 
@@ -113,7 +113,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the file or the directory's entries are on the disk."""
+    """Wait until the file or the directory's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,7 +143,7 @@ def _removed(temporary: Path) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, size: int) -> Iterator[None]:
-    """Turns what the operating system and safetensors say of a failed write into one sentence."""
+    """Turn what the operating system and safetensors say of a failed write into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:

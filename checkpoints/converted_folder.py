@@ -18,7 +18,7 @@ from .student import write_student
 def write_converted(
     student: nn.Module, folder: Path, teacher: Pretrained, *, weights: str, calibration: str | None = None
 ) -> None:
-    """Writes `student`, a conversion of `teacher`'s model, to `folder`.
+    """Write `student`, a conversion of `teacher`'s model, to `folder`.
 
     Args:
         weights: which of the teacher's weights it has (`models/initialize.py`).

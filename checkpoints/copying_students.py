@@ -33,7 +33,7 @@ BARE_WORDS = (
 
 
 def copied_teacher(teacher: Pretrained) -> CopiedTeacher:
-    """The arguments with which timm builds this teacher again."""
+    """Return the arguments with which timm builds this teacher again."""
     fresh = build(teacher.architecture, teacher.model_args, on_meta=True)
     return CopiedTeacher(
         teacher.architecture,

@@ -93,7 +93,7 @@ def _describe_misfit(source: str, weights: Weights, asked: Json, model: str | No
 
 
 def by_block(keys: Iterable[str]) -> list[str]:
-    """Keys with the number of the block as a star, and how often each is there."""
+    """Return keys with the number of the block as a star, and how often each is there."""
     counts = Counter(re.sub(r"\.\d+\.", ".*.", key) for key in keys)
     return [key if count == 1 else f"{key} ({count} times)" for key, count in counts.items()]
 

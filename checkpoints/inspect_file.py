@@ -64,7 +64,7 @@ def describe_file(path: Path) -> list[str]:
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
     """Write one part's weights, under the names that the file gives them, to a .safetensors or torch file.
 
-    Pretrained, optimiser, averages and settings stay behind. Tensors that share their numbers are written once each.
+    Pretrained, optimizer, averages and settings stay behind. Tensors that share their numbers are written once each.
 
     Raises CheckpointError: as `read_file` and `unwrap`; `out` exists, its suffix names no container, or its container
     cannot hold the source's description of the model.
@@ -89,7 +89,7 @@ def _contents(out: Path, weights: Weights, source: FileSource) -> tuple[JsonDict
     """Return what is written, with metadata from which the model is built as from the source.
 
     A torch file has no metadata. As MAE and DeiT write them, a dictionary around the weights stands for ImageNet's
-    normalisation; others have no such entry.
+    normalization; others have no such entry.
     """
     if out.suffix in SAFE_SUFFIXES:
         part = "" if source.part is None else f"#{source.part}"

@@ -35,7 +35,7 @@ class KeyRules:
     """Whether the weights' head, where there is one, has the model's number of classes."""
 
     def missing(self, key: str) -> str | None:
-        """Why the weights may lack `key` of the model."""
+        """Return why the weights may lack `key` of the model."""
         module = key.rpartition(".")[0]
         if module in self.classifiers and self.role == "init":
             return "a fresh head"
@@ -49,7 +49,7 @@ class KeyRules:
         return None
 
     def unexpected(self, key: str) -> str | None:
-        """Why the model may lack `key` of the weights."""
+        """Return why the model may lack `key` of the weights."""
         module = key.rpartition(".")[0]
         if module in self.classifiers:
             if self.num_classes == 0:
@@ -65,7 +65,7 @@ class KeyRules:
         return any(key.startswith(prefix) for key in self.weight_keys)
 
     def _other_pooling(self, module: str) -> bool:
-        """Whether the model has `module` as its final norm where the weights have the other one."""
+        """Return whether the model has `module` as its final norm where the weights have the other one."""
         if module not in FINAL_NORMS:
             return False
         ours, theirs = f"{module}.weight", f"{_other(module)}.weight"

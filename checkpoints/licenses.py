@@ -87,7 +87,7 @@ def check_named(
 
 
 def check_shareable(license: str | None, *, confirmed: bool) -> None:
-    """Raises CheckpointError for a license that forbids sharing derivatives, unless it is `confirmed`."""
+    """Raise CheckpointError for a license that forbids sharing derivatives, unless it is `confirmed`."""
     if not confirmed and "-nd-" in (normalize(license) or ""):
         raise CheckpointError(
             f"{license} forbids sharing derivatives, and this student may be one: ask the owner of the weights, then "

@@ -24,7 +24,7 @@ def code(value: object) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """Lines as they are, in a block that nothing in them can end."""
+    """Return lines as they are, in a block that nothing in them can end."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{escaped(text)}{'' if text.endswith(chr(10)) else chr(10)}{fence}"

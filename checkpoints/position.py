@@ -20,7 +20,7 @@ Method = Literal["timm", "mae"]
 
 
 def resample_position(position_1ND: Tensor, old: Grid, new: Grid, num_prefix: int, method: Method) -> Tensor:
-    """Embeddings (1, num_prefix + H W, D) of the grid `old` on the grid `new`; prefix tokens stay.
+    """Return embeddings (1, num_prefix + H W, D) of the grid `old` on the grid `new`; prefix tokens stay.
 
     Computed in float32 and returned in the dtype given.
     """

@@ -23,7 +23,7 @@ TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
 def num_prefix_rows(model: nn.Module) -> int:
-    """Rows of a model's `pos_embed` before those of the patches."""
+    """Return rows of a model's `pos_embed` before those of the patches."""
     height, width = vit(model).patch_embed.grid_size
     return int(model.get_parameter("pos_embed").shape[1] - height * width)
 
@@ -71,7 +71,7 @@ def _check_shapes(weights: Weights, rows: Mapping[str, Tensor]) -> None:
 
 
 def _num_rows(model: nn.Module, weights: Weights, position: Tensor, wanted: int) -> int | None:
-    """How many rows of the weights are of prefix tokens: all, none, or the class token's, as the grid allows."""
+    """Return how many rows of the weights are of prefix tokens: all, none, or the class token's, as the grid allows."""
     counts = _counts(weights.tensors)
     possible = [sum(counts.values()), 0, counts.get("cls_token", 0)]
     if wanted in possible:
@@ -81,7 +81,7 @@ def _num_rows(model: nn.Module, weights: Weights, position: Tensor, wanted: int)
 
 
 def declared_grid(model: nn.Module, weights: Weights) -> Grid | None:
-    """The patch grid of the images that the weights say they were trained on."""
+    """Return the patch grid of the images that the weights say they were trained on."""
     if weights.img_size is None:
         return None
     height, width = patch_size(model)
@@ -89,13 +89,13 @@ def declared_grid(model: nn.Module, weights: Weights) -> Grid | None:
 
 
 def _counts(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
-    """How many tokens of each kind there are."""
+    """Return how many tokens of each kind there are."""
     present = {name: tensors.get(name) for name in TOKENS}
     return {name: token.shape[1] for name, token in present.items() if token is not None and token.ndim == 3}
 
 
 def _rows_by_token(counts: Mapping[str, int], rows_1PD: Tensor) -> dict[str, Tensor]:
-    """The rows of each kind of token, of those that have any."""
+    """Return the rows of each kind of token, of those that have any."""
     if rows_1PD.shape[1] < sum(counts.values()):
         counts = {name: count for name, count in counts.items() if name == "cls_token" and rows_1PD.shape[1]}
     return dict(zip(counts, rows_1PD.split(list(counts.values()), dim=1), strict=True)) if counts else {}

@@ -112,7 +112,7 @@ class Preprocessing:
 
 
 def input_size(model: nn.Module, described: Json | None = None) -> tuple[int, int, int]:
-    """Channels, height and width of a model's images; what `described` says where its patches leave it open."""
+    """Return channels, height and width of a model's images; what `described` says where its patches leave it open."""
     channels, height, width = (described or {}).get("input_size") or (3, 224, 224)
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)
     channels = getattr(projection, "in_channels", channels)

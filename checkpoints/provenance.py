@@ -49,7 +49,7 @@ def of_teacher(teacher: Pretrained | None) -> JsonDict | None:
 
 
 def of_weights(source: str, report: LoadReport) -> JsonDict:
-    """Weights that a student started from, as provenance."""
+    """Return weights that a student started from, as provenance."""
     return {"source": source, "revision": report.revision, "licence": report.license}
 
 

@@ -38,7 +38,7 @@ class LoadReport:
         return lines + list(self.notes)
 
     def summary(self) -> str:
-        """The lines as text."""
+        """Return the lines as text."""
         return "\n".join(self.lines())
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ def grouped(keys: Mapping[str, str]) -> list[str]:
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
-    """The first few names and how many more there are."""
+    """Return the first few names and how many more there are."""
     listed = list(names)
     more = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
@@ -66,5 +66,5 @@ def printable(text: str) -> str:
 
 
 def shortened(value: Any) -> str:
-    """A value of unknown size in a few words."""
+    """Return a value of unknown size in a few words."""
     return " ".join(reprlib.repr(value).split())

@@ -30,7 +30,7 @@ def late_size(
 
 
 def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, report: LoadReport) -> LoadReport:
-    """Resizes a loaded model in place, position embeddings by `method`; the report with what was resampled.
+    """Resize a loaded model in place, position embeddings by `method`; return the report with what was resampled.
 
     Raises UnsupportedModelError: the model has no such size.
     """

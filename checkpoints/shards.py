@@ -17,7 +17,7 @@ INDEX_SUFFIX = ".index.json"
 
 
 def read_shards(index: Path, find: Callable[[str], Path | None]) -> Content:
-    """The tensors that an index lists, each from its file; `find` gives the path of a file by its name.
+    """Return the tensors that an index lists, each from its file; `find` gives the path of a file by its name.
 
     Raises CheckpointError: the index is damaged or names files elsewhere, or a file or a tensor is missing.
     """
@@ -55,7 +55,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> JsonDict:
-    """A table of JSON. Raises ValueError: a name is there twice."""
+    """Return a table of JSON. Raises ValueError: a name is there twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("a name is there twice")

@@ -76,12 +76,12 @@ class StateFolder:
             old.unlink(missing_ok=True)
 
     def save_best(self, state: TrainingState) -> None:
-        """Writes `best`. Raises as `save`."""
+        """Write `best`. Raises as `save`."""
         with self._guard():
             write_state(self.best, state)
 
     def take_over(self) -> None:
-        """Takes the unfinished and unnamed files of other writers out of their way."""
+        """Take the unfinished and unnamed files of other writers out of their way."""
         for path in self._unnamed():
             if not self.last.exists() and _is_whole(path):  # died between the two renames
                 with suppress(FileNotFoundError):  # not dead, and did so itself

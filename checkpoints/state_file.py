@@ -43,7 +43,7 @@ class TrainingState:
 
 
 def write_state(path: Path, state: TrainingState) -> None:
-    """Writes `state` to `path`, whole or not at all, and returns when it is on the disk.
+    """Write `state` to `path`, whole or not at all, and return when it is on the disk.
 
     Raises WriteFailedError (a CheckpointError with exit code 1): the disk is full or refuses the file.
     What was at `path` is then as it was.
@@ -101,7 +101,7 @@ def _meta(metadata: Mapping[str, str]) -> JsonDict:
 
 
 def check_state(path: Path) -> None:
-    """Raises CheckpointError as `read_state`, without holding the tensors in memory."""
+    """Raise CheckpointError as `read_state`, without holding the tensors in memory."""
     try:
         with open_regular(path) as file:
             _check_digest(path, file)
@@ -115,7 +115,7 @@ def is_state(metadata: Mapping[str, str] | None) -> bool:
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, no two of them on one storage, which safetensors would refuse."""
+    """Return contiguous CPU tensors, no two of them on one storage, which safetensors would refuse."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():

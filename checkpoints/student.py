@@ -150,7 +150,7 @@ def _whole(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, J
 
 
 def _cost(model: nn.Module) -> JsonDict:
-    """What a copying student and the part of its teacher cost, for the card."""
+    """Return what a copying student and the part of its teacher cost, for the card."""
     if copying_of(model) is None:
         return {}
     names = ("student", "teacher")
@@ -183,7 +183,7 @@ def _plain(arguments: JsonDict) -> JsonDict:
 
 
 def _check(architecture: str, arguments: Json, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """What timm builds, on the meta device. CheckpointError where that has other weights than these."""
+    """Return what timm builds, on the meta device. CheckpointError where that has other weights than these."""
     fresh = build(architecture, arguments, on_meta=True)
     wanted = {key: tensor.shape for key, tensor in fresh.state_dict().items()}
     found = {key: tensor.shape for key, tensor in tensors.items()}

@@ -75,7 +75,7 @@ def build(
 
 
 def check_name(name: str) -> None:
-    """Raises CheckpointError where timm has no such architecture, or no such tag of it."""
+    """Raise CheckpointError where timm has no such architecture, or no such tag of it."""
     architecture, tag = split_model_name_tag(name)
     if not is_model(architecture):
         parse_source(name)  # says what is near
@@ -224,5 +224,5 @@ def known_fields(config: Json) -> JsonDict:
 
 
 def one_line(error: Exception) -> str:
-    """An error's text as one line."""
+    """Return an error's text as one line."""
     return " ".join(str(error).split())[:300]

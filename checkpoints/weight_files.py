@@ -43,7 +43,7 @@ class Content:
 
 
 def read_file(path: Path, inside: Path | None = None) -> Content:
-    """Reads a .safetensors, torch or .npz file.
+    """Read a .safetensors, torch or .npz file.
 
     What it describes is read and checked first (`safety/file_outline.py`). Torch files are pickles: only tensors, plain
     containers and settings (`PLAIN_OBJECTS`) are rebuilt, always by torch's weights-only loading.

@@ -73,7 +73,7 @@ class Leaf:
         return any(get_origin(kind) is dict for kind in self.kinds)
 
     def valid(self) -> str:
-        """What the setting accepts, in words."""
+        """Return what the setting accepts, in words."""
         words = " or ".join(_words(kind) for kind in self.kinds if kind is not type(None))
         return words + _bounds(self.field) + (" or none" if type(None) in self.kinds else "")
 

@@ -48,7 +48,7 @@ class CopiedTeacher:
     """The epsilon of all its norms, where it differs from the architecture's."""
 
     def build(self) -> nn.Module:
-        """The whole teacher, with fresh weights."""
+        """Return the whole teacher, with fresh weights."""
         model: nn.Module = timm.create_model(self.architecture, pretrained=False, **self.model_args)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm) and self.norm_eps is not None:
@@ -177,13 +177,13 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
 
 
 def copying_of(model: nn.Module) -> Copying | None:
-    """What a model copies, None for one that runs with its own attention."""
+    """Return what a model copies, None for one that runs with its own attention."""
     copied: Copying | None = getattr(model, "copied", None)
     return copied
 
 
 def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
-    """The copied layers by their number."""
+    """Return the copied layers by their number."""
     layers = enumerate(getattr(block, "attn", None) for block in attention_blocks(model))
     return {index: layer for index, layer in layers if isinstance(layer, CopiedAttention)}
 
@@ -273,7 +273,8 @@ def graftvit_copied(
     cache_dir: str | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The timm model `student` with what it copies of a teacher; `pretrained` loads what its `pretrained_cfg` names."""
+    """Build the timm model `student` with what it copies of a teacher; `pretrained` loads what its `pretrained_cfg`
+    names."""
     copying = Copying.from_json(copied)
     model = copy_attention(
         timm.create_model(student, pretrained=False, **arguments), copying.teacher.build(), copying

@@ -103,7 +103,7 @@ class StudentConfig(Section):
     )
     mirror_teacher: bool = Field(
         False,
-        description="give the student the teacher's native parts (LayerScale, registers, ...), freshly initialised",
+        description="give the student the teacher's native parts (LayerScale, registers, ...), freshly initialized",
     )
     grad_checkpointing: bool = Field(False, description="recompute block activations in the backward pass")
     compile: bool = Field(False, description="compile the step's forward with torch.compile(fullgraph=True)")
@@ -212,7 +212,7 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimiser, schedule and length."""
+    """Optimizer, schedule and length."""
 
     epochs: int = Field(100, gt=0, description="passes over the training set")
     max_steps: int | None = Field(None, gt=0, description="stop after this many steps; overrides epochs")

@@ -41,7 +41,7 @@ def shapes_to_check(
 
 
 def example_images(shape: Sequence[int]) -> Tensor:
-    """Pixels in 0..1, the same ones for the same shape."""
+    """Return pixels in 0..1, the same ones for the same shape."""
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(sum(shape)))
 
 

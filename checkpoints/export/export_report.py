@@ -69,25 +69,25 @@ def provenance_words(teacher: Pretrained) -> dict[str, str]:
 
 def words_of(
     model: nn.Module, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str],
-    mean: Sequence[float] | None, std: Sequence[float] | None, normalise: bool,
+    mean: Sequence[float] | None, std: Sequence[float] | None, normalize: bool,
 ) -> dict[str, str]:  # fmt: skip
     """Return the metadata of the file."""
     channels = channels_of(model)
     pixels = f"{size[0]} x {size[1]}"
     if "resolution" in dynamic:
         pixels += f" or any multiple of {patch[0]} x {patch[1]}"
-    values = "values 0..1" if normalise else "normalised"
+    values = "values 0..1" if normalize else "normalized"
     plan, classes = plan_of(model), int(getattr(model, "num_classes", 0))
     copying = copying_of(model)
-    if mean is not None and std is not None and not normalise:
-        values = f"normalised, mean {_numbers(mean)} and std {_numbers(std)}"
+    if mean is not None and std is not None and not normalize:
+        values = f"normalized, mean {_numbers(mean)} and std {_numbers(std)}"
     return {
         "graftvit": version("graftvit"),
         "input": f"{'RGB' if channels == 3 else f'{channels} channels'}, {pixels}, {values}",
         "input_size": f"{channels},{size[0]},{size[1]}",
         **({} if mean is None else {"mean": _numbers(mean)}),
         **({} if std is None else {"std": _numbers(std)}),
-        "normalise": "in the file" if normalise else "before",
+        "normalise": "in the file" if normalize else "before",
         "output": "logits" if classes else "features",
         **({"classes": str(classes)} if classes else {}),
         **({} if plan is None else {"plan": plan}),

@@ -36,12 +36,12 @@ def export_source(
     format: Format | None = None,  # noqa: A002  its name on the command line
     dynamic: Collection[Dynamic] = DYNAMIC,
     opset: int | None = None,
-    normalise: bool = False,
+    normalize: bool = False,
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
     **how: Any,
 ) -> ExportReport:
-    """Loads any source and exports it as `export_model`; the file says how to feed it and where it comes from.
+    """Load any source and export it as `export_model`; the file says how to feed it and where it comes from.
 
     Args:
         how: `img_size`, `model`, `model_args` and the rest, as of `load_pretrained`.
@@ -61,7 +61,7 @@ def export_source(
         opset=opset,
         mean=teacher.mean,
         std=teacher.std,
-        normalise=normalise,
+        normalize=normalize,
         metadata=provenance_words(teacher),
         tolerance=tolerance,
         overwrite=overwrite,
@@ -78,7 +78,7 @@ def export_model(
     opset: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    normalise: bool = False,
+    normalize: bool = False,
     metadata: Mapping[str, str] | None = None,
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
@@ -93,8 +93,8 @@ def export_model(
         dynamic: sizes left free, of "batch" and "resolution" (in whole patches, of a model built with
             `dynamic_img_size=True`); the others are fixed, the batch at 1.
         opset: of ONNX; torch's choice by default.
-        mean, std: normalisation of the images that the model was trained on, written to the file.
-        normalise: take images in 0..1, and normalise them in the graph.
+        mean, std: normalization of the images that the model was trained on, written to the file.
+        normalize: take images in 0..1, and normalize them in the graph.
         metadata: more words for the file.
 
     Raises:
@@ -104,16 +104,16 @@ def export_model(
     """
     path = Path(path)
     kind = check_export(path, format, dynamic, opset, tolerance, overwrite)
-    if normalise and (mean is None or std is None):
-        raise CheckpointError("normalise needs the mean and std of the images that the model was trained on")
+    if normalize and (mean is None or std is None):
+        raise CheckpointError("normalize needs the mean and std of the images that the model was trained on")
     check_dynamic(model, dynamic)
     size, patch = _sizes(model, image_size, dynamic)
-    words = words_of(model, size, patch, dynamic, mean, std, normalise) | dict(metadata or {})
+    words = words_of(model, size, patch, dynamic, mean, std, normalize) | dict(metadata or {})
     shapes = shapes_to_check(channels_of(model), size, patch, dynamic)
     example = example_images(shapes[-1])
     found: JsonDict = {}
     with _for_inference(model) as plain:
-        module = Normalized(plain, mean, std) if normalise and mean is not None and std is not None else plain
+        module = Normalized(plain, mean, std) if normalize and mean is not None and std is not None else plain
         logger.info("tracing %s", type(model).__name__)
         graph = trace(module, example, dynamic, patch)
 

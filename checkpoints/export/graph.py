@@ -47,7 +47,7 @@ class Normalized(nn.Module):
 
 
 def check_dynamic(model: nn.Module, dynamic: Collection[str]) -> None:
-    """Raises UnsupportedModelError where the model has no place for another resolution than its own."""
+    """Raise UnsupportedModelError where the model has no place for another resolution than its own."""
     if "resolution" not in dynamic:
         return
     name, way_out = type(model).__name__, "export it at a fixed size (img_size) with dynamic batch alone"

@@ -42,7 +42,7 @@ def format_of(path: Path, wanted: str | None) -> Format:
 
 
 def check_onnx(opset: int | None) -> None:
-    """Raises CheckpointError: a package is missing, or there is no such opset."""
+    """Raise CheckpointError: a package is missing, or there is no such opset."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(
@@ -62,7 +62,7 @@ def data_file(path: Path) -> Path:
 def write_onnx(
     graph: ExportedProgram, path: Path, example: Tensor, metadata: Mapping[str, str], opset: int | None
 ) -> int:
-    """Writes the graph to `path` (large weights beside it, at `data_file`) and returns its opset.
+    """Write the graph to `path` (large weights beside it, at `data_file`) and return its opset.
 
     Raises UnsupportedModelError: torch has no ONNX for one of its operators, or none of this opset.
     """
@@ -83,7 +83,7 @@ def write_onnx(
 
 
 def write_torch(graph: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes the graph to `path`, the metadata as a JSON file in it."""
+    """Write the graph to `path`, the metadata as a JSON file in it."""
     text = json.dumps(dict(metadata), indent=2)
     with explained("to torch.export: the model"):
         torch.export.save(graph, path, extra_files={METADATA_FILE: text})

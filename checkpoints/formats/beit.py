@@ -18,7 +18,7 @@ BEIT2 = "beitv2_base_patch16_224.in1k_ft_in1k"
 
 
 def _describe(weights: Weights, config: Json) -> Weights:
-    """Where the positions are, how the tokens are pooled, at which size; and which of the two BEiTs it is."""
+    """Return where the positions are, how the tokens are pooled, at which size; and which of the two BEiTs it is."""
     keys = weights.tensors.keys()
     arguments: JsonDict = {
         "use_abs_pos_emb": "pos_embed" in keys,
@@ -41,7 +41,7 @@ def _normalized(weights: Weights) -> Weights:
 
 
 def _img_size(weights: Weights) -> tuple[int, int] | None:
-    """The size that a table of (2 s - 1)² + 3 offsets was trained at, where s is the side of the square grid."""
+    """Return the size that a table of (2 s - 1)² + 3 offsets was trained at, where s is the side of the square grid."""
     table = weights.tensors.get(OWN, weights.tensors.get(SHARED))
     patch = weights.tensors.get("patch_embed.proj.weight")
     if table is None or patch is None or table.ndim != 2 or patch.ndim != 4:

@@ -14,7 +14,7 @@ KEY = "graftvit.described"
 
 
 def as_metadata(weights: Weights) -> dict[str, str]:
-    """Architecture, arguments and normalisation, which stood around the tensors; nothing where nothing did."""
+    """Architecture, arguments and normalization, which stood around the tensors; nothing where nothing did."""
     described = {
         "architecture": weights.architecture,
         "model_args": dict(weights.model_args),
@@ -40,7 +40,10 @@ def with_metadata(weights: Weights, metadata: Mapping[str, str]) -> Weights:
 
 
 def _value(name: str, value: Any) -> Any:
-    """Raises ValueError: a mean or a standard deviation that is no list of numbers, one a channel."""
+    """Read a value of the description.
+
+    Raises ValueError: a mean or a standard deviation that is no list of numbers, one a channel.
+    """
     if name not in ("mean", "std"):
         return value
     if not isinstance(value, list) or not all(isinstance(one, float | int) for one in value):

@@ -28,7 +28,7 @@ NO_REPRESENTATION = "timm has no representation layer"
 
 
 def _pairs(flax: str, timm: str) -> tuple[tuple[str, str], ...]:
-    """Rules for a layer's weight (kernel of a dense layer, scale of a norm) and bias."""
+    """Return rules for a layer's weight (kernel of a dense layer, scale of a norm) and bias."""
     return (rf"{flax}/(?:kernel|scale)", f"{timm}.weight"), (rf"{flax}/bias", f"{timm}.bias")
 
 
@@ -83,7 +83,7 @@ def _prepare(weights: Weights) -> Weights:
 
 
 def _unstacked(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Blocks that were trained in a scan lie on each other: one tensor for all, (depth, …)."""
+    """Separate blocks that were trained in a scan, which has one tensor (depth, …) for all."""
     apart: dict[str, Tensor] = {}
     depths: set[int] = set()
     for key, tensor in tensors.items():
@@ -101,7 +101,7 @@ def _unstacked(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
 
 
 def _pooled(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Keys and values of the attention pooling as one tensor, which timm has them in."""
+    """Return keys and values of the attention pooling as one tensor, which timm has them in."""
     joined = dict(tensors)
     for key in [key for key in tensors if re.fullmatch(POOL + ATTENTION + "key/.+", key)]:
         partner = key.replace("/key/", "/value/")
@@ -113,7 +113,7 @@ def _pooled(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
 
 
 def _without_representation(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A head on top of a representation layer is of no use without it."""
+    """Leave out a head on top of a representation layer, without which it is of no use."""
     layer = [key for key in tensors if re.fullmatch(TREE + "pre_logits/.+", key)]
     head = [key for key in tensors if re.fullmatch(TREE + "head/.+", key)] if layer else []
     left_out = dict.fromkeys(layer, NO_REPRESENTATION)
@@ -122,7 +122,7 @@ def _without_representation(tensors: dict[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 def _reshape(name: str, tensor: Tensor) -> Tensor:
-    """A flax tensor as timm keeps it: out before in, heads side by side."""
+    """Return a flax tensor as timm keeps it: out before in, heads side by side."""
     if SPLIT_HEADS.fullmatch(name) and tensor.ndim == 3:
         pieces = {"qkv": 3, "kv": 2, "q": 1}[name.split(".")[-2]]
         kernels_PCHD = tensor.reshape(pieces, tensor.shape[0] // pieces, *tensor.shape[1:])
@@ -137,7 +137,7 @@ def _reshape(name: str, tensor: Tensor) -> Tensor:
 
 
 def _describe(weights: Weights, config: Json) -> Weights:
-    """Which tokens there are and how they are pooled; values from -1 to 1."""
+    """Return which tokens there are and how they are pooled; values from -1 to 1."""
     tensors = weights.tensors
     arguments: JsonDict = {}
     if "cls_token" not in tensors:
@@ -161,7 +161,7 @@ FLAX_MAPS: tuple[KeyMap, ...] = (
         names=NAMES,
         reshape=_reshape,
         left_out=(
-            (r"opt/(?!target/).+", "the state of the optimiser"),
+            (r"opt/(?!target/).+", "the state of the optimizer"),
             (r"params/(?:txt/.+|t|b)", "the text tower and the loss"),
         ),
         describe=_describe,

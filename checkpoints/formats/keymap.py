@@ -45,11 +45,11 @@ class KeyMap:
     reshape: Callable[[str, Tensor], Tensor] | None = None
     """(timm's name, tensor) to the tensor as timm keeps it."""
     describe: Describe | None = None
-    """Adds architecture and normalisation, from the tensors and the source's config.json ({} without one)."""
+    """Adds architecture and normalization, from the tensors and the source's config.json ({} without one)."""
 
 
 def recognize(tensors: Mapping[str, Tensor], maps: tuple[KeyMap, ...]) -> KeyMap | None:
-    """The first map all of whose marks are among the keys, and none of what it excludes."""
+    """Return the first map all of whose marks are among the keys, and none of what it excludes."""
 
     def among(pattern: str) -> bool:
         return any(re.fullmatch(pattern, key) for key in tensors)
@@ -95,7 +95,7 @@ def _first(rules: tuple[tuple[str, str], ...], key: str) -> str | None:
 
 
 def _joined(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """The pieces of what timm keeps in one tensor as that tensor, in timm's order."""
+    """Return the pieces of what timm keeps in one tensor as that tensor, in timm's order."""
     joined: dict[str, Tensor] = {}
     pieces: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -23,7 +23,7 @@ def describe_moco(weights: Weights, config: Json) -> Weights:
 
 
 def describe_plain(weights: Weights, config: Json) -> Weights:
-    """A plain ViT: what the file says of it; without a head, and without a word, ImageNet's statistics."""
+    """Return a plain ViT: what the file says of it; without a head, and without a word, ImageNet's statistics."""
     if _has_moco_positions(weights.tensors["pos_embed"]):
         return describe_moco(weights, config)
     if "head.weight" in weights.tensors or any(note.startswith(NOTE) for note in weights.notes):
@@ -44,7 +44,8 @@ def _with_heads(weights: Weights) -> Weights:
 
 
 def _has_moco_positions(position_1ND: Tensor) -> bool:
-    """Whether these are MoCo-v3's sines and cosines: its first half follows the rows; MAE's follows the columns."""
+    """Return whether these are MoCo-v3's sines and cosines: its first half follows the rows; MAE's follows the
+    columns."""
     grid = find_grid(position_1ND.shape[1] - 1, None) if position_1ND.ndim == 3 else None
     if grid is None or grid[0] < 2 or position_1ND.shape[2] % 4:
         return False

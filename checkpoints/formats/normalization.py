@@ -29,7 +29,7 @@ def normalized(weights: Weights, statistics: Json, reason: str) -> Weights:
 
 
 def imagenet(families: str) -> Describe:
-    """A description that knows ImageNet's mean and std of `families` and nothing else."""
+    """Return a description that knows ImageNet's mean and std of `families` and nothing else."""
 
     def describe(weights: Weights, config: Json) -> Weights:
         return normalized(weights, IMAGENET, f"ImageNet's, as {families}")

@@ -39,7 +39,7 @@ PREFIXES = (
 
 
 def one_model(weights: Weights, part: Part | None, seen: dict[Part, None], settings: Any) -> Weights:
-    """The weights of one part where the names say that there are several; `seen` gets what there is.
+    """Return the weights of one part where the names say that there are several; `seen` gets what there is.
 
     `settings` is the file's `args`: an attention transfer's say what the parts are good for.
 
@@ -60,7 +60,7 @@ def one_model(weights: Weights, part: Part | None, seen: dict[Part, None], setti
 
 
 def _chosen(weights: Weights, prefix: str, words: str) -> Weights:
-    """What lies under `prefix`, without it; the rest is left out."""
+    """Return what lies under `prefix`, without it; the rest is left out."""
     chosen = {key.removeprefix(prefix): t for key, t in weights.tensors.items() if key.startswith(prefix)}
     rest = {key: f"outside of {prefix}*" for key in weights.tensors if not key.startswith(prefix)}
     return replace(
@@ -72,7 +72,7 @@ def _chosen(weights: Weights, prefix: str, words: str) -> Weights:
 
 
 def _backbone(weights: Weights) -> Weights:
-    """The backbone alone where a projection head lies beside it."""
+    """Return the backbone alone where a projection head lies beside it."""
     if not any(key.startswith(BACKBONE) for key in weights.tensors):
         return weights
     beside = [
@@ -91,7 +91,8 @@ def _backbone(weights: Weights) -> Weights:
 
 
 def _of_transfer(weights: Weights, part: str, settings: Any) -> Weights:
-    """What the official attention transfer leaves untrained: its teacher's head; a copying student's own maps."""
+    """Return what the official attention transfer leaves untrained: its teacher's head; a copying student's own
+    maps."""
     if not hasattr(settings, "atd_weight"):
         return weights
     if part == "teacher":

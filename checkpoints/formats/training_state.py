@@ -33,7 +33,7 @@ DESCRIBED = (*(field.name for field in fields(Preprocessing)), LABEL_NAMES)
 
 
 def read_state_weights(content: Content, part: Part) -> Weights:
-    """A run's state: `student.…` as trained, `ema.…` its average; of an autoencoder, the encoder alone.
+    """Return a run's state: `student.…` as trained, `ema.…` its average; of an autoencoder, the encoder alone.
 
     Raises CheckpointError: the state has no such part, or is damaged.
     """
@@ -71,7 +71,7 @@ def read_state_weights(content: Content, part: Part) -> Weights:
 
 
 def _check_meta(path: Path, meta: Any) -> None:
-    """Raises CheckpointError unless each of `TABLES` is a mapping and each of `NAMES` a text, where they are there."""
+    """Raise CheckpointError unless each of `TABLES` is a mapping and each of `NAMES` a text, where they are there."""
     for place in TABLES:
         found = _at(meta, place)
         if found is not None and not isinstance(found, Mapping):
@@ -83,7 +83,7 @@ def _check_meta(path: Path, meta: Any) -> None:
 
 
 def _at(meta: Any, place: str) -> Any:
-    """What lies at a place such as `config.data`, None where nothing does."""
+    """Return what lies at a place such as `config.data`, None where nothing does."""
     for name in filter(None, place.split(".")):
         meta = meta.get(name) if isinstance(meta, Mapping) else None
     return meta

@@ -64,7 +64,7 @@ def explained(repository: str, revision: str | None = None, filename: str | None
 
 
 def is_network(error: BaseException) -> bool:
-    """Whether no answer came, or not all of it."""
+    """Return whether no answer came, or not all of it."""
     if isinstance(error, OfflineModeIsEnabled) or status_of(error) is not None:
         return False
     known = isinstance(error, (ConnectionError, TimeoutError, URLError))

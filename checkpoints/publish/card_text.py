@@ -39,7 +39,7 @@ def lesson_rows(recipe: Json, describe: DescribeTransfer) -> Rows:
 
 
 def plain_transfer(settings: Json) -> Rows:
-    """The method's name alone: its words are its own (`graftvit.transfer.methods.method_text`)."""
+    """Return the method's name alone: its words are its own (`graftvit.transfer.methods.method_text`)."""
     return [("method", code(settings.get("method")))]
 
 
@@ -51,7 +51,7 @@ def recipe_rows(recipe: Json) -> Rows:
         ("what was done", recorded_mode(recipe).words or (code(mode) if mode else None)),
         ("trained on", _data(data)),
         ("length", _length(optim)),
-        ("optimiser", _named(optim, "opt", "betas", "weight_decay", "layer_decay", "clip_grad")),
+        ("optimizer", _named(optim, "opt", "betas", "weight_decay", "layer_decay", "clip_grad")),
         ("learning rate", _rate(optim)),
         ("batch", _batch(data, optim)),
         ("augmentation", _named(data, "aa", "mixup", "cutmix", "smoothing", "reprob", "crop_scale", "hflip")),
@@ -106,7 +106,7 @@ def _batch(data: Json, optim: Json) -> str | None:
 
 
 def _named(settings: Json, *names: str) -> str | None:
-    """Settings as words; those that are off are left out."""
+    """Return settings as words; those that are off are left out."""
     found = {
         name: settings[name] for name in names if settings.get(name) not in (None, "", _OFF.get(name, 0))
     }

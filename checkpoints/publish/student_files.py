@@ -164,7 +164,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder. CheckpointError: it is not there, not a file, or a link that leads out."""
+    """Return a file of the folder. CheckpointError: it is not there, not a file, or a link that leads out."""
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{path} is not there or not a file: the student is not whole")

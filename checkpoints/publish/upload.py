@@ -85,7 +85,8 @@ def ask_remote(upload: Upload) -> Remote:
 
 
 def replaced_and_removed(upload: Upload, remote: Remote) -> tuple[list[str], list[str]]:
-    """Files of the hub that the commit overwrites, and weights that it removes because they are not the student's."""
+    """Return files of the hub that the commit overwrites, and weights that it removes because they are not the
+    student's."""
     names = {file.name for file in upload.files}
     stale = [name for name in remote.files if name not in names and WEIGHTS_PATTERN.fullmatch(name)]
     return sorted(names & remote.files.keys()), sorted(stale)
@@ -108,7 +109,7 @@ def keeps_remote_card(upload: Upload, remote: Remote) -> bool:
 
 
 def check_visibility(upload: Upload, remote: Remote, *, private: bool) -> None:
-    """Raises CheckpointError for a repository that is public already although `private` is asked for."""
+    """Raise CheckpointError for a repository that is public already although `private` is asked for."""
     name = upload.facts.repository
     if private and remote.exists and not remote.private:
         raise CheckpointError(
@@ -169,7 +170,7 @@ def push_student(
 
 
 def _create_private(name: str, *, private: bool) -> bool:
-    """Creates an empty private repository; returns whether it would be public by its owner's default."""
+    """Create an empty private repository; return whether it would be public by its owner's default."""
     _api().create_repo(name, private=private or None)
     if _api().model_info(name).private:
         return False
@@ -194,7 +195,7 @@ def _api() -> HfApi:
 
 
 def _explained(action: Callable[[], Result], upload: Upload) -> Result:
-    """Runs `action`, which talks to the hub; its errors in one sentence, none of which shows a token."""
+    """Run `action`, which talks to the hub; its errors in one sentence, none of which shows a token."""
     try:
         return action()
     except CheckpointError:

@@ -18,7 +18,7 @@ positions, which lie in no file: a BEiT of 24 layers has 400 million of them at 
 
 @contextmanager
 def bounded(weights: Collection[Tensor]) -> Iterator[None]:
-    """Raises ValueError out of a constructor in this thread as soon as what it makes is far more than `weights`."""
+    """Raise ValueError out of a constructor in this thread as soon as what it makes is far more than `weights`."""
     builder, held = threading.get_ident(), sum(tensor.numel() for tensor in weights)
     parts = min(PARTS_EACH * len(weights) + SPARE_PARTS, MOST_PARTS)
     left = {"parts": parts, "numbers": 2 * held + SPARE_NUMBERS, "indices": MOST_INDICES}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "graftvit export runs/distill student.onnx",
-    "graftvit export runs/distill#ema student.pt2 --normalise",
+    "graftvit export runs/distill#ema student.pt2 --normalize",
     "graftvit export vit_base_patch16_224.augreg_in1k vit.onnx --img_size 384 --opset 20",
     "graftvit export vit_small_patch14_reg4_dinov2.lvd142m dino.onnx --dynamic batch resolution",
 )
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
         format=arguments.format,
         dynamic=_dynamic(arguments),
         opset=arguments.opset,
-        normalise=arguments.normalise,
+        normalize=arguments.normalize,
         tolerance=arguments.tolerance,
         overwrite=arguments.force,
         **how,
@@ -85,7 +85,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, JsonDict]:
     )  # fmt: skip
     parser.add_argument("--opset", type=int, metavar="N", help="opset of ONNX (default: torch's choice)")
     parser.add_argument(
-        "--normalise", action="store_true", help="make the file take images in 0..1 and normalize them itself"
+        "--normalize",
+        "--normalise",
+        action="store_true",
+        help="make the file take images in 0..1 and normalize them itself",
     )
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
                         help="largest relative error against the model (default: 1e-4)")  # fmt: skip

@@ -32,7 +32,7 @@ class NoSuchJobError(GraftError):
 
 
 def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
-    """Returns the output of a command of Slurm.
+    """Return the output of a command of Slurm.
 
     Raises:
         NoAnswerError: after `tries` questions to a controller that does not answer.
@@ -82,7 +82,8 @@ def _run(words: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[
 
 
 def _environment() -> dict[str, str]:
-    """Without what a user has set for his own squeue and sacct: it would hide jobs, or change what they print."""
+    """Return the environment without what a user set for squeue and sacct: it would hide jobs, or change what they
+    print."""
     own = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return {**kept, "SLURM_TIME_FORMAT": "standard"}

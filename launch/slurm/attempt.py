@@ -42,7 +42,7 @@ class JobTask:
     """The folder that the user submitted from: relative paths of the run start there."""
 
     def __call__(self) -> dict[str, str]:
-        """Runs to the end; leaves by SystemExit where the run was stopped or failed."""
+        """Run to the end; leave by SystemExit where the run was stopped or failed."""
         early_signals.remember_signals(least=WAIT_FOR_THE_END)
         forget_old_results()
         os.chdir(self.directory)
@@ -197,12 +197,12 @@ class Record:
         self._written(lambda: self.folder.note(self._name, **fields))
 
     def fail(self, error: BaseException, text: str) -> None:
-        """Writes down how this rank failed: `text`, and its kind."""
+        """Write down how this rank failed: `text`, and its kind."""
         kind, transient = classify(error, saved=self._has_saved())
         self._fail(Failure(self.rank, kind, transient, text))
 
     def fail_for_good(self, text: str) -> None:
-        """Writes down what will come again."""
+        """Write down an error that a restart would meet again."""
         self._fail(Failure(self.rank, "cause", False, text))
 
     def _fail(self, failure: Failure) -> None:
@@ -210,7 +210,7 @@ class Record:
         self.note(why=one_sentence(failure.last_words)[:500])
 
     def too_short(self) -> str:
-        """Why no other attempt is worth it once this one has met its time limit; empty where it is."""
+        """Return why no other attempt is worth it once this one has met its time limit; empty where it is."""
         now = newest_state(self.folder.output_dir)
         if now != self._begun.get("state"):
             return ""

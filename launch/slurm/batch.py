@@ -46,7 +46,10 @@ class Launch:
     identity: str = field(default_factory=new_identity)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError: a folder that the script or the list of runs names would end its line."""
+        """Check the names of folders.
+
+        Raises ConfigError: one that the script or the list of runs names would end its line.
+        """
         for what, folder in (
             ("--output_dir", str(self.folder)),
             ("the folder that you submit from,", str(Path.cwd())),
@@ -163,7 +166,7 @@ def _node_setup(launch: Launch) -> list[str]:
 
 
 def _after_the_end(launch: Launch) -> list[str]:
-    """Lines after srun: an error may be one after which the job is started again (`restart`).
+    """Return lines after srun: an error may be one after which the job is started again (`restart`).
 
     A file system that is away takes the folder along, and often comes back. Where its neighbors are there, or it is
     itself and our part of it is not, somebody has removed or moved that.

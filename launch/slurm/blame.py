@@ -43,7 +43,7 @@ NOTHING = Blame()
 
 
 def blame(files: JobFolder, attempt: Attempt, submission: Submission, until: int | None = None) -> Blame:
-    """Returns why an attempt ended.
+    """Return why an attempt ended.
 
     Args:
         files: Of the run.

@@ -52,7 +52,7 @@ def partitions() -> dict[str, dict[str, str]]:
 
 
 def reserved_nodes(own: str | None) -> set[str]:
-    """Nodes that a reservation holds now, other than that in which the job runs. Raises ConfigError."""
+    """Return nodes that a reservation holds now, other than that in which the job runs. Raises ConfigError."""
     found: set[str] = set()
     for line in output("scontrol", "--oneliner", "show", "reservation").splitlines():
         fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
@@ -105,7 +105,7 @@ START = 60
 
 
 def check_commands() -> None:
-    """Raises ConfigError where there is no Slurm."""
+    """Raise ConfigError where there is no Slurm."""
     missing = [name for name in ("sbatch", "scontrol", "sinfo", "srun") if shutil.which(name) is None]
     if missing:
         raise ConfigError(
@@ -115,7 +115,7 @@ def check_commands() -> None:
 
 
 def check_folder(output_dir: Path, config: ClusterConfig) -> None:
-    """Raises ConfigError where the nodes of a job would not see `output_dir`, or nothing can be written there."""
+    """Raise ConfigError where the nodes of a job would not see `output_dir`, or nothing can be written there."""
     folder = output_dir.resolve()
     if "%" in str(output_dir):
         raise ConfigError(
@@ -141,7 +141,7 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
 
 
 def check_resources(config: ClusterConfig, cpus_per_task: int) -> None:
-    """Raises ConfigError where the time is too short, or no partition that may be taken has what is asked for."""
+    """Raise ConfigError where the time is too short, or no partition that may be taken has what is asked for."""
     _check_time(config)
     cluster = partitions()
     problems = []
@@ -312,7 +312,7 @@ def _lacks(node: Node, config: ClusterConfig, cpus_per_task: int) -> bool:
 
 
 def ask_sbatch(script: Path, config: ClusterConfig, cpus_per_task: int) -> str:
-    """What the job has to wait for, or nothing, as `sbatch --test-only` tells; nothing is queued.
+    """Return what the job has to wait for, or nothing, as `sbatch --test-only` tells; nothing is queued.
 
     Of nodes that are drained or down it says what it says of nodes that do not exist, though sbatch takes the job.
 

@@ -53,7 +53,7 @@ def launcher(environment: Environment = os.environ) -> str:
 
 
 def prepare_process(environment: Environment = os.environ) -> None:
-    """Sets RANK and its like where srun started this process, and the number of threads. Before torch is loaded.
+    """Set RANK and its like where srun started this process, and the number of threads. Before torch is loaded.
 
     Raises ConfigError as `launcher`.
     """
@@ -67,7 +67,7 @@ def prepare_process(environment: Environment = os.environ) -> None:
 
 
 def refuse_several(command: str, environment: Environment = os.environ) -> None:
-    """Raises ConfigError where several processes were started for a command that is one."""
+    """Raise ConfigError where several processes were started for a command that is one."""
     kind = launcher(environment)
     size = int(environment["SLURM_STEP_NUM_TASKS"] if kind == "srun" else environment.get("WORLD_SIZE", "1"))
     if size > 1:
@@ -78,7 +78,7 @@ def refuse_several(command: str, environment: Environment = os.environ) -> None:
 
 
 def _starter(environment: Environment) -> tuple[str, int, str]:
-    """The launcher of these parallel processes, their number, and the rank of this process."""
+    """Return the launcher of these parallel processes, their number, and the rank of this process."""
     tasks, rank = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("SLURM_PROCID", "")
     # the other tasks of `srun --pty bash` have ended
     interactive = "SLURM_PTY_PORT" in environment and os.isatty(0)
@@ -93,7 +93,7 @@ def _starter(environment: Environment) -> tuple[str, int, str]:
 
 
 def _check_ranks(environment: Environment, starter: str, started: int, rank: str) -> None:
-    """Raises ConfigError where the variables that were set by hand are not complete, or are the same in all tasks."""
+    """Raise ConfigError where the variables that were set by hand are not complete, or are the same in all tasks."""
     size = environment.get("WORLD_SIZE", "")
     missing = [name for name in NEEDED if name not in environment]
     if missing and size != "1":
@@ -150,7 +150,7 @@ def first_host(environment: Environment) -> str:
 
 
 def tasks_on_node(counts: str, node: int) -> int:
-    """Tasks of a node, from Slurm's `4(x2),3`: two nodes with four tasks, one with three."""
+    """Return tasks of a node, from Slurm's `4(x2),3`: two nodes with four tasks, one with three."""
     each: list[int] = []
     for part in counts.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

@@ -11,7 +11,10 @@ from .known_runs import forget, known, listed, plain
 
 
 def forget_run(folder: Path) -> None:
-    """Raises ConfigError: the run is not in the list, or has a job; GraftError: Slurm does not answer."""
+    """Take a run out of the list.
+
+    Raises ConfigError: the run is not in the list, or has a job; GraftError: Slurm does not answer.
+    """
     folder = plain(folder)
     if folder not in listed():
         raise ConfigError(f"{folder} is not in the list of runs: `graftvit jobs` shows it")
@@ -24,7 +27,7 @@ def forget_run(folder: Path) -> None:
 
 
 def forget_ended() -> list[Path]:
-    """Forgets all runs that are there and have no job, and returns them. Raises GraftError: Slurm does not answer."""
+    """Forget all runs that are there and have no job, and return them. Raises GraftError: Slurm does not answer."""
     ended = [folder for folder in known() if not _active(folder)]
     for folder in ended:
         forget(folder)

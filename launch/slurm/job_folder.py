@@ -102,7 +102,7 @@ class Attempt:
 
 
 def resumes(run: Path) -> str:
-    """The command that resumes a run: `graftvit resume`, if there is a record of its submission."""
+    """Return the command that resumes a run: `graftvit resume`, if there is a record of its submission."""
     return hint("resume" if JobFolder(run).submissions() else "submit", run)
 
 
@@ -115,13 +115,13 @@ class JobFolder:
         self.stop_path = self.folder / "stop"
 
     def write_submission(self, submission: Submission) -> None:
-        """Adds one, the newest. Raises WriteFailedError."""
+        """Add one, the newest. Raises WriteFailedError."""
         number = max((int(path.stem) for path in self._submission_paths()), default=0) + 1
         text = json.dumps(asdict(submission), indent=2) + "\n"
         write_text(self.folder / "submissions" / f"{number:04d}.json", text)
 
     def withdraw_submission(self, launch: str) -> None:
-        """Removes what was to be submitted with `launch`, and was not."""
+        """Remove what was to be submitted with `launch`, and was not."""
         for path in self._submission_paths():
             with contextlib.suppress(CheckpointError):
                 if _values(path).get("launch") == launch:
@@ -172,7 +172,7 @@ class JobFolder:
         return self.folder / "attempts" / f"{name}.jsonl"
 
     def begin(self, *, job_id: str, restart: int, **event: Any) -> str:
-        """Writes the start of a new attempt, and returns the name of its files, which is unique."""
+        """Write the start of a new attempt, and return the name of its files, which is unique."""
         folder = self._made("attempts")
         number = max((_number(path) for path in folder.glob("*.jsonl")), default=0)
         while True:
@@ -187,7 +187,7 @@ class JobFolder:
         return name
 
     def note(self, name: str, **event: Any) -> None:
-        """Adds fields of `Attempt` to what the attempt with these files has written."""
+        """Add fields of `Attempt` to what the attempt with these files has written."""
         self._made("attempts")
         with self.attempt_path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
@@ -250,7 +250,7 @@ def _number(path: Path) -> int:
 
 
 def _read_attempt(path: Path) -> Attempt:
-    """Raises TypeError: the file does not say what an attempt says at its start."""
+    """Read the record of an attempt. Raises TypeError: the file does not say what an attempt says at its start."""
     known = {one.name for one in fields(Attempt)}
     values: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -279,7 +279,7 @@ def _read_submission(path: Path) -> Submission:
 
 
 def _moved(found: Submission, here: Path) -> Submission:
-    """With places as they are called now, and its number.
+    """Return the record with the present names of its places, and its number.
 
     The number is in the folder of the launch, where one file has it for all cells of an array.
     """

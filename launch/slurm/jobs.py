@@ -160,7 +160,7 @@ def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[RunSta
 def judge_jobs(
     runs: Iterable[Path], *, strict: bool = False, by_name: bool = True
 ) -> dict[Path, list[JudgedJob]]:
-    """Returns all jobs that each run ever had, the oldest first.
+    """Return all jobs that each run ever had, the oldest first.
 
     Args:
         runs: Run folders, submitted or not.
@@ -255,7 +255,7 @@ def _is_foreign(files: JobFolder) -> bool:
 
 
 def _blame(files: JobFolder, submission: Submission, seen: Evidence) -> Blame:
-    """Why the job, or its last attempt, ended; nothing where it waits, runs or ended well."""
+    """Return why the job, or its last attempt, ended; nothing where it waits, runs or ended well."""
     if seen.job.state in WAITING:
         return NOTHING
     if seen.now is None:

@@ -195,7 +195,7 @@ Show = Callable[[Sequence[RunStatus], Sequence[str]], None]
 
 
 def watch(look: Callable[[], Seen], file: TextIO, none: str) -> None:
-    """Shows runs until none waits or runs any more.
+    """Show runs until none waits or runs any more.
 
     Args:
         look: Gives the runs as they are now, and their names.

@@ -82,7 +82,7 @@ class Evidence:
 
 
 def judge(seen: Evidence) -> tuple[str, str]:
-    """Returns the state in plain words, and why."""
+    """Return the state in plain words, and why."""
     job, last = seen.job, seen.last
     if job.state in WAITING:
         again = job.restarts > 0 or last is not None
@@ -189,7 +189,7 @@ def restarts_of(
     found: Mapping[int, Blame] | None = None,
     stopped: Collection[str] = (),
 ) -> list[Restart]:
-    """Returns each attempt but the first, and why there had to be another.
+    """Return each attempt but the first, and why there had to be another.
 
     Args:
         attempts: All, the first one first.
@@ -277,7 +277,7 @@ STARTS = {
 
 
 def waiting(reason: str, start: float | None = None) -> str:
-    """Why a job waits, as in `waits for nodes: Resources`.
+    """Return why a job waits, as in `waits for nodes: Resources`.
 
     Args:
         reason: Slurm's word, with what it may add after a comma.

@@ -21,7 +21,7 @@ def registry_file() -> Path:
 
 
 def remember(folder: Path) -> None:
-    """Adds a run. A home that cannot be written keeps no run from being submitted: then there is a warning."""
+    """Add a run. A home that cannot be written keeps no run from being submitted: then there is a warning."""
     try:
         _add(f"{plain(folder)}")
     except OSError as error:
@@ -31,7 +31,7 @@ def remember(folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Takes a run out of the list; nothing of the run itself is touched. Raises OSError."""
+    """Take a run out of the list; nothing of the run itself is touched. Raises OSError."""
     _add(f"-{plain(folder)}")
 
 

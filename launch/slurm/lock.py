@@ -32,7 +32,7 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 
 @contextmanager
 def submitting(folder: Path, wait: float = WAIT) -> Iterator[None]:
-    """Keeps every other submission out of `folder`, that of a run, a sweep or a comparison.
+    """Keep every other submission out of `folder`, that of a run, a sweep or a comparison.
 
     Raises ConfigError: another command has been submitting for all of `wait`, or the folder cannot be written.
     """
@@ -119,7 +119,7 @@ class _Told(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Says that nothing was submitted where Ctrl-C or SIGTERM ends the block before the first order.
+    """Say that nothing was submitted where Ctrl-C or SIGTERM ends the block before the first order.
 
     Raises NothingSubmittedError.
     """

@@ -30,7 +30,7 @@ def log_files(submission: Submission, rank: int) -> tuple[Path, Path]:
 
 
 def ranks_with_logs(submission: Submission) -> list[int]:
-    """Ranks that have a log."""
+    """Return ranks that have a log."""
     names = Path(submission.logs).glob(f"{submission.job_id}_*_log.*")
     found = (re.fullmatch(r"(\d+)_log\.(out|err)", path.name[len(submission.job_id) + 1 :]) for path in names)
     return sorted({int(match[1]) for match in found if match is not None})
@@ -66,7 +66,7 @@ class Follower:
 
     @classmethod
     def at_end(cls, path: Path) -> Follower:
-        """Follows from what the file holds now."""
+        """Return a follower that starts at the present end of the file."""
         return cls(path, path.stat().st_size if path.exists() else 0)
 
     def new(self) -> str:
@@ -84,7 +84,7 @@ class Follower:
         return (whole + newline).decode("utf-8", "replace")
 
     def rest(self) -> str:
-        """The last line, if it has no newline yet."""
+        """Return the last line, if it has no newline yet."""
         data, self._rest = self._rest, b""
         return data.decode("utf-8", "replace")
 
@@ -127,7 +127,7 @@ def all_files(submission: Submission) -> tuple[Path, ...]:
 
 
 def merged(paths: Iterable[Path], lines: int) -> list[str]:
-    """Returns the last `lines` lines of each file, each with its rank in front, merged by time."""
+    """Return the last `lines` lines of each file, each with its rank in front, merged by time."""
     texts = {path: tail(path, lines).splitlines() for path in paths}
     width = _width(texts)
     streams = [_timed(path, found) for path, found in texts.items()]

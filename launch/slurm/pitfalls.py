@@ -69,7 +69,7 @@ def start_script(code: Path, launch: Path, python: str = sys.executable) -> str:
 
 
 def forget_old_results() -> None:
-    """Removes what an earlier attempt left as this process's result, whole or torn.
+    """Remove what an earlier attempt left as this process's result, whole or torn.
 
     submitit would give it out as the result of this attempt until that is through, and refuses to write beside a
     torn one. In a folder of an earlier cluster, whose job numbers begin at 1 again, it may be another job's.
@@ -120,7 +120,7 @@ def _ask_for_requeue(job: submitit.JobEnvironment) -> None:
 
 @contextmanager
 def outside_of_a_job() -> Iterator[None]:
-    """Submits as from a login node: a job that submits would hand its own allocation and ranks on.
+    """Submit as from a login node: a job that submits would hand its own allocation and ranks on.
 
     `clean_env` takes SLURM_CONF away with them, without which Slurm's commands may find no cluster, or another one.
     """
@@ -133,7 +133,7 @@ def outside_of_a_job() -> Iterator[None]:
 
 @contextmanager
 def detached(log: Path) -> Iterator[None]:
-    """Lets what is started inside outlive this process, its terminal and its Ctrl-C; what it says goes to `log`.
+    """Let what is started inside outlive this process, its terminal and its Ctrl-C; what it says goes to `log`.
 
     submitit starts the controller of a local job as a child like any other: it would die with the terminal, and hold
     the end of a pipe open that somebody reads this command's output from.

@@ -70,7 +70,7 @@ def _with_script(parts: list[str], launch: Launch, problem: GraftError | None, w
 
 
 def _plans(plan: SubmissionPlan, config: ClusterConfig) -> tuple[list[str], GraftError | None]:
-    """None of them where data or teacher cannot be read, which the problem tells."""
+    """Return the plans, and why the runs would be refused; no plans if data or teacher cannot be read."""
     try:
         return check_runs(plan, config), None
     except GraftError as error:

@@ -52,7 +52,7 @@ class SubmissionPlan:
     comparison: bool = False
 
     def write(self) -> None:
-        """Freezes the configurations in the run folders. Raises WriteFailedError."""
+        """Freeze the configurations in the run folders. Raises WriteFailedError."""
         for path, text in self.frozen.items():
             write_text(path, text)
         if self.sweep is not None:
@@ -149,7 +149,7 @@ def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan
 
 
 def _taken(settings: Iterable[Setting]) -> list[str]:
-    """The words that the run of the teacher takes over, too."""
+    """Return the words that the run of the teacher takes over, too."""
     from ..comparison import FOR_THE_TEACHER
     from .sweep import as_text
 
@@ -206,7 +206,7 @@ def plan_work(
 
 
 def _refuse_run(folder: Path) -> None:
-    """Raises ConfigError where the jobs of a run would be hidden."""
+    """Raise ConfigError where the jobs of a run would be hidden."""
     submission = JobFolder(folder).submission()
     if (folder / "config.yaml").exists() or (
         submission is not None and submission.command[0] not in SUBMITTED

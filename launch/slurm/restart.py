@@ -85,7 +85,8 @@ def _again(
 
 
 def explain(attempt: Attempt, failures: Sequence[Failure]) -> str:
-    """Why an attempt ended, in one line: an error of a rank, a rank that says nothing, what the others say of it."""
+    """Return why an attempt ended, in one line: an error of a rank, a rank that says nothing, what the others say of
+    it."""
     own = [one for one in failures if one.kind == "cause"]
     if own:
         return _words(own[0])

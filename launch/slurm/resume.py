@@ -102,7 +102,7 @@ def wait_for_stops(folder: Path, patience: float = PATIENCE) -> None:
 
 
 def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> str:
-    """Submits again, and says which jobs these are. Raises ConfigError as `graftvit submit`."""
+    """Submit again, and say which jobs these are. Raises ConfigError as `graftvit submit`."""
     waits = ""
     if not unchecked:
         waits = check_again(unfinished, config)
@@ -113,7 +113,7 @@ def resume(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = F
 
 
 def go_back(unfinished: Unfinished) -> None:
-    """Changes to where the runs were submitted from: their relative paths are meant from there.
+    """Change to where the runs were submitted from: their relative paths are meant from there.
 
     Raises ConfigError: it is not there.
     """
@@ -136,7 +136,7 @@ def launch_again(unfinished: Unfinished, config: ClusterConfig) -> Launch:
 
 
 def check_again(unfinished: Unfinished, config: ClusterConfig) -> str:
-    """Returns what the job has to wait for, if anything. Raises ConfigError for what the cluster cannot give."""
+    """Return what the job has to wait for, if anything. Raises ConfigError for what the cluster cannot give."""
     if config.cluster != "slurm":
         return ""
     check_commands()

@@ -35,7 +35,7 @@ class Progress:
 
 
 def read_progress(folder: Path, training_since: float | None = None) -> Progress:
-    """The progress according to the files of a run folder; all defaults before the first record.
+    """Return the progress according to the files of a run folder; all defaults before the first record.
 
     Args:
         folder: The run folder.
@@ -86,7 +86,7 @@ def current_stage(folder: Path) -> Path:
 
 
 def _length(folder: Path, epochs: list[dict[str, Any]]) -> tuple[int | None, int | None]:
-    """Epochs and steps of the whole run, as far as they can be known."""
+    """Return epochs and steps of the whole run, as far as they can be known."""
     try:
         optim = load_config(folder).optim
     except GraftError:

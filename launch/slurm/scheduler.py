@@ -90,12 +90,12 @@ def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]
 
 
 def cancel(job_id: str) -> None:
-    """Ends a job for good, whether it waits or runs. Raises GraftError."""
+    """End a job for good, whether it waits or runs. Raises GraftError."""
     ask("scancel", job_id)
 
 
 def signal_job(job_id: str, name: str) -> None:
-    """Sends a signal to every task of a running job. Raises GraftError, NoSuchJobError where it has just ended.
+    """Send a signal to every task of a running job. Raises GraftError, NoSuchJobError where it has just ended.
 
     Not with `--full`: that also hits the shell of the batch script, which dies of it and takes the job along.
     """
@@ -150,7 +150,7 @@ def fallen_nodes(nodes: Sequence[str]) -> list[str]:
 
 
 def fallen_in(text: str) -> list[str]:
-    """Nodes of `sinfo` lines `name state`; a `*` marks one that does not answer."""
+    """Return nodes of `sinfo` lines `name state`; a `*` marks one that does not answer."""
     found = []
     for name, _, state in (line.strip().partition(" ") for line in text.splitlines()):
         if state.endswith("*") or state.lower().startswith(("down", "fail", "error", "unknown")):

@@ -54,7 +54,7 @@ class Asked:
     """The origin by key; `sbatch.hold` for an option."""
 
     def put(self, layer: Layer) -> None:
-        """Lays the values of `layer` over what is there."""
+        """Lay the values of `layer` over what is there."""
         for name, value in layer.values.items():
             self._make_room(name, value)
         for name, value in layer.values.items():
@@ -68,7 +68,7 @@ class Asked:
             self.origins[name] = layer.name_of(name)
 
     def _make_room(self, name: str, value: Any) -> None:
-        """Takes away what lies below and would contradict `value`."""
+        """Take away what lies below and would contradict `value`."""
         if value is None:
             return
         if name in MEMORY:
@@ -80,7 +80,7 @@ class Asked:
             self.values["gres"] = without_gpus(self.values["gres"])
 
     def config(self) -> ClusterConfig:
-        """Raises ConfigError that names the flag, the variable or the file."""
+        """Raise ConfigError that names the flag, the variable or the file."""
         try:
             return ClusterConfig.model_validate(self.values).known_from(self.origins)
         except ValidationError as error:
@@ -106,7 +106,7 @@ def shared_site_files() -> list[Path]:
 
 
 def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None) -> Asked:
-    """Lays all origins over each other.
+    """Lay all origins over each other.
 
     Args:
         given: Of flags.
@@ -167,7 +167,7 @@ def from_environment() -> Layer:
 
 
 def left_out() -> list[str]:
-    """Variables for sbatch that are set, and would break what a run needs."""
+    """Return variables for sbatch that are set, and would break what a run needs."""
     taken = {mark.variable for mark in sbatch_fields().values()} | set(OPTION_VARIABLES)
     return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in taken)
 

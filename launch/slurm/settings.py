@@ -367,7 +367,7 @@ def _mail(text: str | None) -> dict[str, str]:
 
 
 def parse_time(text: str) -> int:
-    """Minutes of a time limit in Slurm's notation: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError."""
+    """Return minutes of a time limit in Slurm's notation: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError."""
     found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
     if not found:
         raise ConfigError(f"{text!r} is no time limit: give minutes, H:MM:SS or D-HH:MM:SS, as in 2-12:00:00")

@@ -16,7 +16,7 @@ PARTS = ("models", "checkpoints", "transfer", "launch", "cfgs")
 
 
 def copy_package(folder: Path) -> Path:
-    """Copies the installed package to `folder/code-<digest>`, and returns that; the same code is copied once.
+    """Copy the installed package to `folder/code-<digest>`, and return that; the same code is copied once.
 
     In front of the module search path it takes the place of what is installed, its version included.
     """

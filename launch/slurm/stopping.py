@@ -33,7 +33,7 @@ class Stopped:
 
 
 def stop(folder: Path, *, now: bool = False) -> Stopped:
-    """Stops all jobs of a run, or of the cells of a sweep; one that cannot be stopped keeps no other from it.
+    """Stop all jobs of a run, or of the cells of a sweep; one that cannot be stopped keeps no other from it.
 
     Args:
         folder: Of the run or the sweep.

@@ -33,7 +33,7 @@ from .sweep import check_sweep
 
 
 def check(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> str:
-    """Returns what the job has to wait for, if anything.
+    """Return what the job has to wait for, if anything.
 
     Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for.
     """
@@ -44,7 +44,7 @@ def check(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = Fals
 
 
 def check_early(config: ClusterConfig) -> None:
-    """Raises ConfigError for what the cluster cannot give, as far as that is known before the plan is."""
+    """Raise ConfigError for what the cluster cannot give, as far as that is known before the plan is."""
     if config.cluster == "slurm":
         check_commands()
         check_resources(config, config.cpus_per_task or 1)
@@ -87,7 +87,7 @@ def check_runs(plan: SubmissionPlan, config: ClusterConfig) -> list[str]:
 
 
 def send(plan: SubmissionPlan, config: ClusterConfig, waits: str = "") -> str:
-    """Submits what has to wait for `waits`, and says which jobs these are and what to do next."""
+    """Submit what has to wait for `waits`, and say which jobs these are and what to do next."""
     launch = launch_of(plan, config)
     with submitting(home(plan.folder)):
         _refuse_second(plan, config)
@@ -104,7 +104,7 @@ def send(plan: SubmissionPlan, config: ClusterConfig, waits: str = "") -> str:
 
 
 def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
-    """Submits `launch`, after a job for `first` where it is given, and says which jobs these are.
+    """Submit `launch`, after a job for `first` where it is given, and say which jobs these are.
 
     The caller keeps others out (`submitting`), and has seen that none of the runs has a job.
     """
@@ -141,7 +141,7 @@ def launch_of(plan: SubmissionPlan, config: ClusterConfig) -> Launch:
 
 
 def _check_machine(plan: SubmissionPlan, config: ClusterConfig) -> None:
-    """Raises ConfigError where more is asked for than one machine or process is."""
+    """Raise ConfigError where more is asked for than one machine or process is."""
     if config.cluster != "slurm" and config.nodes > 1:
         raise ConfigError(
             f"{config.said('nodes')}: --cluster {config.cluster} is this machine alone; give --nodes 1"
@@ -171,7 +171,7 @@ def _check_comparison(plan: SubmissionPlan, config: ClusterConfig) -> None:
 
 
 def _refuse_inner(folder: Path) -> None:
-    """Raises ConfigError for a place that a run, a sweep or a comparison keeps for its own cells and teacher."""
+    """Raise ConfigError for a place that a run, a sweep or a comparison keeps for its own cells and teacher."""
     above = folder.parent.parent if folder.parent.name == "cells" else folder.parent
     ours = (above / "jobs").is_dir() or (above / "sweep.json").exists()
     if ours and (folder.parent.name == "cells" or folder.name == "teacher"):
@@ -182,7 +182,7 @@ def _refuse_inner(folder: Path) -> None:
 
 
 def _refuse_second(plan: SubmissionPlan, config: ClusterConfig) -> None:
-    """Raises ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
+    """Raise ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
     _refuse_inner(plan.folder)
     first = [] if plan.first is None else [plan.first]
     own = [request.output_dir for request in [*first, *plan.requests]]
@@ -196,7 +196,7 @@ def _refuse_second(plan: SubmissionPlan, config: ClusterConfig) -> None:
 
 
 def refuse_active(runs: Iterable[Path], shown: Path, *, by_name: bool = True) -> None:
-    """Raises ConfigError where one of these runs has a job; NoAnswerError where Slurm has to be asked and is silent."""
+    """Raise ConfigError where one of these runs has a job; NoAnswerError where Slurm has to be asked and is silent."""
     for run, jobs in judge_jobs(runs, strict=True, by_name=by_name).items():
         for one in jobs:
             if one.active:

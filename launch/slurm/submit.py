@@ -37,7 +37,7 @@ _NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;.*| on .*)?$", re.M
 
 
 def test_only(launch: Launch) -> str:
-    """Asks sbatch what the job has to wait for, if anything. Nothing is queued, and nothing written to its folder.
+    """Ask sbatch what the job has to wait for, if anything. Nothing is queued, and nothing written to its folder.
 
     Raises ConfigError: sbatch would refuse the job.
     """
@@ -145,7 +145,7 @@ def _withdraw(launch: Launch) -> None:
 
 
 def _sbatch(launch: Launch) -> str:
-    """Orders the job.
+    """Order the job.
 
     Raises ConfigError: it is refused; GraftError: neither sbatch nor the queue tells whether it is.
     """
@@ -191,14 +191,14 @@ def _may_be_queued(said: str) -> bool:
 
 
 def _start(launch: Launch) -> str:
-    """Starts the job on this machine."""
+    """Start the job on this machine."""
     executor: Any = executor_of(launch)._executor
     with detached(launch.logs / "controller.log"):
         return str(executor._submit_command(command(launch)).job_id)
 
 
 def _run(launch: Launch, code: Path, made: dict[str, Any]) -> list[str]:
-    """Runs each in this process."""
+    """Run each in this process."""
     ordering()
     jobs = []
     for request in launch.requests:

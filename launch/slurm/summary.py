@@ -187,7 +187,7 @@ def summarize(folder: Path) -> Summary:
 
 
 def write_summary(summary: Summary) -> list[Path]:
-    """Writes `summary.csv` and `summary.md`, and `summary.png` when a cell is done, and returns their paths.
+    """Write `summary.csv` and `summary.md`, and `summary.png` when a cell is done, and return their paths.
 
     Raises WriteFailedError as `write_file`.
     """

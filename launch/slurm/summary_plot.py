@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .summary import ACCURACIES, Measure, Row, Summary
 
 INK, FAINT = "#24292f", "#d4d9df"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Colors of Okabe and Ito (2008), distinct with every kind of color vision; the yellow is too pale for lines."""
 MARKERS = "osD^vP"
 LOG_FROM = 20.0
@@ -33,7 +33,7 @@ def draw(summary: Summary) -> Figure:
     rows = [row for row in summary.rows if name in row.measures]
     key = numeric_key(summary)
     lines = {} if key is None else _lines(rows, key)
-    if key is None or len(lines) > len(COLOURS):
+    if key is None or len(lines) > len(COLORS):
         return _points(rows, name)
     return _over_number(lines, key, name)
 
@@ -61,7 +61,7 @@ def _over_number(lines: dict[str, list[Row]], key: str, name: str) -> Figure:
     for place, (label, rows) in enumerate(lines.items()):
         x = [float(row.settings[key]) for row in rows]
         measures = [row.measures[name] for row in rows]
-        style = {"color": COLOURS[place], "marker": MARKERS[place], "label": label or None}
+        style = {"color": COLORS[place], "marker": MARKERS[place], "label": label or None}
         axes.errorbar(x, [m.mean for m in measures], yerr=_errors(measures), capsize=3, markersize=5, **style)
     if min(everything) > 0 and max(everything) / min(everything) >= LOG_FROM:
         axes.set_xscale("log")
@@ -81,10 +81,8 @@ def _points(rows: Sequence[Row], name: str) -> Figure:
     figure, axes = _figure(8.0, max(2.0, 0.32 * len(rows) + 1.0))
     for place, row in enumerate(rows):
         measure = row.measures[name]
-        axes.plot(
-            measure.values, [place] * len(measure.values), "|", color=COLOURS[4], markersize=9, zorder=2
-        )
-        axes.errorbar([measure.mean], [place], xerr=_errors([measure]), fmt="o", color=COLOURS[0],
+        axes.plot(measure.values, [place] * len(measure.values), "|", color=COLORS[4], markersize=9, zorder=2)
+        axes.errorbar([measure.mean], [place], xerr=_errors([measure]), fmt="o", color=COLORS[0],
                       capsize=3, markersize=6, zorder=3)  # fmt: skip
     axes.set_yticks(range(len(rows)), [_label(row) or "as in the recipe" for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -51,7 +51,7 @@ class Sweep:
     cells: tuple[Cell, ...]
 
     def save(self) -> None:
-        """Writes `sweep.json`. Raises WriteFailedError."""
+        """Write `sweep.json`. Raises WriteFailedError."""
         content = {
             "axes": [{"key": axis.key, "values": axis.values} for axis in self.axes],
             "cells": [{"name": cell.name, "settings": cell.settings} for cell in self.cells],
@@ -137,7 +137,7 @@ class Axis:
     values: tuple[str, ...]
 
     def labels(self) -> list[str]:
-        """The values as parts of a file name, all different, also without upper and lower case."""
+        """Return the values as parts of a file name, all different, also without upper and lower case."""
         slugs = [_slug(value) for value in self.values]
         folded = [slug.casefold() for slug in slugs]
         return [
@@ -270,7 +270,7 @@ def _quoted(key: str, value: str) -> str:
 
 
 def _slug(text: str) -> str:
-    """Letters, digits, points, dashes; a dash in place of anything else."""
+    """Return letters, digits, points, dashes; a dash in place of anything else."""
     slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
     return slug.strip("-") if slug != text else slug
 

@@ -96,7 +96,7 @@ class CopyProjection(Copy):
         return softmax(_with_values(mixed, _identity(mixed)))
 
     def mixed(self, heads: Heads) -> Heads:
-        """The student's projections with the teacher's in their place."""
+        """Return the student's projections with the teacher's in their place."""
         copied = getattr(self.link.teacher_heads(self.tape), self.part)
         own = getattr(heads, self.part)
         mixed = copied if own is None else blend(self.link, copied, own)
@@ -125,7 +125,7 @@ class CopyKind:
         return len(self.parts) > 1
 
     def operator(self, link: Link, tape: Tape) -> Copy:
-        """The operator of a student's layer."""
+        """Return the operator of a student's layer."""
         return CopyMap(link, tape) if self.copies_map else CopyProjection(link, tape, part=self.parts[0])
 
 
@@ -150,7 +150,7 @@ def blend(link: Link, copied: Tensor, own: Tensor) -> Tensor:
 
 
 def _identity(heads: Heads) -> Tensor:
-    """Values (B, H, N, N) to which a map applied is the map itself."""
+    """Return values (B, H, N, N) to which a map applied is the map itself."""
     known = heads.known
     eye = torch.eye(known.shape[2], dtype=known.dtype, device=known.device)
     return eye.expand(*known.shape[:2], -1, -1)

@@ -37,7 +37,8 @@ class GridRule:
     """Whether the teacher has a relative position bias, which cannot be interpolated."""
 
     def check(self, teacher: Size, student: Size, batch: Size | None = None) -> list[str]:
-        """What is done about unequal grids, in sentences; those of images of size `batch`, or of the models' own.
+        """Return what is done about unequal grids, in sentences; those of images of size `batch`, or of the models'
+        own.
 
         Raises `TransferError` for grids that do not go together.
         """
@@ -78,13 +79,14 @@ class Embeddings:
         self._embeddings: Any = (teacher.patch_embed, student.patch_embed)
 
     def grids(self, images: Size) -> Grids:
-        """The grids of images of this size for the student. Raises `TransferError`: a model does not take them."""
+        """Return the grids of images of this size for the student. Raises `TransferError`: a model does not take
+        them."""
         teacher, student = self._embeddings
         own = _take(student, "student", images)
         return Grids(_take(teacher, "teacher", self.teacher_size(images)), own)
 
     def teacher_size(self, images: Size) -> Size:
-        """The size at which the teacher sees images of this size for the student.
+        """Return the size at which the teacher sees images of this size for the student.
 
         At the student's own size it is the teacher's own. At another size, a teacher that takes any size gets as many
         more patches as the student, so that equal grids stay equal; a teacher of a single size keeps its own.
@@ -114,12 +116,12 @@ def own_size(embedding: Any) -> Size:
 
 
 def words(size: Size) -> str:
-    """A size or a grid as it is written."""
+    """Return a size or a grid as it is written."""
     return f"{size[0]}x{size[1]}"
 
 
 def _take(embedding: Any, name: str, images: Size) -> Size:
-    """The grid of images of this size; TransferError where the model does not take them."""
+    """Return the grid of images of this size; TransferError where the model does not take them."""
     own, patch = own_size(embedding), embedding.patch_size
     if embedding.strict_img_size and images != own:
         raise TransferError(

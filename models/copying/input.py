@@ -82,7 +82,7 @@ class ShownImages(Renormalized):
 
     def describe(self) -> list[str]:
         """Describe each change to the images in one sentence."""
-        return [] if self.same_normalization else ["images are re-normalised for the teacher"]
+        return [] if self.same_normalization else ["images are renormalized for the teacher"]
 
 
 class WholeInput(ShownImages):
@@ -132,7 +132,7 @@ class TeacherInput(ShownImages):
         return self.embeddings.teacher_size(images)
 
     def grids(self, images: Tensor, rule: GridRule | None) -> Grids:
-        """The patch grids of teacher and student for these images.
+        """Return the patch grids of teacher and student for these images.
 
         Raises `TransferError`: a model does not take images of this size, or the rule refuses the grids.
         """

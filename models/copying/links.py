@@ -77,16 +77,16 @@ class Link:
         return len(self.student_index) == len(self.heads.groups)
 
     def teacher_heads(self, tape: Tape) -> Heads:
-        """The teacher's q, k, v in the student's order of heads and tokens."""
+        """Return the teacher's q, k, v in the student's order of heads and tokens."""
         index = None if self.heads.is_identity else self.teacher_index
         return take(self.resample(tape), index, self.tokens.teacher)
 
     def matched_student(self, heads: Heads) -> Heads:
-        """The student's q, k, v for the heads and tokens that have a counterpart."""
+        """Return the student's q, k, v for the heads and tokens that have a counterpart."""
         return take(heads, None if self.all_heads else self.student_index, self.tokens.student)
 
     def resample(self, tape: Tape) -> Heads:
-        """The teacher's projections, in the student's grid."""
+        """Return the teacher's projections, in the student's grid."""
         heads, grids = tape.heads[self.pair.teacher], tape.grids
         if grids is None or grids.teacher == grids.student:
             return heads

@@ -160,7 +160,7 @@ def spread_heads(x_BHND: Tensor, sizes: list[int]) -> Tensor:
 
 
 def average_heads(x_BEND: Tensor, sizes: list[int]) -> Tensor:
-    """The mean over the teachers of each head; the inverse of `spread_heads`."""
+    """Return the mean over the teachers of each head; the inverse of `spread_heads`."""
     if max(sizes) == 1:
         return x_BEND
     return torch.stack([group.mean(1) for group in x_BEND.split(sizes, dim=1)], dim=1)

@@ -84,7 +84,7 @@ class TokensOnly(nn.Module):
 
 
 def shallow(module: M) -> M:
-    """A module with the same parameters and buffers whose children can be replaced."""
+    """Return a module with the same parameters and buffers whose children can be replaced."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin
@@ -135,7 +135,7 @@ class Wanted:
 
     @classmethod
     def attention(cls, layers: Collection[int], parts: Collection[str], *, output: bool = False) -> Wanted:
-        """The projections `parts` of attention layers and, with `output`, their output."""
+        """Return the projections `parts` of attention layers and, with `output`, their output."""
         kept = dict.fromkeys(layers, frozenset(parts))
         return cls(kept, frozenset(layers if output else ()))
 
@@ -161,7 +161,7 @@ WHOLE = ("pooled", "patches", "classes")
 
 
 def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
-    """A view that puts what is `wanted` on the tape, and computes nothing beyond."""
+    """Return a view that puts what is `wanted` on the tape, and computes nothing beyond."""
     if wanted.whole and not wanted.layers:
         return WholeModel(shallow(teacher), wanted.whole, tape)
     blocks = [
@@ -181,7 +181,7 @@ def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
 def view_attention(
     teacher: nn.Module, layers: Collection[int], tape: Tape, parts: Collection[str]
 ) -> nn.Module:
-    """A view that records the projections `parts` of `layers`, then stops."""
+    """Return a view that records the projections `parts` of `layers`, then stops."""
     return view_teacher(teacher, Wanted.attention(layers, parts), tape)
 
 
@@ -194,7 +194,7 @@ def _view_block(block: nn.Module, index: int, wanted: Wanted, tape: Tape) -> nn.
 
 
 def truncated(teacher: nn.Module, blocks: Sequence[nn.Module]) -> TokensOnly:
-    """The teacher with these blocks alone, and without what comes after them."""
+    """Return the teacher with these blocks alone, and without what comes after them."""
     return TokensOnly(_with_blocks(teacher, blocks))
 
 

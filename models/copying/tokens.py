@@ -30,7 +30,7 @@ class Tokens:
         return self.prefix == tuple(range(self.num_prefix))
 
     def index(self, length: int) -> list[int]:
-        """Their places in a sequence of this length."""
+        """Return their places in a sequence of this length."""
         return [*self.prefix, *range(self.num_prefix, length)]
 
     def pick(self, x: Tensor, dim: int) -> Tensor:

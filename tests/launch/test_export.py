@@ -36,7 +36,7 @@ def test_onnx_of_pixels(
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out = tmp_path / "model.onnx"
-    assert main(["export", str(student), str(out), "--normalise"]) == 0
+    assert main(["export", str(student), str(out), "--normalize"]) == 0
     assert str(out) in capsys.readouterr().out
     told = [
         record.getMessage().split()[0] for record in caplog.records if record.name.endswith(".export_source")

@@ -83,7 +83,7 @@ def save(model: nn.Module, family: str, folder: Path, **changes: Any) -> str:
 
 def train_a_step(student: nn.Module) -> None:
     student.train()
-    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     student(images()).square().mean().backward()
     unused = _unused(student)
     for name, parameter in student.named_parameters():
@@ -91,7 +91,7 @@ def train_a_step(student: nn.Module) -> None:
             continue
         assert parameter.grad is not None, f"{name} has no gradient"
         assert torch.isfinite(parameter.grad).all(), f"{name} has a gradient that is not finite"
-    optimiser.step()
+    optimizer.step()
     student.eval()
 
 

@@ -184,7 +184,7 @@ def _train(folder: Path, settings: str, ranks: int) -> None:
 
 
 def assert_undisturbed(run: ClusterRun, ranks: int = 2) -> None:
-    """The run has the weights, the optimiser, the average and the log of one that nothing happened to."""
+    """The run has the weights, the optimizer, the average and the log of one that nothing happened to."""
     settings = run.config.model_dump(mode="json", exclude={"output_dir"})
     settings["teacher"]["source"] = None
     workers = "PYTEST_XDIST_WORKER" in os.environ

@@ -107,7 +107,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two finished runs do not have in common, bit for bit: weights, average, optimiser, generators, log."""
+    """What two finished runs do not have in common, bit for bit: weights, average, optimizer, generators, log."""
     found = [] if records(one) == records(other) else ["log"]
     for name in ("last", "best"):
         first, second = state(one, name), state(other, name)

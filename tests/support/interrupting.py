@@ -14,7 +14,7 @@ from graftvit.transfer.engine.loop import Loop
 
 @contextmanager
 def terminated_after(steps: int) -> Iterator[None]:
-    """SIGTERM to this process when so many optimiser steps are done; AssertionError if that many never were."""
+    """SIGTERM to this process when so many optimizer steps are done; AssertionError if that many never were."""
     taken = 0
     take = Loop._step
 

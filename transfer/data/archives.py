@@ -43,7 +43,8 @@ class Member:
 
 
 def is_packed(config: DataConfig) -> bool:
-    """Whether the data set is read only after staging has unpacked it: a .zip, or a .tar with folders for splits.
+    """Return whether the data set is read only after staging has unpacked it: a .zip, or a .tar with folders for
+    splits.
 
     Any other .tar is read as it is, staged or not. Raises DataError: the archive cannot be read.
     """
@@ -54,7 +55,7 @@ def is_packed(config: DataConfig) -> bool:
 
 
 def unpack(archive: Path, folder: Path, config: DataConfig, moved: Callable[[int], None]) -> None:
-    """Writes the images of an archive below `folder`, without the folders that all splits lie in.
+    """Write the images of an archive below `folder`, without the folders that all splits lie in.
 
     `moved` is told of the bytes of each file. Raises DataError: the archive is damaged, or holds no image.
     """
@@ -75,7 +76,7 @@ def unpack(archive: Path, folder: Path, config: DataConfig, moved: Callable[[int
 
 
 def unpacked_size(archive: Path) -> int:
-    """Bytes of the images of a .zip, at least those of a .tar, which would have to be read whole to tell."""
+    """Return bytes of the images of a .zip, at least those of a .tar, which would have to be read whole to tell."""
     if archive.suffix == ".tar":
         return archive.stat().st_size
     with _explained(archive), zipfile.ZipFile(archive) as opened:
@@ -83,7 +84,7 @@ def unpacked_size(archive: Path) -> int:
 
 
 def _first_split(archive: Path, config: DataConfig) -> int | None:
-    """How many folders the first image's split lies in; None where there are no folders for splits."""
+    """Return how many folders the first image's split lies in; None where there are no folders for splits."""
     names = {*SPLITS, config.train_split, config.val_split}
     with _explained(archive), members(archive) as found:
         first = next(found, None)
@@ -93,7 +94,7 @@ def _first_split(archive: Path, config: DataConfig) -> int | None:
 
 @contextmanager
 def members(archive: Path) -> Iterator[Iterator[Member]]:
-    """The images of an archive, in its own order; links, and what a Mac puts beside images, are left out."""
+    """Yield the images of an archive, in its own order; links, and what a Mac puts beside images, are left out."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zipped:
             yield (

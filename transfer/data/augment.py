@@ -1,4 +1,4 @@
-"""From a PIL image to a normalised tensor, and from a batch to a mixed one."""
+"""From a PIL image to a normalized tensor, and from a batch to a mixed one."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def eval_transform(spec: Preprocessing) -> Transform:
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds what CPU transforms draw from. Not CUDA's generator, which belongs to the student."""
+    """Seed what CPU transforms draw from. Not CUDA's generator, which belongs to the student."""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)

@@ -63,5 +63,5 @@ def check_stream(config: DataConfig, stream: object, names: Sequence[str] | None
 
 
 def stream_classes(stream: object) -> tuple[str, ...] | None:
-    """The names of a stream's classes, where it has some."""
+    """Return the names of a stream's classes, where it has some."""
     return tuple(getattr(getattr(stream, "reader", None), "class_to_idx", ())) or None

@@ -36,7 +36,7 @@ def keep_classes(config: DataConfig, source: ImageSource) -> ImageSource:
 
 
 def wanted_classes(config: DataConfig) -> list[str] | None:
-    """The names in `data.classes`, sorted as timm sorts folders; None where all are kept.
+    """Return the names in `data.classes`, sorted as timm sorts folders; None where all are kept.
 
     Raises ConfigError: the file cannot be read, or no name is given.
     """
@@ -56,7 +56,7 @@ def wanted_classes(config: DataConfig) -> list[str] | None:
 
 
 def _read(path: Path) -> list[str]:
-    """The lines of a file, without comments."""
+    """Yield the lines of a file, without comments."""
     try:
         lines = read_regular(path, refusal=ConfigError).splitlines()
     except ConfigError as error:

@@ -23,7 +23,7 @@ class Columns(NamedTuple):
 
 
 def find_columns(config: DataConfig, features: Json) -> Columns:
-    """The columns of a data set with these `features` (of the package datasets, by name).
+    """Return the columns of a data set with these `features` (of the package datasets, by name).
 
     Raises DataError: a setting names none of them, none holds images, or the labels are no numbers and no names.
     """
@@ -44,7 +44,7 @@ def find_columns(config: DataConfig, features: Json) -> Columns:
 
 
 def is_label(feature: Any) -> bool:
-    """Whether a column holds one class an image: a number or a name."""
+    """Return whether a column holds one class an image: a number or a name."""
     return getattr(feature, "dtype", "").startswith(("int", "uint", "string", "large_string", "bool"))
 
 

@@ -41,7 +41,7 @@ def check_dataset(config: DataConfig) -> None:
 
 
 def has_split(config: DataConfig, split: str) -> bool:
-    """Whether a folder has a folder for this split; of any other data set only its reader can tell."""
+    """Return whether a folder has a folder for this split; of any other data set only its reader can tell."""
     if config.dataset not in ("", "folder"):
         return True
     return config.data_path is not None and split_folder(Path(config.data_path), split) is not None
@@ -57,7 +57,7 @@ def open_dataset(
     by_training: bool = True,
     names: Sequence[str] | None = None,
 ) -> ImageSource | IterableDataset[Any]:
-    """The images of a split with `channels` 1 (grey) or 3 (RGB); a stream for wds, hfids and tfds.
+    """Return the images of a split with `channels` 1 (gray) or 3 (RGB); a stream for wds, hfids and tfds.
 
     Labels go by name: a class has its place in `names`, those of a model's outputs; else the number that it has in the
     training split, or, without `by_training`, in its own.
@@ -115,13 +115,13 @@ def _open_folder(config: DataConfig, split: str, mode: str) -> FolderImages:
 
 
 def is_name(word: str) -> bool:
-    """Whether a word names a data set, and no folder."""
+    """Return whether a word names a data set, and no folder."""
     family, slash, _ = word.partition("/")
     return word == "digits" if not slash else family.lower() in (*PACKAGES, "torch")
 
 
 def _check_family(name: str) -> str:
-    """The part of a data set's name before the slash. timm would read any other name as a folder."""
+    """Return the part of a data set's name before the slash. timm would read any other name as a folder."""
     family = name.partition("/")[0].lower()
     if name and not is_name(name):
         raise ConfigError(f"data.dataset={name!r} is not known; {did_you_mean(name, FAMILIES)}")
@@ -180,7 +180,7 @@ def _check_folder(config: DataConfig, split: str) -> None:
 
 
 def undivided(config: DataConfig) -> bool:
-    """Whether a folder has no folders for splits, so that each split is all of it."""
+    """Return whether a folder has no folders for splits, so that each split is all of it."""
     root = Path(config.data_path or "")
     if config.dataset not in ("", "folder") or not root.is_dir():
         return config.dataset in ("", "folder") and root.is_file()
@@ -191,7 +191,7 @@ def undivided(config: DataConfig) -> bool:
 def _training_names(
     config: DataConfig, family: str, found: ImageSource, split: str, mode: str
 ) -> Sequence[str] | None:
-    """The classes of the training split, by which another split of a folder or of `hfds` is numbered."""
+    """Return the classes of the training split, by which another split of a folder or of `hfds` is numbered."""
     if family == "hfds" and config.classes is None:
         try:
             return open_hub(config, config.train_split, mode).class_names
@@ -210,7 +210,7 @@ def _training_names(
 
 
 def _shared(config: DataConfig, split: str, found: Found, trained: Found) -> str | None:
-    """Says that images of a split are training images, which links can bring about."""
+    """Say that images of a split are training images, which links can bring about."""
     count = count_shared(found, trained)
     if not count:
         return None

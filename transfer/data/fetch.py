@@ -39,7 +39,7 @@ class BadImages:
         return [bad.path for bad in self.found]
 
     def add(self, batch: Batch) -> None:
-        """Raises DataError beyond the limit."""
+        """Raise DataError beyond the limit."""
         for bad in batch.bad:
             identity = bad.identity or bad.path
             if identity in self._known:
@@ -65,13 +65,13 @@ class Fetcher:
         self._loader = self._open()
 
     def fetch(self, requests: Iterator[BatchRequest]) -> Iterator[Loaded]:
-        """A batch for each request, in order. A new pass ends the one before it."""
+        """Yield a batch for each request, in order. A new pass ends the one before it."""
         for batch in self.fetch_batches(requests):
             if batch.images is not None:
                 yield batch.images, batch.targets, batch.valid
 
     def fetch_batches(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
-        """As `fetch`, with all that a batch has."""
+        """Do the same as `fetch`, with all that a batch has."""
         self._requests.pending = requests
         try:
             for batch in guarded(self._loader):
@@ -91,7 +91,7 @@ class Fetcher:
 
 
 def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Batch]:
-    """A DataLoader over a data set that makes whole batches. It does not draw from the run's generator."""
+    """Return a DataLoader over a data set that makes whole batches. It does not draw from the run's generator."""
     with _any_number():
         return DataLoader(
             dataset,
@@ -107,14 +107,14 @@ def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Bat
 
 @contextmanager
 def _any_number() -> Iterator[None]:
-    """Leaves out torch's warning of more processes than cores: `data_wait` in the log says what they are worth."""
+    """Leave out torch's warning of more processes than cores: `data_wait` in the log says what they are worth."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
 
 
 def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The batches of a loader; DataError where one cannot be made, or when one of its processes dies."""
+    """Yield the batches of a loader; DataError where one cannot be made, or when one of its processes dies."""
     with _any_number():
         batches = iter(loader)
     try:
@@ -138,7 +138,7 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
 
 
 def _forget(batches: Any) -> None:
-    """Ends the other processes. torch would otherwise raise for the dead one again whenever any child ends."""
+    """End the other processes. torch would otherwise raise for the dead one again whenever any child ends."""
     end = getattr(batches, "_shutdown_workers", None)
     if end is None:  # no processes
         return

@@ -67,7 +67,7 @@ class HubImages:
 
 
 def open_hub(config: DataConfig, split: str, mode: str) -> HubImages:
-    """The images of a split. Raises DataError: there is no such data set, split or column."""
+    """Return the images of a split. Raises DataError: there is no such data set, split or column."""
     try:
         table = load_split(config, split)
         columns = find_columns(config, table.features)
@@ -83,7 +83,7 @@ def open_hub(config: DataConfig, split: str, mode: str) -> HubImages:
 
 
 def load_split(config: DataConfig, split: str) -> Any:
-    """A split, under its name or a synonym of it, or a part of one as in `train[:10%]`."""
+    """Return a split, under its name or a synonym of it, or a part of one as in `train[:10%]`."""
     import datasets
 
     name = config.dataset.partition("/")[2]
@@ -101,7 +101,7 @@ def load_split(config: DataConfig, split: str) -> Any:
 
 
 def stream_columns(config: DataConfig, split: str) -> Columns:
-    """The columns of `hfids/NAME`, which the first image tells where the description of the set does not."""
+    """Return the columns of `hfids/NAME`, which the first image tells where the description of the set does not."""
     import datasets
 
     name = config.dataset.partition("/")[2]
@@ -119,7 +119,7 @@ def stream_columns(config: DataConfig, split: str) -> Columns:
 
 
 def _vocabulary(config: DataConfig, label: str, split: str, table: Any) -> Sequence[str] | None:
-    """The names of the classes by number; those of the training split where labels are names."""
+    """Return the names of the classes by number; those of the training split where labels are names."""
     feature = table.features[label]
     if hasattr(feature, "names"):
         return tuple(feature.names)

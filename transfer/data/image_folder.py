@@ -1,4 +1,4 @@
-"""A folder of class folders: each real file once, however many links lead to it, labelled by its folder's name."""
+"""A folder of class folders: each real file once, however many links lead to it, labeled by its folder's name."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ class Found:
     """Links to folders and files that are there already."""
 
     def class_names(self) -> tuple[str, ...]:
-        """Of the folders that images lie in, in natural order; none where all lie in `root` itself."""
+        """Return the names of the folders that images lie in, in natural order; none where all lie in `root` itself."""
         names = {self.class_of(path) for path in self.files} - {""}
         return tuple(sorted(names, key=natural_key))
 
     def class_of(self, path: str) -> str:
-        """The name of the folder that an image lies in, "" for `root` itself."""
+        """Return the name of the folder that an image lies in, "" for `root` itself."""
         parent = path.rpartition(os.sep)[0]
         return "" if parent == str(self.root) else parent.rpartition(os.sep)[2]
 
     def keys(self) -> set[Key]:
-        """Of all files that are there."""
+        """Return the numbers of all files that are there."""
         return {key for path in self.files if (key := _key(path)) is not None}
 
 
 def find_images(root: Path) -> Found:
-    """Looks through `root`. A folder or file in it is taken before a link to it, and of several links the first."""
+    """Look through `root`. A folder or file in it is taken before a link to it, and of several links the
+    first."""
     found = Found(root)
     files: list[str] = []
     folders = [str(root)]
@@ -69,7 +70,7 @@ def find_images(root: Path) -> Found:
 
 
 def _walk(found: Found, folder: str, linked_files: list[str], linked_folders: list[str]) -> None:
-    """Takes what lies in `folder` and below it; links are only listed."""
+    """Take what lies in `folder` and below it; links are only listed."""
     waiting = [folder]
     while waiting:
         folder = waiting.pop()
@@ -98,7 +99,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _add_links(found: Found, links: list[str]) -> None:
-    """Adds the files that are links, unless they lead to one that is there."""
+    """Add the files that are links, unless they lead to one that is there."""
     found.linked = True
     known = found.keys()
     for path in links:
@@ -112,7 +113,7 @@ def _add_links(found: Found, links: list[str]) -> None:
 
 
 def _key(path: str) -> Key | None:
-    """None for what is not there, and where the file system does not number its files."""
+    """Return the number of a file; None for what is not there, and where the file system does not number its files."""
     try:
         status = Path(path).stat()
     except OSError:
@@ -121,7 +122,7 @@ def _key(path: str) -> Key | None:
 
 
 def count_shared(one: Found, other: Found) -> int:
-    """How many images of `one` are images of `other`."""
+    """Return how many images of `one` are images of `other`."""
     if not (one.linked or other.linked or one.folders & other.folders):
         return 0
     return len(one.keys() & other.keys())
@@ -131,7 +132,7 @@ class FolderImages:
     """The images of a folder, numbered by the names of their folders, in natural order of their paths."""
 
     def __init__(self, found: Found, mode: str) -> None:
-        """Raises DataError: there is no image."""
+        """Look for images. Raises DataError: there is no image."""
         if not found.files:
             raise DataError(
                 f"Found 0 images in {found.root} and below it; the names of images end in {', '.join(IMAGE_TYPES)}"
@@ -161,7 +162,7 @@ class FolderImages:
 
 
 def _classified(found: Found) -> list[str]:
-    """All images where none lies in a class folder, else those that do."""
+    """Return all images where none lies in a class folder, else those that do."""
     kept = [path for path in found.files if found.class_of(path)]
     if kept and len(kept) < len(found.files):
         logger.warning(
@@ -171,7 +172,7 @@ def _classified(found: Found) -> list[str]:
 
 
 def _tell(found: Found, files: Collection[str]) -> None:
-    """Warns of links that are left out, and of classes that lie in several places."""
+    """Warn of links that are left out, and of classes that lie in several places."""
     if found.left_out:
         logger.warning(
             "%s: %d links lead to images that are there already and are left out: %s",

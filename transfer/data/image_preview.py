@@ -1,4 +1,4 @@
-"""A picture of training images as the model sees them: after augmentation and mixing, in colours for the eye."""
+"""A picture of training images as the model sees them: after augmentation and mixing, in colors for the eye."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NOTABLE_SHARE = 0.1
 
 
 def preview(config: DataConfig, spec: Preprocessing, count: int, *, seed: int = 0) -> Figure:
-    """The first images of the first epoch of a run with this seed, `count` or all, each under its label.
+    """Return the first images of the first epoch of a run with this seed, `count` or all, each under its label.
 
     Raises DataError: the set cannot be read, or a transform fails.
     """
@@ -52,7 +52,7 @@ def preview(config: DataConfig, spec: Preprocessing, count: int, *, seed: int = 
 
 
 def for_the_eye(images_BCHW: Tensor, spec: Preprocessing) -> NDArray[np.float32]:
-    """Images (B, H, W, 3) of values from 0 to 1, from those that the model sees."""
+    """Return images (B, H, W, 3) of values from 0 to 1, from those that the model sees."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     seen = (images_BCHW * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
     array: NDArray[np.float32] = seen.permute(0, 2, 3, 1).numpy()
@@ -89,7 +89,7 @@ def _of_stream(
 
 
 def _caption(target: Tensor, names: Sequence[str]) -> str:
-    """The class, or what it is mixed of."""
+    """Return the class, or what it is mixed of."""
     if target.ndim == 0:
         return _name(int(target), names)
     shares = sorted(((float(share), label) for label, share in enumerate(target)), reverse=True)

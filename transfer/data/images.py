@@ -37,7 +37,7 @@ class Header(NamedTuple):
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, not decoded yet. Raises DataError where it is no regular file, and whatever Pillow does."""
+    """Open an image file, not decoded yet. Raises DataError where it is no regular file, and whatever Pillow does."""
     with open_regular(Path(path), refusal=DataError) as file:
         try:
             image = Image.open(file)
@@ -140,7 +140,7 @@ def _load(mode: str, path: str) -> Image.Image:
 
 
 def _name(name: Any) -> str:
-    """A class by its name, or by its synonyms as ImageNet has them."""
+    """Return a class by its name, or by its synonyms as ImageNet has them."""
     return name if isinstance(name, str) else ", ".join(map(str, name))
 
 

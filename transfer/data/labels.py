@@ -23,7 +23,7 @@ VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 def subset_classes(name: str) -> tuple[int, ...]:
-    """The ImageNet-1k classes of a subset, in the order of its folders."""
+    """Return the ImageNet-1k classes of a subset, in the order of its folders."""
     if name not in get_args(Subset):
         raise ConfigError(f"--subset is {name!r}; {did_you_mean(name, get_args(Subset))}")
     text = _shipped(f"{name.replace('-', '_')}_indices.txt")
@@ -31,12 +31,12 @@ def subset_classes(name: str) -> tuple[int, ...]:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet-1k's classes in their order."""
+    """Return the WordNet ids of ImageNet-1k's classes in their order."""
     return tuple(_shipped("imagenet_synsets.txt").split())
 
 
 def find_subset(folders: Sequence[str] | None) -> str | None:
-    """The subset whose WordNet ids are the names of these class folders; None for any other folders."""
+    """Return the subset whose WordNet ids are the names of these class folders; None for any other folders."""
     for name in get_args(Subset):
         if folders is not None and set(folders) == set(
             _shipped(f"{name.replace('-', '_')}_synsets.txt").split()

@@ -85,7 +85,7 @@ class TrainLoader:
         self._fetcher = Fetcher(self.batches, config.workers, config.max_bad_images)
 
     def head(self) -> Head:
-        """A head for the classes of these images."""
+        """Return a head for the classes of these images."""
         return Head(self.num_classes, read_names({LABEL_NAMES: self.class_names}, self.num_classes))
 
     @property
@@ -94,16 +94,16 @@ class TrainLoader:
         return self._fetcher.bad.paths
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, C, H, W) and targets, (B,) long or (B, classes) float if mixed, from batch `start`."""
+        """Return images (B, C, H, W) and targets, (B,) long or (B, classes) float if mixed, from batch `start`."""
         return self.epoch_from(epoch, start * self.batch_size * self._world_size)
 
     def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `epoch`, from a global number of samples: how a run resumes on another number of ranks."""
+        """Do the same as `epoch`, from a global number of samples: how a run resumes on another number of ranks."""
         for images, targets, _ in self._full_epoch_from(epoch, position):
             yield images, targets
 
     def full_epoch(self, epoch: int, start: int = 0) -> Iterator[FullBatch]:
-        """As `epoch`, with what `batches.beside` adds."""
+        """Do the same as `epoch`, with what `batches.beside` adds."""
         return self._full_epoch_from(epoch, start * self.batch_size * self._world_size)
 
     def fetch_apart(self, requests: Iterator[BatchRequest], beside: Beside) -> Iterator[Batch]:
@@ -185,7 +185,7 @@ class StreamTrainLoader(TrainLoader):
         return self._stream.bad.paths
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """As for `TrainLoader`, but the batches before `start` are read and discarded."""
+        """Do the same as `TrainLoader`, but the batches before `start` are read and discarded."""
         return self._stream.epoch(epoch, start, self.batches_per_epoch, self._mixing)
 
     def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -291,7 +291,7 @@ def create_train_loader(
     world_size: int = 1,
     labels: bool = True,
 ) -> TrainLoader:
-    """The training loader of `config.train_split`. Raises DataError or ConfigError, one sentence each.
+    """Return the training loader of `config.train_split`. Raises DataError or ConfigError, one sentence each.
 
     Without `labels` the data set may have none: `num_classes` is then 0, and the targets say nothing.
     """
@@ -313,7 +313,7 @@ def create_eval_loader(
     labels: bool = True,
     names: Sequence[str] | None = None,
 ) -> EvalLoader:
-    """The loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels.
+    """Return the loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels.
 
     Without `labels` the data set may have none, as for `create_train_loader`. A class has its place in `names` for a
     label, where they are given, and in the training split else.
@@ -332,7 +332,8 @@ def create_eval_loader(
 def find_eval_loader(
     config: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1
 ) -> EvalLoader | None:
-    """As `create_eval_loader` without labels; None where no split is named and the data set has none of the usual name.
+    """Do the same as `create_eval_loader` without labels; None where no split is named and the data set has none of
+    the usual name.
 
     Raises DataError: it has not the split that `data.val_split` names.
     """
@@ -356,7 +357,8 @@ def create_reference_loader(
     world_size: int = 1,
     names: Sequence[str] | None = None,
 ) -> EvalLoader:
-    """The labelled images of `config.train_split`, `train_samples` of them, each once and as evaluation sees them.
+    """Return the labeled images of `config.train_split`, `train_samples` of them, each once and as evaluation sees
+    them.
 
     `names` number the classes as for `create_eval_loader`.
 
@@ -364,7 +366,7 @@ def create_reference_loader(
     """
     if config.train_split == config.val_split or not has_split(config, config.train_split):
         raise DataError(
-            "knn and probe need labelled training images apart from the test images, and "
+            "knn and probe need labeled training images apart from the test images, and "
             f"{config.data_path or config.dataset} has no folder for split {config.train_split!r} beside "
             f"{config.val_split!r}"
         )

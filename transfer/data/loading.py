@@ -30,7 +30,7 @@ class BadImage(NamedTuple):
     """What it is known by where `path` differs from one pass to the next."""
 
     def describe(self) -> str:
-        """Which image, and why."""
+        """Return which image, and why."""
         return f"{self.path}: {self.reason}"
 
 
@@ -72,12 +72,12 @@ Loaded = tuple[Tensor, Tensor, Tensor]
 
 
 def failed(failure: str) -> Batch:
-    """What is sent in place of a batch that cannot be made."""
+    """Return what is sent in place of a batch that cannot be made."""
     return Batch(None, torch.empty(0), torch.empty(0), [], failure)
 
 
 def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | BadImage:
-    """An image that is ready for a batch, or why it cannot be.
+    """Return an image that is ready for a batch, or why it cannot be.
 
     Raises DataError where the memory does not suffice, which is no fault of the image.
     """
@@ -94,7 +94,7 @@ def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | B
 
 
 def name_of(source: ImageSource, index: int) -> str:
-    """The path of an image, or its number where the source cannot say that either."""
+    """Return the path of an image, or its number where the source cannot say that either."""
     try:
         return source.path(index)
     except Exception:  # of a damaged table
@@ -102,7 +102,7 @@ def name_of(source: ImageSource, index: int) -> str:
 
 
 def cause(error: Exception) -> str:
-    """Why an image is bad, in one line."""
+    """Return why an image is bad, in one line."""
     return str(error) if isinstance(error, DataError) else reason_of(error)
 
 
@@ -114,7 +114,7 @@ def out_of_memory(name: str) -> DataError:
 
 
 def made(make: Callable[[BatchRequest], Batch], request: BatchRequest, name: Callable[[int], str]) -> Batch:
-    """A batch, or the sentence that says why it cannot be made; no error leaves the process that makes it."""
+    """Return a batch, or the sentence that says why it cannot be made; no error leaves the process that makes it."""
     try:
         return make(request)
     except DataError as error:
@@ -227,12 +227,12 @@ class EvalBatches(Dataset[Batch]):
 
 
 def as_it_is(batch: Any) -> Any:
-    """The collate function: the data set makes whole batches."""
+    """Return the collate function: the data set makes whole batches."""
     return batch
 
 
 def start_worker(_: int) -> None:
-    """Keeps a loader process alive when a signal reaches the whole job, so that the run can save.
+    """Keep a loader process alive when a signal reaches the whole job, so that the run can save.
 
     A forked process inherits the run's handlers, and Ctrl-C or a scheduler signals every process of the job.
     Only a SIGTERM from the run itself, which ends its loaders so, is obeyed.

@@ -10,7 +10,7 @@ from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment, post
 
 
 def keep_no_bits(steps: list[Any]) -> None:
-    """Lets the policy among `steps` posterize to 0 bits, which is black: Pillow 13 raises for it, older ones do not.
+    """Let the policy among `steps` posterize to 0 bits, which is black: Pillow 13 raises for it, older ones do not.
 
     timm asks for it wherever a magnitude reaches an end of its range. The operations of these steps are changed,
     not timm's table of them.
@@ -21,7 +21,7 @@ def keep_no_bits(steps: list[Any]) -> None:
 
 
 def operations(steps: list[Any]) -> Iterator[Any]:
-    """The operations (timm's `AugmentOp`) of the policy among the steps of a transform, if there is one."""
+    """Yield the operations (timm's `AugmentOp`) of the policy among the steps of a transform, if there is one."""
     for step in steps:
         if isinstance(step, AutoAugment):
             for row in step.policy:

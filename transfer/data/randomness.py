@@ -14,7 +14,7 @@ from .sampler import STUDENT, derive_seed
 
 
 def seed_batch(seed: int, epoch: int, position: int, device: torch.device) -> None:
-    """Seeds all generators for what a batch draws (stochastic depth, masks, sampled rows).
+    """Seed all generators for what a batch draws (stochastic depth, masks, sampled rows).
 
     `position` is that of its first sample in the epoch's order over all processes: the draws depend neither on what
     was drawn before nor on how many processes share a step. Does not wait for the device.
@@ -27,7 +27,7 @@ def seed_batch(seed: int, epoch: int, position: int, device: torch.device) -> No
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Leaves the generators as they were, whatever the block draws.
+    """Leave the generators as they were, whatever the block draws.
 
     What is made at the start of a run (a student's fresh weights) must not depend on what is read or looked at
     meanwhile.

@@ -30,19 +30,19 @@ class BatchRequest:
 
 
 def derive_seed(*parts: int) -> int:
-    """A 32-bit seed from non-negative integers; unlike a sum, near parts give unrelated seeds."""
+    """Return a 32-bit seed from non-negative integers; unlike a sum, near parts give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Indices:
-    """The permutation of `size` samples in which an epoch visits them."""
+    """Return the permutation of `size` samples in which an epoch visits them."""
     return np.random.RandomState(derive_seed(ORDER, seed, epoch)).permutation(size).astype(np.int64)
 
 
 def train_requests(
     order: Indices, epoch: int, *, batch_size: int, rank: int, world_size: int, start: int = 0
 ) -> Iterator[BatchRequest]:
-    """This rank's batches from global position `start` on; what does not fill a global batch is dropped."""
+    """Yield this rank's batches from global position `start` on; what does not fill a global batch is dropped."""
     step = batch_size * world_size
     for first in range(start, len(order) - step + 1, step):
         position = first + rank * batch_size
@@ -51,7 +51,7 @@ def train_requests(
 
 
 def eval_requests(size: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[BatchRequest]:
-    """This rank's batches of a set in its own order: as many on every rank, the last padded with sample 0."""
+    """Yield this rank's batches of a set in its own order: as many on every rank, the last padded with sample 0."""
     for first in range(0, size, batch_size * world_size):
         position = first + rank * batch_size
         indices = tuple(range(min(position, size), min(position + batch_size, size)))

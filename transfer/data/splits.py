@@ -9,11 +9,11 @@ EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
 
 
 def synonyms(split: str) -> tuple[str, ...]:
-    """The names that mean the same split, this one among them."""
+    """Return the names that mean the same split, this one among them."""
     split = split.split("[")[0]
     return next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), (split,))
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The folder of a split, or of a synonym of it; None if it does not exist."""
+    """Return the folder of a split, or of a synonym of it; None if it does not exist."""
     return next((root / name for name in (split, *synonyms(split)) if (root / name).is_dir()), None)

@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def training_settings(config: DataConfig) -> dict[str, str]:
-    """The settings of `config` by the steps that come from them."""
+    """Return the settings of `config` by the steps that come from them."""
     return {step: f"data.{key}={getattr(config, key)}" for step, key in SETTINGS.items()}
 
 
@@ -69,7 +69,7 @@ class Steps(transforms.Compose):
 
 
 def reason_of(error: Exception) -> str:
-    """What happened, in one line."""
+    """Return what happened, in one line."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 

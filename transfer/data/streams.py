@@ -59,7 +59,7 @@ class StreamBatches(IterableDataset[Batch]):
             yield _collate(rows, self._batch_size, example, bad)
 
     def _rows(self) -> Iterator[Ready | BadImage]:
-        """The augmented images. Raises DataError, with the place in the stream, where there is no next one."""
+        """Yield the augmented images. Raises DataError, with the place in the stream, where there is no next one."""
         worker = get_worker_info()
         place = (0 if worker is None else worker.id, self._rank)
         for number, (image, target) in enumerate(_read(self._stream)):
@@ -75,7 +75,7 @@ class StreamBatches(IterableDataset[Batch]):
 
 
 def _prepared(image: Any, target: Any, transform: Transform, name: str) -> Ready | BadImage:
-    """As `prepared`; a bad image is known by its pixels, for the next pass meets it elsewhere."""
+    """Do the same as `prepared`; a bad image is known by its pixels, because the next pass meets it elsewhere."""
     try:
         return Ready(transform(image), int(target))
     except MemoryError as error:
@@ -87,7 +87,8 @@ def _prepared(image: Any, target: Any, transform: Transform, name: str) -> Ready
 
 
 def _read(stream: Any) -> Iterator[tuple[Any, Any]]:
-    """What the stream gives. Its errors are of many kinds: of the network, of files, of what a sample lacks."""
+    """Read the next sample of the stream. Its errors are of many kinds: of the network, of files, of what a sample
+    lacks."""
     count = 0
     try:
         for sample in stream:
@@ -102,7 +103,7 @@ def _read(stream: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _collate(rows: list[Ready], size: int, example: Ready | None, bad: list[BadImage]) -> Batch:
-    """A batch of `size`, padded with `example` where the stream ended; without images if there is no example."""
+    """Return a batch of `size`, padded with `example` where the stream ended; without images if there is no example."""
     if example is None:
         return Batch(None, torch.empty(0), torch.empty(0), bad)
     padded = rows + [example] * (size - len(rows))
@@ -135,7 +136,7 @@ class StreamFetcher:
         self._batches = StreamBatches(stream, transform, batch_size, seed, rank)
 
     def once(self) -> Iterator[Loaded]:
-        """The stream from its beginning to its end. Raises DataError where nothing comes."""
+        """Yield the stream from its beginning to its end. Raises DataError where nothing comes."""
         some = False
         for batch in guarded(create_loader(self._batches, self._workers)):
             self.bad.add(batch)
@@ -182,7 +183,7 @@ class StreamFetcher:
 
 
 def read_all_on_every_rank(stream: Any) -> None:
-    """Keeps timm from dividing a stream over ranks: its division repeats or drops images."""
+    """Keep timm from dividing a stream over ranks: its division repeats or drops images."""
     reader = getattr(stream, "reader", None)
     if reader is not None and hasattr(reader, "dist_num_replicas"):
         reader.dist_rank, reader.dist_num_replicas = 0, 1

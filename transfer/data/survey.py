@@ -53,7 +53,7 @@ class Split:
         return self.by_label[UNLABELED]
 
     def counts(self) -> list[int]:
-        """Images of each class, in the order of the labels, those of no image among them."""
+        """Return images of each class, in the order of the labels, those of no image among them."""
         size = max([len(self.class_names or ()), *(label + 1 for label in self.by_label)])
         return [self.by_label[label] for label in range(size)]
 
@@ -83,7 +83,7 @@ class Survey:
 def survey(
     config: DataConfig, *, limit: int | None = None, decode: bool = False, stream_limit: int = 1000
 ) -> Survey:
-    """Looks at the training and the validation split.
+    """Look at the training and the validation split.
 
     Args:
         limit: Images of a split whose files are opened, evenly over it; all by default, of a stream `stream_limit`.
@@ -111,7 +111,7 @@ def survey(
 
 
 def _open(config: DataConfig, split: str) -> Any:
-    """A split as training reads it, or, where training refuses its classes, as it is."""
+    """Return a split as training reads it, or, where training refuses its classes, as it is."""
     try:
         return open_dataset(config, split, 3, training=False)
     except DataError:
@@ -130,7 +130,7 @@ def check_readable(found: Survey) -> None:
 
 
 def differences(found: Survey) -> list[str]:
-    """Where two splits name or number their classes differently: each is a sentence."""
+    """Return where two splits name or number their classes differently: each is a sentence."""
     lines = []
     for first, second in itertools.combinations(found.splits, 2):
         names, others = first.class_names, second.class_names
@@ -203,7 +203,7 @@ def _stream(name: str, stream: Any, limit: int) -> Split:
 
 
 def told(name: str, items: Iterable[Each], total: int | None = None) -> Iterator[Each]:
-    """The items; says every few seconds how many of them are done, and how long the rest will take."""
+    """Yield the items; say every few seconds how many of them are done, and how long the rest will take."""
     count = len(items) if isinstance(items, Sequence) else total or 0
     begin = last = time.monotonic()
     for done, item in enumerate(items):

@@ -79,7 +79,7 @@ class Parts:
     choice: Criterion | None
     """What picks the best state; None where the last one is."""
     reference_loader: EvalLoader | None
-    """The labelled training images, where the choice needs them."""
+    """The labeled training images, where the choice needs them."""
     origins: JsonDict
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them, and
     `teachers` where there are further ones."""
@@ -229,7 +229,7 @@ def _may_be_absent(mode: Mode) -> bool:
 def _eval_loader(
     mode: Mode, spec: Preprocessing, train: TrainLoader, rank: int, world_size: int
 ) -> EvalLoader | None:
-    """The test images, labelled as the training images are; a run without labels may have none."""
+    """The test images, labeled as the training images are; a run without labels may have none."""
     if not mode.evaluates or isinstance(train, AbsentTrainLoader):
         return None
     data = mode.config.data.model_copy(update={"num_classes": train.num_classes or None})

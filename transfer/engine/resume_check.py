@@ -33,7 +33,7 @@ BUILT = (
 
 @dataclass
 class Position:
-    """How far a run is. `epoch_step` counts the optimiser steps of the current epoch, `step` all of them."""
+    """How far a run is. `epoch_step` counts the optimizer steps of the current epoch, `step` all of them."""
 
     step: int = 0
     epoch: int = 0
@@ -60,7 +60,7 @@ def settings(config: RunConfig) -> JsonDict:
 
 
 def check_same_run(saved: Json, config: RunConfig) -> None:
-    """Refuses to continue a run with another model, method, optimiser, data or seed.
+    """Refuses to continue a run with another model, method, optimizer, data or seed.
 
     `optim.accum_iter` is left to `elastic.check_spread`: it goes with the number of processes.
     Raises ConfigError naming the first setting that differs. `saved` is the meta part of a state.

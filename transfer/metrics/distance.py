@@ -24,7 +24,7 @@ class Distance:
     """Of features S from features T, a row an image or a token.
 
     `relative_error` is ‖S − T‖ / ‖T‖ and `cosine` the mean over rows of s·t / (‖s‖ ‖t‖); None where the widths
-    differ. `cka` is the centred kernel alignment with a linear kernel (arXiv:1905.00414): with each column's mean
+    differ. `cka` is the centered kernel alignment with a linear kernel (arXiv:1905.00414): with each column's mean
     taken off, ‖SᵀT‖² / (‖SᵀS‖ ‖TᵀT‖), 1 for features that are equal up to rotation and scale. Norms are Frobenius's.
     """
 
@@ -53,7 +53,7 @@ class DistanceSums:
         self._widths: tuple[int, int] | None = None
 
     def update(self, student_ND: Tensor, teacher_ND: Tensor, valid_N: Tensor) -> None:
-        """Adds the rows that are `valid_N`."""
+        """Add the rows that are `valid_N`."""
         kind = torch.promote_types(torch.float32, torch.promote_types(student_ND.dtype, teacher_ND.dtype))
         student_ND, teacher_ND = (
             torch.where(valid_N[:, None], rows.to(kind), 0) for rows in (student_ND, teacher_ND)
@@ -123,7 +123,8 @@ class ComparedLayers:
     def rows(
         self, pair: LayerPair, student: Reading, teacher: Reading, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens of a pair of blocks as rows, the student's and the teacher's, and which of them are valid."""
+        """Return the tokens of a pair of blocks as rows, the student's and the teacher's, and which of them are
+        valid."""
         student_BND, teacher_BND = student.blocks[pair.student], teacher.blocks[pair.teacher]
         if self.tokens is not None:
             student_BND = self.tokens.student.pick(student_BND, 1)
@@ -133,7 +134,8 @@ class ComparedLayers:
 
 
 def compared_layers(teacher: nn.Module, student: nn.Module) -> ComparedLayers:
-    """Each student's block with the teacher's at the same share of the depth; none where the patch grids differ."""
+    """Return each student's block with the teacher's at the same share of the depth; none where the patch grids
+    differ."""
     try:
         for model in (teacher, student):
             check_supported(model)
@@ -152,7 +154,7 @@ def measure_distances(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     device: torch.device,
 ) -> dict[str, Distances]:
-    """Each student's distances from the teacher over `batches` of (images, targets, valid), in one pass.
+    """Return each student's distances from the teacher over `batches` of (images, targets, valid), in one pass.
 
     Call it on all processes. The models are in eval mode already. Raises DataError: there is no image.
     """

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: predict the classes of images from the features of a frozen model."""
+"""Weighted nearest neighbors: predict the classes of images from the features of a frozen model."""
 
 from __future__ import annotations
 

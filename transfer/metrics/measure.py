@@ -29,7 +29,7 @@ FAMILIES: dict[Family, str] = {
     "distance": "of features and blocks' outputs from those of a teacher",
 }
 PROBES: tuple[Family, ...] = ("knn", "probe")
-"""What needs the labelled images of the training split too."""
+"""What needs the labeled images of the training split too."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def measure(
     ensemble: bool = True,
     subset: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The numbers of each model by name, and of the ensemble of those whose own head counts.
+    """Return the numbers of each model by name, and of the ensemble of those whose own head counts.
 
-    `families` says what is measured of each; `knn` and `probe` need `reference`, the labelled training images,
+    `families` says what is measured of each; `knn` and `probe` need `reference`, the labeled training images,
     `distance` needs `against`. The models are in eval mode. Call it on all processes, which get the same numbers.
 
     Raises DataError where data, classes and logits do not fit.
@@ -94,7 +94,7 @@ def _probes(
     loader: EvalLoader,
     device: torch.device,
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Classifiers of images on the features of each model, fitted on the `reference`."""
+    """Return classifiers of images on the features of each model, fitted on the `reference`."""
     names = list(dict.fromkeys(name for chosen in wanted.values() for name in chosen))
     if not names or reference is None:
         return {}
@@ -136,7 +136,7 @@ def check_same_classes(reference: EvalLoader, loader: EvalLoader) -> None:
 def collect_features(
     readers: Mapping[str, Reader], loader: EvalLoader, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The features (N, D) of each model and the labels (N,) of all images, on every process, on the device.
+    """Return the features (N, D) of each model and the labels (N,) of all images, on every process, on the device.
 
     Raises DataError: there is no image.
     """

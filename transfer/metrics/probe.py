@@ -32,9 +32,9 @@ class LinearProbe:
 
 
 def fit_probe(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> LinearProbe:
-    """The probe of DINOv2's evaluation (arXiv:2304.07193): L-BFGS on the features as they are, in float64.
+    """Return the probe of DINOv2's evaluation (arXiv:2304.07193): L-BFGS on the features as they are, in float64.
 
-    It minimises Σ_i CE(W f_i + b, y_i) + ‖W‖² / (2C). C is the one of `STRENGTHS` that names the most images right
+    It minimizes Σ_i CE(W f_i + b, y_i) + ‖W‖² / (2C). C is the one of `STRENGTHS` that names the most images right
     of a tenth of the training images, drawn at random, when fitted on the rest; the probe is then fitted on all.
     """
     features_ND = features_ND.to(exact(features_ND.device))
@@ -57,7 +57,8 @@ def fit_probe(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> Linear
 def _choose(
     features_ND: Tensor, labels_N: Tensor, held: tuple[Tensor, Tensor], num_classes: int, scale: float
 ) -> float:
-    """The strength with the most held-out images right, the least of equals; each fit starts from the one before."""
+    """Return the strength with the most held-out images right, the least of equals; each fit starts from the one
+    before."""
     parameters = _start(features_ND, num_classes)
     right = []
     for strength in STRENGTHS:
@@ -74,7 +75,7 @@ def _start(features_ND: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 @torch.enable_grad()
 def _fit(parameters: tuple[Tensor, Tensor], features_ND: Tensor, labels_N: Tensor, strength: float) -> None:
-    """Brings weight and bias to the minimum, divided by the number of images to keep the gradient's scale."""
+    """Bring weight and bias to the minimum, divided by the number of images to keep the gradient's scale."""
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=MAX_STEPS,

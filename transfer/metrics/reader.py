@@ -48,15 +48,15 @@ class Reader:
         return self._last[1]
 
     def logits(self, images: Tensor) -> Tensor:
-        """What the head gives, (B, classes)."""
+        """Return what the head gives, (B, classes)."""
         return self(images).logits
 
     def feature(self, images: Tensor) -> Tensor:
-        """What the head reads, (B, D)."""
+        """Return what the head reads, (B, D)."""
         return self(images).feature
 
     def forget(self) -> None:
-        """Lets go of the last images: the weights may change."""
+        """Let go of the last images: the weights may change."""
         self._last = None
 
     def _read(self, images: Tensor) -> Reading:

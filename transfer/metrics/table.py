@@ -21,7 +21,7 @@ LAYER = "_layer"
 
 
 def to_table(results: Mapping[str, Numbers]) -> str:
-    """The results as a Markdown table, and another one by layer for each model that was measured so."""
+    """Return the results as a Markdown table, and another one by layer for each model that was measured so."""
     tables = [_table("model", results)]
     for name, numbers in results.items():
         layers = by_layer(numbers)
@@ -31,12 +31,12 @@ def to_table(results: Mapping[str, Numbers]) -> str:
 
 
 def to_json(results: Mapping[str, Numbers]) -> str:
-    """The results as a JSON object of objects."""
+    """Return the results as a JSON object of objects."""
     return json.dumps({name: dict(numbers) for name, numbers in results.items()}, indent=2)
 
 
 def by_layer(numbers: Numbers) -> dict[str, dict[str, float]]:
-    """Of `cka_layer03` and the like: {"03": {"cka": …}}."""
+    """Group `cka_layer03` and the like by layer: {"03": {"cka": …}}."""
     layers: dict[str, dict[str, float]] = {}
     for key, value in numbers.items():
         metric, found, layer = key.partition(LAYER)

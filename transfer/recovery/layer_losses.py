@@ -55,7 +55,7 @@ def probe_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> 
 
 
 def row_error(operator: AttentionOperator, student: Heads, teacher: Heads) -> Tensor:
-    """Cross-entropy of sampled rows of the student's map to the teacher's: of all prefix tokens and of random
+    """Return cross-entropy of sampled rows of the student's map to the teacher's: of all prefix tokens and of random
     patches, fresh each step. The loss of Hedgehog (arXiv 2402.04347), on a sample."""
     tokens = teacher.known.shape[2]
     prefix = 0 if student.geometry is None else student.geometry.num_prefix

@@ -38,7 +38,7 @@ class LayerSearch:
     kept: tuple[Kept, ...]
 
     def plan_keeping(self, count: int) -> str:
-        """The student's plan with the first `count` choices kept as softmax."""
+        """Return the student's plan with the first `count` choices kept as softmax."""
         layers = {choice.layer for choice in self.kept[:count]}
         choices = parse_plan(self.plan, self.depth)
         return plan_text(tuple(Choice(KEEP) if i in layers else choice for i, choice in enumerate(choices)))
@@ -48,7 +48,7 @@ class LayerSearch:
 def search_layers(
     teacher: nn.Module, student: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], keep: int
 ) -> LayerSearch:
-    """The `keep` converted layers of `student` to give back to softmax, the most useful first.
+    """Return the `keep` converted layers of `student` to give back to softmax, the most useful first.
 
     A layer that is given back is the teacher's own, so a student that was aligned is judged fairly. The cost is
     about `keep` x depth forward passes over `batches`, each a pair of the same images for teacher and student.
@@ -86,13 +86,13 @@ def search_layers(
 
 
 def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The final tokens in float32, before pooling and head."""
+    """Return the final tokens in float32, before pooling and head."""
     return vit(model).forward_features(images).float()
 
 
 @contextmanager
 def _given_back(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -> Iterator[None]:
-    """The teacher's attention in these layers of the student, while inside."""
+    """Give these layers of the student the teacher's attention inside the block."""
     blocks, theirs = attention_blocks(student), attention_blocks(teacher)
     own = {layer: blocks[layer].attn for layer in layers}
     try:

@@ -92,7 +92,7 @@ def _logsumexp(teacher: Heads, factor: float) -> Tensor:
 
 
 def _precise(term: Term) -> Term:
-    """The term in float32, whose products would overflow in half precision."""
+    """Return the term in float32, whose products would overflow in half precision."""
     if isinstance(term, LowRank):
         return LowRank(precise(term.left), precise(term.right))
     if isinstance(term, Sparse):

@@ -16,7 +16,8 @@ from ..data.randomness import preserved
 def calibration_batches(
     config: RunConfig, student: str, count: int
 ) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
-    """The teacher of `config`, the model of the source `student`, and the first `count` batches of the training set.
+    """Return the teacher of `config`, the model of the source `student`, and the first `count` batches of the
+    training set.
 
     Each batch is a pair: the images as the teacher wants them, and as the student does. Both models are in eval
     mode and need no gradients.

@@ -29,7 +29,7 @@ class StagingStoppedError(Exception):
 
 
 def now() -> float:
-    """Seconds of a clock that never goes back."""
+    """Return seconds of a clock that never goes back."""
     return time.monotonic()
 
 
@@ -42,7 +42,7 @@ class Progress:
         self._begin = self._told = now()
 
     def moved(self, count: int) -> None:
-        """So many bytes more. Raises StagingStoppedError where the process is to stop."""
+        """Count so many bytes more. Raises StagingStoppedError where the process is to stop."""
         with self._lock:
             self.done += count
             self._tell()
@@ -63,7 +63,7 @@ class Progress:
 
 
 def copy(source: Source, folder: Path, config: DataConfig, progress: Progress) -> None:
-    """Fills `folder`. Raises DataError: a file cannot be read or written, or has changed; StagingStoppedError."""
+    """Fill `folder`. Raises DataError: a file cannot be read or written, or has changed; StagingStoppedError."""
     for place in source.folders:
         (folder / place).mkdir(parents=True, exist_ok=True)
     if source.packed:
@@ -106,7 +106,7 @@ def _copy(piece: Piece, folder: Path, progress: Progress) -> None:
 
 
 def _repeat(folder: Path, place: str, first: str, linked: frozenset[str]) -> None:
-    """A file that is there under another name: a link of the kind that it is in the source."""
+    """Repeat a file that is there under another name: by a link of the kind that it is in the source."""
     target = _made(folder / place)
     if place in linked or first in linked:
         target.symlink_to(os.path.relpath(folder / first, target.parent))
@@ -120,7 +120,7 @@ def _made(path: Path) -> Path:
 
 
 def in_words(count: float) -> str:
-    """Bytes, as in `12.3 GiB`."""
+    """Return bytes, as in `12.3 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"

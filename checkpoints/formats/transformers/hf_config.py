@@ -33,14 +33,14 @@ class Config:
     """Of preprocessor_config.json."""
 
     def whole(self, key: str) -> int | None:
-        """A positive whole number."""
+        """Return a positive whole number."""
         value = self.values.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise self.wrong(key, "which is no positive whole number")
         return value
 
     def number(self, key: str) -> float | None:
-        """A positive number."""
+        """Return a positive number."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -66,17 +66,17 @@ class Config:
         return ACTIVATIONS[value]
 
     def must_be(self, key: str, wanted: Any, reason: str) -> None:
-        """Refuses an option that changes what the model computes in a way that timm cannot."""
+        """Refuse an option that changes what the model computes in a way that timm cannot."""
         if self.values.get(key, wanted) != wanted:
             raise self.wrong(key, f"which is not supported: {reason}")
 
     def must_have(self, key: str, found: bool | int) -> None:
-        """Refuses a setting that the tensors contradict, where config.json has it: a part of them is not there."""
+        """Refuse a setting that the tensors contradict, where config.json has it: a part of them is not there."""
         if self.values.get(key, found) != found:
             raise self.wrong(key, f"but its weights have {found if found else 'none'}")
 
     def agree(self, key: str, found: Any) -> None:
-        """Refuses a size that the tensors contradict."""
+        """Refuse a size that the tensors contradict."""
         said = self.pair(key) if isinstance(found, tuple) else self.whole(key)
         if said is not None and said != found:
             raise self.wrong(key, f"but its weights have {found}")
@@ -90,7 +90,7 @@ def _is_size(value: Any) -> bool:
 
 
 def tower_config(weights: Weights, config: Json) -> Config:
-    """The settings of the vision tower, which a model of images and text keeps in `vision_config`."""
+    """Return the settings of the vision tower, which a model of images and text keeps in `vision_config`."""
     vision, preprocessor = config.get("vision_config"), config.get("preprocessor")
     return Config(
         weights.origin,
@@ -100,7 +100,7 @@ def tower_config(weights: Weights, config: Json) -> Config:
 
 
 def check_model_type(origin: str, config: Json) -> None:
-    """Raises CheckpointError: config.json names a type of model that no key map knows."""
+    """Raise CheckpointError: config.json names a type of model that no key map knows."""
     kind = config.get("model_type")
     if kind is not None and kind not in MODEL_TYPES:
         raise CheckpointError(
@@ -110,7 +110,7 @@ def check_model_type(origin: str, config: Json) -> None:
 
 
 def not_of_type(weights: Weights, config: Json) -> CheckpointError:
-    """What to say of tensors that no key map knows beside a config.json of a type that one should."""
+    """Return what to say of tensors that no key map knows beside a config.json of a type that one should."""
     return CheckpointError(
         f"{weights.origin} is not whole or is no vision tower: config.json says model_type="
         f"{config['model_type']!r}, but it holds {some(weights.tensors, 3)}"

@@ -73,7 +73,7 @@ def described(weights: Weights, config: Config, family: Family, arguments: Json)
 
 
 def _class_names(config: Config) -> JsonDict:
-    """The classes under timm's key; none where they are numbers under another name."""
+    """Return the classes under timm's key; none where they are numbers under another name."""
     names = config.values.get("id2label")
     if not isinstance(names, Mapping) or all(PLACEHOLDER.fullmatch(str(name)) for name in names.values()):
         return {}
@@ -81,19 +81,19 @@ def _class_names(config: Config) -> JsonDict:
 
 
 def activation(config: Config, family: Family, published: str | None) -> dict[str, str]:
-    """The argument for an activation other than the architecture's own; of None, timm's names differ in it."""
+    """Return the argument for an activation other than the architecture's own; of None, timm's names differ in it."""
     ours = config.activation(family.activation)
     return {} if ours == published else {"act_layer": ours}
 
 
 def only_activation(config: Config, family: Family, wanted: str) -> None:
-    """Refuses an activation that timm's family has no argument for."""
+    """Refuse an activation that timm's family has no argument for."""
     if config.values and config.activation(family.activation) != wanted:
         raise config.wrong("hidden_act", f"and timm's family has {wanted} alone")
 
 
 def without_bias(weights: Weights, config: Config, name: str = "attn.qkv.bias") -> dict[str, bool]:
-    """The argument for projections to queries, keys and values that have no bias."""
+    """Return the argument for projections to queries, keys and values that have no bias."""
     biased = f"blocks.0.{name}" in weights.tensors
     config.must_have("qkv_bias", biased)
     return {} if biased else {"qkv_bias": False}

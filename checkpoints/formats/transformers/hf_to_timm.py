@@ -145,7 +145,7 @@ def clip(weights: Weights, config: Config) -> Weights:
     template = f"vit_{{size}}_patch{{patch}}_clip{'_quickgelu' if quick else ''}_{{image}}"
     family = Family(Lineage(template, CLIP_SIZES, (16, 32, 14)), "CLIP's", 1e-5, "quick_gelu")
     arguments: JsonDict = activation(config, family, "quick_gelu" if quick else "gelu")
-    if "norm.weight" not in weights.tensors:  # the classifier reads patches that are not normalised
+    if "norm.weight" not in weights.tensors:  # the classifier reads patches that are not normalized
         arguments |= {"global_pool": "avg", "final_norm": False}
     return described(weights, config, family, arguments)
 

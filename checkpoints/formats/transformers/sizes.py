@@ -35,7 +35,7 @@ def measure(
     prefix: int,
     hidden_setting: str | None = "intermediate_size",
 ) -> Tower:
-    """The sizes of the tower under timm's names.
+    """Return the sizes of the tower under timm's names.
 
     `heads` is transformers' default, `prefix` the number of tokens before the patches in the position
     embedding, `hidden_setting` what config.json calls the width inside the MLP, where it says it.
@@ -70,7 +70,7 @@ def _shape(weights: Weights, name: str, ndim: int) -> tuple[int, ...]:
 
 
 def matrix(weights: Weights, name: str) -> tuple[int, int]:
-    """Rows and columns of a weight. Raises CheckpointError: it is not there or is no matrix."""
+    """Return rows and columns of a weight. Raises CheckpointError: it is not there or is no matrix."""
     rows, columns = _shape(weights, name, 2)
     return rows, columns
 
@@ -110,7 +110,7 @@ def _image(weights: Weights, config: Config, patch: tuple[int, int], prefix: int
 
 
 def _side(tokens: int | None, offsets: int | None) -> int | None:
-    """The side of a square grid with this many patches, or with this many offsets between patches."""
+    """Return the side of a square grid with this many patches, or with this many offsets between patches."""
     count, halves = (tokens, 1) if tokens is not None else (None if offsets is None else offsets - 3, 2)
     root = math.isqrt(max(count or 0, 0))
     return (root + halves - 1) // halves if root * root == count else None

@@ -174,14 +174,14 @@ def test_a_fixed_batch_is_one_and_nothing_is_said(
 def test_normalisation_in_the_file(suffix: str, tmp_path: Path) -> None:
     model, path = small(), tmp_path / f"model{suffix}"
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    report = export_model(model, path, mean=mean, std=std, normalise=True)
+    report = export_model(model, path, mean=mean, std=std, normalize=True)
     pixels = torch.rand(2, 3, 32, 48)
     with torch.no_grad():
         expected = model((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
     assert relative_error(runner(path)(pixels), expected) <= 1e-5
     assert "0..1" in report.metadata["input"]
     with pytest.raises(CheckpointError, match="mean and std"):
-        export_model(model, tmp_path / f"other{suffix}", normalise=True)
+        export_model(model, tmp_path / f"other{suffix}", normalize=True)
 
 
 @TWO_WAYS
@@ -279,7 +279,7 @@ def test_a_file_that_differs_is_not_put_in_place(
     path = tmp_path / f"model{suffix}"
     path.write_text("before")
     with pytest.raises(ExportFailedError, match=r"relative error is .*more than 1e-30") as caught:
-        export_model(small("clip"), path, overwrite=True, tolerance=1e-30, dynamic=("batch",), normalise=False) \
+        export_model(small("clip"), path, overwrite=True, tolerance=1e-30, dynamic=("batch",), normalize=False) \
             if suffix == ".onnx" else _with_noise(path, monkeypatch)  # fmt: skip
     assert isinstance(caught.value, RunFailedError)
     assert caught.value.exit_code == 1

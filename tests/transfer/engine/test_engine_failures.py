@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
-    """Calls `action(loop)` once, after the optimiser step `step`."""
+    """Calls `action(loop)` once, after the optimizer step `step`."""
     real = Loop._step
 
     def wrapped(self: Loop, batches: Any) -> None:

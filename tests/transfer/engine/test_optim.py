@@ -94,7 +94,7 @@ def test_what_learns_outside_the_student_has_scale_one(decay: float) -> None:
     assert counted == len(list(task.parameters()))
 
 
-def test_options_reach_the_optimiser() -> None:
+def test_options_reach_the_optimizer() -> None:
     model = vit()
     config = OptimConfig(opt="adamw", betas=(0.8, 0.7), weight_decay=0.3)
     optimizer = create_optimizer(model, model, config, 1e-3)
@@ -103,12 +103,12 @@ def test_options_reach_the_optimiser() -> None:
     assert isinstance(create_optimizer(model, model, OptimConfig(opt="sgd"), 1e-3), torch.optim.SGD)
 
 
-def test_an_unknown_optimiser_is_answered_with_the_nearest() -> None:
+def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"optim.opt='adamww'.*did you mean 'adamw'"):
         create_optimizer(vit(), vit(), OptimConfig(opt="adamww"), 1e-3)
 
 
-def test_betas_that_an_optimiser_does_not_take_are_refused() -> None:
+def test_betas_that_an_optimizer_does_not_take_are_refused() -> None:
     for opt in ("adan", "sgd"):
         create_optimizer(vit(), vit(), OptimConfig(opt=opt), 1e-3)
         with pytest.raises(ConfigError, match=rf"optim.betas=.*does not fit optim.opt='{opt}'"):
