@@ -119,7 +119,7 @@ def test_flags_hold_for_all_stages(teacher: Path, tmp_path: Path, capsys: pytest
     assert main(["train", str(path), "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert "stage feature: mode transfer, 4 steps" in shown
-    assert "graftvit_converted" in shown
+    assert "converted by '*: linear'" in shown
 
 
 def test_a_stage_that_is_stopped_stops_the_rest(
