@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from .errors import TransferError
 from .families import attention_blocks
 
-_State = tuple[bool, list[tuple[int, ...]], list[tuple[int, ...]]]
+_State = tuple[bool, list[tuple[int, ...]], list[tuple[object, ...]]]
 
 
 class Moment(Protocol):
@@ -86,7 +86,7 @@ def _state(block: nn.Module) -> _State:
     parts = [(id(module), *module._forward_hooks) for module in modules]
     if isinstance(block, FSDPModule):  # it gathers its parameters in between
         return block.training, parts, []
-    weights = [
+    weights: list[tuple[object, ...]] = [
         (id(each), each._version, each.untyped_storage()._cdata, each.storage_offset())
         for each in block.parameters()
     ]
