@@ -245,28 +245,21 @@ def test_data_of_the_hub_is_linked() -> None:
     assert ModelCard(student_card(config(), FACTS)).data.datasets is None
 
 
+def converted(plan: str) -> dict[str, Any]:
+    arguments = {"architecture": "vit_tiny_patch16_224", "plan": plan}
+    return {**config(), "architecture": "graftvit_converted", "model_args": arguments}
+
+
 def test_a_converted_student_needs_graftvit() -> None:
-    made = config()
-    made |= {
-        "architecture": "graftvit_converted",
-        "model_args": {"architecture": "vit_tiny_patch16_224", "plan": "*: linear; 9-11: softmax"},
-    }
+    made = converted("*: linear; 9-11: softmax")
     card = student_card(made, FACTS)
     assert ModelCard(card).data.library_name == "graftvit"
     assert "Its attention was converted: `*: linear; 9-11: softmax`." in card
     assert load_lines(made, FACTS)[1] == 'model = graftvit.load("hf-hub:me/my-vit").eval()'
     assert "pip install graftvit" in card
-
-
-def test_a_card_names_the_operators_that_another_package_registers() -> None:
-    def loading(plan: str) -> str:
-        arguments = {"architecture": "vit_tiny_patch16_224", "plan": plan}
-        made = {**config(), "architecture": "graftvit_converted", "model_args": arguments}
-        return student_card(made, FACTS).partition("## How to load")[2].partition("## How it was made")[0]
-
-    assert "| `mean`: first import the package" in loading("*: mean(size=3); 1: keep; 2: none; 3: linear")
-    assert "first import" not in loading("*: keep; 1: none; 2: linear(feature=relu); 3: softmax")
-    assert "first import" not in loading("no plan at all")
+    assert "first import" not in card + student_card(converted("*: keep; 1: none"), FACTS)
+    assert "| `mean`: first import the package" in student_card(converted("*: mean(size=3); 1: keep"), FACTS)
+    assert "first import" not in student_card(converted("no plan at all"), FACTS)
 
 
 def test_an_architecture_of_our_own_needs_graftvit() -> None:
