@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graftvit.transfer.analysis.benchmark.timing import peak_bytes, time_steps
+from graftvit.transfer.analysis.benchmark.timing import keep_freed_memory, peak_bytes, time_steps
 
 from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor
 
@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     arguments = parse()
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
     for case in cases(arguments):
         print(case.describe(), flush=True)

@@ -1,94 +1,67 @@
 """Normalized kernel attention in chunks of tokens: features exist for one chunk at a time, forward and backward.
 
-With features φ(q), φ(k) (B, H, N, F), S = Σ_j φ(k_j) v_jᵀ / N and m = Σ_j φ(k_j) / N, the output is
-o_i = Sᵀφ(q_i) / z_i with z_i = φ(q_i)·m. A chunk stays in the cache of a CPU, and the memory does not grow with N F.
+With features φ(q), φ(k) (B, H, N, F), S = Σ_j φ(k_j) v_jᵀ and m = Σ_j φ(k_j), the output is o_i = Sᵀφ(q_i) / z_i with
+z_i = φ(q_i)·m. A chunk stays in the cache of a CPU, and the memory does not grow with N F. Features that are no wider
+than the heads are kept for the backward pass, which computes wider ones again.
 
-Shape suffixes: B batch, H heads, N tokens, n tokens of a chunk, D head width, F features, E = D + 1.
+With g_i the gradient for o_i, u_i = g_i / z_i and w_i = u_i·o_i, the gradients are S u_i - w_i m for φ(q_i),
+dS v_j - dm for φ(k_j) and dSᵀφ(k_j) for v_j, where dS = Σ_i φ(q_i) u_iᵀ and dm = Σ_i w_i φ(q_i).
+
+Shape suffixes: B batch, H heads, N tokens, n tokens of a chunk, D head width, F features.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .feature_chunks import Chunk, ChunkedFeatures, empty_tokens, sum_dtype
+from .kernels import precise
+
 CACHED = {"cpu": 3 * 2**16}
 """The number of features in a chunk, by type of device."""
 ELSEWHERE = 2**26
 
 
-class Chunk(NamedTuple):
-    """Some images, and some tokens of them."""
-
-    images: slice
-    tokens: slice
-
-    def of(self, x_BHND: Tensor) -> Tensor:
-        """Return a view of these tokens."""
-        return x_BHND[self.images, :, self.tokens]
-
-
-class ChunkedFeatures(ABC):
-    """Features of one chunk of tokens, without parameters; φ(x) is what the methods return plus `floor`.
-
-    The methods get and return float32 or float64. One object serves one forward pass and its backward pass. What a
-    method returns is valid until it is called for the next chunk.
-    """
-
-    def __init__(self, num_features: int, floor: float = 0.0) -> None:
-        self.num_features, self.floor = num_features, floor
-        self._scratch: dict[tuple[str, torch.Size], Tensor] = {}
-
-    def scratch(self, name: str, like: Tensor) -> Tensor:
-        """Return memory of the shape and layout of `like`, kept from chunk to chunk so that it is in the cache."""
-        key = name, like.shape
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty_like(like)
-        return self._scratch[key]
-
-    def release(self) -> None:
-        """Free the memory of `scratch`."""
-        self._scratch.clear()
-
-    @abstractmethod
-    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        """Return φ(q) - floor, (B, H, n, F)."""
-
-    @abstractmethod
-    def keys(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        """Return φ(k) - floor, (B, H, n, F)."""
-
-    @abstractmethod
-    def queries_gradient(
-        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
-    ) -> Tensor:
-        """Return the gradient for the queries. It may overwrite `grad_BHnF`."""
-
-    @abstractmethod
-    def keys_gradient(self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk) -> Tensor:
-        """Return the gradient for the keys. It may overwrite `grad_BHnF`."""
-
-    def first_keys(self, x_BHnD: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        """Return `keys` in the forward pass, and a factor (B, H, 1, 1) for the sums of earlier chunks."""
-        return self.keys(x_BHnD, chunk), None
-
-
-def several_chunks(x_BHND: Tensor, num_features: int) -> bool:
-    """Return whether the features of all tokens do not fit in one chunk, as chunks cost more where they do."""
+def in_chunks(x_BHND: Tensor, num_features: int) -> bool:
+    """Return whether chunks are faster: always on a CPU, elsewhere where the features do not fit in one chunk."""
     batch, heads, tokens, _ = x_BHND.shape
-    return batch * heads * tokens * num_features > CACHED.get(x_BHND.device.type, ELSEWHERE)
+    return x_BHND.device.type in CACHED or batch * heads * tokens * num_features > ELSEWHERE
 
 
 def chunked_attention(
     features: ChunkedFeatures, q: Tensor, k: Tensor, v: Tensor, centre: bool, least: float
 ) -> Tensor:
-    """Return Sᵀφ(q) / max(z, least), (B, H, N, D) in the dtype of v; `centre` subtracts the mean key from all keys."""
-    out: Tensor = _ChunkedAttention.apply(features, centre, least, q, k, v)
-    return out
+    """Return Sᵀφ(q) / max(z, N least), (B, H, N, D) in the dtype of v.
+
+    `centre` subtracts the mean key from all keys first.
+    """
+    least *= k.shape[2]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        learned: Tensor = _ChunkedAttention.apply(features, centre, least, q, k, v)
+        return learned
+    with _no_autocast(q):
+        return _attend(features, _chunks(features, q), centre, least, q, k, v, learned=False).out
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads besides queries, keys and values."""
+
+    mean: Tensor | None
+    """The mean key, (B, H, 1, D)."""
+    sums: Tensor
+    """S, (B, H, F, D)."""
+    total: Tensor
+    """m, (B, H, 1, F)."""
+    z: Tensor
+    out: Tensor
+    q_features: Tensor | None
+    k_features: Tensor | None
+    """Features (B, H, N, F), if they are kept."""
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -96,123 +69,187 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, features: ChunkedFeatures, centre: bool, least: float, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        mean_BH1D = k.mean(2, keepdim=True, dtype=_dtype(k)) if centre else None
-        sums_BHFE = _key_sums(features, k, v, mean_BH1D)
-        out = torch.empty_like(v)
-        total_BHN1 = v.new_empty((*v.shape[:3], 1), dtype=sums_BHFE.dtype)
-        for chunk in _chunks(features, q):
-            product_BHnE = features.queries(_precise(chunk.of(q)), chunk) @ sums_BHFE[chunk.images]
-            if features.floor:
-                product_BHnE += features.floor * sums_BHFE[chunk.images].sum(2, keepdim=True)
-            total = torch.clamp_min(product_BHnE[..., -1:], least, out=chunk.of(total_BHN1))
-            chunk.of(out).copy_(product_BHnE[..., :-1].mul_(total.reciprocal()))
-        features.release()
-        ctx.features, ctx.least = features, least
-        ctx.save_for_backward(q, k, v, mean_BH1D, sums_BHFE, total_BHN1, out)
-        return out
+        chunks = _chunks(features, q)
+        with _no_autocast(q):
+            saved = _attend(features, chunks, centre, least, q, k, v, learned=True)
+        ctx.features, ctx.chunks, ctx.least = features, chunks, least
+        ctx.save_for_backward(q, k, v, *saved)
+        return saved.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mean_BH1D, sums_BHFE, total_BHN1, out = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            dq, grad_sums = _query_gradients(ctx.features, q, grad_out, out, total_BHN1, sums_BHFE, ctx.least)
-            dk, dv = _key_gradients(ctx.features, k, v, mean_BH1D, grad_sums)
-        ctx.features.release()
-        return None, None, None, dq, dk, dv
+        q, k, v, *rest = ctx.saved_tensors
+        features, chunks, saved = ctx.features, ctx.chunks, _Saved(*rest)
+        with _no_autocast(q):
+            dq, grad_sums, grad_total = _query_gradients(features, chunks, q, grad_out, saved, ctx.least)
+            dk, dv = _key_gradients(features, chunks, k, v, grad_sums, grad_total, saved)
+        features.release()
+        return None, None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _key_sums(features: ChunkedFeatures, k: Tensor, v: Tensor, mean_BH1D: Tensor | None) -> Tensor:
-    """Return [S, m], (B, H, F, D + 1)."""
-    batch, heads, tokens, width = v.shape
-    sums_BHFE = v.new_zeros((batch, heads, features.num_features, width + 1), dtype=_dtype(k))
-    for chunk in _chunks(features, k):
-        some_BHFE = sums_BHFE[chunk.images]
-        keys, factor = features.first_keys(_centred(features, k, mean_BH1D, chunk), chunk)
-        if factor is not None:
-            some_BHFE *= factor
-        some_BHFE[..., :-1] += keys.transpose(2, 3) @ _precise(chunk.of(v))
-        some_BHFE[..., -1] += keys.sum(2)
-    sums_BHFE /= tokens
+def _attend(
+    features: ChunkedFeatures,
+    chunks: list[Chunk],
+    centre: bool,
+    least: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learned: bool,
+) -> _Saved:
+    """Return the output, and what the backward pass needs if there will be one."""
+    width = features.num_features
+    kept = learned and (len(chunks) == 1 or (width <= q.shape[3] and not features.rescaled))
+    q_features, k_features = (empty_tokens(x, width) if kept else None for x in (q, k))
+    mean_BH1D = k.mean(2, keepdim=True, dtype=sum_dtype(k)) if centre else None
+    sums_BHFD, total_BH1F = _key_sums(features, chunks, k, v, mean_BH1D, k_features)
+    out, z_BHN1 = torch.empty_like(v), empty_tokens(q, 1)
+    for chunk in chunks:
+        x, sums = precise(chunk.of(q)), chunk.of_images(sums_BHFD)
+        queries = features.queries(x, chunk, _memory(features, q_features, chunk, x))
+        product = torch.matmul(queries, sums, out=features.scratch("second", x, v.shape[3]))
+        z = torch.matmul(queries, chunk.of_images(total_BH1F).mT, out=chunk.of(z_BHN1))
+        if features.floor:
+            product += features.floor * sums.sum(2, keepdim=True)
+            z += features.floor * chunk.of_images(total_BH1F).sum(3, keepdim=True)
+        torch.mul(product, z.clamp_min_(least).reciprocal(), out=chunk.of(out))
+    features.release()
+    return _Saved(mean_BH1D, sums_BHFD, total_BH1F, z_BHN1, out, q_features, k_features)
+
+
+def _key_sums(
+    features: ChunkedFeatures,
+    chunks: list[Chunk],
+    k: Tensor,
+    v: Tensor,
+    mean_BH1D: Tensor | None,
+    k_features: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return S and m, (B, H, F, D) and (B, H, 1, F)."""
+    sums_BHFD, total_BH1F = _Sums(), _Sums()
+    for chunk in chunks:
+        x = _centred(features, k, mean_BH1D, chunk)
+        keys, factor = features.first_keys(x, chunk, _memory(features, k_features, chunk, x))
+        sums_BHFD.add(chunk, keys.mT @ precise(chunk.of(v)), factor)
+        total_BH1F.add(chunk, keys.sum(2, keepdim=True), factor)
+    sums, total = sums_BHFD.of_all_images(), total_BH1F.of_all_images()
     if features.floor:
-        sums_BHFE[..., :-1] += features.floor * v.mean(2, keepdim=True, dtype=sums_BHFE.dtype)
-        sums_BHFE[..., -1] += features.floor
-    return sums_BHFE
+        sums += features.floor * v.sum(2, keepdim=True, dtype=sums.dtype)
+        total += features.floor * k.shape[2]
+    return sums, total
 
 
 def _query_gradients(
-    features: ChunkedFeatures,
-    q: Tensor,
-    grad_out: Tensor,
-    out: Tensor,
-    total_BHN1: Tensor,
-    sums_BHFE: Tensor,
-    least: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients for the queries and for [S, m]."""
-    dq, grad_sums = torch.empty_like(q), torch.zeros_like(sums_BHFE)
-    for chunk in _chunks(features, q):
-        sums, total = sums_BHFE[chunk.images], chunk.of(total_BHN1)
-        grad_BHnE = total.new_empty((*total.shape[:3], sums.shape[3]))
-        numerator = torch.div(chunk.of(grad_out), total, out=grad_BHnE[..., :-1])
-        torch.sum(numerator * chunk.of(out), 3, keepdim=True, out=grad_BHnE[..., -1:])
-        grad_BHnE[..., -1:].neg_().masked_fill_(total <= least, 0.0)
-        x = _precise(chunk.of(q))
-        queries = features.queries(x, chunk)
-        grad_sums[chunk.images] += queries.transpose(2, 3) @ grad_BHnE
+    features: ChunkedFeatures, chunks: list[Chunk], q: Tensor, grad_out: Tensor, saved: _Saved, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients for the queries, for S, and minus the gradient for m."""
+    dq, grad_sums, grad_total = empty_tokens(q, q.shape[3]), _Sums(), _Sums()
+    for chunk in chunks:
+        x, z, out = precise(chunk.of(q)), chunk.of(saved.z), chunk.of(saved.out)
+        u = torch.mul(chunk.of(grad_out), z.reciprocal(), out=features.scratch("first", x, out.shape[3]))
+        w = torch.mul(u, out, out=features.scratch("second", x, out.shape[3])).sum(3, keepdim=True)
+        w *= z > least
+        if saved.q_features is None:
+            queries = features.queries(x, chunk, _memory(features, None, chunk, x))
+        else:
+            queries = chunk.of(saved.q_features)
+        of_sums, of_total = queries.mT @ u, w.mT @ queries
         if features.floor:
-            grad_sums[chunk.images] += features.floor * grad_BHnE.sum(2, keepdim=True)
-        grad = grad_BHnE @ sums.transpose(2, 3)
-        chunk.of(dq).copy_(features.queries_gradient(x, queries, grad, chunk))
-    return dq, grad_sums
+            of_sums += features.floor * u.sum(2, keepdim=True)
+            of_total += features.floor * w.sum(2, keepdim=True)
+        grad_sums.add(chunk, of_sums)
+        grad_total.add(chunk, of_total)
+        grad = torch.matmul(u, chunk.of_images(saved.sums).mT, out=_scratch_features(features, x))
+        grad.addcmul_(w, chunk.of_images(saved.total), value=-1)
+        features.queries_gradient(x, queries, grad, chunk, chunk.of(dq))
+    return dq, grad_sums.of_all_images(), grad_total.of_all_images()
 
 
 def _key_gradients(
-    features: ChunkedFeatures, k: Tensor, v: Tensor, mean_BH1D: Tensor | None, grad_sums: Tensor
+    features: ChunkedFeatures,
+    chunks: list[Chunk],
+    k: Tensor,
+    v: Tensor,
+    grad_sums: Tensor,
+    grad_total: Tensor,
+    saved: _Saved,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients for the keys and the values."""
-    grad_sums /= k.shape[2]
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    common = None if mean_BH1D is None else torch.zeros_like(mean_BH1D)
-    for chunk in _chunks(features, k):
-        of_S_BHFD, of_m_BHF1 = grad_sums[chunk.images].split((v.shape[3], 1), 3)
-        x = _centred(features, k, mean_BH1D, chunk)
-        keys = features.keys(x, chunk)
-        values = keys @ of_S_BHFD
+    dk, dv, common = empty_tokens(k, k.shape[3]), empty_tokens(v, v.shape[3]), _Sums()
+    for chunk in chunks:
+        sums = chunk.of_images(grad_sums)
+        if saved.k_features is not None and features.by_features:
+            x = precise(chunk.of(k))
+        else:
+            x = _centred(features, k, saved.mean, chunk)
+        if saved.k_features is None:
+            keys = features.keys(x, chunk, _memory(features, None, chunk, x))
+        else:
+            keys = chunk.of(saved.k_features)
+        values = torch.matmul(keys, sums, out=chunk.of(dv))
         if features.floor:
-            values += features.floor * of_S_BHFD.sum(2, keepdim=True)
-        chunk.of(dv).copy_(values)
-        grad = _precise(chunk.of(v)) @ of_S_BHFD.transpose(2, 3)
-        grad += of_m_BHF1.transpose(2, 3)
-        grad = features.keys_gradient(x, keys, grad, chunk)
-        if common is not None:
-            common[chunk.images] += grad.sum(2, keepdim=True)
-        chunk.of(dk).copy_(grad)
-    if common is not None:
-        dk -= common / k.shape[2]
+            values += features.floor * sums.sum(2, keepdim=True)
+        grad = torch.matmul(precise(chunk.of(v)), sums.mT, out=_scratch_features(features, x))
+        grad -= chunk.of_images(grad_total)
+        features.keys_gradient(x, keys, grad, chunk, chunk.of(dk))
+        if saved.mean is not None:
+            common.add(chunk, chunk.of(dk).sum(2, keepdim=True))
+    if saved.mean is not None:
+        dk -= common.of_all_images() / k.shape[2]
     return dk, dv
 
 
-def _chunks(features: ChunkedFeatures, x_BHND: Tensor) -> Iterator[Chunk]:
+class _Sums:
+    """Sums over the chunks of each image."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, chunk: Chunk, part: Tensor, factor: Tensor | None = None) -> None:
+        """Add the sum over a chunk; `factor` is for the earlier ones of the same images."""
+        before = self._sums.get(chunk.images.start)
+        if before is not None:
+            part += before if factor is None else before * factor
+        self._sums[chunk.images.start] = part
+
+    def of_all_images(self) -> Tensor:
+        """Return the sums of all images."""
+        return (
+            torch.cat(list(self._sums.values())) if len(self._sums) > 1 else next(iter(self._sums.values()))
+        )
+
+
+def _chunks(features: ChunkedFeatures, x_BHND: Tensor) -> list[Chunk]:
     """Cut whole images where several fit, else the tokens of one image."""
     batch, heads, tokens, _ = x_BHND.shape
     most = max(1, CACHED.get(x_BHND.device.type, ELSEWHERE) // (heads * features.num_features))  # tokens
     images, length = max(1, most // tokens), min(most, tokens)
-    for image in range(0, batch, images):
-        for token in range(0, tokens, length):
-            yield Chunk(slice(image, image + images), slice(token, token + length))
+    return [
+        Chunk(
+            slice(image, image + images), slice(token, token + length), images >= batch and length == tokens
+        )
+        for image in range(0, batch, images)
+        for token in range(0, tokens, length)
+    ]
 
 
 def _centred(features: ChunkedFeatures, k: Tensor, mean_BH1D: Tensor | None, chunk: Chunk) -> Tensor:
-    keys = _precise(chunk.of(k))
+    keys = precise(chunk.of(k))
     if mean_BH1D is None:
         return keys
-    return torch.sub(keys, mean_BH1D[chunk.images], out=features.scratch("centred", keys))
+    return torch.sub(keys, chunk.of_images(mean_BH1D), out=features.scratch("first", keys))
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _memory(features: ChunkedFeatures, kept: Tensor | None, chunk: Chunk, x_BHnD: Tensor) -> Tensor:
+    """Return where to write the features of a chunk."""
+    return features.scratch("features", x_BHnD, features.num_features) if kept is None else chunk.of(kept)
 
 
-def _precise(x: Tensor) -> Tensor:
-    return x.to(_dtype(x))
+def _scratch_features(features: ChunkedFeatures, x_BHnD: Tensor) -> Tensor:
+    return features.scratch("second", x_BHnD, features.num_features)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

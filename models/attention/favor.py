@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Geometry, Heads, LayerShape
-from .chunked import Chunk, ChunkedFeatures
+from .feature_chunks import Chunk, ChunkedFeatures
 from .features import FeatureMap
 from .kernels import precise
 
@@ -70,6 +70,8 @@ class FavorChunks(ChunkedFeatures):
     The norm of a query is in each of its exponents and in the largest, so it cancels; its derivative does not.
     """
 
+    rescaled = True
+
     def __init__(self, omega_FD: Tensor, temperature_H11: Tensor, heads: Heads) -> None:
         super().__init__(len(omega_FD), floor=EPSILON)
         q, _ = heads.qk()
@@ -78,16 +80,16 @@ class FavorChunks(ChunkedFeatures):
         self.half_H11 = factor_H11.square() / 2
         self.largest = q.new_full((*q.shape[:2], 1, 1), -torch.inf, dtype=factor_H11.dtype)
 
-    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        exponents: Tensor = x_BHnD @ self.omega_HFD.transpose(1, 2)
+    def queries(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
+        exponents = torch.matmul(x_BHnD, self.omega_HFD.mT, out=out)
         return exponents.sub_(exponents.amax(3, keepdim=True)).exp_()
 
-    def keys(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        exponents, norms = self._exponents(x_BHnD)
+    def keys(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
+        exponents, norms = self._exponents(x_BHnD, out)
         return exponents.sub_(norms + self.largest[chunk.images]).exp_()
 
-    def first_keys(self, x_BHnD: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        exponents, norms = self._exponents(x_BHnD)
+    def first_keys(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        exponents, norms = self._exponents(x_BHnD, out)
         before = self.largest[chunk.images]
         largest = torch.maximum(before, (exponents.amax(3, keepdim=True) - norms).amax(2, keepdim=True))
         factor = (before - largest).exp_()
@@ -95,19 +97,18 @@ class FavorChunks(ChunkedFeatures):
         return exponents.sub_(norms + largest).exp_(), factor
 
     def queries_gradient(
-        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
-    ) -> Tensor:
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk, out: Tensor
+    ) -> None:
         grad = grad_BHnF.mul_(features_BHnF)
         norms = 2 * self.half_H11 * grad.sum(3, keepdim=True)
-        grad_x: Tensor = grad @ self.omega_HFD
-        return grad_x.addcmul_(norms, x_BHnD, value=-1)
+        torch.matmul(grad, self.omega_HFD, out=out).addcmul_(norms, x_BHnD, value=-1)
 
     keys_gradient = queries_gradient
 
-    def _exponents(self, x_BHnD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Ω x' (B, H, n, F) and ‖x'‖²/2 (B, H, n, 1)."""
-        norms = x_BHnD.square().sum(3, keepdim=True).mul_(self.half_H11)
-        return x_BHnD @ self.omega_HFD.transpose(1, 2), norms
+    def _exponents(self, x_BHnD: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Ω x' (B, H, n, F), in `out`, and ‖x'‖²/2 (B, H, n, 1)."""
+        norms = torch.mul(x_BHnD, x_BHnD, out=self.scratch("second", x_BHnD)).sum(3, keepdim=True)
+        return torch.matmul(x_BHnD, self.omega_HFD.mT, out=out), norms.mul_(self.half_H11)
 
 
 def default_features(shape: LayerShape) -> int:

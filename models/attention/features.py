@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .base import Geometry, Heads, LayerShape
-from .chunked import Chunk, ChunkedFeatures
+from .feature_chunks import Chunk, ChunkedFeatures
 from .kernels import precise
 
 
@@ -162,16 +162,18 @@ def _products(x_BHND: Tensor, places_NC: Tensor) -> Tensor:
 
 
 class EluChunks(ChunkedFeatures):
-    """The features of `Elu`: elu(x) + 1 = max(x + 1, exp(min(x, 0))), whose derivative is min(φ, 1)."""
+    """The features of `Elu`: elu(x) + 1 = exp(min(x, 0)) + max(x, 0), whose derivative is min(φ, 1)."""
 
-    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        low = torch.clamp_max(x_BHnD, 0, out=self.scratch("low", x_BHnD)).exp_()
-        return torch.maximum(low, torch.add(x_BHnD, 1, out=self.scratch("high", x_BHnD)), out=low)
+    by_features = True
+
+    def queries(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
+        high = torch.clamp_min(x_BHnD, 0, out=self.scratch("second", x_BHnD))
+        return torch.clamp_max(x_BHnD, 0, out=out).exp_().add_(high)
 
     def queries_gradient(
-        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
-    ) -> Tensor:
-        return grad_BHnF.mul_(features_BHnF.clamp_max_(1))
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk, out: Tensor
+    ) -> None:
+        torch.clamp_max(features_BHnF, 1, out=out).mul_(grad_BHnF)
 
     keys, keys_gradient = queries, queries_gradient
 
@@ -179,13 +181,15 @@ class EluChunks(ChunkedFeatures):
 class ReluChunks(ChunkedFeatures):
     """The features of `Relu`."""
 
-    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        return F.relu(x_BHnD)
+    by_features = True
+
+    def queries(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
+        return torch.clamp_min(x_BHnD, 0, out=out)
 
     def queries_gradient(
-        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
-    ) -> Tensor:
-        return grad_BHnF.mul_(features_BHnF > 0)
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk, out: Tensor
+    ) -> None:
+        torch.mul(grad_BHnF, features_BHnF > 0, out=out)
 
     keys, keys_gradient = queries, queries_gradient
 
@@ -197,22 +201,30 @@ class CosineChunks(ChunkedFeatures):
         super().__init__(num_features)
         self.q_places, self.k_places = q_places_NC, k_places_NC
 
-    def queries(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        return _products(F.relu(x_BHnD), self.q_places[chunk.tokens])
+    def queries(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
+        return self._products(x_BHnD, self.q_places[chunk.tokens], out)
 
-    def keys(self, x_BHnD: Tensor, chunk: Chunk) -> Tensor:
-        return _products(F.relu(x_BHnD), self.k_places[chunk.tokens])
+    def keys(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
+        return self._products(x_BHnD, self.k_places[chunk.tokens], out)
 
     def queries_gradient(
-        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk
-    ) -> Tensor:
-        return _products_gradient(x_BHnD, grad_BHnF, self.q_places[chunk.tokens])
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk, out: Tensor
+    ) -> None:
+        _products_gradient(x_BHnD, grad_BHnF, self.q_places[chunk.tokens], out)
 
-    def keys_gradient(self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk) -> Tensor:
-        return _products_gradient(x_BHnD, grad_BHnF, self.k_places[chunk.tokens])
+    def keys_gradient(
+        self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk, out: Tensor
+    ) -> None:
+        _products_gradient(x_BHnD, grad_BHnF, self.k_places[chunk.tokens], out)
+
+    def _products(self, x_BHnD: Tensor, places_nC: Tensor, out: Tensor) -> Tensor:
+        high = torch.clamp_min(x_BHnD, 0, out=self.scratch("second", x_BHnD))
+        places = places_nC[:, :, None]
+        torch.mul(places, high[:, :, :, None, :], out=out.unflatten(3, (-1, x_BHnD.shape[3])))
+        return out
 
 
-def _products_gradient(x_BHnD: Tensor, grad_BHnF: Tensor, places_nC: Tensor) -> Tensor:
-    grad: Tensor = (grad_BHnF.unflatten(3, (-1, x_BHnD.shape[3])) * places_nC[:, :, None]).sum(3)
-    grad *= x_BHnD > 0
-    return grad
+def _products_gradient(x_BHnD: Tensor, grad_BHnF: Tensor, places_nC: Tensor, out: Tensor) -> None:
+    parts = grad_BHnF.unflatten(3, (-1, x_BHnD.shape[3]))
+    torch.sum(parts.mul_(places_nC[:, :, None]), 3, out=out)
+    out *= x_BHnD > 0

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .chunked import ChunkedFeatures, chunked_attention, several_chunks
+from .chunked import chunked_attention, in_chunks
 from .favor import Favor
+from .feature_chunks import ChunkedFeatures
 from .features import Cosine, Elu, FeatureMap, Identity, Relu
 from .kernels import precise
 from .learned_features import T2R, Focused, Hedgehog, JointHedgehog
@@ -89,10 +90,10 @@ class KernelAttention(AttentionOperator):
 
     def attend(self, heads: Heads) -> Tensor:
         v_BHND = heads.values()
+        chunks = self._chunks(heads)
+        if chunks is not None:
+            return chunked_attention(chunks, *heads.qkv(), centre=self.centre, least=EPSILON)
         with torch.autocast(v_BHND.device.type, enabled=False):
-            chunks = self._chunks(heads)
-            if chunks is not None:
-                return chunked_attention(chunks, *heads.qkv(), centre=self.centre, least=EPSILON)
             q_BHNF, k_BHNF = self.features(heads)
             values, num = precise(v_BHND), _num_keys(k_BHNF, heads)
             products = k_BHNF.transpose(2, 3) @ values / num
@@ -159,7 +160,7 @@ class KernelAttention(AttentionOperator):
         if not plain or torch.compiler.is_compiling():
             return None
         num_features = self.feature.num_features(heads.geometry or self.shape.geometry)
-        return self.feature.chunked(heads) if several_chunks(heads.known, num_features) else None
+        return self.feature.chunked(heads) if in_chunks(heads.known, num_features) else None
 
     def _factors(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Return the factors L and R / N of the map; R is zero at padding."""

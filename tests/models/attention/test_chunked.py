@@ -34,7 +34,11 @@ def cut(monkeypatch: pytest.MonkeyPatch, tokens: int, width: int) -> list[Any]:
 
 
 @cases
-@pytest.mark.parametrize("tokens", [1, 7, 2 * GEOMETRY.num_tokens], ids=["one", "several", "two images"])
+@pytest.mark.parametrize(
+    "tokens",
+    [1, 7, 2 * GEOMETRY.num_tokens, 3 * GEOMETRY.num_tokens],
+    ids=["one", "several", "two images", "all images"],
+)
 def test_chunks_give_the_map_and_its_gradients(
     case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,9 +50,10 @@ def test_chunks_give_the_map_and_its_gradients(
     out = operator.attend(heads)
     wanted = operator.matrix(heads) @ v
     torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
-    found = torch.autograd.grad(out, inputs, upstream)
+    first, found = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for _ in range(2))
     for gradient, dense in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         torch.testing.assert_close(gradient, dense, rtol=1e-7, atol=1e-9)
+    assert all(map(torch.equal, first, found)), "the backward pass changed what it read"
     assert len(calls) == 1
 
 

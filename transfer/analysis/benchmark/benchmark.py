@@ -15,6 +15,7 @@ from ..report.ink import to_png
 from .benchmark_tables import render
 from .cases import Case, Kind, Results, Row, load_results, machine
 from .latency_plot import draw_latency
+from .timing import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def run_cases(
     Raises ConfigError: the folder has results of another kind or machine.
     """
     results = Results(kind, machine()) if force else load_results(folder, kind)
+    keep_freed_memory()
 
     def run(case: Case) -> str:
         row = measure(case)

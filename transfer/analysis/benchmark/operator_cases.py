@@ -124,8 +124,14 @@ def _draw(shape: LayerShape, batch: int, device: torch.device, dtype: torch.dtyp
 def _step(
     run: Callable[[Heads], Tensor], heads: Heads, backward: bool, parameters: Iterable[Tensor] = ()
 ) -> Step:
+    """Return a step whose output is laid out as the next projection of a layer reads it, (B, N, H D)."""
+
+    def by_token(heads: Heads) -> Tensor:
+        return run(heads).transpose(1, 2).flatten(2)
+
     if not backward:
-        return step_of(partial(run, heads))
+        return step_of(partial(by_token, heads))
     q, k, v = (x.detach().requires_grad_() for x in heads.qkv())
     ready = heads.with_qkv(q, k, v)
-    return step_of(partial(run, ready), [q, k, v, *parameters], torch.randn_like(v))
+    upstream = torch.randn_like(v.transpose(1, 2).flatten(2))
+    return step_of(partial(by_token, ready), [q, k, v, *parameters], upstream)

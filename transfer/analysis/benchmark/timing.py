@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], object]
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""glibc's numbers of the options of `mallopt`."""
 SHORTEST = 5e-3
 """Seconds that a timing lasts at least: shorter steps are taken several times in a row."""
 
@@ -52,6 +56,19 @@ def step_of(run: Callable[[], Tensor], leaves: Sequence[Tensor] = (), upstream: 
         torch.autograd.grad(run(), leaves, upstream, allow_unused=True)
 
     return learn if leaves else forward
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that is freed, as torch does on a GPU. Nothing happens where it is not glibc.
+
+    glibc returns memory at the end of its heap to the system, and gets it back page by page in the next call, which
+    can take longer than the call's arithmetic. Between the tensors of a training process this memory is rarely at
+    the end.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(MMAP_MAX, 0)
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

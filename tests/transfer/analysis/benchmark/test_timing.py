@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from graftvit.transfer.analysis.benchmark.timing import SHORTEST, Step, counted_macs, peak_bytes, time_steps
+from graftvit.transfer.analysis.benchmark.timing import (
+    SHORTEST,
+    Step,
+    counted_macs,
+    keep_freed_memory,
+    peak_bytes,
+    time_steps,
+)
 
 CPU = torch.device("cpu")
 
@@ -68,3 +76,18 @@ def test_the_counter_sees_the_products_of_fused_attention() -> None:
     q = torch.randn(1, 2, 50, 8)
     assert counted_macs(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 50 * 50 * 8
     assert counted_macs(lambda: q.exp()) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no mallopt")
+def test_freed_memory_stays_with_the_process() -> None:
+    import resource
+
+    def pages() -> int:
+        """Count the pages that the system gives for a tensor of 4,096 pages."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(4096, 4096, dtype=torch.uint8).add_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    pages()
+    assert pages() < 1024
