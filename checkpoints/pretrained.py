@@ -11,6 +11,7 @@ from torch import nn
 
 from ..models.conversion import plan_size, resize
 from ..models.copied import copying_of
+from ..models.dropped_parts import drop_parts
 from ..models.errors import CheckpointError
 from ..models.families import check_patches, image_size, is_pyramid, patch_size
 from ..models.json_types import Json, JsonDict
@@ -201,7 +202,8 @@ def load_weights(
         )
         arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
-    weights = replace(weights, tensors=converted(model, weights.tensors))
+    tensors, left_out = drop_parts(model, converted(model, weights.tensors))
+    weights = replace(weights, tensors=tensors, left_out={**weights.left_out, **left_out})
     config: Json = getattr(model, "default_cfg", None) or {}
     report = fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
     return replace(report, resampled={**report.resampled, **resampled})

@@ -171,11 +171,15 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
         layer.operator.resample(layer.tokens.geometry)
 
 
-def with_plan(architecture: str, arguments: Json, plan: str) -> tuple[str, JsonDict]:
+def with_plan(
+    architecture: str, arguments: Json, plan: str, without: Collection[str] = ()
+) -> tuple[str, JsonDict]:
     """Return timm's name and arguments for `architecture` converted by `plan`, which replaces an older plan."""
     given = {key: value for key, value in arguments.items() if key != "plan_size"}
     if architecture == ARCHITECTURE:
         architecture = given.pop("architecture")
+    if without:
+        given["without"] = list(without)
     return ARCHITECTURE, {**given, "architecture": architecture, "plan": plan}
 
 

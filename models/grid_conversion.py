@@ -6,7 +6,6 @@ import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from timm.models.pvt_v2 import Attention as PVTAttention
 from timm.models.swin_transformer import WindowAttention as WindowAttentionV1
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 
 from .attention.base import QKV, AttentionOperator
 from .converted import ConvertedAttention, TokenGrid
+from .dropped_parts import FUSED, dropped_names, kept_rows
 from .errors import UnsupportedModelError
 from .grid_hosts import GridHost, ReducedHost, SwinHost, SwinV2Host, WindowHost
 from .layer_plan import Choice
 from .shifted_windows import Size
-
-REDUCTION = ("sr", "norm", "pool", "act")
-BIAS = ("relative_position_bias_table", "relative_position_index", "cpb_mlp", "relative_coords_table")
 
 
 class ConvertedGrid(GridHost, ConvertedAttention):
@@ -128,34 +125,29 @@ def _without_parts(attention: nn.Module, kept: Sequence[str], keep_bias: bool) -
     bare = copy.copy(attention)
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         bare.__dict__[name] = copy.copy(attention.__dict__[name])
-    dropped = [*REDUCTION, *(() if keep_bias else BIAS)]
-    dropped += [f"{part}_bias" for part in QKV if part not in kept]
-    if "q" not in kept:
-        dropped += ["q", "logit_scale"]
-    for name in dropped:
+    for name in dropped_names(kept, keep_bias):
         for parts in (bare._modules, bare._parameters, bare._buffers):
             parts.pop(name, None)
-    for name in ("qkv", "kv"):
+    for name in FUSED:
         fused = bare._modules.get(name)
         if fused is not None:
-            bare._modules[name] = _rows(fused, [part in kept for part in name])
+            bare._modules[name] = _rows(fused, name, kept)
     return bare
 
 
-def _rows(fused: Any, kept: list[bool]) -> nn.Module | None:
+def _rows(fused: Any, parts: str, kept: Sequence[str]) -> nn.Module | None:
     """Return a fused projection with the kept ones of its equal parts; None without any."""
-    if all(kept):
+    if set(parts) <= set(kept):
         return fused  # type: ignore[no-any-return]
-    if not any(kept):
+    if not set(parts) & set(kept):
         return None
     less = copy.copy(fused)
-    less._parameters = {name: _part(tensor, kept) for name, tensor in fused._parameters.items()}
+    less._parameters = {name: _part(tensor, parts, kept) for name, tensor in fused._parameters.items()}
     less.out_features = less.weight.shape[0]
     return less  # type: ignore[no-any-return]
 
 
-def _part(tensor: nn.Parameter | None, kept: list[bool]) -> nn.Parameter | None:
+def _part(tensor: nn.Parameter | None, parts: str, kept: Sequence[str]) -> nn.Parameter | None:
     if tensor is None:
         return None
-    parts = [part for part, keep in zip(tensor.detach().chunk(len(kept)), kept, strict=True) if keep]
-    return nn.Parameter(torch.cat(parts), requires_grad=tensor.requires_grad)
+    return nn.Parameter(kept_rows(tensor.detach(), parts, kept), requires_grad=tensor.requires_grad)

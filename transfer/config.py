@@ -84,6 +84,11 @@ class StudentConfig(Section):
         description="training images on which the operators of the plan are fitted and calibrated before the first "
         "step; hash needs it",
     )
+    without: tuple[Literal["bias"], ...] = Field(
+        (),
+        description="parts of a pyramid's layers that a plan gives up where an operator does not take them: bias, the "
+        "relative position bias (Swin)",
+    )
     init: str | None = Field(
         None,
         description="initial weights: any teacher source, or 'teacher' for the teacher's weights; fresh by "

@@ -51,7 +51,7 @@ OTHER: dict[str, Any] = {
     "teachers": {"other": {"source": "TEACHER"}},
     "student.model": "vit_small_patch16_224", "student.model_args": {**ARGUMENTS, "qk_norm": True},
     "student.plan": "1: kernel", "student.calibrate": 3, "student.init": "OTHER", "student.img_size": 16,
-    "student.global_pool": "token",
+    "student.global_pool": "token", "student.without": ("bias",),
     "student.drop_path": 0.5, "student.pos_embed_std": 0.3, "student.mirror_teacher": True,
     "student.grad_checkpointing": True, "student.compile": True,
     "transfer.method": "attention_output", "transfer.layers": "0", "transfer.heads": [0], "transfer.loss": "kl",

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from ...models.errors import ConfigError, DataError
 from ...models.families import vit
 from ...models.json_types import JsonDict
 from ...models.lora import add_lora
+from ...models.without_memory import without_memory
 from ..cache.cache_checks import check_metric
 from ..cache.target_key import find_shards
 from ..cache.target_shards import TargetShards
@@ -273,7 +273,7 @@ def _student(
 ) -> tuple[nn.Module, JsonDict | None]:
     """The student with its starting weights, and where these are from."""
     config = mode.config
-    memory: AbstractContextManager[object] = nullcontext() if weights else init_empty_weights()
+    memory: AbstractContextManager[object] = nullcontext() if weights else without_memory()
     with memory:
         student = plan.create(config.student.drop_path)
     if mode.needs_labels and getattr(student, "global_pool", None) == "":

@@ -164,6 +164,12 @@ def _student_parts(mode: Mode) -> list[Part]:
             blocks,
         ),
         Part(
+            "a layer plan",
+            frozenset({"student.without"}),
+            student.plan is not None,
+            "without student.plan, which gives parts up: leave it out, or set student.plan",
+        ),
+        Part(
             "converted layers",
             frozenset({"optim.new_scale"}),
             student.plan is not None or whole is not None,

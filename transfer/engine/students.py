@@ -123,7 +123,7 @@ def plan_student(
         arguments = {**whole.model_args, "num_classes": num_classes, "img_size": (height, width)}
         architecture = whole.architecture
         if config.plan is not None:
-            architecture, arguments = with_plan(architecture, arguments, config.plan)
+            architecture, arguments = with_plan(architecture, arguments, config.plan, config.without)
         return StudentPlan(architecture, arguments, preprocessing)
     arguments = {
         **config.model_args,
@@ -139,7 +139,7 @@ def plan_student(
             raise ConfigError("student.mirror_teacher=true needs a teacher: set teacher.source")
         architecture, arguments = mirror_arguments(teacher.model, architecture, arguments)
     if config.plan is not None:
-        architecture, arguments = with_plan(architecture, arguments, config.plan)
+        architecture, arguments = with_plan(architecture, arguments, config.plan, config.without)
     return StudentPlan(architecture, arguments, preprocessing)
 
 

@@ -10,12 +10,15 @@ import pytest
 import timm
 import torch
 from engine_runs import config, differences
+from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.student import write_student
+from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.families import image_size, sites
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
-from pyramids import TINY, images, tiny
+from pyramids import TINY, arguments, images, tiny
 
 KINDS = ("pvt", "svt", "swin", "swinv2")
 
@@ -45,6 +48,31 @@ def test_a_pyramid_is_trained_resumed_and_loaded_by_timm(kind: str, tmp_path: Pa
     assert torch.equal(logits(timm.create_model(f"local-dir:{folder}", pretrained=True)), logits(loaded))
     started = build(pyramid(tmp_path / "other", kind, student={"init": str(tmp_path / "whole")}))
     assert torch.equal(logits(started.task.trainable), logits(graftvit.load(tmp_path / "whole")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_drops_from_the_weights_what_its_operators_do_not_need(kind: str, tmp_path: Path) -> None:
+    """The student starts as the conversion of the teacher, and its folder builds it again."""
+    teacher = tiny(kind, num_classes=10)
+    how = {"architecture": TINY[kind][0], "model_args": arguments(kind, num_classes=10)}
+    shown = Preprocessing.of(teacher, input_size=(3, 32, 32))
+    write_student(teacher, tmp_path / "teacher", **how, preprocessing=shown)
+    plan = "0: none; 1: uniform; stage2.0: softmax; stage2.1: linear"
+    student = {"init": "teacher", "plan": plan, "without": ["bias"]}
+    run = pyramid(
+        tmp_path / "run", kind, student, mode="finetune", teacher={"source": str(tmp_path / "teacher")}
+    )
+    started = build(run).task.trainable
+    expected = convert(teacher, plan, without=["bias"])
+    head = {name for name in expected.state_dict() if name.startswith("head.")}
+    for name, tensor in expected.state_dict().items():
+        assert name in head or torch.equal(started.state_dict()[name], tensor), name
+    assert build(run, weights=False).plan.meta() == build(run).plan.meta()
+    train(run)
+    loaded = graftvit.load(tmp_path / "run" / "student")
+    assert plan_of(loaded) == plan_of(expected)
+    again = timm.create_model(f"local-dir:{tmp_path / 'run' / 'student'}", pretrained=True)
+    assert torch.equal(logits(again), logits(loaded))
 
 
 @pytest.mark.parametrize("kind", ["pvt", "swin"])
