@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .beit import BEIT_MAPS
 from .dino import DINO_MAPS
+from .ecoformer import ECOFORMER_MAPS
 from .flax import FLAX_MAPS
 from .keymap import KeyMap
 from .moco import PROJECTION, describe_moco, describe_plain
@@ -60,4 +61,4 @@ PLAIN_MAPS: tuple[KeyMap, ...] = (
     ),
 )
 
-RESEARCH_MAPS: tuple[KeyMap, ...] = (*FLAX_MAPS, *BEIT_MAPS, *DINO_MAPS, *PLAIN_MAPS)
+RESEARCH_MAPS: tuple[KeyMap, ...] = (*FLAX_MAPS, *BEIT_MAPS, *DINO_MAPS, *ECOFORMER_MAPS, *PLAIN_MAPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from ..errors import UnsupportedModelError
 
 class Projections:
     """Views of the weights (H·D, C) and biases (H·D,) that project queries, keys and values: setting them in place
-    sets the layer's."""
+    sets the layer's. `kept` names those that a conversion left in the layer."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, kept: Collection[str] = "qkv") -> None:
         self._layer = layer
+        self._kept = kept
 
     def weight(self, part: str) -> Tensor:
         """Return the weight of "q", "k" or "v".
@@ -35,6 +37,11 @@ class Projections:
 
     def _find(self, part: str) -> tuple[nn.Linear, slice]:
         layer: Any = self._layer
+        if part not in self._kept:
+            raise UnsupportedModelError(
+                f"this {type(layer).__name__} has lost the rows of {part} in its conversion: run `graftvit convert` on "
+                "the original model, and start from the folder that it writes"
+            )
         for name, parts in (("qkv", "qkv"), ("kv", "kv"), ("q", "q"), (f"{part}_proj", part)):
             linear = layer._modules.get(name)
             if part in parts and isinstance(linear, nn.Linear):

@@ -128,6 +128,10 @@ def test_a_pyramid_keeps_queries_and_values() -> None:
     own, attention = model.stages[2].blocks[0].attn, student.stages[2].blocks[0].attn
     torch.testing.assert_close(attention.q.weight, (own.q.weight + own.kv.weight[:16]) / 2)
     assert torch.equal(attention.kv.weight, own.kv.weight[16:])
+    with pytest.raises(
+        UnsupportedModelError, match="lost the rows of k in its conversion: run `graftvit convert`"
+    ):
+        attention.operator.adopt(Projections(attention.original, attention.kept))
     assert student(images).isfinite().all()
 
 

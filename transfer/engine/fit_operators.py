@@ -51,7 +51,7 @@ def fit_operators(config: RunConfig, parts: Parts, accelerator: Accelerator) -> 
     if starts:
         for layer in layers.values():
             if not layer.operator.fitted:
-                layer.operator.adopt(Projections(layer.original))
+                layer.operator.adopt(Projections(layer.original, getattr(layer, "kept", "qkv")))
     with preserved():
         if teacher is not None:
             taught = sharing_copy(teacher) if device.type == "cpu" else copy.deepcopy(teacher).to(device)
