@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import Geometry, Heads, LayerShape, Traits, without_prefix
 from .kernels import precise
-from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
+from .pooling import PooledAttention, Pooling, default_count, pooling_macs
 from .prefix import prefix_term, with_prefix
 from .softmax import softmax_rows
 from .terms import LowRank, Term
@@ -41,8 +41,10 @@ class AgentAttention(PooledAttention):
         num_prefix = heads.tokens().num_prefix
         agents, counts = self._agents(heads)
         gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=heads.seen, scale=heads.scale)
-        keys = torch.cat((k[:, :, :num_prefix], agents), 2)
-        values = torch.cat((v[:, :, :num_prefix], gathered), 2)
+        keys, values = agents, gathered
+        if num_prefix:
+            keys = torch.cat((k[:, :, :num_prefix], agents), 2)
+            values = torch.cat((v[:, :, :num_prefix], gathered), 2)
         grid = F.scaled_dot_product_attention(
             without_prefix(q, heads.tokens()), keys, values, attn_mask=counts, scale=heads.scale
         )
@@ -72,5 +74,6 @@ class AgentAttention(PooledAttention):
         cells = self.cells(heads.tokens())
         own = precise(q)
         with torch.autocast(q.device.type, enabled=False):
-            agents, counts = cell_means(own, heads, cells), log_counts(heads, cells, own)
+            pooling = Pooling(heads, cells, own)
+            agents, counts = pooling.means(own), pooling.log_counts()
         return agents.to(q.dtype), counts.to(q.dtype)

@@ -147,13 +147,15 @@ def _pooled(weights_Mn: Tensor, x_BHND: Tensor, num_prefix: int) -> Tensor:
     """Return the prefix tokens and weighted sums of the grid tokens, (B, H, P + M, D) in the dtype of the input."""
     # One product for all heads: in the layout of a layer, all channels of a token are adjacent.
     grid_BnC = (x_BHND[:, :, num_prefix:] if num_prefix else x_BHND).transpose(1, 2).flatten(2)
-    pooled_BMC = weights_Mn.to(x_BHND.dtype) @ grid_BnC
-    pooled = pooled_BMC.unflatten(2, (x_BHND.shape[1], -1)).transpose(1, 2)
-    return torch.cat((x_BHND[:, :, :num_prefix], pooled.to(x_BHND.dtype)), 2)
+    # matmul would compute the transpose of the product, which is slower.
+    pooled_BMC = torch.bmm(weights_Mn.to(x_BHND.dtype).expand(len(x_BHND), -1, -1), grid_BnC)
+    pooled = pooled_BMC.unflatten(2, (x_BHND.shape[1], -1)).transpose(1, 2).to(x_BHND.dtype)
+    return torch.cat((x_BHND[:, :, :num_prefix], pooled), 2) if num_prefix else pooled
 
 
 def _log_counts(weights_Mn: Tensor, num_prefix: int) -> Tensor:
     """Return log c of the keys (P + M,): 0 for prefix tokens; a row with a small sum counts as one token."""
     smallest = torch.finfo(weights_Mn.dtype).tiny
     spread = weights_Mn.sum(-1).square() / weights_Mn.square().sum(-1).clamp_min(smallest)
-    return F.pad(spread.clamp_min(1).log(), (num_prefix, 0))
+    counts = spread.clamp_min(1).log()
+    return F.pad(counts, (num_prefix, 0)) if num_prefix else counts

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .base import Geometry, Heads, LayerShape, Traits, without_prefix
 from .kernel import without_padding
 from .kernels import precise
-from .pooling import PooledAttention, cell_means, default_count, log_counts, pooling_macs
+from .pooling import PooledAttention, Pooling, default_count, pooling_macs
 from .prefix import prefix_term, with_prefix
 from .terms import LowRank, Term
 
@@ -105,8 +105,11 @@ class NystromAttention(PooledAttention):
     def _landmarks(self, heads: Heads) -> Landmarks:
         cells, num_prefix = self.cells(heads.tokens()), heads.tokens().num_prefix
         tokens = [without_padding(x, heads) for x in _precise(heads)]
-        q, k = (torch.cat((x[:, :, :num_prefix], cell_means(x, heads, cells)), 2) for x in tokens)
-        counts = log_counts(heads, cells, q)
+        pooling = Pooling(heads, cells, tokens[0])
+        q, k = (pooling.means(x) for x in tokens)
+        if num_prefix:
+            q, k = (torch.cat((x[:, :, :num_prefix], y), 2) for x, y in zip(tokens, (q, k), strict=True))
+        counts = pooling.log_counts()
         weights = (heads.scale * q @ k.transpose(2, 3) + counts).softmax(-1)
         return Landmarks(q, k, counts, pseudo_inverse(weights, self.iterations))
 
@@ -118,12 +121,15 @@ def pseudo_inverse(x: Tensor, iterations: int) -> Tensor:
     Public versions use the largest norms of the batch, so that an image's result depends on the others.
     """
     norms = x.sum(-2).amax(-1) * x.sum(-1).amax(-1)
-    inverse = x.transpose(-1, -2) / norms[..., None, None]
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    inverse: Tensor = (x.transpose(-1, -2) / norms[..., None, None]).flatten(0, -3)
+    matrices, eye = x.flatten(0, -3), torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    seven, fifteen, thirteen = (factor * eye for factor in (7, 15, 13))
     for _ in range(iterations):
-        product = x @ inverse
-        inverse = 0.25 * inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product)))
-    return inverse
+        product = matrices @ inverse
+        inner = torch.baddbmm(fifteen, product, seven - product, alpha=-1)
+        inner = torch.baddbmm(thirteen, product, inner, alpha=-1)
+        inverse = torch.baddbmm(eye, inverse, inner, beta=0, alpha=0.25)
+    return inverse.view_as(x)
 
 
 def _precise(heads: Heads) -> tuple[Tensor, Tensor]:

@@ -70,32 +70,52 @@ def cells_of(count: int, geometry: Geometry) -> Cells:
     return min(height, count // columns), columns
 
 
-def cell_means(x_BHND: Tensor, heads: Heads, cells: Cells) -> Tensor:
-    """Return the means of each cell without padding, (B, H, cells, D); zero if a cell is all padding."""
-    grid = without_prefix(without_padding(x_BHND, heads), heads.tokens())
-    counts = cell_counts(heads, cells, x_BHND).transpose(2, 3)
-    return _cell_sums(grid, heads.tokens(), cells) / counts.clamp_min(1)
+class Pooling:
+    """The cells of a grid, for tokens of the type and on the device of `like`.
 
+    `counts` (B or 1, 1, cells, 1) are the numbers of tokens without padding.
+    """
 
-def cell_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
-    """Return the number of tokens in each cell without padding, (B or 1, 1, 1, cells)."""
-    geometry = heads.tokens()
-    if heads.key_mask is None:
-        seen = like.new_ones(1, 1, geometry.num_patches, 1)
-    else:
-        seen = heads.key_mask[:, None, geometry.num_prefix :, None].to(like.dtype)
-    return _cell_sums(seen, geometry, cells).transpose(2, 3)
+    def __init__(self, heads: Heads, cells: Cells, like: Tensor) -> None:
+        self._heads, self._geometry = heads, heads.tokens()
+        self._rows, self._columns = (
+            _members(length, count, like) for length, count in zip(self._geometry.grid, cells, strict=True)
+        )
+        self.counts = self._counts(like)
 
+    def means(self, x_BHND: Tensor) -> Tensor:
+        """Return the means of each cell without padding, (B, H, cells, D); zero if a cell is all padding."""
+        grid = without_prefix(without_padding(x_BHND, self._heads), self._geometry)
+        return self._sums(grid) / self.counts.clamp_min(1)
 
-def log_counts(heads: Heads, cells: Cells, like: Tensor) -> Tensor:
-    """Return the log of the number of tokens of each key, (B or 1, 1, 1, P + cells), to add to its logits
-    (proportional attention: Bolya et al. 2023, arXiv 2210.09461, eq. 1)."""
-    num_prefix = heads.tokens().num_prefix
-    if heads.key_mask is None:
-        prefix = like.new_ones(1, 1, 1, num_prefix)
-    else:
-        prefix = heads.key_mask[:, None, None, :num_prefix].to(like.dtype)
-    return torch.cat((prefix, cell_counts(heads, cells, like)), 3).log()
+    def log_counts(self) -> Tensor:
+        """Return the log of the number of tokens of each key, (B or 1, 1, 1, P + cells), to add to its logits
+        (proportional attention: Bolya et al. 2023, arXiv 2210.09461, eq. 1)."""
+        counts, num_prefix = self.counts.transpose(2, 3), self._geometry.num_prefix
+        if num_prefix == 0:
+            return counts.log()
+        if self._heads.key_mask is None:
+            prefix = counts.new_ones(1, 1, 1, num_prefix)
+        else:
+            prefix = self._heads.key_mask[:, None, None, :num_prefix].to(counts.dtype)
+        return torch.cat((prefix, counts), 3).log()
+
+    def _counts(self, like: Tensor) -> Tensor:
+        if self._heads.key_mask is None:
+            return (self._rows.sum(1)[:, None] * self._columns.sum(1)).reshape(1, 1, -1, 1)
+        return self._sums(self._heads.key_mask[:, None, self._geometry.num_prefix :, None].to(like.dtype))
+
+    def _sums(self, x_BHnD: Tensor) -> Tensor:
+        """Sum along the rows, then along the columns: (B, H, cells, D)."""
+        height, width = self._geometry.grid
+        batch, heads, _, channels = x_BHnD.shape
+        # torch's adaptive pooling has overlapping cells if they do not divide the grid.
+        # In the layout of a layer the grid is a view, and a row of it has all heads.
+        grid_BhwC = x_BHnD.transpose(1, 2).reshape(batch, height, -1)
+        by_row = self._rows @ grid_BhwC
+        by_cell = self._columns @ by_row.reshape(batch * len(self._rows), width, -1)
+        sums: Tensor = by_cell.reshape(batch, -1, heads, channels).transpose(1, 2)
+        return sums
 
 
 def mean_weights(geometry: Geometry, cells: Cells) -> Tensor:
@@ -108,19 +128,6 @@ def pooling_macs(geometry: Geometry, cells: Cells) -> int:
     """Return the multiply-adds of the means of one channel of one head."""
     (rows, columns), (height, width) = cells, geometry.grid
     return rows * width * (height + columns)
-
-
-def _cell_sums(x_BHnD: Tensor, geometry: Geometry, cells: Cells) -> Tensor:
-    """Sum along the rows, then along the columns: (B, H, cells, D)."""
-    height, width = geometry.grid
-    batch, heads, _, channels = x_BHnD.shape
-    # torch's adaptive pooling has overlapping cells if they do not divide the grid.
-    # In the layout of a layer the grid is a view, and a row of it has all heads.
-    grid_BhwC = x_BHnD.transpose(1, 2).reshape(batch, height, -1)
-    by_row = _members(height, cells[0], x_BHnD) @ grid_BhwC
-    by_cell = _members(width, cells[1], x_BHnD) @ by_row.reshape(batch * cells[0], width, -1)
-    sums: Tensor = by_cell.reshape(batch, -1, heads, channels).transpose(1, 2)
-    return sums
 
 
 def _members(length: int, count: int, like: Tensor | None = None) -> Tensor:

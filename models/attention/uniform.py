@@ -23,6 +23,12 @@ class UniformAttention(AttentionOperator):
 
     def attend(self, heads: Heads) -> Tensor:
         v = heads.values()
+        if heads.key_mask is None:
+            return (
+                v.mean(2, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
+                .to(v.dtype)
+                .expand_as(v)
+            )
         return (_weights(heads) * v).sum(2, keepdim=True).to(v.dtype).expand_as(v)
 
     def terms(self, heads: Heads) -> list[Term]:
@@ -37,8 +43,8 @@ class UniformAttention(AttentionOperator):
 def _weights(heads: Heads) -> Tensor:
     """Return the weight of each key, (B or 1, 1, N, 1), in float32 or better: equal for all but padding."""
     v = heads.values()
-    precise = torch.promote_types(v.dtype, torch.float32)
+    dtype = torch.promote_types(v.dtype, torch.float32)
     if heads.key_mask is None:
-        return v.new_full((1, 1, v.shape[2], 1), 1 / v.shape[2], dtype=precise)
-    keys = heads.key_mask[:, None, :, None].to(precise)
+        return v.new_full((1, 1, v.shape[2], 1), 1 / v.shape[2], dtype=dtype)
+    keys = heads.key_mask[:, None, :, None].to(dtype)
     return keys / keys.sum(2, keepdim=True)

@@ -286,10 +286,13 @@ def test_the_cost_against_softmax(
     assert operator.macs(geometry) / (2 * tokens**2 * 64) == pytest.approx(ratio, abs=0.02)
 
 
-def test_chunks_of_queries_give_the_gradient_of_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [5, 1], ids=["maps are kept", "maps are computed again"])
+def test_chunks_of_queries_give_the_gradient_of_the_counts(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v, bias = (
         torch.randn(*shape, dtype=torch.float64)
-        for shape in ((3, 2, 17, 5), (3, 2, 4, 5), (3, 2, 4, 5), (4,))
+        for shape in ((3, 2, 17, width), (3, 2, 4, width), (3, 2, 4, width), (4,))
     )
     inputs = [x.requires_grad_() for x in (q, k, v, bias)]
     monkeypatch.setattr(few_keys, "CACHED", 2 * 4 * 7)  # seven queries
@@ -297,6 +300,7 @@ def test_chunks_of_queries_give_the_gradient_of_the_counts(monkeypatch: pytest.M
     wanted = (0.3 * q @ k.transpose(2, 3) + bias).softmax(-1) @ v
     upstream = torch.randn_like(out)
     torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
-    found = torch.autograd.grad(out, inputs, upstream)
+    first, found = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for _ in range(2))
     for gradient, whole in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         torch.testing.assert_close(gradient, whole, rtol=1e-8, atol=1e-10)
+    assert all(map(torch.equal, first, found)), "the backward pass changed what it read"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.attention.nystrom import NystromAttention, pseudo_inverse
-from graftvit.models.attention.pooling import cell_means, pooling_macs
+from graftvit.models.attention.pooling import Pooling, pooling_macs
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.errors import ConfigError
 from operator_cases import Case, coarse, draw
@@ -130,7 +130,7 @@ def test_hidden_tokens_have_no_say_as_queries_either() -> None:
     heads.key_mask = torch.ones(2, 50, dtype=torch.bool)
     heads.key_mask[:, 0] = False
     heads.key_mask[:, [2, 3, 10, 11]] = False  # all of the first cell
-    assert not cell_means(k, heads, (3, 4))[:, :, 0].any()
+    assert not Pooling(heads, (3, 4), k).means(k)[:, :, 0].any()
     hidden = ~heads.key_mask[:, None, :, None]
     out = operator(heads)
     changed = operator(heads.with_qkv(*(x.masked_fill(hidden, 9.0) for x in (q, k, v))))

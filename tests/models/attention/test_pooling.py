@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from graftvit.models.attention.base import Geometry
-from graftvit.models.attention.pooling import cell_counts, cell_means, cells_of, log_counts, mean_weights
+from graftvit.models.attention.pooling import Pooling, cells_of, mean_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_cases import draw
@@ -49,10 +49,10 @@ def test_means_are_those_of_the_cells_token_by_token(count: int, grid: tuple[int
     sizes = {len({token // grid[1] for token in (t - 2 for t in tokens)}) for tokens in members.values()}
     assert max(sizes) - min(sizes) <= 1
     means = torch.stack([k[:, :, members[cell]].mean(2) for cell in range(rows * columns)], 2)
-    torch.testing.assert_close(cell_means(k, heads, (rows, columns)), means)
+    torch.testing.assert_close(Pooling(heads, (rows, columns), k).means(k), means)
     weights = mean_weights(geometry, (rows, columns)).double()
     torch.testing.assert_close(weights @ k[:, :, 2:], means, rtol=1e-5, atol=1e-6)
-    counts = cell_counts(heads, (rows, columns), k).flatten().tolist()
+    counts = Pooling(heads, (rows, columns), k).counts.flatten().tolist()
     assert counts == [len(members[cell]) for cell in range(rows * columns)]
 
 
@@ -63,9 +63,10 @@ def test_padding_is_in_no_mean_and_an_empty_cell_counts_nothing() -> None:
     heads.key_mask = torch.ones(2, 9, dtype=torch.bool)
     heads.key_mask[0, [3, 4, 7, 8]] = False  # the right half
     heads.key_mask[1, [0, 1]] = False
-    means = cell_means(k.masked_fill(~heads.key_mask[:, None, :, None], torch.nan), heads, (1, 2))
+    pooling = Pooling(heads, (1, 2), k)
+    means = pooling.means(k.masked_fill(~heads.key_mask[:, None, :, None], torch.nan))
     torch.testing.assert_close(means[0, :, 0], k[0][:, [1, 2, 5, 6]].mean(1))
     assert not means[0, :, 1].any()
     torch.testing.assert_close(means[1, :, 0], k[1][:, [2, 5, 6]].mean(1))
     expected = torch.tensor([[1.0, 4, 0], [0, 3, 4]]).log().double()
-    torch.testing.assert_close(log_counts(heads, (1, 2), k)[:, 0, 0], expected)
+    torch.testing.assert_close(pooling.log_counts()[:, 0, 0], expected)
