@@ -29,6 +29,7 @@ COMMANDS = {
     "push": "publish a student on the Hugging Face hub, with its card and its license",
     "convert": "replace the attention of a model by a plan, and write the folder that recovery starts from",
     "operators": "list the attention operators that a plan can name, with their options and costs",
+    "programs": "draw attention programs and check them, or explain one: cost, LaTeX, PyTorch",
     "save": "write one model, from a run or any other source, as a folder that timm loads",
     "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: handle weights files of any origin",
     "export": "write a model as an ONNX or torch.export file, checked against the model",

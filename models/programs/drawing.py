@@ -1,0 +1,100 @@
+"""Draw random programs that are well typed, from the output to the inputs."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import NamedTuple
+
+from .polynomial import ONE, SCALAR, TOKENS, D, N, Shape
+from .program import INPUTS, K, Node, Program, ProgramError, Q, V, apply
+
+CHANNELS, COLUMN, ROW = Shape(D, D), Shape(N, ONE), Shape(ONE, D)
+WIDE, TALL, MAP = Shape(N, D + D), Shape(D + D, D), Shape(N, N)
+
+
+class Rule(NamedTuple):
+    """A primitive that gives a shape, with the shapes of its operands and how often it is drawn."""
+
+    weight: float
+    name: str
+    operands: tuple[Shape, ...]
+
+
+ELEMENTWISE = (
+    "abs", "softsign", "sigmoid", "cosigmoid", "relu", "gelu", "elu1", "neg", "scale", "exp", "log", "abslog", "sqrt",
+    "recip", "sign",
+)  # fmt: skip
+ALONG = ("softmax", "logsoftmax", "l2", "l2t", "l1", "sumnorm", "layernorm", "zscore", "minmax", "headsum")
+
+
+def _alike(shape: Shape, names: tuple[str, ...], weight: float) -> list[Rule]:
+    return [Rule(weight, name, (shape,)) for name in names]
+
+
+RULES: dict[Shape, list[Rule]] = {
+    TOKENS: [
+        Rule(6, "mm", (TOKENS, CHANNELS)),
+        Rule(2, "nt", (TOKENS, CHANNELS)),
+        Rule(2, "add", (TOKENS, TOKENS)),
+        Rule(2, "mul", (TOKENS, TOKENS)),
+        Rule(0.5, "sub", (TOKENS, TOKENS)),
+        Rule(0.5, "max", (TOKENS, TOKENS)),
+        Rule(1, "mul", (TOKENS, COLUMN)),
+        Rule(0.5, "add", (TOKENS, ROW)),
+        Rule(0.5, "mul", (TOKENS, ROW)),
+        Rule(0.2, "mul", (TOKENS, SCALAR)),
+        Rule(0.2, "tileinv", (COLUMN, TOKENS)),
+        Rule(0.5, "mm", (WIDE, TALL)),
+        Rule(0.2, "mm", (MAP, TOKENS)),
+        *_alike(TOKENS, ELEMENTWISE, 0.15),
+        *_alike(TOKENS, ALONG, 0.3),
+    ],
+    CHANNELS: [
+        Rule(8, "tn", (TOKENS, TOKENS)),
+        Rule(0.5, "t", (CHANNELS,)),
+        Rule(0.5, "mm", (CHANNELS, CHANNELS)),
+        *_alike(CHANNELS, ELEMENTWISE, 0.1),
+        *_alike(CHANNELS, ALONG, 0.3),
+    ],
+    COLUMN: [
+        Rule(2, "nt", (TOKENS, ROW)),
+        Rule(1, "dist", (TOKENS, TOKENS)),
+        Rule(2, "recip", (COLUMN,)),
+        *_alike(COLUMN, ELEMENTWISE, 0.1),
+    ],
+    ROW: [Rule(1, "mean", (TOKENS,)), Rule(1, "sum", (TOKENS,)), *_alike(ROW, ELEMENTWISE, 0.05)],
+    SCALAR: [Rule(1, "cosine", (TOKENS, TOKENS)), Rule(0.5, "one", ())],
+    WIDE: [Rule(1, "cat", (TOKENS, TOKENS))],
+    TALL: [Rule(1, "tn", (WIDE, TOKENS))],
+    MAP: [Rule(1, "nt", (TOKENS, TOKENS)), Rule(1, "softmax", (MAP,))],
+}
+ENDING: dict[Shape, Rule] = {
+    shape: min(rules, key=lambda rule: sum(each != TOKENS for each in rule.operands))
+    for shape, rules in RULES.items()
+}
+"""The way to end at the inputs where the depth is used up."""
+DEPTH = 5
+TRIES = 1_000
+
+
+def draw_program(random: Random, depth: int = DEPTH) -> Program:
+    """Return a program of at most about `depth` levels that reads Q, K and V.
+
+    Raises ProgramError: none was found.
+    """
+    for _ in range(TRIES):
+        try:
+            program = Program(_draw(random, TOKENS, depth))
+        except ProgramError:  # the text is too long
+            continue
+        if program.inputs == INPUTS:
+            return program
+    raise ProgramError(f"no program of depth {depth} reads Q, K and V")
+
+
+def _draw(random: Random, shape: Shape, depth: int) -> Node:
+    if shape == TOKENS and (depth <= 0 or random.random() < 1 / (2 * depth)):
+        return random.choice((Q, K, V))
+    rules = RULES[shape]
+    rule = ENDING[shape] if depth <= 0 else random.choices(rules, [each.weight for each in rules])[0]
+    return apply(rule.name, *(_draw(random, each, depth - 1) for each in rule.operands))
