@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -92,11 +92,16 @@ def _choice_of(layer: object, kept: Choice) -> Choice:
 
 def plan_of(model: nn.Module) -> str | None:
     """Return the layer plan of a converted model; None for other models."""
-    choices = choices_of(model)
     kept = AS_IT_IS if is_pyramid(model) else KEEP
-    merge = DEFORMABLE if merges_deformably(model) else AS_IT_IS
-    changed = merge != AS_IT_IS or any(choice.operator != kept for choice in choices)
-    return plan_text(tuple(choices), merge) if changed else None
+    changed = merges_deformably(model) or any(choice.operator != kept for choice in choices_of(model))
+    return whole_plan(model) if changed else None
+
+
+def whole_plan(model: nn.Module, keep: Collection[int] = ()) -> str:
+    """Return the layer plan of any model, with these layers kept as they were before the conversion."""
+    kept = Choice(AS_IT_IS if is_pyramid(model) else KEEP)
+    choices = (kept if index in keep else choice for index, choice in enumerate(choices_of(model)))
+    return plan_text(tuple(choices), DEFORMABLE if merges_deformably(model) else AS_IT_IS)
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ from .any_timm import image_channels
 from .attention.base import Heads
 from .converted import converted_layers
 from .errors import UnsupportedModelError
-from .families import NoAttention, family_of, sites
+from .families import NoAttention, Site, family_of, is_pyramid, sites
 from .grid_hosts import GridHost, SwinV2Host
 from .hosting import native_host
 
@@ -31,10 +31,18 @@ def attention_macs(model: nn.Module) -> list[int]:
         elif site.index in converted:
             found.append(converted[site.index].operator.macs(site.shape.geometry))
         else:
-            host = attention if isinstance(attention, GridHost) else native_host(site.block(model))
-            queries, keys = host.native_pairs(site.shape.geometry)
+            queries, keys = _native_pairs(model, site)
             found.append(2 * queries * keys * site.head_dim * site.num_heads)
     return found
+
+
+def _native_pairs(model: nn.Module, site: Site) -> tuple[int, int]:
+    """Return the numbers of queries and of keys of each query in timm's layer."""
+    if not is_pyramid(model):
+        return site.shape.geometry.num_tokens, site.shape.geometry.num_tokens
+    block = site.block(model)
+    host = block.attn if isinstance(block.attn, GridHost) else native_host(block)
+    return host.native_pairs(site.shape.geometry)
 
 
 def other_macs(model: nn.Module) -> int:

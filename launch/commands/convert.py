@@ -121,7 +121,7 @@ def _write(
     from ...checkpoints.converted_folder import write_converted
 
     write_converted(student, out, teacher, weights=weights, calibration=seen)
-    recovers = not pyramid and not plan_of(teacher.model)
+    recovers = not plan_of(teacher.model)
     say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
         f'load it: graftvit.load("{out}")\n' + (_recovery(out, teacher.source) if recovers else "")

@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
 
     config = config.model_copy(update={"data": stage_together(config.data, None)})
     teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)
-    say(_table(search_layers(teacher, student, batches, arguments.keep), student))
+    say(_table(search_layers(teacher, student, batches, arguments.keep), teacher, student))
     return 0
 
 
@@ -54,7 +54,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = command_parser(
         "layers",
-        "Find the layers of a converted student that should be softmax attention again. The search is greedy: each "
+        "Find the layers of a converted student that should be the teacher's again. The search is greedy: each "
         "step takes the layer that brings the final tokens nearest to the teacher's on training images. Nothing is "
         "trained.",
         EXAMPLES,
@@ -72,17 +72,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     return arguments, config
 
 
-def _table(found: LayerSearch, student: nn.Module) -> str:
-    from ...models.conversion import layer_macs
+def _table(found: LayerSearch, teacher: nn.Module, student: nn.Module) -> str:
+    from ...models.pyramid_cost import attention_macs
 
-    softmax, own = layer_macs(student)
-    total = sum(own.values())
+    before, after = attention_macs(teacher), attention_macs(student)
+    total = sum(after)
     rows = [
         ("kept", "error", "attention MACs", "plan"),
-        ("none", f"{found.error:.4f}", f"{total:,}", found.plan),
+        ("none", f"{found.error:.4f}", f"{total:,}", found.plan_keeping(0)),
     ]
     for count, choice in enumerate(found.kept, start=1):
-        total += softmax - own[choice.layer]
+        total += before[choice.layer] - after[choice.layer]
         rows.append((str(choice.layer), f"{choice.error:.4f}", f"{total:,}", found.plan_keeping(count)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*(f"{row[i]:>{widths[i]}}" for i in range(3)), row[3]]) for row in rows]

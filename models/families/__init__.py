@@ -24,6 +24,7 @@ from .plain import patch_size as patch_size
 from .plain import token_layout as token_layout
 from .site import Family as Family
 from .site import Site as Site
+from .site import submodule as submodule
 from .size_checks import check_patches as check_patches
 from .walk import blocks_of as blocks_of
 from .walk import check_supported as check_supported

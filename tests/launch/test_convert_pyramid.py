@@ -48,7 +48,7 @@ def test_a_folder_of_a_converted_pyramid(
     assert main(["convert", str(teacher), "--plan", plan, *words]) == 0
     said = capsys.readouterr().out
     assert "images of 32x32: stages of 8x8, 4x4 tokens" in said
-    assert "recover it" not in said
+    assert f"recover it: graftvit train --mode align --student.model local-dir:{out}" in said
     rows = [line.split()[:3] for line in said.splitlines() if line.split()[:1] in (["0"], ["2"])]
     assert rows[0] == ["0", "1", "none"]
     loaded = graftvit.load(str(out))

@@ -18,10 +18,8 @@ from pyramids import TINY, arguments, tiny
 
 DATA = ["--dataset", "digits"]
 REFUSED = {
-    "align": ["train", "--mode", "align", *DATA],
     "layers of the teacher": ["train", "--method", "attention_output", *DATA],
     "logits of the teacher": ["train", "--method", "logits", *DATA],
-    "layers": ["layers", "--keep", "1", "--batches", "1", *DATA],
     "visualize": ["visualize"],
     "benchmark": ["benchmark", "models", "--plan", "stage1: softmax", "--img_size", "32"],
 }
@@ -56,8 +54,6 @@ def test_a_pyramid_is_refused_by_name(
     if words[0] == "train":
         words = [*words, "--teacher", teacher, "--student.model", f"local-dir:{student}"]
         words += ["--output_dir", str(tmp_path / "run"), "--dry_run"]
-    elif words[0] == "layers":
-        words = [words[0], student, "--teacher", teacher, *words[1:]]
     elif words[0] == "visualize":
         words = [*words, student, str(folders / "image.png"), "--out", str(tmp_path / "seen")]
     else:

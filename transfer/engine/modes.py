@@ -14,7 +14,7 @@ from ...checkpoints.class_names import comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Head, Pretrained
 from ...models.conversion import converted_layers
-from ...models.copying.input import Normalization, TeacherInput
+from ...models.copying.input import Normalization
 from ...models.errors import ConfigError, TransferError
 from ...models.families import SUPPORTED, classifier_of, family_named, find_family
 from ...models.mae import MaskedAutoencoder
@@ -24,6 +24,7 @@ from ..methods.configured_dual import build_dual
 from ..methods.loss_terms import term_methods
 from ..methods.method import TransferMethod
 from ..recovery.align import Alignment
+from ..recovery.alike import shown_to
 from .mode import TEACHER, Mode, Models, head_of
 from .optim import freeze_head
 from .students import StudentPlan, find_whole_name, plan_student
@@ -190,7 +191,7 @@ class Align(Mode):
         teacher, student = models.taught_by(), models.student
         norms = Normalization(teacher.mean, teacher.std), models.normalization
         alignment = Alignment(teacher.model, student, self.config.align.match)
-        return AlignTask(alignment, TeacherInput(teacher.model, student, *norms))
+        return AlignTask(alignment, shown_to(teacher.model, student, *norms))
 
     def default_metric(self, classified: bool) -> Metric:
         return "top1" if classified else "distance"

@@ -6,62 +6,58 @@ layers learn independently of one another and no gradient passes between them; n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...models.attention.base import Geometry, Heads
-from ...models.attention.softmax import Softmax
+from ...models.attention.base import Geometry
 from ...models.conversion import ConvertedAttention, converted_layers
 from ...models.copying.teacher_view import TokensOnly, shallow, truncated
 from ...models.errors import TransferError
 from ...models.families import (
-    TokenLayout,
-    attention_blocks,
-    attention_shape,
+    blocks_of,
     check_supported,
+    is_pyramid,
     patch_grid,
+    sites,
+    submodule,
     token_layout,
     vit,
 )
 from ...models.host import AttentionHost
-from .layer_losses import LAYER_LOSSES, LayerLoss, check_layer_loss
+from ...models.hosting import native_host
+from ...models.shifted_windows import whole_grid
+from .alike import check_alike, has_whole_map
+from .layer_losses import LAYER_LOSSES, LayerLoss, LayerTarget, check_layer_loss
 
 
-class AlignedAttention(AttentionHost):
+class AlignedLayer(nn.Module):
     """The teacher's layer, which lets the student's layer of the same depth learn from what passes through."""
 
-    def __init__(self, original: nn.Module, student: ConvertedAttention, loss: LayerLoss) -> None:
-        super().__init__(original)
+    def __init__(self, native: AttentionHost, student: ConvertedAttention, loss: LayerLoss) -> None:
+        super().__init__()
+        self.native = native
         self.pupil = (student,)  # in a tuple: not a part of the teacher
         self.loss = loss
         self.last_loss: Tensor | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        shared_rel_pos_bias: Tensor | None = None,
-    ) -> Tensor:
-        heads = self.project(x, rope, shared_rel_pos_bias)
-        with torch.enable_grad():
-            self.last_loss = self._learn(x, heads, rope, shared_rel_pos_bias)
-        return self.merge(Softmax()(heads), x)
-
-    def _learn(self, x: Tensor, teacher: Heads, rope: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
+        heads = self.native.heads_of(x, *inputs, **keywords)
+        target = LayerTarget(heads, self.native.attend(heads))
         (student,) = self.pupil
-        heads = student.project(x, rope, bias)
-        return self.loss(student.operator, heads, teacher)
+        with torch.enable_grad():
+            own = student.heads_of(x, *inputs, **keywords)
+            self.last_loss = self.loss(student.operator, own, target)
+        return self.native.merge(target.output, x)
 
 
 class Alignment(nn.Module):
     """Losses of all converted layers of `student` on the inputs of `teacher`; `forward(images)` gives them by layer.
 
     Teacher and student have the same depth, heads and tokens, as a model and its conversion do. The teacher is
-    frozen, never registered, and stops after the last converted layer.
+    frozen, never registered, and stops after the last converted layer; a pyramid runs to its last block.
 
     Raises:
         TransferError: nothing is converted, the two differ, or the loss is not one of an operator.
@@ -71,26 +67,17 @@ class Alignment(nn.Module):
     def __init__(self, teacher: nn.Module, student: nn.Module, loss: str = "output") -> None:
         super().__init__()
         layers = converted_layers(student)
-        check_supported(teacher)
+        check_supported(teacher, pyramids=True)
         if converted_layers(teacher):
             raise TransferError("the teacher is converted itself: give the model that it was converted from")
         if not layers:
             raise TransferError("nothing to align: no layer of the student is converted; give it a plan")
-        shapes = attention_shape(teacher), attention_shape(student)
-        if shapes[0] != shapes[1]:
-            raise TransferError(
-                f"the teacher has {shapes[0]} and the student {shapes[1]}: alignment needs the same"
-            )
-        layouts = token_layout(teacher), token_layout(student)
-        if layouts[0] != layouts[1]:
-            raise TransferError(
-                f"the teacher's tokens are {_words(layouts[0])}, the student's {_words(layouts[1])}: alignment needs "
-                "the same; leave teacher.img_size out, or set it so that the patch grids agree"
-            )
+        check_alike(teacher, student, layers)
         for index, layer in layers.items():
-            check_layer_loss(loss, index, str(layer.choice), layer.operator)
+            whole = has_whole_map(teacher, sites(teacher)[index])
+            check_layer_loss(loss, index, str(layer.choice), layer.operator, whole_maps=whole)
         self.student = student
-        self._hosts: dict[int, AlignedAttention] = {}
+        self._hosts: dict[int, AlignedLayer] = {}
         self._view = (self._teach(teacher, layers, LAYER_LOSSES[loss]),)
 
     @property
@@ -102,19 +89,23 @@ class Alignment(nn.Module):
         self, teacher: nn.Module, layers: dict[int, ConvertedAttention], loss: LayerLoss
     ) -> TokensOnly:
         """Return the teacher up to its last layer that teaches."""
-        blocks = []
-        for index, block in enumerate(attention_blocks(teacher)[: max(layers) + 1]):
-            twin = shallow(block)
+        blocks: list[nn.Module] = []
+        for index, block in enumerate(blocks_of(teacher)[: max(layers) + 1]):
+            twin = shallow(whole_grid(block) if index in layers else block)
             if index in layers:
-                self._hosts[index] = AlignedAttention(block.attn, layers[index], loss)
+                native = native_host(block) if is_pyramid(teacher) else AttentionHost(block.attn)
+                self._hosts[index] = AlignedLayer(native, layers[index], loss)
                 twin._modules["attn"] = self._hosts[index]
             blocks.append(twin)
+        if is_pyramid(teacher):
+            return TokensOnly(_with_first(teacher, blocks)).eval()
         return truncated(teacher, blocks).eval()
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Return the loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
         (view,) = self._view
-        self._take_grid(vit(view.model).patch_embed, (images.shape[-2], images.shape[-1]))
+        if not is_pyramid(self.student):  # whose layers are given their grid
+            self._take_grid(vit(view.model).patch_embed, (images.shape[-2], images.shape[-1]))
         with torch.no_grad():
             view(images)
         losses = {}
@@ -161,5 +152,16 @@ class Alignment(nn.Module):
         return self
 
 
-def _words(layout: TokenLayout) -> str:
-    return " + ".join((*layout.prefix, f"{layout.grid[0]}x{layout.grid[1]} patches"))
+def _with_first(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+    """Return a twin of a pyramid that has these blocks in place of its first ones, and shares everything else."""
+    twin = shallow(model)
+    own: set[str] = set()
+    for site, block in zip(sites(model), blocks, strict=False):
+        parts = site.path.split(".")
+        for end in range(1, len(parts)):
+            above, name = submodule(twin, ".".join(parts[: end - 1])), parts[end - 1]
+            if ".".join(parts[:end]) not in own:
+                above._modules[name] = shallow(submodule(above, name))
+                own.add(".".join(parts[:end]))
+        site.replace_block(twin, block)
+    return twin

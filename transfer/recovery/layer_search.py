@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...models.conversion import converted_layers, plan_of
+from ...models.converted import converted_layers, whole_plan
+from ...models.copying.teacher_view import shallow
 from ...models.errors import TransferError
-from ...models.families import attention_blocks, attention_shape, vit
-from ...models.layer_plan import KEEP, Choice, parse_plan, plan_text
+from ...models.families import sites, vit
+from .alike import check_alike
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,14 @@ class Kept:
 class LayerSearch:
     """The choices in their order."""
 
-    plan: str
-    """The student's own."""
-    depth: int
+    student: nn.Module
     error: float
     """With no layer kept."""
     kept: tuple[Kept, ...]
 
     def plan_keeping(self, count: int) -> str:
-        """Return the student's plan with the first `count` choices kept as softmax."""
-        layers = {choice.layer for choice in self.kept[:count]}
-        choices = parse_plan(self.plan, self.depth)
-        return plan_text(tuple(Choice(KEEP) if i in layers else choice for i, choice in enumerate(choices)))
+        """Return the student's plan with the teacher's layer in the first `count` choices."""
+        return whole_plan(self.student, keep=[choice.layer for choice in self.kept[:count]])
 
 
 @torch.no_grad()
@@ -60,10 +57,7 @@ def search_layers(
         raise TransferError(
             f"keep={keep}: the student has {len(layers)} converted layers; keep 1 to {len(layers)}"
         )
-    if attention_shape(teacher) != attention_shape(student):
-        raise TransferError(
-            "teacher and student differ in depth, heads or width: give the model it was converted from"
-        )
+    check_alike(teacher, student, layers)
     targets = [tokens_of(teacher, images) for images, _ in batches]
 
     def error_with(kept: Sequence[int]) -> float:
@@ -81,8 +75,7 @@ def search_layers(
         best = min(errors, key=lambda layer: errors[layer])
         others = {layer: error for layer, error in errors.items() if layer != best}
         chosen.append(Kept(best, errors[best], others))
-    depth = attention_shape(student).depth
-    return LayerSearch(str(plan_of(student)), depth, error_with([]), tuple(chosen))
+    return LayerSearch(student, error_with([]), tuple(chosen))
 
 
 def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -93,12 +86,23 @@ def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
 @contextmanager
 def _given_back(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -> Iterator[None]:
     """Give these layers of the student the teacher's attention inside the block."""
-    blocks, theirs = attention_blocks(student), attention_blocks(teacher)
-    own = {layer: blocks[layer].attn for layer in layers}
+    places = sites(student)
+    own = {layer: places[layer].block(student) for layer in layers}
     try:
-        for layer in layers:
-            blocks[layer].attn = theirs[layer].attn
+        for layer, block in own.items():
+            places[layer].replace_block(student, _with_layer_of(places[layer].block(teacher), block))
         yield
     finally:
-        for layer, attention in own.items():
-            blocks[layer].attn = attention
+        for layer, block in own.items():
+            places[layer].replace_block(student, block)
+
+
+def _with_layer_of(theirs: nn.Module, own: nn.Module) -> nn.Module:
+    """Return a block of the teacher with the parts of the student's block, except for the attention.
+
+    The block is the teacher's, because one of Swin cuts its tokens into windows itself.
+    """
+    twin = shallow(theirs)
+    twin._modules = {**own._modules, "attn": theirs._modules["attn"]}
+    twin._parameters = own._parameters
+    return twin

@@ -7,10 +7,11 @@ import itertools
 from torch import Tensor, nn
 
 from ...checkpoints.pretrained import load_pretrained
-from ...models.copying.input import Normalization, TeacherInput
+from ...models.copying.input import Normalization
 from ..config import RunConfig
 from ..data.loaders import create_train_loader
 from ..data.randomness import preserved
+from .alike import shown_to
 
 
 def calibration_batches(
@@ -35,7 +36,7 @@ def calibration_batches(
         revision=how.revision,
     )
     norms = Normalization(theirs.mean, theirs.std), Normalization(ours.mean, ours.std)
-    teacher_input = TeacherInput(theirs.model, ours.model, *norms)
+    teacher_input = shown_to(theirs.model, ours.model, *norms)
     with preserved():
         loader = create_train_loader(config.data, ours.preprocessing, seed=config.seed, labels=False)
         images = [batch[0] for batch in itertools.islice(loader.epoch(0), count)]

@@ -15,6 +15,7 @@ from graftvit.models.errors import TransferError
 from graftvit.transfer.recovery.align import Alignment
 from graftvit.transfer.recovery.layer_losses import (
     LAYER_LOSSES,
+    LayerTarget,
     map_error,
     output_error,
     probe_error,
@@ -41,16 +42,17 @@ def test_losses_are_their_equations() -> None:
     _, _, v_s = student.qkv()
     _, _, v_t = teacher.qkv()
     theirs, ours = softmax_rows(teacher, slice(None)), operator.matrix(student)
+    target = LayerTarget(teacher, theirs @ v_t)
     tokens = GEOMETRY.num_tokens
-    assert float(output_error(operator, student, teacher)) == pytest.approx(
+    assert float(output_error(operator, student, target)) == pytest.approx(
         float((ours @ v_s - theirs @ v_t).square().mean()), rel=1e-9
     )
     exact = float((ours - theirs).square().sum((2, 3)).mean() / tokens)
-    assert float(map_error(operator, student, teacher)) == pytest.approx(exact, rel=1e-6)
+    assert float(map_error(operator, student, target)) == pytest.approx(exact, rel=1e-6)
     torch.manual_seed(0)
-    estimates = torch.stack([probe_error(operator, student, teacher) for _ in range(400)])
+    estimates = torch.stack([probe_error(operator, student, target) for _ in range(400)])
     assert float(estimates.mean()) == pytest.approx(exact, rel=0.05)
-    rows = torch.stack([row_error(operator, student, teacher) for _ in range(50)])
+    rows = torch.stack([row_error(operator, student, target) for _ in range(50)])
     all_rows = -(theirs * ours.log()).sum(-1)
     assert float(rows.mean()) == pytest.approx(float(all_rows.mean()), rel=0.05)
 
@@ -134,11 +136,11 @@ def test_mistakes_are_named() -> None:
         Alignment(teacher, convert(teacher, "*: linear"), "outpt")
     with pytest.raises(TransferError, match="have no cross-entropy"):
         Alignment(teacher, convert(teacher, "*: kernel(feature=relu)"), "rows")
-    with pytest.raises(TransferError, match="alignment needs the same"):
+    with pytest.raises(TransferError, match="both need the same"):
         Alignment(vit(depth=2), convert(teacher, "*: linear"))
     with pytest.raises(
         TransferError,
-        match=r"cls \+ 6x4 patches, .* cls \+ 4x6 patches: alignment needs the same; leave teacher\.img_size",
+        match=r"cls \+ 6x4 patches, .* cls \+ 4x6 patches: both need the same; leave teacher\.img_size",
     ):
         Alignment(vit(img_size=(24, 16)), convert(teacher, "*: linear"))
     free, fixed = vit(dynamic_img_size=True), convert(teacher, "*: linear")

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ....models.attention.softmax import Softmax
 from ....models.conversion import ConvertedAttention, converted_layers
-from ....models.families import attention_blocks, vit
-from ....models.host import AttentionHost, Given, observe
+from ....models.families import sites, vit
+from ....models.host import AttentionHost
+from ....models.hosting import Call, watch_layer
+from ....models.pyramid_conversion import sharing_copy
 
 
 @torch.no_grad()
@@ -21,14 +22,15 @@ def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tenso
     Both outputs are per head and before the projection; the inputs are the teacher's at every layer. The images
     are normalized as the teacher's. Both models are run in eval mode.
     """
-    layers, blocks = converted_layers(student), attention_blocks(teacher)
+    layers, teacher = converted_layers(student), sharing_copy(teacher)  # a pyramid's layers get hosts
     squares: dict[int, list[Tensor]] = {index: [] for index in layers}
     teacher.eval()
     student.eval()
-    hooks = []
-    for index, layer in layers.items():
-        original = blocks[index].attn
-        hooks.append(observe(original, partial(_compare, layer, original, squares[index])))
+    places = sites(teacher)
+    hooks = [
+        watch_layer(teacher, places[index], partial(_compare, layer, squares[index]))
+        for index, layer in layers.items()
+    ]
     try:
         for images in batches:
             vit(teacher).forward_features(images)
@@ -39,8 +41,8 @@ def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tenso
     return {index: float((total[0] / total[1]).sqrt()) for index, total in totals.items()}
 
 
-def _compare(layer: ConvertedAttention, original: nn.Module, squares: list[Tensor], given: Given) -> None:
+def _compare(layer: ConvertedAttention, squares: list[Tensor], native: AttentionHost, call: Call) -> None:
     """Add the squares of the difference and of the teacher's output, over what the teacher's layer is given."""
-    target = Softmax()(AttentionHost(original).project(*given))
-    out = layer.operator(layer.project(*given))
+    target = native.attend(native.heads_of(*call.inputs, **call.keywords))
+    out = layer.operator(layer.heads_of(*call.inputs, **call.keywords))
     squares.append(torch.stack([each.double().square().sum() for each in (out - target, target)]))
