@@ -23,9 +23,6 @@ from ...models.families import has_relative_bias
 from ..timm_models import one_line
 
 Dynamic = Literal["batch", "resolution"]
-MOST_IMAGES = 2**20
-MOST_PATCHES = 2**14
-"""Along a side. torch 2.6 refuses a size without an upper limit."""
 
 
 class Normalized(nn.Module):
@@ -86,15 +83,15 @@ def trace(
     """
     sizes: dict[int, Any] = {}
     if "batch" in dynamic:
-        sizes[0] = Dim("batch", max=MOST_IMAGES)
+        sizes[0] = Dim("batch")
     if "resolution" in dynamic:
         for axis, (name, patch) in enumerate(zip(("height", "width"), patch_size, strict=True), start=2):
-            sizes[axis] = patch * Dim(f"grid_{name}", max=MOST_PATCHES)
+            sizes[axis] = patch * Dim(f"grid_{name}")
     with (
         explained(f"{_name(model)} with dynamic {' and '.join(dynamic) or 'nothing'}"),
         _traceable(model),
     ):
-        return _without_types(torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False))
+        return torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
 
 
 @contextmanager
@@ -126,29 +123,10 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-_AUTOCAST = torch.autocast
-
-
-def _autocast(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **how: Any) -> Any:
-    """`torch.autocast`, but nothing where it is switched off: the graph is of float32 throughout."""
-    return _AUTOCAST(device_type, dtype, enabled, **how) if enabled else contextlib.nullcontext()
-
-
-def _without_types(graph: ExportedProgram) -> ExportedProgram:
-    """Without the questions about types, answered while tracing; torch 2.6 writes them and cannot read them."""
-    for node in list(graph.graph.nodes):
-        if node.target == torch.ops.aten.promote_types.default and not node.users:
-            graph.graph.erase_node(node)
-    graph.graph_module.recompile()
-    return graph
-
-
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """Trace without branches on the size of the example, which would hold for every image, and without autocast."""
+    """Trace without branches on the size of the example, which would hold for every image."""
     with contextlib.ExitStack() as stack:
-        # such a region of a converted layer becomes a node that torch 2.6 cannot write to a file
-        stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
         for module in model.modules():
             if isinstance(module, RotaryEmbeddingDinoV3) and module.normalize_coords == "separate":
                 stack.enter_context(mock.patch.object(module, "get_embed", _free_rope(module)))
