@@ -25,6 +25,12 @@ def is_folder(path: str | Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 def near_path(path: str | Path, *, folders: bool = False) -> str:
     """`did you mean 'runs/teacher'?` for `runs/techer`, which is not there; nothing where no name beside it is like it.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...checkpoints.paths import nearest_folder
 from ...models.errors import ConfigError, did_you_mean
 from .resources import generic_in, gpus_in, has_gpus, most_of
 from .scheduler import expand_nodes
@@ -133,7 +134,7 @@ def check_folder(output_dir: Path, config: ClusterConfig) -> None:
             f"--output_dir {output_dir} is on this machine alone, and the nodes of the job would not see it: give a "
             "folder on a shared disk; if it is one, name it under shared_folders in the site file, or give --unchecked"
         )
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    above = nearest_folder(folder)
     if not above.is_dir():
         raise ConfigError(f"--output_dir {output_dir} cannot be made: {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -339,7 +340,7 @@ def _mebibytes(text: str | None) -> int:
 
 def _file_system(folder: Path) -> str:
     """Return the kind of file system of `folder`, existing or not, by its kernel name; empty if unknown."""
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    above = nearest_folder(folder)
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:

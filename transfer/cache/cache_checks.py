@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...checkpoints.paths import nearest_folder
 from ...models.errors import ConfigError
 from ..config import RunConfig
 from ..methods.method import TransferMethod
@@ -69,7 +70,7 @@ def check_size(folder: str, limit: float | None, whole: int, missing: int, *, he
                 f"transfer.cache_limit={limit:g} GiB: raise it, or lower data.views"
             )
         return
-    free = shutil.disk_usage(_nearest(Path(folder))).free
+    free = shutil.disk_usage(nearest_folder(Path(folder))).free
     if here and missing > MARGIN * free:
         raise ConfigError(
             f"transfer.cache={folder} lacks {gibibytes(missing)}, more than 90% of the {gibibytes(free)} that are free "
@@ -82,8 +83,3 @@ def gibibytes(size: float) -> str:
     if size < 2**28:
         return f"{math.ceil(size / 2**20 * 10) / 10:.1f} MiB"
     return f"{size / 2**30:.2f} GiB"
-
-
-def _nearest(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

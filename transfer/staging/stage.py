@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...checkpoints.paths import nearest_folder
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from ..data.datasets import check_dataset
@@ -56,9 +57,8 @@ def check_stage(config: DataConfig, *, here: bool) -> None:
     if not here:
         return
     folder = stage_folder(config)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        tempfile.TemporaryDirectory(dir=there).cleanup()
+        tempfile.TemporaryDirectory(dir=nearest_folder(folder)).cleanup()
     except OSError as error:
         raise DataError(f"data.stage={folder} cannot be written: {error.strerror}") from error
 
