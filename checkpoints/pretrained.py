@@ -104,7 +104,7 @@ def load_pretrained(
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
     weights = make_whole(read_source(source, asked, revision, download=download), load_pretrained, bare=bare)
-    later = late_size(weights, asked, img_size)
+    later = late_size(weights, asked, img_size, model)
     if later is not None:
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
     plan = plan_model(weights, asked, model, img_size, num_classes)

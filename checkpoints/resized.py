@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..models import lit, pvt_models
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import converted_layers
 from ..models.copied import ARCHITECTURE as COPIED
@@ -21,11 +22,20 @@ from .weights import Weights, as_pair
 
 
 def late_size(
-    weights: Weights, asked: Json, img_size: int | tuple[int, int] | None
+    weights: Weights, asked: Json, img_size: int | tuple[int, int] | None, model: str | None = None
 ) -> tuple[int, int] | None:
-    """Return the image size to apply after loading: for a converted or copying model of known size, if requested."""
+    """Return the image size to apply after loading: for a converted or copying model of known size, if requested.
+
+    `model` is the architecture of weights that do not say theirs.
+    """
     wanted = img_size if img_size is not None else asked.get("img_size")
-    known = weights.architecture in (CONVERTED, COPIED) and weights.img_size is not None
+    ours = (
+        CONVERTED,
+        COPIED,
+        *lit.default_cfgs,
+        *pvt_models.default_cfgs,
+    )  # with parts for one size in each stage
+    known = (weights.architecture or model) in ours and weights.img_size is not None
     return as_pair(wanted) if known and wanted is not None else None
 
 

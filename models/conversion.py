@@ -13,7 +13,7 @@ from typing import Any
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
-from . import pvt_models, small  # noqa: F401  registers these models with timm
+from . import lit, pvt_models, small  # noqa: F401  registers these models with timm
 from .attention.base import AttentionOperator, LayerShape, Projections, Traits
 from .calibration import Finished, calibrate_layers
 from .converted import ConvertedAttention as ConvertedAttention

@@ -103,7 +103,7 @@ class PVTStage(nn.Module):
         grid = (x_BHWC.shape[1], x_BHWC.shape[2])
         x_BNC = x_BHWC.flatten(1, 2)
         if self.cls_token is not None:
-            x_BNC = torch.cat([self.cls_token.expand(len(x_BNC), -1, -1).to(x_BNC.dtype), x_BNC], 1)
+            x_BNC = torch.cat([self.cls_token.expand(x_BNC.shape[0], -1, -1).to(x_BNC.dtype), x_BNC], 1)
         x_BNC = self.pos_drop(x_BNC + self.positions(grid))
         for block in self.blocks:
             x_BNC = checkpoint(block, x_BNC, grid) if self.grad_checkpointing else block(x_BNC, grid)

@@ -18,6 +18,7 @@ from .hosting import put_attention, release_layers, remove_attention
 from .initialize import initialize
 from .json_types import JsonDict
 from .layer_plan import AS_IT_IS, DEFORMABLE, NONE, Choice, merge_of_plan, parse_plan
+from .layer_plan import KEEP as SOFTMAX
 from .merges import merge_deformably
 from .operators import check_choice, create_operator
 
@@ -55,6 +56,7 @@ def convert_pyramid(
             remove_attention(student, site, size)
             continue
         attention = site.block(student).attn
+        attention = getattr(attention, "original", attention)
         operator = create_operator(choice, site.shape)
         if weights == "none":
             operator.start_fresh()
@@ -85,7 +87,9 @@ def _changes(student: nn.Module, plan: str | Mapping[Any, str], weights: str) ->
         _check_choice(choice)
         if choice.operator == AS_IT_IS or choice == own:
             continue
-        if own.operator != AS_IT_IS and choice.operator != NONE:
+        if (
+            own.operator not in (AS_IT_IS, SOFTMAX) and choice.operator != NONE
+        ):  # softmax reads every projection
             lost = "its attention" if own.operator == NONE else f"what {own} does not need"
             raise UnsupportedModelError(
                 f"plan: layer {site.index} was converted to {own} and has lost {lost}, so it cannot become {choice}: "

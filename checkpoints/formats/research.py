@@ -11,6 +11,7 @@ from .dino import DINO_MAPS
 from .ecoformer import ECOFORMER_MAPS
 from .flax import FLAX_MAPS
 from .keymap import KeyMap
+from .lit_keys import LIT_MAPS
 from .moco import PROJECTION, describe_moco, describe_plain
 from .normalization import imagenet
 
@@ -61,4 +62,11 @@ PLAIN_MAPS: tuple[KeyMap, ...] = (
     ),
 )
 
-RESEARCH_MAPS: tuple[KeyMap, ...] = (*FLAX_MAPS, *BEIT_MAPS, *DINO_MAPS, *ECOFORMER_MAPS, *PLAIN_MAPS)
+RESEARCH_MAPS: tuple[KeyMap, ...] = (
+    *FLAX_MAPS,
+    *BEIT_MAPS,
+    *DINO_MAPS,
+    *ECOFORMER_MAPS,
+    *LIT_MAPS,
+    *PLAIN_MAPS,
+)

@@ -20,7 +20,7 @@ from torch import nn
 SIZE = (32, 32)
 
 
-@pytest.fixture(params=["pvt", "svt", "swin", "swinv2"])
+@pytest.fixture(params=["pvt", "pvt1", "svt", "swin", "swinv2"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -43,7 +43,7 @@ def logits(model: nn.Module, size: tuple[int, int] = SIZE) -> torch.Tensor:
 def test_a_folder_of_a_converted_pyramid(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, plan = tmp_path / "out", "stage1: none; stage2.0: linear; stage2.1: softmax"
+    out, plan = tmp_path / "out", "stage1: none; stage2.0: linear; stage2.1: softmax; merge: deformable"
     words = ["--out", str(out), "--without", "bias", "--calibrate", "4", "--dataset", "digits"]
     assert main(["convert", str(teacher), "--plan", plan, *words]) == 0
     said = capsys.readouterr().out
@@ -54,6 +54,9 @@ def test_a_folder_of_a_converted_pyramid(
     loaded = graftvit.load(str(out))
     expected = convert(graftvit.load(str(teacher)), plan, without=["bias"])
     assert plan_of(loaded) == plan_of(expected) is not None
+    drawn = {key: t for key, t in loaded.state_dict().items() if ".dconv." in key}
+    expected.load_state_dict(drawn, strict=False)  # merges are new
+    assert drawn
     torch.testing.assert_close(logits(loaded), logits(expected))
     config = json.loads((out / "config.json").read_text())
     assert config["model_args"]["img_size"] == list(SIZE)

@@ -1,0 +1,78 @@
+"""LIT and LITv2: pyramids that pay less attention in early stages (arXiv:2105.14217, arXiv:2205.13213).
+
+They are timm's Swin, and our PVT, with a layer plan. LIT has no attention in stages 1 and 2, softmax over all tokens in
+stages 3 and 4, and merges tokens deformably. LIT-S, M and B have Swin's relative position bias, of the whole grid.
+Importing this package's models registers them with timm.
+
+| name     | built from                   | parameters | drop path |
+| -------- | ---------------------------- | ---------- | --------- |
+| lit_ti   | pvt_small                    | 19,886,272 | 0.1       |
+| lit_s    | swin_tiny_patch4_window7_224 | 27,973,720 | 0.2       |
+| lit_m    | swin_small_patch4_window7_224 | 49,372,264 | 0.3      |
+| lit_b    | swin_base_patch4_window7_224 | 87,292,384 | 0.5       |
+
+Counted with 1,000 classes at 224 x 224.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from . import pvt_models
+from .families import create_timm_model
+from .json_types import JsonDict
+from .pyramid_conversion import convert_pyramid
+
+PLAN = "stage1: none; stage2: none; stage3: softmax; stage4: softmax; merge: deformable"
+SWIN = pvt_models.described(classifier="head.fc")
+
+default_cfgs = generate_default_cfgs(
+    {"lit_ti": pvt_models.described(), "lit_s": SWIN, "lit_m": SWIN, "lit_b": SWIN}
+)
+
+
+@register_model
+def lit_ti(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """LIT-Ti, a PVT-Small."""
+    return _create("lit_ti", pretrained, "pvt_small", 0.1, arguments)
+
+
+@register_model
+def lit_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """LIT-S, a Swin-T."""
+    return _create("lit_s", pretrained, "swin_tiny_patch4_window7_224", 0.2, arguments)
+
+
+@register_model
+def lit_m(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """LIT-M, a Swin-S."""
+    return _create("lit_m", pretrained, "swin_small_patch4_window7_224", 0.3, arguments)
+
+
+@register_model
+def lit_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """LIT-B, a Swin-B."""
+    return _create("lit_b", pretrained, "swin_base_patch4_window7_224", 0.5, arguments)
+
+
+def _create(name: str, pretrained: bool, host: str, drop_path: float, given: JsonDict) -> nn.Module:
+    def build(**arguments: Any) -> nn.Module:
+        model = create_timm_model(host, **{"drop_path_rate": drop_path, **arguments})
+        return _converted(model)
+
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    built: nn.Module = build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
+    return built
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    """Return the model after conversion, with fresh tables of relative positions: Swin's are of its windows."""
+    converted = convert_pyramid(model, PLAN, weights="all", calibration=None, without=())
+    for name, parameter in converted.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            trunc_normal_(parameter, std=0.02)
+    return converted

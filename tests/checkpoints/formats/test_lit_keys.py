@@ -1,0 +1,92 @@
+"""Files of PVT and LIT under their published names are loaded by any loader, and written back the same."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from golden import golden_state
+from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
+from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.models.errors import CheckpointError
+from torch import Tensor
+
+TINY: dict[str, dict[str, Any]] = {
+    "pvt_tiny": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
+    "lit_ti": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
+    "lit_s": {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)},
+}
+
+
+def published(name: str, side: int = 64) -> dict[str, Tensor]:
+    model = timm.create_model(name, num_classes=5, img_size=side, **TINY[name])
+    state = golden_state(to_reference(model))
+    for key in [key for key in state if key.endswith("relative_position_bias_table")]:
+        state[key.replace("bias_table", "index")] = torch.zeros(4, 4, dtype=torch.int64)
+    return state
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_there_and_back(name: str) -> None:
+    state = published(name)
+    model = timm.create_model(name, num_classes=5, img_size=64, **TINY[name])
+    model.load_state_dict(from_reference(state))
+    back = to_reference(model)
+    assert back.keys() == {key for key in state if not key.endswith("relative_position_index")}
+    assert all(torch.equal(back[key], state[key]) for key in back)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("wrapped", ["flat", "model", "module."])
+def test_a_file_is_loaded_from_any_container(tmp_path: Path, name: str, wrapped: str) -> None:
+    state = published(name)
+    tree: Any = {f"module.{key}": tensor for key, tensor in state.items()} if wrapped == "module." else state
+    if wrapped == "model":
+        tree = {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(tree, tmp_path / "published.pth")
+    teacher = load_teacher(str(tmp_path / "published.pth"), model=name, model_args=TINY[name])
+    assert teacher.model_args["num_classes"] == 5
+    own = timm.create_model(name, num_classes=5, img_size=64, **TINY[name]).eval()
+    own.load_state_dict(from_reference(state))
+    inputs = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(teacher.model(inputs), own(inputs), rtol=1e-5, atol=1e-5)
+    larger = load_teacher(
+        str(tmp_path / "published.pth"), model=name, model_args=TINY[name], img_size=(64, 96)
+    ).model
+    assert larger(torch.randn(1, 3, 64, 96)).shape == (1, 5)
+
+
+def test_the_schemes_of_the_published_sizes() -> None:
+    """Key patterns of the published files, written out by hand."""
+    with torch.device("meta"):
+        ti, s = (set(to_reference(timm.create_model(name))) for name in ("lit_ti", "lit_s"))
+    assert {
+        "pos_embed1",
+        "pos_embed4",
+        "cls_token",
+        "patch_embed1.proj.weight",
+        "patch_embed1.norm.bias",
+    } <= ti
+    assert {"patch_embed4.dconv.conv_offset.bias", "patch_embed2.norm_layer.running_var"} <= ti
+    assert {"block1.2.norm2.weight", "block3.5.attn.qkv.bias", "block4.0.attn.proj.weight", "head.bias"} <= ti
+    assert not any(key.startswith(("block1.0.norm1", "block2.0.attn")) for key in ti)
+    assert {"layers.0.downsample.dconv.weight", "layers.2.downsample.norm_layer.num_batches_tracked"} <= s
+    assert {"layers.0.blocks.0.norm2.weight", "layers.3.blocks.1.attn.relative_position_bias_table"} <= s
+    assert {"patch_embed.proj.weight", "patch_embed.norm.bias", "norm.weight", "head.weight"} <= s
+    assert len(ti) == 190
+    assert len(s) + 8 == 171, "without the index of each of its 8 layers"
+
+
+def test_what_is_no_lit_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="the keys of no PVT, LIT or LITv2"):
+        from_reference({"blocks.0.norm1.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="VisionTransformer is no PVT, LIT or LITv2"):
+        to_reference(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32))
+    state = published("lit_ti")
+    state["block3.0.attn.qkv.weight"] = state["block3.0.attn.qkv.weight"][:-1]
+    with pytest.raises(CheckpointError, match=r"qkv\.weight is \(71, 24\), which are not three equal parts"):
+        from_reference(state)
