@@ -36,15 +36,16 @@ def rebuilt(student: nn.Module, kind: str, size: tuple[int, int] = SIZE, **more:
     return again.eval()
 
 
+@pytest.mark.parametrize("operator", ["linear", "attnzero_105", "attnzero_174"])
 @pytest.mark.parametrize("kind", TINY)
-def test_linear_attention_trains_saves_loads_and_resizes(kind: str) -> None:
-    student, inputs = converted(kind), images(SIZE)
+def test_an_operator_trains_saves_loads_and_resizes(kind: str, operator: str) -> None:
+    student, inputs = converted(kind, f"*: {operator}"), images(SIZE)
     student.train()(inputs).square().sum().backward()
     assert all(parameter.grad is not None for parameter in student.parameters()), "no parameter is idle"
     torch.optim.SGD(student.parameters(), 0.01).step()
     student.eval()
     again = rebuilt(student, kind)
-    assert plan_of(again) == plan_of(student) == "*: linear"
+    assert plan_of(again) == plan_of(student) == f"*: {operator}"
     assert torch.equal(again(inputs), student(inputs))
     torch.testing.assert_close(copy.deepcopy(student)(inputs), student(inputs))
     resize(student, (40, 48))

@@ -143,7 +143,9 @@ def test_an_operator_that_a_graph_ties_to_a_grid_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", ["linear", "mala", "focused", "ttt", "monarch", "uniform"])
+@pytest.mark.parametrize(
+    "operator", ["linear", "mala", "focused", "ttt", "monarch", "uniform", "attnzero_105"]
+)
 def test_an_operator_of_any_grid_is_right_on_grids_it_was_not_traced_on(
     operator: str, tmp_path: Path
 ) -> None:

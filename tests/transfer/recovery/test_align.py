@@ -128,6 +128,18 @@ def test_other_families(name: str, more: Any) -> None:
     torch.stack(list(losses.values())).sum().backward()
 
 
+def test_programs_are_aligned_by_their_outputs() -> None:
+    teacher = vit()
+    student = convert(teacher, "*: attnzero_105; 0: program(code=add(l2(nt(v tn(k v))) q))")
+    losses = Alignment(teacher, student)(IMAGES)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(
+        x.grad is not None and x.grad.any() for n, x in student.named_parameters() if ".attn.qkv." in n
+    )
+    with pytest.raises(TransferError, match="map"):
+        Alignment(teacher, student, "map")
+
+
 def test_mistakes_are_named() -> None:
     teacher = vit()
     with pytest.raises(TransferError, match="no layer of the student is converted"):

@@ -17,7 +17,7 @@ from graftvit.transfer.analysis.compare.student_cell import fresh_model, is_line
 from graftvit.transfer.cells.pool import StoppedError
 from safetensors.torch import load_file, save_file
 
-PLANS = {"linear": "*: linear", "focused": "0: focused", "softmax": "*: softmax"}
+PLANS = {"linear": "*: linear", "focused": "0: focused", "softmax": "*: softmax", "found": "*: attnzero_105"}
 
 
 def all_of(comparison: Comparison, **options: Any) -> list[str]:
@@ -104,7 +104,7 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compare_run, "_run_cell", None)
     said: list[str] = []
     assert all_of(comparison, tell=said.append) == []
-    assert said == ["5 of 5 cells are done"]
+    assert said == ["6 of 6 cells are done"]
 
 
 def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(tmp_path: Path) -> None:
