@@ -78,9 +78,12 @@ def _uncalled(model: nn.Module) -> list[int]:
         fused = attention._modules.get("qkv")
         if fused is None:
             continue
-        own = attention if isinstance(attention, GridHost) else native_host(site.block(model))
+        geometry, hosted = site.shape.geometry, isinstance(attention, GridHost)
+        own = attention if hosted else native_host(site.block(model))
         if isinstance(own, SwinV2Host) and own.has_separate_biases:
-            found.append(site.shape.geometry.num_tokens * int(fused.weight.numel()))
+            # timm pads the grid before it projects
+            tokens = geometry.num_tokens if hosted else own.native_pairs(geometry)[0]
+            found.append(tokens * int(fused.weight.numel()))
     return found
 
 

@@ -1,4 +1,4 @@
-"""`graftvit benchmark operators | models`: measure latency, memory and cost against fused softmax attention."""
+"""`graftvit benchmark operators | models`: measure latency, memory and cost against what they replace."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ EXAMPLES = (
     "graftvit benchmark operators --peers --tokens 196 1024 4096 --batch 1 --backward",
     "graftvit benchmark operators --device cuda --dtype float32 bfloat16 --batch 1 8 --compile",
     "graftvit benchmark models vit_small_patch16_224 --plan '*: linear' '*: linear; 9-11: softmax'",
+    "graftvit benchmark models swin_tiny_patch4_window7_224 --plan 'stage1: none; stage3: linear' --without bias",
     "graftvit benchmark models runs/distill --plan '*: monarch' --img_size 224 448 896 --batch 1 16",
 )
 METHOD = (
-    "After a warm-up, each case and fused softmax attention are timed in turn: median, quartiles, and the speed-up. "
+    "After a warm-up, each case is timed in turn with fused softmax attention, or with the model before its "
+    "conversion: median, quartiles, and the speed-up. "
     "Peak memory comes from torch's allocator on a GPU, and from the allocations in torch's profiler on a CPU. "
     "Results are written after each case; repeat the command to continue a stopped benchmark."
 )
@@ -122,6 +124,11 @@ def _models_parser() -> Parser:
         "--img_size", nargs="+", type=_whole, default=[224, 448], metavar="PIXELS",
         help="sides of square images (default: 224 448)",
     )  # fmt: skip
+    parser.add_argument(
+        "--without", nargs="+", choices=["bias"], default=[], metavar="PART",
+        help="parts of a pyramid's layers to give up where an operator does not take them: bias, the relative position "
+        "bias (Swin)",
+    )  # fmt: skip
     _add_common(parser, [1, 16])
     return parser
 
@@ -129,7 +136,8 @@ def _models_parser() -> Parser:
 def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...transfer.analysis.benchmark.model_cases import measure_model, model_cases
 
-    cases = model_cases(arguments.sources, arguments.plan, arguments.img_size, _ways(arguments))
+    ways = replace(_ways(arguments), without=tuple(arguments.without))
+    cases = model_cases(arguments.sources, arguments.plan, arguments.img_size, ways)
     return cases, lambda case: measure_model(case, arguments.repeats)
 
 

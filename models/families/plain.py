@@ -105,7 +105,9 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Return the height and width of a patch; one pixel if unknown."""
+    """Return the height and width of a patch; one pixel if unknown, or if patches overlap, which fill any image."""
+    if isinstance(model, PyramidVisionTransformerV2):
+        return 1, 1
     size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
     return int(size[0]), int(size[1])
 

@@ -48,7 +48,7 @@ def run_cases(
         row = measure(case)
         results.rows.append(row)
         results.save(folder)
-        return f"{1e3 * row.median:.3g} ms, {row.ratio:.2f} times as fast as softmax"
+        return f"{1e3 * row.median:.3g} ms, {row.ratio:.2f} times as fast as {case.beside}"
 
     run_in_turn(left_to_run(cases, results.state, tell), run, tell)
     asked = Results(kind, results.machine, [row for row in results.rows if row.case in cases])

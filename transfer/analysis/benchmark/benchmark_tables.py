@@ -15,8 +15,9 @@ MISCOUNT = 0.05
 def render(results: Results) -> str:
     """Return a table of cases for each setting, and one of crossovers."""
     loads = [row.load for row in results.rows]
+    beside = "fused softmax attention" if results.kind == "operators" else "the unconverted model"
     first = (
-        f"{results.machine}. Ratio: how many times as fast as fused softmax attention, timed in turn with it in the "
+        f"{results.machine}. Ratio: how many times as fast as {beside}, timed in turn with it in the "
         "same run. Spread: first to third quartile. Load average while measuring "
         f"{min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
     )
@@ -27,7 +28,7 @@ def render(results: Results) -> str:
             parts.append(peers_table(rows))
     if crossovers(results.rows):
         size = "N" if results.kind == "operators" else "image side"
-        heading = f"### Crossover: the {size} from which it is faster than fused softmax attention"
+        heading = f"### Crossover: the {size} from which it is faster than {beside}"
         parts += [heading, crossover_table(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -46,8 +47,13 @@ def crossover_table(results: Results) -> str:
 
 def size_table(rows: Sequence[Row]) -> str:
     """Return a line a case of one setting, the fastest first."""
-    head = ["operator" if rows[0].case.kind == "operators" else "plan", "ms", "spread", "softmax ms", "ratio"]
-    head += ["images/s", "peak MiB", "attention MMACs", "counted"]
+    head = [
+        "operator" if rows[0].case.kind == "operators" else "plan",
+        "ms",
+        "spread",
+        f"{rows[0].case.beside} ms",
+    ]
+    head += ["ratio", "images/s", "peak MiB", "attention MMACs", "counted"]
     return markdown(head, [_line(row) for row in sorted(rows, key=lambda row: -row.ratio)])
 
 

@@ -42,6 +42,13 @@ class Case:
     compiled: bool = False
     peers: bool = False
     """Beside its straight-line form and its public implementation."""
+    without: tuple[str, ...] = ()
+    """Parts of a pyramid's layers that the conversion gives up."""
+
+    @property
+    def beside(self) -> str:
+        """What it is timed in turn with."""
+        return "softmax" if self.kind == "operators" else "unconverted"
 
     @property
     def setting(self) -> str:
@@ -59,7 +66,8 @@ class Case:
     @property
     def _how(self) -> str:
         mode = "forward and backward" if self.backward else "forward"
-        return f"batch {self.batch}, {self.dtype}, {self.device}, {mode}" + ", compiled" * self.compiled
+        ways = [mode, *["compiled"] * self.compiled, *(f"without {part}" for part in self.without)]
+        return ", ".join([f"batch {self.batch}", self.dtype, self.device, *ways])
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,27 @@ class Ways:
     """Compiled, too."""
     peers: bool = False
     """Each beside its straight-line form and its public implementation."""
+    without: tuple[str, ...] = ()
+    """Parts of a pyramid's layers that conversions give up."""
 
     def cases(
         self, kind: Kind, names: Sequence[str], sources: Sequence[str], sizes: Sequence[int]
     ) -> list[Case]:
         """Return every combination, small sizes first."""
         return [
-            Case(kind, name, source, size, batch, dtype, self.device, backward, compiled, self.peers)
+            Case(
+                kind,
+                name,
+                source,
+                size,
+                batch,
+                dtype,
+                self.device,
+                backward,
+                compiled,
+                self.peers,
+                self.without,
+            )
             for size in sorted(sizes)
             for source in sources
             for batch in self.batches
@@ -101,7 +123,7 @@ class Row:
     low: float
     high: float
     softmax: float
-    """Median seconds of fused softmax attention, timed in the same rounds."""
+    """Median seconds of fused softmax attention, or of the unconverted model, timed in the same rounds."""
     peak_bytes: int
     macs: int
     """Multiply-adds of one image by the operators' own account, attention alone."""
@@ -118,7 +140,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as softmax."""
+        """How many times as fast as softmax, or as the unconverted model."""
         return self.softmax / self.median
 
 

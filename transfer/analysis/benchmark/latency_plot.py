@@ -34,7 +34,7 @@ def _draw_panel(axes: Any, setting: str, rows: list[Row]) -> None:
         "--",
         color=INK["light"],
         linewidth=2,
-        label="softmax, fused",
+        label=rows[0].case.beside,
     )
     names = [name for name in dict.fromkeys(row.case.name for row in rows) if name != SOFTMAX]
     for place, name in enumerate(names):

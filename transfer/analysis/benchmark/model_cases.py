@@ -12,9 +12,11 @@ from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
 from ....checkpoints.timm_models import build, check_name
 from ....models.calibration import fit_at_random
-from ....models.conversion import convert, converted_layers, layer_macs
+from ....models.conversion import convert, converted_layers, layer_macs, resize
 from ....models.errors import ConfigError
-from ....models.families import attention_blocks, patch_size
+from ....models.families import attention_blocks, is_pyramid, patch_size
+from ....models.pyramid_cost import attention_macs as pyramid_attention
+from ....models.pyramid_cost import other_macs
 from .cases import DTYPES, Case, Row, Ways
 from .measuring import compiled, measure_case
 from .timing import Step, counted_macs, step_of
@@ -28,7 +30,7 @@ def model_cases(sources: Sequence[str], plans: Sequence[str], sizes: Sequence[in
     for source in sources:
         model = load_model(source, min(sizes))
         for plan in plans:
-            convert(model, plan)
+            convert(model, plan, without=ways.without)
         for size in sizes:
             load_model(source, size)
     return ways.cases("models", plans, sources, sizes)
@@ -47,6 +49,8 @@ def load_model(source: str, img_size: int) -> nn.Module:
         model = build(found.name.partition(".")[0], {"img_size": img_size}).eval()
     else:
         model = load_pretrained(source, img_size=img_size).model
+    if is_pyramid(model):  # one that takes images of any size does not know this one
+        resize(model, img_size)
     _check_size(model, img_size)
     return model
 
@@ -65,7 +69,7 @@ def measure_model(case: Case, repeats: int) -> Row:
     """Measure times, memory and multiply-adds of one case."""
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     softmax = load_model(case.source, case.size)
-    student = convert(softmax, case.name)
+    student = convert(softmax, case.name, without=case.without)
     fit_at_random(converted_layers(student))
     softmax, student = (model.to(device, dtype).requires_grad_(case.backward) for model in (softmax, student))
     torch.manual_seed(0)
@@ -74,20 +78,31 @@ def measure_model(case: Case, repeats: int) -> Row:
     steps = [
         _learning(model, images) if case.backward else step_of(partial(model, images)) for model in compared
     ]
-    counted, rest = (counted_macs(step_of(partial(model, images[:1]))) for model in (student, softmax))
+    counted, whole = (counted_macs(step_of(partial(model, images[:1]))) for model in (student, softmax))
     return measure_case(
         case,
         steps,
         repeats,
         macs=attention_macs(student),
-        counted=counted - (rest - attention_macs(softmax)),
+        counted=counted - macs_beside(student, softmax, whole),
     )
 
 
 def attention_macs(model: nn.Module) -> int:
     """Return the multiply-adds of all attention operators for one image, without projections."""
+    if is_pyramid(model):
+        return sum(pyramid_attention(model))
     softmax, own = layer_macs(model)
     return sum(own.values()) + (len(attention_blocks(model)) - len(own)) * softmax
+
+
+def macs_beside(student: nn.Module, unconverted: nn.Module, whole: int) -> int:
+    """Return the multiply-adds for one image of all but the attention operators of a converted model.
+
+    `whole` is what torch's counter gives for the unconverted model, which has as much beside its attention; but a
+    conversion drops parts of a pyramid.
+    """
+    return other_macs(student) if is_pyramid(student) else whole - attention_macs(unconverted)
 
 
 def _learning(model: nn.Module, images: torch.Tensor) -> Step:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pyramids
 import pytest
+from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark.cases import Ways
 from graftvit.transfer.analysis.benchmark.model_cases import (
@@ -51,3 +56,29 @@ def test_the_backward_pass_learns_every_weight() -> None:
     case = model_cases([TINY], ["*: linear"], [32], Ways([2], backward=True))[1]
     assert case.backward
     assert measure_model(case, 2).median > 0
+
+
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swin"])
+def test_pyramids_are_counted_stage_by_stage(kind: str, tmp_path: Path) -> None:
+    model = pyramids.tiny(kind)
+    shown = Preprocessing.of(model, input_size=(3, 32, 32))
+    write_student(
+        model,
+        tmp_path / "model",
+        architecture=pyramids.TINY[kind][0],
+        model_args=pyramids.arguments(kind),
+        preprocessing=shown,
+    )
+    plan = "stage1: none; stage2: linear"
+    (case,) = model_cases([f"local-dir:{tmp_path / 'model'}"], [plan], [64], Ways(without=("bias",)))
+    assert str(case).endswith("forward, without bias")
+    measured = measure_model(case, 2)
+    tokens, heads, head_dim, layers = 8 * 8, 2, 8, 2  # of the second of two stages
+    assert measured.macs == measured.counted_macs == layers * tokens * heads * head_dim * (2 * head_dim + 1)
+
+
+def test_a_bias_is_given_up_only_when_told_so() -> None:
+    with pytest.raises(GraftError, match="layer 4 has a relative position bias"):
+        model_cases(["swin_tiny_patch4_window7_224"], ["stage3: linear"], [64], Ways())
+    with pytest.raises(GraftError, match="without=bias is for pyramids"):
+        model_cases([TINY], ["*: linear"], [64], Ways(without=("bias",)))
