@@ -13,6 +13,7 @@ EXAMPLES = (
     "graftvit visualize vit_base_patch16_224.mae cat.jpg dog.jpg",
     "graftvit visualize runs/linear/student photos/ --teacher vit_base_patch16_224.mae --out seen",
     "graftvit visualize runs/linear/student cat.jpg --query cls,90 --layers 0,5,9-11",
+    "graftvit visualize swin_tiny_patch4_window7_224.ms_in1k cat.jpg --query 112x60,20x200 --layers stage3,stage4",
     "graftvit visualize local-dir:student street.jpg --img_size 224,448",
     "graftvit visualize local-dir:demo/quick/distill_0/student digits:3 digits:8",
 )
@@ -37,11 +38,14 @@ def run(argv: list[str]) -> int:
         "--query",
         default="",
         metavar="LIST",
-        help="patches by number, row by row from 0, and prefix tokens (cls, reg0), separated by commas (default: cls, "
-        "or the middle patch)",
+        help="who asks, separated by commas: patches by number, row by row from 0, prefix tokens (cls, reg0), and "
+        "places ROWxCOLUMN in pixels, the only ones in a pyramid (default: cls, or the middle)",
     )
     parser.add_argument(
-        "--layers", default="*", metavar="LIST", help="layers to show: 0,5,9-11 or -1 (default: all)"
+        "--layers",
+        default="*",
+        metavar="LIST",
+        help="layers to show: 0,5,9-11, -1, or stage3 of a pyramid (default: all)",
     )
     parser.add_argument(
         "--out",

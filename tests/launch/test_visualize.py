@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
+from graftvit.models.conversion import convert
 from graftvit.transfer.analysis.visualize import map_page
 from graftvit.transfer.analysis.visualize.look import look
 from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
 from PIL import Image
+from pyramids import TINY, arguments
+from pyramids import tiny as pyramid
 from visualize_models import MEAN, STD, picture, save, tiny
 
 
@@ -54,8 +59,11 @@ def test_a_folder_of_images(
     loaded = load_teacher(student)
     spec = loaded.preprocessing
     looks = [look(loaded.model, to_tensor(each.original, spec)) for each in read_images([str(folder)], spec)]
-    entropy = torch.stack([each.entropy() for each in looks]).mean(0)
-    np.testing.assert_allclose(found["student"]["entropy"], entropy, rtol=1e-5)
+    for number, layer in enumerate(found["student"]["entropy"]):
+        entropy = [each.layers[number].entropy() for each in looks]
+        np.testing.assert_allclose(
+            layer, torch.stack([each for each in entropy if each is not None]).mean(0), rtol=1e-5
+        )
     assert np.shape(found["teacher"]["distance"]) == (2, 2)
     assert len(found["js"]) == len(found["cka"]) == 2
     html = (tmp_path / "out" / "index.html").read_text()
@@ -120,3 +128,61 @@ def test_a_page_that_is_too_large_is_refused(
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["visualize", "--help"]) == 0
     assert "graftvit visualize runs/linear/student photos/ --teacher" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def pyramids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A teacher of windows, and a student of other attention in two of its four layers and none in one."""
+    folder = tmp_path_factory.mktemp("pyramids")
+    teacher = pyramid("swin", (40, 24))
+    models = {"teacher": teacher, "student": convert(teacher, "0: none; stage2: linear", without=["bias"])}
+    for name, model in models.items():
+        write_student(
+            model,
+            folder / name,
+            architecture=TINY["swin"][0],
+            model_args=arguments("swin", (40, 24)),
+            preprocessing=Preprocessing.of(model, input_size=(3, 40, 24)),
+        )
+    return {name: f"local-dir:{folder / name}" for name in models}
+
+
+def test_a_pyramid_by_stage(pyramids: dict[str, str], tmp_path: Path) -> None:
+    words = ["visualize", pyramids["student"], picture(tmp_path / "x.png", size=(24, 40))]
+    words += ["--teacher", pyramids["teacher"], "--query", "3x20,39x23", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    pictures = {f"x_{place}{end}.png" for place in ("3x20", "39x23") for end in ("", "_teacher")}
+    assert names == pictures | {"layers.png", "numbers.json", "index.html"}
+    found = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert [layer and len(layer) for layer in found["student"]["entropy"]] == [None, 1, 2, 2]
+    assert [layer and len(layer) for layer in found["teacher"]["distance"]] == [1, 1, 2, 2]
+    assert [js is None for js in found["js"]] == [True, False, False, False]
+    assert (
+        max(layer for heads in found["teacher"]["entropy"] for layer in heads) <= np.log(9) + 1e-6
+    )  # of a window
+    assert max(layer for heads in found["student"]["entropy"][2:] for layer in heads) <= np.log(5 * 3) + 1e-6
+    assert len(found["cka"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--query", "5"], "--query '5': valid are places in pixels, 0x0 to 39x23"),
+        (["--layers", "stage3"], "--layers: there is no stage 3"),
+        (["--layers", "0"], "--layers 0: no layer of these has attention"),
+        (["--teacher", "{plain}"], "the teacher has 2 blocks and the student 2 + 2"),
+    ],
+)
+def test_mistakes_with_a_pyramid(
+    pyramids: dict[str, str],
+    teacher: str,
+    tmp_path: Path,
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [word.format(plain=teacher) for word in words]
+    assert main(["visualize", pyramids["student"], "digits:0", *given, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,75 +1,46 @@
-"""Looking at attention: the maps of a model, and how far two models' maps are apart.
+"""Attention maps of a model, and how far two models' maps are apart.
 
 Maps are formed densely here, (B, H, N, N) a layer: this is for a handful of images, not for training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ...models.attention.base import Heads
-from ...models.conversion import ConvertedAttention
-from ...models.copied import CopiedAttention
 from ...models.errors import TransferError
-from ...models.families import attention_blocks, check_supported, evaluating
-from ...models.host import AttentionHost, Given, observe, release_attention
+from ...models.families import blocks_of
+from .layer_maps import LayerMap, layer_maps
 
 
-@torch.no_grad()
 def attention_maps(
     model: nn.Module, images: Tensor, layers: Sequence[int] | None = None
 ) -> dict[int, Tensor]:
     """Return the attention maps of `model` on `images` (B, C, H, W): (B, heads, N, N) by layer, in float32.
 
-    Negative layers count from the end; the keys of the result are the layers as given. The model runs in eval
-    mode and is left as it was.
+    Negative layers count from the end; the keys of the result are the layers as given. Maps of pyramids are over the
+    N tokens of the layer's stage, zero outside of a query's window, or (B, heads, N, M) over M reduced keys. Blocks
+    without attention are left out. The model runs in eval mode and is left as it was.
 
     Raises:
         TransferError: a layer that the model does not have.
         UnsupportedModelError: a model of another kind.
     """
-    blocks = attention_blocks(model)
-    wanted = list(range(len(blocks))) if layers is None else list(layers)
+    return {layer: each.dense() for layer, each in _chosen_maps(model, images, layers).items()}
+
+
+def _chosen_maps(model: nn.Module, images: Tensor, layers: Sequence[int] | None) -> dict[int, LayerMap]:
+    """Return the maps under the numbers of `layers` as given, such as -1."""
+    depth = len(blocks_of(model))
+    wanted = list(range(depth)) if layers is None else list(layers)
     for layer in wanted:
-        if not -len(blocks) <= layer < len(blocks):
-            raise TransferError(f"layer {layer} does not exist: the model has {len(blocks)} blocks.")
-    maps: dict[int, Tensor] = {}
-    with _evaluating(model):
-        hooks = [_keep_map(blocks[layer].attn, maps, layer) for layer in wanted]
-        try:
-            model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return {layer: maps[layer] for layer in wanted}
-
-
-def _keep_map(attention: nn.Module, maps: dict[int, Tensor], layer: int) -> RemovableHandle:
-    """Keep the map that a layer applies, in float32: of a copied layer the teacher's, where it copies that."""
-
-    def see(given: Given) -> None:
-        if isinstance(attention, ConvertedAttention):
-            maps[layer] = attention.operator.matrix(attention.project(*given)).float()
-        elif isinstance(attention, CopiedAttention):
-            maps[layer] = attention.operator.map(attention.project(*given)).float()
-        else:
-            maps[layer] = _softmax_map(AttentionHost(attention).project(*given))
-
-    return observe(attention, see)
-
-
-def _softmax_map(heads: Heads) -> Tensor:
-    q, k = heads.qk()
-    logits_BHNN = (q.float() @ k.float().transpose(-2, -1)) * heads.scale
-    if heads.bias is not None:
-        logits_BHNN = logits_BHNN + heads.bias.float()
-    return logits_BHNN.softmax(dim=-1)
+        if not -depth <= layer < depth:
+            raise TransferError(f"layer {layer} does not exist: the model has {depth} blocks.")
+    found = layer_maps(model, images, sorted({layer % depth for layer in wanted}))
+    return {layer: found[layer % depth] for layer in wanted if layer % depth in found}
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -115,21 +86,33 @@ def divergence_by_layer(
     `teacher_images` are the same images as the teacher wants them, where the two are normalized differently.
 
     Raises:
-        TransferError: unequal depths without `pairs`, or maps that cannot be compared.
+        TransferError: unequal depths without `pairs`, or maps that cannot be compared: of other numbers of tokens, or
+            of a block without attention.
     """
     if pairs is None:
-        depths = len(attention_blocks(teacher)), len(attention_blocks(student))
+        depths = len(blocks_of(teacher)), len(blocks_of(student))
         if depths[0] != depths[1]:
             raise TransferError(
                 f"the teacher has {depths[0]} blocks and the student {depths[1]}: "
                 "name the (teacher, student) pairs."
             )
         pairs = [(layer, layer) for layer in range(depths[0])]
-    theirs = attention_maps(
+    theirs = _maps_on_tokens(
         teacher, images if teacher_images is None else teacher_images, [t for t, _ in pairs]
     )
-    ours = attention_maps(student, images, [s for _, s in pairs])
+    ours = _maps_on_tokens(student, images, [s for _, s in pairs])
     return [map_divergence(theirs[t], ours[s], match_heads=match_heads) for t, s in pairs]
+
+
+def _maps_on_tokens(model: nn.Module, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Return the maps over all tokens. Raises TransferError: a block has no attention."""
+    found = _chosen_maps(model, images, layers)
+    missing = next((layer for layer in layers if layer not in found), None)
+    if missing is not None:
+        raise TransferError(
+            f"layer {missing} of this {type(model).__name__} has no attention: name other pairs"
+        )
+    return {layer: each.on_tokens() for layer, each in found.items()}
 
 
 def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: bool) -> None:
@@ -142,16 +125,3 @@ def _check_comparable(teacher_BHNN: Tensor, student_BHNN: Tensor, match_heads: b
             f"the teacher has {teacher_BHNN.shape[1]} heads and the student {student_BHNN.shape[1]}: "
             "match_heads=True compares each with its nearest."
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a supported model into eval mode while inside; then restore the mode of each module."""
-    layers = [(block, block.attn) for block in attention_blocks(model)]
-    try:
-        check_supported(release_attention(model), copied=True)
-    finally:
-        for block, layer in layers:
-            block.attn = layer
-    with evaluating(model):
-        yield

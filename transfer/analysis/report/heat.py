@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ....models.json_types import JsonDict
 from .ink import Array
 
 HEAT, SIGNED = "magma", "RdBu_r"
@@ -20,17 +19,20 @@ def draw_heat(
     top: float = 1.0,
     *,
     signed: bool = False,
+    covers: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Draw the image, the heat (rows, columns) over it, and a frame around the patch that asks.
 
-    `top` has the strongest color. `signed` heat has two colors, and none at zero.
+    `heat` covers these parts of the height and width, from the upper left corner. `top` has the strongest color.
+    `signed` heat has two colors, and none at zero.
     """
     height, width = picture.shape[:2]
-    frame: JsonDict = {"extent": (0, width, height, 0), "interpolation": "nearest"}
-    axes.imshow(picture, cmap="gray", **frame)
+    axes.imshow(picture, cmap="gray", extent=(0, width, height, 0), interpolation="nearest")
     if heat is not None:
         colors = SIGNED if signed else HEAT
-        axes.imshow(heat, cmap=colors, vmin=-top if signed else 0, vmax=top, alpha=0.8, **frame)
+        place = (0, width * covers[1], height * covers[0], 0)
+        limits = {"vmin": -top if signed else 0, "vmax": top}
+        axes.imshow(heat, cmap=colors, alpha=0.8, extent=place, interpolation="nearest", **limits)
     axes.spines[:].set_visible(False)
     axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
     if query is not None:

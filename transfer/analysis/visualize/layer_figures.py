@@ -11,25 +11,30 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..report.ink import BLUE, GREEN, INK, ORANGE, Array, Theme, new_plots
+from ..report.ink import BLUE, FAINT, GREEN, INK, ORANGE, Array, Theme, new_plots
 
 STUDENT, TEACHER, BETWEEN = ORANGE, BLUE, GREEN
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """By layer and head (L, H), means over images; `tokens` is what the largest entropy follows from."""
+    """By layer, those of each head (H), means over images; None for a layer without attention."""
 
-    entropy: Array
-    distance: Array
-    tokens: int
+    entropy: Sequence[Array | None]
+    distance: Sequence[Array | None]
+    keys: Sequence[int]
+    """The number of keys of each query, from which the largest entropy follows."""
+    stages: Sequence[int]
 
 
 @dataclass(frozen=True)
 class MapDistance:
-    """By layer: Jensen-Shannon divergence of the maps in nats, linear CKA of the patch tokens."""
+    """By layer: Jensen-Shannon divergence of the maps in nats, linear CKA of the patch tokens.
 
-    js: Sequence[float]
+    The divergence is None where a block has no attention.
+    """
+
+    js: Sequence[float | None]
     cka: Sequence[float]
 
 
@@ -44,40 +49,60 @@ def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: 
         _heads(distance, numbers.distance, name)
     _axes(entropy, "entropy of a row, nats", theme)
     _axes(distance, "mean distance, patches", theme)
-    _ceiling(entropy, max(numbers.tokens for numbers in models.values()), theme)
+    _ceiling(entropy, list(models.values()), theme)
     if between is not None:
         _line(grid[2], between.js)
         _line(grid[3], between.cka)
         _axes(grid[2], "JS divergence from the teacher, nats", theme)
         _axes(grid[3], "linear CKA with the teacher", theme)
         grid[3].set_ylim(0, 1.04)
+    for axes in grid:
+        _stages(axes, models["student"].stages, theme)
     if len(models) > 1:
         entropy.legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower right")
     return figure
 
 
-def _heads(axes: Any, values_LH: Array, name: str) -> None:
+def _heads(axes: Any, values: Sequence[Array | None], name: str) -> None:
     color = TEACHER if name == "teacher" else STUDENT
     nudge = {"teacher": -0.09, "student": 0.09}.get(name, 0.0)
-    layers = np.arange(len(values_LH))
-    for head in values_LH.T:
-        axes.plot(layers + nudge, head, "o", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
-    axes.plot(layers + nudge, values_LH.mean(1), color=color, linewidth=2, label=name)
+    dots = [
+        (layer + nudge, head) for layer, heads in enumerate(values) if heads is not None for head in heads
+    ]
+    axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
+    means = [np.nan if heads is None else heads.mean() for heads in values]
+    axes.plot(np.arange(len(values)) + nudge, means, color=color, linewidth=2, label=name)
 
 
-def _line(axes: Any, values: Sequence[float]) -> None:
-    axes.plot(np.arange(len(values)), values, color=BETWEEN, linewidth=2, marker="o", markersize=5)
+def _line(axes: Any, values: Sequence[float | None]) -> None:
+    shown = [np.nan if value is None else value for value in values]
+    axes.plot(np.arange(len(shown)), shown, color=BETWEEN, linewidth=2, marker="o", markersize=5)
 
 
-def _ceiling(axes: Any, tokens: int, theme: Theme) -> None:
-    """Draw the entropy of even attention, the maximum."""
-    top = math.log(tokens)
-    axes.axhline(top, color=INK[theme], linewidth=0.8, linestyle=(0, (4, 4)))
+def _stages(axes: Any, stages: Sequence[int], theme: Theme) -> None:
+    """Draw a line between stages, and their numbers."""
+    starts = [layer for layer, stage in enumerate(stages) if layer == 0 or stage != stages[layer - 1]]
+    for start in starts if len(starts) > 1 else []:
+        if start:
+            axes.axvline(start - 0.5, color=FAINT[theme], linewidth=0.8)
+        axes.annotate(
+            f"stage {stages[start] + 1}", (start - 0.4, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
+            color=INK[theme],
+        )  # fmt: skip
+
+
+def _ceiling(axes: Any, models: Sequence[Numbers], theme: Theme) -> None:
+    """Draw the entropy of even attention, the maximum, over as many keys as a layer has."""
+    keys = [max(layer) for layer in zip(*(numbers.keys for numbers in models), strict=True)]
+    tops = [math.log(count) if count else np.nan for count in keys]
+    lines = np.arange(len(keys))
+    ends, least = np.array([lines - 0.5, lines + 0.5]), next(top for top in tops if top == top)
+    axes.plot(ends, [tops, tops], color=INK[theme], linewidth=0.8, linestyle=(0, (4, 4)))
+    named = f"even over {max(keys)} tokens" if len({*keys} - {0}) == 1 else "even over all keys of the layer"
     axes.annotate(
-        f"even over {tokens} tokens", (0.01, top), xycoords=("axes fraction", "data"), va="bottom",
-        color=INK[theme], fontsize=8,
-    )  # fmt: skip
-    axes.set_ylim(0, top * 1.12)
+        named, (0.01, least), xycoords=("axes fraction", "data"), va="bottom", color=INK[theme], fontsize=8
+    )
+    axes.set_ylim(0, np.nanmax(tops) * 1.12)
 
 
 def _axes(axes: Any, title: str, theme: Theme) -> None:

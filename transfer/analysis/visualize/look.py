@@ -1,66 +1,110 @@
-"""What one model does with one image: all its maps, the tokens after each block, and their numbers."""
+"""What one model does with one image: the maps of its layers, the tokens after each block, and their numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ....models.attention.base import Geometry
-from ....models.errors import ConfigError, TransferError
-from ....models.families import TokenLayout, attention_blocks, attention_shape, token_layout
-from ..maps import attention_maps, map_divergence
+from ....models.errors import TransferError
+from ....models.families import (
+    TokenLayout,
+    blocks_of,
+    check_supported,
+    depths,
+    evaluating,
+    is_pyramid,
+    sites,
+    token_layout,
+)
+from ..key_places import KeyPlaces
+from ..layer_maps import key_count, layer_maps
+from ..maps import map_divergence
 from . import measures
 
 MAX_MAP_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What is kept of a look: entropy and distance by layer and head, the patch tokens after each block."""
+class LayerLook:
+    """A layer of a model on one image; float32."""
 
-    entropy: Tensor
-    distance: Tensor
+    stage: int
+    layout: TokenLayout
+    maps: Tensor | None
+    """(H, N, M), over the keys of `places`; None for a block without attention."""
+    places: KeyPlaces
+    rolled: Tensor
+    """The rollout from the first layer of the stage, (N, N)."""
+    tokens: Tensor
+    """The tokens (N, C) after the block."""
+
+    @property
+    def heads(self) -> int:
+        return 0 if self.maps is None else len(self.maps)
+
+    @property
+    def signed(self) -> bool:
+        """Whether some weight is negative."""
+        return self.maps is not None and bool((self.maps < 0).any())
+
+    @property
+    def patches(self) -> Tensor:
+        """Return the tokens after the block without prefix tokens."""
+        return self.tokens[self.layout.num_prefix :]
+
+    def entropy(self) -> Tensor | None:
+        """Return the entropy of each head (H), in nats."""
+        return None if self.maps is None else measures.entropy(self.maps)
+
+    def distance(self) -> Tensor | None:
+        """Return the mean distance of each head (H), in patches of the stage."""
+        if self.maps is None:
+            return None
+        start = self.layout.num_prefix
+        return measures.mean_distance(self.maps[:, start:, start:], self.places.distances())
+
+    def shares_of_tokens(self, skip: int = 0) -> Tensor | None:
+        """Return the shares of all tokens, (H, N, N), without the first `skip` ones."""
+        return (
+            None if self.maps is None else measures.shares(self.places.on_tokens(self.maps)[:, skip:, skip:])
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is kept of a look: by layer entropy and distance of each head, and the patch tokens after the block."""
+
+    entropy: list[Tensor | None]
+    distance: list[Tensor | None]
     patches: list[Tensor]
-    num_tokens: int
+    keys: list[int]
+    """The number of keys of each query."""
+    stages: list[int]
 
 
 @dataclass(frozen=True)
 class Look:
-    """The maps (L, H, N, N) of a model on one image, and the tokens (N, C) after each block; float32."""
+    """The layers of a model on one image."""
 
-    layout: TokenLayout
-    maps: Tensor
-    tokens: list[Tensor]
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.layout.geometry
-
-    @property
-    def signed(self) -> list[bool]:
-        """By layer: whether some weight is negative."""
-        return [bool((layer < 0).any()) for layer in self.maps]
-
-    def rollout(self) -> Tensor:
-        """(L, N, N)."""
-        return measures.rollout(self.maps)
-
-    def entropy(self) -> Tensor:
-        """(L, H), in nats."""
-        return measures.entropy(self.maps)
-
-    def distance(self) -> Tensor:
-        """(L, H), in patches."""
-        return measures.mean_distance(self.maps, self.geometry)
+    layers: list[LayerLook]
 
     def summary(self) -> Summary:
         """Return all but the maps."""
-        patches = [tokens[self.layout.num_prefix :] for tokens in self.tokens]
-        return Summary(self.entropy(), self.distance(), patches, self.layout.num_tokens)
+        return Summary(
+            [layer.entropy() for layer in self.layers],
+            [layer.distance() for layer in self.layers],
+            [layer.patches for layer in self.layers],
+            [0 if layer.maps is None else layer.maps.shape[-1] for layer in self.layers],
+            [layer.stage for layer in self.layers],
+        )
+
+    @property
+    def layouts(self) -> list[TokenLayout]:
+        return [layer.layout for layer in self.layers]
 
 
 @torch.no_grad()
@@ -73,83 +117,84 @@ def look(model: nn.Module, image: Tensor) -> Look:
         TransferError: the maps of the model would not fit in 4 GB.
         UnsupportedModelError: a model of another kind.
     """
-    layout, shape = token_layout(model), attention_shape(model)
-    size = 4 * shape.depth * shape.num_heads * layout.num_tokens**2
-    if size > MAX_MAP_BYTES:
-        raise TransferError(
-            f"the maps of {shape.depth} layers, {shape.num_heads} heads and {layout.num_tokens} tokens take "
-            f"{size / 2**30:.1f} GB, and at most {MAX_MAP_BYTES / 2**30:.0f} are taken; give a smaller --img_size"
+    check_supported(model, copied=True, pyramids=True)
+    _check_memory(model)
+    with evaluating(model), _tokens(model) as tokens:
+        model(image)
+    found, places = layer_maps(model, image, range(len(tokens))), sites(model)
+    layers: list[LayerLook] = []
+    for site, layout in zip(places, token_layouts(model), strict=True):
+        seen = found.get(site.index)
+        maps = None if seen is None else seen.weights[0].cpu()
+        keys = KeyPlaces(layout.geometry) if seen is None else seen.places
+        before = layers[-1].rolled if site.place else torch.eye(layout.num_tokens)
+        rolled = (
+            before if maps is None else measures.roll(before, keys.on_tokens(measures.shares(maps).mean(0)))
         )
-    with _tokens(model) as tokens:
-        by_layer = attention_maps(model, image)
-    maps = torch.stack([by_layer[layer][0].float().cpu() for layer in sorted(by_layer)])
-    return Look(layout, maps, tokens)
+        layers.append(LayerLook(site.stage, layout, maps, keys, rolled, tokens[site.index]))
+    return Look(layers)
 
 
-def query_token(word: str, layout: TokenLayout) -> int:
-    """Return the token of a query: a patch by its number, row by row from 0, or a prefix token (`cls`, `reg0`).
+def _check_memory(model: nn.Module) -> None:
+    found = sites(model)
+    numbers = [site.num_heads * site.shape.geometry.num_tokens * key_count(model, site) for site in found]
+    size = 4 * sum(numbers)
+    if size > MAX_MAP_BYTES:
+        most = max(range(len(numbers)), key=numbers.__getitem__)
+        shape = found[most].shape
+        raise TransferError(
+            f"the maps of {len(found)} layers take {size / 2**30:.1f} GB (layer {most}: {shape.num_heads} heads, "
+            f"{shape.geometry.num_tokens} tokens), and at most {MAX_MAP_BYTES / 2**30:.0f} are taken; give a smaller "
+            "--img_size"
+        )
 
-    Raises ConfigError for one that is not there.
+
+def token_layouts(model: nn.Module) -> list[TokenLayout]:
+    """Return the tokens of each layer.
+
+    Raises UnsupportedModelError: the model has no image size.
     """
-    if word in layout.prefix:
-        return layout.prefix.index(word)
-    patches = layout.grid[0] * layout.grid[1]
-    if word.isdecimal() and int(word) < patches:
-        return layout.num_prefix + int(word)
-    names = "".join(f", {name}" for name in layout.prefix)
-    raise ConfigError(f"--query {word!r}: valid are patches 0 to {patches - 1}{names}")
-
-
-def token_word(token: int, layout: TokenLayout) -> str:
-    """Return the word that `query_token` reads as this token."""
-    return layout.prefix[token] if token < layout.num_prefix else str(token - layout.num_prefix)
-
-
-def default_query(layout: TokenLayout) -> str:
-    """Return the class token, or the patch in the middle of a model without one."""
-    height, width = layout.grid
-    return "cls" if "cls" in layout.prefix else str((height // 2) * width + width // 2)
-
-
-def token_name(token: int, layout: TokenLayout) -> str:
-    """Return the name of a token in titles."""
-    if token < layout.num_prefix:
-        return {"cls": "class token"}.get(layout.prefix[token], layout.prefix[token])
-    row, column = divmod(token - layout.num_prefix, layout.grid[1])
-    return f"patch {token - layout.num_prefix} (row {row}, column {column})"
+    places = sites(model)
+    if not is_pyramid(model):
+        return [token_layout(model)] * len(places)
+    stages = [site.shape.geometry for site in places]
+    return [TokenLayout(("cls",) * stage.num_prefix, stage.grid) for stage in stages]
 
 
 def check_comparable(teacher: nn.Module, student: nn.Module) -> None:
     """Raise TransferError where two models cannot be put side by side layer by layer, patch by patch."""
-    depths = [len(attention_blocks(model)) for model in (teacher, student)]
-    if depths[0] != depths[1]:
-        raise TransferError(
-            f"the teacher has {depths[0]} blocks and the student {depths[1]}: no layers go together"
-        )
-    grids = [token_layout(model).grid for model in (teacher, student)]
-    if grids[0] != grids[1]:
-        theirs, ours = (f"{height}x{width}" for height, width in grids)
-        raise TransferError(
-            f"the teacher has {theirs} patches and the student {ours}: give an --img_size of both"
-        )
+    blocks = [depths(model) for model in (teacher, student)]
+    if blocks[0] != blocks[1]:
+        theirs, ours = (" + ".join(map(str, each)) for each in blocks)
+        raise TransferError(f"the teacher has {theirs} blocks and the student {ours}: no layers go together")
+    for stage, (t, s) in enumerate(zip(token_layouts(teacher), token_layouts(student), strict=True)):
+        if t.grid != s.grid:
+            theirs, ours = (f"{height}x{width}" for height, width in (t.grid, s.grid))
+            where = f" in layer {stage}" if len(blocks[0]) > 1 else ""
+            raise TransferError(
+                f"the teacher has {theirs} patches and the student {ours}{where}: give an --img_size of both"
+            )
 
 
-def divergence(teacher: Look, student: Look) -> list[float]:
+def divergence(teacher: Look, student: Look) -> list[float | None]:
     """Return the Jensen-Shannon divergence of the shares by layer, in nats; unequal heads are matched.
 
-    Where prefix tokens differ, of what patches take from patches.
+    Where prefix tokens differ, of what patches take from patches. None where a block has no attention.
     """
-    skips = (
-        (0, 0) if teacher.layout == student.layout else (teacher.layout.num_prefix, student.layout.num_prefix)
-    )
-    match = teacher.maps.shape[1] != student.maps.shape[1]
+    return [_divergence(t, s) for t, s in zip(teacher.layers, student.layers, strict=True)]
+
+
+def _divergence(teacher: LayerLook, student: LayerLook) -> float | None:
+    alike = teacher.layout == student.layout
     theirs, ours = (
-        measures.shares(each.maps[..., s:, s:]) for each, s in zip((teacher, student), skips, strict=True)
+        each.shares_of_tokens(0 if alike else each.layout.num_prefix) for each in (teacher, student)
     )
-    return [map_divergence(t[None], s[None], match_heads=match) for t, s in zip(theirs, ours, strict=True)]
+    if theirs is None or ours is None:
+        return None
+    return map_divergence(theirs[None], ours[None], match_heads=teacher.heads != student.heads)
 
 
-def cka(teacher: list[list[Tensor]], student: list[list[Tensor]]) -> list[float]:
+def cka(teacher: Sequence[Sequence[Tensor]], student: Sequence[Sequence[Tensor]]) -> list[float]:
     """Return the linear CKA of the patch tokens (P, C) of each image and layer; a sample is a patch."""
     by_layer = zip(zip(*teacher, strict=True), zip(*student, strict=True), strict=True)
     return [measures.linear_cka(torch.cat(theirs), torch.cat(ours)) for theirs, ours in by_layer]
@@ -161,9 +206,9 @@ def _tokens(model: nn.Module) -> Iterator[list[Tensor]]:
     tokens: list[Tensor] = []
 
     def keep(block: nn.Module, inputs: object, out: Tensor) -> None:
-        tokens.append(out[0].float().cpu())
+        tokens.append(out[0].flatten(0, -2).float().cpu())
 
-    hooks = [block.register_forward_hook(keep) for block in attention_blocks(model)]
+    hooks = [block.register_forward_hook(keep) for block in blocks_of(model)]
     try:
         yield tokens
     finally:

@@ -10,10 +10,13 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from ..key_places import KeyPlaces
 from ..report.heat import HEAT, SIGNED, draw_heat
 from ..report.ink import INK, Array, new_figure
-from .look import Look, token_name
+from .look import LayerLook, Look
+from .queries import Query
 
 INCHES = 1.35
 """The longer side of a panel; less where there are many."""
@@ -22,12 +25,14 @@ LARGEST = 22.0
 
 @dataclass(frozen=True)
 class Panel:
-    """What one query takes from each patch, (rows, columns), and whether weights may be negative."""
+    """What one query takes from each key, (rows, columns), and whether weights may be negative."""
 
     heat: Array
     signed: bool = False
     but: int | None = None
     """A patch that the color scale does not follow: in a rollout, the query's own residual outshines all others."""
+    extent: tuple[float, float] = (1.0, 1.0)
+    """The parts of the image's height and width that the keys cover."""
 
     @property
     def top(self) -> float:
@@ -36,79 +41,101 @@ class Panel:
         return float(weights.max() if self.but is None else np.delete(weights, self.but).max(initial=0.0))
 
 
-def draw_grid(
-    picture: Array, look: Look, rolled: Array, query: int, layers: Sequence[int], title: str
-) -> Figure:
+@dataclass(frozen=True)
+class Row:
+    """A layer: its name, the patch that asks in its grid, and its panels; None where there is nothing to show."""
+
+    name: str
+    grid: tuple[int, int]
+    asking: tuple[int, int] | None
+    panels: Sequence[Panel | None]
+
+
+def draw_grid(picture: Array, look: Look, query: Query, layers: Sequence[int], title: str) -> Figure:
     """Draw a row a layer: the mean of the heads, the rollout up to there, then each head."""
-    heads = look.maps.shape[1]
+    heads = max(look.layers[layer].heads for layer in layers)
     columns = ["mean", "rollout", *(f"head {head}" for head in range(heads))]
     rows = []
     for layer in layers:
-        maps, signed = look.maps[layer], look.signed[layer]
-        weights = [maps[:, query].mean(0), *maps[:, query]]
-        mean, *each = [Panel(_grid(row, look), signed) for row in weights]
-        rows.append([mean, _rolled_panel(rolled[layer, query], look, query), *each])
-    return _draw(picture, look, query, rows, columns, [f"layer {layer}" for layer in layers], title)
+        own = look.layers[layer]
+        each = _head_panels(own, query)
+        panels = [_mean_panel(own, query), _rolled_panel(own, query), *each, *[None] * (heads - len(each))]
+        rows.append(_row(look, layer, query, panels))
+    return _draw(picture, rows, columns, title)
 
 
 def draw_beside(
-    picture: Array,
-    looks: Sequence[Look],
-    rolled: Sequence[Array],
-    queries: Sequence[int],
-    layers: Sequence[int],
-    title: str,
+    picture: Array, looks: Sequence[Look], query: Query, layers: Sequence[int], title: str
 ) -> Figure:
     """Draw a row a layer: the mean of the heads of the teacher and of the student, then the rollout of both.
 
-    `looks`, `rolled` and `queries` are the teacher's and the student's.
+    `looks` are the teacher's and the student's.
     """
     columns = ["teacher\nmean", "student\nmean", "teacher\nrollout", "student\nrollout"]
     rows = []
     for layer in layers:
-        means = [
-            Panel(_grid(look.maps[layer, :, query].mean(0), look), look.signed[layer])
-            for look, query in zip(looks, queries, strict=True)
+        both = [look.layers[layer] for look in looks]
+        panels = [
+            *(_mean_panel(each, query) for each in both),
+            *(_rolled_panel(each, query) for each in both),
         ]
-        rolls = [
-            _rolled_panel(each[layer, query], look, query)
-            for each, look, query in zip(rolled, looks, queries, strict=True)
-        ]
-        rows.append([*means, *rolls])
-    return _draw(picture, looks[1], queries[1], rows, columns, [f"layer {layer}" for layer in layers], title)
+        rows.append(_row(looks[1], layer, query, panels))
+    return _draw(picture, rows, columns, title)
 
 
-def _grid(row: Any, look: Look) -> Array:
-    """Return the patches' part of a row of the map, as the grid."""
-    patches: Array = np.asarray(row)[look.layout.num_prefix :].reshape(look.layout.grid)
-    return patches
+def layer_name(look: Look, layer: int) -> str:
+    """Return the name of a layer, with its stage if the model has several."""
+    stages = {each.stage for each in look.layers}
+    return f"layer {layer}" + (f", stage {look.layers[layer].stage + 1}" if len(stages) > 1 else "")
 
 
-def _rolled_panel(row: Array, look: Look, query: int) -> Panel:
-    own = query - look.layout.num_prefix
-    return Panel(_grid(row, look), but=own if own >= 0 else None)
+def _row(look: Look, layer: int, query: Query, panels: Sequence[Panel | None]) -> Row:
+    layout = look.layers[layer].layout
+    token = query.token(layout)
+    at = -1 if token is None else token - layout.num_prefix
+    asking = divmod(at, layout.grid[1]) if at >= 0 else None
+    return Row(layer_name(look, layer).replace(", ", "\n"), layout.grid, asking, panels)
 
 
-def _draw(
-    picture: Array,
-    look: Look,
-    query: int,
-    rows: Sequence[Sequence[Panel]],
-    columns: Sequence[str],
-    names: Sequence[str],
-    title: str,
-) -> Figure:
+def _head_panels(layer: LayerLook, query: Query) -> list[Panel]:
+    token = query.token(layer.layout)
+    if layer.maps is None or token is None:
+        return []
+    return [_panel(head[token], layer.places, token, layer.signed) for head in layer.maps]
+
+
+def _mean_panel(layer: LayerLook, query: Query) -> Panel | None:
+    token = query.token(layer.layout)
+    if layer.maps is None or token is None:
+        return None
+    return _panel(layer.maps[:, token].mean(0), layer.places, token, layer.signed)
+
+
+def _rolled_panel(layer: LayerLook, query: Query) -> Panel | None:
+    token = query.token(layer.layout)
+    if token is None:
+        return None
+    own = token - layer.layout.num_prefix
+    places = KeyPlaces(layer.layout.geometry)
+    return _panel(layer.rolled[token], places, token, signed=False, but=own if own >= 0 else None)
+
+
+def _panel(row: Tensor, places: KeyPlaces, token: int, signed: bool, but: int | None = None) -> Panel:
+    return Panel(places.picture(row, token).numpy(), signed, but, places.extent)
+
+
+def _draw(picture: Array, rows: Sequence[Row], columns: Sequence[str], title: str) -> Figure:
     width, height = _panel_size(picture, len(columns) + 1, len(rows))
-    signed = any(panel.signed for row in rows for panel in row)
+    signed = any(panel is not None and panel.signed for row in rows for panel in row.panels)
     figure = new_figure(width * (len(columns) + 1) + 0.9 + 0.7 * signed, max(height * len(rows) + 0.8, 2.6))
     grid = figure.subplots(len(rows), len(columns) + 1, squeeze=False)
     for axes, heading in zip(grid[0], ["image", *columns], strict=True):
         axes.set_title(heading, color=INK["light"], fontsize=8)
-    for axes, panels, name in zip(grid, rows, names, strict=True):
-        _show(axes[0], picture, None, look, query)
-        axes[0].set_ylabel(name, color=INK["light"], fontsize=8)
-        for each, panel in zip(axes[1:], panels, strict=True):
-            _show(each, picture, panel, look, query)
+    for axes, row in zip(grid, rows, strict=True):
+        draw_heat(axes[0], picture, row.grid, row.asking)
+        axes[0].set_ylabel(row.name, color=INK["light"], fontsize=8)
+        for each, panel in zip(axes[1:], row.panels, strict=True):
+            _show(each, picture, panel, row)
     figure.suptitle(title, color=INK["light"], fontsize=10)
     _color_bar(figure, grid, HEAT, 0, "weight / the number in the panel")
     if signed:
@@ -123,14 +150,21 @@ def _panel_size(picture: Array, columns: int, rows: int) -> tuple[float, float]:
     return across * shrink, down * shrink + 0.06
 
 
-def _show(axes: Any, picture: Array, panel: Panel | None, look: Look, query: int) -> None:
+def _show(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None:
     """Draw the image, the heat over it, its largest weight in the corner; a prefix token has no frame."""
-    asking, grid = query - look.layout.num_prefix, look.layout.grid
-    place = divmod(asking, grid[1]) if asking >= 0 else None
     if panel is None:
-        draw_heat(axes, picture, grid, place)
+        axes.set_axis_off()
         return
-    draw_heat(axes, picture, grid, place, panel.heat, panel.top or 1, signed=panel.signed)
+    draw_heat(
+        axes,
+        picture,
+        row.grid,
+        row.asking,
+        panel.heat,
+        panel.top or 1,
+        signed=panel.signed,
+        covers=panel.extent,
+    )
     label = {"boxstyle": "square,pad=0.15", "facecolor": "#000000b0", "linewidth": 0}
     corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
     axes.text(0.985, 0.02, f"{panel.top:.2g}", fontsize=5.5, color="white", bbox=label, **corner)
@@ -143,9 +177,3 @@ def _color_bar(figure: Figure, grid: Any, colors: str, low: Literal[-1, 0], labe
     bar.set_ticks([low, 0, 1] if low else [0, 0.5, 1])
     bar.ax.tick_params(colors=INK["light"], labelsize=7, length=2)
     bar.outline.set_visible(False)
-
-
-def grid_title(name: str, query: int, look: Look) -> str:
-    """Return the title of a query's picture."""
-    the = "the " if query < look.layout.num_prefix else ""
-    return f"{name}: what {the}{token_name(query, look.layout)} attends to"

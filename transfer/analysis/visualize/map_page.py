@@ -15,46 +15,56 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ....models.errors import ConfigError
-from ....models.families import attention_shape, token_layout
+from ....models.families import sites
 from ....models.json_types import JsonDict
+from ..key_places import KeyPlaces
+from ..layer_maps import key_count
 from ..report.heat import HEAT, SIGNED
 from ..report.pages import Plot, data_url, render_page
-from .look import Look, token_name
+from .look import LayerLook, Look
+from .map_figures import layer_name
+from .queries import Query, token_name
 from .shown_images import Shown
 
 MAX_MEGABYTES = 64
 """Of maps in a page, before base64 makes a third more of them."""
 TOP = 127
+SCALE, KEY = 4, 4
+"""Bytes of the scale of a row, and of the place of a key in a window."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One image, what each model did with it (by name: `student`, `teacher`), and the rollouts."""
+    """One image, and what each model did with it (by name: `student`, `teacher`)."""
 
     shown: Shown
     looks: dict[str, Look]
-    rolled: dict[str, Tensor]
 
 
-def check_page_size(models: Sequence[nn.Module], images: int, layers: int) -> None:
+def check_page_size(models: Sequence[nn.Module], images: int, layers: Sequence[int]) -> None:
     """Raise ConfigError where the maps of `models` would make a page that is too large."""
-    row_bytes = 0
-    for model in models:
-        tokens = token_layout(model).num_tokens
-        row_bytes += (attention_shape(model).num_heads + 1) * tokens * (tokens + 4)
-    megabytes = images * layers * row_bytes / 1e6
+    image_bytes = sum(_bytes(model, layer) for model in models for layer in layers)
+    megabytes = images * image_bytes / 1e6
     if megabytes > MAX_MEGABYTES:
         raise ConfigError(
-            f"the page would hold {megabytes:.0f} MB of maps of {images} images and {layers} layers, and at most "
+            f"the page would hold {megabytes:.0f} MB of maps of {images} images and {len(layers)} layers, and at most "
             f"{MAX_MEGABYTES} are taken; give fewer images, or fewer layers by --layers"
         )
 
 
-def map_page(images: Sequence[JsonDict], layers: Sequence[int], query: int, chart: Plot, title: str) -> str:
-    """Return the page; `images` are those of `embed`, `chart` the numbers by layer."""
+def _bytes(model: nn.Module, layer: int) -> int:
+    """Return the bytes of a layer's maps and rollout on one image."""
+    site = sites(model)[layer]
+    tokens, keys = site.shape.geometry.num_tokens, key_count(model, site)
+    windows = KEY * keys if keys < tokens else 0
+    return tokens * (site.num_heads * (keys + SCALE) + windows + tokens + SCALE)
+
+
+def map_page(images: Sequence[JsonDict], layers: Sequence[str], query: Query, chart: Plot, title: str) -> str:
+    """Return the page; `images` are those of `embed`, `layers` their names, `chart` the numbers by layer."""
     data = {
         "layers": list(layers),
-        "query": query,
+        "query": query.word if query.place is None else list(query.place),
         "heat": _colors(HEAT),
         "signed": _colors(SIGNED),
         "images": list(images),
@@ -63,12 +73,17 @@ def map_page(images: Sequence[JsonDict], layers: Sequence[int], query: int, char
     return render_page("visualize/map_page.html", title=title, chart=chart, data=words)
 
 
+def layer_names(look: Look, layers: Sequence[int]) -> list[str]:
+    """Return the names of the chosen layers."""
+    return [layer_name(look, layer) for layer in layers]
+
+
 def embed(view: View, layers: Sequence[int]) -> JsonDict:
     """Return what the page needs of an image: the picture, and each model's maps of the chosen layers."""
     file = io.BytesIO()
     Image.fromarray(view.shown.pixels).save(file, format="PNG")
     height, width = view.shown.pixels.shape[:2]
-    models = {name: _model(look, view.rolled[name], layers) for name, look in view.looks.items()}
+    models = {name: [_layer(look.layers[layer]) for layer in layers] for name, look in view.looks.items()}
     return {
         "name": view.shown.name,
         "url": data_url(file.getvalue()),
@@ -77,27 +92,41 @@ def embed(view: View, layers: Sequence[int]) -> JsonDict:
     }
 
 
-def _model(look: Look, rolled: Tensor, layers: Sequence[int]) -> JsonDict:
-    """Return the maps of the chosen layers, each head and then the rollout, as bytes with a scale a row."""
-    weights, scales = [], []
-    for layer in layers:
-        for rows in (*look.maps[layer], rolled[layer]):
-            quantized, scale = quantize(rows.numpy())
-            weights.append(quantized)
-            scales.append(scale)
-    prefix = look.layout.num_prefix
+def _layer(layer: LayerLook) -> JsonDict:
+    """Return the maps of a layer, head by head, and its rollout, as bytes with a scale a row."""
+    maps = [] if layer.maps is None else [_quantized(head) for head in layer.maps]
+    layout = layer.layout
+    names = [token_name(token, layout) for token in range(layout.num_prefix)]
     return {
-        "grid": look.layout.grid,
-        "prefix": [token_name(token, look.layout) for token in range(prefix)],
-        "heads": look.maps.shape[1],
-        "signed": [look.signed[layer] for layer in layers],
-        "weights": _text(np.stack(weights).tobytes()),
-        "scales": _text(np.stack(scales).astype("<f4").tobytes()),
+        "grid": layout.grid,
+        "prefix": names,
+        "words": layout.prefix,
+        "signed": layer.signed,
+        "heads": maps,
+        "rollout": _quantized(layer.rolled),
+        "keys": _keys(layer.places),
+    }
+
+
+def _keys(places: KeyPlaces) -> JsonDict:
+    """Return the grid of the keys, the parts of the image that they cover, and the tokens of each query's window."""
+    known: JsonDict = {"grid": places.grid, "extent": places.extent}
+    if places.windows is not None:
+        known["windows"] = _text(places.window_tokens().numpy().astype("<i4").tobytes())
+    return known
+
+
+def _quantized(rows: Tensor) -> JsonDict:
+    parts, scale = quantize(rows.numpy())
+    return {
+        "keys": parts.shape[1],
+        "weights": _text(parts.tobytes()),
+        "scales": _text(scale.astype("<f4").tobytes()),
     }
 
 
 def quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Return rows (N, N) as whole numbers up to ±127, in parts of the largest weight of each row, and that weight.
+    """Return rows (N, M) as whole numbers up to ±127, in parts of the largest weight of each row, and that weight.
 
     A weight is wrong by at most 1/254 of the largest of its row.
     """

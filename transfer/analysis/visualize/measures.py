@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....models.attention.base import Geometry
-
 
 def shares(maps: Tensor) -> Tensor:
     """Return |A| with each row (the last dimension) divided by its sum; a row of zeros is spread evenly."""
@@ -20,16 +18,10 @@ def shares(maps: Tensor) -> Tensor:
     return torch.where(total > 0, weights / total.clamp_min(torch.finfo(maps.dtype).tiny), even)
 
 
-def rollout(maps_LHNN: Tensor) -> Tensor:
-    """Return the rollout after each layer, (L, N, N): R_l = (A_l + I)/2 · R_{l-1}, R_0 = I, A_l the mean of the
-    heads' shares (Abnar and Zuidema, arXiv:2005.00928, equation 1). Rows sum to one."""
-    layers_LNN = shares(maps_LHNN).mean(1)
-    eye = torch.eye(layers_LNN.shape[-1], dtype=layers_LNN.dtype, device=layers_LNN.device)
-    rolled, so_far = [], eye
-    for layer_NN in layers_LNN:
-        so_far = (layer_NN + eye) / 2 @ so_far
-        rolled.append(so_far)
-    return torch.stack(rolled)
+def roll(before_NN: Tensor, layer_NN: Tensor) -> Tensor:
+    """Return the rollout after a layer: R_l = (A_l + I)/2 · R_{l-1}, R_0 = I, A_l the mean of the heads' shares
+    (Abnar and Zuidema, arXiv:2005.00928, equation 1). Rows that sum to one keep doing so."""
+    return (layer_NN @ before_NN + before_NN) / 2
 
 
 def entropy(maps: Tensor) -> Tensor:
@@ -38,22 +30,13 @@ def entropy(maps: Tensor) -> Tensor:
     return -torch.xlogy(rows, rows).sum(-1).mean(-1)
 
 
-def mean_distance(maps: Tensor, geometry: Geometry) -> Tensor:
-    """Return how far a patch looks: (..., N, N) to (...), in patches.
+def mean_distance(maps: Tensor, distances: Tensor) -> Tensor:
+    """Return how far a patch looks: (..., P, M) to (...), in patches.
 
-    The mean over patch queries of Σ_j a_ij |i - j|, with |i - j| the Euclidean distance of two patches of the
-    grid and a the row's shares among patches; prefix tokens have no place and are left out.
+    The mean over patches of Σ_j a_ij d_ij, with d (P, M) the distances to the M keys and a the row's shares among
+    them; prefix tokens have no place and are left out.
     """
-    start = geometry.num_prefix
-    rows = shares(maps[..., start:, start:])
-    return (rows * patch_distances(geometry).to(rows)).sum(-1).mean(-1)
-
-
-def patch_distances(geometry: Geometry) -> Tensor:
-    """Return the Euclidean distances between the patches of a grid, (P, P), in patches."""
-    height, width = geometry.grid
-    places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
-    return torch.cdist(places, places)
+    return (shares(maps) * distances.to(maps)).sum(-1).mean(-1)
 
 
 def linear_cka(x_SC: Tensor, y_SD: Tensor) -> float:

@@ -15,12 +15,12 @@ from graftvit.transfer.analysis.visualize.look import (
     cka,
     divergence,
     look,
-    query_token,
-    token_name,
+    token_layouts,
 )
 from graftvit.transfer.analysis.visualize.map_figures import draw_grid
 from graftvit.transfer.analysis.visualize.map_page import View, embed, quantize
 from graftvit.transfer.analysis.visualize.measures import shares
+from graftvit.transfer.analysis.visualize.queries import default_query, read_query, token_name
 from graftvit.transfer.analysis.visualize.shown_images import Shown
 from operator_cases import CASES, Case
 from PIL import Image
@@ -39,32 +39,41 @@ def test_every_operator_shows_its_effective_map(case: Case) -> None:
     """The map is what the layer gives for V := I; of an operator that is not linear in V, its Jacobian."""
     model = tiny(f"1: {case}; 0: softmax")
     seen = look(model, image())
-    assert seen.maps.shape == (2, 2, TOKENS, TOKENS)
+    maps = [layer.maps for layer in seen.layers]
+    assert [each.shape for each in maps if each is not None] == [(2, TOKENS, TOKENS)] * 2
+    shown_map = maps[1]
+    assert shown_map is not None
     if case.operator != "softmax":
         operator, heads = operator_inputs(model, image(), 1)
         if operator.traits.linear_in_v:
             eye = torch.eye(TOKENS).expand(1, 2, -1, -1)
             with_eye = Heads(heads.q, heads.k, eye, None, heads.scale, geometry=heads.geometry)
             expected = operator.attend(with_eye)[0]
-            torch.testing.assert_close(seen.maps[1], expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(shown_map, expected, atol=1e-5, rtol=1e-4)
         else:
             some = operator.rows(heads, torch.tensor([0, 9]))[0]
-            torch.testing.assert_close(seen.maps[1][:, [0, 9]], some)
-    assert torch.isfinite(seen.entropy()).all()
-    assert (seen.entropy() <= math.log(TOKENS) + 1e-5).all()
-    assert (seen.distance() <= math.dist((0, 0), (3, 5))).all()
-    torch.testing.assert_close(seen.rollout().sum(-1), torch.ones(2, TOKENS))
+            torch.testing.assert_close(shown_map[:, [0, 9]], some)
+    for layer in seen.layers:
+        entropy, distance = layer.entropy(), layer.distance()
+        assert entropy is not None
+        assert distance is not None
+        assert torch.isfinite(entropy).all()
+        assert (entropy <= math.log(TOKENS) + 1e-5).all()
+        assert (distance <= math.dist((0, 0), (3, 5))).all()
+        torch.testing.assert_close(layer.rolled.sum(-1), torch.ones(TOKENS))
     shown = Shown("x", Image.new("RGB", (24, 16)), np.zeros((16, 24, 3), np.uint8))
-    figure = draw_grid(shown.pixels, seen, seen.rollout().numpy(), 5, [0, 1], "title")
+    query = read_query("2", seen.layouts, (16, 24))
+    assert query.token(seen.layouts[1]) == 5
+    figure = draw_grid(shown.pixels, seen, query, [0, 1], "title")
     heat = figure.axes[5 + 3].images[1].get_array()  # second row: image, mean, rollout, head 0
-    np.testing.assert_allclose(heat, seen.maps[1, 0, 5, PREFIX:].reshape(GRID))
-    embedded = embed(View(shown, {"student": seen}, {"student": seen.rollout()}), [1])
-    assert embedded["models"]["student"]["signed"] == [bool((seen.maps[1] < 0).any())]
+    np.testing.assert_allclose(heat, shown_map[0, 5, PREFIX:].reshape(GRID))
+    embedded = embed(View(shown, {"student": seen}), [1])
+    assert [layer["signed"] for layer in embedded["models"]["student"]] == [bool((shown_map < 0).any())]
 
 
 def test_tokens_are_those_after_each_block() -> None:
     model = tiny("*: linear")
-    tokens = look(model, image()).tokens
+    tokens = [layer.tokens for layer in look(model, image()).layers]
     _, expected = model.forward_intermediates(image(), return_prefix_tokens=True, output_fmt="NLC")  # type: ignore[operator]
     for found, (patches, prefix) in zip(tokens, expected, strict=True):
         torch.testing.assert_close(found, torch.cat([prefix, patches], 1)[0])
@@ -82,18 +91,21 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_divergence_and_cka_of_a_model_with_itself() -> None:
     one, other = look(tiny(), image()), look(tiny("*: linear"), image())
     assert divergence(one, one) == [0, 0]
-    patches = [each[PREFIX:] for each in one.tokens]
+    patches = [layer.patches for layer in one.layers]
+    torch.testing.assert_close(patches[0], one.layers[0].tokens[PREFIX:])
     assert cka([patches], [patches]) == pytest.approx([1, 1])
-    p, q = shares(one.maps[0]).double(), shares(other.maps[0]).double()
+    maps = [each.layers[0].maps for each in (one, other)]
+    p, q = (shares(each).double() for each in maps if each is not None)
     middle = (p + q) / 2
     js = ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)).mean() / 2
     assert divergence(one, other)[0] == pytest.approx(js.item(), rel=1e-4)
+    assert js > 0
 
 
 def test_models_with_other_prefixes_and_heads_are_compared_over_patches() -> None:
     student = look(tiny(), image())
     teacher = look(tiny(reg_tokens=0, num_heads=4), image())
-    assert all(0 < each < math.log(2) for each in divergence(teacher, student))
+    assert all(each is not None and 0 < each < math.log(2) for each in divergence(teacher, student))
 
 
 def test_models_that_do_not_go_together() -> None:
@@ -105,17 +117,24 @@ def test_models_that_do_not_go_together() -> None:
 
 def test_maps_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looking, "MAX_MAP_BYTES", 1000)
-    with pytest.raises(TransferError, match="2 layers, 2 heads and 27 tokens"):
+    with pytest.raises(TransferError, match=r"2 layers take .* \(layer 0: 2 heads, 27 tokens\)"):
         look(tiny(), image())
 
 
 def test_queries() -> None:
-    layout = look(tiny(), image()).layout
-    assert [query_token(word, layout) for word in ("cls", "reg1", "0", "23")] == [0, 2, 3, 26]
-    assert token_name(query_token("13", layout), layout) == "patch 13 (row 2, column 1)"
-    for wrong in ("24", "-1", "reg2", "3x5"):
-        with pytest.raises(ConfigError, match=r"valid are patches 0 to 23, cls, reg0, reg1"):
-            query_token(wrong, layout)
+    layouts, size = token_layouts(tiny()), (16, 24)
+    asked = [read_query(word, layouts, size).token(layouts[0]) for word in ("cls", "reg1", "0", "23")]
+    assert asked == [0, 2, 3, 26]
+    assert default_query(layouts, size).word == "cls"
+    thirteen = read_query("13", layouts, size)
+    assert token_name(thirteen.token(layouts[0]) or 0, layouts[0]) == "patch 13 (row 2, column 1)"
+    assert thirteen.title(layouts) == "patch 13 (row 2, column 1)"
+    assert read_query("cls", layouts, size).title(layouts) == "the class token"
+    for pixel, patch in {"0x0": 0, "3x4": 1, "4x3": 6, "15x23": 23}.items():
+        assert read_query(pixel, layouts, size).token(layouts[0]) == PREFIX + patch
+    for wrong in ("24", "-1", "reg2", "16x0", "0x24", "x"):
+        with pytest.raises(ConfigError, match=r"valid are patches 0 to 23, cls, reg0, reg1, and .* to 15x23"):
+            read_query(wrong, layouts, size)
 
 
 def test_quantized_rows_are_near() -> None:

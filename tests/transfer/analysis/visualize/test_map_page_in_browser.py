@@ -105,7 +105,7 @@ def test_keys_and_buttons(shown: Shown) -> None:
     shown.page.click(STUDENT, 0.5 / GRID[1], 0.5 / GRID[0])
     for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowLeft", "ArrowLeft", "PageUp"):
         shown.page.press(key)
-    assert shown.page.run("[state.token, state.layer]") == [2 * GRID[1], 0]
+    assert shown.page.run("[tokenOf(layerOf('student')), state.layer]") == [PREFIX + 2 * GRID[1], 0]
     assert "Patch 12 (row 2, column 0) attends" in shown.page.run(
         "document.querySelector('.told').textContent"
     )

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from graftvit.models.attention.base import Geometry
-from graftvit.transfer.analysis.visualize.measures import entropy, linear_cka, mean_distance, rollout, shares
+from graftvit.transfer.analysis.key_places import patch_distances
+from graftvit.transfer.analysis.visualize.measures import entropy, linear_cka, mean_distance, roll, shares
 from torch import Tensor
 
 LAYERS, HEADS = 3, 2
@@ -43,9 +44,11 @@ def test_rollout(signed: bool) -> None:
     drawn = maps(signed)
     tokens = GEOMETRY.num_tokens
     so_far = [[float(i == j) for j in range(tokens)] for i in range(tokens)]
-    rolled = rollout(drawn)
-    for layer in range(LAYERS):
-        heads = [[dense_shares(row) for row in head] for head in drawn[layer].tolist()]
+    rolled = [torch.eye(tokens, dtype=torch.float64)]
+    for layer in drawn:
+        rolled.append(roll(rolled[-1], shares(layer).mean(0)))
+    for number in range(LAYERS):
+        heads = [[dense_shares(row) for row in head] for head in drawn[number].tolist()]
         mixed = [
             [0.5 * sum(head[i][j] for head in heads) / HEADS + 0.5 * (i == j) for j in range(tokens)]
             for i in range(tokens)
@@ -54,8 +57,8 @@ def test_rollout(signed: bool) -> None:
             [sum(mixed[i][k] * so_far[k][j] for k in range(tokens)) for j in range(tokens)]
             for i in range(tokens)
         ]
-        torch.testing.assert_close(rolled[layer], torch.tensor(so_far, dtype=torch.float64))
-    torch.testing.assert_close(rolled.sum(-1), torch.ones(LAYERS, tokens, dtype=torch.float64))
+        torch.testing.assert_close(rolled[number + 1], torch.tensor(so_far, dtype=torch.float64))
+    torch.testing.assert_close(rolled[-1].sum(-1), torch.ones(tokens, dtype=torch.float64))
 
 
 def test_entropy() -> None:
@@ -79,9 +82,9 @@ def test_mean_distance() -> None:
             for i, here in enumerate(places):
                 row = dense_shares(drawn[layer, head, 2 + i, 2:].tolist())
                 far += sum(share * math.dist(here, there) for share, there in zip(row, places, strict=True))
-            found = mean_distance(drawn, GEOMETRY)[layer, head].item()
+            found = mean_distance(drawn[..., 2:, 2:], patch_distances(GEOMETRY))[layer, head].item()
             assert found == pytest.approx(far / len(places), abs=1e-12)
-    assert mean_distance(torch.eye(GEOMETRY.num_tokens), GEOMETRY).item() == 0
+    assert mean_distance(torch.eye(GEOMETRY.num_patches), patch_distances(GEOMETRY)).item() == 0
 
 
 def test_cka_is_its_definition_on_gram_matrices() -> None:

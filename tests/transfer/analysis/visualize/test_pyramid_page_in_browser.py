@@ -1,0 +1,80 @@
+"""The page of a pyramid in a real browser: windows and reduced keys lie in the image where their layer has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import Page, browser, find_browser
+from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.student import write_student
+from graftvit.models.conversion import convert
+from graftvit.transfer.analysis.layer_maps import layer_maps
+from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
+from graftvit.transfer.analysis.visualize.visualize import visualize
+from pyramids import TINY, arguments, tiny
+from visualize_models import picture
+
+pytest.importorskip("websocket", reason="websocket-client is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+SIZE = (40, 24)
+
+
+def choose(page: Page, control: str, value: object) -> None:
+    page.run(
+        f"(() => {{ const c = document.getElementById('{control}'); c.value = '{value}'; "
+        "c.dispatchEvent(new Event('input', {bubbles: true})) })()"
+    )
+
+
+@pytest.mark.parametrize("kind", ["pvt", "swin"])
+def test_a_click_shows_what_the_layer_attends_to(kind: str, tmp_path: Path) -> None:
+    find_browser()
+    sources = {
+        "teacher": tiny(kind, SIZE),
+        "student": convert(tiny(kind, SIZE), "1: none; 2: linear", without=["bias"]),
+    }
+    for name, model in sources.items():
+        shown = Preprocessing.of(model, input_size=(3, *SIZE))
+        write_student(
+            model,
+            tmp_path / name,
+            architecture=TINY[kind][0],
+            model_args=arguments(kind, SIZE),
+            preprocessing=shown,
+        )
+    image = picture(tmp_path / "x.png", size=(24, 40))
+    student, teacher = (f"local-dir:{tmp_path / name}" for name in ("student", "teacher"))
+    index = visualize(student, [image], tmp_path / "out", teacher=teacher)
+    expected: dict[str, Any] = {}
+    for name in sources:
+        loaded = load_pretrained(f"local-dir:{tmp_path / name}")
+        tensor = to_tensor(read_images([image], loaded.preprocessing)[0].original, loaded.preprocessing)
+        expected[name] = layer_maps(loaded.model, tensor, range(4))
+    with browser(tmp_path) as page:
+        page.open(index)
+        assert page.run("document.querySelector('#layer').options[2].text").startswith("layer 2, stage ")
+        choose(page, "layer", 0)
+        page.click("#panel-teacher .stage", 5.5 / 6, 4.5 / 10)  # row 4, column 5 of the first stage
+        for layer in range(3):
+            choose(page, "layer", layer)
+            for name, maps in expected.items():
+                row = page.run(f"shownRow('{name}')")
+                if layer not in maps:
+                    assert row is None
+                    said = page.run(f"document.querySelector('#panel-{name} .told').textContent")
+                    assert said == "This layer has no attention."
+                    continue
+                rows, columns = maps[layer].places.geometry.grid
+                token = (4 * rows // 10) * columns + 5 * columns // 6
+                weights = maps[layer].dense()[0, :, token].mean(0).numpy()
+                np.testing.assert_allclose(row, weights, atol=weights.max() / 200)
+                canvas = f"document.querySelector('#panel-{name} canvas')"
+                size = page.run(f"[{canvas}.height, {canvas}.width]")
+                assert tuple(size) == maps[layer].places.grid
+        choose(page, "head", "rollout")
+        assert sum(page.run("shownRow('student')")) == pytest.approx(1, abs=0.02)
+        assert page.errors == []

@@ -1,0 +1,176 @@
+"""The attention map of each layer of a model, with the places of its keys.
+
+Maps are formed densely here, (B, H, N, M) a layer: this is for a handful of images, not for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...models.attention.base import Heads
+from ...models.converted import ConvertedAttention
+from ...models.copied import CopiedAttention
+from ...models.families import (
+    Site,
+    attention_blocks,
+    check_supported,
+    evaluating,
+    family_of,
+    is_pyramid,
+    sites,
+)
+from ...models.grid_hosts import GridHost, ReducedHost, WindowHost
+from ...models.host import AttentionHost, Given, observe, release_attention
+from ...models.hosting import Call, native_host, watch_layer
+from ...models.pyramid_conversion import sharing_copy
+from .key_places import Cells, KeyPlaces
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """A layer's map on some images, (B, H, N, M) in float32, and the places of its keys."""
+
+    weights: Tensor
+    places: KeyPlaces
+
+    def on_tokens(self) -> Tensor:
+        """Return the map over all tokens of the stage, (B, H, N, N)."""
+        return self.places.on_tokens(self.weights)
+
+    def dense(self) -> Tensor:
+        """Return the map over all keys of the layer: zero for those outside of a query's window."""
+        return self.weights if self.places.windows is None else self.on_tokens()
+
+
+@torch.no_grad()
+def layer_maps(model: nn.Module, images: Tensor, layers: Sequence[int]) -> dict[int, LayerMap]:
+    """Return the maps of layers by number, without those of blocks that have no attention.
+
+    The model runs in eval mode and is left as it was.
+
+    Raises UnsupportedModelError: a model of another kind.
+    """
+    if is_pyramid(model):
+        return _pyramid_maps(model, images, layers)
+    maps: dict[int, LayerMap] = {}
+    with _evaluating(model):
+        blocks = attention_blocks(model)
+        [geometry] = family_of(model).geometries(model, (images.shape[-2], images.shape[-1]))
+        hooks = [
+            _keep_map(blocks[layer].attn, partial(_keep, maps, layer, KeyPlaces(geometry)))
+            for layer in layers
+        ]
+        try:
+            model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return maps
+
+
+def key_count(model: nn.Module, site: Site) -> int:
+    """Return the number of keys of each query of a layer; 0 for a block without attention."""
+    attention = site.block(model).attn
+    if not site.num_heads:
+        return 0
+    if isinstance(attention, ConvertedAttention) or not is_pyramid(model):
+        return site.shape.geometry.num_tokens
+    host = attention if isinstance(attention, GridHost) else native_host(site.block(model))
+    return host.native_pairs(site.shape.geometry)[1]
+
+
+def softmax_map(heads: Heads) -> Tensor:
+    """Return the softmax map (B, H, N, M) of projections, in float32."""
+    q, k = heads.qk()
+    logits_BHNM = (q.float() @ k.float().transpose(-2, -1)) * heads.scale
+    if heads.bias is not None:
+        logits_BHNM = logits_BHNM + heads.bias.float()
+    return logits_BHNM.softmax(dim=-1)
+
+
+def _keep(maps: dict[int, LayerMap], layer: int, places: KeyPlaces, weights: Tensor) -> None:
+    maps[layer] = LayerMap(weights, places)
+
+
+def _keep_map(attention: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Keep the map that a layer of a plain transformer applies: of a copied layer the teacher's, where it copies it."""
+
+    def see(given: Given) -> None:
+        if isinstance(attention, ConvertedAttention):
+            keep(attention.operator.matrix(attention.project(*given)).float())
+        elif isinstance(attention, CopiedAttention):
+            keep(attention.operator.map(attention.project(*given)).float())
+        else:
+            keep(softmax_map(AttentionHost(attention).project(*given)))
+
+    return observe(attention, see)
+
+
+def _pyramid_maps(model: nn.Module, images: Tensor, layers: Sequence[int]) -> dict[int, LayerMap]:
+    """Return the maps of a pyramid. A copy runs that shares its weights, because hosts replace blocks of Swin."""
+    check_supported(model, pyramids=True)
+    twin, maps = sharing_copy(model).eval(), dict[int, LayerMap]()
+    for site in sites(twin):
+        if site.index in layers and site.num_heads:
+            watch_layer(twin, site, partial(_keep_pyramid_map, maps, site.index))
+    twin(images)
+    return maps
+
+
+def _keep_pyramid_map(maps: dict[int, LayerMap], index: int, host: AttentionHost, call: Call) -> None:
+    heads = host.heads_of(*call.inputs, **call.keywords)
+    geometry = heads.tokens()
+    if isinstance(host, ConvertedAttention):
+        maps[index] = LayerMap(host.operator.matrix(heads).float(), KeyPlaces(geometry))
+    elif isinstance(host, WindowHost):
+        maps[index] = _window_map(host, heads)
+    else:
+        places = KeyPlaces(geometry, cells=_cells(host, geometry.grid))
+        maps[index] = LayerMap(softmax_map(heads), places)
+
+
+def _window_map(host: WindowHost, heads: Heads) -> LayerMap:
+    geometry = heads.tokens()
+    windows = host.windows(geometry.grid)
+    padding = host._zero() if windows.is_padded else heads
+    q, k, v = (windows.cut(x, pad) for x, pad in zip(heads.qkv(), padding.qkv(), strict=True))
+    bias = host.window_bias(windows, q)
+    if bias is not None and bias.shape[0] > 1:
+        bias = bias.expand(len(heads.known), *bias.shape).flatten(0, 1)
+    places = KeyPlaces(geometry, windows)
+    by_window = softmax_map(Heads(q, k, v, bias, heads.scale))
+    return LayerMap(places.without_padding(windows.join(by_window)), places)
+
+
+def _cells(host: AttentionHost, grid: tuple[int, int]) -> Cells | None:
+    """Return how the keys of a layer are made of its tokens; None where every token is a key."""
+    assert isinstance(host, ReducedHost)
+    pool, reduction = host._modules.get("pool"), host._modules.get("sr")
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        side: Any = pool.output_size
+        return Cells((int(side), int(side)), None)
+    if isinstance(reduction, nn.Conv2d):
+        rows, columns = (int(step) for step in reduction.stride)
+        return Cells((grid[0] // rows, grid[1] // columns), (rows, columns))
+    return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a plain transformer into eval mode while inside; then restore the mode of each module."""
+    layers = [(block, block.attn) for block in attention_blocks(model)]
+    try:
+        check_supported(release_attention(model), copied=True)
+    finally:
+        for block, layer in layers:
+            block.attn = layer
+    with evaluating(model):
+        yield
