@@ -88,7 +88,7 @@ class AttentionHost(nn.Module):
             raise UnsupportedModelError(
                 "attn_mask and is_causal are not supported by a hosted attention layer"
             )
-        return self.merge(self.operator(self.project(x, rope, shared_rel_pos_bias)), x)
+        return self.merge(self.attend(self.project(x, rope, shared_rel_pos_bias)), x)
 
     def attend(self, heads: Heads) -> Tensor:
         """Return the output (B, H, N, D) before the heads are joined."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ...models.errors import ConfigError, did_you_mean
+from .. import benchmark_energy
 from ..flags import Parser, command_parser
 from ..say import say, say_aside
 from ..source_flags import SOURCE_HELP
@@ -25,6 +26,8 @@ ACTIONS = {
     "operators": "single attention operators on random projections, over the number of tokens",
     "models": "whole models, converted by one plan or several, over the image size",
 }
+ENERGY = ("energy", "--energy")
+"""The action that counts and measures nothing, which has a parser of its own."""
 EXAMPLES = (
     "graftvit benchmark operators",
     "graftvit benchmark operators --operators linear monarch 'kernel(feature=relu)' --tokens 196 1024 4096 --backward",
@@ -45,9 +48,12 @@ METHOD = (
 def run(argv: list[str]) -> int:
     """Measure operators or models."""
     if not argv or argv[0] in ("-h", "--help"):
-        text = "\n".join([*(f"{name}: {words}" for name, words in ACTIONS.items()), "", METHOD])
+        energy_words = "energy: multiplications, additions, energy and area of whole models; nothing is timed"
+        text = "\n".join([*(f"{name}: {words}" for name, words in ACTIONS.items()), energy_words, "", METHOD])
         command_parser("benchmark", text, EXAMPLES, usage="ACTION [--flag value ...]").print_help(sys.stdout)
         return 0 if argv else 2
+    if argv[0] in ENERGY:
+        return benchmark_energy.run(argv[1:])
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
     action, arguments = _parse(argv)
     if action == "operators":
@@ -59,6 +65,9 @@ def run(argv: list[str]) -> int:
 
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the models."""
+    if argv[:1] and argv[0] in ENERGY:
+        benchmark_energy.parse(argv[1:])
+        return Work()
     action, arguments = _parse(argv)
     if action == "operators":
         _operators(arguments)
@@ -70,7 +79,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
 def _parse(argv: list[str]) -> tuple[Kind, argparse.Namespace]:
     action, *rest = argv or [""]
     if action not in ACTIONS:
-        raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, ACTIONS)}")
+        raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, (*ACTIONS, 'energy'))}")
     parser = _operators_parser() if action == "operators" else _models_parser()
     return cast("Kind", action), parser.parse_args(rest)
 

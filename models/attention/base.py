@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .jacobian import jacobian_rows
+from .operations import Accounting, Operations
 from .projections import Projections as Projections
 from .terms import Term, term_rows
 
@@ -217,6 +218,14 @@ class AttentionOperator(nn.Module, ABC):
     @abstractmethod
     def macs(self, geometry: Geometry) -> int:
         """Return the multiply-adds of one image in this layer, without the projections."""
+
+    def operations(self, geometry: Geometry, accounting: Accounting = "true") -> Operations:
+        """Return the multiplications and additions of one image in this layer, without the projections.
+
+        Most operators have as many of one as of the other.
+        """
+        products = self.macs(geometry)
+        return Operations(products, products)
 
     def calibrate(self, heads: Heads, target_BHND: Tensor) -> None:
         """Set parameters so that the output for `heads` is near the teacher's, `target_BHND`, on a calibration batch.

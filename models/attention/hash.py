@@ -16,6 +16,7 @@ from .base import AttentionOperator, Fit, Geometry, Heads, LayerShape, Projectio
 from .hash_fit import PROPOSALS, correlation, learn_bits, objective, similar_pairs
 from .hash_start import STARTS
 from .kernels import precise
+from .operations import Accounting, Operations
 from .terms import LowRank, Sparse, Term
 
 MODES = ("exact", "reference")
@@ -133,6 +134,21 @@ class HashAttention(AttentionOperator):
         bits, anchors = self.weight.shape[1:]
         a_token = anchors * (self.shape.head_dim + bits) + 2 * bits * self.shape.head_dim + bits
         return geometry.num_tokens * a_token * self.shape.num_heads
+
+    def operations(self, geometry: Geometry, accounting: Accounting = "true") -> Operations:
+        """Return the operations of one image. Products with codes, zᵢ·zⱼ and zᵢ vⱼ, are additions alone.
+
+        The published count takes squared distances as additions, and leaves out unit vectors and their norms.
+        """
+        (bits, anchors), width = self.weight.shape[1:], self.shape.head_dim
+        if accounting == "published":
+            multiplications = 2 * anchors + anchors * bits + bits + 1 + width
+            additions = 2 * anchors * width + anchors * bits + 2 * bits + 2 * bits * width + width
+        else:
+            multiplications = 3 * width + anchors * width + anchors * bits
+            additions = 2 * width + anchors * width + anchors * bits + 2 * bits + 2 * bits * width
+        tokens = self.shape.num_heads * geometry.num_tokens
+        return Operations(tokens * multiplications, tokens * additions)
 
     def adopt(self, projections: Projections) -> None:
         """Set the query rows, which project queries and keys from now on, by the option `start`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .base import QKV, AttentionOperator, Geometry, Heads, Traits
 from .kernels import precise
+from .operations import Accounting, Operations
 from .terms import FirstRows, Term
 
 
@@ -43,6 +44,10 @@ class SoftmaxAttention(AttentionOperator):
 
     def macs(self, geometry: Geometry) -> int:
         return 2 * geometry.num_tokens**2 * self.shape.head_dim * self.shape.num_heads
+
+    def operations(self, geometry: Geometry, accounting: Accounting = "true") -> Operations:
+        scaled = self.shape.num_heads * geometry.num_tokens**2 if accounting == "published" else 0
+        return Operations(self.macs(geometry) + scaled, self.macs(geometry))
 
 
 def softmax_rows(heads: Heads, index: Tensor | slice) -> Tensor:
