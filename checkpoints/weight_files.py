@@ -66,7 +66,7 @@ def read_file(path: Path, inside: Path | None = None) -> Content:
 
 
 def _read(path: Path, kind: Kind) -> JsonDict:
-    """Of an archive only those numbers are read that are used: an optimizer's stay on the disk."""
+    """Read a file; of an archive only those numbers that are used: an optimizer's stay on the disk."""
     try:
         if kind == "safetensors":
             with safe_open(path, framework="pt") as file:

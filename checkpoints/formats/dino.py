@@ -23,7 +23,7 @@ ROPE_BASE = 100.0
 
 
 def _fold_class_position(weights: Weights) -> Weights:
-    """With registers, timm's positions are the patches' only: the class token's own is added to the token."""
+    """Add the class token's own position to the token: with registers, timm's positions are the patches' only."""
     tensors = dict(weights.tensors)
     position, token = tensors.get("pos_embed"), tensors.get("cls_token")
     if "register_tokens" not in tensors or position is None or token is None:

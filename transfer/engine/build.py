@@ -189,14 +189,14 @@ def check_settings(mode: Mode) -> None:
 
 
 def _data(config: RunConfig, weights: bool) -> DataConfig:
-    """The data as it is opened: a dry run downloads none, and starts no loader processes."""
+    """Return the data as it is opened: a dry run downloads none, and starts no loader processes."""
     return config.data if weights else config.data.model_copy(update={"download": False, "workers": 0})
 
 
 def _train_loader(
     mode: Mode, spec: Preprocessing, rank: int, world_size: int, *, absent: bool
 ) -> TrainLoader:
-    """The training set; where it may be `absent` and is, what stands in for it."""
+    """Return the training set; where it may be `absent` and is, what stands in for it."""
     config = mode.config
     data, labels = _data(config, weights=not absent), mode.needs_labels
     try:
@@ -218,7 +218,8 @@ def _check_data(mode: Mode, *, weights: bool) -> None:
 
 
 def _may_be_absent(mode: Mode) -> bool:
-    """Whether the run can be described without its training set, which only the machine that it will have may hold."""
+    """Return whether the run can be described without its training set, which only the machine that it will have may
+    hold."""
     data = mode.config.data
     if data.dataset == "digits" or (data.num_classes is None and mode.needs_labels):
         return False
@@ -229,7 +230,7 @@ def _may_be_absent(mode: Mode) -> bool:
 def _eval_loader(
     mode: Mode, spec: Preprocessing, train: TrainLoader, rank: int, world_size: int
 ) -> EvalLoader | None:
-    """The test images, labeled as the training images are; a run without labels may have none."""
+    """Return the test images, labeled as the training images are; a run without labels may have none."""
     if not mode.evaluates or isinstance(train, AbsentTrainLoader):
         return None
     data = mode.config.data.model_copy(update={"num_classes": train.num_classes or None})
@@ -241,7 +242,7 @@ def _eval_loader(
 def _teachers(
     mode: Mode, size: tuple[int, int], commits: Mapping[str, str | None], *, weights: bool
 ) -> dict[str, Pretrained]:
-    """The teachers by name, the one of the section `teacher` first."""
+    """Return the teachers by name, the one of the section `teacher` first."""
     config = mode.config
     reads = mode.reads_teacher and config.teacher.source is not None
     found = {DEFAULT_TEACHER: config.teacher} if reads else {}
@@ -271,7 +272,7 @@ def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, w
 def _student(
     mode: Mode, plan: StudentPlan, teacher: Pretrained | None, *, weights: bool
 ) -> tuple[nn.Module, JsonDict | None]:
-    """The student with its starting weights, and where these are from."""
+    """Return the student with its starting weights, and where these are from."""
     config = mode.config
     memory: AbstractContextManager[object] = nullcontext() if weights else without_memory()
     with memory:
@@ -328,7 +329,7 @@ def _start_from(
 
 
 def _calibration(config: RunConfig, spec: Preprocessing, *, weights: bool) -> Callable[[], Tensor | None]:
-    """The first images of the first process, on every process: all must match the same heads."""
+    """Return the first images of the first process, on every process: all must match the same heads."""
 
     def first_images() -> Tensor | None:
         if not weights:

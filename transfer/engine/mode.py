@@ -42,7 +42,7 @@ class Models:
         return Normalization(self.spec.mean, self.spec.std)
 
     def taught_by(self) -> Pretrained:
-        """The teacher of a mode that is taught, for which `Mode.check` asked."""
+        """Return the teacher of a mode that is taught, for which `Mode.check` asked."""
         if DEFAULT_TEACHER not in self.teachers:
             raise ConfigError("this mode needs a teacher: set teacher.source")
         return self.teachers[DEFAULT_TEACHER]
@@ -108,7 +108,7 @@ class Mode(ABC):
         return self.config.student.init or find_whole_name(self.config.student) or self.starts_from
 
     def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
-        """The student's head: that of the data set where it learns from labels.
+        """Return the student's head: that of the data set where it learns from labels.
 
         Without labels a head that comes with the weights stays as it is. A fresh one would stay random, so the student
         has no head. `whole` is the model that the student continues, where it is one.
@@ -129,7 +129,7 @@ class Mode(ABC):
     def plan(
         self, classes: int, teacher: Pretrained | None, spec: Preprocessing, whole: Pretrained | None
     ) -> StudentPlan:
-        """How the student is made."""
+        """Return how the student is made."""
         return plan_student(self.config.student, classes, teacher, spec, whole)
 
     def start_head(self, student: nn.Module) -> None:
@@ -138,7 +138,7 @@ class Mode(ABC):
 
     @abstractmethod
     def task(self, models: Models) -> Task:
-        """What a step computes."""
+        """Return what a step computes."""
 
     def freeze(self, trainable: nn.Module) -> None:
         """Leave to learn what `optim.trainable` names and a loss reaches.
@@ -148,7 +148,7 @@ class Mode(ABC):
         freeze(trainable, self.config.optim.trainable, keep_head=self.keeps_head)
 
     def default_metric(self, classified: bool) -> Metric:
-        """What picks the best state for `engine.metric=auto`; auto for the last state.
+        """Return what picks the best state for `engine.metric=auto`; auto for the last state.
 
         `classified` says whether the student's head can be scored by the labels of the test images.
         """
@@ -156,7 +156,7 @@ class Mode(ABC):
 
 
 def head_of(model: Pretrained | None) -> Head:
-    """The head that a model came with."""
+    """Return the head that a model came with."""
     if model is None or not model.has_head:
         return Head()
     return Head(vit(model.model).num_classes, model.label_names)

@@ -222,7 +222,7 @@ class Pretrain(Mode):
     def plan(
         self, classes: int, teacher: Pretrained | None, spec: Preprocessing, whole: Pretrained | None
     ) -> StudentPlan:
-        """The encoder: it ends in `norm`, which timm does not build for average pooling."""
+        """Return the encoder: it ends in `norm`, which timm does not build for average pooling."""
         student = self.config.student
         _refuse_pyramid(student.model, whole)
         pool = "token" if student.model_args.get("class_token", True) else ""
@@ -259,5 +259,5 @@ MODES: dict[str, type[Mode]] = {
 
 
 def mode_of(config: RunConfig) -> Mode:
-    """The mode of a run, with its settings."""
+    """Return the mode of a run, with its settings."""
     return MODES[config.mode](config)

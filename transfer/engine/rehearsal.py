@@ -43,7 +43,7 @@ class Footprint:
 
 
 def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint:
-    """The footprint of a first step with `parts`, which stay as they are.
+    """Return the footprint of a first step with `parts`, which stay as they are.
 
     An optimizer that this machine does not have is left out, unless the run would be `here`.
 
@@ -89,7 +89,7 @@ def target_bytes(config: RunConfig, parts: Parts) -> int:
 
 
 def _optimizer_slots(config: RunConfig, task: Task, here: bool) -> list[Any]:
-    """What the optimizer holds after a step."""
+    """Return what the optimizer holds after a step."""
     try:
         optimizer = create_optimizer(task, task.trainable, config.optim, 1e-3)
     except ConfigError:
@@ -117,7 +117,7 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 
 def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A tensor of the same shape on the CPU, where the kernels are that a step would have."""
+    """Return a tensor of the same shape on the CPU, where the kernels are that a step would have."""
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     if isinstance(tensor, nn.Parameter):
@@ -126,7 +126,7 @@ def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 def _batch(config: RunConfig, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Images and targets as the training set gives them."""
+    """Return images and targets as the training set gives them."""
     data, count = config.data, parts.train_loader.batch_size
     classes = parts.train_loader.num_classes
     if classes and (data.mixup > 0 or data.cutmix > 0):
@@ -138,7 +138,7 @@ def _batch(config: RunConfig, parts: Parts) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _kept(others: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors that autograd keeps inside, save those that share the memory of `others`."""
+    """Yield the list of the tensors that autograd keeps inside, save those that share the memory of `others`."""
     known = {tensor.untyped_storage()._cdata for tensor in others}
     kept: list[Tensor] = []
 
@@ -155,6 +155,6 @@ def _kept(others: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
-    """The memory of distinct storages."""
+    """Return the memory of distinct storages."""
     storages = {storage._cdata: storage.nbytes() for storage in (each.untyped_storage() for each in tensors)}
     return sum(storages.values())

@@ -50,17 +50,17 @@ class Position:
     """What a tracker knows the run by."""
 
     def meta(self) -> JsonDict:
-        """As JSON."""
+        """Return the position as JSON."""
         return asdict(self)
 
 
 def settings(config: RunConfig) -> JsonDict:
-    """The configuration as JSON."""
+    """Return the configuration as JSON."""
     return config.model_dump(mode="json")
 
 
 def check_same_run(saved: Json, config: RunConfig) -> None:
-    """Refuses to continue a run with another model, method, optimizer, data or seed.
+    """Refuse to continue a run with another model, method, optimizer, data or seed.
 
     `optim.accum_iter` is left to `elastic.check_spread`: it goes with the number of processes.
     Raises ConfigError naming the first setting that differs. `saved` is the meta part of a state.
@@ -75,7 +75,7 @@ def check_same_run(saved: Json, config: RunConfig) -> None:
 
 
 def changes(saved: Json, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ from those which the state with the meta part `saved` was made with."""
+    """Return the settings that differ from those which the state with the meta part `saved` was made with."""
     found = differences(saved["config"], settings(config))
     for name in _teachers(saved.get("origins") or {}):
         revision, commit = f"{name}.revision", commits_of(saved).get(name.removeprefix("teachers."))
@@ -128,7 +128,7 @@ def check_same_classes(saved: Json, names: Sequence[str] | None, folder: Path) -
 
 
 def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) -> None:
-    """Refuses to continue a run with another teacher behind the same path, or with images that are made in another way.
+    """Refuse to continue a run with another teacher behind the same path, or with images that are made in another way.
 
     What a state does not know, because an older version wrote it, is not compared.
 
@@ -169,18 +169,18 @@ def _differ(before: str | None, now: str | None) -> bool:
 
 
 def _same_commit(before: str | None, now: str | None, commit: str | None) -> bool:
-    """Whether one is the run's own config.yaml, which has the commit, and the other what it was started with."""
+    """Return whether one is the run's own config.yaml, which has the commit, and the other what it was started with."""
     return now == commit or (before == commit and now is None)
 
 
 def _teachers(origins: Json) -> dict[str, Json]:
-    """What is known of the teachers, by their sections."""
+    """Return what is known of the teachers, by their sections."""
     further = {f"teachers.{name}": each for name, each in (origins.get("teachers") or {}).items()}
     return {"teacher": origins.get("teacher") or {}, **further}
 
 
 def commits_of(saved: Json) -> dict[str, str | None]:
-    """The commits on the hub that the teachers were loaded at when the run began, by name."""
+    """Return the commits on the hub that the teachers were loaded at when the run began, by name."""
     found = _teachers(saved.get("origins") or {})
     return {name.removeprefix("teachers."): each.get("revision") for name, each in found.items()}
 
@@ -198,7 +198,7 @@ def _flat(tree: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_length(position: Position, total_steps: int) -> None:
-    """Refuses a run that is now shorter than what it has done."""
+    """Refuse a run that is now shorter than what it has done."""
     if position.step > total_steps:
         raise ConfigError(
             f"optim.epochs or optim.max_steps asks for {total_steps} steps, "

@@ -47,7 +47,7 @@ def score(parts: Parts, average: WeightAverage | None, accelerator: Accelerator)
 
 
 def best_value(choice: Criterion, metrics: dict[str, float]) -> float:
-    """The number that picks the best state: the average's where there is one."""
+    """Return the number that picks the best state: the average's where there is one."""
     return metrics.get(f"test_ema_{choice.key}", metrics[f"test_{choice.key}"])
 
 
@@ -104,7 +104,7 @@ def _measured(
 
 
 def _by_name(parts: Parts, loader: EvalLoader) -> Predictor:
-    """The student's logits, in the order that the labels have where it has the same classes."""
+    """Return the student's logits, in the order that the labels have where it has the same classes."""
     predict, names = parts.task.predict, parts.plan.label_names
     columns = places(names, loader.class_names) if parts.classified else None
     return predict if columns is None else lambda images: predict(images)[:, columns]
@@ -128,7 +128,7 @@ def _against(parts: Parts, accelerator: Accelerator) -> Against | None:
 def _objectives(
     task: Task, loader: EvalLoader, average: WeightAverage | None, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The mean of the run's own loss over the test images, the same draws each time."""
+    """Return the mean of the run's own loss over the test images, the same draws each time."""
     numbers = {"test_objective": _objective(task, loader, accelerator)}
     if average is not None:
         with average.applied():

@@ -21,7 +21,7 @@ Losses = dict[str, Tensor]
 
 
 def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy in float32, mean over the batch; logits (B, C).
+    """Return cross-entropy in float32, mean over the batch; logits (B, C).
 
     Class indices (B,) get label `smoothing`. Probabilities (B, C), from mixup, are smoothed already.
     """
@@ -74,10 +74,10 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        """Losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
+        """Return losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, classes), or features (B, D) of a student without a head."""
+        """Return logits (B, classes), or features (B, D) of a student without a head."""
         logits: Tensor = self.trainable(images)
         return logits
 
@@ -121,7 +121,7 @@ class TransferTask(Task):
         return self.dual
 
     def forward(self, images: Tensor, targets: Tensor, *taught: Mapping[str, Tensor]) -> Losses:
-        """Losses of images; with `taught`, which the teachers gave for them before, no teacher runs."""
+        """Return losses of images; with `taught`, which the teachers gave for them before, no teacher runs."""
         output = self.dual(images, *taught)
         if self.task_weight == 0:
             return {"loss": output.transfer_loss, **output.parts}
@@ -190,6 +190,6 @@ class PretrainTask(Task):
         return {"loss": self.student(images)}
 
     def predict(self, images: Tensor) -> Tensor:
-        """The encoder's features of whole images."""
+        """Return the encoder's features of whole images."""
         features: Tensor = self.backbone(images)
         return features

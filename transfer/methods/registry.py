@@ -32,7 +32,7 @@ _registered: dict[str, TransferMethod] = {}
 
 
 def method_names() -> tuple[str, ...]:
-    """The values that `transfer.method` takes."""
+    """Return the values that `transfer.method` takes."""
     return (*_MODULES, *_registered)
 
 
