@@ -20,22 +20,23 @@ from .attention.ttt import TTTAttention
 from .attention.uniform import UniformAttention
 from .attention.window import NeighborhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
+from .json_types import JsonDict
 from .layer_plan import KEEP, Choice
 from .programs.found import FOUND
 
 OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "softmax": SoftmaxAttention,
     "kernel": KernelAttention,
-    "linear": partial(KernelAttention, feature="elu", centre=True),
-    "performer": partial(KernelAttention, feature="favor", centre=True),
-    "hedgehog": partial(KernelAttention, feature="hedgehog", centre=True),
-    "t2r": partial(KernelAttention, feature="t2r", centre=True),
-    "focused": partial(KernelAttention, feature="focused", local="v", centre=True),
-    "cosformer": partial(KernelAttention, feature="cosine", centre=True),
+    "linear": partial(KernelAttention, feature="elu", center=True),
+    "performer": partial(KernelAttention, feature="favor", center=True),
+    "hedgehog": partial(KernelAttention, feature="hedgehog", center=True),
+    "t2r": partial(KernelAttention, feature="t2r", center=True),
+    "focused": partial(KernelAttention, feature="focused", local="v", center=True),
+    "cosformer": partial(KernelAttention, feature="cosine", center=True),
     "inline": partial(
-        KernelAttention, feature="identity", normaliser="inline", local="v", local_size=3, centre=True
+        KernelAttention, feature="identity", normalizer="inline", local="v", local_size=3, center=True
     ),
-    "mala": partial(KernelAttention, feature="elu", normaliser="mala", local="v", centre=True),
+    "mala": partial(KernelAttention, feature="elu", normalizer="mala", local="v", center=True),
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,
     "agent": AgentAttention,
@@ -71,6 +72,10 @@ def register_operator(name: str, create: Callable[..., AttentionOperator]) -> No
     OPERATORS[name] = create
 
 
+RENAMED = {"centre": "center", "normaliser": "normalizer"}
+"""Older spellings of options, which plans of saved models may have."""
+
+
 def options_of(name: str) -> list[str]:
     """Return the names of an operator's options."""
     return list(inspect.signature(OPERATORS[name]).parameters)[1:]
@@ -83,7 +88,7 @@ def check_choice(choice: Choice) -> None:
             f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
         )
     valid = options_of(choice.operator)
-    for name, value in choice.options.items():
+    for name, value in _options(choice).items():
         if name not in valid:
             known = did_you_mean(name, valid) if valid else "it has none"
             raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
@@ -99,4 +104,13 @@ def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
     Raises ConfigError: the operator, an option or its value is invalid.
     """
     check_choice(choice)
-    return OPERATORS[choice.operator](shape, **choice.options)
+    return OPERATORS[choice.operator](shape, **_options(choice))
+
+
+def _options(choice: Choice) -> JsonDict:
+    """Return the options under the names that the operator has."""
+    own = options_of(choice.operator)
+    return {
+        RENAMED[name] if name not in own and RENAMED.get(name) in own else name: value
+        for name, value in choice.options.items()
+    }

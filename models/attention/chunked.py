@@ -34,18 +34,18 @@ def in_chunks(x_BHND: Tensor, num_features: int) -> bool:
 
 
 def chunked_attention(
-    features: ChunkedFeatures, q: Tensor, k: Tensor, v: Tensor, centre: bool, least: float
+    features: ChunkedFeatures, q: Tensor, k: Tensor, v: Tensor, center: bool, least: float
 ) -> Tensor:
     """Return Sᵀφ(q) / max(z, N least), (B, H, N, D) in the dtype of v.
 
-    `centre` subtracts the mean key from all keys first.
+    `center` subtracts the mean key from all keys first.
     """
     least *= k.shape[2]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        learned: Tensor = _ChunkedAttention.apply(features, centre, least, q, k, v)
+        learned: Tensor = _ChunkedAttention.apply(features, center, least, q, k, v)
         return learned
     with _no_autocast(q):
-        return _attend(features, _chunks(features, q), centre, least, q, k, v, learned=False).out
+        return _attend(features, _chunks(features, q), center, least, q, k, v, learned=False).out
 
 
 class _Saved(NamedTuple):
@@ -67,11 +67,11 @@ class _Saved(NamedTuple):
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: ChunkedFeatures, centre: bool, least: float, q: Tensor, k: Tensor, v: Tensor
+        ctx: Any, features: ChunkedFeatures, center: bool, least: float, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         chunks = _chunks(features, q)
         with _no_autocast(q):
-            saved = _attend(features, chunks, centre, least, q, k, v, learned=True)
+            saved = _attend(features, chunks, center, least, q, k, v, learned=True)
         ctx.features, ctx.chunks, ctx.least = features, chunks, least
         ctx.save_for_backward(q, k, v, *saved)
         return saved.out
@@ -91,7 +91,7 @@ class _ChunkedAttention(torch.autograd.Function):
 def _attend(
     features: ChunkedFeatures,
     chunks: list[Chunk],
-    centre: bool,
+    center: bool,
     least: float,
     q: Tensor,
     k: Tensor,
@@ -102,7 +102,7 @@ def _attend(
     width = features.num_features
     kept = learned and (len(chunks) == 1 or (width <= q.shape[3] and not features.rescaled))
     q_features, k_features = (empty_tokens(x, width) if kept else None for x in (q, k))
-    mean_BH1D = k.mean(2, keepdim=True, dtype=sum_dtype(k)) if centre else None
+    mean_BH1D = k.mean(2, keepdim=True, dtype=sum_dtype(k)) if center else None
     sums_BHFD, total_BH1F = _key_sums(features, chunks, k, v, mean_BH1D, k_features)
     out, z_BHN1 = torch.empty_like(v), empty_tokens(q, 1)
     for chunk in chunks:
@@ -129,7 +129,7 @@ def _key_sums(
     """Return S and m, (B, H, F, D) and (B, H, 1, F)."""
     sums_BHFD, total_BH1F = _Sums(), _Sums()
     for chunk in chunks:
-        x = _centred(features, k, mean_BH1D, chunk)
+        x = _centered(features, k, mean_BH1D, chunk)
         keys, factor = features.first_keys(x, chunk, _memory(features, k_features, chunk, x))
         sums_BHFD.add(chunk, keys.mT @ precise(chunk.of(v)), factor)
         total_BH1F.add(chunk, keys.sum(2, keepdim=True), factor)
@@ -182,7 +182,7 @@ def _key_gradients(
         if saved.k_features is not None and features.by_features:
             x = precise(chunk.of(k))
         else:
-            x = _centred(features, k, saved.mean, chunk)
+            x = _centered(features, k, saved.mean, chunk)
         if saved.k_features is None:
             keys = features.keys(x, chunk, _memory(features, None, chunk, x))
         else:
@@ -234,7 +234,7 @@ def _chunks(features: ChunkedFeatures, x_BHND: Tensor) -> list[Chunk]:
     ]
 
 
-def _centred(features: ChunkedFeatures, k: Tensor, mean_BH1D: Tensor | None, chunk: Chunk) -> Tensor:
+def _centered(features: ChunkedFeatures, k: Tensor, mean_BH1D: Tensor | None, chunk: Chunk) -> Tensor:
     keys = precise(chunk.of(k))
     if mean_BH1D is None:
         return keys

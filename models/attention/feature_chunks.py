@@ -37,7 +37,7 @@ class ChunkedFeatures(ABC):
     """
 
     by_features = False
-    """The gradients are functions of the features: they do not read the tokens, which are then not centred."""
+    """The gradients are functions of the features: they do not read the tokens, which are then not centered."""
     rescaled = False
     """Sums of earlier chunks of keys get a factor, so the features of a chunk depend on the chunks before it."""
 

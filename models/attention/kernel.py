@@ -41,10 +41,10 @@ class KernelAttention(AttentionOperator):
     The options combine freely:
 
     feature:    φ, one of FEATURES; `num_features` sets its width if the map allows it.
-    normaliser: how to compute A from φ(q)·φ(k), one of NORMALIZERS.
+    normalizer: how to compute A from φ(q)·φ(k), one of NORMALIZERS.
     local:      "v" adds a depthwise convolution of the values to A V; "qk" adds to queries and keys a convolution of
                 themselves before φ. `local_size` is the side of its window (default: 5 for v, 3 for qk).
-    centre:     subtract the mean key from all keys first. Softmax attention is invariant to it, a kernel is not, and
+    center:     subtract the mean key from all keys first. Softmax attention is invariant to it, a kernel is not, and
                 keys of pretrained models have a large common mean.
 
     Features, normalizers and sums are computed in float32 or better. Sums and means ignore padding (`Heads.key_mask`).
@@ -56,33 +56,33 @@ class KernelAttention(AttentionOperator):
         self,
         shape: LayerShape,
         feature: str = "elu",
-        normaliser: str = "sum",
+        normalizer: str = "sum",
         local: str = "none",
-        centre: bool = False,
+        center: bool = False,
         num_features: int | None = None,
         local_size: int | None = None,
     ) -> None:
         super().__init__(shape)
         _check("feature", feature, FEATURES)
-        _check("normaliser", normaliser, NORMALIZERS)
+        _check("normalizer", normalizer, NORMALIZERS)
         _check("local", local, LOCAL)
-        if not isinstance(centre, bool):
-            raise ConfigError(f"plan: centre={centre}; write true or false")
+        if not isinstance(center, bool):
+            raise ConfigError(f"plan: center={center}; write true or false")
         self.feature = FEATURES[feature](shape, num_features)
-        self.normaliser = NORMALIZERS[normaliser]
-        if self.normaliser.divides and not self.feature.nonnegative:
+        self.normalizer = NORMALIZERS[normalizer]
+        if self.normalizer.divides and not self.feature.nonnegative:
             raise ConfigError(
-                f"plan: feature={feature} can be negative, and normaliser={normaliser} divides by sums of it; "
-                "use normaliser=inline"
+                f"plan: feature={feature} can be negative, and normalizer={normalizer} divides by sums of it; "
+                "use normalizer=inline"
             )
-        self.centre = centre
+        self.center = center
         self.v_conv, self.q_conv, self.k_conv = _convolutions(shape, local, local_size)
 
     @property
     def traits(self) -> Traits:
         return Traits(
-            nonnegative=self.feature.nonnegative and self.normaliser.nonnegative,
-            row_stochastic=self.feature.positive or not self.normaliser.divides,
+            nonnegative=self.feature.nonnegative and self.normalizer.nonnegative,
+            row_stochastic=self.feature.positive or not self.normalizer.divides,
             needs_grid=self.feature.needs_grid or self.v_conv is not None or self.q_conv is not None,
             key_mask=True,
             graph_any_grid=not self.feature.needs_grid,
@@ -92,14 +92,14 @@ class KernelAttention(AttentionOperator):
         v_BHND = heads.values()
         chunks = self._chunks(heads)
         if chunks is not None:
-            return chunked_attention(chunks, *heads.qkv(), centre=self.centre, least=EPSILON)
+            return chunked_attention(chunks, *heads.qkv(), center=self.center, least=EPSILON)
         with torch.autocast(v_BHND.device.type, enabled=False):
             q_BHNF, k_BHNF = self.features(heads)
             values, num = precise(v_BHND), _num_keys(k_BHNF, heads)
             products = k_BHNF.transpose(2, 3) @ values / num
-            mean = mean_of_keys(without_padding(values, heads), heads) if self.normaliser.extra else None
+            mean = mean_of_keys(without_padding(values, heads), heads) if self.normalizer.extra else None
             sums = Sums(products, mean_of_keys(k_BHNF, heads), mean)
-            out = self.normaliser.output(q_BHNF, sums, heads.scale)
+            out = self.normalizer.output(q_BHNF, sums, heads.scale)
         return out.to(v_BHND.dtype)
 
     def local(self, heads: Heads) -> Tensor | None:
@@ -117,7 +117,7 @@ class KernelAttention(AttentionOperator):
         """Return φ(q) and φ(k), (B, H, N, F), in float32 or better; φ(k) is zero at padding."""
         q, k, v = heads.qkv()
         q, k = precise(q), without_padding(precise(k), heads)
-        if self.centre:
+        if self.center:
             k = without_padding(k - mean_of_keys(k, heads), heads)
         if self.q_conv is not None and self.k_conv is not None:
             q = q + self.q_conv(without_padding(q, heads), heads.tokens())
@@ -127,7 +127,7 @@ class KernelAttention(AttentionOperator):
 
     def macs(self, geometry: Geometry) -> int:
         features = self.feature.num_features(geometry)
-        sums = 2 * (features + self.normaliser.extra) * self.shape.head_dim + features
+        sums = 2 * (features + self.normalizer.extra) * self.shape.head_dim + features
         a_token = sums + 2 * self.feature.macs_per_token
         convolutions = [conv for conv in (self.v_conv, self.q_conv, self.k_conv) if conv is not None]
         local = sum(conv.macs(geometry) for conv in convolutions)
@@ -156,7 +156,7 @@ class KernelAttention(AttentionOperator):
 
     def _chunks(self, heads: Heads) -> ChunkedFeatures | None:
         """Return the features in chunks, if this operator, these tokens and the compiler can use them."""
-        plain = self.q_conv is None and heads.key_mask is None and self.normaliser is NORMALIZERS["sum"]
+        plain = self.q_conv is None and heads.key_mask is None and self.normalizer is NORMALIZERS["sum"]
         if not plain or torch.compiler.is_compiling():
             return None
         num_features = self.feature.num_features(heads.geometry or self.shape.geometry)
@@ -166,7 +166,7 @@ class KernelAttention(AttentionOperator):
         """Return the factors L and R / N of the map; R is zero at padding."""
         q_BHNF, k_BHNF = self.features(heads)
         mean_BH1F = mean_of_keys(k_BHNF, heads)
-        left, right = self.normaliser.factors(q_BHNF, k_BHNF, mean_BH1F, heads.scale)
+        left, right = self.normalizer.factors(q_BHNF, k_BHNF, mean_BH1F, heads.scale)
         return left, without_padding(right, heads) / _num_keys(right, heads)
 
 

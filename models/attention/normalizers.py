@@ -74,8 +74,8 @@ def sum_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
 def inline_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
     """Return A V for the map of `inline`."""
     assert sums.values is not None
-    centred = sums.products - sums.keys.transpose(2, 3) * sums.values
-    return q_BHNF @ (scale * centred) + sums.values
+    centered = sums.products - sums.keys.transpose(2, 3) * sums.values
+    return q_BHNF @ (scale * centered) + sums.values
 
 
 def mala_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:

@@ -50,8 +50,8 @@ def dense(model: Any, x: Tensor) -> Tensor:
     state = model.state_dict()
 
     def norm(x: Tensor, name: str, eps: float) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        normed = centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt()
         return normed * state[f"{name}.weight"] + state[f"{name}.bias"]
 
     def linear(x: Tensor, name: str) -> Tensor:

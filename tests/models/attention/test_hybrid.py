@@ -29,7 +29,7 @@ def kernel_pairs(heads: Heads) -> Tensor:
     return (torch.nn.functional.elu(q) + 1) @ (torch.nn.functional.elu(k) + 1).transpose(2, 3)
 
 
-def test_joint_is_one_normaliser_over_what_is_inside_and_outside() -> None:
+def test_joint_is_one_normalizer_over_what_is_inside_and_outside() -> None:
     operator: Any = Case("hybrid", {"combine": "joint", "window": 4}).build(GEOMETRY)
     heads = draw(GEOMETRY)
     q, k, v = heads.qkv()

@@ -107,13 +107,13 @@ EQUATIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
-def normalized(weights: Tensor, normaliser: str, scale: float) -> Tensor:
+def normalized(weights: Tensor, normalizer: str, scale: float) -> Tensor:
     tokens = weights.shape[-1]
-    if normaliser == "sum":
+    if normalizer == "sum":
         return weights / weights.sum(-1, keepdim=True).clamp_min(1e-6 * tokens)
     weights = scale * weights
     z = weights.mean(-1, keepdim=True)
-    if normaliser == "inline":
+    if normalizer == "inline":
         return (weights + 1 - z) / tokens
     return (weights * (1 + 1 / z) - z) / tokens
 
@@ -126,14 +126,14 @@ def test_every_feature_map_has_its_equation() -> None:
     assert set(EQUATIONS) == set(FEATURES)
 
 
-@pytest.mark.parametrize("normaliser", ["sum", "inline", "mala"])
+@pytest.mark.parametrize("normalizer", ["sum", "inline", "mala"])
 @pytest.mark.parametrize("feature", EQUATIONS)
-def test_the_map_is_the_equation(feature: str, normaliser: str) -> None:
-    if feature == "identity" and normaliser != "inline":
+def test_the_map_is_the_equation(feature: str, normalizer: str) -> None:
+    if feature == "identity" and normalizer != "inline":
         pytest.skip("refused")
-    operator, heads = build(feature=feature, normaliser=normaliser), draw(GEOMETRY, seed=4)
+    operator, heads = build(feature=feature, normalizer=normalizer), draw(GEOMETRY, seed=4)
     q, k, v = heads.qkv()
-    weights = normalized(EQUATIONS[feature](operator.feature, q, k), normaliser, heads.scale)
+    weights = normalized(EQUATIONS[feature](operator.feature, q, k), normalizer, heads.scale)
     torch.testing.assert_close(operator.matrix(heads), weights, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(operator(heads), weights @ v, rtol=1e-8, atol=1e-10)
 
@@ -150,7 +150,7 @@ def test_a_shift_of_all_keys_changes_nothing(name: str) -> None:
     local = Case(name, {"local": "qk"}).build(GEOMETRY)
     torch.testing.assert_close(local(heads.with_qkv(q, k + shift, v)), local(heads), rtol=1e-7, atol=1e-9)
     if name != "inline":
-        plain = Case(name, {"centre": False}).build(GEOMETRY)
+        plain = Case(name, {"center": False}).build(GEOMETRY)
         assert not torch.allclose(plain(heads.with_qkv(q, k + shift, v)), plain(heads), atol=1e-3)
 
 
@@ -291,15 +291,15 @@ def test_cost_counts_convolutions_and_wider_features() -> None:
     ("options", "message"),
     [
         ({"feature": "elu1"}, "plan: feature=elu1; did you mean 'elu'"),
-        ({"normaliser": "summ"}, "plan: normaliser=summ; did you mean 'sum'"),
+        ({"normalizer": "summ"}, "plan: normalizer=summ; did you mean 'sum'"),
         ({"local": "kv"}, "plan: local=kv"),
         ({"local": "v", "local_size": 4}, "local_size=4 is not an odd number"),
         ({"local_size": 3}, "local_size=3 needs local=v or local=qk"),
         ({"num_features": 4}, "num_features=4: this feature map"),
         ({"feature": "favor", "num_features": 0}, "num_features=0 is not a positive whole number"),
-        ({"feature": "identity"}, "use normaliser=inline"),
-        ({"feature": "identity", "normaliser": "mala"}, "use normaliser=inline"),
-        ({"centre": "yess"}, "centre=yess; write true or false"),
+        ({"feature": "identity"}, "use normalizer=inline"),
+        ({"feature": "identity", "normalizer": "mala"}, "use normalizer=inline"),
+        ({"center": "yess"}, "center=yess; write true or false"),
     ],
     ids=str,
 )

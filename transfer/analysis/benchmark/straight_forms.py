@@ -43,16 +43,16 @@ def kernel(operator: AttentionOperator, heads: Heads) -> Tensor:
     """φ(q) (φ(k)ᵀ v), divided by φ(q) · Σ φ(k), or in the form of InLine or of MALA."""
     own = cast(KernelAttention, operator)
     q, k, v = heads.qkv()
-    if own.centre:
+    if own.center:
         k = k - k.mean(2, keepdim=True)
     q, k = own.feature(heads.with_qkv(q, k, v))
     products: Tensor = q @ (k.transpose(2, 3) @ v)
     sums: Tensor = q @ k.sum(2, keepdim=True).transpose(2, 3)
-    if own.normaliser is NORMALIZERS["sum"]:
+    if own.normalizer is NORMALIZERS["sum"]:
         return products / sums
     tokens, mean = v.shape[2], v.mean(2, keepdim=True)
     signed: Tensor = heads.scale * (products - sums * mean) / tokens
-    if own.normaliser is NORMALIZERS["inline"]:
+    if own.normalizer is NORMALIZERS["inline"]:
         return signed + mean
     return products / sums + signed
 
