@@ -15,13 +15,16 @@ from torch import Tensor
 
 from ....models.attention.agent import AgentAttention
 from ....models.attention.base import AttentionOperator, Heads
+from ....models.attention.hybrid import HybridAttention
 from ....models.attention.kernel import KernelAttention
 from ....models.attention.linformer import LinformerAttention
+from ....models.attention.monarch import MonarchAttention
 from ....models.attention.normalizers import NORMALIZERS
 from ....models.attention.nystrom import NystromAttention, pseudo_inverse
 from ....models.attention.pooling import PooledAttention, mean_weights
+from ....models.attention.ttt import NORM_EPSILON, TTTAttention
 from ....models.attention.uniform import UniformAttention
-from ....models.attention.window import WindowAttention
+from ....models.attention.window import TileTables, WindowAttention
 
 Form: TypeAlias = Callable[[Heads], Tensor]
 
@@ -88,16 +91,51 @@ def nystrom(operator: AttentionOperator, heads: Heads) -> Tensor:
 
 def window(operator: AttentionOperator, heads: Heads) -> Tensor:
     """Gather the tiles, attend within each by torch's fused attention, and put the tokens back."""
+    return _tiles(cast(WindowAttention, operator).tables, heads)
+
+
+def hybrid(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """Σ_b g_b A_b v with g = softmax_b(q W + β), over windows, dilated windows and a kernel."""
+    own = cast(HybridAttention, operator)
+    q, _ = heads.qk()
+    gates = (q @ own.gate_weight + own.gate_bias).softmax(-1).unbind(-1)
+    outs = [_tiles(cast(TileTables, tables), heads) for tables in own.tables]
+    outs.append(kernel(cast(KernelAttention, own.kernel), heads))
+    return torch.stack([gate[..., None] * out for gate, out in zip(gates, outs, strict=True)]).sum(0)
+
+
+def ttt(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """f_{W + g}(q) with f_W(x) = (silu(x W₁) ⊙ x W₂) W₃ and g the gradient of (s/N) Σ_j v_j · f_W(k_j)."""
+    own = cast(TTTAttention, operator)
     q, k, v = heads.qkv()
-    (queries, keys, sees, place), masked = cast(WindowAttention, operator).tables(heads.tokens(), q.device)
-    tiles = [
-        x.index_select(2, index.flatten()).unflatten(2, tuple(index.shape)).flatten(0, 1)
-        for x, index in ((q, queries), (k, keys), (v, keys))
-    ]
-    mask = sees.unsqueeze(0) if masked else None
-    out = F.scaled_dot_product_attention(tiles[0], tiles[1], tiles[2], attn_mask=mask, scale=heads.scale)
-    tiled: Tensor = out.unflatten(0, q.shape[:2]).flatten(2, 3)
-    return tiled.index_select(2, place)
+    grid = heads.tokens()
+    k = (k - k.mean(2, keepdim=True)) / (k.var(2, correction=0, keepdim=True) + NORM_EPSILON).sqrt()
+    q, k = q + own.q_conv(q, grid), k + own.k_conv(k, grid)
+    v = v * heads.scale / v.shape[2]
+    gate, linear, hidden = k @ own.gated, k @ own.linear, v @ own.out.mT
+    sigmoid = gate.sigmoid()
+    gated = own.gated + k.mT @ (hidden * linear * sigmoid * (1 + gate * (1 - sigmoid)))
+    linear_weight = own.linear + k.mT @ (hidden * gate * sigmoid)
+    out_weight = own.out + (gate * sigmoid * linear).mT @ v
+    out: Tensor = (F.silu(q @ gated) * (q @ linear_weight)) @ out_weight
+    return out
+
+
+def monarch(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """Σ_k L(j, l, k) Σ_i R(k, j, i) v(k, i): the best R for L, then the best L for R, from L = 1."""
+    own = cast(MonarchAttention, operator)
+    block = own.block or heads.tokens().grid[1]
+    q, k, v = (x.unflatten(2, (-1, block)) for x in heads.qkv())
+    q = heads.scale * q
+    blocks = torch.eye(q.shape[2]).to(q).expand(*q.shape[:2], block, -1, -1)
+    for _ in range(own.steps):
+        means = torch.einsum("bhjlk,bhljd->bhkjd", blocks / blocks.sum(3, keepdim=True), q)
+        logs = torch.einsum("bhkjd,bhkid->bhkji", means, k).log_softmax(-1)
+        within = logs.exp()
+        entropy = -(within * logs).sum(-1)
+        scores = torch.einsum("bhljd,bhkjd->bhjlk", q, within @ k)
+        blocks = (scores + entropy.mT[:, :, :, None]).softmax(-1)
+    return torch.einsum("bhjlk,bhkjd->bhljd", blocks, within @ v).flatten(2, 3)
 
 
 def uniform(operator: AttentionOperator, heads: Heads) -> Tensor:
@@ -112,6 +150,9 @@ FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor
     AgentAttention: agent,
     NystromAttention: nystrom,
     WindowAttention: window,
+    HybridAttention: hybrid,
+    TTTAttention: ttt,
+    MonarchAttention: monarch,
     UniformAttention: uniform,
 }
 
@@ -121,3 +162,16 @@ def _cells(operator: PooledAttention, heads: Heads) -> tuple[Tensor, Tensor]:
     v = heads.values()
     means = mean_weights(heads.tokens(), operator.cells(heads.tokens())).to(v)
     return means, torch.count_nonzero(means, 1).to(v.dtype).log()
+
+
+def _tiles(tables: TileTables, heads: Heads) -> Tensor:
+    q, k, v = heads.qkv()
+    (queries, keys, sees, place), masked = tables(heads.tokens(), q.device)
+    tiles = [
+        x.index_select(2, index.flatten()).unflatten(2, tuple(index.shape)).flatten(0, 1)
+        for x, index in ((q, queries), (k, keys), (v, keys))
+    ]
+    mask = sees.unsqueeze(0) if masked else None
+    out = F.scaled_dot_product_attention(tiles[0], tiles[1], tiles[2], attn_mask=mask, scale=heads.scale)
+    tiled: Tensor = out.unflatten(0, q.shape[:2]).flatten(2, 3)
+    return tiled.index_select(2, place)
