@@ -165,7 +165,7 @@ def _with_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[st
     name = split_model_name_tag(architecture)[0]
     plan = plan_of(model)
     if plan is None:
-        return name, constructor_arguments(name, arguments)
+        return name, constructor_arguments(name, {**arguments, **pyramid_arguments(model)})
     of_plan = {} if name == CONVERTED else {"architecture": name, "plan": plan}
     own = {**pyramid_arguments(model), "plan_size": plan_size(model)}
     return CONVERTED, {**of_plan, **arguments, **own}

@@ -6,15 +6,16 @@ alpha = 2 rank, as in LoLCATs (arXiv 2410.10254: rank 8, alpha 16).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
-from .families import attention_blocks, check_supported, classifier_of
+from .families import check_supported, classifier_of, sites
 
 SCALE = 2
-PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
+PROJECTIONS = ("qkv", "q", "kv", "q_proj", "k_proj", "v_proj", "proj")
 BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -22,26 +23,29 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Add adapters to every attention projection of `model`, in place, and freeze all parameters but the adapters, the
     head and the operators of converted layers.
 
-    Raises ConfigError: peft is not installed. UnsupportedModelError: the model is no plain vision
-    transformer, or a layer stores its biases apart from its weight.
+    Raises ConfigError: peft is not installed. UnsupportedModelError: the model is of no supported family, or a layer
+    stores its biases apart from its weight.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("optim.lora needs peft, not installed: pip install 'graftvit[lora]'") from error
     try:
-        check_supported(model)
+        check_supported(model, pyramids=True)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"optim.lora: {error}") from error
-    for index, block in enumerate(attention_blocks(model)):
-        if getattr(block.attn, "q_bias", None) is not None:
+    places = sites(model)
+    for site in places:
+        layer = site.block(model).attn
+        if any(getattr(layer, f"{part}_bias", None) is not None for part in ("q", "v")):
             raise UnsupportedModelError(
-                f"optim.lora: layer {index} stores the biases of q and v apart from their weight (BEiT, EVA), so "
-                "adapters would have no effect; remove optim.lora, or choose parameters with optim.trainable"
+                f"optim.lora: layer {site.index} stores the biases of q and v apart from their weight (BEiT, EVA, "
+                "Swin V2), so adapters would have no effect; remove optim.lora, or choose parameters with "
+                "optim.trainable"
             )
     learned = [name for name, _ in model.named_parameters() if ".operator." in name or _is_head(model, name)]
-    names = "|".join(PROJECTIONS)
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=rf"blocks\.\d+\.attn\.({names})")
+    paths, names = ("|".join(words) for words in ([re.escape(site.path) for site in places], PROJECTIONS))
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=rf"({paths})\.attn\.({names})")
     inject_adapter_in_model(config, model)
     for name in learned:
         model.get_parameter(name).requires_grad_(True)

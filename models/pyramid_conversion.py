@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention.base import AttentionOperator, Projections
 from .calibration import Finished, calibrate_layers
-from .converted import TokenGrid, choices_of, converted_layers
+from .converted import TokenGrid, choices_of, converted_layers, plan_of
 from .errors import ConfigError, UnsupportedModelError, did_you_mean
 from .families import Site, check_supported, depths, family_of, is_pyramid, sites
 from .grid_conversion import convert_layer, has_bias
@@ -155,10 +155,13 @@ def resize_pyramid(model: nn.Module, size: tuple[int, int]) -> None:
 
 
 def pyramid_arguments(model: nn.Module) -> JsonDict:
-    """Return the arguments that build a converted pyramid beside its plan; none for other models."""
+    """Return the arguments that build a pyramid beside those of its constructor and its plan; none for other models."""
     if not is_pyramid(model):
         return {}
+    own = family_of(model).size_arguments(model)
+    if plan_of(model) is None:
+        return own
     given = {part for layer in converted_layers(model).values() for part in getattr(layer, "gave_up", ())}
     without = [part for part in PARTS if part in given]
     size = family_of(model).image_size(model)
-    return {"img_size": size, **({"without": without} if without else {})}
+    return {**own, "img_size": size, **({"without": without} if without else {})}

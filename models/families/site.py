@@ -85,6 +85,8 @@ class Family(ABC):
     """The model has several stages, with fewer tokens in each."""
     sized_when_built = True
     """timm's constructor takes `img_size`, and builds parts for it."""
+    takes_size = True
+    """timm's constructor takes `img_size`."""
     merging: type[TokenMerging] = TokenMerging
     """Deformable merging with the input and output of this family's merges."""
 
@@ -92,8 +94,9 @@ class Family(ABC):
         """Return the names of the parts that merge tokens, one before each stage but the first."""
         return []
 
-    takes_size = True
-    """timm's constructor takes `img_size`."""
+    def size_arguments(self, model: nn.Module) -> dict[str, Any]:
+        """Return the arguments that build a model again that was resized after it was built."""
+        return {}
 
     @abstractmethod
     def paths(self, model: nn.Module) -> list[list[str]]:

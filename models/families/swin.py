@@ -52,10 +52,24 @@ class Swin(Family):
         return found
 
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
-        """Resize as timm does; a stage after deformable merging may have fewer tokens than timm expects."""
+        """Resize with the same windows; a stage after deformable merging may have fewer tokens than timm expects.
+
+        timm's `set_input_size` alone would scale the windows, and its constructor does not.
+        """
         whole: Any = model
-        whole.set_input_size(img_size=size)
+        whole.set_input_size(img_size=size, window_size=_windows(whole))
         for layer, geometry in zip(whole.layers, self.geometries(model, size), strict=True):
             expected, layer.output_resolution = tuple(layer.output_resolution), geometry.grid
             for block in layer.blocks if expected != geometry.grid else ():
                 block.set_input_size(feat_size=geometry.grid, window_size=block.window_size)
+
+    def size_arguments(self, model: nn.Module) -> dict[str, Any]:
+        windows = _windows(model)
+        if isinstance(windows, int) or isinstance(windows[0], int):
+            return {}  # as its constructor was told
+        return {"img_size": self.image_size(model), "window_size": windows}
+
+
+def _windows(model: Any) -> Any:
+    """Return the windows of the stages: a number as timm's constructor got it, or the sides for each stage."""
+    return getattr(model, "_model_args", {}).get("window_size", model._ref_window_sizes)

@@ -12,7 +12,6 @@ from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
-from graftvit.models.lora import add_lora
 from pyramids import TINY, arguments, tiny
 
 DATA = ["--dataset", "digits"]
@@ -69,8 +68,6 @@ def test_questions_with_one_answer_for_all_layers_are_refused(kind: str) -> None
     for ask in (attention_shape, token_layout):
         with pytest.raises(UnsupportedModelError, match="has no single list of equal attention layers"):
             ask(tiny(kind))
-    with pytest.raises(UnsupportedModelError, match=r"optim\.lora: .* is a pyramid"):
-        add_lora(tiny(kind), 2)
 
 
 @pytest.mark.slow
