@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import UnsupportedModelError
-from .families import is_supported, patch_grid
+from .families import find_family, is_supported, patch_grid
 from .outside import OutsideTeacher
 
 
@@ -40,6 +40,9 @@ def patch_features(
     if isinstance(model, OutsideTeacher) and isinstance(features, Mapping):
         return model.patches(features)
     assert isinstance(features, Tensor)
+    family = find_family(model)
+    if family is not None and family.is_pyramid:
+        return family.patches(features, family.geometries(model, images)[-1])
     timm_model: Any = model
     width = int(timm_model.num_features)
     if features.dim() == 3 and features.shape[2] == width:
@@ -77,6 +80,9 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     if isinstance(model, OutsideTeacher):
         return model.img_size
     described = getattr(model, "pretrained_cfg", None) or {}
+    family = find_family(model)
+    if family is not None and family.is_pyramid and described.get("fixed_input_size"):
+        return family.image_size(model)
     if described.get("fixed_input_size") and getattr(model, "patch_embed", None) is None:
         return int(described["input_size"][1]), int(described["input_size"][2])
     embedding: Any = getattr(model, "patch_embed", None)

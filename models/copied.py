@@ -26,7 +26,15 @@ from .copying.tape import Tape
 from .copying.teacher_view import view_attention
 from .copying.tokens import match_tokens
 from .errors import UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported, patch_size, token_layout, vit
+from .families import (
+    attention_blocks,
+    attention_shape,
+    check_supported,
+    patch_size,
+    sites,
+    token_layout,
+    vit,
+)
 from .host import AttentionHost
 from .json_types import Json, JsonDict
 from .replay import replay_blocks
@@ -108,7 +116,11 @@ class Copying:
         for groups in self.heads:
             _check_heads(groups, shapes[0].num_heads, shapes[1].num_heads)
         maps = [HeadMap(groups, shapes[0].num_heads) for groups in self.heads]
-        return [Link(pair, heads, tokens) for pair, heads in zip(self.layers, maps, strict=True)]
+        theirs, ours = sites(teacher), sites(student)
+        return [
+            Link(pair, heads, tokens, theirs[pair.teacher], ours[pair.student])
+            for pair, heads in zip(self.layers, maps, strict=True)
+        ]
 
 
 class CopiedAttention(AttentionHost):

@@ -1,7 +1,8 @@
 """Hosts for the attention of pyramids: each works on all tokens of its stage's grid.
 
-Without an operator a host computes what timm's layer does: this is the host's *native* attention, with reduced keys,
-windows, shift, bias and scale. With an operator the operator gets the projections of all tokens of the grid.
+A native host computes what timm's layer does, with reduced keys, windows, shift, bias and scale: its operator is a
+softmax, and gets the projections of each window. A host that was created with an operator gives it the projections of
+all tokens of the grid.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention.base import QKV, Geometry, Heads, Operator
-from .attention.softmax import Softmax
 from .host import AttentionHost
+from .map_structure import MapStructure
 from .shifted_windows import Size, Windows
 
 LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
@@ -29,6 +30,7 @@ class GridHost(AttentionHost):
     Tokens before those of the grid are prefix tokens.
     """
 
+    after_heads = ("proj", "proj_drop")  # `norm` is that of reduced keys
     kept: Sequence[str] = QKV
     """The parts of q, k and v that the projections still compute: a conversion drops the others."""
     _block: tuple[nn.Module, ...] = ()
@@ -43,11 +45,10 @@ class GridHost(AttentionHost):
         return self.merge(self.attend(self.project(x, size)), x)
 
     def attend(self, heads: Heads) -> Tensor:
-        return self.native(heads) if self.is_native else self.operator(heads)
-
-    def native(self, heads: Heads) -> Tensor:
-        """Return the output (B, H, N, D) of timm's layer."""
-        return Softmax()(heads)
+        if not self.is_native:
+            return self.operator(heads)
+        attended = self.attended(heads)
+        return attended.joined(self.operator(attended))
 
     def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
         """Return the numbers of queries and of keys of each query in timm's layer, for its cost."""
@@ -113,22 +114,30 @@ class ReducedHost(GridHost):
 
     def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
         rest = [part for part in self.kept if part != "q"]
-        found = {"q": self._child("q", x_BNC)} if "q" in self.kept else {}
-        if rest:
+        needs = self.operator.needs
+        found = {"q": self._child("q", x_BNC)} if "q" in self.kept and "q" in needs else {}
+        if any(part in needs for part in rest):
             source = x_BNC if self._modules.get("sr") is None else self._reduced(x_BNC, grid)
             found |= zip(rest, self._child("kv", source).chunk(len(rest), -1), strict=True)
         return found
 
-    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
-        height, width = geometry.grid
+    def structure(self, grid: Size) -> MapStructure:
         pool, reduction = self._modules.get("pool"), self._modules.get("sr")
         if isinstance(pool, nn.AdaptiveAvgPool2d):
-            keys = int(pool.output_size) ** 2  # type: ignore[arg-type]
-        elif isinstance(reduction, nn.Conv2d):
+            side = int(pool.output_size)  # type: ignore[arg-type]
+            return MapStructure(reduction=("pool", (side, side)))
+        if isinstance(reduction, nn.Conv2d):
             rows, columns = reduction.stride
-            keys = (height // int(rows)) * (width // int(columns))
-        else:
-            keys = geometry.num_tokens
+            return MapStructure(reduction=("stride", (int(rows), int(columns))))
+        return MapStructure()
+
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        height, width = geometry.grid
+        reduction = self.structure(geometry.grid).reduction
+        if reduction is None:
+            return geometry.num_tokens, geometry.num_tokens
+        kind, (rows, columns) = reduction
+        keys = rows * columns if kind == "pool" else (height // rows) * (width // columns)
         return geometry.num_tokens, keys
 
     def _reduced(self, x_BNC: Tensor, grid: Size) -> Tensor:
@@ -152,16 +161,24 @@ class WindowHost(GridHost):
     def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
         return dict(zip(self.kept, self._project(x_BNC).chunk(len(self.kept), -1), strict=True))
 
-    def native(self, heads: Heads) -> Tensor:
+    def attended(self, heads: Heads) -> Heads:
         windows = self.windows(heads.tokens().grid)
-        padding = self._zero() if windows.is_padded else None
-        pads = (None, None, None) if padding is None else padding.qkv()
-        q, k, v = (windows.cut(x, pad) for x, pad in zip(heads.qkv(), pads, strict=True))
-        bias = self.window_bias(windows, q)
+        pads = self._zero() if windows.is_padded else heads  # not read without padding
+        q, k, v = (
+            None if x is None else windows.cut(x, pad)
+            for x, pad in ((heads.q, pads.q), (heads.k, pads.k), (heads.v, pads.v))
+        )
+        known = q if q is not None else k
+        bias = None if known is None else self.window_bias(windows, known)
         if bias is not None and bias.shape[0] > 1:  # one for each window, the same for every image
             bias = bias.expand(len(heads.known), *bias.shape).flatten(0, 1)
-        cut = Heads(q, k, v, bias, heads.scale, heads.dropout)
-        return windows.join(Softmax()(cut))
+        return Heads(q, k, v, bias, heads.scale, heads.dropout, heads.geometry, windows=windows)
+
+    def structure(self, grid: Size) -> MapStructure:
+        windows = self.windows(grid)
+        if windows.window == grid and not any(windows.shift):
+            return MapStructure()
+        return MapStructure(windows.window, windows.shift)
 
     def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
         windows = self.windows(geometry.grid)
@@ -207,6 +224,8 @@ class SwinHost(WindowHost):
 
 class SwinV2Host(SwinHost):
     """Swin V2: cosine attention with a learned scale, and a bias computed from the distance of two tokens."""
+
+    has_cosine_logits = True
 
     def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
         if x_BHND is None:

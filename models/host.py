@@ -22,6 +22,7 @@ from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
 from .families import attention_blocks, check_supported
 from .json_types import JsonDict
+from .map_structure import MapStructure
 
 Given = tuple[Tensor, Tensor | None, Tensor | None]
 """The input of an attention layer: tokens (B, N, C), rotary embedding, shared relative position bias."""
@@ -53,6 +54,10 @@ class AttentionHost(nn.Module):
     """Whether a saved model keeps the host instead of the original layer."""
     geometry: Geometry | None = None
     """The tokens of the sequence, for operators that need the grid."""
+    after_heads: tuple[str, ...] = ("norm", "gate", "proj", "proj_drop")
+    """The children through which the output of the heads goes."""
+    has_cosine_logits = False
+    """Whether queries and keys have unit length before the learned scale, as in Swin V2."""
 
     def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
         super().__init__()
@@ -93,6 +98,14 @@ class AttentionHost(nn.Module):
     def attend(self, heads: Heads) -> Tensor:
         """Return the output (B, H, N, D) before the heads are joined."""
         return self.operator(heads)
+
+    def attended(self, heads: Heads) -> Heads:
+        """Return the projections on which timm's layer takes its softmax, such as those of each window."""
+        return heads
+
+    def structure(self, grid: tuple[int, int]) -> MapStructure:
+        """Return which keys each query of timm's layer sees on a grid."""
+        return MapStructure()
 
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         """Return the projections for the arguments with which timm's block calls the layer."""

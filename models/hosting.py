@@ -13,10 +13,12 @@ from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .converted import ConvertedAttention
 from .families import Block, NoAttention, Site, check_supported, is_pyramid, sites
 from .grid_hosts import GridHost, ReducedHost, SwinHost, SwinV2Host, WindowHost
 from .host import AttentionHost, host_attention, release_attention
 from .json_types import JsonDict
+from .map_structure import MapStructure
 from .shifted_windows import whole_grid
 
 HOSTS: dict[type[nn.Module], type[GridHost]] = {
@@ -28,15 +30,17 @@ HOSTS: dict[type[nn.Module], type[GridHost]] = {
 }
 
 
-def host_layers(model: nn.Module) -> list[AttentionHost]:
+def host_layers(model: nn.Module) -> dict[int, AttentionHost]:
     """Replace every attention layer of a model of any family by a native host; layers that have a host keep it.
+
+    Return the hosts by number of their block: a block may have no attention.
 
     Raises UnsupportedModelError: the model is not supported.
     """
     if not is_pyramid(model):
-        return host_attention(model)
+        return dict(enumerate(host_attention(model)))
     check_supported(model, pyramids=True)
-    return [host_layer(model, site) for site in sites(model) if site.num_heads]
+    return {site.index: host_layer(model, site) for site in sites(model) if site.num_heads}
 
 
 def host_layer(model: nn.Module, site: Site) -> AttentionHost:
@@ -77,6 +81,27 @@ def watch_layer(model: nn.Module, site: Site, see: Callable[[AttentionHost, Call
         see(host, Call(inputs, keywords))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def map_structure(model: nn.Module, site: Site) -> MapStructure:
+    """Return which keys each query of a layer sees; a converted layer's operator sees all tokens.
+
+    Raises UnsupportedModelError: the model has no image size.
+    """
+    layer = site.block(model).attn
+    if isinstance(layer, ConvertedAttention) or not is_pyramid(model):
+        return MapStructure()
+    return _as_host(layer, site.block(model)).structure(site.shape.geometry.grid)
+
+
+def has_cosine_logits(model: nn.Module, site: Site) -> bool:
+    """Return whether a layer takes its softmax over cosines of queries and keys."""
+    layer, pyramid = site.block(model).attn, is_pyramid(model)
+    return pyramid and _as_host(layer, site.block(model)).has_cosine_logits
+
+
+def _as_host(layer: nn.Module, block: Block) -> AttentionHost:
+    return layer if isinstance(layer, AttentionHost) else native_host(block)
 
 
 def put_attention(model: nn.Module, site: Site, attention: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Gradient checkpointing: blocks run again in the backward pass with the inputs of their own forward pass.
 
-timm's gradient checkpointing keeps the callables in `model.blocks` and calls them again in the backward pass. For each
-forward pass, `model.blocks` gets callables that store the inputs of that pass.
+timm's gradient checkpointing keeps the callables in `model.blocks`, of a pyramid in the `blocks` of each stage, and
+calls them again in the backward pass. For each forward pass, `blocks` gets callables that store its inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from .errors import TransferError
-from .families import attention_blocks
+from .families import find_family
 
 _State = tuple[bool, list[tuple[int, ...]], list[tuple[object, ...]]]
 
@@ -37,6 +37,7 @@ class ReplayedBlock:
 
     block: nn.Module
     model: nn.Module
+    """The model or the stage that runs the block."""
     moments: Sequence[Moment]
     state: _State | None = field(default=None, init=False)
 
@@ -54,7 +55,7 @@ class ReplayedBlock:
             return self.block(*args, **options)
 
     def _first(self, *args: Any, **options: Any) -> Any:
-        restore_blocks(self.model)
+        _restore(self.model)
         if not torch.is_grad_enabled():
             raise TransferError(
                 "torch's re-entrant checkpointing gives no gradient for the transfer loss: unset TIMM_REENTRANT_CKPT"
@@ -65,19 +66,36 @@ class ReplayedBlock:
 
 def replay_blocks(model: nn.Module, moment: Moment) -> None:
     """If the next forward pass of `model` is checkpointed, let its backward pass read `moment` again."""
-    before: list[ReplayedBlock] = model.__dict__.get("blocks", [])
-    restore_blocks(model)  # an interrupted forward pass may have left its own
-    recomputes = bool(getattr(model, "grad_checkpointing", False)) and torch.is_grad_enabled()
-    if not recomputes or torch.compiler.is_compiling():  # a compiled graph stores its inputs
-        return
-    moments = [*(each for block in before[:1] for each in block.moments if each.is_now()), moment]
-    blocks = [ReplayedBlock(block, model, moments) for block in attention_blocks(model)]
-    object.__setattr__(model, "blocks", blocks)  # hides the module of that name, which stays registered
+    for stage in _stages(model):
+        _replay(stage, moment)
 
 
 def restore_blocks(model: nn.Module) -> None:
-    """Restore `model.blocks` to the model's own blocks."""
-    model.__dict__.pop("blocks", None)
+    """Restore `blocks` to the model's own blocks, of a pyramid in each stage."""
+    for stage in _stages(model):
+        _restore(stage)
+
+
+def _stages(model: nn.Module) -> list[nn.Module]:
+    """Return the model, or the stages of a pyramid that can be checkpointed."""
+    family = find_family(model)
+    return [model] if family is None else family.recomputed(model)
+
+
+def _replay(stage: nn.Module, moment: Moment) -> None:
+    before: list[ReplayedBlock] = stage.__dict__.get("blocks", [])
+    _restore(stage)  # an interrupted forward pass may have left its own
+    recomputes = bool(getattr(stage, "grad_checkpointing", False)) and torch.is_grad_enabled()
+    if not recomputes or torch.compiler.is_compiling():  # a compiled graph stores its inputs
+        return
+    moments = [*(each for block in before[:1] for each in block.moments if each.is_now()), moment]
+    own = stage._modules.get("blocks")
+    blocks = [ReplayedBlock(block, stage, moments) for block in (() if own is None else own.children())]
+    object.__setattr__(stage, "blocks", blocks)  # hides the module of that name, which stays registered
+
+
+def _restore(stage: nn.Module) -> None:
+    stage.__dict__.pop("blocks", None)
 
 
 def _state(block: nn.Module) -> _State:

@@ -34,12 +34,13 @@ class Windows:
     def is_padded(self) -> bool:
         return self.padded != self.grid
 
-    def cut(self, x_BHND: Tensor, pad_1H1D: Tensor | None = None) -> Tensor:
-        """Return the tokens by window, (B·W, H, M, D); `pad_1H1D` is the value of a padded token."""
+    def cut(self, x_BHND: Tensor, pad_1H1D: Tensor | None) -> Tensor:
+        """Return the tokens by window, (B·W, H, M, D); `pad_1H1D` is the value of a padded token, if there are any."""
         x: Tensor = x_BHND.unflatten(2, self.grid)
         if any(self.shift):
             x = x.roll((-self.shift[0], -self.shift[1]), (2, 3))
-        if pad_1H1D is not None:
+        if self.is_padded:
+            assert pad_1H1D is not None
             x = self._pad(x, pad_1H1D.unsqueeze(2))
         (height, width), (rows, columns) = self.padded, self.window
         cut: Tensor = x.unflatten(3, (width // columns, columns)).unflatten(2, (height // rows, rows))

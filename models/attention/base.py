@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .jacobian import jacobian_rows
 from .operations import Accounting, Operations
 from .projections import Projections as Projections
 from .terms import Term, term_rows
+
+if TYPE_CHECKING:
+    from ..shifted_windows import Windows
 
 QKV = ("q", "k", "v")
 
@@ -54,7 +57,8 @@ class Heads:
     """The input of an operator: q, k and v of shape (B, H, N, D) after norms and rotary embedding.
 
     A tensor that the operator does not need is None. `bias` (1, H, N, N) or (H, N, N) is a relative position bias.
-    Converted layers set `geometry`. `key_mask` (B, N) is False at padding tokens.
+    Converted layers set `geometry`. `key_mask` (B, N) is False at padding tokens. With `windows` the tokens are those
+    of each window, (B·W, H, M, D), and `bias` is (1 or B·W, H, M, M).
     """
 
     q: Tensor | None
@@ -65,6 +69,7 @@ class Heads:
     dropout: float = 0.0
     geometry: Geometry | None = None
     key_mask: Tensor | None = None
+    windows: Windows | None = None
 
     @property
     def seen(self) -> Tensor | None:
@@ -75,7 +80,11 @@ class Heads:
         """Return a copy with every projection changed and another bias."""
         # Not dataclasses.replace, which torch.compile of torch before 2.12 cannot trace.
         q, k, v = (None if x is None else change(x) for x in (self.q, self.k, self.v))
-        return Heads(q, k, v, bias, self.scale, self.dropout, self.geometry, self.key_mask)
+        return Heads(q, k, v, bias, self.scale, self.dropout, self.geometry, self.key_mask, self.windows)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Return a tensor like a projection by token of the grid, (B, H, N, D), where it is by window."""
+        return x if self.windows is None else self.windows.join(x)
 
     def values(self) -> Tensor:
         """Return v, for an operator that needs it."""
@@ -99,7 +108,7 @@ class Heads:
 
     def with_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> Heads:
         """Return a copy with other projections."""
-        return Heads(q, k, v, self.bias, self.scale, self.dropout, self.geometry, self.key_mask)
+        return Heads(q, k, v, self.bias, self.scale, self.dropout, self.geometry, self.key_mask, self.windows)
 
     def tokens(self) -> Geometry:
         """Return the geometry, which is never guessed from the number of tokens.

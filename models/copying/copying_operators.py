@@ -173,7 +173,7 @@ class KeepHeads:
         out = softmax(heads)
         self.keep(heads)
         if self.keep_output:
-            self.tape.outputs[self.layer] = out
+            self.tape.outputs[self.layer] = heads.joined(out)
         return out
 
     def keep(self, heads: Heads) -> None:

@@ -7,22 +7,22 @@ that the model was built for nor the number of its tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from ..errors import TransferError, UnsupportedModelError
-from ..families import SUPPORTED, fills, patch_grid
+from ..families import SUPPORTED, family_of, fills, find_family, is_pyramid, patch_size
 
 Size = tuple[int, int]
 """Height and width."""
 
 
 class Grids(NamedTuple):
-    """The patch grids of one batch."""
+    """The patch grids of one batch, by stage; a plain vision transformer has one stage."""
 
-    teacher: Size
-    student: Size
+    teacher: tuple[Size, ...]
+    student: tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class GridRule:
     """Whether it interpolates the teacher's attention logits where grids differ."""
     relative_bias: bool = False
     """Whether the teacher has a relative position bias, which cannot be interpolated."""
+    stages: tuple[tuple[int, int], ...] = ((0, 0),)
+    """The stages of teacher and student whose grids go together."""
+
+    def check_batch(self, grids: Grids, batch: Size) -> None:
+        """Raise `TransferError` for images of size `batch` whose grids do not go together."""
+        for teacher, student in self.stages:
+            self.check(grids.teacher[teacher], grids.student[student], batch)
 
     def check(self, teacher: Size, student: Size, batch: Size | None = None) -> list[str]:
         """Return what is done about unequal grids, in sentences; those of images of size `batch`, or of the models'
@@ -67,21 +74,21 @@ class GridRule:
         return [f"{grids}: the teacher's queries and keys are interpolated, and so its attention logits"]
 
 
-class Embeddings:
-    """The patch embeddings of a teacher and a student, as they are at each call: a model may be resized."""
+class ImageSizes:
+    """Which image sizes and grids a teacher and a student have, as they are at each call: a model may be resized."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         for model in (teacher, student):
-            if not hasattr(model, "patch_embed"):
+            if find_family(model) is None:
                 raise UnsupportedModelError(
                     f"{type(model).__name__} has no patch embedding for the whole model; supported are {SUPPORTED}"
                 )
-        self._embeddings: Any = (teacher.patch_embed, student.patch_embed)
+        self._models = (teacher, student)
 
     def grids(self, images: Size) -> Grids:
         """Return the grids of images of this size for the student. Raises `TransferError`: a model does not take
         them."""
-        teacher, student = self._embeddings
+        teacher, student = self._models
         own = _take(student, "student", images)
         return Grids(_take(teacher, "teacher", self.teacher_size(images)), own)
 
@@ -89,30 +96,36 @@ class Embeddings:
         """Return the size at which the teacher sees images of this size for the student.
 
         At the student's own size it is the teacher's own. At another size, a teacher that takes any size gets as many
-        more patches as the student, so that equal grids stay equal; a teacher of a single size keeps its own.
+        more patches as the student, so that equal grids stay equal; a teacher of a single size keeps its own. Where one
+        of the two is a pyramid, the teacher's images grow as the student's do.
         """
-        teacher, student = self._embeddings
-        if images == own_size(student) or teacher.strict_img_size:
-            return own_size(teacher)
-        theirs, ours = patch_grid(teacher, own_size(teacher)), patch_grid(student, own_size(student))
-        height, width = (
-            max(1, (2 * t * n + s) // (2 * s))  # t n / s, rounded
-            for t, s, n in zip(theirs, ours, patch_grid(student, images), strict=True)
-        )
-        patch = teacher.patch_size
-        return height * int(patch[0]), width * int(patch[1])
+        teacher, student = self._models
+        own_t, own_s = self.own_sizes
+        if images == own_s or _is_strict(teacher):
+            return own_t
+        step = _whole_patch(teacher)
+        if is_pyramid(teacher) or is_pyramid(student):
+            return _proportional(own_t, own_s, images, step)
+        theirs, ours = _first_grid(teacher, own_t), _first_grid(student, own_s)
+        height, width = _proportional(theirs, ours, _first_grid(student, images), (1, 1))
+        return height * step[0], width * step[1]
 
     @property
     def own_sizes(self) -> tuple[Size, Size]:
         """The image sizes that teacher and student were built for."""
-        teacher, student = self._embeddings
+        teacher, student = self._models
         return own_size(teacher), own_size(student)
 
 
-def own_size(embedding: Any) -> Size:
+def own_size(model: nn.Module) -> Size:
     """Height and width of the images that a model was built for."""
-    height, width = embedding.img_size
-    return int(height), int(width)
+    size = family_of(model).image_size(model)
+    if size is None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no image size, so the grids of its stages are unknown: resize it "
+            "(graftvit.models.conversion.resize)"
+        )
+    return size
 
 
 def words(size: Size) -> str:
@@ -120,21 +133,49 @@ def words(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _take(embedding: Any, name: str, images: Size) -> Size:
-    """Return the grid of images of this size; TransferError where the model does not take them."""
-    own, patch = own_size(embedding), embedding.patch_size
-    if embedding.strict_img_size and images != own:
+def _is_strict(model: nn.Module) -> bool:
+    """Whether a model takes images of its own size alone."""
+    return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
+
+
+def _whole_patch(model: nn.Module) -> Size:
+    """The height and width of which the images of a model are made; one pixel for a pyramid, which pads or cuts."""
+    return (1, 1) if is_pyramid(model) else patch_size(model)
+
+
+def _first_grid(model: nn.Module, images: Size) -> Size:
+    return family_of(model).geometries(model, images)[0].grid
+
+
+def _proportional(teacher: Size, student: Size, now: Size, step: Size) -> Size:
+    """teacher · now / student, rounded to whole steps of at least one."""
+    height, width = (
+        max(1, (2 * t * n + s * p) // (2 * s * p)) * p
+        for t, s, n, p in zip(teacher, student, now, step, strict=True)
+    )
+    return height, width
+
+
+def _take(model: nn.Module, name: str, images: Size) -> tuple[Size, ...]:
+    """The grids of images of this size, by stage; TransferError where the model does not take them."""
+    own, embedding = own_size(model), getattr(model, "patch_embed", None)
+    if _is_strict(model) and images != own:
         raise TransferError(
             f"the images are {words(images)} and the {name} takes {words(own)} alone; resize them, set "
             f"{name}.img_size, or build it with {name}.model_args.dynamic_img_size=true"
         )
-    grid = patch_grid(embedding, images)
-    if min(grid) < 1 or not fills(embedding, images):
+    grids = tuple(stage.grid for stage in family_of(model).geometries(model, images))
+    if is_pyramid(model) and min(map(min, grids)) < 1:
+        raise TransferError(
+            f"images of {words(images)} leave no token in a stage of the {name}: set {name}.img_size to more"
+        )
+    if min(map(min, grids)) < 1 or not fills(embedding, images):
+        patch = patch_size(model)
         raise TransferError(
             f"images of {words(images)} are not whole patches of {words(patch)}, as the {name} needs them: "
             f"set {name}.img_size to whole patches, such as {words(_whole(images, patch))}"
         )
-    return grid
+    return grids
 
 
 def _whole(images: Size, patch: Size) -> Size:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import any_timm
 from ..errors import TransferError
 from ..families import image_channels
-from .grids import Embeddings, GridRule, Grids
+from .grids import GridRule, Grids, ImageSizes
 
 LARGEST = 1e6
 """Bound of a mean, of a deviation and of its inverse, so that an image is finite in float32."""
@@ -114,7 +114,7 @@ class WholeInput(ShownImages):
 class TeacherInput(ShownImages):
     """The images of a student, as a teacher of it is shown them.
 
-    It sees them at its own size; `Embeddings.teacher_size` says how those of another size than the student's own.
+    It sees them at its own size; `ImageSizes.teacher_size` says how those of another size than the student's own.
     """
 
     def __init__(
@@ -123,13 +123,13 @@ class TeacherInput(ShownImages):
         channels = image_channels(teacher), image_channels(student)
         _check_channels(*channels)
         super().__init__(channels[0], teacher_norm, student_norm)
-        self.embeddings = Embeddings(teacher, student)
-        _, own = self.embeddings.own_sizes
-        self.embeddings.grids(own)  # a size that a model does not take is refused at once
+        self.sizes = ImageSizes(teacher, student)
+        _, own = self.sizes.own_sizes
+        self.sizes.grids(own)  # a size that a model does not take is refused at once
 
     def teacher_size(self, images: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which images of this size are shown."""
-        return self.embeddings.teacher_size(images)
+        return self.sizes.teacher_size(images)
 
     def grids(self, images: Tensor, rule: GridRule | None) -> Grids:
         """Return the patch grids of teacher and student for these images.
@@ -137,13 +137,13 @@ class TeacherInput(ShownImages):
         Raises `TransferError`: a model does not take images of this size, or the rule refuses the grids.
         """
         size = (images.shape[-2], images.shape[-1])
-        grids = self.embeddings.grids(size)
+        grids = self.sizes.grids(size)
         if rule is not None:
-            rule.check(*grids, batch=size)
+            rule.check_batch(grids, size)
         return grids
 
     def describe(self) -> list[str]:
-        teacher, student = self.embeddings.own_sizes
+        teacher, student = self.sizes.own_sizes
         resized = [] if teacher == student else [f"images are resized to {teacher} for the teacher"]
         return super().describe() + resized
 

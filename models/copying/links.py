@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..attention.base import Heads
+from ..families import Site
 from .tape import Tape, take
 from .tokens import TokenMatch, interpolate_tokens
 
@@ -52,6 +53,8 @@ class Link:
     pair: LayerPair
     heads: HeadMap
     tokens: TokenMatch
+    teacher: Site
+    student: Site
 
     @property
     def num_prefix(self) -> int:
@@ -88,7 +91,10 @@ class Link:
     def resample(self, tape: Tape) -> Heads:
         """Return the teacher's projections, in the student's grid."""
         heads, grids = tape.heads[self.pair.teacher], tape.grids
-        if grids is None or grids.teacher == grids.student:
+        if grids is None:
+            return heads
+        theirs, ours = grids.teacher[self.teacher.stage], grids.student[self.student.stage]
+        if theirs == ours:
             return heads
         prefix = self.tokens.teacher.num_prefix
-        return heads.each(lambda x: interpolate_tokens(x, prefix, *grids), heads.bias)
+        return heads.each(lambda x: interpolate_tokens(x, prefix, theirs, ours), heads.bias)

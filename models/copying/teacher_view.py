@@ -5,24 +5,27 @@ A view shares every parameter and buffer with the teacher and changes nothing in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from timm.models.eva import EvaBlockPostNorm
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from ..any_timm import patch_features
-from ..families import attention_blocks, vit
+from ..attention.base import Operator
+from ..families import Block, blocks_of, family_of, vit
+from ..families import shallow as shallow
+from ..grid_hosts import GridHost
 from ..host import AttentionHost
+from ..hosting import HOSTS, native_host
+from ..shifted_windows import whole_grid
 from .copying_operators import KeepHeads
 from .tape import Tape
 
-M = TypeVar("M", bound=nn.Module)
-POST_NORM = (ResPostBlock, EvaBlockPostNorm)
-AFTER_ATTENTION = ("norm", "gate", "proj", "proj_drop")
+POST_NORM = (ResPostBlock, EvaBlockPostNorm, SwinTransformerV2Block)
 AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head_drop", "head", "head_dist")
 
 
@@ -36,10 +39,10 @@ class LastAttention(nn.Module):
         )
         self.attn = host
         self.recorder = recorder
-        _leave_out(host, AFTER_ATTENTION)
+        _leave_out(host, host.after_heads)
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, **options: Any) -> Tensor:
-        heads = self.attn.project(self.norm1(x), rope, options.get("shared_rel_pos_bias"))
+    def forward(self, x: Tensor, *more: Any, **options: Any) -> Tensor:
+        heads = self.attn.attended(self.attn.heads_of(self.norm1(x), *more, **options))
         if self.recorder.keep_output:
             self.recorder(heads)
         else:
@@ -58,8 +61,13 @@ class RecordedBlock(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         out = self.block(*args, **options)
-        self.tape.blocks[self.layer] = out
+        self.tape.blocks[self.layer] = in_sequence(out)
         return out
+
+
+def in_sequence(tokens: Tensor) -> Tensor:
+    """Return the output of a block as (B, N, C); Swin gives (B, height, width, C)."""
+    return tokens.flatten(1, 2) if tokens.dim() == 4 else tokens
 
 
 class TokensOnly(nn.Module):
@@ -71,23 +79,12 @@ class TokensOnly(nn.Module):
         self.model = model
         self.eval()
 
-    @property
-    def blocks(self) -> nn.Module:
-        return vit(self.model).blocks
-
     def forward(self, images: Tensor) -> None:
         vit(self.model).forward_features(images)
 
     def train(self, mode: bool = True) -> TokensOnly:
         """Stay in eval mode."""
         return super().train(False)
-
-
-def shallow(module: M) -> M:
-    """Return a module with the same parameters and buffers whose children can be replaced."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
 
 
 class WholeModel(nn.Module):
@@ -99,10 +96,6 @@ class WholeModel(nn.Module):
         self.wanted = frozenset(wanted)
         self.tape = tape
         self.eval()
-
-    @property
-    def blocks(self) -> nn.Module:
-        return vit(self.model).blocks
 
     def forward(self, images: Tensor) -> None:
         model: Any = self.model
@@ -164,17 +157,17 @@ def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
     """Return a view that puts what is `wanted` on the tape, and computes nothing beyond."""
     if wanted.whole and not wanted.layers:
         return WholeModel(shallow(teacher), wanted.whole, tape)
-    blocks = [
-        _view_block(block, index, wanted, tape) for index, block in enumerate(attention_blocks(teacher))
-    ]
+    own = blocks_of(teacher)
+    blocks = [_view_block(block, index, wanted, tape) for index, block in enumerate(own)]
     if wanted.whole:
-        return WholeModel(_with_blocks(teacher, blocks), wanted.whole, tape)
+        twin = family_of(teacher).with_blocks(teacher, blocks, cut=False)
+        return WholeModel(twin, wanted.whole, tape)
     last = max(wanted.layers)
     if last not in wanted.blocks:
         host: Any = blocks[last]._modules["attn"]
         if not host.operator.keep_output:
             host.operator.needs = wanted.parts[last]
-        blocks[last] = LastAttention(attention_blocks(teacher)[last], host, host.operator)
+        blocks[last] = LastAttention(own[last], host, host.operator)
     return truncated(teacher, blocks[: last + 1])
 
 
@@ -185,24 +178,29 @@ def view_attention(
     return view_teacher(teacher, Wanted.attention(layers, parts), tape)
 
 
-def _view_block(block: nn.Module, index: int, wanted: Wanted, tape: Tape) -> nn.Module:
-    twin = shallow(block)
+def _view_block(block: Block, index: int, wanted: Wanted, tape: Tape) -> nn.Module:
+    twin: nn.Module = shallow(block)
     if index in wanted.parts or index in wanted.outputs:
         recorder = KeepHeads(index, tape, keep_output=index in wanted.outputs)
-        twin._modules["attn"] = AttentionHost(block.get_submodule("attn"), recorder)
+        host = recording_host(block, recorder)
+        if isinstance(host, GridHost):
+            twin = shallow(whole_grid(block))
+        twin._modules["attn"] = host
     return RecordedBlock(twin, index, tape) if index in wanted.blocks else twin
 
 
+def recording_host(block: Block, operator: Operator) -> AttentionHost:
+    """Return a host of a block's attention with an operator that sees what timm's softmax sees."""
+    if not isinstance(block.attn, tuple(HOSTS)):
+        return AttentionHost(block.attn, operator)
+    host = native_host(block)
+    host.operator = operator
+    return host
+
+
 def truncated(teacher: nn.Module, blocks: Sequence[nn.Module]) -> TokensOnly:
-    """Return the teacher with these blocks alone, and without what comes after them."""
-    return TokensOnly(_with_blocks(teacher, blocks))
-
-
-def _with_blocks(teacher: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-    twin = shallow(teacher)
-    sequential = isinstance(teacher.blocks, nn.Sequential)
-    twin._modules["blocks"] = nn.Sequential(*blocks) if sequential else nn.ModuleList(blocks)
-    return twin
+    """Return the teacher with these blocks alone, its first ones, and without what comes after them."""
+    return TokensOnly(family_of(teacher).with_blocks(teacher, blocks, cut=True))
 
 
 def _leave_out(module: nn.Module, names: Collection[str]) -> None:

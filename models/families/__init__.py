@@ -24,6 +24,7 @@ from .plain import patch_size as patch_size
 from .plain import token_layout as token_layout
 from .site import Family as Family
 from .site import Site as Site
+from .site import shallow as shallow
 from .site import submodule as submodule
 from .size_checks import check_patches as check_patches
 from .walk import blocks_of as blocks_of
@@ -32,4 +33,5 @@ from .walk import depths as depths
 from .walk import family_of as family_of
 from .walk import find_family as find_family
 from .walk import is_pyramid as is_pyramid
+from .walk import layout_of as layout_of
 from .walk import sites as sites

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import nn
 from ..attention.base import Geometry
 from ..errors import UnsupportedModelError
 from .model_types import Block, vit
-from .site import Family
+from .site import Family, listed, shallow, submodule
 
 MODELS = (VisionTransformer, Beit, Eva)
 BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
@@ -213,3 +213,8 @@ class Plain(Family):
 
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         vit(model).set_input_size(img_size=size)
+
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        twin = shallow(model)
+        twin._modules["blocks"] = listed(submodule(model, "blocks"), blocks)
+        return twin

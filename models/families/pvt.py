@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models.pvt_v2 import Attention, Block, PyramidVisionTransformerV2
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.base import Geometry
 from ..pvt_layers import PVTBlock
 from ..pvt_v1 import PVT
 from .model_types import vit
-from .site import Family, merged_grid
+from .site import Family, listed, merged_grid, shallow, submodule
 
 
 class PVTv2(Family):
@@ -54,6 +55,28 @@ class PVTv2(Family):
         whole: Any = model
         whole.img_size = size
 
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        stages = submodule(model, "stages")
+        twins = []
+        for own, stage in zip(self.by_stage(model, blocks), stages.children(), strict=False):
+            twin = shallow(stage)
+            twin._modules["blocks"] = listed(submodule(stage, "blocks"), own)
+            twins.append(twin)
+        if cut and "norm" in twins[-1]._modules:
+            twins[-1]._modules["norm"] = nn.Identity()
+        whole = shallow(model)
+        whole._modules["stages"] = listed(stages, twins)
+        return whole
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return list(submodule(model, "stages").children())[-1]
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        return tokens.permute(0, 2, 3, 1)
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return list(submodule(model, "stages").children())
+
 
 class PVTv1(PVTv2):
     """Our `pvt_*`: positions are learned for one size of the images, and the last stage has a class token."""
@@ -76,3 +99,9 @@ class PVTv1(PVTv2):
 
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         vit(model).set_input_size(img_size=size)
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "norm")
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        return Family.patches(self, tokens, geometry)

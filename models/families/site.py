@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.base import Geometry, LayerShape
 from ..errors import UnsupportedModelError
 from ..token_merging import TokenMerging
 from .model_types import Block
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Site:
         if self.geometry is None:
             raise UnsupportedModelError(
                 f"this model was built without an image size, so the number of tokens of {self.path} is unknown: "
-                "build it with img_size"
+                "build it with img_size, or resize it (graftvit.models.conversion.resize)"
             )
         return LayerShape(self.num_heads, self.head_dim, self.geometry)
 
@@ -55,6 +58,18 @@ class Site:
         """Put another block in this place."""
         parent, _, name = self.path.rpartition(".")
         submodule(model, parent)._modules[name] = block
+
+
+def shallow(module: M) -> M:
+    """Return a module with the same parameters and buffers whose children can be replaced."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def listed(like: nn.Module, modules: Sequence[nn.Module]) -> nn.Module:
+    """Return modules in a list of the kind that a model has them in."""
+    return nn.Sequential(*modules) if isinstance(like, nn.Sequential) else nn.ModuleList(modules)
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -113,6 +128,39 @@ class Family(ABC):
     @abstractmethod
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         """Prepare the model for images of another size, and resample what is tied to the size."""
+
+    @abstractmethod
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        """Return a model that shares everything with `model` except its blocks.
+
+        `blocks` are all blocks of the model, or its first ones: then the model ends with the last of them. With `cut`
+        only the blocks count, and what comes after the last of them is left out where that is possible.
+        """
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        """Return the module that sees the images first."""
+        return submodule(model, "patch_embed")
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        """Return the module whose output are the tokens of the last stage after the final norm."""
+        return submodule(model, "norm")
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        """Return these tokens as (B, rows, columns, C) of the last grid, without prefix tokens."""
+        found: Tensor = tokens
+        return found if tokens.dim() == 4 else found[:, geometry.num_prefix :].unflatten(1, geometry.grid)
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules that run the blocks in `blocks` again in the backward pass with `grad_checkpointing`."""
+        return [model]
+
+    def by_stage(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
+        """Return the first blocks of a model stage by stage, without empty stages."""
+        stages, rest = [], list(blocks)
+        for paths in self.paths(model):
+            stages.append(rest[: len(paths)])
+            rest = rest[len(paths) :]
+        return [stage for stage in stages if stage]
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
         """Yield the sites of a model in order."""

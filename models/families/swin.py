@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -14,7 +15,7 @@ from ..attention.base import Geometry
 from ..token_merging import SwinMerging, TokenMerging
 from .model_types import vit
 from .plain import patch_grid
-from .site import Family, merged_grid
+from .site import Family, listed, merged_grid, shallow, submodule
 
 
 class Swin(Family):
@@ -68,6 +69,20 @@ class Swin(Family):
         if isinstance(windows, int) or isinstance(windows[0], int):
             return {}  # as its constructor was told
         return {"img_size": self.image_size(model), "window_size": windows}
+
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        layers = submodule(model, "layers")
+        twins = []
+        for own, layer in zip(self.by_stage(model, blocks), layers.children(), strict=False):
+            twin = shallow(layer)
+            twin._modules["blocks"] = listed(submodule(layer, "blocks"), own)
+            twins.append(twin)
+        whole = shallow(model)
+        whole._modules["layers"] = listed(layers, twins)
+        return whole
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return list(submodule(model, "layers").children())
 
 
 def _windows(model: Any) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models.twins import Block, GlobalSubSampleAttn, LocallyGroupedAttn
 from timm.models.twins import Twins as TwinsModel
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.base import Geometry
 from ..token_merging import TwinsMerging
-from .site import Family
+from .site import Family, shallow, submodule
 
 
 class Twins(Family):
@@ -47,3 +48,26 @@ class Twins(Family):
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         whole: Any = model
         whole.img_size = size
+
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        stages = self.by_stage(model, blocks)
+        twin = shallow(model)
+        twin._modules["blocks"] = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
+        if cut and len(stages[-1]) == 1:  # timm runs this convolution after the first block of a stage
+            convolutions = list(submodule(model, "pos_block").children())
+            convolutions[len(stages) - 1] = _Unchanged()
+            twin._modules["pos_block"] = nn.ModuleList(convolutions)
+        return twin
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "patch_embeds.0")
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return []  # timm has no gradient checkpointing for them
+
+
+class _Unchanged(nn.Module):
+    """Return the tokens, whatever else is given."""
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return x

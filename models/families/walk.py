@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from .model_types import Block
 from .no_attention import NoAttention
-from .plain import SUPPORTED, Plain, attention_blocks, refuse_copied
+from .plain import SUPPORTED, Plain, TokenLayout, attention_blocks, prefix_kinds, refuse_copied
 from .pvt import PVTv1, PVTv2
 from .site import Family, Site, submodule
 from .swin import Swin
@@ -58,6 +58,16 @@ def blocks_of(model: nn.Module) -> list[Block]:
         return attention_blocks(model)
     paths = family.paths(model)
     return [cast(Block, submodule(model, path)) for stage in paths for path in stage]
+
+
+def layout_of(model: nn.Module, site: Site) -> TokenLayout:
+    """Return the tokens of the stage of a site; the only prefix token of a pyramid is a class token.
+
+    Raises UnsupportedModelError: the model has no image size.
+    """
+    geometry = site.shape.geometry
+    prefix = ("cls",) * geometry.num_prefix if is_pyramid(model) else prefix_kinds(model)
+    return TokenLayout(prefix, geometry.grid)
 
 
 def depths(model: nn.Module) -> list[int]:

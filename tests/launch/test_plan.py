@@ -294,7 +294,7 @@ def test_the_size_of_a_teacher_that_takes_any(
     plan = rows(describe_plan(load_config(None, overrides)))["transfer"]
     dual: Any = build(load_config(None, overrides)).task.dual  # type: ignore[attr-defined]
     images = torch.randn(2, 3, 16, 16)
-    assert dual.teacher_input.grids(images, None).teacher == grid
+    assert dual.teacher_input.grids(images, None).teacher == (grid,)
     assert dual.teacher_input(images).shape[-2:] == tuple(4 * side for side in grid)
     assert ("resized to (32, 32)" in plan) == bool(size)
     assert ("resized to (32, 32)" in dual.describe()) == bool(size)

@@ -151,7 +151,7 @@ def test_the_published_layers_are_the_first_18_of_24() -> None:
     from graftvit.transfer.methods.pairs import resolve_layers
 
     layers = load_config("attention_distill_vit_large").transfer.layers
-    pairs = resolve_layers(layers, 24, 24)
+    pairs = resolve_layers(layers, [24], [24])
     assert [(pair.teacher, pair.student) for pair in pairs] == [(layer, layer) for layer in range(18)]
 
 

@@ -26,6 +26,7 @@ class Layer:
     map: Tensor
     out: Tensor
     logits: Tensor
+    scale: float
 
 
 Override = Callable[[int, Layer], Tensor]
@@ -33,9 +34,10 @@ Override = Callable[[int, Layer], Tensor]
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Layer:
     """softmax(s q kᵀ + mask) v, dense."""
-    logits = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = (q @ k.transpose(-2, -1)) * scale
     logits = logits if mask is None else logits + mask
-    return Layer(q, k, v, logits.softmax(-1), logits.softmax(-1) @ v, logits)
+    return Layer(q, k, v, logits.softmax(-1), logits.softmax(-1) @ v, logits, scale)
 
 
 @contextmanager

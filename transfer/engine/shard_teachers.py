@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ...models.copying.teacher_view import TokensOnly, WholeModel
-from ...models.families import attention_blocks, is_supported
+from ...models.families import blocks_of, find_family
 from ..config import RunConfig
 from .build import Parts
 from .tasks import TransferTask
@@ -44,8 +44,8 @@ def gather_to_run(teacher: nn.Module, view: nn.Module, mesh: DeviceMesh) -> None
 
 def shard_units(teacher: nn.Module) -> list[nn.Module]:
     """Return the modules that are gathered one by one: the blocks, or the innermost parts of lists of modules."""
-    if is_supported(teacher):
-        return list(attention_blocks(teacher))
+    if find_family(teacher) is not None:
+        return list(blocks_of(teacher))
     lists = [module for module in teacher.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     parts = [part for each in lists for part in each if next(part.parameters(), None) is not None]
     return [part for part in dict.fromkeys(parts) if not _holds_lists(part)]
@@ -57,8 +57,8 @@ def _holds_lists(module: nn.Module) -> bool:
 
 def _paired_blocks(view: nn.Module, teacher: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield each block of a view with the teacher's block whose parameters it has."""
-    if is_supported(teacher) and isinstance(view, TokensOnly | WholeModel):
-        yield from zip(attention_blocks(view), attention_blocks(teacher), strict=False)
+    if find_family(teacher) is not None and isinstance(view, TokensOnly | WholeModel):
+        yield from zip(blocks_of(view.model), blocks_of(teacher), strict=False)
 
 
 def _gather(runs: nn.Module, owner: nn.Module) -> None:

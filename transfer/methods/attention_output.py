@@ -44,6 +44,7 @@ class MatchOutput(Observer):
         link = self.link
         teacher = self.tape.outputs[link.pair.teacher]
         teacher = pick_dim(teacher, 1, None if link.heads.is_identity else link.teacher_index)
+        out_BHND = out_BHND if heads is None else heads.joined(out_BHND)
         student = pick_dim(out_BHND, 1, None if link.all_heads else link.student_index)
         self.record(
             squared_error(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ...models.copying.links import Link
 from ...models.copying.tape import Tape
-from ...models.copying.teacher_view import Wanted
-from ...models.families import attention_blocks, attention_shape
+from ...models.copying.teacher_view import Wanted, in_sequence
+from ...models.families import blocks_of
 from .method import Installed, Pairing, TransferMethod, projector
 from .outputs import squared_error
 from .transfer_plan import TransferPlan
@@ -28,10 +28,9 @@ class BlockOutput(TransferMethod):
         return Wanted(blocks=frozenset(plan.teacher_layers))
 
     def install(self, pairing: Pairing) -> Installed:
-        installed, blocks = Installed(), attention_blocks(pairing.student)
-        widths = [attention_shape(model).width for model in (pairing.student, pairing.teacher)]
+        installed, blocks = Installed(), blocks_of(pairing.student)
         for link in pairing.plan.links:
-            learned = projector(installed.projectors, link, *widths)
+            learned = projector(installed.projectors, link, link.student.width, link.teacher.width)
             match = _MatchBlock(link, pairing.tape, pairing.loss_name(link), learned)
             pairing.changes.hooks.append(blocks[link.pair.student].register_forward_hook(match))
         return installed
@@ -50,7 +49,7 @@ class _MatchBlock:
         if not self.tape.active:
             return
         pair, tokens = self.link.pair, self.link.tokens
-        student = tokens.student.pick(out, 1)
+        student = tokens.student.pick(in_sequence(out), 1)
         teacher = tokens.teacher.pick(self.tape.blocks[pair.teacher], 1)
         if self.projector is not None:
             student = self.projector(student)

@@ -7,6 +7,7 @@ from torch import nn
 from ...models.copying.copying_operators import COPIES, Copy
 from ...models.copying.links import Link
 from ..config import LossConfig
+from .layer_maps import LayerMaps, differ, differ_in
 from .method import AttentionMethod, Pairing
 
 
@@ -27,6 +28,11 @@ class CopyAttention(AttentionMethod):
 
     def averages_heads(self, config: LossConfig) -> bool:
         return self.kind.copies_map
+
+    def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
+        if teacher.structure != student.structure:
+            return f"{differ(teacher, student)}, and a layer copies only from one of the same structure"
+        return None if self.kind.copies_map else differ_in(self.parts[0], teacher, student)
 
     def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Copy:
         return self.kind.operator(link, pairing.tape)

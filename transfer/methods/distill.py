@@ -12,6 +12,7 @@ from ...models.copying.copying_operators import Part
 from ...models.copying.links import Link
 from ...models.copying.places import pick_dim
 from ..config import LossConfig
+from .layer_maps import WHOLE, LayerMaps, differ, differ_in
 from .map_loss import MapLoss
 from .method import AttentionMethod, Pairing, joined_projector
 from .outputs import squared_error
@@ -33,6 +34,14 @@ class DistillMaps(AttentionMethod):
     def averages_heads(self, config: LossConfig) -> bool:
         return config.loss == "ce"
 
+    def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
+        t, s = teacher.structure, student.structure
+        if t != s and (t.window is None or not s.is_whole):
+            return f"{differ(teacher, student)}, and only maps within windows are distilled into others: maps {WHOLE}"
+        if t.window is not None and config.rows < 1:
+            return f"transfer.rows={config.rows:g} is for maps {WHOLE}, and the teacher has maps {t}"
+        return None
+
     def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Observer:
         config = pairing.config
         loss = MapLoss(config.loss == "kl", config.temperature, config.rows)
@@ -47,6 +56,10 @@ class DistillPart(AttentionMethod):
     def __init__(self, part: Part, words: str) -> None:
         self.name, self.parts = f"distill_{part}", (part,)
         self.words = f"mean squared error between the student's {words} and the teacher's"
+
+    def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
+        (part,) = self.parts
+        return differ_in(part, teacher, student)
 
     def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Observer:
         (part,) = self.parts
@@ -91,8 +104,10 @@ class DistillProjection(Observer):
 
     def look(self, heads: Heads | None, out_BHND: Tensor, lse_BHN: Tensor | None) -> None:
         assert heads is not None
-        teacher = getattr(self.link.teacher_heads(self.tape), self.part)
-        student = getattr(self.link.matched_student(heads), self.part)
+        teacher, student = (
+            each.joined(getattr(each, self.part))
+            for each in (self.link.teacher_heads(self.tape), self.link.matched_student(heads))
+        )
         self.record(squared_error(student, teacher, self.projector))
 
 

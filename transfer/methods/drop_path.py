@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models.copying.tape import Tape
 from ...models.errors import TransferError
-from ...models.families import attention_blocks, is_supported
+from ...models.families import blocks_of, depths, find_family, is_pyramid
 
 BRANCHES = ("drop_path1", "drop_path2")
 
@@ -29,9 +29,9 @@ class SharedDropPath(nn.Module):
         self.index = index
 
     def draw(self, batch: int, like: Tensor) -> None:
-        """Keep each image with probability 1 − p, scaled by 1 / (1 − p): shape (B, 1, 1)."""
+        """Keep each image with probability 1 − p, scaled by 1 / (1 − p): shape (B,)."""
         keep = 1.0 - float(self.original.drop_prob or 0.0)
-        mask = torch.empty(batch, 1, 1, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+        mask = torch.empty(batch, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
         self.tape.masks[self.index] = mask
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ class SharedDropPath(nn.Module):
         if mask is None:
             out: Tensor = self.original(x)
             return out
-        return x * mask
+        return x * mask.view(-1, *[1] * (x.dim() - 1))  # (B, N, C), and (B, height, width, C) of Swin
 
 
 def check_shares(name: str, teacher: nn.Module) -> None:
     """Raise TransferError: the teacher of this name has no blocks whose masks could be the student's."""
-    if not is_supported(teacher):
+    if find_family(teacher) is None:
         raise TransferError(
             "transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and "
             f"{name} is a {type(teacher).__name__}: set it to false"
@@ -53,7 +53,10 @@ def check_shares(name: str, teacher: nn.Module) -> None:
 
 def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) -> list[SharedDropPath]:
     """Let every block of the view use the masks of the student's block, and return the modules to draw."""
-    blocks, teacher_blocks = attention_blocks(student), attention_blocks(teacher_view)
+    teacher: Any = teacher_view
+    blocks, teacher_blocks = blocks_of(student), blocks_of(teacher.model)
+    if is_pyramid(student) or is_pyramid(teacher.model):
+        _check_stages(depths(student), depths(teacher.model))
     if len(blocks) < len(teacher_blocks):
         raise TransferError(
             f"transfer.share_drop_path needs a student as deep as the teacher's last layer in use: "
@@ -72,9 +75,20 @@ def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) ->
     return shared
 
 
+def _check_stages(student: list[int], teacher: list[int]) -> None:
+    """Raise TransferError where a block of the teacher and the student's block of its number are in other stages."""
+    used = [own for own in teacher if own]
+    before, last = used[:-1], used[-1:]
+    if before != student[: len(before)] or (last and last[0] > student[len(before)]):
+        raise TransferError(
+            f"transfer.share_drop_path needs stages of the same depths: the student's have {student} blocks and those "
+            f"of the teacher, up to its last layer in use, {used}; set it to false"
+        )
+
+
 def release_drop_paths(student: nn.Module) -> None:
     """Put timm's own `DropPath` modules back."""
-    for block in attention_blocks(student):
+    for block in blocks_of(student):
         for branch, drop in _branches(block):
             block._modules[branch] = drop.original if isinstance(drop, SharedDropPath) else drop
 

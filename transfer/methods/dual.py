@@ -19,8 +19,8 @@ from ...models.copying.input import ShownImages
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted, view_teacher
 from ...models.errors import TransferError
-from ...models.families import check_supported, evaluating
-from ...models.host import host_attention
+from ...models.families import check_supported, evaluating, is_pyramid
+from ...models.hosting import host_layers
 from ...models.json_types import JsonDict
 from ...models.replay import replay_blocks, restore_blocks
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
@@ -111,10 +111,11 @@ class DualViT(nn.Module):
         for index, (kind, name) in enumerate(zip(kinds, chosen, strict=True)):
             with placed(self.config, index):
                 check_teacher(models[name], kind)
-        check_supported(student)
+        check_supported(student, pyramids=True)
         self._normalization = norm
+        layered = {name for kind, name in zip(kinds, chosen, strict=True) if kind.uses_layers}
         self._sides = tuple(
-            TeacherSide.of(name, each, student, norm, teacher_normalization)
+            TeacherSide.of(name, each, student, norm, teacher_normalization, layers=name in layered)
             for name, each in given.items()
             if name in chosen
         )
@@ -255,6 +256,12 @@ class DualViT(nn.Module):
     def copying(self, teacher: CopiedTeacher) -> Copying:
         """What the student of a copy method copies, of a teacher that is built as described."""
         term = next(term for term in self._terms if term.method.copies)
+        for model in (term.side.model, self.student):
+            if is_pyramid(model):
+                raise TransferError(
+                    f"transfer.method={term.settings.method}: a student is saved with its teacher's attention only "
+                    f"where both are plain vision transformers, and {type(model).__name__} is a pyramid; use distill"
+                )
         links = term.plan.links
         pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)
         return Copying(term.settings.method, pairs, heads, self._normalization, teacher)
@@ -303,7 +310,7 @@ class DualViT(nn.Module):
     def _install_terms(self, terms: Sequence[Term]) -> tuple[tuple[Term, ...], nn.ModuleDict]:
         """Return the terms with their losses, and the modules that learn beside the student."""
         attends = any(term.method.uses_heads for term in terms)
-        hosts = host_attention(self.student) if attends else []
+        hosts = host_layers(self.student) if attends else {}
         installed, projectors, self._measured = [], nn.ModuleDict(), list[Measured]()
         for index, term in enumerate(terms):
             side, tape = term.side, self._tapes[term.side.name]
@@ -319,7 +326,7 @@ class DualViT(nn.Module):
             elif len(made.projectors):
                 projectors[module_name(term.label)] = made.projectors
         if attends:
-            freeze_unused(self.student, hosts, self._changes)
+            freeze_unused(self.student, hosts.values(), self._changes)
         return tuple(installed), projectors
 
     def wanted(self, side: TeacherSide) -> Wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ...models.any_timm import feature_width, patch_width
 from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.errors import TransferError
-from ...models.families import patch_grid, vit
+from ...models.families import family_of, is_pyramid, vit
 from .lessons import Changes
 from .patch_maps import average_to, common_grid, student_patches, teacher_patches
 
@@ -60,10 +60,8 @@ class Pooled(FeaturePart):
         return feature_width(self.student), feature_width(self.teacher)
 
     def record(self, changes: Changes) -> None:
-        for name in HEADS:
-            head = self.student._modules.get(name)
-            if head is not None:
-                changes.hooks.append(head.register_forward_pre_hook(_KeepInput(self.tape, name)))
+        for name, head in _heads(self.student).items():
+            changes.hooks.append(head.register_forward_pre_hook(_KeepInput(self.tape, name)))
 
     def of_student(self) -> Tensor:
         inputs = [self.tape.features[name] for name in HEADS if name in self.tape.features]
@@ -86,8 +84,8 @@ class Patches(FeaturePart):
         return vit(self.student).num_features, patch_width(self.teacher)
 
     def record(self, changes: Changes) -> None:
-        norm = self.student.get_submodule("norm")
-        changes.hooks.append(norm.register_forward_hook(_KeepOutput(self.tape, "tokens")))
+        last = family_of(self.student).last_tokens(self.student)
+        changes.hooks.append(last.register_forward_hook(_KeepOutput(self.tape, "tokens")))
 
     def of_student(self) -> Tensor:
         tokens, images = self.tape.features.get("tokens"), self.tape.features.get("images")
@@ -103,7 +101,7 @@ class Patches(FeaturePart):
         return average_to(patches, self._common(images, patches))
 
     def _grid(self, images: tuple[int, int]) -> tuple[int, int]:
-        return patch_grid(vit(self.student).patch_embed, images)
+        return family_of(self.student).geometries(self.student, images)[-1].grid
 
     def _common(self, images: tuple[int, int], theirs: Tensor) -> tuple[int, int]:
         return common_grid(self._grid(images), (theirs.shape[1], theirs.shape[2]))
@@ -117,9 +115,16 @@ PARTS: dict[str, tuple[type[FeaturePart], ...]] = {
 """By the value of `transfer.tokens`."""
 
 
+def _heads(student: nn.Module) -> dict[str, nn.Module]:
+    """Return the classifiers whose inputs are the pooled features; of a pyramid the one after its own pooling."""
+    found: Any = vit(student).get_classifier() if is_pyramid(student) else None
+    heads = {name: student._modules.get(name) for name in HEADS} if found is None else {"head": found}
+    return {name: head for name, head in heads.items() if head is not None}
+
+
 def record_images(student: nn.Module, tape: Tape, changes: Changes) -> None:
     """Keep the student's images on the tape."""
-    embedding = student.get_submodule("patch_embed")
+    embedding = family_of(student).embedding(student)
     changes.hooks.append(embedding.register_forward_pre_hook(_KeepInput(tape, "images")))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ...models.errors import TransferError
-from ...models.host import release_attention
+from ...models.hosting import release_layers
 from .drop_path import release_drop_paths
 
 
@@ -51,7 +51,7 @@ def end_lesson(model: nn.Module) -> None:
         for parameter in lesson.changes.frozen:
             parameter.requires_grad_(True)
     release_drop_paths(model)
-    release_attention(model)
+    release_layers(model)
 
 
 def check_free(teacher: nn.Module, student: nn.Module) -> None:

@@ -45,15 +45,25 @@ class TeacherSide:
 
     @classmethod
     def of(
-        cls, name: str, teacher: Teacher, student: nn.Module, norm: Normalization, own: Normalization | None
+        cls,
+        name: str,
+        teacher: Teacher,
+        student: nn.Module,
+        norm: Normalization,
+        own: Normalization | None,
+        *,
+        layers: bool,
     ) -> TeacherSide:
-        """Freeze a teacher. `norm` is of the student's images, `own` of the teacher's where it is given."""
+        """Freeze a teacher. `norm` is of the student's images, `own` of the teacher's where it is given.
+
+        `layers`: whether methods read its layers, so that its grids count.
+        """
         size = None
         if isinstance(teacher, Pretrained):
             own, size = own or Normalization(teacher.mean, teacher.std), teacher.preprocessing.input_size[1:]
             teacher = teacher.model
         own = own or pretrained_normalization(teacher)
-        if is_supported(teacher):
+        if (is_supported(teacher) and is_supported(student)) or layers:
             shown: ShownImages = TeacherInput(teacher, student, own, norm)
         else:
             shown = WholeInput(teacher, student, own, norm, size)
@@ -215,14 +225,14 @@ def pretrained_normalization(model: nn.Module) -> Normalization:
 def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
     """Raise UnsupportedModelError or TransferError: a method cannot take what it needs from this teacher."""
     if not method.uses_layers and not is_supported(teacher):
-        return
+        return  # any classifier, and a pyramid as one
     if isinstance(teacher, OutsideTeacher):
         raise UnsupportedModelError(
             f"transfer.method={method.name} reads the layers of its teacher, and a teacher of another library than "
             "timm gives features and classes alone: use feature or logits"
         )
     try:
-        check_supported(teacher, copied=True)
+        check_supported(teacher, copied=True, pyramids=True)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"transfer.method={method.name} reads the layers of its teacher, and {error}; feature and logits take any "

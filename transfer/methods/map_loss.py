@@ -20,6 +20,7 @@ from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
 from ...models.attention.kernels import mean_map, precise
 from ...models.copying.tape import average_heads, spread_heads
+from .window_maps import window_map_loss
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class MapLoss:
         `lse_BHN` is the student's log-sum-exp if its own attention computed it.
         """
         student, teacher = self._warm(student), self._warm(teacher)
+        if teacher.windows is not None:
+            loss = window_map_loss(student, teacher, sizes, lse_BHN, entropy=self.entropy)
+            return loss * self.temperature**2
         weights = None
         if self.rows < 1.0:
             rows, weights = sample_rows(student, self.rows, num_prefix)
@@ -69,7 +73,7 @@ class MapLoss:
         if self.temperature == 1.0:
             return heads
         bias = None if heads.bias is None else heads.bias / self.temperature
-        return Heads(heads.q, heads.k, heads.v, bias, heads.scale / self.temperature)
+        return Heads(heads.q, heads.k, heads.v, bias, heads.scale / self.temperature, windows=heads.windows)
 
 
 def entropy(teacher: Heads) -> Tensor:
@@ -85,7 +89,8 @@ def sample_rows(heads: Heads, fraction: float, num_prefix: int) -> tuple[Tensor,
     All prefix rows are included with weight 1/N; m of the n patch rows are drawn without replacement, each with
     weight n / (N m).
     """
-    total, device = heads.known.shape[2], heads.known.device
+    q, _ = heads.qk()
+    total, device = q.shape[2], q.device
     patches = total - num_prefix
     drawn = max(1, round(fraction * patches))
     picked = torch.randperm(patches, device=device)[:drawn] + num_prefix

@@ -6,7 +6,7 @@ A method is one instance of `TransferMethod` in a file of its own. Nothing else 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,10 +17,10 @@ from ...models.copying.links import Link
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted as Wanted
 from ...models.errors import ConfigError
-from ...models.families import attention_shape
 from ...models.host import AttentionHost
 from ...models.json_types import Json
 from ..config import LossConfig
+from .layer_maps import LayerMaps
 from .lessons import Changes
 from .standardize import Measured
 from .taught_layer import Observer, attach
@@ -41,8 +41,8 @@ class Pairing:
     """From which the student's layers read the teacher's side."""
     changes: Changes
     """What was changed in the student, which is added to."""
-    hosts: Sequence[AttentionHost] = ()
-    """The hosts of the student's attention layers, for a method with `uses_heads`."""
+    hosts: Mapping[int, AttentionHost] = field(default_factory=dict)
+    """The hosts of the student's attention layers by number, for a method with `uses_heads`."""
     prefix: str = ""
     """What the names of the losses begin with, if there are several losses."""
 
@@ -117,6 +117,10 @@ class TransferMethod(ABC):
         """Return the names of its losses, which are added, where it compares the results of whole models."""
         return (self.name,)
 
+    def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
+        """Return why the attention of two layers does not mean the same to this method; None where it does."""
+        return None
+
     def averages_heads(self, config: LossConfig) -> bool:
         """Whether a head of the student can learn from several of the teacher."""
         return False
@@ -176,9 +180,9 @@ def joined_projector(pairing: Pairing, link: Link, projectors: nn.ModuleDict) ->
     """The projector for the joined heads of a layer; None where chosen heads, of one width, are compared one by one."""
     if pairing.config.heads != "all":
         return None
-    student, teacher = attention_shape(pairing.student), attention_shape(pairing.teacher)
-    widths = [shape.num_heads * shape.head_dim for shape in (student, teacher)]
-    return projector(projectors, link, *widths, joined=student.num_heads != teacher.num_heads)
+    widths = [site.num_heads * site.head_dim for site in (link.student, link.teacher)]
+    joined = link.student.num_heads != link.teacher.num_heads
+    return projector(projectors, link, *widths, joined=joined)
 
 
 def projector(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...models.families import attention_shape, token_layout
+from ...models.families import attention_shape, is_pyramid, token_layout
 from ...models.parts import NativeParts, native_parts
+from .stage_mismatch import describe_stages
 
 ADVICE = "`student.mirror_teacher: true` builds the student with the teacher's native parts"
 SOURCE = "Attention Transfer Is Not Universally Effective for ViTs, arXiv:2605.07191"
@@ -30,7 +31,11 @@ def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ..
     There is a warning for a part that the student lacks and that belongs to families whose transfer into a plain
     student failed (arXiv:2605.07191: DINOv2, CLIP, BEiTv2 and one more). In the paper, adding the teacher's native
     components solved this. Which component matters is inferred here from the architectures, not measured.
+    Where one of the models is a pyramid, they are compared stage by stage: sizes, and the structure of the maps.
     """
+    if is_pyramid(teacher) or is_pyramid(student):
+        stages = zip(describe_stages(teacher).items(), describe_stages(student).values(), strict=True)
+        return tuple(Mismatch(name, theirs, ours) for (name, theirs), ours in stages if theirs != ours)
     parts_t, parts_s = native_parts(teacher), native_parts(student)
     words = zip(_describe(teacher, parts_t).items(), _describe(student, parts_s).values(), strict=True)
     return tuple(

@@ -9,8 +9,11 @@ The grammar of `transfer.layers`, for a student of depth L (negative numbers cou
     A:B            A, A+1, … B-1; either side may be left out; :-6 is the first 18 of 24
     0,3,-1         these layers
     2>0,5>1        teacher>student pairs
+    stage3         the layers of the student's third stage; several stages: stage2,stage3
+    stage2>stage3  the layers of the student's third stage learn from the teacher's second
 
-Without pairs the selection is of student layers and teacher layers are spread evenly (`spread_layer`).
+Without pairs the selection is of student layers, and teacher layers are spread evenly (`spread_layer`): inside each
+stage where both models have equally many stages, else over the whole depth. A plain vision transformer has one stage.
 """
 
 from __future__ import annotations
@@ -21,23 +24,35 @@ from collections.abc import Sequence
 from ...models.copying.links import LayerPair
 from ...models.errors import TransferError
 
-GRAMMAR = "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1 or teacher>student pairs 2>0,5>1"
+GRAMMAR = (
+    "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1, teacher>student pairs 2>0,5>1, stages stage2,stage3 or "
+    "teacher>student pairs of stages stage2>stage3"
+)
 _COUNTED = re.compile(r"(first|last|every):(-?\d+)")
 _RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
 _LIST = re.compile(r"-?\d+(,-?\d+)*")
 _PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
+_STAGES = re.compile(r"stage\d+(>stage\d+)?(,stage\d+(>stage\d+)?)*")
 
 
 def resolve_layers(
-    layers: str | Sequence[int] | Sequence[tuple[int, int]], teacher_depth: int, student_depth: int
+    layers: str | Sequence[int] | Sequence[tuple[int, int]],
+    teacher_depths: Sequence[int],
+    student_depths: Sequence[int],
 ) -> tuple[LayerPair, ...]:
     """Return the pairs of blocks for `layers`, in the order of the student's blocks.
 
+    The depths are the numbers of blocks of each stage. Blocks are numbered through all stages.
+
     Raises TransferError: a layer is out of range or named twice for the student, or no layer is selected.
     """
+    student_depth = sum(student_depths)
     items: Sequence[int] | Sequence[tuple[int, int]]
-    items = _parse(layers, student_depth) if isinstance(layers, str) else layers
-    pairs = [_pair(item, layers, teacher_depth, student_depth) for item in items]
+    if isinstance(layers, str) and _STAGES.fullmatch(re.sub(r"\s", "", layers)):
+        items = _stages(layers, teacher_depths, student_depths)
+    else:
+        items = _parse(layers, student_depth) if isinstance(layers, str) else layers
+    pairs = [_pair(item, layers, teacher_depths, student_depths) for item in items]
     if not pairs:
         raise TransferError(
             f"transfer.layers={layers!r} selects no layer of the student, which has 0 to {student_depth - 1}"
@@ -58,6 +73,53 @@ def spread_layer(student: int, teacher_depth: int, student_depth: int) -> int:
     Layers are spread evenly, the last learns from the last, and with equal depth layer i learns from layer i.
     """
     return -(-(student + 1) * teacher_depth // student_depth) - 1
+
+
+def _stages(
+    text: str, teacher_depths: Sequence[int], student_depths: Sequence[int]
+) -> list[int] | list[tuple[int, int]]:
+    """Return the layers of `stage3`, or the pairs of `stage2>stage3`."""
+    layers: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    for item in re.sub(r"\s", "", text).split(","):
+        theirs, _, ours = item.rpartition(">")
+        student = _stage(ours, student_depths, "student", text)
+        if not theirs:
+            layers += student
+            continue
+        teacher = _stage(theirs, teacher_depths, "teacher", text)
+        pairs += [
+            (teacher[spread_layer(place, len(teacher), len(student))], layer)
+            for place, layer in enumerate(student)
+        ]
+    if layers and pairs:
+        raise TransferError(
+            f"transfer.layers={text!r} mixes stages and pairs of stages: write each as a pair, such as stage2>stage2"
+        )
+    return layers or pairs
+
+
+def _stage(word: str, depths: Sequence[int], owner: str, text: str) -> range:
+    """Return the layers of a stage, which is numbered from 1 as in papers."""
+    number = int(word.removeprefix("stage"))
+    if not 1 <= number <= len(depths):
+        raise TransferError(
+            f"transfer.layers={text!r} names {word} of the {owner}, which has stage1 to stage{len(depths)}; {ANOTHER}"
+        )
+    start = sum(depths[: number - 1])
+    return range(start, start + depths[number - 1])
+
+
+def _spread(student: int, teacher_depths: Sequence[int], student_depths: Sequence[int]) -> int:
+    """Return the teacher layer for a student layer: of the same stage where there are equally many stages."""
+    if len(teacher_depths) != len(student_depths):
+        return spread_layer(student, sum(teacher_depths), sum(student_depths))
+    before = 0  # the teacher's layers of earlier stages
+    for theirs, ours in zip(teacher_depths, student_depths, strict=True):
+        if student < ours:
+            return before + spread_layer(student, theirs, ours)
+        before, student = before + theirs, student - ours
+    raise AssertionError("the layer was checked")
 
 
 def _parse(text: str, depth: int) -> list[int] | list[tuple[int, int]]:
@@ -100,10 +162,16 @@ def _range(start: str | None, stop: str | None, text: str, depth: int) -> list[i
     return list(range(depth))[slice(*bounds)]
 
 
-def _pair(item: int | tuple[int, int], layers: object, teacher_depth: int, student_depth: int) -> LayerPair:
+def _pair(
+    item: int | tuple[int, int],
+    layers: object,
+    teacher_depths: Sequence[int],
+    student_depths: Sequence[int],
+) -> LayerPair:
+    teacher_depth, student_depth = sum(teacher_depths), sum(student_depths)
     if isinstance(item, int):
         student = _index(item, student_depth, "student", layers)
-        return LayerPair(spread_layer(student, teacher_depth, student_depth), student)
+        return LayerPair(_spread(student, teacher_depths, student_depths), student)
     if len(item) != 2:
         raise TransferError(
             f"transfer.layers={layers!r} holds {item!r}; a pair is (teacher layer, student layer)"

@@ -7,18 +7,22 @@ from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
 from ...models.errors import TransferError
-from ...models.families import patch_grid, vit
+from ...models.families import family_of
 
 Grid = tuple[int, int]
 """Rows and columns."""
 
 
 def student_patches(student: nn.Module, tokens_BNC: Tensor, images: Grid) -> Tensor:
-    """Return the patches of the tokens after the final norm, (B, rows, columns, C).
+    """Return the patches after the final norm, of a pyramid those of its last stage, as (B, rows, columns, C).
 
     Raises TransferError: the student dropped patches.
     """
-    grid = patch_grid(vit(student).patch_embed, images)
+    family = family_of(student)
+    geometry = family.geometries(student, images)[-1]
+    if family.is_pyramid:
+        return family.patches(tokens_BNC, geometry)
+    grid = geometry.grid
     patches = tokens_BNC[:, int(getattr(student, "num_prefix_tokens", 0)) :]
     if patches.shape[1] != grid[0] * grid[1]:
         raise TransferError(

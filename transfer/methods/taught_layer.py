@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...models.attention.base import QKV, Heads
 from ...models.attention.fused import attention_with_lse
+from ...models.attention.softmax import SoftmaxAttention
 from ...models.conversion import ConvertedAttention
 from ...models.copying.copying_operators import Copy, softmax
 from ...models.copying.links import Link
@@ -18,6 +19,7 @@ from ...models.copying.tape import Tape
 from ...models.errors import TransferError
 from ...models.host import AttentionHost
 from .lessons import Changes
+from .window_maps import window_attention
 
 
 @dataclass
@@ -38,15 +40,19 @@ class Observer(ABC):
 
     @abstractmethod
     def look(self, heads: Heads | None, out_BHND: Tensor, lse_BHN: Tensor | None) -> None:
-        """Record the loss of the layer; `heads` is None where the layer has another operator than softmax."""
+        """Record the loss of the layer.
+
+        In a native layer with windows all tensors are by window, as `Heads.windows` says. `heads` is None where the
+        layer has another operator than softmax.
+        """
 
     def record(self, loss: Tensor) -> None:
         self.tape.record(self.name, loss)
 
-    def watch(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+    def watch(self, module: nn.Module, inputs: tuple[Heads, ...], out: Tensor) -> None:
         """Look at the output of a converted layer, as a forward hook of its operator."""
         if self.tape.active:
-            self.look(None, out, None)
+            self.look(inputs[0] if isinstance(module, SoftmaxAttention) else None, out, None)
 
 
 @dataclass
@@ -82,6 +88,8 @@ class TaughtLayer:
         if self.copy is not None:
             return self.copy.taught(heads), None
         if any(observer.needs_lse for observer in self.observers):
+            if heads.windows is not None:
+                return window_attention(heads)
             return attention_with_lse(*heads.qkv(), heads.scale, heads.bias)
         return softmax(heads), None
 
@@ -93,7 +101,8 @@ def attach(host: AttentionHost, part: Copy | Observer, method: str, changes: Cha
     """
     layer = part.link.pair.student
     if isinstance(host, ConvertedAttention):
-        if isinstance(part, Copy) or part.reads_projections:
+        softmax_of_all = isinstance(host.operator, SoftmaxAttention)
+        if isinstance(part, Copy) or (part.reads_projections and not softmax_of_all):
             raise TransferError(
                 f"layer {layer} of the student has {host.choice} in place of softmax attention: use mode=align "
                 "for its map, or transfer.method attention_output, block_output, feature or logits"
@@ -137,10 +146,13 @@ def _freeze_host(host: AttentionHost, needs: Collection[str]) -> list[nn.Paramet
     frozen: list[nn.Parameter] = []
     for part in QKV:
         if part not in needs:
-            for name in (f"{part}_proj", f"{part}_norm"):
+            for name in (f"{part}_proj", f"{part}_norm", part):
                 frozen += _freeze(host._modules.get(name))
+    if "q" not in needs:
+        frozen += _freeze_parameters([host._parameters.get("logit_scale")])
     if "q" not in needs and "k" not in needs:
         frozen += _freeze_parameters([host._parameters.get("relative_position_bias_table")])
+        frozen += _freeze(host._modules.get("cpb_mlp"))
     return frozen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -12,23 +12,16 @@ from ...models.copying.input import ShownImages
 from ...models.copying.links import HeadMap, Link
 from ...models.copying.tape import Step, Tape, take
 from ...models.copying.teacher_view import view_attention
-from ...models.copying.tokens import match_tokens
 from ...models.errors import TransferError
-from ...models.families import (
-    AttentionShape,
-    attention_blocks,
-    attention_shape,
-    check_supported,
-    evaluating,
-    has_relative_bias,
-    is_supported,
-    token_layout,
-)
+from ...models.families import Block, blocks_of, check_supported, evaluating, find_family
 from ..config import LossConfig
-from .heads import map_distance, match_heads, resolve_heads
+from .heads import map_distance, match_heads
+from .layer_links import resolve_links
 from .mismatch import compare_models, report_mismatch
-from .pairs import resolve_layers
 from .registry import find_method
+
+if TYPE_CHECKING:
+    from .method import TransferMethod
 
 
 @dataclass(frozen=True)
@@ -88,47 +81,18 @@ class TransferPlan:
 def resolve_plan(config: LossConfig, teacher: nn.Module, student: nn.Module) -> TransferPlan:
     """Resolve layers, heads and tokens; raises `TransferError` where the two models do not fit the method."""
     method = find_method(config.method)
-    if not is_supported(teacher):
+    if find_family(teacher) is None:
         if method.uses_layers:
             check_supported(teacher)
         return TransferPlan(config.method, (), (), tokens=config.tokens)
-    shapes = attention_shape(teacher), attention_shape(student)
     notes = (report_mismatch(compare_models(teacher, student)),)
     if not method.uses_layers:
         return TransferPlan(config.method, (), notes, tokens=config.tokens)
-    _check_method(config, student, *shapes)
-    rule = GridRule(
-        copy=method.equal_grids,
-        interpolate=config.interpolate_grid,
-        relative_bias=has_relative_bias(teacher),
-    )
-    tokens = match_tokens(token_layout(teacher), token_layout(student), rule)
+    _check_student(method, student)
+    links, rule = resolve_links(config, method, teacher, student)
+    report = dict.fromkeys(line for link in links for line in link.tokens.report)
     needs_calibration = config.heads == "match" and method.uses_heads
-    heads = _first_heads(config, *shapes) if needs_calibration else _heads(config, *shapes)
-    links = tuple(
-        Link(pair, heads, tokens) for pair in resolve_layers(config.layers, shapes[0].depth, shapes[1].depth)
-    )
-    return TransferPlan(config.method, links, (*tokens.report, *notes), needs_calibration, rule)
-
-
-def _heads(config: LossConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
-    method = find_method(config.method)
-    if config.heads == "all" and method.joins_heads:
-        # Tensors are compared with their heads joined, so equal counts do not matter.
-        return HeadMap(tuple((head,) for head in range(student.num_heads)), student.num_heads)
-    heads = resolve_heads(config.heads, teacher.num_heads, student.num_heads)
-    if heads.is_grouped and not method.averages_heads(config):
-        raise TransferError(
-            f"transfer.heads={config.heads!r} averages maps of several heads, which transfer.method={config.method} "
-            f"with transfer.loss={config.loss} cannot do; use copy, or distill with loss=ce (the same gradient)"
-        )
-    return heads
-
-
-def _first_heads(config: LossConfig, teacher: AttentionShape, student: AttentionShape) -> HeadMap:
-    """Any one-to-one map, to stand in until the heads are matched."""
-    count = min(teacher.num_heads, student.num_heads)
-    return HeadMap(tuple((h,) if h < count else None for h in range(student.num_heads)), teacher.num_heads)
+    return TransferPlan(config.method, links, (*report, *notes), needs_calibration, rule)
 
 
 def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
@@ -138,19 +102,8 @@ def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
     return match_heads(distance)
 
 
-def _check_method(config: LossConfig, student: nn.Module, t: AttentionShape, s: AttentionShape) -> None:
-    method = find_method(config.method)
-    if t.head_dim != s.head_dim:
-        widths = f"needs heads of one width, and the teacher's are {t.head_dim} wide and the student's {s.head_dim}"
-        if method.head_widths == "equal":
-            raise TransferError(
-                f"transfer.method={method.name} {widths}; use method=copy, or a student with head width {t.head_dim}"
-            )
-        if config.heads != "all" and method.head_widths == "equal if chosen":
-            raise TransferError(
-                f"transfer.heads={config.heads!r} with transfer.method={method.name} {widths}; use heads=all"
-            )
-    if method.whole_maps and any(block.attn.attn_drop.p > 0 for block in attention_blocks(student)):
+def _check_student(method: TransferMethod, student: nn.Module) -> None:
+    if method.whole_maps and any(map(_drops_probabilities, blocks_of(student))):
         raise TransferError(
             "student.model_args.attn_drop_rate must be 0: a dropped-out map is not the map that is transferred"
         )
@@ -162,8 +115,14 @@ def _check_method(config: LossConfig, student: nn.Module, t: AttentionShape, s: 
         )
 
 
+def _drops_probabilities(block: Block) -> bool:
+    return getattr(getattr(block.attn, "attn_drop", None), "p", 0) > 0
+
+
 def _describe_heads(links: tuple[Link, ...]) -> list[str]:
     if all(link.heads.is_identity for link in links):
+        if len({len(link.heads.groups) for link in links}) > 1:
+            return ["heads: all of each layer, one to one"]
         return [f"heads: all {len(links[0].heads.groups)}, one to one"]
     texts = {link.pair.student: _describe_head_map(link.heads) for link in links}
     if len(set(texts.values())) == 1:

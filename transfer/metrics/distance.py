@@ -142,7 +142,7 @@ def compared_layers(teacher: nn.Module, student: nn.Module) -> ComparedLayers:
         tokens = match_tokens(token_layout(teacher), token_layout(student), GridRule(copy=True))
     except (TransferError, UnsupportedModelError):
         return ComparedLayers()
-    depths = attention_shape(teacher).depth, attention_shape(student).depth
+    depths = [attention_shape(teacher).depth], [attention_shape(student).depth]
     return ComparedLayers(resolve_layers("all", *depths), tokens)
 
 

@@ -18,7 +18,7 @@ DEPTHS = st.integers(1, 40)
 
 
 def students(layers: object, depth: int = 24) -> list[int]:
-    pairs = resolve_layers(layers, depth, depth)  # type: ignore[arg-type]
+    pairs = resolve_layers(layers, [depth], [depth])  # type: ignore[arg-type]
     assert all(pair.teacher == pair.student for pair in pairs)
     return [pair.student for pair in pairs]
 
@@ -48,17 +48,17 @@ def test_grammar_with_equal_depth(layers: object, expected: list[int]) -> None:
 
 
 def test_end_layer_minus_six_is_the_first_eighteen_of_twenty_four() -> None:
-    assert [pair.student for pair in resolve_layers(":-6", 24, 24)] == list(range(18))
+    assert [pair.student for pair in resolve_layers(":-6", [24], [24])] == list(range(18))
 
 
 def test_pairs_join_any_teacher_layer_to_any_student_layer() -> None:
     expected = (LayerPair(2, 0), LayerPair(5, 1), LayerPair(23, 11))
-    assert resolve_layers("5>1,2>0,-1>-1", 24, 12) == expected
-    assert resolve_layers([(5, 1), (2, 0), (-1, -1)], 24, 12) == expected
+    assert resolve_layers("5>1,2>0,-1>-1", [24], [12]) == expected
+    assert resolve_layers([(5, 1), (2, 0), (-1, -1)], [24], [12]) == expected
 
 
 def test_one_teacher_layer_may_serve_two_student_layers() -> None:
-    assert resolve_layers("1>0,1>1", 2, 4) == (LayerPair(1, 0), LayerPair(1, 1))
+    assert resolve_layers("1>0,1>1", [2], [4]) == (LayerPair(1, 0), LayerPair(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_one_teacher_layer_may_serve_two_student_layers() -> None:
     ],
 )
 def test_unequal_depth_spreads_the_teacher(teacher: int, student: int, expected: list[int]) -> None:
-    assert [pair.teacher for pair in resolve_layers("all", teacher, student)] == expected
+    assert [pair.teacher for pair in resolve_layers("all", [teacher], [student])] == expected
 
 
 @given(DEPTHS, DEPTHS)
 def test_spread_matches_the_formula_and_keeps_order(teacher: int, student: int) -> None:
-    pairs = resolve_layers("all", teacher, student)
+    pairs = resolve_layers("all", [teacher], [student])
     assert [p.teacher for p in pairs] == [math.ceil((s + 1) * teacher / student) - 1 for s in range(student)]
     assert pairs[-1] == LayerPair(teacher - 1, student - 1)
     assert all(a.teacher <= b.teacher for a, b in pairwise(pairs))
@@ -92,7 +92,7 @@ def test_slices_follow_python(depth: int, data: st.DataObject) -> None:
         assert students(text, depth) == expected
     else:
         with pytest.raises(TransferError, match="selects no layer"):
-            resolve_layers(text, depth, depth)
+            resolve_layers(text, [depth], [depth])
 
 
 @given(DEPTHS, st.data())
@@ -112,8 +112,12 @@ def test_list_and_text_are_one_thing(teacher: int, student: int, data: st.DataOb
     chosen = data.draw(st.lists(st.integers(0, student - 1), min_size=1, unique=True))
     text = ",".join(map(str, chosen))
     negative = [layer - student for layer in chosen]
-    pairs = resolve_layers(text, teacher, student)
-    assert pairs == resolve_layers(chosen, teacher, student) == resolve_layers(negative, teacher, student)
+    pairs = resolve_layers(text, [teacher], [student])
+    assert (
+        pairs
+        == resolve_layers(chosen, [teacher], [student])
+        == resolve_layers(negative, [teacher], [student])
+    )
     assert [pair.student for pair in pairs] == sorted(chosen)
 
 
@@ -145,14 +149,14 @@ def test_list_and_text_are_one_thing(teacher: int, student: int, data: st.DataOb
 )
 def test_mistakes_name_the_key_and_the_valid_values(layers: object, message: str) -> None:
     with pytest.raises(TransferError, match=message) as caught:
-        resolve_layers(layers, 24, 24)  # type: ignore[arg-type]
+        resolve_layers(layers, [24], [24])  # type: ignore[arg-type]
     assert f"transfer.layers={layers!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize("layers", [":-6", "first:6", [0, 6]])
 def test_a_student_that_is_too_shallow_is_told_what_to_give(layers: str | list[int]) -> None:
     with pytest.raises(TransferError, match="another --layers, such as all"):
-        resolve_layers(layers, 24, 2)
+        resolve_layers(layers, [24], [2])
 
 
 def test_the_examples_of_the_guide_hold() -> None:
@@ -160,7 +164,7 @@ def test_the_examples_of_the_guide_hold() -> None:
     rows = re.findall(r"^\| `([^`>]+)` \| ([\d, to]+) \|$", guide, flags=re.MULTILINE)
     assert len(rows) == 9
     for layers, expected in rows:
-        chosen = [pair.student for pair in resolve_layers(layers, 12, 12)]
+        chosen = [pair.student for pair in resolve_layers(layers, [12], [12])]
         if " to " in expected:
             first, last = map(int, expected.split(" to "))
             assert chosen == list(range(first, last + 1)), layers

@@ -1,0 +1,137 @@
+"""What a pair of layers means for a method: their heads and tokens, or a refusal by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ...models.copying.grids import GridRule, words
+from ...models.copying.links import HeadMap, Link
+from ...models.copying.tokens import match_tokens
+from ...models.errors import TransferError
+from ...models.families import Site, depths, has_relative_bias, is_pyramid, layout_of, sites
+from ...models.grid_conversion import has_bias
+from ..config import LossConfig
+from .heads import resolve_heads
+from .layer_maps import LayerMaps
+from .pairs import resolve_layers
+
+if TYPE_CHECKING:
+    from .method import TransferMethod
+
+
+def resolve_links(
+    config: LossConfig, method: TransferMethod, teacher: nn.Module, student: nn.Module
+) -> tuple[tuple[Link, ...], GridRule]:
+    """Return the pairs of layers with their heads and tokens, and the grids that a batch must have for them.
+
+    Raises TransferError: the layers of a pair do not fit the method.
+    """
+    theirs, ours = sites(teacher), sites(student)
+    pairs = resolve_layers(config.layers, depths(teacher), depths(student))
+    stages = tuple(dict.fromkeys((theirs[pair.teacher].stage, ours[pair.student].stage) for pair in pairs))
+    rule = GridRule(
+        copy=method.equal_grids,
+        interpolate=config.interpolate_grid,
+        relative_bias=_has_bias(teacher, [theirs[pair.teacher] for pair in pairs]),
+        stages=stages,
+    )
+    links = []
+    for pair in pairs:
+        t, s = theirs[pair.teacher], ours[pair.student]
+        if method.uses_heads:
+            _check_attention(config, method, (teacher, t), (student, s))
+        try:
+            tokens = match_tokens(layout_of(teacher, t), layout_of(student, s), rule)
+        except TransferError as error:
+            if is_pyramid(teacher) or is_pyramid(student):
+                raise TransferError(
+                    f"layers {pair.teacher}>{pair.student} (teacher>student): {error}"
+                ) from error
+            raise
+        links.append(Link(pair, _heads(config, method, t, s), tokens, t, s))
+    return tuple(links), rule
+
+
+def _has_bias(teacher: nn.Module, used: list[Site]) -> bool:
+    if not is_pyramid(teacher):
+        return has_relative_bias(teacher)
+    return any(has_bias(site.block(teacher).attn) for site in used)
+
+
+def _check_attention(
+    config: LossConfig,
+    method: TransferMethod,
+    teacher: tuple[nn.Module, Site],
+    student: tuple[nn.Module, Site],
+) -> None:
+    """Raise TransferError: what the method takes from attention means different things in the two layers."""
+    (model_t, t), (model_s, s) = teacher, student
+    where = f"layer {s.index} of the student cannot learn from layer {t.index} of the teacher"
+    for owner, site in (("teacher", t), ("student", s)):
+        if site.num_heads == 0:
+            raise TransferError(
+                f"{where}: that of the {owner} has no attention; use block_output, or leave the layer out of "
+                f"transfer.layers={config.layers!r}"
+            )
+    _check_widths(config, method, t, s)
+    maps = LayerMaps.of(model_t, t), LayerMaps.of(model_s, s)
+    reason = method.refuses(config, *maps)
+    if reason is not None:
+        raise TransferError(
+            f"{where} by transfer.method={method.name}: {reason}; use attention_output, block_output, feature or "
+            "logits, or other transfer.layers"
+        )
+    structures = [each.structure for each in maps]
+    if config.heads == "match" and structures[0] != structures[1]:
+        raise TransferError(
+            f"transfer.heads='match' compares maps of one structure, and layer {t.index} of the teacher has maps "
+            f"{structures[0]} and layer {s.index} of the student {structures[1]}; use mean or pairs such as 3>0,1>2"
+        )
+    grids = t.shape.geometry.grid, s.shape.geometry.grid
+    partial = next((each for each in structures if not each.is_whole), None)
+    if config.interpolate_grid and grids[0] != grids[1] and partial is not None:
+        raise TransferError(
+            f"{where}: the grids are {words(grids[0])} and {words(grids[1])}, and transfer.interpolate_grid "
+            f"interpolates only maps of all tokens to all tokens, not maps {partial}"
+        )
+
+
+def _check_widths(config: LossConfig, method: TransferMethod, t: Site, s: Site) -> None:
+    if t.head_dim == s.head_dim:
+        return
+    widths = (
+        f"needs heads of one width, and the teacher's are {t.head_dim} wide and the student's {s.head_dim}"
+    )
+    if method.head_widths == "equal":
+        raise TransferError(
+            f"transfer.method={method.name} {widths}; use method=copy, or a student with head width {t.head_dim}"
+        )
+    if config.heads != "all" and method.head_widths == "equal if chosen":
+        raise TransferError(
+            f"transfer.heads={config.heads!r} with transfer.method={method.name} {widths}; use heads=all"
+        )
+
+
+def _heads(config: LossConfig, method: TransferMethod, teacher: Site, student: Site) -> HeadMap:
+    if not method.uses_heads:
+        return HeadMap(tuple((head,) for head in range(student.num_heads)), student.num_heads)
+    if config.heads == "match":
+        return _first_heads(teacher, student)
+    if config.heads == "all" and method.joins_heads:
+        # Tensors are compared with their heads joined, so equal counts do not matter.
+        return HeadMap(tuple((head,) for head in range(student.num_heads)), student.num_heads)
+    heads = resolve_heads(config.heads, teacher.num_heads, student.num_heads)
+    if heads.is_grouped and not method.averages_heads(config):
+        raise TransferError(
+            f"transfer.heads={config.heads!r} averages maps of several heads, which transfer.method={config.method} "
+            f"with transfer.loss={config.loss} cannot do; use copy, or distill with loss=ce (the same gradient)"
+        )
+    return heads
+
+
+def _first_heads(teacher: Site, student: Site) -> HeadMap:
+    """Any one-to-one map, to stand in until the heads are matched."""
+    count = min(teacher.num_heads, student.num_heads)
+    return HeadMap(tuple((h,) if h < count else None for h in range(student.num_heads)), teacher.num_heads)
