@@ -249,8 +249,8 @@ class SwinV2Host(SwinHost):
         return bool(self._separate_biases())
 
     def _separate_biases(self) -> list[Tensor]:
-        owned = {**self._parameters, **self._buffers}
-        return [bias for part in self.kept if (bias := owned.get(f"{part}_bias")) is not None]
+        biases = [getattr(self, f"{part}_bias", None) for part in self.kept]  # parameters, and a buffer for k
+        return [bias for bias in biases if bias is not None]
 
     def _project(self, x_BNC: Tensor) -> Tensor:
         biases = self._separate_biases()

@@ -15,11 +15,6 @@ from graftvit.models.families import attention_shape, token_layout
 from pyramids import TINY, arguments, tiny
 
 DATA = ["--dataset", "digits"]
-REFUSED = {
-    "layers of the teacher": ["train", "--method", "attention_output", *DATA],
-    "logits of the teacher": ["train", "--method", "logits", *DATA],
-}
-"""The commands of docs/conversion.md that refuse a pyramid."""
 
 
 @pytest.fixture(scope="module", params=["svt", "swin"])
@@ -38,19 +33,6 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         convert(teacher, "stage1: linear", without=["bias"]), root / "student", **how
     )  # knows its plan
     return root
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_pyramid_is_refused_by_name(
-    name: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    teacher, student = str(folders / "teacher"), str(folders / "student")
-    words = [*REFUSED[name], "--teacher", teacher, "--student.model", f"local-dir:{student}"]
-    words += ["--output_dir", str(tmp_path / "run"), "--dry_run"]
-    assert main(words) == 2
-    said = capsys.readouterr().err
-    assert "SwinTransformer" in said or "Twins" in said
-    assert "supported are timm's plain vision transformers" in said
 
 
 def test_a_comparison_refuses_a_pyramid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ class Place:
     """The token of each place of each window; None where timm pads."""
     cosine: bool = False
     prefix: int = 0
-    """Prefix tokens, which are left out; 0 where both models have them."""
+    """Prefix tokens, which are left out where the other layer has none."""
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -199,8 +199,6 @@ def expected(
 ) -> tuple[Tensor, Tensor]:
     """The student's logits and the sum of the losses of the pairs of layers."""
     (model_t, places_t), (model_s, places_s) = teacher, student
-    if {place.prefix for place in places_t} == {place.prefix for place in places_s}:
-        places_t, places_s = ([replace(place, prefix=0) for place in each] for each in (places_t, places_s))
     with torch.no_grad():
         target, theirs = run(model_t, images)
         their_blocks = block_outputs(model_t, images)
@@ -211,7 +209,8 @@ def expected(
             if index not in teacher_of:
                 return own.out
             t = teacher_of[index]
-            return copied(method, theirs[t], own, places_t[t].prefix, places_s[index].prefix)
+            place_t, place_s = _shared(places_t[t], places_s[index])
+            return copied(method, theirs[t], own, place_t.prefix, place_s.prefix)
 
         logits, _ = run(model_s, images, copying)
         return logits, logits.new_zeros(())
@@ -224,17 +223,25 @@ def expected(
         return logits, kl
     our_blocks, losses = block_outputs(model_s, images), []
     for t, s in pairs:
-        pair = (theirs[t], places_t[t]), (ours[s], places_s[s])
+        place_t, place_s = _shared(places_t[t], places_s[s])
+        pair = (theirs[t], place_t), (ours[s], place_s)
         if method == "distill":
             losses.append(cross_entropy(*pair))
         elif method == "block_output":
-            mine, wanted = our_blocks[s][:, places_s[s].prefix :], their_blocks[t][:, places_t[t].prefix :]
+            mine, wanted = our_blocks[s][:, place_s.prefix :], their_blocks[t][:, place_t.prefix :]
             losses.append(F.mse_loss(mine, wanted))
         else:
             part = "out" if method == "attention_output" else method[-1]
             wanted, mine = (_part(layer, place, part) for layer, place in pair)
             losses.append(F.mse_loss(mine, wanted))
     return logits, torch.stack(losses).sum()
+
+
+def _shared(teacher: Place, student: Place) -> tuple[Place, Place]:
+    """Both places without prefix tokens to leave out, where both have them."""
+    if teacher.prefix != student.prefix:
+        return teacher, student
+    return replace(teacher, prefix=0), replace(student, prefix=0)
 
 
 def _part(layer: Layer, place: Place, part: str) -> Tensor:

@@ -162,11 +162,46 @@ def test_a_student_that_is_too_shallow_is_told_what_to_give(layers: str | list[i
 def test_the_examples_of_the_guide_hold() -> None:
     guide = (Path(__file__).parents[3] / "docs" / "layers-and-heads.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`>]+)` \| ([\d, to]+) \|$", guide, flags=re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 11
     for layers, expected in rows:
-        chosen = [pair.student for pair in resolve_layers(layers, [12], [12])]
+        depths = [2, 2, 6, 2] if "stage" in layers else [12]
+        chosen = [pair.student for pair in resolve_layers(layers, depths, depths)]
         if " to " in expected:
             first, last = map(int, expected.split(" to "))
             assert chosen == list(range(first, last + 1)), layers
         else:
             assert chosen == [int(layer) for layer in expected.split(",")], layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "teacher", "student", "expected"),
+    [
+        ("all", [2, 2], [1, 2], [(1, 0), (2, 1), (3, 2)]),
+        ("all", [1, 4], [2, 2], [(0, 0), (0, 1), (2, 2), (4, 3)]),
+        ("-1", [1, 4], [2, 2], [(4, 3)]),
+        ("all", [4], [1, 1], [(1, 0), (3, 1)]),
+        ("stage2", [1, 4], [2, 2], [(2, 2), (4, 3)]),
+        ("stage1, stage2", [1, 1], [1, 1], [(0, 0), (1, 1)]),
+        ("stage1", [4], [4], [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        ("stage1>stage2", [6], [3, 2], [(2, 3), (5, 4)]),
+        ("stage2>stage1,stage1>stage2", [1, 2], [2, 1], [(1, 0), (2, 1), (0, 2)]),
+    ],
+)
+def test_stages(layers: str, teacher: list[int], student: list[int], expected: list[tuple[int, int]]) -> None:
+    assert resolve_layers(layers, teacher, student) == tuple(LayerPair(*pair) for pair in expected)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("stage3", "names stage3 of the student, which has stage1 to stage2"),
+        ("stage0", "names stage0 of the student"),
+        ("stage3>stage1", "names stage3 of the teacher, which has stage1 to stage2"),
+        ("stage1,stage1>stage2", "mixes stages and pairs of stages"),
+        ("stage1,stage1", "names layer 0 of the student more than once"),
+        ("stage1,0", "is not a choice of layers"),
+    ],
+)
+def test_a_wrong_stage_is_refused(layers: str, said: str) -> None:
+    with pytest.raises(TransferError, match=said):
+        resolve_layers(layers, [1, 2], [2, 1])

@@ -22,6 +22,7 @@ FINE, COARSE = (8, 6), (4, 3)
 GRIDS = {
     "vit": [COARSE] * 2,
     "pvt": [FINE, COARSE, COARSE],
+    "pvt1": [FINE, COARSE, COARSE],
     "pvt_li": [FINE, COARSE, COARSE],
     "svt": [FINE, FINE, COARSE, COARSE],
     "pcpvt": [FINE, FINE, COARSE, COARSE],

@@ -1,0 +1,210 @@
+"""A step between pyramids: checkpointing, shared drop paths, what a teacher computes, and settings of the losses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import gradient, relative_error
+from graftvit.models.attention.base import Heads
+from graftvit.models.conversion import convert
+from graftvit.models.errors import TransferError
+from graftvit.models.families import blocks_of
+from graftvit.transfer.methods.drop_path import SharedDropPath
+from graftvit.transfer.methods.dual import DualViT
+from pyramids import images, tiny
+from stage_reference import block_outputs, dense_logits, places, run
+from torch import Tensor, nn
+
+SIZE = (32, 24)
+FINE, COARSE = (8, 6), (4, 3)
+GRIDS = [FINE, FINE, COARSE, COARSE]
+
+
+def model(kind: str, seed: int = 1, **more: Any) -> nn.Module:
+    return tiny(kind, SIZE, seed=seed, **more).double()
+
+
+def x(batch: int = 2) -> Tensor:
+    return images(SIZE, batch).double()
+
+
+@pytest.mark.parametrize("method", ["copy", "distill", "block_output"])
+@pytest.mark.parametrize("kind", ["pvt", "swin", "swinv2"])
+def test_gradient_checkpointing_changes_no_gradient(kind: str, method: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        student: Any = model(kind, 2, drop_path_rate=0.0).train()
+        student.set_grad_checkpointing(checkpointing)
+        dual = DualViT(model(kind), student, method)
+        steps = [dual(each) for each in (x(), 2 * x())]  # two steps before their backward passes
+        for out in steps:
+            (out.logits.square().mean() + out.transfer_loss).backward()
+        grads.append(gradient(student))
+    assert relative_error(*grads) < 1e-12
+    assert grads[0].norm() > 0
+
+
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+def test_drop_paths_are_shared_image_by_image(kind: str) -> None:
+    batch = 8  # as many as rows of the grid of Swin, which has one mask for an image all the same
+    teacher = model(kind, drop_path_rate=0.6)
+    dual = DualViT(teacher, copy.deepcopy(teacher), "block_output", share_drop_path=True).train()
+    assert float(dual(x(batch)).transfer_loss.detach()) < 1e-20
+    apart = DualViT(teacher, copy.deepcopy(teacher), "block_output").train()
+    assert float(apart(x(batch)).transfer_loss.detach()) > 0.0
+    drops = [each for each in dual.student.modules() if isinstance(each, SharedDropPath)]
+    dual._tapes["teacher"].begin()
+    for drop in drops:
+        drop.draw(batch, x(batch))
+        tokens = torch.ones(batch, batch, 6, 4) if "swin" in kind else torch.ones(batch, 48, 4)
+        for image in drop(tokens):
+            assert image.unique().numel() == 1
+    dual.release()
+    assert not any(isinstance(each, SharedDropPath) for each in dual.student.modules())
+
+
+def test_drop_paths_of_other_stages_are_not_shared() -> None:
+    student = model("pvt", 2, drop_path_rate=0.5, depths=(3, 1))
+    with pytest.raises(TransferError, match="needs stages of the same depths"):
+        DualViT(model("pvt"), student, "feature", share_drop_path=True)
+
+
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+def test_a_teacher_ends_after_the_last_layer_that_is_needed(kind: str) -> None:
+    teacher = model(kind)
+    ran: list[str] = []
+    for name, module in teacher.named_modules():
+        module.register_forward_hook(lambda _, __, ___, name=name: ran.append(name))
+    DualViT(teacher, model(kind, 2), "distill_q", layers="0>0")(x())
+    blocks = {"pvt": "stages", "svt": "blocks"}.get(kind, "layers")
+    assert any(name.startswith(("patch_embed.", "patch_embeds.0.")) for name in ran)
+    assert not any(name.startswith((f"{blocks}.1", "norm", "head", "pos_block")) for name in ran)
+    assert not any(".mlp" in name or name.endswith("attn.proj") for name in ran)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+@pytest.mark.parametrize("layers", ["0>0", "stage2"])
+def test_a_teacher_is_one_compiled_graph(kind: str, layers: str) -> None:
+    torch.compiler.reset()
+    expected = DualViT(model(kind), model(kind, 2), "distill", layers=layers)(x()).transfer_loss
+    dual = DualViT(model(kind), model(kind, 2), "distill", layers=layers)
+    dual.teacher_part.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(dual(x()).transfer_loss, expected)
+
+
+def test_widths_are_projected_layer_by_layer() -> None:
+    teacher, student = model("swin"), model("pvt", 2, embed_dims=(12, 24), depths=(2, 2))
+    for method in ("block_output", "attention_output"):
+        own = copy.deepcopy(student)
+        dual = DualViT(teacher, own, method, weight=1.0, layers="stage1>stage1,stage2>stage2")
+        shapes = {name: tuple(each.weight.shape) for name, each in dual.projectors.items()}  # type: ignore[union-attr]
+        assert shapes == {"layer00": (8, 12), "layer01": (8, 12), "layer02": (16, 24), "layer03": (16, 24)}
+        loss = dual(x()).transfer_loss
+        dual.release()
+        if method == "block_output":
+            theirs, ours = block_outputs(teacher, x()), block_outputs(own, x())
+            expected = sum(
+                F.mse_loss(dual.projectors[f"layer{i:02d}"](mine), wanted)
+                for i, (wanted, mine) in enumerate(zip(theirs, ours, strict=True))
+            )
+            torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(("loss", "temperature"), [("ce", 2.0), ("kl", 1.0), ("kl", 0.5)])
+def test_windows_are_distilled_into_a_converted_layer_with_a_bias(loss: str, temperature: float) -> None:
+    teacher = model("swin")
+    student = convert(model("swin", 2), "0-1: softmax")
+    seen: list[Heads] = []
+    hooks = [
+        blocks_of(student)[i].attn.operator.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        for i in (0, 1)
+    ]
+    dual = DualViT(
+        teacher, student, "distill", layers="0>0,1>1", loss=loss, temperature=temperature, weight=1.0
+    )
+    found = dual(x()).transfer_loss
+    for hook in hooks:
+        hook.remove()
+    _, layers = run(copy.deepcopy(teacher), x())
+    expected = torch.zeros((), dtype=torch.float64)
+    for layer, place, heads in zip(layers[:2], places(teacher, GRIDS)[:2], seen, strict=True):
+        q, k = heads.qk()
+        assert heads.bias is not None
+        mine = (heads.scale * q @ k.transpose(-2, -1) + heads.bias) / temperature
+        target = (dense_logits(layer, place, padded=False) / temperature).softmax(-1)
+        value = -(target * mine.log_softmax(-1)).sum(-1).mean()
+        if loss == "kl":
+            value = value + torch.xlogy(target, target).sum(-1).mean()
+        expected = expected + value * temperature**2
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    tables = [blocks_of(student)[i].attn.relative_position_bias_table.grad for i in (0, 1)]
+    assert all(table is not None and table.abs().max() > 0 for table in tables)
+
+
+@pytest.mark.parametrize("kind", ["svt", "swin", "swinv2", "pvt"])
+def test_a_student_equal_to_its_teacher_has_no_loss(kind: str) -> None:
+    teacher = model(kind)
+    dual = DualViT(teacher, copy.deepcopy(teacher), "distill", loss="kl")
+    assert abs(float(dual(x(1)).transfer_loss.detach())) < 1e-12
+
+
+@pytest.mark.parametrize("heads", ["mean", "match", "0>0"])
+def test_heads_within_windows_are_chosen(heads: str) -> None:
+    teacher, student = model("swin", num_heads=(2, 4)), model("svt", 2)
+    layers = "0>0" if heads != "mean" else "0>0,2>2"
+    if heads == "match":
+        dual = DualViT(teacher, student, "copy", layers=layers, heads=heads, calibration=x())
+    else:
+        dual = DualViT(teacher, student, "distill", layers=layers, heads=heads, weight=1.0)
+    out = dual(x())
+    assert torch.isfinite(out.transfer_loss)
+    if heads != "mean":
+        return
+    _, theirs = run(copy.deepcopy(teacher), x())
+    _, ours = run(copy.deepcopy(model("svt", 2)), x())
+    expected = torch.zeros((), dtype=torch.float64)
+    for index in (0, 2):
+        place_t, place_s = places(teacher, GRIDS)[index], places(model("svt"), GRIDS)[index]
+        target = dense_logits(theirs[index], place_t, padded=True).softmax(-1)
+        target = target.unflatten(1, (-1, 2)).mean(2)
+        mine = dense_logits(ours[index], place_s, padded=True).log_softmax(-1)
+        expected = (
+            expected - torch.where(target > 0, target * mine.masked_fill(target == 0, 0), 0).sum(-1).mean()
+        )
+    torch.testing.assert_close(out.transfer_loss, expected)
+
+
+def test_a_batch_of_another_size_has_other_grids() -> None:
+    teacher, student = model("pvt"), model("svt", 2)
+    dual = DualViT(teacher, student, "attention_output", layers="0>1,1>2")
+    other = images((48, 40)).double()
+    assert dual.teacher_input(other).shape[-2:] == (48, 40)
+    assert dual.teacher_input.grids(other, None) == (((12, 10), (6, 5)), ((12, 10), (6, 5)))
+    assert torch.isfinite(dual(other).transfer_loss)
+    with pytest.raises(TransferError, match="leave no token in a stage of the student"):
+        dual(images((8, 4)).double())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "distill", "layers": "0>0", "rows": 0.5}, r"transfer.rows=0.5 is for maps of all tokens"),
+        ({"method": "distill_q", "layers": "2>0", "interpolate_grid": True}, "only maps of all tokens"),
+        (
+            {"method": "distill", "layers": "stage5"},
+            "names stage5 of the student, which has stage1 to stage2",
+        ),
+        ({"method": "copy", "layers": "0>1"}, r"within windows of 3x3 tokens and .* shifted by 1x1"),
+    ],
+)
+def test_a_setting_that_does_not_fit_windows_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(TransferError, match=said):
+        DualViT(model("swin"), model("swin", 2), **settings)
