@@ -6,7 +6,7 @@ layers learn independently of one another and no gradient passes between them; n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from ...models.families import (
     is_pyramid,
     patch_grid,
     sites,
-    submodule,
     token_layout,
     vit,
 )
@@ -97,8 +96,6 @@ class Alignment(nn.Module):
                 self._hosts[index] = AlignedLayer(native, layers[index], loss)
                 twin._modules["attn"] = self._hosts[index]
             blocks.append(twin)
-        if is_pyramid(teacher):
-            return TokensOnly(_with_first(teacher, blocks)).eval()
         return truncated(teacher, blocks).eval()
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
@@ -150,18 +147,3 @@ class Alignment(nn.Module):
         self._view[0]._apply(fn)  # the teacher is no part of the module, but goes where it goes
         super()._apply(fn, recurse)
         return self
-
-
-def _with_first(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return a twin of a pyramid that has these blocks in place of its first ones, and shares everything else."""
-    twin = shallow(model)
-    own: set[str] = set()
-    for site, block in zip(sites(model), blocks, strict=False):
-        parts = site.path.split(".")
-        for end in range(1, len(parts)):
-            above, name = submodule(twin, ".".join(parts[: end - 1])), parts[end - 1]
-            if ".".join(parts[:end]) not in own:
-                above._modules[name] = shallow(submodule(above, name))
-                own.add(".".join(parts[:end]))
-        site.replace_block(twin, block)
-    return twin
