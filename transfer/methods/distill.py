@@ -12,7 +12,7 @@ from ...models.copying.copying_operators import Part
 from ...models.copying.links import Link
 from ...models.copying.places import pick_dim
 from ..config import LossConfig
-from .layer_maps import WHOLE, LayerMaps, differ, differ_in
+from .map_kinds import WHOLE, LayerMaps, differ, differ_in
 from .map_loss import MapLoss
 from .method import AttentionMethod, Pairing, joined_projector
 from .outputs import squared_error

@@ -14,7 +14,7 @@ from ...models.families import Site, depths, has_relative_bias, is_pyramid, layo
 from ...models.grid_conversion import has_bias
 from ..config import LossConfig
 from .heads import resolve_heads
-from .layer_maps import LayerMaps
+from .map_kinds import LayerMaps
 from .pairs import resolve_layers
 
 if TYPE_CHECKING:

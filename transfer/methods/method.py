@@ -20,8 +20,8 @@ from ...models.errors import ConfigError
 from ...models.host import AttentionHost
 from ...models.json_types import Json
 from ..config import LossConfig
-from .layer_maps import LayerMaps
 from .lessons import Changes
+from .map_kinds import LayerMaps
 from .standardize import Measured
 from .taught_layer import Observer, attach
 from .transfer_plan import TransferPlan
