@@ -11,7 +11,12 @@ Importing this package's models registers them with timm.
 | lit_m    | swin_small_patch4_window7_224 | 49,372,264 | 0.3      |
 | lit_b    | swin_base_patch4_window7_224 | 87,292,384 | 0.5       |
 
-Counted with 1,000 classes at 224 x 224.
+| litv2_s  | swin_tiny_patch4_window7_224 | 27,844,000 | 0.2       |
+| litv2_m  | swin_small_patch4_window7_224 | 48,830,368 | 0.3      |
+| litv2_b  | swin_base_patch4_window7_224 | 86,520,704 | 0.5       |
+
+Counted with 1,000 classes at 224 x 224. LITv2 has HiLo attention in stages 3 and 4 (there with windows of one token,
+which is softmax), no relative position bias, and the parts of `litv2_parts.py`.
 """
 
 from __future__ import annotations
@@ -25,13 +30,18 @@ from torch import nn
 from . import pvt_models
 from .families import create_timm_model
 from .json_types import JsonDict
+from .litv2_parts import add_convolutions, split_projections
 from .pyramid_conversion import convert_pyramid
 
 PLAN = "stage1: none; stage2: none; stage3: softmax; stage4: softmax; merge: deformable"
+PLAN_V2 = "stage1: none; stage2: none; stage3: hilo; stage4: hilo(window=1); merge: deformable"
 SWIN = pvt_models.described(classifier="head.fc")
 
 default_cfgs = generate_default_cfgs(
-    {"lit_ti": pvt_models.described(), "lit_s": SWIN, "lit_m": SWIN, "lit_b": SWIN}
+    {
+        "lit_ti": pvt_models.described(),
+        **dict.fromkeys(("lit_s", "lit_m", "lit_b", "litv2_s", "litv2_m", "litv2_b"), SWIN),
+    }
 )
 
 
@@ -59,20 +69,46 @@ def lit_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
     return _create("lit_b", pretrained, "swin_base_patch4_window7_224", 0.5, arguments)
 
 
+@register_model
+def litv2_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """LITv2-S, a Swin-T with HiLo."""
+    return _create("litv2_s", pretrained, "swin_tiny_patch4_window7_224", 0.2, arguments)
+
+
+@register_model
+def litv2_m(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """LITv2-M, a Swin-S with HiLo."""
+    return _create("litv2_m", pretrained, "swin_small_patch4_window7_224", 0.3, arguments)
+
+
+@register_model
+def litv2_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """LITv2-B, a Swin-B with HiLo."""
+    return _create("litv2_b", pretrained, "swin_base_patch4_window7_224", 0.5, arguments)
+
+
 def _create(name: str, pretrained: bool, host: str, drop_path: float, given: JsonDict) -> nn.Module:
     def build(**arguments: Any) -> nn.Module:
         model = create_timm_model(host, **{"drop_path_rate": drop_path, **arguments})
-        return _converted(model)
+        return _second(model) if name.startswith("litv2") else _first(model)
 
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
     built: nn.Module = build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
     return built
 
 
-def _converted(model: nn.Module) -> nn.Module:
-    """Return the model after conversion, with fresh tables of relative positions: Swin's are of its windows."""
-    converted = convert_pyramid(model, PLAN, weights="all", calibration=None, without=())
-    for name, parameter in converted.named_parameters():
+def _first(model: nn.Module) -> nn.Module:
+    """Return LIT, with fresh tables of relative positions: Swin's are of its windows."""
+    lit = convert_pyramid(model, PLAN, weights="all", calibration=None, without=())
+    for name, parameter in lit.named_parameters():
         if name.endswith("relative_position_bias_table"):
             trunc_normal_(parameter, std=0.02)
-    return converted
+    return lit
+
+
+def _second(model: nn.Module) -> nn.Module:
+    """Return LITv2."""
+    lit = convert_pyramid(model, PLAN_V2, weights="all", calibration=None, without=("bias",))
+    add_convolutions(lit)
+    split_projections(lit)
+    return lit

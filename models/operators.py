@@ -10,6 +10,7 @@ from .attention.agent import AgentAttention
 from .attention.attention_program import ProgramAttention
 from .attention.base import AttentionOperator, LayerShape
 from .attention.hash import HashAttention
+from .attention.hilo import HiLoAttention
 from .attention.hybrid import HybridAttention
 from .attention.kernel import KernelAttention
 from .attention.linformer import LinformerAttention
@@ -43,6 +44,7 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "window": WindowAttention,
     "neighbourhood": NeighborhoodAttention,
     "dilated": partial(WindowAttention, dilation=2),
+    "hilo": HiLoAttention,
     "hybrid": HybridAttention,
     "ttt": TTTAttention,
     "monarch": MonarchAttention,

@@ -104,6 +104,11 @@ def whole_grid(block: nn.Module) -> nn.Module:
     kind = kinds.get(type(block))
     if kind is None:
         return block
+    return as_kind(block, kind)
+
+
+def as_kind(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return a module of another class with the same parts, which can get other parts."""
     twin = kind.__new__(kind)
     twin.__dict__.update(block.__dict__)
     twin.__dict__["_modules"] = dict(block._modules)

@@ -84,9 +84,10 @@ def _pvt_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _swin_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    second = "layers.0.blocks.0.mlp.dwconv.weight" in state
     names: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        parts = key.replace("head.fc.", "head.").split(".")
+    for key, tensor in (hilo_parts(state) if second else dict(state)).items():
+        parts = key.replace("head.fc.", "head.").replace("mlp.dwconv.", "mlp.dwconv.dwconv.").split(".")
         if parts[0] == "layers" and parts[2] == "downsample":
             parts[1] = str(int(parts[1]) - 1)
         names[".".join(parts)] = tensor
@@ -105,6 +106,47 @@ def _split(weights: Weights) -> Weights:
         rows = len(fused) // 3
         tensors[name.replace("qkv", "q")], tensors[name.replace("qkv", "kv")] = fused[:rows], fused[rows:]
     return replace(weights, tensors=tensors)
+
+
+def _joined(weights: Weights) -> Weights:
+    """Join the projections of LITv2's high and low heads to the fused one of Swin."""
+    tensors = dict(weights.tensors)
+    for name in [name for name in tensors if ".attn.l_q." in name]:
+        high = tensors.pop(name.replace("l_q", "h_qkv"), None)
+        low_kv = tensors.pop(name.replace("l_q", "l_kv"), None)
+        if low_kv is None:
+            raise CheckpointError(f"{weights.origin} is not whole: it lacks {name.replace('l_q', 'l_kv')}")
+        low = (tensors.pop(name), *low_kv.chunk(2))
+        parts = (
+            low if high is None else [each for pair in zip(high.chunk(3), low, strict=True) for each in pair]
+        )
+        tensors[name.replace("l_q", "qkv")] = torch.cat(list(parts))
+        proj = name.replace("l_q", "l_proj")
+        if proj in tensors and high is None:
+            tensors[proj.replace("l_proj", "proj")] = tensors.pop(proj)
+    return replace(weights, tensors=tensors)
+
+
+def hilo_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which the projections of HiLo are cut by high and low heads, as LITv2 names them."""
+    names: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        stem, _, rest = key.partition(".attn.")
+        if rest.startswith("qkv."):
+            part = rest.removeprefix("qkv.")
+            first = state.get(f"{stem}.attn.proj.high.bias")
+            rows = 0 if first is None else len(first)
+            pairs = [(each[:rows], each[rows:]) for each in tensor.chunk(3)]
+            if first is not None:
+                names[f"{stem}.attn.h_qkv.{part}"] = torch.cat([high for high, _ in pairs])
+            names[f"{stem}.attn.l_q.{part}"] = pairs[0][1]
+            names[f"{stem}.attn.l_kv.{part}"] = torch.cat([low for _, low in pairs[1:]])
+        elif rest.startswith("proj."):
+            kind, _, part = rest.removeprefix("proj.").rpartition(".")
+            names[f"{stem}.attn.{'h' if kind == 'high' else 'l'}_proj.{part}"] = tensor
+        else:
+            names[key] = tensor
+    return names
 
 
 def _describe_pvt(weights: Weights, config: Json) -> Weights:
@@ -156,6 +198,9 @@ _PVT_NAMES = (
 _SWIN_NAMES = (
     *((rf"layers\.{i}\.downsample\.(.+)", rf"layers.{i + 1}.downsample.\1") for i in (0, 1, 2)),
     (r"head\.(.+)", r"head.fc.\1"),
+    (r"(.+)\.attn\.h_proj\.(.+)", r"\1.attn.proj.high.\2"),
+    (r"(.+)\.attn\.l_proj\.(.+)", r"\1.attn.proj.low.\2"),
+    (r"(.+)\.mlp\.dwconv\.dwconv\.(.+)", r"\1.mlp.dwconv.\2"),
 )
 LIT_MAPS = (
     KeyMap(
@@ -169,6 +214,7 @@ LIT_MAPS = (
     KeyMap(
         "LIT of Swin's scheme",
         marks=(r"layers\.0\.downsample\.dconv\.weight", r"patch_embed\.proj\.weight"),
+        prepare=_joined,
         names=_SWIN_NAMES,
         left_out=(INDEX,),
         describe=_describe_swin,

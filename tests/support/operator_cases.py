@@ -84,6 +84,11 @@ def coarse(geometry: Geometry, cells: tuple[int, int]) -> Heads:
 
 
 CASES = [
+    Case("hilo"),
+    Case("hilo", {"alpha": 0.5, "window": 3}),
+    Case("hilo", {"alpha": 0.0, "window": 4}),
+    Case("hilo", {"alpha": 1.0}),
+    Case("hilo", {"window": 1}),
     Case("softmax"),
     Case("linear"),
     Case("kernel", {"feature": "relu"}),

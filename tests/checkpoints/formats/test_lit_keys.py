@@ -19,6 +19,7 @@ TINY: dict[str, dict[str, Any]] = {
     "pvt_tiny": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
     "lit_ti": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
     "lit_s": {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)},
+    "litv2_s": {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)},
 }
 
 
@@ -48,7 +49,8 @@ def test_a_file_is_loaded_from_any_container(tmp_path: Path, name: str, wrapped:
     if wrapped == "model":
         tree = {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     torch.save(tree, tmp_path / "published.pth")
-    teacher = load_teacher(str(tmp_path / "published.pth"), model=name, model_args=TINY[name])
+    size = 64 if name == "litv2_s" else None  # no tensor of LITv2 shows the size of its images
+    teacher = load_teacher(str(tmp_path / "published.pth"), model=name, model_args=TINY[name], img_size=size)
     assert teacher.model_args["num_classes"] == 5
     own = timm.create_model(name, num_classes=5, img_size=64, **TINY[name]).eval()
     own.load_state_dict(from_reference(state))
@@ -79,6 +81,50 @@ def test_the_schemes_of_the_published_sizes() -> None:
     assert {"patch_embed.proj.weight", "patch_embed.norm.bias", "norm.weight", "head.weight"} <= s
     assert len(ti) == 190
     assert len(s) + 8 == 171, "without the index of each of its 8 layers"
+
+
+def test_the_scheme_of_litv2() -> None:
+    with torch.device("meta"):
+        keys = to_reference(timm.create_model("litv2_s"))
+    assert len(keys) == 219
+    shapes = {
+        key: tuple(tensor.shape) for key, tensor in keys.items() if key.startswith("layers.2.blocks.0.attn")
+    }
+    assert shapes == {
+        f"layers.2.blocks.0.attn.{part}.{kind}": (rows, columns) if kind == "weight" else (rows,)
+        for part, rows, columns in (
+            ("h_qkv", 192, 384), ("l_q", 320, 384), ("l_kv", 640, 384), ("h_proj", 64, 64), ("l_proj", 320, 320)
+        )
+        for kind in ("weight", "bias")
+    }  # fmt: skip
+    assert "layers.3.blocks.0.attn.l_kv.weight" in keys
+    assert "layers.0.blocks.0.mlp.dwconv.dwconv.weight" in keys
+
+
+def test_litv2_is_its_published_equation() -> None:
+    """One layer in the published names: pool, then project; high heads in windows; two projections."""
+    torch.manual_seed(0)
+    state = published("litv2_s")
+    model: Any = timm.create_model("litv2_s", num_classes=5, img_size=64, **TINY["litv2_s"])
+    model.load_state_dict(from_reference(state))
+    layer, name = model.layers[2].blocks[0].attn.double(), "layers.2.blocks.0.attn"
+    x = torch.randn(2, 4, 4, 32, dtype=torch.float64)
+
+    def linear(x: Tensor, part: str) -> Tensor:
+        return x @ state[f"{name}.{part}.weight"].double().T + state[f"{name}.{part}.bias"].double()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (each.unflatten(-1, (-1, 8)).transpose(-2, -3) for each in (q, k, v))
+        weights = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
+        return (weights @ v).transpose(-2, -3).flatten(-2)
+
+    windows = x.unflatten(2, (2, 2)).unflatten(1, (2, 2)).transpose(2, 3).flatten(3, 4)
+    high = attend(*linear(windows, "h_qkv").chunk(3, -1))
+    high = high.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    pooled = torch.nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
+    low = attend(linear(x.flatten(1, 2), "l_q"), *linear(pooled, "l_kv").chunk(2, -1)).unflatten(1, (4, 4))
+    expected = torch.cat([linear(high, "h_proj"), linear(low, "l_proj")], -1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-8, atol=1e-9)
 
 
 def test_what_is_no_lit_is_refused() -> None:
