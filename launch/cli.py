@@ -30,6 +30,7 @@ COMMANDS = {
     "convert": "replace the attention of a model by a plan, and write the folder that recovery starts from",
     "operators": "list the attention operators that a plan can name, with their options and costs",
     "programs": "draw attention programs and check them, or explain one: cost, LaTeX, PyTorch",
+    "search": "search for attention programs that take over a teacher's attention, without training",
     "save": "write one model, from a run or any other source, as a folder that timm loads",
     "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: handle weights files of any origin",
     "export": "write a model as an ONNX or torch.export file, checked against the model",

@@ -84,7 +84,7 @@ def draw_program(random: Random, depth: int = DEPTH) -> Program:
     """
     for _ in range(TRIES):
         try:
-            program = Program(_draw(random, TOKENS, depth))
+            program = Program(draw_value(random, TOKENS, depth))
         except ProgramError:  # the text is too long
             continue
         if program.inputs == INPUTS:
@@ -92,9 +92,10 @@ def draw_program(random: Random, depth: int = DEPTH) -> Program:
     raise ProgramError(f"no program of depth {depth} reads Q, K and V")
 
 
-def _draw(random: Random, shape: Shape, depth: int) -> Node:
+def draw_value(random: Random, shape: Shape, depth: int) -> Node:
+    """Return a value of a shape that `RULES` has, of at most about `depth` levels."""
     if shape == TOKENS and (depth <= 0 or random.random() < 1 / (2 * depth)):
         return random.choice((Q, K, V))
     rules = RULES[shape]
     rule = ENDING[shape] if depth <= 0 else random.choices(rules, [each.weight for each in rules])[0]
-    return apply(rule.name, *(_draw(random, each, depth - 1) for each in rule.operands))
+    return apply(rule.name, *(draw_value(random, each, depth - 1) for each in rule.operands))

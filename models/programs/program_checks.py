@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from . import program_probes as probes
@@ -58,7 +58,7 @@ class Verdict:
         return self.check == CHECKS[0].name
 
 
-def check(source: str | Program | Genotype | Candidate) -> Verdict:
+def check(source: str | Program | Genotype | Candidate, checks: Sequence[Check] = CHECKS) -> Verdict:
     """Check the text of a program, a program, a genotype as AttnZero's code runs it, or another candidate."""
     if isinstance(source, str):
         try:
@@ -66,7 +66,7 @@ def check(source: str | Program | Genotype | Candidate) -> Verdict:
         except ProgramError as error:
             return Verdict(str(source), CHECKS[0].name, str(error))
     candidate = source if isinstance(source, Candidate) else candidate_of(source)
-    for each in CHECKS:
+    for each in checks:
         reason = each.probe(candidate)
         if reason:
             return Verdict(candidate.name, each.name, reason)

@@ -1,0 +1,1 @@
+"""Search for attention programs that take over a teacher's attention."""

@@ -1,0 +1,124 @@
+"""Evolution of programs in generations, of which each is a pure function of the seed and of earlier evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from ...models.programs.drawing import draw_program
+from ...models.programs.program import Program
+from ...models.programs.program_text import parse_program
+from ...models.programs.variation import cross, mutate
+from ..cells.records import Ending
+
+RECENT = 2
+"""Generations whose programs can be parents, beside the front."""
+CROSSED = 0.3
+"""The part of children of two parents; each child is also mutated."""
+CONTEST = 4
+"""Candidates for a parent, of which the best is taken."""
+TRIES = 50
+
+
+@dataclass(frozen=True)
+class Evaluation(Ending):
+    """The record of one evaluation."""
+
+    generation: int = 0
+    program: str = ""
+    parents: tuple[str, ...] = ()
+    refused: str = ""
+    """The check that refused the program; empty if it was measured."""
+    reason: str = ""
+    mismatch: float | None = None
+    """Of the teacher's attention (`matching.mismatch`); None if it was refused."""
+    cost: int = 0
+    """Multiply-adds and entries of all layers, for one image."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """A program to evaluate, and the texts of those that it comes from."""
+
+    program: Program
+    parents: tuple[str, ...] = ()
+
+
+def propose(
+    seed: int, generation: int, count: int, earlier: Sequence[Evaluation], *, at_random: bool = False
+) -> list[Child]:
+    """Return the programs of a generation, all of which are new.
+
+    The first generation is drawn. Later ones are children of the front and of the last generations. `at_random` draws
+    every generation, for comparison.
+    """
+    seen = {each.program for each in earlier}
+    children: list[Child] = []
+    parents = _parents(generation, earlier)
+    for slot in range(count):
+        random = Random(f"{seed}/{generation}/{slot}")
+        child = Child(draw_program(random))
+        for _ in range(TRIES):
+            if parents and not at_random:
+                child = _child(parents, random)
+            elif child.program.text in seen:
+                child = Child(draw_program(random))
+            if child.program.text not in seen:
+                break
+        seen.add(child.program.text)
+        children.append(child)
+    return children
+
+
+def front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return the evaluations that no other one beats in mismatch and cost, the cheapest first."""
+    best: list[Evaluation] = []
+    measured = [each for each in evaluations if each.mismatch is not None]
+    for each in sorted(measured, key=lambda one: (one.cost, one.mismatch, one.program)):
+        if not best or _of(each) < _of(best[-1]):
+            best.append(each)
+    return best
+
+
+def hypervolume(evaluations: Sequence[Evaluation], cost: int) -> float:
+    """Return the part of the area below mismatch 1 and log(`cost`) that the front dominates, from cost 1 on."""
+    volume, edge = 0.0, math.log(cost)
+    for each in reversed(front(evaluations)):
+        left = math.log(max(1, each.cost))
+        if left < edge and _of(each) < 1:
+            volume += (edge - left) * (1 - _of(each))
+            edge = left
+    return volume / math.log(cost)
+
+
+def _of(evaluation: Evaluation) -> float:
+    return math.inf if evaluation.mismatch is None else evaluation.mismatch
+
+
+def _parents(generation: int, earlier: Sequence[Evaluation]) -> list[Evaluation]:
+    recent = [
+        each for each in earlier if each.generation >= generation - RECENT and each.mismatch is not None
+    ]
+    return list(dict.fromkeys([*front(earlier), *recent]))
+
+
+def _child(parents: Sequence[Evaluation], random: Random) -> Child:
+    first = _parent(parents, random)
+    program = parse_program(first.program)
+    texts: tuple[str, ...] = (first.program,)
+    if random.random() < CROSSED:
+        second = _parent(parents, random)
+        program = cross(program, parse_program(second.program), random)
+        texts = (first.program, second.program)
+    return Child(mutate(program, random), texts)
+
+
+def _parent(parents: Sequence[Evaluation], random: Random) -> Evaluation:
+    """Return the best of a few candidates, by mismatch and cost weighed at random."""
+    weight = random.random()
+    rivals = [random.choice(parents) for _ in range(CONTEST)]
+    return min(
+        rivals, key=lambda one: weight * math.log(max(_of(one), 1e-6)) + (1 - weight) * math.log(one.cost + 1)
+    )
