@@ -6,7 +6,7 @@
 #   make test-all  all tests: also the slow ones, the browser, a Slurm cluster of this machine
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
-#   make bench   time and memory against the dense form, results in benchmarks/
+#   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
 #   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md
 #   make dev     an editable install for editors, mypy and pyright, which the other targets keep until `make clean`
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
@@ -57,6 +57,7 @@ lint: $(VENV)/.dependencies
 
 bench: install
 	env -u OMP_NUM_THREADS KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.pages
 
 # The runs take every GPU of this machine; the table is measured on one.
 gpu: install

@@ -1,0 +1,94 @@
+"""Write the measured step times into README.md and docs/transfer.md: `python -m benchmarks.pages`, after the benchmark.
+
+Only what is between the marks of each page changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from .steps import DENSE, OURS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+MODEL, TOKENS = "ViT-S", (1025, 2305)
+"""The model of the pages, and the numbers of tokens that their sentences name."""
+MARKED = re.compile(r"(<!-- cpu -->\n).*?(<!-- end cpu -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.pages", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and docs")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.results.read_text())
+    for name, text in (("README.md", summary(result)), ("docs/transfer.md", section(result))):
+        page = arguments.root / name
+        page.write_text(
+            MARKED.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page.read_text())
+        )
+        print(f"{page} has the numbers")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the paragraph of the README."""
+    small, large = (row_of(result, tokens) for tokens in TOKENS)
+    ratio, other = small["ratio"], large["ratio"]
+    memory = large["extra_mebibytes_an_image"]
+    return textwrap.fill(
+        f"A distillation step with all layers of {MODEL} costs {ratio['distill']:.2f} × the bound (teacher forward "
+        f"plus a plain student step) at 1,025 tokens and {other['distill']:.2f} × at 2,305; forming the maps costs "
+        f"{ratio['dense distill']:.2f} × and {other['dense distill']:.2f} ×, and {memory['dense distill']:,.0f} MiB an "
+        f"image instead of {memory['distill']:.0f}. Copying costs {ratio['copy']:.2f} × and {other['copy']:.2f} × the "
+        "bound, because the student computes no queries and keys ([measured](docs/transfer.md#no-map-is-formed) in "
+        f"float32 on {result['machine']} by `make bench`).",
+        120,
+        break_on_hyphens=False,
+    )
+
+
+def section(result: dict[str, Any]) -> str:
+    """Return the table of docs/transfer.md, and the sentences around it."""
+    small, large = (row_of(result, tokens)["extra_mebibytes_an_image"] for tokens in TOKENS)
+    power = {name: result["exponents"][f"{MODEL}, {name}"] for name in ("distill", "dense distill")}
+    before = (
+        f"Measured in float32 on {result['machine']}, all layers of {MODEL}, medians of {result['repeats']} rounds "
+        "(`make bench`, [benchmarks/results/cpu.md](../benchmarks/results/cpu.md)): the time relative to the bound, "
+        "and in parentheses the minimum by operation count."
+    )
+    after = (
+        f"Compared with a plain student step, an image needs {small['distill']:.0f} MiB more at 1,025 tokens and "
+        f"{large['distill']:.0f} at 2,305 (growing as N to the power {power['distill']:.2f}); in the dense form "
+        f"{small['dense distill']:,.0f} and {large['dense distill']:,.0f} ({power['dense distill']:.2f})."
+    )
+    paragraphs = [textwrap.fill(text, 120, break_on_hyphens=False) for text in (before, after)]
+    return f"{paragraphs[0]}\n\n{table(result)}\n\n{paragraphs[1]}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a line for each number of tokens."""
+    methods = [*OURS, *DENSE]
+    lines = ["| tokens | " + " | ".join(methods) + " |", "|" + " ---: |" * (len(methods) + 1)]
+    for row in result["rows"]:
+        if row["model"] == MODEL:
+            cells = [
+                f"{row['ratio'][name]:.2f}" + (f" ({row['floor'][name]:.2f})" if name in OURS else "")
+                for name in methods
+            ]
+            lines.append(f"| {row['tokens']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def row_of(result: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Return the numbers of `MODEL` with so many tokens."""
+    rows: list[dict[str, Any]] = result["rows"]
+    return next(row for row in rows if (row["model"], row["tokens"]) == (MODEL, tokens))
+
+
+if __name__ == "__main__":
+    main()

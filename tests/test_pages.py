@@ -1,0 +1,62 @@
+"""`python -m benchmarks.pages` writes what was measured into the pages, between their marks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    """Copies of the pages, after a run of other numbers."""
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/transfer.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    result = json.loads(RESULTS.read_text())
+    for row in result["rows"]:
+        for name in row["ratio"]:
+            row["ratio"][name] = row["tokens"] / 10_000 + len(name)
+    (tmp_path / "cpu.json").write_text(json.dumps(result | {"machine": "a machine", "repeats": 11}))
+    return tmp_path
+
+
+def write(root: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.pages", "--results", root / "cpu.json", "--root", root]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_numbers_are_between_the_marks(pages: Path) -> None:
+    write(pages)
+    readme, transfer = (
+        " ".join((pages / name).read_text().split()) for name in ("README.md", "docs/transfer.md")
+    )
+    assert (
+        "costs 7.10 × the bound (teacher forward plus a plain student step) at 1,025 tokens and 7.23 ×"
+        in readme
+    )
+    assert "Copying costs 4.10 × and 4.23 × the bound" in readme
+    assert "a machine" in readme
+    assert "| 2,305 | 7.23 (1.24) | 4.23 (0.76) |" in transfer
+    assert "medians of 11 rounds" in transfer
+
+
+def test_the_rest_of_the_pages_stays_and_writing_again_changes_nothing(pages: Path) -> None:
+    write(pages)
+    for name in ("README.md", "docs/transfer.md"):
+        first = (pages / name).read_text()
+        for mark in ("<!-- cpu -->", "<!-- end cpu -->"):
+            assert first.count(mark) == 1
+        before, after = (text.split("<!-- cpu -->")[0] for text in ((ROOT / name).read_text(), first))
+        assert before == after
+        before, after = (text.split("<!-- end cpu -->")[1] for text in ((ROOT / name).read_text(), first))
+        assert before == after
+    written = {name: (pages / name).read_text() for name in ("README.md", "docs/transfer.md")}
+    write(pages)
+    assert written == {name: (pages / name).read_text() for name in written}
