@@ -57,6 +57,9 @@ METHODS = {
     "distill": Method(f"{TAUGHT} --weight 1.0 --method distill"),
     "attention_output": Method(f"{TAUGHT} --weight 1.0 --method attention_output"),
     "converted": Method("--mode finetune --teacher {teacher} --init teacher --plan *:linear", alone=False),
+    "hashed": Method(
+        "--mode finetune --teacher {teacher} --init teacher --plan *:hash --calibrate 8", alone=False
+    ),
     "lora": Method("--mode finetune --init {teacher} --lora 4"),
     "ema": Method(f"{TAUGHT} --weight 1.0 --method distill --ema 0.9", part="student_ema"),
 }
@@ -269,7 +272,12 @@ def test_torch_export(made: Made, tests: Path, tmp_path: Path) -> None:
 def test_converted_by_a_plan_that_changes_nothing(
     made: Made, tests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A window that is wider than the image, or for linear layers linear ones; copied attention is not its own."""
+    """A window that is wider than the image, or for linear layers linear ones; copied attention is not its own.
+
+    Hashed layers would be fitted again.
+    """
+    if made.run.name == "hashed":
+        pytest.skip("a layer that is converted again is fitted again")
     plan = "*: linear" if made.run.name == "converted" else "*: window(window=9)"
     words = ["convert", made.source, "--plan", plan, "--out", str(tmp_path / "out")]
     if made.run.name in COPYING:

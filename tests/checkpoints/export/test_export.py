@@ -21,7 +21,8 @@ from graftvit.checkpoints.export.export_source import export_model, export_sourc
 from graftvit.checkpoints.export.graph_files import data_file
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
-from graftvit.models.conversion import convert
+from graftvit.models.calibration import fit_at_random
+from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import CheckpointError, GraftError, RunFailedError, UnsupportedModelError
 from graftvit.models.host import host_attention
 from torch import Tensor, nn
@@ -144,12 +145,13 @@ def test_an_operator_that_a_graph_ties_to_a_grid_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "operator", ["linear", "mala", "focused", "ttt", "monarch", "uniform", "attnzero_105"]
+    "operator", ["linear", "mala", "focused", "ttt", "monarch", "uniform", "attnzero_105", "hash"]
 )
 def test_an_operator_of_any_grid_is_right_on_grids_it_was_not_traced_on(
     operator: str, tmp_path: Path
 ) -> None:
     model, path = convert(small(dynamic_img_size=True), f"*: {operator}"), tmp_path / "model.pt2"
+    fit_at_random(converted_layers(model))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():

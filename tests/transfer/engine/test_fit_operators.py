@@ -78,3 +78,12 @@ def test_a_resumed_run_is_not_fitted_again(
     whole, cut = state(tmp_path / "whole"), state(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.slow
+def test_every_process_has_the_fit_of_the_first(run_scenario: Any, tmp_path: Path) -> None:
+    """Also where another one rounds differently; and the number of processes does not matter."""
+    report = run_scenario("engine_fitting", str(tmp_path))
+    assert report["ends"] == [0, 0, 0], report["stderr"]
+    assert len(report["fits"]) == 3
+    assert len(set(report["fits"])) == 1
