@@ -17,6 +17,7 @@ from ..transfer.engine.modes import mode_of
 from ..transfer.engine.optim import describe_batch, peak_learning_rate
 from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.tasks import AlignTask, TransferTask
+from ..transfer.methods.loss_terms import Term
 from .memory import describe_memory, parameter_count
 
 
@@ -104,12 +105,7 @@ def _transfer_words(run: DryRun) -> str:
         settings, name = term.settings, f"loss {term.label}: " if term.label else "loss: "
         if term.method.copies:
             continue
-        over = (
-            f"the {settings.reduction} over layers"
-            if term.method.uses_layers
-            else " + ".join(term.method.loss_names(settings)).join(("(", ")"))
-        )
-        loss = f"{name}{settings.weight:g} x {over}"
+        loss = f"{name}{settings.weight:g} x {_parts_words(term)}"
         if settings.temperature != 1:
             loss += f", temperature {settings.temperature:g}"
         if settings.standardize != "none":
@@ -128,6 +124,14 @@ def _transfer_words(run: DryRun) -> str:
             f"the student is saved with the part of its teacher that it needs, {count / 1e6:.1f} M parameters"
         )
     return "\n".join(lines)
+
+
+def _parts_words(term: Term) -> str:
+    if term.method.uses_layers:
+        count = len(term.plan.links)
+        return f"the {term.settings.reduction} over {count} layers" if count > 1 else "the loss of one layer"
+    names = " + ".join(term.method.loss_names(term.settings))
+    return f"({names})" if " + " in names else names
 
 
 def _alignment_words(run: DryRun) -> str:

@@ -66,7 +66,7 @@ def test_the_published_recipe_is_planned_without_data_or_weights() -> None:
     assert "17>17" in plan["transfer"]
     assert "18>18" not in plan["transfer"]
     assert "heads: all 16" in plan["transfer"]
-    assert "loss: 3 x the sum over layers" in plan["transfer"]
+    assert "loss: 3 x the sum over 18 layers" in plan["transfer"]
     assert plan["trained"] == "304,326,632 of 304,326,632 parameters"
     assert "data.data_path" in plan["data"]
     batch, note = plan["batch"].splitlines()
@@ -140,9 +140,21 @@ def test_the_plan_adds_the_losses_of_a_feature_and_notes_a_teacher_of_no_weight(
         overrides = [*STUDENT, f"teacher={teacher}", "dataset=digits", losses]
         return rows(describe_plan(load_config(None, overrides)))["transfer"]
 
-    assert "loss feature: 2 x (feature + patches)" in transfer(2)
+    assert "loss feature: 2 x (feature + patches)\n" in transfer(2)
+    assert "loss distill: 0 x the sum over 4 layers" in transfer(2)
     assert "no teacher teaches" not in transfer(2)
     assert "no teacher teaches" in transfer(0)
+
+
+@pytest.mark.parametrize(
+    ("words", "loss"),
+    [(["reduction=mean"], "3 x the mean over 4 layers"), (["layers=last:1"], "3 x the loss of one layer"),
+     (["method=feature"], "3 x feature")],
+)  # fmt: skip
+def test_the_plan_counts_the_layers_of_a_loss(words: list[str], loss: str, teacher: str) -> None:
+    overrides = [*STUDENT, f"teacher={teacher}", "dataset=digits", *words]
+    plan = rows(describe_plan(load_config(None, overrides)))
+    assert f"loss: {loss}" in plan["transfer"].splitlines()
 
 
 def test_a_teacher_from_which_nothing_starts_is_refused(teacher: str) -> None:
