@@ -1,4 +1,4 @@
-"""The steps that are compared: forward and backward of one batch, without the optimiser."""
+"""The steps that are compared: forward and backward of one batch, without the optimizer."""
 
 from __future__ import annotations
 

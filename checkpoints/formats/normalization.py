@@ -18,7 +18,7 @@ from .keymap import Describe
 IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 INCEPTION = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
 """One half each: values from -1 to 1."""
-NOTE = "normalisation: "
+NOTE = "normalization: "
 
 
 def normalized(weights: Weights, statistics: Json, reason: str) -> Weights:

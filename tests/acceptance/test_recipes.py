@@ -1,4 +1,4 @@
-"""Every recipe on photographs, with its own augmentation, normalisation, precision, losses, schedule and stages.
+"""Every recipe on photographs, with its own augmentation, normalization, precision, losses, schedule and stages.
 
 Only the model is made small and the length cut. Each run is stopped in the middle and goes on; the numbers that it
 reports are those that anybody measures with what it leaves.

@@ -18,20 +18,20 @@ def cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def matrix(old: int, new: int, antialias: bool) -> np.ndarray:
-    """Rows of weights, half-pixel centres. Antialiased: a = -0.5 and the kernel stretched where the grid shrinks,
-    cut at the border and normalised. Plain: a = -0.75, and the border repeats."""
+    """Rows of weights, half-pixel centers. Antialiased: a = -0.5 and the kernel stretched where the grid shrinks,
+    cut at the border and normalized. Plain: a = -0.75, and the border repeats."""
     scale = old / new
     weights = np.zeros((new, old))
     for row in range(new):
-        centre = (row + 0.5) * scale - 0.5
+        center = (row + 0.5) * scale - 0.5
         if antialias:
             support = max(scale, 1.0)
-            values = cubic((np.arange(old) - centre) / support, -0.5)
+            values = cubic((np.arange(old) - center) / support, -0.5)
             weights[row] = values / values.sum()
         else:
-            first = int(np.floor(centre)) - 1
+            first = int(np.floor(center)) - 1
             for index in range(first, first + 4):
-                weights[row, min(max(index, 0), old - 1)] += cubic(np.array(index - centre), -0.75)
+                weights[row, min(max(index, 0), old - 1)] += cubic(np.array(index - center), -0.75)
     return weights
 
 

@@ -81,7 +81,7 @@ def test_mae_training_file_holds_a_namespace(tiny: Make, mae_file: Write) -> Non
     assert "training file" in teacher.report.format
 
 
-def test_a_plain_state_dict_and_safetensors_take_timms_normalisation(tiny: Make, tmp_path: Path) -> None:
+def test_a_plain_state_dict_and_safetensors_take_timms_normalization(tiny: Make, tmp_path: Path) -> None:
     model = tiny(num_classes=3)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "w.pth")

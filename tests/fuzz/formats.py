@@ -89,7 +89,7 @@ def _hold(teacher: Teacher, there: Mapping[str, Tensor]) -> None:
     changed = bool(report.resampled) or any("positions of" in note for note in report.notes)
     _same(loaded, {name.removeprefix(prefix): tensor for name, tensor in there.items()}, changed)
     if not all(map(math.isfinite, teacher.mean)) or not all(0 < value < math.inf for value in teacher.std):
-        raise WrongError(f"images are normalised by {teacher.mean} and {teacher.std}")
+        raise WrongError(f"images are normalized by {teacher.mean} and {teacher.std}")
     size = teacher.preprocessing.input_size
     if math.prod(size) < 1 << 20:
         with torch.no_grad():

@@ -26,7 +26,7 @@ LOAD: dict[str, Any] = {"model": ARCHITECTURE, "model_args": {**ARGUMENTS, "num_
 
 @pytest.fixture
 def training_file(tmp_path: Path) -> Path:
-    """As DINO writes them: two models, an optimiser, settings."""
+    """As DINO writes them: two models, an optimizer, settings."""
     student = {f"module.backbone.{name}": tensor for name, tensor in weights().items() if "head" not in name}
     teacher = {f"backbone.{name.split('.', 2)[2]}": tensor + 1 for name, tensor in student.items()}
     optimizer = {"state": {0: {"exp_avg": torch.zeros(1000)}}, "param_groups": [{"lr": 0.1}]}
@@ -166,7 +166,7 @@ def test_what_is_taken_out_loads_as_before(tmp_path: Path, suffix: str, around: 
     assert torch.equal(after.model(images), before.model(images))
 
 
-def test_an_average_of_a_run_says_its_normalisation(
+def test_an_average_of_a_run_says_its_normalization(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(config(tmp_path / "run", make_teacher(tmp_path / "teacher"), optim={"max_steps": 1}))

@@ -127,25 +127,25 @@ def test_a_teacher_of_any_kind_is_shown_its_own_size(
         images = F.interpolate(images, (32, 32), mode="bicubic", antialias=True)
         theirs = free.forward_head(free.forward_features(images), pre_logits=True)
     assert found["cosine"] == pytest.approx(float(F.cosine_similarity(ours, theirs).mean()), rel=1e-3)
-    save(tmp_path / "grey", 0, in_chans=1)
-    grey = f"local-dir:{tmp_path / 'grey'}"
-    assert main(["evaluate", vit, *words, "--against", grey, "--device", "cpu", "--workers", "0"]) == 2
+    save(tmp_path / "gray", 0, in_chans=1)
+    gray = f"local-dir:{tmp_path / 'gray'}"
+    assert main(["evaluate", vit, *words, "--against", gray, "--device", "cpu", "--workers", "0"]) == 2
     assert "takes images of 1 channels" in capsys.readouterr().err
 
 
-def test_images_are_renormalised() -> None:
+def test_images_are_renormalized() -> None:
     own = Preprocessing((3, 4, 4), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     shown = Preprocessing((3, 4, 4), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
     pixels = torch.rand(2, 3, 4, 4)
 
-    def normalise(spec: Preprocessing) -> Tensor:
+    def normalize(spec: Preprocessing) -> Tensor:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
         return (pixels - mean) / std
 
     from graftvit.launch.candidates import Candidate
 
     candidate = Candidate("x", nn.Identity(), lambda images: images, own, 10)
-    torch.testing.assert_close(predictor(candidate, shown)(normalise(shown)), normalise(own))
+    torch.testing.assert_close(predictor(candidate, shown)(normalize(shown)), normalize(own))
 
 
 @pytest.mark.parametrize(

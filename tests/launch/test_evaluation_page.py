@@ -173,7 +173,7 @@ def test_models_without_a_head_are_compared_by_their_neighbors(place: Path, tmp_
         (["{classifier}", "--data_path", "{photos}"], ["2 classes", "1000 logits", "--metrics knn"]),
         (["{encoder}", "--data_path", "{imagenet-a}", "--subset", "imagenet-a"], ["--subset", "without a head"]),
         (["{two}", "--data_path", "{imagenet-a}"], ["200 classes", "2 logits"]),
-        (["{two}", "--data_path", "{uneven}", "--metrics", "knn"], ["training split has no images of: grey"]),
+        (["{two}", "--data_path", "{uneven}", "--metrics", "knn"], ["training split has no images of: gray"]),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(
@@ -181,7 +181,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     if not (place / "uneven").exists():
         class_folder(place / "uneven")
-        write_images(place / "uneven" / "validation" / "grey", 2)
+        write_images(place / "uneven" / "validation" / "gray", 2)
     names: dict[str, Any] = {name: f"local-dir:{place / name}" for name in ("encoder", "classifier", "two")}
     names |= {name: place / name for name in ("pile", "photos", "imagenet-a", "uneven")}
     assert main(["evaluate", *(word.format(**names) for word in words), *SMALL]) == 2

@@ -125,7 +125,7 @@ WIDE = {"image_size": [16, 32]}
 CASES = (
     Case("vit", "ViTModel", "ViTConfig", run=_token_head),
     Case("vit-wide", "ViTModel", "ViTConfig", WIDE, image=(16, 32)),
-    Case("vit-grey", "ViTModel", "ViTConfig", {"num_channels": 1, "qkv_bias": False}, channels=1),
+    Case("vit-gray", "ViTModel", "ViTConfig", {"num_channels": 1, "qkv_bias": False}, channels=1),
     Case("vit-relu", "ViTModel", "ViTConfig", {"hidden_act": "relu", "layer_norm_eps": 0.01}),
     Case("vit-classifier", "ViTForImageClassification", "ViTConfig", {"num_labels": 5}, _logits),
     Case("vit-masked", "ViTForMaskedImageModeling", "ViTConfig", {"encoder_stride": 8}, _base),

@@ -11,7 +11,7 @@ from PIL import Image
 def write_images(
     folder: Path, count: int, *, seed: int = 0, size: int = 10, level: int | None = None
 ) -> None:
-    """`count` grey noise images in `folder`; around the brightness `level` where it is given."""
+    """`count` gray noise images in `folder`; around the brightness `level` where it is given."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(seed)
     for index in range(count):

@@ -1,6 +1,6 @@
 """A folder of photographs as people have them: tiles of scikit-learn's two JPEGs, in many formats and shapes.
 
-Six classes, each a third of one of the photographs. The tiles reach into the neighbouring third, so that no model
+Six classes, each a third of one of the photographs. The tiles reach into the neighboring third, so that no model
 names all of them; the small tiles differ enough for a small model to name more than by chance.
 """
 

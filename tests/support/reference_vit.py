@@ -1,6 +1,6 @@
 """The papers' vision transformers as plain equations on the tensors of their own files, in float64.
 
-Each function takes the names that the source gives the tensors, and returns the normalised tokens (B, N, C)
+Each function takes the names that the source gives the tensors, and returns the normalized tokens (B, N, C)
 unless it says otherwise. No line is shared with timm or with the package.
 """
 
@@ -26,8 +26,8 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
 
 def norm(x: Tensor, t: Tensors, name: str, eps: float = EPS) -> Tensor:

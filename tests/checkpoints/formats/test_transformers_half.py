@@ -198,7 +198,7 @@ def test_a_config_that_disagrees_with_the_tensors_is_refused(
     ("case", "setting", "value"),
     [
         ("vit", "qkv_bias", False),
-        ("vit-grey", "qkv_bias", True),
+        ("vit-gray", "qkv_bias", True),
         ("beit-masked", "use_absolute_position_embeddings", False),
         ("beit-relative", "use_relative_position_bias", False),
         ("beit", "use_shared_relative_position_bias", True),

@@ -60,7 +60,7 @@ def task(rank: int = 1, tasks: int = 2, **more: str) -> dict[str, str]:
         ({"ACCELERATE_MIXED_PRECISION": "no"}, "python"),  # accelerate launch of one process
     ],
 )
-def test_a_launcher_is_recognised(environment: dict[str, str], kind: str) -> None:
+def test_a_launcher_is_recognized(environment: dict[str, str], kind: str) -> None:
     assert launcher(environment) == kind
 
 

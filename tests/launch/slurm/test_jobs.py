@@ -134,7 +134,7 @@ def test_the_error_is_that_of_the_rank_that_failed_first(
 ) -> None:
     files = submitted(tmp_path / "run")
     name = attempt(files, outcome="failed", why="boom")
-    files.write_failure(name, Failure(1, "consequence", True, "neighbour is gone\n"))
+    files.write_failure(name, Failure(1, "consequence", True, "neighbor is gone\n"))
     files.write_failure(name, Failure(3, "cause", False, "Traceback\nValueError: boom\n"))
     os.utime(files.folder / "errors" / f"{name}-3.txt", (1, 1))
     say(monkeypatch, JobState("FAILED"))

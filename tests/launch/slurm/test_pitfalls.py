@@ -1,4 +1,4 @@
-"""Each behaviour of submitit that a run must not depend on, provoked."""
+"""Each behavior of submitit that a run must not depend on, provoked."""
 
 from __future__ import annotations
 

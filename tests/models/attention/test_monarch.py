@@ -1,4 +1,4 @@
-"""MonarchAttention: exact at its limits, a maximiser of its objective, and near softmax without training."""
+"""MonarchAttention: exact at its limits, a maximizer of its objective, and near softmax without training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image_like(geometry: Geometry, size: float = 3.0) -> Heads:
 
 
 def divergence(operator: MonarchAttention, heads: Heads) -> Tensor:
-    """Σ KL(A ‖ softmax) over the rows of grid tokens: what the steps minimise."""
+    """Σ KL(A ‖ softmax) over the rows of grid tokens: what the steps minimize."""
     exact = softmax_rows(heads, slice(None))
     found = operator.matrix(heads)
     rows = (found * (found.clamp_min(1e-300).log() - exact.log())).sum(-1)

@@ -1,4 +1,4 @@
-"""TTT-SwiGLU against its definition by autograd, and what its normalised keys and its convolution change."""
+"""TTT-SwiGLU against its definition by autograd, and what its normalized keys and its convolution change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_closed_form_is_the_step() -> None:
     torch.testing.assert_close(operator(heads), by_autograd(operator, heads), rtol=1e-10, atol=1e-12)
 
 
-def test_the_convolution_starts_at_zero_and_is_of_the_neighbours() -> None:
+def test_the_convolution_starts_at_zero_and_is_of_the_neighbors() -> None:
     operator, heads = without_convolution(SMALL), draw(SMALL)
     q, k, v = heads.qkv()
     with torch.no_grad():

@@ -31,7 +31,7 @@ def test_pixels_and_labels_are_scikit_learns() -> None:
         np.testing.assert_allclose(np.asarray(image) * (16 / 255), digits.images[place], atol=0.04)
 
 
-def test_the_colour_mode_is_the_models() -> None:
+def test_the_color_mode_is_the_models() -> None:
     assert DigitsSource("train", "RGB").read(0)[0].mode == "RGB"
     assert DigitsSource("train", "L").read(0)[0].mode == "L"
 

@@ -79,10 +79,10 @@ def test_only_what_learns_is_counted(tmp_path: Path, teacher: Path) -> None:
     model = tiny_vit(global_pool="avg")
     learning = {n: p for n, p in model.named_parameters() if "mlp" in n or n.startswith("head.")}
     assert records(tmp_path / "some")[-1]["n_parameters"] == sum(p.numel() for p in learning.values())
-    optimised = {
+    optimized = {
         n.removeprefix("dual.student.").split("|")[0] for n in student_state(tmp_path / "some", "optimizer.")
     }
-    assert optimised == set(learning)
+    assert optimized == set(learning)
     assert not (tmp_path / "some" / "student_ema").exists()
 
 

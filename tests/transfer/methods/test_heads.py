@@ -130,7 +130,7 @@ def test_match_leaves_surplus_student_heads_alone() -> None:
     assert match_heads(distance) == HeadMap((None, (0,), (1,)), 2)
 
 
-def test_match_minimises_the_total_not_each_row() -> None:
+def test_match_minimizes_the_total_not_each_row() -> None:
     assert match_heads(torch.tensor([[0.0, 1.0], [1.0, 10.0]])).groups == ((1,), (0,))
 
 

@@ -22,9 +22,9 @@ def rows(count: int, width: int, seed: int, mean: float = 0.0) -> Tensor:
 def dense_cka(student: Tensor, teacher: Tensor) -> float:
     """From the N x N kernels: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), as the paper writes it."""
     count = len(student)
-    centre = torch.eye(count, dtype=torch.float64) - 1 / count
+    center = torch.eye(count, dtype=torch.float64) - 1 / count
     kernels = [x @ x.T for x in (student.double(), teacher.double())]
-    hsic = [[torch.trace(k @ centre @ other @ centre) for other in kernels] for k in kernels]
+    hsic = [[torch.trace(k @ center @ other @ center) for other in kernels] for k in kernels]
     return float(hsic[0][1] / (hsic[0][0] * hsic[1][1]).sqrt())
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 
 def blobs(count: int, classes: int, width: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images around one centre a class."""
+    """Images around one center a class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     noise = torch.randn(count, width, generator=generator, dtype=torch.float64)
-    return centres[labels] + spread * noise, labels
+    return centers[labels] + spread * noise, labels
 
 
 def votes(

@@ -21,7 +21,7 @@ def test_a_recipe_is_what_the_command_line_makes_of_it(name: str, tmp_path: Path
     assert ours == theirs
 
 
-def test_changes_reach_single_keys_and_leave_their_neighbours(tmp_path: Path) -> None:
+def test_changes_reach_single_keys_and_leave_their_neighbors(tmp_path: Path) -> None:
     plain = recipe("digits_distill", tmp_path, {})
     changed = recipe("digits_distill", tmp_path, {"data": {"label_seed": 7}, "seed": 3})
     assert changed.data.label_seed == 7
