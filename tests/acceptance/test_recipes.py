@@ -26,6 +26,7 @@ from plain_timm import PlainTimm
 
 DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""
+SWIN = {"embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4], "window_size": 4}
 STAGES = {"epochs": 2, "warmup_epochs": 0.1}
 DIGITS = Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2})
 """Models that are small already; 40 labels are one step an epoch."""
@@ -53,6 +54,7 @@ CUTS = {
     "digits_distill": DIGITS,
     "digits_finetune": DIGITS,
     "digits_pretrain": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
+    "digits_pyramid_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
     "digits_scratch": DIGITS,
     "digits_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
     "efficient_attention_cifar10": Cut(img_size=32, alone=False),
@@ -61,11 +63,12 @@ CUTS = {
     "mae_finetune_vit_huge": Cut(img_size=56),
     "mae_finetune_vit_large": Cut(),
     "mae_finetune_vit_large_bf16": Cut(),
+    "recover_swin_tiny": Cut(SWIN, length=STAGES, stop_after=8, alone=False),
     "recover_vit_base": Cut(length=STAGES, stop_after=8, alone=False),
     "t2r_vit_base": CONVERTED,
     "two_teachers_vit_base": Cut(DEEP),
 }
-COMPARED = {"digits_compare"}
+COMPARED = {"digits_compare", "digits_pyramid_compare"}
 """Recipes of `graftvit compare` alone: see `test_compare.py`."""
 
 

@@ -32,6 +32,15 @@ def test_a_dry_run_lists_the_cells_and_makes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_comparison_of_plans_by_stage_lists_its_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "digits_pyramid_compare", "--dry_run", "--output_dir", "/nowhere/at/all"]
+    assert main(words) == 0
+    assert "first-none-16  to do  stage1: none; stage2,stage3: linear" in capsys.readouterr().out
+    assert main([*words, "--student.without", "[]"]) == 2
+    said = capsys.readouterr().err
+    assert "compare.plans: uniform at 16 px: plan: layer 0 has a relative position bias" in said
+
+
 @pytest.mark.parametrize("recipe", ["digits_compare", "efficient_attention_cifar10"])
 def test_the_recipes_list_their_cells(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", recipe, "--dry_run", "--output_dir", "/nowhere/at/all"]) == 0

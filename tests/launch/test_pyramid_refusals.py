@@ -35,16 +35,6 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return root
 
 
-def test_a_comparison_refuses_a_pyramid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.yaml").write_text(
-        "student: {model: pvt_v2_b0}\ncompare: {plans: {linear: '*: linear'}}\ndata: {dataset: digits}\n"
-        "stages: [{name: task, mode: finetune}]\n"
-    )
-    out = str(tmp_path / "out")
-    assert main(["compare", str(tmp_path / "mine.yaml"), "--output_dir", out, "--dry_run"]) == 2
-    assert "PyramidVisionTransformerV2 is a pyramid" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", TINY)
 def test_questions_with_one_answer_for_all_layers_are_refused(kind: str) -> None:
     for ask in (attention_shape, token_layout):

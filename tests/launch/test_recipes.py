@@ -7,7 +7,7 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config, load_stages
 from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
-from graftvit.models.layer_plan import parse_plan
+from graftvit.models.layer_plan import AS_IT_IS, NONE, parse_plan
 from graftvit.models.operators import OPERATORS
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
@@ -179,8 +179,8 @@ def test_recipes_name_models_that_timm_has(name: str) -> None:
     config = runs(name)[0]
     assert timm.is_model(config.student.model)
     if config.student.plan is not None:
-        choices = parse_plan(config.student.plan, 24)
-        assert {choice.operator for choice in choices} <= set(OPERATORS)
+        choices = parse_plan(config.student.plan, [6, 6, 6, 6] if "stage" in config.student.plan else 24)
+        assert {choice.operator for choice in choices} <= {*OPERATORS, AS_IT_IS, NONE}
     for source in (config.teacher.source, config.student.init):
         if source not in (None, "teacher") and ":" not in source and "/" not in source:
             assert source in timm.list_pretrained()
@@ -212,6 +212,20 @@ def test_adalas_stages_are_layers_features_task() -> None:
     assert [stage.mode for stage in stages] == ["align", "transfer", "finetune"]
     assert (stages[1].transfer.method, stages[1].transfer.layers) == ("block_output", "last:1")
     assert stages[1].transfer.task_weight == 0
+
+
+def test_a_pyramid_is_recovered_stage_by_stage() -> None:
+    align, task = (stage.config for stage in load_stages("recover_swin_tiny"))
+    assert (align.mode, align.align.match, task.mode) == ("align", "output", "finetune")
+    assert align.student.plan == task.student.plan == "stage1: none; stage2,stage3: linear"
+    assert (align.student.init, align.student.without) == ("teacher", ("bias",))
+
+
+def test_the_students_of_the_pyramid_comparison_are_built_as_its_teacher() -> None:
+    built = {"model", "model_args", "img_size"}
+    teacher = load_config("digits_pyramid_teacher").student.model_dump(include=built)
+    for stage in load_stages("digits_pyramid_compare"):
+        assert stage.config.student.model_dump(include=built) == teacher
 
 
 def test_recipes_travel_with_the_package() -> None:

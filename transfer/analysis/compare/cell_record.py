@@ -25,6 +25,7 @@ class Speed:
     batch: int
     """Images in the batches of throughput and memory."""
     tokens: int
+    """Of a pyramid, the tokens of its first stage."""
     latency: float
     """Of one image, the median."""
     latency_low: float
@@ -63,6 +64,14 @@ class Record:
     """By stage and layer: relative error of the layer's output on the teacher's inputs."""
     teacher: str = ""
     """The digest of the teacher's weights; empty in records of older versions."""
+    converted: bool | None = None
+    """Whether the plan changed a layer; None in records of older versions."""
+
+    @property
+    def is_unconverted(self) -> bool:
+        """Whether this is a student whose plan keeps every layer: `softmax` does so in plain vision transformers."""
+        kept = self.plan is not None and self.plan.replace(" ", "") in ("*:softmax", "*:keep")
+        return kept if self.converted is None else self.plan is not None and not self.converted
 
     @property
     def folder(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
 from ....models.families import check_supported
 from ....models.json_types import JsonDict
@@ -110,7 +111,7 @@ def check_plans(comparison: Comparison) -> None:
     """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
     for cell in comparison.cells():
         try:
-            check_supported(fresh_model(comparison.config, cell.plan, cell.size))
+            check_supported(fresh_model(comparison.config, cell.plan, cell.size), pyramids=True)
         except GraftError as error:
             raise ConfigError(f"compare.plans: {cell.name} at {cell.size} px: {error}") from error
 
@@ -213,6 +214,7 @@ def _numbers(comparison: Comparison, cell: Cell) -> JsonDict:
         raise _stopped(trained, cell.folder)
     parameters, new = count_parameters(trained.student)
     return {
+        "converted": plan_of(trained.student) is not None,
         "linear": is_linear(trained.student),
         "parameters": parameters,
         "new_parameters": new,

@@ -26,7 +26,6 @@ from ..report.ink import (
 from ..report.pages import Plot
 from .cell_record import Record, Speed
 from .comparison_cells import TEACHER, UNIFORM
-from .comparison_tables import is_softmax
 
 
 def plots_of(records: Sequence[Record]) -> list[Plot]:
@@ -37,7 +36,7 @@ def plots_of(records: Sequence[Record]) -> list[Plot]:
     plots = []
     if measured:
         plots += _accuracies(measured)
-    changed = [record for record in here if record.plan is not None and not is_softmax(record.plan)]
+    changed = [record for record in here if record.plan is not None and not record.is_unconverted]
     swept = [record for record in changed if len(record.speeds) > 1]
     if swept:
         plots.append(_latency_tokens(swept))
@@ -48,7 +47,7 @@ def plots_of(records: Sequence[Record]) -> list[Plot]:
 
 
 def crossover_of(record: Record) -> Crossover | None:
-    """Return the number of tokens from which the model is faster than with softmax; None with one size."""
+    """Return the number of tokens from which the model is faster than unconverted; None with one size."""
     if len(record.speeds) < 2:
         return None
     ratios = [speed.softmax_latency / speed.latency for speed in record.speeds]
@@ -90,7 +89,7 @@ def _latency_tokens(students: Sequence[Record]) -> Plot:
         "latency_tokens",
         "Latency against the number of tokens",
         "Milliseconds of the whole model for one image. A ring marks the number of tokens from which it is faster "
-        "than the same model with fused softmax attention; the legend has it behind the name.",
+        "than the same model before its conversion; the legend has it behind the name.",
         f"Log-log lines of {len(students)} models: milliseconds for one image against tokens.",
         partial(_lines_over_tokens, students),
     )
@@ -155,9 +154,7 @@ def _lines_over_tokens(records: Sequence[Record], theme: Theme) -> Figure:
         float(np.median([s.softmax_latency for r in records for s in r.speeds if s.tokens == count]))
         for count in tokens
     ]
-    axes.plot(
-        tokens, [1e3 * x for x in softmax], "--", color=INK[theme], linewidth=2.2, label="softmax, fused"
-    )
+    axes.plot(tokens, [1e3 * x for x in softmax], "--", color=INK[theme], linewidth=2.2, label="unconverted")
     for record in records:
         at = crossover_of(record)
         x, y = [s.tokens for s in record.speeds], [1e3 * s.latency for s in record.speeds]

@@ -53,7 +53,8 @@ def how_to_read(records: Sequence[Record]) -> str:
         "against the uniform student of the same budget and once against the uniform student before any training. "
         "Choosing the best of many students on the images that they are judged by flatters it; one seed says nothing "
         "about the spread. MMACs are millions of multiply-adds of the whole model for one image, by the operators' "
-        "own account and by torch's counter. Latency is of one image, timed in turn with the same model with "
-        f"softmax; images/s are in batches. {MEMORY} Training time is that of the steps, without evaluation. "
+        "own account and by torch's counter. Latency is of one image, timed in turn with the same model "
+        f"before its conversion; images/s are in batches. {MEMORY} Training time is that of the steps, without "
+        "evaluation. "
         f"Measured on {'; '.join(machines)}; load average {min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
     )

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ....models.families import image_channels, token_layout
+from ....models.families import image_channels, sites
 from ....models.json_types import JsonDict
 from ...cells.records import save_record
 from ..benchmark.cases import load_average, machine
-from ..benchmark.model_cases import attention_macs
+from ..benchmark.model_cases import attention_macs, macs_beside
 from ..benchmark.timing import counted_macs, peak_bytes, step_of, time_steps
 from .cell_record import Record, Speed
 from .student_cell import speed_models
@@ -25,14 +25,14 @@ from .student_cell import speed_models
 if TYPE_CHECKING:
     from .compare import Comparison
 
-TWIN = "softmax attention"
-"""The softmax model that all are timed beside; no plan has a space in its name."""
+TWIN = "unconverted model"
+"""The model that all are timed beside; no plan has a space in its name."""
 
 
 def measure_speed(
     softmax: nn.Module, student: nn.Module, size: int, batch: int, repeats: int, device: torch.device
 ) -> Speed:
-    """Return the speed of `student` at images of side `size`, timed in turn with `softmax`, its softmax twin."""
+    """Return the speed of `student` at images of side `size`, timed in turn with its unconverted twin."""
     models = {TWIN: softmax, "own": student}
     images = _images(models, size, batch, device)
     times = _times(models, images, repeats, device)["own"]
@@ -40,9 +40,9 @@ def measure_speed(
     return Speed(
         size=size,
         batch=batch,
-        tokens=token_layout(student).num_tokens,
+        tokens=sites(student)[0].shape.geometry.num_tokens,
         peak_bytes=peak_bytes(step_of(partial(student, images)), device),
-        macs=whole - attention_macs(softmax) + attention_macs(student),
+        macs=macs_beside(student, softmax, whole) + attention_macs(student),
         counted_macs=counted,
         **times,
     )

@@ -17,7 +17,7 @@ from ....checkpoints.timm_models import published_config
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
-from ....models.families import attention_blocks
+from ....models.families import sites
 from ....models.json_types import JsonDict
 from ...config import RunConfig
 from ...data.loaders import create_eval_loader
@@ -74,7 +74,7 @@ def is_linear(model: nn.Module) -> bool:
     """Return whether every attention layer costs linearly in the number of tokens."""
     layers = converted_layers(model)
     linear = [layer.operator for layer in layers.values()]
-    return len(layers) == len(attention_blocks(model)) and all(
+    return all(site.index in layers for site in sites(model) if site.num_heads) and all(
         isinstance(operator, AttentionOperator) and operator.traits.linear_cost for operator in linear
     )
 
@@ -156,12 +156,12 @@ def _loader(config: RunConfig, teacher: Pretrained) -> Any:
 
 
 def speed_models(config: RunConfig, plan: str | None, size: int) -> tuple[nn.Module, nn.Module]:
-    """Build a softmax model and the student with random weights, which are as fast as trained ones."""
+    """Build the unconverted model and the student with random weights, which are as fast as trained ones."""
     torch.manual_seed(0)
     softmax = fresh_model(config, None, size)
     if plan is None:
         return softmax, softmax
-    student = convert(softmax, plan)
+    student = convert(softmax, plan, without=config.student.without)
     fit_at_random(converted_layers(student))
     return softmax, student
 
