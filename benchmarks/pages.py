@@ -12,8 +12,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .steps import DENSE, OURS
-
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 MODEL, TOKENS = "ViT-S", (1025, 2305)
@@ -72,12 +70,12 @@ def section(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Return a line for each number of tokens."""
-    methods = [*OURS, *DENSE]
+    methods = list(result["rows"][0]["ratio"])
     lines = ["| tokens | " + " | ".join(methods) + " |", "|" + " ---: |" * (len(methods) + 1)]
     for row in result["rows"]:
         if row["model"] == MODEL:
             cells = [
-                f"{row['ratio'][name]:.2f}" + (f" ({row['floor'][name]:.2f})" if name in OURS else "")
+                f"{row['ratio'][name]:.2f}" + (f" ({row['floor'][name]:.2f})" if name in row["floor"] else "")
                 for name in methods
             ]
             lines.append(f"| {row['tokens']:,} | " + " | ".join(cells) + " |")
