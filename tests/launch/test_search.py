@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,17 +14,25 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
+from graftvit.transfer.search.program_search import ARCHIVE
 from hostile import ARCHITECTURE, ARGUMENTS
 
 
-def test_a_search_prints_its_front_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A search over a random teacher."""
     torch.manual_seed(0)
     model = timm.create_model(ARCHITECTURE, **ARGUMENTS)
     shown = Preprocessing.of(model, mean=(0.4,) * 3, std=(0.2,) * 3)
     write_student(
         model, tmp_path / "teacher", architecture=ARCHITECTURE, model_args=ARGUMENTS, preprocessing=shown
     )
-    words = ["search", str(tmp_path / "teacher"), "--dataset", "digits", "--images", "4", "--population", "5"]
+    return ["search", str(tmp_path / "teacher"), "--dataset", "digits", "--images", "4", "--population", "5"]
+
+
+def test_a_search_prints_its_front_and_resumes(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*words, "--generations", "2", "--out", str(tmp_path / "found")]) == 0
     said = capsys.readouterr().out
     assert "generation 2 of 2: 10 programs" in said
@@ -33,6 +44,22 @@ def test_a_search_prints_its_front_and_resumes(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == said
     assert main([*words, "--generations", "2", "--at_random", "--out", str(tmp_path / "found")]) == 2
     assert "measured with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_killed_three_times_ends_in_the_same_archive(words: list[str], tmp_path: Path) -> None:
+    assert main([*words, "--generations", "4", "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    code = "import sys; from graftvit.launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *words, "--generations", "4", "--out", str(out)]
+    for records in (3, 8, 14):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(out.glob("cells/*/cell.json"))) < records:
+                time.sleep(0.02)
+            process.kill()
+        assert not (out / ARCHIVE).exists()
+    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert (out / ARCHIVE).read_bytes() == (tmp_path / "whole" / ARCHIVE).read_bytes()
 
 
 @pytest.mark.parametrize(
