@@ -12,8 +12,8 @@ from torch import nn
 
 from ..models.copied import copying_of
 from ..models.cost import copied_macs, copied_parameters
-from ..models.errors import CheckpointError, UnsupportedModelError
-from ..models.families import attention_shape, check_supported, token_layout
+from ..models.errors import CheckpointError, UnsupportedModelError, counted
+from ..models.families import Site, attention_shape, check_supported, depths, is_pyramid, sites, token_layout
 from ..models.json_types import Json
 from .fit import match
 from .pretrained import Pretrained, load_pretrained, plan_model, read_source
@@ -118,9 +118,11 @@ def _copied(model: nn.Module) -> dict[str, str]:
 
 def _shape(teacher: Pretrained) -> dict[str, str]:
     try:
-        check_supported(teacher.model, copied=True)
+        check_supported(teacher.model, copied=True, pyramids=True)
     except UnsupportedModelError as error:
         return {"attention": str(error)}
+    if is_pyramid(teacher.model):
+        return _stages(teacher)
     shape, layout = attention_shape(teacher.model), token_layout(teacher.model)
     return {
         "depth": f"{shape.depth} blocks",
@@ -128,3 +130,19 @@ def _shape(teacher: Pretrained) -> dict[str, str]:
         "prefix tokens": ", ".join(layout.prefix) or "none",
         "patch grid": f"{layout.grid[0]} x {layout.grid[1]}",
     }
+
+
+def _stages(teacher: Pretrained) -> dict[str, str]:
+    """Return the blocks, heads and grid of each stage of a pyramid."""
+    first = [site for site in sites(teacher.model) if site.place == 0]
+    counts = depths(teacher.model)
+    words = [
+        f"{counted(count, 'block')} of {_heads(site)}, model width {site.width}, grid "
+        + " x ".join(map(str, site.shape.geometry.grid))
+        for count, site in zip(counts, first, strict=True)
+    ]
+    return {"depth": f"{sum(counts)} blocks"} | {f"stage {n}": text for n, text in enumerate(words, 1)}
+
+
+def _heads(site: Site) -> str:
+    return f"{counted(site.num_heads, 'head')} of width {site.head_dim}" if site.num_heads else "no attention"
