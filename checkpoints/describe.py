@@ -137,7 +137,7 @@ def _stages(teacher: Pretrained) -> dict[str, str]:
     first = [site for site in sites(teacher.model) if site.place == 0]
     counts = depths(teacher.model)
     words = [
-        f"{counted(count, 'block')} of {_heads(site)}, model width {site.width}, grid "
+        f"{counted(count, 'block')} {_heads(site)}, model width {site.width}, grid "
         + " x ".join(map(str, site.shape.geometry.grid))
         for count, site in zip(counts, first, strict=True)
     ]
@@ -145,4 +145,8 @@ def _stages(teacher: Pretrained) -> dict[str, str]:
 
 
 def _heads(site: Site) -> str:
-    return f"{counted(site.num_heads, 'head')} of width {site.head_dim}" if site.num_heads else "no attention"
+    return (
+        f"with {counted(site.num_heads, 'head')} of width {site.head_dim}"
+        if site.num_heads
+        else "without attention"
+    )
