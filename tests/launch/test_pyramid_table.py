@@ -83,7 +83,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         Image.new("RGB", (32, 32)).save(root / "image.png")
         recipe = {
             "teacher": {"source": str(root / "teacher")},
-            "student": {"model": TINY[kind][0], "model_args": TINY[kind][1], "img_size": 32},
+            "student": {
+                "model": TINY[kind][0],
+                "model_args": TINY[kind][1],
+                "img_size": 32,
+                "without": ["bias"],
+            },
             "compare": {"plans": {"softmax": "stage1: softmax"}},
             "data": {"dataset": "digits"},
             "stages": [{"name": "task", "mode": "finetune"}],
