@@ -208,3 +208,17 @@ def test_a_batch_of_another_size_has_other_grids() -> None:
 def test_a_setting_that_does_not_fit_windows_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(TransferError, match=said):
         DualViT(model("swin"), model("swin", 2), **settings)
+
+
+@pytest.mark.parametrize("method", ["copy", "copy_q", "copy_k", "copy_v"])
+@pytest.mark.parametrize("kind", ["pvt", "pvt_li", "svt", "swin", "swinv2"])
+def test_what_a_copied_layer_does_not_use_is_frozen(kind: str, method: str) -> None:
+    student = model(kind, 2)
+    dual = DualViT(model(kind), student, method)
+    dual(x()).logits.square().mean().backward()
+    waited_for = [
+        name for name, each in student.named_parameters() if each.requires_grad and each.grad is None
+    ]
+    assert waited_for == []
+    dual.release()
+    assert all(each.requires_grad for each in student.parameters())
