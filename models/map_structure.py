@@ -23,6 +23,16 @@ class MapStructure:
         """Whether every token attends to every token, as in a plain vision transformer."""
         return self.window is None and self.reduction is None
 
+    @property
+    def brief(self) -> str:
+        """Say in a few words what a token attends to."""
+        if self.window is not None:
+            return f"{_words(self.window)} {'shifted windows' if any(self.shift) else 'windows'}"
+        if self.reduction is None:
+            return "all"
+        kind, size = self.reduction
+        return f"keys of {_words(size)}" if kind == "stride" else f"{_words(size)} pooled"
+
     def __str__(self) -> str:
         if self.window is not None:
             shifted = f" shifted by {_words(self.shift)}" if any(self.shift) else ""

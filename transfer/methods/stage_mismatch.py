@@ -20,16 +20,16 @@ def describe_stages(model: nn.Module) -> dict[str, str]:
         "heads": _by_stage(found, lambda site: str(site.num_heads) if site.num_heads else "none"),
         "head width": _by_stage(found, lambda site: str(site.head_dim) if site.num_heads else "none"),
         "grid": _by_stage(found, _grid),
-        "maps": _by_stage(found, lambda site: _maps(model, site), "; "),
+        "attends to": _by_stage(found, lambda site: _maps(model, site)),
     }
 
 
-def _by_stage(found: list[Site], describe: Callable[[Site], str], between: str = ", ") -> str:
+def _by_stage(found: list[Site], describe: Callable[[Site], str]) -> str:
     """Join the words for each stage; a stage whose layers differ has several."""
     stages: dict[int, dict[str, None]] = {}
     for site in found:
         stages.setdefault(site.stage, {})[describe(site)] = None
-    return between.join(" or ".join(words) for words in stages.values())
+    return ", ".join(" or ".join(words) for words in stages.values())
 
 
 def _grid(site: Site) -> str:
@@ -40,5 +40,5 @@ def _maps(model: nn.Module, site: Site) -> str:
     if not site.num_heads:
         return "none"
     if image_size(model) is None:
-        return "unknown without an image size"
-    return str(map_structure(model, site))
+        return "unknown"
+    return map_structure(model, site).brief

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -222,3 +223,37 @@ def test_what_a_copied_layer_does_not_use_is_frozen(kind: str, method: str) -> N
     assert waited_for == []
     dual.release()
     assert all(each.requires_grad for each in student.parameters())
+
+
+@pytest.mark.parametrize("method", ["copy", "distill", "distill_q"])
+@pytest.mark.parametrize("kind", ["svt", "swinv2"])
+def test_half_precision_changes_little(kind: str, method: str) -> None:
+    teacher, student = model(kind).float(), model(kind, 2).float()
+    dual = DualViT(teacher, copy.deepcopy(student), method)
+    exact = dual(x().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = dual(x().float())
+        (mixed.logits.float().square().mean() + mixed.transfer_loss).backward()
+    half = DualViT(copy.deepcopy(teacher).to(torch.bfloat16), copy.deepcopy(student), method)(x().float())
+    for out in (mixed, half):
+        assert relative_error(out.logits, exact.logits) < 0.02
+        torch.testing.assert_close(out.transfer_loss, exact.transfer_loss, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swinv2"])
+def test_copies_of_a_pair_are_complete(kind: str) -> None:
+    dual = DualViT(model(kind), model(kind, 2), "distill")
+    expected = dual(x())
+    averaged = dual.with_student(model(kind, 2))
+    for twin in (copy.deepcopy(dual), pickle.loads(pickle.dumps(dual)), averaged):
+        torch.testing.assert_close(twin(x()).transfer_loss, expected.transfer_loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swin"])
+def test_a_step_is_one_compiled_graph(kind: str) -> None:
+    torch.compiler.reset()
+    dual = DualViT(model(kind), model(kind, 2), "distill")
+    expected = dual(x()).transfer_loss
+    compiled: Any = torch.compile(dual, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x()).transfer_loss, expected)
