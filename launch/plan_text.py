@@ -181,7 +181,7 @@ def _rate_words(run: DryRun) -> str:
         peak, effective = schedule.peak, schedule.effective_batch
     why = f"blr {optim.blr:g} x {effective} / 256" if optim.lr is None else "as given"
     words = f"{peak:g} ({why}), down to {min(optim.min_lr, peak):g}; layer decay {optim.layer_decay:g}"
-    return words if optim.new_scale == 1 else f"{words}; x {optim.new_scale:g} for what the conversion added"
+    return "; ".join([words, *(f"x {scale:g} for {name!r}" for name, scale in optim.scales.items())])
 
 
 def _length_words(run: DryRun) -> str:

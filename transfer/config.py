@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 
 from ..models.json_types import JsonDict
 from .loss_config import LossConfig as LossConfig
@@ -243,8 +243,10 @@ class OptimConfig(Section):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the student's moving average; off by default"
     )
-    new_scale: float = Field(
-        1.0, gt=0, description="learning rate factor of the parameters that a conversion added"
+    scales: dict[str, PositiveFloat] = Field(
+        {},
+        description="learning rate factors of parameters, by a regular expression of their names; where several match, "
+        "they multiply",
     )
     lora: int | None = Field(
         None,

@@ -42,7 +42,6 @@ INHERITED = [
     ("optim: {max_steps: 9}", ["epochs=7"], {"optim.epochs": 7, "optim.max_steps": None}),
     ("student: {drop_path: 0.1}\ntransfer: {share_drop_path: true}", ["drop_path=0"],
      {"transfer.share_drop_path": False}),
-    ("student: {plan: '*: linear'}\noptim: {new_scale: 5.0}", ["plan=none"], {"optim.new_scale": 1.0}),
 ]  # fmt: skip
 """A recipe, flags over it, and what the run has."""
 

@@ -125,11 +125,15 @@ def test_the_plan_of_an_alignment_names_what_learns_and_from_what(teacher: str) 
         "plan=*: linear; 0: softmax",
         "match=map",
     ]
-    plan = rows(describe_plan(load_config(None, [*words, "new_scale=5", "dataset=digits", "device=cpu"])))
+    plan = rows(
+        describe_plan(
+            load_config(None, [*words, r"scales={'\.operator\.': 5}", "dataset=digits", "device=cpu"])
+        )
+    )
     assert "vit_tiny_patch16_224 converted by '*: linear; 0: softmax'" in plan["student"]
     assert plan["alignment"].startswith("layers 1, 2, 3 learn")
     assert "match=map: the attention map, exactly" in plan["alignment"]
-    assert "x 5 for what the conversion added" in plan["learning rate"]
+    assert r"x 5 for '\\.operator\\.'" in plan["learning rate"]
 
 
 def test_the_plan_adds_the_losses_of_a_feature_and_notes_a_teacher_of_no_weight(teacher: str) -> None:

@@ -155,7 +155,7 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
         **sometimes(draw, 0.4, "opt", *OPTIMIZERS), **sometimes(draw, 0.3, "accum_iter", 2, 3),
         **sometimes(draw, 0.2, "layer_decay", 0.7), **sometimes(draw, 0.2, "lora", 2),
         **sometimes(draw, 0.3, "trainable", r"blocks\.1", "attn", "head", "nosuch", "(", "q_norm"),
-        **sometimes(draw, 0.2, "new_scale", 5.0), **sometimes(draw, 0.2, "lr", 1e-4),
+        **sometimes(draw, 0.2, "scales", {"attn": 5.0}, {"(": 2.0}), **sometimes(draw, 0.2, "lr", 1e-4),
         **sometimes(draw, 0.05, "betas", (0.8, 0.9)),
     }  # fmt: skip
     engine = {

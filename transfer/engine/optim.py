@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, l
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from ...models.conversion import new_parameters
 from ...models.errors import ConfigError, counted, did_you_mean, one_sentence
 from ...models.families import classifier_of
 from ...models.json_types import JsonDict
@@ -77,10 +76,7 @@ def freeze(model: nn.Module, trainable: str, *, keep_head: bool = True) -> None:
 
     Raises ConfigError: the expression is invalid or matches nothing.
     """
-    try:
-        pattern = re.compile(trainable)
-    except re.error as error:
-        raise ConfigError(f"optim.trainable={trainable!r} is not a regular expression: {error}") from error
+    pattern = _pattern("optim.trainable", trainable)
     names = [name for name, _ in model.named_parameters()]
     if not any(pattern.search(name) for name in names):
         shown = ", ".join(names[:3] + names[-2:])
@@ -163,7 +159,7 @@ def create_optimizer(
     extra = [p for p in task.parameters() if p.requires_grad and id(p) not in own]
     if extra:
         groups.append({"params": extra, "weight_decay": config.weight_decay})
-    groups = _scale_new(groups, model, config.new_scale)
+    groups = _scaled(groups, model, config.scales)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, opt=config.opt, lr=peak, weight_decay=config.weight_decay, **_betas(config)
@@ -180,19 +176,33 @@ def create_optimizer(
     return optimizer
 
 
-def _scale_new(groups: list[JsonDict], model: nn.Module, scale: float) -> list[JsonDict]:
-    """Split the new parameters of a conversion into groups of their own, at `scale` times the rate."""
-    new = {id(parameter) for parameter in new_parameters(model)}
-    if scale == 1 or not new:
-        return groups
+def _scaled(groups: list[JsonDict], model: nn.Module, scales: Mapping[str, float]) -> list[JsonDict]:
+    """Split the groups so that each has one factor of the rate: the product of those whose expression matches."""
+    patterns = {_pattern("optim.scales", text): scale for text, scale in scales.items()}
+    factors = {
+        id(parameter): math.prod(scale for pattern, scale in patterns.items() if pattern.search(name))
+        for name, parameter in model.named_parameters()
+    }
+    for pattern in patterns:
+        if not any(pattern.search(name) for name, each in model.named_parameters() if each.requires_grad):
+            logger.warning("optim.scales: %r matches the name of no parameter that learns", pattern.pattern)
     split = []
     for group in groups:
-        for is_new in (False, True):
-            parameters = [p for p in group["params"] if (id(p) in new) == is_new]
-            rate = group.get("lr_scale", 1.0) * (scale if is_new else 1.0)
-            if parameters:
-                split.append({**group, "params": parameters, "lr_scale": rate})
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_factor.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+        for factor, parameters in by_factor.items():
+            rate = {} if factor == 1 else {"lr_scale": group.get("lr_scale", 1.0) * factor}
+            split.append({**group, "params": parameters, **rate})
     return split
+
+
+def _pattern(setting: str, text: str) -> re.Pattern[str]:
+    """Compile a regular expression. Raises ConfigError that names the setting."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{setting}={text!r} is not a regular expression: {error}") from error
 
 
 def _betas(config: OptimConfig) -> JsonDict:

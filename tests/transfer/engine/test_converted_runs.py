@@ -77,8 +77,29 @@ def test_what_is_missing_is_said(teacher: Path, tmp_path: Path) -> None:
 
 def test_new_parameters_learn_faster() -> None:
     model = convert(timm.create_model(ARCHITECTURE, **ARGUMENTS), "*: hedgehog; 1: window(window=1)")
-    optimizer = create_optimizer(model, model, OptimConfig(new_scale=20.0), 1e-3)
+    optimizer = create_optimizer(model, model, OptimConfig(scales={r"\.operator\.": 20.0}), 1e-3)
     scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
     new = {id(parameter) for parameter in new_parameters(model)}
     assert new
     assert all(scale == (20.0 if key in new else 1.0) for key, scale in scales.items())
+
+
+def test_factors_of_several_expressions_multiply(caplog: pytest.LogCaptureFixture) -> None:
+    model = timm.create_model(ARCHITECTURE, **ARGUMENTS)
+    scales = {r"blocks\.0": 0.5, r"mlp\.fc1\.weight": 4.0, "nowhere": 3.0}
+    optimizer = create_optimizer(model, model, OptimConfig(scales=scales, layer_decay=0.5), 1e-3)
+    plain = create_optimizer(model, model, OptimConfig(layer_decay=0.5), 1e-3)
+    found, without = (
+        {id(p): group["lr_scale"] for group in each.param_groups for p in group["params"]}
+        for each in (optimizer, plain)
+    )
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
+    for name, factor in (
+        ("blocks.0.mlp.fc1.weight", 2.0), ("blocks.0.mlp.fc1.bias", 0.5), ("blocks.1.mlp.fc1.weight", 4.0),
+        ("head.bias", 1.0),
+    ):  # fmt: skip
+        assert found[names[name]] == factor * without[names[name]]
+    assert found.keys() == without.keys()
+    assert "optim.scales: 'nowhere' matches the name of no parameter that learns" in caplog.text
+    with pytest.raises(ConfigError, match=r"optim.scales='\(' is not a regular expression"):
+        create_optimizer(model, model, OptimConfig(scales={"(": 2.0}), 1e-3)
