@@ -12,8 +12,8 @@ from torch import nn
 
 from ...checkpoints.fitted_layers import FittedLayers
 from ...models.attention.base import Projections
-from ...models.calibration import calibrate_layers, fit_layers
-from ...models.conversion import converted_layers
+from ...models.calibration import Finished, calibrate_layers, fit_layers
+from ...models.conversion import ConvertedAttention, converted_layers
 from ...models.families import family_of, sites
 from ...models.pyramid_conversion import sharing_copy
 from ..config import RunConfig
@@ -27,25 +27,40 @@ logger = logging.getLogger(__name__)
 
 
 def fit_operators(config: RunConfig, parts: Parts, accelerator: Accelerator) -> None:
-    """Fit the student's operators on `student.calibrate` images; the random generators stay as they were.
+    """Fit the student's operators before the first step of a run, as `fit_student` does; keep them in `output_dir/fit`.
 
-    A student that starts from weights sees the inputs of its teacher's layers, if they have the same shapes, and a
-    layer that is finished is kept in `output_dir/fit`. Else each layer that was never fitted sees what the student
-    itself gives it. Every process
-    fits on the same images, and then takes the first one's numbers: devices of two kinds round differently.
+    Every process fits on the same images, and then takes the first one's numbers: devices of two kinds round
+    differently.
 
     Raises DataError: there are no images. ConfigError: an operator cannot be fitted on so few.
+    """
+    alone = config.engine.fsdp or sharded_teachers(config)
+    device = torch.device("cpu") if alone else accelerator.device
+    kept = FittedLayers(config.output_dir) if accelerator.is_main_process else None
+    for index, layer in fit_student(config, parts, device, kept).items():
+        if layer.fit is not None:
+            count = config.student.calibrate
+            logger.info("fit of layer %d on %d images: %s", index, count, layer.fit)
+        if accelerator.num_processes > 1:
+            for tensor in layer.operator.state_dict().values():
+                _take_first(tensor, accelerator)
+
+
+def fit_student(
+    config: RunConfig, parts: Parts, device: torch.device, finished: Finished | None
+) -> dict[int, ConvertedAttention]:
+    """Fit the student's operators on `student.calibrate` images and return their layers; none without images.
+
+    A student that starts from weights sees the inputs of its teacher's layers, if they have the same shapes, and
+    `finished` keeps each layer. Else each layer that was never fitted sees what the student itself gives it. The random
+    generators stay as they were.
     """
     student = parts.task.trainable
     layers = converted_layers(student) if config.student.calibrate else {}
     if not layers:
-        return
+        return {}
     starts = mode_of(config).starting_source is not None
     teacher = parts.loaded.model if parts.loaded is not None and starts else None
-    if teacher is not None and not _alike(teacher, student):
-        teacher = None
-    alone = config.engine.fsdp or sharded_teachers(config)
-    device = torch.device("cpu") if alone else accelerator.device
     student.to(device)
     images = sample_images(config.data, parts.spec, config.student.calibrate, seed=config.seed).to(device)
     if starts:
@@ -53,19 +68,13 @@ def fit_operators(config: RunConfig, parts: Parts, accelerator: Accelerator) -> 
             if not layer.operator.fitted:
                 layer.operator.adopt(Projections(layer.original, getattr(layer, "kept", "qkv")))
     with preserved():
-        if teacher is not None:
+        if teacher is not None and _alike(teacher, student):
             taught = sharing_copy(teacher) if device.type == "cpu" else copy.deepcopy(teacher).to(device)
-            kept = FittedLayers(config.output_dir) if accelerator.is_main_process else None
-            calibrate_layers(taught, layers, images, seed=config.seed, finished=kept)
+            calibrate_layers(taught, layers, images, seed=config.seed, finished=finished)
         else:
             unfitted = {index: layer for index, layer in layers.items() if not layer.operator.fitted}
             fit_layers(student, unfitted, images, config.seed)
-    for index, layer in layers.items():
-        if layer.fit is not None:
-            logger.info("fit of layer %d on %d images: %s", index, len(images), layer.fit)
-        if accelerator.num_processes > 1:
-            for tensor in layer.operator.state_dict().values():
-                _take_first(tensor, accelerator)
+    return layers
 
 
 def _alike(teacher: nn.Module, student: nn.Module) -> bool:

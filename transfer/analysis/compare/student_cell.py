@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....checkpoints.fitted_layers import FittedLayers
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....checkpoints.timm_models import published_config
@@ -22,6 +23,7 @@ from ....models.json_types import JsonDict
 from ...config import RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build
+from ...engine.fit_operators import fit_student
 from ...engine.modes import mode_of
 from ...engine.runlog import read_log
 from ...engine.stages import Stage, chain, train_stages
@@ -116,7 +118,9 @@ def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[st
     """Measure the layers' errors before the first step and after each stage."""
     teacher = teacher_of(own[0].config)
     images = test_images(own[0].config, teacher, count)
-    start = build(own[0].config).task.trainable
+    parts = build(own[0].config)
+    fit_student(own[0].config, parts, torch.device("cpu"), FittedLayers(steps[0].config.output_dir))
+    start = parts.task.trainable
     students = {ZERO_SHOT: start} | {
         stage.name: load_pretrained(f"local-dir:{stage.config.output_dir / 'student'}").model
         for stage in steps
