@@ -13,7 +13,7 @@ from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from ..models.conversion import ARCHITECTURE as CONVERTED
-from ..models.conversion import plan_of, plan_size
+from ..models.conversion import plan_of, plan_size, without_plan
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
@@ -161,14 +161,18 @@ def _cost(model: nn.Module) -> JsonDict:
 
 
 def _with_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
-    """Name and arguments that build `model`: of a converted one, those of the conversion with its plan."""
+    """Name and arguments that build `model`: of a converted one, those of the conversion with its plan.
+
+    A model whose plan keeps every layer is timm's own.
+    """
     name = split_model_name_tag(architecture)[0]
     plan = plan_of(model)
     if plan is None:
-        return name, constructor_arguments(name, {**arguments, **pyramid_arguments(model)})
+        name, own = without_plan(name, arguments)
+        return name, constructor_arguments(name, {**own, **pyramid_arguments(model)})
     of_plan = {} if name == CONVERTED else {"architecture": name, "plan": plan}
-    own = {**pyramid_arguments(model), "plan_size": plan_size(model)}
-    return CONVERTED, {**of_plan, **arguments, **own}
+    of_size = {**pyramid_arguments(model), "plan_size": plan_size(model)}
+    return CONVERTED, {**of_plan, **arguments, **of_size}
 
 
 def _plain(arguments: JsonDict) -> JsonDict:

@@ -183,6 +183,15 @@ def with_plan(
     return ARCHITECTURE, {**given, "architecture": architecture, "plan": plan}
 
 
+def without_plan(architecture: str, arguments: Json) -> tuple[str, JsonDict]:
+    """Return timm's own name and arguments of a model whose plan, if it has one, keeps every layer."""
+    if architecture != ARCHITECTURE:
+        return architecture, dict(arguments)
+    of_plan = ("architecture", "plan", "plan_size", "without")
+    own = {key: value for key, value in arguments.items() if key not in of_plan}
+    return str(arguments["architecture"]), own
+
+
 def _check_layer(model: nn.Module, attention: Any, traits: Traits, choice: Choice, index: int) -> None:
     """Raise UnsupportedModelError if a layer has a part that the operator does not support."""
     keep = f"keep it ('{index}: softmax')"

@@ -16,6 +16,7 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import write_student
+from graftvit.models.conversion import with_plan
 from graftvit.models.errors import CheckpointError
 from torch import nn
 
@@ -169,3 +170,18 @@ def test_an_older_student_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     loaded = create(f"local-dir:{tmp_path / 's'}", pretrained=True)
     assert torch.equal(loaded.state_dict()["pos_embed"], model.state_dict()["pos_embed"])
+
+
+@pytest.mark.parametrize("plan", ["*: softmax", "*: keep"])
+def test_a_plan_that_keeps_every_layer_is_saved_as_timms_own_model(plan: str, tmp_path: Path) -> None:
+    small = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    name, arguments = with_plan("vit_tiny_patch16_224", small, plan)
+    model = timm.create_model(name, **arguments)
+    shown = Preprocessing.of(model, input_size=(3, 32, 32))
+    write_student(model, tmp_path, architecture=name, model_args=arguments, preprocessing=shown)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["architecture"] == "vit_tiny_patch16_224"
+    assert not {"plan", "architecture", "plan_size"} & set(saved["model_args"])
+    images = torch.randn(1, 3, 32, 32)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(images), model.eval()(images))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from ...models.families import (
     is_pyramid,
     sites,
 )
-from ...models.grid_hosts import GridHost, ReducedHost, WindowHost
+from ...models.grid_hosts import GridHost
 from ...models.host import AttentionHost, Given, observe, release_attention
 from ...models.hosting import Call, native_host, watch_layer
 from ...models.pyramid_conversion import sharing_copy
@@ -127,40 +126,24 @@ def _pyramid_maps(model: nn.Module, images: Tensor, layers: Sequence[int]) -> di
 
 def _keep_pyramid_map(maps: dict[int, LayerMap], index: int, host: AttentionHost, call: Call) -> None:
     heads = host.heads_of(*call.inputs, **call.keywords)
-    geometry = heads.tokens()
     if isinstance(host, ConvertedAttention):
-        maps[index] = LayerMap(host.operator.matrix(heads).float(), KeyPlaces(geometry))
-    elif isinstance(host, WindowHost):
-        maps[index] = _window_map(host, heads)
-    else:
-        places = KeyPlaces(geometry, cells=_cells(host, geometry.grid))
-        maps[index] = LayerMap(softmax_map(heads), places)
+        maps[index] = LayerMap(host.operator.matrix(heads).float(), KeyPlaces(heads.tokens()))
+        return
+    attended = host.attended(heads)
+    places = _key_places(host, attended)
+    maps[index] = LayerMap(places.without_padding(attended.joined(softmax_map(attended))), places)
 
 
-def _window_map(host: WindowHost, heads: Heads) -> LayerMap:
-    geometry = heads.tokens()
-    windows = host.windows(geometry.grid)
-    padding = host._zero() if windows.is_padded else heads
-    q, k, v = (windows.cut(x, pad) for x, pad in zip(heads.qkv(), padding.qkv(), strict=True))
-    bias = host.window_bias(windows, q)
-    if bias is not None and bias.shape[0] > 1:
-        bias = bias.expand(len(heads.known), *bias.shape).flatten(0, 1)
-    places = KeyPlaces(geometry, windows)
-    by_window = softmax_map(Heads(q, k, v, bias, heads.scale))
-    return LayerMap(places.without_padding(windows.join(by_window)), places)
-
-
-def _cells(host: AttentionHost, grid: tuple[int, int]) -> Cells | None:
-    """Return how the keys of a layer are made of its tokens; None where every token is a key."""
-    assert isinstance(host, ReducedHost)
-    pool, reduction = host._modules.get("pool"), host._modules.get("sr")
-    if isinstance(pool, nn.AdaptiveAvgPool2d):
-        side: Any = pool.output_size
-        return Cells((int(side), int(side)), None)
-    if isinstance(reduction, nn.Conv2d):
-        rows, columns = (int(step) for step in reduction.stride)
-        return Cells((grid[0] // rows, grid[1] // columns), (rows, columns))
-    return None
+def _key_places(host: AttentionHost, attended: Heads) -> KeyPlaces:
+    """Return where the keys lie on which a layer takes its softmax."""
+    geometry = attended.tokens()
+    height, width = geometry.grid
+    kind, (rows, columns) = host.structure(geometry.grid).reduction or ("", (1, 1))
+    cells = {
+        "pool": Cells((rows, columns), None),
+        "stride": Cells((height // rows, width // columns), (rows, columns)),
+    }
+    return KeyPlaces(geometry, attended.windows, cells.get(kind))
 
 
 @contextmanager
