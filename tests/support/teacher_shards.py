@@ -19,6 +19,8 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.shard_teachers import gather_to_run, shard_units
 from graftvit.transfer.methods.dual import DualViT
 from ports import free_ports
+from pyramids import TINY
+from pyramids import tiny as tiny_pyramid
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -28,6 +30,8 @@ STEPS: list[tuple[str, list[dict[str, Any]]]] = [
     ("beit", [{"method": "distill"}, {"method": "logits"}]),
     ("eva02", [{"method": "distill_q"}, {"method": "feature", "tokens": "both"}]),
     ("dinov3", [{"method": "distill"}, {"method": "distill_v"}]),
+    ("swin", [{"method": "distill", "layers": "0,1"}]),
+    ("pvt", [{"method": "attention_output", "layers": "last:1"}, {"method": "logits"}]),
     ("test_convnext", [{"method": "feature", "tokens": "patches"}, {"method": "logits"}]),
 ]
 
@@ -39,6 +43,9 @@ def step_results(family: str, losses: list[dict[str, Any]]) -> dict[str, Any]:
         teacher: Any = timm.create_model(family, num_classes=5).double().eval()
         student = tiny(seed=2, img_size=(64, 64))
         x = images(size=(64, 64))
+    elif family in TINY:
+        teacher, student = (tiny_pyramid(family, seed=seed).double() for seed in (1, 2))
+        x = images(size=(32, 32))
     else:
         changes = {"patch_size": 8} if family == "eva02" else {}
         teacher, student, x = tiny(family, seed=1, **changes), tiny(family, seed=2, **changes), images()

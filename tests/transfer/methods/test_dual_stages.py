@@ -257,3 +257,22 @@ def test_a_step_is_one_compiled_graph(kind: str) -> None:
     expected = dual(x()).transfer_loss
     compiled: Any = torch.compile(dual, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x()).transfer_loss, expected)
+
+
+def test_a_layer_without_attention_learns_from_a_block_alone() -> None:
+    converted = convert(model("swin", 2), "stage1: none; 2: linear", without=["bias"])
+    student = copy.deepcopy(converted)
+    dual = DualViT(model("swin"), student, "block_output", weight=1.0)
+    theirs, ours = block_outputs(model("swin"), x()), block_outputs(converted, x())
+    expected = sum(F.mse_loss(mine, wanted) for wanted, mine in zip(theirs, ours, strict=True))
+    torch.testing.assert_close(dual(x()).transfer_loss, expected)
+    dual.release()
+    dual = DualViT(model("swin"), student, "attention_output", layers="stage2")
+    assert torch.isfinite(dual(x()).transfer_loss)
+    dual.release()
+    with pytest.raises(
+        TransferError, match=r"layer 0 of the student .* that of the student has no attention"
+    ):
+        DualViT(model("swin"), student, "attention_output")
+    with pytest.raises(TransferError, match="layer 2 of the student has linear in place of softmax"):
+        DualViT(model("swin"), student, "distill_q", layers="stage2")
