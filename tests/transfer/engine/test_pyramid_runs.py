@@ -12,6 +12,7 @@ import torch
 from engine_runs import config, differences
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
+from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.families import image_size, sites
@@ -117,3 +118,23 @@ def test_an_image_that_leaves_a_stage_without_tokens_is_refused(tmp_path: Path) 
 def _merged(run: RunConfig, words: dict[str, dict[str, Any]]) -> dict[str, Any]:
     settings = run.model_dump()
     return settings | {name: settings[name] | values for name, values in words.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pvt1", *KINDS])
+def test_linear_attention_everywhere_trains_saves_loads_exports_and_resizes(
+    kind: str, tmp_path: Path
+) -> None:
+    run, exported = tmp_path / "run", tmp_path / "model.pt2"
+    train(pyramid(run, kind, student={"plan": "*: linear", "without": ["bias"]}))
+    student = graftvit.load(run / "student")
+    assert plan_of(student) == "*: linear"
+    assert main(["export", str(run / "student"), str(exported)]) == 0
+    program = torch.export.load(exported).module()
+    torch.testing.assert_close(program(images((32, 32))), logits(student), rtol=1e-3, atol=1e-4)
+    bigger = graftvit.load(run / "student", img_size=(48, 40))
+    assert main(["save", str(run / "student"), str(tmp_path / "bigger"), "--img_size", "48,40"]) == 0
+    again = graftvit.load(tmp_path / "bigger")
+    assert image_size(again) == (48, 40)
+    with torch.no_grad():
+        assert torch.equal(again(images((48, 40))), bigger(images((48, 40))))
