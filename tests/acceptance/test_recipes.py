@@ -27,6 +27,7 @@ from plain_timm import PlainTimm
 DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""
 SWIN = {"embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4], "window_size": 4}
+LIT = {"embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
 STAGES = {"epochs": 2, "warmup_epochs": 0.1}
 DIGITS = Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2})
 """Models that are small already; 40 labels are one step an epoch."""
@@ -59,6 +60,7 @@ CUTS = {
     "digits_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
     "efficient_attention_cifar10": Cut(img_size=32, alone=False),
     "hedgehog_vit_base": Cut(length=STAGES, stop_after=8, alone=False),
+    "lit_small": Cut(LIT, alone=False),
     "mae_finetune_vit_base": Cut(),
     "mae_finetune_vit_huge": Cut(img_size=56),
     "mae_finetune_vit_large": Cut(),

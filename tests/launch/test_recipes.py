@@ -9,6 +9,7 @@ from graftvit.launch.load_config import load_config, load_stages
 from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
 from graftvit.models.layer_plan import AS_IT_IS, NONE, parse_plan
 from graftvit.models.operators import OPERATORS
+from graftvit.transfer.engine.optim import peak_learning_rate
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
 PUBLISHED = [
@@ -238,3 +239,17 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
     assert [line.split()[0] for line in table] == recipe_names()
     assert main(["recipes", "attention_copy_vit_base"]) == 0
     assert capsys.readouterr().out == recipe_text("attention_copy_vit_base")
+
+
+def test_lit_has_the_published_values() -> None:
+    check(
+        "lit_small",
+        AUGMENTATION
+        | {
+            "mode": "scratch", "student.model": "lit_s", "student.drop_path": 0.2, "data.batch_size": 128,
+            "optim.opt": "adamw", "optim.epochs": 300, "optim.warmup_epochs": 20, "optim.min_lr": 1e-5,
+            "optim.weight_decay": 0.05, "optim.clip_grad": 5.0, "optim.betas": (0.9, 0.999),
+            "optim.scales": {r"conv_offset\.weight": 0.01},
+        },
+    )  # fmt: skip
+    assert peak_learning_rate(load_config("lit_small").optim, 128, 8) == (1e-3, 1024)
