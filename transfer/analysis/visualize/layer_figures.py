@@ -86,7 +86,7 @@ def _stages(axes: Any, stages: Sequence[int], theme: Theme) -> None:
         if start:
             axes.axvline(start - 0.5, color=FAINT[theme], linewidth=0.8)
         axes.annotate(
-            f"stage {stages[start] + 1}", (start - 0.4, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
+            f"stage {stages[start] + 1}", (start - 0.1, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
             color=INK[theme],
         )  # fmt: skip
 
