@@ -58,7 +58,10 @@ class DeformableConv2d(nn.Conv2d):
         """Return (B, C', h, w) in the type of the input. Half precision cannot hold a place between two pixels."""
         device = x_BCHW.device.type
         available = torch.amp.is_autocast_available(device)  # not on the meta device
-        with torch.autocast(device, enabled=False) if available else nullcontext():
+        is_on = available and torch.is_autocast_enabled(
+            device
+        )  # an exported graph has no place for a context
+        with torch.autocast(device, enabled=False) if is_on else nullcontext():
             x = precise(x_BCHW)
             weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
             out = convolve_at(x, self.conv_offset(x), weight, bias)

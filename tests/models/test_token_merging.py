@@ -148,3 +148,17 @@ def test_an_exported_merge_has_no_operator_of_torchvision() -> None:
     graph = torch.export.export(merging, (images,))
     assert "torchvision" not in str(graph.graph)
     torch.testing.assert_close(graph.module()(images), merging(images))
+
+
+def test_onnx() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    merging = TokenMerging(4, 6).eval()
+    torch.nn.init.normal_(merging.dconv.conv_offset.weight, std=0.5)
+    images = torch.randn(2, 4, 7, 8)
+    program = torch.onnx.export(merging, (images,), dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    [found] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), merging(images), rtol=1e-4, atol=1e-5)
