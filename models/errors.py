@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import takewhile
 
 LONGEST = 2_000
 """Maximum length of a sentence in characters."""
@@ -85,6 +86,13 @@ def counted(count: int, thing: str) -> str:
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return a hint for an unknown `name`: the nearest valid name, then all valid names."""
     names = sorted(valid)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    nearest = difflib.get_close_matches(name, names, n=len(names) or 1, cutoff=0.6)
+    best = max(nearest, key=lambda each: _likeness(each, name), default=None)
+    hint = "" if best is None else f"did you mean {best!r}? "
     return f"{hint}valid: {', '.join(names)}"
+
+
+def _likeness(one: str, other: str) -> tuple[float, int]:
+    """Return the similarity of two names; of equally similar ones, a longer common beginning is nearer."""
+    ratio = difflib.SequenceMatcher(None, one, other).ratio()
+    return ratio, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

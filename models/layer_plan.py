@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError, did_you_mean
-from .json_types import Json
+from .json_types import Json, JsonDict
 from .plain_yaml import YamlError, parse_yaml, write_yaml
 
 KEEP = "softmax"
@@ -179,21 +179,42 @@ def _choice(text: str, kept: str) -> Choice:
     found = CHOICE.fullmatch(text.strip())
     if found is None:
         raise ConfigError(f"plan: {text.strip()!r} is not an operator; {SYNTAX}, or linear(feature=relu)")
-    options = dict(_option(entry) for entry in (found[2] or "").split(",") if entry.strip())
+    options: JsonDict = {}
+    for entry in filter(str.strip, (found[2] or "").split(",")):
+        name, value = _option(entry)
+        if name in options:
+            raise ConfigError(f"plan: {text.strip()!r} gives {name} twice")
+        options[name] = value
     return Choice(kept if found[1] == AS_IT_IS else found[1], options)
 
 
 def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier():
-        raise ConfigError(f"plan: {text.strip()!r} is not an option; write name=value")
+        hint = "; a comma ends an option: separate operands by a space" if re.search(r"[()]", text) else ""
+        raise ConfigError(f"plan: {text.strip()!r} is not an option; write name=value{hint}")
     try:
         scalar = parse_yaml(value) if len(value) <= MAX_VALUE else None
     except YamlError:
         scalar = None
     if not isinstance(scalar, (str, int, float)) or (isinstance(scalar, float) and not math.isfinite(scalar)):
         raise ConfigError(f"plan: {text.strip()!r}: a value is a finite number, a name, true or false")
+    if _has_comment(value, scalar):
+        raise ConfigError(
+            f"plan: {text.strip()!r}: what follows # would be lost; leave it out, or quote the value"
+        )
     return name.strip(), scalar
+
+
+def _has_comment(text: str, scalar: Any) -> bool:
+    """Return whether YAML reads a part of `text` as a comment: without it, the value is the same."""
+    for found in re.finditer(r"\s#", text):
+        try:
+            if parse_yaml(text[: found.start()]) == scalar:
+                return True
+        except YamlError:
+            continue  # this # is within quotes
+    return False
 
 
 def _scalar(value: Any) -> str:

@@ -79,12 +79,16 @@ RENAMED = {"centre": "center", "normaliser": "normalizer"}
 
 
 def options_of(name: str) -> list[str]:
-    """Return the names of an operator's options."""
-    return list(inspect.signature(OPERATORS[name]).parameters)[1:]
+    """Return the names of an operator's options. The formula of a found program is not one: it is the operator."""
+    options = list(inspect.signature(OPERATORS[name]).parameters)[1:]
+    return [option for option in options if not (name in FOUND and option == "code")]
 
 
 def check_choice(choice: Choice) -> None:
-    """Raise ConfigError if the operator or an option does not exist, or a number is greater than `MOST`."""
+    """Raise ConfigError if the operator or an option does not exist, or a number has an invalid value.
+
+    A number is at most `MOST`, and is neither true nor false.
+    """
     if choice.operator not in OPERATORS:
         raise ConfigError(
             f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
@@ -94,10 +98,19 @@ def check_choice(choice: Choice) -> None:
         if name not in valid:
             known = did_you_mean(name, valid) if valid else "it has none"
             raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
+        if isinstance(value, bool) and _is_number(choice.operator, name):
+            raise ConfigError(f"plan: {choice.operator} has {name}={str(value).lower()}; give a number")
         if isinstance(value, (int, float)) and not abs(value) <= MOST:  # also refuses NaN
             raise ConfigError(
                 f"plan: {choice.operator} has {name}={value:g}; valid are numbers up to {MOST:,}"
             )
+
+
+def _is_number(operator: str, option: str) -> bool:
+    """Return whether an option is declared as a number."""
+    declared = inspect.signature(OPERATORS[operator]).parameters[option].annotation
+    types = set(str(getattr(declared, "__name__", declared)).replace(" ", "").split("|"))
+    return bool(types) and types <= {"int", "float", "None"}
 
 
 def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:

@@ -60,10 +60,10 @@ def _table(names: list[str], grids: list[int]) -> str:
 
 def _options(name: str) -> dict[str, str]:
     """Return the options of an operator by name, with their defaults as a plan writes them."""
-    from ...models.operators import OPERATORS
+    from ...models.operators import OPERATORS, options_of
 
-    parameters = list(inspect.signature(OPERATORS[name]).parameters.values())[1:]
-    defaults = {each.name: each.default for each in parameters}
+    parameters = inspect.signature(OPERATORS[name]).parameters
+    defaults = {option: parameters[option].default for option in options_of(name)}
     return {key: "auto" if value is None else str(value).lower() for key, value in defaults.items()}
 
 
@@ -87,9 +87,12 @@ def _facts(name: str, grids: list[int]) -> list[str]:
 def _explained(name: str) -> str:
     """Return the docstring of an operator, and how a plan writes it with its options."""
     from ...models.operators import OPERATORS
+    from ...models.programs.found import FOUND
 
     operator = OPERATORS[name]
     kind = getattr(operator, "func", operator)
     text = textwrap.dedent("    " + (inspect.getdoc(kind) or "")).split("\n\nRaises")[0]
+    if name in FOUND:
+        text = f"{text.strip()}\n\ncode: {FOUND[name]}"
     options = ", ".join(f"{key}={value}" for key, value in _options(name).items() if value != "auto")
     return f"\n{text.strip()}\n\nin a plan: '*: {name}{f'({options})' if options else ''}'\n"

@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
         [
             "graftvit programs --count 200 --seed 1",
             "graftvit programs attnzero_105",
-            "graftvit programs 'mm(elu1(q) tn(elu1(k) v))'",
+            "graftvit programs 'mm(softmax(q) mm(softmax(t(k)) v))'",
         ],
         usage="[PROGRAM] [--count N] [--seed S]",
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..programs.found import LINEAR
+from ..errors import ConfigError
+from ..programs.found import FOUND, LINEAR
 from ..programs.program_text import parse_program
 from .base import QKV, AttentionOperator, Geometry, Heads, LayerShape, Traits, without_prefix
 from .kernel import without_padding
 from .kernels import precise
-from .local import DepthwiseConv
+from .local import local_convolution
 from .prefix import with_prefix
 
 
@@ -31,8 +32,14 @@ class ProgramAttention(AttentionOperator):
 
     def __init__(self, shape: LayerShape, code: str = LINEAR, local_size: int = 3) -> None:
         super().__init__(shape)
-        self.program = parse_program(str(code))
-        self.conv = DepthwiseConv(shape, local_size, bias=True) if local_size else None
+        if not isinstance(code, str):
+            raise ConfigError(
+                f"plan: program has code={str(code).lower()}; write a formula, such as {LINEAR}"
+            )
+        if code in FOUND:
+            raise ConfigError(f"plan: {code} is an operator: write '*: {code}' and not program(code={code})")
+        self.program = parse_program(code)
+        self.conv = local_convolution(shape, local_size, bias=True)
         used = QKV if shape.geometry.num_prefix else (*self.program.inputs, "v")
         self.needs = tuple(part for part in QKV if part in used)
 

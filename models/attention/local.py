@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .base import Geometry, LayerShape, without_prefix
 
+ANY_GRID = 7
+"""A side up to this is valid on every grid: one plan is for all stages of a pyramid, whose last may have one token."""
+
+
+def local_convolution(shape: LayerShape, size: int, *, bias: bool = False) -> DepthwiseConv | None:
+    """Return a convolution of this side, or None for 0. Raises ConfigError as `DepthwiseConv`."""
+    return None if size == 0 and not isinstance(size, bool) else DepthwiseConv(shape, size, bias=bias)
+
 
 class DepthwiseConv(nn.Module):
     """A convolution of each channel of each head with its own `size` x `size` weights, without `bias` unless given.
@@ -18,13 +26,20 @@ class DepthwiseConv(nn.Module):
     Prefix tokens are not on the grid: they contribute nothing and get zeros. The weights start at zero, so a
     conversion starts without the local term; `start_fresh` draws them as torch draws those of a convolution.
 
-    Raises ConfigError: `size` is not an odd number.
+    Raises ConfigError: `size` is not an odd number, or the outer weights can never meet two tokens of the grid.
     """
 
     def __init__(self, shape: LayerShape, size: int, *, bias: bool = False) -> None:
         super().__init__()
-        if not isinstance(size, int) or size < 1 or size % 2 == 0:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
             raise ConfigError(f"plan: local_size={size} is not an odd number, such as 3 or 5")
+        height, width = shape.geometry.grid
+        largest = max(2 * max(height, width) - 1, ANY_GRID)
+        if size > largest:
+            raise ConfigError(
+                f"plan: local_size={size} reaches beyond the grid of {height}x{width} tokens; valid are odd numbers up "
+                f"to {largest}"
+            )
         self.size = size
         channels = shape.num_heads * shape.head_dim
         self.weight = nn.Parameter(torch.zeros(channels, 1, size, size))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .base import AttentionOperator, Geometry, Heads, LayerShape, without_prefix
 from .kernel import without_padding
-from .local import DepthwiseConv
+from .local import local_convolution
 
 Cells: TypeAlias = tuple[int, int]
 """Rows and columns of cells."""
@@ -31,7 +31,7 @@ class PooledAttention(AttentionOperator):
         super().__init__(shape)
         check_count(option, count, shape.geometry)
         self.count = count
-        self.conv = DepthwiseConv(shape, local_size) if local_size else None
+        self.conv = local_convolution(shape, local_size)
 
     def cells(self, geometry: Geometry) -> Cells:
         return cells_of(self.count, geometry)

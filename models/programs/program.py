@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, counted, did_you_mean
 from .polynomial import NOTHING, TOKENS, Polynomial, Shape
 from .primitives import PRIMITIVES
 
@@ -48,7 +48,7 @@ def apply(name: str, *operands: Node) -> Node:
     if row is None:
         raise ProgramError(f"unknown primitive {name!r}; {did_you_mean(name, PRIMITIVES)}")
     if len(operands) != row.arity:
-        raise ProgramError(f"{name} takes {row.arity} operands, and {len(operands)} are given")
+        raise ProgramError(f"{name} takes {counted(row.arity, 'operand')}, not {len(operands)}")
     shape = row.shape(*(each.shape for each in operands))
     if shape is None:
         shapes = " and ".join(str(each.shape) for each in operands)

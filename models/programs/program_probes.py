@@ -144,7 +144,7 @@ def unstable(candidate: Candidate) -> str:
     growth = sizes[1] / max(sizes[0], 1e-30)
     if 1 / FAST_GROWTH <= growth <= FAST_GROWTH:
         return ""
-    return f"from {FEW} to {MANY:,} tokens the size of the output changes by {growth:.2g}"
+    return f"from {FEW} to {MANY:,} tokens the size of the output changes by a factor of {growth:.2g}"
 
 
 def trivial(candidate: Candidate) -> str:

@@ -32,7 +32,9 @@ def _tokens(text: str) -> list[str]:
     while at < len(text):
         found = TOKEN.match(text, at)
         if found is None:
-            raise ProgramError(f"program: {text[at:].strip()[:1]!r} is not a name or a parenthesis")
+            wrong = text[at:].strip()[:1]
+            hint = "; separate operands by a space" if wrong == "," else ""
+            raise ProgramError(f"program: {wrong!r} is not a name or a parenthesis{hint}")
         tokens.append(found[1] or found[2])
         at = found.end()
     return tokens

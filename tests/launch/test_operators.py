@@ -41,6 +41,13 @@ def test_an_operator_is_explained_as_a_plan_writes_it(name: str, capsys: pytest.
     create_operator(choice, LayerShape(2, 8, Geometry(1, (4, 4))))
 
 
+def test_a_found_program_is_shown_with_its_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators", "attnzero_105"]) == 0
+    said = capsys.readouterr().out
+    assert "code: mul(l2(mm(l2(q) zscore(tn(minmax(v) elu1(k))))) q)" in said
+    assert "'*: attnzero_105(local_size=3)'" in said
+
+
 def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["operators", "linaer"]) == 2
     assert "unknown operator 'linaer'; did you mean 'linear'" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_a_program_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "reason"),
     [
         (["mm(q k)"], "mm is not defined for N×D and N×D"),
-        (["attnzero_106"], "unknown program 'attnzero_106'; did you mean 'attnzero_"),
+        (["attnzero_106"], "unknown program 'attnzero_106'; did you mean 'attnzero_105'"),
         (["--count", "0"], "--count 0: give a number from 1 to 100,000"),
     ],
 )

@@ -43,7 +43,13 @@ def test_a_search_prints_its_front_and_resumes(
     assert main([*words, "--generations", "2", "--out", str(tmp_path / "found")]) == 0
     assert capsys.readouterr().out == said
     assert main([*words, "--generations", "2", "--at_random", "--out", str(tmp_path / "found")]) == 2
-    assert "measured with other settings" in capsys.readouterr().err
+    out = tmp_path / "found"
+    assert f"{out} has a search with at_random False, not True; take another --out" in capsys.readouterr().err
+    assert main([*words, "--population", "6", "--out", str(out)]) == 2
+    assert "has a search with population 5, not 6" in capsys.readouterr().err
+    (out / "settings.json").write_text('{"seed"')
+    assert main([*words, "--generations", "2", "--out", str(out)]) == 2
+    assert "settings.json is not readable" in capsys.readouterr().err
 
 
 @pytest.mark.slow

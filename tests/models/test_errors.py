@@ -11,6 +11,7 @@ from graftvit.models.errors import (
     ConfigError,
     GraftError,
     counted,
+    did_you_mean,
     escaped,
     one_sentence,
 )
@@ -71,3 +72,10 @@ def test_one_and_several_are_counted_in_their_words() -> None:
     assert [counted(count, "batch") for count in (0, 1, 2)] == ["0 batches", "1 batch", "2 batches"]
     assert [counted(count, "process") for count in (1, 3)] == ["1 process", "3 processes"]
     assert counted(5, "epoch") == "5 epochs"
+
+
+def test_of_equally_similar_names_the_one_with_the_same_beginning_is_nearest() -> None:
+    assert did_you_mean("attnzero_106", ["attnzero_140", "attnzero_105"]).startswith(
+        "did you mean 'attnzero_105'?"
+    )
+    assert did_you_mean("zzz", ["linear", "agent"]) == "valid: agent, linear"

@@ -33,6 +33,10 @@ def test_options_mean_what_they_mean_in_a_config() -> None:
     assert parse_plan("0: x(a=1e-3, b=no, c=2:5)", 1)[0].options == {"a": 1e-3, "b": "no", "c": "2:5"}
 
 
+def test_a_number_sign_within_quotes_or_a_word_is_text() -> None:
+    assert parse_plan("0: x(a='b # c', d=e#f)", 1)[0].options == {"a": "b # c", "d": "e#f"}
+
+
 def test_a_long_text_stays_whole() -> None:
     choice = Choice("x", {"y": "a word " * 20 + "and an end"})
     assert parse_plan(plan_text((choice,)), 1) == (choice,)
@@ -51,6 +55,13 @@ def test_a_long_text_stays_whole() -> None:
         ("*: Linear!", "'Linear!' is not an operator"),
         ("*: linear(relu)", "'relu' is not an option; write name=value"),
         ("*:", "'' is not an operator"),
+        ("*: program(code=q, code=v)", "'program(code=q, code=v)' gives code twice"),
+        (
+            "*: program(code=mm(q, tn(k v)))",
+            "'tn(k v))' is not an option; write name=value; a comma ends an option",
+        ),
+        ("*: program(code=mm(q tn(k v)) # x)", "what follows # would be lost"),
+        ("*: program(code='a # b' # c)", "what follows # would be lost"),
     ],
 )
 def test_mistakes_are_named(plan: str, words: str) -> None:

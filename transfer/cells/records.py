@@ -34,11 +34,11 @@ def digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cell_state(folder: Path, settings: str, differing: str = "settings") -> State:
+def cell_state(folder: Path, settings: str, differing: str = "settings", flag: str = "--output_dir") -> State:
     """Return how far the cell in `folder` is, by its record.
 
-    Raises ConfigError: the cell was done with other settings than those of the digest, in words `differing`; or
-    its record is damaged.
+    Raises ConfigError: the cell was done with other settings than those of the digest, in words `differing`, and
+    `flag` names another folder; or its record is damaged.
     """
     record = load_record(Ending, folder)
     if record is None:
@@ -46,9 +46,7 @@ def cell_state(folder: Path, settings: str, differing: str = "settings") -> Stat
     if record.error is not None:
         return "failed"
     if record.settings != settings:
-        raise ConfigError(
-            f"{folder} was measured with other {differing}; take another --output_dir, or remove it"
-        )
+        raise ConfigError(f"{folder} was measured with other {differing}; take another {flag}, or remove it")
     return "done"
 
 

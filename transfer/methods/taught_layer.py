@@ -103,9 +103,10 @@ def attach(host: AttentionHost, part: Copy | Observer, method: str, changes: Cha
     if isinstance(host, ConvertedAttention):
         softmax_of_all = isinstance(host.operator, SoftmaxAttention)
         if isinstance(part, Copy) or (part.reads_projections and not softmax_of_all):
+            align = "mode=align" if host.operator.traits.linear_in_v else "mode=align with align.match=output"
             raise TransferError(
-                f"layer {layer} of the student has {host.choice} in place of softmax attention: use mode=align "
-                "for its map, or transfer.method attention_output, block_output, feature or logits"
+                f"layer {layer} of the student has {host.choice} in place of softmax attention: use {align}, or "
+                "transfer.method attention_output, block_output, feature or logits"
             )
         changes.hooks.append(host.operator.register_forward_hook(part.watch))
         return

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...models.attention.base import Geometry, without_prefix
-from ...models.errors import TransferError
+from ...models.attention.softmax import SoftmaxAttention
+from ...models.converted import converted_layers
+from ...models.errors import TransferError, counted
 from ...models.families import evaluating, sites, vit
 from ...models.host import AttentionHost
 from ...models.hosting import Call, release_layers, watch_layer
@@ -46,10 +48,18 @@ class RecordedLayer:
 def record_layers(teacher: nn.Module, images: Tensor) -> list[RecordedLayer]:
     """Run `teacher` on images (B, C, H, W) and record each layer.
 
-    Raises TransferError: there is only one image, and half of them are for fitting.
+    Raises TransferError: there is only one image, and half of them are for fitting; or a layer has lost its softmax.
     """
     if len(images) < 2:
-        raise TransferError(f"{len(images)} images: give 2 or more, half to fit and half to measure")
+        raise TransferError(
+            f"{counted(len(images), 'image')}: give 2 or more, half to fit and half to measure"
+        )
+    for index, layer in converted_layers(teacher).items():
+        if not isinstance(layer.operator, SoftmaxAttention):
+            raise TransferError(
+                f"layer {index} of the teacher has {layer.choice} in place of softmax attention: search with the model "
+                "from which it was converted"
+            )
     layers: list[RecordedLayer] = []
 
     def see(geometry: Geometry, native: AttentionHost, call: Call) -> None:

@@ -7,8 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_text
+from ...models.errors import ConfigError
+from ...models.json_types import JsonDict
 from ...models.programs.found import FOUND, LINEAR
 from ...models.programs.program import Program
 from ...models.programs.program_checks import CHECKS, check
@@ -22,7 +27,7 @@ CONTROLS = {"softmax": SOFTMAX, "elu + 1": LINEAR, "values": "v", "queries": "q"
 """Programs beside which the front is shown."""
 USED = tuple(each for each in CHECKS if each.name not in ("stability", "triviality", "half", "training"))
 """The checks of a search: those that take milliseconds."""
-ARCHIVE = "archive.json"
+ARCHIVE, SETTINGS = "archive.json", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ class Search:
     def run(self, generations: int, tell: Callable[[str], None]) -> list[Evaluation]:
         """Evaluate the generations that have no records, write the archive, and return all evaluations.
 
-        Raises ConfigError: the folder has records of other settings.
+        Raises ConfigError: the folder has a search with other settings, which are named.
         """
+        self._claim_folder()
         done: list[Evaluation] = []
         for generation in range(generations):
             children = propose(
@@ -71,12 +77,35 @@ class Search:
         """Return the multiply-adds and entries of all layers."""
         return sum(each.cost(program.products + program.entries) for each in self.layers)
 
+    @property
+    def _depends_on(self) -> JsonDict:
+        return {**asdict(self.settings), "layers": [each.size for each in self.layers]}
+
+    def _claim_folder(self) -> None:
+        """Write the settings into a new folder, or compare them with those of the search that it has."""
+        path, mine = self.folder / SETTINGS, self._depends_on
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(mine, indent=1) + "\n")
+            return
+        try:
+            there = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ConfigError(
+                f"{path} is not readable as the settings of a search; take another --out"
+            ) from error
+        for name, value in mine.items():
+            if there.get(name) == value:
+                continue
+            differs = "other recorded layers: the weights or the images have changed"
+            if name != "layers":
+                differs = f"{name} {there.get(name)}, not {value}"
+            raise ConfigError(f"{self.folder} has a search with {differs}; take another --out")
+
     def _evaluation(self, generation: int, slot: int, child: Child) -> Evaluation:
         folder = self.folder / "cells" / f"{generation:03}-{slot:03}"
-        sizes = [each.size for each in self.layers]
-        depends_on = {**asdict(self.settings), "layers": sizes, "program": child.program.text}
-        settings = digest({**depends_on, "generation": generation})
-        if cell_state(folder, settings) == "done":
+        settings = digest({**self._depends_on, "program": child.program.text, "generation": generation})
+        if cell_state(folder, settings, flag="--out") == "done":
             found = load_record(Evaluation, folder)
             if found is not None:
                 return found

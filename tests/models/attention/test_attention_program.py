@@ -19,6 +19,14 @@ from operator_cases import Case, draw
 from torch import Tensor
 
 GRID = Geometry(2, (3, 5))
+WRONG = [
+    (7, "program has code=7; write a formula"),
+    (True, "program has code=true; write a formula"),
+    ("attnzero_105", r"attnzero_105 is an operator: write '\*: attnzero_105'"),
+    ("mm(q, tn(k v))", "',' is not a name or a parenthesis; separate operands by a space"),
+    ("mm(q)", "mm takes 2 operands, not 1"),
+    ("neg(q k)", "neg takes 1 operand, not 2"),
+]
 
 
 def build(name: str, geometry: Geometry = GRID) -> ProgramAttention:
@@ -100,8 +108,32 @@ def test_the_convolution_starts_at_zero_but_in_a_fresh_model() -> None:
 
 @pytest.mark.parametrize(
     ("code", "reason"),
-    [("mm(q k)", "mm is not defined for N×D and N×D"), (7, "'7' is not a name"), ("nt(q k)", "gives N×N")],
+    [("mm(q k)", "mm is not defined for N×D and N×D"), ("nt(q k)", "gives N×N"), *WRONG],
 )
 def test_a_wrong_program_is_refused(code: object, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         create_operator(Choice("program", {"code": code}), LayerShape(2, 8, GRID))
+
+
+def test_the_formula_of_a_found_program_is_no_option() -> None:
+    with pytest.raises(ConfigError, match="attnzero_105 has no option 'code'; valid: local_size"):
+        create_operator(Choice("attnzero_105", {"code": "q"}), LayerShape(2, 8, GRID))
+
+
+@pytest.mark.parametrize("operator", ["program", "agent", "nystrom", "focused", "inline"])
+def test_a_convolution_has_a_side_that_the_grid_can_use(operator: str) -> None:
+    shape = LayerShape(2, 8, Geometry(1, (3, 6)))
+    for side in (7, 11):
+        create_operator(Choice(operator, {"local_size": side}), shape)
+    with pytest.raises(
+        ConfigError, match=r"local_size=13 reaches beyond the grid of 3x6 tokens; .* up to 11"
+    ):
+        create_operator(Choice(operator, {"local_size": 13}), shape)
+    with pytest.raises(ConfigError, match="local_size=16383 reaches beyond"):
+        create_operator(Choice(operator, {"local_size": 16383}), shape)
+    for value in (True, False):
+        with pytest.raises(
+            ConfigError, match=f"{operator} has local_size={str(value).lower()}; give a number"
+        ):
+            create_operator(Choice(operator, {"local_size": value}), shape)
+    create_operator(Choice(operator, {"local_size": 7}), LayerShape(2, 8, Geometry(0, (1, 1))))

@@ -88,7 +88,7 @@ def test_cost_and_traits_are_read_off_the_graph() -> None:
         ("", "a primitive, q, k or v is expected in place of its end"),
         ("q k", "'k' stands after the end of q"),
         ("abs(q", "the parenthesis of abs is not closed"),
-        ("abs q", "abs takes 1 operands, and 0 are given"),
+        ("abs q", "abs takes 1 operand, not 0"),
         ("soft(q)", "unknown primitive 'soft'; did you mean"),
         ("add(q, k)", "',' is not a name or a parenthesis"),
         ("__import__(q)", "'_' is not a name or a parenthesis"),

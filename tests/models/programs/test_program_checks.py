@@ -28,7 +28,7 @@ FIRST = {
     "mixing": ("mul(add(q k) v)", "no token depends on another token"),
     "permutation": (Candidate("running mean", running_mean), "tokens in another order"),
     "cost": ("mm(softmax(nt(scale(q) k)) v)", "it costs 2 N^2 D multiply-adds"),
-    "stability": ("mm(q tn(k v))", "from 49 to 9,216 tokens the size of the output changes by 13"),
+    "stability": ("mm(q tn(k v))", "from 49 to 9,216 tokens the size of the output changes by a factor of 13"),
     "triviality": ("add(q mul(log(one) mm(l2(q) l2(tn(k v)))))", "another K hardly changes the output"),
     "half": ("l2(mul(recip(log(one)) mm(q tn(k v))))", "computed in float16"),
     "training": ("mul(exp(exp(add(one one))) mm(l2(q) l2(tn(k v))))", "of the variance of softmax attention is left"),

@@ -77,6 +77,14 @@ def test_maps_of_a_converted_layer_are_refused_by_name(method: Any) -> None:
         DualViT(teacher, convert(teacher, "1: linear"), method)
 
 
+def test_a_map_is_promised_only_where_there_is_one() -> None:
+    teacher = vit()
+    with pytest.raises(TransferError, match=r"use mode=align, or transfer\.method"):
+        DualViT(teacher, convert(teacher, "1: linear"), "distill")
+    with pytest.raises(TransferError, match=r"use mode=align with align\.match=output, or transfer\.method"):
+        DualViT(teacher, convert(teacher, "1: attnzero_105"), "distill")
+
+
 @pytest.mark.parametrize("method", ["copy", "distill", "attention_output"])
 def test_a_converted_teacher_has_no_attention_to_give(method: Any) -> None:
     student = vit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense import TINY, tiny
+from graftvit.models.conversion import convert
 from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
 from graftvit.models.host import AttentionHost
@@ -73,6 +74,14 @@ def test_a_pyramid_is_recorded_stage_by_stage(kind: str) -> None:
     assert PYRAMIDS[kind]
 
 
+def test_a_teacher_that_lost_its_softmax_is_refused() -> None:
+    teacher = convert(tiny("vit", dtype=torch.float32, **TINY), "1: attnzero_105")
+    with pytest.raises(
+        TransferError, match="layer 1 of the teacher has attnzero_105 in place of softmax attention"
+    ):
+        record_layers(teacher, torch.randn(4, 3, 32, 48))
+
+
 def test_one_image_is_refused() -> None:
-    with pytest.raises(TransferError, match="1 images: give 2 or more"):
+    with pytest.raises(TransferError, match="1 image: give 2 or more"):
         record_layers(tiny("vit", dtype=torch.float32, **TINY), torch.randn(1, 3, 32, 48))

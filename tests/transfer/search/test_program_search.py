@@ -66,10 +66,13 @@ def test_what_is_done_is_not_done_again_and_more_generations_go_on(
     assert search(tmp_path).run(3, silent)[:16] == first
     monkeypatch.setattr(program_search, "mismatch", None)
     assert search(tmp_path).run(2, silent) == first
-    with pytest.raises(ConfigError, match="measured with other settings"):
+    with pytest.raises(ConfigError, match="has a search with seed 0, not 1; take another --out"):
         search(tmp_path, seed=1).run(1, silent)
-    with pytest.raises(ConfigError, match="measured with other settings"):
+    with pytest.raises(ConfigError, match="has a search with other recorded layers: the weights"):
         search(tmp_path, weights=1).run(1, silent)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ConfigError, match="measured with other settings; take another --out, or remove it"):
+        search(tmp_path, seed=1).run(1, silent)
 
 
 def test_programs_are_new_and_children_of_what_was_measured(tmp_path: Path) -> None:
