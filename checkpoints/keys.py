@@ -18,6 +18,8 @@ NOT_NEEDED = (
 FINAL_NORMS = ("norm", "fc_norm")
 OPERATOR = re.compile(r"(.*\battn\.operator\.).+")
 """A parameter that a conversion brought."""
+MERGE = re.compile(r"(.+\.)(?:dconv|norm_layer)\..+")
+"""A parameter of a merge: of a deformable one, where the model has `dconv`."""
 ADDED_TOKENS = ("reg_token", "dist_token")
 """A student may have them, or lack them, where its source does not."""
 
@@ -46,6 +48,9 @@ class KeyRules:
         operator = OPERATOR.fullmatch(key)
         if operator is not None and self.role == "init" and not self._has(operator[1]):
             return "a fresh operator: the weights are of a layer with softmax attention"
+        merge = MERGE.fullmatch(key)
+        if merge is not None and self.role == "init" and self._fresh_merge(merge[1]):
+            return "a fresh merge: the weights are of a model with other merges"
         return None
 
     def unexpected(self, key: str) -> str | None:
@@ -60,6 +65,10 @@ class KeyRules:
         if key in ("cls_token", *ADDED_TOKENS) and key not in self.model_keys and self.role == "init":
             return "the model has no such token"
         return next((reason for pattern, reason in NOT_NEEDED if re.fullmatch(pattern, key)), None)
+
+    def _fresh_merge(self, prefix: str) -> bool:
+        convolution = f"{prefix}dconv."
+        return f"{convolution}weight" in self.model_keys and not self._has(convolution)
 
     def _has(self, prefix: str) -> bool:
         return any(key.startswith(prefix) for key in self.weight_keys)

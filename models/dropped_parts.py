@@ -1,4 +1,4 @@
-"""The parts of a pyramid's layers that a conversion drops: in the layer, and in weights of the original model."""
+"""The parts of a pyramid that a conversion drops: in the layer, and in weights of the original model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .attention.base import QKV
 from .families import NoAttention, Site, is_pyramid, sites
+from .merges import deformable_merges
 
 REDUCTION = ("sr", "norm", "pool", "act")
 BIAS = ("relative_position_bias_table", "relative_position_index", "cpb_mlp", "relative_coords_table")
@@ -36,8 +37,15 @@ def drop_parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     Weights of a model that was converted by the same plan, and those for a plain vision transformer, stay as they are.
     """
     found, reasons = dict(tensors), dict[str, str]()
+    if not is_pyramid(model):
+        return found, reasons
     own = model.state_dict()
-    for site in sites(model) if is_pyramid(model) else ():
+    for path in deformable_merges(model):
+        if not any(key.startswith(f"{path}.dconv.") for key in found):
+            for key in [key for key in found if key.startswith(f"{path}.")]:
+                reasons[key] = "deformable merging replaces it"
+                del found[key]
+    for site in sites(model):
         reason = _reason(site.block(model).attn)
         if not reason:
             continue

@@ -30,6 +30,10 @@ def merges_deformably(model: nn.Module) -> bool:
 
 def merge_layers(model: nn.Module) -> list[TokenMerging]:
     """Return the deformable merges of a model in order."""
-    family = family_of(model)
-    found = (submodule(model, path) for path in family.merges(model))
-    return [each for each in found if isinstance(each, TokenMerging)]
+    return list(deformable_merges(model).values())
+
+
+def deformable_merges(model: nn.Module) -> dict[str, TokenMerging]:
+    """Return the deformable merges of a model by the names of the modules, in order."""
+    found = {path: submodule(model, path) for path in family_of(model).merges(model)}
+    return {path: each for path, each in found.items() if isinstance(each, TokenMerging)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +247,9 @@ class AttentionOperator(nn.Module, ABC):
 
         Most operators start as they do in a conversion of a pretrained model.
         """
+
+    not_fitted: ClassVar[str] = ""
+    """What an operator says that must be fitted and is not; empty for one that needs no fit."""
 
     @property
     def fitted(self) -> bool:

@@ -47,6 +47,11 @@ class HashAttention(AttentionOperator):
     anchors: Tensor
     mean: Tensor
 
+    not_fitted = (
+        "the hash functions of this model are not fitted: give --calibrate N to `graftvit convert`, "
+        "student.calibrate=N to a run, or calibration images to convert()"
+    )
+
     def __init__(
         self,
         shape: LayerShape,
@@ -97,10 +102,7 @@ class HashAttention(AttentionOperator):
     def forward(self, heads: Heads) -> Tensor:
         """Return the output (B, H, N, D). Raises UnsupportedModelError: the hash functions were never fitted."""
         if not torch.compiler.is_compiling() and type(self.anchors) is Tensor and not self.fitted:
-            raise UnsupportedModelError(
-                "the hash functions of this model are not fitted: give --calibrate N to `graftvit convert`, "
-                "student.calibrate=N to a run, or calibration images to convert()"
-            )
+            raise UnsupportedModelError(self.not_fitted)
         return self.attend(heads)
 
     def attend(self, heads: Heads) -> Tensor:

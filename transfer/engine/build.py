@@ -6,7 +6,7 @@ The dry run builds the same without weights: parameters that have a shape and no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...checkpoints.timm_models import check_published
 from ...checkpoints.transformers_teacher import load_transformers
+from ...models.attention.base import AttentionOperator
 from ...models.converted import start_fresh
-from ...models.errors import ConfigError, DataError
+from ...models.errors import ConfigError, DataError, UnsupportedModelError
 from ...models.families import vit
 from ...models.json_types import JsonDict
 from ...models.lora import add_lora
@@ -314,6 +315,7 @@ def _start_from(
     source, how, revision = mode.starting_source, mode.config.teacher, None
     if source is None:
         start_fresh(student)
+        _check_fitted(mode, student, student.state_dict())
         return None
     if source == TEACHER:
         source = how.source
@@ -324,8 +326,17 @@ def _start_from(
     report = load_weights(
         student, source, position_embedding=how.position_embedding, revision=revision, download=weights
     )
+    _check_fitted(mode, student, report.missing)
     logger.info("student starts from %s: %s", source, report)
     return provenance.of_weights(source, report)
+
+
+def _check_fitted(mode: Mode, student: nn.Module, fresh: Collection[str]) -> None:
+    """Raise UnsupportedModelError if the run would not fit an operator that must be, and whose tensors are `fresh`."""
+    fresh_modules = {key.rpartition(".")[0] for key in fresh}
+    for name, module in student.named_modules() if not mode.config.student.calibrate else ():
+        if isinstance(module, AttentionOperator) and module.not_fitted and name in fresh_modules:
+            raise UnsupportedModelError(module.not_fitted)
 
 
 def _calibration(config: RunConfig, spec: Preprocessing, *, weights: bool) -> Callable[[], Tensor | None]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, config, state
 from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.attention.hash import HashAttention
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import UnsupportedModelError
@@ -58,9 +59,21 @@ def test_a_fresh_student_is_fitted_to_its_own_inputs(
     assert not (tmp_path / "fit").exists()
 
 
-def test_a_run_without_a_fit_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"student\.calibrate=N"):
-        train(hashed(tmp_path, None, calibrate=0))
+@pytest.mark.parametrize("start", [None, "teacher"])
+def test_a_run_without_a_fit_is_refused_and_so_is_its_dry_run(
+    start: str | None, teacher: Path, tmp_path: Path
+) -> None:
+    run = hashed(tmp_path, teacher, calibrate=0, init=start)
+    for begin in (train, describe_plan):
+        with pytest.raises(UnsupportedModelError, match=r"student\.calibrate=N"):
+            begin(run)
+
+
+def test_a_student_that_was_fitted_needs_no_second_fit(tmp_path: Path) -> None:
+    train(hashed(tmp_path / "first", None))
+    again = hashed(tmp_path / "again", None, calibrate=0, init=str(tmp_path / "first" / "student"))
+    assert "hash" in describe_plan(again)
+    assert train(again).finished
 
 
 def test_a_resumed_run_is_not_fitted_again(

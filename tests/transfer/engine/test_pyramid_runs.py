@@ -11,15 +11,19 @@ import timm
 import torch
 from engine_runs import config, differences
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_weights
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.conversion import convert, plan_of
-from graftvit.models.errors import ConfigError, UnsupportedModelError
+from graftvit.models.errors import CheckpointError, ConfigError, UnsupportedModelError
 from graftvit.models.families import image_size, sites
+from graftvit.models.merges import deformable_merges
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
 from pyramids import TINY, arguments, images, tiny
+from safetensors.torch import save_file
 
 KINDS = ("pvt", "svt", "swin", "swinv2")
 
@@ -74,6 +78,39 @@ def test_a_plan_drops_from_the_weights_what_its_operators_do_not_need(kind: str,
     assert plan_of(loaded) == plan_of(expected)
     again = timm.create_model(f"local-dir:{tmp_path / 'run' / 'student'}", pretrained=True)
     assert torch.equal(logits(again), logits(loaded))
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_fresh_merges_join_the_weights_of_the_teacher(kind: str, tmp_path: Path) -> None:
+    teacher = tiny(kind, num_classes=10)
+    how = {"architecture": TINY[kind][0], "model_args": arguments(kind, num_classes=10)}
+    shown = Preprocessing.of(teacher, input_size=(3, 32, 32))
+    write_student(teacher, tmp_path / "teacher", **how, preprocessing=shown)
+    pool = {"global_pool": "token"} if kind == "pvt1" else {}  # it has a class token
+    run = pyramid(
+        tmp_path / "run",
+        kind,
+        {"init": "teacher", "plan": "stage1: none; merge: deformable", **pool},
+        mode="finetune",
+        teacher={"source": str(tmp_path / "teacher")},
+    )
+    assert "merge: deformable" in describe_plan(run)
+    started, own = build(run).task.trainable, teacher.state_dict()
+    merges = tuple(deformable_merges(started))
+    assert merges
+    for name, tensor in started.state_dict().items():
+        fresh = name.startswith((*merges, "head."))
+        assert fresh or torch.equal(own[name], tensor), name
+    with pytest.raises(CheckpointError, match="missing keys"):
+        load_weights(started, _half(started, tmp_path))
+
+
+def _half(model: torch.nn.Module, folder: Path) -> str:
+    """Return a file of weights that lack one tensor of a deformable merge."""
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    del tensors[f"{next(iter(deformable_merges(model)))}.norm_layer.bias"]
+    save_file(tensors, folder / "half.safetensors")
+    return str(folder / "half.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["pvt", "swin"])
