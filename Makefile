@@ -3,7 +3,7 @@
 #   make compare one teacher, every attention operator, a report in compare/compare.html
 #   make test    what matters on any machine, in minutes, on a normal (not editable) install
 #                                                                          (ARGS="tests/launch -k recipe")
-#   make test-all  all tests: also the slow ones, the browser, a Slurm cluster of this machine
+#   make test-all  the same, then the rest: the slow tests, the browser, a Slurm cluster of this machine
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
@@ -36,11 +36,11 @@ compare: install
 test: install
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not slurm and not cuda" $(ARGS)
 
-# Many slow tests wait for other processes, so there are three workers a core, and the quick tests run meanwhile. A worker
-# runs all tests of a cluster. (nproc counts the threads of OpenMP where its variable is set.)
+# Most of the rest waits for other processes, so there are three workers a core. A worker runs all tests of a cluster.
+# (nproc counts the threads of OpenMP where its variable is set.)
 CORES := env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2
-test-all: install
-	$(BIN)/pytest -n $(shell expr 3 '*' $$($(CORES))) --dist loadgroup -m "not cuda" $(ARGS)
+test-all: test
+	$(BIN)/pytest -n $(shell expr 3 '*' $$($(CORES))) --dist loadgroup -m "slow or slurm" $(ARGS)
 
 # The tests of one model run in one process, which trains it once.
 acceptance: install

@@ -17,15 +17,10 @@ gc.disable()  # while the tests are imported, which makes millions of objects an
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that wait longest, those of a cluster, so that others run meanwhile.
-
-    The tests of a cluster run in one process, and so do the quick tests of a file, which share what its fixtures make.
-    """
+    """Begin with the tests that wait longest, those of a cluster; those of one file share it, in one process."""
     for item in items:
-        slow = any(item.get_closest_marker(name) for name in ("slow", "slurm"))
-        quick = not slow and item.path.parent.name != "acceptance"
-        if "cluster" in getattr(item, "fixturenames", ()) or quick:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("slurm", "slow")])
 
 
