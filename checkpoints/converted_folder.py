@@ -9,6 +9,7 @@ from torch import nn
 
 from ..models.conversion import plan_of, with_plan
 from ..models.errors import ConfigError
+from ..models.families import is_pyramid
 from ..models.json_types import JsonDict
 from .pretrained import Pretrained
 from .provenance import carried_license, of_weights
@@ -30,7 +31,7 @@ def write_converted(
     """
     plan = plan_of(student)
     if plan is None:
-        raise ConfigError("the plan keeps every layer as it is: name an operator other than softmax")
+        raise ConfigError(f"the plan keeps every layer as it is: {other_operator(student)}")
     architecture, arguments = with_plan(teacher.architecture, teacher.model_args, plan)
     made: JsonDict = {
         "version": version("graftvit"),
@@ -56,4 +57,13 @@ def write_converted(
         license=carried_license(made),
         provenance=made,
         label_names=teacher.label_names if student.num_classes == teacher.model.num_classes else None,
+    )
+
+
+def other_operator(model: nn.Module) -> str:
+    """Return what to name in a plan that changes nothing."""
+    return (
+        "name an operator or merge: deformable"
+        if is_pyramid(model)
+        else "name an operator other than softmax"
     )

@@ -15,7 +15,7 @@ from ..models.json_types import JsonDict
 from .loss_config import LossConfig as LossConfig
 from .loss_config import LossEntry as LossEntry
 from .loss_config import TransferConfig as TransferConfig
-from .section import Section, check_arguments, check_size
+from .section import Section, check_arguments, check_size, check_size_text
 
 Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
@@ -56,6 +56,7 @@ class TeacherConfig(Section):
     )
 
     _check_size = field_validator("img_size")(check_size)
+    _check_size_text = field_validator("img_size", mode="before")(check_size_text)
     _check_arguments = field_validator("model_args")(check_arguments)
 
     def image_size(self, student: tuple[int, int]) -> int | tuple[int, int]:
@@ -114,6 +115,7 @@ class StudentConfig(Section):
     compile: bool = Field(False, description="compile the step's forward with torch.compile(fullgraph=True)")
 
     _check_size = field_validator("img_size")(check_size)
+    _check_size_text = field_validator("img_size", mode="before")(check_size_text)
     _check_arguments = field_validator("model_args")(check_arguments)
 
 

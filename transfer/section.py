@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,14 @@ def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | No
     """Raise ValueError for an image size without pixels."""
     if size is not None and min((size,) if isinstance(size, int) else size) <= 0:
         raise ValueError("an image size is a whole number above 0, or two: height, width")
+    return size
+
+
+def check_size_text(size: Any) -> Any:
+    """Raise ValueError for an image size such as 72x104, and say how it is written."""
+    found = re.fullmatch(r"(\d+) *[x×,] *(\d+)", size) if isinstance(size, str) else None
+    if found is not None:
+        raise ValueError(f"write height and width as [{found[1]}, {found[2]}]")
     return size
 
 

@@ -149,7 +149,9 @@ def _student(
         finished=FittedLayers(arguments.out) if kept else None,
     )
     if plan_of(student) is None:
-        raise ConfigError(f"--plan {arguments.plan!r} keeps every layer: name an operator other than softmax")
+        from ...checkpoints.converted_folder import other_operator
+
+        raise ConfigError(f"--plan {arguments.plan!r} keeps every layer: {other_operator(student)}")
     return student
 
 

@@ -52,7 +52,10 @@ class GridRule:
         if teacher == student:
             return []
         grids = f"the teacher's patch grid is {words(teacher)} and the student's {words(student)}"
-        agree = "set teacher.img_size (or student.img_size) so that"
+        agree = (
+            "set teacher.img_size (or student.img_size; in Python graftvit.models.resize(model, (height, width))) "
+            "so that"
+        )
         if batch is not None:
             grids = f"for images of {words(batch)}, {grids}"
             agree = "feed images of the student's own size, or build both models with dynamic_img_size=true so that"

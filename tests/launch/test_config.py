@@ -194,6 +194,13 @@ def test_sizes_and_ranges_that_cannot_be_meant_are_refused(key: str, value: obje
         load_config(None, [f"{key}={value}"])
 
 
+@pytest.mark.parametrize("key", ["student.img_size", "teacher.img_size"])
+def test_a_size_in_words_is_answered_with_a_list(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"write height and width as \[72, 104\]"):
+        load_config(None, [f"{key}=72x104"])
+    assert load_config(None, ["student.img_size=[72, 104]"]).student.img_size == (72, 104)
+
+
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [

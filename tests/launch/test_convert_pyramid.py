@@ -116,3 +116,10 @@ def test_a_dry_run_of_a_name_downloads_nothing(capsys: pytest.CaptureFixture[str
         "layer 2 has a relative position bias, which linear does not support; give it up by --without bias"
         in (capsys.readouterr().err)
     )
+
+
+def test_a_plan_that_changes_nothing_names_what_a_pyramid_can_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["convert", "pvt_v2_b0", "--plan", "stage3: linear; 4-5: keep", "--dry_run"]) == 2
+    assert "keeps every layer: name an operator or merge: deformable" in capsys.readouterr().err

@@ -10,6 +10,7 @@ The grammar of `transfer.layers`, for a student of depth L (negative numbers cou
     0,3,-1         these layers
     2>0,5>1        teacher>student pairs
     stage3         the layers of the student's third stage; several stages: stage2,stage3
+    stage3.0-1     layers 0 and 1 of the student's third stage
     stage2>stage3  the layers of the student's third stage learn from the teacher's second
 
 Without pairs the selection is of student layers, and teacher layers are spread evenly (`spread_layer`): inside each
@@ -23,16 +24,18 @@ from collections.abc import Sequence
 
 from ...models.copying.links import LayerPair
 from ...models.errors import TransferError
+from ...models.layer_plan import STAGE
 
 GRAMMAR = (
-    "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1, teacher>student pairs 2>0,5>1, stages stage2,stage3 or "
-    "teacher>student pairs of stages stage2>stage3"
+    "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1, teacher>student pairs 2>0,5>1, stages stage2,stage3, "
+    "layers of a stage stage3.0-1 or teacher>student pairs of stages stage2>stage3"
 )
 _COUNTED = re.compile(r"(first|last|every):(-?\d+)")
 _RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
 _LIST = re.compile(r"-?\d+(,-?\d+)*")
 _PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
-_STAGES = re.compile(r"stage\d+(>stage\d+)?(,stage\d+(>stage\d+)?)*")
+_STAGE_PAIR = rf"{STAGE.pattern}(>{STAGE.pattern})?"
+_STAGES = re.compile(rf"{_STAGE_PAIR}(,{_STAGE_PAIR})*")
 
 
 def resolve_layers(
@@ -78,7 +81,7 @@ def spread_layer(student: int, teacher_depth: int, student_depth: int) -> int:
 def _stages(
     text: str, teacher_depths: Sequence[int], student_depths: Sequence[int]
 ) -> list[int] | list[tuple[int, int]]:
-    """Return the layers of `stage3`, or the pairs of `stage2>stage3`."""
+    """Return the layers of `stage3` or `stage3.0-1`, or the pairs of `stage2>stage3`."""
     layers: list[int] = []
     pairs: list[tuple[int, int]] = []
     for item in re.sub(r"\s", "", text).split(","):
@@ -100,14 +103,22 @@ def _stages(
 
 
 def _stage(word: str, depths: Sequence[int], owner: str, text: str) -> range:
-    """Return the layers of a stage, which is numbered from 1 as in papers."""
-    number = int(word.removeprefix("stage"))
+    """Return the layers of `stage3`, which is numbered from 1 as in papers, or of `stage3.0-1`."""
+    found = STAGE.fullmatch(word)
+    assert found is not None
+    number = int(found[1])
     if not 1 <= number <= len(depths):
         raise TransferError(
             f"transfer.layers={text!r} names {word} of the {owner}, which has stage1 to stage{len(depths)}; {ANOTHER}"
         )
-    start = sum(depths[: number - 1])
-    return range(start, start + depths[number - 1])
+    start, size = sum(depths[: number - 1]), depths[number - 1]
+    first, last = (0, size - 1) if found[2] is None else (int(found[2]), int(found[3] or found[2]))
+    if not first <= last < size:
+        raise TransferError(
+            f"transfer.layers={text!r} names {word} of the {owner}, whose stage{number} has layers 0 to {size - 1}; "
+            f"{ANOTHER}"
+        )
+    return range(start + first, start + last + 1)
 
 
 def _spread(student: int, teacher_depths: Sequence[int], student_depths: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dense import gradient, relative_error
 from graftvit.models.attention.base import Heads
 from graftvit.models.conversion import convert
+from graftvit.models.copied import resize
 from graftvit.models.errors import TransferError
 from graftvit.models.families import blocks_of
 from graftvit.transfer.methods.drop_path import SharedDropPath
@@ -276,3 +277,13 @@ def test_a_layer_without_attention_learns_from_a_block_alone() -> None:
         DualViT(model("swin"), student, "attention_output")
     with pytest.raises(TransferError, match="layer 2 of the student has linear in place of softmax"):
         DualViT(model("swin"), student, "distill_q", layers="stage2")
+
+
+def test_unequal_sizes_are_answered_with_the_way_to_resize_in_python() -> None:
+    teacher, student = tiny("pvt", (64, 96)), tiny("pvt", (32, 32))
+    with pytest.raises(
+        TransferError, match=r"in Python graftvit\.models\.resize\(model, \(height, width\)\)"
+    ):
+        DualViT(teacher, student, "distill")
+    resize(student, (64, 96))
+    DualViT(teacher, student, "distill")

@@ -185,6 +185,9 @@ def test_the_examples_of_the_guide_hold() -> None:
         ("stage1", [4], [4], [(0, 0), (1, 1), (2, 2), (3, 3)]),
         ("stage1>stage2", [6], [3, 2], [(2, 3), (5, 4)]),
         ("stage2>stage1,stage1>stage2", [1, 2], [2, 1], [(1, 0), (2, 1), (0, 2)]),
+        ("stage2.1", [1, 3], [1, 3], [(2, 2)]),
+        ("stage1, stage2.0-1", [1, 3], [1, 3], [(0, 0), (1, 1), (2, 2)]),
+        ("stage2.1-2>stage2.0-1", [1, 3], [1, 3], [(2, 1), (3, 2)]),
     ],
 )
 def test_stages(layers: str, teacher: list[int], student: list[int], expected: list[tuple[int, int]]) -> None:
@@ -200,6 +203,8 @@ def test_stages(layers: str, teacher: list[int], student: list[int], expected: l
         ("stage1,stage1>stage2", "mixes stages and pairs of stages"),
         ("stage1,stage1", "names layer 0 of the student more than once"),
         ("stage1,0", "is not a choice of layers"),
+        ("stage1.2-9", "names stage1.2-9 of the student, whose stage1 has layers 0 to"),
+        ("stage1.1-0", "names stage1.1-0 of the student"),
     ],
 )
 def test_a_wrong_stage_is_refused(layers: str, said: str) -> None:
