@@ -12,7 +12,7 @@ from .attention.base import AttentionOperator, Fit, Geometry
 from .families import NoAttention, blocks_of, image_size, is_pyramid
 from .host import AttentionHost
 from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, plan_text
-from .merges import merges_deformably
+from .merges import merge_layers, merges_deformably
 from .replay import replay_blocks
 
 
@@ -105,10 +105,11 @@ def whole_plan(model: nn.Module, keep: Collection[int] = ()) -> str:
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that the conversion added: those of the operators."""
-    return [
-        parameter for layer in converted_layers(model).values() for parameter in layer.operator.parameters()
-    ]
+    """Return the parameters that the conversion added: those of the operators and of deformable merges."""
+    added: list[nn.Module] = [layer.operator for layer in converted_layers(model).values()]
+    if is_pyramid(model):
+        added += merge_layers(model)
+    return [parameter for module in added for parameter in module.parameters()]
 
 
 def start_fresh(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from .converted import new_parameters
 from .errors import ConfigError, UnsupportedModelError
 from .families import check_supported, classifier_of, sites
 
@@ -21,7 +22,7 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weig
 
 def add_lora(model: nn.Module, rank: int) -> None:
     """Add adapters to every attention projection of `model`, in place, and freeze all parameters but the adapters, the
-    head and the operators of converted layers.
+    head and what a conversion added: the operators of converted layers, and deformable merges.
 
     Raises ConfigError: peft is not installed. UnsupportedModelError: the model is of no supported family, or a layer
     stores its biases apart from its weight.
@@ -43,7 +44,8 @@ def add_lora(model: nn.Module, rank: int) -> None:
                 "Swin V2), so adapters would have no effect; remove optim.lora, or choose parameters with "
                 "optim.trainable"
             )
-    learned = [name for name, _ in model.named_parameters() if ".operator." in name or _is_head(model, name)]
+    added = {id(parameter) for parameter in new_parameters(model)}
+    learned = [name for name, each in model.named_parameters() if id(each) in added or _is_head(model, name)]
     paths, names = ("|".join(words) for words in ([re.escape(site.path) for site in places], PROJECTIONS))
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=rf"({paths})\.attn\.({names})")
     inject_adapter_in_model(config, model)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
+from .attention.base import Geometry
+from .errors import UnsupportedModelError
 from .families import family_of, is_pyramid, sites
 from .families.site import submodule
 from .token_merging import TokenMerging
@@ -26,6 +30,49 @@ def merge_deformably(model: nn.Module) -> None:
 def merges_deformably(model: nn.Module) -> bool:
     """Return whether the merges of a model are deformable."""
     return is_pyramid(model) and any(merge_layers(model))
+
+
+def new_merges(before: nn.Module, after: nn.Module) -> dict[int, TokenMerging]:
+    """Return the merges that a conversion made deformable, by the stage before which they are (from 0)."""
+    paths = family_of(after).merges(after)
+    pairs = [(submodule(before, path), submodule(after, path)) for path in paths]
+    return {
+        stage: new
+        for stage, (old, new) in enumerate(pairs, 1)
+        if isinstance(new, TokenMerging) and not isinstance(old, TokenMerging)
+    }
+
+
+def unequal_stages(before: nn.Module, after: nn.Module) -> list[tuple[int, Geometry, Geometry]]:
+    """Return the stages (from 1) whose tokens deformable merging changed, with their tokens before and after."""
+    size = family_of(after).image_size(after)
+    if size is None or not merges_deformably(after):
+        return []
+    found = (family_of(model).geometries(model, size) for model in (before, after))
+    return [(stage, old, new) for stage, (old, new) in enumerate(zip(*found, strict=True), 1) if old != new]
+
+
+def describe_unequal(before: nn.Module, after: nn.Module) -> str:
+    """Describe the first stage whose tokens deformable merging changed; empty without one."""
+    changed = unequal_stages(before, after)
+    if not changed:
+        return ""
+    stage, *tokens = changed[0]
+    old, new = ("{}x{}".format(*each.grid) for each in tokens)
+    return (
+        f"stage {stage} has {new} tokens instead of {old}, because a deformable merge leaves out the last row or "
+        "column of an odd grid"
+    )
+
+
+def check_equal_stages(before: nn.Module, after: nn.Module, stages: Collection[int]) -> None:
+    """Raise UnsupportedModelError if deformable merging changed the tokens of one of these stages (from 0)."""
+    why = describe_unequal(before, after)
+    if any(stage - 1 in stages for stage, *_ in unequal_stages(before, after)):
+        raise UnsupportedModelError(
+            f"{why}, so layers cannot be calibrated on the inputs of the original ones: leave --calibrate out, or give "
+            "an --img_size whose grids are even up to the last stage"
+        )
 
 
 def merge_layers(model: nn.Module) -> list[TokenMerging]:

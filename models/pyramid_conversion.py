@@ -19,7 +19,7 @@ from .initialize import initialize
 from .json_types import JsonDict
 from .layer_plan import AS_IT_IS, DEFORMABLE, NONE, Choice, merge_of_plan, parse_plan
 from .layer_plan import KEEP as SOFTMAX
-from .merges import merge_deformably
+from .merges import check_equal_stages, merge_deformably
 from .operators import check_choice, create_operator
 
 PARTS = ("bias",)
@@ -45,6 +45,10 @@ def convert_pyramid(
     if merge_of_plan(plan, depths(student)) == DEFORMABLE:
         merge_deformably(student)
     changes = _changes(student, plan, weights)
+    if calibration is not None:
+        check_equal_stages(
+            model, student, {site.stage for site, choice in changes.items() if choice.operator != NONE}
+        )
     size = family_of(student).image_size(student)
     if not family_of(student).sized_when_built:
         student.img_size = size  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from torchvision.extension import _has_ops
 from torchvision.ops import deform_conv2d
 
 from .attention.kernels import precise
+from .errors import ConfigError
 
 TAPS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """Row i and column j of each tap, in the order of the offsets."""
@@ -69,7 +70,10 @@ class DeformableConv2d(nn.Conv2d):
 
 
 class TokenMerging(nn.Module):
-    """Deformable convolution, batch norm and GELU: (B, C, H, W) to (B, h, w, C'), as PVT's embeddings of patches."""
+    """Deformable convolution, batch norm and GELU: (B, C, H, W) to (B, h, w, C'), as PVT's embeddings of patches.
+
+    Raises ConfigError: it trains on a single token, which has no deviation for the batch norm.
+    """
 
     patch_size = (2, 2)
 
@@ -80,7 +84,13 @@ class TokenMerging(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.act(self.norm_layer(self.dconv(x_BCHW)))
+        merged_BCHW = self.dconv(x_BCHW)
+        if self.training and merged_BCHW.numel() == merged_BCHW.shape[1]:
+            raise ConfigError(
+                "the batch norm of a deformable merge needs two tokens or more to train on, and a batch of one image "
+                "leaves it one token: give data.batch_size=2 or more, or larger images (student.img_size)"
+            )
+        out: Tensor = self.act(self.norm_layer(merged_BCHW))
         return out.permute(0, 2, 3, 1)
 
 

@@ -115,7 +115,7 @@ def _write(
         if pyramid
         else conversion_table(student, weights, seen)
     )
-    say(_describe_source(teacher) + table)
+    say(_describe_source(teacher) + _describe_tokens(teacher.model, student) + table)
     if arguments.dry_run or out is None:
         return 0
     from ...checkpoints.converted_folder import write_converted
@@ -124,7 +124,7 @@ def _write(
     recovers = not plan_of(teacher.model)
     say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
-        f'load it: graftvit.load("{out}")\n' + (_recovery(out, teacher.source) if recovers else "")
+        f'load it: graftvit.load("{out}")\n' + (_recovery(out, teacher, student) if recovers else "")
     )
     return 0
 
@@ -167,11 +167,21 @@ def _check_fitted(student: nn.Module) -> None:
         )
 
 
-def _recovery(out: Path, source: str) -> str:
-    """Return the command that starts recovery."""
+def _recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
+    """Return the command that starts recovery; FOLDER stands for the training images."""
+    from ...models.conversion import converted_layers
+    from ...models.families import is_pyramid
+    from ...models.merges import new_merges
+
+    merged = is_pyramid(student) and bool(new_merges(teacher.model, student))
+    mode = "align" if converted_layers(student) and not merged else "transfer --method feature"
     return (
-        f"recover it: graftvit train --mode align --student.model {shlex.quote(f'local-dir:{out}')} "
-        f"--teacher.source {shlex.quote(source)}\n"
+        f"recover it: graftvit train --mode {mode} --student.model {shlex.quote(f'local-dir:{out}')} "
+        f"--teacher.source {shlex.quote(teacher.source)} --data_path FOLDER\n"
+        + (
+            "the merges are new, and alignment trains layers alone: the command trains the whole student\n"
+            * merged
+        )
     )
 
 
@@ -212,21 +222,30 @@ def _describe_source(teacher: Pretrained) -> str:
     again = (
         "other layers converted" if is_pyramid(teacher.model) else "converted again from its softmax layers"
     )
-    return (
-        f"{teacher.source}: {', '.join([*name, *known])}\n"
-        + (f"already converted by {older}: {again}\n" if older else "")
-        + _describe_tokens(teacher.model)
+    return f"{teacher.source}: {', '.join([*name, *known])}\n" + (
+        f"already converted by {older}: {again}\n" if older else ""
     )
 
 
-def _describe_tokens(model: nn.Module) -> str:
-    """Return the size of the images and the tokens of a model, of a pyramid stage by stage."""
-    from ...models.families import image_size, is_pyramid, sites, token_layout
+def _describe_tokens(model: nn.Module, student: nn.Module) -> str:
+    """Return the size of the images and the tokens, of a pyramid stage by stage and of the student if it has others."""
+    from ...models.families import image_size, is_pyramid, token_layout
+    from ...models.merges import describe_unequal
 
     height, width = image_size(model) or (0, 0)
     if is_pyramid(model):
-        grids = {site.stage: site.shape.geometry.grid for site in sites(model)}
-        stages = ", ".join(f"{rows}x{columns}" for rows, columns in grids.values())
-        return f"images of {height}x{width}: stages of {stages} tokens\n\n"
+        head = f"images of {height}x{width}: stages of {_stage_grids(model)} tokens\n"
+        why = describe_unequal(model, student)
+        if why:
+            head += f"the student: stages of {_stage_grids(student)} tokens\n"
+            head += f"warning: {why}, so layers cannot be calibrated or aligned; images with even grids avoid it\n"
+        return head + "\n"
     layout = token_layout(model)
     return f"images of {height}x{width}: {layout.num_tokens} tokens, {layout.num_prefix} of them prefix tokens\n\n"
+
+
+def _stage_grids(model: nn.Module) -> str:
+    from ...models.families import sites
+
+    grids = {site.stage: site.shape.geometry.grid for site in sites(model)}
+    return ", ".join(f"{rows}x{columns}" for rows, columns in grids.values())

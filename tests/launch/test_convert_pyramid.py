@@ -14,6 +14,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.families import image_size
+from graftvit.models.merges import merge_layers
 from pyramids import TINY, arguments, images, tiny
 from torch import nn
 
@@ -35,6 +36,14 @@ def teacher(tmp_path: Path, kind: str) -> Path:
     return tmp_path / "teacher"
 
 
+def write_swin(tmp_path: Path, size: tuple[int, int]) -> Path:
+    model = tiny("swin", size, num_classes=10)
+    how = {"architecture": TINY["swin"][0], "model_args": arguments("swin", size, num_classes=10)}
+    shown = Preprocessing.of(model, input_size=(3, *size))
+    write_student(model, tmp_path / "teacher", **how, preprocessing=shown)
+    return tmp_path / "teacher"
+
+
 def logits(model: nn.Module, size: tuple[int, int] = SIZE) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(images(size))  # type: ignore[no-any-return]
@@ -48,7 +57,14 @@ def test_a_folder_of_a_converted_pyramid(
     assert main(["convert", str(teacher), "--plan", plan, *words]) == 0
     said = capsys.readouterr().out
     assert "images of 32x32: stages of 8x8, 4x4 tokens" in said
-    assert f"recover it: graftvit train --mode align --student.model local-dir:{out}" in said
+    feature = f"--mode transfer --method feature --student.model local-dir:{out}"
+    assert f"recover it: graftvit train {feature} --teacher.source {teacher} --data_path FOLDER\n" in said
+    merges = sum(
+        parameter.numel() for each in merge_layers(graftvit.load(str(out))) for parameter in each.parameters()
+    )
+    (row,) = [line.split() for line in said.splitlines() if line.startswith("merge ")]
+    assert row == ["merge", "1", ">", "2", "deformable", f"{merges:,}", "-", "-", "fresh"]
+    assert f"{merges:,} of them new" in said, "linear attention and softmax have no parameters"
     rows = [line.split()[:3] for line in said.splitlines() if line.split()[:1] in (["0"], ["2"])]
     assert rows[0] == ["0", "1", "none"]
     loaded = graftvit.load(str(out))
@@ -62,6 +78,73 @@ def test_a_folder_of_a_converted_pyramid(
     assert config["model_args"]["img_size"] == list(SIZE)
     again = timm.create_model(f"local-dir:{out}", pretrained=True)
     torch.testing.assert_close(logits(again), logits(loaded))
+
+
+def test_the_command_that_recovers_trains_what_is_new(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Merges are new, and only a stage that runs the whole student trains them."""
+    source, out, trained = write_swin(tmp_path, SIZE), tmp_path / "out", tmp_path / "trained"
+    plan = "stage1: none; stage2: softmax; merge: deformable"
+    assert main(["convert", str(source), "--plan", plan, "--out", str(out)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recover it: ")]
+    words = (
+        line.removeprefix("recover it: graftvit ").replace("--data_path FOLDER", "--dataset digits").split()
+    )
+    settings = "--max_steps 1 --warmup_epochs 0 --lr 0.1 --batch_size 4 --workers 0 --train_samples 8"
+    assert main([*words, *settings.split(), "--output_dir", str(trained)]) == 0
+    (before,), (after,) = (merge_layers(graftvit.load(str(each))) for each in (out, trained))
+    assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_deformable_merges_of_an_odd_grid_are_told_and_recovered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """36 x 36 pixels have 9 x 9 patches, of which timm's merge makes 5 x 5 and a deformable one 4 x 4."""
+    source, out = write_swin(tmp_path, (36, 36)), tmp_path / "out"
+    words = ["convert", str(source), "--plan", "stage2: softmax; merge: deformable", "--out", str(out)]
+    assert main([*words, "--calibrate", "2", "--dataset", "digits"]) == 2
+    why = "stage 2 has 4x4 tokens instead of 5x5, because a deformable merge leaves out the last row"
+    assert why in capsys.readouterr().err
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "images of 36x36: stages of 9x9, 5x5 tokens\nthe student: stages of 9x9, 4x4 tokens\n" in said
+    assert f"warning: {why}" in said
+    assert "recover it: graftvit train --mode transfer --method feature" in said
+    train = ["train", "--student.model", f"local-dir:{out}", "--teacher", str(source), "--dataset", "digits"]
+    assert main([*train, "--mode", "align", "--dry_run", "--output_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert why in said
+    assert "transfer.method=feature" in said
+    assert main([*train, "--method", "feature", "--dry_run", "--output_dir", str(tmp_path / "run")]) == 0
+
+
+def test_layers_before_an_odd_merge_are_calibrated(tmp_path: Path) -> None:
+    source = write_swin(tmp_path, (36, 36))
+    words = ["convert", str(source), "--plan", "stage1: softmax; merge: deformable", "--dry_run"]
+    assert main([*words, "--calibrate", "2", "--dataset", "digits"]) == 0
+
+
+def test_one_image_that_leaves_a_merge_one_token_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_swin(tmp_path, (8, 8)), tmp_path / "out"
+    assert main(["convert", str(source), "--plan", "merge: deformable", "--out", str(out)]) == 0
+    train = (
+        f"train --mode finetune --student.model local-dir:{out} --dataset digits --workers 0 --max_steps 1"
+    )
+    words = [
+        *train.split(),
+        "--warmup_epochs",
+        "0",
+        "--train_samples",
+        "8",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    assert main([*words, "--batch_size", "1"]) == 2
+    assert "needs two tokens or more to train on" in capsys.readouterr().err
+    assert main([*words, "--batch_size", "2"]) == 0
 
 
 @pytest.mark.slow

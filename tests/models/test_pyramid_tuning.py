@@ -13,7 +13,7 @@ from pyramids import images, tiny
 from torch import nn
 
 KINDS = ("pvt", "pvt_li", "svt", "pcpvt", "swin")
-PLAN = "0: hedgehog; 1: none; stage2.0: softmax"
+PLAN = "0: hedgehog; 1: none; stage2.0: softmax; merge: deformable"
 
 
 def small(kind: str, plan: str | None) -> nn.Module:

@@ -20,6 +20,7 @@ from ...models.families import (
 )
 from ...models.grid_conversion import has_bias
 from ...models.hosting import native_host
+from ...models.merges import describe_unequal
 
 
 def check_alike(teacher: nn.Module, student: nn.Module, layers: Collection[int]) -> None:
@@ -70,9 +71,18 @@ def _check_stages(teacher: nn.Module, student: nn.Module, layers: Collection[int
     for theirs, ours in zip(sites(teacher), sites(student), strict=True):
         if ours.index in layers and (theirs.width, theirs.shape) != (ours.width, ours.shape):
             raise TransferError(
-                f"layer {ours.index} has {_sizes(theirs)} in the teacher and {_sizes(ours)} in the student: give the "
-                "model that the student was converted from, and leave teacher.img_size out"
+                f"layer {ours.index} has {_sizes(theirs)} in the teacher and {_sizes(ours)} in the student: "
+                + _advice(teacher, student)
             )
+
+
+def _advice(teacher: nn.Module, student: nn.Module) -> str:
+    """Return what to do about layers of other sizes: where merging alone makes them so, the teacher is not wrong."""
+    sizes = [family_of(model).image_size(model) for model in (teacher, student)]
+    merging = describe_unequal(teacher, student) if sizes[0] == sizes[1] else ""
+    if merging:
+        return f"{merging}; train with mode=transfer and transfer.method=feature, which needs no equal grids"
+    return "give the model that the student was converted from, and leave teacher.img_size out"
 
 
 def _sizes(site: Site) -> str:
