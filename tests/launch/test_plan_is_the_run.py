@@ -51,6 +51,7 @@ PLANS = (
     "*: performer",
     "1: linformer",
     "*: ttt",
+    "*: hash(anchors=2, bits=2)",
     "*: nosuch",
     "5: linear",
 )
