@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,11 @@ DISTRIBUTED = ("train", "pretrain", "evaluate")
 """Commands that several processes can run together."""
 ALONE = ("compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
 """Commands that run in one process. Several processes would each run the whole command."""
+RESAMPLING = (
+    r"torch\.searchsorted\(\): input value tensor is non-contiguous",
+    "Using a non-tuple sequence for multi",
+)
+"""Beginnings of torch's warnings to timm's authors, where timm resamples a relative position bias."""
 SAVING = ("train", "pretrain")
 """Commands that save their state before a signal stops them."""
 
@@ -131,6 +137,8 @@ def _run(words: list[str]) -> int:
 def _log(command: str) -> None:
     """Write log messages to stderr: progress of long commands from the first process, warnings from all."""
     log_plainly(logging.WARNING)
+    for words in RESAMPLING:
+        warnings.filterwarnings("ignore", words, UserWarning)
     reports = command in ("train", "pretrain", "data", "export") and os.environ.get("RANK", "0") == "0"
     logging.getLogger("graftvit").setLevel(logging.INFO if reports else logging.WARNING)
     # if the hub cannot be reached, one error is enough; its client would warn at each of its ten attempts

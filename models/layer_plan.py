@@ -2,9 +2,9 @@
 
 `"*: linear; 9-11: softmax"` gives every layer linear attention, but the last three of twelve keep softmax.
 Before the colon: `*`, layers and ranges (`0,2,9-11`); negative numbers count from the end (`-1`). In a pyramid layers
-are numbered through all stages, and `stage2` (from 1, as papers count) and `stage3.0-1` name layers of a stage. After
-the colon: the operator, with options in parentheses (`linear(feature=relu)`). If several entries name a layer, the last
-one applies; a layer in no entry is kept.
+are numbered through all stages; `stage2` and `stage2-4` (from 1, as papers count) name all layers of stages, and
+`stage3.0-1` layers of one. After the colon: the operator, with options in parentheses (`linear(feature=relu)`). If
+several entries name a layer, the last one applies; a layer in no entry is kept.
 
 `keep` is the layer as it is, `softmax` is softmax over all tokens, and `none` is no attention. A plain vision
 transformer already has softmax over all tokens, so `keep` means `softmax` there.
@@ -35,6 +35,7 @@ MERGE = "merge"
 DEFORMABLE = "deformable"
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 STAGE = re.compile(r"stage(\d+)(?:\.(\d+)(?:-(\d+))?)?")
+STAGES = re.compile(r"stage(\d+)-(\d+)")
 CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
 MAX_VALUE = 400
 """Maximum length of an option's value, the longest being the text of a program."""
@@ -127,9 +128,9 @@ def _entries(text: str) -> list[tuple[str, str]]:
 
 
 def layer_numbers(text: str, depth: int | Sequence[int], what: str = "plan") -> list[int]:
-    """Return the layer numbers of `0,2,9-11`, `-1`, `*`, or `stage2` of a pyramid; `depth` as in `parse_plan`.
+    """Return the layer numbers of `0,2,9-11`, `-1`, `*`, or of a pyramid `stage2` or `stage2-4`.
 
-    A ConfigError calls the setting `what`.
+    `depth` is as in `parse_plan`. A ConfigError calls the setting `what`.
     """
     stages = [] if isinstance(depth, int) else list(depth)
     depth = depth if isinstance(depth, int) else sum(depth)
@@ -137,13 +138,17 @@ def layer_numbers(text: str, depth: int | Sequence[int], what: str = "plan") -> 
         return list(range(depth))
     layers: list[int] = []
     for part in text.split(","):
+        several = STAGES.fullmatch(part.strip()) if stages else None
+        if several is not None:
+            layers += _layers_of_stages(several, stages, what)
+            continue
         named = STAGE.fullmatch(part.strip()) if stages else None
         if named is not None:
             layers += _layers_of_stage(named, stages, what)
             continue
         found = LAYERS.fullmatch(part.strip())
         if found is None:
-            also = ", stage2, stage3.0-1" if stages else ""
+            also = ", stage2, stage2-4, stage3.0-1" if stages else ""
             raise ConfigError(
                 f"{what}: {part.strip()!r} is not a layer; write *, 3, 9-11, -1{also} or several with commas"
             )
@@ -152,6 +157,16 @@ def layer_numbers(text: str, depth: int | Sequence[int], what: str = "plan") -> 
             raise ConfigError(f"{what}: the range {part.strip()!r} is empty in a model of {depth} layers")
         layers += range(first, last + 1)
     return layers
+
+
+def _layers_of_stages(found: re.Match[str], stages: Sequence[int], what: str) -> range:
+    """Return the layers of `stage2-4`."""
+    first, last = int(found[1]), int(found[2])
+    if not 1 <= first <= last <= len(stages):
+        raise ConfigError(
+            f"{what}: {found[0]!r} is no range of stages; the model has stages 1 to {len(stages)}"
+        )
+    return range(sum(stages[: first - 1]), sum(stages[:last]))
 
 
 def _layers_of_stage(found: re.Match[str], stages: Sequence[int], what: str) -> range:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import any_timm
 from ..errors import TransferError
-from ..families import image_channels
+from ..families import find_family, image_channels
 from .grids import GridRule, Grids, ImageSizes
 
 LARGEST = 1e6
@@ -102,7 +102,8 @@ class WholeInput(ShownImages):
         channels = any_timm.image_channels(teacher), image_channels(student)
         _check_channels(*channels)
         super().__init__(channels[0], teacher_norm, student_norm, size or any_timm.fixed_size(teacher))
-        self.own_size = any_timm.fixed_size(student)
+        family = find_family(student)
+        self.own_size = any_timm.fixed_size(student) if family is None else family.image_size(student)
 
     def describe(self) -> list[str]:
         resized = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import graftvit
@@ -81,7 +82,7 @@ def test_a_folder_of_a_converted_pyramid(
 
 
 def test_the_command_that_recovers_trains_what_is_new(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Merges are new, and only a stage that runs the whole student trains them."""
     source, out, trained = write_swin(tmp_path, SIZE), tmp_path / "out", tmp_path / "trained"
@@ -93,6 +94,7 @@ def test_the_command_that_recovers_trains_what_is_new(
     )
     settings = "--max_steps 1 --warmup_epochs 0 --lr 0.1 --batch_size 4 --workers 0 --train_samples 8"
     assert main([*words, *settings.split(), "--output_dir", str(trained)]) == 0
+    assert "lr 0.1 (as given), 1 steps" in caplog.text
     (before,), (after,) = (merge_layers(graftvit.load(str(each))) for each in (out, trained))
     assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
@@ -117,6 +119,16 @@ def test_deformable_merges_of_an_odd_grid_are_told_and_recovered(
     assert why in said
     assert "transfer.method=feature" in said
     assert main([*train, "--method", "feature", "--dry_run", "--output_dir", str(tmp_path / "run")]) == 0
+
+
+def test_resampling_a_bias_prints_no_warnings_of_torch(tmp_path: Path) -> None:
+    source = write_swin(tmp_path, SIZE)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert main(["convert", str(source), "--plan", "stage1-2: softmax", "--dry_run"]) == 0
+    assert not [
+        each for each in found if "sequence" in str(each.message) or "searchsorted" in str(each.message)
+    ]
 
 
 def test_layers_before_an_odd_merge_are_calibrated(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from graftvit.models.errors import ConfigError
-from graftvit.models.layer_plan import Choice, parse_plan, plan_text
+from graftvit.models.layer_plan import Choice, layer_numbers, parse_plan, plan_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,3 +83,15 @@ def test_text_gives_the_same_choices_back(choices: list[Choice]) -> None:
 def test_text_is_short() -> None:
     assert plan_text(parse_plan("*: linear", 12)) == "*: linear"
     assert plan_text(parse_plan("*: linear; 9-11: softmax", 12)) == "0-8: linear; 9-11: softmax"
+
+
+def test_a_range_of_stages_is_all_their_layers() -> None:
+    assert layer_numbers("stage2-4", [1, 2, 3, 1]) == [1, 2, 3, 4, 5, 6]
+    assert layer_numbers("stage1-1,-1", [1, 2, 3, 1]) == [0, 6]
+    assert parse_plan("stage1-2: linear", [1, 1, 1]) == parse_plan("0-1: linear", [1, 1, 1])
+
+
+@pytest.mark.parametrize("words", ["stage3-2", "stage0-1", "stage2-5"])
+def test_a_range_without_stages_is_refused(words: str) -> None:
+    with pytest.raises(ConfigError, match=f"{words}.*has stages 1 to 4"):
+        layer_numbers(words, [1, 2, 3, 1])

@@ -11,6 +11,7 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, resize
+from graftvit.models.copying.input import Normalization, WholeInput
 from pyramids import TINY, arguments, images, tiny
 from torch import Tensor, nn
 
@@ -63,3 +64,10 @@ def test_windows_that_timm_scaled_are_built_again(kind: str, plan: str | None, t
     assert torch.equal(logits(loaded), logits(student))
     again = written(loaded, kind, tmp_path / "again")
     assert torch.equal(logits(again), logits(student))
+
+
+def test_images_of_the_teachers_own_size_are_not_said_to_be_resized() -> None:
+    """PVTv2 takes images of any size, and this student those of its teacher."""
+    norm = Normalization((0.5,), (0.5,))
+    assert WholeInput(tiny("swin"), tiny("pvt"), norm, norm).describe() == []
+    assert WholeInput(tiny("swin"), tiny("pvt", (40, 40)), norm, norm).describe() != []

@@ -280,11 +280,11 @@ def _begin(loop: Loop) -> None:
     """Log, at the start of a new run, the learning rate, the number of parameters and the teacher's accuracy."""
     config, schedule = loop.config, loop.schedule
     rates = {"blr": config.optim.blr, "peak_lr": schedule.peak, "effective_batch": schedule.effective_batch}
+    blr = f"blr {config.optim.blr:.3g} x {schedule.effective_batch} / 256"
     logger.info(
-        "lr %.3g (blr %.3g x %d / 256), %d steps, %d trainable parameters",
+        "lr %.3g (%s), %d steps, %d trainable parameters",
         schedule.peak,
-        config.optim.blr,
-        schedule.effective_batch,
+        blr if config.optim.lr is None else "as given",
         schedule.total_steps,
         loop.run_state.n_parameters,
     )

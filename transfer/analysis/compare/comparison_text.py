@@ -16,8 +16,8 @@ def question(records: Sequence[Record]) -> str:
     students = [record for record in records if record.plan is not None and record.error is None]
     return (
         f"One teacher, {len(students)} students. Each is the teacher with other attention by a plan, trained "
-        "through the same stages with the same settings, the same data and as many steps. Uniform attention, which "
-        "knows nothing of where to look, is the floor."
+        "with the same settings, the same data and as many steps a stage; alignment is left out where no layer has a "
+        "new operator. Uniform attention, which knows nothing of where to look, is the floor."
     )
 
 
