@@ -37,6 +37,8 @@ class GridRule:
     """Whether the teacher has a relative position bias, which cannot be interpolated."""
     stages: tuple[tuple[int, int], ...] = ((0, 0),)
     """The stages of teacher and student whose grids go together."""
+    method: str | None = None
+    """The method that compares patch by patch, for a message; None where attention is copied."""
 
     def check_batch(self, grids: Grids, batch: Size) -> None:
         """Raise `TransferError` for images of size `batch` whose grids do not go together."""
@@ -60,9 +62,13 @@ class GridRule:
             grids = f"for images of {words(batch)}, {grids}"
             agree = "feed images of the student's own size, or build both models with dynamic_img_size=true so that"
         if self.copy:
+            needs = (
+                "attention can be copied only between equal grids"
+                if self.method is None
+                else f"transfer.method={self.method} needs equal grids"
+            )
             raise TransferError(
-                f"{grids}, and attention can be copied only between equal grids; {agree} both models have the same "
-                "number of patches a side"
+                f"{grids}, and {needs}; {agree} both models have the same number of patches a side"
             )
         if not self.interpolate:
             raise TransferError(

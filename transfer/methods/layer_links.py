@@ -36,6 +36,7 @@ def resolve_links(
         interpolate=config.interpolate_grid,
         relative_bias=_has_bias(teacher, [theirs[pair.teacher] for pair in pairs]),
         stages=stages,
+        method=None if method.copies else method.name,
     )
     links = []
     for pair in pairs:

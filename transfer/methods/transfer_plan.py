@@ -120,6 +120,8 @@ def _drops_probabilities(block: Block) -> bool:
 
 
 def _describe_heads(links: tuple[Link, ...]) -> list[str]:
+    if any(link.heads.teacher_heads != link.teacher.num_heads for link in links):
+        return []  # the method joins heads, so that their numbers do not matter
     if all(link.heads.is_identity for link in links):
         if len({len(link.heads.groups) for link in links}) > 1:
             return ["heads: all of each layer, one to one"]

@@ -153,3 +153,9 @@ def test_prefix_tokens_are_kept_and_gradients_flow() -> None:
     result.sum().backward()
     assert q.grad is not None
     assert q.grad.ne(0).all()
+
+
+def test_the_method_that_needs_equal_grids_is_named() -> None:
+    rule = GridRule(copy=True, method="block_output")
+    with pytest.raises(TransferError, match=r"transfer\.method=block_output needs equal grids"):
+        rule.check((4, 4), (3, 2))
