@@ -18,6 +18,7 @@ from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError, GraftError, TransferError
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
+from image_folders import class_folder
 from tiny_weights import write_stand_in
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -174,14 +175,13 @@ def test_a_teacher_from_which_nothing_starts_is_refused(teacher: str) -> None:
     ("words", "sentence"),
     [
         (["dataset=digits", "stage=/tmp"], "data.dataset=digits has no files"),
-        (
-            ["data_path=.", "num_classes=3", "stage=/proc/none/of"],
-            "data.stage=/proc/none/of cannot be written",
-        ),
-        (["data_path=.", "num_classes=3", "stage=$NO_SUCH_DISK"], "NO_SUCH_DISK is not set"),
+        (["stage=/proc/none/of"], "data.stage=/proc/none/of cannot be written"),
+        (["stage=$NO_SUCH_DISK"], "NO_SUCH_DISK is not set"),
     ],
 )
-def test_a_folder_that_cannot_hold_a_copy_is_refused(words: list[str], sentence: str) -> None:
+def test_a_folder_that_cannot_hold_a_copy_is_refused(words: list[str], sentence: str, tmp_path: Path) -> None:
+    if "dataset=digits" not in words:
+        words = [f"data_path={class_folder(tmp_path)}", *words]
     config = load_config(None, [*STUDENT, "mode=scratch", *words])
     with pytest.raises(GraftError) as refused:
         describe_plan(config)
