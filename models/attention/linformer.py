@@ -147,8 +147,8 @@ def _pooled(weights_Mn: Tensor, x_BHND: Tensor, num_prefix: int) -> Tensor:
     """Return the prefix tokens and weighted sums of the grid tokens, (B, H, P + M, D) in the dtype of the input."""
     # One product for all heads: in the layout of a layer, all channels of a token are adjacent.
     grid_BnC = (x_BHND[:, :, num_prefix:] if num_prefix else x_BHND).transpose(1, 2).flatten(2)
-    # matmul would compute the transpose of the product, which is slower.
-    pooled_BMC = torch.bmm(weights_Mn.to(x_BHND.dtype).expand(len(x_BHND), -1, -1), grid_BnC)
+    # matmul would compute the transpose of the product, which is slower. An export with any batch has no len().
+    pooled_BMC = torch.bmm(weights_Mn.to(x_BHND.dtype).expand(x_BHND.shape[0], -1, -1), grid_BnC)
     pooled = pooled_BMC.unflatten(2, (x_BHND.shape[1], -1)).transpose(1, 2).to(x_BHND.dtype)
     return torch.cat((x_BHND[:, :, :num_prefix], pooled), 2) if num_prefix else pooled
 
