@@ -93,15 +93,16 @@ class HiLoAttention(AttentionOperator):
         q, k = (precise(x) for x in heads.qk())
         q_grid = heads.scale * q[:, :, prefix:]
         is_high = (torch.arange(q.shape[1], device=q.device) < self.num_high)[:, None, None].to(q.dtype)
-        near, sees = own_window(geometry, self.window, q.device)
-        logits = torch.einsum("bhnd,bhnsd->bhns", q_grid, k[:, :, near]).masked_fill(~sees, -torch.inf)
-        means = self._means(geometry, q)
-        left = F.pad((q_grid @ (means.T @ k).transpose(2, 3)).softmax(-1), head)
-        return [
-            prefix_term(heads),
-            Sparse(F.pad(logits.softmax(-1) * is_high, head), F.pad(near, head)),
-            LowRank(left * (1 - is_high), means.expand(*left.shape[:2], -1, -1)),
-        ]
+        terms: list[Term] = [prefix_term(heads)]
+        if self.num_high:
+            near, sees = own_window(geometry, self.window, q.device)
+            logits = torch.einsum("bhnd,bhnsd->bhns", q_grid, k[:, :, near]).masked_fill(~sees, -torch.inf)
+            terms.append(Sparse(F.pad(logits.softmax(-1) * is_high, head), F.pad(near, head)))
+        if self.num_high < self.shape.num_heads:
+            means = self._means(geometry, q)
+            left = F.pad((q_grid @ (means.T @ k).transpose(2, 3)).softmax(-1), head)
+            terms.append(LowRank(left * (1 - is_high), means.expand(*left.shape[:2], -1, -1)))
+        return terms
 
     def macs(self, geometry: Geometry) -> int:
         prefix, patches = geometry.num_prefix, geometry.num_patches

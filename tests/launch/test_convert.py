@@ -140,7 +140,7 @@ def test_the_small_models_are_known_by_name(
     ) in capsys.readouterr().out
     words = ["--student.model", name, "--dataset", "digits", "--student.plan", "*: linear", "--dry_run"]
     assert main(["train", "--mode", "scratch", *words, "--output_dir", str(tmp_path / "run")]) == 0
-    assert "graftvit_converted" in capsys.readouterr().out
+    assert "converted by '*: linear'" in capsys.readouterr().out
 
 
 def test_a_converted_source_is_converted_anew(

@@ -105,6 +105,7 @@ RANKS: dict[str, Any] = {
     "linformer": {"num_keys": 16},
     "nystrom": {"num_landmarks": 16},
     "agent": {"num_agents": 16},
+    "hilo": {"alpha": 0},
 }
 """By default these grow with the grid."""
 CHEAP = sorted({case.operator for case in LINEAR if case.build(GEOMETRY).traits.linear_cost} - {"uniform"})

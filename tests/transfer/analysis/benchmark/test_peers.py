@@ -21,7 +21,7 @@ from graftvit.transfer.analysis.benchmark.straight_forms import straight_form
 from operator_cases import HEADS, WIDTH, Case, draw
 
 GRID = Geometry(0, (6, 8))
-THEMSELVES = {SOFTMAX, "program", "hash", *FOUND}
+THEMSELVES = {SOFTMAX, "program", "hash", "hilo", *FOUND}
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - THEMSELVES))
@@ -32,7 +32,7 @@ def test_the_straight_line_form_is_the_operator(name: str) -> None:
     torch.testing.assert_close(form(heads), operator(heads), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [SOFTMAX, "program", "hash"])
+@pytest.mark.parametrize("name", [SOFTMAX, "program", "hash", "hilo"])
 def test_other_operators_are_their_own_form(name: str) -> None:
     assert straight_form(create_operator(Choice(name), LayerShape(HEADS, WIDTH, GRID))) is None
 
