@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
+from ..hints import hint
 from ..load_config import load_config
 from ..say import say
 from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
@@ -174,14 +174,12 @@ def _recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
     from ...models.merges import new_merges
 
     merged = is_pyramid(student) and bool(new_merges(teacher.model, student))
-    mode = "align" if converted_layers(student) and not merged else "transfer --method feature"
+    mode = ["align"] if converted_layers(student) and not merged else ["transfer", "--method", "feature"]
+    models = ["--student.model", f"local-dir:{out}", "--teacher.source", teacher.source]
     return (
-        f"recover it: graftvit train --mode {mode} --student.model {shlex.quote(f'local-dir:{out}')} "
-        f"--teacher.source {shlex.quote(teacher.source)} --data_path FOLDER\n"
-        + (
-            "the merges are new, and alignment trains layers alone: the command trains the whole student\n"
-            * merged
-        )
+        f"recover it: {hint('train', '--mode', *mode, *models, '--data_path', 'FOLDER')}\n"
+        + "the merges are new, and alignment trains layers alone: the command trains the whole student\n"
+        * merged
     )
 
 
