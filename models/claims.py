@@ -13,14 +13,14 @@ FASTER_FROM: dict[str, int] = {
     "inline": 576,
     "mala": 576,
     "linformer": 196,
-    "nystrom": 576,
+    "nystrom": 1024,
     "agent": 576,
     "window": 196,
     "neighbourhood": 576,
     "dilated": 576,
     "hybrid": 2304,
     "ttt": 2304,
-    "monarch": 1024,
+    "monarch": 2304,
     "uniform": 64,
 }
 """The number of patch tokens from which an operator with default options claims to be faster than

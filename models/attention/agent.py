@@ -10,6 +10,7 @@ from .base import Geometry, Heads, LayerShape, Traits, without_prefix
 from .kernels import precise
 from .pooling import PooledAttention, Pooling, default_count, pooling_macs
 from .prefix import prefix_term, with_prefix
+from .small_maps import small_map_attention
 from .softmax import softmax_rows
 from .terms import LowRank, Term
 
@@ -40,14 +41,12 @@ class AgentAttention(PooledAttention):
         q, k, v = heads.qkv()
         num_prefix = heads.tokens().num_prefix
         agents, counts = self._agents(heads)
-        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=heads.seen, scale=heads.scale)
+        gathered = small_map_attention(agents, k, v, heads.seen, heads.scale)
         keys, values = agents, gathered
         if num_prefix:
             keys = torch.cat((k[:, :, :num_prefix], agents), 2)
             values = torch.cat((v[:, :, :num_prefix], gathered), 2)
-        grid = F.scaled_dot_product_attention(
-            without_prefix(q, heads.tokens()), keys, values, attn_mask=counts, scale=heads.scale
-        )
+        grid = small_map_attention(without_prefix(q, heads.tokens()), keys, values, counts, heads.scale)
         return with_prefix(heads, grid)
 
     def terms(self, heads: Heads) -> list[Term]:

@@ -110,6 +110,12 @@ class Heads:
         """Return a copy with other projections."""
         return Heads(q, k, v, self.bias, self.scale, self.dropout, self.geometry, self.key_mask, self.windows)
 
+    def with_values(self, v: Tensor) -> Heads:
+        """Return a copy with other values, whichever of q and k there are."""
+        return Heads(
+            self.q, self.k, v, self.bias, self.scale, self.dropout, self.geometry, self.key_mask, self.windows
+        )
+
     def tokens(self) -> Geometry:
         """Return the geometry, which is never guessed from the number of tokens.
 
@@ -189,6 +195,11 @@ class AttentionOperator(nn.Module, ABC):
     def traits(self) -> Traits:
         """Return the traits of this operator with its options."""
 
+    @property
+    def why_no_map(self) -> str:
+        """Return why this operator with its options has no map, where that depends on the options."""
+        return ""
+
     @abstractmethod
     def attend(self, heads: Heads) -> Tensor:
         """Return A V (B, H, N, D') for values of any width D', without forming an N x N map."""
@@ -207,8 +218,9 @@ class AttentionOperator(nn.Module, ABC):
 
         Raises UnsupportedModelError: the operator is not linear in V. It still has `rows`.
         """
+        why = f" ({self.why_no_map})" if self.why_no_map else ""
         raise UnsupportedModelError(
-            f"{type(self).__name__} is not linear in V: it has no map, only a Jacobian"
+            f"{type(self).__name__} is not linear in V: it has no map, only a Jacobian{why}"
         )
 
     def rows(self, heads: Heads, index: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from .feature_chunks import Chunk, ChunkedFeatures, empty_tokens, sum_dtype
 from .kernels import precise
 
-CACHED = {"cpu": 3 * 2**16}
+CACHED = {"cpu": 3 * 2**17}
 """The number of features in a chunk, by type of device."""
 ELSEWHERE = 2**26
 
@@ -107,7 +107,7 @@ def _attend(
     out, z_BHN1 = torch.empty_like(v), empty_tokens(q, 1)
     for chunk in chunks:
         x, sums = precise(chunk.of(q)), chunk.of_images(sums_BHFD)
-        queries = features.queries(x, chunk, _memory(features, q_features, chunk, x))
+        queries = features.queries(x, chunk, _memory(features, q_features, chunk, q))
         product = torch.matmul(queries, sums, out=features.scratch("second", x, v.shape[3]))
         z = torch.matmul(queries, chunk.of_images(total_BH1F).mT, out=chunk.of(z_BHN1))
         if features.floor:
@@ -129,8 +129,9 @@ def _key_sums(
     """Return S and m, (B, H, F, D) and (B, H, 1, F)."""
     sums_BHFD, total_BH1F = _Sums(), _Sums()
     for chunk in chunks:
-        x = _centered(features, k, mean_BH1D, chunk)
-        keys, factor = features.first_keys(x, chunk, _memory(features, k_features, chunk, x))
+        out = _memory(features, k_features, chunk, k)
+        x = _centered(features, k, mean_BH1D, chunk, out if features.by_features else None)
+        keys, factor = features.first_keys(x, chunk, out)
         sums_BHFD.add(chunk, keys.mT @ precise(chunk.of(v)), factor)
         total_BH1F.add(chunk, keys.sum(2, keepdim=True), factor)
     sums, total = sums_BHFD.of_all_images(), total_BH1F.of_all_images()
@@ -151,7 +152,7 @@ def _query_gradients(
         w = torch.mul(u, out, out=features.scratch("second", x, out.shape[3])).sum(3, keepdim=True)
         w *= z > least
         if saved.q_features is None:
-            queries = features.queries(x, chunk, _memory(features, None, chunk, x))
+            queries = features.queries(x, chunk, _memory(features, None, chunk, q))
         else:
             queries = chunk.of(saved.q_features)
         of_sums, of_total = queries.mT @ u, w.mT @ queries
@@ -184,7 +185,7 @@ def _key_gradients(
         else:
             x = _centered(features, k, saved.mean, chunk)
         if saved.k_features is None:
-            keys = features.keys(x, chunk, _memory(features, None, chunk, x))
+            keys = features.keys(x, chunk, _memory(features, None, chunk, k))
         else:
             keys = chunk.of(saved.k_features)
         values = torch.matmul(keys, sums, out=chunk.of(dv))
@@ -234,16 +235,23 @@ def _chunks(features: ChunkedFeatures, x_BHND: Tensor) -> list[Chunk]:
     ]
 
 
-def _centered(features: ChunkedFeatures, k: Tensor, mean_BH1D: Tensor | None, chunk: Chunk) -> Tensor:
+def _centered(
+    features: ChunkedFeatures, k: Tensor, mean_BH1D: Tensor | None, chunk: Chunk, out: Tensor | None = None
+) -> Tensor:
+    """Return the keys of a chunk minus their mean, in `out` or memory of their own."""
     keys = precise(chunk.of(k))
     if mean_BH1D is None:
         return keys
-    return torch.sub(keys, chunk.of_images(mean_BH1D), out=features.scratch("first", keys))
+    return torch.sub(
+        keys, chunk.of_images(mean_BH1D), out=features.scratch("first", keys) if out is None else out
+    )
 
 
-def _memory(features: ChunkedFeatures, kept: Tensor | None, chunk: Chunk, x_BHnD: Tensor) -> Tensor:
+def _memory(features: ChunkedFeatures, kept: Tensor | None, chunk: Chunk, x_BHND: Tensor) -> Tensor:
     """Return where to write the features of a chunk."""
-    return features.scratch("features", x_BHnD, features.num_features) if kept is None else chunk.of(kept)
+    if kept is not None:
+        return chunk.of(kept)
+    return features.scratch("features", chunk.of(x_BHND), features.num_features)
 
 
 def _scratch_features(features: ChunkedFeatures, x_BHnD: Tensor) -> Tensor:

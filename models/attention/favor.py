@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Geometry, Heads, LayerShape
-from .feature_chunks import Chunk, ChunkedFeatures
+from .feature_chunks import LOG2_E, Chunk, ChunkedFeatures
 from .features import FeatureMap
 from .kernels import precise
 
@@ -68,6 +68,7 @@ class FavorChunks(ChunkedFeatures):
     """The features of `Favor`. c of the keys is the largest exponent so far: it grows from chunk to chunk.
 
     The norm of a query is in each of its exponents and in the largest, so it cancels; its derivative does not.
+    Exponents are those of 2: Ω x' and ‖x'‖²/2 times log₂ e.
     """
 
     rescaled = True
@@ -77,38 +78,39 @@ class FavorChunks(ChunkedFeatures):
         q, _ = heads.qk()
         factor_H11 = heads.scale**0.5 * temperature_H11.to(precise(q).dtype)
         self.omega_HFD = factor_H11 * omega_FD.to(factor_H11.dtype)
-        self.half_H11 = factor_H11.square() / 2
+        self.exponent_HDF = (LOG2_E * self.omega_HFD).mT
+        self.square_H11 = factor_H11.square()
         self.largest = q.new_full((*q.shape[:2], 1, 1), -torch.inf, dtype=factor_H11.dtype)
 
     def queries(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
-        exponents = torch.matmul(x_BHnD, self.omega_HFD.mT, out=out)
-        return exponents.sub_(exponents.amax(3, keepdim=True)).exp_()
+        exponents = torch.matmul(x_BHnD, self.exponent_HDF, out=out)
+        return exponents.sub_(exponents.amax(3, keepdim=True)).exp2_()
 
     def keys(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
         exponents, norms = self._exponents(x_BHnD, out)
-        return exponents.sub_(norms + self.largest[chunk.images]).exp_()
+        return exponents.sub_(norms + self.largest[chunk.images]).exp2_()
 
     def first_keys(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> tuple[Tensor, Tensor | None]:
         exponents, norms = self._exponents(x_BHnD, out)
         before = self.largest[chunk.images]
         largest = torch.maximum(before, (exponents.amax(3, keepdim=True) - norms).amax(2, keepdim=True))
-        factor = (before - largest).exp_()
+        factor = (before - largest).exp2_()
         self.largest[chunk.images] = largest
-        return exponents.sub_(norms + largest).exp_(), factor
+        return exponents.sub_(norms + largest).exp2_(), factor
 
     def queries_gradient(
         self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk, out: Tensor
     ) -> None:
         grad = grad_BHnF.mul_(features_BHnF)
-        norms = 2 * self.half_H11 * grad.sum(3, keepdim=True)
+        norms = self.square_H11 * grad.sum(3, keepdim=True)
         torch.matmul(grad, self.omega_HFD, out=out).addcmul_(norms, x_BHnD, value=-1)
 
     keys_gradient = queries_gradient
 
     def _exponents(self, x_BHnD: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Ω x' (B, H, n, F), in `out`, and ‖x'‖²/2 (B, H, n, 1)."""
+        """Return Ω x' (B, H, n, F), in `out`, and ‖x'‖²/2 (B, H, n, 1), times log₂ e."""
         norms = torch.mul(x_BHnD, x_BHnD, out=self.scratch("second", x_BHnD)).sum(3, keepdim=True)
-        return torch.matmul(x_BHnD, self.omega_HFD.mT, out=out), norms.mul_(self.half_H11)
+        return torch.matmul(x_BHnD, self.exponent_HDF, out=out), norms.mul_(self.square_H11 * (LOG2_E / 2))
 
 
 def default_features(shape: LayerShape) -> int:

@@ -5,11 +5,15 @@ Shape suffixes: B batch, H heads, N tokens, n tokens of a chunk, D head width, F
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+"""exp(x) = exp2(x LOG2_E), which torch computes three times as fast on a CPU."""
 
 
 class Chunk(NamedTuple):
@@ -37,7 +41,8 @@ class ChunkedFeatures(ABC):
     """
 
     by_features = False
-    """The gradients are functions of the features: they do not read the tokens, which are then not centered."""
+    """The gradients are functions of the features: they do not read the tokens, which are then not centered. The
+    features are as wide as the tokens, which may be given in `out`."""
     rescaled = False
     """Sums of earlier chunks of keys get a factor, so the features of a chunk depend on the chunks before it."""
 

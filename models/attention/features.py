@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .base import Geometry, Heads, LayerShape
-from .feature_chunks import Chunk, ChunkedFeatures
+from .feature_chunks import LOG2_E, Chunk, ChunkedFeatures
 from .kernels import precise
 
 
@@ -168,7 +168,7 @@ class EluChunks(ChunkedFeatures):
 
     def queries(self, x_BHnD: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
         high = torch.clamp_min(x_BHnD, 0, out=self.scratch("second", x_BHnD))
-        return torch.clamp_max(x_BHnD, 0, out=out).exp_().add_(high)
+        return torch.clamp_max(x_BHnD, 0, out=out).mul_(LOG2_E).exp2_().add_(high)
 
     def queries_gradient(
         self, x_BHnD: Tensor, features_BHnF: Tensor, grad_BHnF: Tensor, chunk: Chunk, out: Tensor

@@ -14,7 +14,7 @@ from .kernel import KernelAttention
 from .kernels import precise
 from .prefix import prefix_term, with_prefix
 from .terms import LowRank, Term
-from .tiles import Table, blocks, gather, sparse_term, tile_logits, tiled_softmax
+from .tiles import Table, blocks, gather, sparse_term, tile_logits
 from .window import TileTables
 
 BRANCHES = ("window", "dilated", "kernel")
@@ -137,15 +137,11 @@ class HybridAttention(AttentionOperator):
         return list(gates.softmax(-1).split(1, dim=-1))
 
     def _gated(self, heads: Heads) -> Tensor:
-        q, k, v = heads.qkv()
-        outs = [
-            tiled_softmax(q, k, v, table, scale=heads.scale, masked=masked)
-            for table, masked in self._tables(heads)
-        ]
+        outs = [tables.attend(heads) for tables in self._tile_tables()]
         if self.kernel is not None:
             outs.append(self.kernel.attend(heads)[:, :, heads.tokens().num_prefix :])
         mixed = [gate * out for gate, out in zip(self._gates(heads), outs, strict=True)]
-        return torch.stack(mixed).sum(0).to(v.dtype)
+        return torch.stack(mixed).sum(0).to(heads.values().dtype)
 
     def _gated_terms(self, heads: Heads) -> list[Term]:
         q, k = heads.qk()

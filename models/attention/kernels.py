@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def precise(x: Tensor) -> Tensor:
     """Cast `x` to float32; keep float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
 def same_dtype(

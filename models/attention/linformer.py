@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits, without_prefix
-from .few_keys import few_keys_attention
 from .pooling import cells_of, check_count, default_count, mean_weights
 from .prefix import prefix_term, with_prefix
+from .small_maps import small_map_attention
 from .terms import LowRank, Term
 
 SHARING = ("headwise", "key-value", "layerwise")
@@ -83,8 +83,8 @@ class LinformerAttention(AttentionOperator):
         num_prefix = geometry.num_prefix
         keys_Mn, values_Mn = self.pooling(geometry)
         keys, values = _pooled(keys_Mn, k, num_prefix), _pooled(values_Mn, v, num_prefix)
-        counts = _log_counts(keys_Mn, num_prefix).to(q.dtype)
-        grid = few_keys_attention(without_prefix(q, heads.tokens()), keys, values, counts, heads.scale)
+        counts = _log_counts(keys_Mn, num_prefix).to(q.dtype)[None, None, None]
+        grid = small_map_attention(without_prefix(q, geometry), keys, values, counts, heads.scale)
         return with_prefix(heads, grid)
 
     def terms(self, heads: Heads) -> list[Term]:

@@ -14,6 +14,7 @@ from .kernel import without_padding
 from .kernels import precise
 from .pooling import PooledAttention, Pooling, default_count, pooling_macs
 from .prefix import prefix_term, with_prefix
+from .small_maps import small_map_attention
 from .terms import LowRank, Term
 
 
@@ -68,15 +69,13 @@ class NystromAttention(PooledAttention):
         with torch.autocast(v.device.type, enabled=False):
             q, k = _precise(heads)
             landmarks = self._landmarks(heads)
-            seen = F.scaled_dot_product_attention(
-                landmarks.q, k, v.to(k.dtype), attn_mask=heads.seen, scale=heads.scale
-            )
-            grid = F.scaled_dot_product_attention(
+            seen = small_map_attention(landmarks.q, k, v.to(k.dtype), heads.seen, heads.scale)
+            grid = small_map_attention(
                 without_prefix(q, heads.tokens()),
                 landmarks.k,
                 landmarks.inverse @ seen,
-                attn_mask=landmarks.log_counts,
-                scale=heads.scale,
+                landmarks.log_counts,
+                heads.scale,
             )
         return with_prefix(heads, grid.to(v.dtype))
 

@@ -24,11 +24,7 @@ class UniformAttention(AttentionOperator):
     def attend(self, heads: Heads) -> Tensor:
         v = heads.values()
         if heads.key_mask is None:
-            return (
-                v.mean(2, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
-                .to(v.dtype)
-                .expand_as(v)
-            )
+            return v.mean(2, keepdim=True).expand_as(v)  # torch sums half precision in float32
         return (_weights(heads) * v).sum(2, keepdim=True).to(v.dtype).expand_as(v)
 
     def terms(self, heads: Heads) -> list[Term]:

@@ -10,6 +10,7 @@ from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from .prefix import prefix_term, with_prefix
 from .terms import Term
 from .tiles import Cutter, Table, blocks, neighbors, sparse_term, tile_logits, tile_table, tiled_softmax
+from .whole_windows import can_take_windows, spans, windowed_softmax
 
 PARTS = ("queries", "keys", "sees", "place")
 
@@ -47,8 +48,27 @@ class TileTables(torch.nn.Module):
         table = tile_table(self.cutter, geometry, self.window, self.dilation)
         return tuple(part.to(device) for part in table)  # type: ignore[return-value]
 
+    def attend(self, heads: Heads) -> Tensor:
+        """Return softmax attention of the grid tokens over the keys of their tiles, (B, H, n, D)."""
+        q, k, v = heads.qkv()
+        geometry = heads.tokens()
+        rectangles = self.cutter is blocks and heads.dropout == 0
+        if rectangles and can_take_windows(q, k, v, self.window, geometry.num_prefix):
+            return windowed_softmax(q, k, v, geometry, self.window, self.dilation, heads.scale)
+        table, masked = self(geometry, q.device)
+        return tiled_softmax(q, k, v, table, scale=heads.scale, dropout=heads.dropout, masked=masked)
+
     def products(self, geometry: Geometry) -> int:
-        """Return the number of computed pairs of query and key, including padding of smaller tiles."""
+        """Return the number of computed pairs of query and key. Only windows are without padding of smaller tiles."""
+        if self.cutter is blocks:
+            rows, columns = (
+                sum(
+                    each.classes * each.windows * each.size**2
+                    for each in spans(side, self.window, self.dilation)
+                )
+                for side in geometry.grid
+            )
+            return rows * columns + geometry.num_patches * geometry.num_prefix
         queries, keys, _, _ = tile_table(self.cutter, geometry, self.window, self.dilation)
         return queries.numel() * keys.shape[1]
 
@@ -75,11 +95,7 @@ class WindowAttention(AttentionOperator):
         return Traits(needs_grid=True, dropout=True)
 
     def attend(self, heads: Heads) -> Tensor:
-        q, k, v = heads.qkv()
-        geometry = heads.tokens()
-        table, masked = self.tables(geometry, q.device)
-        grid = tiled_softmax(q, k, v, table, scale=heads.scale, dropout=heads.dropout, masked=masked)
-        return with_prefix(heads, grid)
+        return with_prefix(heads, self.tables.attend(heads))
 
     def terms(self, heads: Heads) -> list[Term]:
         q, k = heads.qk()

@@ -136,6 +136,7 @@ CASES = [
     Case("uniform"),
     Case("program"),
     Case("program", {"code": "mm(softmax(nt(scale(q) k)) v)", "local_size": 0}),
+    Case("program", {"code": "sub(mul(v dist(q k)) mm(l2(q) tn(minmax(k) scale(v))))"}),
     *(Case(name) for name in FOUND),
     Case("hash"),
     Case("hash", {"bits": 5, "anchors": 7, "mode": "reference"}),

@@ -49,15 +49,13 @@ def dense(heads: Heads, alpha: float, window: int) -> Tensor:
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (6, 9), (5, 7), (1, 3), (2, 2)])
-@pytest.mark.parametrize("prefix", [0, 1])
-@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("prefix", "alpha"), [(0, 0.0), (1, 0.25), (0, 0.5), (1, 0.9), (0, 1.0)])
 @pytest.mark.parametrize("window", [1, 2, 3, 4])
 def test_hilo_is_its_definition(grid: tuple[int, int], prefix: int, alpha: float, window: int) -> None:
     geometry = Geometry(prefix, grid)
-    for batch in (1, 2):
-        heads = draw(geometry, batch=batch, heads=HEADS)
-        out = build(geometry, alpha=alpha, window=window)(heads)
-        torch.testing.assert_close(out, dense(heads, alpha, window), rtol=1e-10, atol=1e-12)
+    heads = draw(geometry, heads=HEADS)
+    out = build(geometry, alpha=alpha, window=window)(heads)
+    torch.testing.assert_close(out, dense(heads, alpha, window), rtol=1e-10, atol=1e-12)
 
 
 def test_means_of_projections_are_projections_of_means() -> None:
@@ -109,11 +107,11 @@ def test_another_grid_than_the_layers_own() -> None:
     torch.testing.assert_close(out, dense(heads, 0.5, 2), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("grid", [(4, 6), (5, 7)])
-def test_onnx(grid: tuple[int, int]) -> None:
+@pytest.mark.slow
+def test_onnx() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    geometry = Geometry(1, grid)
+    geometry = Geometry(1, (5, 7))  # which windows of 2 x 2 do not divide
     operator = build(geometry, alpha=0.5, window=2).eval()
 
     class Layer(torch.nn.Module):

@@ -13,7 +13,6 @@ import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
-from graftvit.models.attention import few_keys
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.attention.linformer import LinformerAttention, interpolated
 from graftvit.models.attention.softmax import softmax_rows
@@ -284,23 +283,3 @@ def test_the_cost_against_softmax(
     geometry = Geometry(1, grid)
     operator = LinformerAttention(LayerShape(1, 64, geometry), num_keys)
     assert operator.macs(geometry) / (2 * tokens**2 * 64) == pytest.approx(ratio, abs=0.02)
-
-
-@pytest.mark.parametrize("width", [5, 1], ids=["maps are kept", "maps are computed again"])
-def test_chunks_of_queries_give_the_gradient_of_the_counts(
-    width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    q, k, v, bias = (
-        torch.randn(*shape, dtype=torch.float64)
-        for shape in ((3, 2, 17, width), (3, 2, 4, width), (3, 2, 4, width), (4,))
-    )
-    inputs = [x.requires_grad_() for x in (q, k, v, bias)]
-    monkeypatch.setattr(few_keys, "CACHED", 2 * 4 * 7)  # seven queries
-    out = few_keys.few_keys_attention(q, k, v, bias, 0.3)
-    wanted = (0.3 * q @ k.transpose(2, 3) + bias).softmax(-1) @ v
-    upstream = torch.randn_like(out)
-    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
-    first, found = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for _ in range(2))
-    for gradient, whole in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
-        torch.testing.assert_close(gradient, whole, rtol=1e-8, atol=1e-10)
-    assert all(map(torch.equal, first, found)), "the backward pass changed what it read"

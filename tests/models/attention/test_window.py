@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.models.attention import tile_groups
+from graftvit.models.attention import tile_groups, whole_windows
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
+from graftvit.models.attention.tiles import blocks
 from graftvit.models.attention.window import NeighborhoodAttention, WindowAttention
 from graftvit.models.conversion import convert, resize
 from graftvit.models.errors import ConfigError
@@ -163,3 +164,43 @@ def test_groups_of_tiles_give_the_map_and_its_gradients(
     found = torch.autograd.grad(out, inputs, upstream)
     for gradient, dense in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         torch.testing.assert_close(gradient, dense, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("window", "dilation"), [(3, 1), (2, 2), (2, 3), (3, 2), (1, 9)])
+@pytest.mark.parametrize("grid", [(6, 6), (7, 8)], ids=str)
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("elements", [1, 700, 2**18], ids=["a row of windows", "two images", "everything"])
+def test_pieces_of_equal_windows_give_the_map_and_its_gradients(
+    window: int,
+    dilation: int,
+    grid: tuple[int, int],
+    prefix: int,
+    elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(whole_windows, "CACHED", elements)
+    geometry = Geometry(prefix, grid)
+    operator, heads = WindowAttention(LayerShape(2, 8, geometry), window, dilation), draw(geometry, batch=3)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in heads.qkv())  # as in a layer
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    heads = heads.with_qkv(q, k, v)
+    out, wanted = operator.attend(heads), operator.matrix(heads) @ v
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
+    upstream = torch.randn_like(v)
+    first, found = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for _ in range(2))
+    for gradient, dense in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
+        torch.testing.assert_close(gradient, dense, rtol=1e-8, atol=1e-10)
+    assert all(map(torch.equal, first, found)), "the backward pass changed what it read"
+    assert whole_windows.can_take_windows(q, k, v, window, prefix)
+
+
+@pytest.mark.parametrize(("window", "dilation"), [*OPTIONS, (3, 4)])
+@pytest.mark.parametrize("length", [1, 5, 8, 12])
+def test_spans_are_the_windows_of_the_tables(window: int, dilation: int, length: int) -> None:
+    found = [
+        tuple(span.start + residue + (each * span.size + i) * span.step for i in range(span.size))
+        for span in whole_windows.spans(length, window, dilation)
+        for residue in range(span.classes)
+        for each in range(span.windows)
+    ]
+    assert sorted(found) == sorted(tuple(cut[0]) for cut in blocks(length, window, dilation))
