@@ -49,7 +49,7 @@ def ratios(row: dict[str, Any]) -> str:
 
 
 def write(name: Path, result: dict[str, Any]) -> None:
-    """The table and the numbers behind it, after each case: a long run that is stopped leaves what it has."""
+    """Write the table and its numbers, after each case, so that a run that is stopped keeps the cases before."""
     name.parent.mkdir(parents=True, exist_ok=True)
     name.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     name.with_suffix(".md").write_text(table(result))
@@ -109,7 +109,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
 
 
 def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How the memory over a plain step grows with N from 577 to 2,305 tokens: the slope of log over log."""
+    """Return how the memory over a plain step grows with N from 577 to 2,305 tokens: the slope of log over log."""
     found = {}
     for model in {row["model"] for row in rows}:
         ends = [row for n in (577, 2305) for row in rows if (row["model"], row["tokens"]) == (model, n)]

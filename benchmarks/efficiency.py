@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def loads(results: Results) -> str:
-    """What else the machine did meanwhile."""
+    """Return what else the machine did meanwhile."""
     low, high = min(row.load for row in results.rows), max(row.load for row in results.rows)
     return f"Load average while measuring {low:.1f} to {high:.1f}, this benchmark included."
 
@@ -58,7 +58,7 @@ def peer_tables(results: Results) -> list[str]:
 
 
 def model_tables(results: Results) -> list[str]:
-    """A heading and a table for each image side and batch."""
+    """Return a heading and a table for each image side and batch."""
     parts = []
     for size, batch in dict.fromkeys((row.case.size, row.case.batch) for row in results.rows):
         rows = [row for row in results.rows if (row.case.size, row.case.batch) == (size, batch)]

@@ -12,6 +12,7 @@ from graftvit.models.attention.operations import Operations
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.operation_count import count_operations
+from graftvit.models.without_memory import without_memory
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,11 +62,12 @@ def products(model: nn.Module) -> int:
     return (count.linear + count.convolution + count.attention).multiplications
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "plan", "rest", "multiplications", "additions", "energy"), PUBLISHED)
 def test_the_published_tables(
     name: str, plan: str, rest: int, multiplications: float, additions: float, energy: float
 ) -> None:
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(name)
     count = count_operations(convert(model, plan), "published")
     assert count.linear + count.convolution + count.norm == Operations(rest, rest)

@@ -139,7 +139,7 @@ def monarch(operator: AttentionOperator, heads: Heads) -> Tensor:
 
 
 def uniform(operator: AttentionOperator, heads: Heads) -> Tensor:
-    """The mean of the values, for every token."""
+    """Return the mean of the values, for every token."""
     v = heads.values()
     return v.mean(2, keepdim=True).expand_as(v)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import statistics
 import time
@@ -19,6 +20,8 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """glibc's numbers of the options of `mallopt`."""
 SHORTEST = 5e-3
 """Seconds that a timing lasts at least: shorter steps are taken several times in a row."""
+QUICK = 0.1
+"""Seconds below which a call before each timing fills the caches, which are those of another step by then."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,16 @@ def time_steps(
 ) -> dict[str, Timing]:
     """Return the timing of each step over `repeats` rounds, at least two.
 
-    Rounds take every step in turn, so that a drift of the machine touches all alike.
+    Rounds take every step in turn, so that a drift of the machine touches all alike. Before its timing, a quick step
+    is called once: otherwise a step that follows one of other data would be slower than one that follows its like.
     """
-    calls = {name: _warm(step, warmup, device) for name, step in steps.items()}
+    first = {name: _warm(step, warmup, device) for name, step in steps.items()}
+    calls = {name: max(1, round(SHORTEST / max(seconds, 1e-7))) for name, seconds in first.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(max(2, repeats)):
         for name, step in steps.items():
+            if first[name] < QUICK:
+                step()
             times[name].append(_seconds(step, calls[name], device) / calls[name])
     return {name: _timing(values) for name, values in times.items()}
 
@@ -96,17 +103,25 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 def counted_macs(step: Step) -> int:
     """Count the multiply-adds of matrix products and convolutions in a step, by `torch.utils.flop_counter`."""
-    counter = FlopCounterMode(display=False)
+    # torch does not count a product that is added to a tensor in place
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _product_flops})
     with counter, sdpa_kernel(SDPBackend.MATH):  # the products of fused attention are not counted everywhere
         step()
     return counter.get_total_flops() // 2
 
 
-def _warm(step: Step, warmup: int, device: torch.device) -> int:
-    """Warm up; returns how many calls make a timing long enough."""
+def _product_flops(
+    _added: Sequence[int], left: Sequence[int], right: Sequence[int], **_others: object
+) -> int:
+    """Return the operations of a batch of products, of the shapes (Z, N, M) and (Z, M, D)."""
+    return 2 * math.prod(left) * right[-1]
+
+
+def _warm(step: Step, warmup: int, device: torch.device) -> float:
+    """Warm up; return the seconds of a call."""
     for _ in range(max(1, warmup)):
         step()
-    return max(1, round(SHORTEST / max(_seconds(step, 1, device), 1e-7)))
+    return _seconds(step, 1, device)
 
 
 def _seconds(step: Step, calls: int, device: torch.device) -> float:

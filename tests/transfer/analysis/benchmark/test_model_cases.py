@@ -52,6 +52,7 @@ def test_mistakes_are_found_before_anything_is_measured(
         model_cases([source], [plan], [size], Ways())
 
 
+@pytest.mark.slow
 def test_the_backward_pass_learns_every_weight() -> None:
     case = model_cases([TINY], ["*: linear"], [32], Ways([2], backward=True))[1]
     assert case.backward
