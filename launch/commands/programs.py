@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ...models.programs.program_checks import Verdict
 
-MOST = 100_000
+COUNT, MOST = 100, 100_000
 WIDEST = 90
 """Characters of a reason in the table."""
 
@@ -34,16 +34,17 @@ def run(argv: list[str]) -> int:
         usage="[PROGRAM] [--count N] [--seed S]",
     )
     parser.add_argument("program", nargs="?", metavar="PROGRAM", help="text of a program, or attnzero_...")
-    parser.add_argument("--count", type=int, default=100, metavar="N", help="programs to draw (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draws (default: 0)")
+    parser.add_argument("--count", type=int, metavar="N", help=f"programs to draw (default: {COUNT})")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of the draws (default: 0)")
     arguments = parser.parse_args(argv)
-    if not 1 <= arguments.count <= MOST:
-        raise ConfigError(f"--count {arguments.count}: give a number from 1 to {MOST:,}")
-    say(
-        _survey(arguments.count, arguments.seed)
-        if arguments.program is None
-        else _explained(arguments.program)
-    )
+    program, count, seed = arguments.program, arguments.count, arguments.seed
+    if program is not None and (count, seed) != (None, None):
+        raise ConfigError(
+            f"--count and --seed are of drawn programs: leave them out, or leave {program!r} out"
+        )
+    if count is not None and not 1 <= count <= MOST:
+        raise ConfigError(f"--count {count}: give a number from 1 to {MOST:,}")
+    say(_survey(count or COUNT, seed or 0) if program is None else _explained(program))
     return 0
 
 
@@ -81,15 +82,19 @@ def _explained(text: str) -> str:
     from ...models.programs.program_checks import check
     from ...models.programs.program_printing import latex, torch_code
     from ...models.programs.program_text import parse_program
+    from ...models.programs.value_map import why_no_map
 
     if text.startswith("attnzero") and text not in FOUND:
         raise ConfigError(f"unknown program {text!r}; {did_you_mean(text, FOUND)}")
     program = parse_program(FOUND.get(text, text))
     verdict = check(program)
     heads = "depends on other heads of the image" if program.mixes_heads else "is independent of other heads"
+    why = why_no_map(program)
+    has_map = f"none: {why}" if why else "the output of a head is M V"
     outcome = "passes all checks" if verdict.passed else f"fails {verdict.check}: {verdict.reason}"
     return (
         f"program   {program.text}\nhash      {program.hash}\nreads     {', '.join(program.inputs)}\n"
         f"products  {program.products} multiply-adds a head\nentries   {program.entries} a head\n"
-        f"a head    {heads}\nchecks    {outcome}\n\nLaTeX\n{latex(program)}\n\nPyTorch\n{torch_code(program)}"
+        f"a head    {heads}\na map     {has_map}\nchecks    {outcome}\n\n"
+        f"LaTeX\n{latex(program)}\n\nPyTorch\n{torch_code(program)}"
     )

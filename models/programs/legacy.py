@@ -6,6 +6,7 @@ binary operators, all by number (`legacy_operators`). `legacy_import` turns a ge
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,10 +50,9 @@ class Genotype:
     binary_op: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.graph_type not in GRAPHS:
-            raise ProgramError(
-                f"unknown graph {self.graph_type!r}; {did_you_mean(str(self.graph_type), GRAPHS)}"
-            )
+        if not isinstance(self.graph_type, str) or self.graph_type not in GRAPHS:
+            graph = reprlib.repr(self.graph_type)
+            raise ProgramError(f"unknown graph {graph}; {did_you_mean(graph.strip(repr('')), GRAPHS)}")
         count = GRAPHS[self.graph_type].count(".")
         if (len(self.unary_op), len(self.binary_op)) != (2 * count, count):
             raise ProgramError(
@@ -62,8 +62,9 @@ class Genotype:
         for numbers, table in ((self.binary_op, BINARY), *((chain, UNARY) for chain in self.unary_op)):
             wrong = [number for number in numbers if type(number) is not int or not 0 <= number < len(table)]
             if wrong or len(numbers) > MAX_CHAIN:
+                given = reprlib.repr(list(numbers))
                 raise ProgramError(
-                    f"operators are up to {MAX_CHAIN} numbers from 0 to {len(table) - 1}, not {list(numbers)}"
+                    f"operators are up to {MAX_CHAIN} numbers from 0 to {len(table) - 1}, not {given}"
                 )
 
     @classmethod

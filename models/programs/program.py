@@ -52,7 +52,7 @@ def apply(name: str, *operands: Node) -> Node:
     shape = row.shape(*(each.shape for each in operands))
     if shape is None:
         shapes = " and ".join(str(each.shape) for each in operands)
-        raise ProgramError(f"{name} is not defined for {shapes}, in {_brief(operands)}")
+        raise ProgramError(f"{name} is not defined for {shapes}, in {_brief(name, operands)}")
     name, operands = _simplified(name, operands)
     if not name:
         return operands[0]
@@ -75,7 +75,7 @@ def _simplified(name: str, operands: tuple[Node, ...]) -> tuple[str, tuple[Node,
         if inner.primitive == "t":
             return "", inner.operands
         if inner.primitive in ("tn", "nt"):
-            return inner.primitive, inner.operands[::-1]
+            return _simplified(inner.primitive, inner.operands[::-1])
     if name in PRODUCTS:
         sides = [_upright(flip, each) for flip, each in zip(PRODUCTS[name], operands, strict=True)]
         flips = tuple(flip for flip, _ in sides)
@@ -173,6 +173,6 @@ def _walk(node: Node) -> Iterator[Node]:
     yield node
 
 
-def _brief(operands: tuple[Node, ...]) -> str:
-    text = " ".join(each.text for each in operands)
+def _brief(name: str, operands: tuple[Node, ...]) -> str:
+    text = f"{name}({' '.join(each.text for each in operands)})"
     return text if len(text) <= 80 else f"{text[:77]}..."

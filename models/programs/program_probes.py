@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -162,6 +163,8 @@ def imprecise(candidate: Candidate) -> str:
     for dtype, name in ((torch.float16, "float16"), (torch.bfloat16, "bfloat16")):
         rounded = [x.to(dtype) for x in inputs]
         far = distance(candidate.run(*rounded), candidate.run(*(x.float() for x in rounded)))
-        if not far <= ROUNDING:  # also refuses NaN
+        if not isfinite(far):
+            return f"computed in {name} the output is not finite"
+        if far > ROUNDING:
             return f"computed in {name} the output is off by {far:.1e}"
     return ""

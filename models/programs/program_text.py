@@ -34,6 +34,7 @@ def _tokens(text: str) -> list[str]:
         if found is None:
             wrong = text[at:].strip()[:1]
             hint = "; separate operands by a space" if wrong == "," else ""
+            hint = "; names are in lower case" if wrong.isupper() else hint
             raise ProgramError(f"program: {wrong!r} is not a name or a parenthesis{hint}")
         tokens.append(found[1] or found[2])
         at = found.end()

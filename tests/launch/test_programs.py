@@ -30,11 +30,14 @@ def test_a_program_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 N D^2 multiply-adds a head" in said
     assert "depends on other heads of the image" in said
     assert "passes all checks" in said
+    assert "a map     none: minmax(v) is not linear in V" in said
     assert "def attention(q, k, v):" in said
     assert main(["programs", "mul( v  q)"]) == 0
     said = capsys.readouterr().out
     assert "mul(q v)" in said
     assert "fails gradients: K gets no gradient" in said
+    assert main(["programs", "v"]) == 0
+    assert "a map     the output of a head is M V" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,9 @@ def test_a_program_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["mm(q k)"], "mm is not defined for N×D and N×D"),
         (["attnzero_106"], "unknown program 'attnzero_106'; did you mean 'attnzero_105'"),
+        (["MM(q k)"], "'M' is not a name or a parenthesis; names are in lower case"),
         (["--count", "0"], "--count 0: give a number from 1 to 100,000"),
+        (["q", "--seed", "0"], "--count and --seed are of drawn programs: leave them out, or leave 'q' out"),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from dense import TINY, tiny
 from graftvit.models.attention.attention_program import ProgramAttention
-from graftvit.models.attention.base import Geometry, LayerShape
+from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.converted import start_fresh
-from graftvit.models.errors import ConfigError
+from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.models.layer_plan import Choice
 from graftvit.models.operators import create_operator
-from graftvit.models.programs.found import FOUND
+from graftvit.models.programs.found import FOUND, LINEAR
 from graftvit.models.programs.program_text import parse_program
-from operator_cases import Case, draw
+from graftvit.transfer.recovery.layer_losses import LayerTarget, check_layer_loss, map_error, probe_error
+from operator_cases import Case, draw, identity_values
 from torch import Tensor
 
 GRID = Geometry(2, (3, 5))
@@ -72,6 +73,60 @@ def test_rows_are_those_of_autograds_jacobian_where_heads_see_each_other(name: s
     torch.testing.assert_close(operator.matrix(heads)[0], dense, rtol=1e-9, atol=1e-12)
     across = whole[0, :, :, 1].abs().max()
     assert bool(across > 1e-9) is not operator.traits.independent_heads
+
+
+MAPPED = [LINEAR, "mm(softmax(nt(scale(q) k)) v)", "sub(mul(v dist(q k)) mm(minmax(q) tn(zscore(k) v)))"]
+
+
+@pytest.mark.parametrize("code", MAPPED)
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_map_is_what_one_hot_values_show(code: str, padding: bool) -> None:
+    """Of the layer, with its prefix tokens and its padding; padding tokens are in no row and no column of it."""
+    operator, heads = Case("program", {"code": code}).build(GRID), draw(GRID)
+    q, k, v = heads.qkv()
+    if padding:
+        heads.key_mask = torch.ones(2, GRID.num_tokens, dtype=torch.bool)
+        heads.key_mask[1, [4, 9, 16]] = False
+    with torch.no_grad():
+        columns = []
+        for token in range(GRID.num_tokens):
+            values = torch.zeros_like(v)
+            values[:, :, token, 3] = 1
+            columns.append(operator.attend(heads.with_qkv(q, k, values))[..., 3])
+        dense = torch.stack(columns, -1)
+        torch.testing.assert_close(operator.matrix(heads), dense, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(operator.attend(identity_values(heads)), dense, rtol=1e-9, atol=1e-12)
+
+
+def test_losses_on_maps_refuse_other_programs_with_the_reason() -> None:
+    operator = build("attnzero_105")
+    with pytest.raises(TransferError) as caught:
+        check_layer_loss("map", 3, "attnzero_105", operator)
+    assert str(caught.value) == (
+        "align.match=map: attnzero_105 of layer 3 is not linear in V and has no map (minmax(v) is not linear in V); "
+        "use output"
+    )
+    with pytest.raises(UnsupportedModelError, match=r"only a Jacobian \(minmax\(v\) is not linear in V\)"):
+        operator.terms(draw(GRID))
+    signed = Case("program", {"code": MAPPED[2]}).build(GRID)
+    check_layer_loss("map", 3, "program", signed)
+    with pytest.raises(TransferError, match="are no distributions"):
+        check_layer_loss("rows", 3, "program", signed)
+    check_layer_loss("rows", 3, "program", Case("program").build(GRID))
+
+
+@pytest.mark.parametrize("code", MAPPED)
+def test_the_loss_on_maps_is_that_of_the_dense_maps(code: str) -> None:
+    operator, heads = Case("program", {"code": code}).build(GRID), draw(GRID)
+    q, k, v = draw(GRID, seed=5).qkv()
+    teacher = Heads(q, k, v, None, heads.scale)
+    target = (q @ k.transpose(2, 3) * heads.scale).softmax(-1)
+    dense = (target - operator.matrix(heads)).square().sum((2, 3)).mean() / GRID.num_tokens
+    found = map_error(operator, heads, LayerTarget(teacher, target @ v))
+    torch.testing.assert_close(found, dense, rtol=1e-9, atol=1e-12)
+    torch.manual_seed(0)
+    estimates = [probe_error(operator, heads, LayerTarget(teacher, target @ v)) for _ in range(60)]
+    assert float(torch.stack(estimates).mean() / dense) == pytest.approx(1, abs=0.1)
 
 
 def test_a_layer_computes_only_the_projections_that_are_needed() -> None:

@@ -34,6 +34,8 @@ def test_programs_compute_the_formulas_that_they_spell() -> None:
         ("mm(q t(tn(relu(k) v)))", "mm(q tn(v relu(k)))"),
         ("tn(t(softmax(nt(q k))) v)", "mm(softmax(nt(q k)) v)"),
         ("sub(v q)", "sub(v q)"),
+        ("mm(q t(tn(v nt(k tn(q v)))))", "mm(q tn(mm(k tn(v q)) v))"),
+        ("mm(q t(tn(v nt(k relu(tn(q v))))))", "mm(q mm(nt(relu(tn(q v)) k) v))"),
     ],
 )
 def test_one_formula_has_one_text(text: str, canonical: str) -> None:
@@ -92,7 +94,7 @@ def test_cost_and_traits_are_read_off_the_graph() -> None:
         ("soft(q)", "unknown primitive 'soft'; did you mean"),
         ("add(q, k)", "',' is not a name or a parenthesis"),
         ("__import__(q)", "'_' is not a name or a parenthesis"),
-        ("mm(q k)", "mm is not defined for N×D and N×D, in q k"),
+        ("mm(q k)", "mm is not defined for N×D and N×D, in mm(q k)"),
         ("nt(q k)", "a program gives N×D, and this one gives N×N"),
         ("tn(q k)", "this one gives D×D"),
         ("zscore(one)", "zscore is not defined for 1×1"),

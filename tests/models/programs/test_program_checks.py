@@ -19,6 +19,7 @@ def running_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 TRIAL_105 = Genotype("i3n303", ((16,), (0, 13), (0, 25), (6,), (0,), (25, 0)), (6, 3, 2))
 TRIAL_140 = Genotype("i3n302", ((16,), (15,), (0, 5), (9, 0), (20,), (25,)), (5, 5, 0))
+OVERFLOWS = "l2(mul(exp(exp(add(one add(one one)))) mm(l2(q) l2(tn(k v)))))"
 FIRST = {
     "types": ("mm(q k)", "mm is not defined for N×D and N×D"),
     "finite": ("add(mm(q tn(k v)) exp(exp(exp(q))))", "not finite for inputs of size 1"),
@@ -61,6 +62,7 @@ def test_good_programs_pass(text: str) -> None:
     [
         ("q", "gradients", "K gets no gradient"),
         ("add(exp(mul(q q)) exp(mul(k k)))", "finite", "size 4"),
+        (OVERFLOWS, "half", "computed in float16 the output is not finite"),
         (Genotype("i3n2", ((0,), (0,), (0,), (0,)), (3, 2)), "types", "cannot be computed"),
         (Genotype("i3n2", ((0,), (0,), (0,), (22,)), (0, 0)), "types", "is (1, 2, 2, 49, 16) and not"),
         (Genotype("i3n2", ((2, 11), (0,), (0,), (0,)), (0, 0)), "gradients", "no backward pass"),
