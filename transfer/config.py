@@ -174,6 +174,12 @@ class DataConfig(Section):
         description="number of augmented views of each image: epoch e shows view e modulo this number; 0 shows "
         "images without augmentation, as evaluation does; a new view each epoch by default",
     )
+    aug_repeats: int = Field(
+        1,
+        gt=0,
+        description="repeated augmentation: an epoch shows one image in this many, each this many times with other "
+        "augmentation; 3 in DeiT, PVT and LIT-Ti",
+    )
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area range of the random resized crop")
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     aa: str | None = Field(

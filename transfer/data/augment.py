@@ -34,6 +34,11 @@ def with_settings(own: Preprocessing, config: DataConfig) -> Preprocessing:
     return replace(own, **{**whole, **given})
 
 
+def epoch_repeats(config: DataConfig) -> int:
+    """Return how often an epoch shows an image that it shows. Fixed views are shown once."""
+    return config.aug_repeats if config.views is None else 1
+
+
 def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
     """timm's training transform with the keys of `config`; `aa: affine` neither crops nor flips.
 

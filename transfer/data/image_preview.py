@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import DataError
 from ..config import DataConfig
-from .augment import create_mixing, mix, train_transform
+from .augment import create_mixing, epoch_repeats, mix, train_transform
 from .class_counts import stream_classes
 from .datasets import open_dataset
 from .images import ImageSource
@@ -69,8 +69,9 @@ def _of_source(source: ImageSource, config: DataConfig, spec: Preprocessing, cou
         seed=seed,
         mixing=create_mixing(config, classes),
         tries=config.max_bad_images + 1,
+        repeats=epoch_repeats(config),
     )
-    first = epoch_order(len(source), seed, 0)[:count].tolist()
+    first = epoch_order(len(source), seed, 0, epoch_repeats(config))[:count].tolist()
     return batches[BatchRequest(0, 0, tuple(first), len(first))]
 
 

@@ -17,7 +17,7 @@ from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
-from .augment import create_mixing, eval_transform, train_transform
+from .augment import create_mixing, epoch_repeats, eval_transform, train_transform
 from .class_counts import check_stream, count_classes, stream_classes
 from .datasets import check_apart, has_split, open_dataset
 from .fetch import Fetcher
@@ -26,7 +26,7 @@ from .labels import IMAGENET_CLASSES, real_labels
 from .loading import Batch, Beside, EvalBatches, TrainBatches
 from .numbering import MODEL, number_by_name
 from .sampler import BatchRequest, Indices, balanced_subset, epoch_order, eval_requests, train_requests
-from .streams import StreamFetcher, read_all_on_every_rank
+from .streams import StreamFetcher, check_without_index, read_all_on_every_rank
 
 __all__ = [
     "AbsentTrainLoader", "EvalLoader", "TrainLoader",
@@ -50,6 +50,8 @@ class TrainLoader:
     streamed = False
     """Whether the images come in an order of their own, which depends on the number of ranks."""
     class_names: Sequence[str] | None = None
+    repeats = 1
+    """Positions of an image in an epoch that shows it (`data.aug_repeats`)."""
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class TrainLoader:
         self.batch_size = min(config.batch_size, self.num_samples // world_size)
         self.batches_per_epoch = self.num_samples // (self.batch_size * world_size)
         self._seed, self._rank, self._world_size, self._config = seed, rank, world_size, config
+        self.repeats = epoch_repeats(config)
         self.batches = TrainBatches(
             source,
             subset,
@@ -81,6 +84,7 @@ class TrainLoader:
             mixing=create_mixing(config, self.num_classes),
             tries=config.max_bad_images + 1,
             views=config.views,
+            repeats=self.repeats,
         )
         self._fetcher = Fetcher(self.batches, config.workers, config.max_bad_images)
 
@@ -114,7 +118,7 @@ class TrainLoader:
 
     def _full_epoch_from(self, epoch: int, position: int) -> Iterator[FullBatch]:
         requests = train_requests(
-            epoch_order(self.num_samples, self._seed, epoch),
+            epoch_order(self.num_samples, self._seed, epoch, self.repeats),
             epoch,
             batch_size=self.batch_size,
             rank=self._rank,
@@ -157,12 +161,7 @@ class StreamTrainLoader(TrainLoader):
         world_size: int,
         labels: bool = True,
     ) -> None:
-        if config.train_samples is not None:
-            raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} is a stream")
-        if config.views:
-            raise ConfigError(
-                f"data.views={config.views} needs samples by index; {config.dataset} is a stream"
-            )
+        check_without_index(config)
         self.class_names = stream_classes(stream)
         self.num_classes = count_classes(config, self.class_names, None, labels)
         self.batch_size = config.batch_size

@@ -127,7 +127,8 @@ def made(make: Callable[[BatchRequest], Batch], request: BatchRequest, name: Cal
 class TrainBatches(Dataset[Batch]):
     """BatchRequest -> Batch. A bad image is replaced by the next readable one of the set.
 
-    Epoch e augments by view e, or by view e modulo `views` where there are so many.
+    Epoch e augments by view e, or by view e modulo `views` where there are so many. A sample that `epoch_order`
+    repeats has another augmentation at each of its `repeats` positions.
     """
 
     beside: Beside | None = None
@@ -142,6 +143,7 @@ class TrainBatches(Dataset[Batch]):
         mixing: Mixup | None,
         tries: int,
         views: int | None = None,
+        repeats: int = 1,
     ) -> None:
         self._source = source
         self._subset = subset
@@ -150,6 +152,7 @@ class TrainBatches(Dataset[Batch]):
         self._mixing = mixing
         self._tries = min(tries, len(subset))
         self._views = views
+        self._repeats = repeats
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         with preserved():
@@ -163,8 +166,8 @@ class TrainBatches(Dataset[Batch]):
         bad: list[BadImage] = []
         ready: list[Ready] = []
         view = request.epoch if self._views is None else request.epoch % max(1, self._views)
-        for index in request.indices:
-            found = self._first_ready(index, view, bad)
+        for position, index in enumerate(request.indices, request.position):
+            found = self._first_ready(index, view, position % self._repeats, bad)
             if found is None:
                 return Batch(None, torch.empty(0), torch.empty(0), bad)
             ready.append(found)
@@ -178,9 +181,10 @@ class TrainBatches(Dataset[Batch]):
             images_BCHW, targets_B = mix(self._mixing, images_BCHW, targets_B, seed)
         return Batch(images_BCHW, targets_B, torch.ones(len(ready), dtype=torch.bool), bad, beside=beside)
 
-    def _first_ready(self, index: int, view: int, bad: list[BadImage]) -> Ready | None:
+    def _first_ready(self, index: int, view: int, copy: int, bad: list[BadImage]) -> Ready | None:
+        seed = derive_seed(SAMPLE, self._seed, view, index, *([copy] if copy else []))
         for place in range(index, index + self._tries):
-            seed_generators(derive_seed(SAMPLE, self._seed, view, index))
+            seed_generators(seed)
             result = prepared(self._source, self._place(place), self._transform)
             if not isinstance(result, BadImage):
                 return result

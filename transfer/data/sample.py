@@ -19,6 +19,7 @@ PLAIN = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "views": None,
+    "aug_repeats": 1,
 }
 
 

@@ -34,9 +34,14 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def epoch_order(size: int, seed: int, epoch: int) -> Indices:
-    """Return the permutation of `size` samples in which an epoch visits them."""
-    return np.random.RandomState(derive_seed(ORDER, seed, epoch)).permutation(size).astype(np.int64)
+def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> Indices:
+    """Return the order in which an epoch visits `size` samples: a permutation.
+
+    With `repeats` R above 1 (repeated augmentation, arXiv:1901.09335 and 1902.05509) each of the first size / R samples
+    of the permutation comes R times in a row. The epoch has as many positions as without.
+    """
+    order = np.random.RandomState(derive_seed(ORDER, seed, epoch)).permutation(size).astype(np.int64)
+    return order if repeats == 1 else np.repeat(order[: -(-size // repeats)], repeats)[:size]
 
 
 def train_requests(

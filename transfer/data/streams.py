@@ -18,8 +18,9 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...models.errors import DataError
-from .augment import Transform, mix, seed_generators
+from ...models.errors import ConfigError, DataError
+from ..config import DataConfig
+from .augment import Transform, epoch_repeats, mix, seed_generators
 from .fetch import BadImages, create_loader, guarded
 from .loading import BadImage, Batch, Loaded, Ready, cause, failed, out_of_memory
 from .randomness import preserved
@@ -180,6 +181,19 @@ class StreamFetcher:
                 raise DataError(
                     "the streamed data set has less than one batch of images for a loader process"
                 )
+
+
+def check_without_index(config: DataConfig) -> None:
+    """Raise ConfigError for a setting that picks samples by their numbers, which a stream has not."""
+    picked = {
+        "train_samples": config.train_samples is not None,
+        "views": bool(config.views),
+        "aug_repeats": epoch_repeats(config) > 1,
+    }
+    for name in (name for name, given in picked.items() if given):
+        raise ConfigError(
+            f"data.{name}={getattr(config, name)} needs samples by index; {config.dataset} is a stream: leave it out"
+        )
 
 
 def read_all_on_every_rank(stream: Any) -> None:

@@ -160,6 +160,7 @@ def test_what_cannot_be_is_named() -> None:
         digits((0, 3), train_samples=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_each_image_once(world: int, workers: int) -> None:

@@ -53,10 +53,10 @@ def policy_step(aa: str, spec: Preprocessing = RGB) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("aa", policies())
-def test_20_000_draws_of_a_policy_give_images(aa: str) -> None:
+def test_5_000_draws_of_a_policy_give_images(aa: str) -> None:
     step, image = policy_step(aa), Image.fromarray(NOISE)
     seed_generators(0)
-    assert {(each.mode, each.size) for each in (step(image) for _ in range(20_000))} == {("RGB", (8, 8))}
+    assert {(each.mode, each.size) for each in (step(image) for _ in range(5_000))} == {("RGB", (8, 8))}
 
 
 def operations(aa: str, spec: Preprocessing = RGB) -> list[Any]:
