@@ -4,16 +4,15 @@ They are timm's Swin, and our PVT, with a layer plan. LIT has no attention in st
 stages 3 and 4, and merges tokens deformably. LIT-S, M and B have Swin's relative position bias, of the whole grid.
 Importing this package's models registers them with timm.
 
-| name     | built from                   | parameters | drop path |
-| -------- | ---------------------------- | ---------- | --------- |
-| lit_ti   | pvt_small                    | 19,886,272 | 0.1       |
-| lit_s    | swin_tiny_patch4_window7_224 | 27,973,720 | 0.2       |
-| lit_m    | swin_small_patch4_window7_224 | 49,372,264 | 0.3      |
-| lit_b    | swin_base_patch4_window7_224 | 87,292,384 | 0.5       |
-
-| litv2_s  | swin_tiny_patch4_window7_224 | 27,844,000 | 0.2       |
-| litv2_m  | swin_small_patch4_window7_224 | 48,830,368 | 0.3      |
-| litv2_b  | swin_base_patch4_window7_224 | 86,520,704 | 0.5       |
+| name      | built from                    | parameters | drop path |
+| --------- | ----------------------------- | ---------- | --------- |
+| lit_ti    | pvt_small                     | 19,886,272 | 0.1       |
+| lit_s     | swin_tiny_patch4_window7_224  | 27,973,720 | 0.2       |
+| lit_m     | swin_small_patch4_window7_224 | 49,372,264 | 0.3       |
+| lit_b     | swin_base_patch4_window7_224  | 87,292,384 | 0.5       |
+| litv2_s   | swin_tiny_patch4_window7_224  | 27,844,000 | 0.2       |
+| litv2_m   | swin_small_patch4_window7_224 | 48,830,368 | 0.3       |
+| litv2_b   | swin_base_patch4_window7_224  | 86,520,704 | 0.5       |
 
 Counted with 1,000 classes at 224 x 224. LITv2 has HiLo attention in stages 3 and 4 (there with windows of one token,
 which is softmax), no relative position bias, and the parts of `litv2_parts.py`.

@@ -22,7 +22,8 @@ class PVT(nn.Module):
 
     `global_pool` is "token" (the class token of the last stage) or "avg" (no class token, the mean of the grid).
 
-    Raises ConfigError: an unknown `global_pool`, or reduced keys in a stage with a class token.
+    Raises ConfigError: an unknown `global_pool`, reduced keys in a stage with a class token, or settings for
+    different numbers of stages.
     """
 
     def __init__(
@@ -52,6 +53,13 @@ class PVT(nn.Module):
                 f"sr_ratios={tuple(sr_ratios)}: the last stage has a class token, which a reduction has no place for; "
                 "give 1, or global_pool=avg"
             )
+        _check_stages(
+            depths=depths,
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            sr_ratios=sr_ratios,
+            mlp_ratios=mlp_ratios,
+        )
         self.num_classes, self.global_pool = num_classes, global_pool
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.patch_embed = PatchEmbedding(in_chans, embed_dims[0], patch_size)
@@ -204,3 +212,13 @@ class PVT(nn.Module):
 
     def _stages(self) -> list[PVTStage]:
         return cast("list[PVTStage]", list(self.stages))
+
+
+def _check_stages(**settings: Sequence[float]) -> None:
+    """Raise ConfigError unless each of `settings` has one value for each stage."""
+    (first, *_), lengths = settings, {name: len(values) for name, values in settings.items()}
+    for name, length in lengths.items():
+        if length != lengths[first]:
+            raise ConfigError(
+                f"{name} has values for {length} stages, and {first} for {lengths[first]}: give one for each stage"
+            )

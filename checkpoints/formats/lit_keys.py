@@ -98,31 +98,41 @@ def _split(weights: Weights) -> Weights:
     """Cut the fused projections of LIT-Ti into those of PVT: queries, and keys with values."""
     tensors = dict(weights.tensors)
     for name in [name for name in tensors if ".attn.qkv." in name]:
-        fused = tensors.pop(name)
-        if not fused.ndim or len(fused) % 3:
-            raise CheckpointError(
-                f"{weights.origin}: {name} is {tuple(fused.shape)}, which are not three equal parts"
-            )
-        rows = len(fused) // 3
-        tensors[name.replace("qkv", "q")], tensors[name.replace("qkv", "kv")] = fused[:rows], fused[rows:]
+        q, k, v = _parts(weights, name, 3)
+        del tensors[name]
+        tensors[name.replace("qkv", "q")], tensors[name.replace("qkv", "kv")] = q, torch.cat((k, v))
     return replace(weights, tensors=tensors)
+
+
+def _parts(weights: Weights, name: str, count: int) -> tuple[Tensor, ...]:
+    """Cut a fused projection into `count` parts.
+
+    Raises CheckpointError: it is absent, or its rows are not as many equal parts.
+    """
+    fused = weights.tensors.get(name)
+    if fused is None:
+        raise CheckpointError(f"{weights.origin} is not whole: it lacks {name}")
+    if not fused.ndim or not len(fused) or len(fused) % count:
+        words = {1: "no rows", 2: "not two equal parts", 3: "not three equal parts"}[count]
+        raise CheckpointError(f"{weights.origin}: {name} is {tuple(fused.shape)}, which are {words}")
+    return fused.chunk(count)
 
 
 def _joined(weights: Weights) -> Weights:
     """Join the projections of LITv2's high and low heads to the fused one of Swin."""
     tensors = dict(weights.tensors)
     for name in [name for name in tensors if ".attn.l_q." in name]:
-        high = tensors.pop(name.replace("l_q", "h_qkv"), None)
-        low_kv = tensors.pop(name.replace("l_q", "l_kv"), None)
-        if low_kv is None:
-            raise CheckpointError(f"{weights.origin} is not whole: it lacks {name.replace('l_q', 'l_kv')}")
-        low = (tensors.pop(name), *low_kv.chunk(2))
-        parts = (
-            low if high is None else [each for pair in zip(high.chunk(3), low, strict=True) for each in pair]
-        )
+        high_name, low_name = name.replace("l_q", "h_qkv"), name.replace("l_q", "l_kv")
+        low = (*_parts(weights, name, 1), *_parts(weights, low_name, 2))
+        high = _parts(weights, high_name, 3) if high_name in tensors else ()
+        parts = [each for pair in zip(high, low, strict=True) for each in pair] if high else low
+        if len({each.shape[1:] for each in parts}) > 1:
+            raise CheckpointError(f"{weights.origin}: {name} and {low_name} are not of one width")
+        for each in (name, low_name, high_name):
+            tensors.pop(each, None)
         tensors[name.replace("l_q", "qkv")] = torch.cat(list(parts))
         proj = name.replace("l_q", "l_proj")
-        if proj in tensors and high is None:
+        if proj in tensors and not high:
             tensors[proj.replace("l_proj", "proj")] = tensors.pop(proj)
     return replace(weights, tensors=tensors)
 
@@ -167,7 +177,7 @@ def _describe_swin(weights: Weights, config: Json) -> Weights:
     second = "layers.0.blocks.0.mlp.dwconv.weight" in weights.tensors
     table = weights.tensors.get("layers.2.blocks.0.attn.relative_position_bias_table")
     side = (
-        0 if table is None else 8 * (math.isqrt(len(table)) + 1)
+        0 if table is None or not table.ndim else 8 * (math.isqrt(len(table)) + 1)
     )  # (2 h - 1)² rows for h² tokens of 16 x 16 pixels
     return _described(weights, None if size is None else f"lit{'v2' if second else ''}_{size}", side)
 

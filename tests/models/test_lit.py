@@ -18,6 +18,7 @@ from graftvit.models.conversion import convert, plan_of, resize
 from graftvit.models.families import is_pyramid, sites
 from graftvit.models.merges import merge_layers
 from graftvit.models.pyramid_cost import attention_macs, other_macs
+from graftvit.models.without_memory import without_memory
 from pyramids import images
 from torch import nn
 
@@ -39,15 +40,15 @@ def tiny_lit(name: str, **more: Any) -> Any:
         return timm.create_model(name, **{**TINY[name], "num_classes": 3, "img_size": 64, **more}).eval()
 
 
-def without_memory(name: str) -> nn.Module:
-    with torch.device("meta"):
+def outlined(name: str) -> nn.Module:
+    with without_memory():
         return timm.create_model(name)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 def test_parameters_to_the_integer(row: list[str]) -> None:
     name, _, parameters, drop_path = row
-    model: Any = without_memory(name)
+    model: Any = outlined(name)
     assert f"{sum(p.numel() for p in model.parameters()):,}" == parameters
     last = sites(model)[-1].block(model)
     assert last.drop_path2.drop_prob == pytest.approx(float(drop_path))  # type: ignore[union-attr]
@@ -77,7 +78,7 @@ def swin_extras(model: nn.Module, offset_channels: int) -> int:
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED.items(), ids=PUBLISHED)
 def test_multiply_adds_are_the_published_ones(name: str, published: int) -> None:
-    model = without_memory(name)
+    model = outlined(name)
     ours = sum(attention_macs(model)) + other_macs(model)
     assert ours + swin_extras(model, 12) == pytest.approx(published, rel=1e-5)
     if name == "lit_s":
@@ -91,7 +92,7 @@ SECOND = {"litv2_s": 3.734e9, "litv2_m": 7.479e9, "litv2_b": 13.194e9}
 @pytest.mark.parametrize(("name", "published"), SECOND.items(), ids=SECOND)
 def test_multiply_adds_of_litv2_without_what_it_projects_before_pooling(name: str, published: float) -> None:
     """The authors project the pooled tokens. We project all tokens, then pool: 3/4 of these products are more."""
-    model = without_memory(name)
+    model = outlined(name)
     more, biases = 0, 0
     for site in sites(model):
         tokens = site.shape.geometry.num_tokens
@@ -104,7 +105,7 @@ def test_multiply_adds_of_litv2_without_what_it_projects_before_pooling(name: st
 
 
 def test_multiply_adds_of_lit_ti() -> None:
-    model = without_memory("lit_ti")
+    model = outlined("lit_ti")
     assert sum(attention_macs(model)) == 155_197_440
     found = sites(model)
     norms = sum((1 + (site.stage > 1)) * 2 * site.width * site.shape.geometry.num_tokens for site in found)

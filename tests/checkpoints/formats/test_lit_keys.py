@@ -13,6 +13,7 @@ from golden import golden_state
 from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError
+from graftvit.models.without_memory import without_memory
 from torch import Tensor
 
 TINY: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ def test_a_file_is_loaded_from_any_container(tmp_path: Path, name: str, wrapped:
 
 def test_the_schemes_of_the_published_sizes() -> None:
     """Key patterns of the published files, written out by hand."""
-    with torch.device("meta"):
+    with without_memory():
         ti, s = (set(to_reference(timm.create_model(name))) for name in ("lit_ti", "lit_s"))
     assert {
         "pos_embed1",
@@ -84,7 +85,7 @@ def test_the_schemes_of_the_published_sizes() -> None:
 
 
 def test_the_scheme_of_litv2() -> None:
-    with torch.device("meta"):
+    with without_memory():
         keys = to_reference(timm.create_model("litv2_s"))
     assert len(keys) == 219
     shapes = {
@@ -136,3 +137,26 @@ def test_what_is_no_lit_is_refused() -> None:
     state["block3.0.attn.qkv.weight"] = state["block3.0.attn.qkv.weight"][:-1]
     with pytest.raises(CheckpointError, match=r"qkv\.weight is \(71, 24\), which are not three equal parts"):
         from_reference(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "words"),
+    [
+        ("layers.2.blocks.0.attn.l_q.weight", (), r"l_q\.weight is \(\), which are no rows"),
+        ("layers.2.blocks.0.attn.l_q.weight", (7, 3), r"l_q\.weight and .*l_kv\.weight are not of one width"),
+        ("layers.2.blocks.0.attn.l_kv.weight", (), r"l_kv\.weight is \(\), which are not two equal parts"),
+        ("layers.2.blocks.0.attn.h_qkv.weight", (7, 3), r"is \(7, 3\), which are not three equal parts"),
+    ],
+)
+def test_projections_of_another_shape_are_refused(key: str, shape: tuple[int, ...], words: str) -> None:
+    state = published("litv2_s")
+    assert key in state
+    state[key] = torch.zeros(shape)
+    with pytest.raises(CheckpointError, match=words):
+        from_reference(state)
+
+
+def test_a_table_without_rows_gives_no_image_size() -> None:
+    state = published("lit_s")
+    state["layers.2.blocks.0.attn.relative_position_bias_table"] = torch.zeros(())
+    assert from_reference(state)["layers.2.blocks.0.attn.relative_position_bias_table"].ndim == 0
