@@ -51,6 +51,10 @@ class HashAttention(AttentionOperator):
         "the hash functions of this model are not fitted: give --calibrate N to `graftvit convert`, "
         "student.calibrate=N to a run, or calibration images to convert()"
     )
+    no_direction = (
+        "the hash functions cannot be fitted: the layer's queries are all zero or not all finite; check the weights "
+        "and the calibration images"
+    )
 
     def __init__(
         self,
@@ -163,7 +167,7 @@ class HashAttention(AttentionOperator):
 
         Without samples, draw everything at random: codes of no use, for measurements of speed.
 
-        Raises ConfigError: there are fewer tokens than anchors.
+        Raises ConfigError: there are fewer tokens than anchors. UnsupportedModelError: the tokens have no direction.
         """
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(self.weight.shape, generator=generator).to(self.weight)
@@ -173,6 +177,8 @@ class HashAttention(AttentionOperator):
             self._known_fitted = False
             return Fit({})
         u_BHND = _unit(precise(torch.cat([heads.q for heads in samples if heads.q is not None])))
+        if not (u_BHND.isfinite().all() and u_BHND.any()):
+            raise UnsupportedModelError(self.no_direction)
         self.anchors.copy_(self._draw_anchors(u_BHND, generator))
         kernels = _kernels(u_BHND, precise(self.anchors))
         self.mean.copy_(kernels.mean((0, 2)))
@@ -228,7 +234,9 @@ def _kernels(u_BHND: Tensor, anchors_HMD: Tensor) -> Tensor:
     """Return exp(−‖u − anchor‖² / 2σ²), (B, H, N, M)."""
     products = u_BHND @ anchors_HMD.transpose(1, 2)
     distance = 1 + anchors_HMD.square().sum(-1)[:, None] - 2 * products
-    mean = distance.mean((2, 3), keepdim=True).clamp_min(torch.finfo(distance.dtype).tiny)
+    mean = distance.mean((2, 3), keepdim=True).clamp_min(
+        torch.finfo(distance.dtype).eps
+    )  # the rounding error
     return torch.exp(-distance / (2 * mean))
 
 

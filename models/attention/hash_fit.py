@@ -23,6 +23,8 @@ RATE, MOMENTUM, STEPS = 5e-4, 0.9, 100
 """Of the published gradient descent."""
 ROWS = 2**22
 """The number of similarities that are in memory at once."""
+ROUNDING = 1e-13
+"""The square of the rounding error of a kernel, about the least power that means anything."""
 SPREAD = 0.5
 """The root mean square of y before the sign, for bits found by eigenvectors: gradients pass where |y| < 1."""
 
@@ -130,7 +132,7 @@ def by_eigenvector(bits: Bits, weight_HM: Tensor) -> Tensor:
         gain_BHMM = gain_BHMM - known @ known.transpose(2, 3)
     gain, power = gain_BHMM.sum(0), (features.transpose(2, 3) @ features).mean(0) / features.shape[2]
     values, vectors = torch.linalg.eigh(power)
-    whiten = vectors * values.clamp_min(1e-9 * float(values.max())).rsqrt()[:, None, :]
+    whiten = vectors * values.clamp_min(1e-9 * float(values.max()) + ROUNDING).rsqrt()[:, None, :]
     inner = whiten.transpose(1, 2) @ ((gain + gain.transpose(1, 2)) / 2) @ whiten
     best = (whiten @ torch.linalg.eigh(inner).eigenvectors[..., -1:]).squeeze(-1)
     sign = torch.where((best * weight_HM).sum(-1, keepdim=True) < 0, -1.0, 1.0)  # eigenvectors have no sign
