@@ -27,6 +27,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
     Raises ConfigError if the file has no section `compare` or is not valid.
     """
     from ..transfer.analysis.compare.compare import Comparison
+    from ..transfer.analysis.compare.comparison_cells import check_stages
     from ..transfer.engine.modes import mode_of
     from ..transfer.engine.stages import Stage
 
@@ -41,6 +42,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
             raise ConfigError(
                 f"{source}: stage {stage.name} has mode {stage.config.mode}, which has no accuracy to compare"
             )
+    check_stages(compare, [stage.name for stage in stages])
     if compare.teacher_recipe is None:
         return Comparison(stages, compare)
     folder = stages[0].config.output_dir / "teacher"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .comparison_cells import folder_of
+
 
 @dataclass(frozen=True)
 class Score:
@@ -15,6 +17,8 @@ class Score:
     loss: float
     seconds: float = 0.0
     steps: int = 0
+    deviation: float | None = None
+    """Of a mean over seeds: the sample standard deviation of the top-1."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Speed:
     """Of one image, by the operators' own account."""
     counted_macs: int
     """Of one image, by torch's counter."""
+    multiplications: int | None = None
+    """Of one image, as `graftvit benchmark energy` counts; None in records of older versions."""
+    additions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,10 @@ class Record:
     """The digest of the teacher's weights; empty in records of older versions."""
     converted: bool | None = None
     """Whether the plan changed a layer; None in records of older versions."""
+    seed: int | None = None
+    """Of its runs, where the comparison has several; None for the teacher, and for a mean."""
+    seeds: int = 1
+    """The number of cells that its numbers are means of."""
 
     @property
     def is_unconverted(self) -> bool:
@@ -76,7 +87,7 @@ class Record:
     @property
     def folder(self) -> str:
         """The name of the cell's folder."""
-        return f"{self.name}-{self.size}"
+        return folder_of(self.name, self.size, self.seed)
 
     @property
     def speed(self) -> Speed | None:

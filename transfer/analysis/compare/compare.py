@@ -24,6 +24,7 @@ from ...engine.stages import Stage
 from ...engine.students import input_size
 from ...engine.train import train
 from ..benchmark.cases import load_average, machine
+from .cell_maps import keep_maps
 from .cell_record import Record, Speed
 from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells
 from .speed import measure_speed
@@ -66,7 +67,17 @@ class Comparison:
     def cells(self) -> list[Cell]:
         """Return all cells in the order of the table. Raises ConfigError: a name or a size is not valid."""
         sizes = self.compare.img_size or (_side(self.config),)
-        return list_cells(self.compare.plans, sizes, teacher=self.has_teacher)
+        return list_cells(self.compare.plans, sizes, teacher=self.has_teacher, seeds=self.compare.seeds)
+
+    def stages_of(self, cell: Cell) -> list[Stage]:
+        """Return the stages that a cell goes through, with its seed."""
+        names = self.compare.stages.get(cell.name, [stage.name for stage in self.stages])
+        seed = {} if cell.seed is None else {"seed": cell.seed}
+        return [
+            Stage(stage.name, stage.config.model_copy(update=seed))
+            for stage in self.stages
+            if stage.name in names
+        ]
 
     def cell_folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.folder
@@ -86,13 +97,13 @@ class Comparison:
 
     def digest(self, cell: Cell) -> str:
         """Return the digest of all settings that the cell's numbers depend on."""
-        stages = [_plain(stage.config, {"data_path", "workers", "stage"}) for stage in self.stages]
+        stages = [_plain(stage.config, {"data_path", "workers", "stage"}) for stage in self.stages_of(cell)]
         for settings in stages:
             settings["student"].pop("plan")
             if self.teacher is not None:
                 settings["teacher"].pop("source")  # a path
         made = None if self.teacher is None else _plain(self.teacher, {"stage"})
-        measured = self.compare.model_dump(mode="json", exclude={"plans", "img_size"})
+        measured = self.compare.model_dump(mode="json", exclude={"plans", "img_size", "stages", "seeds"})
         return digest([stages, made, measured, cell.plan, cell.size])
 
     @property
@@ -109,7 +120,7 @@ def _plain(config: RunConfig, but: set[str]) -> JsonDict:
 
 def check_plans(comparison: Comparison) -> None:
     """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
-    for cell in comparison.cells():
+    for cell in {(cell.name, cell.size): cell for cell in comparison.cells()}.values():
         try:
             check_supported(fresh_model(comparison.config, cell.plan, cell.size), pyramids=True)
         except GraftError as error:
@@ -192,7 +203,9 @@ def _run_cell(comparison: Comparison, cell: Cell) -> Record:
         logger.warning("%s failed", cell.folder, exc_info=True)
         found = {"error": one_sentence(f"{type(error).__name__}: {error}")}
     settings = comparison.digest(cell)
-    return Record(cell.name, cell.plan, cell.size, settings, machine(), load_average(), **found)
+    return Record(
+        cell.name, cell.plan, cell.size, settings, machine(), load_average(), seed=cell.seed, **found
+    )
 
 
 def _teacher_numbers(comparison: Comparison, cell: Cell) -> JsonDict:
@@ -200,6 +213,7 @@ def _teacher_numbers(comparison: Comparison, cell: Cell) -> JsonDict:
     config = comparison.config.model_copy(update={"student": student})
     teacher = teacher_of(config)
     score = score_teacher(config, teacher)
+    keep_maps(teacher, config.data, comparison.cell_folder(cell))
     return {
         "parameters": count_parameters(teacher.model)[0],
         "scores": [] if score is None else [score],
@@ -209,9 +223,10 @@ def _teacher_numbers(comparison: Comparison, cell: Cell) -> JsonDict:
 
 def _numbers(comparison: Comparison, cell: Cell) -> JsonDict:
     folder = comparison.cell_folder(cell)
-    trained = train_cell(comparison.stages, cell, folder, comparison.compare.error_batches)
+    trained = train_cell(comparison.stages_of(cell), cell, folder, comparison.compare.error_batches)
     if isinstance(trained, int):
         raise _stopped(trained, cell.folder)
+    keep_maps(trained.loaded, comparison.config.data, folder)
     parameters, new = count_parameters(trained.student)
     return {
         "converted": plan_of(trained.student) is not None,
@@ -225,8 +240,13 @@ def _numbers(comparison: Comparison, cell: Cell) -> JsonDict:
 
 
 def _speeds(comparison: Comparison, cell: Cell) -> list[Speed]:
-    """Measure at the training's image size and at those of `speed_img_size`, with as many pixels in a batch."""
-    compare, speeds = comparison.compare, []
+    """Measure at the training's image size and at those of `speed_img_size`, with as many pixels in a batch.
+
+    Models of other seeds than the first are as fast as that of the first.
+    """
+    compare, speeds = comparison.compare, list[Speed]()
+    if cell.seed is not None and cell.seed != compare.seeds[0]:
+        return speeds
     for size in sorted({cell.size, *compare.speed_img_size}):
         batch = max(1, compare.batch_size * cell.size**2 // size**2)
         models = speed_models(comparison.config, cell.plan, size)

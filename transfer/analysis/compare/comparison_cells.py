@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
-from ....models.errors import ConfigError
+from ....models.errors import ConfigError, did_you_mean
 from ...cells.sharing import pick_named
 from ...section import Section
 
@@ -23,6 +23,13 @@ class CompareConfig(Section):
     )
     img_size: tuple[int, ...] = Field(
         (), description="sides of the images that students are trained at; student.img_size by default"
+    )
+    stages: dict[str, tuple[str, ...]] = Field(
+        {}, description="by the name of a plan, the stages that it goes through; all by default"
+    )
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        (),
+        description="seeds of the students, a cell each, whose mean is in the tables; the setting seed by default",
     )
     teacher_recipe: str | None = Field(
         None, description="recipe that trains the teacher first, in output_dir/teacher"
@@ -43,20 +50,34 @@ class Cell:
     plan: str | None
     size: int
     """Side of the images in pixels."""
+    seed: int | None = None
+    """Of its runs; None for the teacher, and for that of the recipe."""
 
     @property
     def folder(self) -> str:
-        return f"{self.name}-{self.size}"
+        return folder_of(self.name, self.size, self.seed)
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.size} px: {self.plan or 'as it is'}"
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.name}, {self.size} px{seed}: {self.plan or 'as it is'}"
 
 
-def list_cells(plans: Mapping[str, str], sizes: Sequence[int], *, teacher: bool) -> list[Cell]:
+def folder_of(name: str, size: int, seed: int | None) -> str:
+    """Return the name of a cell's folder."""
+    return f"{name}-{size}" if seed is None else f"{name}-{size}-seed{seed}"
+
+
+def list_cells(
+    plans: Mapping[str, str], sizes: Sequence[int], *, teacher: bool, seeds: Sequence[int] = ()
+) -> list[Cell]:
     """Return all cells: at each size the teacher where there is one, uniform attention, then the plans.
 
-    Raises ConfigError: a name is taken or is not valid.
+    Each student has a cell for every seed.
+
+    Raises ConfigError: a name is taken or is not valid, or a seed is there twice.
     """
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"compare.seeds is {list(seeds)}: give each seed once")
     for name in plans:
         if name in (TEACHER, UNIFORM):
             raise ConfigError(
@@ -66,7 +87,28 @@ def list_cells(plans: Mapping[str, str], sizes: Sequence[int], *, teacher: bool)
             raise ConfigError(f"compare.plans: {name!r} must be of letters, digits, dashes, dots, +")
     everyone: dict[str, str | None] = {TEACHER: None} if teacher else {}
     everyone |= {UNIFORM: "*: uniform", **plans}
-    return [Cell(name, plan, size) for size in sizes for name, plan in everyone.items()]
+    return [
+        Cell(name, plan, size, seed)
+        for size in sizes
+        for name, plan in everyone.items()
+        for seed in (seeds if seeds and name != TEACHER else [None])
+    ]
+
+
+def check_stages(compare: CompareConfig, stages: Sequence[str]) -> None:
+    """Raise ConfigError: `compare.stages` names a plan or a stage that is not there, or leaves a plan none."""
+    for name, own in compare.stages.items():
+        if name not in (plans := (UNIFORM, *compare.plans)):
+            raise ConfigError(f"compare.stages: there is no plan {name!r}; {did_you_mean(name, plans)}")
+        for stage in own:
+            if stage not in stages:
+                raise ConfigError(
+                    f"compare.stages.{name}: there is no stage {stage!r}; {did_you_mean(stage, stages)}"
+                )
+        if not own:
+            raise ConfigError(
+                f"compare.stages.{name} is empty: name one stage or more of {', '.join(stages)}"
+            )
 
 
 def only_named(cells: Sequence[Cell], names: Sequence[str] | None, origin: str = "--only") -> list[Cell]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from ....checkpoints.markdown import plain
+from ....models.attention.operations import Operations
+from ..benchmark.energy import Prices
 from ..report.tables import markdown, milliseconds, to_csv, to_json
-from .cell_record import Record, Speed
+from .cell_record import Record, Score, Speed
 from .comparison_cells import TEACHER, UNIFORM
 
 Table = tuple[list[str], list[list[str]]]
@@ -93,10 +95,12 @@ def records_csv(records: Sequence[Record]) -> str:
         },
         "gap_recovered_trained_uniform": lambda line: line.gap_trained,
         "gap_recovered_zero_shot_uniform": lambda line: line.gap_zero_shot,
+        "seed": lambda line: line.record.seed,
         "parameters": lambda line: line.record.parameters,
         "new_parameters": lambda line: line.record.new_parameters,
         "training_seconds": lambda line: line.record.seconds,
         **{cost: partial(_of_speed, cost) for cost in COSTS},
+        "energy_pj": lambda line: energy_of(line.record.speed),
     }
     return to_csv(list(columns), [[value(line) for value in columns.values()] for line in lines_of(records)])
 
@@ -118,7 +122,7 @@ def accuracy_table(records: Sequence[Record]) -> Table:
         if record.error is not None:
             continue
         found = [record.score(stage) for stage in stages]
-        shown = ["" if score is None else f"{score.top1:.1f} / {score.top5:.1f}" for score in found]
+        shown = ["" if score is None else _accuracy(score) for score in found]
         seconds = f"{record.seconds:.0f}" if record.plan is not None else ""
         rows.append(
             [label(record, sizes), *shown, _share(line.gap_trained), _share(line.gap_zero_shot), seconds]
@@ -136,6 +140,7 @@ def cost_table(records: Sequence[Record]) -> Table:
         "new": lambda record, _: f"{record.new_parameters:,}",
         "MMACs": lambda _, speed: f"{speed.macs / 1e6:.2f}",
         "counted": lambda _, speed: f"{speed.counted_macs / 1e6:.2f}",
+        "µJ": lambda _, speed: _microjoules(energy_of(speed)),
         "ms, batch 1": lambda _, speed: milliseconds(speed.latency),
         "unconverted ms": lambda _, speed: milliseconds(speed.softmax_latency),
         "images/s": lambda _, speed: f"{speed.throughput:,.0f}",
@@ -154,8 +159,14 @@ def to_markdown(records: Sequence[Record]) -> str:
 def failures(records: Sequence[Record]) -> list[str]:
     """Return a sentence for each cell that failed."""
     return [
-        f"Failed: {record.name} at {record.size} px: {record.error}" for record in records if record.error
+        f"Failed: {record.name} at {record.size} px{_seed(record)}: {record.error}"
+        for record in records
+        if record.error
     ]
+
+
+def _seed(record: Record) -> str:
+    return "" if record.seed is None else f", seed {record.seed}"
 
 
 def label(record: Record, sizes: Iterable[int]) -> str:
@@ -163,8 +174,25 @@ def label(record: Record, sizes: Iterable[int]) -> str:
     return record.name if len(set(sizes)) == 1 else f"{record.name}, {record.size} px"
 
 
+def energy_of(speed: Speed | None) -> float | None:
+    """Return the energy in pJ of the multiplications and additions of one image, with 32-bit floats at 45 nm."""
+    if speed is None or speed.multiplications is None or speed.additions is None:
+        return None
+    return Prices().energy(Operations(speed.multiplications, speed.additions))
+
+
+def _microjoules(picojoules: float | None) -> str:
+    return "" if picojoules is None else f"{picojoules / 1e6:,.1f}"
+
+
+def _accuracy(score: Score) -> str:
+    spread = "" if score.deviation is None else f" ± {score.deviation:.1f}"
+    return f"{score.top1:.1f}{spread} / {score.top5:.1f}"
+
+
 def _gaps(record: Record, records: Sequence[Record]) -> tuple[float | None, float | None]:
-    top, floor = reference(records, record.size), _uniform(records, record.size)
+    beside = [each for each in records if each.seed in (None, record.seed)]
+    top, floor = reference(beside, record.size), _uniform(beside, record.size)
     if top is None or floor is None or record.final is None:
         return None, None
     final, best = _final_top1(record), _final_top1(top)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ....models.families import image_channels, sites
 from ....models.json_types import JsonDict
+from ....models.operation_count import count_operations
 from ...cells.records import save_record
 from ..benchmark.cases import load_average, machine
 from ..benchmark.model_cases import attention_macs, macs_beside
@@ -36,6 +37,7 @@ def measure_speed(
     models = {TWIN: softmax, "own": student}
     images = _images(models, size, batch, device)
     times = _times(models, images, repeats, device)["own"]
+    operations = count_operations(student).total
     counted, whole = (counted_macs(step_of(partial(model, images[:1]))) for model in (student, softmax))
     return Speed(
         size=size,
@@ -44,6 +46,8 @@ def measure_speed(
         peak_bytes=peak_bytes(step_of(partial(student, images)), device),
         macs=macs_beside(student, softmax, whole) + attention_macs(student),
         counted_macs=counted,
+        multiplications=operations.multiplications,
+        additions=operations.additions,
         **times,
     )
 
@@ -53,7 +57,7 @@ def measure_again(comparison: Comparison, repeats: int, tell: Callable[[str], No
 
     Raises WriteFailedError as `write_file`.
     """
-    records = [record for record in comparison.records() if record.error is None]
+    records = [record for record in comparison.records() if record.error is None and record.speeds]
     for train_size in sorted({record.size for record in records}):
         group = [record for record in records if record.size == train_size]
         speeds: dict[str, list[Speed]] = {record.name: [] for record in group}

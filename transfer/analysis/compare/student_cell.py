@@ -18,6 +18,7 @@ from ....checkpoints.timm_models import published_config
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
+from ....models.errors import ConfigError
 from ....models.families import sites
 from ....models.json_types import JsonDict
 from ...config import RunConfig
@@ -29,6 +30,7 @@ from ...engine.runlog import read_log
 from ...engine.stages import Stage, chain, train_stages
 from ...engine.students import input_size, plan_student
 from ...evaluate import evaluate
+from ...recovery.layer_losses import can_learn
 from .cell_record import Score
 from .comparison_cells import Cell
 from .layer_errors import layer_errors
@@ -42,17 +44,29 @@ class Trained:
 
     scores: list[Score]
     errors: dict[str, dict[int, float]]
-    student: nn.Module
+    loaded: Pretrained
+
+    @property
+    def student(self) -> nn.Module:
+        return self.loaded.model
 
 
 def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage]:
     """Return the stages with the cell's plan, image size and folder; it is scored before the first step.
 
-    Stages that align have nothing to do for a plan that converts no layer, and are left out for it.
+    Stages that align are left out for a plan that converts no layer, or whose layers cannot learn from their loss.
+
+    Raises ConfigError: no stage is left.
     """
     student = {"plan": cell.plan, "img_size": cell.size}
-    softmax = not converted_layers(fresh_model(stages[0].config, cell.plan, cell.size))
-    kept = [stage for stage in stages if not (softmax and mode_of(stage.config).aligns)]
+    layers = converted_layers(fresh_model(stages[0].config, cell.plan, cell.size)).values()
+    operators = [layer.operator for layer in layers]
+    kept = [stage for stage in stages if not mode_of(stage.config).aligns or _can_align(stage, operators)]
+    if not kept:
+        raise ConfigError(
+            f"no layer of {cell.plan!r} learns in {', '.join(stage.name for stage in stages)}: "
+            "add a stage with mode transfer or finetune"
+        )
     made = []
     for number, stage in enumerate(kept):
         engine = {"evaluate_start": number == 0, "evaluate_teacher": False, "progress": False}
@@ -63,6 +77,10 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
         }
         made.append(Stage(stage.name, stage.config.model_copy(update=update)))
     return made
+
+
+def _can_align(stage: Stage, operators: Sequence[AttentionOperator]) -> bool:
+    return any(can_learn(stage.config.align.match, operator) for operator in operators)
 
 
 def fresh_model(config: RunConfig, plan: str | None, size: int) -> nn.Module:
@@ -90,7 +108,7 @@ def train_cell(stages: Sequence[Stage], cell: Cell, folder: Path, error_batches:
     stopped, steps = train_stages(own).signal, chain(own)
     if stopped is not None:
         return stopped
-    student = load_pretrained(f"local-dir:{folder / 'student'}").model
+    student = load_pretrained(f"local-dir:{folder / 'student'}")
     errors = {} if stages[0].config.teacher.source is None else _errors(own, steps, error_batches)
     return Trained(stage_scores(steps), errors, student)
 

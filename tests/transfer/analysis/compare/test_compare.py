@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from compare_runs import cell, write_config
 from graftvit.launch.comparison import load_comparison
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.compare import compare as compare_run
+from graftvit.transfer.analysis.compare.cell_maps import load_maps
 from graftvit.transfer.analysis.compare.compare import Comparison, run_compare
 from graftvit.transfer.analysis.compare.comparison_cells import only_named
 from graftvit.transfer.analysis.compare.comparison_report import write_report
-from graftvit.transfer.analysis.compare.student_cell import fresh_model, is_linear
+from graftvit.transfer.analysis.compare.student_cell import cell_stages, fresh_model, is_linear
 from graftvit.transfer.cells.pool import StoppedError
 from safetensors.torch import load_file, save_file
 
@@ -88,13 +91,31 @@ def test_alignment_brings_the_layers_nearer(done: Path) -> None:
 def test_the_report_is_there_with_pictures(done: Path) -> None:
     out = done / "out"
     names = {path.name for path in (out / "images").iterdir()}
-    assert names == {"accuracy_latency.png", "accuracy_memory.png", "latency_tokens.png", "layer_errors.png"}
+    drawn = {"accuracy_latency", "accuracy_memory", "latency_tokens", "layer_errors", "attention"}
+    assert names == {f"{name}.png" for name in drawn}
     for path in (out / "images").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 5000
     markdown = (out / "compare.md").read_text()
     assert all(f"| {name} |" in markdown for name in ("teacher", "uniform", *PLANS))
-    assert "<table>" in (out / "compare.html").read_text()
+    page = (out / "compare.html").read_text()
+    assert "<table>" in page
+    assert "Attention maps of 6 models, a row each, in layers 0, 1." in page
+
+
+def test_each_cell_keeps_where_it_looks(done: Path) -> None:
+    kept = {
+        name: load_maps(done / "out" / "cells" / f"{name}-8") for name in ("teacher", "softmax", "uniform")
+    }
+    images = [each.pictures for each in kept.values() if each is not None]
+    assert len(images) == 3
+    for one, other in zip(images[0], images[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+    uniform = kept["uniform"]
+    assert uniform is not None
+    assert uniform.query == "the class token"
+    for each in uniform.maps.values():
+        np.testing.assert_allclose(each.heat, np.full(each.grid, 1 / (1 + each.heat.size)), rtol=1e-5)
 
 
 def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +171,34 @@ def test_a_plan_that_is_none_is_said_before_anything_runs(tmp_path: Path) -> Non
     comparison = load_comparison(write_config(tmp_path, {"odd": "*: lineal"}))
     with pytest.raises(GraftError, match=r"compare\.plans: odd at 8 px.*lineal"):
         compare_run.check_plans(comparison)
+
+
+@pytest.mark.parametrize("match", ["output", "map", "probes", "rows"])
+def test_plans_go_through_the_stages_that_they_learn_in(match: str, tmp_path: Path) -> None:
+    path = write_config(
+        tmp_path, {"linear": "*: linear", "mixed": "0: uniform; 1: linear", "softmax": "*: softmax"}
+    )
+    config = yaml.safe_load(path.read_text())
+    config["stages"][0]["align"] = {"match": match}
+    path.write_text(yaml.safe_dump(config))
+    comparison = load_comparison(path)
+    cells = {found.name: found for found in comparison.cells() if found.plan is not None}
+    stages = {
+        name: [stage.name for stage in cell_stages(comparison.stages, found, tmp_path)]
+        for name, found in cells.items()
+    }
+    both = ["align", "task"]
+    floor = both if match == "output" else ["task"]
+    assert stages == {"uniform": floor, "linear": both, "mixed": both, "softmax": ["task"]}
+    with pytest.raises(ConfigError, match=r"no layer of '\*: softmax' learns in align: add a stage"):
+        cell_stages(comparison.stages[:1], cells["softmax"], tmp_path)
+
+
+def test_the_floor_is_trained_where_its_map_cannot_learn(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+    config = yaml.safe_load(path.read_text())
+    config["stages"][0]["align"] = {"match": "map"}
+    path.write_text(yaml.safe_dump(config))
+    comparison = load_comparison(path)
+    assert run_compare(comparison, comparison.cells()[1:2]) == []
+    assert [score["stage"] for score in cell(tmp_path, "uniform-8")["scores"]] == ["zero-shot", "task"]

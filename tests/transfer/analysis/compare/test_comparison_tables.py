@@ -10,15 +10,17 @@ import pytest
 from graftvit.transfer.analysis.compare.cell_record import Record, Score, Speed
 from graftvit.transfer.analysis.compare.comparison_plots import crossover_of, plots_of
 from graftvit.transfer.analysis.compare.comparison_report import render_html
+from graftvit.transfer.analysis.compare.comparison_seeds import mean_over_seeds
 from graftvit.transfer.analysis.compare.comparison_tables import (
     best_linear,
+    energy_of,
     lines_of,
     records_csv,
     records_json,
     reference,
     to_markdown,
 )
-from graftvit.transfer.analysis.compare.comparison_text import answer
+from graftvit.transfer.analysis.compare.comparison_text import answer, how_to_read
 from graftvit.transfer.analysis.report.ink import to_png
 from graftvit.transfer.cells.records import load_record, save_record
 
@@ -85,6 +87,45 @@ def test_tables_have_the_numbers_and_name_what_failed() -> None:
     whole = json.loads(records_json(ALL))
     assert whole[2]["gap_recovered_trained_uniform"] == pytest.approx(0.95)
     assert "95 %" in answer(ALL)
+
+
+def test_cells_of_several_seeds_are_one_row_of_means() -> None:
+    def seeded(name: str, seed: int, top1: float) -> Record:
+        made = record(name, [40.0, top1])
+        return replace(made, seed=seed, speeds=made.speeds if seed == 0 else [])
+
+    students = [seeded("good", seed, top1) for seed, top1 in enumerate([95.0, 96.0, 100.0])]
+    floor = [seeded("uniform", seed, top1) for seed, top1 in enumerate([78.0, 80.0, 82.0])]
+    broken = replace(record("good", []), seed=3, error="it has no value")
+    raw = [TEACHER, *floor, *students, broken]
+    means = mean_over_seeds(raw)
+    assert [(each.name, each.seeds, each.seed) for each in means] == [
+        ("teacher", 1, None), ("uniform", 3, None), ("good", 3, None), ("good", 1, 3)
+    ]  # fmt: skip
+    good = means[2].score("task")
+    assert good is not None
+    assert good.top1 == pytest.approx(97.0)
+    assert good.deviation == pytest.approx(7**0.5)  # of 95, 96 and 100 with two degrees of freedom
+    assert means[2].speeds == students[0].speeds
+    text = to_markdown(means)
+    assert "| good | 40.0 ± 0.0 / 99.0 | 97.0 ± 2.6 / 99.0 | 94 % |" in text
+    assert "Failed: good at 8 px, seed 3: it has no value" in text
+    assert "means over 3 seeds" in how_to_read(means)
+    rows = list(csv.DictReader(io.StringIO(records_csv(raw))))
+    assert [row["seed"] for row in rows] == ["", "0", "1", "2", "0", "1", "2", "3"]
+    gaps = [line.gap_trained for line in lines_of(raw)]
+    assert gaps[5] == pytest.approx((96 - 80) / (98 - 80))  # against uniform attention of the same seed
+
+
+def test_the_energy_is_that_of_multiplications_and_additions() -> None:
+    counted = replace(speed(8, 9e-3), multiplications=10**7, additions=2 * 10**7)
+    known = replace(STUDENT, speeds=[counted])
+    assert energy_of(counted) == pytest.approx(3.7e7 + 1.8e7)
+    rows = list(csv.DictReader(io.StringIO(records_csv([TEACHER, known]))))
+    assert [row["energy_pj"] for row in rows] == ["", "55000000.0"]
+    head, _, *cells = to_markdown([TEACHER, known]).split("\n\n")[1].splitlines()
+    place = [word.strip() for word in head.split("|")].index("µJ")
+    assert [line.split("|")[place].strip() for line in cells] == ["", "55.0"]
 
 
 def test_the_crossover_lies_between_the_sizes() -> None:
