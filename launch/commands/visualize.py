@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 from ...models.errors import ConfigError
+from ...models.json_types import JsonDict
 from ..flags import command_parser, parse_command
-from ..say import say
+from ..load_config import Setting, load_config
+from ..say import say, say_aside
 from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 EXAMPLES = (
@@ -15,8 +19,17 @@ EXAMPLES = (
     "graftvit visualize runs/linear/student cat.jpg --query cls,90 --layers 0,5,9-11",
     "graftvit visualize swin_tiny_patch4_window7_224.ms_in1k cat.jpg --query 112x60,20x200 --layers stage3,stage4",
     "graftvit visualize local-dir:student street.jpg --img_size 224,448",
+    "graftvit visualize swin_tiny_patch4_window7_224.ms_in1k --average 1000 --data_path /data/imagenet",
     "graftvit visualize local-dir:demo/quick/distill_0/student digits:3 digits:8",
 )
+DATA = tuple(
+    f"data.{name}"
+    for name in (
+        "dataset", "data_path", "val_split", "download", "image_column", "label_column", "classes", "batch_size",
+        "eval_batch_size", "workers", "interpolation", "crop_pct", "crop_mode", "max_bad_images",
+    )
+)  # fmt: skip
+"""The settings of a data set that --average reads."""
 
 
 def run(argv: list[str]) -> int:
@@ -27,11 +40,17 @@ def run(argv: list[str]) -> int:
         "rollout, entropy and mean distance by layer, and the distance of a student from its teacher. Write PNGs, "
         "numbers.json and index.html, a page in which a click on a patch shows its row of the attention map.",
         EXAMPLES,
-        usage="CHECKPOINT IMAGE [IMAGE ...] [--flag value ...]",
+        usage="CHECKPOINT (IMAGE [IMAGE ...] | --average N --data_path DIR) [--flag value ...]",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=SOURCE_HELP)
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files, folders of images, or digits:N; at most 16"
+        "images", nargs="*", metavar="IMAGE", help="image files, folders of images, or digits:N; at most 16"
+    )
+    parser.add_argument(
+        "--average",
+        metavar="N",
+        help="show the mean of the maps over N images of a data set (--data_path, --val_split), spread evenly over it, "
+        "or over 'all', and write it as average.npz",
     )
     parser.add_argument("--teacher", metavar="SOURCE", help="a model to compare with, at the same image size")
     parser.add_argument(
@@ -54,21 +73,53 @@ def run(argv: list[str]) -> int:
         metavar="DIR",
         help="folder to write (default: attention)",
     )
-    arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
+    arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ConfigError(f"--out is {str(arguments.out)!r}, which is a file; give a folder")
-    how = keywords_of(settings)
     queries = [word.strip() for word in arguments.query.split(",") if word.strip()]
-    from ...transfer.analysis.visualize.visualize import visualize
+    how: JsonDict = {"teacher": arguments.teacher, "queries": queries, "layers": arguments.layers}
+    how |= keywords_of([each for each in settings if not each.key.startswith("data.")])
+    _check_images(arguments.average, arguments.images, settings)
+    if arguments.average is not None:
+        page = _average(arguments, settings, how)
+    else:
+        from ...transfer.analysis.visualize.visualize import visualize
 
-    page = visualize(
-        arguments.checkpoint,
-        arguments.images,
-        arguments.out,
-        teacher=arguments.teacher,
-        queries=queries,
-        layers=arguments.layers,
-        **how,
-    )
+        page = visualize(arguments.checkpoint, arguments.images, arguments.out, **how)
     say(f"{page}\n")
     return 0
+
+
+def _check_images(average: str | None, images: list[str], settings: list[Setting]) -> None:
+    """Raise ConfigError where images are given in both ways, or settings of a data set without --average."""
+    if average is not None and images:
+        raise ConfigError(
+            f"--average shows a data set, and the image {images[0]!r} is given; name its folder by --data_path instead"
+        )
+    given = next((each for each in settings if each.key.startswith("data.")), None)
+    if average is None and given is not None:
+        raise ConfigError(f"{given.key} has an effect with --average only: add it, or leave the setting out")
+    if average is None and not images:
+        raise ConfigError("no IMAGE is given: name files, folders of images, or digits:0, or give --average")
+
+
+def _average(arguments: argparse.Namespace, settings: list[Setting], how: JsonDict) -> Path:
+    count = _count(arguments.average)
+    from ...transfer.analysis.visualize.average import visualize_average
+
+    data = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
+
+    def tell(line: str) -> None:
+        say_aside(f"{line}\n")
+        sys.stderr.flush()
+
+    return visualize_average(arguments.checkpoint, data, arguments.out, count=count, tell=tell, **how)
+
+
+def _count(word: str) -> int | None:
+    """Return the number of images; None for all."""
+    if word == "all":
+        return None
+    if not word.isdecimal() or int(word) == 0:
+        raise ConfigError(f"--average {word!r}: valid are a number of images from 1, and 'all'")
+    return int(word)

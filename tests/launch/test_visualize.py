@@ -14,6 +14,7 @@ from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
+from graftvit.models.merges import merge_layers
 from graftvit.transfer.analysis.visualize import map_page
 from graftvit.transfer.analysis.visualize.look import look
 from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
@@ -81,6 +82,19 @@ def test_images_are_seen_as_the_model_sees_them(student: str, tmp_path: Path) ->
     np.testing.assert_allclose(to_tensor(shown.original, spec)[0].permute(1, 2, 0), seen, atol=1e-5)
 
 
+def test_an_average_over_a_data_set(student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["visualize", student, "--average", "4", "--dataset", "digits", "--workers", "0"]
+    assert main([*words, "--query", "cls", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"{tmp_path / 'index.html'}\n"
+    lines = told.err.splitlines()
+    assert lines[0] == f"student: mean of 4 images, 0.0 MB in {tmp_path / 'average.npz'}"
+    assert lines[-1] == "student: 4 of 4 images"
+    assert (tmp_path / "average_cls.png").is_file()
+    with np.load(tmp_path / "average.npz") as arrays:
+        assert arrays["0.maps"].shape == (2, 27, 27)
+
+
 def test_another_image_size(student: str, tmp_path: Path) -> None:
     words = ["visualize", student, "digits:3", "--img_size", "32,16", "--query", "31", "--layers", "0"]
     assert main([*words, "--out", str(tmp_path)]) == 0
@@ -99,7 +113,12 @@ def test_another_image_size(student: str, tmp_path: Path) -> None:
         (["digits:0", "--layers", "a"], "--layers: 'a' is not a layer"),
         (["digits:0", "--query", "99"], "--query '99': valid are patches 0 to 23, cls, reg0, reg1"),
         (["digits:0", "--out", "{broken}"], "which is a file; give a folder"),
-        ([], "IMAGE"),
+        ([], "no IMAGE is given"),
+        (["digits:0", "--average", "3"], "--average shows a data set, and the image 'digits:0' is given"),
+        (["--average", "0"], "--average '0': valid are a number of images from 1, and 'all'"),
+        (["--average", "3", "--layers", "2"], "--layers: there is no layer 2"),
+        (["--average", "3"], "data.data_path is not set"),
+        (["digits:0", "--val_split", "train"], "data.val_split has an effect with --average only"),
     ],
 )
 def test_mistakes(
@@ -163,6 +182,23 @@ def test_a_pyramid_by_stage(pyramids: dict[str, str], tmp_path: Path) -> None:
     )  # of a window
     assert max(layer for heads in found["student"]["entropy"][2:] for layer in heads) <= np.log(5 * 3) + 1e-6
     assert len(found["cka"]) == 4
+
+
+def test_deformable_merges_have_a_picture_and_numbers(tmp_path: Path) -> None:
+    model = convert(pyramid("swin", (40, 24)), "merge: deformable")
+    for merge in merge_layers(model):
+        merge.dconv.conv_offset.bias.data += 0.5
+    described = {"architecture": TINY["swin"][0], "model_args": arguments("swin", (40, 24))}
+    write_student(
+        model, tmp_path / "lit", preprocessing=Preprocessing.of(model, input_size=(3, 40, 24)), **described
+    )
+    words = [f"local-dir:{tmp_path / 'lit'}", picture(tmp_path / "x.png", size=(24, 40)), "--query", "3x20"]
+    assert main(["visualize", *words, "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").glob("x_*")}
+    assert names == {"x_3x20.png", "x_3x20_merges.png"}
+    [merge] = json.loads((tmp_path / "out" / "numbers.json").read_text())["student"]["merges"]
+    assert merge["shift"] == pytest.approx(4 * 0.5 * 2**0.5)  # a token has four pixels
+    assert merge["outside"] == 0
 
 
 @pytest.mark.parametrize(

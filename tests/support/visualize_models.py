@@ -13,6 +13,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import AttentionOperator, Heads
 from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
+from graftvit.transfer.analysis.merge_places import MergePlaces
 from PIL import Image
 from torch import Tensor, nn
 
@@ -67,3 +68,17 @@ def operator_inputs(model: nn.Module, image: Tensor, layer: int) -> tuple[Attent
     model(image)
     hook.remove()
     return operator, taken[0]
+
+
+def chain(seed: int, sides: tuple[int, int], count: int) -> list[MergePlaces]:
+    """Merges one after the other, with random shifts of up to three tokens."""
+    drawn, found, grid = torch.Generator().manual_seed(seed), [], sides
+    for stage in range(count):
+        merged = grid[0] // 2, grid[1] // 2
+        starts = torch.stack(torch.meshgrid(*(2.0 * torch.arange(n) for n in merged), indexing="ij"), -1)
+        taps = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        shifts = 6 * torch.rand(*merged, 4, 2, generator=drawn) - 3
+        token = 2**stage / sides[0], 2**stage / sides[1]
+        found.append(MergePlaces(stage, grid, token, sides, starts[:, :, None] + taps + shifts))
+        grid = merged
+    return found

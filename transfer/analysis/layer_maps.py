@@ -5,7 +5,7 @@ Maps are formed densely here, (B, H, N, M) a layer: this is for a handful of ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,21 +50,28 @@ class LayerMap:
 
 
 @torch.no_grad()
-def layer_maps(model: nn.Module, images: Tensor, layers: Sequence[int]) -> dict[int, LayerMap]:
+def layer_maps(
+    model: nn.Module, images: Tensor, layers: Sequence[int], *, asking: Mapping[int, int] | None = None
+) -> dict[int, LayerMap]:
     """Return the maps of layers by number, without those of blocks that have no attention.
 
-    The model runs in eval mode and is left as it was.
+    `asking` has one token for each layer, whose row alone is returned, (B, H, 1, M): rows of an operator that is not
+    linear in V are expensive. The model runs in eval mode and is left as it was.
 
     Raises UnsupportedModelError: a model of another kind.
     """
     if is_pyramid(model):
-        return _pyramid_maps(model, images, layers)
+        return _pyramid_maps(model, images, layers, asking or {})
     maps: dict[int, LayerMap] = {}
     with _evaluating(model):
         blocks = attention_blocks(model)
         [geometry] = family_of(model).geometries(model, (images.shape[-2], images.shape[-1]))
         hooks = [
-            _keep_map(blocks[layer].attn, partial(_keep, maps, layer, KeyPlaces(geometry)))
+            _keep_map(
+                blocks[layer].attn,
+                partial(_keep, maps, layer, KeyPlaces(geometry)),
+                (asking or {}).get(layer),
+            )
             for layer in layers
         ]
         try:
@@ -99,39 +106,55 @@ def _keep(maps: dict[int, LayerMap], layer: int, places: KeyPlaces, weights: Ten
     maps[layer] = LayerMap(weights, places)
 
 
-def _keep_map(attention: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+def _keep_map(attention: nn.Module, keep: Callable[[Tensor], None], asking: int | None) -> RemovableHandle:
     """Keep the map that a layer of a plain transformer applies: of a copied layer the teacher's, where it copies it."""
 
     def see(given: Given) -> None:
         if isinstance(attention, ConvertedAttention):
-            keep(attention.operator.matrix(attention.project(*given)).float())
+            keep(_operator_map(attention, attention.project(*given), asking))
         elif isinstance(attention, CopiedAttention):
-            keep(attention.operator.map(attention.project(*given)).float())
+            keep(_row(attention.operator.map(attention.project(*given)).float(), asking))
         else:
-            keep(softmax_map(AttentionHost(attention).project(*given)))
+            keep(_row(softmax_map(AttentionHost(attention).project(*given)), asking))
 
     return observe(attention, see)
 
 
-def _pyramid_maps(model: nn.Module, images: Tensor, layers: Sequence[int]) -> dict[int, LayerMap]:
+def _operator_map(layer: ConvertedAttention, heads: Heads, asking: int | None) -> Tensor:
+    """Return the map of an operator, or one row of it."""
+    if asking is None:
+        return layer.operator.matrix(heads).float()
+    return layer.operator.rows(heads, torch.tensor([asking], device=heads.known.device)).float()
+
+
+def _row(map_BHNM: Tensor, asking: int | None) -> Tensor:
+    return map_BHNM if asking is None else map_BHNM[:, :, asking, None]
+
+
+def _pyramid_maps(
+    model: nn.Module, images: Tensor, layers: Sequence[int], asking: Mapping[int, int]
+) -> dict[int, LayerMap]:
     """Return the maps of a pyramid. A copy runs that shares its weights, because hosts replace blocks of Swin."""
     check_supported(model, pyramids=True)
     twin, maps = sharing_copy(model).eval(), dict[int, LayerMap]()
     for site in sites(twin):
         if site.index in layers and site.num_heads:
-            watch_layer(twin, site, partial(_keep_pyramid_map, maps, site.index))
+            watch_layer(twin, site, partial(_keep_pyramid_map, maps, site.index, asking.get(site.index)))
     twin(images)
     return maps
 
 
-def _keep_pyramid_map(maps: dict[int, LayerMap], index: int, host: AttentionHost, call: Call) -> None:
+def _keep_pyramid_map(
+    maps: dict[int, LayerMap], index: int, asking: int | None, host: AttentionHost, call: Call
+) -> None:
     heads = host.heads_of(*call.inputs, **call.keywords)
     if isinstance(host, ConvertedAttention):
-        maps[index] = LayerMap(host.operator.matrix(heads).float(), KeyPlaces(heads.tokens()))
+        maps[index] = LayerMap(_operator_map(host, heads, asking), KeyPlaces(heads.tokens()))
         return
     attended = host.attended(heads)
     places = _key_places(host, attended)
-    maps[index] = LayerMap(places.without_padding(attended.joined(softmax_map(attended))), places)
+    weights = places.without_padding(attended.joined(softmax_map(attended)))
+    maps[index] = LayerMap(_row(weights, asking), places)
 
 
 def _key_places(host: AttentionHost, attended: Heads) -> KeyPlaces:

@@ -13,7 +13,7 @@ QUERY = "#39d0ff"
 def draw_heat(
     axes: Any,
     picture: Array,
-    grid: tuple[int, int],
+    grid: tuple[float, float],
     query: tuple[int, int] | None,
     heat: Array | None = None,
     top: float = 1.0,

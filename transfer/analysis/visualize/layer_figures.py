@@ -25,6 +25,8 @@ class Numbers:
     keys: Sequence[int]
     """The number of keys of each query, from which the largest entropy follows."""
     stages: Sequence[int]
+    merges: Array
+    """By deformable merge: the mean shift of a place in pixels, and the share of places outside of the image."""
 
 
 @dataclass(frozen=True)

@@ -23,33 +23,20 @@ from ....models.families import (
 from ..key_places import KeyPlaces
 from ..layer_maps import key_count, layer_maps
 from ..maps import map_divergence
+from ..merge_places import collect_merges
 from . import measures
+from .shown_layers import ShownLayer, ShownLook
 
 MAX_MAP_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class LayerLook:
+class LayerLook(ShownLayer):
     """A layer of a model on one image; float32."""
 
-    stage: int
-    layout: TokenLayout
-    maps: Tensor | None
-    """(H, N, M), over the keys of `places`; None for a block without attention."""
-    places: KeyPlaces
     rolled: Tensor
-    """The rollout from the first layer of the stage, (N, N)."""
     tokens: Tensor
     """The tokens (N, C) after the block."""
-
-    @property
-    def heads(self) -> int:
-        return 0 if self.maps is None else len(self.maps)
-
-    @property
-    def signed(self) -> bool:
-        """Whether some weight is negative."""
-        return self.maps is not None and bool((self.maps < 0).any())
 
     @property
     def patches(self) -> Tensor:
@@ -84,13 +71,15 @@ class Summary:
     keys: list[int]
     """The number of keys of each query."""
     stages: list[int]
+    merges: Tensor
+    """Of each deformable merge the mean shift of a place in pixels, and the share of places outside, (merges, 2)."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """The layers of a model on one image."""
+class Look(ShownLook):
+    """The layers of a model on one image, and its deformable merges."""
 
-    layers: list[LayerLook]
+    layers: Sequence[LayerLook]
 
     def summary(self) -> Summary:
         """Return all but the maps."""
@@ -100,11 +89,8 @@ class Look:
             [layer.patches for layer in self.layers],
             [0 if layer.maps is None else layer.maps.shape[-1] for layer in self.layers],
             [layer.stage for layer in self.layers],
+            torch.tensor([[each.shift().mean(), each.outside().mean()] for each in self.merges]),
         )
-
-    @property
-    def layouts(self) -> list[TokenLayout]:
-        return [layer.layout for layer in self.layers]
 
 
 @torch.no_grad()
@@ -119,7 +105,7 @@ def look(model: nn.Module, image: Tensor) -> Look:
     """
     check_supported(model, copied=True, pyramids=True)
     _check_memory(model)
-    with evaluating(model), _tokens(model) as tokens:
+    with evaluating(model), _tokens(model) as tokens, collect_merges(model, image) as merges:
         model(image)
     found, places = layer_maps(model, image, range(len(tokens))), sites(model)
     layers: list[LayerLook] = []
@@ -132,7 +118,7 @@ def look(model: nn.Module, image: Tensor) -> Look:
             before if maps is None else measures.roll(before, keys.on_tokens(measures.shares(maps).mean(0)))
         )
         layers.append(LayerLook(site.stage, layout, maps, keys, rolled, tokens[site.index]))
-    return Look(layers)
+    return Look(layers, merges)
 
 
 def _check_memory(model: nn.Module) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..key_places import KeyPlaces
 from ..report.heat import HEAT, SIGNED, draw_heat
 from ..report.ink import INK, Array, new_figure
-from .look import LayerLook, Look
 from .queries import Query
+from .shown_layers import ShownLayer, ShownLook
 
 INCHES = 1.35
 """The longer side of a panel; less where there are many."""
@@ -51,45 +51,48 @@ class Row:
     panels: Sequence[Panel | None]
 
 
-def draw_grid(picture: Array, look: Look, query: Query, layers: Sequence[int], title: str) -> Figure:
-    """Draw a row a layer: the mean of the heads, the rollout up to there, then each head."""
+def draw_grid(picture: Array, look: ShownLook, query: Query, layers: Sequence[int], title: str) -> Figure:
+    """Draw a row a layer: the mean of the heads, the rollout up to there where there is one, then each head."""
     heads = max(look.layers[layer].heads for layer in layers)
-    columns = ["mean", "rollout", *(f"head {head}" for head in range(heads))]
+    rolled = _have_rollouts([look], layers)
+    columns = ["mean", *(["rollout"] if rolled else []), *(f"head {head}" for head in range(heads))]
     rows = []
     for layer in layers:
         own = look.layers[layer]
         each = _head_panels(own, query)
-        panels = [_mean_panel(own, query), _rolled_panel(own, query), *each, *[None] * (heads - len(each))]
+        first = [_mean_panel(own, query), *([_rolled_panel(own, query)] if rolled else [])]
+        panels = [*first, *each, *[None] * (heads - len(each))]
         rows.append(_row(look, layer, query, panels))
     return _draw(picture, rows, columns, title)
 
 
 def draw_beside(
-    picture: Array, looks: Sequence[Look], query: Query, layers: Sequence[int], title: str
+    picture: Array, looks: Sequence[ShownLook], query: Query, layers: Sequence[int], title: str
 ) -> Figure:
     """Draw a row a layer: the mean of the heads of the teacher and of the student, then the rollout of both.
 
     `looks` are the teacher's and the student's.
     """
-    columns = ["teacher\nmean", "student\nmean", "teacher\nrollout", "student\nrollout"]
+    draws = {"mean": _mean_panel} | ({"rollout": _rolled_panel} if _have_rollouts(looks, layers) else {})
+    columns = [f"{model}\n{name}" for name in draws for model in ("teacher", "student")]
     rows = []
     for layer in layers:
-        both = [look.layers[layer] for look in looks]
-        panels = [
-            *(_mean_panel(each, query) for each in both),
-            *(_rolled_panel(each, query) for each in both),
-        ]
+        panels = [draw(look.layers[layer], query) for draw in draws.values() for look in looks]
         rows.append(_row(looks[1], layer, query, panels))
     return _draw(picture, rows, columns, title)
 
 
-def layer_name(look: Look, layer: int) -> str:
+def layer_name(look: ShownLook, layer: int) -> str:
     """Return the name of a layer, with its stage if the model has several."""
     stages = {each.stage for each in look.layers}
     return f"layer {layer}" + (f", stage {look.layers[layer].stage + 1}" if len(stages) > 1 else "")
 
 
-def _row(look: Look, layer: int, query: Query, panels: Sequence[Panel | None]) -> Row:
+def _have_rollouts(looks: Sequence[ShownLook], layers: Sequence[int]) -> bool:
+    return any(look.layers[layer].rolled is not None for look in looks for layer in layers)
+
+
+def _row(look: ShownLook, layer: int, query: Query, panels: Sequence[Panel | None]) -> Row:
     layout = look.layers[layer].layout
     token = query.token(layout)
     at = -1 if token is None else token - layout.num_prefix
@@ -97,23 +100,23 @@ def _row(look: Look, layer: int, query: Query, panels: Sequence[Panel | None]) -
     return Row(layer_name(look, layer).replace(", ", "\n"), layout.grid, asking, panels)
 
 
-def _head_panels(layer: LayerLook, query: Query) -> list[Panel]:
+def _head_panels(layer: ShownLayer, query: Query) -> list[Panel]:
     token = query.token(layer.layout)
     if layer.maps is None or token is None:
         return []
     return [_panel(head[token], layer.places, token, layer.signed) for head in layer.maps]
 
 
-def _mean_panel(layer: LayerLook, query: Query) -> Panel | None:
+def _mean_panel(layer: ShownLayer, query: Query) -> Panel | None:
     token = query.token(layer.layout)
     if layer.maps is None or token is None:
         return None
     return _panel(layer.maps[:, token].mean(0), layer.places, token, layer.signed)
 
 
-def _rolled_panel(layer: LayerLook, query: Query) -> Panel | None:
+def _rolled_panel(layer: ShownLayer, query: Query) -> Panel | None:
     token = query.token(layer.layout)
-    if token is None:
+    if token is None or layer.rolled is None:
         return None
     own = token - layer.layout.num_prefix
     places = KeyPlaces(layer.layout.geometry)
@@ -135,7 +138,7 @@ def _draw(picture: Array, rows: Sequence[Row], columns: Sequence[str], title: st
         draw_heat(axes[0], picture, row.grid, row.asking)
         axes[0].set_ylabel(row.name, color=INK["light"], fontsize=8)
         for each, panel in zip(axes[1:], row.panels, strict=True):
-            _show(each, picture, panel, row)
+            show_panel(each, picture, panel, row)
     figure.suptitle(title, color=INK["light"], fontsize=10)
     _color_bar(figure, grid, HEAT, 0, "weight / the number in the panel")
     if signed:
@@ -150,7 +153,7 @@ def _panel_size(picture: Array, columns: int, rows: int) -> tuple[float, float]:
     return across * shrink, down * shrink + 0.06
 
 
-def _show(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None:
+def show_panel(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None:
     """Draw the image, the heat over it, its largest weight in the corner; a prefix token has no frame."""
     if panel is None:
         axes.set_axis_off()
@@ -165,9 +168,14 @@ def _show(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None:
         signed=panel.signed,
         covers=panel.extent,
     )
+    write_corner(axes, f"{panel.top:.2g}")
+
+
+def write_corner(axes: Any, text: str) -> None:
+    """Write a number into the lower right corner of a panel."""
     label = {"boxstyle": "square,pad=0.15", "facecolor": "#000000b0", "linewidth": 0}
     corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
-    axes.text(0.985, 0.02, f"{panel.top:.2g}", fontsize=5.5, color="white", bbox=label, **corner)
+    axes.text(0.985, 0.02, text, fontsize=5.5, color="white", bbox=label, **corner)
 
 
 def _color_bar(figure: Figure, grid: Any, colors: str, low: Literal[-1, 0], label: str) -> None:

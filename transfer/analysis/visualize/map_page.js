@@ -41,7 +41,7 @@ function overGrid(layer, row, token) {
 
 // The row of a head, of the mean of the heads, or of the rollout; null where the layer has no such head.
 function headRow(layer, head, token) {
-  if (head === "rollout") return mapRow(layer.rollout, token);
+  if (head === "rollout") return layer.rollout && mapRow(layer.rollout, token);
   const heads = head === "mean" ? layer.heads : layer.heads.slice(Number(head), Number(head) + 1);
   if (!heads.length) return null;
   const rows = heads.map((map) => mapRow(map, token));
@@ -51,7 +51,7 @@ function headRow(layer, head, token) {
 
 // What is shown. `asking` is a place in the image, down and to the right in parts of its sides, or the word of a prefix
 // token: layers differ in their grids, and models in their prefix.
-const state = { image: 0, layer: 0, head: "mean", asking: [0, 0], opacity: 0.8, shared: false };
+const state = { image: 0, layer: 0, head: "mean", asking: [0, 0], opacity: 0.8, shared: false, merge: "" };
 const panels = new Map();
 
 const models = () => data.images[state.image].models;
@@ -103,6 +103,7 @@ function buildPanels() {
     image.className = size[1] > 160 ? "smooth" : "";
     const heat = element("canvas", {}, stage);
     const mark = element("div", { className: "mark" }, stage);
+    const dots = buildDots(stage);
     stage.addEventListener("pointerdown", (event) => choosePlace(event, stage, layerOf(name)));
     stage.addEventListener("keydown", (event) => pressKey(event, layerOf(name)));
     const bar = element("div", { className: "bar" }, section);
@@ -112,7 +113,7 @@ function buildPanels() {
     const buttons = element("div", { className: "prefix" }, section);
     const told = element("div", { className: "told" }, section);
     told.setAttribute("aria-live", "polite");
-    panels.set(name, { stage, heat, mark, low, ramp, high, buttons, told });
+    panels.set(name, { stage, heat, mark, dots, low, ramp, high, buttons, told });
   }
 }
 
@@ -179,6 +180,7 @@ function drawPanel(name, panel, row, top) {
   panel.low.textContent = signed ? (-top).toPrecision(2) : "0";
   panel.high.textContent = top.toPrecision(2);
   placeMark(panel.mark, layer);
+  drawMerge(panel.dots, data.images[state.image].merges[name]);
   const [rows, columns] = layer.grid;
   panel.stage.setAttribute("aria-label", `${name}: ${rows} by ${columns} patches; arrow keys choose the patch that asks`);
   fillButtons(panel.buttons, layer);
@@ -250,6 +252,7 @@ function change() {
   state.head = $("head").value;
   state.opacity = Number($("opacity").value) / 100;
   state.shared = $("scale").checked;
+  state.merge = $("merge").value;
   if (image !== state.image) {
     state.image = image;
     buildPanels();
@@ -263,12 +266,16 @@ function start() {
   fill($("image"), data.images.map((image, index) => [index, image.name]));
   fill($("layer"), data.layers.map((layer, index) => [index, layer]));
   const stages = new Set(layers.map((layer) => String(layer.grid))).size > 1;
-  fill($("head"), [["mean", "mean of the heads"], ["rollout", `rollout ${stages ? "in the stage " : ""}up to the layer`],
+  const rollout = ["rollout", `rollout ${stages ? "in the stage " : ""}up to the layer`];
+  fill($("head"), [["mean", "mean of the heads"], ...(layers.some((layer) => layer.rollout) ? [rollout] : []),
     ...Array.from({ length: heads }, (_, head) => [head, `head ${head}`])]);
   $("layer").selectedIndex = state.layer = data.layers.length - 1;
   $("shared").style.display = Object.keys(data.images[0].models).length > 1 ? "" : "none";
+  const merges = Object.values(data.images[0].merges).sort((a, b) => b.length - a.length)[0];
+  fill($("merge"), mergeOptions(merges));
+  $("merges").style.display = merges.length ? "" : "none";
   state.asking = data.query;
-  for (const id of ["image", "layer", "head", "opacity", "scale"]) $(id).addEventListener("input", change);
+  for (const id of ["image", "layer", "head", "opacity", "scale", "merge"]) $(id).addEventListener("input", change);
   buildPanels();
   draw();
 }

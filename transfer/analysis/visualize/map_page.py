@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -19,12 +19,14 @@ from ....models.families import sites
 from ....models.json_types import JsonDict
 from ..key_places import KeyPlaces
 from ..layer_maps import key_count
+from ..merge_places import MergePlaces
 from ..report.heat import HEAT, SIGNED
 from ..report.pages import Plot, data_url, render_page
-from .look import LayerLook, Look
 from .map_figures import layer_name
+from .merge_figures import merge_name
 from .queries import Query, token_name
 from .shown_images import Shown
+from .shown_layers import ShownLayer, ShownLook
 
 MAX_MEGABYTES = 64
 """Of maps in a page, before base64 makes a third more of them."""
@@ -38,12 +40,14 @@ class View:
     """One image, and what each model did with it (by name: `student`, `teacher`)."""
 
     shown: Shown
-    looks: dict[str, Look]
+    looks: Mapping[str, ShownLook]
 
 
-def check_page_size(models: Sequence[nn.Module], images: int, layers: Sequence[int]) -> None:
+def check_page_size(
+    models: Sequence[nn.Module], images: int, layers: Sequence[int], *, rollouts: bool = True
+) -> None:
     """Raise ConfigError where the maps of `models` would make a page that is too large."""
-    image_bytes = sum(_bytes(model, layer) for model in models for layer in layers)
+    image_bytes = sum(_bytes(model, layer, rollouts) for model in models for layer in layers)
     megabytes = images * image_bytes / 1e6
     if megabytes > MAX_MEGABYTES:
         raise ConfigError(
@@ -52,12 +56,13 @@ def check_page_size(models: Sequence[nn.Module], images: int, layers: Sequence[i
         )
 
 
-def _bytes(model: nn.Module, layer: int) -> int:
-    """Return the bytes of a layer's maps and rollout on one image."""
+def _bytes(model: nn.Module, layer: int, rollouts: bool) -> int:
+    """Return the bytes of a layer's maps, and of its rollout, on one image."""
     site = sites(model)[layer]
     tokens, keys = site.shape.geometry.num_tokens, key_count(model, site)
     windows = KEY * keys if keys < tokens else 0
-    return tokens * (site.num_heads * (keys + SCALE) + windows + tokens + SCALE)
+    rolled = tokens + SCALE if rollouts else 0
+    return tokens * (site.num_heads * (keys + SCALE) + windows + rolled)
 
 
 def map_page(images: Sequence[JsonDict], layers: Sequence[str], query: Query, chart: Plot, title: str) -> str:
@@ -73,7 +78,7 @@ def map_page(images: Sequence[JsonDict], layers: Sequence[str], query: Query, ch
     return render_page("visualize/map_page.html", title=title, chart=chart, data=words)
 
 
-def layer_names(look: Look, layers: Sequence[int]) -> list[str]:
+def layer_names(look: ShownLook, layers: Sequence[int]) -> list[str]:
     """Return the names of the chosen layers."""
     return [layer_name(look, layer) for layer in layers]
 
@@ -89,10 +94,22 @@ def embed(view: View, layers: Sequence[int]) -> JsonDict:
         "url": data_url(file.getvalue()),
         "size": [height, width],
         "models": models,
+        "merges": {name: [_merge(merge) for merge in look.merges] for name, look in view.looks.items()},
     }
 
 
-def _layer(layer: LayerLook) -> JsonDict:
+def _merge(merge: MergePlaces) -> JsonDict:
+    """Return the places that a merge reads, down and right in parts of the image, as bytes."""
+    return {
+        "name": merge_name(merge),
+        "grid": merge.merged,
+        "token": merge.token,
+        "places": _text(merge.in_image().numpy().astype("<f4").tobytes()),
+        "shift": float(merge.shift().mean()),
+    }
+
+
+def _layer(layer: ShownLayer) -> JsonDict:
     """Return the maps of a layer, head by head, and its rollout, as bytes with a scale a row."""
     maps = [] if layer.maps is None else [_quantized(head) for head in layer.maps]
     layout = layer.layout
@@ -103,7 +120,7 @@ def _layer(layer: LayerLook) -> JsonDict:
         "words": layout.prefix,
         "signed": layer.signed,
         "heads": maps,
-        "rollout": _quantized(layer.rolled),
+        "rollout": None if layer.rolled is None else _quantized(layer.rolled),
         "keys": _keys(layer.places),
     }
 

@@ -49,7 +49,7 @@ def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
     shown = []
     for name, (_, source) in zip(names, found, strict=True):
         original = _read(source)
-        shown.append(Shown(name, original, _pixels(to_tensor(original, spec), spec)))
+        shown.append(Shown(name, original, to_pixels(to_tensor(original, spec), spec)))
     return shown
 
 
@@ -101,7 +101,8 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _pixels(image_1CHW: Tensor, spec: Preprocessing) -> NDArray[np.uint8]:
+def to_pixels(image_1CHW: Tensor, spec: Preprocessing) -> NDArray[np.uint8]:
+    """Return a normalized image as bytes (H, W, 3)."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     picture = (image_1CHW[0] * std + mean).clamp(0, 1).expand(3, -1, -1)
     array: NDArray[np.uint8] = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()

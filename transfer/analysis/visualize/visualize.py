@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from .layer_figures import MapDistance, Numbers, draw_layers
 from .look import Look, Summary, check_comparable, cka, divergence, look, token_layouts
 from .map_figures import draw_beside, draw_grid
 from .map_page import View, check_page_size, embed, layer_names, map_page
+from .merge_figures import draw_merges
 from .queries import Query, default_query, read_query
 from .shown_images import Shown, read_images, to_tensor
 
@@ -58,28 +59,39 @@ def visualize(
     student = loaded["student"].model
     check_supported(student, copied=True, pyramids=True)
     if teacher is not None:
-        loaded["teacher"] = _beside(teacher, loaded["student"])
-    chosen = _chosen_layers(student, layers)
-    asked = _queries(queries, loaded["student"])
+        loaded["teacher"] = load_beside(teacher, loaded["student"])
+    chosen = chosen_layers(student, layers)
+    asked = read_queries(queries, loaded["student"])
     shown = read_images(images, loaded["student"].preprocessing)
     check_page_size([each.model for each in loaded.values()], len(shown), chosen)
     seen = Seen()
     embedded = []
     for image in shown:
-        view = _view(image, loaded)
-        seen.add(view.looks)
+        looks = _looks(image, loaded)
+        seen.add(looks)
+        view = View(image, looks)
         embedded.append(embed(view, chosen))
         for query in asked:
-            _draw(view, query, chosen, out)
-    numbers, comparison, names = seen.numbers(), seen.comparison(), layer_names(view.looks["student"], chosen)
+            title = f"{image.name}: what {query.title(looks['student'].layouts)} attends to"
+            draw_query(view, query, chosen, out, title)
+    names = layer_names(view.looks["student"], chosen)
+    numbers, comparison = seen.numbers(), seen.comparison()
+    page = partial(map_page, embedded, names, asked[0], title=page_title(source, teacher))
+    return write_page(page, numbers, comparison, out)
+
+
+def write_page(
+    page: Callable[[Plot], str], numbers: dict[str, Numbers], comparison: MapDistance | None, out: Path
+) -> Path:
+    """Write the chart of the numbers, the numbers and the page with the chart; return the path of the page."""
     chart = Plot("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
     write_bytes(out / "layers.png", to_png(chart.draw("light"), ground="white"))
     write_text(out / "numbers.json", to_json(_plain(numbers, comparison)))
-    write_text(out / "index.html", map_page(embedded, names, asked[0], chart, _title(source, teacher)))
+    write_text(out / "index.html", page(chart))
     return out / "index.html"
 
 
-def _chosen_layers(student: nn.Module, words: str) -> list[int]:
+def chosen_layers(student: nn.Module, words: str) -> list[int]:
     """Return the layers to show. Raises ConfigError: one does not exist, or none of them has attention."""
     chosen = layer_numbers(
         words, depths(student) if is_pyramid(student) else sum(depths(student)), "--layers"
@@ -90,7 +102,7 @@ def _chosen_layers(student: nn.Module, words: str) -> list[int]:
     return chosen
 
 
-def _queries(words: Sequence[str], student: Pretrained) -> list[Query]:
+def read_queries(words: Sequence[str], student: Pretrained) -> list[Query]:
     _, height, width = student.preprocessing.input_size
     layouts = token_layouts(student.model)
     if not words:
@@ -120,6 +132,7 @@ class Seen:
                 _means([each.distance for each in found]),
                 found[0].keys,
                 found[0].stages,
+                torch.stack([each.merges for each in found]).mean(0).numpy(),
             )
             for name, found in self.looks.items()
         }
@@ -140,22 +153,26 @@ def _means(images: Sequence[Sequence[Tensor | None]]) -> list[Array | None]:
 
 
 def _plain(numbers: dict[str, Numbers], between: MapDistance | None) -> JsonDict:
-    """Return `entropy` and `distance` by layer and head of each model, `js` and `cka` by layer.
+    """Return `entropy` and `distance` by layer and head of each model, `js` and `cka` by layer, and `merges`.
 
-    A layer without attention has null.
+    A layer without attention has null. A deformable merge has the mean `shift` of its places in pixels, and the share
+    of places `outside` of the image.
     """
-    models: JsonDict = {
-        name: {"entropy": _lists(each.entropy), "distance": _lists(each.distance)}
-        for name, each in numbers.items()
-    }
+    models: JsonDict = {name: _plain_model(each) for name, each in numbers.items()}
     return models if between is None else models | asdict(between)
+
+
+def _plain_model(numbers: Numbers) -> JsonDict:
+    known: JsonDict = {"entropy": _lists(numbers.entropy), "distance": _lists(numbers.distance)}
+    merges = [{"shift": float(shift), "outside": float(outside)} for shift, outside in numbers.merges]
+    return known | ({"merges": merges} if merges else {})
 
 
 def _lists(layers: Sequence[Array | None]) -> list[list[float] | None]:
     return [None if heads is None else heads.tolist() for heads in layers]
 
 
-def _beside(source: str, student: Pretrained) -> Pretrained:
+def load_beside(source: str, student: Pretrained) -> Pretrained:
     """Load the teacher at the student's image size."""
     channels, height, width = student.preprocessing.input_size
     teacher = load_pretrained(source, img_size=(height, width))
@@ -166,20 +183,21 @@ def _beside(source: str, student: Pretrained) -> Pretrained:
     return teacher
 
 
-def _view(image: Shown, loaded: dict[str, Pretrained]) -> View:
+def _looks(image: Shown, loaded: dict[str, Pretrained]) -> dict[str, Look]:
     """Look at an image with each model, preprocessed for each."""
-    looks = {
+    return {
         name: look(each.model, to_tensor(image.original, each.preprocessing)) for name, each in loaded.items()
     }
-    return View(image, looks)
 
 
-def _draw(view: View, query: Query, layers: Sequence[int], out: Path) -> None:
-    """Write the picture of one query: the student's layers and heads; and the teacher beside it."""
+def draw_query(view: View, query: Query, layers: Sequence[int], out: Path, title: str) -> None:
+    """Write the pictures of one query: the student's layers and heads, its merges, and the teacher beside it."""
     own, name = view.looks["student"], view.shown.name
-    title = f"{name}: what {query.title(own.layouts)} attends to"
     grid = draw_grid(view.shown.pixels, own, query, layers, title)
     write_bytes(out / f"{name}_{query.word}.png", to_png(grid, ground="white"))
+    if own.merges:
+        merges = draw_merges(view.shown.pixels, own.merges, query, f"{name}: what deformable merges read")
+        write_bytes(out / f"{name}_{query.word}_merges.png", to_png(merges, ground="white"))
     theirs = view.looks.get("teacher")
     if theirs is None or all(query.token(layout) is None for layout in theirs.layouts):
         return
@@ -187,5 +205,5 @@ def _draw(view: View, query: Query, layers: Sequence[int], out: Path) -> None:
     write_bytes(out / f"{name}_{query.word}_teacher.png", to_png(beside, ground="white"))
 
 
-def _title(source: str, teacher: str | None) -> str:
+def page_title(source: str, teacher: str | None) -> str:
     return f"Attention of {source}" + (f" beside {teacher}" if teacher else "")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import Page, browser, find_browser
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert
+from graftvit.models.merges import merge_layers
 from graftvit.transfer.analysis.layer_maps import layer_maps
+from graftvit.transfer.analysis.merge_places import trace
+from graftvit.transfer.analysis.visualize.look import look
 from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import visualize
 from pyramids import TINY, arguments, tiny
-from visualize_models import picture
+from visualize_models import chain, picture
 
 pytest.importorskip("websocket", reason="websocket-client is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
@@ -77,4 +83,45 @@ def test_a_click_shows_what_the_layer_attends_to(kind: str, tmp_path: Path) -> N
                 assert tuple(size) == maps[layer].places.grid
         choose(page, "head", "rollout")
         assert sum(page.run("shownRow('student')")) == pytest.approx(1, abs=0.02)
+        assert page.errors == []
+
+
+def test_a_click_shows_the_places_that_merges_read(tmp_path: Path) -> None:
+    find_browser()
+    model = convert(tiny("swin", SIZE), "merge: deformable")
+    for merge in merge_layers(model):
+        merge.dconv.conv_offset.bias.data += torch.arange(8.0) / 3 - 1
+    described = {"architecture": TINY["swin"][0], "model_args": arguments("swin", SIZE)}
+    write_student(
+        model, tmp_path / "lit", preprocessing=Preprocessing.of(model, input_size=(3, *SIZE)), **described
+    )
+    image = picture(tmp_path / "x.png", size=(24, 40))
+    source = f"local-dir:{tmp_path / 'lit'}"
+    index = visualize(source, [image], tmp_path / "out")
+    loaded = load_pretrained(source)
+    tensor = to_tensor(read_images([image], loaded.preprocessing)[0].original, loaded.preprocessing)
+    [seen] = look(loaded.model, tensor).merges
+    drawn = "document.querySelector('.stage .places').getAttribute('d')"
+    with browser(tmp_path) as page:
+        page.open(index)
+        assert page.run(drawn) == ""
+        page.click("#panel-student .stage", 5.5 / 6, 4.5 / 10)
+        for choice, expected in {
+            "0:one": seen.in_image()[2, 2],
+            "0:all": seen.in_image().flatten(0, 2),
+            "": torch.empty(0, 2),
+        }.items():
+            choose(page, "merge", choice)
+            points = re.findall(r"M(\S+) (\S+)h0", page.run(drawn))
+            found = np.array(points, dtype=np.float64).reshape(-1, 2)[:, ::-1]
+            np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+        merges = chain(3, (16, 24), 3)
+        given = [
+            {"grid": each.merged, "token": each.token, "read": each.in_image().flatten().tolist()}
+            for each in merges
+        ]
+        for token in np.ndindex(merges[2].merged):
+            followed = np.reshape(page.run(f"traced({json.dumps(given)}, {list(token)})"), (-1, 2))
+            np.testing.assert_allclose(followed, trace(merges, token).numpy(), atol=1e-6)
+        assert any(len(trace(merges, token)) for token in np.ndindex(merges[2].merged))
         assert page.errors == []

@@ -1,0 +1,180 @@
+"""From a model and a data set to a folder: the mean of its attention maps over the images, as arrays and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ....checkpoints.pretrained import load_pretrained
+from ....models.families import check_supported, is_pyramid, sites
+from ...config import DataConfig
+from ...data.augment import with_settings
+from ..key_places import KeyPlaces
+from ..report.arrays import write_arrays
+from ..report.ink import Array
+from ..spread_images import preprocessed, spread_images
+from .average_maps import WEIGHT_BYTES, MeanMap, average_maps, batch_that_fits, map_weights
+from .layer_figures import Numbers
+from .look import token_layouts
+from .map_page import View, check_page_size, embed, layer_names, map_page
+from .shown_images import Shown, to_pixels
+from .shown_layers import ShownLayer, ShownLook
+from .visualize import chosen_layers, draw_query, load_beside, page_title, read_queries, write_page
+
+NAME = "average"
+EVERY = 5.0
+"""Seconds between two lines of progress."""
+
+
+def visualize_average(
+    source: str,
+    data: DataConfig,
+    out: Path,
+    *,
+    count: int | None = None,
+    teacher: str | None = None,
+    queries: Sequence[str] = (),
+    layers: str = "*",
+    tell: Callable[[str], object] = lambda line: None,
+    **how: Any,
+) -> Path:
+    """Write the mean attention maps over images of `data` to the folder `out`, and return the path of the page.
+
+    `average.npz` has the maps as arrays; PNGs, `numbers.json` and `index.html` are as of `visualize`, without
+    rollouts. Nothing is written before the last image is read, and each file is written whole or not at all.
+
+    Args:
+        source: any source of weights, as of `load_pretrained`.
+        data: the data set, of which `val_split` is read.
+        count: how many images, spread evenly over the split; all by default.
+        teacher: a source to put beside it, at the same image size.
+        queries: as of `visualize`; they choose the pictures, while the arrays have all queries.
+        layers: which layers, as of `visualize`. The others are not computed.
+        tell: is called with lines of progress; the first names the size of the result.
+        how: `model`, `img_size` and the rest, as of `load_pretrained`, for `source`.
+
+    Raises GraftError as `visualize`, and where the data set cannot be read.
+    """
+    loaded = {"student": load_pretrained(source, **how)}
+    student = loaded["student"].model
+    check_supported(student, copied=True, pyramids=True)
+    if teacher is not None:
+        loaded["teacher"] = load_beside(teacher, loaded["student"])
+    chosen, asked = chosen_layers(student, layers), read_queries(queries, loaded["student"])
+    for each in loaded.values():
+        chosen_layers(each.model, layers)
+    check_page_size([each.model for each in loaded.values()], 1, chosen, rollouts=False)
+    weights = {name: map_weights(each.model, chosen) for name, each in loaded.items()}
+    images = spread_images(data, loaded["student"].preprocessing.input_size[0], count)
+    for name, found in weights.items():
+        size = f"{WEIGHT_BYTES * found / 1e6:.1f} MB in {out / _file(name)}"
+        tell(f"{name}: mean of {len(images):,} images, {size}")
+    picture, means = MeanPicture(), {}
+    for name, each in loaded.items():
+        fits = batch_that_fits(weights[name], data.eval_batch_size or data.batch_size)
+        batches = preprocessed(images, data, with_settings(each.preprocessing, data), fits)
+        seen = _progress(batches, len(images), partial(_tell_of, tell, name))
+        means[name] = average_maps(each.model, picture.watch(seen) if name == "student" else seen, chosen)
+    for name, each in loaded.items():
+        _write_arrays(out / _file(name), each.model, means[name], picture.count)
+    looks = {name: shown_means(each.model, means[name]) for name, each in loaded.items()}
+    pixels = to_pixels(picture.mean()[None], loaded["student"].preprocessing)
+    view = View(Shown(NAME, Image.fromarray(pixels), pixels), looks)
+    of_images = f"mean of {picture.count:,} images"
+    for query in asked:
+        words = query.title(looks["student"].layouts)
+        draw_query(view, query, chosen, out, f"{of_images}: what {words} attends to")
+    numbers = {name: _numbers(looks[name], found) for name, found in means.items()}
+    names, title = layer_names(looks["student"], chosen), f"{page_title(source, teacher)}, {of_images}"
+    return write_page(
+        partial(map_page, [embed(view, chosen)], names, asked[0], title=title), numbers, None, out
+    )
+
+
+class MeanPicture:
+    """The mean of the images that pass."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+
+    def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield the batches (B, C, H, W) and add them up."""
+        for images in batches:
+            total = images.double().sum(0)
+            self._sum = total if self._sum is None else self._sum + total
+            self.count += len(images)
+            yield images
+
+    def mean(self) -> Tensor:
+        """Return the mean image (C, H, W), normalized as the images are."""
+        assert self._sum is not None
+        return (self._sum / self.count).float()
+
+
+def shown_means(model: nn.Module, means: dict[int, MeanMap]) -> ShownLook:
+    """Return the layers of a model with their mean maps, as pictures and pages show them; without rollouts."""
+    layers = []
+    for site, layout in zip(sites(model), token_layouts(model), strict=True):
+        found = means.get(site.index)
+        maps = None if found is None else found.weights.float()
+        places = KeyPlaces(layout.geometry) if found is None else found.places
+        layers.append(ShownLayer(site.stage, layout, maps, places, None))
+    return ShownLook(layers)
+
+
+def _numbers(look: ShownLook, means: dict[int, MeanMap]) -> Numbers:
+    """Return the means over images of the heads' numbers; a mean map has a larger entropy than its images."""
+    of_layer = [means.get(number) for number in range(len(look.layers))]
+    return Numbers(
+        [None if each is None else each.entropy.numpy() for each in of_layer],
+        [None if each is None else each.distance.numpy() for each in of_layer],
+        [0 if each is None else each.weights.shape[-1] for each in of_layer],
+        [layer.stage for layer in look.layers],
+        np.zeros((0, 2)),
+    )
+
+
+def _write_arrays(path: Path, model: nn.Module, means: dict[int, MeanMap], count: int) -> None:
+    """Write the mean maps as arrays, under the names that layers have in a plan (`3`, `stage2.0`)."""
+    arrays: dict[str, Array] = {"images": np.array(count)}
+    for site in sites(model):
+        found = means.get(site.index)
+        if found is None:
+            continue
+        name = f"stage{site.stage + 1}.{site.place}" if is_pyramid(model) else str(site.index)
+        places = found.places
+        arrays[f"{name}.maps"] = found.weights.float().numpy()
+        arrays[f"{name}.prefix"] = np.array(places.geometry.num_prefix)
+        arrays[f"{name}.queries"] = np.array(places.geometry.grid)
+        arrays[f"{name}.keys"] = np.array(places.grid)
+        if places.windows is not None:
+            arrays[f"{name}.tokens"] = places.window_tokens().to(torch.int32).numpy()
+    write_arrays(path, arrays)
+
+
+def _file(name: str) -> str:
+    return f"{NAME}.npz" if name == "student" else f"{NAME}_{name}.npz"
+
+
+def _tell_of(tell: Callable[[str], object], name: str, done: int, total: int) -> None:
+    tell(f"{name}: {done:,} of {total:,} images")
+
+
+def _progress(batches: Iterator[Tensor], total: int, tell: Callable[[int, int], object]) -> Iterator[Tensor]:
+    """Yield the batches, and tell how many images are done: after the first batch, then every few seconds."""
+    done, told = 0, -EVERY
+    for images in batches:
+        yield images
+        done += len(images)
+        if time.monotonic() - told >= EVERY or done == total:
+            tell(done, total)
+            told = time.monotonic()
