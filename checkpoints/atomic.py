@@ -55,6 +55,27 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_shared(path: Path, data: bytes, *, replace: bool) -> None:
+    """Write a file that other processes may write at the same time, whole or not at all.
+
+    Without `replace`, a file that is there stays: of several writers the first one wins.
+    Raises WriteFailedError as `write_file`.
+    """
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.own")
+    write_bytes(own, data)
+    with _explained(path, len(data)), _removed(own):
+        if replace:
+            own.replace(path)
+            return
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                own.replace(path)
+
+
 def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> None:
     """Call `write(temporary)` to fill a new folder, and put it at `path`.
 

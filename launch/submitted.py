@@ -18,7 +18,7 @@ from types import FrameType
 
 from ..transfer.engine import early_signals
 
-SUBMITTED = ("evaluate", "data", "convert", "export", "layers", "benchmark")
+SUBMITTED = ("evaluate", "data", "convert", "export", "layers", "benchmark", "search")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Work:
     """The file or folder that the command writes; None if it only prints."""
     workers: int = 0
     """Number of loader processes; each needs a core."""
+    divisible: bool = False
+    """The command takes `--share I/N`, so that the jobs of an array can divide its work."""
 
 
 def check_words(command: str, words: Sequence[str], *, here: bool = True) -> Work:

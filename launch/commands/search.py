@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ..flags import command_parser, parse_command
 from ..load_config import load_config
 from ..say import say
 from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
+from ..submitted import Work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,16 +27,90 @@ EXAMPLES = (
     "graftvit search runs/teacher --dataset digits --out found",
     "graftvit search vit_small_patch16_224.augreg_in1k --data_path /data/imagenet --generations 20 --out found",
     "graftvit search runs/teacher --dataset digits --at_random --out drawn   # for comparison",
+    "graftvit search report found",
+    "graftvit submit search runs/teacher --dataset digits --out found --shares 4 --gpus_per_node 0",
 )
 
 
 def run(argv: list[str]) -> int:
-    """Search, and print the front beside well-known programs."""
+    """Search and print the front beside well-known programs, or make the page of a search."""
+    if argv[:1] == ["report"]:
+        return _report(argv[1:])
     arguments, config = _parse(argv)
+    from ...transfer.cells.pool import StoppedError
+    from ...transfer.cells.threads import usable_cores
+    from ...transfer.search.shares import parse_share, run_search
+
+    share = parse_share(arguments.share)
+    workers = min(arguments.workers or usable_cores(), arguments.population)
     search = _search(arguments, config)
-    done = search.run(arguments.generations, lambda line: say(f"{line}\n"))
+    try:
+        done = run_search(
+            search, arguments.generations, lambda line: say(f"{line}\n"), workers=workers, share=share
+        )
+    except KeyboardInterrupt as interrupt:
+        raise StoppedError(signal.SIGINT, f"in {arguments.out}; all evaluations are saved") from interrupt
     say(_table(search, done))
     return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = command_parser(
+        "search report",
+        "Write report.html into the folder of a search: its front, the lineage and the formulas of the front, and what "
+        "was refused and why. The search may still be running.",
+        ["graftvit search report found", "graftvit search report found --rows bench/rows.jsonl --top 10"],
+        usage="DIR [--rows ROWS] [--top K]",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of a search")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        metavar="ROWS",
+        help="rows of `graftvit attnbench`: compare each proxy with their accuracies",
+    )
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=10,
+        metavar="K",
+        help="best programs that the precision compares (default: 10)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.top < 1:
+        raise ConfigError(f"--top {arguments.top}: give a number, 1 or more")
+    from ...transfer.analysis.search.search_report import write_report
+
+    rankings = _rankings(arguments.folder, arguments.rows, arguments.top) if arguments.rows else []
+    say(f"report: {write_report(arguments.folder, rankings)}\n")
+    return 0
+
+
+def _rankings(folder: Path, rows: Path, top: int) -> list[list[str]]:
+    """Compare the proxies with the accuracies of a file of rows; print the table and return it, its head first."""
+    from ...transfer.attnbench.bench_rows import read_rows
+    from ...transfer.attnbench.proxy_ranking import HEAD, rank_proxies
+    from ...transfer.cells.threads import torch_threads
+    from ...transfer.search.program_search import open_search
+
+    with torch_threads(1):
+        rankings = rank_proxies(open_search(folder), read_rows(rows), top)
+    table = [list(HEAD), *(each.cells for each in rankings)]
+    say(f"{aligned(table, right=(3, 5, 6, 7))}\n")
+    return table
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Check the arguments and, with `here`, the teacher and the images."""
+    arguments, config = _parse(argv)
+    from ...checkpoints.sources import parse_source
+    from ...transfer.data.datasets import check_dataset
+
+    if here:
+        parse_source(arguments.source)
+        if not config.data.download:
+            check_dataset(config.data)
+    return Work(output=arguments.out, workers=(arguments.workers or 1) - 1, divisible=True)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -44,7 +120,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         "of a pretrained teacher on recorded inputs of its layers, and by its cost; nothing is trained. The same "
         "command resumes a search that was stopped.",
         EXAMPLES,
-        usage="SOURCE --out DIR [--flag value ...]",
+        usage="SOURCE --out DIR [--flag value ...]  |  report DIR",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
@@ -56,10 +132,29 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument(
         "--at_random", action="store_true", help="draw every generation, instead of evolving the ones before"
     )
+    parser.add_argument(
+        "--proxy",
+        choices=("matching", "fitted"),
+        default="matching",
+        help="matching: mismatch by least squares; fitted: after a short fit by gradients, slower (default: matching)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that evaluate at the same time (default: one per core); no effect on the archive",
+    )
+    parser.add_argument(
+        "--share",
+        default="1/1",
+        metavar="I/N",
+        help="evaluate the I-th of N shares first, then what is missing; used by jobs of `graftvit submit`",
+    )
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
-    for name in ("images", "generations", "population"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} {getattr(arguments, name)}: give a number, 1 or more")
+    for name in ("images", "generations", "population", "workers"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: give a number, 1 or more")
     config = load_config(None, settings)
     if not (config.data.dataset or config.data.data_path):
         raise ConfigError("a search needs images: give --data_path FOLDER, or --dataset digits")
@@ -69,6 +164,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
     from ...checkpoints.pretrained import load_pretrained
+    from ...transfer.cells.threads import torch_threads
     from ...transfer.data.sample import sample_images
     from ...transfer.search.matching import record_layers
     from ...transfer.search.program_search import Search, SearchSettings
@@ -76,8 +172,11 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     teacher = load_pretrained(arguments.source, **source_keywords(config.teacher))
     images = sample_images(config.data, teacher.preprocessing, arguments.images, seed=config.seed)
     data = f"{arguments.images} of {config.data.dataset or config.data.data_path}"
-    settings = SearchSettings(config.seed, arguments.population, arguments.at_random, arguments.source, data)
-    return Search(arguments.out, settings, record_layers(teacher.model, images))
+    settings = SearchSettings(
+        config.seed, arguments.population, arguments.at_random, arguments.source, data, arguments.proxy
+    )
+    with torch_threads(1):
+        return Search(arguments.out, settings, record_layers(teacher.model, images))
 
 
 def _table(search: Search, done: Sequence[Evaluation]) -> str:

@@ -81,6 +81,10 @@ def _run_work(argv: list[str]) -> int:
         "--output_dir", type=Path, metavar="DIR",
         help=f"folder of the job for `graftvit jobs`, `logs`, `stop` and `resume` (default: runs/{command}-NAME)",
     )  # fmt: skip
+    parser.add_argument(
+        "--shares", type=int, default=1, metavar="N",
+        help="divide the work among N jobs of an array; `search` alone can be divided (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the sbatch script and stop")
     add_cluster_flags(parser)
     own, words = split_words(parser, argv)
@@ -92,7 +96,9 @@ def _run_work(argv: list[str]) -> int:
     config = asked.config()
     with stoppable():
         _early(arguments, config)()
-        plan, config = plan_work(words, arguments.output_dir, config, unchecked=arguments.unchecked)
+        plan, config = plan_work(
+            words, arguments.output_dir, config, shares=arguments.shares, unchecked=arguments.unchecked
+        )
         return _show_or_send(arguments, asked, plan, config, describe_work(plan))
 
 

@@ -20,7 +20,7 @@ from ..cli import DISTRIBUTED
 from ..hints import hint
 from ..load_config import Setting, dump_config, read_recipe
 from ..say import say_aside
-from ..submitted import SUBMITTED, check_words
+from ..submitted import SUBMITTED, Work, check_words
 from .batch import Request
 from .checks import check_folder
 from .job_folder import ORDER_FILE, JobFolder, Order
@@ -181,11 +181,17 @@ def _frozen_teacher(comparison: Comparison, beside: Path) -> dict[Path, str]:
 
 
 def plan_work(
-    words: Sequence[str], folder: Path | None, config: ClusterConfig, *, unchecked: bool = False
+    words: Sequence[str],
+    folder: Path | None,
+    config: ClusterConfig,
+    *,
+    shares: int = 1,
+    unchecked: bool = False,
 ) -> tuple[SubmissionPlan, ClusterConfig]:
     """Return what `graftvit submit COMMAND ...` submits, and the resources with the cores that it needs. Write nothing.
 
-    Raises GraftError: the command would refuse its words, or it is one process and several are asked for.
+    Raises GraftError: the command would refuse its words, it is one process and several are asked for, or it cannot be
+    divided.
     """
     command, *rest = words
     if command not in DISTRIBUTED and config.world_size > 1:
@@ -201,8 +207,25 @@ def plan_work(
     _refuse_run(folder)
     order = Order(list(words), None if work.output is None else str(work.output.absolute()))
     text = json.dumps({"words": order.words, "output": order.output}) + "\n"
-    plan = SubmissionPlan(folder, [], {folder / "jobs" / ORDER_FILE: text}, [Request(order.words, folder)])
+    requests = _divided(Request(order.words, folder), shares, work)
+    frozen = {request.output_dir / "jobs" / ORDER_FILE: text for request in requests}
+    plan = SubmissionPlan(folder, [], frozen, requests)
     return plan, config.model_copy(update={"cpus_per_task": config.cpus_per_task or 1 + work.workers})
+
+
+def _divided(request: Request, shares: int, work: Work) -> list[Request]:
+    """Return a request for each share. Raises ConfigError: the command cannot be divided."""
+    if shares == 1:
+        return [request]
+    if shares < 1 or not work.divisible:
+        raise ConfigError(
+            f"--shares {shares}: `graftvit {request.words[0]}` is one job; "
+            + ("give 1 or more" if work.divisible else "only `graftvit submit search` can be divided")
+        )
+    return [
+        Request([*request.words, "--share", f"{one}/{shares}"], request.output_dir / "cells" / f"share-{one}")
+        for one in range(1, shares + 1)
+    ]
 
 
 def _refuse_run(folder: Path) -> None:

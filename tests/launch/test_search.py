@@ -27,7 +27,18 @@ def words(tmp_path: Path) -> list[str]:
     write_student(
         model, tmp_path / "teacher", architecture=ARCHITECTURE, model_args=ARGUMENTS, preprocessing=shown
     )
-    return ["search", str(tmp_path / "teacher"), "--dataset", "digits", "--images", "4", "--population", "5"]
+    return [
+        "search",
+        str(tmp_path / "teacher"),
+        "--dataset",
+        "digits",
+        "--images",
+        "4",
+        "--population",
+        "5",
+        "--workers",
+        "1",
+    ]
 
 
 def test_a_search_prints_its_front_and_resumes(
@@ -53,11 +64,26 @@ def test_a_search_prints_its_front_and_resumes(
 
 
 @pytest.mark.slow
-def test_a_search_killed_three_times_ends_in_the_same_archive(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_search_killed_three_times_ends_in_the_same_archive(
+    words: list[str], tmp_path: Path, workers: str
+) -> None:
+    """Two processes end in the archive of one."""
     assert main([*words, "--generations", "4", "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "killed"
     code = "import sys; from graftvit.launch.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *words, "--generations", "4", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        *words,
+        "--generations",
+        "4",
+        "--workers",
+        workers,
+        "--out",
+        str(out),
+    ]
     for records in (3, 8, 14):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and len(list(out.glob("cells/*/cell.json"))) < records:
@@ -77,6 +103,8 @@ def test_a_search_killed_three_times_ends_in_the_same_archive(words: list[str], 
             "--population 0: give a number",
         ),
         (["teacher", "--dataset", "digits"], "--out"),
+        (["report", "gone"], "gone has no search: give the --out"),
+        (["teacher", "--out", "x", "--dataset", "digits", "--workers", "0"], "--workers 0: give a number"),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ...checkpoints.atomic import write_text
+from ...checkpoints.atomic import write_shared, write_text
 from ...models.errors import ConfigError
 
 CELL_FILE = "cell.json"
@@ -52,7 +52,20 @@ def cell_state(folder: Path, settings: str, differing: str = "settings", flag: s
 
 def save_record(record: Any, folder: Path) -> None:
     """Write a dataclass as the record of a cell. Raises WriteFailedError as `write_file`."""
-    write_text(folder / CELL_FILE, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+    write_text(folder / CELL_FILE, _text(record))
+
+
+def save_first(record: R, folder: Path) -> R:
+    """Write a dataclass as the record of a cell that several processes may run; return the record of the first one.
+
+    Raises WriteFailedError as `write_file`.
+    """
+    write_shared(folder / CELL_FILE, _text(record).encode(), replace=False)
+    return load_record(type(record), folder) or record
+
+
+def _text(record: Any) -> str:
+    return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
 
 
 def load_record(kind: type[R], folder: Path) -> R | None:

@@ -85,20 +85,34 @@ def mismatch(program: Program, layers: Sequence[RecordedLayer]) -> float:
 
     O is the program's output with a column of ones. W is fitted for each head by least squares on the first half of the
     images, as a student's value and output projections can learn it, and the error is that of the second half. 1 is
-    the error of a constant; infinity stands for outputs that are not finite.
+    the error of a constant. Infinity: the program's outputs are not finite.
     """
-    errors = [_layer_mismatch(program(q=each.q, k=each.k, v=each.v), each.out) for each in layers]
-    error = float(torch.stack(errors).mean())
+    return rounded([layer_mismatch(program(q=each.q, k=each.k, v=each.v), each.out) for each in layers])
+
+
+def rounded(errors: Sequence[Tensor]) -> float:
+    """Return the mean over layers to three digits; infinity if it is not finite."""
+    error = float(torch.stack(list(errors)).mean())
     return float(f"{error:.{DIGITS}g}") if error == error and error < 1e6 else float("inf")
 
 
-def _layer_mismatch(out: Tensor, wanted: Tensor) -> Tensor:
+def layer_mismatch(out: Tensor, wanted: Tensor) -> Tensor:
+    """Fit on the first half of the images; return the mean error of the heads on the second half."""
     if not out.isfinite().all():
         return torch.tensor(torch.inf, dtype=torch.float64)
     half = len(out) // 2
     weights = _least_squares(_with_ones(out[:half]), _rows(wanted[:half]))
-    targets = _rows(wanted[half:])
-    left = (_with_ones(out[half:]) @ weights - targets).flatten(1).norm(dim=1)
+    return _relative_error(_with_ones(out[half:]) @ weights, _rows(wanted[half:]))
+
+
+def matching_error(out: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean error of the heads on the images of the fit, with gradients."""
+    rows, targets = _with_ones(out), _rows(wanted)
+    return _relative_error(rows @ _least_squares(rows, targets), targets)
+
+
+def _relative_error(found: Tensor, targets: Tensor) -> Tensor:
+    left = (found - targets).flatten(1).norm(dim=1)
     spread = (targets - targets.mean(1, keepdim=True)).flatten(1).norm(dim=1)
     errors: Tensor = left / spread.clamp_min(1e-12)
     return errors.mean()

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ...checkpoints.atomic import write_text
+from ...checkpoints.atomic import write_shared
 from ...models.errors import ConfigError
 from ...models.json_types import JsonDict
 from ...models.programs.found import FOUND, LINEAR
 from ...models.programs.program import Program
 from ...models.programs.program_checks import CHECKS, check
 from ...models.programs.program_text import parse_program
-from ..cells.records import cell_state, digest, load_record, save_record
+from ..cells.records import cell_state, digest, load_record, save_first
+from ..cells.threads import torch_threads
 from .evolution import Child, Evaluation, front, hypervolume, propose
+from .gradient_fit import fitted_mismatch
+from .layer_file import layers_to_bytes, read_layers
 from .matching import RecordedLayer, mismatch
 
 SOFTMAX = "mm(softmax(nt(scale(q) k)) v)"
@@ -27,7 +31,13 @@ CONTROLS = {"softmax": SOFTMAX, "elu + 1": LINEAR, "values": "v", "queries": "q"
 """Programs beside which the front is shown."""
 USED = tuple(each for each in CHECKS if each.name not in ("stability", "triviality", "half", "training"))
 """The checks of a search: those that take milliseconds."""
-ARCHIVE, SETTINGS = "archive.json", "settings.json"
+PROXIES: Mapping[str, Callable[[Program, Sequence[RecordedLayer]], float]] = {
+    "matching": mismatch,
+    "fitted": fitted_mismatch,
+}
+"""Measures of a program that need the recorded layers alone."""
+ARCHIVE, SETTINGS, LAYERS = "archive.json", "settings.json", "layers.safetensors"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class SearchSettings:
     at_random: bool
     teacher: str
     images: str
+    proxy: str = "matching"
+    """What mismatch is measured by: a name of `PROXIES`."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +61,50 @@ class Search:
     settings: SearchSettings
     layers: Sequence[RecordedLayer]
 
-    def run(self, generations: int, tell: Callable[[str], None]) -> list[Evaluation]:
-        """Evaluate the generations that have no records, write the archive, and return all evaluations.
+    def claim(self) -> Search:
+        """Write the settings and the recorded layers into the folder; return the search with the layers that it has.
 
         Raises ConfigError: the folder has a search with other settings, which are named.
         """
         self._claim_folder()
+        if not (self.folder / LAYERS).exists():
+            write_shared(self.folder / LAYERS, layers_to_bytes(self.layers), replace=False)
+        return replace(self, layers=read_layers(self.folder / LAYERS))
+
+    def evaluate(
+        self,
+        generations: int,
+        order: Callable[[int], Iterable[int]],
+        look: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Evaluate what has no record, generation by generation; `order` sorts the slots of each.
+
+        `look` is called after each generation.
+        """
         done: list[Evaluation] = []
-        for generation in range(generations):
-            children = propose(
-                self.settings.seed,
-                generation,
-                self.settings.population,
-                done,
-                at_random=self.settings.at_random,
-            )
-            done += [self._evaluation(generation, slot, child) for slot, child in enumerate(children)]
-            tell(self._progress(generation, generations, done))
-        self._write(done)
-        return done
+        with torch_threads(1):
+            for generation in range(generations):
+                children = self._children(generation, done)
+                found = {
+                    slot: self._evaluation(generation, slot, children[slot]) for slot in order(len(children))
+                }
+                done += [found[slot] for slot in range(len(children))]
+                look()
+
+    def recorded(self, generation: int) -> list[Evaluation] | None:
+        """Return the evaluations of a generation; None where one is missing.
+
+        Raises ConfigError: one was made with other settings.
+        """
+        found = []
+        for slot in range(self.settings.population):
+            folder = self._cell(generation, slot)
+            record = load_record(Evaluation, folder)
+            if record is None:
+                return None
+            cell_state(folder, self._digest(generation, record.program), flag="--out")
+            found.append(record)
+        return found
 
     @property
     def softmax_cost(self) -> int:
@@ -77,23 +114,24 @@ class Search:
         """Return the multiply-adds and entries of all layers."""
         return sum(each.cost(program.products + program.entries) for each in self.layers)
 
-    @property
+    def mismatch(self, program: Program) -> float:
+        """Return the program's mismatch with the teacher, by the proxy of the search."""
+        return PROXIES[self.settings.proxy](program, self.layers)
+
+    @cached_property
     def _depends_on(self) -> JsonDict:
         return {**asdict(self.settings), "layers": [each.size for each in self.layers]}
+
+    def _digest(self, generation: int, program: str) -> str:
+        return digest({**self._depends_on, "program": program, "generation": generation})
 
     def _claim_folder(self) -> None:
         """Write the settings into a new folder, or compare them with those of the search that it has."""
         path, mine = self.folder / SETTINGS, self._depends_on
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(mine, indent=1) + "\n")
-            return
-        try:
-            there = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ConfigError(
-                f"{path} is not readable as the settings of a search; take another --out"
-            ) from error
+            write_shared(path, (json.dumps(mine, indent=1) + "\n").encode(), replace=False)
+        there = _read_settings(dict[str, Any], self.folder)
         for name, value in mine.items():
             if there.get(name) == value:
                 continue
@@ -102,22 +140,27 @@ class Search:
                 differs = f"{name} {there.get(name)}, not {value}"
             raise ConfigError(f"{self.folder} has a search with {differs}; take another --out")
 
+    def _children(self, generation: int, done: Sequence[Evaluation]) -> list[Child]:
+        settings = self.settings
+        return propose(settings.seed, generation, settings.population, done, at_random=settings.at_random)
+
+    def _cell(self, generation: int, slot: int) -> Path:
+        return self.folder / "cells" / f"{generation:03}-{slot:03}"
+
     def _evaluation(self, generation: int, slot: int, child: Child) -> Evaluation:
-        folder = self.folder / "cells" / f"{generation:03}-{slot:03}"
-        settings = digest({**self._depends_on, "program": child.program.text, "generation": generation})
+        folder = self._cell(generation, slot)
+        settings = self._digest(generation, child.program.text)
         if cell_state(folder, settings, flag="--out") == "done":
             found = load_record(Evaluation, folder)
             if found is not None:
                 return found
         folder.mkdir(parents=True, exist_ok=True)
-        evaluation = self._evaluate(settings, generation, child)
-        save_record(evaluation, folder)
-        return evaluation
+        return save_first(self._evaluate(settings, generation, child), folder)
 
     def _evaluate(self, settings: str, generation: int, child: Child) -> Evaluation:
         program = child.program
         verdict = check(program, USED)
-        error = mismatch(program, self.layers) if verdict.passed else None
+        error = self.mismatch(program) if verdict.passed else None
         if error == float("inf"):
             verdict, error = (
                 type(verdict)(program.text, "finite", "it is not finite on the teacher's inputs"),
@@ -128,7 +171,8 @@ class Search:
             self.cost(program),
         )  # fmt: skip
 
-    def _progress(self, generation: int, generations: int, done: Sequence[Evaluation]) -> str:
+    def progress(self, generation: int, generations: int, done: Sequence[Evaluation]) -> str:
+        """Return a line about the evaluations up to a generation."""
         best = min((each.mismatch for each in done if each.mismatch is not None), default=None)
         volume = hypervolume(done, self.softmax_cost)
         return (
@@ -136,7 +180,8 @@ class Search:
             f"hypervolume {volume:.4f}, least mismatch {best}"
         )
 
-    def _write(self, done: Sequence[Evaluation]) -> None:
+    def write_archive(self, done: Sequence[Evaluation]) -> None:
+        """Write the front and what was refused. Raises WriteFailedError as `write_file`."""
         refused = Counter(each.refused for each in done if each.refused)
         archive = {
             "settings": asdict(self.settings),
@@ -145,12 +190,36 @@ class Search:
             "hypervolume": round(hypervolume(done, self.softmax_cost), 6),
             "front": [asdict(each) for each in front(done)],
         }
-        write_text(self.folder / ARCHIVE, json.dumps(archive, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(archive, indent=1, ensure_ascii=False) + "\n"
+        write_shared(self.folder / ARCHIVE, text.encode(), replace=True)
+
+
+def open_search(folder: Path) -> Search:
+    """Return the search of a folder. Raises ConfigError: it has none, or a file is damaged."""
+    return Search(folder, _read_settings(SearchSettings, folder), read_layers(folder / LAYERS))
+
+
+def _read_settings(kind: type[T], folder: Path) -> T:
+    path = folder / SETTINGS
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} has no search: give the --out of `graftvit search`") from error
+    except (OSError, ValidationError) as error:
+        raise ConfigError(
+            f"{path} is not readable as the settings of a search; take another --out"
+        ) from error
+
+
+def recorded_generations(search: Search) -> list[Evaluation]:
+    """Return the evaluations of all complete generations."""
+    done: list[Evaluation] = []
+    while (found := search.recorded(len(done) // search.settings.population)) is not None:
+        done += found
+    return done
 
 
 def controls(search: Search) -> dict[str, tuple[float, int]]:
     """Return mismatch and cost of the programs beside which a front is shown, by name."""
     programs = {name: parse_program(text) for name, text in CONTROLS.items()}
-    return {
-        name: (mismatch(program, search.layers), search.cost(program)) for name, program in programs.items()
-    }
+    return {name: (search.mismatch(program), search.cost(program)) for name, program in programs.items()}

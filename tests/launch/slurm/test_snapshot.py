@@ -71,6 +71,7 @@ def git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_copy_is_whole(tmp_path: Path) -> None:
     code = copy_package(tmp_path / "jobs")
     assert code.parent == tmp_path / "jobs"
@@ -91,6 +92,7 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in found}
 
 
+@pytest.mark.slow
 def test_the_copy_hides_what_is_installed(tmp_path: Path) -> None:
     modules = python(copy_package(tmp_path), "import sys\n" + USE, tmp_path)[3]
     assert all(Path(module).is_relative_to(tmp_path) for module in modules)

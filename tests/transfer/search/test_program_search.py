@@ -9,29 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from graftvit.models.errors import ConfigError
+from graftvit.transfer.cells.records import save_first
 from graftvit.transfer.search import program_search
 from graftvit.transfer.search.evolution import Evaluation, front, hypervolume, propose
-from graftvit.transfer.search.matching import RecordedLayer
-from graftvit.transfer.search.program_search import ARCHIVE, Search, SearchSettings
-
-
-def search(folder: Path, weights: int = 0, **changes: object) -> Search:
-    x = torch.randn(3, 4, 2, 9, 4, generator=torch.Generator().manual_seed(weights))
-    q, k, v = x.unbind(0)
-    layer = RecordedLayer(q, k, v, torch.nn.functional.scaled_dot_product_attention(2 * q, k, v))
-    settings = {
-        "seed": 0,
-        "population": 8,
-        "at_random": False,
-        "teacher": "one layer",
-        "images": "4",
-        **changes,
-    }
-    return Search(folder, SearchSettings(**settings), [layer])  # type: ignore[arg-type]
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
+from graftvit.transfer.search.program_search import ARCHIVE, LAYERS, open_search, recorded_generations
+from graftvit.transfer.search.shares import Share, parse_share, run_search
+from search_runs import search, silent
 
 
 class KilledError(Exception):
@@ -39,22 +22,22 @@ class KilledError(Exception):
 
 
 def test_a_stopped_search_ends_in_the_same_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = search(tmp_path / "whole").run(4, silent)
-    cut, saved = search(tmp_path / "cut"), program_search.save_record
+    whole = run_search(search(tmp_path / "whole"), 4, silent)
+    cut, saved = search(tmp_path / "cut"), program_search.save_first
     for stop_after in (5, 1, 13):
         left = [stop_after]
 
-        def save(record: object, folder: Path, left: list[int] = left) -> None:
+        def save(record: Evaluation, folder: Path, left: list[int] = left) -> Evaluation:
             if not left[0]:
                 raise KilledError
             left[0] -= 1
-            saved(record, folder)
+            return saved(record, folder)
 
-        monkeypatch.setattr(program_search, "save_record", save)
+        monkeypatch.setattr(program_search, "save_first", save)
         with pytest.raises(KilledError):
-            cut.run(4, silent)
-    monkeypatch.setattr(program_search, "save_record", saved)
-    assert cut.run(4, silent) == whole
+            run_search(cut, 4, silent)
+    monkeypatch.setattr(program_search, "save_first", saved)
+    assert run_search(cut, 4, silent) == whole
     assert (tmp_path / "cut" / ARCHIVE).read_bytes() == (tmp_path / "whole" / ARCHIVE).read_bytes()
     assert len(list((tmp_path / "cut" / "cells").iterdir())) == 32
 
@@ -62,21 +45,77 @@ def test_a_stopped_search_ends_in_the_same_archive(tmp_path: Path, monkeypatch: 
 def test_what_is_done_is_not_done_again_and_more_generations_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = search(tmp_path).run(2, silent)
-    assert search(tmp_path).run(3, silent)[:16] == first
-    monkeypatch.setattr(program_search, "mismatch", None)
-    assert search(tmp_path).run(2, silent) == first
+    first = run_search(search(tmp_path), 2, silent)
+    assert run_search(search(tmp_path), 3, silent)[:16] == first
+    monkeypatch.setattr(program_search, "PROXIES", {})
+    assert run_search(search(tmp_path), 2, silent) == first
     with pytest.raises(ConfigError, match="has a search with seed 0, not 1; take another --out"):
-        search(tmp_path, seed=1).run(1, silent)
+        run_search(search(tmp_path, seed=1), 1, silent)
+    with pytest.raises(ConfigError, match="has a search with proxy matching, not fitted"):
+        run_search(search(tmp_path, proxy="fitted"), 1, silent)
     with pytest.raises(ConfigError, match="has a search with other recorded layers: the weights"):
-        search(tmp_path, weights=1).run(1, silent)
+        run_search(search(tmp_path, weights=1), 1, silent)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ConfigError, match="measured with other settings; take another --out, or remove it"):
-        search(tmp_path, seed=1).run(1, silent)
+        run_search(search(tmp_path, seed=1), 1, silent)
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_shares_of_a_search_end_in_the_same_archive(tmp_path: Path, shares: int) -> None:
+    """The first share is killed at once; the last one, alone, does the work of all."""
+    whole = run_search(search(tmp_path / "whole"), 3, silent)
+    shared = search(tmp_path / "shared").claim()
+    shared.evaluate(1, Share(0, shares).order)
+    assert len(list((shared.folder / "cells").iterdir())) == 8
+    assert run_search(shared, 3, silent, share=Share(shares - 1, shares)) == whole
+    assert (shared.folder / ARCHIVE).read_bytes() == (tmp_path / "whole" / ARCHIVE).read_bytes()
+
+
+def test_a_share_begins_with_its_own_slots() -> None:
+    assert Share(1, 3).order(7) == [1, 4, 6, 5, 3, 2, 0]
+    assert parse_share("2/4") == Share(1, 4)
+    parts = [Share(1, 2).part(index, 3) for index in range(3)]
+    assert sorted(slot for part in parts for slot in part.order(12)[:2]) == [1, 3, 5, 7, 9, 11]
+    for wrong in ("2", "0/2", "3/2", "a/b", "1/0"):
+        with pytest.raises(ConfigError, match="give a share, such as 2/4"):
+            parse_share(wrong)
+
+
+def test_the_record_of_the_first_writer_stays(tmp_path: Path) -> None:
+    first, second = made(0.5, 1), made(0.6, 2)
+    (tmp_path / "cell").mkdir()
+    assert save_first(first, tmp_path / "cell") == first
+    assert save_first(second, tmp_path / "cell") == first
+    assert [path.name for path in (tmp_path / "cell").iterdir()] == ["cell.json"]
+
+
+def test_all_processes_measure_on_the_recorded_layers_of_the_folder(tmp_path: Path) -> None:
+    first = search(tmp_path).claim()
+    there = open_search(tmp_path)
+    assert there.settings == first.settings
+    for mine, read in zip(first.layers, there.layers, strict=True):
+        assert all(torch.equal(getattr(mine, part), getattr(read, part)) for part in ("q", "k", "v", "out"))
+    (tmp_path / LAYERS).write_bytes(b"no layers")
+    with pytest.raises(ConfigError, match="not readable as recorded layers; remove it"):
+        open_search(tmp_path)
+    with pytest.raises(ConfigError, match="has no search: give the --out"):
+        open_search(tmp_path / "cells")
+
+
+def test_a_generation_with_a_missing_record_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record can vanish at any moment, also after the search has looked whether it is there."""
+    done = run_search(search(tmp_path), 1, silent)
+    there = open_search(tmp_path)
+    assert there.recorded(0) == recorded_generations(there) == done
+    monkeypatch.setattr(program_search, "load_record", lambda kind, folder: None)
+    assert there.recorded(0) is None
+    assert recorded_generations(there) == []
 
 
 def test_programs_are_new_and_children_of_what_was_measured(tmp_path: Path) -> None:
-    done = search(tmp_path).run(5, silent)
+    done = run_search(search(tmp_path), 5, silent)
     texts = [each.program for each in done]
     assert len(set(texts)) == len(texts) == 40
     for each in done[8:]:
@@ -93,8 +132,16 @@ def test_programs_are_new_and_children_of_what_was_measured(tmp_path: Path) -> N
     assert [each["program"] for each in archive["front"]] == [each.program for each in front(done)]
 
 
+def test_the_proxy_decides_what_is_measured(tmp_path: Path) -> None:
+    """The first generation is the same; a fit has a say in the error of what it can change."""
+    plain = run_search(search(tmp_path / "plain"), 1, silent)
+    fitted = run_search(search(tmp_path / "fitted", proxy="fitted"), 1, silent)
+    assert [each.program for each in plain] == [each.program for each in fitted]
+    assert [each.mismatch for each in plain] != [each.mismatch for each in fitted]
+
+
 def test_random_generations_have_no_parents(tmp_path: Path) -> None:
-    done = search(tmp_path, at_random=True).run(2, silent)
+    done = run_search(search(tmp_path, at_random=True), 2, silent)
     assert not any(each.parents for each in done)
     assert propose(0, 1, 3, done) != propose(0, 1, 3, done, at_random=True)
 
