@@ -1,0 +1,273 @@
+"""`graftvit attnbench run | extend | merge | query | verify`: a benchmark of attention programs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...models.errors import ConfigError, RunFailedError, counted
+from ..flags import Parser, command_parser, parse_command, run_action
+from ..say import say, say_aside
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from ...transfer.attnbench.bench_rows import Row
+    from ..load_config import Setting
+
+ACTIONS = {
+    "run": "train small models with each program, and write a row for each training",
+    "extend": "the same, for the programs, models and seeds that a file of rows does not have yet",
+    "merge": "write the rows of several files as one; rows of the same training must agree",
+    "query": "print the rows of a file as a table, the best first",
+    "verify": "run some rows of a file again, and compare",
+}
+USAGE = {
+    "run": "CONFIG --out DIR [--flag value ...]",
+    "extend": "ROWS CONFIG --out DIR [--flag value ...]",
+    "merge": "ROWS ROWS ... --out FILE",
+    "query": "ROWS [--flag value ...]",
+    "verify": "ROWS [--sample N] [--flag value ...]",
+    "": "ACTION ...",
+}
+EXAMPLES = (
+    "graftvit attnbench query bench/rows.jsonl --backbone plain --top 10",
+    "graftvit attnbench verify bench/rows.jsonl --sample 3",
+    "graftvit attnbench run attnbench_digits --drawn 50 --out bench",
+    "graftvit attnbench extend bench/rows.jsonl attnbench_digits --program 'mul(q softmax(v))' --out more",
+    "graftvit attnbench merge bench/rows.jsonl theirs.parquet --out all.jsonl",
+)
+DATA = ("data.data_path", "data.download", "data.workers", "engine.device")
+ROWS = "rows.jsonl"
+LOCAL = {"both": (True, False), "with": (True,), "without": (False,)}
+SHORT = 70
+"""Characters of a program in the table."""
+
+
+def run(argv: list[str]) -> int:
+    """Run one action."""
+    return run_action(argv, ACTIONS, _parser, _run_one)
+
+
+def _run_one(action: str, argv: list[str]) -> int:
+    parser = _parser(action, f"{ACTIONS[action]}.".capitalize())
+    if action in ("run", "extend"):
+        return _train(parser, argv, extends=action == "extend")
+    return {"merge": _merge, "query": _query, "verify": _verify}[action](parser, argv)
+
+
+def _parser(action: str, description: str) -> Parser:
+    examples = [example for example in EXAMPLES if f"attnbench {action}" in example]
+    return command_parser(f"attnbench {action}".strip(), description, examples, usage=USAGE[action])
+
+
+def _choices(parser: Parser) -> None:
+    """Add the flags that choose rows."""
+    parser.add_argument("--backbone", action="append", default=[], metavar="NAME", help="only this model")
+    parser.add_argument("--data", action="append", default=[], metavar="NAME", help="only this data set")
+    parser.add_argument(
+        "--local", choices=list(LOCAL), default="both", help="with or without the convolution (default: both)"
+    )
+
+
+def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
+    if extends:
+        parser.add_argument("rows", metavar="ROWS", type=Path, help="file of rows, .jsonl or .parquet")
+    parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'attnbench'")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of records and rows")
+    parser.add_argument(
+        "--program",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a program, or attnzero_..., beside the controls",
+    )
+    parser.add_argument("--drawn", type=int, default=0, metavar="N", help="programs to draw (default: 0)")
+    parser.add_argument(
+        "--draw_seed", type=int, default=0, metavar="S", help="seed of the draws (default: 0)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="SEED",
+        help="seeds of the trainings (default: 0)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="programs at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of a training; changes the rounding (default: 1)",
+    )
+    _choices(parser)
+    arguments, settings = parse_command(parser, argv, only=DATA)
+    _check(arguments)
+    from ...transfer.attnbench.bench_rows import merge_rows, read_rows, write_rows
+
+    known = read_rows(arguments.rows) if extends else []
+    rows = merge_rows([known, _new_rows(arguments, settings, known)])
+    write_rows(rows, arguments.out / ROWS)
+    say(f"{_table(rows, 10)}\n{arguments.out / ROWS}: {counted(len(rows), 'row')}\n")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from ...transfer.attnbench.bench_settings import MOST
+
+    if not 0 <= arguments.drawn <= MOST:
+        raise ConfigError(f"--drawn {arguments.drawn}: give a number from 0 to {MOST:,}")
+    for name in ("processes", "threads"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} {getattr(arguments, name)}: give a number, 1 or more")
+    if min(arguments.seeds) < 0:
+        raise ConfigError(f"--seeds {' '.join(map(str, arguments.seeds))}: give whole numbers from 0 on")
+
+
+def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
+    """Run the trials that have no known row."""
+    from ...transfer.attnbench.bench_run import run_bench
+    from ...transfer.attnbench.bench_settings import list_programs
+    from ..bench_loading import load_bench
+
+    bench = load_bench(arguments.config, settings)
+    trials = bench.trials(
+        list_programs(arguments.program, arguments.drawn, arguments.draw_seed),
+        list(dict.fromkeys(arguments.seeds)),
+        arguments.backbone,
+        arguments.data,
+        LOCAL[arguments.local],
+    )
+    there = {row.key for row in known}
+    new = [
+        trial
+        for trial in trials
+        if (
+            trial.data, trial.backbone, trial.hash, trial.seed, trial.local, bench.digest(trial.backbone, trial.data)
+        ) not in there
+    ]  # fmt: skip
+    how = {"processes": arguments.processes, "threads": arguments.threads}
+    return run_bench(bench, new, arguments.out, tell=_tell, **how)
+
+
+def _merge(parser: Parser, argv: list[str]) -> int:
+    parser.add_argument(
+        "rows", metavar="ROWS", type=Path, nargs="+", help="files of rows, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file to write: .jsonl or .parquet"
+    )
+    arguments = parser.parse_args(argv)
+    from ...transfer.attnbench.bench_rows import merge_rows, read_rows, write_rows
+
+    rows = merge_rows(read_rows(path) for path in arguments.rows)
+    write_rows(rows, arguments.out)
+    say(f"{arguments.out}: {counted(len(rows), 'row')}\n")
+    return 0
+
+
+def _query(parser: Parser, argv: list[str]) -> int:
+    _source(parser)
+    _choices(parser)
+    parser.add_argument("--status", choices=["trained", "refused", "failed"], help="only rows of this status")
+    parser.add_argument(
+        "--top", type=int, default=20, metavar="N", help="rows to print; 0 for all (default: 20)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON Lines in place of a table")
+    arguments = parser.parse_args(argv)
+    if arguments.top < 0:
+        raise ConfigError(f"--top {arguments.top}: give a number, 0 or more")
+    from ...transfer.attnbench.bench_rows import best_first, read_rows, row_text
+
+    rows = best_first([row for row in read_rows(arguments.rows) if _wanted(row, arguments)])
+    shown = rows[: arguments.top or len(rows)]
+    if arguments.json:
+        say("".join(row_text(row) for row in shown))
+        return 0
+    say(f"{_table(rows, arguments.top or len(rows))}{len(shown)} of {counted(len(rows), 'row')}\n")
+    return 0
+
+
+def _wanted(row: Row, arguments: argparse.Namespace) -> bool:
+    return (
+        (not arguments.backbone or row.backbone in arguments.backbone)
+        and (not arguments.data or row.data in arguments.data)
+        and row.local in LOCAL[arguments.local]
+        and arguments.status in (None, row.status)
+        and arguments.program in (None, row.program, row.name, row.hash)
+    )
+
+
+def _verify(parser: Parser, argv: list[str]) -> int:
+    _source(parser)
+    _choices(parser)
+    parser.add_argument("--sample", type=int, default=5, metavar="N", help="rows to run again (default: 5)")
+    parser.add_argument(
+        "--sample_seed", type=int, default=0, metavar="S", help="seed of the choice (default: 0)"
+    )
+    parser.add_argument(
+        "--config", metavar="CONFIG", help="the file that the rows were made with (default: their recipe)"
+    )
+    arguments, settings = parse_command(parser, argv, only=DATA)
+    if arguments.sample < 1:
+        raise ConfigError(f"--sample {arguments.sample}: give a number, 1 or more")
+    arguments.status = None
+    from ...transfer.attnbench.bench_rows import read_rows
+    from ...transfer.attnbench.bench_verify import pick_sample, verify_rows
+    from ..bench_loading import load_bench
+
+    rows = [row for row in read_rows(arguments.rows) if _wanted(row, arguments)]
+    if not rows:
+        raise ConfigError(
+            f"{arguments.rows} has no row that --program, --backbone, --data and --local choose"
+        )
+    differ, sample = [], pick_sample(rows, arguments.sample, arguments.sample_seed)
+    for recipe in dict.fromkeys(row.recipe for row in sample):
+        bench = load_bench(arguments.config or recipe, settings)
+        differ += verify_rows(bench, [row for row in sample if row.recipe == recipe], _tell)
+    if differ:
+        raise RunFailedError(f"{len(differ)} of {counted(len(sample), 'row')} differ: {'; '.join(differ)}")
+    say(f"{counted(len(sample), 'row')} agree{'s' if len(sample) == 1 else ''}\n")
+    return 0
+
+
+def _source(parser: Parser) -> None:
+    parser.add_argument("rows", metavar="ROWS", type=Path, help="file of rows, .jsonl or .parquet")
+    parser.add_argument("--program", metavar="TEXT", help="only this program: its text, its name or its hash")
+
+
+def _table(rows: Sequence[Row], count: int) -> str:
+    """Return the best rows as a table."""
+    from ...transfer.analysis.report.tables import aligned
+    from ...transfer.attnbench.bench_rows import best_first
+
+    table = [
+        ["top-1", "model", "data", "seed", "convolution", "parameters", "multiply-adds", "ms", "program"]
+    ]
+    for row in best_first(rows)[:count]:
+        top1 = row.status if row.top1 is None else f"{row.top1:.2f}"
+        cost = [
+            _number(row.parameters),
+            _number(row.macs),
+            "-" if row.latency is None else f"{row.latency:g}",
+        ]
+        text = row.program if len(row.program) <= SHORT else f"{row.program[: SHORT - 3]}..."
+        program = f"{row.name}: {text}" if row.name else text
+        convolution = "with" if row.local else "without"
+        table.append([top1, row.backbone, row.data, str(row.seed), convolution, *cost, program])
+    return aligned(table, right=(0, 3, 5, 6, 7))
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _tell(line: str) -> None:
+    say_aside(f"{line}\n")
+    sys.stderr.flush()

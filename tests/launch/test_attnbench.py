@@ -1,0 +1,159 @@
+"""`graftvit attnbench`, as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graftvit.launch.bench_loading import load_bench
+from graftvit.launch.cli import main
+from graftvit.models.programs.program_text import parse_program
+from graftvit.transfer.attnbench import bench_settings
+from graftvit.transfer.attnbench.bench_rows import Row, read_rows, write_rows
+from graftvit.transfer.attnbench.bench_settings import CONTROLS, list_programs
+from graftvit.transfer.config import OptimConfig
+
+SHORT = """
+base: attnbench_digits
+data: {train_samples: 64}
+optim: {epochs: 2}
+attnbench:
+  backbones:
+    plain:
+      student:
+        img_size: 8
+        model_args: {patch_size: 4, in_chans: 1, embed_dim: 8, depth: 1, num_heads: 1}
+    second: {student: {model: pvt_tiny, img_size: 8, model_args: {patch_size: 4, in_chans: 1, embed_dims: [8],
+      depths: [1], num_heads: [1], sr_ratios: [1], mlp_ratios: [1]}}}
+  data: {digits: {}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "short.yaml"
+    path.write_text(SHORT)
+    return str(path)
+
+
+def outcome(row: Row) -> Any:
+    return row.key, row.status, row.curve, row.parameters, row.macs
+
+
+@pytest.mark.slow
+def test_rows_are_run_extended_merged_queried_and_verified(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ["--backbone", "plain", "--local", "with"]
+    assert main(["attnbench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
+    rows = read_rows(tmp_path / "a" / "rows.jsonl")
+    assert {row.name for row in rows} == set(CONTROLS)
+    assert all(row.status == "trained" and [p.epoch for p in row.curve] == [1, 2] for row in rows)
+    assert not list((tmp_path / "a").rglob("run"))
+
+    more = ["--program", "mul(q v)", "--program", "attnzero_105", "--processes", "2"]
+    words = ["attnbench", "extend", str(tmp_path / "a" / "rows.jsonl"), recipe, "--backbone", "plain", *more]
+    assert main([*words, "--out", str(tmp_path / "b")]) == 0
+    both = read_rows(tmp_path / "b" / "rows.jsonl")
+    assert len(both) == 2 * (len(CONTROLS) + 2)
+    assert {outcome(row) for row in rows} <= {outcome(row) for row in both}
+    assert not (tmp_path / "b" / "cells" / rows[0].hash / "plain-digits-0-with").exists()
+    refused = [row for row in both if row.status == "refused"]
+    assert {(row.program, row.reason.partition(":")[0]) for row in refused} == {("mul(q v)", "gradients")}
+
+    files = [str(tmp_path / folder / "rows.jsonl") for folder in ("b", "a")]
+    assert main(["attnbench", "merge", *files, "--out", str(tmp_path / "all.jsonl")]) == 0
+    assert read_rows(tmp_path / "all.jsonl") == both
+    capsys.readouterr()
+    assert main(["attnbench", "query", str(tmp_path / "all.jsonl"), "--program", "values", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["program"] for line in lines] == ["v", "v"]
+    assert main(["attnbench", "verify", str(tmp_path / "all.jsonl"), "--sample", "3"]) == 0
+    assert "3 rows agree" in capsys.readouterr().out
+
+    changed = (tmp_path / "all.jsonl").read_text().replace('"loss": ', '"loss": 1')
+    (tmp_path / "all.jsonl").write_text(changed)
+    words = ["attnbench", "verify", str(tmp_path / "all.jsonl"), "--sample", "1", "--program", "values"]
+    assert main(words) == 1
+    assert "1 of 1 row differ" in capsys.readouterr().err
+
+
+def test_the_digest_holds_what_numbers_depend_on_and_no_path(recipe: str) -> None:
+    from graftvit.launch.load_config import Setting
+
+    bench = load_bench(recipe)
+    own = bench.digest("plain", "digits")
+    assert own != bench.digest("second", "digits")
+    elsewhere = load_bench(recipe, [Setting("data.workers", 2, "--workers"), Setting("seed", 5, "--seed")])
+    assert elsewhere.digest("plain", "digits") == own
+    assert load_bench(recipe, [Setting("optim.lr", 1.0, "--lr")]).digest("plain", "digits") != own
+
+
+def test_a_setting_that_is_added_later_does_not_change_the_digest(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_settings, "digest", lambda settings: settings[0])
+    settings: Any = load_bench(recipe).digest("plain", "digits")
+    assert settings["optim"]["epochs"] == 2
+    assert settings["data"]["train_samples"] == 64
+    defaults = OptimConfig().model_dump(mode="json")
+    assert all(value != defaults[name] for name, value in settings["optim"].items())
+
+
+def test_programs_are_canonical_and_each_once() -> None:
+    programs = list_programs(["softmax", "mul(v q)", "mul(q v)", "attnzero_40"], 5, 1)
+    assert len(programs) == len(set(programs)) == len(CONTROLS) + 1 + 5
+    assert programs == [parse_program(text).text for text in programs]
+    assert list_programs([], 5, 1)[-5:] == programs[-5:]
+
+
+def test_the_published_benchmark_has_its_models_and_data() -> None:
+    bench = load_bench("attnbench_published")
+    assert set(bench.settings.backbones) == {"deit_tiny", "pvt_tiny", "pvt_v2_b0", "swin_tiny"}
+    assert set(bench.settings.data) == {"cifar100", "flowers102"}
+    config = bench.run_config("swin_tiny", "cifar100")
+    optim = config.optim
+    assert (optim.epochs, optim.lr, optim.min_lr, optim.warmup_epochs) == (300, 5e-4, 5e-6, 20)
+    assert (config.data.batch_size, config.student.drop_path, config.data.mixup) == (128, 0.2, 0.0)
+    [trial] = bench.trials(["v"], [1], ["swin_tiny"], ["cifar100"], [False])
+    assert bench.trial_config(trial, Path("run")).student.plan == "stage1-2: program(code=v, local_size=0)"
+
+
+def test_verify_refuses_to_verify_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    write_rows([Row("digest", program="v", name="values", backbone="plain")], rows)
+    for words in (["--program", "softmax"], ["--backbone", "pyramid"], ["--local", "without"]):
+        assert main(["attnbench", "verify", str(rows), *words]) == 2
+        assert "has no row that --program, --backbone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["rum"], "unknown action 'rum'; did you mean 'run'?"),
+        (["run", "digits_scratch", "--out", "x"], "digits_scratch has no section 'attnbench'"),
+        (["run", "attnbench_digits", "--out", "x", "--backbone", "plane"], "--backbone plane"),
+        (
+            ["run", "attnbench_digits", "--out", "x", "--program", "mul(q"],
+            "the parenthesis of mul is not closed",
+        ),
+        (["run", "attnbench_digits", "--out", "x", "--drawn", "-1"], "--drawn -1: give a number from 0"),
+        (
+            ["run", "attnbench_digits", "--out", "x", "--threads", "0"],
+            "--threads 0: give a number, 1 or more",
+        ),
+        (
+            ["run", "attnbench_digits", "--out", "x", "--seeds", "-2"],
+            "--seeds -2: give whole numbers from 0 on",
+        ),
+        (["run", "attnbench_digits"], "--out"),
+        (["merge", "none.jsonl", "--out", "x.jsonl"], "none.jsonl cannot be read as rows of a benchmark"),
+        (["query", "rows.jsonl", "--top", "-1"], "--top -1: give a number, 0 or more"),
+        (["verify", "rows.jsonl", "--sample", "0"], "--sample 0: give a number, 1 or more"),
+    ],
+)
+def test_mistakes_are_one_sentence(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attnbench", *words]) == 2
+    assert reason in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Proxies are compared with the accuracies of trained rows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from graftvit.launch.cli import main
+from graftvit.models.errors import ConfigError
+from graftvit.models.programs.program_text import parse_program
+from graftvit.transfer.attnbench.bench_rows import Point, Row, write_rows
+from graftvit.transfer.attnbench.proxy_ranking import compare_orders, rank_proxies
+from graftvit.transfer.search.program_search import SOFTMAX
+from graftvit.transfer.search.shares import run_search
+from search_runs import search, silent
+
+PROGRAMS = ("v", "q", SOFTMAX, "k")
+
+
+def row(program: str, *curve: float, seed: int = 0, backbone: str = "plain") -> Row:
+    text = parse_program(program).text
+    points = tuple(Point(2 * n, top1, 1.0) for n, top1 in enumerate(curve, 1))
+    return Row("digest", program=text, backbone=backbone, data="digits", seed=seed, curve=points)
+
+
+def test_orders_are_compared_by_rank() -> None:
+    """Of the six pairs of 1 2 3 4 and 1 3 2 4, one is in the other order; the squared distances of ranks sum to 2."""
+    kendall, spearman, precision = compare_orders([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0], 2)
+    assert kendall == pytest.approx(4 / 6)
+    assert spearman == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert precision == 0.5
+    assert compare_orders([-math.inf, 2.0, 3.0], [5.0, 6.0, 7.0], 1) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_a_proxy_that_orders_as_training_has_correlation_one(tmp_path: Path) -> None:
+    """The accuracies are made from the mismatch; two seeds are averaged."""
+    found = search(tmp_path)
+    error = {text: found.mismatch(parse_program(text)) for text in PROGRAMS}
+    assert len(set(error.values())) == len(PROGRAMS)
+    rows = [
+        row(text, 50 + error[text], 50 - error[text] + shift, seed=seed)
+        for text in PROGRAMS
+        for seed, shift in ((0, 7.0), (1, -7.0))
+    ]
+    refused = Row("digest", program="mul(q v)", backbone="plain", data="digits", status="refused")
+    by_name = {each.proxy: each for each in rank_proxies(found, [*rows, refused], 1)}
+    assert set(by_name) == {"matching", "fitted", "cost", "first epochs"}
+    assert all(each.programs == len(PROGRAMS) for each in by_name.values())
+    best = by_name["matching"]
+    assert (best.kendall, best.spearman, best.precision) == pytest.approx((1.0, 1.0, 1.0))
+    worst = by_name["first epochs"]
+    assert (worst.kendall, worst.spearman, worst.precision) == pytest.approx((-1.0, -1.0, 0.0))
+
+
+def test_too_few_programs_are_refused(tmp_path: Path) -> None:
+    rows = [row(text, accuracy) for text, accuracy in zip(PROGRAMS, (10.0, 20.0, 30.0, 40.0), strict=True)]
+    for some, top in ((rows[:2], 1), (rows, 4)):
+        with pytest.raises(ConfigError, match="a ranking needs 3 or more, and more than --top"):
+            rank_proxies(search(tmp_path), some, top)
+    with pytest.raises(ConfigError, match="no trained program"):
+        rank_proxies(search(tmp_path), [], 1)
+
+
+def test_the_page_has_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_search(search(tmp_path / "found"), 1, silent)
+    rows = [row(text, 10.0 * n, backbone="small") for n, text in enumerate(PROGRAMS)]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    words = ["search", "report", str(tmp_path / "found")]
+    assert main([*words, "--rows", str(tmp_path / "rows.jsonl"), "--top", "2"]) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "fitted" in line).split()
+    assert line[:5] == ["small", "digits", "with", "4", "fitted"]
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert "<h2>The proxies</h2>" in page
+    assert all(f">{word}<" in page for word in line[5:])
+    assert main([*words, "--top", "0"]) == 2
+    assert "--top 0: give a number, 1 or more" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "The proxies" not in (tmp_path / "found" / "report.html").read_text()

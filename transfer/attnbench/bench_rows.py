@@ -1,0 +1,195 @@
+"""Rows of the benchmark: what one training of a model with a program measured, as JSON Lines or Parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from ...checkpoints.atomic import write_file, write_text
+from ...models.errors import ConfigError
+from ..cells.records import Ending
+
+Status = Literal["trained", "refused", "failed"]
+PARQUET = ".parquet"
+TOLERANCE = 5.0
+"""Points of top-1 in the last epoch by which another machine, or another torch, may differ."""
+
+
+class Point(NamedTuple):
+    """The score on the validation split after an epoch (from 1)."""
+
+    epoch: int
+    top1: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Row(Ending):
+    """One training. `settings` is the digest of all that its numbers depend on, but for program and seed."""
+
+    program: str = ""
+    """The canonical text."""
+    hash: str = ""
+    name: str = ""
+    """The name of a control, or of a program that AttnZero found; empty for others."""
+    backbone: str = ""
+    data: str = ""
+    seed: int = 0
+    local: bool = True
+    """Whether a depthwise convolution of the values is added."""
+    recipe: str = ""
+    status: Status = "trained"
+    reason: str = ""
+    """Why the program was refused, or why the training failed."""
+    curve: tuple[Point, ...] = ()
+    parameters: int | None = None
+    macs: int | None = None
+    """Multiply-adds of one image."""
+    latency: float | None = None
+    """Milliseconds of an image in a batch of 32."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, int, bool, str]:
+        """Return what only one row has."""
+        return self.data, self.backbone, self.hash, self.seed, self.local, self.settings
+
+    @property
+    def top1(self) -> float | None:
+        """Return the accuracy of the last epoch, which is not chosen by the validation split; None if not trained."""
+        return self.curve[-1].top1 if self.status == "trained" and self.curve else None
+
+
+def disagreement(old: Row, new: Row) -> str:
+    """Return what differs between two rows of one key; empty if they agree.
+
+    In the same environment all numbers but the latency are equal. In another one the last top-1 is within `TOLERANCE`.
+    """
+    if old.status != new.status:
+        return f"it was {old.status} and is now {new.status}"
+    for what in ("parameters", "macs"):
+        if getattr(old, what) != getattr(new, what):
+            return f"{what} {getattr(old, what)} and {getattr(new, what)}"
+    if old.environment == new.environment:
+        if old.reason != new.reason:
+            return f"{old.reason!r} and {new.reason!r}"
+        return "" if old.curve == new.curve else f"curves {_curve(old)} and {_curve(new)}"
+    if old.top1 is not None and new.top1 is not None and abs(old.top1 - new.top1) > TOLERANCE:
+        return f"top-1 {old.top1:.2f} and {new.top1:.2f}, more than {TOLERANCE:g} points apart"
+    return ""
+
+
+def _curve(row: Row) -> str:
+    return ", ".join(f"{point.top1:.4f}" for point in row.curve)
+
+
+def merge_rows(groups: Iterable[Sequence[Row]]) -> list[Row]:
+    """Return all rows in order of their keys, each once: the first of several that agree.
+
+    Raises ConfigError: two rows of one key do not agree.
+    """
+    found: dict[tuple[object, ...], Row] = {}
+    for row in (row for rows in groups for row in rows):
+        first = found.setdefault(row.key, row)
+        why = disagreement(first, row)
+        if why:
+            raise ConfigError(
+                f"two rows of {describe(row)} do not agree: {why}; leave one out, or run it again with "
+                "`graftvit attnbench verify`"
+            )
+    return [found[key] for key in sorted(found)]
+
+
+def describe(row: Row) -> str:
+    """Return a row in words: program, backbone, data, seed, and whether it has the convolution."""
+    convolution = "with" if row.local else "without"
+    return (
+        f"{row.name or row.program} ({row.backbone}, {row.data}, seed {row.seed}, {convolution} convolution)"
+    )
+
+
+def best_first(rows: Iterable[Row]) -> list[Row]:
+    """Return rows by falling accuracy; those without one are the last."""
+    return sorted(rows, key=lambda row: (row.top1 is None, -(row.top1 or 0.0), row.key))
+
+
+def row_text(row: Row) -> str:
+    """Return a row as a line of JSON."""
+    return json.dumps(_plain(row), ensure_ascii=False) + "\n"
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """Write rows in order of their keys, as Parquet if the name ends so, else as JSON Lines; whole or not at all.
+
+    Raises ConfigError: Parquet needs pyarrow. WriteFailedError as `write_file`.
+    """
+    ordered = sorted(rows, key=lambda row: row.key)
+    if path.suffix != PARQUET:
+        write_text(path, "".join(map(row_text, ordered)))
+        return
+    table = _arrow(path).Table.from_pylist([_plain(row) for row in ordered])
+    parquet = importlib.import_module("pyarrow.parquet")
+    write_file(path, lambda temporary: parquet.write_table(table, temporary), size=table.nbytes)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    found = dataclasses.asdict(row)
+    del found["error"]
+    return {**found, "curve": [point._asdict() for point in row.curve]}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file. Raises ConfigError: it is not there, or a row is damaged, which is named."""
+    if path.suffix == PARQUET:
+        return [_row(each, f"{path}, row {n}") for n, each in enumerate(_parquet(path), 1)]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"{path} cannot be read as rows of a benchmark: {reason}") from error
+    return parse_rows(lines, str(path))
+
+
+def parse_rows(lines: Iterable[str], label: str) -> list[Row]:
+    """Return the rows of lines of JSON. Raises ConfigError: a line is no row."""
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_row(json.loads(line), f"{label}, line {number}"))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{label}, line {number} is no row of a benchmark: {error}") from error
+    return rows
+
+
+def _row(content: Any, label: str) -> Row:
+    try:
+        points = [tuple(point[name] for name in Point._fields) for point in content["curve"]]
+        return TypeAdapter(Row).validate_python({**content, "curve": points})
+    except (ValidationError, KeyError, TypeError) as error:
+        raise ConfigError(f"{label} is no row of a benchmark: {error}") from error
+
+
+def _parquet(path: Path) -> list[Any]:
+    arrow = _arrow(path)
+    try:
+        table = importlib.import_module("pyarrow.parquet").read_table(path)
+    except (OSError, arrow.ArrowException) as error:
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}") from error
+    rows: list[Any] = table.to_pylist()
+    return rows
+
+
+def _arrow(path: Path) -> Any:
+    try:
+        return importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: Parquet needs pyarrow; pip install 'graftvit[parquet]', or give a name that ends in .jsonl"
+        ) from error
