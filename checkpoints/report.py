@@ -30,7 +30,7 @@ class LoadReport:
     """Commit on the hub."""
 
     def lines(self) -> list[str]:
-        """One line a fact; keys with the same reason share one."""
+        """Return one line for each fact; keys with the same reason share one."""
         lines = [f"loaded {self.loaded} tensors from {self.origin} ({self.format})"]
         lines += [f"resampled {name}: {how}" for name, how in self.resampled.items()]
         lines += [f"not in the weights: {line}" for line in grouped(self.missing)]
@@ -46,7 +46,7 @@ class LoadReport:
 
 
 def grouped(keys: Mapping[str, str]) -> list[str]:
-    """One line a reason, with the keys that have it."""
+    """Return one line for each reason, with the keys that have it."""
     groups: dict[str, list[str]] = {}
     for key, reason in keys.items():
         groups.setdefault(reason, []).append(key)

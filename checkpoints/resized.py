@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..models import lit, pvt_models
+from ..models import attnzero, lit, pvt_models
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import converted_layers
 from ..models.copied import ARCHITECTURE as COPIED
@@ -32,6 +32,7 @@ def late_size(
     ours = (
         CONVERTED,
         COPIED,
+        *attnzero.default_cfgs,
         *lit.default_cfgs,
         *pvt_models.default_cfgs,
     )  # with parts for one size in each stage

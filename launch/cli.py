@@ -32,6 +32,7 @@ COMMANDS = {
     "operators": "list the attention operators that a plan can name, with their options and costs",
     "programs": "draw attention programs and check them, or explain one: cost, LaTeX, PyTorch",
     "search": "search for attention programs that take over a teacher's attention, without training",
+    "attnbench": "`graftvit attnbench run | extend | merge | query | verify`: a benchmark of attention programs",
     "save": "write one model, from a run or any other source, as a folder that timm loads",
     "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: handle weights files of any origin",
     "export": "write a model as an ONNX or torch.export file, checked against the model",
@@ -44,13 +45,15 @@ COMMANDS = {
 }
 DISTRIBUTED = ("train", "pretrain", "evaluate")
 """Commands that several processes can run together."""
-ALONE = ("compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
+ALONE = ("attnbench", "compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
 """Commands that run in one process. Several processes would each run the whole command."""
-RESAMPLING = (
+HARMLESS = (
     r"torch\.searchsorted\(\): input value tensor is non-contiguous",
     "Using a non-tuple sequence for multi",
+    r"FSDP2-wrapped module \(\w+\) returned a view tensor",
 )
-"""Beginnings of torch's warnings to timm's authors, where timm resamples a relative position bias."""
+"""Beginnings of torch's warnings to timm's authors: timm resamples a relative position bias, and a sharded block of
+Swin returns a view, which nothing changes in place."""
 SAVING = ("train", "pretrain")
 """Commands that save their state before a signal stops them."""
 
@@ -137,7 +140,7 @@ def _run(words: list[str]) -> int:
 def _log(command: str) -> None:
     """Write log messages to stderr: progress of long commands from the first process, warnings from all."""
     log_plainly(logging.WARNING)
-    for words in RESAMPLING:
+    for words in HARMLESS:
         warnings.filterwarnings("ignore", words, UserWarning)
     reports = command in ("train", "pretrain", "data", "export") and os.environ.get("RANK", "0") == "0"
     logging.getLogger("graftvit").setLevel(logging.INFO if reports else logging.WARNING)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import PositiveFloat
 from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError, did_you_mean
@@ -239,6 +240,8 @@ def _words(kind: Any, plural: bool = False) -> str:
     if origin in (list, tuple):
         inner = _words(arguments[0], plural=True)
         return f"a list of {inner.removeprefix('any of ')}"
+    if origin is dict and arguments[1:] == (PositiveFloat,):
+        return "a mapping of texts to numbers above 0, such as {head: 0.1}"
     return "a mapping such as {depth: 6}"
 
 

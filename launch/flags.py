@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from ..checkpoints.paths import is_there
-from ..models.errors import ConfigError
+from ..models.errors import ConfigError, did_you_mean
 from .fields import Leaf, find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
 from .load_config import Setting, at_home, parse_override, parse_setting
 
@@ -52,6 +52,32 @@ def command_parser(command: str, description: str, examples: Iterable[str], usag
         formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=_help_width()),
         allow_abbrev=False,
     )
+
+
+def run_action(
+    argv: Sequence[str],
+    actions: Mapping[str, str],
+    parser_of: Callable[[str, str], Parser],
+    run: Callable[[str, list[str]], int],
+) -> int:
+    """Run the action that the first word names with the other words, or print the help of all actions.
+
+    Args:
+        argv: The words after the command's name.
+        actions: What each action does, by name.
+        parser_of: Returns the parser for an action, or for all of them (""), and a description.
+        run: Runs an action with its words; returns the exit code.
+
+    Raises:
+        ConfigError: there is no such action.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        parser_of("", "\n".join(f"{name}: {words}" for name, words in actions.items())).print_help(sys.stdout)
+        return 0 if argv else 2
+    action, *rest = argv
+    if action not in actions:
+        raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, actions)}")
+    return run(action, rest)
 
 
 def run_folder(text: str) -> Path:
@@ -136,7 +162,7 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
     if key is None:
         raise unknown(name, dashes="--", extra=_plain(own))
     leaf = leaf_of(key)
-    if not equals and leaf.is_switch:
+    if not equals and leaf.is_switch and words[:1] not in (["true"], ["false"]):
         return _checked(Setting(key, True, word, stage), only)
     if not equals:
         if not words or words[0].startswith("--"):

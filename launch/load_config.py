@@ -126,6 +126,8 @@ class Recipe:
     stages: list[tuple[str, list[Setting]]] = field(default_factory=list)
     compare: JsonDict | None = None
     """The section `compare`, which only `graftvit compare` reads."""
+    attnbench: JsonDict | None = None
+    """The section `attnbench`, which only `graftvit attnbench` reads."""
 
 
 def read_settings(source: str | Path) -> list[Setting]:
@@ -156,8 +158,9 @@ def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
     inherited = Recipe([]) if base is None else read_recipe(_base_path(base, folder), (*seen, label))
     stages = _stages(content.pop("stages", None), label) or inherited.stages
     compare = content.pop("compare", inherited.compare)
+    attnbench = content.pop("attnbench", inherited.attnbench)
     own = [replace(setting, layer=label) for setting in _flatten(content, "", label)]
-    return Recipe(inherited.settings + own, stages, compare)
+    return Recipe(inherited.settings + own, stages, compare, attnbench)
 
 
 def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:

@@ -153,7 +153,12 @@ def _data_words(run: DryRun) -> str:
     if run.absent is not None:
         return f"not read: {run.absent}"
     classes = loader.num_classes
-    return f"{loader.num_samples:,} training images, {f'{classes} classes' if classes else 'no labels'}"
+    words = f"{loader.num_samples:,} training images, {f'{classes} classes' if classes else 'no labels'}"
+    if loader.repeats == 1:
+        return words
+    times = min(loader.repeats, loader.num_samples)
+    shown = -(-loader.num_samples // times)
+    return f"{words}; an epoch shows {shown:,} of them {times} times each, with other augmentation"
 
 
 def _best_words(run: DryRun) -> str:
@@ -169,8 +174,11 @@ def _batch_words(run: DryRun) -> str:
     if batch is not None:
         size, accum = batch.batch_size, batch.micro_batches // run.processes
     processes = counted(run.processes, "process")
-    words = f"{size} x {accum} accumulated x {processes} = {size * accum * run.processes} images"
-    differs = describe_batch(optim, data.batch_size, run.processes)
+    images = size * accum * run.processes
+    words = f"{size} x {accum} accumulated x {processes} = {images} images"
+    if run.saved is not None:
+        return words
+    differs = describe_batch(optim, data.batch_size, run.processes, images)
     return f"{words}\nnote: {differs}" if differs else words
 
 

@@ -37,9 +37,12 @@ def patch_features(
 
     Raises UnsupportedModelError: the features are not a map of patches.
     """
-    if isinstance(model, OutsideTeacher) and isinstance(features, Mapping):
-        return model.patches(features)
-    assert isinstance(features, Tensor)
+    if not isinstance(features, Tensor):
+        if isinstance(model, OutsideTeacher):
+            return model.patches(features)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives {type(features).__name__}, not one tensor of features"
+        )
     family = find_family(model)
     if family is not None and family.is_pyramid:
         return family.patches(features, family.geometries(model, images)[-1])

@@ -6,39 +6,35 @@ A converted model is the timm model `graftvit_converted` with the arguments `arc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
-from . import lit, pvt_models, small  # noqa: F401  registers these models with timm
-from .attention.base import AttentionOperator, LayerShape, Projections, Traits
-from .calibration import Finished, calibrate_layers
+from . import attnzero, lit, pvt_models, small  # noqa: F401  registers these models with timm
+from .attention.base import LayerShape
+from .calibration import Finished
 from .converted import ConvertedAttention as ConvertedAttention
-from .converted import TokenGrid
 from .converted import converted_layers as converted_layers
 from .converted import new_parameters as new_parameters
 from .converted import plan_of as plan_of
 from .converted import plan_size as plan_size
 from .errors import ConfigError, UnsupportedModelError
 from .families import (
-    attention_blocks,
     attention_shape,
     check_patches,
-    check_supported,
     create_timm_model,
-    image_size,
     is_pyramid,
     token_layout,
     vit,
 )
-from .initialize import KeptWeights, initialize
+from .initialize import KeptWeights
 from .json_types import Json, JsonDict
-from .layer_plan import KEEP, NONE, Choice, parse_plan
-from .operators import check_choice, create_operator
-from .pyramid_conversion import convert_pyramid, resize_pyramid, sharing_copy
+from .layer_plan import KEEP, Choice
+from .operators import create_operator
+from .plain_conversion import convert_plain
+from .pyramid_conversion import convert_pyramid, resize_pyramid
 
 ARCHITECTURE = "graftvit_converted"
 
@@ -88,56 +84,7 @@ def convert(
             f"without={','.join(without)} is for pyramids, and {type(model).__name__} is a plain vision transformer: "
             "leave it out"
         )
-    student = _softmax_only(copy.deepcopy(model))
-    check_supported(student, pyramids=True)
-    blocks, layer = attention_blocks(student), attention_shape(student)
-    tokens = TokenGrid(student, token_layout(student).geometry, image_size(student))
-    shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
-    choices = parse_plan(plan, len(blocks))
-    for choice in choices:
-        if choice.operator == NONE:
-            raise ConfigError(
-                "plan: 'none' takes the attention out of a layer of a pyramid; a plain vision transformer has no other "
-                "layers in which tokens meet: name an operator, such as uniform"
-            )
-        check_choice(choice)
-    converted = {index: choice for index, choice in enumerate(choices) if choice.operator != KEEP}
-    initialize(student, converted, weights)
-    first: dict[str, AttentionOperator] = {}
-    for index, choice in converted.items():
-        original = blocks[index].attn
-        operator = create_operator(choice, shape)
-        if weights == "none":
-            operator.start_fresh()
-        if first.setdefault(str(choice), operator) is not operator:
-            operator.share(first[str(choice)])
-        _check_layer(student, original, operator.traits, choice, index)
-        operator.adopt(Projections(original))
-        like = next(original.parameters())
-        blocks[index].attn = ConvertedAttention(original, operator.to(like), choice, tokens)
-    if getattr(student, "dynamic_img_size", False):
-        vit(student).patch_embed.register_forward_hook(tokens)
-    if calibration is not None:
-        calibrate_layers(
-            _softmax_only(sharing_copy(model)),
-            converted_layers(student),
-            calibration,
-            seed=seed,
-            finished=finished,
-        )
-    return student
-
-
-def _softmax_only(model: nn.Module) -> nn.Module:
-    """Put the original layers back into `model` in place of converted ones, and return it."""
-    for block in attention_blocks(model):
-        layer = getattr(block, "attn", None)
-        if isinstance(layer, ConvertedAttention):
-            block.attn = layer.original
-    hooks: dict[int, Any] = getattr(getattr(model, "patch_embed", None), "_forward_hooks", {})
-    for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
-        del hooks[key]
-    return model
+    return convert_plain(model, plan, weights=weights, calibration=calibration, seed=seed, finished=finished)
 
 
 def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
@@ -190,30 +137,6 @@ def without_plan(architecture: str, arguments: Json) -> tuple[str, JsonDict]:
     of_plan = ("architecture", "plan", "plan_size", "without")
     own = {key: value for key, value in arguments.items() if key not in of_plan}
     return str(arguments["architecture"]), own
-
-
-def _check_layer(model: nn.Module, attention: Any, traits: Traits, choice: Choice, index: int) -> None:
-    """Raise UnsupportedModelError if a layer has a part that the operator does not support."""
-    keep = f"keep it ('{index}: softmax')"
-    has_bias = (
-        getattr(attention, "relative_position_bias_table", None) is not None
-        or getattr(model, "rel_pos_bias", None) is not None
-    )
-    if has_bias and not traits.bias:
-        raise UnsupportedModelError(
-            f"plan: layer {index} has a relative position bias, which {choice.operator} does not support; {keep}"
-        )
-    if getattr(attention.attn_drop, "p", 0) > 0 and not traits.dropout:
-        raise UnsupportedModelError(
-            f"plan: layer {index} has attn_drop {attention.attn_drop.p:g}, and {choice.operator} has no map to "
-            f"drop from; build the model with attn_drop_rate 0, or {keep}"
-        )
-    drop = getattr(model, "patch_drop", None)
-    if traits.needs_grid and drop is not None and not isinstance(drop, nn.Identity):
-        raise UnsupportedModelError(
-            f"plan: {choice.operator} needs the whole token grid, and the model drops patches; build it with "
-            f"patch_drop_rate 0, or {keep}"
-        )
 
 
 @register_model

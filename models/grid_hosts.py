@@ -8,6 +8,7 @@ all tokens of the grid.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
 """The limit of the logarithm of Swin V2's learned scale."""
 
 
-class GridHost(AttentionHost):
+class GridHost(AttentionHost, ABC):
     """An attention layer of a pyramid; its input is (B, N, C) with the grid, or (B, height, width, C).
 
     Tokens before those of the grid are prefix tokens.
@@ -50,9 +51,9 @@ class GridHost(AttentionHost):
         attended = self.attended(heads)
         return attended.joined(self.operator(attended))
 
+    @abstractmethod
     def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
         """Return the numbers of queries and of keys of each query in timm's layer, for its cost."""
-        raise NotImplementedError
 
     def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
         """Compute the projections that the operator needs, and no others."""
@@ -74,9 +75,9 @@ class GridHost(AttentionHost):
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         return self.project(*inputs, **keywords)
 
+    @abstractmethod
     def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
         """Return the parts `kept` of q, k and v, (B, N, H·D); native keys and values may have fewer tokens."""
-        raise NotImplementedError
 
     def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
         """Return queries or keys after the layer's own norm."""

@@ -77,9 +77,8 @@ def watch_layer(model: nn.Module, site: Site, see: Callable[[AttentionHost, Call
     layer = host_layer(model, site) if is_pyramid(model) else site.block(model).attn
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
-        host = (
-            module if isinstance(module, AttentionHost) else AttentionHost(module)
-        )  # in the mode of the layer
+        # A host is made for each call, in the mode that the layer is in.
+        host = module if isinstance(module, AttentionHost) else AttentionHost(module)
         see(host, Call(inputs, keywords))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)

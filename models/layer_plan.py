@@ -149,6 +149,7 @@ def layer_numbers(text: str, depth: int | Sequence[int], what: str = "plan") -> 
         found = LAYERS.fullmatch(part.strip())
         if found is None:
             also = ", stage2, stage2-4, stage3.0-1" if stages else ""
+            also += f", {MERGE}" if stages and what == "plan" else ""
             raise ConfigError(
                 f"{what}: {part.strip()!r} is not a layer; write *, 3, 9-11, -1{also} or several with commas"
             )

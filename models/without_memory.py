@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _FILLING = {
@@ -15,6 +15,10 @@ _FILLING = {
     Tensor.mul_, Tensor.add_, Tensor.fill_, Tensor.zero_,
 }  # fmt: skip
 """What initializations are made of. They leave a tensor without memory as it is, in most of a constructor's time."""
+_INITIALIZING = {
+    nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.constant_,
+}  # fmt: skip
+"""Of torch's initializations, those that a mode is asked about; they name their tensor `tensor`."""
 
 
 class _NoFilling(TorchFunctionMode):
@@ -27,6 +31,8 @@ class _NoFilling(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func in _INITIALIZING and kwargs and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
         given = [*args[1:], *(kwargs or {}).values()]
         if func in _FILLING and args[0].is_meta and not any(isinstance(value, Tensor) for value in given):
             return args[0]

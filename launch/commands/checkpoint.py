@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from ...models.errors import ConfigError, did_you_mean
-from ..flags import Parser, command_parser
+from ...models.errors import ConfigError
+from ..flags import Parser, command_parser, run_action
 from ..say import say
 
 ACTIONS = {
@@ -24,13 +23,11 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Inspect, strip or convert one file."""
-    if not argv or argv[0] in ("-h", "--help"):
-        _parser("", "\n".join(f"{name}: {words}" for name, words in ACTIONS.items())).print_help(sys.stdout)
-        return 0 if argv else 2
-    action, *rest = argv
-    if action not in ACTIONS:
-        raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, ACTIONS)}")
-    return _inspect(rest) if action == "inspect" else _extract(action, rest)
+    return run_action(argv, ACTIONS, _parser, _run_one)
+
+
+def _run_one(action: str, argv: list[str]) -> int:
+    return _inspect(argv) if action == "inspect" else _extract(action, argv)
 
 
 def _parser(action: str, description: str) -> Parser:

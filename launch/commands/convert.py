@@ -168,7 +168,7 @@ def _check_fitted(student: nn.Module) -> None:
 
 
 def _recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
-    """Return the command that starts recovery; FOLDER stands for the training images."""
+    """Return the command that starts recovery. It has the word FOLDER where the user writes the folder of images."""
     from ...models.conversion import converted_layers
     from ...models.families import is_pyramid
     from ...models.merges import new_merges

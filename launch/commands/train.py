@@ -96,6 +96,11 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
         from ..plan_text import describe_plan
 
         say(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
+        # A later conversion is described on a fresh model: its student is not there yet.
+        for own, stage in zip(stages[1:], shown[1:], strict=True):
+            if stage.config.student.plan is not None:
+                config = own.config.model_copy(update={"output_dir": stage.config.output_dir})
+                say(f"\nthe stage {stage.name}, which converts the student:\n{describe_plan(config)}")
         return 0
     done = train_stages(stages)
     last = list(done.results.values())[-1]

@@ -143,12 +143,12 @@ def words(size: Size) -> str:
 
 
 def _is_strict(model: nn.Module) -> bool:
-    """Whether a model takes images of its own size alone."""
+    """Return whether a model takes only images of its own size."""
     return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
 
 
 def _whole_patch(model: nn.Module) -> Size:
-    """The height and width of which the images of a model are made; one pixel for a pyramid, which pads or cuts."""
+    """Return the height and width of which images are whole multiples; one pixel for a pyramid, which pads or cuts."""
     return (1, 1) if is_pyramid(model) else patch_size(model)
 
 
@@ -157,7 +157,7 @@ def _first_grid(model: nn.Module, images: Size) -> Size:
 
 
 def _proportional(teacher: Size, student: Size, now: Size, step: Size) -> Size:
-    """teacher · now / student, rounded to whole steps of at least one."""
+    """Return teacher · now / student, rounded to whole steps of at least one."""
     height, width = (
         max(1, (2 * t * n + s * p) // (2 * s * p)) * p
         for t, s, n, p in zip(teacher, student, now, step, strict=True)
@@ -166,7 +166,7 @@ def _proportional(teacher: Size, student: Size, now: Size, step: Size) -> Size:
 
 
 def _take(model: nn.Module, name: str, images: Size) -> tuple[Size, ...]:
-    """The grids of images of this size, by stage; TransferError where the model does not take them."""
+    """Return the grids of images of this size, by stage. Raises `TransferError`: the model does not take them."""
     own, embedding = own_size(model), getattr(model, "patch_embed", None)
     if _is_strict(model) and images != own:
         raise TransferError(

@@ -65,7 +65,7 @@ class AttentionShape:
 
 
 def is_supported(model: nn.Module) -> bool:
-    """Whether an adapter covers the model, so that its attention layers can be read."""
+    """Return whether an adapter covers the model, so that its attention layers can be read."""
     return isinstance(model, MODELS)
 
 

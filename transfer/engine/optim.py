@@ -31,9 +31,19 @@ def peak_learning_rate(config: OptimConfig, batch_size: int, world_size: int) ->
     return (config.blr * effective / 256 if config.lr is None else config.lr), effective
 
 
-def describe_batch(config: OptimConfig, batch_size: int, world_size: int) -> str:
-    """Describe how far the effective batch is from the recipe's, and how to reach it; empty if they are equal."""
+def describe_batch(config: OptimConfig, batch_size: int, world_size: int, images: int) -> str:
+    """Describe how far the effective batch is from the recipe's, and how to reach it; empty if they are equal.
+
+    A data set of too few images fills `images` of the effective batch only.
+    """
     rate, effective = peak_learning_rate(config, batch_size, world_size)
+    if config.lr is not None:
+        effective = images
+    if images < effective:
+        return (
+            f"the data set has too few images for a step of {effective:,}, so a step has {images:,}, at the learning "
+            f"rate for {effective:,} ({rate:g}): lower --batch_size or --accum_iter"
+        )
     recipe = config.recipe_batch
     if recipe is None or recipe == effective:
         return ""

@@ -226,6 +226,13 @@ def _augmentation_parts(mode: Mode) -> list[Part]:
     crops = frozenset({"data.crop_scale", "data.hflip"})
     return [
         Part("augmentation", frozenset({"data.reprob"}), augments, plain),
+        Part(
+            "repeated augmentation",
+            frozenset({"data.aug_repeats"}),
+            data.views is None,
+            f"beside data.views={data.views}, which fixes the views of an image: leave one of them out",
+            shadow="data.views",
+        ),
         Part("a policy", frozenset({"data.aa"}), augments or affine, plain),
         Part("timm's augmentation", crops, augments and not affine, alone if augments else plain),
         Part(

@@ -1,7 +1,8 @@
 """Stages: runs one after another on one student, each with its own losses, optimizer and length.
 
 A stage is a run with its own folder, so it resumes like every run, and a finished stage is not repeated.
-The first stage creates the student; each other stage starts from the student of the one before.
+The first stage creates the student; each other stage starts from the student of the one before, and converts it if its
+plan is another one.
 """
 
 from __future__ import annotations
@@ -69,17 +70,19 @@ def chain(stages: Sequence[Stage]) -> list[Stage]:
     for index, stage in enumerate(stages):
         config = stage.config.model_copy(update={"output_dir": folder / f"{index + 1}-{stage.name}"})
         if chained:
-            config = _going_on(config, chained[-1].config.output_dir)
+            before = stages[index - 1].config.student.plan
+            converts = config.student.plan is not None and config.student.plan != before
+            config = _going_on(config, chained[-1].config.output_dir, converts=converts)
         chained.append(Stage(stage.name, config))
     return chained
 
 
-def _going_on(config: RunConfig, before: Path) -> RunConfig:
+def _going_on(config: RunConfig, before: Path, *, converts: bool) -> RunConfig:
     """Return the settings with the student of the stage before, without what only the creation of a student reads."""
     made: JsonDict = {
         "model": f"local-dir:{before / 'student'}",
         "model_args": {},
-        "plan": None,
+        "plan": config.student.plan if converts else None,
         "init": None,
     }
     chained = config.model_copy(update={"student": config.student.model_copy(update=made)})

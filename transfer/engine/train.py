@@ -288,7 +288,8 @@ def _begin(loop: Loop) -> None:
         schedule.total_steps,
         loop.run_state.n_parameters,
     )
-    differs = describe_batch(config.optim, config.data.batch_size, loop.accelerator.num_processes)
+    processes, images = loop.accelerator.num_processes, loop.run_state.batch.images
+    differs = describe_batch(config.optim, config.data.batch_size, processes, images)
     if differs and loop.accelerator.is_main_process:
         logger.warning("%s", differs)
     loop.recorder.describe(hyperparameters(settings(config), **rates))

@@ -168,7 +168,7 @@ class DualViT(nn.Module):
         return any(term.method.copies for term in self._terms)
 
     def forward(self, images: Tensor, taught: Mapping[str, Tensor] | None = None) -> DualOutput:
-        """One step on images (B, C, H, W) as the student wants them.
+        """Run one step on images (B, C, H, W), normalized for the student.
 
         With `taught`, which `teach` gave for these images, no teacher runs.
         """
@@ -223,14 +223,14 @@ class DualViT(nn.Module):
             self._views[name].compile(fullgraph=True)
 
     def predict(self, images: Tensor) -> Tensor:
-        """The student's logits; the teacher runs only for the copy methods."""
+        """Return the student's logits; the teacher runs only for the copy methods."""
         if self.needs_teacher:
             return self.forward(images).logits
         logits: Tensor = self.student(images)
         return logits
 
     def with_student(self, student: nn.Module) -> DualViT:
-        """The same teachers, settings and resolved heads around another student, such as a moving average."""
+        """Return the same teachers, settings and resolved heads around another student, such as a moving average."""
         for side in self._sides:
             check_free(side.model, student)
         end_lesson(student)
@@ -244,7 +244,7 @@ class DualViT(nn.Module):
         return twin
 
     def release(self) -> nn.Module:
-        """The student as plain timm made it: its own attention layers, every parameter trainable again.
+        """Return the student as plain timm made it: its own attention layers, every parameter trainable again.
 
         It is then no longer taught: `forward` is refused.
         """
@@ -254,7 +254,7 @@ class DualViT(nn.Module):
         return self.student
 
     def copying(self, teacher: CopiedTeacher) -> Copying:
-        """What the student of a copy method copies, of a teacher that is built as described."""
+        """Return what the student of a copy method copies of a teacher that is built as described."""
         term = next(term for term in self._terms if term.method.copies)
         for model in (term.side.model, self.student):
             if is_pyramid(model):
@@ -267,7 +267,7 @@ class DualViT(nn.Module):
         return Copying(term.settings.method, pairs, heads, self._normalization, teacher)
 
     def describe(self) -> str:
-        """What goes from where to where, in words."""
+        """Say in words what goes from where to where."""
         lines, shown = [], set[str]()
         for term in self._terms:
             told = [line for line in term.plan.describe() if line not in shown]

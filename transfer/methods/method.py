@@ -110,7 +110,7 @@ class TransferMethod(ABC):
                 )
 
     def keeps_vectors(self, settings: LossConfig) -> bool:
-        """Whether all that it needs of its teacher is one vector an image, which `transfer.cache` can keep."""
+        """Return whether it needs only one vector an image of its teacher, which `transfer.cache` can keep."""
         return False
 
     def loss_names(self, settings: LossConfig) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ class TransferMethod(ABC):
         return None
 
     def averages_heads(self, config: LossConfig) -> bool:
-        """Whether a head of the student can learn from several of the teacher."""
+        """Return whether a head of the student can learn from several of the teacher."""
         return False
 
     @abstractmethod
@@ -134,7 +134,7 @@ class TransferMethod(ABC):
         """Make the student of `pairing` run this method."""
 
     def describe(self, settings: Json) -> str:
-        """What it does with these settings of the section `transfer`, as a model card says it."""
+        """Say what it does with these settings of the section `transfer`, for a model card."""
         names = ("loss", "feature_loss", "logits_loss")
         given = {name: settings.get(name, LossConfig.model_fields[name].default) for name in names}
         losses = {name: LOSSES.get(str(value), "a distance") for name, value in given.items()}
@@ -177,7 +177,7 @@ class AttentionMethod(TransferMethod):
 
 
 def joined_projector(pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> nn.Module | None:
-    """The projector for the joined heads of a layer; None where chosen heads, of one width, are compared one by one."""
+    """Return the projector for the joined heads of a layer; None where heads are chosen, which have one width."""
     if pairing.config.heads != "all":
         return None
     widths = [site.num_heads * site.head_dim for site in (link.student, link.teacher)]
@@ -188,7 +188,7 @@ def joined_projector(pairing: Pairing, link: Link, projectors: nn.ModuleDict) ->
 def projector(
     projectors: nn.ModuleDict, link: Link, student: int, teacher: int, *, joined: bool = False
 ) -> nn.Module | None:
-    """A learned linear map from the student's width to the teacher's, where they differ."""
+    """Return a learned linear map from the student's width to the teacher's, where they differ."""
     if student == teacher:
         return nn.Identity() if joined else None
     name = f"layer{link.pair.student:02d}"

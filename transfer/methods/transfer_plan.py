@@ -66,7 +66,7 @@ class TransferPlan:
         return replace(self, links=links, needs_calibration=False)
 
     def describe(self) -> list[str]:
-        """The plan in lines of text."""
+        """Return the plan in lines of text."""
         lines = [f"method: {self.method}"]
         if self.links:
             pairs = ", ".join(f"{link.pair.teacher}>{link.pair.student}" for link in self.links)

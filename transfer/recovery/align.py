@@ -29,7 +29,7 @@ from ...models.host import AttentionHost
 from ...models.hosting import native_host
 from ...models.shifted_windows import whole_grid
 from .alike import check_alike, has_whole_map
-from .layer_losses import LAYER_LOSSES, LayerLoss, LayerTarget, check_layer_loss
+from .layer_losses import LAYER_LOSSES, LayerLoss, LayerTarget, can_learn, check_layer_loss
 
 
 class AlignedLayer(nn.Module):
@@ -59,7 +59,7 @@ class Alignment(nn.Module):
     frozen, never registered, and stops after the last converted layer; a pyramid runs to its last block.
 
     Raises:
-        TransferError: nothing is converted, the two differ, or the loss is not one of an operator.
+        TransferError: nothing is converted, the two differ, the loss is not one of an operator, or no layer can learn.
         UnsupportedModelError: no adapter covers the teacher.
     """
 
@@ -75,6 +75,12 @@ class Alignment(nn.Module):
         for index, layer in layers.items():
             whole = has_whole_map(teacher, sites(teacher)[index])
             check_layer_loss(loss, index, str(layer.choice), layer.operator, whole_maps=whole)
+        self._learning = [layer for layer in layers.values() if can_learn(loss, layer.operator)]
+        if not self._learning:
+            names = ", ".join(sorted({str(layer.choice) for layer in layers.values()}))
+            raise TransferError(
+                f"align.match={loss}: the maps of {names} depend on no parameter, so no layer would learn; use output"
+            )
         self.student = student
         self._hosts: dict[int, AlignedLayer] = {}
         self._view = (self._teach(teacher, layers, LAYER_LOSSES[loss]),)
@@ -127,15 +133,15 @@ class Alignment(nn.Module):
             layer.tokens.geometry = Geometry(layer.tokens.geometry.num_prefix, grid)
 
     def used_parameters(self) -> list[nn.Parameter]:
-        """Return the student's parameters that a loss depends on: of converted layers, all but the output
+        """Return the student's parameters that a loss depends on: of layers that learn, all but the output
         projection."""
         return [
             parameter
-            for layer in converted_layers(self.student).values()
+            for layer in self._learning
             for name, child in layer.named_children()
             if name not in ("proj", "norm", "gate")
             for parameter in child.parameters()
-        ] + [p for layer in converted_layers(self.student).values() for p in layer.parameters(recurse=False)]
+        ] + [p for layer in self._learning for p in layer.parameters(recurse=False)]
 
     def freeze_others(self) -> None:
         """Freeze all parameters of the student but those that a loss depends on."""

@@ -59,7 +59,7 @@ def probe_error(operator: AttentionOperator, student: Heads, teacher: LayerTarge
     signs = torch.randint(0, 2, shape, device=q.device).to(q.dtype).mul(2).sub(1)
     probes = signs.expand(*q.shape[:2], -1, -1)
     target = apply_map(q, k, probes, teacher.heads.scale, teacher.heads.bias)
-    out = operator.attend(student.with_qkv(*student.qk(), probes.to(v.dtype)))
+    out = operator.attend(student.with_values(probes.to(v.dtype)))
     error = (precise(out) - precise(target)).square().sum((2, 3)).mean()
     return error / (NUM_PROBES * q.shape[2])
 
@@ -101,11 +101,21 @@ def check_layer_loss(
         )
     traits = operator.traits
     if name != "output" and not traits.linear_in_v:
+        why = f" ({operator.why_no_map})" if operator.why_no_map else ""
         raise TransferError(
-            f"align.match={name}: {choice} of layer {layer} is not linear in V and has no map; use output"
+            f"align.match={name}: {choice} of layer {layer} is not linear in V and has no map{why}; use output"
         )
     if name == "rows" and not (traits.nonnegative and traits.row_stochastic):
         raise TransferError(
             f"align.match=rows: the rows of {choice} in layer {layer} are no distributions, so they have no "
             "cross-entropy; use output, map or probes"
         )
+
+
+def can_learn(name: str, operator: AttentionOperator) -> bool:
+    """Return whether a parameter changes the loss; only `output` depends on values, the map of `uniform` on nothing."""
+    return (
+        name == "output"
+        or not {"q", "k"}.isdisjoint(operator.needs)
+        or any(True for _ in operator.parameters())
+    )

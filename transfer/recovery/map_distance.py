@@ -43,7 +43,8 @@ def inner(a: Term, b: Term) -> Tensor:
         right = a.right.transpose(2, 3) @ b.right
         return (left * right).sum((2, 3))
     if isinstance(a, FirstRows) and isinstance(b, FirstRows):
-        return (a.weights * b.weights).sum((2, 3))
+        rows = min(a.weights.shape[2], b.weights.shape[2])
+        return (a.weights[:, :, :rows] * b.weights[:, :, :rows]).sum((2, 3))
     if isinstance(a, Sparse) and isinstance(b, Sparse):
         same_NST = (a.index[:, :, None] == b.index[:, None, :]).to(a.weights.dtype)
         return torch.einsum("bhns,nst,bhnt->bh", a.weights, same_NST, b.weights)

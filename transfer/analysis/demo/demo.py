@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import joblib
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from ....models.errors import ConfigError
 from ...cells.pool import run_in_processes
+from ...cells.threads import torch_threads
 from . import report_text as text
 from .board import Board
 from .demo_cells import demo_cells
@@ -62,7 +61,7 @@ def run_demo(
         board.start(cells, finished)
         run_in_processes(cells, processes, look=board.look, finish=board.finish)
     console.print("comparing the students and writing the report")
-    with _threads(threads):
+    with torch_threads(threads):
         results = measure(cells, quick)
     report = write_report(results, output_dir)
     console.print(_table(results))
@@ -83,14 +82,3 @@ def _table(results: DemoResults) -> Table:
         for method in methods:
             table.add_row(*table_row(results, method))
     return table
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Set torch's threads while inside, so that the demo's own numbers do not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
