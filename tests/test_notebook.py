@@ -15,6 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "notebook.md"
 TEACHER = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_figures")
 def test_the_cells_run(tmp_path: Path) -> None:
     cells = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -105,3 +105,32 @@ def test_operators_on_digits(tmp_path: Path) -> None:
     assert {record["name"] for record in found.values()} == {"teacher", *plans}
     for name, record in found.items():
         assert record["error"] is None, name
+
+
+@pytest.mark.parametrize("kind", ["digits_hash", "digits_hash_pyramid"])
+def test_hashed_attention_by_its_own_stages(kind: str, tmp_path: Path) -> None:
+    base = read_recipe(f"{kind}_compare").compare
+    teacher = {"data": {"train_samples": 200}, "optim": {"epochs": 2, "warmup_epochs": 1}}
+    write_yaml(tmp_path / "teacher.yaml", {"base": base["teacher_recipe"], **teacher})
+    compare = {**base, **SHORT, "seeds": [3], "teacher_recipe": "teacher.yaml"}
+    short = write_yaml(tmp_path / "short.yaml", {"base": f"{kind}_compare", "compare": compare})
+    words = [
+        "compare",
+        short,
+        "--max_steps",
+        "3",
+        "--warmup_epochs",
+        "0.1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, "--only", "teacher,hash-published,hash-transfer"]) == 0
+    found = {record["name"]: record for record in cells(tmp_path / "out").values()}
+    assert set(found) == {"teacher", "hash-published", "hash-transfer"}
+    assert all(record["error"] is None for record in found.values())
+    stages = {name: [score["stage"] for score in record["scores"]] for name, record in found.items()}
+    assert stages["hash-published"] == ["zero-shot", "finetune"]
+    assert stages["hash-transfer"] == ["zero-shot", "align", "task"]
+    hashed, softmax = (found[name]["speeds"][0] for name in ("hash-transfer", "teacher"))
+    assert hashed["additions"] > hashed["multiplications"]
+    assert abs(softmax["additions"] - softmax["multiplications"]) < 0.05 * softmax["additions"]

@@ -27,7 +27,9 @@ from plain_timm import PlainTimm
 DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""
 SWIN = {"embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4], "window_size": 4}
+PVT = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]}
 LIT = {"embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
+COLOR = {**SWIN, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 6], "patch_size": 2, "in_chans": 3}
 STAGES = {"epochs": 2, "warmup_epochs": 0.1}
 DIGITS = Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2})
 """Models that are small already; 40 labels are one step an epoch."""
@@ -44,23 +46,49 @@ CUTS = {
     "attention_distill_vit_huge": Cut(DEEP, img_size=56),
     "attention_distill_vit_large": Cut(DEEP),
     "attention_distill_vit_large_bf16": Cut(DEEP),
+    "attnzero_deit": Cut(alone=False, more=FEW_IMAGES),
+    "attnzero_pvt": Cut(PVT, alone=False),
+    "attnzero_swin": Cut(SWIN, alone=False),
+    "attnzero_swin_384": Cut(SWIN, alone=False, init="attnzero_swin_b"),
     "cached_teacher_vit_small": Cut(workers=2),
     "cifar100_copy": Cut(alone=False),
     "cifar100_distill": Cut(workers=2),
+    "cifar100_lit": Cut(LIT, alone=False),
     "cifar10_copy": Cut(alone=False),
     "cifar10_distill": Cut(),
+    "cifar10_lit": Cut({**LIT, "patch_size": 2}, 32, alone=False),
     "copy_same_distill_vit_base": CONVERTED,
     "deit_distilled_base": Cut(),
     "digits_copy": Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2}, alone=False),
     "digits_distill": DIGITS,
     "digits_finetune": DIGITS,
+    "digits_lit": Cut(COLOR, 32, length=STAGES, stop_after=8, alone=False),
+    "digits_lit_finetune": Cut(COLOR, 32, alone=False),
+    "digits_lit_teacher": Cut(COLOR, 32),
     "digits_pretrain": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
     "digits_pyramid_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
     "digits_scratch": DIGITS,
     "digits_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
+    "digits_pvt_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
+    "ecoformer_pvt_v2_b0": Cut(PVT, img_size=96, length=STAGES, stop_after=8, alone=False),
+    "ecoformer_twins_svt_small": Cut(PVT, img_size=96, length=STAGES, stop_after=8, alone=False),
     "efficient_attention_cifar10": Cut(img_size=32, alone=False),
+    **{
+        f"{kind}_from_swin_tiny": Cut(SWIN, length=STAGES, stop_after=8, alone=False)
+        for kind in ("lit", "hilo")
+    },
+    **{
+        f"{kind}_from_pvt_v2_b2": Cut(PVT, length=STAGES, stop_after=8, alone=False)
+        for kind in ("lit", "hilo")
+    },
     "hedgehog_vit_base": Cut(length=STAGES, stop_after=8, alone=False),
+    "lit_base": Cut(LIT, alone=False),
+    "lit_medium": Cut(LIT, alone=False),
     "lit_small": Cut(LIT, alone=False),
+    "lit_tiny": Cut(PVT, workers=2, alone=False),
+    "litv2_base": Cut(LIT, alone=False),
+    "litv2_medium": Cut(LIT, alone=False),
+    "litv2_small": Cut(LIT, alone=False),
     "mae_finetune_vit_base": Cut(),
     "mae_finetune_vit_huge": Cut(img_size=56),
     "mae_finetune_vit_large": Cut(),
@@ -70,8 +98,11 @@ CUTS = {
     "t2r_vit_base": CONVERTED,
     "two_teachers_vit_base": Cut(DEEP),
 }
-COMPARED = {"digits_compare", "digits_pyramid_compare"}
-"""Recipes of `graftvit compare` alone: see `test_compare.py`."""
+COMPARED = {
+    "digits_compare", "digits_hash_compare", "digits_hash_pyramid_compare", "digits_hash_starts_compare",
+    "digits_pyramid_compare", "attnbench_digits", "attnbench_published",
+}  # fmt: skip
+"""Recipes of `graftvit compare` (see `test_compare.py`) and of `graftvit attnbench` alone."""
 
 
 def test_no_recipe_is_left_out() -> None:

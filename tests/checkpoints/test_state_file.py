@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -166,24 +165,18 @@ def test_meta_must_be_json(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_keeps_the_old_one(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk where no small one can be mounted."""
-    script = (
-        "import resource, sys, torch, pathlib\n"
-        "from graftvit.checkpoints.state_file import TrainingState, write_state\n"
-        "from graftvit.models.errors import CheckpointError\n"
-        "path = pathlib.Path(sys.argv[1])\n"
-        "write_state(path, TrainingState({'a': torch.zeros(10)}, {'step': 1}))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "try:\n"
-        "    write_state(path, TrainingState({'a': torch.zeros(100_000)}, {'step': 2}))\n"
-        "except CheckpointError as error:\n"
-        "    print(error.exit_code, error)\n"
-    )
     path = tmp_path / "s.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith(f"1 {path} cannot be written: it needs 400,0")
-    assert done.stdout.count("\n") == 1
+    write_state(path, TrainingState({"a": torch.zeros(10)}, {"step": 1}))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            write_state(path, TrainingState({"a": torch.zeros(100_000)}, {"step": 2}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.exit_code == 1
+    assert str(caught.value).startswith(f"{path} cannot be written: it needs 400,0")
+    assert "\n" not in str(caught.value)
     assert read_state(path).meta == {"step": 1}
     assert listed(tmp_path) == ["s.safetensors"]
 

@@ -10,8 +10,11 @@ from graftvit.models.attention import fused, kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-DTYPES = [torch.float32, torch.bfloat16]
-DTYPES += [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64)]
+TENSORS = [(torch.float32, "heads"), (torch.bfloat16, "timm")]
+TENSORS += [
+    pytest.param(*each, marks=pytest.mark.slow)
+    for each in ((torch.float16, "heads"), (torch.float64, "timm"))
+]
 SHAPES = [(2, 3, 17, 17, 16), (1, 2, 33, 5, 64), (2, 2, 9, 9, 20), (2, 1, 1, 1, 8), (1, 2, 10, 10, 264)]
 
 
@@ -33,8 +36,7 @@ def signatures(outputs: Tensor | Sequence[Tensor]) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["timm", "heads"])
+@pytest.mark.parametrize(("dtype", "layout"), TENSORS)
 @pytest.mark.parametrize("images", [0, 1, -1], ids=["no bias", "shared bias", "bias by image"])
 def test_shapes_types_and_layouts(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, images: int

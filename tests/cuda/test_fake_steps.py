@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -14,7 +16,6 @@ from graftvit.transfer.methods.registry import method_names
 from operator_cases import CASES, HEADS, WIDTH, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-PRECISION_CASES = [pytest.param(x, marks=[] if x == "bf16" else pytest.mark.slow) for x in PRECISIONS]
 METHODS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in method_names()]
 METHODS += [
     ("distill", {"rows": 0.5}),
@@ -29,10 +30,20 @@ STEPS = [("vit", *method) for method in METHODS]
 STEPS += [(family, method, {}) for family in FAMILIES for method in ("copy", "distill")]
 
 
-@pytest.mark.parametrize("precision", PRECISION_CASES)
-@pytest.mark.parametrize(("family", "method", "options"), STEPS)
-def test_method(family: str, method: str, options: dict[str, Any], precision: str) -> None:
-    teacher, student = tiny(family, 0, torch.float32), tiny(family, 1, torch.float32)
+def in_precisions(cases: Sequence[object]) -> list[object]:
+    """Each case in bf16, and in one of the other precisions in turn, which is slow."""
+    others = cycle(name for name in PRECISIONS if name != "bf16")
+    slow = [
+        pytest.param(*pair, marks=pytest.mark.slow, id=f"{pair[0]}-{pair[1]}")
+        for pair in zip(cases, others, strict=False)
+    ]
+    return [*(pytest.param(case, "bf16", id=f"{case}-bf16") for case in cases), *slow]
+
+
+@pytest.mark.parametrize(("step", "precision"), in_precisions(STEPS))
+def test_method(step: tuple[str, str, dict[str, Any]], precision: str) -> None:
+    family, method, options = step
+    teacher, student = (tiny(family, seed, torch.float32, depth=2) for seed in range(2))
     dual = DualViT(teacher, student, method, **options).train()
     with FakeTensorMode():
         for model in (dual, teacher):
@@ -44,8 +55,7 @@ def test_method(family: str, method: str, options: dict[str, Any], precision: st
         assert out.transfer_loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("precision", PRECISION_CASES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "precision"), in_precisions(CASES))
 def test_operator(case: Case, precision: str) -> None:
     geometry = Geometry(1, (7, 9))
     operator = case.build(geometry, torch.float32).train()

@@ -95,6 +95,8 @@ def test_flags_beat_the_recipe_in_the_order_given(capsys: pytest.CaptureFixture[
 def test_switches_go_both_ways(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert resolved(capsys, tmp_path, "train", "--fsdp", "--no_fsdp").engine.fsdp is False
     assert resolved(capsys, tmp_path, "train", "--no-fsdp", "--fsdp").engine.fsdp is True
+    assert resolved(capsys, tmp_path, "train", "--fsdp", "false").engine.fsdp is False
+    assert resolved(capsys, tmp_path, "train", "--fsdp", "true").engine.fsdp is True
     assert resolved(capsys, tmp_path, "train", "--engine.fsdp").engine.fsdp is True
     assert resolved(capsys, tmp_path, "train", "--fsdp=false").engine.fsdp is False
     assert resolved(capsys, tmp_path, "train", "--no-engine.progress").engine.progress is False

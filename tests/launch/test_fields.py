@@ -102,6 +102,7 @@ def test_texts_become_values(key: str, text: str, value: object) -> None:
         ("optim.betas", "2 numbers"),
         ("engine.trackers", "a list of tensorboard, wandb"),
         ("student.model_args", "a mapping such as {depth: 6}"),
+        ("optim.scales", "a mapping of texts to numbers above 0, such as {head: 0.1}"),
         ("data.data_path", "text or none"),
     ],
 )

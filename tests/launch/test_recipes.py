@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.load_config import load_config, load_stages
+from graftvit.launch.load_config import load_config, load_stages, read_recipe
 from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
 from graftvit.models.layer_plan import AS_IT_IS, NONE, parse_plan
 from graftvit.models.operators import OPERATORS
@@ -229,6 +229,46 @@ def test_the_students_of_the_pyramid_comparison_are_built_as_its_teacher() -> No
         assert stage.config.student.model_dump(include=built) == teacher
 
 
+@pytest.mark.parametrize("name", ["digits_hash_compare", "digits_hash_pyramid_compare"])
+def test_transfer_and_finetuning_have_as_many_epochs(name: str) -> None:
+    epochs = {stage.name: stage.config.optim.epochs for stage in load_stages(name)}
+    own = read_recipe(name).compare["stages"]
+    assert {plan: sum(epochs[stage] for stage in stages) for plan, stages in own.items()} == dict.fromkeys(
+        own, 8
+    )
+
+
+def test_the_students_of_the_hash_pyramid_comparison_are_built_as_its_teacher() -> None:
+    built = {"model", "model_args", "img_size", "global_pool"}
+    teacher = load_config("digits_pvt_teacher").student.model_dump(include=built)
+    for stage in load_stages("digits_hash_pyramid_compare"):
+        assert stage.config.student.model_dump(include=built) == teacher
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "rates", "clip"),
+    [
+        ("ecoformer_pvt_v2_b0", "pvt_v2_b0", (2.5e-5, 2.5e-5), None),
+        ("ecoformer_twins_svt_small", "twins_svt_small", (2.5e-5, 1.25e-4), 5.0),
+    ],
+)
+def test_ecoformer_has_the_published_values(
+    name: str, model: str, rates: tuple[float, float], clip: float | None
+) -> None:
+    softmax, hashed = (stage.config for stage in load_stages(name))
+    hashes = "hash(mode=reference, fitting=published)"
+    plans = ("*: softmax", f"stage1-3: {hashes}; stage4: softmax")
+    for stage, epochs, rate, plan in zip((softmax, hashed), (100, 30), rates, plans, strict=True):
+        expected = AUGMENTATION | {
+            "mode": "finetune", "student.model": model, "student.init": f"{model}.in1k", "student.plan": plan,
+            "student.drop_path": 0.0, "data.batch_size": 32, "optim.opt": "adamw", "optim.epochs": epochs,
+            "optim.warmup_epochs": 5, "optim.min_lr": 1e-6, "optim.weight_decay": 0.05, "optim.clip_grad": clip,
+        }  # fmt: skip
+        assert {key: value(stage, key) for key in expected} == expected
+        assert peak_learning_rate(stage.optim, 32, 8) == (pytest.approx(rate), 256)
+    assert hashed.student.calibrate == 32
+
+
 def test_recipes_travel_with_the_package() -> None:
     assert (resources.files("graftvit.cfgs") / "attention_distill_vit_large.yaml").is_file()
 
@@ -241,15 +281,86 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == recipe_text("attention_copy_vit_base")
 
 
-def test_lit_has_the_published_values() -> None:
+# By recipe: the model, its drop path, epochs of warm-up, clipping, and how often an epoch shows an image.
+LIT: dict[str, tuple[str, float, float, float | None, int]] = {
+    "lit_tiny": ("lit_ti", 0.1, 5, None, 3),
+    "lit_small": ("lit_s", 0.2, 20, 5.0, 1),
+    "lit_medium": ("lit_m", 0.3, 20, 5.0, 1),
+    "lit_base": ("lit_b", 0.5, 20, 5.0, 1),
+    "litv2_small": ("litv2_s", 0.2, 20, 5.0, 1),
+    "litv2_medium": ("litv2_m", 0.3, 20, 5.0, 1),
+    "litv2_base": ("litv2_b", 0.5, 20, 5.0, 1),
+}
+
+
+@pytest.mark.parametrize("name", LIT)
+def test_lit_has_the_published_values(name: str) -> None:
+    model, drop_path, warmup, clip, repeats = LIT[name]
     check(
-        "lit_small",
+        name,
         AUGMENTATION
         | {
-            "mode": "scratch", "student.model": "lit_s", "student.drop_path": 0.2, "data.batch_size": 128,
-            "optim.opt": "adamw", "optim.epochs": 300, "optim.warmup_epochs": 20, "optim.min_lr": 1e-5,
-            "optim.weight_decay": 0.05, "optim.clip_grad": 5.0, "optim.betas": (0.9, 0.999),
-            "optim.scales": {r"conv_offset\.weight": 0.01},
+            "mode": "scratch", "student.model": model, "student.drop_path": drop_path, "data.batch_size": 128,
+            "optim.opt": "adamw", "optim.epochs": 300, "optim.warmup_epochs": warmup, "optim.min_lr": 1e-5,
+            "optim.weight_decay": 0.05, "optim.clip_grad": clip, "optim.betas": (0.9, 0.999),
+            "optim.scales": {r"conv_offset\.weight": 0.01}, "data.aug_repeats": repeats, "optim.ema": None,
         },
     )  # fmt: skip
-    assert peak_learning_rate(load_config("lit_small").optim, 128, 8) == (1e-3, 1024)
+    assert peak_learning_rate(load_config(name).optim, 128, 8) == (1e-3, 1024)
+
+
+@pytest.mark.parametrize("teacher", ["swin_tiny", "pvt_v2_b2"])
+@pytest.mark.parametrize("kind", ["lit", "hilo"])
+def test_a_pyramid_becomes_lit_in_three_stages_with_transfer(kind: str, teacher: str) -> None:
+    align, features, task = (stage.config for stage in load_stages(f"{kind}_from_{teacher}"))
+    assert [align.mode, features.mode, task.mode] == ["align", "transfer", "transfer"]
+    assert (features.transfer.method, features.transfer.task_weight) == ("block_output", 0.0)
+    assert task.transfer.method == "logits"
+    third = {"lit": "softmax", "hilo": "hilo"}[kind]
+    choices = parse_plan(str(align.student.plan), [1, 1, 1, 1])
+    assert [choice.operator for choice in choices] == [NONE, NONE, third, "softmax"]
+    assert str(align.student.plan).endswith("merge: deformable")
+    assert align.student.model == str(align.teacher.source).partition(".")[0]
+
+
+def test_transfer_and_fine_tuning_of_lit_on_digits_have_equal_budgets() -> None:
+    stages = [stage.config for stage in load_stages("digits_lit")]
+    alone = load_config("digits_lit_finetune")
+    assert sum(stage.optim.epochs for stage in stages) == alone.optim.epochs
+    for stage in stages:
+        assert stage.student == alone.student
+        assert stage.data == alone.data
+        assert (stage.optim.lr, stage.optim.clip_grad) == (alone.optim.lr, alone.optim.clip_grad)
+    teacher = load_config("digits_lit_teacher").student
+    assert {**alone.student.model_dump(), "init": None, "plan": None, "without": ()} == teacher.model_dump()
+
+
+# AttnZero's code: model, epochs of warm-up, drop path, largest gradient, images a GPU, rates at both ends.
+ATTNZERO = {
+    "attnzero_deit": ("attnzero_deit_t", 20, 0.0, 5.0, 512, 4e-3, 4e-5),
+    "attnzero_pvt": ("attnzero_pvt_t", 5, 0.1, None, 128, 1e-3, 2e-5),
+    "attnzero_swin": ("attnzero_swin_t", 20, 0.2, 5.0, 128, 1e-3, 1e-5),
+    "attnzero_swin_384": ("attnzero_swin_b", 5, 0.5, 5.0, 32, 1e-5, 1e-7),
+}
+
+
+@pytest.mark.parametrize("name", ATTNZERO)
+def test_attnzero_has_the_published_values(name: str) -> None:
+    model, warmup, drop_path, clip, batch, rate, last = ATTNZERO[name]
+    tuned = name == "attnzero_swin_384"
+    check(
+        name,
+        AUGMENTATION
+        | {
+            "mode": "finetune" if tuned else "scratch", "student.model": model, "student.drop_path": drop_path,
+            "student.img_size": 384 if tuned else None,
+            "student.model_args": {"window_size": 12} if tuned else {},
+            "student.global_pool": "token" if "deit" in name else "avg",
+            "data.batch_size": batch, "data.crop_pct": 1.0 if tuned else 0.875,
+            "optim.opt": "adamw", "optim.epochs": 30 if tuned else 300, "optim.warmup_epochs": warmup,
+            "optim.min_lr": last, "optim.weight_decay": 1e-8 if tuned else 0.05, "optim.clip_grad": clip,
+            "optim.betas": (0.9, 0.999), "optim.ema": None, "engine.precision": "fp32",
+        },
+    )  # fmt: skip
+    found, steps = peak_learning_rate(load_config(name).optim, batch, 8)
+    assert (found, steps) == (pytest.approx(rate), 8 * batch)

@@ -43,12 +43,17 @@ def test_any_pyramid_merges_deformably(kind: str) -> None:
     assert torch.equal(again(inputs), student(inputs)), "a merge that is deformable stays"
 
 
-@pytest.mark.parametrize("kind", TINY)
-@pytest.mark.parametrize("size", [(40, 24), (36, 44)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (kind, size)
+        for kind in TINY
+        for size in ((40, 24), (36, 44))
+        if size == (40, 24) or kind not in ("svt", "pcpvt")  # timm's Twins wants whole patches in every stage
+    ],
+)
 def test_sites_follow_merges_that_drop_an_odd_row(kind: str, size: tuple[int, int]) -> None:
     """36 x 44 pixels have 9 x 11 patches, of which a deformable merge makes 4 x 5."""
-    if kind in ("svt", "pcpvt") and size == (36, 44):
-        pytest.skip("timm's Twins wants whole patches in every stage")
     student = convert(tiny(kind), "merge: deformable; stage2: softmax")
     resize(student, size)
     assert sites(student)[-1].shape.geometry.grid == (size[0] // 8, size[1] // 8)

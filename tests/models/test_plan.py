@@ -70,6 +70,13 @@ def test_mistakes_are_named(plan: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_a_misspelt_merge_is_answered_with_the_word() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'merges' is not a layer; write .*, stage3\.0-1, merge or several"
+    ):
+        parse_plan("merges: deformable", (1, 1))
+
+
 CHOICES = st.sampled_from(
     [Choice("softmax"), Choice("linear"), Choice("linear", {"feature": "relu", "x": 1.5, "y": "true"})]
 )

@@ -14,6 +14,7 @@ from graftvit.models.errors import ConfigError, GraftError, UnsupportedModelErro
 from graftvit.models.families import check_supported, image_size, sites
 from graftvit.models.hosting import host_layers
 from graftvit.models.operators import OPERATORS
+from graftvit.models.without_memory import without_memory
 from pyramids import TINY, arguments, images, tiny
 from torch import Tensor, nn
 
@@ -186,7 +187,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPERATORS, "qv", QueriesAndValues)
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(
             "graftvit_converted", architecture=name, plan="stage1: qv; stage2: qv; stage3: qv", img_size=224
         )
@@ -288,6 +289,7 @@ def test_a_converted_pyramid_is_known_as_one(kind: str) -> None:
     assert list(converted_layers(student)) == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pvt", "pvt1", "svt", "swin", "swinv2"])
 def test_a_converted_pyramid_exports(kind: str) -> None:
     student, inputs = converted(kind), images(SIZE)

@@ -53,6 +53,7 @@ def test_a_resized_pyramid_is_built_again_from_its_folder(
     assert torch.equal(logits(written(model, kind, tmp_path / "folder")), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", ["swin", "swinv2"])
 def test_windows_that_timm_scaled_are_built_again(kind: str, plan: str | None, tmp_path: Path) -> None:

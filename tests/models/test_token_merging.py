@@ -150,6 +150,7 @@ def test_an_exported_merge_has_no_operator_of_torchvision() -> None:
     torch.testing.assert_close(graph.module()(images), merging(images))
 
 
+@pytest.mark.slow
 def test_onnx() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -26,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from patience import PATIENCE
+
 IMPORTED = ("timm", "accelerate", "graftvit.launch.cli", "graftvit.launch.slurm.submit",
             "graftvit.launch.slurm.resume", "graftvit.transfer.engine.train")  # fmt: skip
 LONGEST = 1 << 20
@@ -49,7 +51,7 @@ class Command:
         self.pid = self._answer()
         self.returncode: int | None = None
 
-    def communicate(self, timeout: float = 120.0) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         """Wait for the end, and return what the command wrote to its two outputs."""
         if self.returncode is None:
             self._answers.settimeout(timeout)

@@ -32,6 +32,8 @@ class Cut:
     """Further flags."""
     alone: bool = True
     """Whether timm alone loads the student."""
+    init: str = ""
+    """The architecture of weights that a run of another recipe leaves."""
 
 
 KEYS = {
@@ -72,14 +74,21 @@ def command(recipe: str, cut: Cut, photos: Path, out: Path, weights: list[str]) 
 
 
 def stand_ins(recipe: str, cut: Cut, folder: Path, pretrained: str = "") -> list[str]:
-    """The flags that put small weights in the place of the recipe's: `pretrained` for those of another recipe."""
+    """The flags that put small weights in the place of the recipe's.
+
+    Weights of another recipe's run are `pretrained`, or those of the student's own model where the cut makes it small.
+    """
     own = stages_of(recipe)[0]
     flags = []
     for flag, source in (("--teacher.source", own.teacher.source), ("--student.init", own.student.init)):
         if source is None or source == "teacher":
             continue
+        if cut.init:
+            flags += [flag, _stand_in(cut.init, cut, folder / "weights")]
+            continue
         if source.startswith("local-dir:"):
-            flags += [flag, pretrained]
+            own_model = cut.model_args and _stand_in(own.student.model, cut, folder / "weights")
+            flags += [flag, own_model or pretrained]
             continue
         flags += [flag, _stand_in(source, cut, folder / "weights")]
     further = {
@@ -95,7 +104,10 @@ def stand_ins(recipe: str, cut: Cut, folder: Path, pretrained: str = "") -> list
 def _stand_in(source: str, cut: Cut, folder: Path) -> str:
     if source in CONVOLUTIONS:
         return write_stand_in(CONVOLUTIONS[source], folder, {}, len(CLASSES))
-    return write_stand_in(source, folder, {**cut.model_args, "img_size": cut.img_size}, len(CLASSES))
+    sized = (
+        {} if source.startswith("pvt_v2") else {"img_size": cut.img_size}
+    )  # timm's PVTv2 has no such argument
+    return write_stand_in(source, folder, {**cut.model_args, **sized}, len(CLASSES))
 
 
 CONVOLUTIONS = {"regnety_160.deit_in1k": "test_resnet", "convnext_base.fb_in22k_ft_in1k": "test_convnext"}

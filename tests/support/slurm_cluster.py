@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from patience import PATIENCE
 from ports import free_ports
 from slurm_config import Addresses, ClusterOptions, write_config, write_sacct
 from slurm_network import CONTROLLER, Network
@@ -94,10 +95,10 @@ class SlurmCluster:
         """Ends the daemons and the jobs; raises ClusterError where a process is left."""
         end(self._mark)
         for daemon in self._daemons.values():
-            daemon.wait(timeout=5)
+            daemon.wait(timeout=PATIENCE)
         self._daemons.clear()
 
-    def run(self, *command: str, timeout: float = 60.0) -> str:
+    def run(self, *command: str, timeout: float = PATIENCE) -> str:
         """What `command` writes to standard output, as a user of this cluster; raises ClusterError where it fails."""
         result = self._try(*command, timeout=timeout)
         if result.returncode:
@@ -110,7 +111,7 @@ class SlurmCluster:
         `tell` marks it as down at once; without, the controller takes 15 to 30 seconds to find out.
         """
         end({**self._mark, "SLURMD_NODENAME": name})
-        self._daemons.pop(_slurmd(name)).wait(timeout=5)
+        self._daemons.pop(_slurmd(name)).wait(timeout=PATIENCE)
         if tell:
             self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
 
@@ -132,7 +133,7 @@ class SlurmCluster:
         """Ends slurmctld; jobs go on, and no command gets an answer."""
         controller = self._daemons.pop("slurmctld")
         controller.terminate()
-        controller.wait(timeout=30)
+        controller.wait(timeout=PATIENCE)
 
     def start_controller(self) -> None:
         """Brings back the controller that was stopped, with what it knew."""
@@ -211,7 +212,7 @@ class SlurmCluster:
             )
         return self._daemons[daemon]
 
-    def _wait(self, daemon: str, ready: Callable[[], bool], seconds: float = 60.0) -> None:
+    def _wait(self, daemon: str, ready: Callable[[], bool], seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             if self._daemons[daemon].poll() is not None or time.monotonic() > deadline:
@@ -231,7 +232,7 @@ class SlurmCluster:
     def _state(self, name: str) -> str:
         return self._try("sinfo", "--noheader", f"--nodes={name}", "--format=%T").stdout.partition("\n")[0]
 
-    def _try(self, *command: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def _try(self, *command: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         return subprocess.run(
             command,

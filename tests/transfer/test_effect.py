@@ -65,6 +65,7 @@ OTHER: dict[str, Any] = {
     "data.batch_size": 6, "data.views": 0, "data.eval_batch_size": 3, "data.crop_scale": (0.3, 0.5), "data.hflip": 0.9,
     "data.aa": "rand-m9", "data.color_jitter": 0.9, "data.interpolation": "bilinear", "data.crop_pct": 0.5,
     "data.crop_mode": "border", "data.reprob": 0.9, "data.mixup": 0.4, "data.cutmix": 0.7, "data.smoothing": 0.3,
+    "data.aug_repeats": 2,
     "optim.epochs": 7, "optim.max_steps": 5, "optim.opt": "sgd", "optim.lr": 0.3, "optim.blr": 0.2,
     "optim.min_lr": 1e-5, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.2, "optim.betas": (0.8, 0.9),
     "optim.layer_decay": 0.5, "optim.clip_grad": 0.5, "optim.accum_iter": 2, "optim.recipe_batch": 99,

@@ -204,9 +204,16 @@ def test_a_floor_above_the_peak_is_refused(lr: float | None, blr: float, refused
 def test_a_batch_that_is_not_the_recipes_is_described(
     options: dict[str, float], batch: int, processes: int, words: str
 ) -> None:
-    described = describe_batch(OptimConfig(**options), batch, processes)
+    config = OptimConfig(**options)
+    described = describe_batch(config, batch, processes, batch * config.accum_iter * processes)
     assert bool(described) == bool(words)
     assert re.search(words, described)
+
+
+def test_a_batch_that_the_data_cannot_fill_is_described() -> None:
+    described = describe_batch(OptimConfig(blr=1e-3, accum_iter=8, recipe_batch=1024), 128, 1, 72)
+    assert described.startswith("the data set has too few images for a step of 1,024, so a step has 72")
+    assert "for 1,024 (0.004)" in described
 
 
 def autoencoder(**options: bool) -> MaskedAutoencoder:

@@ -40,7 +40,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(images((32, 32)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["pvt", "swin", *(pytest.param(x, marks=pytest.mark.slow) for x in ("svt", "swinv2"))]
+)
 def test_a_pyramid_is_trained_resumed_and_loaded_by_timm(kind: str, tmp_path: Path) -> None:
     train(pyramid(tmp_path / "whole", kind, engine={"save_every": 2}))
     train(pyramid(tmp_path / "cut", kind, engine={"save_every": 2}))
@@ -55,6 +57,7 @@ def test_a_pyramid_is_trained_resumed_and_loaded_by_timm(kind: str, tmp_path: Pa
     assert torch.equal(logits(started.task.trainable), logits(graftvit.load(tmp_path / "whole")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_drops_from_the_weights_what_its_operators_do_not_need(kind: str, tmp_path: Path) -> None:
     """The student starts as the conversion of the teacher, and its folder builds it again."""

@@ -19,7 +19,12 @@ from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
 from pyramids import TINY, arguments, images, tiny
+from scenarios import RunScenario
 from torch import nn
+
+NEEDS_FSDP = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"
+)
 
 PAIRS: list[tuple[str, str, dict[str, Any]]] = [
     ("swin", "pvt", {"method": "attention_output"}),
@@ -74,6 +79,24 @@ def test_a_pyramid_learns_from_another(
     folder = tmp_path / "whole" / "student"
     loaded = graftvit.load(folder)
     assert torch.equal(logits(timm.create_model(f"local-dir:{folder}", pretrained=True)), logits(loaded))
+
+
+@pytest.mark.slow
+@NEEDS_FSDP
+@pytest.mark.parametrize(
+    ("teacher", "student", "transfer"),
+    [
+        ("swin", "pvt", {"method": "attention_output", "layers": "stage2>stage2"}),
+        ("pvt", "svt", {"method": "distill", "layers": "0>1,1>3"}),
+    ],
+)
+def test_two_processes_give_the_numbers_of_one(
+    run_scenario: RunScenario, tmp_path: Path, teacher: str, student: str, transfer: dict[str, Any]
+) -> None:
+    """Replicated and sharded."""
+    report = run_scenario("engine_pyramid", tmp_path, teacher, student, transfer)
+    assert report["ends"] == [[0], [0, 0], [0, 0]], report
+    assert max(report["gaps"]) < 1e-4, report
 
 
 @pytest.mark.slow

@@ -122,6 +122,54 @@ def test_flags_hold_for_all_stages(teacher: Path, tmp_path: Path, capsys: pytest
     assert "converted by '*: linear'" in shown
 
 
+def converting(folder: Path, teacher: Path, plan: str) -> Path:
+    """A recipe whose second stage converts the student of the first; neither moves a weight."""
+    still: dict[str, Any] = {"optim": {"max_steps": 2, "lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}}
+    base = config(folder / "run", teacher).model_dump(mode="json")
+    base["student"] |= {"init": "teacher", "drop_path": 0.0}
+    base["optim"] |= {"ema": None}
+    base["stages"] = [
+        {"name": "softmax", "mode": "finetune", "student": {"plan": "*: softmax"}, **still},
+        {"name": "hash", "mode": "finetune", "student": {"plan": plan, "calibrate": 9}, **still},
+        {"name": "more", "mode": "finetune", "student": {"plan": plan}, **still},
+    ]
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base))
+    return path
+
+
+def test_a_stage_with_another_plan_converts_the_student(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = converting(tmp_path, teacher, "0: hash(anchors=5, bits=4); 1: softmax")
+    assert main(["train", str(path), "--dry_run"]) == 0
+    first, _, second = capsys.readouterr().out.partition("the stage hash, which converts the student:")
+    assert "hash(" not in first
+    assert "converted by '0: hash(anchors=5, bits=4)" in second
+    assert "the stage more" not in second
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "run"
+    plans = [plan_of(graftvit.load(run / folder / "student")) for folder in ("1-softmax", "2-hash", "3-more")]
+    assert plans[0] is None
+    assert plans[1] == plans[2] == "0: hash(anchors=5, bits=4); 1: softmax"
+    softmax, hashed, more = (weights(run / name / "student") for name in ("1-softmax", "2-hash", "3-more"))
+    shared = softmax.keys() & hashed.keys()
+    assert "blocks.0.attn.proj.weight" in shared
+    assert hashed["blocks.0.attn.operator.weight"].any()
+    for name in shared:
+        torch.testing.assert_close(softmax[name], hashed[name], rtol=0, atol=1e-20)
+    for name in hashed:  # fitted once
+        torch.testing.assert_close(hashed[name], more[name], rtol=0, atol=1e-20)
+
+
+def test_a_plan_of_a_later_stage_is_checked_before_the_first(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = converting(tmp_path, teacher, "*: hsh")
+    assert main(["train", str(path), "--dry_run"]) == 2
+    assert "did you mean 'hash'" in capsys.readouterr().err
+
+
 def test_a_stage_that_is_stopped_stops_the_rest(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,13 +164,13 @@ def test_unused_parameters_of_a_copied_layer_are_frozen_for_ddp() -> None:
 )
 @torch.no_grad()
 def test_sampled_rows_are_unbiased(rows: float, family: str) -> None:
-    teacher, student, x = tiny(family, seed=1), tiny(family, seed=2), images()
+    teacher, student, x = tiny(family, seed=1, depth=2), tiny(family, seed=2, depth=2), images()
     full = float(DualViT(teacher, copy.deepcopy(student), weight=1.0)(x).transfer_loss)
     dual = DualViT(teacher, student, rows=rows, weight=1.0)
     torch.manual_seed(0)
-    samples = torch.tensor([float(dual(x).transfer_loss) for _ in range(200)], dtype=torch.float64)
+    samples = torch.tensor([float(dual(x).transfer_loss) for _ in range(100)], dtype=torch.float64)
     assert samples.std() > 0
-    assert abs(float(samples.mean()) - full) < 5 * float(samples.std()) / 200**0.5
+    assert abs(float(samples.mean()) - full) < 5 * float(samples.std()) / 100**0.5
 
 
 def test_sampled_rows_always_hold_the_prefix() -> None:
@@ -255,7 +255,7 @@ def test_gradient_checkpointing_changes_nothing(method: str) -> None:
 @pytest.mark.parametrize(("method", "family"), [*((each, "vit") for each in METHODS), ("distill", "eva02")])
 def test_compiles_without_a_graph_break(method: str, family: str) -> None:
     torch.compiler.reset()
-    dual = DualViT(tiny(family, seed=1), tiny(family, seed=2), method).float().train()
+    dual = DualViT(tiny(family, 1, depth=2), tiny(family, 2, depth=2), method).float().train()
     x = images(dtype=torch.float32)
     step(dual, x)
     expected, eager = gradient(dual.student), dual(x)
@@ -272,7 +272,7 @@ def test_compiles_without_a_graph_break(method: str, family: str) -> None:
 @pytest.mark.parametrize("method", ["distill", "copy"])
 def test_compiles_with_inductor(method: str) -> None:
     torch.compiler.reset()
-    dual = DualViT(tiny(seed=1), tiny(seed=2), method).float().train()
+    dual = DualViT(tiny(seed=1, depth=1), tiny(seed=2, depth=1), method).float().train()
     x = images(dtype=torch.float32)
     eager, out = dual(x), torch.compile(dual, fullgraph=True)(x)
     assert relative_error(out.logits, eager.logits) < 1e-4

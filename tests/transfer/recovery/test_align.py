@@ -12,6 +12,7 @@ from graftvit.models.attention.base import Geometry
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.conversion import convert, converted_layers, new_parameters, resize
 from graftvit.models.errors import TransferError
+from graftvit.models.families import blocks_of
 from graftvit.transfer.recovery.align import Alignment
 from graftvit.transfer.recovery.layer_losses import (
     LAYER_LOSSES,
@@ -175,3 +176,24 @@ def test_images_of_another_size_have_their_own_grid() -> None:
 
 def test_new_parameters_are_those_of_operators() -> None:
     assert new_parameters(convert(vit(), "*: linear")) == []
+
+
+@pytest.mark.parametrize("loss", ["map", "probes", "rows"])
+def test_maps_without_a_parameter_are_refused_where_no_other_layer_learns(loss: str) -> None:
+    teacher = vit()
+    uniform = convert(teacher, "*: uniform")
+    with pytest.raises(
+        TransferError, match=f"align.match={loss}: the maps of uniform depend on no parameter"
+    ):
+        Alignment(teacher, uniform, loss)
+    assert all(each.requires_grad for each in Alignment(teacher, uniform, "output")(IMAGES).values())
+    alignment = Alignment(teacher, convert(teacher, "0: uniform; 2: linear"), loss)
+    losses = alignment(IMAGES)
+    assert {index: each.requires_grad for index, each in losses.items()} == {0: False, 2: True}
+    alignment.freeze_others()  # DDP waits for the gradient of every parameter that is not frozen
+    first, _, last = blocks_of(alignment.student)
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+    sum(losses.values()).backward()
+    learned = [p for p in last.parameters() if p.requires_grad]
+    assert learned
+    assert all(p.grad is not None for p in learned)

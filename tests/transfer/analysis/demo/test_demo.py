@@ -151,6 +151,7 @@ def test_a_cell_that_is_killed_ends_the_demo(tmp_path: Path, monkeypatch: pytest
     assert cell_processes() == []
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def impatient(running: Collection[Cell]) -> None:
         raise KeyboardInterrupt
