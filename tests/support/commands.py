@@ -138,6 +138,8 @@ def _become(asked: dict[str, Any]) -> None:
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
+    if "OMP_NUM_THREADS" in os.environ:  # torch read it when it was imported
+        importlib.import_module("torch").set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.path[0] = asked["cwd"]
     sys.argv = ["graftvit", *asked["words"]]
     _end(_run_main())

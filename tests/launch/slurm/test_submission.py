@@ -66,8 +66,9 @@ def refused(asked: ClusterConfig, cores: int = 1) -> str:
 
 
 def python(program: str, *words: str) -> subprocess.Popen[str]:
-    """A process that submits; what `program` does comes before."""
-    text = f"import sys\nfrom graftvit.launch.cli import main\n{program}\nsys.exit(main({list(words)!r}))"
+    """A process that submits; what `program` does comes before. Ctrl-C stops it also below a shell that ignores it."""
+    heard = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    text = f"{heard}\nfrom graftvit.launch.cli import main\n{program}\nsys.exit(main({list(words)!r}))"
     return subprocess.Popen(
         [sys.executable, "-c", text], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
