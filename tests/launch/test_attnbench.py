@@ -19,6 +19,7 @@ SHORT = """
 base: attnbench_digits
 data: {train_samples: 64}
 optim: {epochs: 2}
+engine: {eval_every: 1}
 attnbench:
   backbones:
     plain:
