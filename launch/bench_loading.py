@@ -1,8 +1,9 @@
-"""Read the benchmark of a recipe."""
+"""Read the benchmark of a recipe, and rows: those of a file, or those that come with the package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ..models.errors import ConfigError
 from .load_config import Setting, load_config, read_recipe
 
 if TYPE_CHECKING:
+    from ..transfer.attnbench.bench_rows import Row
     from ..transfer.attnbench.bench_settings import Bench
 
 
@@ -36,3 +38,13 @@ def load_bench(source: str | Path, overrides: Iterable[Setting] = ()) -> Bench:
         for data in settings.data:
             bench.run_config(backbone, data)
     return bench
+
+
+def load_rows(source: Path) -> list[Row]:
+    """Return the rows of a file, or those that come with the recipe of this name. Raises ConfigError as `read_rows`."""
+    from ..transfer.attnbench.bench_rows import parse_rows, read_rows
+
+    shipped = resources.files("graftvit.cfgs") / f"{source}.jsonl"
+    if source.exists() or len(source.parts) != 1 or not shipped.is_file():
+        return read_rows(source)
+    return parse_rows(shipped.read_text(encoding="utf-8").splitlines(), str(source))

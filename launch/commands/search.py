@@ -26,6 +26,7 @@ DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "
 EXAMPLES = (
     "graftvit search runs/teacher --dataset digits --out found",
     "graftvit search vit_small_patch16_224.augreg_in1k --data_path /data/imagenet --generations 20 --out found",
+    "graftvit search runs/teacher --also runs/pyramid --dataset digits --out found",
     "graftvit search runs/teacher --dataset digits --at_random --out drawn   # for comparison",
     "graftvit search report found",
     "graftvit submit search runs/teacher --dataset digits --out found --shares 4 --gpus_per_node 0",
@@ -60,7 +61,7 @@ def _report(argv: list[str]) -> int:
         "Write report.html into the folder of a search: its front, the lineage and the formulas of the front, and what "
         "was refused and why. The search may still be running.",
         ["graftvit search report found", "graftvit search report found --rows bench/rows.jsonl --top 10"],
-        usage="DIR [--rows ROWS] [--top K]",
+        usage="DIR [--rows ROWS [--short ROWS ...] [--top K]]",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of a search")
     parser.add_argument(
@@ -70,6 +71,14 @@ def _report(argv: list[str]) -> int:
         help="rows of `graftvit attnbench`: compare each proxy with their accuracies",
     )
     parser.add_argument(
+        "--short",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="ROWS",
+        help="rows of shorter trainings, each recipe of which is a proxy",
+    )
+    parser.add_argument(
         "--top",
         type=int,
         default=10,
@@ -77,24 +86,28 @@ def _report(argv: list[str]) -> int:
         help="best programs that the precision compares (default: 10)",
     )
     arguments = parser.parse_args(argv)
+    if arguments.short and not arguments.rows:
+        raise ConfigError("--short needs --rows, the rows of the longer trainings")
     if arguments.top < 1:
         raise ConfigError(f"--top {arguments.top}: give a number, 1 or more")
     from ...transfer.analysis.search.search_report import write_report
 
-    rankings = _rankings(arguments.folder, arguments.rows, arguments.top) if arguments.rows else []
+    rankings = _rankings(arguments) if arguments.rows else []
     say(f"report: {write_report(arguments.folder, rankings)}\n")
     return 0
 
 
-def _rankings(folder: Path, rows: Path, top: int) -> list[list[str]]:
+def _rankings(arguments: argparse.Namespace) -> list[list[str]]:
     """Compare the proxies with the accuracies of a file of rows; print the table and return it, its head first."""
-    from ...transfer.attnbench.bench_rows import read_rows
     from ...transfer.attnbench.proxy_ranking import HEAD, rank_proxies
     from ...transfer.cells.threads import torch_threads
     from ...transfer.search.program_search import open_search
+    from ..bench_loading import load_rows
 
     with torch_threads(1):
-        rankings = rank_proxies(open_search(folder), read_rows(rows), top)
+        short = [row for path in arguments.short for row in load_rows(path)]
+        rows = load_rows(arguments.rows)
+        rankings = rank_proxies(open_search(arguments.folder), rows, arguments.top, short)
     table = [list(HEAD), *(each.cells for each in rankings)]
     say(f"{aligned(table, right=(3, 5, 6, 7))}\n")
     return table
@@ -107,7 +120,8 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     from ...transfer.data.datasets import check_dataset
 
     if here:
-        parse_source(arguments.source)
+        for source in (arguments.source, *arguments.also):
+            parse_source(source)
         if not config.data.download:
             check_dataset(config.data)
     return Work(output=arguments.out, workers=(arguments.workers or 1) - 1, divisible=True)
@@ -123,6 +137,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         usage="SOURCE --out DIR [--flag value ...]  |  report DIR",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="another teacher: the mismatch with each is an objective",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
     parser.add_argument("--images", type=int, default=16, metavar="N", help="images to record (default: 16)")
     parser.add_argument("--generations", type=int, default=10, metavar="N", help="generations (default: 10)")
@@ -169,14 +190,20 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     from ...transfer.search.matching import record_layers
     from ...transfer.search.program_search import Search, SearchSettings
 
-    teacher = load_pretrained(arguments.source, **source_keywords(config.teacher))
-    images = sample_images(config.data, teacher.preprocessing, arguments.images, seed=config.seed)
+    sources = [arguments.source, *arguments.also]
+    teachers = [load_pretrained(source, **source_keywords(config.teacher)) for source in sources]
     data = f"{arguments.images} of {config.data.dataset or config.data.data_path}"
     settings = SearchSettings(
-        config.seed, arguments.population, arguments.at_random, arguments.source, data, arguments.proxy
+        config.seed, arguments.population, arguments.at_random, ", ".join(sources), data, arguments.proxy
     )
     with torch_threads(1):
-        return Search(arguments.out, settings, record_layers(teacher.model, images))
+        layers = [
+            record_layers(
+                each.model, sample_images(config.data, each.preprocessing, arguments.images, seed=config.seed)
+            )
+            for each in teachers
+        ]
+        return Search(arguments.out, settings, layers)
 
 
 def _table(search: Search, done: Sequence[Evaluation]) -> str:

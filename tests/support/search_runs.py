@@ -21,7 +21,7 @@ def search(folder: Path, weights: int = 0, **changes: object) -> Search:
         "images": "4",
         **changes,
     }
-    return Search(folder, SearchSettings(**settings), [layer])  # type: ignore[arg-type]
+    return Search(folder, SearchSettings(**settings), [[layer]])  # type: ignore[arg-type]
 
 
 def silent(line: str) -> None:

@@ -13,6 +13,7 @@ from scipy import stats
 from ...models.errors import ConfigError, counted
 from ...models.programs.program_text import parse_program
 from ..search.program_search import PROXIES, Search
+from ..search.zero_cost import SCORES
 from .bench_rows import Row
 
 FEWEST = 3
@@ -47,12 +48,14 @@ class Ranking:
         return [self.backbone, self.data, convolution, str(self.programs), self.proxy, *numbers]
 
 
-def rank_proxies(search: Search, rows: Sequence[Row], top: int) -> list[Ranking]:
+def rank_proxies(search: Search, rows: Sequence[Row], top: int, short: Sequence[Row] = ()) -> list[Ranking]:
     """Compare each proxy with the accuracy of trained rows; accuracies of several seeds are averaged.
 
-    The proxies are those of a search, on its recorded layers, the cost, and the first evaluation of each training.
+    The proxies are those of a search, on its recorded layers, the zero-cost scores, the cost, the first evaluation of
+    each training, and the accuracies of `short` trainings by the name of their recipe. Each is compared on the programs
+    that have it.
 
-    Raises ConfigError: a model has fewer than 3 trained programs, or no more than `top`.
+    Raises ConfigError: a model has fewer than 3 trained programs with a proxy, or no more than `top`.
     """
     trained = sorted((row for row in rows if row.top1 is not None), key=_group)
     if not trained:
@@ -60,8 +63,8 @@ def rank_proxies(search: Search, rows: Sequence[Row], top: int) -> list[Ranking]
     proxies = _untrained_scores(search, sorted({row.program for row in trained}))
     return [
         ranking
-        for _, group in itertools.groupby(trained, _group)
-        for ranking in _compare(list(group), proxies, top)
+        for key, group in itertools.groupby(trained, _group)
+        for ranking in _compare(list(group), {**proxies, **_short_scores(key, short)}, top)
     ]
 
 
@@ -81,31 +84,43 @@ def _group(row: Row) -> tuple[str, str, bool, str]:
 def _untrained_scores(search: Search, texts: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return for each proxy without training the scores of programs; higher is better."""
     programs = {text: parse_program(text) for text in texts}
-    scores = {
+    errors = {
         name: {text: -error(program, search.layers) for text, program in programs.items()}
         for name, error in PROXIES.items()
     }
-    return {**scores, "cost": {text: float(search.cost(program)) for text, program in programs.items()}}
+    scores = {
+        name: {text: score(program, search.layers) for text, program in programs.items()}
+        for name, score in SCORES.items()
+    }
+    costs = {text: float(search.cost(program)) for text, program in programs.items()}
+    return {**errors, **scores, "cost": costs}
+
+
+def _short_scores(key: tuple[str, str, bool, str], short: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return by recipe the accuracies of short trainings with the model and data of a group."""
+    alike = [row for row in short if row.top1 is not None and _group(row)[:3] == key[:3]]
+    recipes = dict.fromkeys(row.recipe for row in alike)
+    return {name: _by_program([row for row in alike if row.recipe == name], -1) for name in recipes}
 
 
 def _compare(rows: Sequence[Row], proxies: Mapping[str, Mapping[str, float]], top: int) -> list[Ranking]:
-    first = rows[0]
-    accuracies = _by_program(rows, -1)
-    if len(accuracies) < max(FEWEST, top + 1):
-        raise ConfigError(
-            f"{first.backbone} on {first.data} has {counted(len(accuracies), 'trained program')}: a ranking needs "
-            f"{FEWEST} or more, and more than --top {top}"
-        )
-    known = dict(proxies)
+    accuracies, known = _by_program(rows, -1), dict(proxies)
     if all(len(row.curve) > 1 for row in rows):
         known[EARLY] = _by_program(rows, 0)
-    return [
-        Ranking(
-            first.backbone, first.data, first.local, len(accuracies), name,
-            *compare_orders([scores[text] for text in accuracies], list(accuracies.values()), top),
+    return [_ranking(rows[0], name, scores, accuracies, top) for name, scores in known.items()]
+
+
+def _ranking(
+    first: Row, proxy: str, scores: Mapping[str, float], accuracies: Mapping[str, float], top: int
+) -> Ranking:
+    programs = [text for text in accuracies if text in scores]
+    if len(programs) < max(FEWEST, top + 1):
+        raise ConfigError(
+            f"{first.backbone} on {first.data} has {counted(len(programs), 'program')} with the proxy {proxy}: a "
+            f"ranking needs {FEWEST} or more, and more than --top {top}"
         )
-        for name, scores in known.items()
-    ]  # fmt: skip
+    orders = compare_orders([scores[text] for text in programs], [accuracies[text] for text in programs], top)
+    return Ranking(first.backbone, first.data, first.local, len(programs), proxy, *orders)
 
 
 def _by_program(rows: Sequence[Row], point: int) -> dict[str, float]:

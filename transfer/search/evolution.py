@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from ...models.programs.drawing import draw_program
@@ -33,9 +33,16 @@ class Evaluation(Ending):
     """The check that refused the program; empty if it was measured."""
     reason: str = ""
     mismatch: float | None = None
-    """Of the teacher's attention (`matching.mismatch`); None if it was refused."""
+    """Of the teacher's attention (`matching.mismatch`), the mean over teachers; None if it was refused."""
     cost: int = 0
     """Multiply-adds and entries of all layers, for one image."""
+    errors: tuple[float, ...] = ()
+    """The mismatch with each teacher."""
+
+    @property
+    def objectives(self) -> tuple[float, ...]:
+        """Return what a front compares beside the cost."""
+        return self.errors or (math.inf if self.mismatch is None else self.mismatch,)
 
 
 @dataclass(frozen=True)
@@ -73,19 +80,22 @@ def propose(
 
 
 def front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return the evaluations that no other one beats in mismatch and cost, the cheapest first."""
+    """Return the evaluations that no other one beats in cost and the mismatch with each teacher, the cheapest first."""
     best: list[Evaluation] = []
     measured = [each for each in evaluations if each.mismatch is not None]
     for each in sorted(measured, key=lambda one: (one.cost, one.mismatch, one.program)):
-        if not best or _of(each) < _of(best[-1]):
+        if not any(_covers(one, each) for one in best):
             best.append(each)
     return best
 
 
 def hypervolume(evaluations: Sequence[Evaluation], cost: int) -> float:
-    """Return the part of the area below mismatch 1 and log(`cost`) that the front dominates, from cost 1 on."""
+    """Return the part of the area below mismatch 1 and log(`cost`) that is dominated, from cost 1 on.
+
+    With several teachers, it is the area of their mean mismatch.
+    """
     volume, edge = 0.0, math.log(cost)
-    for each in reversed(front(evaluations)):
+    for each in reversed(front([replace(each, errors=()) for each in evaluations])):
         left = math.log(max(1, each.cost))
         if left < edge and _of(each) < 1:
             volume += (edge - left) * (1 - _of(each))
@@ -95,6 +105,11 @@ def hypervolume(evaluations: Sequence[Evaluation], cost: int) -> float:
 
 def _of(evaluation: Evaluation) -> float:
     return math.inf if evaluation.mismatch is None else evaluation.mismatch
+
+
+def _covers(one: Evaluation, other: Evaluation) -> bool:
+    """Return whether a program of no more cost has no larger mismatch with any teacher."""
+    return all(mine <= its for mine, its in zip(one.objectives, other.objectives, strict=True))
 
 
 def _parents(generation: int, earlier: Sequence[Evaluation]) -> list[Evaluation]:
@@ -116,9 +131,14 @@ def _child(parents: Sequence[Evaluation], random: Random) -> Child:
 
 
 def _parent(parents: Sequence[Evaluation], random: Random) -> Evaluation:
-    """Return the best of a few candidates, by mismatch and cost weighed at random."""
+    """Return the best of a few candidates, by cost and the mismatch with one of the teachers, weighed at random."""
     weight = random.random()
     rivals = [random.choice(parents) for _ in range(CONTEST)]
-    return min(
-        rivals, key=lambda one: weight * math.log(max(_of(one), 1e-6)) + (1 - weight) * math.log(one.cost + 1)
-    )
+    teachers = len(rivals[0].objectives)
+    teacher = random.randrange(teachers) if teachers > 1 else 0
+
+    def score(one: Evaluation) -> float:
+        error = max(one.objectives[teacher], 1e-6)
+        return weight * math.log(error) + (1 - weight) * math.log(one.cost + 1)
+
+    return min(rivals, key=score)

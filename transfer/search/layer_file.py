@@ -15,24 +15,29 @@ from .matching import RecordedLayer
 PARTS = tuple(field.name for field in fields(RecordedLayer))
 
 
-def layers_to_bytes(layers: Sequence[RecordedLayer]) -> bytes:
-    """Return the layers as a safetensors file with the tensors `LAYER.PART`."""
+def layers_to_bytes(teachers: Sequence[Sequence[RecordedLayer]]) -> bytes:
+    """Return the layers of each teacher as a safetensors file with the tensors `TEACHER.LAYER.PART`."""
     return save(
         {
-            f"{index}.{part}": getattr(layer, part).contiguous()
+            f"{teacher}.{index}.{part}": getattr(layer, part).contiguous()
+            for teacher, layers in enumerate(teachers)
             for index, layer in enumerate(layers)
             for part in PARTS
         }
     )
 
 
-def read_layers(path: Path) -> list[RecordedLayer]:
-    """Read recorded layers. Raises ConfigError: the file is missing or damaged."""
+def read_layers(path: Path) -> list[list[RecordedLayer]]:
+    """Read the recorded layers of each teacher. Raises ConfigError: the file is missing or damaged."""
     try:
         tensors = load_file(path)
-        count = len(tensors) // len(PARTS)
-        return [RecordedLayer(*(tensors[f"{index}.{part}"] for part in PARTS)) for index in range(count)]
-    except (OSError, SafetensorError, KeyError) as error:
+        layers = sorted({tuple(map(int, name.split(".")[:2])) for name in tensors})
+        found: list[list[RecordedLayer]] = [[] for _ in {teacher for teacher, _ in layers}]
+        for teacher, index in layers:
+            parts = (tensors[f"{teacher}.{index}.{part}"] for part in PARTS)
+            found[teacher].append(RecordedLayer(*parts))
+        return found
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
         raise ConfigError(
             f"{path} is not readable as recorded layers; remove it, and it is made again"
         ) from error

@@ -111,6 +111,11 @@ def matching_error(out: Tensor, wanted: Tensor) -> Tensor:
     return _relative_error(rows @ _least_squares(rows, targets), targets)
 
 
+def raw_error(out: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean error of the heads without a fit, with gradients."""
+    return _relative_error(_rows(out), _rows(wanted))
+
+
 def _relative_error(found: Tensor, targets: Tensor) -> Tensor:
     left = (found - targets).flatten(1).norm(dim=1)
     spread = (targets - targets.mean(1, keepdim=True)).flatten(1).norm(dim=1)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,7 +25,7 @@ from ..cells.threads import torch_threads
 from .evolution import Child, Evaluation, front, hypervolume, propose
 from .gradient_fit import fitted_mismatch
 from .layer_file import layers_to_bytes, read_layers
-from .matching import RecordedLayer, mismatch
+from .matching import DIGITS, RecordedLayer, mismatch
 
 SOFTMAX = "mm(softmax(nt(scale(q) k)) v)"
 CONTROLS = {"softmax": SOFTMAX, "elu + 1": LINEAR, "values": "v", "queries": "q", **FOUND}
@@ -59,7 +60,8 @@ class Search:
 
     folder: Path
     settings: SearchSettings
-    layers: Sequence[RecordedLayer]
+    teachers: Sequence[Sequence[RecordedLayer]]
+    """The recorded layers of each teacher."""
 
     def claim(self) -> Search:
         """Write the settings and the recorded layers into the folder; return the search with the layers that it has.
@@ -68,8 +70,8 @@ class Search:
         """
         self._claim_folder()
         if not (self.folder / LAYERS).exists():
-            write_shared(self.folder / LAYERS, layers_to_bytes(self.layers), replace=False)
-        return replace(self, layers=read_layers(self.folder / LAYERS))
+            write_shared(self.folder / LAYERS, layers_to_bytes(self.teachers), replace=False)
+        return replace(self, teachers=read_layers(self.folder / LAYERS))
 
     def evaluate(
         self,
@@ -107,6 +109,11 @@ class Search:
         return found
 
     @property
+    def layers(self) -> list[RecordedLayer]:
+        """Return the layers of all teachers."""
+        return [layer for layers in self.teachers for layer in layers]
+
+    @property
     def softmax_cost(self) -> int:
         return self.cost(parse_program(SOFTMAX))
 
@@ -115,8 +122,12 @@ class Search:
         return sum(each.cost(program.products + program.entries) for each in self.layers)
 
     def mismatch(self, program: Program) -> float:
-        """Return the program's mismatch with the teacher, by the proxy of the search."""
-        return PROXIES[self.settings.proxy](program, self.layers)
+        """Return the program's mismatch, by the proxy of the search: the mean over teachers, to three digits."""
+        return mean_error(self.errors(program))
+
+    def errors(self, program: Program) -> tuple[float, ...]:
+        """Return the program's mismatch with each teacher."""
+        return tuple(PROXIES[self.settings.proxy](program, layers) for layers in self.teachers)
 
     @cached_property
     def _depends_on(self) -> JsonDict:
@@ -160,15 +171,14 @@ class Search:
     def _evaluate(self, settings: str, generation: int, child: Child) -> Evaluation:
         program = child.program
         verdict = check(program, USED)
-        error = self.mismatch(program) if verdict.passed else None
+        errors = self.errors(program) if verdict.passed else ()
+        error = mean_error(errors) if errors else None
         if error == float("inf"):
-            verdict, error = (
-                type(verdict)(program.text, "finite", "it is not finite on the teacher's inputs"),
-                None,
-            )
+            verdict = type(verdict)(program.text, "finite", "it is not finite on the teacher's inputs")
+            errors, error = (), None
         return Evaluation(
             settings, None, generation, program.text, child.parents, verdict.check, verdict.reason, error,
-            self.cost(program),
+            self.cost(program), errors,
         )  # fmt: skip
 
     def progress(self, generation: int, generations: int, done: Sequence[Evaluation]) -> str:
@@ -192,6 +202,11 @@ class Search:
         }
         text = json.dumps(archive, indent=1, ensure_ascii=False) + "\n"
         write_shared(self.folder / ARCHIVE, text.encode(), replace=True)
+
+
+def mean_error(errors: Sequence[float]) -> float:
+    """Return the mean mismatch, to three digits."""
+    return float(f"{fmean(errors):.{DIGITS}g}")
 
 
 def open_search(folder: Path) -> Search:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program_text import parse_program
 from graftvit.transfer.attnbench.bench_rows import Point, Row, write_rows
 from graftvit.transfer.attnbench.proxy_ranking import compare_orders, rank_proxies
-from graftvit.transfer.search.program_search import SOFTMAX
+from graftvit.transfer.search.program_search import PROXIES, SOFTMAX
 from graftvit.transfer.search.shares import run_search
+from graftvit.transfer.search.zero_cost import SCORES
 from search_runs import search, silent
 
 PROGRAMS = ("v", "q", SOFTMAX, "k")
@@ -45,12 +47,30 @@ def test_a_proxy_that_orders_as_training_has_correlation_one(tmp_path: Path) -> 
     ]
     refused = Row("digest", program="mul(q v)", backbone="plain", data="digits", status="refused")
     by_name = {each.proxy: each for each in rank_proxies(found, [*rows, refused], 1)}
-    assert set(by_name) == {"matching", "fitted", "cost", "first epochs"}
+    assert set(by_name) == {*PROXIES, *SCORES, "cost", "first epochs"}
     assert all(each.programs == len(PROGRAMS) for each in by_name.values())
     best = by_name["matching"]
     assert (best.kendall, best.spearman, best.precision) == pytest.approx((1.0, 1.0, 1.0))
     worst = by_name["first epochs"]
     assert (worst.kendall, worst.spearman, worst.precision) == pytest.approx((-1.0, -1.0, 0.0))
+
+
+def test_shorter_trainings_are_proxies_by_the_name_of_their_recipe(tmp_path: Path) -> None:
+    """Programs, models and convolutions that have no short row are left out; the settings of both differ."""
+    rows = [row(text, 10.0 * n) for n, text in enumerate(PROGRAMS)]
+    kept = {"program": PROGRAMS[3], "recipe": "transfer"}
+    short = [
+        replace(row(text, -5.0 * n), recipe="transfer", settings="other")
+        for n, text in enumerate(PROGRAMS[:3])
+    ]
+    short += [replace(short[0], **kept, backbone="pyramid"), replace(short[0], **kept, local=False)]
+    short += [replace(short[0], program=PROGRAMS[3], recipe="task", status="failed")]
+    by_name = {each.proxy: each for each in rank_proxies(search(tmp_path), rows, 1, short)}
+    assert "task" not in by_name
+    assert (by_name["transfer"].programs, by_name["transfer"].kendall) == (3, pytest.approx(-1.0))
+    assert by_name["matching"].programs == len(PROGRAMS)
+    with pytest.raises(ConfigError, match="has 3 programs with the proxy transfer"):
+        rank_proxies(search(tmp_path), rows, 3, short)
 
 
 def test_too_few_programs_are_refused(tmp_path: Path) -> None:
@@ -71,6 +91,13 @@ def test_the_page_has_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if "fitted" in line).split()
     assert line[:5] == ["small", "digits", "with", "4", "fitted"]
+    write_rows([replace(each, recipe="briefly") for each in rows], tmp_path / "short.jsonl")
+    short = ["--short", str(tmp_path / "short.jsonl")]
+    assert main([*words, *short]) == 2
+    assert "--short needs --rows" in capsys.readouterr().err
+    assert main([*words, "--rows", str(tmp_path / "rows.jsonl"), "--top", "2", *short]) == 0
+    said = capsys.readouterr().out
+    assert " briefly " in said
     page = (tmp_path / "found" / "report.html").read_text()
     assert "<h2>The proxies</h2>" in page
     assert all(f">{word}<" in page for word in line[5:])

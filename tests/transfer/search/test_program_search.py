@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from graftvit.models.errors import ConfigError
+from graftvit.models.programs.program_text import parse_program
 from graftvit.transfer.cells.records import save_first
 from graftvit.transfer.search import program_search
 from graftvit.transfer.search.evolution import Evaluation, front, hypervolume, propose
@@ -165,3 +167,28 @@ def test_the_hypervolume_is_the_area_that_the_front_dominates() -> None:
     assert hypervolume([], 10_000) == 0
     assert hypervolume([made(0.0, 1)], 10_000) == pytest.approx(1.0)
     assert math.isclose(hypervolume([made(0.5, 100)], 10_000), 0.25)
+
+
+def test_the_mismatch_with_each_teacher_is_an_objective(tmp_path: Path) -> None:
+    one, other = search(tmp_path / "one"), search(tmp_path / "other", weights=1)
+    both = replace(one, folder=tmp_path / "both", teachers=[*one.teachers, *other.teachers])
+    done = run_search(both, 3, silent)
+    for each in (each for each in done if each.mismatch is not None):
+        program = parse_program(each.program)
+        assert each.errors == (one.mismatch(program), other.mismatch(program))
+        assert each.mismatch == float(f"{sum(each.errors) / 2:.3g}")
+        assert each.cost == one.cost(program) + other.cost(program)
+    again = replace(both, folder=tmp_path / "again")
+    assert run_search(again, 3, silent, workers=2) == done
+    assert (again.folder / ARCHIVE).read_bytes() == (both.folder / ARCHIVE).read_bytes()
+    assert [len(layers) for layers in open_search(again.folder).teachers] == [1, 1]
+
+
+def test_the_front_of_several_teachers_has_the_best_of_each() -> None:
+    points = [
+        replace(made(sum(errors) / 2, cost), errors=errors)
+        for errors, cost in (((0.8, 0.8), 10), ((0.9, 0.5), 20), ((0.6, 0.9), 20), ((0.9, 0.6), 30))
+    ]
+    assert front(points) == [points[0], points[1], points[2]]
+    means = [made(0.8, 10), made(0.7, 20)]
+    assert hypervolume(points, 10_000) == pytest.approx(hypervolume(means, 10_000))

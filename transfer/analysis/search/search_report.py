@@ -95,7 +95,7 @@ def _shown(search: Search, each: Evaluation, done: Sequence[Evaluation]) -> Show
     program = parse_program(each.program)
     return ShownProgram(
         each.program,
-        f"{each.mismatch:g}",
+        _errors(each),
         _percent(search, each.cost),
         mathml(program),
         str(program.products),
@@ -103,6 +103,12 @@ def _shown(search: Search, each: Evaluation, done: Sequence[Evaluation]) -> Show
         torch_code(program),
         [[one.program, str(one.generation + 1), f"{one.mismatch:g}"] for one in line_of_descent(each, done)],
     )
+
+
+def _errors(each: Evaluation) -> str:
+    """Return the mismatch, and that with each of several teachers."""
+    several = f" ({', '.join(f'{error:g}' for error in each.errors)})" if len(each.errors) > 1 else ""
+    return f"{each.mismatch:g}{several}"
 
 
 def _refused(done: Sequence[Evaluation]) -> list[list[str]]:
