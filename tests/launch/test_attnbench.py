@@ -92,6 +92,29 @@ def test_the_digest_holds_what_numbers_depend_on_and_no_path(recipe: str) -> Non
     assert load_bench(recipe, [Setting("optim.lr", 1.0, "--lr")]).digest("plain", "digits") != own
 
 
+def test_the_digest_of_a_transfer_holds_its_teacher_and_losses(recipe: str) -> None:
+    from graftvit.launch.load_config import Setting
+
+    def own(**changes: Any) -> str:
+        settings = {
+            "mode": "transfer",
+            "transfer.method": "attention_output",
+            "teacher.source": "local-dir:t",
+            **changes,
+        }
+        return load_bench(recipe, [Setting(key, value, key) for key, value in settings.items()]).digest(
+            "plain", "digits"
+        )
+
+    changes: list[dict[str, Any]] = [
+        {},
+        {"teacher.source": "local-dir:u"},
+        {"transfer.weight": 2.0},
+        {"mode": "scratch"},
+    ]
+    assert len({own(**each) for each in changes}) == len(changes)
+
+
 def test_a_setting_that_is_added_later_does_not_change_the_digest(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

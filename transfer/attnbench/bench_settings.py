@@ -109,9 +109,11 @@ class Bench:
             exclude_defaults=True,
             include={
                 "mode": True,
+                "teacher": True,
                 "student": True,
                 "data": True,
                 "optim": True,
+                "transfer": True,
                 "engine": {"precision", "eval_every"},
             },
         )

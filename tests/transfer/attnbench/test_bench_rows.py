@@ -66,7 +66,7 @@ def test_elsewhere_the_last_score_may_differ_by_the_tolerance() -> None:
         )
 
     assert disagreement(ROW, elsewhere(TOLERANCE - 0.01)) == ""
-    assert "more than 5 points apart" in disagreement(ROW, elsewhere(TOLERANCE + 0.01))
+    assert "more than 30 points apart" in disagreement(ROW, elsewhere(TOLERANCE + 0.01))
     assert "macs" in disagreement(ROW, dataclasses.replace(elsewhere(0.0), macs=5))
 
 
