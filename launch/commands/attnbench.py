@@ -33,14 +33,15 @@ USAGE = {
     "": "ACTION ...",
 }
 EXAMPLES = (
-    "graftvit attnbench query bench/rows.jsonl --backbone plain --top 10",
-    "graftvit attnbench verify bench/rows.jsonl --sample 3",
+    "graftvit attnbench query attnbench_digits --backbone plain --top 10   # rows that come with the package",
+    "graftvit attnbench verify attnbench_digits --sample 3",
     "graftvit attnbench run attnbench_digits --drawn 50 --out bench",
     "graftvit attnbench extend bench/rows.jsonl attnbench_digits --program 'mul(q softmax(v))' --out more",
     "graftvit attnbench merge bench/rows.jsonl theirs.parquet --out all.jsonl",
 )
 DATA = ("data.data_path", "data.download", "data.workers", "engine.device")
 ROWS = "rows.jsonl"
+ROWS_HELP = "file of rows, .jsonl or .parquet, or a recipe that comes with rows: attnbench_digits"
 LOCAL = {"both": (True, False), "with": (True,), "without": (False,)}
 SHORT = 70
 """Characters of a program in the table."""
@@ -74,7 +75,7 @@ def _choices(parser: Parser) -> None:
 
 def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     if extends:
-        parser.add_argument("rows", metavar="ROWS", type=Path, help="file of rows, .jsonl or .parquet")
+        parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'attnbench'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of records and rows")
     parser.add_argument(
@@ -109,9 +110,10 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     _choices(parser)
     arguments, settings = parse_command(parser, argv, only=DATA)
     _check(arguments)
-    from ...transfer.attnbench.bench_rows import merge_rows, read_rows, write_rows
+    from ...transfer.attnbench.bench_rows import merge_rows, write_rows
+    from ..bench_loading import load_rows
 
-    known = read_rows(arguments.rows) if extends else []
+    known = load_rows(arguments.rows) if extends else []
     rows = merge_rows([known, _new_rows(arguments, settings, known)])
     write_rows(rows, arguments.out / ROWS)
     say(f"{_table(rows, 10)}\n{arguments.out / ROWS}: {counted(len(rows), 'row')}\n")
@@ -157,16 +159,15 @@ def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Seq
 
 
 def _merge(parser: Parser, argv: list[str]) -> int:
-    parser.add_argument(
-        "rows", metavar="ROWS", type=Path, nargs="+", help="files of rows, .jsonl or .parquet"
-    )
+    parser.add_argument("rows", metavar="ROWS", type=Path, nargs="+", help=ROWS_HELP)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="file to write: .jsonl or .parquet"
     )
     arguments = parser.parse_args(argv)
-    from ...transfer.attnbench.bench_rows import merge_rows, read_rows, write_rows
+    from ...transfer.attnbench.bench_rows import merge_rows, write_rows
+    from ..bench_loading import load_rows
 
-    rows = merge_rows(read_rows(path) for path in arguments.rows)
+    rows = merge_rows(load_rows(path) for path in arguments.rows)
     write_rows(rows, arguments.out)
     say(f"{arguments.out}: {counted(len(rows), 'row')}\n")
     return 0
@@ -183,9 +184,10 @@ def _query(parser: Parser, argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.top < 0:
         raise ConfigError(f"--top {arguments.top}: give a number, 0 or more")
-    from ...transfer.attnbench.bench_rows import best_first, read_rows, row_text
+    from ...transfer.attnbench.bench_rows import best_first, row_text
+    from ..bench_loading import load_rows
 
-    rows = best_first([row for row in read_rows(arguments.rows) if _wanted(row, arguments)])
+    rows = best_first([row for row in load_rows(arguments.rows) if _wanted(row, arguments)])
     shown = rows[: arguments.top or len(rows)]
     if arguments.json:
         say("".join(row_text(row) for row in shown))
@@ -218,11 +220,10 @@ def _verify(parser: Parser, argv: list[str]) -> int:
     if arguments.sample < 1:
         raise ConfigError(f"--sample {arguments.sample}: give a number, 1 or more")
     arguments.status = None
-    from ...transfer.attnbench.bench_rows import read_rows
     from ...transfer.attnbench.bench_verify import pick_sample, verify_rows
-    from ..bench_loading import load_bench
+    from ..bench_loading import load_bench, load_rows
 
-    rows = [row for row in read_rows(arguments.rows) if _wanted(row, arguments)]
+    rows = [row for row in load_rows(arguments.rows) if _wanted(row, arguments)]
     if not rows:
         raise ConfigError(
             f"{arguments.rows} has no row that --program, --backbone, --data and --local choose"
@@ -238,7 +239,7 @@ def _verify(parser: Parser, argv: list[str]) -> int:
 
 
 def _source(parser: Parser) -> None:
-    parser.add_argument("rows", metavar="ROWS", type=Path, help="file of rows, .jsonl or .parquet")
+    parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
     parser.add_argument("--program", metavar="TEXT", help="only this program: its text, its name or its hash")
 
 

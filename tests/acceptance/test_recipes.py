@@ -100,7 +100,8 @@ CUTS = {
 }
 COMPARED = {
     "digits_compare", "digits_hash_compare", "digits_hash_pyramid_compare", "digits_hash_starts_compare",
-    "digits_pyramid_compare", "attnbench_digits", "attnbench_published",
+    "digits_pyramid_compare", "attnbench_digits", "attnbench_digits_long", "attnbench_digits_transfer",
+    "attnbench_published",
 }  # fmt: skip
 """Recipes of `graftvit compare` (see `test_compare.py`) and of `graftvit attnbench` alone."""
 
