@@ -64,7 +64,7 @@ class AttentionHost(nn.Module):
         self._parameters = original._parameters
         self._buffers = original._buffers
         self._non_persistent_buffers_set = original._non_persistent_buffers_set
-        self._modules = dict(original._modules)
+        self._modules = {name: child for name, child in original._modules.items() if name != "operator"}
         self.training = original.training
         self._original = (original,)  # in a tuple, so that it is not registered a second time
         self.operator: Operator = operator or Softmax()

@@ -156,7 +156,7 @@ class KernelAttention(AttentionOperator):
 
     def _chunks(self, heads: Heads) -> ChunkedFeatures | None:
         """Return the features in chunks, if this operator, these tokens and the compiler can use them."""
-        plain = self.q_conv is None and heads.key_mask is None and self.normalizer is NORMALIZERS["sum"]
+        plain = self.q_conv is None and heads.key_mask is None and self.normalizer == NORMALIZERS["sum"]
         if not plain or torch.compiler.is_compiling():
             return None
         num_features = self.feature.num_features(heads.geometry or self.shape.geometry)

@@ -9,6 +9,7 @@ import torch
 from dense import FAMILIES, images, tiny
 from graftvit.models.attention.base import QKV, Heads
 from graftvit.models.attention.softmax import Softmax
+from graftvit.models.conversion import convert
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import attention_shape, check_supported, token_layout
 from graftvit.models.host import AttentionHost, host_attention, release_attention
@@ -61,6 +62,17 @@ def test_partial_projections_equal_the_whole(family: str, needs: tuple[str, ...]
         part, whole = getattr(heads, name), getattr(seen[0], name)
         assert (part is None) == (name not in needs)
         assert part is None or torch.allclose(part, whole, atol=1e-12)
+
+
+def test_a_converted_layer_is_hosted_with_another_operator() -> None:
+    model = convert(tiny("vit"), "*: ttt")
+    attn, x = model.blocks[0].attn, torch.randn(2, 25, model.embed_dim, dtype=next(model.parameters()).dtype)
+    keys, own = list(attn.state_dict()), attn(x)
+    hosted = AttentionHost(attn, Softmax())
+    assert not torch.allclose(hosted(x), own)
+    assert torch.allclose(hosted(x), tiny("vit").blocks[0].attn(x))
+    assert list(attn.state_dict()) == keys
+    assert torch.equal(attn(x), own)
 
 
 def test_devices_and_dtypes_reach_the_original() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -54,6 +55,14 @@ def test_chunks_give_the_map_and_its_gradients(
     for gradient, dense in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         torch.testing.assert_close(gradient, dense, rtol=1e-7, atol=1e-9)
     assert all(map(torch.equal, first, found)), "the backward pass changed what it read"
+    assert len(calls) == 1
+
+
+def test_a_copied_operator_runs_in_chunks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = draw(GEOMETRY)
+    heads.values().requires_grad_()
+    calls = cut(monkeypatch, 5, WIDTH)
+    copy.deepcopy(Case("linear").build(GEOMETRY))(heads)
     assert len(calls) == 1
 
 

@@ -51,11 +51,11 @@ def kernel(operator: AttentionOperator, heads: Heads) -> Tensor:
     q, k = own.feature(heads.with_qkv(q, k, v))
     products: Tensor = q @ (k.transpose(2, 3) @ v)
     sums: Tensor = q @ k.sum(2, keepdim=True).transpose(2, 3)
-    if own.normalizer is NORMALIZERS["sum"]:
+    if own.normalizer == NORMALIZERS["sum"]:
         return products / sums
     tokens, mean = v.shape[2], v.mean(2, keepdim=True)
     signed: Tensor = heads.scale * (products - sums * mean) / tokens
-    if own.normalizer is NORMALIZERS["inline"]:
+    if own.normalizer == NORMALIZERS["inline"]:
         return signed + mean
     return products / sums + signed
 
