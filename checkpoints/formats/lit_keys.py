@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...models.errors import CheckpointError
 from ...models.json_types import Json
+from ..weight_files import Content
 from ..weights import Weights
+from .containers import unwrap
 from .keymap import KeyMap, apply, recognize
 from .normalization import IMAGENET, normalized
 
@@ -31,13 +34,15 @@ SWIN_SIZES = {(96, 6): "s", (96, 18): "m", (128, 18): "b"}
 """By the width of stage 1 and the depth of stage 3."""
 
 
-def from_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_reference(published: Json) -> dict[str, Tensor]:
     """Return a state dict of a published PVT, LIT or LITv2 under the names of our models.
+
+    Like a file, it may be inside {'model': ...}, and its names may begin with `module.`.
 
     Raises CheckpointError: the keys are of no such model.
     """
-    weights = Weights(dict(tensors), "the state dict", "")
-    found = recognize(tensors, LIT_MAPS)
+    weights = unwrap(Content(Path("the state dict"), dict(published), {}), None)
+    found = recognize(weights.tensors, LIT_MAPS)
     if found is None:
         raise CheckpointError("the state dict has the keys of no PVT, LIT or LITv2: see docs/checkpoints.md")
     return apply(found, weights, {}).tensors
