@@ -25,7 +25,7 @@ def abslog(x: Tensor) -> Tensor:
 
 def zscore(x: Tensor) -> Tensor:
     score = (x - x.mean()) / x.std()
-    return score.masked_fill(score.isnan(), 0)
+    return score.masked_fill_(score.isnan(), 0)  # in place keeps the order in memory
 
 
 def minmax(x: Tensor) -> Tensor:

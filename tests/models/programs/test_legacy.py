@@ -18,6 +18,7 @@ from graftvit.models.programs.found import FOUND, LINEAR
 from graftvit.models.programs.legacy import Genotype, run_legacy
 from graftvit.models.programs.legacy_export import export_program
 from graftvit.models.programs.legacy_import import import_genotype
+from graftvit.models.programs.legacy_operators import UNARY
 from graftvit.models.programs.program import Program, ProgramError
 from graftvit.models.programs.program_text import parse_program
 from torch import Tensor
@@ -177,6 +178,12 @@ def test_what_overwrites_its_operand_shows_in_the_graph_that_reads_it_again() ->
     assert torch.equal(q, inputs()[0]), "the inputs stay"
     program = import_genotype(one)
     torch.testing.assert_close(program(q=q, k=k, v=v), run_legacy(one, q, k, v))
+
+
+def test_the_score_of_a_transpose_stays_in_its_memory_order() -> None:
+    """Later sums run in that order: where they cancel, as in AttnZero's code, another order is another number."""
+    x = inputs()[0].transpose(2, 3)
+    assert UNARY[6](x).stride() == x.stride()
 
 
 @pytest.mark.parametrize(
