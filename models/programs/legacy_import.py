@@ -11,7 +11,6 @@ later, and the cosine of a tensor of zeros with itself, which is 0 and not 1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 from .legacy import Genotype, walk
 from .polynomial import ONE
@@ -27,18 +26,37 @@ ELEMENTWISE = {
 LAST = {2: "softmax", 10: "logsoftmax", 25: "l2", 27: "sumnorm"}
 """Those along the last dimension."""
 OF_MATRICES = {1: "t", 15: "scale", 20: "l2t"}
-OVERWRITES, VIEWS = (4, 11, 27), (1, 18, 22)
 
 
 @dataclass
+class Memory:
+    """What one or more tensors of AttnZero's code hold; `spoiled_by` is an operator that left no value in it."""
+
+    node: Node
+    spoiled_by: int | None = None
+
+
+@dataclass(frozen=True)
 class Value:
     """A tensor of AttnZero's code; in a constant, `dims` counts dimensions of size 1."""
 
-    node: Node
+    memory: Memory
     dims: int = MATRIX
     constant: bool = False
-    read_again: bool = False
-    """The memory is read by a later step."""
+    flipped: bool = False
+    """It is the transpose of what the memory holds."""
+
+    @property
+    def node(self) -> Node:
+        if self.memory.spoiled_by is not None:
+            raise ProgramError(
+                f"no program: unary operator {self.memory.spoiled_by} overwrites a value that is read again"
+            )
+        return apply("t", self.memory.node) if self.flipped else self.memory.node
+
+    def holding(self, node: Node, dims: int | None = None) -> Value:
+        """Return another tensor, in memory of its own."""
+        return Value(Memory(node), self.dims if dims is None else dims, self.constant)
 
     @property
     def layout(self) -> str:
@@ -52,9 +70,8 @@ def import_genotype(genotype: Genotype) -> Program:
 
     Raises ProgramError: it has no form that holds for all sizes; the error says why.
     """
-    inputs = {"q": Value(Q), "k": Value(K), "v": Value(V)}
-    shared = genotype.graph_type == "i3n301"
-    out = walk(genotype, inputs, replace, _unary, partial(_binary, shared))
+    inputs = {name: Value(Memory(node)) for name, node in (("q", Q), ("k", K), ("v", V))}
+    out = walk(genotype, inputs, lambda value: value.holding(value.node), _unary, _binary)
     if out.dims != MATRIX:
         raise ProgramError(f"no program: the output is {out.layout}")
     return Program(out.node)
@@ -63,21 +80,38 @@ def import_genotype(genotype: Genotype) -> Program:
 def _unary(number: int, value: Value) -> Value:
     if number == 0:
         return value
-    if number in OVERWRITES and value.read_again:
-        _overwrite(number, value)
-    value = replace(value, read_again=value.read_again and number in VIEWS)
-    if number in ELEMENTWISE:
-        return replace(value, node=apply(ELEMENTWISE[number], value.node))
-    if number == 6 and value.dims > A_HEAD and not value.constant:
-        return replace(value, node=apply("zscore", value.node))
-    change = (
-        _of_a_constant if value.constant else {MATRIX: _of_a_matrix, VECTOR: _of_a_vector}.get(value.dims)
-    )
-    changed = (
-        replace(value, dims=VECTOR) if change is None and number == 18 else change and change(number, value)
-    )
+    if number == 1 and value.dims == MATRIX:
+        return replace(value, flipped=not value.flipped)
+    changed = _changed(number, value)
     if changed is None:
         raise ProgramError(f"no program: unary operator {number} of {value.layout} {REASONS[number]}")
+    return _overwrite(number, value, changed) if number in OVERWRITES else changed
+
+
+def _changed(number: int, value: Value) -> Value | None:
+    if number in ELEMENTWISE:
+        return value.holding(apply(ELEMENTWISE[number], value.node))
+    if number == 6 and value.dims > A_HEAD and not value.constant:
+        return value.holding(apply("zscore", value.node))
+    if value.constant:
+        return _of_a_constant(number, value)
+    if number == 18 and value.dims < MATRIX:
+        return replace(value, dims=value.dims + 1)
+    return {MATRIX: _of_a_matrix, VECTOR: _of_a_vector}.get(value.dims, _of_nothing)(number, value)
+
+
+OVERWRITES = (4, 11, 27)
+
+
+def _overwrite(number: int, value: Value, changed: Value) -> Value:
+    """Change the memory of the operand of an operator, which other tensors may share; return its result."""
+    if number == 27:  # the result is the memory
+        value.memory.node = apply("t", changed.node) if value.flipped else changed.node
+        return value
+    if number == 11:
+        value.memory.node = apply("relu", value.memory.node)
+    else:
+        value.memory.spoiled_by = number
     return changed
 
 
@@ -96,49 +130,41 @@ REASONS = {
 
 def _of_a_matrix(number: int, value: Value) -> Value | None:
     if number in LAST or number in OF_MATRICES:
-        return replace(value, node=apply((LAST | OF_MATRICES)[number], value.node))
+        return value.holding(apply((LAST | OF_MATRICES)[number], value.node))
     if number == 17:
-        return replace(value, node=apply("t", apply("sum", value.node)), dims=VECTOR)
+        return value.holding(apply("t", apply("sum", value.node)), VECTOR)
     return None
 
 
 def _of_a_vector(number: int, value: Value) -> Value | None:
     if number in LAST:
-        return replace(value, node=apply("t", apply(LAST[number], apply("t", value.node))))
-    if number == 17:
-        return replace(value, node=apply("sum", value.node), dims=A_HEAD)
-    return replace(value, dims=MATRIX) if number == 18 else None
+        return value.holding(apply("t", apply(LAST[number], apply("t", value.node))))
+    return value.holding(apply("sum", value.node), A_HEAD) if number == 17 else None
+
+
+def _of_nothing(number: int, value: Value) -> None:
+    return None
 
 
 def _of_a_constant(number: int, value: Value) -> Value | None:
     if number in LAST and (number != 27 or value.dims):
-        return replace(value, node=apply(LAST[number], value.node))
+        return value.holding(apply(LAST[number], value.node))
     if number in OF_MATRICES and value.dims == MATRIX:
-        return replace(value, node=apply(OF_MATRICES[number], value.node))
+        return value.holding(apply(OF_MATRICES[number], value.node))
     if number in (18, 22) and value.dims < MATRIX:
         return replace(value, dims=value.dims + 1)
-    return replace(value, dims=value.dims - 1) if number == 17 and value.dims >= VECTOR else None
+    return value.holding(value.node, value.dims - 1) if number == 17 and value.dims >= VECTOR else None
 
 
-def _overwrite(number: int, value: Value) -> None:
-    """Change the value that the operator overwrites, for the step that reads it again."""
-    if number == 11:
-        value.node = apply("relu", value.node)
-    elif number == 27 and value.dims == MATRIX:
-        value.node = apply("sumnorm", value.node)
-    else:
-        raise ProgramError(f"no program: unary operator {number} overwrites a value that is read again")
-
-
-def _binary(shared: bool, number: int, left: Value, right: Value) -> Value:
+def _binary(number: int, left: Value, right: Value) -> Value:
     both, dims = (left.node, right.node), (left.dims, right.dims)
     if number in (0, 2):
         if _line_up(left, right):
             node = apply("add" if number == 0 else "mul", *both)
-            return Value(node, max(dims), left.constant and right.constant, shared)
+            return Value(Memory(node), max(dims), left.constant and right.constant)
     elif number == 4:
         if left.constant == right.constant and min(dims) > 0:
-            return Value(apply("one"), 0, True, shared)
+            return Value(Memory(apply("one")), 0, True)
     elif number == 8:
         if (
             not left.constant
@@ -146,14 +172,14 @@ def _binary(shared: bool, number: int, left: Value, right: Value) -> Value:
             and dims == (VECTOR, A_HEAD)
             and left.node.shape.rows == ONE
         ):
-            return Value(apply("mul", left.node, apply("headsum", right.node)), A_HEAD, False, shared)
+            return Value(Memory(apply("mul", left.node, apply("headsum", right.node))), A_HEAD)
     elif number == 1 and (left.constant or right.constant):
         if _line_up(left, right) and max(dims) == MATRIX and left.constant != right.constant:
-            return Value(apply("dist", *both), VECTOR, False, shared)
+            return Value(Memory(apply("dist", *both)), VECTOR)
     elif not left.constant and not right.constant:
         found = _join(number, left, right)
         if found is not None:
-            return replace(found, read_again=shared)
+            return found
     raise ProgramError(
         f"no program: binary operator {number} of {left.layout} {left.node.shape} and {right.layout} "
         f"{right.node.shape} raises, or works for some sizes alone"
@@ -171,16 +197,17 @@ def _join(number: int, left: Value, right: Value) -> Value | None:
     a, b = left.node, right.node
     kinds = left.dims, right.dims
     if number == 7 and kinds == (MATRIX, VECTOR):
-        return Value(_contraction(a, b), VECTOR)
+        return Value(Memory(_contraction(a, b)), VECTOR)
     if kinds == (VECTOR, VECTOR) and number in (1, 9):
         node = apply("dist" if number == 1 else "cat", apply("t", a), apply("t", b))
-        return Value(node, A_HEAD) if number == 1 else Value(apply("t", node), VECTOR)
+        return Value(Memory(node), A_HEAD) if number == 1 else Value(Memory(apply("t", node)), VECTOR)
     if kinds != (MATRIX, MATRIX) or number == 7:
         return None
     if number in (5, 6):
         kind = "tn" if a.shape.rows == b.shape.rows else "nt"
-        return Value(apply(kind, *((a, b) if number == 5 else (b, a))))
-    return Value(apply({1: "dist", 3: "mm", 9: "cat"}[number], a, b), VECTOR if number == 1 else MATRIX)
+        return Value(Memory(apply(kind, *((a, b) if number == 5 else (b, a)))))
+    node = apply({1: "dist", 3: "mm", 9: "cat"}[number], a, b)
+    return Value(Memory(node), VECTOR if number == 1 else MATRIX)
 
 
 def _contraction(a: Node, b: Node) -> Node:

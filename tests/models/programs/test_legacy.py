@@ -180,6 +180,29 @@ def test_what_overwrites_its_operand_shows_in_the_graph_that_reads_it_again() ->
     torch.testing.assert_close(program(q=q, k=k, v=v), run_legacy(one, q, k, v))
 
 
+@pytest.mark.parametrize(
+    "unary",
+    [
+        [[0], [0], [0], [5], [1, 11, 6], [0]],  # overwritten through a transpose, read after it
+        [[0], [0], [0], [11, 15], [1], [0]],  # a transpose of what the other chain overwrites
+        [[9], [9], [0], [7], [27, 11, 21], [0]],  # the result of 27 is its operand
+        [[9], [9], [0], [27, 15], [1, 27], [0]],
+        [[0], [0], [0], [21, 11], [7], [0]],  # 11 overwrites a copy
+        [[9], [0], [0], [9], [0], [4]],  # nothing reads the product again
+    ],
+)
+def test_a_program_follows_memory_that_is_overwritten_through_views(unary: list[list[int]]) -> None:
+    one = genotype("i3n301", unary, [5, 5, 5])
+    q, k, v = inputs((1, 2, 21, 16))
+    torch.testing.assert_close(import_genotype(one)(q=q, k=k, v=v), run_legacy(one, q, k, v))
+
+
+def test_a_program_follows_a_vector_that_is_overwritten_as_a_column() -> None:
+    one = genotype("i3n301", [[9], [9], [0], [18], [27, 18], [0]], [1, 2, 0])
+    q, k, v = inputs((1, 2, 21, 16))
+    torch.testing.assert_close(import_genotype(one)(q=q, k=k, v=v), run_legacy(one, q, k, v))
+
+
 def test_the_score_of_a_transpose_stays_in_its_memory_order() -> None:
     """Later sums run in that order: where they cancel, as in AttnZero's code, another order is another number."""
     x = inputs()[0].transpose(2, 3)
