@@ -11,7 +11,7 @@ FASTER_FROM: dict[str, int] = {
     "focused": 576,
     "cosformer": 1024,
     "inline": 576,
-    "mala": 576,
+    "mala": 1024,
     "linformer": 196,
     "nystrom": 1024,
     "agent": 576,
