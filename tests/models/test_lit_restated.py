@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from golden import golden_images, golden_state
 from graftvit.checkpoints.formats.lit_keys import from_reference
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models import lit
+from graftvit.models.errors import CheckpointError
 from graftvit.models.without_memory import without_memory
 from lit_restated import PUBLISHED, Published, published_shapes, restated_logits, ti_shapes
 from torch import Tensor
@@ -102,6 +105,20 @@ def test_a_full_file_of_lit_ti_is_loaded(tmp_path: Path) -> None:
     first = teacher.model(golden_images(224))[0, :4]
     expected = torch.tensor([-0.285823, 1.683032, -0.074269, 0.180008])
     torch.testing.assert_close(first, expected, rtol=0, atol=2e-4)
+
+
+def test_a_training_file_of_lit_with_settings_of_yacs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published trainer pickles its `CfgNode`; the weights alone are loaded."""
+    kind = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    with monkeypatch.context() as patched:
+        for name in ("yacs", "yacs.config"):
+            patched.setitem(sys.modules, name, ModuleType(name))
+        patched.setattr(sys.modules["yacs.config"], "CfgNode", kind, raising=False)
+        torch.save({"model": {"norm.weight": torch.ones(2)}, "config": kind(epochs=1)}, tmp_path / "lit.pth")
+    with pytest.raises(CheckpointError, match=r"holds yacs\.config\.CfgNode, .*; save the weights alone"):
+        load_teacher(str(tmp_path / "lit.pth"))
 
 
 def test_the_published_models_are_restated() -> None:
