@@ -4,8 +4,8 @@ A tensor of that code is a value of a program in one of four layouts: a matrix (
 (B, H, rows), a number of each head (B, H), or a constant without batch and heads. Where a result depends on the sizes,
 on the batch or on memory that is overwritten, there is no program, and the error says why.
 
-The program gives the numbers of that code for one image. Two cases are left out: a NaN inside that a score turns into 0
-later, and the cosine of a tensor of zeros with itself, which is 0 and not 1.
+The program gives the numbers of that code for one image. Two cases are left out: a NaN of 0 / 0 or inf - inf that a
+score or a sign turns into 0 later, and the cosine of a tensor of zeros with itself, which is 0 and not 1.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .legacy import Genotype, walk
+from .map_traits import is_nonnegative
 from .polynomial import ONE
-from .program import K, Node, Program, ProgramError, Q, V, apply
+from .program import K, Node, Program, ProgramError, Q, V, apply, walk_operands
 
 MATRIX, VECTOR, A_HEAD = 4, 3, 2
 """The number of dimensions of a layout."""
@@ -82,10 +83,19 @@ def _unary(number: int, value: Value) -> Value:
         return value
     if number == 1 and value.dims == MATRIX:
         return replace(value, flipped=not value.flipped)
+    if number in (6, 14) and _may_hold_nan(value.node):
+        raise ProgramError(
+            f"no program: unary operator {number} turns into 0 what is NaN in that code, the log of a negative number"
+        )
     changed = _changed(number, value)
     if changed is None:
         raise ProgramError(f"no program: unary operator {number} of {value.layout} {REASONS[number]}")
     return _overwrite(number, value, changed) if number in OVERWRITES else changed
+
+
+def _may_hold_nan(node: Node) -> bool:
+    logs = (each for each in walk_operands(node) if each.primitive == "log")
+    return not all(is_nonnegative(walk_operands(log.operands[0])) for log in logs)
 
 
 def _changed(number: int, value: Value) -> Value | None:

@@ -5,6 +5,8 @@ Both are read off the graph and hold for all inputs. Where the formula does not 
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+
 from .polynomial import SCALAR
 from .program import Node, Program, ProgramError, apply
 
@@ -22,17 +24,22 @@ ROWS_SUM_TO_ONE = {"softmax", "sumnorm"}
 
 def nonnegative_map(program: Program) -> bool:
     """Return whether every entry of the map is nonnegative: M V ≥ 0 for all V ≥ 0."""
+    return is_nonnegative(program.nodes, ("v",))
+
+
+def is_nonnegative(nodes: Iterable[Node], inputs: Container[str] = ()) -> bool:
+    """Return whether the last of `nodes` (operands first) is nonnegative wherever `inputs` are."""
     known: dict[Node, bool] = {}
-    for node in program.nodes:
+    for node in nodes:
         each = [known[operand] for operand in node.operands]
         known[node] = (
-            node.text == "v"
+            node.text in inputs
             or node.primitive in ALWAYS
             or (node.primitive in WITH_OPERANDS and all(each))
             or (node.primitive == "tileinv" and each[0])
             or (node.primitive == "mul" and node.operands[0] == node.operands[1])
         )
-    return known[program.root]
+    return known[node]
 
 
 def rows_sum_to_one(program: Program) -> bool:

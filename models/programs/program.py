@@ -106,7 +106,7 @@ class Program:
     """Each distinct value once, operands first."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nodes", tuple(dict.fromkeys(_walk(self.root))))
+        object.__setattr__(self, "nodes", tuple(dict.fromkeys(walk_operands(self.root))))
         if self.root.shape != TOKENS:
             raise ProgramError(f"a program gives {TOKENS}, and this one gives {self.root.shape}: {self.text}")
         if not self.inputs:
@@ -167,9 +167,10 @@ class Program:
         return values[self.text]
 
 
-def _walk(node: Node) -> Iterator[Node]:
+def walk_operands(node: Node) -> Iterator[Node]:
+    """Yield what a value is computed from, operands first, and the value."""
     for operand in node.operands:
-        yield from _walk(operand)
+        yield from walk_operands(operand)
     yield node
 
 

@@ -110,7 +110,6 @@ def test_the_trials_are_their_published_formulas() -> None:
 
 LEFT_OUT = {  # formula: why its genotype gives other numbers
     "add(l2(one) sigmoid(q))": "it compares zeros with zeros",
-    "mm(exp(nt(relu(sqrt(v)) zscore(log(tn(k sumnorm(q)))))) tn(sumnorm(q) k))": "NaN turns into 0",
     "mul(add(minmax(one) minmax(v)) sumnorm(minmax(one)))": "0 / 0, and the dimensions of a constant are not exported",
 }
 TYPED = [row for row in RESULTS if (program := typed(Genotype.read(row))) and program.text not in LEFT_OUT]
@@ -132,7 +131,7 @@ def test_a_program_is_its_genotype_for_one_image(row: dict[str, Any]) -> None:
 
 
 def test_a_fair_part_of_the_numbers_has_a_program() -> None:
-    assert sum(typed(Genotype.read(row)) is not None for row in RESULTS) == 29
+    assert sum(typed(Genotype.read(row)) is not None for row in RESULTS) == 28
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("20", "40")])
@@ -219,6 +218,8 @@ def test_the_score_of_a_transpose_stays_in_its_memory_order() -> None:
         ([[17, 20], [0], [0], [0]], [2, 2], "20 of a vector normalizes over heads"),
         ([[17, 15], [0], [0], [0]], [2, 2], "15 of a vector raises"),
         ([[0], [0], [0], [6]], [4, 2], "6 of a constant of 0 dimensions has no deviation"),
+        ([[3, 14], [0], [0], [0]], [2, 2], "14 turns into 0 what is NaN in that code"),
+        ([[0], [0], [0], [3, 9, 6]], [2, 2], "6 turns into 0 what is NaN in that code"),
         ([[0], [0], [0], [0]], [3, 2], "mm is not defined for N×D and N×D"),
         ([[17], [0], [0], [0]], [2, 2], "binary operator 2 of a vector D×1 and a matrix N×D"),
         ([[0], [0], [0], [0]], [2, 5], "a program gives N×D, and this one gives D×D"),
@@ -270,6 +271,11 @@ def test_a_wrong_genotype_is_refused(given: dict[str, Any], reason: str) -> None
         Genotype.read(given)
     assert reason in str(caught.value)
     assert len(str(caught.value)) < 200, "what is given may be huge"
+
+
+def test_a_log_of_what_is_never_negative_has_a_program() -> None:
+    one = genotype("i3n2", [[9, 3, 6], [5, 3, 14], [0], [0]], [2, 2])
+    assert import_genotype(one).text == "mul(mul(sign(log(abs(k))) zscore(log(sigmoid(q)))) v)"
 
 
 def test_legacy_says_that_a_genotype_raises() -> None:
