@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..programs.found import FOUND, LINEAR
-from ..programs.map_parts import Part, apply_part, stack, with_padding
+from ..programs.map_parts import Part, apply_part, stack, with_padding, without_values
 from ..programs.map_traits import nonnegative_map, rows_sum_to_one
 from ..programs.program_text import parse_program
 from ..programs.value_map import map_parts, why_no_map
@@ -104,8 +104,10 @@ class ProgramAttention(AttentionOperator):
             return self._map(inputs)
         images = []
         for image, seen in enumerate(heads.key_mask[:, heads.tokens().num_prefix :]):
-            one = {part: x[image : image + 1, :, seen] for part, x in inputs.items()}
-            images.append([with_padding(part, seen) for part in self._map(one)])
+            shown = seen if seen.any() else torch.ones_like(seen)  # no statistics of nothing
+            one = {part: x[image : image + 1, :, shown] for part, x in inputs.items()}
+            parts = self._map(one) if seen.any() else map(without_values, self._map(one))
+            images.append([with_padding(part, shown) for part in parts])
         return [stack(parts) for parts in zip(*images, strict=True)]
 
     def _map(self, inputs: dict[str, Tensor]) -> list[Part]:
@@ -121,6 +123,8 @@ class ProgramAttention(AttentionOperator):
         like = next(iter(inputs.values()))
         out = torch.zeros_like(like)
         for image, seen in enumerate(key_mask[:, -like.shape[2] :]):
+            if not seen.any():  # no statistics of nothing
+                continue
             one = {part: x[image : image + 1, :, seen] for part, x in inputs.items()}
             out[image, :, seen] = self.program(**one)[0]
         return out

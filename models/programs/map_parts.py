@@ -47,6 +47,12 @@ def apply_part(part: Part, v_BHND: Tensor) -> Tensor:
     return out if part.left is None else part.left @ out
 
 
+def without_values(part: Part) -> Part:
+    """Return a part of the same form that is zero."""
+    left, right = (None if x is None else torch.zeros_like(x) for x in (part.left, part.right))
+    return Part(left, right)
+
+
 def with_padding(part: Part, seen: Tensor) -> Part:
     """Return a part of the tokens that `seen` (N,) marks as a part of all N tokens, with zeros at the others."""
 

@@ -46,6 +46,19 @@ def test_grid_tokens_get_the_program_and_prefix_tokens_softmax(name: str) -> Non
     torch.testing.assert_close(out[:, :, :2], F.scaled_dot_product_attention(q[:, :, :2], k, v))
 
 
+@pytest.mark.parametrize("code", [FOUND["attnzero_105"], "mm(minmax(q) tn(k v))"])
+def test_an_image_of_padding_alone_gives_zeros_on_the_grid(code: str) -> None:
+    operator, heads = Case("program", {"code": code}).build(GRID), draw(GRID)
+    whole = operator.attend(heads)
+    heads.key_mask = torch.ones(2, GRID.num_tokens, dtype=torch.bool)
+    heads.key_mask[1, GRID.num_prefix :] = False
+    out = operator.attend(heads)
+    torch.testing.assert_close(out[0], whole[0])
+    assert not out[1, :, GRID.num_prefix :].any()
+    if operator.traits.linear_in_v:
+        torch.testing.assert_close(operator.matrix(heads) @ heads.values(), out)
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_an_image_with_padding_is_the_image_without(name: str) -> None:
     heads, operator = draw(GRID), build(name)
