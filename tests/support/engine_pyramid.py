@@ -11,13 +11,19 @@ from typing import Any
 from engine_elastic import gap, log_gap
 from engine_killer import start, wait
 from engine_runs import config
+from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
+from graftvit.models.conversion import plan_of
 from pyramids import TINY, arguments, tiny
 
 
-def main(folder: str, teacher: str, student: str, transfer: dict[str, Any]) -> dict[str, Any]:
+def main(
+    folder: str, teacher: str, student: str, transfer: dict[str, Any], converted: dict[str, Any]
+) -> dict[str, Any]:
     """Train the same global batches three times, and return the exit codes and the gaps to the run of one process.
+
+    `converted` holds what a student that starts as a conversion needs: `plan`, `init`, `without`.
 
     By SGD: the gradient of a key bias is zero, and Adam would magnify its rounding.
     """
@@ -30,7 +36,10 @@ def main(folder: str, teacher: str, student: str, transfer: dict[str, Any]) -> d
     def trained(name: str, ranks: int, fsdp: bool = False) -> list[int]:
         run = config(
             root / name, root / "teacher",
-            student={"model": TINY[student][0], "model_args": TINY[student][1], "img_size": 32, "drop_path": 0.0},
+            student={
+                "model": TINY[student][0], "model_args": TINY[student][1], "img_size": 32, "drop_path": 0.0,
+                **converted,
+            },
             transfer=transfer,
             data={"batch_size": 8 // ranks, "train_samples": 40, "mixup": 0.0},
             optim={"max_steps": 4, "warmup_epochs": 0, "opt": "sgd", "lr": 0.01},
@@ -42,4 +51,5 @@ def main(folder: str, teacher: str, student: str, transfer: dict[str, Any]) -> d
     gaps = [
         max(gap(root / "one", root / name), log_gap(root / "one", root / name)) for name in ("ddp", "fsdp")
     ]
-    return {"ends": ends, "gaps": gaps}
+    plans = [plan_of(load(root / name / "student")) for name in ("one", "ddp", "fsdp")]
+    return {"ends": ends, "gaps": gaps, "plans": [None if plan is None else str(plan) for plan in plans]}

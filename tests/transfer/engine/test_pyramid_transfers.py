@@ -94,9 +94,30 @@ def test_two_processes_give_the_numbers_of_one(
     run_scenario: RunScenario, tmp_path: Path, teacher: str, student: str, transfer: dict[str, Any]
 ) -> None:
     """Replicated and sharded."""
-    report = run_scenario("engine_pyramid", tmp_path, teacher, student, transfer)
+    report = run_scenario("engine_pyramid", tmp_path, teacher, student, transfer, {})
     assert report["ends"] == [[0], [0, 0], [0, 0]], report
     assert max(report["gaps"]) < 1e-4, report
+
+
+@pytest.mark.slow
+@NEEDS_FSDP
+@pytest.mark.parametrize(
+    ("kind", "plan", "without"),
+    [
+        ("swin", "0: none; stage1.1: softmax; stage2: linear", ["bias"]),
+        ("pvt", "0: none; stage2.0: softmax; stage2.1: linear", []),
+    ],
+)
+def test_two_processes_train_a_converted_pyramid_to_the_numbers_of_one(
+    run_scenario: RunScenario, tmp_path: Path, kind: str, plan: str, without: list[str]
+) -> None:
+    """Replicated and sharded; the student of each run is loaded."""
+    converted = {"plan": plan, "init": "teacher", **({"without": without} if without else {})}
+    transfer = {"method": "attention_output", "layers": "stage2>stage2"}
+    report = run_scenario("engine_pyramid", tmp_path, kind, kind, transfer, converted)
+    assert report["ends"] == [[0], [0, 0], [0, 0]], report
+    assert max(report["gaps"]) < 1e-4, report
+    assert report["plans"] == [str(plan_of(convert(tiny(kind), plan, without=without)))] * 3
 
 
 @pytest.mark.slow
