@@ -135,6 +135,14 @@ def check_layer(
         )
 
 
+def nothing_given_up(model: nn.Module, without: Collection[str]) -> str:
+    """Say that a pyramid has nothing of `without` to give up, after the word "without"; empty where it has."""
+    if not without or not is_pyramid(model) or family_of(model).relative_bias:
+        return ""
+    name = type(model).__name__
+    return f"without=bias gives up nothing, because {name} has no relative position bias: leave it out"
+
+
 def sharing_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of `model`, but share its tensors."""
     tensors = [*model.parameters(), *model.buffers()]

@@ -104,6 +104,7 @@ def _write(
     """Print the table and, unless this is a dry run, write the folder."""
     from ...models.conversion import plan_of
     from ...models.families import is_pyramid
+    from ...models.pyramid_conversion import nothing_given_up
     from ..conversion_table import conversion_table
     from ..pyramid_table import pyramid_table
 
@@ -115,7 +116,9 @@ def _write(
         if pyramid
         else conversion_table(student, weights, seen)
     )
-    say(_describe_source(teacher) + _describe_tokens(teacher.model, student) + table)
+    note = nothing_given_up(teacher.model, arguments.without)
+    source = _describe_source(teacher) + (f"note: {note}\n" if note else "")
+    say(source + _describe_tokens(teacher.model, student) + table)
     if arguments.dry_run or out is None:
         return 0
     from ...checkpoints.converted_folder import write_converted

@@ -100,6 +100,8 @@ class Family(ABC):
     """The model has several stages, with fewer tokens in each."""
     sized_when_built = True
     """timm's constructor takes `img_size`, and builds parts for it."""
+    relative_bias = False
+    """timm's layers have a relative position bias."""
     takes_size = True
     """timm's constructor takes `img_size`."""
     merging: type[TokenMerging] = TokenMerging

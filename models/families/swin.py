@@ -26,6 +26,7 @@ class Swin(Family):
     blocks = (SwinTransformerBlock, SwinTransformerV2Block)
     attentions = (WindowAttentionV1, WindowAttentionV2)
     merging = SwinMerging
+    relative_bias = True
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         layers: Any = model.layers

@@ -218,3 +218,15 @@ def test_a_plan_that_changes_nothing_names_what_a_pyramid_can_have(
 ) -> None:
     assert main(["convert", "pvt_v2_b0", "--plan", "stage3: linear; 4-5: keep", "--dry_run"]) == 2
     assert "keeps every layer: name an operator or merge: deformable" in capsys.readouterr().err
+
+
+def test_giving_up_a_bias_that_the_model_lacks_is_said(
+    teacher: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(teacher), "--plan", "stage2: linear", "--without", "bias", "--dry_run"]
+    assert main(words) == 0
+    name = type(tiny(kind)).__name__
+    note = (
+        f"note: without=bias gives up nothing, because {name} has no relative position bias: leave it out\n"
+    )
+    assert (note in capsys.readouterr().out) != kind.startswith("swin")

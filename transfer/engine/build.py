@@ -27,6 +27,7 @@ from ...models.errors import ConfigError, DataError, UnsupportedModelError
 from ...models.families import vit
 from ...models.json_types import JsonDict
 from ...models.lora import add_lora
+from ...models.pyramid_conversion import nothing_given_up
 from ...models.without_memory import without_memory
 from ..cache.cache_checks import check_metric
 from ..cache.target_key import find_shards
@@ -278,6 +279,9 @@ def _student(
     memory: AbstractContextManager[object] = nullcontext() if weights else without_memory()
     with memory:
         student = plan.create(config.student.drop_path)
+    note = nothing_given_up(student, config.student.without)
+    if note:
+        logger.warning("student.%s", note)
     if mode.needs_labels and getattr(student, "global_pool", None) == "":
         raise ConfigError(
             "student.global_pool='' keeps all tokens apart, and labels need one prediction an image: "

@@ -178,3 +178,15 @@ def test_linear_attention_everywhere_trains_saves_loads_exports_and_resizes(
     assert image_size(again) == (48, 40)
     with torch.no_grad():
         assert torch.equal(again(images((48, 40))), bigger(images((48, 40))))
+
+
+@pytest.mark.parametrize("kind", ["pvt", "swin"])
+def test_a_run_says_that_a_bias_which_the_student_lacks_is_not_given_up(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(pyramid(tmp_path, kind, student={"plan": "stage2: linear", "without": ["bias"]}))
+    name = type(tiny(kind)).__name__
+    note = (
+        f"student.without=bias gives up nothing, because {name} has no relative position bias: leave it out"
+    )
+    assert (note in caplog.text) == (kind == "pvt")
