@@ -29,6 +29,7 @@ from .safety.description import check_description, check_settings
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .timm_models import build, check_name, converted, known_fields, published_config, read_timm
 from .weights import Weights, as_pair
+from .windows import check_windows
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +261,8 @@ def read_source(text: str, arguments: Json, revision: str | None = None, *, down
     be meant.
     """
     check_settings("model_args", arguments)
-    return check_description(_read_source(text, arguments, revision, download))
+    weights = check_description(_read_source(text, arguments, revision, download))
+    return weights if isinstance(parse_source(text), TimmSource) else check_windows(weights)
 
 
 def _read_source(text: str, arguments: Json, revision: str | None, download: bool) -> Weights:
