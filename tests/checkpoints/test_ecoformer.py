@@ -5,12 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models.conversion import plan_of
 from graftvit.models.errors import CheckpointError, UnsupportedModelError
-from published_ecoformer import State, published_logits, published_state
+from published_ecoformer import State, attention, drawn, published_logits, published_state
 
 ENTRIES = {
     "pvt_v2_b0": 174,
@@ -32,6 +33,22 @@ def save(state: State, folder: Path) -> str:
     return str(folder / "published.pth")
 
 
+def test_the_equations_give_the_golden_values_of_one_layer() -> None:
+    shapes: dict[str, tuple[int, ...]] = {
+        "fast_attention.ksh.A": (2, 16, 25),
+        "fast_attention.ksh.mvec": (1, 2, 1, 25),
+        "fast_attention.ksh.anchor": (1, 2, 25, 32),
+    }
+    for part in ("to_qk", "to_v", "proj"):
+        shapes |= {f"{part}.weight": (64, 64), f"{part}.bias": (64,)}
+    state = {f"layer.{key}": drawn(key, shape).double() for key, shape in shapes.items()}
+    tokens = torch.tensor(np.random.RandomState(1).standard_normal((2, 49, 64))).float().double()
+    out = attention(state, "layer", tokens)
+    golden = [0.029204, -0.000624, -0.131941, -0.069126, 0.095423, 0.070532, 0.067501, 0.039182]
+    torch.testing.assert_close(out[0, 0, :8], torch.tensor(golden).double(), rtol=0, atol=1e-6)
+    assert float(out.sum()) == pytest.approx(-119.24393, abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "twins_svt_small", *LARGE])
 def test_logits_are_those_of_the_published_code(name: str, tmp_path: Path) -> None:
     state = published_state(name)
@@ -45,6 +62,20 @@ def test_logits_are_those_of_the_published_code(name: str, tmp_path: Path) -> No
         found = model(IMAGES.double())
     wanted = published_logits(state, IMAGES, pvt="pvt" in name)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "twins_svt_small"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_flat_files_and_those_of_distributed_training_load_too(
+    name: str, prefix: str, tmp_path: Path
+) -> None:
+    state = published_state(name)
+    torch.save({prefix + key: tensor for key, tensor in state.items()}, tmp_path / "flat.pth")
+    loaded = load_pretrained(str(tmp_path / "flat.pth"))
+    assert not loaded.report.missing
+    assert len(loaded.report.unexpected) == sum(key.endswith("projection_matrix") for key in state)
+    wrapped = load_pretrained(save(state, tmp_path)).model.state_dict()
+    torch.testing.assert_close(dict(loaded.model.state_dict()), dict(wrapped), rtol=0, atol=0)
 
 
 def test_the_plan_says_what_the_model_is(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def published_state(name: str) -> State:
             shapes[f"{fast}.ksh.mvec"] = (1, heads, 1, ANCHORS)
             shapes[f"{fast}.ksh.anchor"] = (1, heads, ANCHORS, head_dim)
             shapes[f"{fast}.projection_matrix"] = (int(head_dim * np.log(head_dim)), head_dim)
-    return {key: _drawn(key, shape) for key, shape in shapes.items()}
+    return {key: drawn(key, shape) for key, shape in shapes.items()}
 
 
 def _published(key: str) -> str:
@@ -46,7 +46,8 @@ def _published(key: str) -> str:
     return re.sub(r"^patch_embed\.", "patch_embed1.", key).replace(".dwconv.", ".dwconv.dwconv.")
 
 
-def _drawn(key: str, shape: tuple[int, ...]) -> Tensor:
+def drawn(key: str, shape: tuple[int, ...]) -> Tensor:
+    """The weight of one key, from its name alone."""
     z = torch.tensor(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)).float()
     if key.endswith((".A", "projection_matrix")):
         return z
@@ -77,7 +78,7 @@ def published_logits(state: State, images: Tensor, *, pvt: bool) -> Tensor:
             1 + max(int(key.split(".")[2 - pvt]) for key in state if key.startswith(f"{blocks}."))
         ):
             block = f"{blocks}.{index}"
-            x = x + _attention(state, f"{block}.attn", _norm(state, f"{block}.norm1", x))
+            x = x + attention(state, f"{block}.attn", _norm(state, f"{block}.norm1", x))
             x = x + _mlp(state, f"{block}.mlp", _norm(state, f"{block}.norm2", x), grid)
             if not pvt and index == 0:
                 x = x + _depthwise(state, f"pos_block.{stage}.proj.0", x, grid)
@@ -110,7 +111,8 @@ def _mlp(state: State, name: str, x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return _linear(state, f"{name}.fc2", F.gelu(x))
 
 
-def _attention(state: State, name: str, x: Tensor) -> Tensor:
+def attention(state: State, name: str, x: Tensor) -> Tensor:
+    """The attention of one layer: hashed where it has hash functions, softmax elsewhere."""
     hashes = state.get(f"{name}.fast_attention.ksh.A")
     if hashes is None:
         heads = x.shape[-1] // (
