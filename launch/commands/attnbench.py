@@ -36,7 +36,7 @@ EXAMPLES = (
     "graftvit attnbench query attnbench_digits --backbone plain --top 10   # rows that come with the package",
     "graftvit attnbench verify attnbench_digits --sample 3",
     "graftvit attnbench run attnbench_digits --drawn 50 --out bench",
-    "graftvit attnbench extend bench/rows.jsonl attnbench_digits --program 'mul(q softmax(v))' --out more",
+    "graftvit attnbench extend bench/rows.jsonl attnbench_digits --program attnzero_105 --out more",
     "graftvit attnbench merge bench/rows.jsonl theirs.parquet --out all.jsonl",
 )
 DATA = ("data.data_path", "data.download", "data.workers", "engine.device")

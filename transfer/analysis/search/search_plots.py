@@ -74,6 +74,9 @@ def _front(done: Sequence[Evaluation], controls: Controls, softmax_cost: int, th
 
 
 def _draw_controls(axes: Any, controls: Controls, softmax_cost: int, theme: Theme) -> None:
+    named = [name for name in NAMED if name in controls]
+    # The cheapest share a place: the label of the lowest of them goes below it.
+    lowest = min(named, key=lambda name: controls[name][::-1], default="")
     for name, (mismatch, cost) in controls.items():
         x, y = _percent(cost, softmax_cost), _height(mismatch)
         known = name in NAMED
@@ -81,7 +84,7 @@ def _draw_controls(axes: Any, controls: Controls, softmax_cost: int, theme: Them
         axes.plot([x], [y], "D" if known else "x", color=ORANGE if known else GREEN, markersize=5, zorder=4,
                   label=label)  # fmt: skip
         if known:
-            above = 8 if name != "values" else -12
+            above = 8 if name != lowest else -12
             axes.annotate(name, (x, y), xytext=(0, above), textcoords="offset points", fontsize=8, ha="center",
                           color=INK[theme])  # fmt: skip
 
