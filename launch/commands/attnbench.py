@@ -185,9 +185,8 @@ def _query(parser: Parser, argv: list[str]) -> int:
     if arguments.top < 0:
         raise ConfigError(f"--top {arguments.top}: give a number, 0 or more")
     from ...transfer.attnbench.bench_rows import best_first, row_text
-    from ..bench_loading import load_rows
 
-    rows = best_first([row for row in load_rows(arguments.rows) if _wanted(row, arguments)])
+    rows = best_first([row for row in _chosen_rows(arguments) if arguments.status in (None, row.status)])
     shown = rows[: arguments.top or len(rows)]
     if arguments.json:
         say("".join(row_text(row) for row in shown))
@@ -196,12 +195,23 @@ def _query(parser: Parser, argv: list[str]) -> int:
     return 0
 
 
+def _chosen_rows(arguments: argparse.Namespace) -> list[Row]:
+    """Return the rows of a file that the flags choose. Raises ConfigError: there are none."""
+    from ..bench_loading import load_rows
+
+    rows = [row for row in load_rows(arguments.rows) if _wanted(row, arguments)]
+    if not rows:
+        raise ConfigError(
+            f"{arguments.rows} has no row that --program, --backbone, --data and --local choose"
+        )
+    return rows
+
+
 def _wanted(row: Row, arguments: argparse.Namespace) -> bool:
     return (
         (not arguments.backbone or row.backbone in arguments.backbone)
         and (not arguments.data or row.data in arguments.data)
         and row.local in LOCAL[arguments.local]
-        and arguments.status in (None, row.status)
         and arguments.program in (None, row.program, row.name, row.hash)
     )
 
@@ -219,16 +229,10 @@ def _verify(parser: Parser, argv: list[str]) -> int:
     arguments, settings = parse_command(parser, argv, only=DATA)
     if arguments.sample < 1:
         raise ConfigError(f"--sample {arguments.sample}: give a number, 1 or more")
-    arguments.status = None
     from ...transfer.attnbench.bench_verify import pick_sample, verify_rows
-    from ..bench_loading import load_bench, load_rows
+    from ..bench_loading import load_bench
 
-    rows = [row for row in load_rows(arguments.rows) if _wanted(row, arguments)]
-    if not rows:
-        raise ConfigError(
-            f"{arguments.rows} has no row that --program, --backbone, --data and --local choose"
-        )
-    differ, sample = [], pick_sample(rows, arguments.sample, arguments.sample_seed)
+    differ, sample = [], pick_sample(_chosen_rows(arguments), arguments.sample, arguments.sample_seed)
     for recipe in dict.fromkeys(row.recipe for row in sample):
         bench = load_bench(arguments.config or recipe, settings)
         differ += verify_rows(bench, [row for row in sample if row.recipe == recipe], _tell)

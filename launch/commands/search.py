@@ -192,17 +192,16 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
 
     sources = [arguments.source, *arguments.also]
     teachers = [load_pretrained(source, **source_keywords(config.teacher)) for source in sources]
-    data = f"{arguments.images} of {config.data.dataset or config.data.data_path}"
-    settings = SearchSettings(
-        config.seed, arguments.population, arguments.at_random, ", ".join(sources), data, arguments.proxy
-    )
     with torch_threads(1):
-        layers = [
-            record_layers(
-                each.model, sample_images(config.data, each.preprocessing, arguments.images, seed=config.seed)
-            )
+        images = [
+            sample_images(config.data, each.preprocessing, arguments.images, seed=config.seed)
             for each in teachers
         ]
+        layers = [record_layers(each.model, own) for each, own in zip(teachers, images, strict=True)]
+        data = f"{len(images[0])} of {config.data.dataset or config.data.data_path}"  # there may be fewer
+        settings = SearchSettings(
+            config.seed, arguments.population, arguments.at_random, ", ".join(sources), data, arguments.proxy
+        )
         return Search(arguments.out, settings, layers)
 
 

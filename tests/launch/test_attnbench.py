@@ -53,6 +53,11 @@ def test_rows_are_run_extended_merged_queried_and_verified(
     assert {row.name for row in rows} == set(CONTROLS)
     assert all(row.status == "trained" and [p.epoch for p in row.curve] == [1, 2] for row in rows)
     assert not list((tmp_path / "a").rglob("run"))
+    again = ["--program", "mul(q v)", "--processes", "2"]
+    assert main(["attnbench", "run", recipe, "--out", str(tmp_path / "a"), *first, *again]) == 0
+    assert len(read_rows(tmp_path / "a" / "rows.jsonl")) == len(CONTROLS) + 1
+    assert main(["attnbench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
+    assert len(read_rows(tmp_path / "a" / "rows.jsonl")) == len(CONTROLS) + 1, "rows of earlier commands stay"
 
     more = ["--program", "mul(q v)", "--program", "attnzero_105", "--processes", "2"]
     words = ["attnbench", "extend", str(tmp_path / "a" / "rows.jsonl"), recipe, "--backbone", "plain", *more]
@@ -145,12 +150,15 @@ def test_the_published_benchmark_has_its_models_and_data() -> None:
     assert bench.trial_config(trial, Path("run")).student.plan == "stage1-2: program(code=v, local_size=0)"
 
 
-def test_verify_refuses_to_verify_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_no_row_has_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     write_rows([Row("digest", program="v", name="values", backbone="plain")], rows)
     for words in (["--program", "softmax"], ["--backbone", "pyramid"], ["--local", "without"]):
-        assert main(["attnbench", "verify", str(rows), *words]) == 2
-        assert "has no row that --program, --backbone" in capsys.readouterr().err
+        for action in ("verify", "query"):
+            assert main(["attnbench", action, str(rows), *words]) == 2
+            assert "has no row that --program, --backbone" in capsys.readouterr().err
+    assert main(["attnbench", "query", str(rows), "--status", "failed"]) == 0
+    assert "0 of 0 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

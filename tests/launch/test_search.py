@@ -16,6 +16,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.transfer.search.program_search import ARCHIVE
 from hostile import ARCHITECTURE, ARGUMENTS
+from PIL import Image
 
 
 @pytest.fixture
@@ -61,6 +62,16 @@ def test_a_search_prints_its_front_and_resumes(
     (out / "settings.json").write_text('{"seed"')
     assert main([*words, "--generations", "2", "--out", str(out)]) == 2
     assert "settings.json is not readable" in capsys.readouterr().err
+
+
+def test_a_search_names_the_images_that_there_are(words: list[str], tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "found"
+    for name in range(6):
+        (folder / "train" / "one").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 40 * name).save(folder / "train" / "one" / f"{name}.png")
+    words = [*words[:2], "--data_path", str(folder), *words[4:], "--images", "4000"]
+    assert main([*words, "--generations", "1", "--out", str(out)]) == 0
+    assert json.loads((out / "settings.json").read_text())["images"] == f"6 of {folder}"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..cells.pool import run_in_processes
-from ..cells.records import State, cell_state, load_record, save_record
+from ..cells.records import CELL_FILE, State, cell_state, load_record, save_record
 from .bench_rows import Row
 from .bench_settings import Bench, Trial
 from .trial_run import run_trial
@@ -77,7 +77,7 @@ def run_bench(
     threads: int,
     tell: Callable[[str], None],
 ) -> list[Row]:
-    """Run the trials that have no record in `out`, and return the rows of all.
+    """Run the trials that have no record in `out`, and return the rows of all records there, also of earlier calls.
 
     Raises:
         StoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
@@ -96,7 +96,12 @@ def run_bench(
         tell(f"[{ended}/{len(left)}] {_outcome(cell)}; {seconds / 60:.0f} min to go")
 
     run_in_processes(cells, processes, look=lambda running: None, finish=finish)
-    return [row for cell in cells for row in cell.rows()]
+    return _all_rows(out)
+
+
+def _all_rows(out: Path) -> list[Row]:
+    found = (load_record(Row, path.parent) for path in (out / "cells").glob(f"*/*/{CELL_FILE}"))
+    return [row for row in found if row is not None]
 
 
 def _outcome(cell: ProgramCell) -> str:

@@ -118,6 +118,5 @@ def _run_processes(processes: Collection[SearchProcess], watch: Watch) -> None:
     try:
         run_in_processes(list(processes), len(processes), look=watch.look, finish=watch.look)
     except StoppedError as stopped:
-        raise StoppedError(
-            stopped.exit_code - 128, f"after {len(watch.done)} programs; all evaluations are saved"
-        ) from stopped
+        place = f"in {next(iter(processes)).out}; all evaluations are saved"
+        raise StoppedError(stopped.exit_code - 128, place) from stopped
