@@ -24,6 +24,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where no bytecode is kept, every worker and process compiles the tests again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo compare test test-all acceptance lint bench gpu dev install clean
 

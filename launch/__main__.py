@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from .garbage import collect_seldom
+
 
 def main() -> int:
     """Run `cli.main`. Ctrl-C while it is imported ends in the same way as afterwards."""
+    collect_seldom()
     try:
         from .cli import main as run
 

@@ -20,6 +20,7 @@ import submitit
 
 from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
+from ..garbage import collect_seldom
 from .environment import limit_threads
 from .failures import Failure, classify
 from .job_folder import Attempt, JobFolder, newest_state, read_order
@@ -44,6 +45,7 @@ class JobTask:
     def __call__(self) -> dict[str, str]:
         """Run to the end; leave by SystemExit where the run was stopped or failed."""
         early_signals.remember_signals(least=WAIT_FOR_THE_END)
+        collect_seldom()
         forget_old_results()
         os.chdir(self.directory)
         if not self.output_dir.is_dir():

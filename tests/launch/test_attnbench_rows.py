@@ -60,7 +60,7 @@ def test_a_sample_of_the_rows_verifies_here(
     name: str, backbone: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["attnbench", "verify", name, "--backbone", backbone]
-    assert main([*words, "--sample", "4", "--sample_seed", "1"]) == 0
-    assert "4 rows agree" in capsys.readouterr().out
+    assert main([*words, "--sample", "2", "--sample_seed", "1"]) == 0
+    assert "2 rows agree" in capsys.readouterr().out
     assert main([*words, "--program", "softmax"]) == 0
     assert "2 rows agree" in capsys.readouterr().out

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import pytest
+import submitit
 import yaml
 from engine_runs import config, differences, make_teacher
 from graftvit.launch.slurm.job_folder import Attempt, JobFolder
 from graftvit.transfer.config import RunConfig
 from patience import until
+from ports import free_ports
 from slurm_cluster import SlurmCluster
 from slurm_processes import marked
 
@@ -103,6 +105,13 @@ class ClusterRun:
         return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in paths)
 
 
+def interrupt(run: ClusterRun, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and SIGUSR2, as submitit imitates preemption."""
+    for name, value in run.cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    submitit.SlurmJob(folder=run.folder / "jobs" / "logs", job_id=job, tasks=[0])._interrupt()
+
+
 @contextmanager
 def held(cluster: SlurmCluster) -> Iterator[tuple[str, ...]]:
     """Flags for a submission whose job waits until the block has ended."""
@@ -149,15 +158,6 @@ def cluster_run(cluster: SlurmCluster, root: Path, name: str = "run", **sections
     return ClusterRun(cluster, root, config(root / name, teacher, **merged))
 
 
-FORK = """
-import sys
-from pathlib import Path
-from engine_killer import start, wait
-from graftvit.launch import load_config
-sys.exit(max(wait(start(load_config(Path(sys.argv[1])), int(sys.argv[2])))))
-"""
-
-
 def undisturbed(root: Path, settings: str, ranks: int) -> Path:
     """A run on as many processes of this machine, without a scheduler; once for all tests with the same settings."""
     folder = root / f"undisturbed-{hashlib.sha256(f'{ranks} {settings}'.encode()).hexdigest()[:12]}"
@@ -176,11 +176,21 @@ def _train(folder: Path, settings: str, ranks: int) -> None:
     made["teacher"]["source"] = f"local-dir:{folder / 'teacher'}"
     recipe = folder / "run.yaml"
     recipe.write_text(yaml.safe_dump(RunConfig.model_validate(made).model_dump(mode="json")))
-    command = [sys.executable, "-c", FORK, str(recipe), str(ranks)]
-    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env={**os.environ, **path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (port,) = free_ports(1)
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        commands.Command(["train", str(recipe)], _of_rank(rank, shared if ranks > 1 else {}), folder)
+        for rank in range(ranks)
+    ]
+    said = [command.communicate()[1] for command in started]
+    assert not any(command.returncode for command in started), "\n".join(said)
+
+
+def _of_rank(rank: int, shared: dict[str, object]) -> dict[str, str]:
+    """The environment of a process as torchrun makes it, or of the only one."""
+    own = {"RANK": rank, "LOCAL_RANK": rank} if shared else {}
+    variables = {name: str(value) for name, value in {**shared, **own, "OMP_NUM_THREADS": 1}.items()}
+    return {**os.environ, **variables}
 
 
 def assert_undisturbed(run: ClusterRun, ranks: int = 2) -> None:

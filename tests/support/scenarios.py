@@ -5,6 +5,7 @@ A scenario is `main` of a module beside this file; what it gives is a report tha
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -56,6 +57,7 @@ def serve() -> None:
     for request in sys.stdin:
         module, *arguments = json.loads(request)
         main = importlib.import_module(module).main
+        gc.freeze()  # or each fork copies what the collector marks
         child = os.fork()
         if child == 0:
             signal.alarm(LONGEST)

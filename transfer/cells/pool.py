@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -125,6 +126,7 @@ def _run(cell: PoolCell) -> None:
     """Live as a cell's process: what it says goes into its log, and it stops when its parent is gone."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C is for the parent, which then tells its cells to stop
+    gc.freeze()  # or searching for garbage copies all that was loaded before the fork
     cell.folder.mkdir(parents=True, exist_ok=True)
     with log_of(cell).open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)

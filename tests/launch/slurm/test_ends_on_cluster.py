@@ -28,7 +28,7 @@ def seen(run: ClusterRun) -> dict[str, Any]:
 
 
 def seen_when(run: ClusterRun, state: str) -> dict[str, Any]:
-    until(lambda: seen(run)["state"] == state, lambda: f"{state}: {seen(run)}\n{run.logs()}", every=0.3)
+    until(lambda: seen(run)["state"] == state, lambda: f"{state}: {seen(run)}\n{run.logs()}", every=1.0)
     return seen(run)
 
 

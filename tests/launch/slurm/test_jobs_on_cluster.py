@@ -31,7 +31,7 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     assert (status["state"], status["nodes"], status["world_size"]) == ("running", [cluster.nodes[0]], 1)
     assert 0 < status["progress"]["step"] < status["progress"]["total_steps"]
     assert "saves at its next step" in run.graftvit("stop", str(run.folder))
-    until(lambda: seen(run)["state"] == "stopped", "the stop", every=0.3)
+    until(lambda: seen(run)["state"] == "stopped", "the stop", every=1.0)
     assert "step" in run.graftvit("logs", str(run.folder))
 
     lines = run.lines()
@@ -41,7 +41,7 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     cluster.kill_node(cluster.nodes[0])
     until(lambda: seen(run)["state"] == "requeued", "the requeue", every=0.3)
     run.finish()
-    until(lambda: seen(run)["state"] == "finished", "the end", every=0.5)
+    until(lambda: seen(run)["state"] == "finished", "the end", every=1.0)
     first, second = seen(run)["restarts"]
     assert first["why"] == "`graftvit stop`"
     assert second["why"] == f"node failure: {cluster.nodes[0]}"
@@ -53,7 +53,7 @@ def test_a_failure_is_told_with_its_words(start_cluster: Callable[..., SlurmClus
     with held(run.cluster) as until_it_is_gone:
         run.submit(*ALONE, *until_it_is_gone)
         (tmp_path / "teacher").rename(tmp_path / "gone")
-    until(lambda: seen(run)["state"] == "failed", "the failure", every=0.3)
+    until(lambda: seen(run)["state"] == "failed", "the failure", every=1.0)
     status = seen(run)
     assert status["error_rank"] == 0
     assert "teacher" in status["error"]

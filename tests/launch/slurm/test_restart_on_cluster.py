@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, held, tasks_of
+from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, held, interrupt, tasks_of
 from graftvit.launch.slurm.job_folder import JobFolder
 from patience import until
 from slurm_cluster import SlurmCluster
@@ -36,14 +36,21 @@ def sleepy(root: Path, cluster: SlurmCluster) -> ClusterRun:
     return cluster_run(cluster, root, optim={"epochs": 1000}, engine=engine)
 
 
-def test_a_run_that_loses_a_rank_goes_on_by_itself(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_run_that_loses_a_rank_and_is_interrupted_goes_on_by_itself(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = cluster_run(cluster, tmp_path)
     job = run.submit("--tasks_per_node", "2", "--restart_wait", "1")
     run.wait_for_lines(EARLY)
     kill_rank(job, 2)
-    first, second = run.finish()
-    assert (first.job_id, first.restart, second.restart) == (job, 0, 1)
-    assert (first.outcome, first.retried, second.outcome) == ("requeued", True, "finished")
+    run.wait_for_attempt(2)
+    run.wait_for_lines(2 * EARLY)
+    interrupt(run, job, monkeypatch)
+    first, second, third = run.finish()
+    assert [(one.job_id, one.restart) for one in (first, second, third)] == [(job, 0), (job, 1), (job, 2)]
+    assert (first.outcome, first.retried, second.outcome) == ("requeued", True, "requeued")
+    assert second.signal.startswith("SIGUSR2")
+    assert (third.outcome, third.world_size, len(third.nodes)) == ("finished", 4, 2)
     assert "starts again after 1 s, restart 1 of 3 in a row" in first.why
     assert f"after: {first.why}" in run.graftvit("jobs", str(run.folder))
     assert f"graftvit: {first.why}" in (run.jobs.folder / "logs" / f"{job}_0_log.err").read_text()

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import submitit
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, tasks_of
+from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, interrupt, tasks_of
 from patience import until
 from slurm_cluster import SlurmCluster
 
@@ -21,13 +20,6 @@ EARLY, LATE = 10, 20
 """Records of the log after which something happens, of about 50."""
 
 
-def interrupt(run: ClusterRun, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM and SIGUSR2, as submitit imitates preemption."""
-    for name, value in run.cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    submitit.SlurmJob(folder=run.folder / "jobs" / "logs", job_id=job, tasks=[0])._interrupt()
-
-
 def preempt(run: ClusterRun) -> None:
     """A job of a higher partition that needs all nodes, for a moment."""
     nodes = str(len(run.cluster.nodes))
@@ -35,69 +27,61 @@ def preempt(run: ClusterRun) -> None:
                     "-o", "/dev/null", "--wrap", "sleep 1")  # fmt: skip
 
 
-def test_interrupt_in_the_middle(
-    start_cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = cluster_run(start_cluster(), tmp_path)
-    job = run.submit("--tasks_per_node", "2")
-    run.wait_for_lines(EARLY)
-    interrupt(run, job, monkeypatch)
-    first, second = run.finish()
-    assert (first.outcome, second.outcome) == ("requeued", "finished")
-    assert first.signal.startswith("SIGUSR2")
-    assert (first.job_id, first.restart, second.restart) == (job, 0, 1)
-    assert first.world_size == 4
-    assert len(first.nodes) == 2
-    assert_undisturbed(run, ranks=4)
-
-
-@pytest.mark.parametrize("user_signal", [True, False])
-def test_preemption_by_a_higher_partition(
-    start_cluster: StartCluster, tmp_path: Path, user_signal: bool
-) -> None:
-    run = cluster_run(start_cluster(user_signal=user_signal, grace=6), tmp_path)
+def test_preempted_by_a_signal_that_no_job_asked_for(start_cluster: StartCluster, tmp_path: Path) -> None:
+    """SIGTERM, in Slurm's own default."""
+    run = cluster_run(start_cluster(user_signal=False, grace=6), tmp_path)
     run.submit()
     run.wait_for_lines(EARLY)
     preempt(run)
     first, second = run.finish()
     assert second.outcome == "finished"
     assert "preempted" in first.signal
-    assert first.signal.startswith("SIGUSR2" if user_signal else "SIGTERM")
-    assert first.outcome == ("requeued" if user_signal else None)
+    assert first.signal.startswith("SIGTERM")
+    assert first.outcome is None
     assert_undisturbed(run)
 
 
-def test_the_time_limit(start_cluster: StartCluster, tmp_path: Path) -> None:
-    # A limit is whole minutes, and Slurm looks every 30 s: the tasks stand still until it has signalled.
-    run = cluster_run(start_cluster(), tmp_path)
-    started = time.monotonic()
-    job = run.submit("--signal_delay", "60")
-    run.wait_for_lines(EARLY)
+def meet_the_time_limit(run: ClusterRun, job: str, started: float) -> None:
+    """A limit is whole minutes, and Slurm looks every 30 s: the tasks stand still until it has signaled."""
     minutes = math.ceil((time.monotonic() - started + 30) / 60)
     run.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
     tasks = tasks_of(job)
     assert len(tasks) == 2
     for task in tasks:
         os.kill(task, signal.SIGSTOP)
-    until(lambda: run.jobs.attempts()[0].outcome, "Slurm signalling, and continuing, the tasks")
+    until(lambda: run.jobs.attempts()[0].outcome, "Slurm signaling, and continuing, the tasks")
     run.wait_for_attempt(2)
     run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
-    first, second = run.finish()
-    assert (first.outcome, first.signal, second.outcome) == ("requeued", "SIGUSR2 (time limit)", "finished")
-    assert_undisturbed(run)
 
 
-def test_the_death_of_the_node_with_the_batch_script(start_cluster: StartCluster, tmp_path: Path) -> None:
-    run = cluster_run(start_cluster(), tmp_path)
-    run.submit()
+def test_four_events_in_one_run(start_cluster: StartCluster, tmp_path: Path) -> None:
+    """Its time limit, a job of a higher partition, the death of the node with the batch script, and `scancel`."""
+    run = cluster_run(start_cluster(user_signal=True, grace=6), tmp_path)
+    started = time.monotonic()
+    job = run.submit("--signal_delay", "60")
     run.wait_for_lines(EARLY)
-    dead = run.jobs.attempts()[0].nodes[0]
+    meet_the_time_limit(run, job, started)
+    run.wait_for_lines(EARLY + 6)
+    preempt(run)
+    run.wait_for_attempt(3)
+    run.wait_for_lines(EARLY + 12)
+    dead = run.jobs.attempts()[2].nodes[0]
     run.cluster.kill_node(dead)
-    first, second = run.finish()
-    assert second.outcome == "finished"
-    assert first.outcome is None  # the first rank went with its node
-    assert dead not in second.nodes
-    assert second.before == f"node failure: {dead}"
+    run.wait_for_attempt(4)
+    run.wait_for_lines(EARLY + 18)
+    run.cluster.run("scancel", job)
+    until(lambda: not run.cluster.run("squeue", "-h").strip(), "the end of the job", every=0.5)
+    limited, preempted, lost, cancelled = run.jobs.attempts()
+    assert (limited.outcome, limited.signal) == ("requeued", "SIGUSR2 (time limit)")
+    assert preempted.outcome == "requeued"
+    assert preempted.signal.startswith("SIGUSR2")
+    assert "preempted" in preempted.signal
+    assert lost.outcome is None  # the first rank went with its node
+    assert dead not in cancelled.nodes
+    assert cancelled.before == f"node failure: {dead}"
+    assert cancelled.signal == "SIGTERM (cancelled)"
+    run.graftvit("resume", str(run.folder))
+    assert run.finish()[-1].outcome == "finished"
     assert_undisturbed(run)
 
 
@@ -118,7 +102,10 @@ def test_three_events_in_one_run(
     interrupt(run, job, monkeypatch)
     attempts = run.finish()
     requeued, lost, interrupted, last = attempts
-    assert [attempt.restart for attempt in attempts] == [0, 1, 2, 3]
+    assert [(attempt.job_id, attempt.restart) for attempt in attempts] == [
+        (job, number) for number in range(4)
+    ]
+    assert [(attempt.world_size, len(attempt.nodes)) for attempt in attempts] == [(2, 2)] * 4
     assert requeued.signal == "SIGTERM (requeued)"
     assert lost.outcome in (None, "failed")  # Slurm may end the first rank before that misses the others
     assert dead not in interrupted.nodes
@@ -126,17 +113,4 @@ def test_three_events_in_one_run(
     assert interrupted.outcome == "requeued"
     assert interrupted.signal.startswith("SIGUSR2")
     assert last.outcome == "finished"
-    assert_undisturbed(run)
-
-
-def test_an_administrator_cancels(start_cluster: StartCluster, tmp_path: Path) -> None:
-    run = cluster_run(start_cluster(), tmp_path)
-    job = run.submit()
-    run.wait_for_lines(EARLY)
-    run.cluster.run("scancel", job)
-    until(lambda: not run.cluster.run("squeue", "-h").strip(), "the end of the job", every=0.5)
-    (only,) = run.jobs.attempts()
-    assert only.signal == "SIGTERM (cancelled)"
-    run.graftvit("resume", str(run.folder))
-    assert run.finish()[-1].outcome == "finished"
     assert_undisturbed(run)

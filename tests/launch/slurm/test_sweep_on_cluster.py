@@ -1,4 +1,4 @@
-"""A sweep of twelve cells as one array: two of them fail, are submitted again alone, and the summary is right."""
+"""A sweep of six cells as one array: two of them fail, are submitted again alone, and the summary is right."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from patience import until
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-LAYERS, SEEDS = ("all", "first-1", "last-1"), range(4)
-SWEEP = ["--sweep", "transfer.layers=all,first:1,last:1", "--sweep", "seed=0..3"]
+LAYERS, SEEDS = ("all", "first-1", "last-1"), range(2)
+SWEEP = ["--sweep", "transfer.layers=all,first:1,last:1", "--sweep", "seed=0..1"]
 ARRAY = ["--nodes", "1", "--tasks_per_node", "1", "--array_parallelism", "4"]
-BROKEN = {"layers=all,seed=2": "checkpoints/incoming", "layers=last-1,seed=1": "checkpoints/best.safetensors"}
+BROKEN = {"layers=all,seed=1": "checkpoints/incoming", "layers=last-1,seed=0": "checkpoints/best.safetensors"}
 """The cell that fails at its first save, and the one that fails after some; and what they cannot write."""
 
 
@@ -73,7 +73,7 @@ def expected(cells: Path, layers: str, name: str) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values)
 
 
-def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
+def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, folder = write_recipe(tmp_path), tmp_path / "sweep"
@@ -85,9 +85,9 @@ def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
 
     with held(cluster) as until_resuming_was_refused:
         words = ("submit", str(recipe), *SWEEP, *ARRAY, *until_resuming_was_refused)
-        assert "12 cells" in graftvit(cluster, tmp_path, *words)
+        assert "6 cells" in graftvit(cluster, tmp_path, *words)
         assert f"{folder} is job" in refused("resume", str(folder))
-    assert len(list(cells.iterdir())) == 12
+    assert len(list(cells.iterdir())) == 6
     jobs = {path.name: JobFolder(path).submission().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
     assert len({job.partition("_")[0] for job in jobs.values()}) == 1
     until(queue_is_empty(cluster), "the end of the array", every=0.5)
@@ -95,10 +95,8 @@ def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
     assert failed == set(BROKEN), {name: attempt.why for name, attempt in last_attempts(cells).items()}
     for name, path in BROKEN.items():
         assert f"{name}/{path}" in last_attempts(cells)[name].why
-    other = refused("submit", str(recipe), "--sweep", "seed=0..3", *ARRAY)
-    assert (
-        "holds another sweep (--sweep 'transfer.layers=all,first:1,last:1' --sweep 'seed=0,1,2,3')" in other
-    )
+    other = refused("submit", str(recipe), "--sweep", "seed=0..1", *ARRAY)
+    assert "holds another sweep (--sweep 'transfer.layers=all,first:1,last:1' --sweep 'seed=0,1')" in other
 
     file_in_the_way.unlink()
     folder_in_the_way.rmdir()
@@ -117,7 +115,7 @@ def test_two_of_twelve_cells_fail_and_are_resubmitted_alone(
 
     assert dispatch(["summary", str(folder)]) == 0
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
-    assert [(row["done"], row["asked"], row["not_done"]) for row in rows] == [("4", "4", "")] * 3
+    assert [(row["done"], row["asked"], row["not_done"]) for row in rows] == [("2", "2", "")] * 3
     for row, layers in zip(rows, LAYERS, strict=True):
         for name in ("test_top1", "test_ema_top1", "train_loss"):
             measured = float(row[f"{name}_mean"]), float(row[f"{name}_std"])
