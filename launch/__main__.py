@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from .garbage import collect_seldom
-
 
 def main() -> int:
     """Run `cli.main`. Ctrl-C while it is imported ends in the same way as afterwards."""
-    collect_seldom()
     try:
+        from .garbage import collect_seldom
+
+        collect_seldom()
         from .cli import main as run
 
         return run()

@@ -78,6 +78,11 @@ class Leaf:
         words = " or ".join(_words(kind) for kind in self.kinds if kind is not type(None))
         return words + _bounds(self.field) + (" or none" if type(None) in self.kinds else "")
 
+    def nearest(self, value: Any) -> str | None:
+        """Return the name, of those that the setting accepts, that `value` may have meant."""
+        names = [name for kind in self.kinds for name in _choices(kind) if isinstance(name, str)]
+        return next(iter(difflib.get_close_matches(str(value), names, n=1)), None)
+
     def parse(self, text: str) -> Any:
         """Parse a user's `text`. Text that cannot be parsed is returned unchanged, and validation refuses it."""
         if text.lower() in ("none", "null") and type(None) in self.kinds:

@@ -320,9 +320,11 @@ def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setti
                 f"{given[key].origin} is {value!r}: {finding['msg'].removeprefix('Value error, ')}"
             )
             continue
-        field = leaf_of(key).field
-        meaning = f" ({field.description})" if field.description else ""
-        sentences[key] = f"{given[key].origin} is {value!r}, but must be {leaf_of(key).valid()}{meaning}"
+        leaf = leaf_of(key)
+        meaning = f" ({leaf.field.description})" if leaf.field.description else ""
+        near = leaf.nearest(value)
+        hint = f", did you mean {near!r}? It" if near else ", but"
+        sentences[key] = f"{given[key].origin} is {value!r}{hint} must be {leaf.valid()}{meaning}"
     return ConfigError("; ".join(sentences.values()))
 
 

@@ -341,7 +341,7 @@ class PretrainConfig(Section):
 class RunConfig(Section):
     """Everything a run needs; written to the run folder as config.yaml."""
 
-    mode: Mode = Field("transfer", description="transfer, align, finetune, scratch or pretrain")
+    mode: Mode = Field("transfer", description="what the run trains, and from what")
     output_dir: Path = Field(Path("runs/default"), description="the run folder")
     seed: int = Field(0, ge=0, description="seed")
     teacher: TeacherConfig = TeacherConfig()

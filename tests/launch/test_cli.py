@@ -324,6 +324,16 @@ def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(start: str, module: 
     assert (done.returncode, done.stderr) == (130, "graftvit: stopped by Ctrl-C\n")
 
 
+def test_what_a_command_loads_is_hardly_searched_for_garbage() -> None:
+    """Python's own thresholds search more than two thousand times."""
+    program = (
+        "import gc, sys; from graftvit.launch.__main__ import main; sys.argv[1:] = ['--version']; main(); "
+        "import timm; print(gc.get_stats()[0]['collections'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 500
+
+
 def test_before_ctrl_c_is_listened_to_next_to_nothing_is_loaded() -> None:
     loaded = (
         "import sys; old = set(sys.modules); import graftvit.launch.__main__; print(set(sys.modules) - old)"

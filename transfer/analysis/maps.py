@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ...models.errors import TransferError
@@ -62,6 +61,8 @@ def map_divergence(teacher_BHNN: Tensor, student_BHNN: Tensor, *, match_heads: b
     Raises:
         TransferError: unequal numbers of tokens, or of heads without `match_heads`.
     """
+    from scipy.optimize import linear_sum_assignment  # here: it takes long, and few runs need it
+
     _check_comparable(teacher_BHNN, student_BHNN, match_heads)
     if not match_heads:
         return js_divergence(teacher_BHNN, student_BHNN).mean().item()

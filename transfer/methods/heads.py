@@ -15,7 +15,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...models.copying.links import HeadMap
@@ -52,6 +51,8 @@ def match_heads(distance_HtHs: Tensor) -> HeadMap:
 
     If the student has more heads than the teacher, the remaining heads learn from no head.
     """
+    from scipy.optimize import linear_sum_assignment  # here: it takes long, and few runs need it
+
     if not bool(torch.isfinite(distance_HtHs).all()):
         raise TransferError(
             "transfer.heads='match' measured map distances that are not finite; check the teacher's weights"
