@@ -325,7 +325,7 @@ def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(start: str, module: 
 
 
 def test_what_a_command_loads_is_hardly_searched_for_garbage() -> None:
-    """Python's own thresholds search more than two thousand times."""
+    """By its own thresholds Python would search about 850 times."""
     program = (
         "import gc, sys; from graftvit.launch.__main__ import main; sys.argv[1:] = ['--version']; main(); "
         "import timm; print(gc.get_stats()[0]['collections'])"

@@ -24,7 +24,7 @@ class Public(NamedTuple):
 
     package: str
     module: str
-    make: Callable[[Any, Any, Heads], tuple[Call, nn.Module | None]]
+    make: Callable[[Any, Any, Heads], tuple[Call, nn.Module]]
 
 
 def public_form(
@@ -47,16 +47,19 @@ def public_form(
             "pip install 'graftvit[peers]'"
         ) from error
     call, module = public.make(package, operator, heads)
-    parameters: list[Tensor] = []
-    if module is not None:
-        module.to(heads.known.device, heads.known.dtype).eval()
-        parameters = list(module.parameters())
-    return public.package, call, parameters
+    module.to(heads.known.device, heads.known.dtype).eval()
+    return public.package, call, list(module.parameters())
 
 
-def _linear(package: Any, operator: Any, heads: Heads) -> tuple[Call, None]:
-    """Softmax over the channels of queries and over the tokens of keys, in place of elu + 1 and the division."""
-    return package.linear_attn, None
+def _linear(package: Any, operator: Any, heads: Heads) -> tuple[Call, nn.Module]:
+    """Without the centered keys."""
+    module = package.LinearAttention()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = module(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2)
+
+    return call, module
 
 
 def _performer(package: Any, operator: Any, heads: Heads) -> tuple[Call, nn.Module]:
@@ -118,9 +121,7 @@ def _window(package: Any, operator: Any, heads: Heads) -> tuple[Call, nn.Module]
 
 
 PUBLIC = {
-    "linear": Public(
-        "linear-attention-transformer", "linear_attention_transformer.linear_attention_transformer", _linear
-    ),
+    "linear": Public("kornia", "kornia.feature.loftr.loftr_module.linear_attention", _linear),
     "performer": Public("performer-pytorch", "performer_pytorch", _performer),
     "linformer": Public("linformer", "linformer.linformer", _linformer),
     "nystrom": Public("nystrom-attention", "nystrom_attention.nystrom_attention", _nystrom),

@@ -54,11 +54,22 @@ def test_public_implementations_take_the_same_projections(name: str, grid: tuple
     assert all(gradient is not None for gradient in gradients[:3])
 
 
+def test_the_public_form_of_linear_is_its_equation() -> None:
+    """But for the centered keys, to which its map is not invariant."""
+    pytest.importorskip("kornia")
+    operator, heads = Case("linear").build(GRID), draw(GRID)
+    found = public_form("linear", operator, heads)
+    assert found is not None
+    q, k, v = heads.qkv()
+    centered = k - k.mean(2, keepdim=True)
+    torch.testing.assert_close(found[1](q, centered, v), operator(heads), rtol=1e-4, atol=1e-6)
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         public_forms.PUBLIC, "linear", PUBLIC["linear"]._replace(module="a_package_that_nobody_has")
     )
-    with pytest.raises(ConfigError, match=r"linear-attention-transformer.*graftvit\[peers\]"):
+    with pytest.raises(ConfigError, match=r"kornia.*graftvit\[peers\]"):
         operator_cases(["linear"], [64], Layer(), Ways(peers=True))
 
 
