@@ -60,7 +60,8 @@ def test_a_sample_of_the_rows_verifies_here(
     name: str, backbone: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["attnbench", "verify", name, "--backbone", backbone]
-    assert main([*words, "--sample", "2", "--sample_seed", "1"]) == 0
-    assert "2 rows agree" in capsys.readouterr().out
-    assert main([*words, "--program", "softmax"]) == 0
-    assert "2 rows agree" in capsys.readouterr().out
+    for chosen in (["--sample", "2", "--sample_seed", "1"], ["--program", "softmax"])[
+        : 2 if name == NAME else 1
+    ]:
+        assert main([*words, *chosen]) == 0
+        assert "2 rows agree" in capsys.readouterr().out

@@ -82,6 +82,7 @@ class Fetcher:
                     )
                 yield batch
         except DataError:
+            _forget(self._loader._iterator)
             self._loader = self._open()
             raise
 
@@ -123,6 +124,7 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
                 raise DataError(batch.failure)
             yield batch
     except DataError:
+        _forget(batches)
         raise
     except Exception as error:
         words = [line for line in str(error).splitlines() if line.strip()]
@@ -138,7 +140,11 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
 
 
 def _forget(batches: Any) -> None:
-    """End the other processes. torch would otherwise raise for the dead one again whenever any child ends."""
+    """End the processes of a loader that has failed.
+
+    torch would otherwise raise for a dead one again whenever any child ends, and wait five seconds for each that lives
+    if the loader is freed with the traceback of its error.
+    """
     end = getattr(batches, "_shutdown_workers", None)
     if end is None:  # no processes
         return

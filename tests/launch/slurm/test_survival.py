@@ -16,7 +16,7 @@ from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 StartCluster = Callable[..., SlurmCluster]
-EARLY, LATE = 10, 20
+EARLY = 10
 """Records of the log after which something happens, of about 50."""
 
 
@@ -25,20 +25,6 @@ def preempt(run: ClusterRun) -> None:
     nodes = str(len(run.cluster.nodes))
     run.cluster.run("sbatch", "-p", "high", "-N", nodes, "--ntasks-per-node=1", "--cpus-per-task=8",
                     "-o", "/dev/null", "--wrap", "sleep 1")  # fmt: skip
-
-
-def test_preempted_by_a_signal_that_no_job_asked_for(start_cluster: StartCluster, tmp_path: Path) -> None:
-    """SIGTERM, in Slurm's own default."""
-    run = cluster_run(start_cluster(user_signal=False, grace=6), tmp_path)
-    run.submit()
-    run.wait_for_lines(EARLY)
-    preempt(run)
-    first, second = run.finish()
-    assert second.outcome == "finished"
-    assert "preempted" in first.signal
-    assert first.signal.startswith("SIGTERM")
-    assert first.outcome is None
-    assert_undisturbed(run)
 
 
 def meet_the_time_limit(run: ClusterRun, job: str, started: float) -> None:
@@ -85,28 +71,34 @@ def test_four_events_in_one_run(start_cluster: StartCluster, tmp_path: Path) -> 
     assert_undisturbed(run)
 
 
-def test_three_events_in_one_run(
+def test_four_other_events_in_one_run(
     start_cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An administrator's requeue, the death of a node that is not the batch script's, and an interrupt."""
-    run = cluster_run(start_cluster(), tmp_path)
+    """A requeue, a preemption without the signal that the job asked for, the death of another node, an interrupt."""
+    run = cluster_run(start_cluster(user_signal=False, grace=6), tmp_path)
     job = run.submit()
     run.wait_for_lines(EARLY)
     run.cluster.run("scontrol", "requeue", job)
     run.wait_for_attempt(2)
-    run.wait_for_lines(LATE)
-    dead = run.jobs.attempts()[1].nodes[1]
-    run.cluster.kill_node(dead)
+    run.wait_for_lines(EARLY + 6)
+    preempt(run)
     run.wait_for_attempt(3)
-    run.wait_for_lines(LATE + 10)
+    run.wait_for_lines(EARLY + 12)
+    dead = run.jobs.attempts()[2].nodes[1]
+    run.cluster.kill_node(dead)
+    run.wait_for_attempt(4)
+    run.wait_for_lines(EARLY + 18)
     interrupt(run, job, monkeypatch)
     attempts = run.finish()
-    requeued, lost, interrupted, last = attempts
+    requeued, preempted, lost, interrupted, last = attempts
     assert [(attempt.job_id, attempt.restart) for attempt in attempts] == [
-        (job, number) for number in range(4)
+        (job, number) for number in range(5)
     ]
-    assert [(attempt.world_size, len(attempt.nodes)) for attempt in attempts] == [(2, 2)] * 4
+    assert [(attempt.world_size, len(attempt.nodes)) for attempt in attempts] == [(2, 2)] * 5
     assert requeued.signal == "SIGTERM (requeued)"
+    assert preempted.signal.startswith("SIGTERM")
+    assert "preempted" in preempted.signal
+    assert preempted.outcome is None
     assert lost.outcome in (None, "failed")  # Slurm may end the first rank before that misses the others
     assert dead not in interrupted.nodes
     assert interrupted.before == f"node failure: {dead}" or lost.outcome == "failed"
