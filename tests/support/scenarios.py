@@ -78,12 +78,5 @@ def _answer(main: Any, arguments: list[Any]) -> None:
     os._exit(0)
 
 
-def preload() -> None:
-    """Import what a run on digits imports only when it is needed, once for all forks."""
-    importlib.import_module("sklearn.metrics")
-    importlib.import_module("sklearn.datasets").load_digits()
-
-
 if __name__ == "__main__":
-    preload()
     serve()

@@ -114,7 +114,7 @@ def _start(cell: PoolCell) -> BaseProcess:
     """Start a process as a copy of one that has loaded the cell's code, which takes seconds to load."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, type(cell).__module__, "sklearn.datasets"])
+        context.set_forkserver_preload([__name__, type(cell).__module__])
         process: BaseProcess = context.Process(target=_run, args=(cell,))
     else:  # Windows
         process = multiprocessing.get_context("spawn").Process(target=_run, args=(cell,))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,12 @@ from .images import Header
 Places = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 VALIDATION_SIZE = 500
+VALIDATION = base64.b64decode(
+    "ACAEyLUmMEAAFkEhk0IFAFoACAEiJAAoBiweCBEIlgoAkBkSBCD8oBKBEOBACArasEQVJMlCyKAKIDCAQATYIUCLgCAASIXEABBA"
+    "DqCQAAVI6AAwEAACDswJAFIkhACDuAE8IaacCgIkAA/JQCgEpJjNAhJAYeUAgCxgTpw3aoGSFgFUyEBIQqCkGApQALQLhWHmiBGA"
+    "SxJsgMAiBQaOQgEJ8gLBQTmIE8AJGQAAFI4hAoQQqPUAMyg5IMlEyMhoCgECkyKSAwkipkAsJgYhCKhggZjIoBQShhIKEoU8pBUA"
+)
+"""A bit for each image of the data set, 1 in the split `validation`: scikit-learn's stratified split by the seed 0."""
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -23,19 +32,29 @@ SPLITS = {
 }
 
 
-@functools.cache  # scikit-learn parses a text file each time
+@functools.cache
 def _read_split(split: str) -> tuple[Places, Pixels, Places]:
     """Return the numbers of a split's images, their pixels and their classes."""
-    from sklearn.datasets import load_digits  # a second that runs on other data need not wait
-    from sklearn.model_selection import train_test_split
+    values = _read()
+    is_validation = np.unpackbits(np.frombuffer(VALIDATION, np.uint8))[: len(values)] == 1
+    places = np.flatnonzero(~is_validation if split == "train" else is_validation)
+    images = values[places, :-1].reshape(-1, 8, 8)
+    return places, np.rint(images * (255 / 16)).astype(np.uint8), values[places, -1].astype(np.int64)
 
-    digits = load_digits()
-    train, validation = train_test_split(
-        np.arange(len(digits.target)), test_size=VALIDATION_SIZE, stratify=digits.target, random_state=0
-    )
-    places = np.sort(train if split == "train" else validation)
-    pixels = np.rint(digits.images[places] * (255 / 16)).astype(np.uint8)
-    return places, pixels, digits.target[places]
+
+def _read() -> NDArray[np.float64]:
+    """Return pixels from 0 to 16 and the class of each image, (1797, 65), from scikit-learn's file.
+
+    To import scikit-learn for it takes a second, fifty times as long as to read it.
+    """
+    package = find_spec("sklearn")
+    file = Path(str(package and package.origin)).parent / "datasets" / "data" / "digits.csv.gz"
+    if not file.is_file():  # another version may keep it elsewhere
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return np.column_stack([digits.data, digits.target])
+    return np.loadtxt(file, delimiter=",")
 
 
 class DigitsSource:

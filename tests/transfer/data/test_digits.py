@@ -7,8 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 from graftvit.models.errors import DataError
+from graftvit.transfer.data import digits as module
 from graftvit.transfer.data.digits import DigitsSource
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 
 def test_the_split_is_fixed_stratified_and_whole() -> None:
@@ -18,6 +20,24 @@ def test_the_split_is_fixed_stratified_and_whole() -> None:
     assert len(paths) == 1797
     counts = Counter(validation.targets)
     assert max(counts.values()) - min(counts.values()) <= 3
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_images_are_those_of_scikit_learns_own_functions(
+    split: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from the file of the package, or by the package where the file is not."""
+    digits = load_digits()
+    drawn = train_test_split(np.arange(1797), test_size=500, stratify=digits.target, random_state=0)
+    expected = np.sort(drawn[split == "validation"])
+    if elsewhere:
+        monkeypatch.setattr(module, "find_spec", lambda _: None)
+    places, pixels, targets = module._read_split.__wrapped__(split)
+    assert (places.dtype, pixels.dtype, targets.dtype) == (np.int64, np.uint8, np.int64)
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_array_equal(targets, digits.target[expected])
+    np.testing.assert_array_equal(pixels, np.rint(digits.images[expected] * (255 / 16)).astype(np.uint8))
 
 
 def test_pixels_and_labels_are_scikit_learns() -> None:

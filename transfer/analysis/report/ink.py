@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.isotonic import isotonic_regression
 
 Theme = Literal["light", "dark"]
 Array = NDArray[Any]
@@ -89,6 +88,8 @@ def draw_ring(axes: Any, x: float, xs: Sequence[float], ys: Sequence[float], col
 
 def spread(places: Sequence[float], gap: float, low: float | None = None, high: float | None = None) -> Array:
     """Return the least-squares places, ascending as the given ones, that are at least `gap` apart."""
+    from sklearn.isotonic import isotonic_regression  # here: it takes a second, and few figures need it
+
     room = gap * np.arange(len(places))
     top = None if high is None else max(high - room[-1], 1e-6)
     apart: Array = isotonic_regression(np.asarray(places) - room, y_min=low, y_max=top) + room
