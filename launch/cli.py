@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..models.errors import ConfigError, GraftError, did_you_mean
+from ..transfer.data.loader_deaths import loader_deaths
 from .say import log_plainly
 from .submitted import SUBMITTED, Interrupted, ended_by_signals
 
@@ -132,7 +133,8 @@ def dispatch(words: list[str]) -> int:
 def _run(words: list[str]) -> int:
     run: Callable[[list[str]], int] = importlib.import_module(f".commands.{words[0]}", __package__).run
     try:
-        return run(words[1:])
+        with loader_deaths():
+            return run(words[1:])
     except SystemExit as leaving:  # argparse leaves this way after --help
         return int(leaving.code or 0)
 

@@ -80,8 +80,10 @@ class Leaf:
 
     def nearest(self, value: Any) -> str | None:
         """Return the name, of those that the setting accepts, that `value` may have meant."""
-        names = [name for kind in self.kinds for name in _choices(kind) if isinstance(name, str)]
-        return next(iter(difflib.get_close_matches(str(value), names, n=1)), None)
+        kinds = [inner for kind in self.kinds for inner in (kind, *get_args(kind))]
+        names = [name for kind in kinds for name in _choices(kind) if isinstance(name, str)]
+        wrong = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in names]
+        return next((near for one in wrong for near in difflib.get_close_matches(one, names, n=1)), None)
 
     def parse(self, text: str) -> Any:
         """Parse a user's `text`. Text that cannot be parsed is returned unchanged, and validation refuses it."""

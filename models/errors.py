@@ -68,6 +68,10 @@ class DataError(GraftError):
     """A data set that cannot be found or read."""
 
 
+class LostLoaderError(DataError):
+    """A process that loads data has died, as where memory runs out."""
+
+
 class RunFailedError(GraftError):
     """A run that could not continue (non-finite loss, full disk). States saved before are intact."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...models.errors import GraftError
+from ...models.errors import GraftError, LostLoaderError
 from ...transfer.engine.fence import FencedError
 
 Kind = Literal["cause", "consequence"]
@@ -96,7 +96,7 @@ def classify(error: BaseException, *, saved: bool) -> tuple[Kind, bool]:
     text = "\n".join(f"{type(one).__name__}: {one}" for one in chain)
     if isinstance(error, FencedError):  # another attempt is at work
         return "cause", False
-    if any(_is_away(one) for one in chain):
+    if any(_is_away(one) or isinstance(one, LostLoaderError) for one in chain):
         return "cause", True
     if isinstance(error, GraftError) or _says(_LASTING, text):
         return "cause", False

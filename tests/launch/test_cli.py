@@ -324,6 +324,21 @@ def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(start: str, module: 
     assert (done.returncode, done.stderr) == (130, "graftvit: stopped by Ctrl-C\n")
 
 
+def test_a_loader_process_that_dies_while_this_one_computes_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's handler of SIGCHLD raises wherever the process is."""
+
+    def run(_: list[str]) -> int:
+        raise RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("graftvit.launch.commands.recipes.run", run)
+    assert main(["recipes"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("graftvit: error: a loader process died (DataLoader worker (pid 41) is killed")
+    assert said.endswith("try a smaller data.workers\n")
+
+
 def test_what_a_command_loads_is_hardly_searched_for_garbage() -> None:
     """By its own thresholds Python would search about 850 times."""
     program = (

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ...models.errors import DataError
+from ...models.errors import DataError, counted
+from .loader_deaths import LOST_PROCESS, loader_deaths, lost
 from .loading import BadImage, Batch, Loaded, Requests, as_it_is, start_worker
 from .sampler import BatchRequest
 
 logger = logging.getLogger(__name__)
-
-
-LOST_PROCESS = (ConnectionError, EOFError, FileNotFoundError)
-"""What the exchange of tensors fails with when the process that holds them is gone."""
 
 
 SIGNALS_OF_A_DEATH = 8
@@ -49,7 +46,7 @@ class BadImages:
             logger.warning("skipped an unreadable image: %s (%s)", bad.path, bad.reason)
         if len(self.found) > self._limit:
             raise DataError(
-                f"{len(self.found)} images cannot be read, more than data.max_bad_images={self._limit}; "
+                f"{counted(len(self.found), 'image')} cannot be read, more than data.max_bad_images={self._limit}; "
                 f"the last is {self.found[-1].describe()}"
             )
 
@@ -116,27 +113,25 @@ def _any_number() -> Iterator[None]:
 
 def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """Yield the batches of a loader; DataError where one cannot be made, or when one of its processes dies."""
-    with _any_number():
-        batches = iter(loader)
+    batches = None
     try:
+        with _any_number():
+            batches = iter(loader)
         for batch in batches:
             if batch.failure is not None:
                 raise DataError(batch.failure)
             yield batch
-    except DataError:
-        _forget(batches)
-        raise
     except Exception as error:
+        _forget(batches)
+        if isinstance(error, DataError):
+            raise
         words = [line for line in str(error).splitlines() if line.strip()]
         if words and words[0].startswith("Caught "):  # and torch has put a traceback behind it
             raise DataError(f"a loader process failed: {words[-1].strip()}") from error
-        if not isinstance(error, LOST_PROCESS) and not str(error).startswith("DataLoader worker"):
+        with loader_deaths():
+            if isinstance(error, LOST_PROCESS):
+                raise lost(error) from error
             raise
-        _forget(batches)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"a loader process died ({reason}); it may have run out of memory: try a smaller data.workers"
-        ) from error
 
 
 def _forget(batches: Any) -> None:

@@ -141,13 +141,13 @@ class Transfer(Mode):
 
     def check_classes(self, teachers: Mapping[str, Pretrained], head: Head) -> None:
         names = head.label_names
-        for name in self.teaches_classes:
-            taught = teachers[name].label_names
+        for method, name in zip(self.methods, self.teachers_of_terms, strict=True):
+            taught = teachers[name].label_names if method.teaches_classes else None
             if taught is None or names is None:
                 continue
             if comparable(taught, names) and list(taught) != list(names):
                 raise TransferError(
-                    f"transfer.method=logits needs a teacher with the classes of the data set in the same "
+                    f"transfer.method={method.name} needs a teacher with the classes of the data set in the same "
                     f"order, and the two have {difference(taught, names)}: choose another teacher or method, or "
                     "transfer.task_weight=0"
                 )

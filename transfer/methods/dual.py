@@ -318,6 +318,7 @@ class DualViT(nn.Module):
                 term.settings, term.plan, side.model, self.student, tape, self._changes, hosts, term.prefix
             )
             with placed(self.config, index):
+                term.method.check_pairing(pairing)
                 made = term.method.install(pairing)
             installed.append(replace(term, finish=made.finish, labelled=made.labelled))
             self._measured += made.measured

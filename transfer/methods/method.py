@@ -16,7 +16,8 @@ from ...models.copying.copying_operators import Copy, Part
 from ...models.copying.links import Link
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted as Wanted
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, TransferError
+from ...models.families import vit
 from ...models.host import AttentionHost
 from ...models.json_types import Json
 from ..config import LossConfig
@@ -108,6 +109,17 @@ class TransferMethod(ABC):
                     f"{where}.{name}={value!r} changes nothing with transfer.method={self.name}: leave it out "
                     f"(it reads {', '.join(sorted(self.reads or ()))})"
                 )
+
+    def check_pairing(self, pairing: Pairing) -> None:
+        """Raise TransferError where it teaches classes, and the two models differ in their number."""
+        if not self.teaches_classes:
+            return
+        classes = [vit(model).num_classes for model in (pairing.teacher, pairing.student)]
+        if classes[0] != classes[1] or classes[0] == 0:
+            raise TransferError(
+                f"transfer.method={self.name} needs one set of classes, and the teacher has {classes[0]} and the "
+                f"student {classes[1]}; use a teacher fine-tuned on this data, or method=feature"
+            )
 
     def keeps_vectors(self, settings: LossConfig) -> bool:
         """Return whether it needs only one vector an image of its teacher, which `transfer.cache` can keep."""

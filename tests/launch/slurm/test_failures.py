@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.atomic import WriteFailedError
 from graftvit.launch.slurm.failures import Failure, classify, read_failure
-from graftvit.models.errors import ConfigError, DataError, RunFailedError
+from graftvit.models.errors import ConfigError, DataError, LostLoaderError, RunFailedError
 from graftvit.transfer.engine.fence import FencedError
 from torch import OutOfMemoryError
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
@@ -64,6 +64,7 @@ PASSING = [
         "Caught OSError in DataLoader worker process 0.\nOSError: [Errno 116] Stale file handle: '/data/x'"
     ),
     RuntimeError("Error while deserializing header: Input/output error (os error 5)"),
+    LostLoaderError("a loader process died (DataLoader worker (pid 4997) is killed by signal: Killed. )"),
     RuntimeError("DataLoader worker (pid(s) 4997) exited unexpectedly"),
     RuntimeError("DataLoader worker (pid 4997) is killed by signal: Killed. "),
     RuntimeError("CUDA error: uncorrectable ECC error encountered"),

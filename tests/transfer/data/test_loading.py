@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import TrainLoader, create_eval_loader, create_train_loader
+from patience import PATIENCE
 from PIL import Image
 
 SPEC = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -116,6 +118,24 @@ def test_a_killed_process_ends_in_one_sentence() -> None:
     subprocess.run(
         ["true"], check=True
     )  # torch must not raise again for the dead one when another child ends
+    assert torch.equal(next(train.epoch(1))[0], next(digits(0).epoch(1))[0])
+
+
+def kill_and_wait(pid: int) -> None:
+    """The wait ends by what torch's handler of SIGCHLD raises."""
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(PATIENCE)
+
+
+def test_a_process_that_dies_between_two_epochs_is_told_and_replaced() -> None:
+    train = digits(1)
+    batches, found = workers_of(train)
+    assert len(list(batches)) == 1297 // 4 - 1
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        kill_and_wait(found.pop())
+    with pytest.raises(DataError, match="a loader process died") as caught:
+        list(train.epoch(1))
+    del caught  # and with it the traceback that holds the loader
     assert torch.equal(next(train.epoch(1))[0], next(digits(0).epoch(1))[0])
 
 

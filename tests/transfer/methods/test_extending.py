@@ -13,7 +13,7 @@ import torch
 from engine_runs import config, make_teacher, records
 from graftvit.launch.fields import leaf_of
 from graftvit.models.conversion import convert
-from graftvit.models.errors import ConfigError
+from graftvit.models.errors import ConfigError, TransferError
 from graftvit.models.operators import OPERATORS, register_operator
 from graftvit.transfer.engine.build import check_settings
 from graftvit.transfer.engine.dry_run import dry_run
@@ -66,6 +66,17 @@ def test_the_method_of_the_page_trains(examples: dict[str, Any], tmp_path: Path)
     assert describe_transfer({"method": "probabilities"})[0][1].endswith("between the class probabilities")
     with pytest.raises(ConfigError, match="already"):
         register_method(find_method("distill"))
+
+
+def test_the_method_of_the_page_is_refused_where_the_classes_are_others(
+    examples: dict[str, Any], tmp_path: Path
+) -> None:
+    teacher = make_teacher(tmp_path / "teacher", classes=7)
+    settings = config(tmp_path / "run", teacher, transfer={"method": "probabilities"}, optim={"max_steps": 1})
+    with pytest.raises(
+        TransferError, match="method=probabilities needs one set of classes, and the teacher has 7"
+    ):
+        dry_run(settings, 1, here=True)
 
 
 def test_every_name_of_the_table_is_a_method() -> None:

@@ -41,10 +41,11 @@ def public_form(
     public = PUBLIC[name]
     try:
         package = import_module(public.module)
-    except ImportError as error:
+    except Exception as error:  # a package may fail in any way
+        missing = isinstance(error, ModuleNotFoundError) and error.name == public.module.partition(".")[0]
+        why = "is not installed" if missing else f"cannot be imported ({error})"
         raise ConfigError(
-            f"--peers: {name} is compared with {public.package}, which is not installed; "
-            "pip install 'graftvit[peers]'"
+            f"--peers: {name} is compared with {public.package}, which {why}; pip install 'graftvit[peers]'"
         ) from error
     call, module = public.make(package, operator, heads)
     module.to(heads.known.device, heads.known.dtype).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,18 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         public_forms.PUBLIC, "linear", PUBLIC["linear"]._replace(module="a_package_that_nobody_has")
     )
     with pytest.raises(ConfigError, match=r"kornia.*graftvit\[peers\]"):
+        operator_cases(["linear"], [64], Layer(), Ways(peers=True))
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "broken_package.py").write_text("import a_package_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(public_forms.PUBLIC, "linear", PUBLIC["linear"]._replace(module="broken_package"))
+    with pytest.raises(
+        ConfigError, match=r"kornia, which cannot be imported \(No module named 'a_package_that"
+    ):
         operator_cases(["linear"], [64], Layer(), Ways(peers=True))
 
 
