@@ -168,9 +168,11 @@ def _end(code: int) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # to import makes no garbage
     for name in IMPORTED:
         importlib.import_module(name)
     gc.freeze()  # or each fork copies what the collector marks
+    gc.enable()
     if (request := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
         _become(request)
     os._exit(0)  # without the two seconds in which Python clears its modules

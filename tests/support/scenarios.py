@@ -56,8 +56,10 @@ def serve() -> None:
     """Answer each request of stdin with a line on stdout."""
     for request in sys.stdin:
         module, *arguments = json.loads(request)
+        gc.disable()  # to import makes no garbage
         main = importlib.import_module(module).main
         gc.freeze()  # or each fork copies what the collector marks
+        gc.enable()
         child = os.fork()
         if child == 0:
             signal.alarm(LONGEST)

@@ -171,6 +171,7 @@ def test_results_become_a_table_and_json() -> None:
 
 
 RANK = """
+import gc; gc.disable()
 import sys, torch, torch.distributed as dist
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.transfer.config import DataConfig

@@ -20,6 +20,7 @@ from graftvit.transfer.metrics.reader import Reader
 
 HERE = Path(__file__).resolve().parent
 RANK = """
+import gc; gc.disable()
 import sys, json, torch, torch.distributed as dist
 sys.path[:0] = sys.argv[4:]
 from test_measure import measured
