@@ -128,9 +128,9 @@ def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
         words = [line for line in str(error).splitlines() if line.strip()]
         if words and words[0].startswith("Caught "):  # and torch has put a traceback behind it
             raise DataError(f"a loader process failed: {words[-1].strip()}") from error
+        if isinstance(error, LOST_PROCESS):
+            raise lost(error) from error
         with loader_deaths():
-            if isinstance(error, LOST_PROCESS):
-                raise lost(error) from error
             raise
 
 
