@@ -7,6 +7,7 @@
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
+#                (again with ARGS=--keep_freed_memory for the numbers where the C library keeps freed memory)
 #   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md
 #   make dev     an editable install for editors, mypy and pyright, which the other targets keep until `make clean`
 # PYTHON chooses the interpreter: make test PYTHON=python3.12

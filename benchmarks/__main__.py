@@ -2,6 +2,7 @@
 
 python -m benchmarks                          ViT-S on this machine, a quarter of an hour on two cores
 python -m benchmarks --models ViT-B --tokens 577 1025 --name cpu-large
+python -m benchmarks --keep_freed_memory      the same where the C library keeps freed memory
 python -m benchmarks --quick                  one short case, to see that it runs
 """
 
@@ -26,7 +27,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     arguments = parse()
-    keep_freed_memory()
+    if arguments.keep_freed_memory:
+        keep_freed_memory()
     rows: list[dict[str, Any]] = []
     for case in cases(arguments):
         print(case.describe(), flush=True)
@@ -63,12 +65,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, choices=SIDES, default=[197, 577, 1025, 2305])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="ViT-S at 197 tokens, three repeats")
+    parser.add_argument(
+        "--keep_freed_memory",
+        action="store_true",
+        help="do not return freed memory to the system, which gives it back page by page (glibc)",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", help="of the files with results (default: cuda, cpu or cpu_kept)")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.models, arguments.tokens, arguments.repeats = ["ViT-S"], [197], 3
         arguments.name = "quick"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.name = arguments.name or device + "_kept" * arguments.keep_freed_memory
     return arguments
 
 
