@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, counted
@@ -14,6 +14,7 @@ from ..load_config import Setting, dump_config, load_config, load_stages, read_r
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
+    from ...transfer.engine.stages import Stage
     from ...transfer.engine.train import RunResult
 
 EXAMPLES = (
@@ -96,17 +97,31 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
         from ..plan_text import describe_plan
 
         say(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
-        # A later conversion is described on a fresh model: its student is not there yet.
-        for own, stage in zip(stages[1:], shown[1:], strict=True):
+        for config, stage in zip(_beginnings(stages, shown), shown[1:], strict=True):
+            described = describe_plan(config)
             if stage.config.student.plan is not None:
-                config = own.config.model_copy(update={"output_dir": stage.config.output_dir})
-                say(f"\nthe stage {stage.name}, which converts the student:\n{describe_plan(config)}")
+                say(f"\nthe stage {stage.name}, which converts the student:\n{described}")
         return 0
     done = train_stages(stages)
     last = list(done.results.values())[-1]
     for name, result in done.results.items():
         say(f"{name}: {_measured(result.metrics)}{result.output_dir}\n")
     return 0 if done.signal is None else _stopped(last, done.signal, shown[0].config)
+
+
+def _beginnings(stages: Sequence[Stage], shown: Sequence[Stage]) -> Iterator[RunConfig]:
+    """Return the settings of each later stage, with a fresh model where the student of the one before is not there."""
+    converted = stages[0].config.student
+    for own, stage, before in zip(stages[1:], shown[1:], shown, strict=False):
+        if own.config.student.plan not in (None, converted.plan):
+            converted = own.config.student
+        if (before.config.output_dir / "student").is_dir():
+            yield stage.config
+        else:
+            made = {"plan": converted.plan, "calibrate": converted.calibrate}
+            student = own.config.student.model_copy(update=made)
+            update = {"output_dir": stage.config.output_dir, "student": student}
+            yield own.config.model_copy(update=update)
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
