@@ -142,5 +142,5 @@ def _suggest(text: str) -> str:
         return f"there is no such file or folder; {f'{near} Else ' if near else ''}write {SYNTAX}"
     names = list_pretrained() if tag else list_models()
     nearest = difflib.get_close_matches(text if tag else base, names, n=1, cutoff=0.6)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else f"{near} " if near else ""
+    hint = f"{near} " if near else f"did you mean {nearest[0]!r}? " if nearest else ""
     return f"{hint}Valid is {SYNTAX}; `timm.list_pretrained()` names the models"

@@ -6,6 +6,7 @@ import difflib
 import functools
 import re
 import types
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -175,7 +176,15 @@ def leaf_of(key: str) -> Leaf:
     return leaves()[key]
 
 
-def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: str = "") -> ConfigError:
+def unknown(
+    name: str,
+    *,
+    dashes: str = "",
+    extra: tuple[str, ...] = (),
+    where: str = "",
+    keys: Collection[str] | None = None,
+    command: str = "graftvit train",
+) -> ConfigError:
     """Return the error for an unknown key or flag: one sentence that names the nearest valid one.
 
     Args:
@@ -183,7 +192,11 @@ def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: 
         dashes: `--` for a flag.
         extra: More valid names: the flags of the command itself.
         where: The file that contains the key.
+        keys: The settings that the command takes; by default all.
+        command: The command whose help lists what is valid.
     """
+    keys = leaves() if keys is None else keys
+    short = [flag for flag, key in short_names().items() if key in keys]
     kind = "flag" if dashes else "key"
     start = f"{where}: unknown {kind} {dashes + name!r}" if where else f"unknown {kind} {dashes + name!r}"
     plain = name.replace("-", "_")
@@ -193,18 +206,18 @@ def unknown(name: str, *, dashes: str = "", extra: tuple[str, ...] = (), where: 
     section = None if entry is None else _section_of_entries(entry)
     if entry is not None and section is not None:
         return ConfigError(f"{start}; {did_you_mean(entry['name'], section.model_fields)}")
-    homonyms = [key for key in leaves() if key.rpartition(".")[2] == plain.rpartition(".")[2]]
+    homonyms = [key for key in keys if key.rpartition(".")[2] == plain.rpartition(".")[2]]
     if len(homonyms) > 1:
         return ConfigError(f"{start}: write {' or '.join(dashes + key for key in homonyms)}")
     if homonyms:
         return ConfigError(f"{start}, did you mean {dashes + homonyms[0]!r}?")
-    nearest = difflib.get_close_matches(plain, [*extra, *short_names(), *leaves()], n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(plain, [*extra, *short, *keys], n=1, cutoff=0.6)
     if not nearest and "." in plain:
-        nearest = difflib.get_close_matches(plain.rpartition(".")[2], short_names(), n=1, cutoff=0.6)
+        nearest = difflib.get_close_matches(plain.rpartition(".")[2], short, n=1, cutoff=0.6)
     if nearest:
         known = nearest[0] if dashes or nearest[0] in extra else short_names().get(nearest[0], nearest[0])
         return ConfigError(f"{start}, did you mean {dashes + known!r}?")
-    return ConfigError(f"{start}; `graftvit train --help` lists the valid ones")
+    return ConfigError(f"{start}; `{command} --help` lists the valid ones")
 
 
 def _walk(section: type[Section], prefix: str) -> list[Leaf]:

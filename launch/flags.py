@@ -118,7 +118,7 @@ def parse_command(
             if flag in takes_value and words:
                 rest.append(words.pop(0))
         elif word.startswith("--"):
-            settings.append(_flag_setting(word, words, own, only))
+            settings.append(_flag_setting(word, words, parser, only))
         elif "=" in word and not is_there(word):
             settings.append(_checked(parse_override(word), only))
         else:
@@ -149,7 +149,7 @@ def _underscored(word: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{at_home(value)}"
 
 
-def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str] | None) -> Setting:
+def _flag_setting(word: str, words: list[str], parser: Parser, only: Sequence[str] | None) -> Setting:
     """Return the setting of a long flag; take its value from `words` if it needs one."""
     name, equals, value = word[2:].partition("=")
     stage, key = _staged_key(name, only)
@@ -158,9 +158,9 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
         stage, key = _staged_key(name[3:], only)
         if key is not None and leaf_of(key).is_switch:
             return _checked(Setting(key, False, word, stage), only)
-        raise unknown(name, dashes="--", extra=_plain(own))
+        raise _unknown_flag(name, parser, only)
     if key is None:
-        raise unknown(name, dashes="--", extra=_plain(own))
+        raise _unknown_flag(name, parser, only)
     leaf = leaf_of(key)
     if not equals and leaf.is_switch and words[:1] not in (["true"], ["false"]):
         return _checked(Setting(key, True, word, stage), only)
@@ -169,6 +169,12 @@ def _flag_setting(word: str, words: list[str], own: set[str], only: Sequence[str
             raise ConfigError(f"--{name} needs a value: {leaf.valid()}")
         value = words.pop(0)
     return _checked(replace(parse_setting(key, value, origin=f"--{name}"), stage=stage), only)
+
+
+def _unknown_flag(name: str, parser: Parser, only: Sequence[str] | None) -> ConfigError:
+    own = tuple(flag[2:] for flag in parser._option_string_actions if flag.startswith("--"))
+    keys = [key for key, leaf in leaves().items() if _takes(leaf, only)]
+    return unknown(name, dashes="--", extra=own, keys=keys, command=parser.prog)
 
 
 def _staged_key(name: str, only: Sequence[str] | None) -> tuple[str, str | None]:
@@ -196,10 +202,6 @@ def _checked(setting: Setting, only: Sequence[str] | None) -> Setting:
 
 def _takes(leaf: Leaf, only: Sequence[str] | None) -> bool:
     return only is None or leaf.key in only or leaf.section in only
-
-
-def _plain(own: set[str]) -> tuple[str, ...]:
-    return tuple(name[2:] for name in own if name.startswith("--"))
 
 
 def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:

@@ -338,4 +338,7 @@ def _explain_entry(
     if len(inner) > 2 and name in section.model_fields:  # of one of several kinds, or within a list
         return f"{place}.{name} is not {Leaf(name, section.model_fields[name]).valid()}"
     message = finding["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{place}.{name} is {finding['input']!r}, but {message}"
+    field = section.model_fields.get(name)
+    near = None if field is None else Leaf(name, field).nearest(finding["input"])
+    hint = f"did you mean {near!r}? It" if near else "but"
+    return f"{place}.{name} is {finding['input']!r}, {hint} {message}"
