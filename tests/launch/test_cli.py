@@ -381,6 +381,14 @@ def test_a_command_ends_after_its_threads_and_exit_functions_but_clears_nothing(
         assert (done.returncode, done.stdout.split("\n")) == (code, [*lines, ""])
 
 
+def test_a_command_that_loads_torch_says_nothing_beside_its_output() -> None:
+    """A library may count at the end what was not cleared, and tell of it."""
+    command = [sys.executable, "-m", "graftvit.launch", "operators"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "performer" in done.stdout
+    assert done.stderr == ""
+
+
 def test_output_that_cannot_be_written_is_told_at_the_end() -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(
