@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, counted
@@ -14,7 +14,6 @@ from ..load_config import Setting, dump_config, load_config, load_stages, read_r
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
-    from ...transfer.engine.stages import Stage
     from ...transfer.engine.train import RunResult
 
 EXAMPLES = (
@@ -83,7 +82,7 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
 
 def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
     """Show the stages of a recipe, or run them one after another."""
-    from ...transfer.engine.stages import chain, check_stages, train_stages
+    from ...transfer.engine.stages import chain, check_stages, later_settings, train_stages
 
     stages = load_stages(arguments.recipe, settings)
     shown = chain(stages)
@@ -97,7 +96,7 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
         from ..plan_text import describe_plan
 
         say(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
-        for config, stage in zip(_beginnings(stages, shown), shown[1:], strict=True):
+        for config, stage in zip(later_settings(stages), shown[1:], strict=True):
             described = describe_plan(config)
             if stage.config.student.plan is not None:
                 say(f"\nthe stage {stage.name}, which converts the student:\n{described}")
@@ -107,21 +106,6 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
     for name, result in done.results.items():
         say(f"{name}: {_measured(result.metrics)}{result.output_dir}\n")
     return 0 if done.signal is None else _stopped(last, done.signal, shown[0].config)
-
-
-def _beginnings(stages: Sequence[Stage], shown: Sequence[Stage]) -> Iterator[RunConfig]:
-    """Return the settings of each later stage, with a fresh model where the student of the one before is not there."""
-    converted = stages[0].config.student
-    for own, stage, before in zip(stages[1:], shown[1:], shown, strict=False):
-        if own.config.student.plan not in (None, converted.plan):
-            converted = own.config.student
-        if (before.config.output_dir / "student").is_dir():
-            yield stage.config
-        else:
-            made = {"plan": converted.plan, "calibrate": converted.calibrate}
-            student = own.config.student.model_copy(update=made)
-            update = {"output_dir": stage.config.output_dir, "student": student}
-            yield own.config.model_copy(update=update)
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
