@@ -84,7 +84,7 @@ def with_kept_memory(kept: dict[str, Any]) -> str:
     )
     tokens = listed([f"{row['tokens']:,}" for row in rows])
     return (
-        "Part of the dense form's time is the system's, which hands out the pages of its maps anew in each step. "
+        "Part of the dense form's time is the system's, which hands out the pages of its maps again in each step. "
         "Where the C library keeps freed memory (measured on "
         f"{kept['machine']} by `make bench ARGS=--keep_freed_memory`), distilling costs {ours} × the bound at "
         f"{tokens} tokens, and the dense form {dense} ×."

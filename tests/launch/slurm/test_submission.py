@@ -197,7 +197,9 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(user: Path, sw
         {"name": "task", "mode": "transfer", "student": {"plan": None}, "transfer": {"method": "distill"}},
     ]
     (user / "run.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(TransferError, match="layer 0 of the student has linear in place of softmax attention"):
+    with pytest.raises(
+        TransferError, match="layer 0 of the student has linear in place of softmax attention"
+    ):
         check_runs(plan_run("run.yaml", [], sweep), ClusterConfig())
     recipe["stages"][1]["transfer"]["method"] = "logits"
     (user / "run.yaml").write_text(yaml.safe_dump(recipe))
