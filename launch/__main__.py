@@ -6,21 +6,17 @@ import sys
 
 
 def main() -> int:
-    """Run `cli.main` in a process that ends with it. Ctrl-C while it is imported ends in the same way as afterwards."""
+    """Run `cli.main`. Ctrl-C while it is imported ends in the same way as afterwards."""
     try:
-        from .garbage import collect_seldom, without_clearing
+        from .garbage import collect_seldom
 
         collect_seldom()
-        return without_clearing(_command)
+        from .cli import main as run
+
+        return run()
     except KeyboardInterrupt:
         sys.stderr.write("graftvit: stopped by Ctrl-C\n")
         return 130
-
-
-def _command() -> int:
-    from .cli import main as run
-
-    return run()
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -
 
 def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
     """Show the stages of a recipe, or run them one after another."""
-    from ...transfer.engine.stages import chain, check_stages, later_settings, train_stages
+    from ...transfer.engine.stages import chain, check_stages, train_stages
 
     stages = load_stages(arguments.recipe, settings)
     shown = chain(stages)
@@ -96,10 +96,11 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
         from ..plan_text import describe_plan
 
         say(f"\nthe first stage, {shown[0].name}:\n{describe_plan(shown[0].config)}")
-        for config, stage in zip(later_settings(stages), shown[1:], strict=True):
-            described = describe_plan(config)
+        # A later conversion is described on a fresh model: its student is not there yet.
+        for own, stage in zip(stages[1:], shown[1:], strict=True):
             if stage.config.student.plan is not None:
-                say(f"\nthe stage {stage.name}, which converts the student:\n{described}")
+                config = own.config.model_copy(update={"output_dir": stage.config.output_dir})
+                say(f"\nthe stage {stage.name}, which converts the student:\n{describe_plan(config)}")
         return 0
     done = train_stages(stages)
     last = list(done.results.values())[-1]

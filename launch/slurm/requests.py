@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,16 +25,7 @@ from .batch import Request
 from .checks import check_folder
 from .job_folder import ORDER_FILE, JobFolder, Order
 from .settings import ClusterConfig
-from .sweep import (
-    Sweep,
-    cell_configs,
-    cell_settings,
-    check_sweep,
-    frozen_text,
-    later_configs,
-    parse_sweep,
-    run_configs,
-)  # fmt: skip
+from .sweep import Sweep, cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
 
 if TYPE_CHECKING:
     from ...transfer.analysis.compare.compare import Comparison
@@ -55,8 +46,6 @@ class SubmissionPlan:
     """Files to write before it is submitted."""
     requests: list[Request]
     """Without the cells of a sweep that have finished with these very settings."""
-    later: list[RunConfig] = field(default_factory=list)
-    """The later stages of the run to check, as far as they can be checked before their students are there."""
     first: Request | None = None
     """What the others have to wait for: the teacher of a comparison."""
     sweep: Sweep | None = None
@@ -101,8 +90,7 @@ def plan_run(
     folder, settings = configs[0].output_dir, [*settings, GOES_ON]
     frozen = folder / "jobs" / "config.yaml"
     texts = {frozen: frozen_text(recipe, settings)}
-    later = later_configs(recipe, settings)
-    return SubmissionPlan(folder, configs[:1], texts, [Request(["train", str(frozen)], folder)], later)
+    return SubmissionPlan(folder, configs[:1], texts, [Request(["train", str(frozen)], folder)])
 
 
 def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence[str]) -> SubmissionPlan:
@@ -112,8 +100,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
     for cell in sweep.cells:
         _refuse_existing(run_configs(recipe, [*settings, _absolute(cell.folder)])[0])
     plain = [setting for setting in settings if setting.key != "output_dir"]
-    own = cell_settings(sweep.cells[0], settings)
-    first, later = run_configs(recipe, own)[0], later_configs(recipe, own)
+    first = run_configs(recipe, cell_settings(sweep.cells[0], settings))[0]
     texts = cell_configs(sweep, recipe, [*plain, GOES_ON])
     frozen = {cell.folder / "jobs" / "config.yaml": texts[cell.name] for cell in sweep.cells}
     requests = [
@@ -125,7 +112,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
         raise ConfigError(
             f"all {len(sweep.cells)} cells of {folder} have finished: `{hint('summary', folder)}`"
         )
-    return SubmissionPlan(folder, [first], frozen, requests, later, sweep=sweep)
+    return SubmissionPlan(folder, [first], frozen, requests, sweep=sweep)
 
 
 def _refuse_existing(config: RunConfig) -> None:
@@ -158,7 +145,7 @@ def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan
     if made is not None and not (made.output_dir / "student" / "config.json").exists():
         first, config = Request([*words, "--only", "teacher"], made.output_dir), made
     frozen = {path: _frozen_comparison(comparison, recipe)} | _frozen_teacher(comparison, path)
-    return SubmissionPlan(comparison.folder, [config], frozen, requests, first=first, comparison=True)
+    return SubmissionPlan(comparison.folder, [config], frozen, requests, first, comparison=True)
 
 
 def _taken(settings: Iterable[Setting]) -> list[str]:

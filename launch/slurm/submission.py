@@ -78,8 +78,6 @@ def check_runs(plan: SubmissionPlan, config: ClusterConfig) -> list[str]:
     for run in plan.configs:
         _check_data(run, config)
         plans.append(describe_plan(run, config.world_size, needs_data=not run.data.download))
-    for run in plan.later:
-        describe_plan(run, config.world_size)
     for warning in dict.fromkeys(
         line.partition("warning: ")[2] for text in plans for line in text.splitlines()
     ):

@@ -302,16 +302,6 @@ def run_configs(recipe: str | Path | None, settings: Sequence[Setting]) -> list[
     return [stage.config for stage in stages] or [load_config(recipe, settings)]
 
 
-def later_configs(recipe: str | Path | None, settings: Sequence[Setting]) -> list[RunConfig]:
-    """Return what can be checked now of the stages after the first. Raises ConfigError."""
-    stages = [] if recipe is None else load_stages(recipe, settings)
-    if not stages:
-        return []
-    from ...transfer.engine.stages import later_settings  # loads torch
-
-    return later_settings(stages)
-
-
 def frozen_text(recipe: str | Path | None, settings: Sequence[Setting]) -> str:
     """Return the YAML of all settings of a run; stages stay stages. Raises ConfigError."""
     stages = [] if recipe is None else load_stages(recipe, settings)

@@ -41,31 +41,6 @@ def test_a_comparison_of_plans_by_stage_lists_its_cells(capsys: pytest.CaptureFi
     assert "compare.plans: uniform at 16 px: plan: layer 0 has a relative position bias" in said
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_a_plan_that_a_later_stage_refuses_is_said_before_the_first(
-    made: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also where the teacher is not trained yet."""
-    path = write_config(tmp_path, {"softmax": "*: softmax", "linear": "*: linear"})
-    config = yaml.safe_load(path.read_text())
-    config["stages"][1]["transfer"] = {"method": "distill"}
-    if made:
-        student = {key: value for key, value in config["student"].items() if key != "init"}
-        recipe = {"mode": "scratch", "student": student, "data": config["data"], "engine": config["engine"]}
-        (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe))
-        config["compare"]["teacher_recipe"] = "teacher.yaml"
-    path.write_text(yaml.safe_dump(config))
-    assert main(["compare", str(path), "--dry_run"]) == 2
-    said = capsys.readouterr().err
-    assert (
-        "compare.plans: uniform at 8 px: stage task: layer 0 of the student has uniform in place of" in said
-    )
-    config["compare"]["stages"] = {"uniform": ["align"], "linear": ["align"]}
-    path.write_text(yaml.safe_dump(config))
-    assert main(["compare", str(path), "--dry_run"]) == 0
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("recipe", ["digits_compare", "efficient_attention_cifar10"])
 def test_the_recipes_list_their_cells(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", recipe, "--dry_run", "--output_dir", "/nowhere/at/all"]) == 0

@@ -104,25 +104,6 @@ def check_stages(stages: Sequence[Stage]) -> list[Stage]:
     return chained
 
 
-def later_settings(stages: Sequence[Stage]) -> list[RunConfig]:
-    """Return settings by which each stage after the first can be checked now.
-
-    A stage goes on from the student of the one before. Where that is not there, a fresh model of the same conversion
-    is in its place.
-    """
-    chained, converted, found = chain(stages), stages[0].config.student, []
-    for own, stage, before in zip(stages[1:], chained[1:], chained, strict=False):
-        if own.config.student.plan not in (None, converted.plan):
-            converted = own.config.student
-        config = stage.config
-        if not (before.config.output_dir / "student").is_dir():
-            made = {"plan": converted.plan, "calibrate": converted.calibrate}
-            student = own.config.student.model_copy(update=made)
-            config = own.config.model_copy(update={"output_dir": config.output_dir, "student": student})
-        found.append(config)
-    return found
-
-
 def train_stages(stages: Sequence[Stage]) -> StagesResult:
     """Run `chain(stages)` to the end; resume a stage that was started.
 

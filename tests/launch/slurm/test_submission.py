@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from cluster_users import user_with_recipe, write_site
 from graftvit.launch.slurm import checks
 from graftvit.launch.slurm import checks as inventory
@@ -17,7 +16,7 @@ from graftvit.launch.slurm.requests import plan_run
 from graftvit.launch.slurm.setting_layers import ask
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check_runs
-from graftvit.models.errors import ConfigError, TransferError
+from graftvit.models.errors import ConfigError
 
 PARTITION = "PartitionName=main Default=YES State=UP MaxTime=12:00:00 MaxNodes=UNLIMITED\n"
 NODES = "n1|8|4000|{state}|gpu:4(S:0-1),tmpdisk:100\nn2|8|4000|{state}|gpu:4,tmpdisk:ssd:2K,tmpdisk:100\n"
@@ -186,24 +185,6 @@ def test_what_the_plan_warns_of_is_said(
     monkeypatch.setattr("graftvit.launch.plan_text.describe_plan", lambda *_, **__: plans)
     check_runs(plan_run("run.yaml", [], []), ClusterConfig())
     assert capsys.readouterr().err.splitlines()[1:] == ["graftvit: warning: it ends in its warm-up"]
-
-
-@pytest.mark.parametrize("sweep", [[], ["seed=0..1"]])
-def test_what_a_later_stage_would_refuse_is_said_before_the_first(user: Path, sweep: list[str]) -> None:
-    recipe = yaml.safe_load((user / "run.yaml").read_text())
-    recipe["student"] |= {"init": "teacher", "drop_path": 0.0, "plan": "*: linear"}
-    recipe["stages"] = [
-        {"name": "align", "mode": "align"},
-        {"name": "task", "mode": "transfer", "student": {"plan": None}, "transfer": {"method": "distill"}},
-    ]
-    (user / "run.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(
-        TransferError, match="layer 0 of the student has linear in place of softmax attention"
-    ):
-        check_runs(plan_run("run.yaml", [], sweep), ClusterConfig())
-    recipe["stages"][1]["transfer"]["method"] = "logits"
-    (user / "run.yaml").write_text(yaml.safe_dump(recipe))
-    assert len(check_runs(plan_run("run.yaml", [], sweep), ClusterConfig())) == 1
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,29 +168,6 @@ def test_a_plan_of_a_later_stage_is_checked_before_the_first(
     path = converting(tmp_path, teacher, "*: hsh")
     assert main(["train", str(path), "--dry_run"]) == 2
     assert "did you mean 'hash'" in capsys.readouterr().err
-
-
-def test_what_a_later_stage_refuses_is_said_before_the_first(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = converting(tmp_path, teacher, "*: linear")
-    base = yaml.safe_load(path.read_text())
-    base["stages"][2] = {"name": "more", "mode": "transfer", "transfer": {"method": "distill"}}
-    path.write_text(yaml.safe_dump(base))
-    assert main(["train", str(path), "--dry_run"]) == 2
-    assert "has linear in place of softmax attention" in capsys.readouterr().err
-
-
-def test_a_dry_run_between_the_stages_goes_on_from_the_student_that_is_there(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = converting(tmp_path, teacher, "*: linear")
-    assert main(["train", str(path)]) == 0
-    shutil.rmtree(tmp_path / "run" / "3-more")
-    capsys.readouterr()
-    assert main(["train", str(path), "--dry_run"]) == 0
-    second = capsys.readouterr().out.partition("the stage hash, which converts the student:")[2]
-    assert f"from local-dir:{tmp_path / 'run' / '1-softmax' / 'student'}" in second
 
 
 def test_a_stage_that_is_stopped_stops_the_rest(

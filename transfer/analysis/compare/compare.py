@@ -8,12 +8,10 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from ....checkpoints.pretrained import Pretrained
 from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
 from ....models.families import check_supported
@@ -31,8 +29,6 @@ from .cell_record import Record, Speed
 from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells
 from .speed import measure_speed
 from .student_cell import (
-    cell_stages,
-    check_tasks,
     count_parameters,
     fresh_model,
     is_linear,
@@ -40,7 +36,6 @@ from .student_cell import (
     speed_models,
     teacher_of,
     train_cell,
-    untrained_teacher,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,29 +119,12 @@ def _plain(config: RunConfig, but: set[str]) -> JsonDict:
 
 
 def check_plans(comparison: Comparison) -> None:
-    """Build every student once, beside the teacher in each of its stages.
-
-    Raises GraftError: a plan is not valid, does not fit the model at a size, or a stage refuses the student.
-    """
-    teacher = cache(partial(_teacher_without_weights, comparison))
+    """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
     for cell in {(cell.name, cell.size): cell for cell in comparison.cells()}.values():
         try:
             check_supported(fresh_model(comparison.config, cell.plan, cell.size), pyramids=True)
-            if cell.name != TEACHER:
-                own = cell_stages(comparison.stages_of(cell), cell, comparison.cell_folder(cell))
-                check_tasks(own, cell, teacher(cell.size))
         except GraftError as error:
             raise ConfigError(f"compare.plans: {cell.name} at {cell.size} px: {error}") from error
-
-
-def _teacher_without_weights(comparison: Comparison, size: int) -> Pretrained | None:
-    """Return the teacher for students of this size, without its weights where they are elsewhere."""
-    if not comparison.has_teacher:
-        return None
-    if comparison.teacher is not None:
-        return untrained_teacher(comparison.teacher, size)
-    student = comparison.config.student.model_copy(update={"img_size": size})
-    return teacher_of(comparison.config.model_copy(update={"student": student}), weights=False)
 
 
 def run_compare(

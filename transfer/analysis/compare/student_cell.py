@@ -14,26 +14,22 @@ from torch import Tensor, nn
 from ....checkpoints.fitted_layers import FittedLayers
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import Pretrained, load_pretrained
-from ....checkpoints.report import LoadReport
 from ....checkpoints.timm_models import published_config
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
-from ....models.errors import ConfigError, GraftError
+from ....models.errors import ConfigError
 from ....models.families import sites
 from ....models.json_types import JsonDict
-from ....models.without_memory import without_memory
-from ...config import RunConfig, StudentConfig
+from ...config import RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build
 from ...engine.fit_operators import fit_student
-from ...engine.mode import Models
 from ...engine.modes import mode_of
 from ...engine.runlog import read_log
 from ...engine.stages import Stage, chain, train_stages
 from ...engine.students import input_size, plan_student
 from ...evaluate import evaluate
-from ...methods.loss_terms import DEFAULT_TEACHER
 from ...recovery.layer_losses import can_learn
 from .cell_record import Score
 from .comparison_cells import Cell
@@ -87,38 +83,11 @@ def _can_align(stage: Stage, operators: Sequence[AttentionOperator]) -> bool:
     return any(can_learn(stage.config.align.match, operator) for operator in operators)
 
 
-def check_tasks(stages: Sequence[Stage], cell: Cell, teacher: Pretrained | None) -> None:
-    """Build what the stages of a cell compute, on models that may have no weights. Raises GraftError: one refuses."""
-    teachers = {} if teacher is None else {DEFAULT_TEACHER: teacher}
-    for stage in stages:
-        with without_memory():
-            student = fresh_model(stage.config, cell.plan, cell.size)
-        models = Models(student, teachers, _images(stage.config.student), lambda: None)
-        try:
-            mode_of(stage.config).task(models)
-        except GraftError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from error
-
-
-def untrained_teacher(made: RunConfig, size: int) -> Pretrained:
-    """Return the model of the run that makes the teacher, before it has weights."""
-    student = made.student.model_copy(update={"img_size": size})
-    with without_memory():
-        model = fresh_model(made, student.plan, size).eval().requires_grad_(False)
-    name = student.model
-    return Pretrained(
-        model, name, name, _images(student), None, None, has_head=True, report=LoadReport(name, "none", 0)
-    )
-
-
 def fresh_model(config: RunConfig, plan: str | None, size: int) -> nn.Module:
     """Build the student with random weights, at any image size. Raises GraftError: it cannot be built."""
     student = config.student.model_copy(update={"plan": plan, "img_size": size})
-    return plan_student(student, config.data.num_classes or 10, None, _images(student)).create()
-
-
-def _images(student: StudentConfig) -> Preprocessing:
-    return Preprocessing.read(published_config(student.model), input_size(student))
+    images = Preprocessing.read(published_config(student.model), input_size(student))
+    return plan_student(student, config.data.num_classes or 10, None, images).create()
 
 
 def is_linear(model: nn.Module) -> bool:
@@ -177,8 +146,8 @@ def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[st
     return {name: layer_errors(teacher.model, student, images) for name, student in students.items()}
 
 
-def teacher_of(config: RunConfig, *, weights: bool = True) -> Pretrained:
-    """Load the teacher at the size of the student's images; without `weights`, none are downloaded."""
+def teacher_of(config: RunConfig) -> Pretrained:
+    """Load the teacher at the size of the student's images."""
     how = config.teacher
     return load_pretrained(
         str(how.source),
@@ -187,8 +156,7 @@ def teacher_of(config: RunConfig, *, weights: bool = True) -> Pretrained:
         img_size=how.img_size or config.student.img_size,
         position_embedding=how.position_embedding,
         revision=how.revision,
-        identified=weights,
-        download=weights,
+        identified=True,
     )
 
 
