@@ -1,40 +1,25 @@
-"""What a process of this package does with objects that are no longer needed."""
+"""How often Python searches for garbage while a command runs."""
 
 from __future__ import annotations
 
 import atexit
 import gc
-import os
-import sys
-from collections.abc import Callable
 
 
 def collect_seldom() -> None:
-    """Let this process search for garbage seldom.
+    """Let this process search for garbage seldom, and not at its end.
 
-    To import torch and timm makes a million objects and no garbage: searching them takes as long as the imports.
+    To import torch and timm makes a million objects and no garbage: searching them, and clearing them one by one at
+    the end, takes as long as the imports themselves.
     """
     gc.set_threshold(20_000, 20, 20)
+    atexit.register(_clear_nothing)
 
 
-def without_clearing(run: Callable[[], int]) -> int:
-    """Return the exit code of `run`, and end this process with it as soon as it has nothing left to do.
+def _clear_nothing() -> None:
+    """Keep what is there out of the last search, unless a library would print that it was not cleared.
 
-    Python waits for all threads and runs the functions of `atexit`. Then it would clear a million objects one by one,
-    for a second; the system frees their memory at once. After an error that `run` raises, Python ends as always.
+    Libraries built with nanobind do so, such as triton since torch 2.15. Their classes have a metaclass of this name.
     """
-    codes: list[int] = []
-    atexit.register(_end, codes)  # the first that is registered runs last
-    codes.append(run())
-    return codes[0]
-
-
-def _end(codes: list[int]) -> None:
-    if not codes:
-        return
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-    except (OSError, ValueError):
-        return  # Python tells of it
-    os._exit(codes[0])
+    if not any(kind.__name__.startswith("nb_type") for kind in type.__subclasses__(type)):
+        gc.freeze()
