@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -131,8 +132,13 @@ def _split_part(text: str) -> tuple[Path, Part | None]:
     path, _, word = text.rpartition("#")
     for part in PARTS:
         if part == word and path:
-            return Path(path).expanduser(), part
-    return Path(text).expanduser(), None
+            return _at_home(path), part
+    return _at_home(text), None
+
+
+def _at_home(path: str) -> Path:
+    """Replace a leading `~`; that of a user who is not there stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _suggest(text: str) -> str:
@@ -142,5 +148,6 @@ def _suggest(text: str) -> str:
         return f"there is no such file or folder; {f'{near} Else ' if near else ''}write {SYNTAX}"
     names = list_pretrained() if tag else list_models()
     nearest = difflib.get_close_matches(text if tag else base, names, n=1, cutoff=0.6)
-    hint = f"{near} " if near else f"did you mean {nearest[0]!r}? " if nearest else ""
+    model = f"did you mean {nearest[0]!r}?" if nearest else ""
+    hint = f"{near} Or the model {nearest[0]!r}? " if near and nearest else f"{near or model} ".lstrip()
     return f"{hint}Valid is {SYNTAX}; `timm.list_pretrained()` names the models"

@@ -339,6 +339,10 @@ def _explain_entry(
         return f"{place}.{name} is not {Leaf(name, section.model_fields[name]).valid()}"
     message = finding["msg"].removeprefix("Value error, ").removeprefix("Input ")
     field = section.model_fields.get(name)
-    near = None if field is None else Leaf(name, field).nearest(finding["input"])
+    near = (
+        None
+        if field is None or isinstance(finding["input"], list)
+        else Leaf(name, field).nearest(finding["input"])
+    )
     hint = f"did you mean {near!r}? It" if near else "but"
     return f"{place}.{name} is {finding['input']!r}, {hint} {message}"

@@ -53,6 +53,7 @@ def test_folders(tmp_path: Path) -> None:
     [
         ("vit_larg_patch16_224.mae", "did you mean 'vit_large_patch16_224.mae'"),
         ("vit_base_patch16_244", "did you mean 'vit_base_patch16_224'"),
+        ("~nouser/x", "no such file or folder"),
         ("", "is no source of weights"),
         ("org/name", "write a timm name .*, hf-hub:org/name"),
         ("./runs/nowhere", "no such file or folder"),
@@ -74,6 +75,17 @@ def test_mistakes_are_answered_in_one_sentence(text: str, said: str, monkeypatch
     with pytest.raises(CheckpointError, match=said) as caught:
         parse_source(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_and_a_model_of_nearly_this_name_are_both_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vit_tiny_patch16_run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"_run'\? Or the model 'vit_tiny_patch16_224'"
+    ):
+        parse_source("vit_tiny_patch16_22")
 
 
 def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def test_a_size_in_words_is_answered_with_a_list(key: str) -> None:
             "losses=[{method: distil}]",
             "losses[0].method is 'distil', did you mean 'distill'? It should be one of 'copy', ",
         ),
+        ("losses=[{method: [distil]}]", "losses[0].method is ['distil'], but should be "),
         (
             "losses=[{method: distill}, {wieght: 2}]",
             "losses[1] has an unknown key 'wieght'; did you mean 'weight'?",
