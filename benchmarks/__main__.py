@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.models, arguments.tokens, arguments.repeats = ["ViT-S"], [197], 3
-        arguments.name = "quick"
+        arguments.name = arguments.name or "quick"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.name = arguments.name or device + "_kept" * arguments.keep_freed_memory
     return arguments

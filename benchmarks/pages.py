@@ -40,14 +40,19 @@ def summary(result: dict[str, Any], kept: dict[str, Any]) -> str:
     """Return the paragraph of the README."""
     small, large = (row_of(result, tokens) for tokens in TOKENS)
     ratio, other = small["ratio"], large["ratio"]
-    kept_ratio, kept_other = (row_of(kept, tokens)["ratio"]["dense distill"] for tokens in TOKENS)
     memory = large["extra_mebibytes_an_image"]
+    faster = any(row["ratio"]["dense distill"] < row["ratio"]["distill"] for row in kept["rows"])
+    turned = (
+        "With few tokens, forming them can be faster where the C library keeps freed memory. "
+        if faster
+        else ""
+    )
     return textwrap.fill(
         f"A distillation step with all layers of {MODEL} costs {ratio['distill']:.2f} × the bound (teacher forward "
         f"plus a plain student step) at 1,025 tokens and {other['distill']:.2f} × at 2,305; forming the maps costs "
-        f"{ratio['dense distill']:.2f} × and {other['dense distill']:.2f} × ({kept_ratio:.2f} × and {kept_other:.2f} × "
-        f"where the C library keeps freed memory), and {memory['dense distill']:,.0f} MiB an image instead of "
-        f"{memory['distill']:.0f}. Copying costs {ratio['copy']:.2f} × and {other['copy']:.2f} × the "
+        f"{ratio['dense distill']:.2f} × and {other['dense distill']:.2f} ×, and {memory['dense distill']:,.0f} MiB an "
+        f"image instead of {memory['distill']:.0f}. {turned}"
+        f"Copying costs {ratio['copy']:.2f} × and {other['copy']:.2f} × the "
         "bound, because the student computes no queries and keys ([measured](docs/transfer.md#no-map-is-formed) in "
         f"float32 on {result['machine']} by `make bench`).",
         120,
@@ -62,7 +67,8 @@ def section(result: dict[str, Any], kept: dict[str, Any]) -> str:
     before = (
         f"Measured in float32 on {result['machine']}, all layers of {MODEL}, medians of {result['repeats']} rounds "
         "(`make bench`, [benchmarks/results/cpu.md](../benchmarks/results/cpu.md)): the time relative to the bound, "
-        "and in parentheses the minimum by operation count."
+        "and in parentheses the minimum by the operations of the products (other operations are in the bound, too, so "
+        "a measured ratio can be lower)."
     )
     after = (
         f"Compared with a plain student step, an image needs {small['distill']:.0f} MiB more at 1,025 tokens and "
@@ -77,17 +83,17 @@ def section(result: dict[str, Any], kept: dict[str, Any]) -> str:
 
 
 def with_kept_memory(kept: dict[str, Any]) -> str:
-    """Return the paragraph about an allocator that keeps freed memory."""
+    """Return the paragraph about freed memory that stays in the process."""
     rows = [row for row in kept["rows"] if row["model"] == MODEL]
+    tokens = [f"{row['tokens']:,}" for row in rows]
     ours, dense = (
         listed([f"{row['ratio'][name]:.2f}" for row in rows]) for name in ("distill", "dense distill")
     )
-    tokens = listed([f"{row['tokens']:,}" for row in rows])
     return (
         "Part of the dense form's time is the system's, which hands out the pages of its maps again in each step. "
-        "Where the C library keeps freed memory (measured on "
-        f"{kept['machine']} by `make bench ARGS=--keep_freed_memory`), distilling costs {ours} × the bound at "
-        f"{tokens} tokens, and the dense form {dense} ×."
+        "Where the C library keeps freed memory "
+        f"(`make bench ARGS='--keep_freed_memory --tokens {' '.join(tokens)}'`, the same machine), distilling costs "
+        f"{ours} × the bound at {listed(tokens)} tokens, and the dense form {dense} ×."
     )
 
 

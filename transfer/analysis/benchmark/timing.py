@@ -68,13 +68,12 @@ def step_of(run: Callable[[], Tensor], leaves: Sequence[Tensor] = (), upstream: 
 def keep_freed_memory() -> None:
     """Let the C library keep memory that is freed, as torch does on a GPU. Nothing happens where it is not glibc.
 
-    glibc returns memory at the end of its heap to the system, and gets it back page by page in the next call, which
-    can take longer than the call's arithmetic. Between the tensors of a training process this memory is rarely at
-    the end.
+    glibc returns large blocks, and memory at the end of its heap, to the system, and gets them back page by page in
+    the next call, which can take longer than the call's arithmetic.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
-        library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(TRIM_THRESHOLD, -1)  # however large it is
         library.mallopt(MMAP_MAX, 0)
 
 
