@@ -82,9 +82,7 @@ def test_a_folder_and_a_model_of_nearly_this_name_are_both_named(
 ) -> None:
     (tmp_path / "vit_tiny_patch16_run").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"_run'\? Or the model 'vit_tiny_patch16_224'"
-    ):
+    with pytest.raises(CheckpointError, match=r"_run'\? Or the model 'vit_tiny_patch16_224'"):
         parse_source("vit_tiny_patch16_22")
 
 
