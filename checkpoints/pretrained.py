@@ -10,6 +10,7 @@ from timm.models import split_model_name_tag
 from torch import nn
 
 from ..models.conversion import plan_size, resize
+from ..models.converted import drop_other_operators
 from ..models.copied import copying_of
 from ..models.dropped_parts import drop_parts
 from ..models.errors import CheckpointError
@@ -204,7 +205,8 @@ def load_weights(
         arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     tensors, left_out = drop_parts(model, converted(model, weights.tensors))
-    weights = replace(weights, tensors=tensors, left_out={**weights.left_out, **left_out})
+    tensors, others = drop_other_operators(model, tensors, weights.model_args.get("plan"))
+    weights = replace(weights, tensors=tensors, left_out={**weights.left_out, **left_out, **others})
     config: Json = getattr(model, "default_cfg", None) or {}
     report = fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
     return replace(report, resampled={**report.resampled, **resampled})

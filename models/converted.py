@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .attention.base import AttentionOperator, Fit, Geometry
-from .families import NoAttention, blocks_of, image_size, is_pyramid
+from .families import NoAttention, blocks_of, depths, image_size, is_pyramid, sites
 from .host import AttentionHost
-from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, plan_text
+from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, parse_plan, plan_text
 from .merges import merge_layers, merges_deformably
 from .replay import replay_blocks
 
@@ -95,6 +95,25 @@ def plan_of(model: nn.Module) -> str | None:
     kept = AS_IT_IS if is_pyramid(model) else KEEP
     changed = merges_deformably(model) or any(choice.operator != kept for choice in choices_of(model))
     return whole_plan(model) if changed else None
+
+
+def drop_other_operators(
+    model: nn.Module, tensors: Mapping[str, Tensor], plan: str | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return weights of a model that was converted by `plan` without those of operators that `model` has not.
+
+    Also returns the reason of each key left out. Such a layer of `model` starts as a layer that was just converted.
+    """
+    found, reasons = dict(tensors), dict[str, str]()
+    if plan is None:
+        return found, reasons
+    before = parse_plan(plan, depths(model) if is_pyramid(model) else len(blocks_of(model)))
+    for site, old, new in zip(sites(model), before, choices_of(model), strict=True):
+        prefix = f"{site.path}.attn.operator."
+        for key in [key for key in found if old != new and key.startswith(prefix)]:
+            reasons[key] = f"{new} takes the place of {old}"
+            del found[key]
+    return found, reasons
 
 
 def whole_plan(model: nn.Module, keep: Collection[int] = ()) -> str:

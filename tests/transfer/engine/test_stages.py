@@ -162,6 +162,37 @@ def test_a_stage_with_another_plan_converts_the_student(
         torch.testing.assert_close(hashed[name], more[name], rtol=0, atol=1e-20)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("*: focused", "*: linear"),
+        ("*: hedgehog", "*: softmax"),
+        ("*: focused", "0: focused; 1: inline"),
+        ("*: linformer(num_keys=4)", "0: linformer(num_keys=2); 1: linformer(num_keys=4)"),
+    ],
+)
+def test_a_stage_exchanges_operators_that_have_parameters(
+    before: str, after: str, teacher: Path, tmp_path: Path
+) -> None:
+    """A layer of the same operator keeps its parameters."""
+    path = converting(tmp_path, teacher, after)
+    base = yaml.safe_load(path.read_text())
+    base["stages"][0]["student"]["plan"] = before
+    for stage in base["stages"][1:]:
+        del stage["student"]
+    base["stages"][1]["student"] = {"plan": after}
+    path.write_text(yaml.safe_dump(base))
+    assert main(["train", str(path)]) == 0
+    run = tmp_path / "run"
+    first, last = weights(run / "1-softmax" / "student"), weights(run / "student")
+    assert plan_of(graftvit.load(run / "student")) == (None if after == "*: softmax" else after)
+    for name, tensor in last.items():
+        if name in first and first[name].shape == tensor.shape and "operator" not in name:
+            torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-20)
+    kept = [name for name in last if "blocks.1.attn.operator" in name and before.split()[1] in after.split()]
+    assert all(torch.allclose(last[name], first[name], rtol=0, atol=1e-20) for name in kept)
+
+
 def test_a_plan_of_a_later_stage_is_checked_before_the_first(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
