@@ -103,6 +103,11 @@ class Mode(ABC):
         return False
 
     @property
+    def copies(self) -> bool:
+        """Whether the student runs with a teacher's attention, also after the run."""
+        return False
+
+    @property
     def starting_source(self) -> str | None:
         """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
         return self.config.student.init or find_whole_name(self.config.student) or self.starts_from

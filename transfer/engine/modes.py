@@ -88,6 +88,10 @@ class Transfer(Mode):
         return term_methods(self.config.transfer)
 
     @property
+    def copies(self) -> bool:
+        return any(method.copies for method in self.methods)
+
+    @property
     def teachers_of_terms(self) -> list[str]:
         """The name of the teacher of each entry."""
         return teachers_of_terms(self.config)
@@ -112,7 +116,7 @@ class Transfer(Mode):
                     f"{name}.compile=true changes nothing beside student.compile=true, which compiles the whole step: "
                     "set one of them to false"
                 )
-        if any(method.copies for method in self.methods) and self.config.teacher.dtype != "fp32":
+        if self.copies and self.config.teacher.dtype != "fp32":
             raise ConfigError(
                 f"teacher.dtype={self.config.teacher.dtype} does not go with transfer.method={self.methods[0].name}, "
                 "whose student is saved with its teacher in float32: set it to fp32"
@@ -125,7 +129,7 @@ class Transfer(Mode):
 
     @property
     def skips_parameters(self) -> bool:
-        return any(method.copies for method in self.methods)
+        return self.copies
 
     @property
     def teaches_classes(self) -> list[str]:

@@ -97,8 +97,14 @@ def check_stages(stages: Sequence[Stage]) -> list[Stage]:
     """Return `chain(stages)`. Raise ConfigError for settings that one of the runs cannot have."""
     chained = chain(stages)
     for stage in chained:
+        mode = mode_of(stage.config)
         try:
-            check_settings(mode_of(stage.config))
+            if mode.copies and stage is not chained[-1]:
+                raise ConfigError(
+                    "its student runs with the teacher's attention, which is copied, and cannot be trained further: "
+                    "make it the last stage"
+                )
+            check_settings(mode)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
     return chained

@@ -193,6 +193,20 @@ def test_a_stage_exchanges_operators_that_have_parameters(
     assert all(torch.allclose(last[name], first[name], rtol=0, atol=1e-20) for name in kept)
 
 
+def test_a_stage_after_one_that_copies_is_refused_before_anything_runs(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = converting(tmp_path, teacher, "*: linear")
+    base = yaml.safe_load(path.read_text())
+    copying = {"name": "copy", "mode": "transfer", "transfer": {"method": "copy"}}
+    base["stages"] = [copying, {"name": "more", "mode": "finetune"}]
+    for words in ([], ["--dry_run"]):
+        path.write_text(yaml.safe_dump(base))
+        assert main(["train", str(path), *words]) == 2
+        assert "stage copy: its student runs with the teacher's attention" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_plan_of_a_later_stage_is_checked_before_the_first(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
