@@ -21,6 +21,8 @@ SYNTAX = (
     "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
     "or a weights file (.safetensors, .pth, .npz, …)"
 )
+RESULTS = ("student", "student_ema")
+"""The folders of a run that hold its models."""
 Part = Literal["student", "teacher", "ema", "best", "last"]
 """One of several models. Of a run: `last`, as `student`, is the student as trained to the newest step, `ema` its moving
 average there, `best` the model with the best score, which is the average where the run keeps one."""
@@ -105,7 +107,8 @@ def _hub(name: str, text: str) -> HubSource:
 def _folder(name: str, text: str) -> FolderSource:
     path, part = _split_part(name)
     if not name or not is_there(path):
-        unfinished = is_there(path.parent / "config.yaml") or is_there(path.parent / "jobs")
+        run = is_there(path.parent / "config.yaml") or is_there(path.parent / "jobs")
+        unfinished = run and path.name in RESULTS
         why = f"the run in {path.parent} has not written it yet" if unfinished else _near(path)
         raise CheckpointError(f"{text!r}: there is no folder {str(path)!r}; {why}")
     if not is_folder(path):

@@ -86,6 +86,15 @@ def test_a_folder_and_a_model_of_nearly_this_name_are_both_named(
         parse_source("vit_tiny_patch16_22")
 
 
+def test_a_run_has_a_student_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(CheckpointError, match="has not written it yet"):
+        parse_source(f"local-dir:{tmp_path / 'student'}")
+    (tmp_path / "student").mkdir()
+    with pytest.raises(CheckpointError, match="did you mean '.*/student'"):
+        parse_source(f"local-dir:{tmp_path / 'studnet'}")
+
+
 def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path: Path) -> None:
     (tmp_path / "d.pth").mkdir()
     (tmp_path / "f").write_bytes(b"")
