@@ -91,7 +91,7 @@ def test_a_run_has_a_student_at_its_end(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has not written it yet"):
         parse_source(f"local-dir:{tmp_path / 'student'}")
     (tmp_path / "student").mkdir()
-    with pytest.raises(CheckpointError, match="did you mean '.*/student'"):
+    with pytest.raises(CheckpointError, match=r"did you mean '.*/student'"):
         parse_source(f"local-dir:{tmp_path / 'studnet'}")
 
 
