@@ -184,12 +184,14 @@ def load_weights(
     position_embedding: Method = "timm",
     revision: str | None = None,
     download: bool = True,
+    replanned: bool = False,
 ) -> LoadReport:
     """Load any source into `model`, to continue training from it.
 
     A head that is absent or of another size stays fresh, and so does the final norm where the pooling
-    differs; the report says it. Without `download` the weights behind a timm name are held against the model by their
-    shapes alone; a model on the meta device keeps no values in any case.
+    differs; the report says it. With `replanned`, for a model that was converted by a plan of its own, so does an
+    operator where the weights have another. Without `download` the weights behind a timm name are held against the
+    model by their shapes alone; a model on the meta device keeps no values in any case.
 
     Raises CheckpointError as `load_pretrained`.
     """
@@ -205,8 +207,10 @@ def load_weights(
         arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     tensors, left_out = drop_parts(model, converted(model, weights.tensors))
-    tensors, others = drop_other_operators(model, tensors, weights.model_args.get("plan"))
-    weights = replace(weights, tensors=tensors, left_out={**weights.left_out, **left_out, **others})
+    if replanned:
+        tensors, others = drop_other_operators(model, tensors, weights.model_args.get("plan"))
+        left_out |= others
+    weights = replace(weights, tensors=tensors, left_out={**weights.left_out, **left_out})
     config: Json = getattr(model, "default_cfg", None) or {}
     report = fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
     return replace(report, resampled={**report.resampled, **resampled})

@@ -328,7 +328,12 @@ def _start_from(
         revision = teacher.revision if teacher is not None else how.revision
     check_published(source, {}, revision)
     report = load_weights(
-        student, source, position_embedding=how.position_embedding, revision=revision, download=weights
+        student,
+        source,
+        position_embedding=how.position_embedding,
+        revision=revision,
+        download=weights,
+        replanned=mode.config.student.plan is not None,
     )
     _check_fitted(mode, student, report.missing)
     logger.info("student starts from %s: %s", source, report)

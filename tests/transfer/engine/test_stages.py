@@ -193,6 +193,25 @@ def test_a_stage_exchanges_operators_that_have_parameters(
     assert all(torch.allclose(last[name], first[name], rtol=0, atol=1e-20) for name in kept)
 
 
+def test_operators_are_left_out_only_for_a_plan_that_was_asked_for(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = converting(tmp_path, teacher, "*: focused")
+    base = yaml.safe_load(path.read_text())
+    base["stages"] = [base["stages"][1]]
+    base["stages"][0]["student"] = {"plan": "*: focused"}
+    path.write_text(yaml.safe_dump(base))
+    assert main(["train", str(path)]) == 0
+    del base["stages"], base["teacher"]
+    base["output_dir"], base["student"]["init"] = str(tmp_path / "next"), str(tmp_path / "run" / "student")
+    base |= {"mode": "finetune"}
+    base["student"]["plan"] = None
+    path.write_text(yaml.safe_dump(base))
+    assert main(["train", str(path), "--dry_run"]) == 2
+    assert "unexpected keys: blocks.0.attn.operator." in capsys.readouterr().err
+    assert main(["train", str(path), "--dry_run", "--plan", "*: linear"]) == 0
+
+
 def test_a_stage_after_one_that_copies_is_refused_before_anything_runs(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
