@@ -98,7 +98,7 @@ def with_kept_memory(kept: dict[str, Any]) -> str:
 
 
 def listed(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def table(result: dict[str, Any]) -> str:
