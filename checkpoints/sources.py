@@ -21,7 +21,7 @@ SYNTAX = (
     "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
     "or a weights file (.safetensors, .pth, .npz, …)"
 )
-RESULTS = ("student", "student_ema")
+STUDENTS = ("student", "student_ema")
 """The folders of a run that hold its models."""
 Part = Literal["student", "teacher", "ema", "best", "last"]
 """One of several models. Of a run: `last`, as `student`, is the student as trained to the newest step, `ema` its moving
@@ -108,7 +108,7 @@ def _folder(name: str, text: str) -> FolderSource:
     path, part = _split_part(name)
     if not name or not is_there(path):
         run = is_there(path.parent / "config.yaml") or is_there(path.parent / "jobs")
-        unfinished = run and path.name in RESULTS
+        unfinished = run and path.name in STUDENTS
         why = f"the run in {path.parent} has not written it yet" if unfinished else _near(path)
         raise CheckpointError(f"{text!r}: there is no folder {str(path)!r}; {why}")
     if not is_folder(path):

@@ -21,7 +21,7 @@ from ..public import public
 from ..regular_files import read_regular
 from ..report import some
 from ..shards import weight_map
-from ..sources import PICKLE_SUFFIXES
+from ..sources import PICKLE_SUFFIXES, STUDENTS
 from .card import is_generated, student_card
 from .card_text import DescribeTransfer, plain_transfer, section
 from .claim import Claim, claim_license, license_of_card
@@ -134,7 +134,7 @@ def _config(folder: Path) -> JsonDict:
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r} to push; check the path")
     if not (folder / CONFIG).is_file():
-        runs = [name for name in ("student", "student_ema") if (folder / name / CONFIG).is_file()]
+        runs = [name for name in STUDENTS if (folder / name / CONFIG).is_file()]
         hint = f"it is a run, push {folder / runs[0]}" if runs else "a finished run writes one"
         raise CheckpointError(f"{folder} is not a student folder, because it has no {CONFIG}: {hint}")
     try:

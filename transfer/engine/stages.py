@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.model_folders import STAGES_FILE
+from ...checkpoints.sources import STUDENTS
 from ...models.errors import ConfigError
 from ...models.json_types import JsonDict
 from ..config import RunConfig
@@ -27,7 +28,6 @@ from .run_parts import run_parts
 from .train import RunResult, train
 
 logger = logging.getLogger(__name__)
-STUDENTS = ("student", "student_ema")
 
 
 @dataclass(frozen=True)
