@@ -40,7 +40,7 @@ GATED = frozenset(f"mlp.fc1_{gate}.{kind}" for gate in "gx" for kind in ("weight
 FIRST = frozenset({"mlp.fc1.weight", "mlp.fc1.bias"})
 FAMILIES = (
     "MAE, DeiT and DeiT III, DINO, DINOv2, DINOv3, MoCo-v3, iBOT, BEiT, Google's flax ViTs, attention transfer, "
-    "EcoFormer, PVT, LIT and LITv2 in their published sizes, Hugging Face's ViTs and timm's own"
+    "EcoFormer, PVT, LIT, LITv2, AttnZero's PVT and Swin in their published sizes, Hugging Face's ViTs, timm's own"
 )
 
 

@@ -49,7 +49,9 @@ def drop_parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         reason = _reason(site.block(model).attn)
         if not reason:
             continue
-        for key in [key for key in found if key not in own and key.startswith(_prefixes(site))]:
+        for key in [
+            key for key in found if key not in own and _is_dropped(key, site, site.block(model).attn)
+        ]:
             reasons[key] = reason
             del found[key]
         for name in FUSED:
@@ -64,8 +66,13 @@ def _reason(layer: Any) -> str:
     return "" if choice is None else f"{choice} does not need it"
 
 
-def _prefixes(site: Site) -> tuple[str, ...]:
-    return f"{site.path}.attn.", f"{site.path}.norm1."
+def _is_dropped(key: str, site: Site, layer: Any) -> bool:
+    """Return whether a conversion drops this part of a block; a part that timm's layer has not is not one of them."""
+    if isinstance(layer, NoAttention):
+        return key.startswith((f"{site.path}.attn.", f"{site.path}.norm1."))
+    prefix = f"{site.path}.attn."
+    name = key.removeprefix(prefix).partition(".")[0]
+    return key.startswith(prefix) and name in (*dropped_names((), keeps_bias=False), *FUSED)
 
 
 def _cut(tensors: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str, name: str, layer: Any) -> None:

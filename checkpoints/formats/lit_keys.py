@@ -1,8 +1,9 @@
-"""Files of PVT, LIT and LITv2 under their own names, and the way back.
+"""Files of PVT, LIT, LITv2 and AttnZero's PVT and Swin under their own names, and the way back of the first three.
 
 There are two schemes: PVT's, which LIT-Ti has too (`block1.0`, `pos_embed1`), and Swin's, of LIT-S, M and B and LITv2
-(`layers.0.blocks.0`), in which a merge ends a stage and does not begin the next. `to_reference` and `from_reference`
-convert a state dict either way; `relative_position_index` is left out, because it is computed.
+(`layers.0.blocks.0`), in which a merge ends a stage and does not begin the next. AttnZero has both, and in each layer
+with its formula a depthwise convolution of the values (`attn.dwc`). `to_reference` and `from_reference` convert a state
+dict either way; `relative_position_index` is left out, because it is computed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PVT_DEPTHS: dict[tuple[int, ...], str] = {
 }
 SWIN_SIZES = {(96, 6): "s", (96, 18): "m", (128, 18): "b"}
 """By the width of stage 1 and the depth of stage 3."""
+ATTNZERO_SWIN_SIZES = {(96, 6): "t", (96, 18): "s", (128, 18): "b"}
 
 
 def from_reference(published: Json) -> dict[str, Tensor]:
@@ -169,6 +171,8 @@ def _describe_pvt(weights: Weights, config: Json) -> Weights:
     name = PVT_DEPTHS.get(depths)
     if name == "pvt_small" and "stages.1.downsample.dconv.weight" in weights.tensors:
         name = "lit_ti"
+    elif name is not None and "stages.0.blocks.0.attn.operator.conv.weight" in weights.tensors:
+        name = f"attnzero_pvt_{name.removeprefix('pvt_')[0]}"
     elif name == "pvt_small" and "stages.0.blocks.0.attn.sr.weight" not in weights.tensors:
         name = "pvt_small_full"
     position = weights.tensors["stages.0.pos_embed"]
@@ -187,8 +191,20 @@ def _describe_swin(weights: Weights, config: Json) -> Weights:
     return _described(weights, None if size is None else f"lit{'v2' if second else ''}_{size}", side)
 
 
+def _describe_attnzero_swin(weights: Weights, config: Json) -> Weights:
+    first = weights.tensors["patch_embed.proj.weight"]
+    size = ATTNZERO_SWIN_SIZES.get(
+        (len(first) if first.ndim else 0, _count(weights.tensors, "layers.2.blocks."))
+    )
+    rows = {len(t) for key, t in weights.tensors.items() if key.endswith("bias_table") and t.ndim}
+    window = (math.isqrt(max(rows, default=0)) + 1) // 2  # of stage 4, whose grid it covers
+    described = _described(weights, None if size is None else f"attnzero_swin_{size}", 32 * window)
+    arguments = {"window_size": window} if window else {}
+    return replace(described, model_args={**arguments, **described.model_args})
+
+
 def _described(weights: Weights, name: str | None, side: int) -> Weights:
-    weights = normalized(weights, IMAGENET, "ImageNet's, as PVT and LIT train")
+    weights = normalized(weights, IMAGENET, "ImageNet's, as PVT, LIT and AttnZero train")
     size = {"img_size": (side, side)} if side else {}
     return replace(
         weights,
@@ -204,6 +220,10 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 _PVT_NAMES = (
+    *(
+        (rf"block{i}\.(\d+)\.attn\.dwc\.(.+)", rf"stages.{i - 1}.blocks.\1.attn.operator.conv.\2")
+        for i in (1, 2, 3, 4)
+    ),
     (r"patch_embed1\.(.+)", r"patch_embed.\1"),
     (r"cls_token", "stages.3.cls_token"),
     *((rf"patch_embed{i}\.(.+)", rf"stages.{i - 1}.downsample.\1") for i in (2, 3, 4)),
@@ -216,10 +236,11 @@ _SWIN_NAMES = (
     (r"(.+)\.attn\.h_proj\.(.+)", r"\1.attn.proj.high.\2"),
     (r"(.+)\.attn\.l_proj\.(.+)", r"\1.attn.proj.low.\2"),
     (r"(.+)\.mlp\.dwconv\.dwconv\.(.+)", r"\1.mlp.dwconv.\2"),
+    (r"(.+)\.attn\.dwc\.(.+)", r"\1.attn.operator.conv.\2"),
 )
 LIT_MAPS = (
     KeyMap(
-        "PVT and LIT-Ti",
+        "PVT, LIT-Ti and AttnZero's PVT",
         marks=("pos_embed1", "pos_embed4", r"patch_embed1\.proj\.weight"),
         prepare=_split,
         names=_PVT_NAMES,
@@ -233,5 +254,12 @@ LIT_MAPS = (
         names=_SWIN_NAMES,
         left_out=(INDEX,),
         describe=_describe_swin,
+    ),
+    KeyMap(
+        "AttnZero's Swin",
+        marks=(r"layers\.0\.blocks\.0\.attn\.dwc\.weight", r"patch_embed\.proj\.weight"),
+        names=_SWIN_NAMES,
+        left_out=(INDEX,),
+        describe=_describe_attnzero_swin,
     ),
 )
