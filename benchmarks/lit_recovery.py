@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.cli import main as graftvit
 from graftvit.transfer.analysis.report.tables import markdown
 
@@ -128,8 +129,7 @@ def collect(out: Path) -> Iterator[Outcome]:
 
 def top1(run: Path, *, last: bool = False) -> float:
     """Return the first or the last top-1 in the log of a run."""
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    found = [record["test_top1"] for record in records if "test_top1" in record]
+    found = [record["test_top1"] for record in read_records(run / "log.jsonl") if "test_top1" in record]
     return float(found[-1 if last else 0])
 
 

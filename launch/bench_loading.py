@@ -42,9 +42,10 @@ def load_bench(source: str | Path, overrides: Iterable[Setting] = ()) -> Bench:
 
 def load_rows(source: Path) -> list[Row]:
     """Return the rows of a file, or those that come with the recipe of this name. Raises ConfigError as `read_rows`."""
-    from ..transfer.attnbench.bench_rows import parse_rows, read_rows
+    from ..transfer.attnbench.bench_rows import read_rows
 
     shipped = resources.files("graftvit.cfgs") / f"{source}.jsonl"
     if source.exists() or len(source.parts) != 1 or not shipped.is_file():
         return read_rows(source)
-    return parse_rows(shipped.read_text(encoding="utf-8").splitlines(), str(source))
+    with resources.as_file(shipped) as path:
+        return read_rows(path, str(source))

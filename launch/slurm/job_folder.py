@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...checkpoints.atomic import write_text
+from ...checkpoints.json_lines import append_line, open_lines, read_records
 from ...models.errors import CheckpointError
 from ..hints import hint
 from .failures import Failure, read_failure
@@ -189,16 +190,15 @@ class JobFolder:
     def note(self, name: str, **event: Any) -> None:
         """Add fields of `Attempt` to what the attempt with these files has written."""
         self._made("attempts")
-        with self.attempt_path(name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-            file.flush()
+        with open_lines(self.attempt_path(name)) as file:
+            append_line(file, json.dumps(event))
             os.fsync(file.fileno())
 
     def attempts(self) -> list[Attempt]:
         """Return all attempts, the first one first; skip files that no attempt has written."""
         found = []
         for path in (self.folder / "attempts").glob("[0-9]*.jsonl"):
-            with contextlib.suppress(TypeError):
+            with contextlib.suppress(TypeError, CheckpointError):
                 found.append(_read_attempt(path))
         return sorted(found, key=lambda attempt: (attempt.number, attempt.started))
 
@@ -250,14 +250,14 @@ def _number(path: Path) -> int:
 
 
 def _read_attempt(path: Path) -> Attempt:
-    """Read the record of an attempt. Raises TypeError: the file does not say what an attempt says at its start."""
+    """Read the record of an attempt.
+
+    Raises TypeError: the file does not say what an attempt says at its start. CheckpointError as `read_records`.
+    """
     known = {one.name for one in fields(Attempt)}
     values: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values |= json.loads(line)
-        except ValueError:  # cut short by a crash
-            break
+    for record in read_records(path):
+        values |= record
     values |= {"number": _number(path), "name": path.stem}
     return Attempt(**{name: value for name, value in values.items() if name in known})
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import BinaryIO
+
+from ...checkpoints.json_lines import append_line, open_lines
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,5 @@ def plain(folder: Path) -> Path:
 def _add(line: str) -> None:
     path = registry_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        cut = file.tell() > 0 and _last_byte(file) != b"\n"  # by a full disk
-        file.write(("\n" * cut + f"{line}\n").encode())
-
-
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
+    with open_lines(path) as file:
+        append_line(file, line)

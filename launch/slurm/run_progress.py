@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.json_lines import read_records
 from ...models.errors import GraftError
-from ...transfer.engine.runlog import read_log
 from ..load_config import load_config
 
 INTERVALS = 5
@@ -45,13 +45,9 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
     stage = "" if inner == folder else inner.name
     path = inner / "log.jsonl"
     try:
-        records = [
-            record
-            for record in read_log(path)
-            if isinstance(record, dict) and isinstance(record.get("step"), int)
-        ]
+        records = [record for record in read_records(path) if isinstance(record.get("step"), int)]
         written = path.stat().st_mtime
-    except (OSError, ValueError):
+    except (OSError, GraftError):
         return Progress(stage)
     epochs = [record for record in records if "n_parameters" in record]
     step = max((int(record["step"]) for record in records), default=0)

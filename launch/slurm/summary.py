@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...checkpoints.atomic import write_bytes
+from ...checkpoints.json_lines import read_records
 from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.config import RunConfig
-from ...transfer.engine.runlog import read_log
 from ..load_config import load_config
 from .job_folder import JobFolder
 from .run_progress import current_stage
@@ -68,8 +68,8 @@ def read_cell(cell: Cell) -> CellResult:
 def _epochs(path: Path) -> list[dict[str, Any]]:
     """Return the records at the end of an epoch; the others have no number of parameters."""
     try:
-        records = read_log(path)
-    except (OSError, ValueError):
+        records = read_records(path)
+    except GraftError:
         return []
     return [record for record in records if "n_parameters" in record]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import config, make_teacher
-from graftvit.transfer.engine.runlog import read_log
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.engine.train import train
 
 pytestmark = [
@@ -27,7 +27,7 @@ train(config(Path(sys.argv[1]), Path(sys.argv[2]), engine={"device": "cuda", "fs
 
 
 def losses(folder: Path) -> list[float]:
-    return [record["train_loss"] for record in read_log(folder / "log.jsonl") if "train_loss" in record]
+    return [record["train_loss"] for record in read_records(folder / "log.jsonl") if "train_loss" in record]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -47,9 +47,9 @@ def test_a_file_comes_before_rows_of_that_name(
     assert read_rows(Path("all.jsonl")) == load_rows(Path(NAME))
     write_rows([], Path(NAME))
     assert load_rows(Path(NAME)) == []
-    with pytest.raises(ConfigError, match="attnbench_none cannot be read as rows"):
+    with pytest.raises(ConfigError, match="attnbench_none cannot be read: No such file"):
         load_rows(Path("attnbench_none"))
-    with pytest.raises(ConfigError, match="cannot be read as rows"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_rows(tmp_path / "all")
 
 

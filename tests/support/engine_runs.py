@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
@@ -14,7 +15,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.effect import unread, without
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.run_parts import run_parts
-from graftvit.transfer.engine.runlog import WALL_CLOCK, read_log
+from graftvit.transfer.engine.runlog import WALL_CLOCK
 from torch import Tensor, nn
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -102,7 +103,8 @@ def state(folder: Path, name: str = "last") -> dict[str, Tensor]:
 def records(folder: Path) -> list[dict[str, Any]]:
     """The log without what depends on the clock."""
     return [
-        {k: v for k, v in record.items() if k not in WALL_CLOCK} for record in read_log(folder / "log.jsonl")
+        {k: v for k, v in record.items() if k not in WALL_CLOCK}
+        for record in read_records(folder / "log.jsonl")
     ]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from engine_killer import start, wait
 from engine_runs import config
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.runlog import read_log
 from torch import Tensor
 
 
@@ -30,4 +30,4 @@ def main(path: str, seconds: float) -> dict[str, Any]:
 
     run = config(folder, engine={"log_interval": 2}, optim={"accum_iter": 2, "epochs": 3, "clip_grad": None})
     ends = wait(start(run, 2, slow))
-    return {"ends": ends, "log": read_log(folder / "log.jsonl")}
+    return {"ends": ends, "log": read_records(folder / "log.jsonl")}

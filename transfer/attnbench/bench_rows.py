@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_file, write_text
+from ...checkpoints.json_lines import parse_record, read_lines
 from ...models.errors import ConfigError
 from ..cells.records import Ending
 
@@ -148,30 +149,22 @@ def _plain(row: Row) -> dict[str, Any]:
     return {**found, "curve": [point._asdict() for point in row.curve]}
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file. Raises ConfigError: it is not there, or a row is damaged, which is named."""
+def read_rows(path: Path, label: str | None = None) -> list[Row]:
+    """Return the rows of a file, which errors call `label`, or by its name.
+
+    Raises ConfigError: it is not there, or a row is damaged, which is named.
+    """
     if path.suffix == PARQUET:
         return [_row(each, f"{path}, row {n}") for n, each in enumerate(_parquet(path), 1)]
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise ConfigError(f"{path} cannot be read as rows of a benchmark: {reason}") from error
-    return parse_rows(lines, str(path))
-
-
-def parse_rows(lines: Iterable[str], label: str) -> list[Row]:
-    """Return the rows of lines of JSON. Raises ConfigError: a line is no row."""
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(_row(json.loads(line), f"{label}, line {number}"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{label}, line {number} is no row of a benchmark: {error}") from error
-    return rows
+    lines = read_lines(path, refusal=ConfigError)
+    return [
+        _row(parse_record(line), f"{label or path}, line {number}") for number, line in enumerate(lines, 1)
+    ]
 
 
 def _row(content: Any, label: str) -> Row:
+    if content is None:
+        raise ConfigError(f"{label} is no row of a benchmark: it is cut or damaged")
     try:
         points = [tuple(point[name] for name in Point._fields) for point in content["curve"]]
         return TypeAdapter(Row).validate_python({**content, "curve": points})

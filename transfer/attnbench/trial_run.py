@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from ...checkpoints.json_lines import read_records
 from ...checkpoints.pretrained import load_pretrained
 from ...models.errors import RunFailedError
 from ...models.programs.program_checks import CHECKS, check
 from ...models.pyramid_cost import attention_macs, other_macs
 from ..analysis.benchmark.timing import step_of, time_steps
-from ..engine.runlog import read_log
 from ..engine.train import train
 from .bench_rows import Point, Row
 from .bench_settings import CONTROLS, Bench, Trial
@@ -105,10 +105,8 @@ def _measured(row: Row, run: Path) -> Row:
 
 def _curve(run: Path) -> tuple[Point, ...]:
     """Return the score after each epoch that was evaluated."""
-    log = run / "log.jsonl"
-    records = read_log(log) if log.exists() else []
     return tuple(
         Point(int(record["epoch"]) + 1, float(record["test_top1"]), float(record["test_loss"]))
-        for record in records
+        for record in read_records(run / "log.jsonl")
         if "test_top1" in record and record["step"] > 0
     )

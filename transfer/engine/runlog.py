@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
+from ...checkpoints.atomic import write_bytes
+from ...checkpoints.json_lines import append_line, open_lines, parse_record, read_lines
 from ...models.errors import RunFailedError
-from ...models.json_types import Json, JsonDict
+from ...models.json_types import Json
+
+logger = logging.getLogger(__name__)
 
 WALL_CLOCK = ("seconds", "images_per_second", "data_wait", "comm_wait", "peak_memory_gib")
 """The keys that depend on the clock or the device. All others are equal bit for bit in a resumed run."""
@@ -27,15 +32,14 @@ class RunLog:
         self.path = path
         self.records = 0
         self._guard = guard
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
 
     def append(self, record: Json) -> None:
         """Write one record immediately. Raise RunFailedError if the disk fails."""
         with self._writing():
             if self._file is None:
-                self._file = self.path.open("a")
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+                self._file = open_lines(self.path)
+            append_line(self._file, json.dumps(record))
         self.records += 1
 
     def sync(self) -> None:
@@ -52,14 +56,23 @@ class RunLog:
             self._file = None
 
     def keep(self, records: int) -> None:
-        """Keep the first `records` records and drop the rest, in one atomic replacement."""
+        """Keep the first `records` records and drop the rest, in one atomic replacement. Warn if there are fewer.
+
+        Raises CheckpointError: the log is no regular file.
+        """
         with self._writing():
             self.close()
-            lines = self.path.read_text().splitlines(keepends=True)[:records] if self.path.exists() else []
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(lines))
-            temporary.replace(self.path)
-        self.records = len(lines)
+            lines = read_lines(self.path) if self.path.exists() else []
+            kept = [line + b"\n" for line in lines[:records] if parse_record(line) is not None]
+            write_bytes(self.path, b"".join(kept))
+        self.records = len(kept)
+        if self.records < records:
+            logger.warning(
+                "%s has %d of the %d records up to the resumed state; the others were cut or lost, as by a crash",
+                self.path,
+                self.records,
+                records,
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -70,14 +83,3 @@ class RunLog:
                 raise RunFailedError(
                     f"{self.path} cannot be written: {error.strerror}; the last saved state is intact"
                 ) from error
-
-
-def read_log(path: Path) -> list[JsonDict]:
-    """Return the records of a log. Leave out an incomplete last line, which a crash can cause."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records

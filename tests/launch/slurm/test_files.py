@@ -50,6 +50,17 @@ def test_records_of_before_are_read(tmp_path: Path) -> None:
     assert [(failure.rank) for failure in folder.failures(old.name)] == [3]
 
 
+def test_what_is_noted_after_a_cut_line_is_read(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    name = folder.begin(job_id="7", restart=0, nodes=[], world_size=1)
+    with folder.attempt_path(name).open("a") as file:
+        file.write('{"signal": "SIGUSR')
+    folder.note(name, outcome="finished", ended=9.0)
+    assert folder.finished
+    folder.attempt_path(name).write_text("7\n[]\n" + folder.attempt_path(name).read_text())
+    assert folder.finished
+
+
 def test_a_field_of_a_later_version_is_passed_over(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path)
     folder.begin(job_id="7", restart=0, nodes=[], world_size=1, of_a_later_version=1)

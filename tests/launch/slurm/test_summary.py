@@ -135,6 +135,14 @@ def test_a_damaged_cell_does_not_stop_the_summary(tmp_path: Path, name: str) -> 
     assert [result.cell.name for result in summarize(tmp_path).missing] == ["seed=0"]
 
 
+def test_a_cut_line_hides_no_later_record(tmp_path: Path) -> None:
+    (cell,) = make_sweep(tmp_path, "seed=0").cells
+    write_run(cell, [1.0, 2.0])
+    log = cell.folder / "log.jsonl"
+    log.write_text('7\n{"epoch": 0, "st\n' + log.read_text())
+    assert read_cell(cell).numbers["test_top1"] == 2.0
+
+
 def test_no_cell_done_makes_tables_and_no_plot(tmp_path: Path) -> None:
     make_sweep(tmp_path, "seed=0..1")
     assert [path.name for path in write_summary(summarize(tmp_path))] == ["summary.csv", "summary.md"]

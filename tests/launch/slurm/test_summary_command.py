@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from engine_runs import config
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import dump_config
 from graftvit.launch.slurm.summary import summarize
 from graftvit.launch.slurm.sweep import cell_configs
-from graftvit.transfer.engine.runlog import read_log
 from sweep_folders import make_sweep, write_run
 
 
@@ -70,7 +70,7 @@ def test_cells_that_the_ordinary_command_ran(
     summary = summarize(tmp_path / "out")
     assert [(row.settings["optim.clip_grad"], row.done) for row in summary.rows] == [("1", 2), ("none", 1)]
     for result in summary.rows[0].cells:
-        log = read_log(result.cell.folder / ("2-two" if stages else "") / "log.jsonl")
+        log = read_records(result.cell.folder / ("2-two" if stages else "") / "log.jsonl")
         assert result.numbers["test_ema_top1"] == log[-1]["test_ema_top1"]
         assert result.numbers["train_loss"] == log[-1]["train_loss"]
     assert not (tmp_path / "elsewhere").exists()

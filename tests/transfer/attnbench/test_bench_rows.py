@@ -38,8 +38,9 @@ def changed(**values: Any) -> Row:
 def test_rows_come_back_to_the_last_bit_in_order_of_their_keys(name: str, tmp_path: Path) -> None:
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
-    write_rows([REFUSED, ROW, changed(seed=1)], tmp_path / name)
-    assert read_rows(tmp_path / name) == [changed(seed=1), ROW, REFUSED]
+    split = dataclasses.replace(REFUSED, seed=4, reason="one\u2028two\x85three")
+    write_rows([REFUSED, ROW, changed(seed=1), split], tmp_path / name)
+    assert read_rows(tmp_path / name) == [changed(seed=1), ROW, REFUSED, split]
     write_rows([], tmp_path / "none.jsonl")
     assert read_rows(tmp_path / "none.jsonl") == []
 
@@ -82,6 +83,9 @@ def test_a_merge_keeps_each_row_once_and_refuses_a_contradiction() -> None:
     ("text", "reason"),
     [
         ("{", "line 1 is no row of a benchmark"),
+        ('{"curve": ' * 10**5, "line 1 is no row of a benchmark"),
+        ('{"curve": ' + "[" * 500 + "]" * 500 + "}", "line 1 is no row of a benchmark"),
+        ('{"curve": [], "parameters": ' + "9" * 5000 + "}", "line 1 is no row of a benchmark"),
         ("[]", "line 1 is no row of a benchmark"),
         ('{"curve": 3}', "line 1 is no row of a benchmark"),
         ('{"curve": [], "status": "lost", "settings": ""}', "line 1 is no row of a benchmark"),

@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, config, state
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.models.conversion import convert, new_parameters, plan_of
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.optim import create_optimizer
-from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 
 PLAN = "*: linear; 1: softmax"
@@ -29,7 +29,9 @@ def test_alignment_then_output_matching(teacher: Path, tmp_path: Path) -> None:
     result = train(align(tmp_path / "a", teacher))
     assert result.finished
     losses = [
-        record["train_layer00"] for record in read_log(tmp_path / "a" / "log.jsonl") if "test_top1" in record
+        record["train_layer00"]
+        for record in read_records(tmp_path / "a" / "log.jsonl")
+        if "test_top1" in record
     ]
     assert losses[-1] < losses[0]
     aligned = graftvit.load(str(tmp_path / "a" / "student"))
@@ -47,7 +49,7 @@ def test_alignment_then_output_matching(teacher: Path, tmp_path: Path) -> None:
     again = config(tmp_path / "c", teacher, student=student, transfer=transfer)
     assert train(again).finished
     assert plan_of(graftvit.load(str(tmp_path / "c" / "student_ema"))) == plan_of(aligned)
-    assert "train_layer00" in read_log(tmp_path / "c" / "log.jsonl")[-1]
+    assert "train_layer00" in read_records(tmp_path / "c" / "log.jsonl")[-1]
 
 
 def test_an_alignment_goes_on_bit_for_bit(teacher: Path, tmp_path: Path) -> None:

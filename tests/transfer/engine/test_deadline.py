@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from engine_runs import config, state
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.engine import deadline
-from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 from patience import PATIENCE, until
 
@@ -111,7 +111,7 @@ def test_a_loader_that_hangs_costs_no_more_than_the_steps_since_the_last_state(t
     assert "graftvit: SIGTERM came and nothing moved in the 0.3 seconds after it (engine.stop_grace)" in said
     worker = int((tmp_path / "worker").read_text())
     assert until(lambda: not Path(f"/proc/{worker}/stat").exists(), "the worker stays")
-    assert len(read_log(tmp_path / "run" / "log.jsonl")) == 1
+    assert len(read_records(tmp_path / "run" / "log.jsonl")) == 1
     assert state(tmp_path / "run")
     done = train(config(tmp_path / "run", engine={"stop_grace": 0.3, "save_every": 2}))
     assert (done.finished, done.steps) == (True, 16)

@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 from engine_runs import config, make_teacher, records, state, tiny_vit
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,7 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path, teacher: Path) -> None:
     result = train(run)
     assert (result.finished, result.signal, result.steps) == (True, None, 16)
     assert RunConfig.model_validate(parse_yaml((tmp_path / "config.yaml").read_text())) == run
-    log = read_log(tmp_path / "log.jsonl")
+    log = read_records(tmp_path / "log.jsonl")
     last = log[-1]
     for key in ("train_loss", "train_task", "train_transfer", "train_layer00", "train_layer01", "lr", "test_top1",
                 "test_top5", "test_loss", "test_ema_top1", "seconds", "images_per_second", "data_wait"):  # fmt: skip

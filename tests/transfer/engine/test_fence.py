@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from graftvit.checkpoints import state_file
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.state import StateFolder, TrainingState
 from graftvit.models.errors import CheckpointError, ConfigError, RunFailedError
 from graftvit.transfer.engine import fence as fence_module
 from graftvit.transfer.engine.fence import Fence, FencedError
-from graftvit.transfer.engine.runlog import RunLog, read_log
+from graftvit.transfer.engine.runlog import RunLog
 
 
 def state(step: int) -> TrainingState:
@@ -234,7 +235,7 @@ def test_a_record_of_the_old_attempt_never_reaches_the_log_of_the_new(tmp_path: 
     new.keep(1)
     old.append({"step": 2})
     new.append({"step": 3})
-    assert [record["step"] for record in read_log(path)] == [1, 3]
+    assert [record["step"] for record in read_records(path)] == [1, 3]
 
 
 @pytest.mark.parametrize("step", ["append", "sync"])
@@ -272,7 +273,7 @@ def test_the_log_asks_before_it_writes(tmp_path: Path) -> None:
         log.append({"step": 2})
     with pytest.raises(FencedError):
         log.keep(0)
-    assert [record["step"] for record in read_log(log.path)] == [1]
+    assert [record["step"] for record in read_records(log.path)] == [1]
 
 
 def test_a_run_whose_folder_is_gone_says_so_and_blames_nobody(tmp_path: Path) -> None:

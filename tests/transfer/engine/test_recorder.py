@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.engine.progress import ProgressBar
 from graftvit.transfer.engine.recorder import Recorder
-from graftvit.transfer.engine.runlog import RunLog, read_log
+from graftvit.transfer.engine.runlog import RunLog
 
 RECORD = {"epoch": 0, "step": 1, "train_loss": 0.5, "lr": 0.1}
 
@@ -32,7 +33,7 @@ def test_the_clock_stands_still_while_paused(tmp_path: Path, monkeypatch: pytest
     under_test.write("interval", RECORD)
     now[0] = 106.0
     under_test.write("epoch", RECORD)
-    interval, epoch = read_log(tmp_path / "log.jsonl")
+    interval, epoch = read_records(tmp_path / "log.jsonl")
     assert (interval["seconds"], interval["images_per_second"]) == (4.0, 10.0)
     assert (epoch["seconds"], epoch["images_per_second"]) == (6.0, 6.7)
 
@@ -58,7 +59,7 @@ def test_waiting_is_a_share_of_the_clock_it_falls_into(
     under_test.step(2, 0)
     under_test.write("interval", RECORD)
     under_test.write("epoch", RECORD)
-    first, second, epoch = read_log(tmp_path / "log.jsonl")
+    first, second, epoch = read_records(tmp_path / "log.jsonl")
     assert (first["seconds"], first["data_wait"], first["comm_wait"]) == (4.0, 0.25, 0.25)  # 2 x 0.5 s of 4 s
     assert (second["seconds"], second["data_wait"]) == (4.0, 0.0)
     assert "comm_wait" not in second  # nothing was timed in it

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import config, make_teacher
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError
 from graftvit.transfer.data.loaders import create_eval_loader
-from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.evaluate import evaluate
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    return [record for record in read_log(run / "log.jsonl") if "test_top1" in record]
+    return [record for record in read_records(run / "log.jsonl") if "test_top1" in record]
 
 
 def top1(source: str) -> float:

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from engine_runs import config
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.cli import main
 from graftvit.models.conversion import plan_of
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.stages import Stage, chain, train_stages
 
 
@@ -56,7 +56,7 @@ def test_stages_go_on_from_one_another(
     measured = json.loads((run / "stages.json").read_text())
     assert list(measured) == ["align", "feature", "task"]
     assert f"task: top-1 {measured['task']['test_top1']:.2f} %" in out
-    zero_shot = read_log(run / "1-align" / "log.jsonl")[0]
+    zero_shot = read_records(run / "1-align" / "log.jsonl")[0]
     assert zero_shot["step"] == 0
     assert 0 <= zero_shot["test_top1"] <= 100
     first, second, third = (weights(run / name / "student") for name in ("1-align", "2-feature", "3-task"))
@@ -74,7 +74,7 @@ def test_stages_go_on_from_one_another(
 def test_a_run_of_stages_is_a_source_and_brings_its_data(teacher: Path, tmp_path: Path) -> None:
     assert main(["train", str(recipe(tmp_path, teacher))]) == 0
     run, file = tmp_path / "run", tmp_path / "found.json"
-    last = [record for record in read_log(run / "3-task" / "log.jsonl") if "test_top1" in record]
+    last = [record for record in read_records(run / "3-task" / "log.jsonl") if "test_top1" in record]
     best = max(record["test_top1"] for record in last)
     wanted = {
         str(run): last[-1]["test_top1"],

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from engine_runs import config
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.data.loaders import EvalLoader
 from graftvit.transfer.data.loading import TrainBatches
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.runlog import read_log
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.engine.waiting import CommunicationTimer
 from scenarios import RunScenario
@@ -20,7 +20,7 @@ from torch import nn
 
 
 def timed(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in read_log(folder / "log.jsonl") if "seconds" in record]
+    return [record for record in read_records(folder / "log.jsonl") if "seconds" in record]
 
 
 @pytest.fixture

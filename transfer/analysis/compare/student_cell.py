@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....checkpoints.fitted_layers import FittedLayers
+from ....checkpoints.json_lines import read_records
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....checkpoints.timm_models import published_config
@@ -26,7 +27,6 @@ from ...data.loaders import create_eval_loader
 from ...engine.build import build
 from ...engine.fit_operators import fit_student
 from ...engine.modes import mode_of
-from ...engine.runlog import read_log
 from ...engine.stages import Stage, chain, train_stages
 from ...engine.students import input_size, plan_student
 from ...evaluate import evaluate
@@ -117,7 +117,7 @@ def stage_scores(steps: Sequence[Stage]) -> list[Score]:
     """Read the scores before the first step and at the end of each stage from `log.jsonl`."""
     scores = []
     for number, stage in enumerate(steps):
-        records = read_log(stage.config.output_dir / "log.jsonl")
+        records = read_records(stage.config.output_dir / "log.jsonl")
         if number == 0:
             scores += [_score(ZERO_SHOT, record, 0.0) for record in records[:1] if "test_top1" in record]
         seconds = sum(record["seconds"] for record in records if "n_parameters" in record)

@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 
+from ....checkpoints.json_lines import read_records
 from ....models.json_types import Json, JsonDict
 from ....models.plain_yaml import parse_yaml
 from ...cells.records import Ending, State, cell_state, digest, save_record
 from ...config import RunConfig
-from ...engine.runlog import read_log
 from ...engine.train import train
 
 TeacherName = Literal["supervised", "mae"]
@@ -62,8 +62,7 @@ class Cell:
 
     def records(self) -> list[JsonDict]:
         """Return the epochs of the run's log so far."""
-        log = self.folder / "log.jsonl"
-        return [record for record in read_log(log) if "n_parameters" in record] if log.exists() else []
+        return [record for record in read_records(self.folder / "log.jsonl") if "n_parameters" in record]
 
     def curve(self) -> list[tuple[int, float]]:
         """Return (step, accuracy on the test images in percent) at each evaluation so far."""
