@@ -19,6 +19,7 @@ from .atomic import write_file
 from .formats.containers import unwrap
 from .formats.described import as_metadata
 from .formats.normalization import IMAGENET
+from .formats.read import read_weights
 from .report import printable
 from .safety.file_outline import outline
 from .safety.tree import children, tensors_of
@@ -43,7 +44,7 @@ class Extracted:
 def describe_file(path: Path) -> list[str]:
     """Container, tensors with dtype, shape and size, totals, and what else is there; one line each.
 
-    No tensor is read, except of an .npz file.
+    No tensor is read, except of an .npz or ONNX file.
 
     Raises CheckpointError as `outline`.
     """
@@ -64,6 +65,8 @@ def describe_file(path: Path) -> list[str]:
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
     """Write one part's weights, under the names that the file gives them, to a .safetensors or torch file.
 
+    The names in an ONNX file are no state dict's: its weights get timm's.
+
     Pretrained, optimizer, averages and settings stay behind. Tensors that share their numbers are written once each.
 
     Raises CheckpointError: as `read_file` and `unwrap`; `out` exists, its suffix names no container, or its container
@@ -75,13 +78,15 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} is there already: give another name, or --force to replace it")
     content = read_file(source.path)
-    weights = unwrap(content, source.part)
+    is_graph = content.graph is not None
+    weights = read_weights(content, source.part) if is_graph else unwrap(content, source.part)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights.tensors.items()}
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     tree, metadata = _contents(out, replace(weights, tensors=tensors), source)
     write_file(out, lambda temporary: _write(tree, metadata, temporary), size=nbytes)
     kept = set(map(id, weights.tensors.values()))
     left = tuple(str(key) for key, value in content.tree.items() if not _holds(value, kept))
+    left = tuple(weights.left_out) if is_graph else left
     return Extracted(out, len(tensors), nbytes, left)
 
 

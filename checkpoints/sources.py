@@ -15,11 +15,11 @@ from .paths import is_folder, is_there, near_path
 
 SAFE_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-SUFFIXES = (*SAFE_SUFFIXES, *PICKLE_SUFFIXES, ".npz")
+SUFFIXES = (*SAFE_SUFFIXES, *PICKLE_SUFFIXES, ".npz", ".onnx")
 """By these a path that is not there is told from a misspelt model name; what a file is, its bytes say."""
 SYNTAX = (
     "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
-    "or a weights file (.safetensors, .pth, .npz, …)"
+    "or a weights file (.safetensors, .pth, .npz, .onnx, …)"
 )
 STUDENTS = ("student", "student_ema")
 """The folders of a run that hold its models."""

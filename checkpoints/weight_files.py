@@ -17,6 +17,7 @@ from ..models.errors import CheckpointError
 from ..models.json_types import JsonDict
 from .regular_files import check_regular
 from .safety.file_outline import Kind, outline
+from .safety.onnx_file import Graph
 from .safety.tree import tensors_of
 from .state_file import check_state, is_state
 
@@ -34,16 +35,18 @@ PLAIN_OBJECTS: list[Any] = [
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file, as it is: a tree of dicts from a .pth, flat tensors from a .safetensors or .npz."""
+    """The content of a file, as it is: a tree of dicts from a .pth, flat tensors from others."""
 
     path: Path
     tree: JsonDict
     metadata: Mapping[str, str]
-    """Of a .safetensors file."""
+    """Of a .safetensors or ONNX file."""
+    graph: Graph | None = None
+    """Of an ONNX file: which node reads which tensor."""
 
 
 def read_file(path: Path, inside: Path | None = None) -> Content:
-    """Read a .safetensors, torch or .npz file.
+    """Read a .safetensors, torch, .npz or ONNX file.
 
     What it describes is read and checked first (`safety/file_outline.py`). Torch files are pickles: only tensors, plain
     containers and settings (`PLAIN_OBJECTS`) are rebuilt, always by torch's weights-only loading.
@@ -58,11 +61,11 @@ def read_file(path: Path, inside: Path | None = None) -> Content:
     described = outline(path)
     if is_state(described.metadata):
         check_state(path)
-    tree = described.tree if described.kind == "npz" else _read(path, described.kind)
+    tree = described.tree if described.kind in ("npz", "onnx") else _read(path, described.kind)
     odd = next((name for name, _ in tensors_of(tree) if not name.isprintable()), None)
     if odd is not None:
         raise CheckpointError(f"{path} is refused: the name {odd[:80]!r} of a tensor in it is no plain text")
-    return Content(path, tree, described.metadata)
+    return Content(path, tree, described.metadata, described.graph)
 
 
 def _read(path: Path, kind: Kind) -> JsonDict:

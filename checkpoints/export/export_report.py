@@ -12,8 +12,10 @@ from torch import nn
 
 from ...models.conversion import plan_of
 from ...models.copied import copying_of
+from ..formats.described import as_metadata
 from ..pretrained import Pretrained
 from ..public import public_text
+from ..weights import Weights
 from .check import Shape
 from .graph import Dynamic
 from .graph_files import Format
@@ -53,8 +55,13 @@ class ExportReport:
 
 
 def provenance_words(teacher: Pretrained) -> dict[str, str]:
-    """Return the source of a model and the cropping of its images, for its file; without a path of this machine."""
+    """Return the source of a model and the cropping of its images, for its file; without a path of this machine.
+
+    The description that reads an ONNX file back is among them.
+    """
     images = teacher.preprocessing
+    arguments, described = teacher.model_args, {**images.described(), "license": teacher.license}
+    built = Weights({}, "", "", teacher.architecture, arguments, described)
     facts = {
         "crop_pct": f"{images.crop_pct:g}",
         "crop_mode": images.crop_mode,
@@ -63,6 +70,7 @@ def provenance_words(teacher: Pretrained) -> dict[str, str]:
         "source": public_text(teacher.source, "source"),
         "revision": teacher.revision,
         "licence": teacher.license or "unknown",
+        **as_metadata(built),
     }
     return {key: value for key, value in facts.items() if value is not None}
 

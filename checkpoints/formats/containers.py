@@ -18,6 +18,7 @@ from ..weight_files import Content
 from ..weights import Weights
 from .described import with_metadata
 from .normalization import IMAGENET, NOTE
+from .onnx_names import named_weights
 from .prefixes import one_model
 from .training_state import read_state_weights
 
@@ -81,6 +82,8 @@ def _listed(seen: Mapping[Part, None]) -> str:
 def _entry(content: Content, part: Part | None, seen: dict[Part, None]) -> Weights:
     """Return the dictionary of tensors in the file, and the file's metadata about it."""
     origin, tree = str(content.path), content.tree
+    if content.graph is not None:
+        return with_metadata(named_weights(content.graph, origin), content.metadata)
     for kind in DICTIONARIES:
         present = {name: key for name, key in kind.parts.items() if _is_weights(tree.get(key))}
         if not present:

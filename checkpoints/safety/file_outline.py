@@ -20,10 +20,11 @@ from ...models.json_types import JsonDict
 from ..regular_files import open_regular
 from ..report import printable
 from .archive import open_archive, read_arrays, read_pickle
+from .onnx_file import Graph, is_onnx, read_onnx
 from .pickle_outline import rebuild
 from .tree import MAX_PART, RefusedError, tensors_of
 
-Kind = Literal["safetensors", "torch", "torch (before 1.6)", "npz"]
+Kind = Literal["safetensors", "torch", "torch (before 1.6)", "npz", "onnx"]
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 LEGACY_PICKLES = ("version", "machine", "tree", "storages")
 """The pickles behind the magic number; the numbers follow them."""
@@ -53,9 +54,11 @@ class Outline:
     size: int
     """Bytes of the file."""
     tree: JsonDict
-    """Its tensors, on the meta device; those of an .npz file as they are."""
+    """Its tensors, on the meta device; those of an .npz or ONNX file as they are."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Of a .safetensors file."""
+    """Of a .safetensors or ONNX file."""
+    graph: Graph | None = None
+    """Of an ONNX file."""
 
 
 def outline(path: Path) -> Outline:
@@ -99,9 +102,12 @@ def _outline(path: Path, file: BinaryIO, size: int) -> Outline:
         return _safetensors(path, size)
     if head.startswith(b"\x80"):
         return _legacy(io.BytesIO(file.read(MAX_PART)), size)
+    if is_onnx(head):
+        graph = read_onnx(path, file)
+        return Outline("onnx", size, dict(graph.initializers), graph.metadata, graph)
     if not head.startswith(b"PK"):
         raise CheckpointError(
-            f"{path} is {wrong or 'damaged or no file of weights: it is no .safetensors, torch or .npz file'}"
+            f"{path} is {wrong or 'damaged or no file of weights: it is no .safetensors, torch, .npz or ONNX file'}"
         )
     with open_archive(file) as archive:
         names = archive.namelist()

@@ -17,6 +17,7 @@ EXAMPLES = (
     "graftvit checkpoint inspect dino_vitsmall16_pretrain_full_checkpoint.pth",
     "graftvit checkpoint strip dino_full.pth backbone.pth --part teacher",
     "graftvit checkpoint convert mae_pretrain_vit_base.pth mae.safetensors",
+    "graftvit checkpoint convert vit.onnx vit.safetensors",
     "graftvit checkpoint convert runs/distill/checkpoints/best.safetensors ema.safetensors --part ema",
 )
 
@@ -39,7 +40,10 @@ def _parser(action: str, description: str) -> Parser:
 def _inspect(argv: list[str]) -> int:
     parser = _parser("inspect", ACTIONS["inspect"])
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="weights file of any container: .safetensors, torch, .npz"
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="weights file of any container: .safetensors, torch, .npz, ONNX",
     )
     arguments = parser.parse_args(argv)
     from ...checkpoints.inspect_file import describe_file

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import onnx
 import safetensors.torch
 import torch
 import yaml
@@ -26,6 +27,7 @@ from graftvit.transfer.data.sampler import BatchRequest
 from hostile import ARCHITECTURE, ARGUMENTS, weights
 from hostile_configs import write_model
 from hostile_tensors import valid
+from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -147,6 +149,46 @@ def _weights_format(container: str) -> Format:
         _hold(teacher, READERS[container](_only(folder)))
 
     return Format(lambda folder: valid(container, folder), damage, check)
+
+
+# An ONNX file: matrices without names, which their nodes tell; written and read by the package onnx.
+
+
+def _make_onnx(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    tensors, nodes, initializers = weights(), [], []
+    for name, tensor in tensors.items():
+        is_linear = tensor.ndim == 2
+        held = f"onnx::MatMul_{len(nodes)}" if is_linear else name
+        initializers.append(
+            numpy_helper.from_array((tensor.t() if is_linear else tensor).numpy().copy(), held)
+        )
+        if is_linear:
+            module = name.removesuffix(".weight").replace(".", "/")
+            nodes.append(
+                helper.make_node("MatMul", ["x", held], [f"y{len(nodes)}"], name=f"/{module}/MatMul")
+            )
+    model = helper.make_model(helper.make_graph(nodes, "vit", [], [], initializers), producer_name="test")
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+
+
+def _read_onnx(path: Path) -> dict[str, Tensor]:
+    graph = onnx.load(str(path)).graph
+    tensors = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
+    modules = {
+        node.input[1]: node.name[1:].rpartition("/")[0].replace("/", ".")
+        for node in graph.node
+        if node.op_type == "MatMul" and len(node.input) > 1
+    }
+    return {
+        f"{modules[name]}.weight" if name in modules else name: tensor.t() if name in modules else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _check_onnx(folder: Path) -> None:
+    teacher = load_teacher(str(folder / "m.onnx"), model=ARCHITECTURE, model_args=ARGUMENTS)
+    _hold(teacher, _read_onnx(folder / "m.onnx"))
 
 
 # Folders: a config.json and weights, in one file or in several.
@@ -301,6 +343,7 @@ def _check_images(folder: Path) -> None:
 FORMATS: dict[str, Format] = {
     **{container: _weights_format(container) for container in READERS},
     **{f"config of a {kind} model": _config_format(kind) for kind in ("plain", "converted", "copied")},
+    "onnx": Format(_make_onnx, lambda rng, folder: damage_bytes(rng, folder / "m.onnx"), _check_onnx),
     "shards": Format(_make_shards, _damage_shards, _check_shards),
     "training state": Format(_make_state, _damage_state, _check_state),
     "recipe": Format(
