@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..models.errors import CheckpointError, RunFailedError
+from .paths import NOT_A_URL, is_url
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -164,7 +165,9 @@ def _removed(temporary: Path) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, size: int) -> Iterator[None]:
-    """Turn what the operating system and safetensors say of a failed write into one sentence."""
+    """Turn what the operating system and safetensors say of a failed write into one sentence; refuse a URL."""
+    if is_url(path):
+        raise WriteFailedError(f"{path} cannot be written: {NOT_A_URL}")
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
+
+NOT_A_URL = "give a path on this machine, such as a mounted folder, not a URL"
 
 
 def is_there(path: str | Path) -> bool:
@@ -23,6 +26,11 @@ def is_file(path: str | Path) -> bool:
 def is_folder(path: str | Path) -> bool:
     """Return whether it is a folder."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_url(path: str | Path) -> bool:
+    """Return whether it is a URL, such as `s3://bucket/run`, of which `Path` makes the folder `s3:`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def nearest_folder(path: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from timm.models import is_model, list_models, list_pretrained, split_model_name_tag
 
 from ..models.errors import CheckpointError
-from .paths import is_folder, is_there, near_path
+from .paths import is_folder, is_there, is_url, near_path
 
 SAFE_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -76,6 +76,11 @@ def parse_source(text: str) -> Source:
     prefix, colon, rest = text.partition(":")
     if colon and prefix in ("hf-hub", "hf_hub"):
         return _hub(rest, text)
+    if is_url(rest if prefix == "local-dir" else text):
+        raise CheckpointError(
+            f"{text!r} is a URL, and weights are read from this machine or from the hub: fetch them first, or write "
+            f"{SYNTAX}"
+        )
     if colon and prefix == "local-dir":
         return _folder(rest, text)
     path, _ = _split_part(text)

@@ -8,16 +8,23 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ..checkpoints.paths import is_there
+from ..checkpoints.paths import NOT_A_URL, is_there, is_url
 from ..models.errors import ConfigError, did_you_mean
 from .fields import Leaf, find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
 from .load_config import Setting, at_home, parse_override, parse_setting
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `ConfigError` with one sentence, and reads `--dry-run` as `--dry_run`."""
+    """An argument parser that raises `ConfigError` with one sentence, and reads `--dry-run` as `--dry_run`.
+
+    An argument of `type=Path` is a path on this machine, and no URL.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.register("type", Path, local_path)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None
@@ -80,6 +87,13 @@ def run_action(
     return run(action, rest)
 
 
+def local_path(text: str) -> Path:
+    """Parse a path on the command line. Raises argparse.ArgumentTypeError for a URL; the parser adds the name."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: {NOT_A_URL}")
+    return Path(text)
+
+
 def run_folder(text: str) -> Path:
     """Parse a folder on the command line.
 
@@ -88,7 +102,7 @@ def run_folder(text: str) -> Path:
     """
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder: give the folder of a run or of a sweep")
-    return Path(text)
+    return local_path(text)
 
 
 def parse_command(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..checkpoints.paths import is_there
+from ..checkpoints.paths import NOT_A_URL, is_there, is_url
 from ..checkpoints.regular_files import read_regular
 from ..models.errors import ConfigError, did_you_mean
 from ..models.json_types import Json, JsonDict
@@ -192,6 +192,8 @@ def _base_path(base: str, folder: Path | None) -> str | Path:
 
 def _read(source: str | Path) -> tuple[str, str, Path | None]:
     """Return the source's name for errors, its text, and the folder in which to look for its `base:`."""
+    if is_url(source):
+        raise ConfigError(f"cannot read the configuration: {source}: {NOT_A_URL}")
     path = Path(source)
     there = is_there(path)
     if there and path.is_dir() and (path / "config.yaml").is_file():

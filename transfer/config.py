@@ -7,15 +7,15 @@ unique), and every default below is the default of the flag.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
 
 from ..models.json_types import JsonDict
 from .loss_config import LossConfig as LossConfig
 from .loss_config import LossEntry as LossEntry
 from .loss_config import TransferConfig as TransferConfig
-from .section import Section, check_arguments, check_size, check_size_text
+from .section import LOCAL, Section, check_arguments, check_local, check_size, check_size_text
 
 Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
@@ -136,7 +136,7 @@ class DataConfig(Section):
         "", description="timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits"
     )
     data_path: str | None = Field(None, description="root folder of the data set")
-    stage: str | None = Field(
+    stage: Annotated[str | None, LOCAL] = Field(
         None,
         description="folder on a node's local disk to which each node copies the data set once; in "
         "'$SLURM_TMPDIR' each node uses its own value",
@@ -204,6 +204,13 @@ class DataConfig(Section):
     max_bad_images: int = Field(
         100, ge=0, description="number of unreadable images to skip, with their paths, before the run stops"
     )
+
+    @field_validator("data_path")
+    @classmethod
+    def _check_data_path(cls, path: str | None, info: ValidationInfo) -> str | None:
+        """Refuse a URL, except of the streams that are read from one."""
+        streams = info.data.get("dataset", "").lower().startswith(("wds/", "tfds/"))
+        return path if streams else check_local(path)
 
     @field_validator("stage")
     @classmethod
@@ -342,7 +349,7 @@ class RunConfig(Section):
     """Everything a run needs; written to the run folder as config.yaml."""
 
     mode: Mode = Field("transfer", description="what the run trains, and from what")
-    output_dir: Path = Field(Path("runs/default"), description="the run folder")
+    output_dir: Annotated[Path, LOCAL] = Field(Path("runs/default"), description="the run folder")
     seed: int = Field(0, ge=0, description="seed")
     teacher: TeacherConfig = TeacherConfig()
     teachers: dict[str, TeacherConfig] = Field(

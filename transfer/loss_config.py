@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .methods.registry import method_names
-from .section import OneOf, Section
+from .section import LOCAL, OneOf, Section
 
 
 class LossConfig(Section):
@@ -100,7 +100,7 @@ class TransferConfig(LossConfig):
         False,
         description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
     )
-    cache: str | None = Field(
+    cache: Annotated[str | None, LOCAL] = Field(
         None,
         description="folder that keeps what the teachers compute of the training images, so that they compute it "
         "once for all epochs and runs; needs data.views",

@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from ..checkpoints.paths import NOT_A_URL, is_url
 from ..models.json_types import JsonDict
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,17 @@ class Section(BaseModel):
                 valid = ", ".join(map(repr, table.names()))
                 raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
         return value
+
+
+def check_local(path: T) -> T:
+    """Raise ValueError for a URL where a path on this machine is meant."""
+    if isinstance(path, str | Path) and is_url(path):
+        raise ValueError(NOT_A_URL)
+    return path
+
+
+LOCAL = AfterValidator(check_local)
+"""Marks a setting that is a path on this machine."""
 
 
 def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:

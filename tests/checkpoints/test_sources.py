@@ -57,7 +57,7 @@ def test_folders(tmp_path: Path) -> None:
         ("", "is no source of weights"),
         ("org/name", "write a timm name .*, hf-hub:org/name"),
         ("./runs/nowhere", "no such file or folder"),
-        ("https://host/w", "no such file or folder"),
+        ("https://host/w", "is a URL"),
         ("nowhere.pth", "weights file 'nowhere.pth' is not there"),
         ("local-dir:nowhere", "there is no folder 'nowhere'"),
         ("local-dir:", "there is no folder"),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...checkpoints.paths import nearest_folder
+from ...checkpoints.paths import NOT_A_URL, is_url, nearest_folder
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from ..data.datasets import check_dataset
@@ -72,7 +72,10 @@ def stage_folder(config: DataConfig) -> Path:
                 f"data.stage={text}, but {bare or braced} is not set on {socket.gethostname()}: name a folder of the "
                 "node's own disk, or data.stage=none to read the data set where it is"
             )
-    return Path(os.path.expandvars(text)).expanduser().absolute()
+    path = os.path.expandvars(text)
+    if is_url(path):
+        raise ConfigError(f"data.stage={text} is {path!r} on {socket.gethostname()}: {NOT_A_URL}")
+    return Path(path).expanduser().absolute()
 
 
 def _own_folder(folder: Path) -> Path:
