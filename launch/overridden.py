@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from .load_config import Setting
 
 Validate = Callable[[Sequence["Setting"]], RunConfig]
-DECIDES_NOTHING = OUTSIDE | {"seed", "data.data_path", "data.stage", "data.batch_size", "data.num_classes"}
+DECIDES_NOTHING = OUTSIDE | {
+    "engine.device",
+    "seed",
+    "data.data_path",
+    "data.stage",
+    "data.batch_size",
+    "data.num_classes",
+}
 """Settings that take the effect of no other; they are not worth loading torch for."""
 
 

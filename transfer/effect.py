@@ -5,23 +5,28 @@ No torch here; `engine/run_parts.py` lists the parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from ..models.errors import ConfigError
+from ..models.json_types import JsonDict
 from .config import RunConfig
 
 OUTSIDE = frozenset(
     {
-        "output_dir", "data.workers", "data.max_bad_images", "engine.device", "engine.log_interval",
-        "engine.save_every", "engine.save_minutes", "engine.keep_states", "engine.stop_grace", "engine.resume",
-        "engine.trackers", "engine.progress",
+        "output_dir", "data.workers", "data.max_bad_images", "engine.log_interval", "engine.save_every",
+        "engine.save_minutes", "engine.keep_states", "engine.stop_grace", "engine.resume", "engine.trackers",
+        "engine.progress",
     }
 )  # fmt: skip
 """Settings of where a run is, what it records and when it saves. They change no number, and every run reads them."""
+PLACES = frozenset(
+    {"data.data_path", "data.stage", "data.download", "transfer.cache", "transfer.cache_limit"}
+)
+"""Settings of where images and targets lie. They change no number either, where the images are the same."""
 OFF: dict[str, Any] = {
     "data.hflip": 0.0,
     "data.smoothing": 0.0,
@@ -80,6 +85,17 @@ def without(config: RunConfig, keys: Iterable[str]) -> RunConfig:
         else:
             config = config.model_copy(update={name: default_of(key)})
     return config
+
+
+def dump_decisive(
+    config: RunConfig, but: Collection[str] = (), *, exclude_defaults: bool = False
+) -> JsonDict:
+    """Return the settings that the numbers of a run depend on, as JSON, without those in `but` (dotted keys)."""
+    settings: JsonDict = config.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    for key in OUTSIDE | PLACES | set(but):
+        section, _, name = key.rpartition(".")
+        (settings.get(section, {}) if section else settings).pop(name, None)
+    return {key: value for key, value in settings.items() if value != {}}
 
 
 def value_of(config: RunConfig, key: str) -> Any:

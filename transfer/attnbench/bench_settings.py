@@ -16,6 +16,7 @@ from ...models.programs.found import FOUND, LINEAR
 from ...models.programs.program_text import parse_program
 from ..cells.records import digest
 from ..config import DataConfig, RunConfig, StudentConfig
+from ..effect import dump_decisive
 from ..section import Section
 
 CONTROLS = {
@@ -104,21 +105,8 @@ class Bench:
 
         Settings with their default are left out, so that a new setting does not change the digest of older rows.
         """
-        config = self.run_config(backbone, data).model_dump(
-            mode="json",
-            exclude_defaults=True,
-            include={
-                "mode": True,
-                "teacher": True,
-                "student": True,
-                "data": True,
-                "optim": True,
-                "transfer": True,
-                "engine": {"precision", "eval_every"},
-            },
-        )
-        for name in ("data_path", "stage", "workers", "download"):
-            config["data"].pop(name, None)
+        own = {"seed", "engine.device", "engine.evaluate_start", "engine.evaluate_teacher"}
+        config = dump_decisive(self.run_config(backbone, data), own, exclude_defaults=True)
         return digest([config, self.settings.backbones[backbone].layers])
 
     def trials(

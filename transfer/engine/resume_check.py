@@ -13,11 +13,11 @@ from ...checkpoints.class_names import difference
 from ...models.errors import CheckpointError, ConfigError, DataError, counted
 from ...models.json_types import Json, JsonDict
 from ..config import RunConfig
+from ..effect import OUTSIDE, PLACES
 
 FREE = (
-    "output_dir", "engine.", "teacher.compile", "teacher.shard", "student.compile", "student.grad_checkpointing",
-    "data.data_path", "data.stage", "data.download", "data.workers", "data.eval_batch_size", "data.max_bad_images",
-    "optim.epochs", "optim.max_steps", "transfer.cache",
+    *OUTSIDE, *PLACES, "engine.", "teacher.compile", "teacher.shard", "student.compile", "student.grad_checkpointing",
+    "data.eval_batch_size", "optim.epochs", "optim.max_steps",
 )  # fmt: skip
 """Settings that may change when a run resumes: where and how it runs, and its length."""
 HELD = ("engine.precision", "engine.tf32")

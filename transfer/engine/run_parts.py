@@ -19,7 +19,7 @@ EVERY_RUN = OUTSIDE | {
     "data.batch_size", "data.views", "data.crop_pct", "data.crop_mode", "data.mixup", "data.cutmix",
     "optim.max_steps", "optim.opt", "optim.lr", "optim.min_lr", "optim.warmup_epochs", "optim.weight_decay",
     "optim.betas", "optim.layer_decay", "optim.clip_grad", "optim.accum_iter", "optim.recipe_batch", "optim.ema",
-    "optim.lora", "optim.trainable", "optim.scales",
+    "optim.lora", "optim.trainable", "optim.scales", "engine.device",
     "engine.precision", "engine.tf32", "engine.fsdp", "engine.metric", "engine.patience", "engine.evaluate_teacher",
 }  # fmt: skip
 """Read in every mode."""

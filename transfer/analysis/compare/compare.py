@@ -20,6 +20,7 @@ from ...cells.pool import StoppedError
 from ...cells.records import State, cell_state, digest, load_record, save_record
 from ...cells.sharing import left_to_run, run_in_turn
 from ...config import RunConfig
+from ...effect import dump_decisive
 from ...engine.stages import Stage
 from ...engine.students import input_size
 from ...engine.train import train
@@ -39,8 +40,8 @@ from .student_cell import (
 )
 
 logger = logging.getLogger(__name__)
-WITHOUT_EFFECT = {"stop_grace", "save_minutes"}
-"""Settings of the engine that no number depends on."""
+SET_BY_CELLS = {"student.plan", "engine.evaluate_start", "engine.evaluate_teacher"}
+"""Settings for which each cell has a value of its own."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,9 @@ class Comparison:
 
     def digest(self, cell: Cell) -> str:
         """Return the digest of all settings that the cell's numbers depend on."""
-        stages = [_plain(stage.config, {"data_path", "workers", "stage"}) for stage in self.stages_of(cell)]
-        for settings in stages:
-            settings["student"].pop("plan")
-            if self.teacher is not None:
-                settings["teacher"].pop("source")  # a path
-        made = None if self.teacher is None else _plain(self.teacher, {"stage"})
+        path = set() if self.teacher is None else {"teacher.source"}
+        stages = [dump_decisive(stage.config, SET_BY_CELLS | path) for stage in self.stages_of(cell)]
+        made = None if self.teacher is None else dump_decisive(self.teacher)
         measured = self.compare.model_dump(mode="json", exclude={"plans", "img_size", "stages", "seeds"})
         return digest([stages, made, measured, cell.plan, cell.size])
 
@@ -111,11 +109,6 @@ class Comparison:
         """Where speed is measured."""
         auto = self.config.engine.device == "auto" and torch.cuda.is_available()
         return torch.device("cuda" if auto else "cpu")
-
-
-def _plain(config: RunConfig, but: set[str]) -> JsonDict:
-    """Return the settings of a run as plain data, without those of its data in `but`."""
-    return config.model_dump(mode="json", exclude={"output_dir": True, "data": but, "engine": WITHOUT_EFFECT})
 
 
 def check_plans(comparison: Comparison) -> None:

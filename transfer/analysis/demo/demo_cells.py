@@ -15,6 +15,7 @@ from ....models.json_types import Json, JsonDict
 from ....models.plain_yaml import parse_yaml
 from ...cells.records import Ending, State, cell_state, digest, save_record
 from ...config import RunConfig
+from ...effect import dump_decisive
 from ...engine.train import train
 
 TeacherName = Literal["supervised", "mae"]
@@ -80,16 +81,7 @@ class Cell:
     @property
     def settings(self) -> str:
         """The digest of all that the cell's numbers depend on, but for its teacher's weights."""
-        settings = self.config.model_dump(
-            mode="json",
-            exclude={
-                "output_dir": True,
-                "teacher": True,
-                "engine": {"progress", "stop_grace", "save_minutes"},
-                "data": {"stage"},
-            },
-        )
-        return digest([settings, self.threads])
+        return digest([dump_decisive(self.config, {"teacher"}), self.threads])
 
     def state(self) -> State:
         """Return how far the cell is. Raises ConfigError: it was run with other settings."""

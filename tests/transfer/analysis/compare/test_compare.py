@@ -13,11 +13,12 @@ from graftvit.launch.comparison import load_comparison
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.compare import compare as compare_run
 from graftvit.transfer.analysis.compare.cell_maps import load_maps
-from graftvit.transfer.analysis.compare.compare import Comparison, run_compare
+from graftvit.transfer.analysis.compare.compare import SET_BY_CELLS, Comparison, run_compare
 from graftvit.transfer.analysis.compare.comparison_cells import only_named
 from graftvit.transfer.analysis.compare.comparison_report import write_report
 from graftvit.transfer.analysis.compare.student_cell import cell_stages, fresh_model, is_linear
 from graftvit.transfer.cells.pool import StoppedError
+from graftvit.transfer.config import RunConfig
 from safetensors.torch import load_file, save_file
 
 PLANS = {"linear": "*: linear", "focused": "0: focused", "softmax": "*: softmax", "found": "*: attnzero_105"}
@@ -126,6 +127,45 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
     said: list[str] = []
     assert all_of(comparison, tell=said.append) == []
     assert said == ["6 of 6 cells are done"]
+
+
+QUIET = {
+    "data.workers": 3, "data.stage": "/scratch", "data.data_path": "moved", "data.download": True,
+    "data.max_bad_images": 7, "transfer.cache": "kept", "transfer.cache_limit": 3.0,
+    "engine.progress": False, "engine.log_interval": 7, "engine.save_every": 9, "engine.save_minutes": 9.0,
+    "engine.keep_states": 2, "engine.stop_grace": 60.0, "engine.resume": "never", "engine.trackers": ("tensorboard",),
+    "engine.evaluate_start": True, "engine.evaluate_teacher": False,
+}  # fmt: skip
+"""Settings that change no number of a cell."""
+LOUD = {
+    "data.batch_size": 16,
+    "optim.lr": 0.5,
+    "engine.precision": "bf16",
+    "engine.device": "auto",
+    "seed": 3,
+}
+
+
+def changed(config: RunConfig, key: str, value: object) -> RunConfig:
+    section, _, name = key.rpartition(".")
+    if not section:
+        return config.model_copy(update={name: value})
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+
+
+@pytest.mark.parametrize("key", [*QUIET, *LOUD])
+def test_a_setting_decides_the_digest_of_a_cell_if_its_numbers_depend_on_it(key: str, tmp_path: Path) -> None:
+    plain = load_comparison(write_config(tmp_path, {"linear": "*: linear"}))
+    plain = replace(plain, teacher=plain.config)
+    assert plain.teacher is not None
+    value = {**QUIET, **LOUD}[key]
+    stages = [replace(stage, config=changed(stage.config, key, value)) for stage in plain.stages]
+    others = [replace(plain, stages=stages)]
+    if key not in SET_BY_CELLS:
+        others.append(replace(plain, teacher=changed(plain.teacher, key, value)))
+    for other in others:
+        same = [plain.digest(each) == other.digest(each) for each in plain.cells()]
+        assert set(same) == {key in QUIET}
 
 
 def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(tmp_path: Path) -> None:
