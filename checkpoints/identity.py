@@ -1,25 +1,57 @@
-"""Identify weights in any place by a digest of their names, types, shapes and numbers."""
+"""Identify weights by a digest of their tensors, and teachers by all that decides what they compute, in any place."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..models.json_types import JsonDict
 from .weights import Weights
 
+if TYPE_CHECKING:
+    from .pretrained import Pretrained
 
-def identify(weights: Weights) -> str:
-    """Return the digest of a teacher: its tensors under timm's names, and its norms' epsilon if the source gives one.
+
+def collect_identity(teacher: Pretrained) -> JsonDict:
+    """Return all that decides what a teacher computes, as JSON: tensors, configuration, preprocessing and library.
+
+    The same teacher has the same identity in any file, folder or repository.
+    """
+    library = "transformers" if teacher.config else "timm"
+    known = {
+        "digest": teacher.digest,
+        "architecture": teacher.architecture,
+        "model_args": dict(teacher.model_args),
+        "config": dict(teacher.config),
+        "preprocessing": teacher.preprocessing.described(),
+        "library": f"{library} {version(library)}",
+    }
+    found: JsonDict = json.loads(json.dumps(known, default=repr))
+    return found
+
+
+def identify(teacher: Pretrained) -> str:
+    """Return the digest of a teacher's identity; another version of its library is the same teacher."""
+    known = collect_identity(teacher)
+    del known["library"]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def digest_weights(weights: Weights) -> str:
+    """Return the digest of weights: their tensors under timm's names, and the norms' epsilon if the source gives one.
 
     The same tensors have the same digest in any file and any container, and in any order.
     """
-    return digest(weights.tensors, "" if weights.norm_eps is None else repr(weights.norm_eps))
+    return digest_tensors(weights.tensors, "" if weights.norm_eps is None else repr(weights.norm_eps))
 
 
-def digest(tensors: Mapping[str, Tensor], said: str = "") -> str:
+def digest_tensors(tensors: Mapping[str, Tensor], said: str = "") -> str:
     """SHA-256 over the tensors, as hexadecimal digits; `said` is what else is part of what they are."""
     whole = hashlib.sha256(said.encode())
     for name in sorted(tensors):

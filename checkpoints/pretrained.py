@@ -20,7 +20,7 @@ from .architecture import infer_architecture
 from .class_names import read_names
 from .copying_students import described_architecture, make_whole, refuse_as_start
 from .fit import fit, source_grid, without_values
-from .identity import identify
+from .identity import digest_weights
 from .model_folders import read_folder, read_hub, read_weights_file
 from .position import Method
 from .preprocessing import Preprocessing, input_size
@@ -54,6 +54,8 @@ class Pretrained:
     report: LoadReport
     model_args: Json = field(default_factory=dict)
     """The arguments of timm's constructor beside the architecture."""
+    config: Json = field(default_factory=dict)
+    """The settings that decide what a model of transformers computes; empty for one of timm."""
     provenance: Json = field(default_factory=dict)
     """What a student of this package learned from, and how."""
     label_names: tuple[str, ...] | None = None
@@ -130,7 +132,7 @@ def load_pretrained(
         resize(built, described.preprocessing.input_size[1:])
     if not without_values(tensors):
         logger.info("%s", report)
-    return replace(described, digest=identify(weights) if known else None)
+    return replace(described, digest=digest_weights(weights) if known else None)
 
 
 Teacher, load_teacher = Pretrained, load_pretrained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..models.errors import CheckpointError
 from ..models.json_types import Json, JsonDict
+from .identity import collect_identity
 from .licenses import carried
 from .recorded import copied_by
 
@@ -32,20 +32,11 @@ NOT_RECIPE = ("output_dir", "engine")
 
 
 def of_teacher(teacher: Pretrained | None) -> JsonDict | None:
-    """Return a teacher as provenance, in JSON: its source, its weights, its arguments and its preprocessing."""
+    """Return a teacher as provenance, in JSON: its source, its license and its identity."""
     if teacher is None:
         return None
-    known = {
-        "source": teacher.source,
-        "architecture": teacher.architecture,
-        "revision": teacher.revision,
-        "licence": teacher.license,
-        "digest": teacher.digest,
-        "model_args": dict(teacher.model_args),
-        "preprocessing": teacher.preprocessing.described(),
-    }
-    plain: JsonDict = json.loads(json.dumps(known, default=str))
-    return plain
+    origin = {"source": teacher.source, "revision": teacher.revision, "licence": teacher.license}
+    return origin | collect_identity(teacher)
 
 
 def of_weights(source: str, report: LoadReport) -> JsonDict:

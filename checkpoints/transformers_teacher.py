@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from .class_names import KEY as LABEL_NAMES
 from .class_names import read_names
 from .foreign_folders import ForeignFolder, find_foreign
 from .formats.normalization import IMAGENET
-from .identity import digest
+from .identity import digest_tensors
 from .preprocessing import Preprocessing
 from .pretrained import Pretrained
 from .report import LoadReport, some
@@ -34,6 +34,8 @@ DROPPED = (
     "experts_implementation",
 )
 """Settings of config.json that name code or kernels elsewhere."""
+NO_NUMBER = ("architectures", "dtype", "id2label", "label2id", "problem_type", "transformers_version")
+"""Settings of config.json that change nothing in what a teacher computes, which is always in float32."""
 GRIDS = {"swin": 0, "swinv2": 0, "dinov3_convnext": 1}
 """Tokens before the patches, by types whose last hidden state is a list of patches."""
 
@@ -88,7 +90,8 @@ def load_transformers(
         has_head=widths["classes"] > 0,
         report=report,
         label_names=_label_names(folder.config, widths["classes"]),
-        digest=digest(model.state_dict()),
+        config=_without(model.config.to_dict(), (*DROPPED, *NO_NUMBER)),
+        digest=digest_tensors(model.state_dict()),
     )
 
 
@@ -157,7 +160,7 @@ def _load(folder: ForeignFolder) -> tuple[Any, int]:
             f"{folder.origin} is quantized, which is not supported: give the original weights"
         )
     try:
-        built = CONFIG_MAPPING[kind].from_dict(_without_code(config))
+        built = CONFIG_MAPPING[kind].from_dict(_without(config, DROPPED))
     except Exception as error:  # each type checks its settings in its own way
         raise CheckpointError(f"{folder.origin}: transformers refuses its config.json: {error}") from error
     names = config.get("architectures") or []
@@ -203,12 +206,12 @@ def _quiet() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-def _without_code(config: Json) -> JsonDict:
-    """Return the settings without what names code or kernels, at any depth."""
+def _without(config: Json, left_out: Sequence[str]) -> JsonDict:
+    """Return the settings without those of these names, at any depth."""
     return {
-        name: _without_code(value) if isinstance(value, Mapping) else value
+        name: _without(value, left_out) if isinstance(value, Mapping) else value
         for name, value in config.items()
-        if name not in DROPPED
+        if name not in left_out
     }
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from engine_runs import config, make_teacher, records
 from graftvit.checkpoints.transformers_teacher import load_transformers
-from graftvit.models.errors import CheckpointError, GraftError
+from graftvit.launch.plan_text import describe_plan
+from graftvit.models.errors import CheckpointError, ConfigError, GraftError
+from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
 from hub_client import use_hub
@@ -96,6 +98,53 @@ def test_a_run_learns_from_it_and_is_resumed(tmp_path: Path) -> None:
     make(tmp_path / "convnext", "convnext", drop_path_rate=0.1, hidden_sizes=[8, 8, 8, 12])
     with pytest.raises(GraftError, match=r"teachers.c.source=.* holds other weights"):
         train(run)
+
+
+def change(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def run_of(folder: Path, name: str, steps: int = 2, **sections: Any) -> RunConfig:
+    transfer = {"method": "logits", "cache": str(folder / "cache")}
+    data = {"mixup": 0.0, "views": 0, "crop_scale": (0.08, 1.0)}
+    optim = {"max_steps": steps}
+    return config(folder / name, folder / "swin", optim=optim, transfer=transfer, data=data, **sections)
+
+
+def test_another_configuration_is_another_teacher(tmp_path: Path) -> None:
+    make(tmp_path / "swin", "swin")
+    train(run_of(tmp_path, "run"))
+    change(tmp_path / "swin", hidden_act="relu")
+    train(run_of(tmp_path, "other"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "the targets of another teacher"
+    sentence = r"^teacher\.config\.hidden_act='relu', but the run in .* was started with 'gelu'"
+    for call in (train, describe_plan):
+        with pytest.raises(ConfigError, match=sentence):
+            call(run_of(tmp_path, "run", steps=3))
+
+
+def test_what_changes_no_number_is_the_same_teacher(tmp_path: Path) -> None:
+    make(tmp_path / "swin", "swin")
+    train(run_of(tmp_path, "run"))
+    change(tmp_path / "swin", transformers_version="4.0.0", dtype="float16", _attn_implementation="eager")
+    assert train(run_of(tmp_path, "run", steps=3)).steps == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_another_version_of_transformers_fills_the_cache_again_and_resumes_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path / "swin", "swin")
+    train(run_of(tmp_path, "run"))
+    monkeypatch.setattr("graftvit.checkpoints.identity.version", lambda name: "99.0")
+    with caplog.at_level("WARNING"):
+        assert train(run_of(tmp_path, "run", steps=3)).steps == 3
+    assert (
+        f"is now computed by transformers 99.0, and was by transformers {transformers.__version__}"
+        in caplog.text
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_without_labels_the_distance_of_features_picks_the_best_state(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ...checkpoints.identity import collect_identity
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained
 from ...models.errors import ConfigError
@@ -48,7 +49,7 @@ def find_shards(
 
 def has_weights(shards: TargetShards) -> bool:
     """Return whether the teachers' weights were read, so that the name of the folder is known."""
-    return all(each["weights"] is not None for each in shards.described["teachers"].values())
+    return all(each["digest"] is not None for each in shards.described["teachers"].values())
 
 
 def describe_test_images(config: RunConfig, spec: Preprocessing, loader: EvalLoader) -> JsonDict:
@@ -89,13 +90,9 @@ def _describe_teacher(
     how = config.teacher if side.name == DEFAULT_TEACHER else config.teachers[side.name]
     height, width = spec.input_size[1:]
     return {
-        "weights": teacher.digest,
-        "architecture": teacher.architecture,
-        "model_args": {key: repr(value) for key, value in sorted(teacher.model_args.items())},
+        **collect_identity(teacher),
         "position_embedding": how.position_embedding,
         "dtype": how.dtype,
-        "mean": list(teacher.mean),
-        "std": list(teacher.std),
         "size": list(side.input.teacher_size((height, width))),
         "targets": sorted(dual.wanted(side).whole),
     }

@@ -39,11 +39,12 @@ Note = dict[str, float | None]
 
 def views_of(config: RunConfig, schedule: Schedule, position: Position) -> list[int]:
     """Return the views that a run shows from a position to its end."""
-    if position.step >= schedule.total_steps:
+    left = schedule.total_steps - position.step
+    if left <= 0:
         return []
-    epochs = -(-schedule.total_steps // schedule.steps_per_epoch)
+    epochs = -(-(position.epoch_step + left) // schedule.steps_per_epoch)
     count = max(1, config.data.views or 0)
-    return sorted({epoch % count for epoch in range(position.epoch, epochs)})
+    return sorted({(position.epoch + epoch) % count for epoch in range(epochs)})
 
 
 def prepare_targets(

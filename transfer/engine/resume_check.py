@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from ...models.json_types import Json, JsonDict
 from ..config import RunConfig
 from ..effect import OUTSIDE, PLACES
 
+logger = logging.getLogger(__name__)
 FREE = (
     *OUTSIDE, *PLACES, "engine.", "teacher.compile", "teacher.shard", "student.compile", "student.grad_checkpointing",
     "data.eval_batch_size", "optim.epochs", "optim.max_steps",
@@ -25,7 +27,7 @@ HELD = ("engine.precision", "engine.tf32")
 
 
 BUILT = (
-    "architecture", "model_args", "preprocessing",
+    "architecture", "model_args", "config", "preprocessing",
     "input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation",
 )  # fmt: skip
 """What a state says of a teacher and a student, and what must stay as it is."""
@@ -150,13 +152,25 @@ def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) 
                 f"started with (sha256 {before['digest'][:12]} then, {teacher['digest'][:12]} now): put those back, or "
                 "give another output_dir"
             )
+        library = before.get("library")
+        if _differ(library, teacher.get("library")):
+            logger.warning(
+                "%s of the run in %s is now computed by %s, and was by %s",
+                name,
+                folder,
+                teacher["library"],
+                library,
+            )
         if teacher.get("digest") is not None:  # else it is known by its name alone, for a plan
             pairs[name] = before, teacher
     pairs["student"] = saved.get("student") or {}, student
     for name, (then, now) in pairs.items():
         now = json.loads(json.dumps({key: now[key] for key in BUILT if key in now and key in then}))
         known, found = dict(_flat({key: then[key] for key in now})), dict(_flat(now))
+        shared = known.keys() & found.keys()
         for key in sorted(known.keys() | found.keys()):
+            if key.startswith("config.") and key not in shared:
+                continue  # of another version of transformers, or unknown to it
             if known.get(key) != found.get(key):
                 raise ConfigError(
                     f"{name}.{key}={found.get(key)!r}, but the run in {folder} was started with {known.get(key)!r}: "
@@ -234,10 +248,11 @@ def check_same_teacher(origins: list[JsonDict]) -> None:
         raise CheckpointError(
             f"the processes loaded different weights from the hub (commits {loaded}): give teacher.revision"
         )
-    digests = [((own.get("teacher") or {}).get("digest") or "unknown")[:12] for own in origins]
+    teachers = [own.get("teacher") or {} for own in origins]
+    read = [f"{(own.get('digest') or 'unknown')[:12]} in {own.get('library')}" for own in teachers]
     raise CheckpointError(
-        f"the processes loaded different weights or descriptions of them (sha256 {', '.join(digests)}): put them on a "
-        "disk that every machine sees"
+        f"the processes loaded different weights or descriptions of them (sha256 {', '.join(read)}): put them, and one "
+        "environment, on a disk that every machine sees"
     )
 
 

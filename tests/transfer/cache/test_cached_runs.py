@@ -22,7 +22,9 @@ from graftvit.transfer.cache.target_key import digest_of_files
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.build import build
+from graftvit.transfer.engine.cached_targets import views_of
 from graftvit.transfer.engine.dry_run import dry_run
+from graftvit.transfer.engine.resume_check import Position
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
 from interrupting import terminated_after
@@ -125,6 +127,12 @@ def test_a_cache_serves_other_students_lengths_and_more_views(
     train(run(tmp_path / "three", teacher, cache, {"method": "logits"}, student=student, optim={"blr": 0.1}))
     assert passes == []
     assert len(list(cache.iterdir())) == 1
+
+
+def test_a_finished_run_that_goes_on_shows_the_view_of_its_next_epoch(tmp_path: Path) -> None:
+    schedule = SimpleNamespace(total_steps=3, steps_per_epoch=8)
+    longer = run(tmp_path, tmp_path, tmp_path, data={"views": 3})
+    assert views_of(longer, schedule, Position(step=2, epoch=1)) == [1]  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

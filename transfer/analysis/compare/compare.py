@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ....checkpoints.identity import identify
 from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
 from ....models.families import check_supported
@@ -151,13 +152,13 @@ def run_compare(
 
 
 def _identify_teacher(comparison: Comparison) -> str:
-    """Return the digest of the teacher's weights, "" without one.
+    """Return the digest of the teacher's identity, "" without one.
 
     Raises ConfigError: a cell was measured with another teacher.
     """
     if not comparison.has_teacher:
         return ""
-    now = teacher_of(comparison.config).digest or ""
+    now = identify(teacher_of(comparison.config))
     for record in comparison.records():
         if record.error is None and record.teacher not in ("", now):
             raise ConfigError(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,13 +169,26 @@ def test_a_setting_decides_the_digest_of_a_cell_if_its_numbers_depend_on_it(key:
         assert set(same) == {key in QUIET}
 
 
-def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(tmp_path: Path) -> None:
+def other_numbers(teacher: Path) -> None:
+    weights = teacher / "model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
+
+
+def other_activation(teacher: Path) -> None:
+    described = json.loads((teacher / "config.json").read_text())
+    described["model_args"]["act_layer"] = "relu"
+    (teacher / "config.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("change", [other_numbers, other_activation])
+def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"})
     run_compare(load_comparison(path), only_named(load_comparison(path).cells(), ["teacher"]))
     (record,) = (tmp_path / "out" / "cells").glob("teacher*/cell.json")
     assert len(json.loads(record.read_text())["teacher"]) == 64
-    weights = tmp_path / "given-teacher" / "model.safetensors"
-    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
+    change(tmp_path / "given-teacher")
     comparison = load_comparison(path)
     with pytest.raises(ConfigError, match=r"cells.teacher\S* was measured with another teacher"):
         run_compare(comparison, only_named(comparison.cells(), ["linear"]))
