@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from timm.models import is_model
+from timm.models import is_model, list_pretrained, split_model_name_tag
 from timm.models._hub import _parse_model_cfg
 
 from ..models.errors import CheckpointError
@@ -24,7 +24,7 @@ from .report import shortened
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
 from .state_file import BEST, read_meta
-from .timm_models import is_ours, known_fields
+from .timm_models import is_ours, known_fields, published_config
 from .weight_files import Content, read_file
 from .weights import Weights
 
@@ -151,7 +151,10 @@ def _read(folder: Path, find: Find, origin: str) -> Weights:
     if named is not None and not isinstance(named, str):
         raise CheckpointError(f"{folder / CONFIG} says hf_hub_filename={named!r}, which is no name of a file")
     weights = _weights(find, (named,) if named else (), origin, {}, folder)
-    known = _with_license(known_fields(described), find)
+    known = known_fields(described)
+    if PROVENANCE not in config and _repeats_timm(known, architecture):
+        known["license"] = None
+    known = _with_license(known, find)
     words = f"a timm folder ({Path(weights.origin).name})"
     provenance = dict(made)
     epsilon = provenance.pop(NORM_EPS, None)
@@ -200,6 +203,12 @@ def _preprocessor(find: Find) -> JsonDict:
     """Return how transformers prepares the images: image_mean, image_std and more, if the source gives them."""
     path = find("preprocessor_config.json")
     return {} if path is None else {"preprocessor": read_config(path)}
+
+
+def _repeats_timm(described: Json, architecture: str) -> bool:
+    """Return whether a license is that of timm's own weights, which timm writes beside any weights that it saves."""
+    name = f"{split_model_name_tag(architecture)[0]}.{described.get('tag')}"
+    return name in list_pretrained() and described.get("license") == published_config(name).get("license")
 
 
 def _with_license(described: Json, find: Find) -> JsonDict:

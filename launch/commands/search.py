@@ -184,14 +184,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
+    from ...checkpoints.identity import identify
     from ...checkpoints.pretrained import load_pretrained
+    from ...transfer.cells.records import digest
     from ...transfer.cells.threads import torch_threads
     from ...transfer.data.sample import sample_images
     from ...transfer.search.matching import record_layers
     from ...transfer.search.program_search import Search, SearchSettings
 
     sources = [arguments.source, *arguments.also]
-    teachers = [load_pretrained(source, **source_keywords(config.teacher)) for source in sources]
+    how = source_keywords(config.teacher)
+    teachers = [load_pretrained(source, **how, identified=True) for source in sources]
     with torch_threads(1):
         images = [
             sample_images(config.data, each.preprocessing, arguments.images, seed=config.seed)
@@ -199,9 +202,9 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
         ]
         layers = [record_layers(each.model, own) for each, own in zip(teachers, images, strict=True)]
         data = f"{len(images[0])} of {config.data.dataset or config.data.data_path}"  # there may be fewer
-        settings = SearchSettings(
-            config.seed, arguments.population, arguments.at_random, ", ".join(sources), data, arguments.proxy
-        )
+        names, identity = ", ".join(sources), digest([identify(each) for each in teachers])
+        own = (config.seed, arguments.population, arguments.at_random)
+        settings = SearchSettings(*own, names, data, arguments.proxy, identity)
         return Search(arguments.out, settings, layers)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher, load_weights
@@ -16,6 +17,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import CheckpointError
 from graftvit.models.mae import MaskedAutoencoder
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 Make = Callable[..., nn.Module]
@@ -132,6 +134,22 @@ def test_pickled_weights_and_a_license_from_the_card(tiny: Make, tmp_path: Path)
     assert same(teacher.model, model)
     assert teacher.license == "cc-by-nc-4.0"
     assert "pytorch_model.bin" in teacher.report.format
+
+
+def test_timm_writes_the_license_of_its_own_weights_beside_any_others(tmp_path: Path) -> None:
+    model = timm.create_model(NAME, **ARGUMENTS)
+    save_for_hf(model, tmp_path, model_args=ARGUMENTS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == "apache-2.0"
+    assert load_teacher(str(tmp_path)).license is None
+    model = timm.create_model(NAME, **ARGUMENTS)
+    assert load_weights(model, str(tmp_path)).license is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# a card\n")
+    assert load_teacher(str(tmp_path)).license == "mit"
+    for own in ({"license": "cc-by-nc-4.0"}, {"tag": "mine"}, {"tag": None}):
+        stated = {**config, "pretrained_cfg": {**config["pretrained_cfg"], **own}}
+        (tmp_path / "config.json").write_text(json.dumps(stated))
+        assert load_teacher(str(tmp_path)).license == stated["pretrained_cfg"]["license"]
 
 
 def test_fields_that_this_timm_does_not_know_are_left_out(tiny: Make, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from graftvit.launch.cli import main
 from graftvit.transfer.search.program_search import ARCHIVE
 from hostile import ARCHITECTURE, ARGUMENTS
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -62,6 +63,19 @@ def test_a_search_prints_its_front_and_resumes(
     (out / "settings.json").write_text('{"seed"')
     assert main([*words, "--generations", "2", "--out", str(out)]) == 2
     assert "settings.json is not readable" in capsys.readouterr().err
+
+
+def test_a_search_goes_on_with_the_same_teacher_alone(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, "--generations", "1", "--out", str(tmp_path / "found")]
+    assert main(words) == 0
+    path = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.0.attn.qkv.weight"][0, 0] += 1e-3
+    save_file(tensors, path)
+    assert main(words) == 2
+    assert "other recorded layers: the weights or the images have changed" in capsys.readouterr().err
 
 
 def test_a_search_names_the_images_that_there_are(words: list[str], tmp_path: Path) -> None:

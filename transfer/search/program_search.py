@@ -52,6 +52,8 @@ class SearchSettings:
     images: str
     proxy: str = "matching"
     """What mismatch is measured by: a name of `PROXIES`."""
+    identity: str = ""
+    """The digest of the teachers' identities."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Search:
             if there.get(name) == value:
                 continue
             differs = "other recorded layers: the weights or the images have changed"
-            if name != "layers":
+            if name not in ("layers", "identity"):
                 differs = f"{name} {there.get(name)}, not {value}"
             raise ConfigError(f"{self.folder} has a search with {differs}; take another --out")
 
