@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,20 +18,41 @@ import onnx
 import safetensors.torch
 import torch
 import yaml
+from benchmark_rows import row
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
+from graftvit.launch.bench_loading import load_rows
 from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import GraftError
+from graftvit.transfer.analysis.benchmark.cases import Results, read_results
+from graftvit.transfer.analysis.compare.cell_maps import load_maps
+from graftvit.transfer.analysis.compare.cell_record import Record, Score, Speed
+from graftvit.transfer.analysis.compare.comparison_plots import plots_of
+from graftvit.transfer.analysis.compare.comparison_report import render_markdown
+from graftvit.transfer.analysis.compare.comparison_seeds import mean_over_seeds
+from graftvit.transfer.analysis.compare.comparison_tables import records_csv, records_json
+from graftvit.transfer.analysis.compare.map_plot import map_plot
+from graftvit.transfer.analysis.report.arrays import write_arrays
+from graftvit.transfer.analysis.search.search_report import write_report
+from graftvit.transfer.attnbench.bench_rows import best_first, merge_rows, read_rows, row_text, write_rows
+from graftvit.transfer.cache.target_rows import PIXELS, TargetRows
+from graftvit.transfer.cache.target_shards import Shard, TargetShards
+from graftvit.transfer.cells.records import load_record, save_record
 from graftvit.transfer.config import DataConfig
+from graftvit.transfer.data.archives import unpack, unpacked_size
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.loading import EvalBatches
 from graftvit.transfer.data.sampler import BatchRequest
+from graftvit.transfer.search.program_search import open_search, recorded_generations
+from graftvit.transfer.search.shares import run_search
 from hostile import ARCHITECTURE, ARGUMENTS, weights
 from hostile_configs import write_model
 from hostile_tensors import valid
 from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
+from search_runs import search, silent
 from torch import Tensor
 
 from .mutations import damage_bytes, damage_json, damage_tensors, damage_yaml
@@ -340,6 +363,253 @@ def _check_images(folder: Path) -> None:
         raise GraftError(refused[0])
 
 
+# The records of a search.
+
+
+def _make_search(folder: Path) -> None:
+    run_search(search(folder, population=3), 2, silent)
+
+
+def _damage_search(rng: Random, folder: Path) -> str:
+    path = rng.choice(
+        [each for each in sorted(folder.rglob("*")) if each.suffix in (".json", ".safetensors")]
+    )
+    if path.suffix == ".safetensors" and rng.random() < 0.5:
+        tensors, how = damage_tensors(rng, safetensors.torch.load_file(path))
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+        return how
+    how = damage_bytes(rng, path) if path.suffix == ".safetensors" else damage_json(rng, path)
+    if (
+        path.name == "cell.json" and path.stat().st_size < 1 << 24 and rng.random() < 0.8
+    ):  # by somebody who digests it again
+        try:
+            record = json.loads(path.read_text())
+            digest = open_search(folder)._digest(int(path.parent.name[:3]), record["program"])
+            path.write_text(json.dumps(record | {"settings": digest}))
+        except (ValueError, TypeError, KeyError, RecursionError, UnicodeError):
+            pass
+    return f"{path.name} {how}"
+
+
+def _check_search(folder: Path) -> None:
+    found = open_search(folder)
+    done = recorded_generations(found)
+    for number, each in enumerate(done):
+        place = divmod(number, found.settings.population)
+        there = json.loads((folder / f"cells/{place[0]:03}-{place[1]:03}/cell.json").read_text())
+        _equal(there["program"], each.program)
+        _equal(there.get("mismatch"), each.mismatch)
+        _equal(there.get("cost", 0), each.cost)
+        _equal(list(there.get("parents", ())), list(each.parents))
+    write_report(folder)
+
+
+def _equal(there: object, found: object) -> None:
+    """WrongError unless a value was read as it is there; `"3"` may stand for 3."""
+    if isinstance(found, float | int) and isinstance(there, str | float | int):
+        there, found = float(there), float(found)
+    if there != found:
+        raise WrongError(f"{str(there)[:80]!r} was read as {str(found)[:80]!r}")
+
+
+# Rows of the benchmark.
+
+
+def _make_rows(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        rows = load_rows(Path("attnbench_digits"))
+        write_rows([*rows[:3], *(row for row in rows if row.status == "refused")][:5], folder / name)
+
+    return make
+
+
+def _damage_rows(rng: Random, folder: Path) -> str:
+    path = folder / "rows.jsonl"
+    if rng.random() < 0.4:
+        return damage_bytes(rng, path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    number, scratch = rng.randrange(len(lines)), folder / "line.json"
+    scratch.write_text(lines[number], encoding="utf-8")
+    how = damage_json(rng, scratch)
+    if scratch.stat().st_size > 1 << 24:
+        scratch.replace(path)
+        return how
+    content = [line.encode() for line in lines]
+    content[number] = scratch.read_bytes().replace(b"\n", b" ")
+    scratch.unlink()
+    path.write_bytes(b"\n".join(content) + b"\n")
+    return how
+
+
+def _check_rows(path: Path, there: Callable[[Path], list[Any]]) -> None:
+    found = read_rows(path)
+    for each, values in zip(found, there(path), strict=True):
+        _equal(values["program"], each.program)
+        _equal(values.get("seed", 0), each.seed)
+        _equal(values.get("latency"), each.latency)
+        for point, wanted in zip(each.curve, values.get("curve", ()), strict=True):
+            pairs = wanted.items() if isinstance(wanted, dict) else zip(point._fields, wanted, strict=True)
+            for name, value in pairs:
+                _equal(value, getattr(point, name))
+    for each in best_first(found):
+        row_text(each)
+    merge_rows([found])
+
+
+def _read_lines(path: Path) -> list[Any]:
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[: None if lines[-1] else -1]]
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    rows: list[Any] = importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
+    return rows
+
+
+# What teachers computed, kept by `transfer.cache`.
+
+
+def _shards(folder: Path) -> tuple[TargetShards, Shard]:
+    shards = TargetShards(folder, {"teacher": "a"}, 6)
+    return shards, shards.shards([0])[0]
+
+
+def _targets() -> dict[str, Tensor]:
+    return {"logits": torch.arange(60.0).reshape(6, 10), PIXELS: torch.arange(6)}
+
+
+def _make_cache(folder: Path) -> None:
+    shards, shard = _shards(folder)
+    shards.open()
+    shards.write(shard, _targets())
+
+
+def _damage_cache(rng: Random, folder: Path) -> str:
+    shards, shard = _shards(folder)
+    about = next(shards.folder.glob("*.json"))
+    return damage_bytes(rng, shards.path(shard)) if rng.random() < 0.8 else damage_json(rng, about)
+
+
+def _check_cache(folder: Path) -> None:
+    shards, shard = _shards(folder)
+    shards.open()
+    fault = shards.fault(shard)
+    if fault is not None:
+        raise GraftError(fault)
+    _same(TargetRows(shards)._open(shard), _targets())
+
+
+# Archives of images, which data.stage unpacks.
+
+
+def _make_archive(ending: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        inside = folder / "images" / "train" / "class"
+        inside.mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(inside / f"{number}.png")
+        shutil.make_archive(str(folder / "images"), ending, folder, "images")
+        shutil.rmtree(folder / "images")
+
+    return make
+
+
+def _check_archive(folder: Path) -> None:
+    """Each file that comes out has the very bytes of a part of the archive, or of what zip has compressed."""
+    path = _only(folder)
+    config = DataConfig(dataset="folder", data_path=str(path), stage=str(folder))
+    unpacked_size(path)
+    unpack(path, folder / "out", config, lambda count: None)
+    files = [each for each in (folder / "out").rglob("*") if each.is_file()]
+    if sum(each.stat().st_size for each in files) > 1 << 20:
+        raise WrongError("more came out of the archive than was put in")
+    content = path.read_bytes() if path.suffix == ".tar" and path.stat().st_size < 1 << 24 else None
+    for each in files:
+        if content is not None and each.read_bytes() not in content:
+            raise WrongError(f"{each.name} came out with other bytes")
+
+
+# The cells of a comparison.
+
+
+def _make_cell(folder: Path) -> None:
+    scores = [Score("zero-shot", 12.5, 50.0, 2.0), Score("task", 80.0, 99.0, 0.5, 3.0, 10)]
+    speed = Speed(32, 4, 17, 0.01, 0.009, 0.011, 0.02, 100.0, 50.0, 1 << 20, 10_000, 10_000, 9_000, 9_000)
+    errors = {"zero-shot": {0: 0.5, 1: 0.25}}
+    save_record(Record("linear", "*: linear", 32, "digest", "cpu", 0.5, None, True, 100, 10, scores, [speed], errors,
+                       "teacher", True), folder)  # fmt: skip
+    picture, heat = np.zeros((8, 8, 3), np.uint8), np.full((4, 4), 1 / 16, np.float32)
+    arrays = {"query": np.array("the class token"), "pictures": np.stack([picture, picture])}
+    for name in ("0.0", "0.1", "1.0", "1.1"):
+        arrays |= {f"{name}.heat": heat, f"{name}.extent": np.ones(2), f"{name}.grid": np.array((4, 4)),
+                   f"{name}.asking": np.array(())}  # fmt: skip
+    write_arrays(folder / "attention.npz", arrays)
+
+
+def _damage_cell(rng: Random, folder: Path) -> str:
+    if rng.random() < 0.5:
+        return damage_bytes(rng, folder / "attention.npz")
+    return damage_json(rng, folder / "cell.json")
+
+
+def _check_cell(folder: Path) -> None:
+    record, maps = load_record(Record, folder), load_maps(folder)
+    if record is None or maps is None:
+        raise WrongError("a file that is there was not found")
+    there = json.loads((folder / "cell.json").read_text())
+    for score, values in zip(record.scores, there.get("scores", ()), strict=True):
+        _equal(values["top1"], score.top1)
+    with np.load(folder / "attention.npz", allow_pickle=False) as arrays:
+        for (image, layer), each in maps.maps.items():
+            if not np.array_equal(each.heat, arrays[f"{image}.{layer}.heat"]):
+                raise WrongError("a map has other numbers than are there")
+    means = mean_over_seeds([record])
+    render_markdown(means, [])
+    records_csv(means), records_json(means)
+    for plot in [*plots_of(means), map_plot({record.name: maps})]:
+        if plot is not None:
+            plot.draw("light")
+
+
+# The results of a benchmark.
+
+
+def _make_results(folder: Path) -> None:
+    Results("operators", "here", [row(), row("softmax", ratio=1.0)]).save(folder)
+
+
+def _check_results(folder: Path) -> None:
+    results = read_results(folder / "results.json")
+    there = json.loads((folder / "results.json").read_text())
+    for each, values in zip(results.rows, there.get("rows", ()), strict=True):
+        _equal(values["median"], each.median)
+    results.save(folder)
+
+
+# The log of a run.
+
+
+def _make_log(folder: Path) -> None:
+    lines = [{"step": step, "epoch": step // 2, "loss": 1 / (step + 1), "lr": 0.1} for step in range(8)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _check_log(folder: Path) -> None:
+    """What is read are lines that are there, in order; what is no object was left out."""
+    found = read_records(folder / "log.jsonl")
+    lines = iter((folder / "log.jsonl").read_bytes().split(b"\n"))
+    for record in found:
+        if not any(_is_line(line, record) for line in lines):
+            raise WrongError(f"{record} was read, and is not there")
+
+
+def _is_line(line: bytes, record: object) -> bool:
+    try:
+        return repr(json.loads(line)) == repr(record)
+    except (ValueError, RecursionError):
+        return False
+
+
 FORMATS: dict[str, Format] = {
     **{container: _weights_format(container) for container in READERS},
     **{f"config of a {kind} model": _config_format(kind) for kind in ("plain", "converted", "copied")},
@@ -350,7 +620,29 @@ FORMATS: dict[str, Format] = {
         _make_recipe, lambda rng, folder: damage_yaml(rng, folder / "recipe.yaml"), _check_recipe
     ),
     "image": Format(_make_images, _damage_images, _check_images),
+    "search": Format(_make_search, _damage_search, _check_search),
+    "rows": Format(
+        _make_rows("rows.jsonl"), _damage_rows, lambda folder: _check_rows(folder / "rows.jsonl", _read_lines)
+    ),
+    "cache of targets": Format(_make_cache, _damage_cache, _check_cache),
+    "tar of images": Format(
+        _make_archive("tar"), lambda rng, folder: damage_bytes(rng, _only(folder)), _check_archive
+    ),
+    "zip of images": Format(
+        _make_archive("zip"), lambda rng, folder: damage_bytes(rng, _only(folder)), _check_archive
+    ),
+    "cell of a comparison": Format(_make_cell, _damage_cell, _check_cell),
+    "results of a benchmark": Format(
+        _make_results, lambda rng, folder: damage_json(rng, folder / "results.json"), _check_results
+    ),
+    "log": Format(_make_log, lambda rng, folder: damage_bytes(rng, folder / "log.jsonl"), _check_log),
 }
+if find_spec("pyarrow"):
+    FORMATS["rows in Parquet"] = Format(
+        _make_rows("rows.parquet"),
+        lambda rng, folder: damage_bytes(rng, folder / "rows.parquet"),
+        lambda folder: _check_rows(folder / "rows.parquet", _read_parquet),
+    )
 
 
 def copy_of(good: Path, folder: Path) -> Path:
