@@ -36,10 +36,12 @@ class FittedLayers:
             result = json.loads(content.metadata[RESULT])
             fit = result["fit"]
             measures = (
-                None if fit is None else {name: (before, after) for name, (before, after) in fit.items()}
+                None
+                if fit is None
+                else {name: (float(before), float(after)) for name, (before, after) in fit.items()}
             )
-            before, after = result["calibration"]
-        except (CheckpointError, KeyError, TypeError, ValueError):
+            before, after = map(float, result["calibration"])
+        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             return None
         return Layer(content.tree, (before, after), None if measures is None else Fit(measures))
 

@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ...checkpoints.regular_files import read_regular
@@ -19,6 +20,7 @@ Subset = Literal["imagenet-a", "imagenet-r"]
 """Natural adversarial examples (arXiv:1907.07174) and renditions (arXiv:2006.16241), 200 classes each."""
 
 IMAGENET_CLASSES = 1000
+_LABELS = TypeAdapter(list[list[Annotated[int, Field(ge=0, lt=IMAGENET_CLASSES)]]])
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -51,7 +53,7 @@ def real_labels(paths: Sequence[str], file: Path | None = None) -> Tensor:
     `file` is a `real.json`; timm's copy by default. A row is empty for an image without label; it is not
     scored. Raises DataError for an image that is not of the validation set.
     """
-    labels = json.loads(_shipped("imagenet_real_labels.json") if file is None else _text(file))
+    labels = json.loads(_shipped("imagenet_real_labels.json")) if file is None else _read_labels(file)
     result = torch.zeros(len(paths), IMAGENET_CLASSES, dtype=torch.bool)
     for row, path in enumerate(paths):
         match = VALIDATION_NAME.search(Path(path).name)
@@ -61,11 +63,17 @@ def real_labels(paths: Sequence[str], file: Path | None = None) -> Tensor:
     return result
 
 
-def _text(file: Path) -> str:
+def _read_labels(file: Path) -> list[list[int]]:
+    """Return the labels of each image. Raises DataError: there is no such file, or it holds something else."""
     try:
-        return read_regular(file, refusal=DataError)
+        return _LABELS.validate_json(read_regular(file, refusal=DataError))
     except DataError as error:
         raise DataError(f"the ReaL labels: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(
+            f"the ReaL labels: {file} is no list of labels for each image: {first['msg']}"
+        ) from error
 
 
 def _shipped(name: str) -> str:

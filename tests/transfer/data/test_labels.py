@@ -49,3 +49,10 @@ def test_other_images_have_no_real_label(name: str) -> None:
 def test_a_missing_file_of_labels_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.json cannot be read"):
         real_labels([], tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[" * 100_000, "{}", "[[1000]]", "[[-1]]", '["a"]', "[[1], 5]"])
+def test_a_file_that_has_no_labels_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text(text)
+    with pytest.raises(DataError, match=r"real.json"):
+        real_labels(["ILSVRC2012_val_00000001.JPEG"], tmp_path / "real.json")
