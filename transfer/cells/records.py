@@ -7,15 +7,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_shared, write_text
+from ...checkpoints.regular_files import read_if_there
 from ...models.errors import ConfigError
 
 CELL_FILE = "cell.json"
 State = Literal["done", "failed", "begun", "to do"]
+Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
 R = TypeVar("R")
 
 
@@ -23,6 +25,7 @@ R = TypeVar("R")
 class Ending:
     """What every record holds; an application's own record has more fields."""
 
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False, str_max_length=20_000)
     settings: str
     """The digest of all settings that the cell's numbers depend on."""
     error: str | None = None
@@ -74,9 +77,8 @@ def load_record(kind: type[R], folder: Path) -> R | None:
     Raises ConfigError: the record is damaged.
     """
     path = folder / CELL_FILE
+    text = read_if_there(path, refusal=ConfigError)
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
+        return None if text is None else TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
         raise ConfigError(f"{path} is no record of a cell; remove it, and the cell runs again") from error

@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Annotated
+
+from pydantic import Field
 
 from ...models.programs.drawing import draw_program
 from ...models.programs.program import Program
 from ...models.programs.program_text import parse_program
 from ...models.programs.variation import cross, mutate
-from ..cells.records import Ending
+from ..cells.records import Ending, Whole
 
 RECENT = 2
 """Generations whose programs can be parents, beside the front."""
@@ -20,23 +23,24 @@ CROSSED = 0.3
 CONTEST = 4
 """Candidates for a parent, of which the best is taken."""
 TRIES = 50
+Error = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Evaluation(Ending):
     """The record of one evaluation."""
 
-    generation: int = 0
+    generation: Whole = 0
     program: str = ""
     parents: tuple[str, ...] = ()
     refused: str = ""
     """The check that refused the program; empty if it was measured."""
     reason: str = ""
-    mismatch: float | None = None
+    mismatch: Error | None = None
     """Of the teacher's attention (`matching.mismatch`), the mean over teachers; None if it was refused."""
-    cost: int = 0
+    cost: Whole = 0
     """Multiply-adds and entries of all layers, for one image."""
-    errors: tuple[float, ...] = ()
+    errors: tuple[Error, ...] = ()
     """The mismatch with each teacher."""
 
     @property

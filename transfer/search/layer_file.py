@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from ...models.errors import ConfigError
+from ...checkpoints.weight_files import read_file
+from ...models.errors import CheckpointError, ConfigError
 from .matching import RecordedLayer
 
 PARTS = tuple(field.name for field in fields(RecordedLayer))
@@ -30,14 +30,32 @@ def layers_to_bytes(teachers: Sequence[Sequence[RecordedLayer]]) -> bytes:
 def read_layers(path: Path) -> list[list[RecordedLayer]]:
     """Read the recorded layers of each teacher. Raises ConfigError: the file is missing or damaged."""
     try:
-        tensors = load_file(path)
+        tensors = read_file(path).tree
         layers = sorted({tuple(map(int, name.split(".")[:2])) for name in tensors})
         found: list[list[RecordedLayer]] = [[] for _ in {teacher for teacher, _ in layers}]
         for teacher, index in layers:
-            parts = (tensors[f"{teacher}.{index}.{part}"] for part in PARTS)
-            found[teacher].append(RecordedLayer(*parts))
+            if (teacher, index) != (teacher % len(found), len(found[teacher])):
+                raise ValueError(f"it lacks a layer before {teacher}.{index}")
+            parts = (tensors.pop(f"{teacher}.{index}.{part}") for part in PARTS)
+            found[teacher].append(_checked(RecordedLayer(*parts)))
+        if tensors or not found:
+            raise ValueError("it has other tensors than layers")
         return found
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+    except (CheckpointError, KeyError, ValueError, IndexError) as error:
         raise ConfigError(
-            f"{path} is not readable as recorded layers; remove it, and it is made again"
+            f"{path} is not readable as recorded layers; remove it, and it is made again ({error})"
         ) from error
+
+
+def _checked(layer: RecordedLayer) -> RecordedLayer:
+    """Raise ValueError unless these are the projections and the output of one attention, of two images or more."""
+    q, k, v, out = layer.q, layer.k, layer.v, layer.out
+    fits = all(part.ndim == 4 and part.numel() and part.is_floating_point() for part in (q, k, v, out))
+    if not fits or not (
+        len(q) > 1
+        and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
+        and v.shape == (*k.shape[:3], v.shape[3])
+        and out.shape == (*q.shape[:3], v.shape[3])
+    ):
+        raise ValueError("its tensors are not of one attention")
+    return layer

@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_shared
+from ...checkpoints.regular_files import read_if_there
 from ...models.errors import ConfigError
 from ...models.json_types import JsonDict
 from ...models.programs.found import FOUND, LINEAR
-from ...models.programs.program import Program
+from ...models.programs.program import Program, ProgramError
 from ...models.programs.program_checks import CHECKS, check
 from ...models.programs.program_text import parse_program
 from ..cells.records import cell_state, digest, load_record, save_first
@@ -46,11 +47,11 @@ class SearchSettings:
     """What the records depend on, beside the teacher and its images."""
 
     seed: int
-    population: int
+    population: Annotated[int, Field(ge=1)]
     at_random: bool
     teacher: str
     images: str
-    proxy: str = "matching"
+    proxy: Literal["matching", "fitted"] = "matching"
     """What mismatch is measured by: a name of `PROXIES`."""
     identity: str = ""
     """The digest of the teachers' identities."""
@@ -95,18 +96,24 @@ class Search:
                 done += [found[slot] for slot in range(len(children))]
                 look()
 
-    def recorded(self, generation: int) -> list[Evaluation] | None:
-        """Return the evaluations of a generation; None where one is missing.
+    def recorded(self, done: Sequence[Evaluation]) -> list[Evaluation] | None:
+        """Return the evaluations of the generation after those that are `done`; None where one is missing.
 
-        Raises ConfigError: one was made with other settings.
+        Raises ConfigError: one was made with other settings, or is no child of those that are done.
         """
+        generation = len(done) // self.settings.population
+        measured = {each.program for each in done if each.mismatch is not None}
         found = []
         for slot in range(self.settings.population):
-            folder = self._cell(generation, slot)
-            record = load_record(Evaluation, folder)
+            record = self._record(generation, slot)
             if record is None:
                 return None
-            cell_state(folder, self._digest(generation, record.program), flag="--out")
+            strange = [parent for parent in record.parents if parent not in measured]
+            if strange:
+                raise ConfigError(
+                    f"{self._cell(generation, slot)} is no cell of this search: no earlier generation has measured its "
+                    f"parent {strange[0]}"
+                )
             found.append(record)
         return found
 
@@ -164,11 +171,28 @@ class Search:
         folder = self._cell(generation, slot)
         settings = self._digest(generation, child.program.text)
         if cell_state(folder, settings, flag="--out") == "done":
-            found = load_record(Evaluation, folder)
+            found = self._record(generation, slot)
             if found is not None:
                 return found
         folder.mkdir(parents=True, exist_ok=True)
         return save_first(self._evaluate(settings, generation, child), folder)
+
+    def _record(self, generation: int, slot: int) -> Evaluation | None:
+        """Return a record; None without one. Raises ConfigError: it is not of this search."""
+        folder = self._cell(generation, slot)
+        found = load_record(Evaluation, folder)
+        if found is None:
+            return None
+        cell_state(folder, self._digest(generation, found.program), flag="--out")
+        measured = found.mismatch is not None
+        if (
+            (found.generation, found.error) != (generation, None)
+            or measured == bool(found.refused)
+            or (measured and len(found.objectives) != len(self.teachers))
+            or not _is_canonical(found.program)
+        ):
+            raise ConfigError(f"{folder} is no cell of this search: remove it, and it is evaluated again")
+        return found
 
     def _evaluate(self, settings: str, generation: int, child: Child) -> Evaluation:
         program = child.program
@@ -206,6 +230,13 @@ class Search:
         write_shared(self.folder / ARCHIVE, text.encode(), replace=True)
 
 
+def _is_canonical(program: str) -> bool:
+    try:
+        return parse_program(program).text == program
+    except ProgramError:
+        return False
+
+
 def mean_error(errors: Sequence[float]) -> float:
     """Return the mean mismatch, to three digits."""
     return float(f"{fmean(errors):.{DIGITS}g}")
@@ -218,11 +249,12 @@ def open_search(folder: Path) -> Search:
 
 def _read_settings(kind: type[T], folder: Path) -> T:
     path = folder / SETTINGS
+    text = read_if_there(path, refusal=ConfigError)
+    if text is None:
+        raise ConfigError(f"{folder} has no search: give the --out of `graftvit search`")
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no search: give the --out of `graftvit search`") from error
-    except (OSError, ValidationError) as error:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
         raise ConfigError(
             f"{path} is not readable as the settings of a search; take another --out"
         ) from error
@@ -231,7 +263,7 @@ def _read_settings(kind: type[T], folder: Path) -> T:
 def recorded_generations(search: Search) -> list[Evaluation]:
     """Return the evaluations of all complete generations."""
     done: list[Evaluation] = []
-    while (found := search.recorded(len(done) // search.settings.population)) is not None:
+    while (found := search.recorded(done)) is not None:
         done += found
     return done
 

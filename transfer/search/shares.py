@@ -79,7 +79,7 @@ class Watch:
 
     def look(self, running: object = ()) -> None:
         """Read the generations that became complete."""
-        while self._left and (found := self._search.recorded(self._left[0])) is not None:
+        while self._left and (found := self._search.recorded(self.done)) is not None:
             self.done += found
             self._tell(self._search.progress(self._left.pop(0), self._generations, self.done))
 

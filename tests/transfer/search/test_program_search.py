@@ -110,9 +110,9 @@ def test_a_generation_with_a_missing_record_is_not_complete(
     """A record can vanish at any moment, also after the search has looked whether it is there."""
     done = run_search(search(tmp_path), 1, silent)
     there = open_search(tmp_path)
-    assert there.recorded(0) == recorded_generations(there) == done
+    assert there.recorded([]) == recorded_generations(there) == done
     monkeypatch.setattr(program_search, "load_record", lambda kind, folder: None)
-    assert there.recorded(0) is None
+    assert there.recorded([]) is None
     assert recorded_generations(there) == []
 
 
