@@ -224,16 +224,24 @@ def _verify(parser: Parser, argv: list[str]) -> int:
         "--sample_seed", type=int, default=0, metavar="S", help="seed of the choice (default: 0)"
     )
     parser.add_argument(
-        "--config", metavar="CONFIG", help="the file that the rows were made with (default: their recipe)"
+        "--config",
+        metavar="CONFIG",
+        help="the file that the rows were made with (default: their recipe, if it comes with the package)",
     )
     arguments, settings = parse_command(parser, argv, only=DATA)
     if arguments.sample < 1:
         raise ConfigError(f"--sample {arguments.sample}: give a number, 1 or more")
     from ...transfer.attnbench.bench_verify import pick_sample, verify_rows
     from ..bench_loading import load_bench
+    from ..recipes import recipe_names
 
     differ, sample = [], pick_sample(_chosen_rows(arguments), arguments.sample, arguments.sample_seed)
     for recipe in dict.fromkeys(row.recipe for row in sample):
+        if not arguments.config and recipe not in recipe_names():  # a row must not choose what runs here
+            raise ConfigError(
+                f"{arguments.rows} names the recipe {recipe!r}, which does not come with the package: give the file "
+                "that its rows were made with as --config"
+            )
         bench = load_bench(arguments.config or recipe, settings)
         differ += verify_rows(bench, [row for row in sample if row.recipe == recipe], _tell)
     if differ:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from ...checkpoints.atomic import write_file, write_text
 from ...checkpoints.json_lines import parse_record, read_lines
+from ...checkpoints.regular_files import open_regular
 from ...models.errors import ConfigError
-from ..cells.records import Ending
+from ..cells.records import Ending, Whole
 
+MOST_THREADS = 10_000
+GROUP = 64
+"""Rows of a Parquet file that are unpacked at a time: a small file can say that each of them is large."""
 Status = Literal["trained", "refused", "failed"]
+NEEDED = ("settings", "program", "hash", "backbone", "data", "seed", "local", "status", "curve")
 PARQUET = ".parquet"
 TOLERANCE = 30.0
 """Points of top-1 in the last epoch by which another machine, or another torch, may differ.
@@ -29,8 +34,8 @@ Programs with logarithms, signs or large powers carry a rounding on: their short
 class Point(NamedTuple):
     """The score on the validation split after an epoch (from 1)."""
 
-    epoch: int
-    top1: float
+    epoch: Whole
+    top1: Annotated[float, Field(ge=0, le=100)]
     loss: float
 
 
@@ -45,7 +50,7 @@ class Row(Ending):
     """The name of a control, or of a program that AttnZero found; empty for others."""
     backbone: str = ""
     data: str = ""
-    seed: int = 0
+    seed: Whole = 0
     local: bool = True
     """Whether a depthwise convolution of the values is added."""
     recipe: str = ""
@@ -53,10 +58,10 @@ class Row(Ending):
     reason: str = ""
     """Why the program was refused, or why the training failed."""
     curve: tuple[Point, ...] = ()
-    parameters: int | None = None
-    macs: int | None = None
+    parameters: Whole | None = None
+    macs: Whole | None = None
     """Multiply-adds of one image."""
-    latency: float | None = None
+    latency: Annotated[float, Field(ge=0)] | None = None
     """Milliseconds of an image in a batch of 32."""
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -66,9 +71,20 @@ class Row(Ending):
         return self.data, self.backbone, self.hash, self.seed, self.local, self.settings
 
     @property
+    def threads(self) -> int:
+        """Return the threads of the training. Raises ValueError: the environment names no such number."""
+        threads = int(self.environment.get("threads", "1"))
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads are {threads}")
+        return threads
+
+    @property
     def top1(self) -> float | None:
         """Return the accuracy of the last epoch, which is not chosen by the validation split; None if not trained."""
         return self.curve[-1].top1 if self.status == "trained" and self.curve else None
+
+
+_ROW = TypeAdapter(Row)
 
 
 def disagreement(old: Row, new: Row) -> str:
@@ -166,20 +182,28 @@ def _row(content: Any, label: str) -> Row:
     if content is None:
         raise ConfigError(f"{label} is no row of a benchmark: it is cut or damaged")
     try:
-        points = [tuple(point[name] for name in Point._fields) for point in content["curve"]]
-        return TypeAdapter(Row).validate_python({**content, "curve": points})
-    except (ValidationError, KeyError, TypeError) as error:
+        lacking = [name for name in NEEDED if name not in content]
+        if lacking:
+            raise ValueError(f"it has no {lacking[0]}")
+        row = _ROW.validate_python(content)
+        row.threads  # noqa: B018 - checks it
+        return row
+    except ValueError as error:  # and pydantic's ValidationError
         raise ConfigError(f"{label} is no row of a benchmark: {error}") from error
 
 
-def _parquet(path: Path) -> list[Any]:
+def _parquet(path: Path) -> Iterator[Any]:
+    """Yield the rows of a file. Raises ConfigError: it is damaged, or pyarrow is not installed."""
     arrow = _arrow(path)
-    try:
-        table = importlib.import_module("pyarrow.parquet").read_table(path)
-    except (OSError, arrow.ArrowException) as error:
-        raise ConfigError(f"{path} cannot be read as Parquet: {error}") from error
-    rows: list[Any] = table.to_pylist()
-    return rows
+    parquet = importlib.import_module("pyarrow.parquet")
+    columns = [each.name for each in dataclasses.fields(Row)]
+    with open_regular(path, refusal=ConfigError) as file:
+        try:
+            opened = parquet.ParquetFile(file)
+            for batch in opened.iter_batches(GROUP, columns=columns, use_threads=False):
+                yield from batch.to_pylist()
+        except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
+            raise ConfigError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _arrow(path: Path) -> Any:

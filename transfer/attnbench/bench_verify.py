@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ def pick_sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 
 def verify_rows(bench: Bench, rows: Sequence[Row], tell: Callable[[str], None]) -> list[str]:
-    """Run each row again with its threads, and return what disagrees, in words; `tell` gets a line for each row.
+    """Run each row again and return what disagrees, in words; `tell` gets a line for each row.
+
+    It has the threads of the row, or as many as there are processors.
 
     Raises ConfigError: a row is of other settings than the benchmark. RunFailedError: a signal stopped it.
     """
@@ -38,7 +41,7 @@ def verify_rows(bench: Bench, rows: Sequence[Row], tell: Callable[[str], None]) 
     found, threads = [], torch.get_num_threads()
     try:
         for row in rows:
-            torch.set_num_threads(int(row.environment.get("threads", 1)))
+            torch.set_num_threads(min(row.threads, os.cpu_count() or 1))
             new = _again(bench, row)
             why = disagreement(row, new)
             same = "bit for bit" if new.environment == row.environment else "within the tolerance"

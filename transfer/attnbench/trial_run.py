@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 from dataclasses import replace
@@ -22,8 +23,6 @@ from .bench_settings import CONTROLS, Bench, Trial
 
 REFUSING = tuple(each for each in CHECKS if each.name not in ("stability", "triviality", "half", "training"))
 """The checks that a program passes before it is trained: those that take milliseconds. Controls are not checked."""
-RUN = "run"
-"""Of the folder of a trial: the run, until it ends."""
 BATCH, ROUNDS = 32, 5
 """Images and rounds of the latency."""
 
@@ -37,7 +36,7 @@ def run_trial(bench: Bench, trial: Trial, folder: Path) -> Row | int:
     verdict = check(trial.program, REFUSING)
     if trial.name not in CONTROLS and not verdict.passed:
         return replace(row, status="refused", reason=f"{verdict.check}: {verdict.reason}")
-    config = bench.trial_config(trial, folder / RUN)
+    config = bench.trial_config(trial, folder / "run")
     try:
         result = train(config)
         if result.signal is not None:
@@ -48,8 +47,17 @@ def run_trial(bench: Bench, trial: Trial, folder: Path) -> Row | int:
             raise
         reason = str(error).partition(";")[0].replace(str(folder), "").strip()
         row = replace(row, status="failed", reason=reason, curve=_curve(config.output_dir))
-    shutil.rmtree(folder / RUN, ignore_errors=True)
-    return row
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return _finite(row)
+
+
+def _finite(row: Row) -> Row:
+    """Return a row that can be written: one with a loss that is no number has failed."""
+    curve = tuple(point for point in row.curve if math.isfinite(point.loss))
+    if len(curve) == len(row.curve):
+        return row
+    reason = row.reason or "the loss on the validation split is not finite"
+    return replace(row, status="failed", reason=reason, curve=curve)
 
 
 def environment() -> dict[str, str]:
