@@ -57,12 +57,13 @@ def parse_record(line: bytes) -> JsonDict | None:
     return record if isinstance(record, dict) and _within(record, DEPTH) else None
 
 
-def read_records(path: Path) -> list[JsonDict]:
+def read_records(path: Path, *, refusal: type[GraftError] = CheckpointError) -> list[JsonDict]:
     """Return the records of a file; none where there is no file. Warn of the lines that are left out.
 
-    Raises CheckpointError as `read_lines`.
+    Raises `refusal` as `read_lines`.
     """
-    records = [parse_record(line) for line in read_lines(path)] if path.exists() else []
+    lines = read_lines(path, refusal=refusal) if path.exists() else []
+    records = [parse_record(line) for line in lines]
     damaged = tuple(str(number) for number, record in enumerate(records, 1) if record is None)
     if damaged:
         _warn(path, damaged)

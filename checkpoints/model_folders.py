@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from .hub.download import commit_of, download, try_download
 from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
-from .regular_files import read_regular
+from .regular_files import read_json, read_regular
 from .report import shortened
 from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
@@ -178,11 +177,7 @@ def _provenance(config: Json, folder: Path) -> JsonDict:
 
 
 def read_config(path: Path) -> JsonDict:
-    text = read_regular(path)
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not JSON") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged: it holds a {type(config).__name__}, not settings by name")
     return config

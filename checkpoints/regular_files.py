@@ -1,17 +1,25 @@
-"""Open only regular files, and only links to where the folder itself would put them."""
+"""Read files, in the one place that opens them: regular ones, of bounded size, each failure one sentence."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..models.errors import CheckpointError, GraftError
 
 MAX_TEXT = 16 << 20
 """Bytes of a text file (settings, an index, a card) that is read whole; the largest of these has a few."""
+
+
+class UnreadableError(GraftError, OSError):
+    """The refusal for callers that go on, or try again, after any OSError."""
+
+    exit_code = 1
+
 
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -70,8 +78,17 @@ def open_regular(path: Path, *, refusal: type[GraftError] = CheckpointError) -> 
         raise refusal(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def read_regular(path: Path, *, limit: int = MAX_TEXT, refusal: type[GraftError] = CheckpointError) -> str:
+def read_regular(
+    path: Path,
+    *,
+    limit: int = MAX_TEXT,
+    errors: str = "strict",
+    refusal: type[GraftError] = CheckpointError,
+) -> str:
     """Return the text of a regular file of at most `limit` bytes of UTF-8.
+
+    Args:
+        errors: what to do with bytes that are no UTF-8, as in `bytes.decode`.
 
     Raises `refusal` as `open_regular`, or: it is larger, or no such text.
     """
@@ -80,11 +97,31 @@ def read_regular(path: Path, *, limit: int = MAX_TEXT, refusal: type[GraftError]
             content = file.read(limit + 1)
         if len(content) > limit:
             raise refusal(f"{path} is refused: it has more than {limit:,} bytes, which no such file needs")
-        return content.decode("utf-8")
+        return content.decode("utf-8", errors)
+    except GraftError:  # UnreadableError is an OSError, too
+        raise
     except UnicodeDecodeError as error:
         raise refusal(f"{path} is damaged: it is no UTF-8 text") from error
     except OSError as error:
         raise refusal(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_if_there(path: Path, *, refusal: type[GraftError] = CheckpointError) -> str | None:
+    """Return the text of a file as `read_regular`; None where there is none."""
+    try:
+        return read_regular(path, refusal=refusal)
+    except refusal as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
+
+
+def read_json(path: Path, *, limit: int = MAX_TEXT, refusal: type[GraftError] = CheckpointError) -> Any:
+    """Return the content of a file of JSON. Raises `refusal` as `read_regular`, or: it is no JSON, or too deep."""
+    try:
+        return json.loads(read_regular(path, limit=limit, refusal=refusal))
+    except (ValueError, RecursionError) as error:
+        raise refusal(f"{path} is damaged: it is not JSON") from error
 
 
 def _resolve(path: Path, refusal: type[GraftError]) -> Path:

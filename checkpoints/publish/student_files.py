@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ...models.errors import CheckpointError
 from ...models.json_types import Json, JsonDict
@@ -18,8 +17,9 @@ from ..copying_students import refuse_unnamed
 from ..model_folders import CONFIG
 from ..provenance import KEY
 from ..public import public
-from ..regular_files import read_regular
+from ..regular_files import read_json, read_regular
 from ..report import some
+from ..safety.file_outline import outline
 from ..shards import weight_map
 from ..sources import PICKLE_SUFFIXES, STUDENTS
 from .card import is_generated, student_card
@@ -137,10 +137,7 @@ def _config(folder: Path) -> JsonDict:
         runs = [name for name in STUDENTS if (folder / name / CONFIG).is_file()]
         hint = f"it is a run, push {folder / runs[0]}" if runs else "a finished run writes one"
         raise CheckpointError(f"{folder} is not a student folder, because it has no {CONFIG}: {hint}")
-    try:
-        config = json.loads(read_regular(_inside(folder, CONFIG)))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged: it is not JSON") from error
+    config = read_json(_inside(folder, CONFIG))
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{folder / CONFIG} names no architecture: it is not that of a student")
     return config
@@ -153,7 +150,7 @@ def _weights(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         index = weight_map(_inside(folder, INDEX))
         paths = [_inside(folder, name) for name in sorted(set(index.values()))]
-        held = {name for path in paths for name in _shapes(path)}
+        held = {name for path in paths for name in _described(path)}
         absent = sorted(index.keys() - held)
         if absent:
             raise CheckpointError(f"{folder / INDEX} lists {some(absent)}, which its files do not hold")
@@ -173,18 +170,16 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Kind and shape of each tensor, from the header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (str(part.get_dtype()), list(part.get_shape())) for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+def _described(path: Path) -> dict[str, Tensor]:
+    """Return the tensors without their numbers, from the header."""
+    found = outline(path)
+    if found.kind != "safetensors":
+        raise CheckpointError(f"{path} is no safetensors file")
+    return found.tree
 
 
 def _parameters(path: Path) -> int:
-    return sum(prod(shape) for kind, shape in _shapes(path).values() if "F" in kind)
+    return sum(tensor.numel() for tensor in _described(path).values() if tensor.is_floating_point())
 
 
 def _own_card(folder: Path) -> str | None:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from ...models.errors import CheckpointError, RunFailedError
 from ..hub.download import download
 from ..hub.hub_errors import is_network, line, status_of
+from ..regular_files import read_regular
 from .card import is_generated
 from .claim import license_of_card
 from .student_files import CARD, WEIGHTS_PATTERN, Upload
@@ -100,7 +101,7 @@ def keeps_remote_card(upload: Upload, remote: Remote) -> bool:
     if upload.own_card or CARD not in remote.files:
         return False
     path = download(upload.facts.repository, CARD, remote.commit)
-    card = path.read_text(encoding="utf-8", errors="replace")
+    card = read_regular(path, errors="replace")
     if is_generated(card) or not card.strip():
         return False
     claim = replace(upload.claim, named=upload.claim.license is not None)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from .tree import MAX_PART, RefusedError
 
@@ -70,11 +70,10 @@ def read_pickle(path: Path, archive: zipfile.ZipFile) -> tuple[io.BytesIO, dict[
     }
 
 
-def read_arrays(archive: zipfile.ZipFile, size: int) -> dict[str, Tensor]:
+def read_arrays(archive: zipfile.ZipFile, size: int) -> dict[str, NDArray[Any]]:
     """Return the arrays of an .npz file of `size` bytes.
 
-    Raises ValueError: it would unpack to far more, or an array in it is damaged, holds Python objects or numbers that
-    torch has no type for.
+    Raises ValueError: it would unpack to far more, or an array in it is damaged or holds Python objects.
     """
     total = sum(info.file_size for info in archive.infolist())
     if total > MAX_RATIO * size + ALLOWANCE:
@@ -82,7 +81,7 @@ def read_arrays(archive: zipfile.ZipFile, size: int) -> dict[str, Tensor]:
     return {info.filename.removesuffix(".npy"): _array(archive, info) for info in archive.infolist()}
 
 
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(info) as record:
         np.lib.format.read_magic(record)
         shape, _, dtype = np.lib.format.read_array_header_1_0(record)
@@ -94,4 +93,5 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
     if needed != held:
         raise ValueError(f"its array {info.filename[:80]!r} takes {needed:,} bytes, and has {held:,}")
     with archive.open(info) as record:
-        return torch.from_numpy(np.lib.format.read_array(record, allow_pickle=False))
+        array: NDArray[Any] = np.lib.format.read_array(record, allow_pickle=False)
+        return array

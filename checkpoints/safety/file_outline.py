@@ -112,7 +112,8 @@ def _outline(path: Path, file: BinaryIO, size: int) -> Outline:
     with open_archive(file) as archive:
         names = archive.namelist()
         if names and all(name.endswith(".npy") for name in names):
-            return Outline("npz", size, read_arrays(archive, size))
+            arrays = read_arrays(archive, size)
+            return Outline("npz", size, {name: torch.from_numpy(each) for name, each in arrays.items()})
         pickled, sizes = read_pickle(path, archive)
     tree, needed = rebuild(pickled)
     short = next((key for key, nbytes in needed.items() if sizes.get(key, -1) < nbytes), None)

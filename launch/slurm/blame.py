@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...checkpoints.regular_files import UnreadableError, open_regular
 from .failures import is_consequence
 from .job_folder import Attempt, JobFolder, Submission
 from .logs import log_files, ranks_with_logs, tail
@@ -130,7 +131,7 @@ def _log(attempt: Attempt, submission: Submission, until: int | None) -> str:
     if attempt.log_start is None:
         return ""
     try:
-        with log_files(submission, 0)[0].open("rb") as file:
+        with open_regular(log_files(submission, 0)[0], refusal=UnreadableError) as file:
             end = file.seek(0, 2) if until is None else until
             begin = max(attempt.log_start, end - _CHUNK)
             file.seek(begin)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...checkpoints.regular_files import UnreadableError, read_regular
 from ...models.errors import GraftError, LostLoaderError
 from ...transfer.engine.fence import FencedError
 
@@ -72,7 +73,7 @@ class Failure:
 
 def read_failure(path: Path) -> Failure:
     """Parse what `to_text` wrote; older files have no kind, and count as a cause that a restart does not remove."""
-    text = path.read_text(encoding="utf-8")
+    text = read_regular(path, errors="replace", refusal=UnreadableError)
     found = re.search(r"\n\((cause|consequence), (may pass|will come again)\)\n$", text)
     kind: Kind = "consequence" if found and found[1] == "consequence" else "cause"
     return Failure(

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from ...checkpoints.atomic import write_text
 from ...checkpoints.json_lines import append_line, open_lines, read_records
-from ...checkpoints.paths import safe_name
+from ...checkpoints.regular_files import UnreadableError, read_json, read_regular
 from ...models.errors import CheckpointError
 from ..hints import hint
 from .failures import Failure, read_failure
@@ -145,7 +145,7 @@ class JobFolder:
         folder = Path(_values(path).get("output_dir") or self.output_dir)
         first = folder / path.relative_to(self.output_dir)
         try:
-            return not first.samefile(path) and first.read_bytes() == path.read_bytes()
+            return not first.samefile(path) and _read(first) == _read(path)
         except OSError:  # it no longer exists
             return False
 
@@ -199,7 +199,7 @@ class JobFolder:
         """Return all attempts, the first one first; skip files that no attempt has written."""
         found = []
         for path in (self.folder / "attempts").glob("[0-9]*.jsonl"):
-            with contextlib.suppress(TypeError, CheckpointError):
+            with contextlib.suppress(TypeError):
                 found.append(_read_attempt(path))
         return sorted(found, key=lambda attempt: (attempt.number, attempt.started))
 
@@ -244,6 +244,11 @@ def newest_state(output_dir: Path) -> str:
     return str(max(times, default=""))
 
 
+def _read(path: Path) -> str:
+    """Return the text of a file; UnreadableError, which a caller takes for any OSError."""
+    return read_regular(path, errors="replace", refusal=UnreadableError)
+
+
 def _number(path: Path) -> int:
     """Return the identity of an attempt by its file; names in older records hold nothing else."""
     found = re.match(r"[0-9]+", path.stem)
@@ -253,11 +258,11 @@ def _number(path: Path) -> int:
 def _read_attempt(path: Path) -> Attempt:
     """Read the record of an attempt.
 
-    Raises TypeError: the file does not say what an attempt says at its start. CheckpointError as `read_records`.
+    Raises TypeError: the file does not say what an attempt says at its start. UnreadableError as `read_records`.
     """
     known = {one.name for one in fields(Attempt)}
     values: dict[str, Any] = {}
-    for record in read_records(path):
+    for record in read_records(path, refusal=UnreadableError):
         values |= record
     values |= {"number": _number(path), "name": path.stem}
     return Attempt(**{name: value for name, value in values.items() if name in known})
@@ -265,9 +270,9 @@ def _read_attempt(path: Path) -> Attempt:
 
 def _values(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(_read(path))
         values.pop("earlier", None)  # in older records
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
     return values
 
@@ -302,10 +307,9 @@ def _moved(found: Submission, here: Path) -> Submission:
         found = replace(
             found, command=command, logs=place(found.logs), launch=place(found.launch), code=place(found.code)
         )
-    number = found.job_id or (job_id(Path(found.launch), found.index) if found.launch else "")
-    if number:  # it becomes a part of a path
-        safe_name(number, f"{here}: the number of a job", refusal=CheckpointError)
-    return replace(found, job_id=number)
+    if found.job_id or not found.launch:
+        return found
+    return replace(found, job_id=job_id(Path(found.launch), found.index))
 
 
 def is_copied(found: Submission, here: Path) -> bool:
@@ -320,7 +324,7 @@ def is_copied(found: Submission, here: Path) -> bool:
 def job_id(launch: Path, index: int | None) -> str:
     """Return the number of a job by the folder of its launch; empty until it is known."""
     try:
-        number = (launch / "job").read_text(encoding="ascii").strip()
+        number = _read(launch / "job").strip()
     except OSError:
         return ""
     return number if index is None or not number else f"{number}_{index}"
@@ -347,6 +351,6 @@ class Order:
 def read_order(folder: Path) -> Order | None:
     """Return what was submitted to a folder that is not a run folder; None for a run."""
     try:
-        return Order(**json.loads((folder / "jobs" / ORDER_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Order(**read_json(folder / "jobs" / ORDER_FILE, refusal=UnreadableError))
+    except (OSError, TypeError):
         return None

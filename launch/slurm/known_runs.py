@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from ...checkpoints.json_lines import append_line, open_lines
+from ...checkpoints.regular_files import UnreadableError, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def forget(folder: Path) -> None:
 def listed() -> list[Path]:
     """Return all listed runs, existing or not; the last submitted one at the end."""
     try:
-        lines = registry_file().read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_regular(registry_file(), errors="replace", refusal=UnreadableError).split("\n")
     except OSError:
         return []
     found: dict[Path, None] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from ...checkpoints.regular_files import UnreadableError, open_regular
 from .job_folder import Submission
 
 POLL = 0.5
@@ -44,7 +45,7 @@ def rank_of(path: Path) -> int:
 def tail(path: Path, lines: int) -> str:
     """Return the last `lines` lines; empty if the file does not exist yet. Only the end of a long file is read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, refusal=UnreadableError) as file:
             end = file.seek(0, 2)
             data = b""
             while end > 0 and data.count(b"\n") <= lines:
@@ -72,7 +73,7 @@ class Follower:
     def new(self) -> str:
         """Whole lines that have come since the last call."""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path, refusal=UnreadableError) as file:
                 if file.seek(0, 2) < self.place:
                     self.place, self._rest = 0, b""
                 file.seek(self.place)

@@ -8,7 +8,6 @@ processes are known by the folder of their run.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from ...checkpoints.regular_files import read_json
 from ...models.errors import GraftError
 from .ask import NoAnswerError, ask
 from .batch import job_name
@@ -188,9 +188,9 @@ def _bare(number: str, cluster: Cluster, folder: Path, **known: Any) -> Submissi
 def _run_of(job: NamedJob) -> Path | None:
     """Return the run of a cell of an array, from the record of its launch."""
     try:
-        runs = json.loads((job.script.parent / "runs.json").read_text(encoding="utf-8"))
+        runs = read_json(job.script.parent / "runs.json")
         return Path(runs[job.index or 0])
-    except (OSError, ValueError, IndexError):
+    except (GraftError, TypeError, LookupError):
         return None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...checkpoints.atomic import write_text
+from ...checkpoints.regular_files import read_regular
 from ...models.errors import ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
@@ -124,7 +125,7 @@ def _refuse_existing(config: RunConfig) -> None:
 
 
 def _holds(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_text(encoding="utf-8") == text
+    return path.is_file() and read_regular(path, errors="replace") == text
 
 
 def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan:

@@ -9,7 +9,6 @@ restarts the job only if it still runs.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ...checkpoints.regular_files import UnreadableError, read_json
 from ...models.errors import GraftError, counted
 from .ask import ask
 from .blame import said_of
@@ -156,7 +156,7 @@ def _job_id() -> str:
 
 
 def _run_folder(launch: Path) -> Path:
-    folders = json.loads((launch / "runs.json").read_text(encoding="utf-8"))
+    folders = read_json(launch / "runs.json", refusal=UnreadableError)
     return Path(folders[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from ...checkpoints.regular_files import read_regular
 from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
 from ...transfer.engine.resume_check import changes, describe_changes, differences, settings
@@ -275,8 +276,14 @@ def _changed_settings(stage: Path, plan: SubmissionPlan) -> dict[str, tuple[obje
     if stage != run.output_dir:
         path, text = next(iter(plan.frozen.items()))
         try:
-            return differences(_by_stage(path.read_text(encoding="utf-8")), _by_stage(text))
-        except (OSError, yaml.YAMLError, KeyError, TypeError):  # it was removed, or had no stages
+            return differences(_by_stage(read_regular(path)), _by_stage(text))
+        except (
+            GraftError,
+            yaml.YAMLError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):  # it was removed, or had no stages
             return {}
     try:
         before = load_config(stage)

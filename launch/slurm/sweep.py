@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.atomic import write_text
-from ...checkpoints.paths import LONGEST_NAME, safe_name
+from ...checkpoints.regular_files import read_json
 from ...models.errors import CheckpointError, ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
@@ -27,6 +27,8 @@ from ..fields import find_key, leaf_of, leaves, unknown
 from ..load_config import Setting, dump_config, load_config, load_stages, parse_setting
 
 SWEEP_FILE = "sweep.json"
+NAME_LENGTH = 180
+"""File systems allow 255 bytes, and temporary names beside a folder are longer than its own."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def parse_sweep(words: Iterable[str], output_dir: Path) -> Sweep:
     cells = []
     for places in itertools.product(*(zip(axis.values, axis.labels(), strict=True) for axis in axes)):
         parts = (f"{key}={label}" for key, (_, label) in zip(keys, places, strict=True))
-        name = shortened(",".join(parts), LONGEST_NAME)
+        name = shortened(",".join(parts), NAME_LENGTH)
         settings = {axis.key: value for axis, (value, _) in zip(axes, places, strict=True)}
         cells.append(Cell(name, output_dir / "cells" / name, settings))
     return Sweep(output_dir, tuple(axes), tuple(cells))
@@ -84,19 +86,16 @@ def load_sweep(folder: Path) -> Sweep | None:
     Raises CheckpointError: its file is damaged.
     """
     path = folder / SWEEP_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        axes = tuple(Axis(str(axis["key"]), tuple(map(str, axis["values"]))) for axis in content["axes"])
-        names = [
-            safe_name(str(cell["name"]), str(path), refusal=CheckpointError) for cell in content["cells"]
-        ]
-        cells = tuple(
-            Cell(name, folder / "cells" / name, dict(cell["settings"]))
-            for name, cell in zip(names, content["cells"], strict=True)
-        )
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    try:
+        content = read_json(path)
+        axes = tuple(Axis(str(axis["key"]), tuple(map(str, axis["values"]))) for axis in content["axes"])
+        cells = tuple(
+            Cell(str(cell["name"]), folder / "cells" / cell["name"], dict(cell["settings"]))
+            for cell in content["cells"]
+        )
+    except (CheckpointError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}): submit the sweep again to another folder"
         ) from error

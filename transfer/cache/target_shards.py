@@ -19,6 +19,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...checkpoints.atomic import write_text
+from ...checkpoints.regular_files import read_regular
 from ...checkpoints.state_file import TrainingState as Content
 from ...checkpoints.state_file import check_state, read_meta, write_state
 from ...models.errors import CheckpointError, ConfigError
@@ -90,9 +91,9 @@ class TargetShards:
         text = json.dumps({"samples": self.samples, "shard": self.shard_size, **self.described}, indent=1)
         write_once(path, text)
         try:
-            found = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise ConfigError(f"transfer.cache: {path} cannot be read: {error}") from error
+            found = read_regular(path, errors="replace")
+        except CheckpointError as error:
+            raise ConfigError(f"transfer.cache: {error}") from error
         if found == text:
             return
         if _is_json(found):
@@ -133,6 +134,6 @@ class TargetShards:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True

@@ -18,12 +18,15 @@ from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from ...checkpoints.regular_files import UnreadableError, open_regular
 from ...models.errors import GraftError, RunFailedError
 from ..engine.signals import StopSignals
 from .records import State
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at the signals and the clock while nothing ends."""
+END = 1 << 16
+"""Bytes at the end of a log in which the reason of a failure is looked for."""
 PATIENCE = 60.0
 """Seconds that a cell has to save what it has when it is told to stop."""
 
@@ -160,11 +163,21 @@ def _check(cell: PoolCell, process: BaseProcess) -> None:
     if process.exitcode is not None and process.exitcode < 0:
         why = f"it was ended by {signal.Signals(-process.exitcode).name}"
     else:
-        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+        lines = _end_of(log).splitlines()
         why = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     raise RunFailedError(
         f"{cell} failed: {why} (log: {log}); what is finished stays, the same command resumes"
     )
+
+
+def _end_of(log: Path) -> str:
+    """Return the last lines of a log; empty if there is none that can be read."""
+    try:
+        with open_regular(log, refusal=UnreadableError) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - END))
+            return file.read(END).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import IO
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ...checkpoints.regular_files import open_regular
 from ...models.errors import DataError
 from ..config import DataConfig
 from .splits import EVAL_NAMES, TRAIN_NAMES
@@ -79,7 +80,11 @@ def unpacked_size(archive: Path) -> int:
     """Return bytes of the images of a .zip, at least those of a .tar, which would have to be read whole to tell."""
     if archive.suffix == ".tar":
         return archive.stat().st_size
-    with _explained(archive), zipfile.ZipFile(archive) as opened:
+    with (
+        _explained(archive),
+        open_regular(archive, refusal=DataError) as file,
+        zipfile.ZipFile(file) as opened,
+    ):
         return sum(info.file_size for info in opened.infolist())
 
 
@@ -95,20 +100,21 @@ def _first_split(archive: Path, config: DataConfig) -> int | None:
 @contextmanager
 def members(archive: Path) -> Iterator[Iterator[Member]]:
     """Yield the images of an archive, in its own order; links, and what a Mac puts beside images, are left out."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as zipped:
+    with open_regular(archive, refusal=DataError) as file:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(file) as zipped:
+                yield (
+                    Member(info.filename, partial(zipped.open, info))
+                    for info in zipped.infolist()
+                    if not info.is_dir() and _is_image(info.filename)
+                )
+            return
+        with tarfile.open(fileobj=file, mode="r:") as tarred:
             yield (
-                Member(info.filename, partial(zipped.open, info))
-                for info in zipped.infolist()
-                if not info.is_dir() and _is_image(info.filename)
+                Member(info.name, partial(_content, tarred, info))
+                for info in tarred
+                if (info.isreg() or info.islnk()) and _is_image(info.name)
             )
-        return
-    with tarfile.open(archive, "r:") as tarred:
-        yield (
-            Member(info.name, partial(_content, tarred, info))
-            for info in tarred
-            if (info.isreg() or info.islnk()) and _is_image(info.name)
-        )
 
 
 def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...checkpoints.atomic import WriteFailedError
+from ...checkpoints.regular_files import read_json
 from ...models.errors import GraftError, counted
 from ..cache.cache_checks import check_size, gibibytes
 from ..cache.filling import fill
@@ -222,8 +223,7 @@ def _keep_note(path: Path, note: Note) -> None:
 def _read_note(path: Path) -> Note | None:
     """Return the accuracy that was measured before; None without a note that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        top1 = found["teacher_top1"]
-    except (OSError, ValueError, KeyError, TypeError):
+        top1 = read_json(path)["teacher_top1"]
+        return {"teacher_top1": None if top1 is None else float(top1)}
+    except (GraftError, ValueError, KeyError, TypeError):
         return None
-    return {"teacher_top1": None if top1 is None else float(top1)}

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...checkpoints.atomic import write_text
+from ...checkpoints.regular_files import read_json
 from ...models.errors import ConfigError, GraftError, RunFailedError
 from ...models.json_types import JsonDict
 
@@ -91,8 +92,8 @@ class Fence:
 
     def _read(self) -> JsonDict | None:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_json(self.path)
+        except GraftError:
             return None
         return found if isinstance(found, dict) and "token" in found else None
 

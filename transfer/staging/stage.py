@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...checkpoints.paths import NOT_A_URL, is_url, nearest_folder
-from ...models.errors import ConfigError, DataError
+from ...checkpoints.regular_files import read_json
+from ...models.errors import CheckpointError, ConfigError, DataError
 from ..config import DataConfig
 from ..data.datasets import check_dataset
 from .copy_data_set import Progress, StagingStoppedError, copy, in_words
@@ -131,8 +132,8 @@ def _check_room(source: Source, size: int, folder: Path) -> None:
 def _is_whole(target: Path) -> bool:
     """Return whether the copy is there with all its files, of which a node's cleaning may have removed some."""
     try:
-        written = json.loads(_marker(target).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        written = read_json(_marker(target))
+    except CheckpointError:
         return False
     return target.is_dir() and bool(written == _content(target))
 

@@ -14,7 +14,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ....checkpoints.atomic import write_text
-from ....models.errors import ConfigError
+from ....checkpoints.regular_files import read_regular
+from ....models.errors import CheckpointError, ConfigError
 from ...cells.records import State
 from ..report.tables import to_csv, to_json
 
@@ -187,8 +188,8 @@ def load_results(folder: Path, kind: Kind) -> Results:
 def read_results(path: Path) -> Results:
     """Return the results of a file, from any machine. Raises ConfigError: the file is of another type."""
     try:
-        return TypeAdapter(Results).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return TypeAdapter(Results).validate_json(read_regular(path))
+    except (CheckpointError, ValidationError) as error:
         raise ConfigError(f"--out: {path} is no file of benchmark results; name another folder") from error
 
 

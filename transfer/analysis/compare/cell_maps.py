@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ....checkpoints.pretrained import Pretrained
-from ....models.errors import GraftError
+from ....checkpoints.regular_files import open_regular
+from ....checkpoints.safety.archive import open_archive, read_arrays
+from ....models.errors import ConfigError, GraftError
 from ....models.families import sites
 from ...config import DataConfig
 from ..layer_maps import layer_maps
@@ -74,20 +79,48 @@ def keep_maps(loaded: Pretrained, data: DataConfig, folder: Path) -> None:
 
 
 def load_maps(folder: Path) -> CellMaps | None:
-    """Return the maps of a cell; None where it has kept none, such as cells of older versions."""
-    if not (folder / FILE).exists():
+    """Return the maps of a cell; None where it has kept none, such as cells of older versions.
+
+    Raises ConfigError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
         return None
-    with np.load(folder / FILE, allow_pickle=False) as arrays:
-        names = [name.removesuffix(".heat") for name in arrays if name.endswith(".heat")]
-        maps = {}
-        for name in names:
-            image, layer = map(int, name.split("."))
-            height, width = map(float, arrays[f"{name}.extent"])
-            rows, columns = map(int, arrays[f"{name}.grid"])
-            asking = tuple(map(int, arrays[f"{name}.asking"]))
-            patch = (asking[0], asking[1]) if asking else None
-            maps[image, layer] = CellMap(arrays[f"{name}.heat"], (height, width), (rows, columns), patch)
-        return CellMaps(str(arrays["query"]), list(arrays["pictures"]), maps)
+    try:
+        with open_regular(path, refusal=ConfigError) as file:
+            size = file.seek(0, os.SEEK_END)
+            with open_archive(file) as archive:
+                return _to_maps(read_arrays(archive, size))
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise ConfigError(
+            f"{path} is damaged ({error}): remove it, and the report has no maps of it"
+        ) from error
+
+
+def _to_maps(arrays: Mapping[str, Array]) -> CellMaps:
+    """Return the maps that `keep_maps` wrote. Raises ValueError, TypeError or KeyError: it did not write these."""
+    maps = {}
+    for name in (name.removesuffix(".heat") for name in arrays if name.endswith(".heat")):
+        image, layer = map(int, name.split("."))
+        heat = arrays[f"{name}.heat"]
+        height, width = map(float, arrays[f"{name}.extent"])
+        rows, columns = map(int, arrays[f"{name}.grid"])
+        asking = tuple(map(int, arrays[f"{name}.asking"]))
+        if heat.dtype.kind != "f" or heat.ndim != 2 or not np.isfinite(heat).all():
+            raise ValueError(f"its {name}.heat is no map")
+        if not (0 < height <= 1 and 0 < width <= 1 and rows > 0 and columns > 0 and len(asking) in (0, 2)):
+            raise ValueError(f"its map {name} has no place in an image")
+        maps[image, layer] = CellMap(
+            heat, (height, width), (rows, columns), (asking[0], asking[1]) if asking else None
+        )
+    found = CellMaps(str(arrays["query"]), list(arrays["pictures"]), maps)
+    if arrays["pictures"].dtype != np.uint8 or arrays["pictures"].shape[3:] != (3,):
+        raise ValueError("its pictures are no images")
+    if not maps or sorted(maps) != sorted(product(range(len(found.pictures)), found.layers)):
+        raise ValueError("it lacks maps of some images")
+    return found
 
 
 def read_maps(loaded: Pretrained, data: DataConfig) -> CellMaps:
