@@ -59,9 +59,9 @@ class TeacherConfig(Section):
     _check_size_text = field_validator("img_size", mode="before")(check_size_text)
     _check_arguments = field_validator("model_args")(check_arguments)
 
-    def image_size(self, student: tuple[int, int]) -> int | tuple[int, int]:
+    def image_size(self, student: tuple[int, int] | None) -> int | tuple[int, int] | None:
         """Return the size of the teacher's images: the given size, else the student's."""
-        size: int | tuple[int, int] = self.img_size or self.model_args.get("img_size") or student
+        size: int | tuple[int, int] | None = self.img_size or self.model_args.get("img_size") or student
         return size
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_runs import make_teacher
 from graftvit.launch.bench_loading import load_bench
 from graftvit.launch.cli import main
 from graftvit.models.programs.program_text import parse_program
@@ -97,27 +98,21 @@ def test_the_digest_holds_what_numbers_depend_on_and_no_path(recipe: str) -> Non
     assert load_bench(recipe, [Setting("optim.lr", 1.0, "--lr")]).digest("plain", "digits") != own
 
 
-def test_the_digest_of_a_transfer_holds_its_teacher_and_losses(recipe: str) -> None:
+def test_the_digest_of_a_transfer_holds_its_teacher_and_losses(recipe: str, tmp_path: Path) -> None:
     from graftvit.launch.load_config import Setting
 
-    def own(**changes: Any) -> str:
-        settings = {
-            "mode": "transfer",
-            "transfer.method": "attention_output",
-            "teacher.source": "local-dir:t",
-            **changes,
-        }
-        return load_bench(recipe, [Setting(key, value, key) for key, value in settings.items()]).digest(
-            "plain", "digits"
-        )
+    teacher = make_teacher(tmp_path / "teacher")
 
-    changes: list[dict[str, Any]] = [
-        {},
-        {"teacher.source": "local-dir:u"},
-        {"transfer.weight": 2.0},
-        {"mode": "scratch"},
-    ]
-    assert len({own(**each) for each in changes}) == len(changes)
+    def own(folder: Path = teacher, **changes: Any) -> str:
+        method = {"mode": "transfer", "transfer.method": "attention_output"}
+        settings = {**method, "teacher.source": f"local-dir:{folder}", **changes}
+        bench = load_bench(recipe, [Setting(key, value, key) for key, value in settings.items()])
+        return bench.digest("plain", "digits")
+
+    first = own()
+    assert len({first, own(**{"transfer.weight": 2.0}), own(mode="scratch")}) == 3
+    assert own(teacher.rename(tmp_path / "moved")) == first
+    assert own(make_teacher(teacher, mean=(0.4,))) != first
 
 
 def test_a_setting_that_is_added_later_does_not_change_the_digest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ from ...models.programs.program_text import parse_program
 from ..cells.records import digest
 from ..config import DataConfig, RunConfig, StudentConfig
 from ..effect import dump_decisive
+from ..engine.build import identify_teachers
 from ..section import Section
 
 CONTROLS = {
@@ -100,14 +102,19 @@ class Bench:
         )
         return config.model_copy(update={"student": student, "seed": trial.seed, "output_dir": folder})
 
+    @cached_property
+    def teachers(self) -> list[str]:
+        """The digests of the teachers' identities."""
+        return identify_teachers(self.config)
+
     def digest(self, backbone: str, data: str) -> str:
         """Return the digest of what numbers depend on, but for program and seed: not of paths and processes.
 
         Settings with their default are left out, so that a new setting does not change the digest of older rows.
         """
-        own = {"seed", "engine.device", "engine.evaluate_start", "engine.evaluate_teacher"}
+        own = {"seed", "teacher.source", "engine.device", "engine.evaluate_start", "engine.evaluate_teacher"}
         config = dump_decisive(self.run_config(backbone, data), own, exclude_defaults=True)
-        return digest([config, self.settings.backbones[backbone].layers])
+        return digest([config, self.settings.backbones[backbone].layers, *self.teachers])
 
     def trials(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...checkpoints import provenance
 from ...checkpoints.copying_students import copied_teacher
+from ...checkpoints.identity import identify
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
 from ...checkpoints.timm_models import check_published
@@ -250,10 +251,13 @@ def _teachers(
     found = {DEFAULT_TEACHER: config.teacher} if reads else {}
     if "teachers" in mode.reads:
         found |= config.teachers
-    return {name: _teacher(how, size, commits.get(name), weights=weights) for name, how in found.items()}
+    return {name: load_teacher(how, size, commits.get(name), weights=weights) for name, how in found.items()}
 
 
-def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, weights: bool) -> Pretrained:
+def load_teacher(
+    how: TeacherConfig, size: tuple[int, int] | None, commit: str | None = None, *, weights: bool = True
+) -> Pretrained:
+    """Load a teacher for students of images of `size`; for None at its own. Raises CheckpointError."""
     revision = commit or how.revision
     check_published(str(how.source), how.model_args, revision)
     of_timm = {"model": how.model, "model_args": how.model_args}
@@ -269,6 +273,13 @@ def _teacher(how: TeacherConfig, size: tuple[int, int], commit: str | None, *, w
     )
     teacher.model.to(DTYPES[how.dtype])
     return teacher
+
+
+def identify_teachers(*configs: RunConfig) -> list[str]:
+    """Return the digests of the identities of all teachers of some runs, each once. Raises CheckpointError."""
+    sections = [how for config in configs for how in (config.teacher, *config.teachers.values())]
+    named = {how.model_dump_json(): how for how in sections if how.source is not None}
+    return [identify(load_teacher(how, None)) for how in named.values()]
 
 
 def _student(

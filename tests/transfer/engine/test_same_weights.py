@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import config, make_teacher
+from engine_runs import config, make_convnext, make_teacher, several_losses
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError
+from graftvit.transfer.engine.build import identify_teachers
 from graftvit.transfer.engine.resume_check import check_same_teacher, check_same_weights
 from graftvit.transfer.engine.train import train
 from safetensors.torch import load_file, save_file
@@ -132,3 +133,14 @@ def test_processes_that_read_different_weights_stop() -> None:
     origins = [{"teacher": {"revision": None, "digest": digit * 64}, "init": None} for digit in "12"]
     with pytest.raises(CheckpointError, match=r"different weights .*11111.*22222.*every machine"):
         check_same_teacher(origins)
+
+
+def test_all_teachers_of_some_runs_are_identified_each_once(tmp_path: Path, teacher: Path) -> None:
+    convnext = make_convnext(tmp_path / "convnext")
+    runs = [config(tmp_path / name, teacher, **several_losses(convnext)) for name in ("one", "two")]
+    first = identify_teachers(*runs)
+    assert len(set(first)) == len(first) == 2
+    other_mean(convnext)
+    second = identify_teachers(*runs)
+    assert [one == other for one, other in zip(first, second, strict=True)] == [True, False]
+    assert identify_teachers(config(tmp_path / "scratch")) == []

@@ -70,7 +70,7 @@ class Record:
     layer_errors: dict[str, dict[int, float]] = field(default_factory=dict)
     """By stage and layer: relative error of the layer's output on the teacher's inputs."""
     teacher: str = ""
-    """The digest of the teacher's identity; empty in records of older versions."""
+    """The digest of the teachers' identities; empty in records of older versions."""
     converted: bool | None = None
     """Whether the plan changed a layer; None in records of older versions."""
     seed: int | None = None

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from ....checkpoints.identity import identify
 from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
 from ....models.families import check_supported
@@ -22,6 +21,7 @@ from ...cells.records import State, cell_state, digest, load_record, save_record
 from ...cells.sharing import left_to_run, run_in_turn
 from ...config import RunConfig
 from ...effect import dump_decisive
+from ...engine.build import identify_teachers
 from ...engine.stages import Stage
 from ...engine.students import input_size
 from ...engine.train import train
@@ -139,7 +139,7 @@ def run_compare(
     left = left_to_run(cells, comparison.state, tell)
     with _quiet_log():
         _make_teacher(comparison, tell)
-        teacher = _identify_teacher(comparison) if left else ""
+        teacher = _identify_teachers(comparison) if left else ""
 
         def run(cell: Cell) -> str:
             record = replace(_run_cell(comparison, cell), teacher=teacher)
@@ -151,14 +151,13 @@ def run_compare(
     return [cell.folder for cell in left if comparison.state(cell) == "failed"]
 
 
-def _identify_teacher(comparison: Comparison) -> str:
-    """Return the digest of the teacher's identity, "" without one.
+def _identify_teachers(comparison: Comparison) -> str:
+    """Return the digest of the identities of the teachers, "" without one.
 
     Raises ConfigError: a cell was measured with another teacher.
     """
-    if not comparison.has_teacher:
-        return ""
-    now = identify(teacher_of(comparison.config))
+    found = identify_teachers(*(stage.config for stage in comparison.stages))
+    now = digest(found) if found else ""
     for record in comparison.records():
         if record.error is None and record.teacher not in ("", now):
             raise ConfigError(

@@ -187,7 +187,7 @@ def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(
     path = write_config(tmp_path, {"linear": "*: linear"})
     run_compare(load_comparison(path), only_named(load_comparison(path).cells(), ["teacher"]))
     (record,) = (tmp_path / "out" / "cells").glob("teacher*/cell.json")
-    assert len(json.loads(record.read_text())["teacher"]) == 64
+    assert len(json.loads(record.read_text())["teacher"]) == 16
     change(tmp_path / "given-teacher")
     comparison = load_comparison(path)
     with pytest.raises(ConfigError, match=r"cells.teacher\S* was measured with another teacher"):
