@@ -107,7 +107,7 @@ def read_regular(
 
 
 def read_if_there(path: Path, *, refusal: type[GraftError] = CheckpointError) -> str | None:
-    """Return the text of a file as `read_regular`; None where there is none."""
+    """Return the text of a file as `read_regular`; None if it does not exist."""
     try:
         return read_regular(path, refusal=refusal)
     except refusal as error:

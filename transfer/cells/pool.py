@@ -171,7 +171,7 @@ def _check(cell: PoolCell, process: BaseProcess) -> None:
 
 
 def _end_of(log: Path) -> str:
-    """Return the last lines of a log; empty if there is none that can be read."""
+    """Return the last lines of a log; empty if it cannot be read."""
     try:
         with open_regular(log, refusal=UnreadableError) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - END))
