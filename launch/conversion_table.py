@@ -35,7 +35,7 @@ def conversion_table(student: nn.Module, weights: str, calibration: str | None =
             costs, error = [as_number(softmax), ""], "-"
             rows.append([str(index), "softmax", "-", *costs, *([error] * measured), KEPT[weights]])
             continue
-        error = "{:.3f} -> {:.3f}".format(*layer.calibration) if layer.calibration else "-"
+        error = format_error(layer)
         costs = [f"{as_number(softmax)} -> {as_number(own[index])}", f"{as_percent(own[index], softmax)}"]
         new = sum(parameter.numel() for parameter in layer.operator.parameters())
         rows.append(
@@ -66,10 +66,19 @@ def _totals(student: nn.Module, softmax: int, own: dict[int, int]) -> str:
 
 
 def calibration_note(reference: str, calibration: str) -> str:
-    """Return the line below a table that explains its errors."""
+    """Return the lines below a table that explain its errors."""
     return (
-        f"\nerror: of the layer's output against {reference}, before and after calibration on {calibration}\n"
+        f"\nerror: of the layer's output against {reference} on {calibration}, before -> after calibration;\n"
+        "one number where calibration changed nothing (the error of a fitted operator is that after its fit)\n"
     )
+
+
+def format_error(layer: ConvertedAttention | None) -> str:
+    """Return the error before and after calibration; one number where it is the same."""
+    if layer is None or layer.calibration is None:
+        return "-"
+    before, after = (f"{error:.3f}" for error in layer.calibration)
+    return after if before == after else f"{before} -> {after}"
 
 
 def fit_notes(layers: Mapping[int, ConvertedAttention]) -> str:

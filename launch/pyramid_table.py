@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..models.layer_plan import DEFORMABLE
 from ..transfer.analysis.report.tables import aligned
-from .conversion_table import KEPT, STARTS, as_number, as_percent, calibration_note, fit_notes
+from .conversion_table import KEPT, STARTS, as_number, as_percent, calibration_note, fit_notes, format_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ def pyramid_table(
         costs = [as_number(before[index]), ""]
         if changed:
             costs = [f"{costs[0]} -> {as_number(after[index])}", as_percent(after[index], before[index])]
-        error = "{:.3f} -> {:.3f}".format(*layer.calibration) if layer and layer.calibration else "-"
+        error = format_error(layer)
         start = "-" if layer is None and changed else (STARTS if changed else KEPT)[weights]
         place = [str(index), str(site.stage + 1), str(choices[index])]
         rows.append([*place, f"{new:,}" if new else "-", *costs, *([error] * measured), start])

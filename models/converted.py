@@ -63,7 +63,7 @@ class ConvertedAttention(AttentionHost):
         self.choice = choice
         self.tokens = tokens
         self.calibration: tuple[float, float] | None = None
-        """Relative output error on the calibration batch, before and after."""
+        """Relative output error on the calibration batch, before and after it; both follow the fit of the operator."""
         self.fit: Fit | None = None
         """What fitting the operator changed, if it needs a fit."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,25 @@ def test_the_table_has_the_fit_of_each_layer(
     assert "fit of layer 0" not in said
     assert graftvit.load(str(out))(torch.zeros(1, 1, 8, 8)).isfinite().all()
     assert not (out / "fit").exists()
+
+
+def test_an_error_that_calibration_did_not_change_is_one_number(
+    teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fitted operator cannot run before its fit, and most others have nothing to calibrate."""
+    plan = "0: hash(anchors=7); 1: hedgehog"
+    assert main(["convert", teacher, "--plan", plan, "--dry_run", *DIGITS]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in said.splitlines() if line.endswith("  copied")}
+    for row in rows.values():
+        before, arrow, after = re.fullmatch(r".* %  (?:(\d\.\d{3}) (->) )?(\d\.\d{3}) *copied", row).groups()  # type: ignore[union-attr]
+        assert (arrow is not None) == (row is rows["hedgehog"])
+        assert before is None or before > after
+    assert (
+        "error: of the layer's output against softmax on 6 images of digits, before -> after calibration"
+        in said
+    )
+    assert "one number where calibration changed nothing" in said
 
 
 def test_a_model_that_could_not_run_is_not_written(
