@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -98,10 +99,16 @@ def check_size_text(size: Any) -> Any:
 
 
 def check_arguments(arguments: JsonDict) -> JsonDict:
-    """Raise ValueError for a name that is not an identifier, such as `depth:6`, which YAML reads as a name."""
-    for name in arguments:
+    """Raise ValueError for a value that is no JSON, and for a name such as `depth:6`, which YAML reads as a name."""
+    for name, value in arguments.items():
         if not name.isidentifier():
             raise ValueError(
                 f"{name!r} is not the name of an argument; write '{{depth: 6}}', with a space after the colon"
             )
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"{name}={value!r} cannot be written to config.yaml: give its name as text"
+            ) from error
     return arguments

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig, TransferConfig
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -289,3 +291,10 @@ def test_a_recipe_keeps_its_list_where_one_entry_is_overridden() -> None:
     plain = load_config("two_teachers_vit_base").transfer.losses
     assert changed[1].weight == 7
     assert (changed[0], changed[2]) == (plain[0], plain[2])
+
+
+@pytest.mark.parametrize("section", ["teacher", "student"])
+def test_an_argument_that_no_file_can_hold_is_refused(section: str) -> None:
+    with pytest.raises(ValidationError, match=r"act_layer=<class .*ReLU'> cannot be written .*give its name"):
+        RunConfig.model_validate({section: {"model_args": {"act_layer": torch.nn.ReLU}}})
+    RunConfig.model_validate({section: {"model_args": {"act_layer": "relu", "img_size": (8, 8)}}})
