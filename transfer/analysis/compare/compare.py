@@ -102,7 +102,9 @@ class Comparison:
         path = set() if self.teacher is None else {"teacher.source"}
         stages = [dump_decisive(stage.config, SET_BY_CELLS | path) for stage in self.stages_of(cell)]
         made = None if self.teacher is None else dump_decisive(self.teacher)
-        measured = self.compare.model_dump(mode="json", exclude={"plans", "img_size", "stages", "seeds"})
+        measured = self.compare.model_dump(
+            mode="json", exclude={"plans", "img_size", "stages", "seeds", "teacher_recipe"}
+        )
         return digest([stages, made, measured, cell.plan, cell.size])
 
     @property

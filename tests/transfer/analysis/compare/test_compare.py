@@ -11,6 +11,7 @@ import pytest
 import yaml
 from compare_runs import cell, write_config
 from graftvit.launch.comparison import load_comparison
+from graftvit.launch.load_config import Setting
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.compare import compare as compare_run
 from graftvit.transfer.analysis.compare.cell_maps import load_maps
@@ -127,7 +128,9 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compare_run, "_run_cell", None)
     said: list[str] = []
     assert all_of(comparison, tell=said.append) == []
-    assert said == ["6 of 6 cells are done"]
+    settings = [Setting("data.workers", 3, "--workers"), Setting("engine.progress", False, "--no-progress")]
+    assert all_of(load_comparison(done / "compare.yaml", settings), tell=said.append) == []
+    assert said == ["6 of 6 cells are done"] * 2
 
 
 QUIET = {
