@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
 import shutil
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -23,8 +25,13 @@ from .steps import reason_of
 
 SPLITS = (*TRAIN_NAMES, *EVAL_NAMES, "test")
 ENDINGS = (".tar", ".zip")
-FAILURES = (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+FAILURES = (
+    OSError, EOFError, RuntimeError, ValueError, LookupError, OverflowError, struct.error, tarfile.TarError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 """What a damaged, cut or locked archive fails with."""
+BLOCK = 4096
+"""Bytes that a small file takes at least on a disk."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Member:
     """An image in an archive."""
 
     name: str
+    size: int
+    """Bytes of it, holes among them."""
     open: Callable[[], IO[bytes]]
 
     @property
@@ -55,15 +64,24 @@ def is_packed(config: DataConfig) -> bool:
     return path.suffix == ".zip" or (path.suffix == ".tar" and _first_split(path, config) is not None)
 
 
-def unpack(archive: Path, folder: Path, config: DataConfig, moved: Callable[[int], None]) -> None:
+def unpack(
+    archive: Path, folder: Path, config: DataConfig, moved: Callable[[int], None], *, room: int
+) -> None:
     """Write the images of an archive below `folder`, without the folders that all splits lie in.
 
-    `moved` is told of the bytes of each file. Raises DataError: the archive is damaged, or holds no image.
+    `moved` is told of the bytes of each file, and `room` is what `count_images` counted.
+
+    Raises DataError: the archive is damaged, holds no image, or more than was counted.
     """
     above = _first_split(archive, config) or 0
     count = 0
     with _explained(archive), members(archive) as found:
         for member in found:
+            room -= on_disk(member.size)
+            if room < 0:
+                raise DataError(
+                    "it holds more than when it was counted; start again when it is no longer written to"
+                )
             target = folder.joinpath(*member.parts[above:])
             target.parent.mkdir(parents=True, exist_ok=True)
             with member.open() as source, target.open("wb") as file:
@@ -76,16 +94,16 @@ def unpack(archive: Path, folder: Path, config: DataConfig, moved: Callable[[int
         )
 
 
-def unpacked_size(archive: Path) -> int:
-    """Return bytes of the images of a .zip, at least those of a .tar, which would have to be read whole to tell."""
-    if archive.suffix == ".tar":
-        return archive.stat().st_size
-    with (
-        _explained(archive),
-        open_regular(archive, refusal=DataError) as file,
-        zipfile.ZipFile(file) as opened,
-    ):
-        return sum(info.file_size for info in opened.infolist())
+def count_images(archive: Path) -> tuple[int, int]:
+    """Return how many images `unpack` would write, and the bytes that they take on a disk."""
+    with _explained(archive), members(archive) as found:
+        sizes = [on_disk(member.size) for member in found]
+    return len(sizes), sum(sizes)
+
+
+def on_disk(size: int) -> int:
+    """Return the bytes of whole blocks that a file takes on a disk."""
+    return -(-size // BLOCK) * BLOCK
 
 
 def _first_split(archive: Path, config: DataConfig) -> int | None:
@@ -99,28 +117,41 @@ def _first_split(archive: Path, config: DataConfig) -> int | None:
 
 @contextmanager
 def members(archive: Path) -> Iterator[Iterator[Member]]:
-    """Yield the images of an archive, in its own order; links, and what a Mac puts beside images, are left out."""
+    """Yield the images of an archive, in its own order; what a Mac puts beside images is left out.
+
+    So are symbolic links. A hard link is a copy of the file that it leads to.
+    """
     with open_regular(archive, refusal=DataError) as file:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(file) as zipped:
                 yield (
-                    Member(info.filename, partial(zipped.open, info))
+                    Member(info.filename, info.file_size, partial(zipped.open, info))
                     for info in zipped.infolist()
                     if not info.is_dir() and _is_image(info.filename)
                 )
             return
         with tarfile.open(fileobj=file, mode="r:") as tarred:
-            yield (
-                Member(info.name, partial(_content, tarred, info))
-                for info in tarred
-                if (info.isreg() or info.islnk()) and _is_image(info.name)
-            )
+            yield _members_of_tar(tarred)
+
+
+def _members_of_tar(archive: tarfile.TarFile) -> Iterator[Member]:
+    files: dict[str, tarfile.TarInfo | None] = {}
+    for info in archive:
+        if info.size < 0:  # the next member would be an earlier one, for ever
+            raise DataError(f"{info.name} has a size below 0")
+        target = posixpath.normpath(info.linkname)
+        if info.islnk() and target not in files and _is_image(info.name):
+            raise DataError(f"{info.name} is a link to {info.linkname}, which is not before it")
+        file = files.get(target) if info.islnk() else info if info.isreg() else None
+        files[posixpath.normpath(info.name)] = file
+        if file is not None and _is_image(info.name):
+            yield Member(info.name, file.size, partial(_content, archive, file))
 
 
 def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = archive.extractfile(info)
     if file is None:
-        raise DataError(f"{info.name} leads to no file of its archive")
+        raise DataError(f"{info.name} is no file")
     return file
 
 

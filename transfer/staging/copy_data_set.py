@@ -37,7 +37,7 @@ class Progress:
     """What is copied so far; a line now and then in the log, from whichever process copies."""
 
     def __init__(self, total: int, stopped: Callable[[], bool]) -> None:
-        self.done, self._total, self._stopped = 0, max(1, total), stopped
+        self.done, self.total, self._stopped = 0, max(1, total), stopped
         self._lock = threading.Lock()
         self._begin = self._told = now()
 
@@ -54,11 +54,11 @@ class Progress:
         if time_now - self._told < EVERY:
             return
         self._told = time_now
-        share, speed = self.done / self._total, self.done / (time_now - self._begin)
-        left = max(0, self._total - self.done) / max(1.0, speed)
+        share, speed = self.done / self.total, self.done / (time_now - self._begin)
+        left = max(0, self.total - self.done) / max(1.0, speed)
         logger.warning(
             "data.stage on %s: %.0f %% of %s, %s/s, about %d s left",
-            socket.gethostname(), 100 * min(1.0, share), in_words(self._total), in_words(int(speed)), left,
+            socket.gethostname(), 100 * min(1.0, share), in_words(self.total), in_words(int(speed)), left,
         )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def copy(source: Source, folder: Path, config: DataConfig, progress: Progress) -
     for place in source.folders:
         (folder / place).mkdir(parents=True, exist_ok=True)
     if source.packed:
-        unpack(source.root, folder, config, progress.moved)
+        unpack(source.root, folder, config, progress.moved, room=progress.total)
         return
     first: dict[Key, Piece] = {}
     again = [piece for piece in source.pieces if first.setdefault(piece.key, piece) is not piece]

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
-from ..data.archives import SPLITS, is_packed, unpacked_size
+from ..data.archives import SPLITS, count_images, is_packed, on_disk
 from ..data.image_folder import find_images
 from ..data.splits import split_folder
 
@@ -23,8 +23,6 @@ THREADS = 16
 """That ask a file system at the same time: one that is far away answers late, but many at once."""
 TOGETHER = 1024
 """Files that a pool of threads is given at a time."""
-BLOCK = 4096
-"""Bytes that a small file takes at least."""
 Key = tuple[int, int]
 T = TypeVar("T")
 
@@ -59,12 +57,11 @@ class Source:
     packed: bool = False
     """Whether the one piece is an archive to be unpacked."""
 
-    @property
-    def size(self) -> int:
-        """Bytes that the copy needs on a disk."""
+    def needs(self) -> tuple[int, int]:
+        """Return how many files the copy has, and the bytes that they take on a disk."""
         if self.packed:
-            return unpacked_size(self.root)
-        return sum(-(-piece.size // BLOCK) * BLOCK for piece in self.pieces)
+            return count_images(self.root)
+        return len(self.pieces), sum(on_disk(piece.size) for piece in self.pieces)
 
     def fingerprint(self) -> str:
         """Return a digest of where the files are, their names, sizes and times."""
@@ -113,6 +110,12 @@ def _images(root: Path, config: DataConfig) -> Source:
     split."""
     usual = tuple(name for name in SPLITS if (root / name).is_dir())
     named = [name for name in (config.train_split, config.val_split) if name]
+    for name in named:
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # its copy would be elsewhere, too
+            setting = "train_split" if name == config.train_split else "val_split"
+            raise DataError(
+                f"data.{setting}={name} lies outside of data.data_path, and data.stage copies only that"
+            )
     roots = [split_folder(root, name) or (None if usual else root) for name in named]
     files: dict[str, str] = {}
     for each in dict.fromkeys(filter(None, roots)):

@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...checkpoints.paths import NOT_A_URL, is_url, nearest_folder
@@ -24,6 +25,8 @@ from .source import Source, check_has_files, find_source
 
 logger = logging.getLogger(__name__)
 
+LONGEST = 50
+"""Characters of the source's name in that of its copy."""
 POLL = 0.5
 """Seconds between two tries to be the one that copies."""
 
@@ -40,7 +43,7 @@ def stage(config: DataConfig, stopped: Callable[[], bool] = lambda: False) -> Da
     check_dataset(config)
     parent = _own_folder(stage_folder(config))
     source = find_source(config)
-    target = parent / f"{source.root.name}-{source.fingerprint()}"
+    target = parent / f"{source.root.name[:LONGEST]}-{source.fingerprint()}"
     with _alone(parent / f".{target.name}.lock", stopped):
         if _is_whole(target):
             logger.info("data.stage: %s is there already", target)
@@ -58,6 +61,8 @@ def check_stage(config: DataConfig, *, here: bool) -> None:
     if not here:
         return
     folder = stage_folder(config)
+    if os.path.lexists(_path_of_own(folder)):
+        _check_own(_path_of_own(folder))
     try:
         tempfile.TemporaryDirectory(dir=nearest_folder(folder)).cleanup()
     except OSError as error:
@@ -80,27 +85,42 @@ def stage_folder(config: DataConfig) -> Path:
 
 
 def _own_folder(folder: Path) -> Path:
-    """Return the folder of this user's copies: on a disk of all, others could put something else there."""
-    own = folder / f"graftvit-data-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    """Return the folder of this user's copies, for this user alone."""
+    own = _path_of_own(folder)
     try:
-        own.mkdir(parents=True, exist_ok=True)
-        status = own.stat()
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            own.mkdir(mode=0o700)
+        _check_own(own)
+        own.chmod(0o700)
     except OSError as error:
         raise DataError(f"data.stage={folder} cannot be written: {error.strerror}") from error
-    if hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise DataError(f"data.stage: {own} belongs to another user; name another folder")
     return own
+
+
+def _path_of_own(folder: Path) -> Path:
+    return folder / f"graftvit-data-{os.getuid()}"
+
+
+def _check_own(own: Path) -> None:
+    """Raise DataError where others could put something else there, as on a disk of all, or have put a link there."""
+    status = own.lstat()
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not mine or status.st_mode & stat.S_IWOTH:
+        raise DataError(
+            f"data.stage: {own} is not a folder that only this user writes; remove it, or name another folder"
+        )
 
 
 def _make(source: Source, target: Path, config: DataConfig, stopped: Callable[[], bool]) -> None:
     temporary = target.with_name(f".{target.name}.partial")
     for old in (temporary, target):  # cut short, or damaged since
         shutil.rmtree(old, ignore_errors=True)
-    size = source.size
-    _check_room(source, size, target.parent)
+    files, size = source.needs()
+    _check_room(source, files, size, target.parent)
     logger.warning(
         "data.stage on %s: copies %s (%s in %d files) to %s",
-        socket.gethostname(), source.root, in_words(size), len(source.pieces), target,
+        socket.gethostname(), source.root, in_words(size), files, target,
     )  # fmt: skip
     try:
         temporary.mkdir()
@@ -114,11 +134,10 @@ def _make(source: Source, target: Path, config: DataConfig, stopped: Callable[[]
     logger.warning("data.stage on %s: %s is ready", socket.gethostname(), target)
 
 
-def _check_room(source: Source, size: int, folder: Path) -> None:
+def _check_room(source: Source, files: int, size: int, folder: Path) -> None:
     """Raise DataError where the disk has too little room, before anything is copied."""
     disk = os.statvfs(folder)
     free, places = disk.f_bavail * disk.f_frsize, disk.f_favail
-    files = len(source.pieces)
     short = f"{in_words(size)}, and {in_words(free)} are free" if size > free else ""
     if disk.f_files and files > places:
         short = f"{files:,} files, and there is room for {places:,}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from graftvit.transfer.staging import copy_data_set as copying
 from graftvit.transfer.staging import stage as staging
 from graftvit.transfer.staging.copy_data_set import StagingStoppedError
 from graftvit.transfer.staging.source import find_source
-from graftvit.transfer.staging.stage import stage
+from graftvit.transfer.staging.stage import check_stage, stage
 
 
 def settings(path: Path, disk: Path, **more: object) -> DataConfig:
@@ -187,6 +190,13 @@ def test_a_plain_tar_is_read_in_the_same_order(tmp_path: Path) -> None:
     assert [entry[1:] for entry in seen(local, "train")] == [entry[1:] for entry in seen(config, "train")]
 
 
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
 @pytest.mark.parametrize("ending", ["tar", "zip"])
 @pytest.mark.parametrize("above", ["", "./", "flowers/v2/"])
 def test_an_archive_of_splits_is_unpacked(tmp_path: Path, ending: str, above: str) -> None:
@@ -194,12 +204,7 @@ def test_an_archive_of_splits_is_unpacked(tmp_path: Path, ending: str, above: st
     files[f"{above}train/readme.txt"] = b"no image"
     files["__MACOSX/train/b9/._1.png"] = b"of a Mac"
     path = tmp_path / f"flowers.{ending}"
-    if ending == "tar":
-        write_tar(path, files)
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
+    {"tar": write_tar, "zip": write_zip}[ending](path, files)
     config = settings(path, tmp_path / "disk")
     check_dataset(config)
     with pytest.raises(DataError, match="is unpacked when the run begins"):
@@ -341,3 +346,146 @@ def test_processes_that_come_at_once_share_one_copy(tmp_path: Path) -> None:
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(places) == 1
     assert (tmp_path / "noted").read_text().split() == ["copied"]
+
+
+def hostile_tar(path: Path, *entries: tarfile.TarInfo) -> Path:
+    """One image, and members of headers alone."""
+    write_tar(path, {"train/a/0.png": encoded(0)})
+    with tarfile.open(path, "a") as archive:
+        for entry in entries:
+            archive.addfile(entry)
+    return path
+
+
+def link(name: str, to: str, kind: bytes = tarfile.LNKTYPE) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, to
+    return entry
+
+
+def room_for(monkeypatch: pytest.MonkeyPatch, size: int, files: int = 1000) -> None:
+    real = os.statvfs("/")
+    disk = os.statvfs_result([4096, 4096, real[2], real[3], size // 4096, 9, 9, files, *real[8:]])
+    monkeypatch.setattr(staging.os, "statvfs", lambda path: disk)
+
+
+def test_a_hard_link_to_nothing_is_named(tmp_path: Path) -> None:
+    path = hostile_tar(tmp_path / "flowers.tar", link("train/a/1.png", "train/a/gone.png"))
+    with pytest.raises(
+        DataError, match=r"train/a/1\.png is a link to train/a/gone\.png, which is not before it"
+    ):
+        stage(settings(path, tmp_path / "disk"))
+    assert copies(tmp_path / "disk") == []
+
+
+def test_links_in_an_archive_take_the_room_of_their_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = [link(f"train/a/{n}.png", f"./train/a/{n - 1}.png") for n in range(1, 40)]
+    path = hostile_tar(tmp_path / "flowers.tar", *links, link("train/b/1.png", "../a/0.png", tarfile.SYMTYPE))
+    room_for(monkeypatch, 39 * 4096)
+    with pytest.raises(DataError, match="the copy needs 160 KiB, and 156 KiB are free"):
+        stage(settings(path, tmp_path / "disk"))
+    room_for(monkeypatch, 40 * 4096, files=39)
+    with pytest.raises(DataError, match="the copy needs 40 files, and there is room for 39"):
+        stage(settings(path, tmp_path / "disk"))
+    room_for(monkeypatch, 40 * 4096, files=40)
+    local = Path(str(stage(settings(path, tmp_path / "disk")).data_path))
+    assert len({image.read_bytes() for image in local.rglob("*.png")}) == 1
+    assert len(list(local.rglob("*.png"))) == 40
+
+
+def test_holes_in_an_archive_take_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hole = tarfile.TarInfo("train/a/1.png")
+    hole.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2 << 30)}
+    hole.size = 512
+    path = tmp_path / "flowers.tar"
+    write_tar(path, {"train/a/0.png": encoded(0)})
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(hole, io.BytesIO(b"0\n".ljust(512, b"\0")))
+    room_for(monkeypatch, 1 << 30)
+    with pytest.raises(DataError, match="the copy needs 2 GiB, and 1 GiB are free"):
+        stage(settings(path, tmp_path / "disk"))
+
+
+def test_a_size_below_zero_is_no_loop(tmp_path: Path) -> None:
+    path = hostile_tar(tmp_path / "flowers.tar")
+    content = bytearray(path.read_bytes())
+    place = 0 if content[:1] == b"t" else content.index(b"train/a/0.png")
+    content[place + 124 : place + 136] = b"\xff" * 10 + b"\xfe\x00"
+    header = content[place : place + 512]
+    header[148:156] = b" " * 8
+    content[place + 148 : place + 156] = f"{sum(header):06o}\0 ".encode()
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        stage(settings(path, tmp_path / "disk"))
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+def test_an_archive_that_grows_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    path = tmp_path / f"flowers.{ending}"
+    written = {"tar": write_tar, "zip": write_zip}[ending]
+    written(path, members("train/a"))
+    real = staging._check_room
+
+    def grown(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        written(path, members("train/a", "train/b"))
+
+    monkeypatch.setattr(staging, "_check_room", grown)
+    with pytest.raises(DataError, match="holds more than when it was counted"):
+        stage(settings(path, tmp_path / "disk"))
+    assert copies(tmp_path / "disk") == []
+
+
+def own_folder(disk: Path) -> Path:
+    return disk / f"graftvit-data-{os.getuid()}"
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "writable"])
+def test_the_folder_of_copies_is_nobody_elses(tmp_path: Path, kind: str) -> None:
+    config = settings(write_classes(tmp_path / "flowers", ["a"]), tmp_path / "disk")
+    own = own_folder(tmp_path / "disk")
+    own.parent.mkdir()
+    if kind == "link":
+        (tmp_path / "victim").mkdir()
+        own.symlink_to(tmp_path / "victim")
+    elif kind == "file":
+        own.touch()
+    else:
+        own.mkdir()
+        own.chmod(0o777)
+    for refused in (stage, partial(check_stage, here=True)):
+        with pytest.raises(DataError, match=f"data.stage: {own} is not a folder that only this user writes"):
+            refused(config)
+    assert not list(tmp_path.glob("victim/*"))
+
+
+def test_the_folder_of_copies_is_for_this_user_alone(tmp_path: Path) -> None:
+    config = settings(write_classes(tmp_path / "flowers", ["a"]), tmp_path / "disk")
+    own = own_folder(tmp_path / "disk")
+    own.mkdir(parents=True, mode=0o755)
+    stage(config)
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert own.parent.stat().st_mode & 0o077
+
+
+@pytest.mark.parametrize("split", ["../others", "/etc"])
+def test_a_split_elsewhere_is_not_copied(tmp_path: Path, split: str) -> None:
+    root = write_classes(tmp_path / "flowers", ["a"])
+    write_images(tmp_path / "others" / "a", 1)
+    with pytest.raises(DataError, match=f"data.val_split={split} lies outside of data.data_path"):
+        stage(settings(root, tmp_path / "disk", val_split=split))
+    assert copies(tmp_path / "disk") == []
+
+
+def test_a_long_name_is_cut(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / ("ö" * 120), ["a"])
+    assert stage(settings(root, tmp_path / "disk")).stage is None
+
+
+def test_an_archive_with_a_member_without_a_name_is_damaged(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "flowers.zip", members("train/a", "train/b"))
+    path.write_bytes(path.read_bytes().replace(b"train/b/1.png", b"\0rain/b/1.png"))
+    with pytest.raises(DataError, match=r"flowers\.zip cannot be unpacked"):
+        stage(settings(path, tmp_path / "disk"))
