@@ -97,7 +97,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> Non
         for file in sorted(temporary.rglob("*")):
             sync(file)
         sync(temporary)
-        if path.exists():
+        if os.path.lexists(path):
             path.rename(aside)
         temporary.rename(path)
         sync(path.parent)
@@ -107,7 +107,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> Non
 def recover_folder(path: Path) -> None:
     """Bring back what a dead `write_folder` had set aside, or remove it if the new folder is there."""
     aside = path.with_name(f".{path.name}.old")
-    if not aside.exists():
+    if not os.path.lexists(aside):
         return
     if path.exists():
         remove(aside)
@@ -117,7 +117,7 @@ def recover_folder(path: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of `path` that dead attempts left."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.tmp"):
         remove(leftover)
 
 
@@ -147,8 +147,8 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its content, if it exists."""
-    if path.is_dir():
+    """Remove a file, a link, or a folder with its content, if it exists; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)  # its writer may be removing it, too
     else:
         path.unlink(missing_ok=True)

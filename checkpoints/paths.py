@@ -10,6 +10,10 @@ import os
 import re
 from pathlib import Path
 
+from ..models.errors import ConfigError, GraftError
+
+LONGEST_NAME = 180
+"""Bytes of a name: file systems allow 255, and temporary names beside a file are longer than its own."""
 NOT_A_URL = "give a path on this machine, such as a mounted folder, not a URL"
 
 
@@ -31,6 +35,19 @@ def is_folder(path: str | Path) -> bool:
 def is_url(path: str | Path) -> bool:
     """Return whether it is a URL, such as `s3://bucket/run`, of which `Path` makes the folder `s3:`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
+
+
+def safe_name(name: str, what: str, *, refusal: type[GraftError] = ConfigError) -> str:
+    """Return a name that becomes one part of a path, and so leads to no other folder.
+
+    Raises `refusal`, which begins with `what`: it is no such name.
+    """
+    if re.fullmatch(r"[\w+-][\w+.,=~-]*", name) and len(name.encode()) <= LONGEST_NAME:
+        return name
+    raise refusal(
+        f"{what}: {name!r} is no name of a file: give at most {LONGEST_NAME} letters, digits and _+-.,=~, no dot "
+        "first"
+    )
 
 
 def nearest_folder(path: Path) -> Path:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from ...checkpoints.atomic import write_text
 from ...checkpoints.json_lines import append_line, open_lines, read_records
+from ...checkpoints.paths import safe_name
 from ...checkpoints.regular_files import UnreadableError, read_json, read_regular
 from ...models.errors import CheckpointError
 from ..hints import hint
@@ -307,9 +308,10 @@ def _moved(found: Submission, here: Path) -> Submission:
         found = replace(
             found, command=command, logs=place(found.logs), launch=place(found.launch), code=place(found.code)
         )
-    if found.job_id or not found.launch:
-        return found
-    return replace(found, job_id=job_id(Path(found.launch), found.index))
+    number = found.job_id or (job_id(Path(found.launch), found.index) if found.launch else "")
+    if number:  # it becomes a part of a path
+        safe_name(number, f"{here}: the number of a job", refusal=CheckpointError)
+    return replace(found, job_id=number)
 
 
 def is_copied(found: Submission, here: Path) -> bool:

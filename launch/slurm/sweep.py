@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.atomic import write_text
+from ...checkpoints.paths import LONGEST_NAME, safe_name
 from ...checkpoints.regular_files import read_json
 from ...models.errors import CheckpointError, ConfigError
 from ...models.plain_yaml import write_yaml
@@ -27,8 +28,6 @@ from ..fields import find_key, leaf_of, leaves, unknown
 from ..load_config import Setting, dump_config, load_config, load_stages, parse_setting
 
 SWEEP_FILE = "sweep.json"
-NAME_LENGTH = 180
-"""File systems allow 255 bytes, and temporary names beside a folder are longer than its own."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def parse_sweep(words: Iterable[str], output_dir: Path) -> Sweep:
     cells = []
     for places in itertools.product(*(zip(axis.values, axis.labels(), strict=True) for axis in axes)):
         parts = (f"{key}={label}" for key, (_, label) in zip(keys, places, strict=True))
-        name = shortened(",".join(parts), NAME_LENGTH)
+        name = shortened(",".join(parts), LONGEST_NAME)
         settings = {axis.key: value for axis, (value, _) in zip(axes, places, strict=True)}
         cells.append(Cell(name, output_dir / "cells" / name, settings))
     return Sweep(output_dir, tuple(axes), tuple(cells))
@@ -91,9 +90,12 @@ def load_sweep(folder: Path) -> Sweep | None:
     try:
         content = read_json(path)
         axes = tuple(Axis(str(axis["key"]), tuple(map(str, axis["values"]))) for axis in content["axes"])
+        names = [
+            safe_name(str(cell["name"]), str(path), refusal=CheckpointError) for cell in content["cells"]
+        ]
         cells = tuple(
-            Cell(str(cell["name"]), folder / "cells" / cell["name"], dict(cell["settings"]))
-            for cell in content["cells"]
+            Cell(name, folder / "cells" / name, dict(cell["settings"]))
+            for name, cell in zip(names, content["cells"], strict=True)
         )
     except (CheckpointError, TypeError, KeyError) as error:
         raise CheckpointError(

@@ -23,7 +23,7 @@ def fill(text: str, name: str = "a"):  # type: ignore[no-untyped-def]
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "student[1]"
     write_folder(target, fill("old", "gone"), size=3)
-    (target.parent / ".student[1].77.tmp").mkdir()
+    (target.parent / ".student[1].0123456789ab.tmp").mkdir()
     write_folder(target, fill("new"), size=3)
     assert listed(target) == ["a"]
     assert listed(target.parent) == ["student[1]"]
@@ -70,3 +70,25 @@ def test_a_place_that_cannot_hold_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_file(tmp_path / "file" / "x", lambda path: None, size=0)
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "kept").touch()
+    target = tmp_path / "student"
+    target.symlink_to(tmp_path / "theirs")
+    for text in ("first", "second"):
+        write_folder(target, fill(text), size=3)
+        assert (target / "a").read_text() == text
+    assert listed(tmp_path) == ["student", "theirs"]
+    assert listed(tmp_path / "theirs") == ["kept"]
+
+
+def test_leftovers_are_links_and_files_of_its_own_name_only(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "kept").touch()
+    (tmp_path / ".x.json.0123456789ab.tmp").symlink_to(tmp_path / "theirs")
+    (tmp_path / ".x.json.draft.tmp").touch()
+    write_file(tmp_path / "x.json", lambda path: path.write_text(""), size=0)
+    assert listed(tmp_path) == [".x.json.draft.tmp", "theirs", "x.json"]
+    assert listed(tmp_path / "theirs") == ["kept"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from graftvit.checkpoints import paths
 from graftvit.checkpoints.paths import near_path
+from graftvit.models.errors import CheckpointError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,37 @@ def test_files_are_left_out_where_a_folder_is_meant(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").touch()
     assert "run.yaml" in near_path(tmp_path / "run.yml")
     assert near_path(tmp_path / "run.yml", folders=True) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "vit_tiny.mae", "layers=first-6,seed=0~ab12", "größe", "+3", "a" * 180]
+)
+def test_a_name_may_be_part_of_a_path(name: str) -> None:
+    assert paths.safe_name(name, "x") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "../a",
+        "/a",
+        "a\\b",
+        "a\0",
+        "a\n",
+        "C:",
+        "a b",
+        "~",
+        "a" * 181,
+        "ö" * 91,
+    ],
+)
+def test_any_other_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^compare\.plans: '.*' is no name of a file: "):
+        paths.safe_name(name, "compare.plans")
+    with pytest.raises(CheckpointError):
+        paths.safe_name(name, "x", refusal=CheckpointError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 from engine_runs import make_teacher
 from graftvit.launch.bench_loading import load_bench
 from graftvit.launch.cli import main
+from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program_text import parse_program
-from graftvit.transfer.attnbench import bench_settings
+from graftvit.transfer.attnbench import bench_settings, trial_run
 from graftvit.transfer.attnbench.bench_rows import Row, read_rows, write_rows
+from graftvit.transfer.attnbench.bench_run import list_cells
 from graftvit.transfer.attnbench.bench_settings import CONTROLS, list_programs
-from graftvit.transfer.config import OptimConfig
+from graftvit.transfer.config import OptimConfig, RunConfig
+from graftvit.transfer.engine.train import RunResult
 
 SHORT = """
 base: attnbench_digits
@@ -184,3 +188,54 @@ def test_names_that_no_row_has_are_refused(tmp_path: Path, capsys: pytest.Captur
 def test_mistakes_are_one_sentence(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attnbench", *words]) == 2
     assert reason in capsys.readouterr().err
+
+
+VICTIM = "../../../victim/x"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "data", "told"),
+    [
+        (VICTIM, "digits", f"attnbench.backbones: '{VICTIM}'"),
+        ("plain", VICTIM, f"attnbench.data: '{VICTIM}'"),
+        ("vit/tiny", "digits", "attnbench.backbones: 'vit/tiny'"),
+    ],
+)
+def test_names_are_no_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], backbone: str, data: str, told: str
+) -> None:
+    text = SHORT.replace("    plain:", f"    {backbone}:").replace("{digits: {}}", f"{{{data}: {{}}}}")
+    (tmp_path / "short.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_bench(tmp_path / "short.yaml")
+    words = ["--backbone", backbone, "--local", "with", "--out", str(tmp_path / "bench")]
+    assert main(["attnbench", "run", str(tmp_path / "short.yaml"), *words]) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["short.yaml"]
+
+
+def test_two_trials_have_two_folders(tmp_path: Path) -> None:
+    text = SHORT.replace("    second:", "    plain-a:").replace("{digits: {}}", "{a-b: {}, b: {}}")
+    (tmp_path / "short.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"attnbench: two pairs of a model and data are called 'plain-a-b'"):
+        load_bench(tmp_path / "short.yaml")
+
+
+def test_a_link_in_out_leads_nowhere(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load_bench(recipe)
+    trials = bench.trials(["v"], [0], ["plain"], local=[True])
+    [cell] = list_cells(bench, trials, tmp_path / "bench", 1)
+    kept = tmp_path / "victim" / trials[0].folder / "run" / "kept.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    cell.folder.parent.mkdir(parents=True)
+    cell.folder.symlink_to(tmp_path / "victim")
+
+    def trained(config: RunConfig) -> RunResult:
+        return RunResult({}, config.output_dir, steps=1, finished=True, signal=None)
+
+    monkeypatch.setattr(trial_run, "train", trained)
+    monkeypatch.setattr(trial_run, "_measured", lambda row, run: row)
+    with pytest.raises(ConfigError, match=r"plain-digits-0-with leads out of .*bench.* by a link"):
+        cell.run()
+    assert kept.exists()

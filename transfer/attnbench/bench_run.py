@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from ...models.errors import ConfigError
 from ..cells.pool import run_in_processes
 from ..cells.records import CELL_FILE, State, cell_state, load_record, save_record
 from .bench_rows import Row
 from .bench_settings import Bench, Trial
-from .trial_run import run_trial
+from .trial_run import RUN, run_trial
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class ProgramCell:
             folder = self.folder / trial.folder
             if self._state(trial) == "done":
                 continue
+            if (folder / RUN).resolve() != folder / RUN:  # a run is deleted at its end
+                raise ConfigError(f"{folder} leads out of {self.folder.parent} by a link: remove the link")
             folder.mkdir(parents=True, exist_ok=True)
             found = run_trial(self.bench, trial, folder)
             if not isinstance(found, Row):

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from ...checkpoints.paths import safe_name
 from ...models.errors import ConfigError, did_you_mean
 from ...models.json_types import JsonDict
 from ...models.programs.drawing import draw_program
@@ -44,6 +45,18 @@ class BenchConfig(Section):
 
     backbones: dict[str, BackboneConfig] = Field(min_length=1, description="models by name")
     data: dict[str, JsonDict] = Field(min_length=1, description="by name, settings of the section data")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> BenchConfig:
+        """Raise ConfigError for names that give no folder of its own to each pair of a model and data."""
+        for what, names in (("backbones", self.backbones), ("data", self.data)):
+            for name in names:
+                safe_name(name, f"attnbench.{what}")
+        pairs = [f"{backbone}-{data}" for backbone in self.backbones for data in self.data]
+        twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"attnbench: two pairs of a model and data are called {twice!r}; rename one")
+        return self
 
 
 @dataclass(frozen=True)

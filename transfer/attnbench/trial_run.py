@@ -23,6 +23,8 @@ from .bench_settings import CONTROLS, Bench, Trial
 
 REFUSING = tuple(each for each in CHECKS if each.name not in ("stability", "triviality", "half", "training"))
 """The checks that a program passes before it is trained: those that take milliseconds. Controls are not checked."""
+RUN = "run"
+"""Of the folder of a trial: the run, until it ends."""
 BATCH, ROUNDS = 32, 5
 """Images and rounds of the latency."""
 
@@ -36,7 +38,7 @@ def run_trial(bench: Bench, trial: Trial, folder: Path) -> Row | int:
     verdict = check(trial.program, REFUSING)
     if trial.name not in CONTROLS and not verdict.passed:
         return replace(row, status="refused", reason=f"{verdict.check}: {verdict.reason}")
-    config = bench.trial_config(trial, folder / "run")
+    config = bench.trial_config(trial, folder / RUN)
     try:
         result = train(config)
         if result.signal is not None:
@@ -47,7 +49,7 @@ def run_trial(bench: Bench, trial: Trial, folder: Path) -> Row | int:
             raise
         reason = str(error).partition(";")[0].replace(str(folder), "").strip()
         row = replace(row, status="failed", reason=reason, curve=_curve(config.output_dir))
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    shutil.rmtree(folder / RUN, ignore_errors=True)
     return _finite(row)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.model_folders import STAGES_FILE
+from ...checkpoints.paths import safe_name
 from ...checkpoints.sources import STUDENTS
 from ...models.errors import ConfigError
 from ...models.json_types import JsonDict
@@ -52,8 +53,8 @@ def chain(stages: Sequence[Stage]) -> list[Stage]:
 
     Stage i has the folder `output_dir/<i>-<name>`.
 
-    Raises ConfigError: there are no stages, two have the same name, their output folders differ, or a stage after the
-    first sets its student.
+    Raises ConfigError: there are no stages, two have the same name, a name is no part of a path, their output folders
+    differ, or a stage after the first sets its student.
     """
     if not stages:
         raise ConfigError("stages is empty; give a list of stages, each with a name")
@@ -68,7 +69,9 @@ def chain(stages: Sequence[Stage]) -> list[Stage]:
             )
     chained: list[Stage] = []
     for index, stage in enumerate(stages):
-        config = stage.config.model_copy(update={"output_dir": folder / f"{index + 1}-{stage.name}"})
+        config = stage.config.model_copy(
+            update={"output_dir": folder / f"{index + 1}-{safe_name(stage.name, 'stages')}"}
+        )
         if chained:
             before = stages[index - 1].config.student.plan
             converts = config.student.plan is not None and config.student.plan != before

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch.slurm.failures import Failure
 from graftvit.launch.slurm.job_folder import JobFolder, newest_state
+from graftvit.models.errors import CheckpointError
 from slurm_folders import submitted
 
 
@@ -129,3 +130,12 @@ def test_files_that_nobody_of_ours_wrote_are_passed_by(tmp_path: Path, name: str
     assert [one.name for one in folder.attempts()] == [attempt]
     submitted(tmp_path)
     assert [one.job_id for one in folder.submissions()] == ["12"]
+
+
+def test_a_record_of_somebody_else_names_no_file_elsewhere(tmp_path: Path) -> None:
+    files = submitted(tmp_path / "run", job_id="/../../../victim")
+    assert files.submissions() == []
+    with pytest.raises(
+        CheckpointError, match=r"the number of a job: '/../../../victim' is no name of a file"
+    ):
+        files.submission()

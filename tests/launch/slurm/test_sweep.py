@@ -285,3 +285,10 @@ def test_sweeps_are_read_without_torch() -> None:
 
 def test_an_axis_reads_as_it_was_written() -> None:
     assert str(Axis("transfer.layers", ("0,3", "all", "0..4"))) == "transfer.layers=[0,3],all,[0..4]"
+
+
+def test_a_sweep_of_somebody_else_has_no_cell_elsewhere(tmp_path: Path) -> None:
+    text = '{"axes": [], "cells": [{"name": "../../victim", "settings": {}}]}'
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"sweep\.json: '\.\./\.\./victim' is no name of a file"):
+        load_sweep(tmp_path)

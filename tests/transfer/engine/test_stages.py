@@ -255,6 +255,8 @@ def test_mistakes(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     one = Stage("a", config(tmp_path, teacher))
     with pytest.raises(ConfigError, match="two are called 'a'"):
         chain([one, one])
+    with pytest.raises(ConfigError, match=r"stages: '\.\./\.\./x' is no name of a file"):
+        chain([Stage("../../x", one.config)])
     with pytest.raises(ConfigError, match="stages is empty"):
         chain([])
     with pytest.raises(ConfigError, match=r"stages\.b\.output_dir: all stages share one"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field, NonNegativeInt
 
+from ....checkpoints.paths import safe_name
 from ....models.errors import ConfigError, did_you_mean
 from ...cells.sharing import pick_named
 from ...section import Section
@@ -63,7 +63,8 @@ class Cell:
 
 
 def folder_of(name: str, size: int, seed: int | None) -> str:
-    """Return the name of a cell's folder."""
+    """Return the name of a cell's folder. Raises ConfigError: the name of its plan is no part of a path."""
+    safe_name(name, "compare.plans")
     return f"{name}-{size}" if seed is None else f"{name}-{size}-seed{seed}"
 
 
@@ -83,8 +84,7 @@ def list_cells(
             raise ConfigError(
                 f"compare.plans: {name!r} is there without being asked for; choose another name"
             )
-        if not re.fullmatch(r"[A-Za-z0-9_+.-]+", name):
-            raise ConfigError(f"compare.plans: {name!r} must be of letters, digits, dashes, dots, +")
+        folder_of(name, 0, None)
     everyone: dict[str, str | None] = {TEACHER: None} if teacher else {}
     everyone |= {UNIFORM: "*: uniform", **plans}
     return [

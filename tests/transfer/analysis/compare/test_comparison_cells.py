@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from graftvit.models.errors import ConfigError
+from graftvit.transfer.analysis.compare.cell_record import Record
 from graftvit.transfer.analysis.compare.comparison_cells import (
     CompareConfig,
     check_stages,
@@ -24,10 +25,16 @@ def test_without_a_teacher_there_is_no_row_for_one() -> None:
     assert [cell.name for cell in list_cells(PLANS, [8], teacher=False)] == ["uniform", "linear", "mixed"]
 
 
-@pytest.mark.parametrize("name", ["teacher", "uniform", "a/b", "", "two words"])
+@pytest.mark.parametrize("name", ["teacher", "uniform", "a/b", "", "two words", ".."])
 def test_names_that_cannot_be_cells_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"compare\.plans"):
         list_cells({name: "*: linear"}, [8], teacher=True)
+
+
+def test_a_record_of_somebody_else_names_no_other_folder() -> None:
+    record = Record("../../victim", "*: linear", 8, "digest", "a machine", 0.0)
+    with pytest.raises(ConfigError, match=r"compare\.plans: '\.\./\.\./victim' is no name of a file"):
+        record.folder  # noqa: B018
 
 
 def test_each_student_has_a_cell_for_every_seed() -> None:
