@@ -1,5 +1,7 @@
 """A throw-away Slurm cluster of several nodes on this machine, from the packages slurmctld, slurmd and munge.
 
+With `accounting`, from slurmdbd and mariadb-server as well.
+
     with SlurmCluster(folder, ClusterOptions(nodes=3)) as cluster:
         cluster.run("srun", "--nodes=2", "hostname")
         cluster.kill_node(cluster.nodes[0])
@@ -19,7 +21,9 @@ from types import TracebackType
 
 from patience import PATIENCE
 from ports import free_ports
-from slurm_config import Addresses, ClusterOptions, write_config, write_sacct
+from slurm_accounting import PROGRAMS as OF_ACCOUNTING
+from slurm_accounting import Accounting
+from slurm_config import Addresses, ClusterOptions, write_config
 from slurm_network import CONTROLLER, Network
 from slurm_processes import ClusterError, children, end
 
@@ -30,14 +34,17 @@ LONGEST_FOLDER = 56
 UP = ("idle", "mixed", "allocated", "completing")
 
 
-def missing_programs(mode: str = "host") -> str:
+def missing_programs(options: ClusterOptions | None = None) -> str:
     """Why there can be no cluster here: the programs that are not installed, or that it takes root; else nothing."""
+    options = options or ClusterOptions()
     path = os.pathsep.join([os.environ.get("PATH", ""), ADMIN_PATH])
-    wanted = [*PROGRAMS, *(("ip", "nsenter", "unshare") if mode == "ns" else ())]
+    own_network = options.mode == "ns"
+    wanted = [*PROGRAMS, *(OF_ACCOUNTING if options.accounting else ())]
+    wanted += ["ip", "nsenter", "unshare"] if own_network else []
     missing = [program for program in wanted if shutil.which(program, path=path) is None]
     if missing:
         return f"{', '.join(missing)}: not installed"
-    return "namespaces take root" if mode == "ns" and os.getuid() else ""
+    return "namespaces take root" if own_network and os.getuid() else ""
 
 
 class SlurmCluster:
@@ -63,6 +70,7 @@ class SlurmCluster:
         self._mark = {"SLURM_CONF": self.environment["SLURM_CONF"]}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._network = Network(folder, self.nodes) if self.options.mode == "ns" else None
+        self._accounting = Accounting(folder) if self.options.accounting else None
 
     def __enter__(self) -> SlurmCluster:
         self.start()
@@ -80,9 +88,9 @@ class SlurmCluster:
         try:
             self._start_munge()
             self._start_network()
-            write_config(self.folder, self.options, self._addresses())
-            if self.options.accounting == "shim":
-                write_sacct(self.folder / "bin" / "sacct")
+            addresses = self._addresses()
+            write_config(self.folder, self.options, addresses)
+            self._start_database(addresses)
             self._start_controller()
             for name in self.nodes:
                 self._start_slurmd(name)
@@ -97,6 +105,8 @@ class SlurmCluster:
         for daemon in self._daemons.values():
             daemon.wait(timeout=PATIENCE)
         self._daemons.clear()
+        if self._accounting is not None:  # a hundred megabytes
+            shutil.rmtree(self._accounting.data, ignore_errors=True)
 
     def run(self, *command: str, timeout: float = PATIENCE) -> str:
         """What `command` writes to standard output, as a user of this cluster; raises ClusterError where it fails."""
@@ -140,6 +150,18 @@ class SlurmCluster:
         self._start_controller()
         self._wait("slurmctld", lambda: self._try("scontrol", "ping").returncode == 0)
 
+    def stop_accounting(self) -> None:
+        """Ends slurmdbd: `sacct` gets no answer, and the controller keeps what is to be recorded."""
+        daemon = self._daemons.pop("slurmdbd")
+        daemon.terminate()
+        daemon.wait(timeout=PATIENCE)
+
+    def start_accounting(self) -> None:
+        """Brings it back; the controller sends what it kept."""
+        environment = self._accounts().environment
+        self._start("slurmdbd", self._inside(["slurmdbd", "-D"]), **environment)
+        self._wait("slurmdbd", lambda: self._try("sacct").returncode == 0)
+
     def cut_node(self, name: str) -> None:
         """Pulls the network cable of a node, whose tasks go on (mode `ns` only)."""
         self._cables().set_cable(name, "down")
@@ -153,14 +175,19 @@ class SlurmCluster:
             raise ClusterError("nodes in mode 'host' have no network of their own")
         return self._network
 
+    def _accounts(self) -> Accounting:
+        if self._accounting is None:
+            raise ClusterError("this cluster has no accounting")
+        return self._accounting
+
     def _inside(self, command: Sequence[str]) -> list[str]:
         return self._network.inside(command) if self._network else list(command)
 
     def _addresses(self) -> Addresses:
-        controller, *ports = free_ports(1 + len(self.nodes))
+        controller, accounting, *ports = free_ports(2 + len(self.nodes))
         own = self._network.addresses if self._network else dict.fromkeys(self.nodes, "127.0.0.1")
         at = CONTROLLER if self._network else "127.0.0.1"
-        return Addresses(at, controller, own, dict(zip(self.nodes, ports, strict=True)))
+        return Addresses(at, controller, own, dict(zip(self.nodes, ports, strict=True)), accounting)
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"
@@ -183,6 +210,16 @@ class SlurmCluster:
         self._network.holder = self._start("bridge", self._network.bridge_command()).pid
         self._wait("bridge", self._network.ready.exists)
         self._network.write_commands(self.folder / "bin")
+
+    def _start_database(self, addresses: Addresses) -> None:
+        if self._accounting is None:
+            return
+        self._accounting.make_database()
+        self._start("mariadbd", self._accounting.database_command())
+        self._wait("mariadbd", self._accounting.database_answers)
+        self._accounting.write_config(addresses)
+        self.start_accounting()
+        self.run("sacctmgr", "--immediate", "add", "cluster", "tests")
 
     def _start_controller(self) -> None:
         self._start("slurmctld", self._inside(["slurmctld", "-D"]))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import random
-import shlex
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +33,10 @@ class ClusterOptions:
     """Whether a job that is preempted gets the signal that it asked for; not so in Slurm's own default."""
     grace: int = 10
     """Seconds between the warning of a job that is preempted and its end."""
-    accounting: Literal["none", "shim"] = "none"
-    """`shim`: `sacct` answers from the controller's memory, as there is no accounting database."""
+    accounting: bool = False
+    """Whether there is a database of all jobs, with slurmdbd and `sacct`."""
+    min_job_age: int = 3600
+    """Seconds for which `squeue` knows a job that has ended."""
 
     @property
     def names(self) -> list[str]:
@@ -53,6 +53,7 @@ class Addresses:
     controller_port: int
     nodes: Mapping[str, str]
     ports: Mapping[str, int]
+    accounting_port: int
 
 
 def write_config(folder: Path, options: ClusterOptions, addresses: Addresses) -> None:
@@ -65,13 +66,6 @@ def write_config(folder: Path, options: ClusterOptions, addresses: Addresses) ->
     # 22.05 must have a plug-in, which does nothing when no other plug-in asks for cgroups
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (folder / "plugstack.conf").write_text("")
-
-
-def write_sacct(path: Path) -> None:
-    """Writes the `sacct` that needs no database."""
-    script = Path(__file__).with_name("slurm_sacct.py")
-    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n')
-    path.chmod(0o755)
 
 
 def _lines(folder: Path, options: ClusterOptions, addresses: Addresses) -> Sequence[str]:
@@ -99,6 +93,8 @@ def _lines(folder: Path, options: ClusterOptions, addresses: Addresses) -> Seque
         f"PlugStackConfig={folder}/plugstack.conf",
         f"MailProg={options.mail_program}",
         *_PLUGINS,
+        *_accounting(folder, options, addresses),
+        f"MinJobAge={options.min_job_age}",
         *_TIMES,
         *_FAILURES,
         *(["SlurmctldParameters=preempt_send_user_signal"] if options.user_signal else []),
@@ -111,7 +107,6 @@ _PLUGINS = [
     "ProctrackType=proctrack/linuxproc",
     "TaskPlugin=task/none",
     "JobAcctGatherType=jobacct_gather/none",
-    "AccountingStorageType=accounting_storage/none",
     "JobCompType=jobcomp/none",
     "MpiDefault=none",
     "SwitchType=switch/none",
@@ -128,8 +123,6 @@ _TIMES = [
     "SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1,bf_continue",
     "KillWait=5",
     "CompleteWait=0",
-    # what the shim of sacct lives on
-    "MinJobAge=3600",
     "MessageTimeout=10",
     "SlurmctldTimeout=30",
     "SlurmdTimeout=10",
@@ -139,6 +132,18 @@ _TIMES = [
     "OverTimeLimit=0",
 ]
 _FAILURES = ["ReturnToService=2", "JobRequeue=1", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE"]
+
+
+def _accounting(folder: Path, options: ClusterOptions, addresses: Addresses) -> list[str]:
+    if not options.accounting:
+        return ["AccountingStorageType=accounting_storage/none"]
+    return [
+        "AccountingStorageType=accounting_storage/slurmdbd",
+        f"AccountingStorageHost={addresses.controller}",
+        f"AccountingStoragePort={addresses.accounting_port}",
+        # not a password: the socket of the munge that both speak through
+        f"AccountingStoragePass={folder}/munge.sock",
+    ]
 
 
 def _node(name: str, options: ClusterOptions, addresses: Addresses) -> str:

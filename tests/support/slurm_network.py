@@ -17,6 +17,7 @@ from slurm_processes import ClusterError
 CONTROLLER = "10.99.0.1"
 COMMANDS = (
     "sacct",
+    "sacctmgr",
     "salloc",
     "sattach",
     "sbatch",

@@ -42,7 +42,7 @@ def cluster_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
 
 
 def start_or_skip(stack: ExitStack, folder: Path, options: ClusterOptions) -> SlurmCluster:
-    reason = missing_programs(options.mode)
+    reason = missing_programs(options)
     if not reason:
         try:
             return stack.enter_context(SlurmCluster(folder, options))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from patience import until
 from slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
+from slurm_config import ClusterOptions
 from slurm_processes import ClusterError, end, marked
 
 pytestmark = pytest.mark.slurm
@@ -61,18 +62,36 @@ def test_a_job_whose_node_dies_is_queued_again(cluster: SlurmCluster) -> None:
 
 
 def test_two_at_once_are_strangers(cluster: SlurmCluster, start_cluster: StartCluster) -> None:
-    other = start_cluster(nodes=1, gpus=0, accounting="shim")
+    other = start_cluster(nodes=1, gpus=0, accounting=True, min_job_age=2)
     job = sbatch(other, "exit 3")
     wait_for(other, job, "JobState", "FAILED")
     assert job not in cluster.run("squeue", "--states=all", "--noheader", "--format=%i").split()
-    columns = "JobID,State,ExitCode,NodeList"
-    row = f"{job}|FAILED|3:0|{other.nodes[0]}"
-    assert other.run("sacct", "-o", columns, "--parsable2", "-j", job).split() == [
-        columns.replace(",", "|"),
-        row,
-    ]
+    asked = ["sacct", "-X", "-n", "--parsable2", "-o", "JobID,JobName,State,ExitCode,NodeList", "-j", job]
+    row = f"{job}|wrap|FAILED|3:0|{other.nodes[0]}"
+    until(lambda: other.run(*asked).split() == [row], lambda: other.run(*asked), every=0.5)
+    known = ["squeue", "--states=all", "--noheader", "--format=%i"]
+    until(lambda: other.run(*known) == "", "the end of what the controller knows", every=0.5)
+    assert other.run(*asked).split() == [row]
     with pytest.raises(ClusterError, match="accounting storage is disabled"):
         cluster.run("sacct", "-j", "1")
+
+
+def test_accounting_goes_away_and_comes_back(start_cluster: StartCluster) -> None:
+    cluster = start_cluster(nodes=1, accounting=True, mode="ns")
+    cluster.stop_accounting()
+    with pytest.raises(ClusterError, match="Problem talking to the database: Connection refused"):
+        cluster.run("sacct")
+    job = sbatch(cluster, "exit 3")
+    wait_for(cluster, job, "JobState", "FAILED")
+    cluster.start_accounting()
+    asked = ["sacct", "-X", "-n", "-o", "State", "-j", job]
+    until(lambda: cluster.run(*asked).split() == ["FAILED"], lambda: cluster.run(*asked), every=0.5)
+
+
+def test_where_the_accounting_is_missing_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm_cluster.OF_ACCOUNTING", ("no_such_database",))
+    assert "no_such_database: not installed" in missing_programs(ClusterOptions(accounting=True))
+    assert "no_such_database" not in missing_programs()
 
 
 def test_stopping_ends_what_does_not_want_to_end(start_cluster: StartCluster) -> None:

@@ -49,7 +49,7 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
 
 
 def test_a_failure_is_told_with_its_words(start_cluster: Callable[..., SlurmCluster], tmp_path: Path) -> None:
-    run = cluster_run(start_cluster(accounting="shim"), tmp_path)
+    run = cluster_run(start_cluster(accounting=True), tmp_path)
     with held(run.cluster) as until_it_is_gone:
         run.submit(*ALONE, *until_it_is_gone)
         (tmp_path / "teacher").rename(tmp_path / "gone")
