@@ -13,14 +13,14 @@ TRIES = 3
 PAUSE = 2.0
 """Seconds for one answer, questions, and seconds between two of them: 49 seconds at most until an error."""
 SILENCE = 30.0
-"""Seconds for which a controller that did not answer is not asked anything else by this process."""
+"""Seconds for which a daemon that did not answer is not asked anything else by this process."""
 _PASSES = ("contact", "timed out", "connection", "zero bytes", "temporarily", "standby", "send/recv")
 """Words of a controller that is away, restarts or is too busy."""
 _GONE = ("invalid job id", "already completing or completed", "already finished")
 
 
-_silent: dict[str, tuple[float, str]] = {}
-"""Configuration of a cluster -> when it did not answer, and what was said of it."""
+_silent: dict[tuple[str, bool], tuple[float, str]] = {}
+"""Configuration of a cluster, and whether it is its accounting -> when it did not answer, and what was said of it."""
 
 
 class NoAnswerError(GraftError):
@@ -39,8 +39,9 @@ def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
         NoSuchJobError: if the job has ended or never was.
         GraftError: if the command failed otherwise.
     """
-    begun, cluster = time.monotonic(), os.environ.get("SLURM_CONF", "")
-    when, sentence = _silent.get(cluster, (-SILENCE, ""))
+    begun = time.monotonic()
+    daemon = os.environ.get("SLURM_CONF", ""), words[0] == "sacct"  # slurmdbd, which may be away alone
+    when, sentence = _silent.get(daemon, (-SILENCE, ""))
     if begun - when < SILENCE:
         raise NoAnswerError(sentence)
     for left in reversed(range(tries)):
@@ -58,7 +59,7 @@ def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
             time.sleep(PAUSE)
     count = f"asked {tries} times in {time.monotonic() - begun:.0f} seconds, " if tries > 1 else ""
     sentence = f"Slurm does not answer: {count}{words[0]} says: {said}"
-    _silent[cluster] = time.monotonic(), sentence
+    _silent[daemon] = time.monotonic(), sentence
     raise NoAnswerError(sentence)
 
 

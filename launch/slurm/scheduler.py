@@ -2,6 +2,7 @@
 
 The queue (`squeue`) is right about a job as long as it knows it, some minutes after the end of the job. After that the
 accounting (`sacct`) knows it, if a site keeps one; its rows also tell how each earlier start of a requeued job ended.
+It hears of a job late, and not at all while it is away.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ _QUEUE = [
     "Command",
 ]
 _ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason", "JobName"]
+NAMELESS = "allocation"
+"""What `sacct` calls a job whose name the accounting has not been told yet."""
 _FLAGS = ("--states=all", "--array", "--noheader")
 
 
@@ -196,7 +199,7 @@ def parse_accounting(text: str) -> dict[str, JobState]:
             end=_time(row.get("End", "")),
             limit=_limit(row.get("Timelimit", "")),
             exit_code=row.get("ExitCode", ""),
-            name=row.get("JobName", ""),
+            name="" if row.get("JobName") == NAMELESS else row.get("JobName", ""),
         )
         for job in expand_id(row.get("JobID", "")):
             before = found.get(job)
@@ -233,8 +236,8 @@ def expand_nodes(text: str) -> tuple[str, ...]:
 
 
 def _merged(queued: JobState | None, recorded: JobState | None) -> JobState:
-    if queued is None:
-        return recorded or JobState()
+    if queued is None:  # so it neither waits nor runs, whatever the accounting was told last
+        return recorded if recorded is not None and recorded.state in ENDED else JobState()
     history = recorded.history if recorded is not None and recorded.name == queued.name else ()
     return replace(queued, history=history[-queued.restarts :] if queued.restarts else ())
 

@@ -182,6 +182,36 @@ def test_private_jobs_of_another_user_are_not_known(monkeypatch: pytest.MonkeyPa
     assert job_states(["9"]) == {"9": JobState()}
 
 
+def answers(monkeypatch: pytest.MonkeyPatch, **said: str | None) -> None:
+    """Each command of Slurm says this; nothing where its daemon is away."""
+
+    def answer(words: Any, **_: Any) -> Any:
+        text = said[words[0]]
+        away = f"{words[0]}: error: Problem talking to the database: Connection refused\n"
+        return subprocess.CompletedProcess(words, text is None, stdout=text, stderr=away)
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(ask, "_silent", {})
+
+
+def test_accounting_that_is_away_hides_no_job_and_stops_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = "9|RUNNING|n1|None|0|0|N/A|N/A|10|run|/x/submit.sh|"
+    answers(monkeypatch, squeue=row, sacct=None, scancel="")
+    for _ in range(2):  # the second time, it is known that the accounting is away
+        assert job_states(["9"])["9"].state == "RUNNING"
+        cancel("9")
+
+
+def test_what_the_queue_does_not_know_neither_waits_nor_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accounting hears late of an end, and for a time has no name for a job: sacct says `allocation`."""
+    head = "JobID|State|NodeList|ExitCode|Start|End|Timelimit|Reason|JobName\n"
+    rows = "8|RUNNING|n1|0:0||||None|run\n9|FAILED|n1|3:0||||None|allocation\n"
+    answers(monkeypatch, squeue="", sacct=head + rows)
+    found = job_states(["8", "9"])
+    assert found["8"] == JobState()
+    assert (found["9"].state, found["9"].name) == ("FAILED", "")
+
+
 def use(monkeypatch: pytest.MonkeyPatch, cluster: SlurmCluster) -> None:
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
