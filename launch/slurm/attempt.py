@@ -24,6 +24,7 @@ from ..garbage import collect_seldom
 from .environment import limit_threads
 from .failures import Failure, classify
 from .job_folder import Attempt, JobFolder, newest_state, read_order
+from .logs import log_files
 from .pitfalls import export_ranks, forget_old_results, keep_results, requeue
 from .scheduler import fallen_nodes, reason_of_signal
 
@@ -181,9 +182,14 @@ class Record:
             "world_size": job.num_tasks,
             "before": before,
             "state": newest_state(self.folder.output_dir),
-            "log_start": _size(job.paths.stderr) if job.cluster == "slurm" else None,
+            "log_start": self._log_size() if job.cluster == "slurm" else None,
         }
         self._name = self.folder.begin(**self._begun)  # type: ignore[arg-type]
+
+    def _log_size(self) -> int | None:
+        """Return what earlier attempts have written into the log, which is not in submitit's folder."""
+        submission = self.folder.submission_of(self.job_id)
+        return None if submission is None else _size(log_files(submission, 0)[0])
 
     @property
     def asked_to_stop(self) -> bool:

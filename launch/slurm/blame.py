@@ -63,8 +63,8 @@ def blame(files: JobFolder, attempt: Attempt, submission: Submission, until: int
 
 def said_of(files: JobFolder, attempt: Attempt) -> str:
     """Return what Slurm wrote about the end of the last attempt of a job, in one line; empty if it wrote nothing."""
-    mine = [one for one in files.submissions() if one.job_id == attempt.job_id]
-    return said_by_slurm(_log(attempt, mine[-1], None)).why if mine else ""
+    submission = files.submission_of(attempt.job_id)
+    return "" if submission is None else said_by_slurm(_log(attempt, submission, None)).why
 
 
 def blame_start(submission: Submission) -> Blame:

@@ -155,6 +155,10 @@ class JobFolder:
         own = [path for path in self._all_paths() if not self._is_copy(path)]
         return _moved(_read_submission(own[-1]), self.output_dir) if own else None
 
+    def submission_of(self, job_id: str) -> Submission | None:
+        """Return the newest submission with this number; None without a record of it."""
+        return next((one for one in reversed(self.submissions()) if one.job_id == job_id), None)
+
     def _submission_paths(self) -> list[Path]:
         return sorted(path for path in (self.folder / "submissions").glob("*.json") if path.stem.isdigit())
 

@@ -22,6 +22,7 @@ from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.pitfalls import INSIDE_A_LAUNCHER
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine import early_signals
+from slurm_folders import submitted
 
 
 class Job:
@@ -35,7 +36,7 @@ class Job:
         patch.setattr(module, "requeue", self._requeue)
         patch.setattr(module, "limit_threads", lambda: None)
         patch.setenv("SUBMITIT_EXECUTOR", "slurm")
-        patch.setenv("SUBMITIT_FOLDER", str(folder / "jobs" / "logs"))
+        patch.setenv("SUBMITIT_FOLDER", str(folder / "jobs" / "launch-0"))
         for name, value in {
             "JOB_ID": 77,
             "NTASKS": 4,
@@ -101,6 +102,14 @@ def test_a_finished_run_is_a_result(job: Job) -> None:
     assert job.run(lambda: 0) == {"output_dir": str(job.folder), "outcome": "finished"}
     assert (job.last.outcome, job.last.nodes, job.last.world_size) == ("finished", ["a1", "a2"], 4)
     assert job.last.ended is not None
+
+
+def test_an_attempt_knows_where_its_part_of_the_log_begins(job: Job) -> None:
+    logs = job.folder / "logs"
+    submitted(job.folder, job_id="77", logs=str(logs))
+    (logs / "77_0_log.err").write_text("of the attempt before")
+    job.run(lambda: 0, restart=1)
+    assert job.last.log_start == len("of the attempt before")
 
 
 def test_a_run_that_finished_although_a_signal_came_is_not_started_again(job: Job) -> None:

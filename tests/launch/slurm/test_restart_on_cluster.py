@@ -93,6 +93,7 @@ def test_a_run_that_saves_nothing_between_its_failures_ends(cluster: SlurmCluste
     until(lambda: state_of(run, job).startswith("FAILED"), lambda: f"the failure\n{run.logs()}", every=0.5)
     first, second = run.jobs.attempts()
     assert (first.retried, second.retried, second.outcome) == (True, False, "failed")
+    assert (first.log_start or 0) < (second.log_start or 0)
     assert "1 restart in a row brought no new state (--max_restarts)" in second.why
     assert "--max_restarts" in run.graftvit("jobs", str(run.folder))
 
