@@ -92,9 +92,9 @@ def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]
     return {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
 
 
-def cancel(job_id: str) -> None:
-    """End a job for good, whether it waits or runs. Raises GraftError."""
-    ask("scancel", job_id)
+def cancel(*job_ids: str) -> None:
+    """End jobs for good, in this order, whether they wait or run. Raises GraftError: one of them cannot be ended."""
+    ask("scancel", *job_ids)
 
 
 def signal_job(job_id: str, name: str) -> None:

@@ -49,13 +49,20 @@ def stop(folder: Path, *, now: bool = False) -> Stopped:
     for place in range(ROUNDS):
         time.sleep(PAUSE if place else 0)
         made.failed, ending = [], []
+        ready = []
         for run, one in _active(runs):
-            job = one.submission.job_id
-            if job in told:
+            if one.submission.job_id in told:
                 continue
             try:
-                made.done.append(_stop(run, one, now))
-                told.add(job)
+                _request(run, one)
+                ready.append((run, one))
+            except GraftError as error:
+                made.failed.append(f"{one.words} of {run} continues: {error}")
+        cancelled = _cancel_together(ready, now)
+        for run, one in ready:
+            try:
+                made.done.append(_stop(run, one, now, one.submission.job_id in cancelled))
+                told.add(one.submission.job_id)
             except NoSuchJobError:  # where it is started again after all, it finds the request
                 ending.append(f"{one.words} of {run} is ending already")
             except GraftError as error:
@@ -78,49 +85,75 @@ def _wait_for_submissions(runs: list[Path]) -> None:
             pass
 
 
-def _stop(run: Path, one: JudgedJob, now: bool) -> str:
-    submission = one.submission
-    if not submission.job_id:
+def _request(run: Path, one: JudgedJob) -> None:
+    """Write the request to stop, before any signal: an attempt that is asked to save looks for it afterwards."""
+    if not one.submission.job_id:
         raise ConfigError("it has no number yet; stop it again in a moment")
+    if not is_folder(run):  # it could neither read the request nor save
+        return
     files = JobFolder(run)
-    request = files.stop_request(submission.job_id)
+    request = files.stop_request(one.submission.job_id)
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        request.touch()
+    except OSError as error:
+        raise ConfigError(f"{request} cannot be written ({error.strerror}){_owner(run)}") from error
+
+
+def _waits(one: JudgedJob) -> bool:
+    """Return whether the job holds no node, or is suspended: it receives no signal."""
+    return one.job.state == "SUSPENDED" or one.state in ("pending", "requeued")
+
+
+def _cancel_together(jobs: list[tuple[Path, JudgedJob]], now: bool) -> set[str]:
+    """Cancel what does not have to save, in one call; return the numbers.
+
+    Jobs that wait come first: else each node that another one leaves is given to one of them. Where one cannot be
+    cancelled, none is returned, and each is asked alone what the matter is.
+    """
+    ids = [
+        (not _waits(one), one.submission.job_id)
+        for run, one in jobs
+        if one.submission.cluster == "slurm" and (now or _waits(one) or not is_folder(run))
+    ]
+    ordered = [job for _, job in sorted(ids, key=lambda pair: pair[0])]
+    try:
+        if ordered:
+            cancel(*ordered)
+    except GraftError:
+        return set()
+    return set(ordered)
+
+
+def _stop(run: Path, one: JudgedJob, now: bool, cancelled: bool) -> str:
+    """Stop a job that was not `cancelled` with others, and return what was done."""
+    submission = one.submission
     is_run = not submission.command or submission.command[0] not in SUBMITTED
     ends = "saves at its next step and ends" if is_run else "ends"
     job, go_on = (
         f"{one.words} of {run}",
         f"`{resumes(run)}` {'resumes it' if is_run else 'starts it again'}",
     )
-    suspended = one.job.state == "SUSPENDED"  # it receives no signal
-    waits = submission.cluster == "slurm" and (suspended or one.state in ("pending", "requeued"))
-    if not is_folder(run):  # it could neither read the request nor save
-        return _cancel_without_folder(run, one)
-    try:
-        files.folder.mkdir(parents=True, exist_ok=True)
-        request.touch()  # first: an attempt that is asked to save looks for it afterwards
-    except OSError as error:
-        raise ConfigError(f"{request} cannot be written ({error.strerror}){_owner(run)}") from error
+    gone = not is_folder(run)
     if submission.cluster != "slurm":
-        stop_process(submission, now=now)
+        stop_process(submission, now=now or gone)
+        if gone:
+            return f"{job} was {one.state} and is cancelled; {GONE}"
         return f"{job} is cancelled; {go_on}" if now else f"{job} {ends}; {go_on}"
-    if now or waits:
-        cancel(submission.job_id)
-        return f"{job} was {'suspended' if suspended else one.state} and is cancelled; {go_on}"
+    if now or gone or _waits(one):
+        if not cancelled:
+            cancel(submission.job_id)
+        state = "suspended" if one.job.state == "SUSPENDED" else one.state
+        return f"{job} was {state} and is cancelled; {GONE if gone else go_on}"
     try:
         signal_job(submission.job_id, "USR2")
     except NoSuchJobError:  # it is already ending; its next attempt, if there is one, reads the request
         raise
     except GraftError:
-        request.unlink(missing_ok=True)  # no signal makes the job look: it is not stopping
+        # no signal makes the job look: it is not stopping
+        JobFolder(run).stop_request(submission.job_id).unlink(missing_ok=True)
         raise
     return f"{job} {ends}; {go_on}"
-
-
-def _cancel_without_folder(run: Path, one: JudgedJob) -> str:
-    if one.submission.cluster == "slurm":
-        cancel(one.submission.job_id)
-    else:
-        stop_process(one.submission, now=True)
-    return f"{one.words} of {run} was {one.state} and is cancelled; {GONE}"
 
 
 def _owner(run: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm import jobs, lookup, stopping
+from graftvit.launch.slurm import jobs, lookup, scheduler, stopping
 from graftvit.launch.slurm import lookup as processes
 from graftvit.launch.slurm.ask import NoSuchJobError
 from graftvit.launch.slurm.job_folder import JobFolder
@@ -154,6 +154,46 @@ def test_several_runs_are_stopped_and_one_that_is_none_keeps_no_other_from_it(
     monkeypatch.setattr(stopping, "cancel", silent)
     assert main(["stop", *map(str, runs)]) == 1
     assert set(told) == {"0", "2"}
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_cells_that_wait_are_cancelled_in_one_call_before_those_that_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], now: bool
+) -> None:
+    """Else each node that a running cell leaves is given to another cell, which is killed in its first second."""
+    ids = [f"9_{place}" for place in range(6)]
+    for job in ids:
+        submitted(tmp_path / "cells" / f"cell-{job}", job_id=job)
+    states = {job: JobState("RUNNING" if job in ids[:2] else "PENDING") for job in ids}
+    orders: list[tuple[str, ...]] = []
+    monkeypatch.setattr(jobs, "job_states", lambda wanted, **_: {job: states[job] for job in wanted})
+    monkeypatch.setattr(lookup, "queued_jobs", list)
+    monkeypatch.setattr(scheduler, "ask", lambda *words, **_: orders.append(words) or "")
+    assert main(["stop", str(tmp_path), *(["--now"] if now else [])]) == 0
+    signals = [("scancel", "--signal=USR2", job) for job in ids[:2]]
+    assert orders == ([("scancel", *ids[2:], *ids[:2])] if now else [("scancel", *ids[2:]), *signals])
+    assert capsys.readouterr().out.count("is cancelled") == (6 if now else 4)
+    assert all(JobFolder(tmp_path / "cells" / f"cell-{job}").asked_to_stop(job) for job in ids)
+
+
+def test_a_cell_that_may_not_be_cancelled_is_told_among_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in ("9_0", "9_1"):
+        submitted(tmp_path / "cells" / f"cell-{job}", job_id=job)
+    monkeypatch.setattr(jobs, "job_states", lambda wanted, **_: dict.fromkeys(wanted, JobState("PENDING")))
+    monkeypatch.setattr(lookup, "queued_jobs", list)
+    monkeypatch.setattr(stopping, "PAUSE", 0.0)
+
+    def refuse(*ids: str) -> None:
+        if "9_1" in ids:
+            raise GraftError("Access/permission denied")
+
+    monkeypatch.setattr(stopping, "cancel", refuse)
+    assert main(["stop", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert (said.out.count("is cancelled"), said.err.count("continues")) == (1, 1)
+    assert "job 9_1" in said.err
 
 
 def test_stop_without_a_run_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
