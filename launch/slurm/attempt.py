@@ -21,10 +21,10 @@ import submitit
 from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
 from ..garbage import collect_seldom
+from .batch import LOG_START
 from .environment import limit_threads
 from .failures import Failure, classify
 from .job_folder import Attempt, JobFolder, newest_state, read_order
-from .logs import log_files
 from .pitfalls import export_ranks, forget_old_results, keep_results, requeue
 from .scheduler import fallen_nodes, reason_of_signal
 
@@ -182,14 +182,9 @@ class Record:
             "world_size": job.num_tasks,
             "before": before,
             "state": newest_state(self.folder.output_dir),
-            "log_start": self._log_size() if job.cluster == "slurm" else None,
+            "log_start": int(start) if (start := os.environ.get(LOG_START, "")).isdigit() else None,
         }
         self._name = self.folder.begin(**self._begun)  # type: ignore[arg-type]
-
-    def _log_size(self) -> int | None:
-        """Return what earlier attempts have written into the log, which is not in submitit's folder."""
-        submission = self.folder.submission_of(self.job_id)
-        return None if submission is None else _size(log_files(submission, 0)[0])
 
     @property
     def asked_to_stop(self) -> bool:
@@ -266,7 +261,3 @@ class Record:
                     f"graftvit: rank {self.rank}: the record of this attempt is not written: {error}\n"
                 )
             self._warned = True
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

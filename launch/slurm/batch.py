@@ -17,6 +17,12 @@ import submitit
 from ...models.errors import ConfigError
 from .settings import ClusterConfig, check_line
 
+LOG_START = "GRAFTVIT_LOG_START"
+"""The variable with the bytes that earlier attempts have written into the error log of the script and of rank 0.
+
+The script counts them: srun tells there of a rank that fails at once, while the first rank still starts.
+"""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -139,7 +145,11 @@ def _of_slurm(launch: Launch) -> dict[str, Any]:
         "cpus_per_task": launch.cpus_per_task,
         "slurm_signal_delay_s": config.signal_delay,
         "slurm_array_parallelism": config.array_parallelism,
-        "slurm_setup": [*config.setup, *_node_setup(launch)],
+        "slurm_setup": [
+            f"export {LOG_START}=$(stat -L -c %s /dev/fd/2)",
+            *config.setup,
+            *_node_setup(launch),
+        ],
         "slurm_teardown": _after_the_end(launch),
         "slurm_srun_args": steps,
         "slurm_additional_parameters": more,

@@ -22,7 +22,6 @@ from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.pitfalls import INSIDE_A_LAUNCHER
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine import early_signals
-from slurm_folders import submitted
 
 
 class Job:
@@ -104,12 +103,12 @@ def test_a_finished_run_is_a_result(job: Job) -> None:
     assert job.last.ended is not None
 
 
-def test_an_attempt_knows_where_its_part_of_the_log_begins(job: Job) -> None:
-    logs = job.folder / "logs"
-    submitted(job.folder, job_id="77", logs=str(logs))
-    (logs / "77_0_log.err").write_text("of the attempt before")
+def test_an_attempt_knows_where_its_part_of_the_log_begins(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.run(lambda: 0)
+    assert job.last.log_start is None
+    monkeypatch.setenv("GRAFTVIT_LOG_START", "21")
     job.run(lambda: 0, restart=1)
-    assert job.last.log_start == len("of the attempt before")
+    assert job.last.log_start == 21
 
 
 def test_a_run_that_finished_although_a_signal_came_is_not_started_again(job: Job) -> None:
