@@ -7,8 +7,8 @@ that they lost it: such an error counts only if there is no other.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ...checkpoints.regular_files import UnreadableError, open_regular
 from .failures import is_consequence
@@ -16,6 +16,7 @@ from .job_folder import Attempt, JobFolder, Submission
 from .logs import log_files, ranks_with_logs, tail
 
 SILENT = "ended without a word"
+_BY_SLURM = ("srun:", "slurmstepd")
 _LINES = 15
 _CHUNK = 1 << 16
 _ENDING = re.compile(r"Terminating StepId|CANCELLED AT|Job step aborted|Force Terminated")
@@ -24,6 +25,10 @@ _TASK = re.compile(
     r"^srun: error: (\S+): tasks? (\d+)\S*: (Out Of Memory|Killed|Segmentation fault|Bus error|Illegal instruction)",
     re.MULTILINE,
 )
+_UNRUNNABLE = re.compile(
+    r"^srun: error: (\S+): tasks? (\d+)\S*: Exited with exit code (126|127)$", re.MULTILINE
+)
+"""The codes of `env` and `sh` for a program that cannot be run, or is not there; a run leaves with no such code."""
 _MEMORY = re.compile(r"oom[-_ ]?kill", re.IGNORECASE)
 
 
@@ -38,6 +43,8 @@ class Blame:
     rank: int | None = None
     state: str = ""
     """`node failed`, `failed`, or empty where only the files of the ranks tell."""
+    lasting: bool = False
+    """Whether a restart would certainly end the same way."""
 
 
 NOTHING = Blame()
@@ -52,7 +59,7 @@ def blame(files: JobFolder, attempt: Attempt, submission: Submission, until: int
         submission: Of its job; names the logs.
         until: Where the log of the next attempt begins.
     """
-    said = said_by_slurm(_log(attempt, submission, until))
+    said = _said(_log(attempt, submission, until), submission)
     if said.why:
         return said
     errors = _errors(files, attempt)
@@ -61,29 +68,53 @@ def blame(files: JobFolder, attempt: Attempt, submission: Submission, until: int
     return _loudest_log(submission) if attempt.outcome is None and until is None else NOTHING
 
 
-def said_of(files: JobFolder, attempt: Attempt) -> str:
-    """Return what Slurm wrote about the end of the last attempt of a job, in one line; empty if it wrote nothing."""
+def said_of(files: JobFolder, attempt: Attempt) -> Blame:
+    """Return what Slurm wrote about the end of the last attempt of a job; nothing if it wrote nothing."""
     submission = files.submission_of(attempt.job_id)
-    return "" if submission is None else said_by_slurm(_log(attempt, submission, None)).why
+    return NOTHING if submission is None else _said(_log(attempt, submission, None), submission)
 
 
-def blame_start(submission: Submission) -> Blame:
-    """Return what the log says about a start that ended before the run began, such as without a copy of its code."""
+def blame_start(submission: Submission, *, first: bool = True) -> Blame:
+    """Return what the log says about a start that ended before the run began, such as without a copy of its code.
+
+    Unless it is the `first` start, only what Slurm wrote: the other lines may be of an earlier one.
+    """
     words = tail(log_files(submission, 0)[0], _LINES)
+    said = _said(words, submission)
+    if said.lasting:
+        return said
     lines = words.splitlines()
     begin = max((number + 1 for number, line in enumerate(lines) if "CANCELLED AT" in line), default=0)
-    own = [line for line in lines[begin:] if not line.startswith(("srun:", "slurmstepd"))]
+    own = _own_lines(lines[begin:]) if first else []
     return Blame(own[-1], words, 0) if own else NOTHING
+
+
+def _said(log: str, submission: Submission) -> Blame:
+    """Return what Slurm wrote, with the last line of a rank that could not even start."""
+    said = said_by_slurm(log)
+    if not said.lasting or said.rank is None:
+        return said
+    own = _own_lines(tail(log_files(submission, said.rank)[0], _LINES).splitlines())
+    return replace(said, why=f"{said.why}: {own[-1].strip()}"[:500]) if own else said
+
+
+def _own_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that Slurm did not write."""
+    return [line for line in lines if line.strip() and not line.startswith(_BY_SLURM)]
 
 
 def said_by_slurm(log: str) -> Blame:
     """Return what `srun` and `slurmstepd` wrote into the log of the first rank."""
-    lines = [line for line in log.splitlines() if line.startswith(("srun:", "slurmstepd"))]
+    lines = [line for line in log.splitlines() if line.startswith(_BY_SLURM)]
     text = "\n".join(lines)
     if lost := list(dict.fromkeys(_NODE.findall(text))):
         return Blame(f"node failure: {', '.join(lost)}", f"{text}\n", state="node failed")
     if "DUE TO NODE FAILURE" in text:
         return Blame("node failure", f"{text}\n", state="node failed")
+    if unrunnable := _UNRUNNABLE.search(text):
+        node, rank, code = unrunnable.groups()
+        why = f"rank {rank} on {node} could not run the interpreter (exit code {code})"
+        return Blame(why, f"{text}\n", int(rank), "failed", lasting=True)
     ending = _ENDING.search(text)
     killed = _TASK.search(text, 0, len(text) if ending is None else ending.start())
     if killed is None:

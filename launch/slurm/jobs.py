@@ -259,7 +259,7 @@ def _blame(files: JobFolder, submission: Submission, seen: Evidence) -> Blame:
     if seen.job.state in WAITING:
         return NOTHING
     if seen.now is None:
-        return NOTHING if seen.job.state in AT_WORK or seen.last else blame_start(submission)
+        return NOTHING if seen.job.state in AT_WORK else blame_start(submission, first=seen.last is None)
     if seen.now.outcome == "failed" or (seen.now.outcome is None and seen.job.state not in AT_WORK):
         return blame(files, seen.now, submission)
     return NOTHING

@@ -60,7 +60,10 @@ def judge(
     lasting = [one for one in failures if one.kind == "cause" and not one.transient]
     if lasting:
         return Verdict(now.name, _words(lasting[0]), None)
-    why = said_of(files, now) or explain(now, failures)
+    said = said_of(files, now)
+    if said.lasting:
+        return Verdict(now.name, said.why, None)
+    why = said.why or explain(now, failures)
     return _again(now, of_job, why, newest_state(files.output_dir), max_restarts, restart_wait)
 
 

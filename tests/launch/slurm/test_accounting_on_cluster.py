@@ -1,4 +1,4 @@
-"""What commands do on a cluster with a database of all jobs: while it is away, late, and after the queue has forgotten."""
+"""What commands do on a cluster with a database of all jobs: while it is away, and after the queue has forgotten."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import ask
 from graftvit.launch.slurm.jobs import describe_run
-from graftvit.launch.slurm.scheduler import job_states
 from patience import until
 from slurm_cluster import SlurmCluster
 from slurm_config import ClusterOptions

@@ -38,6 +38,12 @@ slurmstepd: error: Detected 1 oom_kill event in StepId=77.0. Some of the step ta
 srun: error: gpu1: task 1: Out Of Memory
 srun: Terminating StepId=77.0
 """
+UNRUNNABLE = """\
+srun: error: gpu2: tasks 2-3: Exited with exit code 127
+srun: launch/slurm: _step_signal: Terminating StepId=50410833.0
+slurmstepd-gpu1: error: *** STEP 50410833.0 ON gpu1 CANCELLED AT 2026-11-22T17:55:59 ***
+srun: error: gpu1: tasks 0-1: Killed
+"""
 PREEMPTED = """\
 srun: Job step aborted: Waiting up to 32 seconds for job step to finish.
 slurmstepd-gpu1: error: *** JOB 9 ON gpu1 CANCELLED AT 2026-11-22T17:58:23 DUE TO PREEMPTION ***
@@ -57,6 +63,7 @@ srun: launch/slurm: _step_signal: Terminating StepId=50410833.0
         (NODE, "node failed", "node failure: gpu2", None),
         (MEMORY, "failed", "out of memory: the system killed rank 1 on gpu1", 1),
         (KILLED.replace("Killed", "Bus error"), "failed", "rank 3 on gpu2: Bus error", 3),
+        (UNRUNNABLE, "failed", "rank 2 on gpu2 could not run the interpreter (exit code 127)", 2),
         (PREEMPTED, "", "", None),
         (GONE, "", "", None),
         ("epoch 1: task 3: Killed by the teacher\n", "", "", None),
@@ -123,6 +130,16 @@ def test_a_cause_goes_before_what_follows_from_it_and_slurm_before_both(tmp_path
     assert found(files, attempt) == ("ValueError: boom", 1)
     (tmp_path / "logs" / "12_0_log.err").write_text(KILLED)
     assert found(files, attempt)[1] == 3
+
+
+def test_an_interpreter_that_does_not_run_is_told_with_its_last_line(tmp_path: Path) -> None:
+    files = submitted(tmp_path)
+    attempt = attempted(files)
+    (tmp_path / "logs" / "12_0_log.err").write_text(UNRUNNABLE)
+    (tmp_path / "logs" / "12_2_log.err").write_text("env: 'python': No such file or directory\n\n")
+    why, rank = found(files, attempt)
+    assert why.endswith("(exit code 127): env: 'python': No such file or directory")
+    assert rank == 2
 
 
 def test_the_log_of_an_earlier_attempt_is_not_that_of_this_one(tmp_path: Path) -> None:

@@ -93,6 +93,17 @@ def test_what_ended_as_it_should_stays_so(run: Run, outcome: str) -> None:
     assert run.verdict() is None
 
 
+@pytest.mark.parametrize("code", [126, 127])
+def test_a_node_that_cannot_run_the_interpreter_is_not_tried_again(run: Run, code: int) -> None:
+    logs = submitted(run.folder, job_id="77").output_dir / "logs"
+    run.attempt(LOST, log_start=0)
+    (logs / "77_0_log.err").write_text(f"srun: error: n2: task 3: Exited with exit code {code}\n")
+    said = "env: '/opt/python': No such file or directory"
+    (logs / "77_3_log.err").write_text(f"{said}\n")
+    why = f"rank 3 on n2 could not run the interpreter (exit code {code}): {said}"
+    assert run.verdict() == Verdict("0001-77.0", why, None)
+
+
 def test_what_was_told_to_stop_is_not_started_again(run: Run) -> None:
     run.attempt(LOST)
     run.files.stop_request("76").touch()

@@ -69,6 +69,24 @@ def test_an_error_of_the_user_is_not_tried_again(cluster: SlurmCluster, tmp_path
     assert {failure.kind for failure in run.jobs.failures(only.name)} <= {"cause", "consequence"}
 
 
+def test_a_node_without_the_interpreter_is_named_and_not_tried_again(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    run, node = cluster_run(cluster, tmp_path), cluster.nodes[1]
+    with held(cluster) as until_it_is_gone:
+        job = run.submit("--restart_wait", "1", *until_it_is_gone)
+        (start,) = run.jobs.folder.glob("launch-*/start.sh")
+        gone = f'[ "$SLURMD_NODENAME" = {node} ] && exec env /no/such/python\n'
+        start.write_text(start.read_text().replace("\n", f"\n{gone}", 1))
+    until(lambda: state_of(run, job).startswith("FAILED"), lambda: f"the failure\n{run.logs()}", every=0.5)
+    (only,) = run.jobs.attempts()
+    assert (only.outcome, only.retried) == ("failed", False)
+    said = f"rank 1 on {node} could not run the interpreter (exit code 127): env: "
+    assert only.why.startswith(said)
+    assert "/no/such/python" in only.why
+    assert said in run.graftvit("jobs", str(run.folder))
+
+
 def test_who_cancels_during_the_wait_is_obeyed(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = sleepy(tmp_path, cluster)
     job = run.submit(*ALONE, "--restart_wait", "12")
