@@ -232,16 +232,21 @@ class JobFolder:
         return sorted(found, key=lambda failure: (failure.kind != "cause", failure.written))
 
 
+_SAVED = (
+    "checkpoints/last.safetensors",
+    "checkpoints/previous.safetensors",
+    "fit/*.safetensors",
+    "targets.txt",
+)
+"""States, and what a run keeps before its first step: fitted layers, and the mark of a shard of teachers' targets."""
+
+
 def newest_state(output_dir: Path) -> str:
-    """Return a name of the newest saved state, of any stage; empty without one.
+    """Return a name of the newest saved state, or of what is kept before it, of any stage; empty without one.
 
     The name holds the file server's time of writing: compare two names only for equality.
     """
-    names = [
-        f"{above}checkpoints/{name}.safetensors"
-        for above in ("", "*/", "*/*/")
-        for name in ("last", "previous")
-    ]
+    names = [f"{above}{name}" for above in ("", "*/", "*/*/") for name in _SAVED]
     times = []
     for path in (path for name in names for path in output_dir.glob(name)):
         with contextlib.suppress(FileNotFoundError):  # `last` becomes `previous` at this moment

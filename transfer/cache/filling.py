@@ -30,6 +30,7 @@ def fill(
     *,
     stopped: Callable[[], bool],
     moved: Callable[[int], object],
+    kept: Callable[[], object],
 ) -> None:
     """Write the shards of `todo`, each by one of the processes that call this; return when all are there.
 
@@ -43,6 +44,7 @@ def fill(
         teach: Gives the targets of images.
         stopped: Whether to leave early.
         moved: Called after each batch with the number of its images, and with 0 after each look while others compute.
+        kept: Called after each shard that this process has written.
     """
     left = list(todo)
     while left and not stopped():
@@ -51,7 +53,7 @@ def fill(
         first = next(requests, None)
         if first is not None:
             try:
-                _compute(cache, claims, chain([first], requests), loader, teach, stopped, moved)
+                _compute(cache, claims, chain([first], requests), loader, teach, stopped, moved, kept)
             finally:
                 claims.free()
         left = claims.busy
@@ -68,6 +70,7 @@ def _compute(
     teach: Teach,
     stopped: Callable[[], bool],
     moved: Callable[[int], object],
+    kept: Callable[[], object],
 ) -> None:
     rows: list[dict[str, Tensor]] = []
     for batch in loader.fetch_apart(requests, add_checksums):
@@ -78,6 +81,7 @@ def _compute(
         if sum(len(row[PIXELS]) for row in rows) == shard.size:
             cache.write(shard, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
             claims.done(shard)
+            kept()
             rows = []
         moved(valid)
         if stopped():

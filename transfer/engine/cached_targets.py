@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...checkpoints.atomic import WriteFailedError
+from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.regular_files import read_json
 from ...models.errors import GraftError, counted
 from ..cache.cache_checks import check_size, gibibytes
@@ -36,6 +36,8 @@ from .tasks import TransferTask
 
 logger = logging.getLogger(__name__)
 Note = dict[str, float | None]
+KEPT_TARGETS = "targets.txt"
+"""The file of a run folder that names its cache, written again for each shard that the run adds to it."""
 
 
 def views_of(config: RunConfig, schedule: Schedule, position: Position) -> list[int]:
@@ -199,6 +201,9 @@ def _fill(
                 teach,
                 stopped=lambda: signals.received is not None,
                 moved=moved,
+                kept=lambda: write_shared(
+                    config.output_dir / KEPT_TARGETS, f"{cache.folder}\n".encode(), replace=True
+                ),
             )
         except GraftError as failure:
             error = failure

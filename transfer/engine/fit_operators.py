@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,38 +14,76 @@ from torch import nn
 
 from ...checkpoints.fitted_layers import FittedLayers
 from ...models.attention.base import Projections
-from ...models.calibration import Finished, calibrate_layers, fit_layers
+from ...models.calibration import Finished, Layer, calibrate_layers, fit_layers
 from ...models.conversion import ConvertedAttention, converted_layers
 from ...models.families import family_of, sites
 from ...models.pyramid_conversion import sharing_copy
 from ..config import RunConfig
 from ..data.randomness import preserved
 from ..data.sample import sample_images
+from . import deadline
 from .build import Parts
 from .modes import mode_of
+from .parallel import gather
+from .signals import StopSignals
 from .teacher_checks import sharded_teachers
 
 logger = logging.getLogger(__name__)
 
 
-def fit_operators(config: RunConfig, parts: Parts, accelerator: Accelerator) -> None:
+class _StoppedError(Exception):
+    """A stop signal came before all layers were fitted."""
+
+
+@dataclass(frozen=True)
+class _UntilSignal:
+    """The layers that are fitted already, until a stop signal comes. Every process reads them, the first one writes."""
+
+    layers: FittedLayers
+    writes: bool
+    signals: StopSignals
+
+    def load(self, index: int, key: str) -> Layer | None:
+        deadline.moved()
+        if self.signals.received is not None:
+            raise _StoppedError
+        return self.layers.load(index, key)
+
+    def save(self, index: int, key: str, layer: Layer) -> None:
+        if self.writes:
+            self.layers.save(index, key, layer)
+
+
+def fit_operators(
+    config: RunConfig,
+    parts: Parts,
+    accelerator: Accelerator,
+    group: dist.ProcessGroup | None,
+    signals: StopSignals,
+) -> bool:
     """Fit the student's operators before the first step of a run, as `fit_student` does; keep them in `output_dir/fit`.
 
     Every process fits on the same images, and then takes the first one's numbers: devices of two kinds round
-    differently.
+    differently. Return whether all are fitted: a stop signal ends it after a layer that is kept.
 
     Raises DataError: there are no images. ConfigError: an operator cannot be fitted on so few.
     """
     alone = config.engine.fsdp or sharded_teachers(config)
     device = torch.device("cpu") if alone else accelerator.device
-    kept = FittedLayers(config.output_dir) if accelerator.is_main_process else None
-    for index, layer in fit_student(config, parts, device, kept).items():
+    kept = _UntilSignal(FittedLayers(config.output_dir), accelerator.is_main_process, signals)
+    layers: dict[int, ConvertedAttention] | None = None
+    with suppress(_StoppedError):
+        layers = fit_student(config, parts, device, kept)
+    if any(gather(layers is None, group)) or layers is None:
+        return False
+    for index, layer in layers.items():
         if layer.fit is not None:
             count = config.student.calibrate
             logger.info("fit of layer %d on %d images: %s", index, count, layer.fit)
         if accelerator.num_processes > 1:
             for tensor in layer.operator.state_dict().values():
                 _take_first(tensor, accelerator)
+    return True
 
 
 def fit_student(

@@ -97,8 +97,8 @@ def train(config: RunConfig) -> RunResult:
         early = _signal(signals, group)
         if early is not None:
             return _unbegun(config, state, early)
-        if state is None:
-            fit_operators(here, parts, accelerator)
+        if state is None and not fit_operators(here, parts, accelerator, group, signals):
+            return _unbegun(config, state, _signal(signals, group))
         run_state, schedule = _prepare(config, accelerator, group, parts, fence, batch)
         if state is None:
             measure_features(here, parts, accelerator)
@@ -129,7 +129,7 @@ def _signal(signals: StopSignals, group: dist.ProcessGroup | None) -> int | None
     return max(filter(None, gather(signals.received, group)), default=None)
 
 
-def _unbegun(config: RunConfig, state: TrainingState | None, signal: int) -> RunResult:
+def _unbegun(config: RunConfig, state: TrainingState | None, signal: int | None) -> RunResult:
     """Return the result of a run that was stopped before its first step."""
     done = 0 if state is None else position_of(state).step
     return RunResult({}, config.output_dir, done, False, signal)

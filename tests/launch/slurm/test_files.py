@@ -81,6 +81,16 @@ def test_the_newest_state_changes_with_each_save_and_not_with_a_rename(tmp_path:
     assert newest_state(tmp_path) != first
 
 
+@pytest.mark.parametrize(
+    "place", ["targets.txt", "fit/layer01.safetensors", "0-recover/fit/layer00.safetensors"]
+)
+def test_what_is_kept_before_the_first_step_counts_as_saved(tmp_path: Path, place: str) -> None:
+    kept = tmp_path / place
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.touch()
+    assert newest_state(tmp_path) != ""
+
+
 def test_a_request_to_stop_is_for_one_job_and_one_of_before_for_all(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path)
     folder.folder.mkdir()

@@ -291,6 +291,10 @@ def test_a_stop_while_targets_are_computed_keeps_whole_files(
         assert train(run(tmp_path / "cut", teacher, tmp_path / "cache")).signal == signal.SIGTERM
     early_signals.received.clear()
     assert len(list((tmp_path / "cache").rglob("shard-*"))) == 3
+    kept = (
+        tmp_path / "cut" / "targets.txt"
+    )  # by which a job that meets its time limit knows that it came further
+    assert Path(kept.read_text().strip()).parent == tmp_path / "cache"
     assert not list((tmp_path / "cache").rglob(".*")), "locks and unfinished files are gone"
     passes.clear()
     train(run(tmp_path / "cut", teacher, tmp_path / "cache"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from graftvit.models.attention.hash import HashAttention
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.transfer.data.sample import sample_images
+from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.train import train
 
 PLAN = "*: hash(anchors=5, bits=4)"
@@ -90,6 +93,28 @@ def test_a_resumed_run_is_not_fitted_again(
     assert train(run.model_copy(update={"engine": run.engine.model_copy(update=how["engine"])})).finished
     whole, cut = state(tmp_path / "whole"), state(tmp_path / "cut")
     assert whole.keys() == cut.keys()
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_a_stop_during_the_fit_keeps_the_layers_that_are_fitted(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, fits = HashAttention.fit, list[int]()
+
+    def stopping(self: HashAttention, *given: Any, **named: Any) -> Any:
+        fits.append(named["seed"])
+        if len(fits) == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return fit(self, *given, **named)
+
+    train(hashed(tmp_path / "whole", teacher, init="teacher"))
+    monkeypatch.setattr(HashAttention, "fit", stopping)
+    ended = train(hashed(tmp_path / "cut", teacher, init="teacher"))
+    assert (ended.signal, ended.steps, len(fits)) == (signal.SIGUSR2, 0, 1)
+    early_signals.received.clear()
+    assert train(hashed(tmp_path / "cut", teacher, init="teacher")).finished
+    assert len(fits) == len(set(fits)) == 2, "no layer is fitted twice"
+    whole, cut = state(tmp_path / "whole"), state(tmp_path / "cut")
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
 
 
