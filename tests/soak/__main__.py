@@ -1,10 +1,11 @@
 """People, a cluster and its troubles for some minutes: `python tests/soak [--actions 20] [--seed 0]`.
 
 Two shells submit, resume and stop three runs at random moments, with Ctrl-C among them, on a Slurm cluster of this
-machine whose nodes die, are drained and are taken by urgent jobs, and whose controller restarts. At the end everything
-is mended and each run is taken to its end. Then must hold: every job that Slurm saw is known to `graftvit jobs`, none
-runs that `graftvit stop` was told to end, no run had two jobs at a time, no command ended with a traceback, and each
-run has the bits of an undisturbed one. Exit code 1 and the reasons where one of these does not.
+machine whose nodes die, are drained and are taken by urgent jobs, whose controller restarts, and whose accounting
+goes away and comes back. At the end everything is mended and each run is taken to its end. Then must hold: every job
+that Slurm saw is known to `graftvit jobs`, none runs that `graftvit stop` was told to end, no run had two jobs at a
+time, no command ended with a traceback, and each run has the bits of an undisturbed one. Exit code 1 and the reasons
+where one of these does not.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ EPOCHS = 40
 
 def main() -> int:
     arguments = parse()
-    if reason := missing_programs():
+    options = ClusterOptions(nodes=4, user_signal=bool(arguments.seed % 2), grace=6, accounting=True)
+    if reason := missing_programs(options):
         print(f"no Slurm cluster can start here: {reason}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:
         root = arguments.folder or Path(folder) / "runs"
         root.mkdir(parents=True)
         ledger = Ledger(root / "soak.jsonl")
-        options = ClusterOptions(nodes=4, user_signal=bool(arguments.seed % 2), grace=6)
         with SlurmCluster(Path(folder) / "slurm", options) as cluster:
             soak(cluster, root, ledger, arguments)
     return report(ledger)

@@ -26,6 +26,7 @@ class Troubles(threading.Thread):
             self._kill_a_node,
             self._drain,
             self._restart_the_controller,
+            self._lose_the_accounting,
         ]
         left: list[Callable[[], None]] = []
         while not self._over.wait(self._chance.uniform(2, 12)):
@@ -71,3 +72,10 @@ class Troubles(threading.Thread):
         self._pause(1, 8)
         self.cluster.start_controller()
         self.ledger.note("controller back")
+
+    def _lose_the_accounting(self) -> None:
+        self.cluster.stop_accounting()
+        self.ledger.note("accounting away")
+        self._pause(5, 20)
+        self.cluster.start_accounting()
+        self.ledger.note("accounting back")
