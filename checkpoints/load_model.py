@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import nn
 from ..models.copied import copying_of
 from ..models.families import vit
 from .fit import refuse_not_finite
-from .pretrained import load_pretrained
+from .pretrained import Pretrained, load_pretrained
+from .timm_models import build
+
+UNTRAINED_SEED = 20121  # one that nobody takes for a training
 
 
 def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
@@ -34,3 +38,20 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) ->
     tensors = model.state_dict()
     refuse_not_finite(str(source), tensors, dict.fromkeys(tensors, dtype))
     return model.to(dtype)
+
+
+def build_untrained(loaded: Pretrained) -> nn.Module:
+    """Return a copy of a model with random weights, the same ones at each call.
+
+    Positions that were resampled to other images have no weights of timm's own start; they are drawn.
+    """
+    model = copy.deepcopy(loaded.model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(UNTRAINED_SEED)
+        fresh = dict(build(loaded.architecture, loaded.model_args).named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in fresh and fresh[name].shape == parameter.shape:
+                parameter.copy_(fresh[name])
+            else:
+                parameter.normal_(std=0.02)
+    return model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoints.class_names import comparable, places, same_classes
 from ..checkpoints.model_folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
-from ..checkpoints.pretrained import load_pretrained
+from ..checkpoints.pretrained import Pretrained, load_pretrained
 from ..checkpoints.report import some
 from ..checkpoints.sources import FolderSource, parse_source
 from ..models.errors import ConfigError
@@ -31,6 +31,8 @@ class Candidate:
     spec: Preprocessing
     num_classes: int
     """The number of classes; 0 if the model has no head."""
+    loaded: Pretrained
+    """What its source says of it."""
     label_names: tuple[str, ...] | None = None
     """The class names of the head in order, if they are known."""
 
@@ -58,7 +60,7 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
     loaded = load_pretrained(source, **source_keywords(how))
     spec = loaded.preprocessing
     classes = int(getattr(loaded.model, "num_classes", 0)) if loaded.has_head else 0
-    return Candidate(source, loaded.model, loaded.model, spec, classes, loaded.label_names)
+    return Candidate(source, loaded.model, loaded.model, spec, classes, loaded, loaded.label_names)
 
 
 def check_alike(candidates: list[Candidate]) -> None:

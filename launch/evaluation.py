@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoints.class_names import same_classes
+from ..checkpoints.load_model import build_untrained
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import parse_source
 from ..models.copying.input import Normalization, Renormalized
@@ -40,6 +41,9 @@ from .candidates import (
     run_config,
 )
 from .load_config import Setting, load_config
+
+RANDOM = "random weights"
+"""The row of a model that learned nothing: what distances and CKA are worth is seen beside it."""
 
 
 def evaluate_sources(
@@ -79,14 +83,21 @@ def evaluate_sources(
     spec = candidates[0].spec
     names, numbered = _numbering(candidates, metrics, imagenet=real or subset is not None)
     loader = create_eval_loader(data, spec, real=real, labels=False, names=numbered, **ranks)
-    families = {each.name: metrics or _families(each, loader, against) for each in candidates}
+    families: dict[str, Collection[Family]] = {
+        each.name: metrics or _families(each, loader, against) for each in candidates
+    }
     _check_labels(candidates, families, loader, config.data, subset, real)
     reference = None
     if any(family in PROBES for chosen in families.values() for family in chosen):
         reference = create_reference_loader(data, spec, names=numbered, **ranks)
     for candidate in candidates:
         candidate.module.to(accelerator.device).eval()
-    compared = None if against is None else _against(against, how, candidates, spec, accelerator)
+    compared: Against | None = None
+    untrained: dict[str, Reader] = {}
+    if against is not None:
+        compared, random = _against(against, how, candidates, spec, accelerator)
+        untrained[RANDOM] = random
+        families[RANDOM] = ["distance"]
     readers = {
         each.name: Reader(
             each.module,
@@ -96,7 +107,7 @@ def evaluate_sources(
         for each in candidates
     }
     return measure(
-        readers,
+        {**readers, **untrained},
         families,
         loader,
         reference=reference,
@@ -222,10 +233,13 @@ def _against(
     candidates: Sequence[Candidate],
     spec: Preprocessing,
     accelerator: Accelerator,
-) -> Against:
-    """Load the teacher. It receives the candidates' images, normalized and resized as its own preprocessing asks."""
+) -> tuple[Against, Reader]:
+    """Load the teacher, and build a model of its architecture with random weights.
+
+    They receive the candidates' images, normalized and resized as the teacher's preprocessing asks.
+    """
     teacher = load_candidate(source, how)
-    model = teacher.module
+    model, random = teacher.module, build_untrained(teacher.loaded).to(accelerator.device)
     norms = Normalization(teacher.spec.mean, teacher.spec.std), Normalization(spec.mean, spec.std)
     channels, *size = teacher.spec.input_size
     if channels != spec.input_size[0]:
@@ -238,12 +252,14 @@ def _against(
     layers: dict[str, ComparedLayers] = {
         each.name: compared_layers(model, each.module) for each in candidates
     }
+    layers[RANDOM] = compared_layers(model, random)
     used = {layer for compared in layers.values() for layer in compared.teacher}
 
-    def predict(images: Tensor) -> Tensor:
-        return teacher.predict(shown(images))
+    def shown_to(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return _autocast(lambda images: predict(shown(images)), accelerator)
 
-    return Against(Reader(model, _autocast(predict, accelerator), sorted(used)), layers)
+    reader = Reader(random, shown_to(random), layers[RANDOM].student)
+    return Against(Reader(model, shown_to(teacher.predict), sorted(used)), layers), reader
 
 
 def _data_settings(sources: Sequence[str], settings: Sequence[Setting]) -> RunConfig:

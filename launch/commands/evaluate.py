@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     """Evaluate each checkpoint and the ensemble of several."""
     arguments, settings = _parse(argv)
     from ...transfer.metrics.table import to_json, to_table
-    from ..evaluation import evaluate_sources
+    from ..evaluation import RANDOM, evaluate_sources
 
     results = evaluate_sources(
         arguments.checkpoints,
@@ -56,6 +56,8 @@ def run(argv: list[str]) -> int:
     )
     if os.environ.get("RANK", "0") == "0":
         say(to_table(results) + "\n")
+        if arguments.against is not None:
+            say(f"\n{RANDOM}: random weights of {arguments.against}'s architecture, which learned nothing\n")
         if arguments.json is not None:
             _write(arguments.json, to_json(results) + "\n")
     return 0

@@ -18,6 +18,7 @@ from ...checkpoints.json_lines import read_records
 from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.config import RunConfig
+from ...transfer.metrics.intervals import Interval, accuracy_interval
 from ..load_config import load_config
 from .job_folder import JobFolder
 from .run_progress import current_stage
@@ -26,6 +27,7 @@ from .sweep import SWEEP_FILE, Cell, load_sweep
 State = Literal["done", "failed", "unfinished", "not begun"]
 ACCURACIES = ("test_top1", "test_ema_top1")
 LOSS = "train_loss"
+SAMPLES = "test_samples"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def _numbers(epochs: list[dict[str, Any]]) -> dict[str, float]:
         values = [float(record[name]) for record in epochs if name in record]
         if values:
             found |= {name: values[-1], f"best_{name}": max(values)}
+    if SAMPLES in epochs[-1]:
+        found[SAMPLES] = float(epochs[-1][SAMPLES])
     if LOSS in epochs[-1]:
         found[LOSS] = float(epochs[-1][LOSS])
     return found
@@ -131,6 +135,20 @@ class Row:
 
     settings: dict[str, str]
     cells: tuple[CellResult, ...]
+
+    @property
+    def samples(self) -> int | None:
+        """The test images of its cells; None where they are not known, or not the same."""
+        counts = {each.numbers.get(SAMPLES) for each in self.cells if each.state == "done"}
+        count = counts.pop() if len(counts) == 1 else None
+        return None if count is None else int(count)
+
+    def interval(self, name: str) -> Interval | None:
+        """Return the 95 % interval of a mean accuracy, for the number of test images."""
+        measure = self.measures.get(name)
+        if measure is None or self.samples is None or name == LOSS:
+            return None
+        return accuracy_interval(measure.mean, self.samples)
 
     @property
     def done(self) -> int:
@@ -206,29 +224,38 @@ def to_csv(summary: Summary) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}_{kind}" for name in summary.names for kind in ("mean", "std")]
-    writer.writerow([*summary.keys, "done", "asked", *columns, "not_done"])
+    columns += [f"{name}_{end}" for name in summary.names if name != LOSS for end in ("low", "high")]
+    writer.writerow([*summary.keys, "done", "asked", *columns, "test_images", "not_done"])
     for row in summary.rows:
         numbers: list[float | str] = []
         for name in summary.names:
             measure = row.measures.get(name)
             std = None if measure is None else measure.std
             numbers += ["" if measure is None else measure.mean, "" if std is None else std]
+        for name in summary.names:
+            numbers += [] if name == LOSS else row.interval(name) or ("", "")
         left = "; ".join(_state(result) for result in row.cells if result.state != "done")
         settings = [row.settings[key] for key in summary.keys]
-        writer.writerow([*settings, row.done, row.asked, *numbers, left])
+        writer.writerow([*settings, row.done, row.asked, *numbers, row.samples or "", left])
     return text.getvalue()
 
 
 def to_markdown(summary: Summary) -> str:
-    """Return the table with mean ± standard deviation, and a line for each unfinished cell."""
+    """Return the table with mean ± standard deviation over seeds and intervals, and a line for each unfinished cell."""
     heads = [name.replace("_", " ") for name in summary.names]
     lines = [[*(summary.keys or ["setting"]), "done", *heads]]
     for row in summary.rows:
         settings = [row.settings[key] for key in summary.keys] or ["as in the recipe"]
-        numbers = [shown(row.measures.get(name), name) for name in summary.names]
+        numbers = [
+            shown(row.measures.get(name), name) + _between(row.interval(name)) for name in summary.names
+        ]
         lines.append([*settings, f"{row.done}/{row.asked}", *numbers])
     left = "\n".join(f"- {plain(_state(result))}" for result in summary.missing)
     parts = [_table(lines, len(summary.keys) or 1)]
+    counts = sorted({row.samples for row in summary.rows if row.samples})
+    if counts:
+        images = " or ".join(f"{count:,}" for count in counts)
+        parts.append(f"[low, high] is the 95 % interval (Wilson's) of an accuracy on {images} test images.")
     if summary.missing:
         parts.append(f"{counted(len(summary.missing), 'cell')} not done:\n\n{left}")
     return "\n\n".join(parts) + "\n"
@@ -241,6 +268,10 @@ def shown(measure: Measure | None, name: str) -> str:
     digits = 4 if name == LOSS else 2
     std = "" if measure.std is None else f" ± {measure.std:.{digits}f}"
     return f"{measure.mean:.{digits}f}{std}"
+
+
+def _between(interval: Interval | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
 def _state(result: CellResult) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -144,7 +144,7 @@ def test_images_are_renormalized() -> None:
 
     from graftvit.launch.candidates import Candidate
 
-    candidate = Candidate("x", nn.Identity(), lambda images: images, own, 10)
+    candidate = Candidate("x", nn.Identity(), lambda images: images, own, 10, cast(Any, None))
     torch.testing.assert_close(predictor(candidate, shown)(normalize(shown)), normalize(own))
 
 

@@ -17,6 +17,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from image_folders import class_folder, flat_folder, write_images
 from PIL import Image
+from scipy.stats import binomtest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 SMALL = ["--device", "cpu", "--workers", "0"]
@@ -112,14 +113,22 @@ def test_all_metrics_of_a_model_at_once(
     assert set(found) == {
         "top1", "top5", "loss", "knn_top1", "knn_top5", "probe_top1", "probe_top5", "samples", *families,
         *(f"{name}_layer0{layer}" for name in families for layer in (0, 1)),
+        *(f"{name}_interval" for name in ("top1", "knn_top1", "probe_top1")),
     }  # fmt: skip
     assert found["samples"] == 12
     assert found["knn_top1"] == found["probe_top1"] == 100, "dark and light images can be told apart"
     table = capsys.readouterr().out
-    assert (
-        "| top-1 % | top-5 % |   loss | kNN top-1 % | probe top-1 % | relative error | cosine |    CKA |"
-        in table
+    low, high = binomtest(12, 12).proportion_ci(method="wilson")
+    assert found["probe_top1_interval"] == pytest.approx([100 * low, 100 * high])
+    heads = (
+        "top-1 % [95 % interval]",
+        "top-5 %",
+        "  loss",
+        "kNN top-1 % [95 % interval]",
+        "probe top-1 % [95 % interval]",
     )
+    assert f"| {' | '.join(heads)} | relative error | cosine |    CKA |" in table
+    assert f"100.00 [{100 * low:.1f}, 100.0] |" in table
     assert "by layer:\n\n| layer | relative error | cosine |    CKA |\n" in table
     assert f"| 01    | {found['relative_error_layer01']:14.4f} | {found['cosine_layer01']:6.4f} |" in table
 
@@ -154,11 +163,24 @@ def test_a_model_is_at_no_distance_from_itself(place: Path, tmp_path: Path) -> N
     assert found["samples"] == 5
 
 
+def test_random_weights_stand_beside_the_distances(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    itself = f"local-dir:{place / 'encoder'}"
+    found = measured(place, tmp_path, itself, "--against", itself, "--data_path", str(place / "pile"))
+    random = found["random weights"]
+    assert set(random) == set(found[itself])
+    assert random["relative_error"] > 0.1
+    assert random["cka"] < found[itself]["cka"]
+    assert f"random weights of {itself}'s architecture" in capsys.readouterr().out
+
+
 def test_models_without_a_head_are_compared_by_their_neighbors(place: Path, tmp_path: Path) -> None:
     names = [f"local-dir:{place / name}" for name in ("encoder", "runs/align/student")]
     found = measured(place, tmp_path, *names, "--data_path", str(place / "photos"))
     assert list(found) == names, "there is no ensemble of features"
-    assert all(set(numbers) == {"knn_top1", "knn_top5", "samples"} for numbers in found.values())
+    expected = {"knn_top1", "knn_top1_interval", "knn_top5", "samples"}
+    assert all(set(numbers) == expected for numbers in found.values())
 
 
 @pytest.mark.parametrize(

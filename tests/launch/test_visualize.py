@@ -66,7 +66,8 @@ def test_a_folder_of_images(
             layer, torch.stack([each for each in entropy if each is not None]).mean(0), rtol=1e-5
         )
     assert np.shape(found["teacher"]["distance"]) == (2, 2)
-    assert len(found["js"]) == len(found["cka"]) == 2
+    assert len(found["js"]) == len(found["cka"]) == len(found["cka_random"]) == 2
+    assert found["cka_random"] != found["cka"]
     html = (tmp_path / "out" / "index.html").read_text()
     assert "http" not in html.replace("http-equiv", "")
     assert not re.search("{[{%]", html.partition("<script id")[0])
@@ -181,7 +182,7 @@ def test_a_pyramid_by_stage(pyramids: dict[str, str], tmp_path: Path) -> None:
         max(layer for heads in found["teacher"]["entropy"] for layer in heads) <= np.log(9) + 1e-6
     )  # of a window
     assert max(layer for heads in found["student"]["entropy"][2:] for layer in heads) <= np.log(5 * 3) + 1e-6
-    assert len(found["cka"]) == 4
+    assert len(found["cka"]) == len(found["cka_random"]) == 4
 
 
 def test_deformable_merges_have_a_picture_and_numbers(tmp_path: Path) -> None:

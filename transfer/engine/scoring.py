@@ -99,7 +99,7 @@ def _measured(
         f"{name}_{key}": value
         for name, numbers in results.items()
         for key, value in numbers.items()
-        if key != "samples"
+        if key != "samples" or name == "test"
     }
 
 

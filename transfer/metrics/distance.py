@@ -24,13 +24,17 @@ class Distance:
     """Of features S from features T, a row an image or a token.
 
     `relative_error` is ‖S − T‖ / ‖T‖ and `cosine` the mean over rows of s·t / (‖s‖ ‖t‖); None where the widths
-    differ. `cka` is the centered kernel alignment with a linear kernel (arXiv:1905.00414): with each column's mean
-    taken off, ‖SᵀT‖² / (‖SᵀS‖ ‖TᵀT‖), 1 for features that are equal up to rotation and scale. Norms are Frobenius's.
+    differ. Norms are Frobenius's.
+
+    `cka` is the centered kernel alignment HSIC(S, T) / √(HSIC(S, S) HSIC(T, T)) with a linear kernel (arXiv:1905.00414)
+    and the unbiased estimate of HSIC (Song et al. 2012, equation 5; arXiv:2010.15327, section 3): 1 for features that
+    are equal up to rotation and scale, about 0 for independent ones, however few the rows. None with fewer than 4
+    rows, for which there is no such estimate.
     """
 
     relative_error: float | None
     cosine: float | None
-    cka: float
+    cka: float | None
     rows: int
 
 
@@ -42,6 +46,78 @@ class Distances:
     layers: Mapping[int, Distance] = field(default_factory=dict)
 
 
+LEAST_ROWS = 4
+"""The unbiased estimate of HSIC divides by rows − 3."""
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over rows z = (s, t) of features whose mean is taken off, with q = (‖s‖², ‖t‖²)."""
+
+    products: Tensor
+    """Σ z zᵀ."""
+    cubes: Tensor
+    """Σ q zᵀ."""
+    squares: Tensor
+    """Σ q qᵀ."""
+    widths: tuple[int, int]
+
+    @classmethod
+    def of(cls, rows_ND: Tensor, widths: tuple[int, int], kind: torch.dtype) -> _Moments:
+        """Return the moments of centered rows, in numbers of `kind`."""
+        norms_N2 = torch.stack([part.square().sum(1) for part in rows_ND.split(widths, 1)], 1).to(kind)
+        products_DD = (rows_ND.T @ rows_ND).to(kind)
+        return cls(products_DD, norms_N2.T @ rows_ND.to(kind), norms_N2.T @ norms_N2, widths)
+
+    def moved(self, count: Tensor, offset_D: Tensor) -> _Moments:
+        """Return the moments of the rows z + offset; Σ z = 0 of the `count` rows.
+
+        q becomes q + A z + r, with A z = 2 (s·offset_s, t·offset_t) and r = (‖offset_s‖², ‖offset_t‖²).
+        """
+        parts = offset_D.split(self.widths)
+        turn_2D = 2 * torch.block_diag(*parts).to(offset_D)
+        fixed_2 = torch.stack([part.square().sum() for part in parts])
+        norms_2 = self._norms()
+        linear_22 = self.cubes @ turn_2D.T + torch.outer(norms_2, fixed_2)
+        return _Moments(
+            self.products + count * torch.outer(offset_D, offset_D),
+            self.cubes + turn_2D @ self.products + torch.outer(norms_2 + count * fixed_2, offset_D),
+            self.squares + linear_22 + linear_22.T + turn_2D @ self.products @ turn_2D.T
+            + count * torch.outer(fixed_2, fixed_2),
+            self.widths,
+        )  # fmt: skip
+
+    def plus(self, other: _Moments) -> _Moments:
+        return _Moments(
+            self.products + other.products,
+            self.cubes + other.cubes,
+            self.squares + other.squares,
+            self.widths,
+        )
+
+    def over_ranks(self) -> _Moments:
+        return _Moments(summed(self.products), summed(self.cubes), summed(self.squares), self.widths)
+
+    def alignment(self, rows: int) -> float:
+        """Return the alignment of s and t; 0 where one of them varies no more than by chance.
+
+        With rows that sum to zero, the kernels K = S Sᵀ and L = T Tᵀ without their diagonals give rows · (rows − 3) ·
+        HSIC = ‖SᵀT‖² + Σ‖s‖² Σ‖t‖² / ((rows − 1) (rows − 2)) − rows / (rows − 2) · Σ ‖s‖² ‖t‖².
+        """
+        norms_2 = self._norms()
+        halves = [half.split(self.widths, 1) for half in self.products.split(self.widths)]
+        kernels_22 = torch.stack([torch.stack([part.square().sum() for part in half]) for half in halves])
+        means_22 = torch.outer(norms_2, norms_2) / ((rows - 1) * (rows - 2))
+        hsic_22 = kernels_22 + means_22 - rows / (rows - 2) * self.squares
+        student, teacher = (float(hsic_22[part, part]) for part in (0, 1))
+        least = torch.finfo(hsic_22.dtype).eps * float(means_22.diagonal().max())
+        return float(hsic_22[0, 1]) / (student * teacher) ** 0.5 if min(student, teacher) > least else 0.0
+
+    def _norms(self) -> Tensor:
+        """Return Σ q."""
+        return torch.stack([part.sum() for part in self.products.diagonal().split(self.widths)])
+
+
 class DistanceSums:
     """Sums over batches of rows, from which a `Distance` follows. Nothing here waits for the device.
 
@@ -51,6 +127,10 @@ class DistanceSums:
 
     def __init__(self) -> None:
         self._widths: tuple[int, int] | None = None
+        self._sums: Tensor
+        self._count: Tensor
+        self._mean_D: Tensor
+        self._moments: _Moments
 
     def update(self, student_ND: Tensor, teacher_ND: Tensor, valid_N: Tensor) -> None:
         """Add the rows that are `valid_N`."""
@@ -59,8 +139,9 @@ class DistanceSums:
             torch.where(valid_N[:, None], rows.to(kind), 0) for rows in (student_ND, teacher_ND)
         )
         both_ND = torch.cat([student_ND, teacher_ND], dim=1)
+        widths = student_ND.shape[1], teacher_ND.shape[1]
         if self._widths is None:
-            self._begin(student_ND, teacher_ND)
+            self._begin(widths, student_ND.device)
         if student_ND.shape[1] == teacher_ND.shape[1]:
             terms = torch.stack([
                 (student_ND - teacher_ND).square().sum(1),
@@ -71,38 +152,37 @@ class DistanceSums:
         count = valid_N.sum().to(self._count)
         mean_D = both_ND.to(self._mean_D).sum(0) / count.clamp(min=1)
         centered_ND = torch.where(valid_N[:, None], both_ND - mean_D.to(kind), 0)
-        self._merge(count, mean_D, (centered_ND.T @ centered_ND).to(self._products_DD))
+        batch = _Moments.of(centered_ND, widths, self._moments.products.dtype)
+        total = self._count + count
+        offset_D = (mean_D - self._mean_D) * (count / total.clamp(min=1))
+        ours = self._moments.moved(self._count, -offset_D)
+        self._moments = ours.plus(batch.moved(count, mean_D - self._mean_D - offset_D))
+        self._mean_D, self._count = self._mean_D + offset_D, total
 
     def result(self) -> Distance:
         """Return the distance over all rows of all processes, which all call it. Raises DataError without rows."""
         if self._widths is None or not (rows := round(float(count := summed(self._count.clone())))):
             raise DataError("no image could be compared: the split is empty")
         mean_D = summed(self._count * self._mean_D) / count
-        offset_D = self._mean_D - mean_D
-        products_DD = summed(self._products_DD + self._count * torch.outer(offset_D, offset_D))
-        width = self._widths[0]
-        student, teacher = products_DD[:width, :width].norm(), products_DD[width:, width:].norm()
-        cross = products_DD[:width, width:].square().sum()
-        cka = float(cross / (student * teacher).clamp(min=torch.finfo(cross.dtype).tiny))
-        if width != self._widths[1]:
+        moments = self._moments.moved(self._count, self._mean_D - mean_D).over_ranks()
+        cka = None if rows < LEAST_ROWS else moments.alignment(rows)
+        if self._widths[0] != self._widths[1]:
+            if cka is None:
+                raise DataError(
+                    f"features of widths {self._widths[0]} and {self._widths[1]} are compared by CKA alone, which "
+                    f"needs {LEAST_ROWS} images: there are {rows}"
+                )
             return Distance(None, None, cka, rows)
         difference, size, cosines = summed(self._sums.clone()).tolist()
         return Distance((difference / size) ** 0.5 if size else 0.0, cosines / rows, cka, rows)
 
-    def _begin(self, student_ND: Tensor, teacher_ND: Tensor) -> None:
-        self._widths = student_ND.shape[1], teacher_ND.shape[1]
-        width, device = sum(self._widths), student_ND.device
-        self._sums, self._count, self._mean_D, self._products_DD = (
-            torch.zeros(shape, dtype=exact(device), device=device)
-            for shape in ((3,), (), (width,), (width, width))
+    def _begin(self, widths: tuple[int, int], device: torch.device) -> None:
+        self._widths, width = widths, sum(widths)
+        self._sums, self._count, self._mean_D = (
+            torch.zeros(shape, dtype=exact(device), device=device) for shape in ((3,), (), (width,))
         )
-
-    def _merge(self, count: Tensor, mean_D: Tensor, products_DD: Tensor) -> None:
-        offset_D, total = mean_D - self._mean_D, self._count + count
-        share = count / total.clamp(min=1)
-        self._products_DD += products_DD + self._count * share * torch.outer(offset_D, offset_D)
-        self._mean_D += share * offset_D
-        self._count = total
+        nothing_ND = torch.zeros(0, width, device=device)
+        self._moments = _Moments.of(nothing_ND, widths, exact(device))
 
 
 @dataclass(frozen=True)

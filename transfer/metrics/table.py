@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from .intervals import Interval, intervals_of
+
 Numbers = Mapping[str, float]
 COLUMNS = {
-    "top1": ("top-1 %", "7.2f"),
+    "top1": ("top-1 % [95 % interval]", "7.2f"),
     "top5": ("top-5 %", "7.2f"),
     "loss": ("  loss", "6.4f"),
-    "knn_top1": ("kNN top-1 %", "11.2f"),
-    "probe_top1": ("probe top-1 %", "13.2f"),
+    "knn_top1": ("kNN top-1 % [95 % interval]", "11.2f"),
+    "probe_top1": ("probe top-1 % [95 % interval]", "13.2f"),
     "relative_error": ("relative error", "14.4f"),
     "cosine": ("cosine", "6.4f"),
     "cka": ("   CKA", "6.4f"),
@@ -32,7 +34,11 @@ def to_table(results: Mapping[str, Numbers]) -> str:
 
 def to_json(results: Mapping[str, Numbers]) -> str:
     """Return the results as a JSON object of objects."""
-    return json.dumps({name: dict(numbers) for name, numbers in results.items()}, indent=2)
+    return json.dumps({name: _with_intervals(numbers) for name, numbers in results.items()}, indent=2)
+
+
+def _with_intervals(numbers: Numbers) -> dict[str, float | Interval]:
+    return {**numbers, **{f"{name}_interval": found for name, found in intervals_of(numbers).items()}}
 
 
 def by_layer(numbers: Numbers) -> dict[str, dict[str, float]]:
@@ -45,6 +51,13 @@ def by_layer(numbers: Numbers) -> dict[str, dict[str, float]]:
     return layers
 
 
+def _cell(key: str, numbers: Numbers) -> str:
+    if key not in numbers:
+        return ""
+    low, high = intervals_of(numbers).get(key, (None, None))
+    return format(numbers[key], COLUMNS[key][1]) + ("" if low is None else f" [{low:.1f}, {high:.1f}]")
+
+
 def _table(title: str, rows: Mapping[str, Numbers]) -> str:
     shown = [key for key in COLUMNS if any(key in numbers for numbers in rows.values())]
     width = max(len(title), *(len(name) for name in rows)) if rows else len(title)
@@ -54,9 +67,6 @@ def _table(title: str, rows: Mapping[str, Numbers]) -> str:
         f"| {'-' * width} | {' | '.join('-' * (len(head) - 1) + ':' for head in heads)} |",
     ]
     for name, numbers in rows.items():
-        cells = [
-            format(numbers[key], COLUMNS[key][1]) if key in numbers else " " * len(COLUMNS[key][0])
-            for key in shown
-        ]
+        cells = [f"{_cell(key, numbers):>{len(COLUMNS[key][0])}}" for key in shown]
         lines.append(f"| {name:<{width}} | {' | '.join(cells)} |")
     return "\n".join(lines)

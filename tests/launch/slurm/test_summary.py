@@ -9,6 +9,7 @@ from graftvit.launch.slurm.summary import Summary, read_cell, summarize, to_csv,
 from graftvit.launch.slurm.summary_plot import draw, numeric_key
 from graftvit.models.errors import CheckpointError, ConfigError
 from PIL import Image
+from scipy.stats import binomtest
 from sweep_folders import make_sweep, write_attempt, write_run
 
 
@@ -55,6 +56,23 @@ def test_the_tables_in_full(tmp_path: Path) -> None:
     assert (one["done"], one["asked"], one["not_done"]) == ("2", "2", "")
     assert (two["test_top1_mean"], two["test_top1_std"]) == ("4.5", "")
     assert two["not_done"] == "layers=all,seed=1 failed: boom twice"
+
+
+def test_accuracies_have_the_interval_of_their_number_of_images(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "seed=0..1")
+    for cell in sweep.cells:
+        write_run(cell, [50.0, 75.0])
+        log = cell.folder / "log.jsonl"
+        log.write_text(log.read_text().replace('"test_top1"', '"test_samples": 128, "test_top1"'))
+    summary = summarize(tmp_path)
+    (row,) = table(summary)
+    found = binomtest(96, 128).proportion_ci(method="wilson")
+    assert row["test_images"] == "128"
+    assert float(row["test_top1_low"]) == pytest.approx(100 * found.low)
+    assert float(row["test_top1_high"]) == pytest.approx(100 * found.high)
+    text = to_markdown(summary)
+    assert f"75.00 ± 0.00 [{100 * found.low:.1f}, {100 * found.high:.1f}]" in text
+    assert "95 % interval (Wilson's) of an accuracy on 128 test images" in text
 
 
 def test_a_cell_is_done_only_when_its_run_is(tmp_path: Path) -> None:

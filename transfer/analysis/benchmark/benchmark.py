@@ -13,11 +13,13 @@ from ....models.errors import ConfigError
 from ...cells.sharing import left_to_run, run_in_turn
 from ..report.ink import to_png
 from .benchmark_tables import render
-from .cases import Case, Kind, Results, Row, load_results, machine
+from .cases import Case, Kind, Results, Row, drifted, load_results, machine
 from .latency_plot import draw_latency
 from .timing import keep_freed_memory
 
 logger = logging.getLogger(__name__)
+AGAIN = 2
+"""How often rows are measured again whose reference drifted."""
 
 
 def run_cases(
@@ -30,6 +32,8 @@ def run_cases(
     tell: Callable[[str], None] = logger.info,
 ) -> Results:
     """Measure the cases that `folder` does not have yet, and write tables and the plot.
+
+    Rows whose reference drifted are measured again, and marked where it drifts still.
 
     Args:
         kind: What the cases are of.
@@ -51,6 +55,11 @@ def run_cases(
         return f"{1e3 * row.median:.3g} ms, {row.ratio:.2f} times as fast as {case.beside}"
 
     run_in_turn(left_to_run(cases, results.state, tell), run, tell)
+    for _ in range(AGAIN):
+        for row in drifted(row for row in results.rows if row.case in cases):
+            tell(f"{row.case}: {row.case.beside} took {1e3 * row.softmax:.3g} ms, in other rows not: again")
+            results.rows[results.rows.index(row)] = measure(row.case)
+            results.save(folder)
     asked = Results(kind, results.machine, [row for row in results.rows if row.case in cases])
     write_text(folder / "table.md", render(asked))
     write_bytes(folder / "latency.png", to_png(draw_latency(asked.rows), ground="white"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..report.tables import markdown, milliseconds
-from .cases import Results, Row
+from .cases import Results, Row, drifted
 from .crossover import crossovers
 
+MARK = "†"
+"""Of numbers whose reference drifted."""
 MISCOUNT = 0.05
 """How far an operator's own account may be from the counter before the table says so."""
 
@@ -18,12 +20,13 @@ def render(results: Results) -> str:
     beside = "fused softmax attention" if results.kind == "operators" else "the unconverted model"
     first = (
         f"{results.machine}. Ratio: how many times as fast as {beside}, timed in turn with it in the "
-        "same run. Spread: first to third quartile. Load average while measuring "
+        "same run. Spread: first to third quartile. CPU ms: processor time of all threads, in which other programs on "
+        "the machine have no part. Load average while measuring "
         f"{min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
     )
     parts = [first]
     for setting, rows in _settings(results.rows).items():
-        parts += [f"### {setting}", size_table(rows) + _miscounted(rows)]
+        parts += [f"### {setting}", size_table(rows) + _miscounted(rows) + _unsteady(rows)]
         if any(row.straight or row.public for row in rows):
             parts.append(peers_table(rows))
     if crossovers(results.rows):
@@ -51,10 +54,14 @@ def size_table(rows: Sequence[Row]) -> str:
         "operator" if rows[0].case.kind == "operators" else "plan",
         "ms",
         "spread",
+        "CPU ms",
         f"{rows[0].case.beside} ms",
+        "its CPU ms",
     ]
     head += ["ratio", "images/s", "peak MiB", "attention MMACs", "counted"]
-    return markdown(head, [_line(row) for row in sorted(rows, key=lambda row: -row.ratio)])
+    unsteady = drifted(rows)
+    ordered = sorted(rows, key=lambda row: -row.ratio)
+    return markdown(head, [_line(row, MARK if row in unsteady else "") for row in ordered])
 
 
 def peers_table(rows: Sequence[Row]) -> str:
@@ -91,13 +98,26 @@ def _miscounted(rows: Sequence[Row]) -> str:
     )
 
 
-def _line(row: Row) -> list[str]:
+def _unsteady(rows: Sequence[Row]) -> str:
+    """Explain the mark of rows whose reference drifted; empty where none did."""
+    if not drifted(rows):
+        return ""
+    beside = rows[0].case.beside
+    return (
+        f"\n\n{MARK} {beside} took another time than in the other rows, each time that it was measured: the machine "
+        "was busy, the ratio says nothing, and no crossover is given. Measure again when nothing else runs."
+    )
+
+
+def _line(row: Row, mark: str) -> list[str]:
     return [
         row.case.name,
         milliseconds(row.median),
         f"{milliseconds(row.low)}–{milliseconds(row.high)}",
-        milliseconds(row.softmax),
-        f"{row.ratio:.2f}",
+        "" if row.cpu is None else milliseconds(row.cpu),
+        f"{milliseconds(row.softmax)}{mark}",
+        "" if row.softmax_cpu is None else milliseconds(row.softmax_cpu),
+        f"{row.ratio:.2f}{mark}",
         f"{row.case.batch / row.median:,.1f}",
         f"{row.peak_bytes / 2**20:,.1f}",
         f"{row.macs / 1e6:,.1f}",

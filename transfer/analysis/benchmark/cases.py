@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -138,11 +139,35 @@ class Row:
     """Median seconds of its public implementation, timed in the same rounds."""
     package: str = ""
     """The package of the public implementation."""
+    cpu: float | None = None
+    """Median seconds of processor time of a call, all threads together; None in results of older versions."""
+    softmax_cpu: float | None = None
+    """The same of softmax, or of the unconverted model."""
 
     @property
     def ratio(self) -> float:
         """How many times as fast as softmax, or as the unconverted model."""
         return self.softmax / self.median
+
+
+DRIFT = 1.25
+"""How many times as slow or fast as in the other rows of its setting the reference of a row may be."""
+
+
+def drifted(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows whose reference (softmax, or the unconverted model) took another time than in the others.
+
+    It is the same work in all rows of a size and setting, so the machine was busy with something else in one of them.
+    """
+    groups: dict[Case, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(dataclasses.replace(row.case, name="", peers=False), []).append(row)
+    return [
+        row
+        for group in groups.values()
+        for row in group
+        if not 1 / DRIFT <= row.softmax / statistics.median(each.softmax for each in group) <= DRIFT
+    ]
 
 
 @dataclass
@@ -161,11 +186,17 @@ class Results:
         """Write `results.json` and `results.csv`, each whole or not at all."""
         write_text(folder / RESULTS, to_json(dataclasses.asdict(self)))
         case_names, (_, *numbers) = ([one.name for one in dataclasses.fields(kind)] for kind in (Case, Row))
+        unsteady = drifted(self.rows)
         rows = [
-            [*dataclasses.astuple(row.case), *(getattr(row, name) for name in numbers), f"{row.ratio:.4f}"]
+            [
+                *dataclasses.astuple(row.case),
+                *(getattr(row, name) for name in numbers),
+                f"{row.ratio:.4f}",
+                row in unsteady,
+            ]
             for row in self.rows
         ]
-        write_text(folder / "results.csv", to_csv([*case_names, *numbers, "ratio"], rows))
+        write_text(folder / "results.csv", to_csv([*case_names, *numbers, "ratio", "drifted"], rows))
 
 
 def load_results(folder: Path, kind: Kind) -> Results:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .cases import SOFTMAX, Case, Row
+from .cases import SOFTMAX, Case, Row, drifted
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,16 @@ def crossover(sizes: Iterable[int], ratios: Iterable[float]) -> Crossover:
 
 
 def crossovers(rows: Iterable[Row]) -> dict[Case, Crossover]:
-    """Return the crossovers by operator and setting, a case of size 0, where there are two sizes or more."""
+    """Return the crossovers by operator and setting, a case of size 0, where there are two sizes or more.
+
+    There is none of an operator one of whose rows has a reference that drifted.
+    """
+    rows = list(rows)
+    unsteady = drifted(rows)
+    left_out = {without_size(row.case) for row in unsteady}
     groups: dict[Case, list[Row]] = {}
     for row in rows:
-        if row.case.name != SOFTMAX:
+        if row.case.name != SOFTMAX and without_size(row.case) not in left_out:
             groups.setdefault(without_size(row.case), []).append(row)
     return {
         case: crossover((row.case.size for row in group), (row.ratio for row in group))

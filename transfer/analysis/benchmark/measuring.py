@@ -48,4 +48,6 @@ def measure_case(
         straight,
         public,
         package,
+        time.cpu,
+        timings["softmax"].cpu,
     )

@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Timing:
     median: float
     low: float
     high: float
+    cpu: float | None = None
+    """Median seconds of processor time of all threads of this process: what others on the machine do is not in it."""
 
 
 def time_steps(
@@ -44,12 +46,15 @@ def time_steps(
     first = {name: _warm(step, warmup, device) for name, step in steps.items()}
     calls = {name: max(1, round(SHORTEST / max(seconds, 1e-7))) for name, seconds in first.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    worked: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(max(2, repeats)):
         for name, step in steps.items():
             if first[name] < QUICK:
                 step()
+            before = time.process_time()
             times[name].append(_seconds(step, calls[name], device) / calls[name])
-    return {name: _timing(values) for name, values in times.items()}
+            worked[name].append((time.process_time() - before) / calls[name])
+    return {name: replace(_timing(times[name]), cpu=statistics.median(worked[name])) for name in steps}
 
 
 def step_of(run: Callable[[], Tensor], leaves: Sequence[Tensor] = (), upstream: Tensor | None = None) -> Step:

@@ -19,6 +19,8 @@ class Score:
     steps: int = 0
     deviation: float | None = None
     """Of a mean over seeds: the sample standard deviation of the top-1."""
+    samples: int | None = None
+    """Test images; None in records of older versions."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from ....checkpoints.markdown import plain
 from ....models.attention.operations import Operations
+from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
 from ..benchmark.energy import Prices
 from ..report.tables import markdown, milliseconds, to_csv, to_json
 from .cell_record import Record, Score, Speed
@@ -36,11 +38,13 @@ class Line:
     """(student − uniform) / (teacher − uniform), uniform attention trained with the same budget."""
     gap_zero_shot: float | None
     """The same against uniform attention as converted, untrained."""
+    gap_error: float | None = None
+    """Half of the 95 % interval of `gap_trained`, for the number of test images."""
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
     """Return a line for each record, with gaps where there are a reference and a uniform student of its size."""
-    return [Line(record, *_gaps(record, records)) for record in records]
+    return [Line(record, *_gaps(record, records), _gap_error(record, records)) for record in records]
 
 
 def reference(records: Sequence[Record], size: int) -> Record | None:
@@ -72,7 +76,9 @@ def records_json(records: Sequence[Record]) -> str:
             {
                 **dataclasses.asdict(line.record),
                 "seconds": line.record.seconds,
+                "top1_interval": interval_of(line.record),
                 "gap_recovered_trained_uniform": line.gap_trained,
+                "gap_recovered_trained_uniform_error": line.gap_error,
                 "gap_recovered_zero_shot_uniform": line.gap_zero_shot,
             }
             for line in lines_of(records)
@@ -93,7 +99,11 @@ def records_csv(records: Sequence[Record]) -> str:
             for stage in stage_names(records)
             for key in ("top1", "top5")
         },
+        "test_images": lambda line: getattr(line.record.final, "samples", None),
+        "top1_low": lambda line: (interval_of(line.record) or (None,))[0],
+        "top1_high": lambda line: (interval_of(line.record) or (None,))[-1],
         "gap_recovered_trained_uniform": lambda line: line.gap_trained,
+        "gap_recovered_trained_uniform_error": lambda line: line.gap_error,
         "gap_recovered_zero_shot_uniform": lambda line: line.gap_zero_shot,
         "seed": lambda line: line.record.seed,
         "parameters": lambda line: line.record.parameters,
@@ -114,7 +124,8 @@ def _of_speed(cost: str, line: Line) -> object:
 
 
 def accuracy_table(records: Sequence[Record]) -> Table:
-    """Return head and rows: top-1 / top-5 of each stage, the gaps, the training time."""
+    """Return head and rows: top-1 / top-5 of each stage, the interval of the last top-1, the gaps, the training
+    time."""
     stages, sizes = stage_names(records), {record.size for record in records}
     rows = []
     for line in lines_of(records):
@@ -125,9 +136,23 @@ def accuracy_table(records: Sequence[Record]) -> Table:
         shown = ["" if score is None else _accuracy(score) for score in found]
         seconds = f"{record.seconds:.0f}" if record.plan is not None else ""
         rows.append(
-            [label(record, sizes), *shown, _share(line.gap_trained), _share(line.gap_zero_shot), seconds]
+            [
+                label(record, sizes),
+                *shown,
+                _interval(record),
+                _share(line.gap_trained) + _error(line.gap_error),
+                _share(line.gap_zero_shot),
+                seconds,
+            ]
         )
-    return ["cell", *stages, "gap recovered", "against zero-shot uniform", "training s"], rows
+    return [
+        "cell",
+        *stages,
+        "95 % interval",
+        "gap recovered",
+        "against zero-shot uniform",
+        "training s",
+    ], rows
 
 
 def cost_table(records: Sequence[Record]) -> Table:
@@ -197,6 +222,37 @@ def _gaps(record: Record, records: Sequence[Record]) -> tuple[float | None, floa
         return None, None
     final, best = _final_top1(record), _final_top1(top)
     return _gap(final, floor.scores[-1].top1, best), _gap(final, floor.scores[0].top1, best)
+
+
+def _gap_error(record: Record, records: Sequence[Record]) -> float | None:
+    """Return half of the 95 % interval of a gap, by the errors of its three accuracies.
+
+    They are taken as independent. All are of the same images, which as a rule makes their differences surer.
+    """
+    beside = [each for each in records if each.seed in (None, record.seed)]
+    three = record, reference(beside, record.size), _uniform(beside, record.size)
+    finals = [each.final for each in three if each is not None and each.final is not None]
+    gap = _gaps(record, records)[0]
+    if record in three[1:] or gap is None or len(finals) < 3 or any(not score.samples for score in finals):
+        return None
+    student, top, floor = (standard_error(score.top1, score.samples or 1) for score in finals)
+    width = finals[1].top1 - finals[2].top1
+    return Z * math.hypot(student, gap * top, (1 - gap) * floor) / width
+
+
+def interval_of(record: Record) -> Interval | None:
+    """Return the 95 % interval of the last top-1; None where the number of images is not known."""
+    final = record.final
+    return None if final is None or final.samples is None else accuracy_interval(final.top1, final.samples)
+
+
+def _interval(record: Record) -> str:
+    found = interval_of(record)
+    return "" if found is None else f"{found[0]:.1f} to {found[1]:.1f}"
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f" ± {100 * error:.0f}"
 
 
 def _gap(value: float, low: float, high: float) -> float | None:

@@ -129,7 +129,16 @@ def stage_scores(steps: Sequence[Stage]) -> list[Score]:
 def _score(name: str, record: JsonDict, seconds: float) -> Score:
     """Return the score of the trained weights; their average has scores of its own in the log."""
     top1, top5, loss = (float(record[f"test_{key}"]) for key in ("top1", "top5", "loss"))
-    return Score(name, top1, top5, loss, seconds, int(record["step"]))
+    samples = record.get("test_samples")
+    return Score(
+        name,
+        top1,
+        top5,
+        loss,
+        seconds,
+        int(record["step"]),
+        samples=None if samples is None else int(samples),
+    )
 
 
 def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[str, dict[int, float]]:
@@ -170,7 +179,7 @@ def score_teacher(config: RunConfig, teacher: Pretrained) -> Score | None:
     if not teacher.has_head:
         return None
     found = evaluate({"teacher": teacher.model}, _loader(config, teacher))["teacher"]
-    return Score(ZERO_SHOT, found.top1, found.top5, found.loss)
+    return Score(ZERO_SHOT, found.top1, found.top5, found.loss, samples=found.samples)
 
 
 def _loader(config: RunConfig, teacher: Pretrained) -> Any:

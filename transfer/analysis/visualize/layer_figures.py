@@ -31,13 +31,15 @@ class Numbers:
 
 @dataclass(frozen=True)
 class MapDistance:
-    """By layer: Jensen-Shannon divergence of the maps in nats, linear CKA of the patch tokens.
+    """By layer: Jensen-Shannon divergence of the maps in nats, debiased linear CKA of the patch tokens.
 
     The divergence is None where a block has no attention.
     """
 
     js: Sequence[float | None]
-    cka: Sequence[float]
+    cka: Sequence[float | None]
+    cka_random: Sequence[float | None]
+    """Of a model of the teacher's architecture with random weights."""
 
 
 def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: Theme) -> Figure:
@@ -55,9 +57,14 @@ def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: 
     if between is not None:
         _line(grid[2], between.js)
         _line(grid[3], between.cka)
+        random = _line(grid[3], between.cka_random)
+        random.set(color=INK[theme], linestyle=(0, (4, 4)), linewidth=1, marker="")
+        random.set_label("random weights")
         _axes(grid[2], "JS divergence from the teacher, nats", theme)
-        _axes(grid[3], "linear CKA with the teacher", theme)
-        grid[3].set_ylim(0, 1.04)
+        _axes(grid[3], "linear CKA (debiased) with the teacher", theme)
+        least = min((value for value in (*between.cka, *between.cka_random) if value is not None), default=0)
+        grid[3].set_ylim(min(least * 1.1, 0), 1.04)
+        grid[3].legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower left")
     for axes in grid:
         _stages(axes, models["student"].stages, theme)
     if len(models) > 1:
@@ -76,9 +83,9 @@ def _heads(axes: Any, values: Sequence[Array | None], name: str) -> None:
     axes.plot(np.arange(len(values)) + nudge, means, color=color, linewidth=2, label=name)
 
 
-def _line(axes: Any, values: Sequence[float | None]) -> None:
+def _line(axes: Any, values: Sequence[float | None]) -> Any:
     shown = [np.nan if value is None else value for value in values]
-    axes.plot(np.arange(len(shown)), shown, color=BETWEEN, linewidth=2, marker="o", markersize=5)
+    return axes.plot(np.arange(len(shown)), shown, color=BETWEEN, linewidth=2, marker="o", markersize=5)[0]
 
 
 def _stages(axes: Any, stages: Sequence[int], theme: Theme) -> None:

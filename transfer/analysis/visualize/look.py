@@ -180,7 +180,7 @@ def _divergence(teacher: LayerLook, student: LayerLook) -> float | None:
     return map_divergence(theirs[None], ours[None], match_heads=teacher.heads != student.heads)
 
 
-def cka(teacher: Sequence[Sequence[Tensor]], student: Sequence[Sequence[Tensor]]) -> list[float]:
+def cka(teacher: Sequence[Sequence[Tensor]], student: Sequence[Sequence[Tensor]]) -> list[float | None]:
     """Return the linear CKA of the patch tokens (P, C) of each image and layer; a sample is a patch."""
     by_layer = zip(zip(*teacher, strict=True), zip(*student, strict=True), strict=True)
     return [measures.linear_cka(torch.cat(theirs), torch.cat(ours)) for theirs, ours in by_layer]

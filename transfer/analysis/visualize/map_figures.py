@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -21,6 +21,7 @@ from .shown_layers import ShownLayer, ShownLook
 INCHES = 1.35
 """The longer side of a panel; less where there are many."""
 LARGEST = 22.0
+SIGNED_LABEL = "the same, where weights may be negative"
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Panel:
     """A patch that the color scale does not follow: in a rollout, the query's own residual outshines all others."""
     extent: tuple[float, float] = (1.0, 1.0)
     """The parts of the image's height and width that the keys cover."""
+    rolled: bool = False
+    """Whether it is a rollout, whose weights are not those of one layer."""
 
     @property
     def top(self) -> float:
-        """The weight that has the strongest color."""
+        """The largest weight."""
         weights = np.abs(self.heat).ravel()
         return float(weights.max() if self.but is None else np.delete(weights, self.but).max(initial=0.0))
 
@@ -49,6 +52,13 @@ class Row:
     grid: tuple[int, int]
     asking: tuple[int, int] | None
     panels: Sequence[Panel | None]
+
+    def top(self, panel: Panel) -> float:
+        """Return the weight with the strongest color in a panel: the largest of its kind, map or rollout, in the row.
+
+        The heads of a layer, and the same layer of two models, are compared: they share a scale.
+        """
+        return max(each.top for each in self.panels if each is not None and each.rolled == panel.rolled)
 
 
 def draw_grid(picture: Array, look: ShownLook, query: Query, layers: Sequence[int], title: str) -> Figure:
@@ -120,7 +130,8 @@ def _rolled_panel(layer: ShownLayer, query: Query) -> Panel | None:
         return None
     own = token - layer.layout.num_prefix
     places = KeyPlaces(layer.layout.geometry)
-    return _panel(layer.rolled[token], places, token, signed=False, but=own if own >= 0 else None)
+    panel = _panel(layer.rolled[token], places, token, signed=False, but=own if own >= 0 else None)
+    return replace(panel, rolled=True)
 
 
 def _panel(row: Tensor, places: KeyPlaces, token: int, signed: bool, but: int | None = None) -> Panel:
@@ -138,11 +149,16 @@ def _draw(picture: Array, rows: Sequence[Row], columns: Sequence[str], title: st
         draw_heat(axes[0], picture, row.grid, row.asking)
         axes[0].set_ylabel(row.name, color=INK["light"], fontsize=8)
         for each, panel in zip(axes[1:], row.panels, strict=True):
-            show_panel(each, picture, panel, row)
+            _show_panel(each, picture, panel, row)
     figure.suptitle(title, color=INK["light"], fontsize=10)
-    _color_bar(figure, grid, HEAT, 0, "weight / the number in the panel")
+    kinds = (
+        ", of maps and of rollouts apart" if any(p and p.rolled for row in rows for p in row.panels) else ""
+    )
+    label = f"weight / the largest number of the row{kinds}"
+    place: dict[str, Any] = {"ax": grid, "fraction": 0.025, "pad": 0.01, "aspect": 24, "shrink": 0.9}
+    color_bar(figure, label, **place)
     if signed:
-        _color_bar(figure, grid, SIGNED, -1, "the same, where weights may be negative")
+        color_bar(figure, SIGNED_LABEL, signed=True, **place)
     return figure
 
 
@@ -153,8 +169,8 @@ def _panel_size(picture: Array, columns: int, rows: int) -> tuple[float, float]:
     return across * shrink, down * shrink + 0.06
 
 
-def show_panel(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None:
-    """Draw the image, the heat over it, its largest weight in the corner; a prefix token has no frame."""
+def _show_panel(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None:
+    """Draw the image, the heat on the scale of its row, and its own largest weight; a prefix token has no frame."""
     if panel is None:
         axes.set_axis_off()
         return
@@ -164,7 +180,7 @@ def show_panel(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None
         row.grid,
         row.asking,
         panel.heat,
-        panel.top or 1,
+        row.top(panel) or 1,
         signed=panel.signed,
         covers=panel.extent,
     )
@@ -178,9 +194,10 @@ def write_corner(axes: Any, text: str) -> None:
     axes.text(0.985, 0.02, text, fontsize=5.5, color="white", bbox=label, **corner)
 
 
-def _color_bar(figure: Figure, grid: Any, colors: str, low: Literal[-1, 0], label: str) -> None:
-    scale = ScalarMappable(Normalize(low, 1), colors)
-    bar = figure.colorbar(scale, ax=grid, fraction=0.025, pad=0.01, aspect=24, shrink=0.9)
+def color_bar(figure: Figure, label: str, *, signed: bool = False, **place: Any) -> None:
+    """Draw the scale of weights over the largest one; `place` is as of matplotlib's `colorbar`."""
+    low, colors = (-1, SIGNED) if signed else (0, HEAT)
+    bar = figure.colorbar(ScalarMappable(Normalize(low, 1), colors), **place)
     bar.set_label(label, color=INK["light"], fontsize=7)
     bar.set_ticks([low, 0, 1] if low else [0, 0.5, 1])
     bar.ax.tick_params(colors=INK["light"], labelsize=7, length=2)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...metrics.distance import DistanceSums
+
 
 def shares(maps: Tensor) -> Tensor:
     """Return |A| with each row (the last dimension) divided by its sum; a row of zeros is spread evenly."""
@@ -39,12 +41,8 @@ def mean_distance(maps: Tensor, distances: Tensor) -> Tensor:
     return (shares(maps) * distances.to(maps)).sum(-1).mean(-1)
 
 
-def linear_cka(x_SC: Tensor, y_SD: Tensor) -> float:
-    """Return the linear CKA of two models' features of the same S samples, between 0 and 1.
-
-    ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) in Frobenius norms, features centred over samples (Kornblith et al.,
-    arXiv:1905.00414, section 3). 0 where either is constant. In float64.
-    """
-    x, y = (features.double() - features.double().mean(0) for features in (x_SC, y_SD))
-    norms = (x.T @ x).norm() * (y.T @ y).norm()
-    return ((y.T @ x).square().sum() / norms).item() if norms > 0 else 0.0
+def linear_cka(x_SC: Tensor, y_SD: Tensor) -> float | None:
+    """Return the debiased linear CKA of two models' features of the same S samples, as `Distance.cka`; in float64."""
+    sums = DistanceSums()
+    sums.update(x_SC.double(), y_SD.double(), torch.ones(len(x_SC), dtype=torch.bool))
+    return sums.result().cka

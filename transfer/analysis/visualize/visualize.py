@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....checkpoints.atomic import write_bytes, write_text
+from ....checkpoints.load_model import build_untrained
 from ....checkpoints.pretrained import Pretrained, load_pretrained
 from ....models.errors import ConfigError, TransferError
 from ....models.families import check_supported, depths, is_pyramid, sites
@@ -28,6 +29,8 @@ from .merge_figures import draw_merges
 from .queries import Query, default_query, read_query
 from .shown_images import Shown, read_images, to_tensor
 
+RANDOM = "random"
+"""A model of the teacher's architecture that learned nothing."""
 CHART = "Entropy and mean distance of attention by layer, and distance from the teacher where there is one"
 
 
@@ -60,10 +63,11 @@ def visualize(
     check_supported(student, copied=True, pyramids=True)
     if teacher is not None:
         loaded["teacher"] = load_beside(teacher, loaded["student"])
+        loaded[RANDOM] = replace(loaded["teacher"], model=build_untrained(loaded["teacher"]))
     chosen = chosen_layers(student, layers)
     asked = read_queries(queries, loaded["student"])
     shown = read_images(images, loaded["student"].preprocessing)
-    check_page_size([each.model for each in loaded.values()], len(shown), chosen)
+    check_page_size([each.model for name, each in loaded.items() if name != RANDOM], len(shown), chosen)
     seen = Seen()
     embedded = []
     for image in shown:
@@ -116,9 +120,12 @@ class Seen:
     def __init__(self) -> None:
         self.looks: dict[str, list[Summary]] = {}
         self.js: list[list[float | None]] = []
+        self.random: list[list[Tensor]] = []
 
     def add(self, looks: dict[str, Look]) -> None:
-        """Take the numbers of one image."""
+        """Take the numbers of one image; of random weights the patches alone."""
+        if RANDOM in looks:
+            self.random.append(looks.pop(RANDOM).summary().patches)
         for name, each in looks.items():
             self.looks.setdefault(name, []).append(each.summary())
         if "teacher" in looks:
@@ -141,9 +148,10 @@ class Seen:
         """Return the distance from the teacher; None without one."""
         if not self.js:
             return None
-        patches = ([each.patches for each in self.looks[name]] for name in ("teacher", "student"))
+        theirs, ours = ([each.patches for each in self.looks[name]] for name in ("teacher", "student"))
         by_layer = ([each for each in layer if each is not None] for layer in zip(*self.js, strict=True))
-        return MapDistance([sum(layer) / len(layer) if layer else None for layer in by_layer], cka(*patches))
+        js = [sum(layer) / len(layer) if layer else None for layer in by_layer]
+        return MapDistance(js, cka(theirs, ours), cka(theirs, self.random))
 
 
 def _means(images: Sequence[Sequence[Tensor | None]]) -> list[Array | None]:
@@ -153,7 +161,7 @@ def _means(images: Sequence[Sequence[Tensor | None]]) -> list[Array | None]:
 
 
 def _plain(numbers: dict[str, Numbers], between: MapDistance | None) -> JsonDict:
-    """Return `entropy` and `distance` by layer and head of each model, `js` and `cka` by layer, and `merges`.
+    """Return `entropy` and `distance` by layer and head of each model, and by layer `js`, `cka` and `cka_random`.
 
     A layer without attention has null. A deformable merge has the mean `shift` of its places in pixels, and the share
     of places `outside` of the image.

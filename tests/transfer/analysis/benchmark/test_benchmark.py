@@ -10,14 +10,49 @@ from benchmark_rows import case, row
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.benchmark.benchmark import check_device, run_cases
 from graftvit.transfer.analysis.benchmark.benchmark_tables import render
-from graftvit.transfer.analysis.benchmark.cases import Case, Results, Row, load_results
+from graftvit.transfer.analysis.benchmark.cases import Case, Results, Row, drifted, load_results
 from graftvit.transfer.analysis.benchmark.latency_plot import draw_latency
 
 CASES = [case(name, size) for size in (64, 256, 1024) for name in ("linear", "ttt")]
 
 
 def measured(one: Case) -> Row:
-    return dataclasses.replace(row(ratio=one.size / 128 if one.name == "linear" else 0.25), case=one)
+    """Softmax takes the same time in all rows of a size."""
+    softmax = 0.01 * one.size / 128
+    return dataclasses.replace(
+        row(), case=one, softmax=softmax, median=0.01 if one.name == "linear" else 4 * softmax
+    )
+
+
+def test_a_reference_that_drifted_is_measured_again_and_at_last_marked(tmp_path: Path) -> None:
+    cases = [case(name, 64) for name in ("linear", "ttt", "window", "none", "mala")]
+    seen: list[Case] = []
+
+    def busy(one: Case) -> Row:
+        seen.append(one)
+        slow = one.name == "window" or (one.name == "linear" and seen.count(one) == 1)
+        return dataclasses.replace(
+            measured(one), softmax=0.05 if slow else 0.006, cpu=0.002, softmax_cpu=0.001
+        )
+
+    told: list[str] = []
+    results = run_cases("operators", cases, busy, tmp_path, tell=told.append)
+    assert [each.name for each in seen[5:]] == ["linear", "window", "window"]
+    assert any("softmax took 50 ms, in other rows not: again" in line for line in told)
+    assert [each.name for each in (found.case for found in drifted(results.rows))] == ["window"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| window | 20 | 9–12 | 2 | 50† | 1 | 2.50† |" in table
+    assert "† softmax took another time than in the other rows" in table
+    assert "| linear |" in table
+    kept = (tmp_path / "results.csv").read_text().splitlines()
+    assert [line.rpartition(",")[2] for line in kept] == [
+        "drifted",
+        "False",
+        "False",
+        "True",
+        "False",
+        "False",
+    ]
 
 
 def test_a_stopped_benchmark_goes_on(tmp_path: Path) -> None:
@@ -53,7 +88,7 @@ def test_the_tables_say_ratio_and_crossover(tmp_path: Path) -> None:
     run_cases("operators", CASES, measured, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "### 1,024 tokens, 6 heads of 64, batch 1, float32, cpu, forward" in table
-    assert "| linear | 10 | 9–12 | 80 | 8.00 | 100.0 | 1.0 | 5.0 | 5.0 |" in table
+    assert "| linear | 10 | 9–12 |  | 80 |  | 8.00 | 100.0 | 1.0 | 5.0 | 5.0 |" in table
     assert "| operator | 6 heads of 64, batch 1, float32, cpu, forward |" in table
     assert "| linear | 128 |\n| ttt | above 1,024 |" in table
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")

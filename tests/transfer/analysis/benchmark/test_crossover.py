@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from benchmark_rows import row
+from graftvit.transfer.analysis.benchmark.cases import drifted
 from graftvit.transfer.analysis.benchmark.crossover import crossover, crossovers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,3 +49,16 @@ def test_settings_are_kept_apart() -> None:
     found = {case.batch: value.size for case, value in crossovers(rows).items()}
     assert found == {1: pytest.approx(200), 2: pytest.approx(100)}
     assert crossovers(rows[:1]) == {}
+
+
+def test_there_is_none_from_rows_whose_reference_drifted() -> None:
+    """The same softmax in 1.28 ms and in 9.71 ms: the machine was busy in one of the two rows."""
+    quiet = [row(size=n, ratio=n / 200) for n in (50, 800)]
+    others = [
+        replace(each, case=replace(each.case, name=name)) for each in quiet for name in ("ttt", "window")
+    ]
+    busy = replace(quiet[1], softmax=quiet[1].softmax * 7.6)
+    assert drifted([*quiet, *others]) == []
+    assert drifted([quiet[0], busy, *others]) == [busy]
+    found = {case.name for case in crossovers([quiet[0], busy, *others])}
+    assert found == {"ttt", "window"}

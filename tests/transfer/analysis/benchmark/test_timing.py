@@ -67,6 +67,13 @@ def test_no_timing_of_a_quick_step_has_the_caches_of_another(work: Callable[[flo
     assert [timing.high for timing in timings.values()] == pytest.approx([0.01, 0.01])
 
 
+def test_processor_time_stands_beside_the_clock() -> None:
+    """Waiting is what others on the machine make of a call: it takes time on the clock, and none of the processor."""
+    timing = time_steps({"waits": lambda: time.sleep(0.02)}, 2, CPU)["waits"]
+    assert timing.cpu is not None
+    assert timing.median > 0.02 > 4 * timing.cpu
+
+
 def test_the_quartiles_are_around_the_median(work: Callable[[float], None]) -> None:
     rounds = iter([1.0, 1.0, 0.01, 0.05, 0.03, 0.02, 0.04])
     timing = time_steps({"drifts": lambda: work(next(rounds))}, 5, CPU)["drifts"]

@@ -85,7 +85,7 @@ def test_maps_lie_side_by_side_on_the_same_images() -> None:
     figure = draw_maps({"one": shown, "gap": CellMaps("7", pictures, without), "old": None}, shown, "light")
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[:, :, :3].astype(int)  # type: ignore[attr-defined]
-    grid = np.array(figure.axes).reshape(4, 4)
+    grid = np.array(figure.axes[:16]).reshape(4, 4)  # a color bar follows
     for number in range(4):
         bright = np.zeros((4, 6), bool)
         for row, column in np.ndindex(4, 6):
@@ -101,3 +101,20 @@ def test_maps_lie_side_by_side_on_the_same_images() -> None:
     assert said[8:12] == [["1"], ["1"], ["1"], ["no attention"]]
     assert said[12:] == [["no map"]] * 4
     assert [text.get_text() for text in figure.texts] == ["", "one", "gap", "old"]
+
+
+def test_the_maps_of_a_column_share_a_scale_and_a_color_bar() -> None:
+    pictures = [np.zeros((8, 8, 3), np.uint8)]
+
+    def kept(weights: float) -> CellMaps:
+        heat = np.full((2, 2), weights)
+        heat[0, 0] /= 2
+        return CellMaps("the class token", pictures, {(0, 3): CellMap(heat, (1.0, 1.0), (2, 2), None)})
+
+    cells = {"strong": kept(0.4), "weak": kept(0.1)}
+    figure = draw_maps(cells, cells["strong"], "light")
+    heats = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
+    assert [heat.get_clim() for heat in heats] == [(0, 0.4), (0, 0.4)]
+    assert "weight / the largest number of the column" in [axes.get_ylabel() for axes in figure.axes]
+    numbers = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert numbers == ["0.4", "0.1"]

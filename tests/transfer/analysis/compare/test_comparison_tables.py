@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from graftvit.transfer.analysis.compare.comparison_plots import crossover_of, pl
 from graftvit.transfer.analysis.compare.comparison_report import render_html
 from graftvit.transfer.analysis.compare.comparison_seeds import mean_over_seeds
 from graftvit.transfer.analysis.compare.comparison_tables import (
+    accuracy_table,
     best_linear,
     energy_of,
     lines_of,
@@ -23,6 +25,7 @@ from graftvit.transfer.analysis.compare.comparison_tables import (
 from graftvit.transfer.analysis.compare.comparison_text import answer, how_to_read
 from graftvit.transfer.analysis.report.ink import to_png
 from graftvit.transfer.cells.records import load_record, save_record
+from scipy.stats import binomtest
 
 
 def speed(size: int, latency: float) -> Speed:
@@ -78,7 +81,7 @@ def test_without_a_teacher_softmax_is_the_reference() -> None:
 
 def test_tables_have_the_numbers_and_name_what_failed() -> None:
     text = to_markdown(ALL)
-    assert "| good | 40.0 / 99.0 | 97.0 / 99.0 | 95 % | 99 % | 4 |" in text
+    assert "| good | 40.0 / 99.0 | 97.0 / 99.0 |  | 95 % | 99 % | 4 |" in text
     assert "Failed: broken at 8 px: it has no value" in text
     rows = list(csv.DictReader(io.StringIO(records_csv(ALL))))
     assert [row["name"] for row in rows] == ["teacher", "uniform", "good", "better", "broken"]
@@ -108,7 +111,7 @@ def test_cells_of_several_seeds_are_one_row_of_means() -> None:
     assert good.deviation == pytest.approx(7**0.5)  # of 95, 96 and 100 with two degrees of freedom
     assert means[2].speeds == students[0].speeds
     text = to_markdown(means)
-    assert "| good | 40.0 ± 0.0 / 99.0 | 97.0 ± 2.6 / 99.0 | 94 % |" in text
+    assert "| good | 40.0 ± 0.0 / 99.0 | 97.0 ± 2.6 / 99.0 |  | 94 % |" in text
     assert "Failed: good at 8 px, seed 3: it has no value" in text
     assert "means over 3 seeds" in how_to_read(means)
     rows = list(csv.DictReader(io.StringIO(records_csv(raw))))
@@ -164,3 +167,28 @@ def test_a_record_comes_back_from_the_disk(tmp_path: Path) -> None:
     for each in ALL:
         save_record(each, tmp_path / each.name)
         assert load_record(Record, tmp_path / each.name) == each
+
+
+def on(images: int, each: Record) -> Record:
+    return replace(each, scores=[replace(score, samples=images) for score in each.scores])
+
+
+def test_an_interval_for_the_number_of_images_stands_beside_each_accuracy_and_gap() -> None:
+    few, many = ([on(images, each) for each in ALL] for images in (128, 50_000))
+    heads, rows = accuracy_table(few)
+    column, gap = heads.index("95 % interval"), heads.index("gap recovered")
+    low, high = binomtest(round(0.97 * 128), 128).proportion_ci(method="wilson")
+    student = next(row for row in rows if row[0] == "good")
+    assert student[column] == f"{100 * low:.1f} to {100 * high:.1f}"
+    assert re.fullmatch(r"95 % ± \d\d", student[gap])
+    errors = [
+        next(line.gap_error for line in lines_of(each) if line.record.name == "good") for each in (few, many)
+    ]
+    assert errors[0] > 10 * errors[1] > 0
+    assert next(line for line in lines_of(few) if line.record.name == "teacher").gap_error is None
+    assert "the 128 test images" in answer(few)
+    assert f"97.0 % (95 % interval {100 * low:.1f} to {100 * high:.1f})" in answer(few)
+    assert "on the 50,000 test images" in how_to_read(many)
+    assert "interval" not in answer(ALL), "records of older versions do not say how many images there were"
+    assert json.loads(records_json(few))[2]["top1_interval"] == pytest.approx([100 * low, 100 * high])
+    assert "test_images,top1_low,top1_high" in records_csv(few)

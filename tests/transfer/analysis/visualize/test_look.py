@@ -17,7 +17,7 @@ from graftvit.transfer.analysis.visualize.look import (
     look,
     token_layouts,
 )
-from graftvit.transfer.analysis.visualize.map_figures import draw_grid
+from graftvit.transfer.analysis.visualize.map_figures import draw_beside, draw_grid
 from graftvit.transfer.analysis.visualize.map_page import View, embed, quantize
 from graftvit.transfer.analysis.visualize.measures import shares
 from graftvit.transfer.analysis.visualize.queries import default_query, read_query, token_name
@@ -143,3 +143,20 @@ def test_quantized_rows_are_near() -> None:
     parts, scale = quantize(rows)
     assert np.abs(parts / 127 * scale[:, None] - rows).max() <= scale.max() / 254 * 1.001
     assert parts.min() < 0
+
+
+def test_panels_that_are_compared_share_a_scale_and_a_color_bar() -> None:
+    teacher, student = look(tiny(), image()), look(tiny(num_heads=4, seed=3), image())
+    pixels, query = np.zeros((16, 24, 3), np.uint8), read_query("5", token_layouts(tiny()), (16, 24))
+    for columns, figure in (
+        (5, draw_grid(pixels, student, query, [0, 1], "heads")),
+        (2, draw_beside(pixels, [teacher, student], query, [0, 1], "beside")),
+    ):
+        heats = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
+        rows = [heats[: len(heats) // 2], heats[len(heats) // 2 :]]
+        for row in rows:
+            maps = row[:columns] if columns == 2 else [row[0], *row[2:]]
+            largest = max(float(np.abs(heat.get_array()).max()) for heat in maps)
+            assert all(heat.get_clim() == (0, pytest.approx(largest)) for heat in maps)
+        labels = [axes.get_ylabel() for axes in figure.axes]
+        assert "weight / the largest number of the row, of maps and of rollouts apart" in labels
