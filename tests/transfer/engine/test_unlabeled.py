@@ -139,7 +139,7 @@ def test_held_out_images_measure_how_near_the_teacher_is(method: str, headless: 
         for each in ("relative_error", "cosine", "cka")
         for layer in ("", "_layer00", "_layer01")
     ]
-    assert names == {f"test_{prefix}{part}" for prefix in ("", "ema_") for part in parts}
+    assert names == {"test_samples", *(f"test_{prefix}{part}" for prefix in ("", "ema_") for part in parts)}
     assert record["test_relative_error"] < start["test_relative_error"]
     assert position["best_metric"] == "relative_error"
     assert position["best"] == record["test_ema_relative_error"]

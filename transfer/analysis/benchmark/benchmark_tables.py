@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..report.tables import markdown, milliseconds
 from .cases import Results, Row, drifted
@@ -49,19 +49,32 @@ def crossover_table(results: Results) -> str:
 
 
 def size_table(rows: Sequence[Row]) -> str:
-    """Return a line a case of one setting, the fastest first."""
-    head = [
-        "operator" if rows[0].case.kind == "operators" else "plan",
-        "ms",
-        "spread",
-        "CPU ms",
-        f"{rows[0].case.beside} ms",
-        "its CPU ms",
+    """Return a line a case of one setting, the fastest first; results of older versions have no processor time."""
+    beside, unsteady = rows[0].case.beside, drifted(rows)
+    columns: dict[str, Callable[[Row, str], str]] = {
+        "operator" if rows[0].case.kind == "operators" else "plan": lambda row, _: row.case.name,
+        "ms": lambda row, _: milliseconds(row.median),
+        "spread": lambda row, _: f"{milliseconds(row.low)}–{milliseconds(row.high)}",
+        "CPU ms": lambda row, _: _processor(row.cpu),
+        f"{beside} ms": lambda row, mark: f"{milliseconds(row.softmax)}{mark}",
+        "its CPU ms": lambda row, _: _processor(row.softmax_cpu),
+        "ratio": lambda row, mark: f"{row.ratio:.2f}{mark}",
+        "images/s": lambda row, _: f"{row.case.batch / row.median:,.1f}",
+        "peak MiB": lambda row, _: f"{row.peak_bytes / 2**20:,.1f}",
+        "attention MMACs": lambda row, _: f"{row.macs / 1e6:,.1f}",
+        "counted": lambda row, _: f"{row.counted_macs / 1e6:,.1f}",
+    }
+    if all(row.cpu is None for row in rows):
+        del columns["CPU ms"], columns["its CPU ms"]
+    lines = [
+        [text(row, MARK if row in unsteady else "") for text in columns.values()]
+        for row in sorted(rows, key=lambda row: -row.ratio)
     ]
-    head += ["ratio", "images/s", "peak MiB", "attention MMACs", "counted"]
-    unsteady = drifted(rows)
-    ordered = sorted(rows, key=lambda row: -row.ratio)
-    return markdown(head, [_line(row, MARK if row in unsteady else "") for row in ordered])
+    return markdown(list(columns), lines)
+
+
+def _processor(seconds: float | None) -> str:
+    return "" if seconds is None else milliseconds(seconds)
 
 
 def peers_table(rows: Sequence[Row]) -> str:
@@ -107,19 +120,3 @@ def _unsteady(rows: Sequence[Row]) -> str:
         f"\n\n{MARK} {beside} took another time than in the other rows, each time that it was measured: the machine "
         "was busy, the ratio says nothing, and no crossover is given. Measure again when nothing else runs."
     )
-
-
-def _line(row: Row, mark: str) -> list[str]:
-    return [
-        row.case.name,
-        milliseconds(row.median),
-        f"{milliseconds(row.low)}–{milliseconds(row.high)}",
-        "" if row.cpu is None else milliseconds(row.cpu),
-        f"{milliseconds(row.softmax)}{mark}",
-        "" if row.softmax_cpu is None else milliseconds(row.softmax_cpu),
-        f"{row.ratio:.2f}{mark}",
-        f"{row.case.batch / row.median:,.1f}",
-        f"{row.peak_bytes / 2**20:,.1f}",
-        f"{row.macs / 1e6:,.1f}",
-        f"{row.counted_macs / 1e6:,.1f}",
-    ]

@@ -39,7 +39,7 @@ def crossover(sizes: Iterable[int], ratios: Iterable[float]) -> Crossover:
 def crossovers(rows: Iterable[Row]) -> dict[Case, Crossover]:
     """Return the crossovers by operator and setting, a case of size 0, where there are two sizes or more.
 
-    There is none of an operator one of whose rows has a reference that drifted.
+    An operator with a row whose reference drifted is left out.
     """
     rows = list(rows)
     unsteady = drifted(rows)

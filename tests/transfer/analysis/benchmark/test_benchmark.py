@@ -88,7 +88,7 @@ def test_the_tables_say_ratio_and_crossover(tmp_path: Path) -> None:
     run_cases("operators", CASES, measured, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "### 1,024 tokens, 6 heads of 64, batch 1, float32, cpu, forward" in table
-    assert "| linear | 10 | 9–12 |  | 80 |  | 8.00 | 100.0 | 1.0 | 5.0 | 5.0 |" in table
+    assert "| linear | 10 | 9–12 | 80 | 8.00 | 100.0 | 1.0 | 5.0 | 5.0 |" in table
     assert "| operator | 6 heads of 64, batch 1, float32, cpu, forward |" in table
     assert "| linear | 128 |\n| ttt | above 1,024 |" in table
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
