@@ -106,6 +106,8 @@ def _fields(content: memoryview, within: slice, limit: int) -> Iterator[tuple[in
             raise RefusedError(f"it has more than {limit:,} parts in one place, which no model has")
         key, at = _varint(content, at, within.stop)
         kind, length = key & 7, {1: 8, 5: 4}.get(key & 7, 0)
+        if key < 8:  # the parts are numbered from 1
+            raise ValueError("a part of it has no number")
         if kind == 0:
             _, at = _varint(content, at, within.stop)
         elif kind == 2:

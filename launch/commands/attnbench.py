@@ -128,8 +128,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("processes", "threads"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: give a number, 1 or more")
-    if min(arguments.seeds) < 0:
-        raise ConfigError(f"--seeds {' '.join(map(str, arguments.seeds))}: give whole numbers from 0 on")
+    if not all(0 <= seed < 1 << 63 for seed in arguments.seeds):
+        raise ConfigError(
+            f"--seeds {' '.join(map(str, arguments.seeds))}: give whole numbers from 0 to 2^63 - 1"
+        )
 
 
 def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:

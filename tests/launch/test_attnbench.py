@@ -177,7 +177,7 @@ def test_names_that_no_row_has_are_refused(tmp_path: Path, capsys: pytest.Captur
         ),
         (
             ["run", "attnbench_digits", "--out", "x", "--seeds", "-2"],
-            "--seeds -2: give whole numbers from 0 on",
+            "--seeds -2: give whole numbers from 0 to 2^63 - 1",
         ),
         (["run", "attnbench_digits"], "--out"),
         (["merge", "none.jsonl", "--out", "x.jsonl"], "none.jsonl cannot be read"),

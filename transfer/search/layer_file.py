@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 
 from ...checkpoints.weight_files import read_file
@@ -50,7 +51,7 @@ def read_layers(path: Path) -> list[list[RecordedLayer]]:
 def _checked(layer: RecordedLayer) -> RecordedLayer:
     """Raise ValueError unless these are the projections and the output of one attention, of two images or more."""
     q, k, v, out = layer.q, layer.k, layer.v, layer.out
-    fits = all(part.ndim == 4 and part.numel() and part.is_floating_point() for part in (q, k, v, out))
+    fits = all(part.ndim == 4 and part.numel() and part.dtype == torch.float32 for part in (q, k, v, out))
     if not fits or not (
         len(q) > 1
         and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])

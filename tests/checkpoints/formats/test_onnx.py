@@ -264,3 +264,10 @@ def test_a_name_that_is_no_text(foreign: Path, tmp_path: Path) -> None:
     path.write_bytes(foreign.read_bytes().replace(b"head.weight", b"head.weigh\xf4"))
     with pytest.raises(CheckpointError, match="is no text"):
         load_teacher(str(path))
+
+
+def test_a_part_without_a_number(foreign: Path, tmp_path: Path) -> None:
+    path = tmp_path / "zeros.onnx"
+    path.write_bytes(foreign.read_bytes() + bytes(2))
+    with pytest.raises(CheckpointError, match="a part of it has no number"):
+        load_teacher(str(path))

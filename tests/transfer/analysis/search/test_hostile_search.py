@@ -118,6 +118,7 @@ TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]
     "a scalar": lambda tensors: tensors | {"0.0.q": torch.tensor(1.0)},
     "no images": lambda tensors: {name: each[:0] for name, each in tensors.items()},
     "whole numbers": lambda tensors: {name: each.long() for name, each in tensors.items()},
+    "half the bits": lambda tensors: tensors | {"0.0.q": tensors["0.0.q"].half()},
     "other sizes": lambda tensors: tensors | {"0.0.k": tensors["0.0.k"][:, :1].clone()},
     "an output of other tokens": lambda tensors: tensors | {"0.0.out": tensors["0.0.out"][:, :, :3].clone()},
     "a name": lambda tensors: tensors | {"weight": torch.zeros(1)},
