@@ -57,12 +57,12 @@ def reads(text: str) -> Iterator[tuple[str, int]]:
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call):
             continue
-        name, owner = _called(node.func)
+        name, owner = called(node.func)
         if (name in READERS or (owner, name) in LOADERS) and not _writes(node, owner):
             yield name, node.lineno
 
 
-def _called(function: ast.expr) -> tuple[str, str]:
+def called(function: ast.expr) -> tuple[str, str]:
     """Return the name of what is called, and of what it belongs to."""
     if isinstance(function, ast.Attribute):
         return function.attr, function.value.id if isinstance(function.value, ast.Name) else "?"

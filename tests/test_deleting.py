@@ -1,0 +1,45 @@
+"""What deletes files is listed with what it deletes: only what the package made, in a folder that it made."""
+
+from __future__ import annotations
+
+import ast
+
+from test_reading import called
+from test_structure import ROOT, python_files
+
+DELETERS = {("", "remove"), ("os", "remove"), ("os", "unlink"), ("os", "rmdir"), ("os", "removedirs")}
+METHODS = {"rmtree", "unlink", "rmdir"}
+OWN_NAME = "a file that this writer alone names"
+STATES = "states of the run in its own folder checkpoints/"
+ALLOWED = {
+    "checkpoints/atomic.py remove": "temporary names of a path that it writes, and what that path was before",
+    "checkpoints/atomic.py rmtree": "see remove; never what a link leads to",
+    "checkpoints/atomic.py unlink": "see remove",
+    "checkpoints/export/export_source.py unlink": "the file that --force replaces, and its weights",
+    "checkpoints/state.py remove": STATES,
+    "checkpoints/state.py unlink": STATES,
+    "launch/slurm/job_folder.py unlink": "a submission that was not sent",
+    "launch/slurm/pitfalls.py unlink": "a result of submitit, by the number of this job",
+    "launch/slurm/stopping.py unlink": "a request to stop; the number of its job is a safe_name",
+    "launch/slurm/submit.py unlink": "a request to stop",
+    "transfer/attnbench/trial_run.py rmtree": "the run of a trial, whose folder has a safe_name and no link",
+    "transfer/cache/shard_lock.py unlink": OWN_NAME,
+    "transfer/engine/cached_targets.py unlink": OWN_NAME,
+    "transfer/engine/fence.py rmdir": "a run folder that is empty",
+    "transfer/engine/fence.py unlink": OWN_NAME,
+    "transfer/staging/copy_data_set.py unlink": "a file of the copy that is being made",
+    "transfer/staging/stage.py rmtree": "a copy in graftvit-data-<user>, which is this user's alone and no link",
+}
+
+
+def test_each_deletion_is_known() -> None:
+    found = set()
+    for path in python_files(ROOT):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            name, owner = called(node.func) if isinstance(node, ast.Call) else ("", "")
+            if name in METHODS or (owner, name) in DELETERS:
+                found.add(f"{path} {name}")
+    assert sorted(found - ALLOWED.keys()) == [], (
+        "delete only what the package made, and say here what that is"
+    )
+    assert sorted(ALLOWED.keys() - found) == [], "allowed, and no longer there"
