@@ -201,8 +201,11 @@ class DataConfig(Section):
     mixup: float = Field(0.0, ge=0, description="mixup alpha")
     cutmix: float = Field(0.0, ge=0, description="cutmix alpha")
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
-    max_bad_images: int = Field(
-        100, ge=0, description="number of unreadable images to skip, with their paths, before the run stops"
+    max_bad_images: float = Field(
+        0.01,
+        ge=0,
+        description="share of a split's images (below 1), or their number (from 1 on), that may be unreadable; a run "
+        "with more, or with a class that lost most of its images, stops",
     )
 
     @field_validator("data_path")
@@ -211,6 +214,13 @@ class DataConfig(Section):
         """Refuse a URL, except of the streams that are read from one."""
         streams = info.data.get("dataset", "").lower().startswith(("wds/", "tfds/"))
         return path if streams else check_local(path)
+
+    @field_validator("max_bad_images")
+    @classmethod
+    def _check_bad(cls, limit: float) -> float:
+        if limit >= 1 and not limit.is_integer():
+            raise ValueError("give a share below 1, or a whole number of images")
+        return limit
 
     @field_validator("stage")
     @classmethod

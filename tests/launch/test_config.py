@@ -134,7 +134,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ("optim.blr=abc", ["optim.blr", "'abc'", "a number"]),
         ("optim.blr=", ["optim.blr"]),
         ("optim.blr.x=1", ["optim.blr.x"]),
-        ("data.max_bad_images=1.5", ["max_bad_images", "1.5", "whole number"]),
+        ("data.max_bad_images=1.5", ["max_bad_images", "1.5", "share below 1, or a whole number"]),
         ("transfer.rows=0", ["transfer.rows", "0", "above 0"]),
         ("optim.ema=1", ["optim.ema", "below 1"]),
     ],

@@ -12,7 +12,7 @@ from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from ..data.augment import eval_transform
 from ..data.datasets import open_dataset
-from ..data.fetch import Fetcher
+from ..data.fetch import BadImages, Fetcher
 from ..data.images import ImageSource, SourceView
 from ..data.loading import EvalBatches
 from ..data.sampler import eval_requests
@@ -43,10 +43,11 @@ def preprocessed(
 ) -> Iterator[Tensor]:
     """Yield batches (B, C, H, W) of the images as the model of `spec` takes them in evaluation.
 
-    Raises DataError: more than `max_bad_images` cannot be read.
+    Raises DataError: more cannot be read than `max_bad_images` allows.
     """
     batches = EvalBatches(source, eval_transform(spec), spec.input_size, None)
     requests = eval_requests(len(source), batch_size=batch_size, rank=0, world_size=1)
-    for images, _, valid in Fetcher(batches, config.workers, config.max_bad_images).fetch(requests):
+    bad = BadImages(config.max_bad_images, len(source))
+    for images, _, valid in Fetcher(batches, config.workers, bad).fetch(requests):
         if valid.any():
             yield images[valid]

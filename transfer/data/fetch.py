@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ...models.errors import DataError, counted
+from .images import UNLABELED
 from .loader_deaths import LOST_PROCESS, loader_deaths, lost
 from .loading import BadImage, Batch, Loaded, Requests, as_it_is, start_worker
 from .sampler import BatchRequest
@@ -24,11 +27,19 @@ SIGNALS_OF_A_DEATH = 8
 
 
 class BadImages:
-    """The bad images of a loader: each is logged once, and more than `limit` of them stop the run."""
+    """The bad images of a loader with `images` images: each is logged once, and too many of them stop the run.
 
-    def __init__(self, limit: int) -> None:
+    `allowed` is `data.max_bad_images`. Of no class in `labels`, the labels of all images, may most be bad; `names` are
+    those of the classes.
+    """
+
+    def __init__(
+        self, allowed: float, images: int, labels: Iterable[int] = (), names: Sequence[str] | None = None
+    ) -> None:
         self.found: list[BadImage] = []
-        self._limit = limit
+        self.limit = int(allowed) if allowed >= 1 else math.ceil(round(allowed * images, 6))
+        self._allowed, self._images = allowed, images
+        self._sizes, self._lost, self._names = Counter(labels), Counter[int](), names
         self._known: set[str] = set()
 
     @property
@@ -44,18 +55,33 @@ class BadImages:
             self._known.add(identity)
             self.found.append(bad)
             logger.warning("skipped an unreadable image: %s (%s)", bad.path, bad.reason)
-        if len(self.found) > self._limit:
+            if bad.target is not None:
+                self._lost[bad.target] += 1
+        if len(self.found) > self.limit:
             raise DataError(
-                f"{counted(len(self.found), 'image')} cannot be read, more than data.max_bad_images={self._limit}; "
-                f"the last is {self.found[-1].describe()}"
+                f"{len(self.found)} of {counted(self._images, 'image')} cannot be read, more than "
+                f"data.max_bad_images={self._allowed:g} allows ({self.limit}); the first is {self.found[0].describe()}"
+            )
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """Raise DataError for a class that lost most of its images."""
+        for label, count in self._lost.items():
+            size, name = self._sizes[label], self._names[label] if self._names else label
+            if label == UNLABELED or 2 * count <= size:
+                continue
+            first = next(bad for bad in self.found if bad.target == label)
+            raise DataError(
+                f"{count} of the {counted(size, 'image')} of class {name!r} cannot be read; the first is "
+                f"{first.describe()}: repair them, or leave the class out by data.classes"
             )
 
 
 class Fetcher:
     """Batches for requests, made by `workers` processes that stay from one pass to the next."""
 
-    def __init__(self, dataset: Any, workers: int, limit: int) -> None:
-        self.bad = BadImages(limit)
+    def __init__(self, dataset: Any, workers: int, bad: BadImages) -> None:
+        self.bad = bad
         self._dataset = dataset
         self._workers = workers
         self._requests = Requests()

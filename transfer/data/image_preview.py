@@ -21,6 +21,7 @@ from ..config import DataConfig
 from .augment import create_mixing, epoch_repeats, mix, train_transform
 from .class_counts import stream_classes
 from .datasets import open_dataset
+from .fetch import BadImages
 from .images import ImageSource
 from .loading import Batch, TrainBatches
 from .randomness import preserved
@@ -68,7 +69,7 @@ def _of_source(source: ImageSource, config: DataConfig, spec: Preprocessing, cou
         train_transform(config, spec),
         seed=seed,
         mixing=create_mixing(config, classes),
-        tries=config.max_bad_images + 1,
+        tries=BadImages(config.max_bad_images, len(source)).limit + 1,
         repeats=epoch_repeats(config),
     )
     first = epoch_order(len(source), seed, 0, epoch_repeats(config))[:count].tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..config import DataConfig
 from .augment import create_mixing, epoch_repeats, eval_transform, train_transform
 from .class_counts import check_stream, count_classes, stream_classes
 from .datasets import check_apart, has_split, open_dataset
-from .fetch import Fetcher
+from .fetch import BadImages, Fetcher
 from .images import ImageSource, SourceView
 from .labels import IMAGENET_CLASSES, real_labels
 from .loading import Batch, Beside, EvalBatches, TrainBatches
@@ -76,17 +77,22 @@ class TrainLoader:
         self.batches_per_epoch = self.num_samples // (self.batch_size * world_size)
         self._seed, self._rank, self._world_size, self._config = seed, rank, world_size, config
         self.repeats = epoch_repeats(config)
+        labels_of = () if source.targets is None else [source.targets[index] for index in subset]
+        self._new_account = partial(
+            BadImages, config.max_bad_images, self.num_samples, labels_of, source.class_names
+        )
+        bad = self._new_account()
         self.batches = TrainBatches(
             source,
             subset,
             train_transform(config, spec),
             seed=seed,
             mixing=create_mixing(config, self.num_classes),
-            tries=config.max_bad_images + 1,
+            tries=bad.limit + 1,
             views=config.views,
             repeats=self.repeats,
         )
-        self._fetcher = Fetcher(self.batches, config.workers, config.max_bad_images)
+        self._fetcher = Fetcher(self.batches, config.workers, bad)
 
     def head(self) -> Head:
         """Return a head for the classes of these images."""
@@ -114,7 +120,7 @@ class TrainLoader:
         """Yield a batch for each request, with loader processes of its own, and with what `beside` adds."""
         batches = copy.copy(self.batches)
         batches.beside = beside
-        yield from Fetcher(batches, self._config.workers, self._config.max_bad_images).fetch_batches(requests)
+        yield from Fetcher(batches, self._config.workers, self._new_account()).fetch_batches(requests)
 
     def _full_epoch_from(self, epoch: int, position: int) -> Iterator[FullBatch]:
         requests = train_requests(
@@ -172,7 +178,7 @@ class StreamTrainLoader(TrainLoader):
             workers=config.workers,
             seed=seed,
             rank=rank,
-            limit=config.max_bad_images,
+            bad=BadImages(config.max_bad_images, len(stream)),
         )
         self.num_samples = len(stream) * world_size  # timm counts a rank's share
         self.batches_per_epoch = max(1, self.num_samples // (config.batch_size * world_size))
@@ -223,7 +229,15 @@ class EvalLoader:
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
         self.batches = EvalBatches(source, eval_transform(spec), spec.input_size, accepted)
-        self._fetcher = Fetcher(self.batches, config.workers, config.max_bad_images)
+        own = [index for request in self._requests() for index in request.indices[: request.valid]]
+        labels_of = () if source.targets is None else [source.targets[index] for index in own]
+        bad = BadImages(config.max_bad_images, self.num_samples, labels_of, source.class_names)
+        self._fetcher = Fetcher(self.batches, config.workers, bad)
+
+    def _requests(self) -> Iterator[BatchRequest]:
+        return eval_requests(
+            self.num_samples, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
+        )
 
     @property
     def bad_images(self) -> list[str]:
@@ -231,10 +245,7 @@ class EvalLoader:
         return self._fetcher.bad.paths
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        requests = eval_requests(
-            self.num_samples, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
-        )
-        yield from self._fetcher.fetch(requests)
+        yield from self._fetcher.fetch(self._requests())
         bad = self._fetcher.bad.found
         if len(bad) >= self.num_samples:
             raise DataError(
@@ -266,7 +277,7 @@ class StreamEvalLoader(EvalLoader):
             workers=config.workers,
             seed=0,
             rank=0,
-            limit=config.max_bad_images,
+            bad=BadImages(config.max_bad_images, len(stream)),
         )
         self.num_samples = len(stream)
 

@@ -28,6 +28,8 @@ class BadImage(NamedTuple):
     reason: str
     identity: str | None = None
     """What it is known by where `path` differs from one pass to the next."""
+    target: int | None = None
+    """Its label, where that is known without reading it."""
 
     def describe(self) -> str:
         """Return which image, and why."""
@@ -90,7 +92,8 @@ def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | B
         Exception
     ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         name = name_of(source, index)
-        return BadImage(name, cause(error).removeprefix(f"{name} "))
+        label = None if source.targets is None else source.targets[index]
+        return BadImage(name, cause(error).removeprefix(f"{name} "), target=label)
 
 
 def name_of(source: ImageSource, index: int) -> str:

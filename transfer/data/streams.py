@@ -125,9 +125,9 @@ class StreamFetcher:
         workers: int,
         seed: int,
         rank: int,
-        limit: int,
+        bad: BadImages,
     ) -> None:
-        self.bad = BadImages(limit)
+        self.bad = bad
         if hasattr(stream, "set_loader_cfg"):
             stream.set_loader_cfg(num_workers=workers)
         self.stream = stream

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from data_sets import image, write_classes
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError, DataError
@@ -22,7 +22,6 @@ from graftvit.transfer.data.hub import HubImages
 from graftvit.transfer.data.images import open_image
 from graftvit.transfer.data.labels import real_labels
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
-from graftvit.transfer.evaluate import evaluate
 from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision import transforms
@@ -64,7 +63,7 @@ def test_an_image_that_a_transform_refuses_is_left_out(root: Path, workers: int)
     assert valid_images(loader) == 6
     assert loader.bad_images == [str(thin)]
     message = refusal(create_eval_loader(config(root, workers=workers, max_bad_images=0), BORDER))
-    assert f"the last is {thin}" in message
+    assert f"the first is {thin}" in message
     assert "ResizeAndCenterCrop of the evaluation transform" in message
     assert "crop_mode=border" in message
 
@@ -171,15 +170,63 @@ def test_any_other_error_of_a_loader_process_is_one_sentence(
     assert f"{root}/train/" in message
 
 
-def test_a_split_without_a_readable_image_is_not_called_empty(root: Path) -> None:
-    for path in (root / "val").rglob("*.png"):
+def damage(folder: Path, count: int) -> None:
+    for path in sorted(folder.glob("*.png"))[:count]:
         path.write_text("no image")
-    loader = create_eval_loader(config(root), SPEC)
-    with pytest.raises(DataError) as caught:
-        evaluate({"m": lambda images: torch.zeros(len(images), 2)}, loader)
-    message = str(caught.value)
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> Path:
+    """Three classes of 16 images in each split."""
+    return write_classes(tmp_path / "larger", ["ant", "bee", "cow"], count=16)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_class_that_lost_most_of_its_images_is_named(larger: Path, split: str, ranks: int) -> None:
+    """A whole class of 16 images vanished, and the run ended as if nothing had happened."""
+
+    def batches(limit: float) -> Any:
+        settings = config(larger, max_bad_images=limit)
+        if split == "train":
+            train = create_train_loader(settings, SPEC, seed=0, rank=0, world_size=ranks)
+            return (batch for epoch in range(20) for batch in train.epoch(epoch))
+        return create_eval_loader(settings, SPEC, rank=0, world_size=ranks)
+
+    damage(larger / split / "bee", 8)
+    list(batches(100))
+    damage(larger / split / "bee", 16)
+    message = refusal(batches(100))
+    assert re.search(r"\d+ of the \d+ images of class 'bee' cannot be read; the first is ", message)
+    assert f"{larger}/{split}/bee/" in message
+    assert "data.classes" in message
+
+
+def test_by_default_one_in_a_hundred_images_may_be_bad(larger: Path) -> None:
+    damage(larger / "val" / "bee", 1)
+    assert valid_images(create_eval_loader(config(larger), SPEC)) == 47
+    damage(larger / "val" / "cow", 1)
+    message = refusal(create_eval_loader(config(larger), SPEC))
+    assert message.startswith(
+        "2 of 48 images cannot be read, more than data.max_bad_images=0.01 allows (1); the"
+    )
+    assert valid_images(create_eval_loader(config(larger, max_bad_images=0.04), SPEC)) == 46
+    assert valid_images(create_eval_loader(config(larger, max_bad_images=2), SPEC)) == 46
+    assert "max_bad_images=0 allows (0)" in refusal(
+        create_eval_loader(config(larger, max_bad_images=0), SPEC)
+    )
+
+
+def test_a_split_without_a_readable_image_is_not_called_empty(root: Path) -> None:
+    for number, path in enumerate(sorted((root / "val").rglob("*.png"))):
+        path.write_text("no image")
+        path.rename(root / "val" / f"{number}.png")
+    for name in ("cat", "dog"):
+        (root / "val" / name).rmdir()
+    loader = create_eval_loader(config(root, max_bad_images=6), SPEC, labels=False)
+    message = refusal(loader)
     assert "none of the 6 images can be read" in message
-    assert f"{root}/val/cat/010.png: is no image that can be read" in message
+    assert f"{root}/val/0.png: is no image that can be read" in message
     assert "empty" not in message
 
 
