@@ -81,12 +81,15 @@ def test_rows_are_run_extended_merged_queried_and_verified(
     assert main(["attnbench", "query", str(tmp_path / "all.jsonl"), "--program", "values", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["program"] for line in lines] == ["v", "v"]
-    assert main(["attnbench", "verify", str(tmp_path / "all.jsonl"), "--sample", "3"]) == 0
+    assert (
+        main(["attnbench", "verify", str(tmp_path / "all.jsonl"), "--config", recipe, "--sample", "3"]) == 0
+    )
     assert "3 rows agree" in capsys.readouterr().out
 
     changed = (tmp_path / "all.jsonl").read_text().replace('"loss": ', '"loss": 1')
     (tmp_path / "all.jsonl").write_text(changed)
-    words = ["attnbench", "verify", str(tmp_path / "all.jsonl"), "--sample", "1", "--program", "values"]
+    words = ["attnbench", "verify", str(tmp_path / "all.jsonl"), "--config", recipe, "--sample", "1"]
+    words += ["--program", "values"]
     assert main(words) == 1
     assert "1 of 1 row differ" in capsys.readouterr().err
 
