@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.converted import is_mark
 from ..models.copied import copying_of
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, UnsupportedModelError, counted
@@ -81,9 +82,8 @@ def _describe_misfit(source: str, weights: Weights, asked: Json, model: str | No
         plan = plan_model(weights, asked, model)
         built = build(plan.architecture, plan.arguments, on_meta=True, within=plan.weights.tensors)
         found = match(built, plan.weights, role="teacher", method="timm", classifiers=plan.classifiers)
-        rows.append(
-            ("would load", f"{len(found.present) - len(found.wrong)} of {len(weights.tensors)} tensors")
-        )
+        total = sum(not is_mark(key) for key in weights.tensors)
+        rows.append(("would load", f"{len(found.present) - len(found.wrong)} of {total} tensors"))
         rows += [
             ("would not", f"{kind}: {line}")
             for kind, keys in found.problems.items()

@@ -10,6 +10,7 @@ import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from ..models.converted import is_mark, marks_of, refuse_other_operators
 from ..models.errors import CheckpointError
 from ..models.families import vit
 from .keys import KeyRules, Role, sort_keys
@@ -69,9 +70,9 @@ def fit(
         weights.origin, found.present, {key: tensor.dtype for key, tensor in model.state_dict().items()}
     )
     if not without_values(model.state_dict()):
-        model.load_state_dict(found.present, strict=False)
+        model.load_state_dict({**marks_of(model), **found.present}, strict=False)
     if role == "teacher" and weights.norm_eps is not None:
-        _set_norm_eps(model, weights.norm_eps)
+        set_norm_eps(model, weights.norm_eps)
     return LoadReport(
         weights.origin,
         weights.format,
@@ -88,9 +89,13 @@ def fit(
 def match(
     model: nn.Module, weights: Weights, *, role: Role, method: Method, classifiers: tuple[str, ...]
 ) -> Match:
-    """Match `weights` to the tensors of `model`, and list misfits. Raises CheckpointError: unknown grid."""
+    """Match `weights` to the tensors of `model`, and list misfits.
+
+    Raises CheckpointError: unknown grid, or a layer has another operator than in the weights.
+    """
     weights = match_prefix(model, weights)
-    target = model.state_dict()
+    refuse_other_operators(model, weights.tensors, weights.origin, starts=role == "init")
+    target = {key: tensor for key, tensor in model.state_dict().items() if not is_mark(key)}
     tensors, resampled = _resample(model, weights, target, method)
     head_fits = _head_fits(tensors, target, classifiers)
     if not head_fits and role == "init":
@@ -122,7 +127,7 @@ def own_norm_eps(model: nn.Module, fresh: nn.Module, architecture: str) -> float
     return own.pop() if own else None
 
 
-def _set_norm_eps(model: nn.Module, epsilon: float) -> None:
+def set_norm_eps(model: nn.Module, epsilon: float) -> None:
     """Set the epsilon of all norms, except those of a teacher inside the model (`models/copied.py` sets these)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) and not name.startswith("teacher."):
@@ -171,7 +176,7 @@ def _resample(
     model: nn.Module, weights: Weights, target: Mapping[str, Tensor], method: Method
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors with position embeddings on the model's grid, and a note for each change."""
-    tensors, done = dict(weights.tensors), {}
+    tensors, done = {key: tensor for key, tensor in weights.tensors.items() if not is_mark(key)}, {}
     for key in [key for key in tensors if key in target]:
         if key == "pos_embed" and tensors[key].ndim == 3 and target[key].ndim == 3:
             tensors[key], how = _absolute(model, weights, target[key], method)

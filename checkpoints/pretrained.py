@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from timm.models import split_model_name_tag
+from timm.models import get_model_args, split_model_name_tag
 from torch import nn
 
-from ..models.conversion import plan_size, resize
-from ..models.converted import drop_other_operators
+from ..models.conversion import ARCHITECTURE as CONVERTED
+from ..models.conversion import plan_size, resize, with_plan
+from ..models.converted import MARK, converted_layers, drop_other_operators, is_mark, read_mark
+from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
 from ..models.dropped_parts import drop_parts
 from ..models.errors import CheckpointError
-from ..models.families import check_patches, image_size, is_pyramid, patch_size
+from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
 from ..models.json_types import Json, JsonDict
+from ..models.layer_plan import plan_text
 from .architecture import infer_architecture
 from .class_names import read_names
 from .copying_students import described_architecture, make_whole, refuse_as_start
@@ -135,6 +139,32 @@ def load_pretrained(
     return replace(described, digest=digest_weights(weights) if known else None)
 
 
+def describe_model(model: nn.Module, **own: Any) -> Pretrained:
+    """Describe a model that timm created as `load_pretrained` describes one that it loaded; where its weights come from
+    is not known. `own` overrides fields of its `pretrained_cfg`, such as mean and std.
+
+    Raises CheckpointError: timm did not create it.
+    """
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if name is None:
+        raise CheckpointError(
+            f"this {type(model).__name__} does not say its timm name: make it by timm.create_model, or load it by "
+            "graftvit.load"
+        )
+    arguments = get_model_args(model)
+    return Pretrained(
+        model=model,
+        source="a model made in Python",
+        architecture=split_model_name_tag(name)[0],
+        preprocessing=Preprocessing.of(model, **own),
+        license=None,
+        revision=None,
+        has_head=vit(model).num_classes > 0,
+        report=LoadReport("Python", "a model", 0),
+        model_args=arguments,
+    )
+
+
 Teacher, load_teacher = Pretrained, load_pretrained
 """The public names, for a model that teaches."""
 
@@ -165,7 +195,7 @@ def plan_model(
 
     Raises CheckpointError: the architecture is not known, or timm cannot build it so.
     """
-    weights = _with_architecture(weights, model)
+    weights = _with_marked_plan(_with_architecture(weights, model), asked)
     config = _described(weights)
     arguments = {**weights.model_args, **asked}
     classes = num_classes if num_classes is not None else asked.get("num_classes")
@@ -210,7 +240,7 @@ def load_weights(
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     tensors, left_out = drop_parts(model, converted(model, weights.tensors))
     if replanned:
-        tensors, others = drop_other_operators(model, tensors, weights.model_args.get("plan"))
+        tensors, others = drop_other_operators(model, tensors)
         left_out |= others
     weights = replace(weights, tensors=tensors, left_out={**weights.left_out, **left_out})
     config: Json = getattr(model, "default_cfg", None) or {}
@@ -296,7 +326,8 @@ def _with_architecture(weights: Weights, model: str | None) -> Weights:
     if model is not None:
         check_name(model)
     if own is None and model is None:
-        architecture, arguments = infer_architecture(weights)
+        own_parts = {key: tensor for key, tensor in weights.tensors.items() if ".attn.operator." not in key}
+        architecture, arguments = infer_architecture(replace(weights, tensors=own_parts))
         note = f"architecture: {architecture}, from the shapes"
         return replace(
             weights,
@@ -312,6 +343,28 @@ def _with_architecture(weights: Weights, model: str | None) -> Weights:
     if model is not None and split_model_name_tag(model)[0] != split_model_name_tag(own)[0]:
         raise CheckpointError(f"model={model!r}, but {weights.origin} says it is {own!r}; leave model out")
     return weights
+
+
+def _with_marked_plan(weights: Weights, asked: Json) -> Weights:
+    """Return the weights with the plan that the marks of converted layers say, where nothing else says one."""
+    marks = {key: tensor for key, tensor in weights.tensors.items() if is_mark(key)}
+    name = split_model_name_tag(str(weights.architecture))[0]
+    if not marks or name in (CONVERTED, COPIED):
+        return weights
+    plain = build(name, {**weights.model_args, **asked}, on_meta=True, within=weights.tensors)
+    if converted_layers(plain):  # an architecture with a plan of its own
+        return weights
+    paths = [f"{site.path}.attn" for site in sites(plain)]
+    choices = tuple(read_mark(path, marks.get(f"{path}.{MARK}")) for path in paths)
+    plan, without = plan_text(choices), ("bias",) if is_pyramid(plain) else ()
+    architecture, arguments = with_plan(name, weights.model_args, plan, without)
+    return replace(
+        weights,
+        architecture=architecture,
+        model_args=arguments,
+        pretrained_cfg={**published_config(name), **weights.pretrained_cfg},
+        notes=(*weights.notes, f"plan: {plan}, from the marks of the layers"),
+    )
 
 
 def _classifiers(config: Json) -> tuple[str, ...]:

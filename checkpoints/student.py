@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
-from ..models.conversion import ARCHITECTURE as CONVERTED
-from ..models.conversion import plan_of, plan_size, without_plan
+from ..models.conversion import with_own_plan
+from ..models.converted import marks_of
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError
-from ..models.families import constructor_arguments, vit
+from ..models.families import vit
 from ..models.json_types import Json, JsonDict
-from ..models.pyramid_conversion import pyramid_arguments
 from .atomic import write_folder
 from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
@@ -120,7 +118,8 @@ def write_student(
     """
     name, arguments = _whole(model, architecture, model_args)
     arguments = _plain({key: value for key, value in arguments.items() if value is not None})
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    found = {**marks_of(model), **model.state_dict()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in found.items()}
     fresh = _check(name, arguments, tensors)
     epsilon = own_norm_eps(model, fresh, name)
     made = {**(provenance or {}), **({NORM_EPS: epsilon} if epsilon else {}), **_cost(model)}
@@ -143,10 +142,10 @@ def _whole(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, J
     """Name and arguments that build `model`: of one that copies attention, those of the student with what it copies."""
     copying = copying_of(model)
     if copying is None:
-        return _with_plan(model, architecture, arguments)
+        return with_own_plan(model, architecture, arguments)
     own = {key: value for key, value in arguments.items() if key != "copied"}
     name = own.pop("student") if architecture == COPIED else architecture
-    return with_copying(*_with_plan(model, name, own), copying)
+    return with_copying(*with_own_plan(model, name, own), copying)
 
 
 def _cost(model: nn.Module) -> JsonDict:
@@ -158,21 +157,6 @@ def _cost(model: nn.Module) -> JsonDict:
     return {
         COST: {name: {"parameters": n, "macs": macs} for name, (n, macs) in zip(names, costs, strict=True)}
     }
-
-
-def _with_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
-    """Name and arguments that build `model`: of a converted one, those of the conversion with its plan.
-
-    A model whose plan keeps every layer is timm's own.
-    """
-    name = split_model_name_tag(architecture)[0]
-    plan = plan_of(model)
-    if plan is None:
-        name, own = without_plan(name, arguments)
-        return name, constructor_arguments(name, {**own, **pyramid_arguments(model)})
-    of_plan = {} if name == CONVERTED else {"architecture": name, "plan": plan}
-    of_size = {**pyramid_arguments(model), "plan_size": plan_size(model)}
-    return CONVERTED, {**of_plan, **arguments, **of_size}
 
 
 def _plain(arguments: JsonDict) -> JsonDict:

@@ -201,7 +201,7 @@ def converted(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     core = {
         key
         for key in model.state_dict()
-        if key.startswith("blocks.0.") or (heads and not key.startswith(heads) and ".operator." not in key)
+        if ".operator." not in key and (key.startswith("blocks.0.") or (heads and not key.startswith(heads)))
     }
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or core <= tensors.keys():

@@ -130,7 +130,7 @@ def _calibrate_layer(
     target = native.attend(native.heads_of(*call.inputs, **call.keywords))
     layer.fit = layer.operator.fit([heads], seed=seed + index)
     layer.calibration = calibrate(layer.operator, heads, target)
-    if finished is not None and layer.operator.state_dict():
+    if finished is not None and layer.operator.state_dict().keys() - {"choice"}:
         finished.save(index, key, Layer(layer.operator.state_dict(), layer.calibration, layer.fit))
 
 

@@ -6,10 +6,10 @@ A converted model is the timm model `graftvit_converted` with the arguments `arc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from timm.models import load_pretrained, register_model
+from timm.models import load_pretrained, register_model, split_model_name_tag
 from torch import Tensor, nn
 
 from . import attnzero, lit, pvt_models, small  # noqa: F401  registers these models with timm
@@ -24,6 +24,7 @@ from .errors import ConfigError, UnsupportedModelError
 from .families import (
     attention_shape,
     check_patches,
+    constructor_arguments,
     create_timm_model,
     is_pyramid,
     token_layout,
@@ -34,7 +35,7 @@ from .json_types import Json, JsonDict
 from .layer_plan import KEEP, Choice
 from .operators import create_operator
 from .plain_conversion import convert_plain
-from .pyramid_conversion import convert_pyramid, resize_pyramid
+from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyramid
 
 ARCHITECTURE = "graftvit_converted"
 
@@ -70,21 +71,56 @@ def convert(
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
     if is_pyramid(model):
-        return convert_pyramid(
-            model,
-            plan,
-            weights=weights,
-            calibration=calibration,
-            without=without,
-            seed=seed,
-            finished=finished,
+        return _marked(
+            convert_pyramid(
+                model,
+                plan,
+                weights=weights,
+                calibration=calibration,
+                without=without,
+                seed=seed,
+                finished=finished,
+            )
         )
     if without:
         raise ConfigError(
             f"without={','.join(without)} is for pyramids, and {type(model).__name__} is a plain vision transformer: "
             "leave it out"
         )
-    return convert_plain(model, plan, weights=weights, calibration=calibration, seed=seed, finished=finished)
+    return _marked(
+        convert_plain(model, plan, weights=weights, calibration=calibration, seed=seed, finished=finished)
+    )
+
+
+def _marked(model: nn.Module) -> nn.Module:
+    """Return a converted model whose state dict, and whose description for timm, say what it is."""
+    for layer in converted_layers(model).values():
+        layer.mark()
+    name_for_timm(model, with_own_plan)
+    return model
+
+
+def _rename(model: nn.Module) -> None:
+    """Describe a resized model to timm with the size that its operators were created for."""
+    if (getattr(model, "pretrained_cfg", None) or {}).get("architecture") == ARCHITECTURE:
+        name_for_timm(model, with_own_plan)
+
+
+def name_for_timm(
+    model: nn.Module, described: Callable[[nn.Module, str, Json], tuple[str, JsonDict]]
+) -> None:
+    """Set the architecture and the arguments of `model` that timm's `save_for_hf` writes.
+
+    `described` returns them from the model and what they were before. A model that timm did not create has neither.
+    """
+    config: Json = getattr(model, "pretrained_cfg", None) or {}
+    arguments: Json = getattr(model, "_model_args", {})
+    name = config.get("architecture")
+    if name is None or (name == ARCHITECTURE and "architecture" not in arguments):
+        return
+    name, arguments = described(model, name, arguments)
+    model.pretrained_cfg = model.default_cfg = {**config, "architecture": name}  # type: ignore[assignment]
+    model._model_args = {key: value for key, value in arguments.items() if value is not None}  # type: ignore[assignment]
 
 
 def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
@@ -107,6 +143,7 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     check_patches(model, size)
     if is_pyramid(model):
         resize_pyramid(model, size)
+        _rename(model)
         return
     try:
         vit(model).set_input_size(img_size=size)
@@ -116,6 +153,20 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     for layer in converted_layers(model).values():
         layer.tokens.geometry = token_layout(model).geometry
         layer.operator.resample(layer.tokens.geometry)
+    _rename(model)
+
+
+def with_own_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
+    """Return timm's name and arguments that build `model`: of a converted one, those of the conversion with its plan.
+
+    A model whose plan keeps every layer is timm's own.
+    """
+    name, own = without_plan(split_model_name_tag(architecture)[0], arguments)
+    plan = plan_of(model)
+    if plan is None:
+        return name, constructor_arguments(name, {**own, **pyramid_arguments(model)})
+    of_size = {**pyramid_arguments(model), "plan_size": plan_size(model)}
+    return ARCHITECTURE, {"architecture": name, "plan": plan, **own, **of_size}
 
 
 def with_plan(

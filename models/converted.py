@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .attention.base import AttentionOperator, Fit, Geometry
-from .families import NoAttention, blocks_of, depths, image_size, is_pyramid, sites
+from .errors import CheckpointError, ConfigError
+from .families import NoAttention, blocks_of, image_size, is_pyramid, sites
 from .host import AttentionHost
-from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, parse_plan, plan_text
+from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, parse_choice, plan_text
 from .merges import merge_layers, merges_deformably
+from .operators import canonical, check_choice
 from .replay import replay_blocks
+
+MARK = "operator.choice"
+"""Key, within a converted layer, of a buffer with the operator and its options as text. By it weights say what they
+are of: many operators have no parameters, and their weights would load into softmax attention without a word."""
+MOST_BYTES = 10_000
+"""The longest mark; a longer one is damaged."""
 
 
 class TokenGrid:
@@ -71,6 +81,89 @@ class ConvertedAttention(AttentionHost):
     def geometry(self) -> Geometry:  # type: ignore[override]
         return self.tokens.geometry
 
+    def mark(self) -> None:
+        """Add the mark to the state dict."""
+        self.operator.register_buffer("choice", self.own_mark())
+
+    def own_mark(self) -> Tensor:
+        """Return the mark, on the layer's device."""
+        return as_mark(self.choice, next(self.original.parameters()).device)
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the state dict has the mark: of a converted model, not of one whose architecture has a plan."""
+        return "choice" in self.operator._buffers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        mark = state_dict.get(f"{prefix}{MARK}")
+        is_whole = any(key.startswith(f"{prefix}proj.") and ".lora_" not in key for key in state_dict)
+        if self.is_marked and (is_whole or mark is not None):
+            refuse_other("the state dict", prefix.removesuffix("."), read_mark(prefix, mark), self.choice)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def as_mark(choice: Choice, device: torch.device | None = None) -> Tensor:
+    """Return an operator and its options as text in bytes."""
+    return torch.tensor(list(str(canonical(choice)).encode()), dtype=torch.uint8, device=device)
+
+
+def is_mark(key: str) -> bool:
+    """Return whether a key of a state dict is that of a mark."""
+    return key.endswith(f".attn.{MARK}")
+
+
+def marks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the marks of all converted layers by their keys, whether the state dict has them or not."""
+    return {f"{path}.{MARK}": layer.own_mark() for path, layer in _named_layers(model).items()}
+
+
+def refuse_other_operators(
+    model: nn.Module, tensors: Mapping[str, Tensor], origin: str, *, starts: bool
+) -> None:
+    """Raise CheckpointError where weights are of a layer with another operator than the model's.
+
+    With `starts` they may be of softmax attention, which the model was converted from.
+    """
+    layers = _named_layers(model)
+    given = [key.removesuffix(f".{MARK}") for key in tensors if is_mark(key)]
+    for path in dict.fromkeys([*layers, *given]):
+        layer, mark = layers.get(path), tensors.get(f"{path}.{MARK}")
+        if mark is not None or (layer is not None and layer.is_marked and not starts):
+            refuse_other(origin, path, read_mark(path, mark), None if layer is None else layer.choice)
+
+
+def _named_layers(model: nn.Module) -> dict[str, ConvertedAttention]:
+    return {path: each for path, each in model.named_modules() if isinstance(each, ConvertedAttention)}
+
+
+def read_mark(path: str, mark: Tensor | None) -> Choice:
+    """Return the choice of a mark; without one the layer is as it was. `path` is that of the layer, for errors.
+
+    Raises CheckpointError: it names no operator that there is.
+    """
+    if mark is None:
+        return Choice(AS_IT_IS)
+    key = f"{path.removesuffix('.')}.{MARK}"
+    if mark.dtype != torch.uint8 or mark.ndim != 1 or not 0 < len(mark) <= MOST_BYTES or mark.is_meta:
+        raise CheckpointError(f"{key} is damaged: it is no short text in bytes")
+    try:
+        choice = parse_choice(bytes(mark.tolist()).decode())
+        check_choice(choice)
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{key} names no operator: {error}") from error
+    return canonical(choice)
+
+
+def refuse_other(origin: str, path: str, theirs: Choice, own: Choice | None) -> None:
+    """Raise CheckpointError unless the operator of the weights is that of the layer; None is a layer as it was."""
+    ours = Choice(AS_IT_IS) if own is None else canonical(own)
+    if theirs != ours:
+        words = ("softmax attention" if each.operator == AS_IT_IS else str(each) for each in (theirs, ours))
+        raise CheckpointError(
+            f"{origin} has weights of {next(words)} in {path}, where the model has {next(words)}: load them into a "
+            "model with those operators, which `graftvit.load` makes from a saved folder, and convert afterwards"
+        )
+
 
 def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
     """Return the converted layers by number. A layer whose attention was removed has no operator and is not one."""
@@ -98,19 +191,18 @@ def plan_of(model: nn.Module) -> str | None:
 
 
 def drop_other_operators(
-    model: nn.Module, tensors: Mapping[str, Tensor], plan: str | None
+    model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return weights of a model that was converted by `plan` without those of operators that `model` has not.
+    """Return weights of a converted model without those of operators that `model` has not.
 
     Also returns the reason of each key left out. Such a layer of `model` starts as a layer that was just converted.
     """
     found, reasons = dict(tensors), dict[str, str]()
-    if plan is None:
-        return found, reasons
-    before = parse_plan(plan, depths(model) if is_pyramid(model) else len(blocks_of(model)))
-    for site, old, new in zip(sites(model), before, choices_of(model), strict=True):
-        prefix = f"{site.path}.attn.operator."
-        for key in [key for key in found if old != new and key.startswith(prefix)]:
+    for site, choice in zip(sites(model), choices_of(model), strict=True):
+        path, new = f"{site.path}.attn", canonical(choice)
+        mark = found.get(f"{path}.{MARK}")
+        old = None if mark is None else read_mark(path, mark)
+        for key in [key for key in found if old not in (None, new) and key.startswith(f"{path}.operator.")]:
             reasons[key] = f"{new} takes the place of {old}"
             del found[key]
     return found, reasons

@@ -185,6 +185,7 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
     model.patch_embed.register_forward_hook(run)
     attention_blocks(student)[max(copied_layers(student))].register_forward_hook(run.forget)
     model.copied = copying
+    conversion.name_for_timm(student, lambda model, name, arguments: with_copying(name, arguments, copying))
     return student
 
 
@@ -224,6 +225,8 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     teacher.requires_grad_(False)
     arguments = {**copying.teacher.model_args, "img_size": size}
     own.copied = replace(copying, teacher=replace(copying.teacher, model_args=arguments))
+    now = {"copied": own.copied.to_json(), "plan_size": conversion.plan_size(model)}
+    own._model_args = {**getattr(own, "_model_args", {}), **now}  # type: ignore[assignment]
 
 
 def _check_heads(groups: tuple[tuple[int, ...] | None, ...], teacher: int, student: int) -> None:

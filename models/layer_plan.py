@@ -66,7 +66,7 @@ def parse_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> tup
     kept = KEEP if isinstance(depth, int) else AS_IT_IS
     choices = [Choice(kept)] * (depth if isinstance(depth, int) else sum(depth))
     for layers, text in entries:
-        choice = _choice(text, kept)
+        choice = parse_choice(text, kept)
         for layer in layer_numbers(layers, depth):
             choices[layer] = choice
     return tuple(choices)
@@ -74,7 +74,7 @@ def parse_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> tup
 
 def operators_in(plan: str) -> set[str]:
     """Return the names of the operators in the text of a plan. Raises ConfigError: the text is invalid."""
-    return {_choice(text, KEEP).operator for layers, text in _items(plan) if layers.strip() != MERGE}
+    return {parse_choice(text).operator for layers, text in _items(plan) if layers.strip() != MERGE}
 
 
 def merge_of_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> str:
@@ -191,7 +191,8 @@ def _layer(number: str, depth: int, what: str) -> int:
     return layer % depth
 
 
-def _choice(text: str, kept: str) -> Choice:
+def parse_choice(text: str, kept: str = KEEP) -> Choice:
+    """Return the operator and the options of `linear(feature=relu)`. Raises ConfigError: the text is invalid."""
     found = CHOICE.fullmatch(text.strip())
     if found is None:
         raise ConfigError(f"plan: {text.strip()!r} is not an operator; {SYNTAX}, or linear(feature=relu)")

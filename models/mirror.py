@@ -13,6 +13,7 @@ from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .conversion import without_plan
 from .errors import TransferError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, create_timm_model, patch_size, vit
 from .json_types import Json, JsonDict
@@ -65,7 +66,7 @@ def _architecture(teacher: nn.Module) -> str:
             "student.mirror_teacher=true needs a teacher made by timm.create_model, and this "
             f"{type(teacher).__name__} does not know its architecture's name"
         )
-    return str(config["architecture"])
+    return without_plan(str(config["architecture"]), getattr(teacher, "_model_args", {}))[0]
 
 
 def _sizes(teacher: nn.Module, student: nn.Module) -> JsonDict:

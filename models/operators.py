@@ -113,6 +113,15 @@ def _is_number(operator: str, option: str) -> bool:
     return bool(types) and types <= {"int", "float", "None"}
 
 
+def canonical(choice: Choice) -> Choice:
+    """Return the choice with its options in order of their names, without those that have their default."""
+    if choice.operator not in OPERATORS:
+        return choice
+    known = inspect.signature(OPERATORS[choice.operator]).parameters
+    given = sorted(_options(choice).items())
+    return Choice(choice.operator, {name: value for name, value in given if value != known[name].default})
+
+
 def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
     """Create the operator of a choice for a layer of this shape.
 

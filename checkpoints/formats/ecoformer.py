@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ...models.conversion import with_plan
+from ...models.converted import MARK, as_mark
 from ...models.errors import CheckpointError
 from ...models.json_types import Json
+from ...models.layer_plan import AS_IT_IS, parse_choice
 from ..weights import Weights
 from .keymap import KeyMap
 
@@ -120,11 +122,19 @@ def _describe(
             for name, size, usual in zip(("bits", "anchors"), sizes.shape[1:], (16, 25), strict=True)
             if size != usual
         )
-        hashed = sum(depths[:3])
-        plan = f"0-{hashed - 1}: hash({options}mode=reference); {hashed}-{sum(depths) - 1}: {last}"
+        hashed, operator = sum(depths[:3]), f"hash({options}mode=reference)"
+        plan = f"0-{hashed - 1}: {operator}; {hashed}-{sum(depths) - 1}: {last}"
+        marks = {
+            f"{found[0]}attn.{MARK}": as_mark(parse_choice(last if found[1] == "3" else operator))
+            for found in map(block.match, weights.tensors)
+            if found is not None and (found[1] != "3" or last != AS_IT_IS)
+        }
         name, arguments = with_plan(architecture, weights.model_args, plan)
         note = f"architecture: {architecture} with {plan}, as EcoFormer publishes"
-        return replace(weights, architecture=name, model_args=arguments, notes=(*weights.notes, note))
+        tensors = {**weights.tensors, **marks}
+        return replace(
+            weights, tensors=tensors, architecture=name, model_args=arguments, notes=(*weights.notes, note)
+        )
 
     return describe
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 def test_operators_stay_fresh_where_the_weights_are_of_softmax(tmp_path: Path) -> None:
     student = convert(tiny_vit(), "0: focused")
-    before = {key: value.clone() for key, value in student.state_dict().items() if ".operator." in key}
+    before = {key: value.clone() for key, value in student.named_parameters() if ".operator." in key}
     report = load_weights(student, f"local-dir:{make_teacher(tmp_path)}")
     assert set(report.missing) == set(before)
     assert before

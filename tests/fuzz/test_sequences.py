@@ -116,7 +116,7 @@ class Session:
             self.change(world, name, number)
         elif name == "release":
             world.changes += 1
-            world.dual.release()
+            world.dual.release(bare=world.dual.needs_teacher)
             world.taught = False
         elif name == "an image that fails":
             with pytest.raises((RuntimeError, TransferError)):

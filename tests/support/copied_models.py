@@ -48,4 +48,4 @@ def pair(case: str, method: str, dtype: torch.dtype = torch.float64) -> tuple[Du
 
 
 def whole(dual: DualViT, teacher: CopiedTeacher) -> nn.Module:
-    return copy_attention(copy.deepcopy(dual.release()), dual.teacher, dual.copying(teacher)).eval()
+    return copy_attention(copy.deepcopy(dual.release(bare=True)), dual.teacher, dual.copying(teacher)).eval()

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...models.converted import is_mark
 from ..cache.target_rows import TargetRows
 from ..config import RunConfig
 from ..data.loaders import create_train_loader
@@ -40,8 +41,9 @@ def measure_features(config: RunConfig, parts: Parts, accelerator: Accelerator) 
 
 
 def leave_to_us(task: nn.Module) -> None:
-    """Tell DDP not to send the statistics again in each step: they never change."""
+    """Tell DDP not to send the statistics and the marks of operators again in each step: they never change."""
     names = [name for name, _ in _statistics(task)]
+    names += [name for name, _ in task.named_buffers() if is_mark(name)]
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, names)
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...checkpoints.state import StateFolder, TrainingState
+from ...models.converted import is_mark
 from ...models.errors import CheckpointError, GraftError
 from ...models.json_types import Json, JsonDict
 from ..config import RunConfig
@@ -160,6 +161,8 @@ def _find(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
             f"the saved state has {name!r} with shape {tuple(found.shape)}, "
             f"the model wants {tuple(target.shape)}"
         )
+    if is_mark(name) and not torch.equal(found.cpu(), target.cpu()):
+        raise CheckpointError(f"the saved state has {name!r} of another operator than the model")
     return found
 
 

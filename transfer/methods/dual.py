@@ -7,13 +7,21 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...models.copied import CopiedTeacher, Copying
+from ...checkpoints.copying_students import copied_teacher
+from ...checkpoints.fit import own_norm_eps, set_norm_eps
+from ...checkpoints.pretrained import describe_model
+from ...checkpoints.provenance import carried_license, of_teacher
+from ...checkpoints.student import refuse_existing, write_student
+from ...checkpoints.timm_models import build
+from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
 from ...models.copying.input import Normalization as Normalization
 from ...models.copying.input import ShownImages
 from ...models.copying.tape import Tape
@@ -22,6 +30,7 @@ from ...models.errors import TransferError
 from ...models.families import check_supported, evaluating, is_pyramid
 from ...models.hosting import host_layers
 from ...models.json_types import JsonDict
+from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
@@ -243,15 +252,78 @@ class DualViT(nn.Module):
         twin.train(student.training)
         return twin
 
-    def release(self) -> nn.Module:
-        """Return the student as plain timm made it: its own attention layers, every parameter trainable again.
+    def release(self, *, bare: bool = False) -> nn.Module:
+        """Return the student, which is then no longer taught: with timm's attention layers, every parameter trainable.
 
-        It is then no longer taught: `forward` is refused.
+        The student of a copy method runs with its teacher's attention. It gets the part of the teacher that it needs,
+        frozen; with `bare` it is returned alone, and the attention of its copied layers was never trained.
+
+        Raises TransferError: `bare` of a student that copies nothing, or the part cannot be described.
         """
+        if bare and not self.needs_teacher:
+            raise TransferError(
+                "bare=True is of methods that copy attention, and this student has its own: leave it out"
+            )
+        if bare and copying_of(self.student) is not None:
+            raise TransferError(
+                "the student was released with its teacher's part before, so bare=True comes too late"
+            )
         if self._in_use:
+            part = None if bare or not self.needs_teacher else self._described_part()
             end_lesson(self.student)
             self._in_use = False
+            if part is not None:
+                copy_attention(self.student, *part)
         return self.student
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the student to a folder as a run does at its end, and return the folder; it is taught on.
+
+        It is what `graftvit.load` opens: the student, and for a copy method the part of the teacher that it needs.
+        `overwrite` replaces a model folder that is there.
+
+        Raises CheckpointError: `folder` holds something, or timm did not create the student. TransferError: the
+        teacher's part cannot be described.
+        """
+        folder = Path(folder)
+        refuse_existing(folder, overwrite=overwrite)
+        known = describe_model(self.student, **self._normalization._asdict())
+        model = build(known.architecture, known.model_args)
+        epsilon = own_norm_eps(self.student, model, known.architecture)
+        if epsilon is not None:
+            set_norm_eps(model, epsilon)
+        model.load_state_dict(merged(self.student.state_dict()), assign=True)
+        if self.needs_teacher:
+            copy_attention(model, *self._described_part())
+        made = self._provenance()
+        write_student(
+            model,
+            folder,
+            architecture=known.architecture,
+            model_args=known.model_args,
+            preprocessing=known.preprocessing,
+            license=carried_license(made),
+            provenance=made,
+        )
+        return folder
+
+    def _provenance(self) -> JsonDict:
+        """Return what is known of how the student was made; where its first weights came from is not."""
+        unknown = {"source": "not recorded"}
+        teachers = {side.name: of_teacher(side.loaded) or unknown for side in self._sides}
+        return {
+            "version": version("graftvit"),
+            "teacher": teachers.pop(self._sides[0].name),
+            **({"teachers": teachers} if teachers else {}),
+            "init": unknown,
+            "recipe": {"mode": "transfer", "transfer": self.config.model_dump(mode="json")},
+        }
+
+    def _described_part(self) -> tuple[nn.Module, Copying]:
+        """Return the teacher whose attention is copied, and what the student copies of it."""
+        side = next(term.side for term in self._terms if term.method.copies)
+        teacher = copied_teacher(side.loaded or describe_model(side.model))
+        return side.model, self.copying(replace(teacher, normalization=side.normalization))
 
     def copying(self, teacher: CopiedTeacher) -> Copying:
         """Return what the student of a copy method copies of a teacher that is built as described."""
@@ -260,7 +332,8 @@ class DualViT(nn.Module):
             if is_pyramid(model):
                 raise TransferError(
                     f"transfer.method={term.settings.method}: a student is saved with its teacher's attention only "
-                    f"where both are plain vision transformers, and {type(model).__name__} is a pyramid; use distill"
+                    f"where both are plain vision transformers, and {type(model).__name__} is a pyramid; use distill, "
+                    "or take the student alone by release(bare=True)"
                 )
         links = term.plan.links
         pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)

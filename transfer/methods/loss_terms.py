@@ -42,6 +42,10 @@ class TeacherSide:
     name: str
     model: nn.Module
     input: ShownImages
+    normalization: Normalization
+    """How its images are normalized."""
+    loaded: Pretrained | None
+    """What is known of a teacher that was loaded; None of one that was made elsewhere."""
 
     @classmethod
     def of(
@@ -58,7 +62,7 @@ class TeacherSide:
 
         `layers`: whether methods read its layers, so that its grids count.
         """
-        size = None
+        size, loaded = None, teacher if isinstance(teacher, Pretrained) else None
         if isinstance(teacher, Pretrained):
             own, size = own or Normalization(teacher.mean, teacher.std), teacher.preprocessing.input_size[1:]
             teacher = teacher.model
@@ -73,7 +77,7 @@ class TeacherSide:
                 check_takes(teacher.eval(), images, section)
         dtypes = {parameter.dtype for parameter in teacher.parameters()}
         shown.dtype = next((dtype for dtype in HALF if dtypes == {dtype}), None)
-        return cls(name, teacher.eval().requires_grad_(False), shown)
+        return cls(name, teacher.eval().requires_grad_(False), shown, own, loaded)
 
 
 @dataclass(frozen=True)

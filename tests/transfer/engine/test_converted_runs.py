@@ -39,8 +39,8 @@ def test_alignment_then_output_matching(teacher: Path, tmp_path: Path) -> None:
     assert plan_of(aligned) == "0: linear; 1: softmax"
     changed = {
         name
-        for name, tensor in aligned.state_dict().items()
-        if not torch.equal(tensor, original.state_dict()[name])
+        for name, tensor in aligned.named_parameters()
+        if not torch.equal(tensor, original.get_parameter(name))
     }
     assert changed == {"blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"}
 

@@ -43,7 +43,7 @@ def test_a_student_of_its_teacher_is_fitted_to_the_teachers_inputs(teacher: Path
     images = sample_images(run.data, source.preprocessing, 9, seed=run.seed)
     wanted = convert(source.model, PLAN, calibration=images, seed=run.seed)
     found = codes_of(tmp_path / "run")
-    assert len(found) == 2 * 3
+    assert len(found) == 2 * 4  # with the mark of the operator
     for index, layer in converted_layers(wanted).items():
         for name, tensor in layer.operator.state_dict().items():
             [own] = [value for key, value in found.items() if key.endswith(f"{index}.attn.operator.{name}")]

@@ -208,7 +208,7 @@ def test_operators_are_left_out_only_for_a_plan_that_was_asked_for(
     base["student"]["plan"] = None
     path.write_text(yaml.safe_dump(base))
     assert main(["train", str(path), "--dry_run"]) == 2
-    assert "unexpected keys: blocks.0.attn.operator." in capsys.readouterr().err
+    assert "weights of focused in blocks.0.attn, where the model has softmax" in capsys.readouterr().err
     assert main(["train", str(path), "--dry_run", "--plan", "*: linear"]) == 0
 
 

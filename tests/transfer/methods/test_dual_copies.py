@@ -53,7 +53,7 @@ def test_releasing_a_copy_leaves_the_original_alone(method: str) -> None:
     twin = copy.deepcopy(dual)
     trained = [p.requires_grad for p in dual.student.parameters()]
     expected = step(dual)
-    released = twin.release()
+    released = twin.release(bare=twin.needs_teacher)
     assert all(p.requires_grad for p in released.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in released.modules())
     assert [p.requires_grad for p in dual.student.parameters()] == trained
@@ -88,10 +88,10 @@ def test_a_student_has_one_wrapper_at_a_time(method: str) -> None:
     with pytest.raises(TransferError, match=r"of another DualViT.*release\(\)"):
         dual.with_student(student)
     assert all(torch.equal(*pair) for pair in zip(step(dual), expected, strict=True))
-    dual.release()
+    dual.release(bare=dual.needs_teacher)
     again = DualViT(teacher, student, method)
     assert all(torch.equal(*pair) for pair in zip(step(again), expected, strict=True))
-    dual.release()  # a second time: it is not its student any more
+    dual.release(bare=dual.needs_teacher)  # a second time: it is not its student any more
     assert all(torch.equal(*pair) for pair in zip(step(again), expected, strict=True))
 
 
@@ -108,7 +108,7 @@ def test_a_wrapper_that_is_gone_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_was_released_is_not_taught(method: str) -> None:
     dual = DualViT(tiny(seed=1), tiny(seed=2), method)
-    student = dual.release()
+    student = dual.release(bare=dual.needs_teacher)
     with pytest.raises(TransferError, match="was released"):
         dual(images())
     if dual.needs_teacher:

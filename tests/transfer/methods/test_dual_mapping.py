@@ -230,6 +230,6 @@ def test_a_bias_that_other_heads_still_use_is_trained() -> None:
     dual = DualViT(teacher, student, "copy", heads=[0, 3])
     dual(images()).logits.square().sum().backward()
     assert student.rel_pos_bias.relative_position_bias_table.grad.any()
-    dual.release()
+    dual.release(bare=True)
     DualViT(teacher, student, "copy")
     assert not student.rel_pos_bias.relative_position_bias_table.requires_grad

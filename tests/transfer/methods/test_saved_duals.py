@@ -1,0 +1,142 @@
+"""What `release` and `save` of a `DualViT` hand out gives the numbers that it gave, for every method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import graftvit
+import pyramids
+import pytest
+import timm
+import torch
+from dense import images, tiny
+from engine_runs import make_teacher
+from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.publish.student_files import plan_upload
+from graftvit.models.conversion import convert
+from graftvit.models.copied import copying_of
+from graftvit.models.copying.input import Normalization
+from graftvit.models.errors import CheckpointError, TransferError
+from graftvit.transfer.methods.dual import DualViT
+from torch import nn
+
+COPIES = ["copy", "copy_q", "copy_k", "copy_v"]
+METHODS = [
+    *COPIES, "distill", "distill_q", "distill_k", "distill_v",
+    "attention_output", "block_output", "feature", "logits",
+]  # fmt: skip
+X = images(dtype=torch.float32)
+NORMS = {
+    "teacher_normalization": Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)),
+    "student_normalization": Normalization((0.5,) * 3, (0.3,) * 3),
+}
+
+
+def trained(method: str, student: nn.Module | None = None, **options: Any) -> DualViT:
+    """A student after a step, so that it is neither fresh nor its teacher."""
+    student = tiny(seed=2, dtype=torch.float32) if student is None else student
+    dual = DualViT(tiny(seed=1, dtype=torch.float32), student, method, **{**NORMS, **options}).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    out = dual(X)
+    (out.logits.square().mean() + out.transfer_loss).backward()
+    optimizer.step()
+    return dual.eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_saved_student_gives_the_numbers_of_the_dual(tmp_path: Path, method: str) -> None:
+    with torch.enable_grad():
+        dual = trained(method)
+    expected = dual.predict(X)
+    folder = dual.save(tmp_path / "student")
+    torch.testing.assert_close(graftvit.load(folder)(X), expected)
+    torch.testing.assert_close(dual.predict(X), expected)  # it goes on
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == ("graftvit_copied" if method in COPIES else "vit_tiny_patch16_224")
+    assert config["pretrained_cfg"]["mean"] == [0.5] * 3
+    assert config["graftvit"]["recipe"]["transfer"]["method"] == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_released_student_gives_the_numbers_of_the_dual(tmp_path: Path, method: str) -> None:
+    with torch.enable_grad():
+        dual = trained(method)
+    expected, student = dual.predict(X), dual.student
+    released = dual.release()
+    assert released is student
+    torch.testing.assert_close(released(X), expected)
+    assert (copying_of(released) is not None) == (method in COPIES)
+    assert dual.release() is released
+
+
+@pytest.mark.parametrize("method", COPIES)
+def test_the_bare_student_is_released_by_its_name_alone(method: str) -> None:
+    dual, plain = trained(method), tiny(dtype=torch.float32)
+    bare = dual.release(bare=True)
+    assert copying_of(bare) is None
+    assert bare.state_dict().keys() == plain.state_dict().keys()
+    assert all(parameter.requires_grad for parameter in bare.parameters())
+    with pytest.raises(TransferError, match="bare"):
+        trained("distill").release(bare=True)
+    whole = trained(method)
+    whole.release()
+    with pytest.raises(TransferError, match="released with its teacher's part"):
+        whole.release(bare=True)
+
+
+@torch.no_grad()
+def test_a_converted_student_and_several_losses_are_saved(tmp_path: Path) -> None:
+    student = convert(tiny(seed=2, dtype=torch.float32), "0: hedgehog; 1: uniform")
+    losses = [{"method": "block_output"}, {"method": "copy", "layers": [(2, 2)]}]
+    dual = DualViT(tiny(seed=1, dtype=torch.float32), student, losses=losses, **NORMS).eval()  # type: ignore[arg-type]
+    torch.testing.assert_close(graftvit.load(dual.save(tmp_path / "student"))(X), dual.predict(X))
+    torch.testing.assert_close(dual.release()(X), graftvit.load(tmp_path / "student")(X))
+
+
+@torch.no_grad()
+def test_other_norms_types_and_heads_are_kept(tmp_path: Path) -> None:
+    student = tiny(seed=2, dtype=torch.float64, global_pool="avg")
+    student.reset_classifier(7)
+    student.double()
+    for module in student.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-3
+    dual = DualViT(tiny("clip", seed=1), student, "copy", layers="first:2", **NORMS).eval()  # type: ignore[arg-type]
+    loaded = graftvit.load(dual.save(tmp_path / "student"), dtype=torch.float64)
+    torch.testing.assert_close(loaded(images()), dual.predict(images()))
+
+
+def test_what_is_known_of_a_loaded_teacher_is_recorded(tmp_path: Path) -> None:
+    teacher = load_teacher(f"local-dir:{make_teacher(tmp_path)}")
+    student = timm.create_model(teacher.architecture, **teacher.model_args)
+    dual = DualViT(teacher, student, "copy")
+    folder = dual.save(tmp_path / "student")
+    made = json.loads((folder / "config.json").read_text())["graftvit"]
+    assert made["teacher"]["source"] == teacher.source
+    assert made["init"] == {"source": "not recorded"}
+    files = plan_upload(str(folder), "me/student")
+    assert teacher.source.rpartition("/")[2] in str(files)
+
+
+def test_a_folder_with_something_is_left_alone(tmp_path: Path) -> None:
+    dual = trained("distill")
+    dual.save(tmp_path / "student")
+    with pytest.raises(CheckpointError, match="already holds a model"):
+        dual.save(tmp_path / "student")
+    dual.save(tmp_path / "student", overwrite=True)
+
+
+def test_what_cannot_be_described_is_refused(tmp_path: Path) -> None:
+    student = tiny(dtype=torch.float32)
+    del student.pretrained_cfg  # as of a model that timm's factory did not make
+    with pytest.raises(CheckpointError, match="timm name"):
+        DualViT(tiny(seed=1, dtype=torch.float32), student, "distill", **NORMS).save(tmp_path / "student")  # type: ignore[arg-type]
+    pyramid = DualViT(pyramids.tiny("pvt"), pyramids.tiny("pvt", seed=1), "copy")
+    with pytest.raises(TransferError, match="pyramid"):
+        pyramid.release()
+    assert pyramid.predict(pyramids.images((32, 32))).shape == (2, 3)
+    assert copying_of(pyramid.release(bare=True)) is None
