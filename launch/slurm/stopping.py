@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,20 +50,14 @@ def stop(folder: Path, *, now: bool = False) -> Stopped:
     for place in range(ROUNDS):
         time.sleep(PAUSE if place else 0)
         made.failed, ending = [], []
-        ready = []
-        for run, one in _active(runs):
-            if one.submission.job_id in told:
-                continue
+        left = [(run, one) for run, one in _active(runs) if one.submission.job_id not in told]
+        cancelled = _cancel_together(left, now)
+        for run, one in left:
+            job = one.submission.job_id
             try:
                 _request(run, one)
-                ready.append((run, one))
-            except GraftError as error:
-                made.failed.append(f"{one.words} of {run} continues: {error}")
-        cancelled = _cancel_together(ready, now)
-        for run, one in ready:
-            try:
-                made.done.append(_stop(run, one, now, one.submission.job_id in cancelled))
-                told.add(one.submission.job_id)
+                made.done.append(_stop(run, one, now, job in cancelled))
+                told.add(job)
             except NoSuchJobError:  # where it is started again after all, it finds the request
                 ending.append(f"{one.words} of {run} is ending already")
             except GraftError as error:
@@ -111,18 +106,18 @@ def _cancel_together(jobs: list[tuple[Path, JudgedJob]], now: bool) -> set[str]:
     Jobs that wait come first: else each node that another one leaves is given to one of them. Where one cannot be
     cancelled, none is returned, and each is asked alone what the matter is.
     """
-    ids = [
-        (not _waits(one), one.submission.job_id)
-        for run, one in jobs
-        if one.submission.cluster == "slurm" and (now or _waits(one) or not is_folder(run))
-    ]
-    ordered = [job for _, job in sorted(ids, key=lambda pair: pair[0])]
+    ids = []
+    for run, one in sorted(jobs, key=lambda pair: not _waits(pair[1])):
+        if one.submission.cluster == "slurm" and (now or _waits(one) or not is_folder(run)):
+            with suppress(GraftError):  # said where it is stopped alone
+                _request(run, one)
+                ids.append(one.submission.job_id)
     try:
-        if ordered:
-            cancel(*ordered)
+        if ids:
+            cancel(*ids)
     except GraftError:
         return set()
-    return set(ordered)
+    return set(ids)
 
 
 def _stop(run: Path, one: JudgedJob, now: bool, cancelled: bool) -> str:
