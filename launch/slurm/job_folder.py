@@ -239,6 +239,8 @@ _SAVED = (
     "targets.txt",
 )
 """States, and what a run keeps before its first step: fitted layers, and the mark of a shard of teachers' targets."""
+_KEPT = ("fit/*.safetensors", "cells/*/cell.json")
+"""What `convert` and `search` keep where they write."""
 
 
 def newest_state(output_dir: Path) -> str:
@@ -247,8 +249,12 @@ def newest_state(output_dir: Path) -> str:
     The name holds the file server's time of writing: compare two names only for equality.
     """
     names = [f"{above}{name}" for above in ("", "*/", "*/*/") for name in _SAVED]
+    paths = [path for name in names for path in output_dir.glob(name)]
+    order = read_order(output_dir)
+    if order is not None and order.output is not None:
+        paths += [path for name in _KEPT for path in Path(order.output).glob(name)]
     times = []
-    for path in (path for name in names for path in output_dir.glob(name)):
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):  # `last` becomes `previous` at this moment
             times.append(path.stat().st_mtime_ns)
     return str(max(times, default=""))

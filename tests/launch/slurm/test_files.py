@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,18 @@ def test_what_is_kept_before_the_first_step_counts_as_saved(tmp_path: Path, plac
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.touch()
     assert newest_state(tmp_path) != ""
+
+
+@pytest.mark.parametrize("place", ["fit/layer01.safetensors", "cells/000-001/cell.json"])
+def test_what_a_command_keeps_where_it_writes_counts_as_saved(tmp_path: Path, place: str) -> None:
+    (tmp_path / "run" / "jobs").mkdir(parents=True)
+    order = {"words": ["convert"], "output": str(tmp_path / "out")}
+    (tmp_path / "run" / "jobs" / "command.json").write_text(json.dumps(order))
+    assert newest_state(tmp_path / "run") == ""
+    kept = tmp_path / "out" / place
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert newest_state(tmp_path / "run") != ""
 
 
 def test_a_request_to_stop_is_for_one_job_and_one_of_before_for_all(tmp_path: Path) -> None:
