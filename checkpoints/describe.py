@@ -14,7 +14,16 @@ from ..models.converted import is_mark
 from ..models.copied import copying_of
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, UnsupportedModelError, counted
-from ..models.families import Site, attention_shape, check_supported, depths, is_pyramid, sites, token_layout
+from ..models.families import (
+    Site,
+    attention_shape,
+    check_supported,
+    depths,
+    is_pyramid,
+    pooling_of,
+    sites,
+    token_layout,
+)
 from ..models.json_types import Json
 from .fit import match
 from .pretrained import Pretrained, load_pretrained, plan_model, read_source
@@ -32,7 +41,7 @@ def teacher_facts(teacher: Pretrained) -> dict[str, str]:
         "parameters": f"{parameters:,} ({parameters / 1e6:.1f} M)",
         **_shape(teacher),
         "classes": str(getattr(teacher.model, "num_classes", 0)) if teacher.has_head else "no head",
-        "pooling": str(getattr(teacher.model, "global_pool", "") or "none"),
+        "pooling": pooling_of(teacher.model) or "none",
         "images": teacher.preprocessing.describe(),
         **_copied(teacher.model),
         "license": teacher.license or "unknown: look where the weights come from",

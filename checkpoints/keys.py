@@ -16,6 +16,8 @@ NOT_NEEDED = (
     (r"pre_logits\..*", "timm has no representation layer"),
 )
 FINAL_NORMS = ("norm", "fc_norm")
+FRESH_NORM = "a fresh final norm: the weights were trained with another pooling"
+OTHER_HEAD = "a head that does not fit"
 OPERATOR = re.compile(r"(.*\battn\.operator\.).+")
 """A parameter that a conversion brought."""
 MERGE = re.compile(r"(.+\.)(?:dconv|norm_layer)\..+")
@@ -42,7 +44,7 @@ class KeyRules:
         if module in self.classifiers and self.role == "init":
             return "a fresh head"
         if self._other_pooling(module) and (self.role == "init" or self.num_classes == 0):
-            return "a fresh final norm: the weights were trained with another pooling"
+            return FRESH_NORM
         if key in ADDED_TOKENS and self.role == "init":
             return "fresh tokens: the weights have none"
         operator = OPERATOR.fullmatch(key)
@@ -59,7 +61,7 @@ class KeyRules:
         if module in self.classifiers:
             if self.num_classes == 0:
                 return "the model has no head"
-            return None if self.head_fits or self.role == "teacher" else "a head that does not fit"
+            return None if self.head_fits or self.role == "teacher" else OTHER_HEAD
         if self._other_pooling(_other(module)) and (self.role == "init" or self.num_classes == 0):
             return "the final norm of another pooling"
         if key in ("cls_token", *ADDED_TOKENS) and key not in self.model_keys and self.role == "init":

@@ -270,12 +270,16 @@ def find_head(source: str) -> Head:
     return Head(count, read_names(weights.pretrained_cfg, count))
 
 
-def read_preprocessing(source: str) -> Preprocessing:
-    """Return the preprocessing of weights without building their model; for a timm name download nothing.
+def read_outline(source: str) -> Pretrained:
+    """Return the model of a source without the values of its weights; for a timm name download nothing.
 
     Raises CheckpointError as `load_pretrained`.
     """
-    return Preprocessing.read(_look_up(source)[0])
+    weights = read_source(source, {}, download=False)
+    refuse_as_start(weights)
+    plan = plan_model(weights, {})
+    model = build(plan.architecture, plan.arguments, within=plan.weights.tensors, on_meta=True)
+    return _describe(model, source, plan, LoadReport(weights.origin, weights.format, 0))
 
 
 def _look_up(source: str) -> tuple[JsonDict, Weights | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..models.errors import CheckpointError
+from ..models.families import pooling_of
 from ..models.json_types import Json, JsonDict
 from .identity import collect_identity
 from .licenses import carried
@@ -36,7 +37,7 @@ def of_teacher(teacher: Pretrained | None) -> JsonDict | None:
     if teacher is None:
         return None
     origin = {"source": teacher.source, "revision": teacher.revision, "licence": teacher.license}
-    return origin | collect_identity(teacher)
+    return origin | {"pooling": pooling_of(teacher.model)} | collect_identity(teacher)
 
 
 def of_weights(source: str, report: LoadReport) -> JsonDict:

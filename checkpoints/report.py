@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..models.errors import escaped
+from .keys import FRESH_NORM, OTHER_HEAD
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,20 @@ class LoadReport:
         lines += [f"not in the weights: {line}" for line in grouped(self.missing)]
         lines += [f"not in the model: {line}" for line in grouped(self.unexpected)]
         return lines + list(self.notes)
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each part of the model that is fresh although the weights bring their own."""
+        found = []
+        if FRESH_NORM in self.missing.values():
+            found.append(
+                "its final norm is fresh, and that of the weights is left out, because they were trained with another "
+                "pooling: student.global_pool=auto keeps theirs"
+            )
+        if OTHER_HEAD in self.unexpected.values():
+            found.append(
+                "its head is fresh, and that of the weights is left out, because it has other classes"
+            )
+        return found
 
     def summary(self) -> str:
         """Return the lines as text."""

@@ -16,7 +16,10 @@ from ..checkpoints.pretrained import Pretrained, load_pretrained
 from ..checkpoints.report import some
 from ..checkpoints.sources import FolderSource, parse_source
 from ..models.errors import ConfigError
+from ..models.families import pooling_of
+from ..models.json_types import Json
 from ..transfer.config import RunConfig, TeacherConfig
+from ..transfer.metrics.reader import describe_features
 from .load_config import load_config
 from .source_flags import source_keywords
 
@@ -63,13 +66,27 @@ def load_candidate(source: str, how: TeacherConfig) -> Candidate:
     return Candidate(source, loaded.model, loaded.model, spec, classes, loaded, loaded.label_names)
 
 
+def describe_candidate(candidate: Candidate) -> list[str]:
+    """Describe the features that kNN and the probe measure, and warn where the teacher has others."""
+    name, own = candidate.name, pooling_of(candidate.module)
+    lines = [f"kNN and probe of {name}: {describe_features(candidate.module)}"]
+    teacher = candidate.loaded.provenance.get("teacher") or {}
+    theirs = teacher.get("pooling")
+    if theirs is not None and theirs != own:
+        lines.append(
+            f"warning: {name} is pooled by {own or 'nothing'} and its teacher {teacher.get('source')} by "
+            f"{theirs or 'nothing'}: the kNN and probe accuracies of the two are of different features"
+        )
+    return lines
+
+
 def check_alike(candidates: list[Candidate]) -> None:
     """Raise ConfigError if the models cannot take the same images or have different classes."""
     first = candidates[0]
     for other in candidates[1:]:
         if other.num_classes != first.num_classes:
             raise ConfigError(
-                f"{other.name!r} has {other.num_classes} classes and {first!r} has {first.num_classes}; "
+                f"{other.name!r} has {other.num_classes} classes and {first.name!r} has {first.num_classes}; "
                 "evaluate them one by one"
             )
         theirs, ours = (replace(each.spec, mean=(), std=()) for each in (other, first))
@@ -79,7 +96,7 @@ def check_alike(candidates: list[Candidate]) -> None:
         if differ:
             name = differ[0]
             raise ConfigError(
-                f"{other.name!r} takes images of {name}={getattr(theirs, name)} and {first!r} of "
+                f"{other.name!r} takes images of {name}={getattr(theirs, name)} and {first.name!r} of "
                 f"{name}={getattr(ours, name)}; evaluate them one by one"
                 + ("" if name == "input_size" else f", or give --{name} for all")
             )

@@ -16,6 +16,7 @@ from .load_config import Setting, load_config, load_stages, read_recipe
 if TYPE_CHECKING:
     from ..transfer.analysis.compare.compare import Comparison
     from ..transfer.analysis.compare.comparison_cells import CompareConfig
+    from ..transfer.config import RunConfig
 
 FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.stage", "data.workers", "data.download")
 """The settings of the comparison that also hold for the run that trains the teacher."""
@@ -44,18 +45,37 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
             )
     check_stages(compare, [stage.name for stage in stages])
     if compare.teacher_recipe is None:
-        return Comparison(stages, compare)
+        return Comparison([Stage(stage.name, _settled(stage.config)) for stage in stages], compare)
     folder = stages[0].config.output_dir / "teacher"
     teacher = load_config(_beside(compare.teacher_recipe, Path(source)), _taken_over(given, folder))
     found = {"source": f"local-dir:{folder / 'student'}"}
     stages = [
         Stage(
             stage.name,
-            stage.config.model_copy(update={"teacher": stage.config.teacher.model_copy(update=found)}),
+            _settled(
+                stage.config.model_copy(update={"teacher": stage.config.teacher.model_copy(update=found)}),
+                teacher,
+            ),
         )
         for stage in stages
     ]
     return Comparison(stages, compare, teacher)
+
+
+def _settled(config: RunConfig, made: RunConfig | None = None) -> RunConfig:
+    """Return the settings of a stage with its student's architecture, size and pooling.
+
+    `made` is the run that makes the teacher, which may not be there yet.
+    """
+    from ..transfer.engine.build import find_start, settle
+    from ..transfer.engine.mode import TEACHER
+    from ..transfer.engine.modes import mode_of
+    from ..transfer.engine.students import settle_student
+
+    mode = mode_of(config)
+    if made is None or mode.starting_source != TEACHER:
+        return settle(config, find_start(mode))
+    return config.model_copy(update={"student": settle_student(config.student, _settled(made).student)})
 
 
 def _beside(recipe: str, source: Path) -> str | Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ from .candidates import (
     Candidate,
     check_alike,
     common_names,
+    describe_candidate,
     in_order,
     load_candidate,
     predictor,
@@ -42,6 +44,7 @@ from .candidates import (
 )
 from .load_config import Setting, load_config
 
+logger = logging.getLogger(__name__)
 RANDOM = "random weights"
 """The row of a model that learned nothing: what distances and CKA are worth is seen beside it."""
 
@@ -54,6 +57,7 @@ def evaluate_sources(
     against: str | None = None,
     subset: str | None = None,
     real: bool = False,
+    tell: Callable[[str], object] = logger.info,
 ) -> dict[str, dict[str, float]]:
     """Measure each source and, if several sources have heads, their ensemble.
 
@@ -65,6 +69,7 @@ def evaluate_sources(
         against: The source of a teacher from which distances are measured.
         subset: `imagenet-a` or `imagenet-r`.
         real: Score against the ReaL labels of ImageNet's validation set.
+        tell: Gets a line about the features that kNN and the probe measure, and warnings about them.
 
     Raises:
         GraftError: if a source cannot be read, or sources, data and metrics do not match.
@@ -90,6 +95,9 @@ def evaluate_sources(
     reference = None
     if any(family in PROBES for chosen in families.values() for family in chosen):
         reference = create_reference_loader(data, spec, names=numbered, **ranks)
+    for candidate in candidates:
+        for line in describe_candidate(candidate) if {*PROBES} & {*families[candidate.name]} else ():
+            tell(line)
     for candidate in candidates:
         candidate.module.to(accelerator.device).eval()
     compared: Against | None = None

@@ -9,6 +9,7 @@ from torch import nn
 from ..checkpoints.publish.card_text import MATCHES
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.errors import counted
+from ..models.families import pooling_of
 from ..transfer.config import RunConfig
 from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
@@ -93,7 +94,11 @@ def _student_words(run: DryRun) -> str:
     name = plan.architecture
     if name == CONVERTED:
         name = f"{plan.arguments['architecture']} converted by '{plan.arguments['plan']}'"
-    return f"{name}: {count / 1e6:.1f} M parameters, {f'{classes} classes' if classes else 'no head'}, from {start}"
+    pooling = pooling_of(run.parts.task.backbone)
+    pooled = f", pooled by {pooling}" if pooling else ""
+    head = f"{classes} classes" if classes else "no head"
+    words = f"{name}: {count / 1e6:.1f} M parameters{pooled}, {head}, from {start}"
+    return "\n".join([words, *(f"warning: {warning}" for warning in run.parts.warnings)])
 
 
 def _transfer_words(run: DryRun) -> str:

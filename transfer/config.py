@@ -7,7 +7,7 @@ unique), and every default below is the default of the flag.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
 
@@ -19,6 +19,8 @@ from .section import LOCAL, Section, check_arguments, check_local, check_size, c
 
 Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
+AUTO: Final = "auto"
+"""Of the student's model and pooling: as the weights have it that the student starts from."""
 
 
 class TeacherConfig(Section):
@@ -59,8 +61,8 @@ class TeacherConfig(Section):
     _check_size_text = field_validator("img_size", mode="before")(check_size_text)
     _check_arguments = field_validator("model_args")(check_arguments)
 
-    def image_size(self, student: tuple[int, int] | None) -> int | tuple[int, int] | None:
-        """Return the size of the teacher's images: the given size, else the student's."""
+    def image_size(self, student: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        """Return the size of the teacher's images: the given size, else the student's, if that is given."""
         size: int | tuple[int, int] | None = self.img_size or self.model_args.get("img_size") or student
         return size
 
@@ -69,11 +71,14 @@ class StudentConfig(Section):
     """The model that learns. It is a timm model; a plan, or a method that copies, changes its attention."""
 
     model: str = Field(
-        "vit_base_patch16_224",
+        AUTO,
         description="timm architecture of a fresh student, or the source of an existing one (local-dir:…, "
-        "hf-hub:…, a file)",
+        "hf-hub:…, a file); auto: that of the weights it starts from, else vit_base_patch16_224",
     )
-    model_args: JsonDict = Field({}, description="keyword arguments of the student's timm constructor")
+    model_args: JsonDict = Field(
+        {},
+        description="keyword arguments of the student's timm constructor, beside those of the weights it starts from",
+    )
     plan: str | None = Field(
         None,
         description="operator of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by "
@@ -96,10 +101,13 @@ class StudentConfig(Section):
         "default",
     )
     img_size: int | tuple[int, int] | None = Field(
-        None, description="input resolution; the architecture's by default"
+        None,
+        description="input resolution; by default that of the weights it starts from, else the architecture's",
     )
-    global_pool: Literal["avg", "token", "map", ""] | None = Field(
-        "avg", description="pooling before the head of a fresh student"
+    global_pool: Literal["auto", "avg", "token", "map", ""] | None = Field(
+        AUTO,
+        description="pooling before the head; auto: that of the weights it starts from, else avg; none: the "
+        "architecture's",
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the last block")
     pos_embed_std: float | None = Field(
@@ -248,9 +256,9 @@ class OptimConfig(Section):
     max_steps: int | None = Field(None, gt=0, description="stop after this many steps; overrides epochs")
     opt: str = Field("adamw", description="timm optimizer name")
     lr: float | None = Field(
-        None, ge=0, description="absolute learning rate; blr x effective batch / 256 by default"
+        None, gt=0, description="absolute learning rate; blr x effective batch / 256 by default"
     )
-    blr: float = Field(1e-3, ge=0, description="base learning rate for 256 images")
+    blr: float = Field(1e-3, gt=0, description="base learning rate for 256 images")
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(5, ge=0, description="linear warm-up from zero")
     weight_decay: float = Field(0.05, ge=0, description="weight decay")

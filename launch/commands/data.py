@@ -121,8 +121,10 @@ def _picture(config: RunConfig, count: int) -> bytes:
     """Draw a PNG of the first training images, with the size and interpolation of the student."""
     from ...transfer.analysis.report.ink import to_png
     from ...transfer.data.image_preview import preview
+    from ...transfer.engine.build import find_start, settle
+    from ...transfer.engine.modes import mode_of
     from ...transfer.engine.students import find_whole, resolve_preprocessing
 
-    fresh = config.model_copy(update={"student": config.student.model_copy(update={"init": None})})
-    spec = resolve_preprocessing(fresh, None, find_whole(config.student))
+    start = find_start(mode_of(config))
+    spec = resolve_preprocessing(settle(config, start), start, find_whole(config.student))
     return to_png(preview(config.data, spec, count, seed=config.seed), ground="white")

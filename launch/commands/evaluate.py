@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
     from ...transfer.metrics.table import to_json, to_table
     from ..evaluation import RANDOM, evaluate_sources
 
+    notes: list[str] = []
     results = evaluate_sources(
         arguments.checkpoints,
         settings,
@@ -53,9 +54,10 @@ def run(argv: list[str]) -> int:
         against=arguments.against,
         subset=arguments.subset,
         real=arguments.real,
+        tell=notes.append,
     )
     if os.environ.get("RANK", "0") == "0":
-        say(to_table(results) + "\n")
+        say("\n".join([to_table(results), *notes]) + "\n")
         if arguments.against is not None:
             say(f"\n{RANDOM}: random weights of {arguments.against}'s architecture, which learned nothing\n")
         if arguments.json is not None:

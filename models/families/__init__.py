@@ -21,6 +21,7 @@ from .plain import image_size as image_size
 from .plain import is_supported as is_supported
 from .plain import patch_grid as patch_grid
 from .plain import patch_size as patch_size
+from .plain import pooling_of as pooling_of
 from .plain import token_layout as token_layout
 from .site import Family as Family
 from .site import Site as Site

@@ -112,6 +112,12 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def pooling_of(model: nn.Module) -> str | None:
+    """Return the pooling before a model's head in timm's word, "" for none; None for a model that does not say it."""
+    pooling = getattr(model, "global_pool", None)
+    return pooling if isinstance(pooling, str) else None
+
+
 def image_channels(model: nn.Module) -> int:
     """Return the channels of the images that a model takes."""
     several: Any = getattr(model, "patch_embeds", None)  # Twins has one for each stage

@@ -107,6 +107,35 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(
     assert again["top1"] == found["top1"]
 
 
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_the_features_of_knn_and_probe_are_named(
+    pooling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "teacher", 3)
+    teacher, run = f"local-dir:{tmp_path / 'teacher'}", tmp_path / "run"
+    settings = [f"teacher={teacher}", f"global_pool={pooling}", f"output_dir={run}"]
+    train(load_config(None, [*RUN, *settings]))
+    capsys.readouterr()
+    words = ["--metrics", "knn,probe", "--device", "cpu", "--workers", "0"]
+    assert main(["evaluate", str(run), *words]) == 0
+    found = capsys.readouterr().out
+    assert f"kNN and probe of {run}: 24 features of an image, pooled by {pooling}" in found
+    warning = f"warning: {run} is pooled by avg and its teacher {teacher} by token"
+    assert (warning in found) == (pooling == "avg")
+    assert main(["evaluate", str(run), "--device", "cpu", "--workers", "0"]) == 0
+    assert "kNN" not in capsys.readouterr().out
+
+
+def test_models_that_take_other_images_are_named_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "a", 0)
+    save(tmp_path / "b", 0, img_size=32)
+    names = [f"local-dir:{tmp_path / name}" for name in "ab"]
+    assert main(["evaluate", *names, "--dataset", "digits"]) == 2
+    assert f"and {names[0]!r} of input_size" in capsys.readouterr().err
+
+
 def test_a_teacher_of_any_kind_is_shown_its_own_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,13 +19,13 @@ from ...checkpoints import provenance
 from ...checkpoints.copying_students import copied_teacher
 from ...checkpoints.identity import identify
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights
+from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights, read_outline
 from ...checkpoints.timm_models import check_published
 from ...checkpoints.transformers_teacher import load_transformers
 from ...models.attention.base import AttentionOperator
 from ...models.converted import start_fresh
 from ...models.errors import ConfigError, DataError, UnsupportedModelError
-from ...models.families import vit
+from ...models.families import pooling_of, vit
 from ...models.json_types import JsonDict
 from ...models.lora import add_lora
 from ...models.pyramid_conversion import nothing_given_up
@@ -54,7 +54,16 @@ from .modes import mode_of
 from .optim import check_adapters, check_optimizer, check_schedule
 from .parallel import check_layers_apart
 from .run_parts import check_read
-from .students import StudentPlan, find_whole, input_size, resolve_preprocessing
+from .students import (
+    FRESH,
+    StudentPlan,
+    find_whole,
+    find_whole_name,
+    input_size,
+    resolve_preprocessing,
+    settings_of,
+    settle_student,
+)
 from .tasks import Task, TransferTask
 from .trackers import check_trackers
 
@@ -86,6 +95,8 @@ class Parts:
     origins: JsonDict
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them, and
     `teachers` where there are further ones."""
+    warnings: list[str]
+    """Parts of the initial weights that the student does not take over, one sentence each."""
 
     targets: TargetShards | None = None
     """What the teachers compute of the training images, where `transfer.cache` keeps it."""
@@ -123,10 +134,14 @@ def build(
     _check_data(mode, weights=weights)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
     whole = find_whole(config.student)
+    start = find_start(mode, commits, weights=weights)
+    config = settle(config, start)
+    mode = mode_of(config)
     size = input_size(config.student, whole)[1:]
-    teachers = _teachers(mode, size, commits, weights=weights)
+    loaded = start if mode.starting_source == TEACHER else None
+    teachers = _teachers(mode, size, commits, loaded, weights=weights)
     teacher = teachers.get(DEFAULT_TEACHER)
-    spec = resolve_preprocessing(config, teacher, whole)
+    spec = resolve_preprocessing(config, start or teacher, whole)
     with preserved():
         train_loader = _train_loader(mode, spec, rank, world_size, absent=not weights)
         eval_loader = _eval_loader(mode, spec, train_loader, rank, world_size)
@@ -134,7 +149,7 @@ def build(
     mode.check_classes(teachers, head)
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
-    student, init = _student(mode, plan, teacher, weights=weights)
+    student, init, warnings = _student(mode, plan, teacher, weights=weights)
     task = mode.task(Models(student, teachers, spec, _calibration(config, spec, weights=weights)))
     mode.freeze(task.trainable)
     check_adapters(task.trainable, config.optim)
@@ -178,8 +193,35 @@ def build(
         choice=choice,
         reference_loader=reference,
         origins=origins,
+        warnings=warnings,
         targets=targets,
     )
+
+
+def find_start(
+    mode: Mode, commits: Mapping[str, str | None] = NO_COMMITS, *, weights: bool = False
+) -> Pretrained | None:
+    """Return the model whose weights a new student starts from: the teacher, or another one without its values.
+
+    None for fresh weights, and for a student that is a whole model itself.
+
+    Raises ConfigError: the student starts from a teacher, and there is none. CheckpointError: it cannot be read.
+    """
+    student, how, source = mode.config.student, mode.config.teacher, mode.starting_source
+    if source is None or find_whole_name(student) is not None:
+        return None
+    if source != TEACHER:
+        return read_outline(source)
+    if how.source is None:
+        raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
+    size = student.img_size or student.model_args.get("img_size")
+    return load_teacher(how, size, commits.get(DEFAULT_TEACHER), weights=weights)
+
+
+def settle(config: RunConfig, start: Pretrained | None) -> RunConfig:
+    """Return the settings with the architecture, size and pooling of `start` where the user gave none."""
+    student = settle_student(config.student, FRESH if start is None else settings_of(start))
+    return config.model_copy(update={"student": student})
 
 
 def check_settings(mode: Mode) -> None:
@@ -243,19 +285,33 @@ def _eval_loader(
 
 
 def _teachers(
-    mode: Mode, size: tuple[int, int], commits: Mapping[str, str | None], *, weights: bool
+    mode: Mode,
+    size: tuple[int, int],
+    commits: Mapping[str, str | None],
+    loaded: Pretrained | None,
+    *,
+    weights: bool,
 ) -> dict[str, Pretrained]:
-    """Return the teachers by name, the one of the section `teacher` first."""
+    """Return the teachers by name, the one of the section `teacher` first, which may be `loaded` already."""
     config = mode.config
     reads = mode.reads_teacher and config.teacher.source is not None
     found = {DEFAULT_TEACHER: config.teacher} if reads else {}
     if "teachers" in mode.reads:
         found |= config.teachers
-    return {name: load_teacher(how, size, commits.get(name), weights=weights) for name, how in found.items()}
+    return {
+        name: loaded
+        if loaded is not None and how is config.teacher
+        else load_teacher(how, size, commits.get(name), weights=weights)
+        for name, how in found.items()
+    }
 
 
 def load_teacher(
-    how: TeacherConfig, size: tuple[int, int] | None, commit: str | None = None, *, weights: bool = True
+    how: TeacherConfig,
+    size: int | tuple[int, int] | None,
+    commit: str | None = None,
+    *,
+    weights: bool = True,
 ) -> Pretrained:
     """Load a teacher for students of images of `size`; for None at its own. Raises CheckpointError."""
     revision = commit or how.revision
@@ -284,8 +340,8 @@ def identify_teachers(*configs: RunConfig) -> list[str]:
 
 def _student(
     mode: Mode, plan: StudentPlan, teacher: Pretrained | None, *, weights: bool
-) -> tuple[nn.Module, JsonDict | None]:
-    """Return the student with its starting weights, and where these are from."""
+) -> tuple[nn.Module, JsonDict | None, list[str]]:
+    """Return the student with its starting weights, where these are from, and what of them it does not take over."""
     config = mode.config
     memory: AbstractContextManager[object] = nullcontext() if weights else without_memory()
     with memory:
@@ -293,7 +349,7 @@ def _student(
     note = nothing_given_up(student, config.student.without)
     if note:
         logger.warning("student.%s", note)
-    if mode.needs_labels and getattr(student, "global_pool", None) == "":
+    if mode.needs_labels and pooling_of(student) == "":
         raise ConfigError(
             "student.global_pool='' keeps all tokens apart, and labels need one prediction an image: "
             "use avg, token or map"
@@ -304,12 +360,12 @@ def _student(
             raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
         trunc_normal_(position, std=config.student.pos_embed_std)
     mode.start_head(student)
-    init = _start_from(mode, student, teacher, weights=weights)
+    init, warnings = _start_from(mode, student, teacher, weights=weights)
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
         _recompute(student)
-    return student, init
+    return student, init, warnings
 
 
 def _recompute(student: nn.Module) -> None:
@@ -325,17 +381,15 @@ def _recompute(student: nn.Module) -> None:
 
 def _start_from(
     mode: Mode, student: nn.Module, teacher: Pretrained | None, *, weights: bool
-) -> JsonDict | None:
-    """Load the weights to start from, the teacher's own or others; say where they are from."""
+) -> tuple[JsonDict | None, list[str]]:
+    """Load the weights to start from, the teacher's own or others; say where they are from, and what is left out."""
     source, how, revision = mode.starting_source, mode.config.teacher, None
     if source is None:
         start_fresh(student)
         _check_fitted(mode, student, student.state_dict())
-        return None
+        return None, []
     if source == TEACHER:
-        source = how.source
-        if source is None:
-            raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
+        source = str(how.source)
         revision = teacher.revision if teacher is not None else how.revision
     check_published(source, {}, revision)
     report = load_weights(
@@ -348,7 +402,9 @@ def _start_from(
     )
     _check_fitted(mode, student, report.missing)
     logger.info("student starts from %s: %s", source, report)
-    return provenance.of_weights(source, report)
+    for warning in report.warnings() if weights else ():
+        logger.warning("student: %s", warning)
+    return provenance.of_weights(source, report), report.warnings()
 
 
 def _check_fitted(mode: Mode, student: nn.Module, fresh: Collection[str]) -> None:

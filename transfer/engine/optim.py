@@ -252,22 +252,26 @@ class Schedule:
 
 
 def plan_schedule(config: OptimConfig, batches_per_epoch: int, batch_size: int, world_size: int) -> Schedule:
-    """Return the schedule of a run whose loader gives `batches_per_epoch` batches to each process."""
+    """Return the schedule of a run whose loader gives `batches_per_epoch` batches to each process.
+
+    A run of one step has no warm-up, which would leave it at rate zero.
+    """
     accum = min(config.accum_iter, batches_per_epoch)
     steps_per_epoch = batches_per_epoch // accum
     peak, effective = peak_learning_rate(config, batch_size, world_size)
-    if 0 < peak < config.min_lr:
+    if peak < config.min_lr:
         origin = f"optim.blr x {effective:,} images / 256" if config.lr is None else "optim.lr"
         raise ConfigError(
             f"optim.min_lr={config.min_lr:g} is above the peak of the learning rate, {peak:g} ({origin}), so the rate "
             "would be constant: lower min_lr, or raise the rate or the number of images per step (--accum_iter)"
         )
+    total_steps = config.max_steps or config.epochs * steps_per_epoch
     return Schedule(
         accum=accum,
         steps_per_epoch=steps_per_epoch,
-        total_steps=config.max_steps or config.epochs * steps_per_epoch,
+        total_steps=total_steps,
         peak=peak,
         minimum=min(config.min_lr, peak),
-        warmup_steps=config.warmup_epochs * steps_per_epoch,
+        warmup_steps=config.warmup_epochs * steps_per_epoch if total_steps > 1 else 0.0,
         effective_batch=effective,
     )

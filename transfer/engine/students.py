@@ -10,16 +10,19 @@ from torch import nn
 
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Pretrained, load_pretrained, read_preprocessing
+from ...checkpoints.pretrained import Pretrained, load_pretrained
 from ...checkpoints.timm_models import published_config
-from ...models.conversion import with_plan
+from ...models.conversion import with_plan, without_plan
 from ...models.copied import Copying, copying_of, with_copying
 from ...models.errors import ConfigError, did_you_mean
-from ...models.families import check_patches, create_timm_model
+from ...models.families import check_patches, create_timm_model, pooling_of
 from ...models.json_types import JsonDict
 from ...models.mirror import mirror_arguments
-from ..config import RunConfig, StudentConfig
+from ..config import AUTO, RunConfig, StudentConfig
 from ..data.augment import with_settings
+
+FRESH = StudentConfig(model="vit_base_patch16_224", global_pool="avg")
+"""The model of a student that starts from fresh weights."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,42 @@ class StudentPlan:
         return " Give student.global_pool=token (avg is the default)." if pooled else ""
 
 
+def settings_of(start: Pretrained) -> StudentConfig:
+    """Return the settings that build the model of weights to start from; `FRESH` where timm cannot build it alone."""
+    if not is_model(start.architecture) or copying_of(start.model) is not None:
+        return FRESH
+    arguments = {
+        name: value for name, value in start.model_args.items() if name not in ("img_size", "num_classes")
+    }
+    own = {
+        "model": start.architecture,
+        "model_args": arguments,
+        "img_size": start.preprocessing.input_size[1:],
+        "global_pool": pooling_of(start.model),
+    }
+    return FRESH.model_copy(update=own)
+
+
+def settle_student(config: StudentConfig, start: StudentConfig = FRESH) -> StudentConfig:
+    """Return the settings with those of `start`, the model of the initial weights, where the user gave none."""
+    model, arguments = (start.model, start.model_args) if config.model == AUTO else (config.model, {})
+    plain, own = without_plan(start.model, start.model_args)
+    if split_model_name_tag(config.model)[0] == plain:
+        arguments = own
+    settled = {
+        "model": model,
+        "model_args": {**arguments, **config.model_args},
+        "img_size": config.img_size or (None if "img_size" in config.model_args else start.img_size),
+        "global_pool": start.global_pool if config.global_pool == AUTO else config.global_pool,
+    }
+    return config.model_copy(update=settled)
+
+
 def find_whole_name(config: StudentConfig) -> str | None:
     """Return `config.model` if it is a source of a whole model; None if it is a timm architecture."""
     text = config.model
+    if text == AUTO:
+        return None
     is_source = ":" in text or "/" in text or Path(text.partition("#")[0]).exists()
     return text if is_source and not is_model(split_model_name_tag(text)[0]) else None
 
@@ -144,21 +180,16 @@ def plan_student(
 
 
 def resolve_preprocessing(
-    config: RunConfig, teacher: Pretrained | None, whole: Pretrained | None = None
+    config: RunConfig, origin: Pretrained | None, whole: Pretrained | None = None
 ) -> Preprocessing:
     """Return the preprocessing of the student's images, for training, evaluation and users of the student.
 
-    It is that of the initial weights (`whole`, student.init), else the teacher's, else timm's for the architecture;
+    It is that of `whole`, else of `origin` (the initial weights or else the teacher), else timm's for the architecture;
     `data.crop_pct`, `data.crop_mode` and `data.interpolation` override it.
     """
-    init = config.student.init
-    if whole is not None:
-        own = whole.preprocessing
-    elif init not in (None, "teacher"):
-        own = read_preprocessing(init)
-    elif teacher is not None:
-        own = teacher.preprocessing
-    else:
-        own = Preprocessing.read(published_config(config.student.model))
+    origin = whole or origin
+    own = (
+        Preprocessing.read(published_config(config.student.model)) if origin is None else origin.preprocessing
+    )
     own = Preprocessing.read(own.described(), input_size(config.student, whole))
     return with_settings(own, config.data)

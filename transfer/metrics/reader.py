@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
-from ...models.families import attention_blocks, vit
+from ...models.families import attention_blocks, pooling_of, vit
 
 Predictor = Callable[[Tensor], Tensor]
 
@@ -70,6 +70,13 @@ class Reader:
                 hooks.callback(block.register_forward_hook(partial(_keep_output, blocks, layer)).remove)
             logits = self._predict(images)
         return Reading(logits, torch.stack([_pooled(feature) for feature in features]).mean(0), blocks)
+
+
+def describe_features(model: nn.Module) -> str:
+    """Describe the features that nearest neighbors and a probe read: their number, and the pooling before the head."""
+    pooling = pooling_of(model)
+    pooled = "averaged over all tokens" if pooling == "" else f"pooled by {pooling or 'its own head'}"
+    return f"{vit(model).head_hidden_size} features of an image, {pooled}"
 
 
 def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import write_student
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import DataError, UnsupportedModelError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import build as building
@@ -76,3 +79,89 @@ def test_images_smaller_than_a_patch_are_refused_in_one_sentence(
     )
     with pytest.raises(UnsupportedModelError, match="images of 2x2 have no whole patch of 4x4"):
         building.build(config, weights=False)
+
+
+def run_from(source: str, **sections: Any) -> RunConfig:
+    student = {"plan": "*: linear"} if sections.get("mode") == "align" else {}
+    base = {"data": {"dataset": "digits", "workers": 0, "batch_size": 16}, "teacher": {"source": source}}
+    return RunConfig.model_validate(
+        {**base, **sections, "student": {**student, **sections.get("student", {})}}
+    )
+
+
+def small_teacher(folder: Path, pooling: str, classes: int = 10) -> str:
+    arguments = {**ARGUMENTS, "num_classes": classes, "global_pool": pooling}
+    torch.manual_seed(1)
+    model = timm.create_model(ARCHITECTURE, **arguments)
+    spec = Preprocessing.of(model, mean=(0.5,), std=(0.5,))
+    write_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, preprocessing=spec)
+    return f"local-dir:{folder}"
+
+
+STARTS = {
+    "transfer": {"student": {"init": "teacher"}},
+    "finetune": {"mode": "finetune"},
+    "source": {"mode": "finetune", "teacher": {}, "student": {"init": "SOURCE"}},
+    "scratch": {"mode": "scratch", "student": {"init": "teacher"}},
+    "align": {"mode": "align"},
+}
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_student_is_built_as_the_model_whose_weights_it_starts_from(
+    start: str, pooling: str, tmp_path: Path
+) -> None:
+    source = small_teacher(tmp_path / "t", pooling)
+    sections = {**STARTS[start]}
+    if start == "source":
+        sections["student"] = {"init": source}
+    parts = building.build(run_from(source, **sections))
+    teacher = load_teacher(source).model.state_dict()
+    found = parts.task.backbone.state_dict()
+    assert parts.task.backbone.global_pool == pooling
+    assert parts.spec.input_size == (1, 8, 8)
+    assert set(teacher) <= set(found)
+    assert all(torch.equal(found[name], values) for name, values in teacher.items())
+    assert parts.warnings == []
+
+
+def test_what_the_user_gives_stands_above_the_weights(tmp_path: Path) -> None:
+    source = small_teacher(tmp_path / "t", "token")
+    student = {"init": "teacher", "img_size": 16, "model_args": {"drop_rate": 0.5}, "global_pool": "avg"}
+    plan = building.build(run_from(source, student=student), weights=False).plan
+    assert plan.architecture == ARCHITECTURE
+    assert plan.arguments["img_size"] == (16, 16)
+    assert (plan.arguments["drop_rate"], plan.arguments["global_pool"]) == (0.5, "avg")
+    assert plan.arguments["embed_dim"] == ARGUMENTS["embed_dim"]
+
+
+@pytest.mark.parametrize(
+    ("student", "classes", "warning"),
+    [
+        ({"global_pool": "avg"}, 10, "its final norm is fresh"),
+        ({}, 7, "its head is fresh"),
+        ({"model": ARCHITECTURE, "model_args": ARGUMENTS}, 10, ""),
+    ],
+)
+def test_a_fresh_part_over_weights_that_bring_their_own_is_a_warning(
+    student: dict[str, Any], classes: int, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = small_teacher(tmp_path / "t", "token", classes)
+    config = run_from(source, output_dir=tmp_path / "run", student={"init": "teacher", **student})
+    lines = [line.strip() for line in describe_plan(config).splitlines()]
+    assert not caplog.records
+    building.build(config)
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if not warning:
+        assert not logged
+        assert not [line for line in lines if line.startswith("warning")]
+        return
+    (logged_line,) = logged
+    assert logged_line.startswith(f"student: {warning}")
+    assert [line for line in lines if line.startswith(f"warning: {warning}")]
+
+
+def test_students_from_fresh_weights_are_pooled_by_avg() -> None:
+    student = building.settle(RunConfig(), None).student
+    assert (student.model, student.global_pool) == ("vit_base_patch16_224", "avg")

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
+from graftvit.launch.load_config import load_config
 from graftvit.models.errors import ConfigError
 from graftvit.models.lora import add_lora
 from graftvit.models.mae import MaskedAutoencoder
@@ -133,6 +134,26 @@ def test_lr_follows_the_effective_batch_unless_it_is_given() -> None:
     assert plan.peak == pytest.approx(4e-3)
     assert (plan.accum, plan.steps_per_epoch, plan.total_steps) == (4, 2, 4)
     assert plan_schedule(OptimConfig(lr=0.5), 10, 32, 8).peak == 0.5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"max_steps": 1}, {"max_steps": 1, "warmup_epochs": 0.5}, {"epochs": 1, "warmup_epochs": 0.9}],
+)
+def test_a_run_of_one_step_trains_at_the_peak(values: dict[str, float]) -> None:
+    plan = plan_schedule(OptimConfig.model_validate({"lr": 0.5, **values}), 1, 32, 1)
+    assert (plan.total_steps, plan.rate(0)) == (1, 0.5)
+
+
+@pytest.mark.parametrize("name", ["lr", "blr"])
+def test_a_rate_of_zero_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"optim.{name} is 0"):
+        load_config(None, {f"optim.{name}": 0})
+
+
+def test_a_run_of_two_steps_keeps_its_warm_up() -> None:
+    plan = plan_schedule(OptimConfig(lr=0.5, max_steps=2, warmup_epochs=1), 2, 32, 1)
+    assert [plan.rate(step) for step in range(2)] == [0, 0.25]
 
 
 def test_fewer_batches_than_accumulation_make_one_step() -> None:

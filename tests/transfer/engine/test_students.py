@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
+from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig, StudentConfig
-from graftvit.transfer.engine.build import build
+from graftvit.transfer.engine.build import build, find_start, settle
+from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.students import input_size, plan_student, resolve_preprocessing
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
@@ -47,16 +49,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Teacher]:
     return loaded
 
 
+def images_of(config: RunConfig, teacher: Teacher | None = None) -> Preprocessing:
+    start = find_start(mode_of(config))
+    return resolve_preprocessing(settle(config, start), start or teacher)
+
+
 def test_images_are_those_of_the_weights_that_a_student_starts_from(sources: dict[str, Teacher]) -> None:
     teacher, init, whole = (sources[name] for name in ("teacher", "init", "whole"))
     from_init = settings(student={"init": init.source})
-    assert (
-        resolve_preprocessing(from_init, teacher)
-        == resolve_preprocessing(from_init, None)
-        == init.preprocessing
-    )
-    for start in (None, "teacher"):
-        assert resolve_preprocessing(settings(student={"init": start}), teacher) == teacher.preprocessing
+    assert images_of(from_init, teacher) == images_of(from_init) == init.preprocessing
+    from_teacher = settings(student={"init": "teacher"}, teacher={"source": teacher.source})
+    assert images_of(from_teacher) == images_of(settings(), teacher) == teacher.preprocessing
     assert resolve_preprocessing(settings(), teacher, whole) == whole.preprocessing
     assert {each.preprocessing.crop_pct for each in (teacher, init, whole)} == {0.3, 0.4, 0.5}
 
@@ -72,7 +75,7 @@ def test_weights_known_by_name_are_not_downloaded() -> None:
     recipe = settings(
         student={"model": "vit_base_patch16_224", "model_args": {}, "init": "vit_base_patch16_224.mae"}
     )
-    found = resolve_preprocessing(recipe, None)
+    found = images_of(recipe)
     assert (found.mean, found.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
