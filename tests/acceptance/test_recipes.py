@@ -62,8 +62,10 @@ CUTS = {
     "digits_copy": Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2}, alone=False),
     "digits_distill": DIGITS,
     "digits_finetune": DIGITS,
-    "digits_lit": Cut(COLOR, 32, length=STAGES, stop_after=8, alone=False),
-    "digits_lit_finetune": Cut(COLOR, 32, alone=False),
+    "digits_lit": Cut(
+        COLOR, 32, length=STAGES, stop_after=8, alone=False, init="swin_tiny_patch4_window7_224"
+    ),
+    "digits_lit_finetune": Cut(COLOR, 32, alone=False, init="swin_tiny_patch4_window7_224"),
     "digits_lit_teacher": Cut(COLOR, 32),
     "digits_pretrain": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),
     "digits_pyramid_teacher": Cut({}, None, None, {"epochs": 6, "warmup_epochs": 1}),

@@ -76,7 +76,7 @@ def command(recipe: str, cut: Cut, photos: Path, out: Path, weights: list[str]) 
 def stand_ins(recipe: str, cut: Cut, folder: Path, pretrained: str = "") -> list[str]:
     """The flags that put small weights in the place of the recipe's.
 
-    Weights of another recipe's run are `pretrained`, or those of the student's own model where the cut makes it small.
+    Weights of another recipe's run are `pretrained`, or random ones of the architecture `cut.init`.
     """
     own = stages_of(recipe)[0]
     flags = []
@@ -87,8 +87,7 @@ def stand_ins(recipe: str, cut: Cut, folder: Path, pretrained: str = "") -> list
             flags += [flag, _stand_in(cut.init, cut, folder / "weights")]
             continue
         if source.startswith("local-dir:"):
-            own_model = cut.model_args and _stand_in(own.student.model, cut, folder / "weights")
-            flags += [flag, own_model or pretrained]
+            flags += [flag, pretrained]
             continue
         flags += [flag, _stand_in(source, cut, folder / "weights")]
     further = {
