@@ -17,7 +17,6 @@ from ..checkpoints.report import some
 from ..checkpoints.sources import FolderSource, parse_source
 from ..models.errors import ConfigError
 from ..models.families import pooling_of
-from ..models.json_types import Json
 from ..transfer.config import RunConfig, TeacherConfig
 from ..transfer.metrics.reader import describe_features
 from .load_config import load_config
