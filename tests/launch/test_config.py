@@ -97,7 +97,7 @@ def test_an_empty_section_is_empty(tmp_path: Path) -> None:
         ("blr: 1", ["m.yaml", "blr", "optim.blr"]),
         ("optim: 5", ["m.yaml", "optim", "section"]),
         ("- 1", ["m.yaml", "keys"]),
-        ("optim: {blr: x}", ["m.yaml: optim.blr", "'x'", "a number of at least 0"]),
+        ("optim: {blr: x}", ["m.yaml: optim.blr", "'x'", "a number above 0"]),
         ("optim: {betas: [0.9]}", ["optim.betas", "[0.9]", "2 numbers"]),
         ("transfer: {method: distil}", ["transfer.method", "'distil'", "distill_q"]),
         ("student: {model_args: {depth:2}}", ["student.model_args", "'depth:2'", "a space after the colon"]),
@@ -171,7 +171,7 @@ configurations = st.builds(
         img_size=st.none() | st.integers(1, 999) | st.tuples(st.integers(1, 99), st.integers(1, 99)),
         model_args=st.dictionaries(NAME, WHOLE | st.booleans() | TEXT | st.none()),
     ),
-    optim=st.builds(OptimConfig, blr=st.floats(0, 1), clip_grad=st.none() | st.floats(1e-9, 1e9)),
+    optim=st.builds(OptimConfig, blr=st.floats(1e-9, 1), clip_grad=st.none() | st.floats(1e-9, 1e9)),
 )
 
 

@@ -93,7 +93,7 @@ def test_texts_become_values(key: str, text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("optim.blr", "a number of at least 0"),
+        ("optim.min_lr", "a number of at least 0"),
         ("student.drop_path", "a number of at least 0 and below 1"),
         ("optim.epochs", "a whole number above 0"),
         ("optim.clip_grad", "a number above 0 or none"),

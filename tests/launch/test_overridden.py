@@ -124,4 +124,4 @@ def test_a_chained_stage_creates_no_student(tmp_path: Path) -> None:
     (tmp_path / "stages.yaml").write_text(STAGES)
     first, second = check_stages(load_stages(tmp_path / "stages.yaml"))
     assert first.config.student.global_pool == "token"
-    assert second.config.student.global_pool == "avg"
+    assert second.config.student.global_pool == "auto"

@@ -80,9 +80,20 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "distill": {},
     "copy": {"transfer.method": "copy", "student.drop_path": 0.3},
     "feature": {"transfer.method": "feature", "transfer.task_weight": 0.0},
-    "logits": {"transfer.method": "logits", "student.init": "teacher", "data.aa": None},
+    "logits": {
+        "transfer.method": "logits",
+        "student.init": "teacher",
+        "student.global_pool": "avg",
+        "data.aa": None,
+    },
     "align": {"mode": "align", "student.plan": "*: kernel", "student.global_pool": "token"},
-    "finetune": {"mode": "finetune", "data.aa": "rand-m9", "optim.max_steps": 4, "optim.warmup_epochs": 0},
+    "finetune": {
+        "mode": "finetune",
+        "student.global_pool": "avg",
+        "data.aa": "rand-m9",
+        "optim.max_steps": 4,
+        "optim.warmup_epochs": 0,
+    },
     "continued": {
         "mode": "finetune",
         "student.model": "TEACHER",

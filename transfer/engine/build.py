@@ -205,7 +205,7 @@ def find_start(
 
     None for fresh weights, and for a student that is a whole model itself.
 
-    Raises ConfigError: the student starts from a teacher, and there is none. CheckpointError: it cannot be read.
+    Raises ConfigError: the student starts from a teacher, and no teacher is set. CheckpointError: it cannot be read.
     """
     student, how, source = mode.config.student, mode.config.teacher, mode.starting_source
     if source is None or find_whole_name(student) is not None:
