@@ -90,14 +90,17 @@ _ROW = TypeAdapter(Row)
 def disagreement(old: Row, new: Row) -> str:
     """Return what differs between two rows of one key; empty if they agree.
 
-    In the same environment all numbers but the latency are equal. In another one the last top-1 is within `TOLERANCE`.
+    In the same environment all numbers but the latency are equal. In another one the last top-1 is within `TOLERANCE`,
+    and a training whose loss overflows in one may end in the other.
     """
-    if old.status != new.status:
+    same = old.environment == new.environment
+    if old.status != new.status and (same or "refused" in (old.status, new.status)):
         return f"it was {old.status} and is now {new.status}"
     for what in ("parameters", "macs"):
-        if getattr(old, what) != getattr(new, what):
-            return f"{what} {getattr(old, what)} and {getattr(new, what)}"
-    if old.environment == new.environment:
+        numbers = getattr(old, what), getattr(new, what)
+        if None not in numbers and numbers[0] != numbers[1]:
+            return f"{what} {numbers[0]} and {numbers[1]}"
+    if same:
         if old.reason != new.reason:
             return f"{old.reason!r} and {new.reason!r}"
         return "" if old.curve == new.curve else f"curves {_curve(old)} and {_curve(new)}"

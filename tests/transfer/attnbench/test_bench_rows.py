@@ -69,6 +69,12 @@ def test_elsewhere_the_last_score_may_differ_by_the_tolerance() -> None:
     assert disagreement(ROW, elsewhere(TOLERANCE - 0.01)) == ""
     assert "more than 30 points apart" in disagreement(ROW, elsewhere(TOLERANCE + 0.01))
     assert "macs" in disagreement(ROW, dataclasses.replace(elsewhere(0.0), macs=5))
+    overflowed = dataclasses.replace(elsewhere(0.0), status="failed", curve=(), parameters=None, macs=None)
+    assert disagreement(ROW, overflowed) == disagreement(overflowed, ROW) == ""
+    assert (
+        disagreement(ROW, dataclasses.replace(overflowed, status="refused"))
+        == "it was trained and is now refused"
+    )
 
 
 def test_a_merge_keeps_each_row_once_and_refuses_a_contradiction() -> None:
