@@ -37,11 +37,13 @@ def read_state_weights(content: Content, part: Part) -> Weights:
 
     Raises CheckpointError: the state has no such part, or is damaged.
     """
-    prefix = f"{part}."
-    tensors = {name.removeprefix(prefix): t for name, t in content.tree.items() if name.startswith(prefix)}
+    tensors = _part(content.tree, part)
     if not tensors:
         what = "moving average" if part == "ema" else part
         raise CheckpointError(f"{content.path} holds no {what}; leave #{part} out")
+    if part == "ema":  # whole numbers have no average: they are the student's own
+        own = _part(content.tree, "student")
+        tensors = {name: t for name, t in own.items() if not t.is_floating_point()} | tensors
     if any(name.startswith("encoder.") for name in tensors):
         encoder = "encoder."
         tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
@@ -68,6 +70,12 @@ def read_state_weights(content: Content, part: Part) -> Weights:
         config,
         provenance=provenance,
     )
+
+
+def _part(tree: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Return the tensors of one model in a state, under their own names."""
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): t for name, t in tree.items() if name.startswith(prefix)}
 
 
 def _check_meta(path: Path, meta: Any) -> None:

@@ -75,7 +75,7 @@ def test_a_run_with_adapters_resumes_and_is_saved_without_them(tmp_path: Path) -
     before, after = (
         graftvit.load(source).state_dict() for source in (str(teacher), str(tmp_path / "run" / "student"))
     )
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
     attention = {f"blocks.{i}.attn.{p}.weight" for i in (0, 1) for p in ("qkv", "proj")}
     assert changed == attention | {"head.weight", "head.bias"}
     state = tmp_path / "run" / "checkpoints" / "last.safetensors"
