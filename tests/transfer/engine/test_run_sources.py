@@ -104,4 +104,4 @@ def test_every_command_takes_the_words(
     assert main(["evaluate", source, "--device", "cpu", "--workers", "0"]) == 0
     printed = capsys.readouterr().out
     assert "Would push to me/student" in printed
-    assert f"| {source} | {top1(str(tmp_path / 'saved')):7.2f} |" in printed
+    assert f" {top1(str(tmp_path / 'saved')):.2f} [" in printed
