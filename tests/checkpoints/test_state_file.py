@@ -148,7 +148,7 @@ def test_views_shared_and_strided_tensors_are_kept_apart(tmp_path: Path) -> None
 
 def test_an_overwritten_state_replaces_the_old_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
-    dead_attempt = tmp_path / ".s.safetensors.999999.tmp"
+    dead_attempt = tmp_path / ".s.safetensors.0123456789ab.tmp"
     dead_attempt.mkdir()
     (dead_attempt / ".tmpQKVgnj").write_bytes(b"as safetensors 0.8 names what it has not finished")
     for step in (1, 2):

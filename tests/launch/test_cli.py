@@ -112,7 +112,7 @@ def test_switches_go_both_ways(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["train", "--dryrun"], ["'--dryrun'", "'--dry_run'"]),
         (["train", "--teacher.model_arg", "x"], ["--teacher.model_args"]),
         (["train", "--no-epochs"], ["--no-epochs"]),
-        (["train", "--blr", "abc"], ["--blr", "'abc'", "a number of at least 0"]),
+        (["train", "--blr", "abc"], ["--blr", "'abc'", "a number above 0"]),
         (["train", "--blr"], ["--blr needs a value", "a number"]),
         (["train", "--blr", "--epochs", "3"], ["--blr needs a value"]),
         (["train", "--method", "distil"], ["--method", "'distil'", "copy_q", "attention_output"]),

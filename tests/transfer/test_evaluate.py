@@ -165,7 +165,10 @@ def test_what_does_not_fit_is_named() -> None:
 def test_results_become_a_table_and_json() -> None:
     metrics = {"student": Metrics(81.25, 99.5, 0.6543, 500), "ensemble": Metrics(100, 100, 0.1, 500)}
     results = {name: asdict(each) for name, each in metrics.items()}
-    assert to_table(results).splitlines()[2] == ("| student  |   81.25 |   99.50 | 0.6543 |    500 |")
+    assert (
+        to_table(results).splitlines()[2]
+        == "| student  |      81.25 [77.5, 84.4] |   99.50 | 0.6543 |    500 |"
+    )
     assert len({len(line) for line in to_table(results).splitlines()}) == 1
     assert json.loads(to_json(results))["ensemble"]["top1"] == 100
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...metrics.distance import DistanceSums
+from ...metrics.distance import LEAST_ROWS, DistanceSums
 
 
 def shares(maps: Tensor) -> Tensor:
@@ -43,6 +43,8 @@ def mean_distance(maps: Tensor, distances: Tensor) -> Tensor:
 
 def linear_cka(x_SC: Tensor, y_SD: Tensor) -> float | None:
     """Return the debiased linear CKA of two models' features of the same S samples, as `Distance.cka`; in float64."""
+    if len(x_SC) < LEAST_ROWS:
+        return None
     sums = DistanceSums()
     sums.update(x_SC.double(), y_SD.double(), torch.ones(len(x_SC), dtype=torch.bool))
     return sums.result().cka

@@ -51,14 +51,20 @@ def test_the_teachers_come_first_then_every_student_of_every_seed(tmp_path: Path
 
 def test_the_supervised_teacher_reads_the_image_as_its_students_do(tmp_path: Path) -> None:
     cells = demo_cells(tmp_path, (0,), quick=False)
-    assert {cell.config.student.global_pool for cell in cells} == {"avg"}
+    assert {cell.config.student.global_pool for cell in cells if cell.config.mode != "pretrain"} == {"avg"}
     assert cells[0].config.data.train_samples is None
 
 
 def test_students_differ_in_nothing_but_what_they_take_from_the_teacher(tmp_path: Path) -> None:
     cells = demo_cells(tmp_path, (0,), quick=False)[2:]
-    shared = [cell.config.model_dump(exclude={"mode", "output_dir", "teacher", "transfer"}) for cell in cells]
+    taken = {"mode": True, "output_dir": True, "teacher": True, "transfer": True}
+    shape = {"student": {"model", "model_args", "img_size"}}  # of the teacher where its weights are taken
+    shared = [cell.config.model_dump(exclude=taken | shape) for cell in cells]
     assert all(settings == shared[0] for settings in shared)
+    assert {cell.config.student.model for cell in cells if cell.config.mode == "finetune"} == {"auto"}
+    assert (
+        len({cell.config.student.model_dump_json() for cell in cells if cell.config.mode != "finetune"}) == 1
+    )
     modes = ["scratch", "transfer", "transfer", "finetune", "transfer", "transfer"]
     assert [cell.config.mode for cell in cells] == modes
 
