@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from graftvit.models.claims import FASTER_FROM
+from graftvit.models.layer_plan import FASTER_FROM
 from graftvit.transfer.analysis.benchmark.benchmark_tables import crossover_table, peers_table, size_table
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
 from graftvit.transfer.analysis.report.tables import markdown

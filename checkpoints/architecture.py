@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from timm.models import is_model
 from torch import Tensor
 
-from ..models.errors import CheckpointError
-from ..models.json_types import JsonDict
+from ..models.errors import CheckpointError, JsonDict
 from .report import some
 from .weights import Weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ..models.json_types import Json
+from ..models.errors import Json
 
 KEY = "label_names"
 """The entry of config.json that timm and the hub read; also of a training state."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from ..models.conversion import plan_of, with_plan
-from ..models.errors import ConfigError
+from ..models.errors import ConfigError, JsonDict
 from ..models.families import is_pyramid
-from ..models.json_types import JsonDict
 from .pretrained import Pretrained
 from .provenance import carried_license, of_weights
 from .student import write_student

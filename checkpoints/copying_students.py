@@ -12,9 +12,8 @@ from timm.models import split_model_name_tag
 from torch import Tensor
 
 from ..models.copied import ARCHITECTURE, CopiedTeacher
-from ..models.copying.input import Normalization
-from ..models.errors import CheckpointError, GraftError
-from ..models.json_types import Json
+from ..models.copying.teacher_view import Normalization
+from ..models.errors import CheckpointError, GraftError, Json
 from .fit import own_norm_eps
 from .model_folders import read_folder
 from .provenance import BARE, COST, copies

@@ -13,7 +13,7 @@ from torch import nn
 from ..models.converted import is_mark
 from ..models.copied import copying_of
 from ..models.cost import copied_macs, copied_parameters
-from ..models.errors import CheckpointError, UnsupportedModelError, counted
+from ..models.errors import CheckpointError, Json, UnsupportedModelError, counted
 from ..models.families import (
     Site,
     attention_shape,
@@ -24,7 +24,6 @@ from ..models.families import (
     sites,
     token_layout,
 )
-from ..models.json_types import Json
 from .fit import match
 from .pretrained import Pretrained, load_pretrained, plan_model, read_source
 from .report import grouped

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..models.errors import CheckpointError
-from ..models.json_types import Json
+from ..models.errors import CheckpointError, Json
 from .formats.transformers.hf_config import MODEL_TYPES
 from .hub.download import commit_of, download, try_download
 from .model_folders import CONFIG, read_card_license, read_config

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.json_types import JsonDict
+from ..models.errors import JsonDict
 from .weights import Weights
 
 if TYPE_CHECKING:

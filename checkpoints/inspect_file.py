@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.errors import CheckpointError
-from ..models.json_types import Json, JsonDict
+from ..models.errors import CheckpointError, Json, JsonDict
 from .atomic import write_file
 from .formats.containers import unwrap
 from .formats.described import as_metadata

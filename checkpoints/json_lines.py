@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from ..models.errors import CheckpointError, GraftError
-from ..models.json_types import JsonDict
+from ..models.errors import CheckpointError, GraftError, JsonDict
 from .regular_files import open_regular
 from .report import some
 

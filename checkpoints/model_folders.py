@@ -11,8 +11,7 @@ import yaml
 from timm.models import is_model, list_pretrained, split_model_name_tag
 from timm.models._hub import _parse_model_cfg
 
-from ..models.errors import CheckpointError
-from ..models.json_types import Json, JsonDict
+from ..models.errors import CheckpointError, Json, JsonDict
 from .formats import read_weights
 from .hub.download import commit_of, download, try_download
 from .preprocessing import Preprocessing

@@ -11,10 +11,9 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from ..models.copying.input import LARGEST
-from ..models.errors import CheckpointError
+from ..models.copying.teacher_view import LARGEST
+from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import image_size
-from ..models.json_types import Json, JsonDict
 from .report import shortened
 
 CROP_MODES = ("center", "squash", "border")

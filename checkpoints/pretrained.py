@@ -12,13 +12,11 @@ from torch import nn
 
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import plan_size, resize, with_plan
-from ..models.converted import MARK, converted_layers, drop_other_operators, is_mark, read_mark
+from ..models.converted import MARK, converted_layers, drop_other_operators, drop_parts, is_mark, read_mark
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
-from ..models.dropped_parts import drop_parts
-from ..models.errors import CheckpointError
+from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
-from ..models.json_types import Json, JsonDict
 from ..models.layer_plan import plan_text
 from .architecture import infer_architecture
 from .class_names import read_names

@@ -7,9 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..models.errors import CheckpointError
+from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import pooling_of
-from ..models.json_types import Json, JsonDict
 from .identity import collect_identity
 from .licenses import carried
 from .recorded import copied_by

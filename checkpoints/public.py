@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.json_types import Json, JsonDict
+from ..models.errors import Json, JsonDict
 
 PATH_KEYS = ("source", "init", "data_path", "stage", "output_dir", "cache")
 """Settings that may hold a path, relative ones included."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..models.copying.copying_operators import COPIES
-from ..models.json_types import Json
+from ..models.errors import Json
 
 
 @dataclass(frozen=True)

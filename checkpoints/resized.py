@@ -13,8 +13,8 @@ from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import converted_layers
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
+from ..models.errors import Json
 from ..models.families import Site, sites, vit
-from ..models.json_types import Json
 from .position import Method, resample_position
 from .prefix_tokens import num_prefix_rows
 from .report import LoadReport

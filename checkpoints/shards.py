@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..models.errors import CheckpointError
-from ..models.json_types import JsonDict
+from ..models.errors import CheckpointError, JsonDict
 from .regular_files import read_regular
 from .report import some
 from .weight_files import Content, read_file

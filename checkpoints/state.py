@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
-from ..models.errors import CheckpointError
-from ..models.json_types import JsonDict
+from ..models.errors import CheckpointError, JsonDict
 from .atomic import remove, sync
 from .state_file import BEST, TrainingState, check_state, read_meta, read_state, write_state
 

@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.errors import CheckpointError
-from ..models.json_types import JsonDict
+from ..models.errors import CheckpointError, JsonDict
 from .atomic import write_file
 from .regular_files import open_regular
 from .safety.file_outline import outline

@@ -16,9 +16,8 @@ from ..models.converted import marks_of
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
-from ..models.errors import CheckpointError
+from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import vit
-from ..models.json_types import Json, JsonDict
 from .atomic import write_folder
 from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite

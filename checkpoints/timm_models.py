@@ -22,11 +22,9 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..models import copied  # noqa: F401  timm knows converted and copying models from here on
-from ..models.errors import CheckpointError, GraftError
+from ..models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..models.families import create_timm_model, image_size, is_pyramid, vit
-from ..models.json_types import Json, JsonDict
-from ..models.without_memory import without_memory
+from ..models.small import without_memory
 from .hub.download import commit_of, download, try_download
 from .report import shortened
 from .safety.budget import bounded

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.errors import CheckpointError
-from ..models.json_types import Json, JsonDict
-from ..models.outside import OutsideTeacher
+from ..models.errors import CheckpointError, Json, JsonDict
+from ..models.parts import OutsideTeacher
 from .class_names import KEY as LABEL_NAMES
 from .class_names import read_names
 from .foreign_folders import ForeignFolder, find_foreign

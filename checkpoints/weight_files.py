@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from ..models.errors import CheckpointError
-from ..models.json_types import JsonDict
+from ..models.errors import CheckpointError, JsonDict
 from .regular_files import check_regular
 from .safety.file_outline import Kind, outline
 from .safety.onnx_file import Graph

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.errors import CheckpointError
-from ..models.json_types import Json
+from ..models.errors import CheckpointError, Json
 from .report import shortened
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from ..models.json_types import JsonDict
+from ..models.errors import JsonDict
 from ..transfer.analysis.report.tables import aligned
 from ..transfer.data.survey import Split, Survey, differences
 

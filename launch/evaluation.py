@@ -13,19 +13,14 @@ from ..checkpoints.class_names import same_classes
 from ..checkpoints.load_model import build_untrained
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.sources import parse_source
-from ..models.copying.input import Normalization, Renormalized
-from ..models.errors import ConfigError
-from ..models.json_types import Json
+from ..models.copying.teacher_view import Normalization, Renormalized
+from ..models.errors import ConfigError, Json
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
 from ..transfer.data.class_counts import check_num_classes
 from ..transfer.data.datasets import check_dataset
 from ..transfer.data.labels import imagenet_names
-from ..transfer.data.loaders import (
-    EvalLoader,
-    create_eval_loader,
-    create_reference_loader,
-)
+from ..transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
 from ..transfer.engine.parallel import create_accelerator, host_group
 from ..transfer.engine.stage_together import stage_together
 from ..transfer.evaluate import check_folders

@@ -15,8 +15,7 @@ from pydantic_core import ErrorDetails
 
 from ..checkpoints.paths import NOT_A_URL, is_there, is_url
 from ..checkpoints.regular_files import read_regular
-from ..models.errors import ConfigError, did_you_mean
-from ..models.json_types import Json, JsonDict
+from ..models.errors import ConfigError, Json, JsonDict, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import LossConfig, RunConfig
 from ..transfer.loss_config import describes_single_loss
@@ -74,7 +73,7 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
     recipe = Recipe([]) if source is None else read_recipe(source)
     if not recipe.stages:
         return []
-    from ..transfer.engine.stages import Stage  # loads torch
+    from ..transfer.engine.stages import Stage
 
     given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
     names = [name for name, _ in recipe.stages]

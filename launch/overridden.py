@@ -87,7 +87,7 @@ def unread_of(config: RunConfig) -> dict[str, Part]:
 
 
 def _parts_of(config: RunConfig) -> list[Part]:
-    from ..transfer.engine.modes import mode_of  # loads torch
+    from ..transfer.engine.modes import mode_of
     from ..transfer.engine.run_parts import run_parts
 
     return run_parts(mode_of(config))

@@ -21,9 +21,9 @@ def pyramid_table(
     If `calibration` describes calibration images, add the error of each layer before and after calibration.
     """
     from ..models.converted import choices_of, converted_layers
+    from ..models.cost import attention_macs
     from ..models.families import sites
     from ..models.merges import new_merges
-    from ..models.pyramid_cost import attention_macs
 
     before, after = attention_macs(teacher), attention_macs(student)
     layers, choices, earlier = converted_layers(student), choices_of(student), choices_of(teacher)
@@ -57,7 +57,7 @@ def _count(module: nn.Module) -> int:
 
 def _totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
     from ..models.converted import new_parameters
-    from ..models.pyramid_cost import other_macs
+    from ..models.cost import other_macs
 
     whole = before + other_macs(teacher), after + other_macs(student)
     counts = [_count(teacher), _count(student)]

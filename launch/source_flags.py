@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..models.json_types import JsonDict
+from ..models.errors import JsonDict
 from ..transfer.config import TeacherConfig
 from .load_config import Setting, load_config
 

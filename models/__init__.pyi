@@ -10,7 +10,7 @@ from .conversion import new_parameters as new_parameters
 from .conversion import plan_of as plan_of
 from .copied import copied_layers as copied_layers
 from .copied import resize as resize
-from .copying.input import Normalization as Normalization
+from .copying.teacher_view import Normalization as Normalization
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
@@ -27,6 +27,6 @@ from .host import AttentionHost as AttentionHost
 from .host import host_attention as host_attention
 from .host import release_attention as release_attention
 from .layer_plan import parse_plan as parse_plan
+from .layer_plan import register_operator as register_operator
 from .mae import MaskedAutoencoder as MaskedAutoencoder
 from .mirror import mirror_arguments as mirror_arguments
-from .operators import register_operator as register_operator

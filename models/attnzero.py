@@ -30,8 +30,8 @@ from torch import nn
 
 from . import pvt_models
 from .converted import start_fresh
+from .errors import JsonDict
 from .families import create_timm_model, is_pyramid
-from .json_types import JsonDict
 from .plain_conversion import convert_plain
 from .pvt_v1 import PVT
 from .pyramid_conversion import convert_pyramid

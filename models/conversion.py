@@ -12,15 +12,15 @@ from typing import Any
 from timm.models import load_pretrained, register_model, split_model_name_tag
 from torch import Tensor, nn
 
-from . import attnzero, lit, pvt_models, small  # noqa: F401  registers these models with timm
 from .attention.base import LayerShape
 from .calibration import Finished
 from .converted import ConvertedAttention as ConvertedAttention
+from .converted import KeptWeights
 from .converted import converted_layers as converted_layers
 from .converted import new_parameters as new_parameters
 from .converted import plan_of as plan_of
 from .converted import plan_size as plan_size
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, Json, JsonDict, UnsupportedModelError
 from .families import (
     attention_shape,
     check_patches,
@@ -30,10 +30,7 @@ from .families import (
     token_layout,
     vit,
 )
-from .initialize import KeptWeights
-from .json_types import Json, JsonDict
-from .layer_plan import KEEP, Choice
-from .operators import create_operator
+from .layer_plan import KEEP, Choice, create_operator
 from .plain_conversion import convert_plain
 from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyramid
 

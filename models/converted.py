@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .attention.base import AttentionOperator, Fit, Geometry
-from .errors import CheckpointError, ConfigError
-from .families import NoAttention, blocks_of, image_size, is_pyramid, sites
+from .attention.base import QKV, AttentionOperator, Fit, Geometry
+from .errors import CheckpointError, ConfigError, did_you_mean
+from .families import NoAttention, Site, blocks_of, image_size, is_pyramid, sites, vit
 from .host import AttentionHost
-from .layer_plan import AS_IT_IS, DEFORMABLE, KEEP, NONE, Choice, parse_choice, plan_text
-from .merges import merge_layers, merges_deformably
-from .operators import canonical, check_choice
+from .layer_plan import (
+    AS_IT_IS,
+    DEFORMABLE,
+    KEEP,
+    NONE,
+    Choice,
+    canonical,
+    check_choice,
+    parse_choice,
+    plan_text,
+)
+from .merges import deformable_merges, merge_layers, merges_deformably
 from .replay import replay_blocks
+from .token_merging import OffsetConv2d
 
 MARK = "operator.choice"
 """Key, within a converted layer, of a buffer with the operator and its options as text. By it weights say what they
@@ -237,3 +248,125 @@ def plan_size(model: nn.Module) -> tuple[int, int] | None:
     sizes = {layer.tokens.plan_size for layer in converted_layers(model).values()}
     sizes = (sizes | {layer.plan_size for layer in removed}) - {image_size(model)}
     return sizes.pop() if sizes else None
+
+
+# The parts of a pyramid that a conversion drops: in the layer, and in weights of the original model.
+
+REDUCTION = ("sr", "norm", "pool", "act")
+BIAS = ("relative_position_bias_table", "relative_position_index", "cpb_mlp", "relative_coords_table")
+FUSED = ("qkv", "kv")
+"""Projections whose rows are equal parts, in the order of the name."""
+
+
+def dropped_names(kept: Collection[str], keeps_bias: bool) -> list[str]:
+    """Return the names of the parameters and modules that a layer loses, which keeps these parts of q, k and v."""
+    names = [*REDUCTION, *(() if keeps_bias else BIAS)]
+    names += [f"{part}_bias" for part in QKV if part not in kept]
+    return names if "q" in kept else [*names, "q", "logit_scale"]
+
+
+def kept_rows(tensor: Tensor, name: str, kept: Collection[str]) -> Tensor:
+    """Return the rows of a fused projection `name` that belong to the kept parts."""
+    rows = tensor.chunk(len(name))
+    return torch.cat([part for part, letter in zip(rows, name, strict=True) if letter in kept])
+
+
+def drop_parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return weights of the original model without what a converted pyramid lacks, and the reason of each key left out.
+
+    Weights of a model that was converted by the same plan, and those for a plain vision transformer, stay as they are.
+    """
+    found, reasons = dict(tensors), dict[str, str]()
+    if not is_pyramid(model):
+        return found, reasons
+    own = model.state_dict()
+    for path in deformable_merges(model):
+        if not any(key.startswith(f"{path}.dconv.") for key in found):
+            for key in [key for key in found if key.startswith(f"{path}.")]:
+                reasons[key] = "deformable merging replaces it"
+                del found[key]
+    for site in sites(model):
+        reason = _reason(site.block(model).attn)
+        if not reason:
+            continue
+        for key in [
+            key for key in found if key not in own and _is_dropped(key, site, site.block(model).attn)
+        ]:
+            reasons[key] = reason
+            del found[key]
+        for name in FUSED:
+            _cut(found, own, f"{site.path}.attn.{name}.", name, site.block(model).attn)
+    return found, reasons
+
+
+def _reason(layer: Any) -> str:
+    if isinstance(layer, NoAttention):
+        return "the layer has no attention"
+    choice = getattr(layer, "choice", None)
+    return "" if choice is None else f"{choice} does not need it"
+
+
+def _is_dropped(key: str, site: Site, layer: Any) -> bool:
+    """Return whether a conversion drops this part of a block; a part that timm's layer has not is not one of them."""
+    if isinstance(layer, NoAttention):
+        return key.startswith((f"{site.path}.attn.", f"{site.path}.norm1."))
+    prefix = f"{site.path}.attn."
+    name = key.removeprefix(prefix).partition(".")[0]
+    return key.startswith(prefix) and name in (*dropped_names((), keeps_bias=False), *FUSED)
+
+
+def _cut(tensors: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str, name: str, layer: Any) -> None:
+    """Cut the rows of a fused projection in `tensors` to those of the converted layer."""
+    kept: Sequence[str] = getattr(layer, "kept", QKV)
+    full = len(name) * int(layer.original.proj.in_features) if hasattr(layer, "original") else 0
+    for key in [f"{prefix}weight", f"{prefix}bias"]:
+        if key in tensors and key in own and len(tensors[key]) == full != len(own[key]):
+            tensors[key] = kept_rows(tensors[key], name, kept)
+
+
+# The weights that a converted model starts from: all, all but attention, or none of the teacher's.
+
+KeptWeights = Literal["all", "mlp", "none"]
+WEIGHTS: dict[str, str] = {
+    "all": "every weight is the teacher's",
+    "mlp": "the attention of converted layers is fresh, all other weights are the teacher's",
+    "none": "every weight is fresh",
+}
+
+
+def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
+    """Keep the weights of `model` selected by `weights`, initialize the rest; `layers` are the converted layers.
+
+    Raises ConfigError: `weights` is not one of WEIGHTS.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r}; {did_you_mean(str(weights), WEIGHTS)}")
+    if weights == "none":
+        _initialize(model)
+    elif weights == "mlp":
+        fresh, blocks = blocks_of(_fresh(model)), blocks_of(model)
+        for index in layers:
+            blocks[index].attn.load_state_dict(fresh[index].attn.state_dict())
+
+
+def _fresh(model: nn.Module) -> nn.Module:
+    """Return a copy that timm has initialized with the family's own scales."""
+    fresh = copy.deepcopy(model)
+    _initialize(fresh)
+    return fresh
+
+
+def _initialize(model: nn.Module) -> None:
+    """Initialize every weight as timm's constructor does; PVTv2 and Twins have no method for it."""
+    if hasattr(model, "init_weights"):
+        vit(model).init_weights()
+        return
+    for module in model.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    own: Any = model
+    model.apply(own._init_weights)
+    for module in model.modules():
+        if isinstance(module, OffsetConv2d):
+            module.reset_parameters()

@@ -19,24 +19,12 @@ from torch import Tensor, nn
 
 from . import conversion
 from .copying.copying_operators import COPIES, Copy
-from .copying.grids import GridRule
-from .copying.input import LARGEST, Normalization, TeacherInput
-from .copying.links import HeadMap, LayerPair, Link
-from .copying.tape import Tape
-from .copying.teacher_view import view_attention
-from .copying.tokens import match_tokens
-from .errors import UnsupportedModelError
-from .families import (
-    attention_blocks,
-    attention_shape,
-    check_supported,
-    patch_size,
-    sites,
-    token_layout,
-    vit,
-)
+from .copying.grids import GridRule, match_tokens
+from .copying.tape import HeadMap, LayerPair, Link, Tape
+from .copying.teacher_view import LARGEST, Normalization, TeacherInput, view_attention
+from .errors import Json, JsonDict, UnsupportedModelError
+from .families import attention_blocks, attention_shape, check_supported, patch_size, sites, token_layout, vit
 from .host import AttentionHost
-from .json_types import Json, JsonDict
 from .replay import replay_blocks
 
 ARCHITECTURE = "graftvit_copied"

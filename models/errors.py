@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
+from typing import Any, TypeAlias
 
 LONGEST = 2_000
 """Maximum length of a sentence in characters."""
@@ -100,3 +101,11 @@ def _likeness(one: str, other: str) -> tuple[float, int]:
     """Return the similarity of two names; of equally similar ones, a longer common beginning is nearer."""
     ratio = difflib.SequenceMatcher(None, one, other).ratio()
     return ratio, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+# Types of JSON, YAML and keyword arguments: values by name. The code that reads them checks their types.
+
+Json: TypeAlias = Mapping[str, Any]
+"""A mapping that is only read."""
+JsonDict: TypeAlias = dict[str, Any]
+"""A mapping that is created or changed."""

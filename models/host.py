@@ -19,9 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention.base import QKV, Geometry, Heads, Operator
 from .attention.softmax import Softmax
-from .errors import UnsupportedModelError
+from .errors import JsonDict, UnsupportedModelError
 from .families import attention_blocks, check_supported
-from .json_types import JsonDict
 from .map_structure import MapStructure
 
 Given = tuple[Tensor, Tensor | None, Tensor | None]

@@ -15,16 +15,59 @@ In a pyramid the entry `merge: deformable` replaces the parts that merge tokens 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from .errors import ConfigError, did_you_mean
-from .json_types import Json, JsonDict
+from .attention.agent import AgentAttention
+from .attention.attention_program import ProgramAttention
+from .attention.base import AttentionOperator, LayerShape
+from .attention.hash import HashAttention
+from .attention.hilo import HiLoAttention
+from .attention.hybrid import HybridAttention
+from .attention.kernel import KernelAttention
+from .attention.linformer import LinformerAttention
+from .attention.monarch import MonarchAttention
+from .attention.nystrom import NystromAttention
+from .attention.softmax import SoftmaxAttention, UniformAttention
+from .attention.ttt import TTTAttention
+from .attention.window import NeighborhoodAttention, WindowAttention
+from .errors import ConfigError, Json, JsonDict, did_you_mean
 from .plain_yaml import YamlError, parse_yaml, write_yaml
+from .programs.program import FOUND
+
+# Which operators claim to be faster than fused softmax attention, and from how many tokens on.
+
+FASTER_FROM: dict[str, int] = {
+    "kernel": 576,
+    "linear": 576,
+    "performer": 2304,
+    "hedgehog": 1024,
+    "t2r": 576,
+    "focused": 576,
+    "cosformer": 1024,
+    "inline": 576,
+    "mala": 1024,
+    "linformer": 196,
+    "nystrom": 1024,
+    "agent": 576,
+    "window": 196,
+    "neighbourhood": 576,
+    "dilated": 576,
+    "hybrid": 2304,
+    "ttt": 2304,
+    "monarch": 2304,
+    "uniform": 64,
+}
+"""The number of patch tokens from which an operator with default options claims to be faster than
+`scaled_dot_product_attention` on a CPU (forward, float32, heads of width 64). An operator that is not listed makes no
+claim. docs/efficiency.md has the measurements; a test measures the claims at 4,096 tokens."""
+
 
 KEEP = "softmax"
 """The operator of a layer that a plain vision transformer keeps."""
@@ -236,3 +279,120 @@ def _has_comment(text: str, scalar: Any) -> bool:
 
 def _scalar(value: Any) -> str:
     return write_yaml(value).partition("\n")[0]
+
+
+# The registry of attention operators for layer plans.
+
+OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
+    "softmax": SoftmaxAttention,
+    "kernel": KernelAttention,
+    "linear": partial(KernelAttention, feature="elu", center=True),
+    "performer": partial(KernelAttention, feature="favor", center=True),
+    "hedgehog": partial(KernelAttention, feature="hedgehog", center=True),
+    "t2r": partial(KernelAttention, feature="t2r", center=True),
+    "focused": partial(KernelAttention, feature="focused", local="v", center=True),
+    "cosformer": partial(KernelAttention, feature="cosine", center=True),
+    "inline": partial(
+        KernelAttention, feature="identity", normalizer="inline", local="v", local_size=3, center=True
+    ),
+    "mala": partial(KernelAttention, feature="elu", normalizer="mala", local="v", center=True),
+    "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
+    "agent": AgentAttention,
+    "window": WindowAttention,
+    "neighbourhood": NeighborhoodAttention,
+    "dilated": partial(WindowAttention, dilation=2),
+    "hilo": HiLoAttention,
+    "hybrid": HybridAttention,
+    "ttt": TTTAttention,
+    "monarch": MonarchAttention,
+    "uniform": UniformAttention,
+    "program": ProgramAttention,
+    **{name: partial(ProgramAttention, code=code) for name, code in FOUND.items()},
+    "hash": HashAttention,
+}
+"""Constructors by name: the first argument is the `LayerShape`, the others are options."""
+
+BUILT_IN = frozenset(OPERATORS)
+"""The operators of this package, without registered ones."""
+
+MOST = 16_384
+"""The largest value of a numeric option: a plan may come from an untrusted file."""
+
+
+def register_operator(name: str, create: Callable[..., AttentionOperator]) -> None:
+    """Register an operator of another package under `name`.
+
+    `create` is a class or function; it takes the `LayerShape` and the operator's options.
+
+    Raises ConfigError: the name is taken.
+    """
+    if name in OPERATORS or name == KEEP:
+        raise ConfigError(f"there is an operator {name!r} already: choose another name")
+    OPERATORS[name] = create
+
+
+RENAMED = {"centre": "center", "normaliser": "normalizer"}
+"""Older spellings of options, which plans of saved models may have."""
+
+
+def options_of(name: str) -> list[str]:
+    """Return the names of an operator's options. The formula of a found program is not one: it is the operator."""
+    options = list(inspect.signature(OPERATORS[name]).parameters)[1:]
+    return [option for option in options if not (name in FOUND and option == "code")]
+
+
+def check_choice(choice: Choice) -> None:
+    """Raise ConfigError if the operator or an option does not exist, or a number has an invalid value.
+
+    A number is at most `MOST`, and is neither true nor false.
+    """
+    if choice.operator not in OPERATORS:
+        raise ConfigError(
+            f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
+        )
+    valid = options_of(choice.operator)
+    for name, value in _options(choice).items():
+        if name not in valid:
+            known = did_you_mean(name, valid) if valid else "it has none"
+            raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
+        if isinstance(value, bool) and _is_number(choice.operator, name):
+            raise ConfigError(f"plan: {choice.operator} has {name}={str(value).lower()}; give a number")
+        if isinstance(value, (int, float)) and not abs(value) <= MOST:  # also refuses NaN
+            raise ConfigError(
+                f"plan: {choice.operator} has {name}={value:g}; valid are numbers up to {MOST:,}"
+            )
+
+
+def _is_number(operator: str, option: str) -> bool:
+    """Return whether an option is declared as a number."""
+    declared = inspect.signature(OPERATORS[operator]).parameters[option].annotation
+    types = set(str(getattr(declared, "__name__", declared)).replace(" ", "").split("|"))
+    return bool(types) and types <= {"int", "float", "None"}
+
+
+def canonical(choice: Choice) -> Choice:
+    """Return the choice with its options in order of their names, without those that have their default."""
+    if choice.operator not in OPERATORS:
+        return choice
+    known = inspect.signature(OPERATORS[choice.operator]).parameters
+    given = sorted(_options(choice).items())
+    return Choice(choice.operator, {name: value for name, value in given if value != known[name].default})
+
+
+def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
+    """Create the operator of a choice for a layer of this shape.
+
+    Raises ConfigError: the operator, an option or its value is invalid.
+    """
+    check_choice(choice)
+    return OPERATORS[choice.operator](shape, **_options(choice))
+
+
+def _options(choice: Choice) -> JsonDict:
+    """Return the options under the names that the operator has."""
+    own = options_of(choice.operator)
+    return {
+        RENAMED[name] if name not in own and RENAMED.get(name) in own else name: value
+        for name, value in choice.options.items()
+    }

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
-from .patches import grid_positions, normalize_patches, unfold_patches
+from .parts import grid_positions, normalize_patches, unfold_patches
 
 
 class MaskedAutoencoder(nn.Module):

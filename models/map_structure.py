@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch import Tensor, nn
 
 Size = tuple[int, int]
 
@@ -47,3 +53,112 @@ class MapStructure:
 
 def _words(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+# Windows of a token grid, shifted cyclically, and timm's blocks with an attention over the whole grid.
+#
+# Shape suffixes: B batch, H heads, N tokens of the grid, W windows, M tokens of a window, D head width.
+
+SizeShiftedWindows = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows over a grid. The grid is shifted, then padded below and on the right to whole windows, as timm does."""
+
+    grid: SizeShiftedWindows
+    window: SizeShiftedWindows
+    shift: SizeShiftedWindows = (0, 0)
+
+    @property
+    def padded(self) -> SizeShiftedWindows:
+        """Return the height and width of the grid in whole windows."""
+        (height, width), (rows, columns) = self.grid, self.window
+        return -(-height // rows) * rows, -(-width // columns) * columns
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padded != self.grid
+
+    def cut(self, x_BHND: Tensor, pad_1H1D: Tensor | None) -> Tensor:
+        """Return the tokens by window, (B·W, H, M, D); `pad_1H1D` is the value of a padded token, if there are any."""
+        x: Tensor = x_BHND.unflatten(2, self.grid)
+        if any(self.shift):
+            x = x.roll((-self.shift[0], -self.shift[1]), (2, 3))
+        if self.is_padded:
+            assert pad_1H1D is not None
+            x = self._pad(x, pad_1H1D.unsqueeze(2))
+        (height, width), (rows, columns) = self.padded, self.window
+        cut: Tensor = x.unflatten(3, (width // columns, columns)).unflatten(2, (height // rows, rows))
+        return cut.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(0, 2)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Return windows (B·W, H, M, D) as the tokens of the grid, (B, H, N, D), without padded tokens."""
+        (height, width), (rows, columns) = self.padded, self.window
+        x = x.unflatten(2, self.window).unflatten(0, (-1, height // rows, width // columns))
+        x = x.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
+        if self.is_padded:
+            x = x[:, :, : self.grid[0], : self.grid[1]]
+        if any(self.shift):
+            x = x.roll(self.shift, (2, 3))
+        return x.flatten(2, 3)
+
+    def _pad(self, x: Tensor, pad: Tensor) -> Tensor:
+        batch, heads, height, width, channels = x.shape
+        below, right = self.padded[0] - height, self.padded[1] - width
+        if right:
+            x = torch.cat([x, pad.expand(batch, heads, height, right, channels).to(x.dtype)], 3)
+        if below:
+            x = torch.cat([x, pad.expand(batch, heads, below, width + right, channels).to(x.dtype)], 2)
+        return x
+
+
+class _WholeGrid:
+    """The two methods of timm's blocks of Swin that know of windows."""
+
+    attn: Any
+    input_resolution: SizeShiftedWindows
+
+    def _attn(self, x: Tensor) -> Any:
+        return self.attn(x)
+
+    def set_input_size(
+        self,
+        feat_size: SizeShiftedWindows,
+        window_size: SizeShiftedWindows,
+        always_partition: bool | None = None,
+    ) -> None:
+        """Change the grid; the layer decides what this means for its windows."""
+        self.input_resolution = feat_size
+        self.attn.set_input_size(feat_size, window_size, always_partition)
+
+
+class WholeGridBlock(_WholeGrid, SwinTransformerBlock):  # type: ignore[misc]
+    """timm's block of Swin whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+
+class WholeGridBlockV2(_WholeGrid, SwinTransformerV2Block):
+    """timm's block of Swin V2 whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+
+def whole_grid(block: nn.Module) -> nn.Module:
+    """Return a block with the same parts whose attention gets the whole grid; blocks that give it that are returned.
+
+    The parts are shared, but the block can get another attention.
+    """
+    kinds: dict[type[nn.Module], type[nn.Module]] = {
+        SwinTransformerBlock: WholeGridBlock,
+        SwinTransformerV2Block: WholeGridBlockV2,
+    }
+    kind = kinds.get(type(block))
+    if kind is None:
+        return block
+    return as_kind(block, kind)
+
+
+def as_kind(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return a module of another class with the same parts, which can get other parts."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update(block.__dict__)
+    twin.__dict__["_modules"] = dict(block._modules)
+    return twin

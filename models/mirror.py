@@ -14,11 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .conversion import without_plan
-from .errors import TransferError, UnsupportedModelError
+from .errors import Json, JsonDict, TransferError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, create_timm_model, patch_size, vit
-from .json_types import Json, JsonDict
 from .parts import ACTIVATIONS, has_norm, native_parts
-from .without_memory import without_memory
+from .small import without_memory
 
 BEIT_POOLING = ("", "avg", "token")
 

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from .attention.base import AttentionOperator, LayerShape, Projections, Traits
 from .calibration import Finished, calibrate_layers
-from .converted import ConvertedAttention, TokenGrid, converted_layers
+from .converted import ConvertedAttention, TokenGrid, converted_layers, initialize
 from .errors import ConfigError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, image_size, token_layout, vit
-from .initialize import initialize
-from .layer_plan import KEEP, NONE, Choice, parse_plan
-from .operators import check_choice, create_operator
+from .layer_plan import KEEP, NONE, Choice, check_choice, create_operator, parse_plan
 from .pyramid_conversion import sharing_copy
 
 

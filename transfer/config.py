@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
 
-from ..models.json_types import JsonDict
+from ..models.errors import JsonDict
 from .loss_config import LossConfig as LossConfig
 from .loss_config import LossEntry as LossEntry
 from .loss_config import TransferConfig as TransferConfig

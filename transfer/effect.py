@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..models.errors import ConfigError
-from ..models.json_types import JsonDict
+from ..models.errors import ConfigError, JsonDict
 from .config import RunConfig
 
 OUTSIDE = frozenset(

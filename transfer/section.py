@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, fiel
 from pydantic_core import PydanticCustomError
 
 from ..checkpoints.paths import NOT_A_URL, is_url
-from ..models.json_types import JsonDict
+from ..models.errors import JsonDict
 
 T = TypeVar("T")
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ...models import families
-from ...models.errors import CheckpointError, did_you_mean
-from ...models.json_types import JsonDict
+from ...models.errors import CheckpointError, JsonDict, did_you_mean
 from ..atomic import sync, write_file
 from ..pretrained import Pretrained, load_pretrained
 from ..timm_models import build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ...models.json_types import Json, JsonDict
+from ...models.errors import Json, JsonDict
 from ..weights import Weights
 from .containers import BEIT2_NOTE
 from .keymap import KeyMap

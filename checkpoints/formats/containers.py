@@ -10,8 +10,7 @@ from typing import Any
 from timm.models import is_model, split_model_name_tag
 from torch import Tensor
 
-from ...models.errors import CheckpointError
-from ...models.json_types import Json
+from ...models.errors import CheckpointError, Json
 from ..sources import Part
 from ..state_file import is_state
 from ..weight_files import Content

@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ...models.errors import CheckpointError
-from ...models.json_types import Json
+from ...models.errors import CheckpointError, Json
 from ..weights import Weights
 from .keymap import KeyMap
 from .normalization import IMAGENET, imagenet, normalized

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ...models.conversion import with_plan
 from ...models.converted import MARK, as_mark
-from ...models.errors import CheckpointError
-from ...models.json_types import Json
+from ...models.errors import CheckpointError, Json
 from ...models.layer_plan import AS_IT_IS, parse_choice
 from ..weights import Weights
 from .keymap import KeyMap

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...models.errors import CheckpointError
-from ...models.json_types import Json, JsonDict
+from ...models.errors import CheckpointError, Json, JsonDict
 from ..weights import Weights
 from .keymap import KeyMap
 from .normalization import INCEPTION, normalized

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...models.errors import CheckpointError
-from ...models.json_types import Json
+from ...models.errors import CheckpointError, Json
 from ..report import some
 from ..weights import Weights
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...models.errors import CheckpointError
-from ...models.json_types import Json
+from ...models.errors import CheckpointError, Json
 from ..weight_files import Content
 from ..weights import Weights
 from .containers import unwrap

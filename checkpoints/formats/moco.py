@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...models.json_types import Json
+from ...models.errors import Json
 from ..position import find_grid
 from ..weights import Weights
 from .normalization import IMAGENET, NOTE, normalized

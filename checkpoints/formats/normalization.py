@@ -11,7 +11,7 @@ from timm.data import (
     IMAGENET_INCEPTION_STD,
 )
 
-from ...models.json_types import Json
+from ...models.errors import Json
 from ..weights import Weights
 from .keymap import Describe
 

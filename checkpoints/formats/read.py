@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...models.json_types import Json
+from ...models.errors import Json
 from ..sources import Part
 from ..weight_files import Content
 from ..weights import Weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
-from ...models.json_types import Json, JsonDict
+from ...models.errors import Json, JsonDict
 from ..licenses import card_fields
 from ..provenance import KEY
 from ..public import public

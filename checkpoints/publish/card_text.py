@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from ...models.json_types import Json
+from ...models.errors import Json
 from ..markdown import code
 from ..recorded import recorded_mode
 

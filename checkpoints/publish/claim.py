@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import yaml
 from huggingface_hub import ModelCard
 
-from ...models.errors import CheckpointError
-from ...models.json_types import Json
+from ...models.errors import CheckpointError, Json
 from ..licenses import NAMED, carried, check_named, check_shareable, normalize
 from ..provenance import KEY, licenses
 from .card_text import section

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
 from ...models.copying.copying_operators import COPIES
-from ...models.errors import ConfigError
-from ...models.json_types import Json
-from ...models.layer_plan import AS_IT_IS, NONE, operators_in
-from ...models.operators import BUILT_IN
+from ...models.errors import ConfigError, Json
+from ...models.layer_plan import AS_IT_IS, BUILT_IN, NONE, operators_in
 from ...models.plain_yaml import write_yaml
 from ..copying_students import BARE_WORDS
 from ..licenses import normalize

@@ -11,8 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
-from ...models.errors import CheckpointError
-from ...models.json_types import Json, JsonDict
+from ...models.errors import CheckpointError, Json, JsonDict
 from ..copying_students import refuse_unnamed
 from ..model_folders import CONFIG
 from ..provenance import KEY

@@ -15,8 +15,7 @@ from typing import BinaryIO, Literal
 import torch
 from safetensors import safe_open
 
-from ...models.errors import CheckpointError
-from ...models.json_types import JsonDict
+from ...models.errors import CheckpointError, JsonDict
 from ..regular_files import open_regular
 from ..report import printable
 from .archive import open_archive, read_arrays, read_pickle

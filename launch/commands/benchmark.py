@@ -112,7 +112,7 @@ def _operators_parser() -> Parser:
 
 
 def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
-    from ...models.operators import OPERATORS
+    from ...models.layer_plan import OPERATORS
     from ...transfer.analysis.benchmark.cases import SOFTMAX
     from ...transfer.analysis.benchmark.operator_cases import Layer, measure_operator, operator_cases
 

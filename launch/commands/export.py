@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...models.json_types import JsonDict
+from ...models.errors import JsonDict
 from ..flags import command_parser, parse_command
 from ..say import say
 from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of

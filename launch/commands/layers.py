@@ -73,7 +73,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 
 def _table(found: LayerSearch, teacher: nn.Module, student: nn.Module) -> str:
-    from ...models.pyramid_cost import attention_macs
+    from ...models.cost import attention_macs
 
     before, after = attention_macs(teacher), attention_macs(student)
     total = sum(after)

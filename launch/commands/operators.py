@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(
             f"--grid {' '.join(map(str, arguments.grid))}: give numbers of patches per side, 1 or more"
         )
-    from ...models.operators import OPERATORS
+    from ...models.layer_plan import OPERATORS
 
     if arguments.name is not None and arguments.name not in OPERATORS:
         raise ConfigError(f"unknown operator {arguments.name!r}; {did_you_mean(arguments.name, OPERATORS)}")
@@ -60,7 +60,7 @@ def _table(names: list[str], grids: list[int]) -> str:
 
 def _options(name: str) -> dict[str, str]:
     """Return the options of an operator by name, with their defaults as a plan writes them."""
-    from ...models.operators import OPERATORS, options_of
+    from ...models.layer_plan import OPERATORS, options_of
 
     parameters = inspect.signature(OPERATORS[name]).parameters
     defaults = {option: parameters[option].default for option in options_of(name)}
@@ -70,8 +70,7 @@ def _options(name: str) -> dict[str, str]:
 def _facts(name: str, grids: list[int]) -> list[str]:
     """Return the traits, the new parameters at the first grid, and the cost at each grid relative to softmax."""
     from ...models.attention.base import Geometry, LayerShape
-    from ...models.layer_plan import Choice
-    from ...models.operators import create_operator
+    from ...models.layer_plan import Choice, create_operator
 
     made = []
     for grid in grids:
@@ -86,8 +85,8 @@ def _facts(name: str, grids: list[int]) -> list[str]:
 
 def _explained(name: str) -> str:
     """Return the docstring of an operator, and how a plan writes it with its options."""
-    from ...models.operators import OPERATORS
-    from ...models.programs.found import FOUND
+    from ...models.layer_plan import OPERATORS
+    from ...models.programs.program import FOUND
 
     operator = OPERATORS[name]
     kind = getattr(operator, "func", operator)

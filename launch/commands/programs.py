@@ -78,10 +78,8 @@ def _cut(refused: Sequence[Verdict]) -> str:
 
 def _explained(text: str) -> str:
     """Return the canonical text, identity, cost, LaTeX, code and verdict of one program."""
-    from ...models.programs.found import FOUND
+    from ...models.programs.program import FOUND, latex, parse_program, torch_code
     from ...models.programs.program_checks import check
-    from ...models.programs.program_printing import latex, torch_code
-    from ...models.programs.program_text import parse_program
     from ...models.programs.value_map import why_no_map
 
     if text.startswith("attnzero") and text not in FOUND:

@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ...models.errors import ConfigError
-from ...models.json_types import JsonDict
+from ...models.errors import ConfigError, JsonDict
 from ..flags import command_parser, parse_command
 from ..load_config import Setting, load_config
 from ..say import say, say_aside

@@ -83,7 +83,7 @@ class JobTask:
         return f"{self.output_dir} is not there any more: it was moved or removed"
 
     def _run(self, record: Record) -> int:
-        from ..cli import dispatch  # the command and all that it loads
+        from ..cli import dispatch
 
         try:
             code = dispatch(self.words)

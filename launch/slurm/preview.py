@@ -75,7 +75,7 @@ def _plans(plan: SubmissionPlan, config: ClusterConfig) -> tuple[list[str], Graf
         return check_runs(plan, config), None
     except GraftError as error:
         problem = error
-    from ..plan_text import describe_plan  # loads torch
+    from ..plan_text import describe_plan
 
     try:
         return [describe_plan(run, config.world_size) for run in plan.configs], problem

@@ -157,6 +157,6 @@ def plan_again(unfinished: Unfinished, config: ClusterConfig) -> str:
     if begun is None:
         return ""
     say_aside("graftvit: checking whether the run can go on: its teacher, data and plan ...\n")
-    from ..plan_text import describe_plan  # loads torch
+    from ..plan_text import describe_plan
 
     return describe_plan(load_config(begun), config.world_size)

@@ -73,7 +73,7 @@ def check_runs(plan: SubmissionPlan, config: ClusterConfig) -> list[str]:
     if not plan.configs:
         return []
     say_aside("graftvit: checking the run: its settings, teacher, data and plan ...\n")
-    from ..plan_text import describe_plan  # loads torch
+    from ..plan_text import describe_plan
 
     plans = []
     for run in plan.configs:

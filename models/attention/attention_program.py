@@ -7,17 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..programs.found import FOUND, LINEAR
-from ..programs.map_parts import Part, apply_part, stack, with_padding, without_values
-from ..programs.map_traits import nonnegative_map, rows_sum_to_one
-from ..programs.program_text import parse_program
-from ..programs.value_map import map_parts, why_no_map
-from .base import QKV, AttentionOperator, Geometry, Heads, LayerShape, Traits, without_prefix
+from ..programs.program import FOUND, LINEAR, parse_program
+from ..programs.value_map import (
+    Part,
+    apply_part,
+    map_parts,
+    nonnegative_map,
+    rows_sum_to_one,
+    stack,
+    why_no_map,
+    with_padding,
+    without_values,
+)
+from .base import (
+    QKV,
+    AttentionOperator,
+    FirstRows,
+    Geometry,
+    Heads,
+    LayerShape,
+    LowRank,
+    Sparse,
+    Term,
+    Traits,
+    without_prefix,
+)
 from .kernel import without_padding
 from .kernels import precise
 from .local import local_convolution
-from .prefix import prefix_term, with_prefix
-from .terms import FirstRows, LowRank, Sparse, Term
+from .softmax import prefix_term, with_prefix
 
 
 class ProgramAttention(AttentionOperator):

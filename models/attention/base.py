@@ -5,19 +5,163 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .jacobian import jacobian_rows
-from .operations import Accounting, Operations
-from .projections import Projections as Projections
-from .terms import Term, term_rows
 
 if TYPE_CHECKING:
-    from ..shifted_windows import Windows
+    from ..map_structure import Windows
+
+
+# Rows of the Jacobian, in place of rows of the map for operators that are not linear in V.
+
+
+def jacobian_rows(operator: AttentionOperator, heads: Heads, index: Tensor) -> Tensor:
+    """Return mean_c ∂o_ic / ∂v_jc for the queries `index` (S,) and all tokens j: (B, H, S, N), without gradient.
+
+    For an operator that is linear in V these are the rows of its map. i and j are tokens of one head. Exact, by S D
+    backward passes, each of which serves all images and heads; by S D H passes where heads see each other's values.
+    """
+    values = heads.values()
+    with torch.enable_grad():
+        v_BHND = values.detach().requires_grad_()
+        inputs = heads.each(Tensor.detach, heads.bias)
+        inputs.v = v_BHND
+        out_BHND = operator.attend(inputs)
+        groups = [slice(None)]
+        if not operator.traits.independent_heads:
+            groups = [slice(head, head + 1) for head in range(values.shape[1])]
+        if not out_BHND.requires_grad:  # the operator does not read the values
+            return torch.zeros_like(values[:, :, :1, :1]).expand(-1, -1, len(index), values.shape[2])
+        rows = [
+            torch.cat([_row(out_BHND[:, group, token], v_BHND, group) for group in groups], 1)
+            for token in index.tolist()
+        ]
+    if not rows:
+        return values.new_zeros(*values.shape[:2], 0, values.shape[2])
+    return torch.stack(rows, 2)
+
+
+def _row(out_BHD: Tensor, v_BHND: Tensor, heads: slice) -> Tensor:
+    """Return the row of one query in the heads of `out_BHD`, which are `heads` of V: (B, H, N)."""
+    width = out_BHD.shape[-1]
+    row = torch.zeros_like(v_BHND[:, heads, :, 0])
+    for channel in range(width):
+        (gradient,) = torch.autograd.grad(
+            out_BHD[..., channel].sum(), v_BHND, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        row += gradient[:, heads, :, channel]
+    return row / width
+
+
+# Multiplications and additions, counted apart: what they cost in energy differs by a factor of four.
+
+Accounting = Literal["true", "published"]
+"""How operations are counted: as they are, or as EcoFormer's tables count them (`operation_count.py`)."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Numbers of scalar multiplications and additions."""
+
+    multiplications: int = 0
+    additions: int = 0
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(
+            self.multiplications + other.multiplications, self.additions + other.additions
+        )  # fmt: skip
+
+
+# The rows of an attention layer's projections, under one interface for every way in which timm keeps them.
+
+
+class Projections:
+    """Views of the weights (H·D, C) and biases (H·D,) that project queries, keys and values: setting them in place
+    sets the layer's. `kept` names those that a conversion left in the layer."""
+
+    def __init__(self, layer: nn.Module, kept: Collection[str] = "qkv") -> None:
+        self._layer = layer
+        self._kept = kept
+
+    def weight(self, part: str) -> Tensor:
+        """Return the weight of "q", "k" or "v".
+
+        Raises UnsupportedModelError: the layer does not keep it in a linear layer.
+        """
+        linear, rows = self._find(part)
+        return linear.weight.data[rows]
+
+    def bias(self, part: str) -> Tensor | None:
+        """Return the bias of "q", "k" or "v"; None without one."""
+        own = getattr(self._layer, f"{part}_bias", None)
+        if own is not None:
+            return torch.as_tensor(own.data)
+        linear, rows = self._find(part)
+        return None if linear.bias is None else linear.bias.data[rows]
+
+    def _find(self, part: str) -> tuple[nn.Linear, slice]:
+        layer: Any = self._layer
+        if part not in self._kept:
+            raise UnsupportedModelError(
+                f"this {type(layer).__name__} has lost the rows of {part} in its conversion: run `graftvit convert` on "
+                "the original model, and start from the folder that it writes"
+            )
+        for name, parts in (("qkv", "qkv"), ("kv", "kv"), ("q", "q"), (f"{part}_proj", part)):
+            linear = layer._modules.get(name)
+            if part in parts and isinstance(linear, nn.Linear):
+                width, place = linear.out_features // len(parts), parts.index(part)
+                return linear, slice(place * width, (place + 1) * width)
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} has no linear layer that projects its {part}: take start=q for the operator hash"
+        )
+
+
+# The terms of effective maps: A = Σ terms, none of them N x N.
+
+
+@dataclass
+class LowRank:
+    """L Rᵀ, with `left` (B, H, N, r) and `right` (B, H, N, r)."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass
+class Sparse:
+    """Row i has `weights` (B, H, N, S) at the columns `index` (N, S); a column may repeat."""
+
+    weights: Tensor
+    index: Tensor
+
+
+@dataclass
+class FirstRows:
+    """The first P rows, dense, (B, H, P, N): prefix tokens that attend exactly."""
+
+    weights: Tensor
+
+
+Term: TypeAlias = LowRank | Sparse | FirstRows
+
+
+def term_rows(term: Term, index: Tensor, heads: Heads) -> Tensor:
+    """Return rows `index` (S,) of a term, (B, H, S, N)."""
+    if isinstance(term, LowRank):
+        return term.left[:, :, index] @ term.right.transpose(2, 3)
+    weights = term.weights
+    batch, num_heads, tokens = *weights.shape[:2], heads.known.shape[2]
+    rows = weights.new_zeros(batch, num_heads, len(index), tokens)
+    if isinstance(term, Sparse):
+        columns = term.index[index].expand(batch, num_heads, -1, -1)
+        return rows.scatter_add(3, columns, weights[:, :, index])
+    rows[:, :, index < weights.shape[2]] = weights[:, :, index[index < weights.shape[2]]]
+    return rows
+
 
 QKV = ("q", "k", "v")
 

@@ -17,10 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits, without_prefix
+from .base import (
+    AttentionOperator,
+    Geometry,
+    Heads,
+    LayerShape,
+    LowRank,
+    Sparse,
+    Term,
+    Traits,
+    without_prefix,
+)
 from .kernels import precise
-from .prefix import prefix_term, with_prefix
-from .terms import LowRank, Sparse, Term
+from .softmax import prefix_term, with_prefix
 
 
 @dataclass(frozen=True)

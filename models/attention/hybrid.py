@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
+from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term, Traits
 from .kernel import KernelAttention
 from .kernels import precise
-from .prefix import prefix_term, with_prefix
-from .terms import LowRank, Term
+from .softmax import prefix_term, with_prefix
 from .tiles import Table, blocks, gather, sparse_term, tile_logits
 from .window import TileTables
 

@@ -3,22 +3,248 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .chunked import chunked_attention, in_chunks
-from .favor import Favor
-from .feature_chunks import ChunkedFeatures
-from .features import Cosine, Elu, FeatureMap, Identity, Relu
+from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term, Traits
+from .chunked import ChunkedFeatures, chunked_attention, in_chunks
+from .features import Cosine, Elu, Favor, FeatureMap, Identity, Relu
 from .kernels import precise
-from .learned_features import T2R, Focused, Hedgehog, JointHedgehog
 from .local import DepthwiseConv
-from .normalizers import EPSILON, NORMALIZERS, Sums
-from .terms import LowRank, Term
+
+# Feature maps with parameters: T2R, both forms of Hedgehog, and the focused map of FLatten.
+
+FOCUS = 3
+FOCUSED_FLOOR = 1e-6
+
+
+class LinearMaps(FeatureMap):
+    """W x + b for queries and for keys, separate for each head. b starts at zero, W at the identity.
+
+    If the number of features is not the head width, W starts as a random orthogonal matrix.
+    """
+
+    sizes_features = True
+    has_bias = True
+
+    def __init__(self, shape: LayerShape, num_features: int | None = None) -> None:
+        super().__init__(shape, num_features)
+        self.width = num_features or shape.head_dim
+        self.q_weight, self.k_weight = (nn.Parameter(_start(shape, self.width)) for _ in range(2))
+        if self.has_bias:
+            size = (shape.num_heads, 1, self.width)
+            self.q_bias, self.k_bias = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+
+    def num_features(self, geometry: Geometry) -> int:
+        return self.width
+
+    @property
+    def macs_per_token(self) -> int:
+        return self.shape.head_dim * self.width
+
+    def mapped(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """Return W x + b of queries and keys, (B, H, N, width)."""
+        q, k = heads.qk()
+        q, k = q @ self.q_weight.to(q.dtype), k @ self.k_weight.to(k.dtype)
+        return (q + self.q_bias.to(q.dtype), k + self.k_bias.to(k.dtype)) if self.has_bias else (q, k)
+
+
+class T2R(LinearMaps):
+    """φ(x) = relu(W x + b) (Kasai et al. 2021, arXiv 2103.13076).
+
+    Scaling W does not change the map, so calibration shifts b: up for flatter rows, down for sharper ones.
+    """
+
+    positive = False
+    candidates = (0.0, -0.5, 0.25, 0.5, 1.0, 2.0, 4.0)
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k = self.mapped(heads)
+        return F.relu(q), F.relu(k)
+
+    def adjust(self, value_H11: Tensor) -> None:
+        for bias in (self.q_bias, self.k_bias):
+            bias.data += value_H11
+
+
+class Hedgehog(LinearMaps):
+    """φ(x) = [softmax(W x), softmax(−W x)], as in LoLCATs (Zhang et al. 2024, arXiv 2410.10254).
+
+    2 D features. The scale s of the layer is not applied: W contains the temperature, which calibration chooses.
+    """
+
+    has_bias = False
+    candidates = (1.0, 0.25, 0.5, 0.7, 1.4, 2.0, 4.0)
+
+    def num_features(self, geometry: Geometry) -> int:
+        return 2 * self.width
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], -1) for x in self.mapped(heads))
+        return q, k
+
+    def adjust(self, value_H11: Tensor) -> None:
+        for parameter in self.parameters():
+            parameter.data *= value_H11
+
+
+class JointHedgehog(Hedgehog):
+    """φ(x) = softmax([2 (W x + b), −2 (W x + b)]): one softmax over both signs (Zhang et al. 2024, arXiv 2402.04347,
+    in the form of the `fla` library). There all heads share W and b; here each head has its own.
+    """
+
+    has_bias = True
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k = (torch.cat([2 * x, -2 * x], -1).softmax(-1) for x in self.mapped(heads))
+        return q, k
+
+
+class Focused(FeatureMap):
+    """φ(x) = (‖y‖ / ‖y³‖) y³ with y = (relu(x) + 1e-6) / softplus(t) (Han et al. 2023, arXiv 2308.00442).
+
+    The power is elementwise, and both norms are over all channels of all heads, as in the released code. Queries and
+    keys share t, one per channel, which starts at zero.
+    """
+
+    positive = False
+
+    def __init__(self, shape: LayerShape, num_features: int | None = None) -> None:
+        super().__init__(shape, num_features)
+        self.temperature = nn.Parameter(torch.zeros(shape.num_heads, 1, shape.head_dim))
+
+    @property
+    def macs_per_token(self) -> int:
+        return 5 * self.shape.head_dim
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k = heads.qk()
+        return self._focus(q), self._focus(k)
+
+    def _focus(self, x_BHND: Tensor) -> Tensor:
+        y = (F.relu(x_BHND) + FOCUSED_FLOOR) / F.softplus(self.temperature.to(x_BHND.dtype))
+        power: Tensor = y**FOCUS
+        return power * (_norm(y) / _norm(power))
+
+
+def _norm(x_BHND: Tensor) -> Tensor:
+    """Return the norm (B, 1, N, 1) of each token over the channels of all heads."""
+    norm: Tensor = torch.linalg.vector_norm(x_BHND, dim=(1, 3), keepdim=True)
+    return norm
+
+
+def _start(shape: LayerShape, width: int) -> Tensor:
+    """Return the initial W, (H, D, width)."""
+    weight = torch.eye(shape.head_dim, width).repeat(shape.num_heads, 1, 1)
+    if width != shape.head_dim:
+        for matrix in weight:
+            nn.init.orthogonal_(matrix)
+    return weight
+
+
+# Normalizers of kernel attention: features φ(q), φ(k) to factors L, R of a map A = L Rᵀ / N whose rows sum to one.
+#
+# Each takes φ(q) and φ(k) of shape (B, H, N, F), the mean key feature (B, H, 1, F) and the scale s of the layer, and
+# returns L and R, (B, H, N, F) or one column wider. The means are over tokens that are not padding.
+#
+# Each also returns A V without the factors. It takes `Sums` of the keys and changes outputs (B, H, N, D) in place of
+# features, which are wider or as wide.
+
+EPSILON = 1e-6
+Factors: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Sums(NamedTuple):
+    """Means over the keys j that are not padding."""
+
+    products: Tensor
+    """Of φ(k_j) v_jᵀ, (B, H, F, D)."""
+    keys: Tensor
+    """Of φ(k_j), (B, H, 1, F)."""
+    values: Tensor | None
+    """Of v_j, (B, H, 1, D), if the normalizer has an extra column."""
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """A normalization and the properties of its map."""
+
+    factors: Callable[[Tensor, Tensor, Tensor, float], Factors]
+    output: Callable[[Tensor, Sums, float], Tensor]
+    """A V from φ(q), the sums of the keys and the scale."""
+    nonnegative: bool
+    """The map is nonnegative if the features are."""
+    divides: bool
+    """It divides by φ(q)·φ̄(k), which can be zero for features of both signs."""
+    extra: int
+    """The number of columns of L and R beyond the features."""
+
+
+def by_sum(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
+    """A_ij = φ(q_i)·φ(k_j) / Σ_j φ(q_i)·φ(k_j) (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5)."""
+    return q_BHNF / _sums(q_BHNF, mean_BH1F).clamp_min(EPSILON), k_BHNF
+
+
+def inline(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
+    """A_ij = (1 + s φ(q_i)·(φ(k_j) − φ̄)) / N, signed: InLine (Han et al. 2024, arXiv 2412.06590, eq. 5)."""
+    return _with_ones(scale * q_BHNF), _with_ones(k_BHNF - mean_BH1F)
+
+
+def mala(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
+    """A_ij = (s φ(q_i)·φ(k_j) (1 + 1/z_i) − z_i) / N with z_i = s φ(q_i)·φ̄: MALA (Fan et al. 2025, arXiv 2507.00698).
+
+    This is the map of `by_sum` plus the map of `inline` without its 1/N.
+    """
+    left, right = by_sum(q_BHNF, k_BHNF, mean_BH1F, scale)
+    shift = -scale * _sums(q_BHNF, mean_BH1F)
+    return torch.cat([left + scale * q_BHNF, shift], -1), _with_ones(right)
+
+
+def sum_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
+    """Return A V for the map of `by_sum`."""
+    return (q_BHNF @ sums.products) / _totals(q_BHNF, sums).clamp_min(EPSILON)
+
+
+def inline_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
+    """Return A V for the map of `inline`."""
+    assert sums.values is not None
+    centered = sums.products - sums.keys.transpose(2, 3) * sums.values
+    return q_BHNF @ (scale * centered) + sums.values
+
+
+def mala_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
+    """Return A V for the map of `mala`."""
+    assert sums.values is not None
+    totals = _totals(q_BHNF, sums)
+    factors = totals.clamp_min(EPSILON).reciprocal() + scale
+    return torch.addcmul((q_BHNF @ sums.products) * factors, totals, sums.values, value=-scale)
+
+
+NORMALIZERS = {
+    "sum": Normalizer(by_sum, sum_output, nonnegative=True, divides=True, extra=0),
+    "inline": Normalizer(inline, inline_output, nonnegative=False, divides=False, extra=1),
+    "mala": Normalizer(mala, mala_output, nonnegative=False, divides=True, extra=1),
+}
+
+
+def _totals(q_BHNF: Tensor, sums: Sums) -> Tensor:
+    """Return φ(q)·φ̄, (B, H, N, 1)."""
+    return q_BHNF @ sums.keys.transpose(2, 3)
+
+
+def _sums(q_BHNF: Tensor, mean_BH1F: Tensor) -> Tensor:
+    return (q_BHNF * mean_BH1F).sum(-1, keepdim=True)
+
+
+def _with_ones(x_BHNF: Tensor) -> Tensor:
+    return torch.cat([x_BHNF, torch.ones_like(x_BHNF[..., :1])], -1)
+
 
 FEATURES: dict[str, type[FeatureMap]] = {
     "elu": Elu,

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits, without_prefix
-from .pooling import cells_of, check_count, default_count, mean_weights
-from .prefix import prefix_term, with_prefix
-from .small_maps import small_map_attention
-from .terms import LowRank, Term
+from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term, Traits, without_prefix
+from .pooling import cells_of, check_count, default_count, mean_weights, small_map_attention
+from .softmax import prefix_term, with_prefix
 
 SHARING = ("headwise", "key-value", "layerwise")
 SPREAD = 0.01

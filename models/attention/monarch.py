@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Traits
-from .prefix import with_prefix
-from .softmax import softmax_rows
-from .terms import FirstRows, Term
+from .base import AttentionOperator, FirstRows, Geometry, Heads, LayerShape, Term, Traits
+from .softmax import softmax_rows, with_prefix
 
 HIDDEN = -1e9
 """The logit of a padding key: finite, so that a block of padding alone gives no NaN."""

@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Geometry, Heads, LayerShape, Traits, without_prefix
+from .base import Geometry, Heads, LayerShape, LowRank, Term, Traits, without_prefix
 from .kernel import without_padding
 from .kernels import precise
-from .pooling import PooledAttention, Pooling, default_count, pooling_macs
-from .prefix import prefix_term, with_prefix
-from .small_maps import small_map_attention
-from .terms import LowRank, Term
+from .pooling import PooledAttention, Pooling, default_count, pooling_macs, small_map_attention
+from .softmax import prefix_term, with_prefix
 
 
 class Landmarks(NamedTuple):

@@ -6,10 +6,13 @@ A grid is cut into cells of nearly equal size. Each patch is in one cell, prefix
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from .base import AttentionOperator, Geometry, Heads, LayerShape, without_prefix
@@ -136,3 +139,143 @@ def _members(length: int, count: int, like: Tensor | None = None) -> Tensor:
     dtype = torch.float32 if like is None else like.dtype
     cell = torch.arange(length, device=device) * count // length
     return (cell == torch.arange(count, device=device)[:, None]).to(dtype)
+
+
+# Softmax attention that forms its maps and keeps them for the gradient: few keys, few queries, or small windows.
+#
+# torch's fused kernels compute a map again for its gradient, and have no gradient for a bias. A map that is
+# hardly larger than queries or keys is cheaper to keep. With P = softmax(s Q Kᵀ + bias), O = P V and the
+# upstream gradient G,
+#
+#     dS = P ∘ (dP - rowsum(dP ∘ P)) with dP = G Vᵀ, dQ = s dS K, dK = s dSᵀ Q, dV = Pᵀ G, and colsum(dS) for the
+#                bias.
+#
+# One piece of a map exists at a time besides those that are kept, in the cache of a CPU.
+#
+# Shape suffixes: B batch, H heads, N queries, M keys, D head width, Z maps.
+
+CACHED = 3 * 2**16
+"""The number of weights of a piece, which stays in the cache of a CPU."""
+
+
+def small_map_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return softmax(s Q Kᵀ + bias) V, (B, H, N, D).
+
+    `bias` is what `scaled_dot_product_attention` takes as its mask. It may need a gradient if it is (1, 1, 1, M).
+    """
+    if _forms_maps(q, k, v, bias):
+        learned: Tensor = _SmallMaps.apply(q, k, v, bias, scale)
+        return learned
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def can_form_maps(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether the maps can be formed piece by piece: eagerly on a CPU, in one type, float32 or float64."""
+    plain = q.device.type == "cpu" and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    plain = plain and q.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return plain and not torch.compiler.is_compiling()
+
+
+def few(num_queries: int, num_keys: int, width: int) -> bool:
+    """Return whether a map is at most twice as large as its queries or its keys."""
+    return min(num_queries, num_keys) <= 2 * width
+
+
+def form_map(q_ZND: Tensor, k_ZMD: Tensor, scale: float, bias_M: Tensor | None = None) -> Tensor:
+    """Return softmax(s Q Kᵀ + bias), (Z, N, M)."""
+    if bias_M is None:
+        logits = scaled_bmm(q_ZND, k_ZMD.mT, scale)
+    else:
+        logits = torch.baddbmm(bias_M, q_ZND, k_ZMD.mT, alpha=scale)
+    return logits.softmax(-1)
+
+
+def scaled_bmm(x_ZNM: Tensor, y_ZMD: Tensor, scale: float) -> Tensor:
+    """Return s X Y, (Z, N, D)."""
+    product = x_ZNM.new_empty(len(x_ZNM), x_ZNM.shape[1], y_ZMD.shape[2])
+    return product.baddbmm_(x_ZNM, y_ZMD, beta=0, alpha=scale)
+
+
+def logits_gradient(map_ZNM: Tensor, grad_ZND: Tensor, v_ZMD: Tensor) -> Tensor:
+    """Return dS, (Z, N, M)."""
+    grad_map = torch.bmm(grad_ZND, v_ZMD.mT)
+    return torch._softmax_backward_data(grad_map, map_ZNM, -1, map_ZNM.dtype)
+
+
+class _Piece(NamedTuple):
+    """Some heads of an image, and some of their queries."""
+
+    image: int
+    heads: slice
+    queries: slice
+
+    def of_queries(self, x_BHND: Tensor) -> Tensor:
+        """Return a view of these queries, (Z, n, D)."""
+        return x_BHND[self.image, self.heads, self.queries]
+
+    def of_keys(self, x_BHMD: Tensor) -> Tensor:
+        """Return a view of all keys of these heads, (Z, M, D)."""
+        return x_BHMD[self.image, self.heads]
+
+
+class _SmallMaps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        out, bias_M = torch.empty_like(q), None if bias is None else bias.flatten()
+        kept, maps = _keeps_maps(q, k), []
+        for piece in _pieces(q, k.shape[2]):
+            weights = form_map(piece.of_queries(q), piece.of_keys(k), scale, bias_M)
+            torch.bmm(weights, piece.of_keys(v), out=piece.of_queries(out))
+            if kept:
+                maps.append(weights)
+        ctx.save_for_backward(q, k, v, bias, *maps)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, *maps = ctx.saved_tensors
+        bias_M = None if bias is None else bias.flatten()
+        grad_bias = torch.zeros_like(bias_M) if bias_M is not None and ctx.needs_input_grad[3] else None
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for index, piece in enumerate(_pieces(q, k.shape[2])):
+            own_q, own_k, grad = piece.of_queries(q), piece.of_keys(k), piece.of_queries(grad_out)
+            weights = maps[index] if maps else form_map(own_q, own_k, ctx.scale, bias_M)
+            before = 1 if piece.queries.start else 0
+            piece.of_keys(dv).baddbmm_(weights.mT, grad, beta=before)
+            grad_logits = logits_gradient(weights, grad, piece.of_keys(v))
+            piece.of_queries(dq).baddbmm_(grad_logits, own_k, beta=0, alpha=ctx.scale)
+            piece.of_keys(dk).baddbmm_(grad_logits.mT, own_q, beta=before, alpha=ctx.scale)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum((0, 1))
+        return dq, dk, dv, None if grad_bias is None else grad_bias.view_as(bias), None
+
+
+def _forms_maps(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Return whether there is something to learn, and forming the maps is possible and faster."""
+    learns_bias = bias is not None and bias.requires_grad
+    learned = learns_bias or any(x.requires_grad for x in (q, k, v))
+    if not learned or not torch.is_grad_enabled() or not can_form_maps(q, k, v):
+        return False
+    by_key = bias is None or (bias.numel() == k.shape[2] and bias.dtype is q.dtype)
+    return by_key and (learns_bias or _keeps_maps(q, k))
+
+
+def _keeps_maps(q_BHND: Tensor, k_BHMD: Tensor) -> bool:
+    """Return whether the maps are small beside the projections, or one piece."""
+    return few(*_sizes(q_BHND, k_BHMD)) or q_BHND.shape[:3].numel() * k_BHMD.shape[2] <= CACHED
+
+
+def _sizes(q_BHND: Tensor, k_BHMD: Tensor) -> tuple[int, int, int]:
+    return q_BHND.shape[2], k_BHMD.shape[2], q_BHND.shape[3]
+
+
+def _pieces(q_BHND: Tensor, num_keys: int) -> Iterator[_Piece]:
+    batch, heads, tokens, _ = q_BHND.shape
+    together = max(1, min(heads, CACHED // (tokens * num_keys)))
+    length = max(1, min(tokens, CACHED // num_keys))
+    for image in range(batch):
+        for head in range(0, heads, together):
+            for start in range(0, tokens, length):
+                yield _Piece(image, slice(head, head + together), slice(start, start + length))

@@ -6,10 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import QKV, AttentionOperator, Geometry, Heads, Traits
+from .base import (
+    QKV,
+    Accounting,
+    AttentionOperator,
+    FirstRows,
+    Geometry,
+    Heads,
+    LowRank,
+    Operations,
+    Term,
+    Traits,
+)
 from .kernels import precise
-from .operations import Accounting, Operations
-from .terms import FirstRows, Term
 
 
 class Softmax:
@@ -66,3 +75,67 @@ def _mask(heads: Heads) -> Tensor | None:
     if heads.seen is None or heads.bias is None:
         return heads.bias if heads.seen is None else heads.seen
     return heads.bias.masked_fill(~heads.seen, -torch.inf)
+
+
+# Exact attention of prefix tokens, for operators that approximate the rows of grid tokens.
+
+
+def prefix_softmax(heads: Heads) -> Tensor:
+    """Return the softmax attention of the prefix tokens to every token, (B, H, P, D)."""
+    q, k, v = heads.qkv()
+    first = q[:, :, : heads.tokens().num_prefix]
+    return F.scaled_dot_product_attention(
+        first, k, v, attn_mask=heads.seen, dropout_p=heads.dropout, scale=heads.scale
+    )
+
+
+def with_prefix(heads: Heads, grid_BHnD: Tensor) -> Tensor:
+    """Return the exact attention of the prefix tokens, then `grid_BHnD`: (B, H, N, D)."""
+    if heads.tokens().num_prefix == 0:
+        return grid_BHnD
+    return torch.cat((prefix_softmax(heads), grid_BHnD), 2)
+
+
+def prefix_term(heads: Heads) -> Term:
+    """Return the prefix rows of the softmax map as a term."""
+    return FirstRows(softmax_rows(heads, slice(heads.tokens().num_prefix)))
+
+
+# Uniform attention: every token takes the mean of all values.
+
+
+class UniformAttention(AttentionOperator):
+    """A = 1/N, without queries, keys or parameters: the lower baseline for other operators.
+
+    Tokens still exchange their mean, so a network with it is more than MLPs on single tokens.
+    """
+
+    needs = ("v",)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(key_mask=True, graph_any_grid=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        v = heads.values()
+        if heads.key_mask is None:
+            return v.mean(2, keepdim=True).expand_as(v)  # torch sums half precision in float32
+        return (_weights(heads) * v).sum(2, keepdim=True).to(v.dtype).expand_as(v)
+
+    def terms(self, heads: Heads) -> list[Term]:
+        v, weights = heads.values(), _weights(heads)
+        right = weights.expand(*v.shape[:3], 1).to(v.dtype)
+        return [LowRank(torch.ones_like(right), right)]
+
+    def macs(self, geometry: Geometry) -> int:
+        return geometry.num_tokens * self.shape.head_dim * self.shape.num_heads
+
+
+def _weights(heads: Heads) -> Tensor:
+    """Return the weight of each key, (B or 1, 1, N, 1), in float32 or better: equal for all but padding."""
+    v = heads.values()
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    if heads.key_mask is None:
+        return v.new_full((1, 1, v.shape[2], 1), 1 / v.shape[2], dtype=dtype)
+    keys = heads.key_mask[:, None, :, None].to(dtype)
+    return keys / keys.sum(2, keepdim=True)

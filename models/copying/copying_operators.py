@@ -14,9 +14,8 @@ from torch import Tensor
 from ..attention.base import QKV, Heads
 from ..attention.fused import apply_map
 from ..attention.softmax import Softmax
-from .links import Link
-from .places import pick_dim, put_dim
-from .tape import Tape, average_heads, spread_heads
+from .grids import pick_dim, put_dim
+from .tape import Link, Tape, average_heads, spread_heads
 
 Part = Literal["q", "k", "v"]
 softmax = Softmax()

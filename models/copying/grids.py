@@ -6,13 +6,17 @@ that the model was built for nor the number of its tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..errors import TransferError, UnsupportedModelError
-from ..families import SUPPORTED, family_of, fills, find_family, is_pyramid, patch_size
+from ..families import SUPPORTED, TokenLayout, family_of, fills, find_family, is_pyramid, patch_size
 
 Size = tuple[int, int]
 """Height and width."""
@@ -190,3 +194,125 @@ def _take(model: nn.Module, name: str, images: Size) -> tuple[Size, ...]:
 def _whole(images: Size, patch: Size) -> Size:
     height, width = (max(1, round(side / step)) * step for side, step in zip(images, patch, strict=True))
     return height, width
+
+
+# Select and replace heads or tokens at places that Python knows, without an index tensor.
+#
+# To make an index tensor on a GPU, its numbers are copied there, and the copy waits for all that the GPU has to do.
+
+Run = tuple[int, int]
+"""First and last place, the last excluded."""
+
+
+def runs_of(index: Sequence[int]) -> list[Run]:
+    """Return the runs of consecutive places in `index`, in its order."""
+    runs: list[Run] = []
+    for place in index:
+        if runs and runs[-1][1] == place:
+            runs[-1] = runs[-1][0], place + 1
+        else:
+            runs.append((place, place + 1))
+    return runs
+
+
+def pick_dim(x: Tensor, dim: int, index: Sequence[int] | None) -> Tensor:
+    """Return `x` at `index` along `dim`: a view where the index is one run, a copy otherwise."""
+    if index is None:
+        return x
+    runs = runs_of(index)
+    if len(runs) == 1:
+        return x.narrow(dim, runs[0][0], len(index))
+    cuts = sorted({0, x.shape[dim], *(place for run in runs for place in run)})
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    pieces = dict(zip(cuts, x.split(sizes, dim), strict=False))  # one split: its backward pass is one copy
+    return torch.cat([pieces[cut] for start, stop in runs for cut in cuts if start <= cut < stop], dim)
+
+
+def put_dim(part: Tensor, whole: Tensor, dim: int, index: Sequence[int]) -> Tensor:
+    """Return a copy of `whole` with `part` at the different places `index` along `dim`."""
+    runs = runs_of(index)
+    given = dict(zip(runs, part.split([stop - start for start, stop in runs], dim), strict=True))
+    cuts = sorted({0, whole.shape[dim], *(place for run in runs for place in run)})
+    segments = list(pairwise(cuts))
+    kept = whole.split([stop - start for start, stop in segments], dim)
+    return torch.cat([given.get(each, own) for each, own in zip(segments, kept, strict=True)], dim)
+
+
+# Which teacher token stands for which student token, and how attention moves to another patch grid.
+#
+# Prefix tokens are matched by kind (class, distillation, register by its number), patch tokens by their place.
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a sequence: some of its prefix tokens, in this order, then every patch, however many there are."""
+
+    prefix: tuple[int, ...]
+    num_prefix: int
+    """How many prefix tokens the sequence has."""
+
+    @property
+    def whole(self) -> bool:
+        """All tokens in order: the fast path."""
+        return self.prefix == tuple(range(self.num_prefix))
+
+    def index(self, length: int) -> list[int]:
+        """Return their places in a sequence of this length."""
+        return [*self.prefix, *range(self.num_prefix, length)]
+
+    def pick(self, x: Tensor, dim: int) -> Tensor:
+        """`x` at these tokens along `dim`: a view where they are a run, a copy otherwise."""
+        length, start = x.shape[dim], self.num_prefix - len(self.prefix)
+        if self.whole:
+            return x
+        if self.prefix == tuple(range(start, self.num_prefix)):
+            return x.narrow(dim, start, length - start)
+        return pick_dim(x, dim, self.index(length))
+
+
+@dataclass(frozen=True)
+class TokenMatch:
+    """Token k of `teacher` corresponds to token k of `student`, in sequences on the same patch grid.
+
+    Where grids differ, the teacher's sequence is that which `interpolate_tokens` has brought to the student's grid.
+    """
+
+    teacher: Tokens
+    student: Tokens
+    student_only: tuple[int, ...]  # student tokens without a counterpart
+    report: tuple[str, ...]  # what was left out or interpolated, in sentences
+
+
+def match_tokens(teacher: TokenLayout, student: TokenLayout, rule: GridRule) -> TokenMatch:
+    """Match the tokens of two models. Raises `TransferError` for grids that the rule refuses."""
+    report = rule.check(teacher.grid, student.grid)
+    theirs, ours = ({kind: place for place, kind in enumerate(each.prefix)} for each in (teacher, student))
+    shared = [kind for kind in ours if kind in theirs]
+    teacher_only = [kind for kind in theirs if kind not in ours]
+    student_only = [kind for kind in ours if kind not in theirs]
+    if teacher_only:
+        report.append(f"teacher tokens without a counterpart in the student: {', '.join(teacher_only)}")
+    if student_only:
+        report.append(f"student tokens without a counterpart in the teacher: {', '.join(student_only)}")
+    return TokenMatch(
+        teacher=Tokens(tuple(theirs[kind] for kind in shared), teacher.num_prefix),
+        student=Tokens(tuple(ours[kind] for kind in shared), student.num_prefix),
+        student_only=tuple(ours[kind] for kind in student_only),
+        report=tuple(report),
+    )
+
+
+def interpolate_tokens(x_BHND: Tensor, num_prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation (align_corners=False) of queries or keys from patch grid `old` to grid `new`.
+
+    It is linear, x' = R x, so interpolating queries and keys interpolates the logits over both axes:
+    Q' K'^T = (R Q)(R K)^T = R (Q K^T) R^T. Prefix tokens are kept. Shapes: (B, H, N, D) to (B, H, N', D).
+    """
+    if old == new:
+        return x_BHND
+    batch, heads, _, width = x_BHND.shape
+    prefix_BHPD, patches_BHND = x_BHND[:, :, :num_prefix], x_BHND[:, :, num_prefix:]
+    image = patches_BHND.transpose(2, 3).reshape(batch, heads * width, *old)
+    image = F.interpolate(image, size=new, mode="bilinear", align_corners=False)
+    patches_BHND = image.reshape(batch, heads, width, new[0] * new[1]).transpose(2, 3)
+    return torch.cat((prefix_BHPD, patches_BHND), dim=2)

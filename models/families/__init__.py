@@ -1,13 +1,5 @@
 """The supported timm models: where their blocks are, and the sizes of their attention."""
 
-from .create import constructor_arguments as constructor_arguments
-from .create import create_timm_model as create_timm_model
-from .create import family_named as family_named
-from .model_types import Block as Block
-from .model_types import ViT as ViT
-from .model_types import evaluating as evaluating
-from .model_types import vit as vit
-from .no_attention import NoAttention as NoAttention
 from .plain import SUPPORTED as SUPPORTED
 from .plain import AttentionShape as AttentionShape
 from .plain import TokenLayout as TokenLayout
@@ -23,14 +15,22 @@ from .plain import patch_grid as patch_grid
 from .plain import patch_size as patch_size
 from .plain import pooling_of as pooling_of
 from .plain import token_layout as token_layout
+from .site import Block as Block
 from .site import Family as Family
+from .site import NoAttention as NoAttention
 from .site import Site as Site
+from .site import ViT as ViT
+from .site import evaluating as evaluating
 from .site import shallow as shallow
 from .site import submodule as submodule
-from .size_checks import check_patches as check_patches
+from .site import vit as vit
 from .walk import blocks_of as blocks_of
+from .walk import check_patches as check_patches
 from .walk import check_supported as check_supported
+from .walk import constructor_arguments as constructor_arguments
+from .walk import create_timm_model as create_timm_model
 from .walk import depths as depths
+from .walk import family_named as family_named
 from .walk import family_of as family_of
 from .walk import find_family as find_family
 from .walk import is_pyramid as is_pyramid

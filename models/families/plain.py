@@ -19,8 +19,7 @@ from torch import nn
 
 from ..attention.base import Geometry
 from ..errors import UnsupportedModelError
-from .model_types import Block, vit
-from .site import Family, listed, shallow, submodule
+from .site import Block, Family, listed, shallow, submodule, vit
 
 MODELS = (VisionTransformer, Beit, Eva)
 BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)

@@ -9,10 +9,8 @@ from timm.models.pvt_v2 import Attention, Block, PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from ..attention.base import Geometry
-from ..pvt_layers import PVTBlock
-from ..pvt_v1 import PVT
-from .model_types import vit
-from .site import Family, listed, merged_grid, shallow, submodule
+from ..pvt_v1 import PVT, PVTBlock
+from .site import Family, listed, merged_grid, shallow, submodule, vit
 
 
 class PVTv2(Family):

@@ -13,9 +13,8 @@ from torch import nn
 
 from ..attention.base import Geometry
 from ..token_merging import SwinMerging, TokenMerging
-from .model_types import vit
 from .plain import patch_grid
-from .site import Family, listed, merged_grid, shallow, submodule
+from .site import Family, listed, merged_grid, shallow, submodule, vit
 
 
 class Swin(Family):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
+import timm
+from timm.models import is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 
+from ..attention.base import Geometry
 from ..errors import UnsupportedModelError
-from .model_types import Block
-from .no_attention import NoAttention
-from .plain import SUPPORTED, Plain, TokenLayout, attention_blocks, prefix_kinds, refuse_copied
+from .plain import (
+    SUPPORTED,
+    Plain,
+    TokenLayout,
+    attention_blocks,
+    fills,
+    image_size,
+    patch_size,
+    prefix_kinds,
+    refuse_copied,
+)
 from .pvt import PVTv1, PVTv2
-from .site import Family, Site, submodule
+from .site import Block, Family, NoAttention, Site, submodule
 from .swin import Swin
 from .twins import Twins
 
@@ -108,3 +120,63 @@ def check_supported(model: nn.Module, *, copied: bool = False, pyramids: bool = 
                 f"block {index} of {name} is a {part}, which is not supported; supported are {SUPPORTED}, "
                 "with one softmax attention a block"
             )
+
+
+# Create a timm model at an image size, also where timm's constructor takes none.
+
+
+def create_timm_model(name: str, /, **arguments: Any) -> nn.Module:
+    """Return `timm.create_model(name, **arguments)` without pretrained weights.
+
+    A family whose constructor does not take `img_size`, or only checks it, is created and then resized.
+    """
+    family = family_named(name)
+    late = family is not None and not family.sized_when_built
+    size = arguments.pop("img_size", None) if late else None
+    model = timm.create_model(name, pretrained=False, **arguments)
+    if family is not None and size is not None:
+        family.resize(model, (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
+    return model
+
+
+def constructor_arguments(architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `arguments` as timm's own constructor takes them: without `img_size` where it has no such argument."""
+    family = family_named(architecture)
+    takes_size = family is None or family.takes_size
+    return {key: value for key, value in arguments.items() if takes_size or key != "img_size"}
+
+
+def family_named(architecture: str) -> Family | None:
+    """Return the family of a timm name; None for a name of no supported family."""
+    name = split_model_name_tag(architecture)[0]
+    module = model_entrypoint(name).__module__ if is_model(name) else ""
+    return next((each for each in FAMILIES if any(model.__module__ == module for model in each.models)), None)
+
+
+# The refusal of image sizes that leave a model without tokens, or with broken patches.
+
+
+def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None:
+    """Raise UnsupportedModelError if images of `size` (default: the model's own) have no patch, or a broken one."""
+    size = image_size(model) if size is None else size
+    patch = patch_size(model)
+    if size is not None and any(side < least for side, least in zip(size, patch, strict=True)):
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} have no whole patch of {patch[0]}x{patch[1]}: give a larger img_size"
+        )
+    if size is not None and not fills(getattr(model, "patch_embed", None), size):
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} are not whole patches of {patch[0]}x{patch[1]}, which a model with "
+            "dynamic_img_size needs: give another img_size"
+        )
+    family = find_family(model)
+    if size is not None and family is not None and family.is_pyramid:
+        _check_stages(family.geometries(model, size), size)
+
+
+def _check_stages(stages: list[Geometry], size: tuple[int, int]) -> None:
+    empty = next((number for number, stage in enumerate(stages, 1) if min(stage.grid) < 1), None)
+    if empty is not None:
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} leave no token in stage {empty}: give a larger img_size"
+        )

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from html import escape
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError, counted, did_you_mean
-from .polynomial import NOTHING, TOKENS, Polynomial, Shape
-from .primitives import PRIMITIVES
+from .primitives import NOTHING, PRIMITIVES, TOKENS, Polynomial, Shape
+
+# The modules that AttnZero ships, as programs, and the attention that its configuration starts from.
+#
+# A number is a position in its list of candidates. `bench_1` and `bench_2` are in templates of its benchmark,
+# without a number. Its `cosine_similarity` compares a tensor with itself, which gives the number one for one
+# image. Trials 20 and 40 add dimensions that a program does not have: these are their formulas without them.
+
+LINEAR = "mul(mm(elu1(q) tn(elu1(k) v)) recip(nt(elu1(q) sum(elu1(k)))))"
+"""(φ(Q) (φ(K)ᵀ V)) / (φ(Q) Σ φ(K) + 1e-6), φ = elu + 1."""
+
+FOUND: dict[str, str] = {
+    "attnzero_105": "mul(l2(mm(l2(q) zscore(tn(minmax(v) elu1(k))))) q)",
+    "attnzero_140": "add(l2(nt(abs(v) sigmoid(tn(elu1(k) scale(v))))) l2t(q))",
+    "attnzero_240": "nt(l2t(add(l2t(add(sigmoid(relu(k)) softsign(v))) q)) "
+    "l2t(tn(v l2t(add(l2t(add(sigmoid(relu(k)) softsign(v))) q)))))",
+    "attnzero_272": "add(softmax(nt(v sign(tn(v abslog(k))))) softsign(q))",
+    "attnzero_20": "mul(mul(k sigmoid(q)) softsign(v))",
+    "attnzero_25": "mul(cosigmoid(mul(q sign(k))) l2(v))",
+    "attnzero_34": "mul(add(sign(v) softmax(q)) zscore(mul(l2t(k) v)))",
+    "attnzero_40": "q",
+    "attnzero_76": "add(relu(q) softmax(mul(neg(scale(q)) sqrt(one))))",
+    "attnzero_80": "add(minmax(one) scale(v))",
+    "attnzero_174": "add(q sumnorm(l2t(mul(cosigmoid(v) relu(softsign(one))))))",
+    "attnzero_228": "mul(cosigmoid(v) sigmoid(add(k q)))",
+    "attnzero_bench_1": "add(elu1(q) neg(one))",
+    "attnzero_bench_2": "mul(cosigmoid(add(l2(k) l2t(abslog(v)))) sumnorm(add(abslog(v) cosigmoid(q))))",
+}
+"""Programs by the name of their operator; the first four mix tokens by their content."""
+
 
 INPUTS = ("q", "k", "v")
 MAX_NODES = 64
@@ -177,3 +208,214 @@ def walk_operands(node: Node) -> Iterator[Node]:
 def _brief(name: str, operands: tuple[Node, ...]) -> str:
     text = f"{name}({' '.join(each.text for each in operands)})"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# Aliases: programs with other texts that compute the same, found by comparing outputs.
+
+PROBES = ((0, 7, 4), (1, 12, 6), (2, 5, 8))
+"""Seed, tokens and head width of the inputs; N is smaller and larger than D."""
+HEADS = 2
+TOLERANCE = 1e-6
+"""Relative, in float64."""
+
+
+def find_aliases(programs: Iterable[Program], tolerance: float = TOLERANCE) -> dict[str, list[str]]:
+    """Return the other texts of each program that has any, by the text of the first of them.
+
+    Programs are aliases if their outputs agree on `PROBES`, NaN included. They stay programs of their own: equal
+    numbers on probes are no proof.
+    """
+    first: list[tuple[str, list[Tensor]]] = []
+    found: dict[str, list[str]] = {}
+    for program in dict.fromkeys(programs):
+        outputs = [_output(program, *probe) for probe in PROBES]
+        known = next((text for text, others in first if _agree(outputs, others, tolerance)), None)
+        if known is None:
+            first.append((program.text, outputs))
+        else:
+            found.setdefault(known, []).append(program.text)
+    return found
+
+
+def _output(program: Program, seed: int, tokens: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, 1, HEADS, tokens, width, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        return program(q=q, k=k, v=v)
+
+
+def _agree(outputs: list[Tensor], others: list[Tensor], tolerance: float) -> bool:
+    """Compare the first probe first, which tells most programs apart."""
+    for out, other in zip(outputs, others, strict=True):
+        size = float(other.nan_to_num().abs().max())
+        if not torch.allclose(out, other, rtol=0, atol=tolerance * size, equal_nan=True):
+            return False
+    return True
+
+
+# Print programs for readers: LaTeX, and PyTorch that computes the same.
+
+OPERAND = re.compile("#([12])")
+
+
+def latex(program: Program) -> str:
+    """Return the formula. c is the number of columns, φ(x) = elu(x) + 1, and σ̄ = 1 − σ."""
+    return _latex(program.root)
+
+
+def _latex(node: Node) -> str:
+    if not node.primitive:
+        return node.text.upper()
+    row = PRIMITIVES[node.primitive]
+    parts = [_latex(each) for each in node.operands]
+    if row.infix:
+        loose = [each.primitive and PRIMITIVES[each.primitive].infix for each in node.operands]
+        parts = [rf"\left({part}\right)" if wrap else part for part, wrap in zip(parts, loose, strict=True)]
+    return OPERAND.sub(lambda found: parts[int(found[1]) - 1], row.latex)
+
+
+def torch_code(program: Program) -> str:
+    """Return the source of a function `attention(q, k, v)` of tensors (B, H, N, D)."""
+    names: dict[str, str] = {name: name for name in program.inputs}
+    lines: list[str] = []
+    for node in program.nodes:
+        if node.primitive:
+            row = PRIMITIVES[node.primitive]
+            operands = [names[each.text] for each in node.operands] or [program.inputs[0]]
+            names[node.text] = "out" if node == program.root else f"x{len(lines) + 1}"
+            lines.append(f"    {names[node.text]} = {row.code.format(*operands)}  # {node.shape}")
+    body = "\n".join([*lines, f"    return {names[program.text]}"])
+    return (
+        "import torch\nimport torch.nn.functional as F\n\n\ndef attention(q, k, v):\n"
+        f'    """{program.text}"""\n{body}\n'
+    )
+
+
+# Formulas of programs as MathML, which browsers draw: from the part of LaTeX that `latex` writes.
+
+TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]+|[^\s]")
+SYMBOLS = {r"\phi": "φ", r"\sigma": "σ", r"\top": "⊤", r"\max": "max"}
+OPERATORS = {r"\odot": "⊙", "-": "−"}
+SPACES = (r"\,", r"\;")
+
+
+def mathml(program: Program) -> str:
+    """Return the formula O = … as an element `math`."""
+    row = _Reader(latex(program)).row()
+    return f'<math display="block"><mi>O</mi><mo>=</mo>{row}</math>'
+
+
+class _Reader:
+    """A reader of LaTeX tokens from left to right."""
+
+    def __init__(self, text: str) -> None:
+        self._tokens = TOKEN.findall(text)
+
+    def row(self, end: str = "") -> str:
+        """Return all items up to the token `end`, or up to the end of the formula, and take that token."""
+        items: list[str] = []
+        while self._tokens and self._tokens[0] != end:
+            if self._tokens[0] in ("^", "_"):
+                tag = "msup" if self._tokens.pop(0) == "^" else "msub"
+                items.append(f"<{tag}>{items.pop()}{self._item()}</{tag}>")
+            else:
+                items.append(self._item())
+        if end:
+            self._tokens.pop(0)
+        return f"<mrow>{''.join(items)}</mrow>"
+
+    def _item(self) -> str:
+        token = self._tokens.pop(0)
+        if token == "{":
+            return self.row("}")
+        if token == r"\left":
+            return self._fenced()
+        if token == r"\frac":
+            return f"<mfrac>{self._item()}{self._item()}</mfrac>"
+        if token == r"\sqrt":
+            return f"<msqrt>{self._item()}</msqrt>"
+        if token == r"\bar":
+            return f"<mover>{self._item()}<mo>¯</mo></mover>"
+        if token == r"\operatorname":
+            return self._name()
+        return _leaf(token)
+
+    def _fenced(self) -> str:
+        """Return what stands between \\left and \\right, with its signs."""
+        sign = self._tokens.pop(0)
+        inside = self.row(r"\right")
+        return f"<mrow><mo>{escape(sign)}</mo>{inside}<mo>{escape(self._tokens.pop(0))}</mo></mrow>"
+
+    def _name(self) -> str:
+        """Return a function's name, which may have an index."""
+        end = self._tokens.index(r"\left")
+        word, _, index = "".join(self._tokens[1 : end - 1]).partition("_")
+        del self._tokens[:end]
+        name = f"<mi>{escape(word)}</mi>"
+        return f"<msub>{name}<mi>{escape(index.strip('{}'))}</mi></msub>" if index else name
+
+
+def _leaf(token: str) -> str:
+    if token in SPACES:
+        return '<mspace width="0.17em"></mspace>'
+    if token.isdecimal():
+        return f"<mn>{token}</mn>"
+    if token in SYMBOLS or token.isalpha():
+        return f"<mi>{SYMBOLS.get(token, token)}</mi>"
+    return f"<mo>{escape(OPERATORS.get(token, token))}</mo>"
+
+
+# Read the text of a program: `mm(softmax(nt(scale(q) k)) v)`.
+#
+# The text has no comma and no semicolon, so that it can stand in a layer plan, and it is never evaluated as code.
+
+TOKEN_PROGRAM_TEXT = re.compile(r"\s*(?:([a-z][a-z0-9]*)|([()]))")
+LEAVES = dict(zip(INPUTS, (Q, K, V), strict=True))
+
+
+def parse_program(text: str) -> Program:
+    """Return the program of a text, canonical or not.
+
+    Raises ProgramError: the text is too long, is not well formed or not well typed.
+    """
+    if len(text) > MAX_TEXT:
+        raise ProgramError(f"the program is longer than {MAX_TEXT} characters")
+    tokens = _tokens(text)
+    node, end = _node(tokens, 0)
+    if end != len(tokens):
+        raise ProgramError(f"program: {tokens[end]!r} stands after the end of {node.text}")
+    return Program(node)
+
+
+def _tokens(text: str) -> list[str]:
+    tokens, at, text = [], 0, text.rstrip()
+    while at < len(text):
+        found = TOKEN_PROGRAM_TEXT.match(text, at)
+        if found is None:
+            wrong = text[at:].strip()[:1]
+            hint = "; separate operands by a space" if wrong == "," else ""
+            hint = "; names are in lower case" if wrong.isupper() else hint
+            raise ProgramError(f"program: {wrong!r} is not a name or a parenthesis{hint}")
+        tokens.append(found[1] or found[2])
+        at = found.end()
+    return tokens
+
+
+def _node(tokens: list[str], at: int) -> tuple[Node, int]:
+    """Return the value that starts at token `at`, and where the next one starts."""
+    if at == len(tokens) or tokens[at] in "()":
+        found = "its end" if at == len(tokens) else repr(tokens[at])
+        raise ProgramError(f"program: a primitive, q, k or v is expected in place of {found}")
+    name, at = tokens[at], at + 1
+    if name in LEAVES:
+        return LEAVES[name], at
+    operands = []
+    if at < len(tokens) and tokens[at] == "(":
+        at += 1
+        while at < len(tokens) and tokens[at] != ")":
+            operand, at = _node(tokens, at)
+            operands.append(operand)
+        if at == len(tokens):
+            raise ProgramError(f"program: the parenthesis of {name} is not closed")
+        at += 1
+    return apply(name, *operands), at

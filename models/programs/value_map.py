@@ -6,18 +6,175 @@ is N×N unless the program itself forms such a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .map_parts import Part, combine, weigh
-from .polynomial import ONE
-from .primitives import PRIMITIVES
-from .program import PRODUCTS, Node, Program, ProgramError
+from .primitives import ONE, PRIMITIVES, SCALAR
+from .program import PRODUCTS, Node, Program, ProgramError, apply
+
+# Parts of a map (N×N) of each head, in factors.
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a map: L Rᵀ, with `left` (B, H, rows, r) and `right` (B, H, N, r).
+
+    Without `left`, L is the identity. Without `right`, `left` (B, H, N, 1) is the diagonal of the part.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+
+def combine(part: Part, x: Tensor) -> Part:
+    """Return X times a part, for X (m × rows)."""
+    if part.right is None:
+        assert part.left is not None
+        return Part(None, x.transpose(2, 3) * part.left)
+    return Part(x if part.left is None else x @ part.left, part.right)
+
+
+def weigh(part: Part, weights: Tensor | float) -> Part:
+    """Return a part with its rows times `weights` (rows × 1), or all times a number."""
+    if part.left is not None:
+        return Part(part.left * weights, part.right)
+    across = weights.transpose(2, 3) if isinstance(weights, Tensor) else weights
+    assert part.right is not None
+    return Part(None, part.right * across)
+
+
+def apply_part(part: Part, v_BHND: Tensor) -> Tensor:
+    """Return a part times values of any width."""
+    if part.right is None:
+        assert part.left is not None
+        return part.left * v_BHND
+    out = part.right.transpose(2, 3) @ v_BHND
+    return out if part.left is None else part.left @ out
+
+
+def without_values(part: Part) -> Part:
+    """Return a part of the same form that is zero."""
+    left, right = (None if x is None else torch.zeros_like(x) for x in (part.left, part.right))
+    return Part(left, right)
+
+
+def with_padding(part: Part, seen: Tensor) -> Part:
+    """Return a part of the tokens that `seen` (N,) marks as a part of all N tokens, with zeros at the others."""
+
+    def spread(x: Tensor) -> Tensor:
+        out = x.new_zeros(*x.shape[:2], len(seen), x.shape[3])
+        out[:, :, seen] = x
+        return out
+
+    if part.left is not None:
+        return Part(spread(part.left), None if part.right is None else spread(part.right))
+    assert part.right is not None
+    return Part(None, spread(spread(part.right).transpose(2, 3)).transpose(2, 3))
+
+
+def stack(images: Sequence[Part]) -> Part:
+    """Return one part of a batch from the parts of its images, whose ranks may differ."""
+
+    def joined(factors: list[Tensor]) -> Tensor | None:
+        rank = max((x.shape[3] for x in factors), default=0)
+        return torch.cat([F.pad(x, (0, rank - x.shape[3])) for x in factors]) if factors else None
+
+    lefts = [part.left for part in images if part.left is not None]
+    return Part(joined(lefts), joined([part.right for part in images if part.right is not None]))
+
+
+# What a program's formula shows about its map: that it is nonnegative, and that its rows sum to one.
+#
+# Both are read off the graph and hold for all inputs. Where the formula does not show one, it is not claimed.
+
+ALWAYS = {
+    "softmax", "abs", "sigmoid", "cosigmoid", "elu1", "relu", "exp", "sqrt", "minmax", "dist", "one",
+}  # fmt: skip
+"""Primitives whose result is nonnegative."""
+WITH_OPERANDS = {
+    "scale", "l2", "l2t", "l1", "sumnorm", "recip", "softsign", "sign", "gelu", "t", "sum", "mean", "headsum", "add",
+    "mul", "max", "mm", "tn", "nt", "cosine", "cat",
+}  # fmt: skip
+"""Primitives whose result is nonnegative if all operands are."""
+ROWS_SUM_TO_ONE = {"softmax", "sumnorm"}
+
+
+def nonnegative_map(program: Program) -> bool:
+    """Return whether every entry of the map is nonnegative: M V ≥ 0 for all V ≥ 0."""
+    return is_nonnegative(program.nodes, ("v",))
+
+
+def is_nonnegative(nodes: Iterable[Node], inputs: Container[str] = ()) -> bool:
+    """Return whether the last of `nodes` (operands first) is nonnegative wherever `inputs` are."""
+    known: dict[Node, bool] = {}
+    for node in nodes:
+        each = [known[operand] for operand in node.operands]
+        known[node] = (
+            node.text in inputs
+            or node.primitive in ALWAYS
+            or (node.primitive in WITH_OPERANDS and all(each))
+            or (node.primitive == "tileinv" and each[0])
+            or (node.primitive == "mul" and node.operands[0] == node.operands[1])
+        )
+    return known[node]
+
+
+def rows_sum_to_one(program: Program) -> bool:
+    """Return whether M 1 = 1 by the formula: a program gives M 1 where V is a column of ones.
+
+    An epsilon in a denominator (1e-6) is left out.
+    """
+    sums: dict[Node, Node | None] = {}
+    try:
+        for node in program.nodes:
+            sums[node] = ONES if node.text == "v" else _sum_of(node, sums)
+    except ProgramError:  # the text of a sum is too long
+        return False
+    return sums[program.root] == ONES
+
+
+ONES = apply("one")
+"""Stands for a column of ones of any length."""
+
+
+def _sum_of(node: Node, sums: dict[Node, Node | None]) -> Node | None:
+    """Return a value of V for V = 1, as the column that all its channels then are; None if it is not known."""
+    mixed = [each for each in node.operands if sums[each] is not None]
+    if len(mixed) != 1:
+        return None
+    [own] = mixed
+    column = sums[own]
+    assert column is not None
+    others = [each for each in node.operands if each is not own]
+    other = others[0] if others else None
+    if node.primitive == "mean" and column == ONES:
+        return ONES
+    if node.primitive == "mul" and other is not None:
+        return _weighed(column, other)
+    if node.primitive in ("mm", "tn") and own is node.operands[1] and other is not None:
+        return _combined(node.primitive, other, column)
+    return None
+
+
+def _weighed(column: Node, weights: Node) -> Node:
+    if weights == apply("recip", column) and column.shape.cols == SCALAR.cols:
+        return ONES
+    return weights if column == ONES else apply("mul", column, weights)
+
+
+def _combined(kind: str, matrix: Node, column: Node) -> Node:
+    """Return the product of a matrix and a column."""
+    if column != ONES:
+        return apply(kind, matrix, column)
+    if kind == "tn":
+        return apply("t", apply("sum", matrix))
+    return ONES if matrix.primitive in ROWS_SUM_TO_ONE else apply("t", apply("sum", apply("t", matrix)))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from graftvit.checkpoints.architecture import infer_architecture
 from graftvit.checkpoints.weights import Weights
 from graftvit.models.errors import CheckpointError
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from torch import Tensor
 
 

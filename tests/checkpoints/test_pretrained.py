@@ -14,7 +14,7 @@ from graftvit.checkpoints.describe import describe_teacher, teacher_facts
 from graftvit.checkpoints.position import resample_position
 from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

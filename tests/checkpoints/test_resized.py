@@ -15,7 +15,7 @@ from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.student import save_student, write_student
-from graftvit.models import operators
+from graftvit.models import layer_plan as operators
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from graftvit.models.conversion import convert, converted_layers, plan_size, resize
 from graftvit.models.errors import UnsupportedModelError

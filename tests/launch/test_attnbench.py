@@ -12,7 +12,7 @@ from engine_runs import make_teacher
 from graftvit.launch.bench_loading import load_bench
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import parse_program
 from graftvit.transfer.attnbench import bench_settings, trial_run
 from graftvit.transfer.attnbench.bench_rows import Row, read_rows, write_rows
 from graftvit.transfer.attnbench.bench_run import list_cells

@@ -8,8 +8,7 @@ import pytest
 from graftvit.launch.bench_loading import load_bench, load_rows
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
-from graftvit.models.programs.found import FOUND
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import FOUND, parse_program
 from graftvit.transfer.attnbench.bench_rows import merge_rows, read_rows, write_rows
 from graftvit.transfer.attnbench.bench_settings import CONTROLS, list_programs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.models.programs.found import FOUND
+from graftvit.models.programs.program import FOUND
 from graftvit.models.programs.program_checks import CHECKS
 
 

@@ -15,11 +15,10 @@ from graftvit.checkpoints.student import write_student
 from graftvit.models import attnzero
 from graftvit.models.conversion import plan_of, resize
 from graftvit.models.converted import converted_layers
+from graftvit.models.cost import attention_macs, count_layers, other_macs
 from graftvit.models.families import sites
-from graftvit.models.operation_count import count_layers
-from graftvit.models.programs.found import FOUND
-from graftvit.models.pyramid_cost import attention_macs, other_macs
-from graftvit.models.without_memory import without_memory
+from graftvit.models.programs.program import FOUND
+from graftvit.models.small import without_memory
 from pyramids import images
 from torch import Tensor, nn
 from torch.nn import functional as F

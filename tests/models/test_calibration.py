@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import dense
 import pytest
 import torch
-from graftvit.models import operators
+from graftvit.models import layer_plan as operators
 from graftvit.models.attention.base import Heads, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.conversion import convert, converted_layers

@@ -28,8 +28,7 @@ from graftvit.models.conversion import (
 from graftvit.models.converted import TokenGrid
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
-from graftvit.models.layer_plan import Choice
-from graftvit.models.operators import OPERATORS
+from graftvit.models.layer_plan import OPERATORS, Choice
 from operator_cases import CASES
 from torch import Tensor, nn
 

@@ -15,7 +15,7 @@ from graftvit.models.attention.hash import HashAttention
 from graftvit.models.calibration import Layer, fit_at_random, fit_layers
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import UnsupportedModelError
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from torch import Tensor, nn
 
 IMAGES = dense.images(4, dtype=torch.float32)

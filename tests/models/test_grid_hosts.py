@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from graftvit.models.families import sites
-from graftvit.models.grid_hosts import GridHost
-from graftvit.models.hosting import host_layers, release_layers
+from graftvit.models.grid_hosts import GridHost, host_layers, release_layers
 from pyramids import SIZES, TINY, images, tiny
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn

@@ -15,10 +15,10 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models import lit
 from graftvit.models.conversion import convert, plan_of, resize
+from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.families import is_pyramid, sites
 from graftvit.models.merges import merge_layers
-from graftvit.models.pyramid_cost import attention_macs, other_macs
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from pyramids import images
 from torch import nn
 

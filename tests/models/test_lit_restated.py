@@ -16,7 +16,7 @@ from graftvit.checkpoints.formats.lit_keys import from_reference
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models import lit
 from graftvit.models.errors import CheckpointError
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from lit_restated import PUBLISHED, Published, published_shapes, restated_logits, ti_shapes
 from torch import Tensor
 

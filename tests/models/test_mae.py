@@ -10,7 +10,7 @@ import timm
 import torch
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.mae import MaskedAutoencoder
-from graftvit.models.patches import grid_positions, unfold_patches
+from graftvit.models.parts import grid_positions, unfold_patches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer

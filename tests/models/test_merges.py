@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 from graftvit.models.conversion import convert, plan_of, plan_size, resize
+from graftvit.models.cost import other_macs
 from graftvit.models.errors import ConfigError
 from graftvit.models.families import sites
 from graftvit.models.merges import merge_layers, merges_deformably
-from graftvit.models.pyramid_cost import other_macs
 from pyramids import TINY, arguments, images, tiny
 from torch import nn
 

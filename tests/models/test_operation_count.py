@@ -6,13 +6,12 @@ import dense
 import pytest
 import timm
 import torch
-from graftvit.models.attention.base import Geometry, LayerShape
+from graftvit.models.attention.base import Geometry, LayerShape, Operations
 from graftvit.models.attention.hash import HashAttention
-from graftvit.models.attention.operations import Operations
 from graftvit.models.conversion import convert, converted_layers
+from graftvit.models.cost import count_operations
 from graftvit.models.errors import UnsupportedModelError
-from graftvit.models.operation_count import count_operations
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 from graftvit.models import pvt_models
+from graftvit.models.cost import attention_macs
 from graftvit.models.errors import ConfigError
-from graftvit.models.pyramid_cost import attention_macs
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from pyramids import images, tiny
 from torch import Tensor
 

@@ -12,9 +12,9 @@ from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, T
 from graftvit.models.conversion import convert, converted_layers, plan_of, plan_size, resize
 from graftvit.models.errors import ConfigError, GraftError, UnsupportedModelError
 from graftvit.models.families import check_supported, image_size, sites
-from graftvit.models.hosting import host_layers
-from graftvit.models.operators import OPERATORS
-from graftvit.models.without_memory import without_memory
+from graftvit.models.grid_hosts import host_layers
+from graftvit.models.layer_plan import OPERATORS
+from graftvit.models.small import without_memory
 from pyramids import TINY, arguments, images, tiny
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from graftvit.models.conversion import convert
-from graftvit.models.pyramid_cost import attention_macs, other_macs
+from graftvit.models.cost import attention_macs, other_macs
 from graftvit.transfer.analysis.benchmark.timing import counted_macs, step_of
 from pyramids import SIZES, TINY, images, tiny
 

@@ -11,7 +11,7 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, resize
-from graftvit.models.copying.input import Normalization, WholeInput
+from graftvit.models.copying.teacher_view import Normalization, WholeInput
 from pyramids import TINY, arguments, images, tiny
 from torch import Tensor, nn
 

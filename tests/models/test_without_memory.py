@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from dense import FAMILIES, TINY
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 
 
 @pytest.mark.parametrize("family", FAMILIES)

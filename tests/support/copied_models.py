@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from dense import FAMILIES, TINY, tiny
 from graftvit.models.copied import CopiedTeacher, copy_attention
-from graftvit.models.copying.input import Normalization
+from graftvit.models.copying.teacher_view import Normalization
 from graftvit.transfer.methods.dual import DualViT
 from torch import nn
 

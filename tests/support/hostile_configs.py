@@ -13,8 +13,8 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, with_plan
 from graftvit.models.copied import CopiedTeacher, Copying, copy_attention, with_copying
-from graftvit.models.copying.input import Normalization
-from graftvit.models.copying.links import LayerPair
+from graftvit.models.copying.tape import LayerPair
+from graftvit.models.copying.teacher_view import Normalization
 from hostile import ARCHITECTURE, ARGUMENTS
 
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)

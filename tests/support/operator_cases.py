@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
-from graftvit.models.layer_plan import Choice
-from graftvit.models.operators import create_operator
-from graftvit.models.programs.found import FOUND
+from graftvit.models.layer_plan import Choice, create_operator
+from graftvit.models.programs.program import FOUND
 from torch import Tensor
 
 GRIDS = [(14, 14), (16, 24), (7, 9)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dense import FAMILIES, tiny
-from graftvit.models.copying.input import Normalization
+from graftvit.models.copying.teacher_view import Normalization
 from hypothesis import strategies as st
 from pair_reference import Pair
 from torch import nn

@@ -22,7 +22,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
-from graftvit.models.patches import grid_positions
+from graftvit.models.parts import grid_positions
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import meters
 from graftvit.transfer.engine.parallel import create_accelerator

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...models.attention.base import Geometry
-from ...models.shifted_windows import Size, Windows
+from ...models.map_structure import SizeShiftedWindows as Size
+from ...models.map_structure import Windows
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ from ...models.families import (
     is_pyramid,
     sites,
 )
-from ...models.grid_hosts import GridHost
+from ...models.grid_hosts import Call, GridHost, native_host, watch_layer
 from ...models.host import AttentionHost, Given, observe, release_attention
-from ...models.hosting import Call, native_host, watch_layer
 from ...models.pyramid_conversion import sharing_copy
 from .key_places import Cells, KeyPlaces
 

@@ -11,11 +11,9 @@ from random import Random
 from pydantic import Field, ValidationError, model_validator
 
 from ...checkpoints.paths import safe_name
-from ...models.errors import ConfigError, did_you_mean
-from ...models.json_types import JsonDict
+from ...models.errors import ConfigError, JsonDict, did_you_mean
 from ...models.programs.drawing import draw_program
-from ...models.programs.found import FOUND, LINEAR
-from ...models.programs.program_text import parse_program
+from ...models.programs.program import FOUND, LINEAR, parse_program
 from ..cells.records import digest
 from ..config import DataConfig, RunConfig, StudentConfig
 from ..effect import dump_decisive

@@ -11,7 +11,7 @@ from statistics import fmean
 from scipy import stats
 
 from ...models.errors import ConfigError, counted
-from ...models.programs.program_text import parse_program
+from ...models.programs.program import parse_program
 from ..search.program_search import PROXIES, Search
 from ..search.zero_cost import SCORES
 from .bench_rows import Row

@@ -13,9 +13,9 @@ import torch
 
 from ...checkpoints.json_lines import read_records
 from ...checkpoints.pretrained import load_pretrained
+from ...models.cost import attention_macs, other_macs
 from ...models.errors import RunFailedError
 from ...models.programs.program_checks import CHECKS, check
-from ...models.pyramid_cost import attention_macs, other_macs
 from ..analysis.benchmark.timing import step_of, time_steps
 from ..engine.train import train
 from .bench_rows import Point, Row

@@ -11,8 +11,7 @@ from pathlib import Path
 from ...checkpoints.identity import collect_identity
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained
-from ...models.errors import ConfigError
-from ...models.json_types import JsonDict
+from ...models.errors import ConfigError, JsonDict
 from ..config import RunConfig
 from ..data.loaders import EvalLoader, TrainLoader
 from ..methods.dual import DualViT

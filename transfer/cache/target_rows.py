@@ -9,8 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...models.errors import DataError
-from ...models.json_types import JsonDict
+from ...models.errors import DataError, JsonDict
 from .target_shards import Shard, TargetShards
 
 PIXELS = "pixels"

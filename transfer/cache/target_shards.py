@@ -22,8 +22,7 @@ from ...checkpoints.atomic import write_text
 from ...checkpoints.regular_files import read_regular
 from ...checkpoints.state_file import TrainingState as Content
 from ...checkpoints.state_file import check_state, read_meta, write_state
-from ...models.errors import CheckpointError, ConfigError
-from ...models.json_types import JsonDict
+from ...models.errors import CheckpointError, ConfigError, JsonDict
 from .shard_lock import write_once
 
 logger = logging.getLogger(__name__)

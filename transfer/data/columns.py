@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from ...models.errors import DataError
-from ...models.json_types import Json
+from ...models.errors import DataError, Json
 from ..config import DataConfig
 
 logger = logging.getLogger(__name__)

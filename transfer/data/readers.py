@@ -7,8 +7,7 @@ from typing import Any
 
 from timm.data.dataset_factory import create_dataset
 
-from ...models.errors import DataError
-from ...models.json_types import JsonDict
+from ...models.errors import DataError, JsonDict
 from ..config import DataConfig
 from .hub import stream_columns
 

@@ -24,12 +24,11 @@ from ...checkpoints.timm_models import check_published
 from ...checkpoints.transformers_teacher import load_transformers
 from ...models.attention.base import AttentionOperator
 from ...models.converted import start_fresh
-from ...models.errors import ConfigError, DataError, UnsupportedModelError
+from ...models.errors import ConfigError, DataError, JsonDict, UnsupportedModelError
 from ...models.families import pooling_of, vit
-from ...models.json_types import JsonDict
 from ...models.lora import add_lora
 from ...models.pyramid_conversion import nothing_given_up
-from ...models.without_memory import without_memory
+from ...models.small import without_memory
 from ..cache.cache_checks import check_metric
 from ..cache.target_key import find_shards
 from ..cache.target_shards import TargetShards

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...checkpoints.state import StateFolder
-from ...models.errors import GraftError
-from ...models.json_types import Json
+from ...models.errors import GraftError, Json
 from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from ..staging.stage import check_stage

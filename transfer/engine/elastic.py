@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from ...models.errors import ConfigError, counted
-from ...models.json_types import Json
+from ...models.errors import ConfigError, Json, counted
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
 from .build import Parts

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from ...checkpoints.atomic import write_text
 from ...checkpoints.regular_files import read_json
-from ...models.errors import ConfigError, GraftError, RunFailedError
-from ...models.json_types import JsonDict
+from ...models.errors import ConfigError, GraftError, JsonDict, RunFailedError
 
 
 class FencedError(RunFailedError):

@@ -10,8 +10,7 @@ from torch import Tensor
 from ...checkpoints import provenance
 from ...checkpoints.student import write_student
 from ...models.copied import copy_attention
-from ...models.errors import GraftError
-from ...models.json_types import Json
+from ...models.errors import GraftError, Json
 from ...models.lora import merged
 from ..data.randomness import preserved
 from .build import Parts

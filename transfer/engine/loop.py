@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ...models.errors import DataError, RunFailedError, counted
-from ...models.json_types import JsonDict
+from ...models.errors import DataError, JsonDict, RunFailedError, counted
 from ..config import RunConfig
 from ..data.randomness import seed_batch
 from .build import Parts

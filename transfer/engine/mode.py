@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Head, Pretrained, find_head
-from ...models.copying.input import Normalization
+from ...models.copying.teacher_view import Normalization
 from ...models.errors import ConfigError
 from ...models.families import vit
 from ..config import Metric, RunConfig

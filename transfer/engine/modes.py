@@ -14,7 +14,7 @@ from ...checkpoints.class_names import comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Head, Pretrained
 from ...models.conversion import converted_layers
-from ...models.copying.input import Normalization
+from ...models.copying.teacher_view import Normalization
 from ...models.errors import ConfigError, TransferError
 from ...models.families import SUPPORTED, classifier_of, family_named, find_family
 from ...models.mae import MaskedAutoencoder

@@ -13,9 +13,8 @@ from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, l
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from ...models.errors import ConfigError, counted, did_you_mean, one_sentence
+from ...models.errors import ConfigError, JsonDict, counted, did_you_mean, one_sentence
 from ...models.families import classifier_of
-from ...models.json_types import JsonDict
 from ...models.lora import DOWN, UP
 from ..config import OptimConfig
 

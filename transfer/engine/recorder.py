@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.tracking import GeneralTracker
 
-from ...models.json_types import Json
+from ...models.errors import Json
 from ..metrics.table import LAYER
 from .progress import ProgressBar
 from .runlog import RunLog

@@ -11,8 +11,7 @@ from typing import Any
 
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import difference
-from ...models.errors import CheckpointError, ConfigError, DataError, counted
-from ...models.json_types import Json, JsonDict
+from ...models.errors import CheckpointError, ConfigError, DataError, Json, JsonDict, counted
 from ..config import RunConfig
 from ..effect import OUTSIDE, PLACES
 

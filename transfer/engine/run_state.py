@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.state import StateFolder, TrainingState
 from ...models.converted import is_mark
-from ...models.errors import CheckpointError, GraftError
-from ...models.json_types import Json, JsonDict
+from ...models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..config import RunConfig
 from .elastic import GlobalBatch
 from .ema import WeightAverage

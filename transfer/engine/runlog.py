@@ -12,8 +12,7 @@ from typing import BinaryIO
 
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.json_lines import append_line, open_lines, parse_record, read_lines
-from ...models.errors import RunFailedError
-from ...models.json_types import Json
+from ...models.errors import Json, RunFailedError
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.model_folders import STAGES_FILE
 from ...checkpoints.paths import safe_name
 from ...checkpoints.sources import STUDENTS
-from ...models.errors import ConfigError
-from ...models.json_types import JsonDict
+from ...models.errors import ConfigError, JsonDict
 from ..config import RunConfig
 from ..effect import Part, unread, without
 from .build import check_settings

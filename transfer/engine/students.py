@@ -14,9 +14,8 @@ from ...checkpoints.pretrained import Pretrained, load_pretrained
 from ...checkpoints.timm_models import published_config
 from ...models.conversion import with_plan, without_plan
 from ...models.copied import Copying, copying_of, with_copying
-from ...models.errors import ConfigError, did_you_mean
+from ...models.errors import ConfigError, JsonDict, did_you_mean
 from ...models.families import check_patches, create_timm_model, pooling_of
-from ...models.json_types import JsonDict
 from ...models.mirror import mirror_arguments
 from ..config import AUTO, RunConfig, StudentConfig
 from ..data.augment import with_settings

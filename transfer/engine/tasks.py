@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.copying.input import ShownImages
+from ...models.copying.teacher_view import ShownImages
 from ...models.errors import ConfigError
 from ...models.families import blocks_of
 from ...models.mae import MaskedAutoencoder

@@ -8,7 +8,7 @@ from ...checkpoints.pretrained import Pretrained, load_pretrained
 from ...checkpoints.sources import HubSource, parse_source
 from ...checkpoints.transformers_teacher import load_transformers
 from ...models.errors import ConfigError
-from ...models.outside import OutsideTeacher
+from ...models.parts import OutsideTeacher
 from ..config import RunConfig, TeacherConfig
 from ..methods.loss_terms import DEFAULT_TEACHER, check_teacher, choose_teachers, placed, term_methods
 

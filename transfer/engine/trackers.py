@@ -7,8 +7,7 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_wandb_available
 
-from ...models.errors import ConfigError, one_sentence
-from ...models.json_types import JsonDict
+from ...models.errors import ConfigError, JsonDict, one_sentence
 
 HELP = {"wandb": ": `wandb login` once, or WANDB_MODE=offline where there is no network"}
 

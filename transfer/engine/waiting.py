@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ...models.json_types import JsonDict
+from ...models.errors import JsonDict
 
 NANOSECONDS = 1e-9
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...models.attention.base import Heads
-from ...models.copying.links import Link
-from ...models.copying.places import pick_dim
+from ...models.copying.grids import pick_dim
+from ...models.copying.tape import Link
 from .method import AttentionMethod, Pairing, joined_projector
 from .outputs import squared_error
 from .taught_layer import Observer

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...models.copying.links import Link
-from ...models.copying.tape import Tape
+from ...models.copying.tape import Link, Tape
 from ...models.copying.teacher_view import Wanted, in_sequence
 from ...models.families import blocks_of
 from .method import Installed, Pairing, TransferMethod, projector

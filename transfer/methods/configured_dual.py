@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ...models.copying.input import Normalization
+from ...models.copying.teacher_view import Normalization
 from ..config import TransferConfig
 from .dual import DualViT
 from .loss_terms import OF_RUNS, Teacher

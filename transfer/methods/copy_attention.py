@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...models.copying.copying_operators import COPIES, Copy
-from ...models.copying.links import Link
+from ...models.copying.tape import Link
 from ..config import LossConfig
 from .map_kinds import LayerMaps, differ, differ_in
 from .method import AttentionMethod, Pairing

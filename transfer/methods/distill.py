@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...models.attention.base import Heads
 from ...models.copying.copying_operators import Part
-from ...models.copying.links import Link
-from ...models.copying.places import pick_dim
+from ...models.copying.grids import pick_dim
+from ...models.copying.tape import Link
 from ..config import LossConfig
 from .map_kinds import WHOLE, LayerMaps, differ, differ_in
 from .map_loss import MapLoss

@@ -22,14 +22,12 @@ from ...checkpoints.provenance import carried_license, of_teacher
 from ...checkpoints.student import refuse_existing, write_student
 from ...checkpoints.timm_models import build
 from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
-from ...models.copying.input import Normalization as Normalization
-from ...models.copying.input import ShownImages
 from ...models.copying.tape import Tape
-from ...models.copying.teacher_view import Wanted, view_teacher
-from ...models.errors import TransferError
+from ...models.copying.teacher_view import Normalization as Normalization
+from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
+from ...models.errors import JsonDict, TransferError
 from ...models.families import check_supported, evaluating, is_pyramid
-from ...models.hosting import host_layers
-from ...models.json_types import JsonDict
+from ...models.grid_hosts import host_layers
 from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
 from .drop_path import SharedDropPath, check_shares, share_drop_paths

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
 from ...models.copying.teacher_view import Wanted
-from ...models.errors import ConfigError, TransferError
-from ...models.json_types import Json
+from ...models.errors import ConfigError, Json, TransferError
 from ..config import LossConfig
 from .feature_parts import PARTS, FeaturePart, image_size_of, record_images
 from .method import Installed, Pairing, TransferMethod

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...models.any_timm import feature_width, patch_width
 from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.errors import TransferError
 from ...models.families import family_of, is_pyramid, vit
+from ...models.parts import feature_width, patch_width
 from .lessons import Changes
 from .patch_maps import average_to, common_grid, student_patches, teacher_patches
 

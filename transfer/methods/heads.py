@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...models.copying.links import HeadMap
+from ...models.copying.tape import HeadMap
 from ...models.errors import TransferError
 
 GRAMMAR = "all, a list 0,1,4, teacher>student pairs 3>0,1>2, mean or match"

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ...models.copying.grids import GridRule, words
-from ...models.copying.links import HeadMap, Link
-from ...models.copying.tokens import match_tokens
+from ...models.copying.grids import GridRule, match_tokens, words
+from ...models.copying.tape import HeadMap, Link
 from ...models.errors import TransferError
 from ...models.families import Site, depths, has_relative_bias, is_pyramid, layout_of, sites
-from ...models.grid_conversion import has_bias
+from ...models.pyramid_conversion import has_bias
 from ..config import LossConfig
 from .heads import resolve_heads
 from .map_kinds import LayerMaps

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ...models.errors import TransferError
-from ...models.hosting import release_layers
+from ...models.grid_hosts import release_layers
 from .drop_path import release_drop_paths
 
 

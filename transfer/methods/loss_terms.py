@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ...checkpoints.pretrained import Pretrained
-from ...models.any_timm import check_takes, image_channels
 from ...models.conversion import converted_layers
 from ...models.copied import copied_layers
-from ...models.copying.input import Normalization, ShownImages, TeacherInput, WholeInput
-from ...models.copying.links import Link
+from ...models.copying.tape import Link
+from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
 from ...models.families import check_supported, image_size, is_supported
-from ...models.outside import OutsideTeacher as OutsideTeacher
+from ...models.parts import OutsideTeacher as OutsideTeacher
+from ...models.parts import check_takes, image_channels
 from ..config import LossEntry, TransferConfig
 from .method import Finish, TransferMethod
 from .registry import find_method

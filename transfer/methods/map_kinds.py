@@ -8,7 +8,7 @@ from torch import nn
 
 from ...models.copying.copying_operators import Part
 from ...models.families import Site
-from ...models.hosting import has_cosine_logits, map_structure
+from ...models.grid_hosts import has_cosine_logits, map_structure
 from ...models.map_structure import MapStructure
 
 WHOLE = str(MapStructure())

@@ -13,13 +13,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ...models.copying.copying_operators import Copy, Part
-from ...models.copying.links import Link
-from ...models.copying.tape import Tape
+from ...models.copying.tape import Link, Tape
 from ...models.copying.teacher_view import Wanted as Wanted
-from ...models.errors import ConfigError, TransferError
+from ...models.errors import ConfigError, Json, TransferError
 from ...models.families import vit
 from ...models.host import AttentionHost
-from ...models.json_types import Json
 from ..config import LossConfig
 from .lessons import Changes
 from .map_kinds import LayerMaps

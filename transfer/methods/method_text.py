@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ...checkpoints.markdown import code
 from ...checkpoints.publish.card_text import Rows, number
-from ...models.json_types import Json
+from ...models.errors import Json
 from .registry import find_method, method_names
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ...models.copying.links import LayerPair
+from ...models.copying.tape import LayerPair
 from ...models.errors import TransferError
 from ...models.layer_plan import STAGE
 

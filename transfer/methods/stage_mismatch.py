@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ...models.families import Site, depths, image_size, sites
-from ...models.hosting import map_structure
+from ...models.grid_hosts import map_structure
 
 
 def describe_stages(model: nn.Module) -> dict[str, str]:

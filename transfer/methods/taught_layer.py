@@ -14,8 +14,7 @@ from ...models.attention.fused import attention_with_lse
 from ...models.attention.softmax import SoftmaxAttention
 from ...models.conversion import ConvertedAttention
 from ...models.copying.copying_operators import Copy, softmax
-from ...models.copying.links import Link
-from ...models.copying.tape import Tape
+from ...models.copying.tape import Link, Tape
 from ...models.errors import TransferError
 from ...models.host import AttentionHost
 from .lessons import Changes

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from ...models.copying.grids import GridRule
-from ...models.copying.input import ShownImages
-from ...models.copying.links import HeadMap, Link
-from ...models.copying.tape import Step, Tape, take
-from ...models.copying.teacher_view import view_attention
+from ...models.copying.tape import HeadMap, Link, Step, Tape, take
+from ...models.copying.teacher_view import ShownImages, view_attention
 from ...models.errors import TransferError
 from ...models.families import Block, blocks_of, check_supported, evaluating, find_family
 from ..config import LossConfig

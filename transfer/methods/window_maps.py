@@ -13,7 +13,7 @@ from ...models.attention.base import Heads
 from ...models.attention.fused import map_logsumexp
 from ...models.attention.kernels import precise, same_dtype
 from ...models.copying.tape import average_heads
-from ...models.shifted_windows import Windows
+from ...models.map_structure import Windows
 
 
 def window_attention(heads: Heads) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.copying.grids import GridRule
-from ...models.copying.links import LayerPair
-from ...models.copying.tokens import TokenMatch, match_tokens
+from ...models.copying.grids import GridRule, TokenMatch, match_tokens
+from ...models.copying.tape import LayerPair
 from ...models.errors import DataError, TransferError, UnsupportedModelError
 from ...models.families import attention_shape, check_supported, token_layout
 from ..methods.pairs import resolve_layers

@@ -16,18 +16,10 @@ from ...models.attention.base import Geometry
 from ...models.conversion import ConvertedAttention, converted_layers
 from ...models.copying.teacher_view import TokensOnly, shallow, truncated
 from ...models.errors import TransferError
-from ...models.families import (
-    blocks_of,
-    check_supported,
-    is_pyramid,
-    patch_grid,
-    sites,
-    token_layout,
-    vit,
-)
+from ...models.families import blocks_of, check_supported, is_pyramid, patch_grid, sites, token_layout, vit
+from ...models.grid_hosts import native_host
 from ...models.host import AttentionHost
-from ...models.hosting import native_host
-from ...models.shifted_windows import whole_grid
+from ...models.map_structure import whole_grid
 from .alike import check_alike, has_whole_map
 from .layer_losses import LAYER_LOSSES, LayerLoss, LayerTarget, can_learn, check_layer_loss
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from ...models.copying.input import Normalization, ShownImages, TeacherInput, WholeInput
+from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import TransferError
 from ...models.families import (
     Site,
@@ -18,9 +18,9 @@ from ...models.families import (
     sites,
     token_layout,
 )
-from ...models.grid_conversion import has_bias
-from ...models.hosting import native_host
+from ...models.grid_hosts import native_host
 from ...models.merges import describe_unequal
+from ...models.pyramid_conversion import has_bias
 
 
 def check_alike(teacher: nn.Module, student: nn.Module, layers: Collection[int]) -> None:

@@ -17,11 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...models.attention.base import Heads
+from ...models.attention.base import FirstRows, Heads, LowRank, Sparse, Term
 from ...models.attention.fused import apply_map, map_logsumexp
 from ...models.attention.kernels import precise, same_dtype
 from ...models.attention.softmax import softmax_rows
-from ...models.attention.terms import FirstRows, LowRank, Sparse, Term
 
 
 def squared_distance(teacher: Heads, terms: list[Term]) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 from torch import Tensor, nn
 
 from ...checkpoints.pretrained import load_pretrained
-from ...models.copying.input import Normalization
+from ...models.copying.teacher_view import Normalization
 from ..config import RunConfig
 from ..data.loaders import create_train_loader
 from ..data.randomness import preserved

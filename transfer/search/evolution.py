@@ -10,10 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ...models.programs.drawing import draw_program
-from ...models.programs.program import Program
-from ...models.programs.program_text import parse_program
-from ...models.programs.variation import cross, mutate
+from ...models.programs.drawing import cross, draw_program, mutate
+from ...models.programs.program import Program, parse_program
 from ..cells.records import Ending, Whole
 
 RECENT = 2

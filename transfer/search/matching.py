@@ -14,9 +14,9 @@ from ...models.attention.softmax import SoftmaxAttention
 from ...models.converted import converted_layers
 from ...models.errors import TransferError, counted
 from ...models.families import evaluating, sites, vit
+from ...models.grid_hosts import Call, release_layers, watch_layer
 from ...models.host import AttentionHost
-from ...models.hosting import Call, release_layers, watch_layer
-from ...models.programs.polynomial import Polynomial
+from ...models.programs.primitives import Polynomial
 from ...models.programs.program import Program
 
 RIDGE = 1e-6

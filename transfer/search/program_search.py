@@ -15,12 +15,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_shared
 from ...checkpoints.regular_files import read_if_there
-from ...models.errors import ConfigError
-from ...models.json_types import JsonDict
-from ...models.programs.found import FOUND, LINEAR
-from ...models.programs.program import Program, ProgramError
+from ...models.errors import ConfigError, JsonDict
+from ...models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
 from ...models.programs.program_checks import CHECKS, check
-from ...models.programs.program_text import parse_program
 from ..cells.records import cell_state, digest, load_record, save_first
 from ..cells.threads import torch_threads
 from .evolution import Child, Evaluation, front, hypervolume, propose

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ....models.errors import CheckpointError
-from ....models.json_types import Json
+from ....models.errors import CheckpointError, Json
 from ...report import some
 from ...weights import Weights
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ....models.errors import CheckpointError
-from ....models.json_types import Json, JsonDict
+from ....models.errors import CheckpointError, Json, JsonDict
 from ...class_names import KEY as LABEL_NAMES
 from ...weights import Weights
 from ..normalization import IMAGENET, INCEPTION, normalized

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ....models.json_types import Json, JsonDict
+from ....models.errors import Json, JsonDict
 from ...weights import Weights
 from ..keymap import Describe
 from .hf_config import Config, tower_config

@@ -7,7 +7,7 @@ from itertools import product
 
 from timm.models import is_model
 
-from ....models.json_types import Json, JsonDict
+from ....models.errors import Json, JsonDict
 from .sizes import Tower
 
 SIZES = {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from golden import golden_state
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.models.errors import CheckpointError
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from pyramids import images
 from torch import Tensor
 

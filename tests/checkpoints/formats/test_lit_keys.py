@@ -13,7 +13,7 @@ from golden import golden_state
 from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError
-from graftvit.models.without_memory import without_memory
+from graftvit.models.small import without_memory
 from torch import Tensor
 
 TINY: dict[str, dict[str, Any]] = {

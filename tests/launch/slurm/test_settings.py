@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 from cluster_users import asked, refusal, write_site
 from graftvit.launch.flags import command_parser
-from graftvit.launch.slurm.setting_layers import (
-    ONLY_IN_THE_SITE_FILE,
-    add_cluster_flags,
-    site_file,
-)
+from graftvit.launch.slurm.setting_layers import ONLY_IN_THE_SITE_FILE, add_cluster_flags, site_file
 from graftvit.launch.slurm.settings import ClusterConfig, parse_time, sbatch_fields
 from graftvit.models.errors import ConfigError
 from hypothesis import given

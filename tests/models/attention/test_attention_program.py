@@ -11,10 +11,8 @@ from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.converted import start_fresh
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
-from graftvit.models.layer_plan import Choice
-from graftvit.models.operators import create_operator
-from graftvit.models.programs.found import FOUND, LINEAR
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.layer_plan import Choice, create_operator
+from graftvit.models.programs.program import FOUND, LINEAR, parse_program
 from graftvit.transfer.recovery.layer_losses import LayerTarget, check_layer_loss, map_error, probe_error
 from operator_cases import Case, draw, identity_values
 from torch import Tensor

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.models.attention import favor
+from graftvit.models.attention import features as favor
 from graftvit.models.attention.base import Geometry, LayerShape
-from graftvit.models.attention.favor import Favor, default_features, orthogonal_features
+from graftvit.models.attention.features import Favor, default_features, orthogonal_features
 from graftvit.models.attention.kernel import KernelAttention
 from graftvit.models.attention.softmax import SoftmaxAttention
 from operator_cases import draw

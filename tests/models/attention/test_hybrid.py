@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.models.attention.base import Geometry, Heads, LayerShape
+from graftvit.models.attention.base import Geometry, Heads, LayerShape, Sparse
 from graftvit.models.attention.hybrid import HybridAttention
 from graftvit.models.attention.softmax import SoftmaxAttention
-from graftvit.models.attention.terms import Sparse
 from graftvit.models.attention.window import WindowAttention
 from graftvit.models.errors import ConfigError
 from operator_cases import Case, draw

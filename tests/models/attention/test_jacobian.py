@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftvit.models.attention.base import Geometry, Heads
-from graftvit.models.attention.jacobian import jacobian_rows
+from graftvit.models.attention.base import Geometry, Heads, jacobian_rows
 from graftvit.models.errors import UnsupportedModelError
 from operator_cases import Case, draw
 from torch import Tensor

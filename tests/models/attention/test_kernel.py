@@ -13,8 +13,7 @@ from graftvit.models.attention.kernel import FEATURES, KernelAttention
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.calibration import calibrate
 from graftvit.models.errors import ConfigError
-from graftvit.models.layer_plan import Choice
-from graftvit.models.operators import create_operator
+from graftvit.models.layer_plan import Choice, create_operator
 from operator_cases import HEADS, WIDTH, Case, draw
 from torch import Tensor
 

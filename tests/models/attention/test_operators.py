@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from graftvit.models.attention.base import Geometry
-from graftvit.models.attention.terms import LowRank, Sparse, Term
-from graftvit.models.operators import OPERATORS
-from graftvit.models.programs.found import FOUND
+from graftvit.models.attention.base import Geometry, LowRank, Sparse, Term
+from graftvit.models.layer_plan import OPERATORS
+from graftvit.models.programs.program import FOUND
 from operator_cases import CASES, GRIDS, PREFIXES, Case, draw, identity_values
 from torch import Tensor
 

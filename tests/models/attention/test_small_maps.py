@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftvit.models.attention import small_maps
-from graftvit.models.attention.small_maps import small_map_attention
+from graftvit.models.attention import pooling as small_maps
+from graftvit.models.attention.pooling import small_map_attention
 
 WIDTHS = pytest.mark.parametrize("width", [5, 1], ids=["maps are kept", "maps are computed again"])
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.models.attention import tile_groups, whole_windows
+from graftvit.models.attention import tiles as tile_groups
+from graftvit.models.attention import window as whole_windows
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.attention.tiles import blocks

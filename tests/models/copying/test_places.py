@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from graftvit.models.copying.places import pick_dim, put_dim, runs_of
+from graftvit.models.copying.grids import pick_dim, put_dim, runs_of
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftvit.models.copying.grids import GridRule
-from graftvit.models.copying.tokens import TokenMatch, interpolate_tokens, match_tokens
+from graftvit.models.copying.grids import GridRule, TokenMatch, interpolate_tokens, match_tokens
 from graftvit.models.errors import TransferError
 from graftvit.models.families import TokenLayout
 from hypothesis import given

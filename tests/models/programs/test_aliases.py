@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from graftvit.models.programs.aliases import find_aliases
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import find_aliases, parse_program
 
 
 def aliases(*texts: str) -> dict[str, list[str]]:

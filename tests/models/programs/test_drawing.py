@@ -8,9 +8,7 @@ import pytest
 import torch
 from graftvit.models.programs.drawing import RULES, draw_program
 from graftvit.models.programs.primitives import PRIMITIVES
-from graftvit.models.programs.program import Program, ProgramError
-from graftvit.models.programs.program_printing import latex, torch_code
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import Program, ProgramError, latex, parse_program, torch_code
 from torch import Tensor
 
 FEW, MANY = 200, 10_000

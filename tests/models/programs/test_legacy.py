@@ -14,13 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graftvit.models.programs.found import FOUND, LINEAR
-from graftvit.models.programs.legacy import Genotype, run_legacy
-from graftvit.models.programs.legacy_export import export_program
-from graftvit.models.programs.legacy_import import import_genotype
-from graftvit.models.programs.legacy_operators import UNARY
-from graftvit.models.programs.program import Program, ProgramError
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.genotypes import UNARY, Genotype, export_program, import_genotype, run_legacy
+from graftvit.models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
 from torch import Tensor
 
 RESULTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("legacy_results.json").read_text())

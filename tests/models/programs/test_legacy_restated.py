@@ -10,8 +10,7 @@ import torch
 from attnzero_restated import BINARY as RESTATED_BINARY
 from attnzero_restated import UNARY as RESTATED_UNARY
 from attnzero_restated import Array, restated
-from graftvit.models.programs.legacy import GRAPHS, Genotype, run_legacy
-from graftvit.models.programs.legacy_operators import BINARY, UNARY
+from graftvit.models.programs.genotypes import BINARY, GRAPHS, UNARY, Genotype, run_legacy
 from graftvit.models.programs.program import ProgramError
 
 SHAPES = [(3, 2, 21, 16), (1, 2, 21, 16), (2, 2, 8, 8), (3, 3, 3, 3)]

@@ -7,9 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 from graftvit.models.programs.drawing import draw_program
-from graftvit.models.programs.found import FOUND
-from graftvit.models.programs.mathml import mathml
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import FOUND, mathml, parse_program
 
 
 def words(text: str) -> str:

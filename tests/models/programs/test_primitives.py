@@ -8,8 +8,7 @@ from math import erf
 import numpy as np
 import pytest
 import torch
-from graftvit.models.programs.polynomial import ONE, SCALAR, D, N, Shape
-from graftvit.models.programs.primitives import PRIMITIVES
+from graftvit.models.programs.primitives import ONE, PRIMITIVES, SCALAR, D, N, Shape
 from numpy.typing import NDArray
 from torch import Tensor
 

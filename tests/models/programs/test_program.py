@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graftvit.models.layer_plan import MAX_VALUE, parse_plan, plan_text
-from graftvit.models.programs.program import MAX_TEXT, ProgramError
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import MAX_TEXT, ProgramError, parse_program
 
 SOFTMAX = "mm(softmax(nt(scale(q) k)) v)"
 LINEAR = "mul(mm(elu1(q) tn(elu1(k) v)) recip(nt(elu1(q) sum(elu1(k)))))"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftvit.models.programs.found import FOUND, LINEAR
-from graftvit.models.programs.legacy import Genotype
-from graftvit.models.programs.program_checks import CHECKS, check, count_refusals
-from graftvit.models.programs.program_probes import Candidate
+from graftvit.models.programs.genotypes import Genotype
+from graftvit.models.programs.program import FOUND, LINEAR
+from graftvit.models.programs.program_checks import CHECKS, Candidate, check, count_refusals
 from torch import Tensor
 
 

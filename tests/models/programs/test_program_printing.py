@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import torch
 from graftvit.models.programs.drawing import draw_program
-from graftvit.models.programs.found import FOUND, LINEAR
 from graftvit.models.programs.primitives import PRIMITIVES
-from graftvit.models.programs.program import Program
-from graftvit.models.programs.program_printing import latex, torch_code
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import FOUND, LINEAR, Program, latex, parse_program, torch_code
 from latex_reader import read_latex
 from matplotlib.mathtext import MathTextParser
 from torch import Tensor

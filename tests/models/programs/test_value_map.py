@@ -7,12 +7,15 @@ import random
 import pytest
 import torch
 from graftvit.models.programs.drawing import draw_program
-from graftvit.models.programs.found import FOUND, LINEAR
-from graftvit.models.programs.map_parts import Part, apply_part
-from graftvit.models.programs.map_traits import nonnegative_map, rows_sum_to_one
-from graftvit.models.programs.program import Program, ProgramError
-from graftvit.models.programs.program_text import parse_program
-from graftvit.models.programs.value_map import map_parts, why_no_map
+from graftvit.models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
+from graftvit.models.programs.value_map import (
+    Part,
+    apply_part,
+    map_parts,
+    nonnegative_map,
+    rows_sum_to_one,
+    why_no_map,
+)
 from torch import Tensor
 
 SIZES = [(7, 4), (4, 4), (3, 5), (1, 2)]

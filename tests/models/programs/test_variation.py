@@ -5,11 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from graftvit.models.programs.drawing import draw_program
-from graftvit.models.programs.found import FOUND, LINEAR
-from graftvit.models.programs.program import Program, ProgramError
-from graftvit.models.programs.program_text import parse_program
-from graftvit.models.programs.variation import cross, mutate
+from graftvit.models.programs.drawing import cross, draw_program, mutate
+from graftvit.models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
 
 LINEAR_PROGRAM, TRIAL_105 = parse_program(LINEAR), parse_program(FOUND["attnzero_105"])
 

@@ -14,7 +14,7 @@ from graftvit.checkpoints.export.graph import trace
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, converted_layers, plan_of
-from graftvit.models.programs.found import LINEAR
+from graftvit.models.programs.program import LINEAR
 from graftvit.transfer.analysis.layer_maps import layer_maps
 from torch import Tensor, nn
 

@@ -11,9 +11,8 @@ from graftvit.models.conversion import convert
 from graftvit.models.converted import converted_layers
 from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
-from graftvit.models.grid_hosts import ReducedHost, WindowHost
+from graftvit.models.grid_hosts import Call, ReducedHost, WindowHost, watch_layer
 from graftvit.models.host import AttentionHost
-from graftvit.models.hosting import Call, watch_layer
 from graftvit.models.pyramid_conversion import sharing_copy
 from graftvit.transfer.analysis.key_places import Cells, KeyPlaces
 from graftvit.transfer.analysis.layer_maps import LayerMap, key_count, layer_maps

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import parse_program
 from graftvit.transfer.attnbench.bench_rows import Point, Row, write_rows
 from graftvit.transfer.attnbench.proxy_ranking import compare_orders, rank_proxies
 from graftvit.transfer.search.program_search import PROXIES, SOFTMAX

@@ -12,13 +12,7 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data.augment import (
-    create_mixing,
-    mix,
-    seed_generators,
-    train_transform,
-    with_settings,
-)
+from graftvit.transfer.data.augment import create_mixing, mix, seed_generators, train_transform, with_settings
 from PIL import Image
 from torch import Tensor
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from dense import FAMILIES, cross_entropy, gradient, images, relative_error, run, tiny
 from graftvit.models.attention.base import Heads
-from graftvit.models.copying.input import Normalization
+from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.transfer.config import TransferConfig
 from graftvit.transfer.methods.dual import DualViT

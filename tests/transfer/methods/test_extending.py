@@ -14,7 +14,7 @@ from engine_runs import config, make_teacher, records
 from graftvit.launch.fields import leaf_of
 from graftvit.models.conversion import convert
 from graftvit.models.errors import ConfigError, TransferError
-from graftvit.models.operators import OPERATORS, register_operator
+from graftvit.models.layer_plan import OPERATORS, register_operator
 from graftvit.transfer.engine.build import check_settings
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.modes import mode_of

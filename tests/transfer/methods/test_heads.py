@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftvit.models.copying.links import HeadMap
+from graftvit.models.copying.tape import HeadMap
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods import heads as heads_module
 from graftvit.transfer.methods.heads import map_distance, match_heads, resolve_heads

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from dense import cross_entropy, gradient, images, relative_error, run, tiny
 from graftvit.models.copied import CopiedTeacher, copy_attention
-from graftvit.models.copying.input import Normalization
+from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
 from hypothesis import given, settings

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from graftvit.models.copying.links import LayerPair
+from graftvit.models.copying.tape import LayerPair
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.pairs import resolve_layers
 from hypothesis import given

@@ -17,7 +17,7 @@ from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.publish.student_files import plan_upload
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copying_of
-from graftvit.models.copying.input import Normalization
+from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import CheckpointError, TransferError
 from graftvit.transfer.methods.dual import DualViT
 from torch import nn

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from dense import gradient, relative_error
 from dense import tiny as tiny_plain
-from graftvit.models.copying.input import Normalization
+from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
 from pyramids import images, tiny

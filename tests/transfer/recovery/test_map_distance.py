@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.models.attention.base import Geometry, Heads
+from graftvit.models.attention.base import FirstRows, Geometry, Heads, LowRank, Sparse, Term, term_rows
 from graftvit.models.attention.softmax import softmax_rows
-from graftvit.models.attention.terms import FirstRows, LowRank, Sparse, Term, term_rows
 from graftvit.transfer.recovery.map_distance import inner, squared_distance
 from operator_cases import CASES, Case, draw
 from torch import Tensor

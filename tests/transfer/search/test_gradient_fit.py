@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import parse_program
 from graftvit.transfer.search.gradient_fit import fit_maps, fitted_mismatch
 from graftvit.transfer.search.matching import RecordedLayer, matching_error, mismatch
 

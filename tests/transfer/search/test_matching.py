@@ -9,8 +9,7 @@ from graftvit.models.conversion import convert
 from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
 from graftvit.models.host import AttentionHost
-from graftvit.models.programs.found import LINEAR
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import LINEAR, parse_program
 from graftvit.transfer.search.matching import RecordedLayer, mismatch, record_layers
 from pyramids import TINY as PYRAMIDS
 from pyramids import images

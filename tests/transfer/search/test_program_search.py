@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from graftvit.models.errors import ConfigError
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import parse_program
 from graftvit.transfer.cells.records import save_first
 from graftvit.transfer.search import program_search
 from graftvit.transfer.search.evolution import Evaluation, front, hypervolume, propose

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import parse_program
 from graftvit.transfer.search.matching import RecordedLayer
 from graftvit.transfer.search.program_search import SOFTMAX
 from graftvit.transfer.search.zero_cost import SCORES, rank, sensitivity, unfitted

@@ -10,10 +10,10 @@ from torch import nn
 from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
 from ....checkpoints.timm_models import build, check_name
-from ....models.attention.operations import Accounting, Operations
+from ....models.attention.base import Accounting, Operations
 from ....models.conversion import convert, plan_of
+from ....models.cost import OperationCount, count_operations
 from ....models.families import find_family, is_pyramid
-from ....models.operation_count import OperationCount, count_operations
 from ..report.tables import markdown
 
 BIASES = ("relative_position_bias_table", "cpb_mlp.0.weight")

@@ -13,10 +13,10 @@ from ....checkpoints.sources import TimmSource, parse_source
 from ....checkpoints.timm_models import build, check_name
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, layer_macs, resize
+from ....models.cost import attention_macs as pyramid_attention
+from ....models.cost import other_macs
 from ....models.errors import ConfigError
 from ....models.families import attention_blocks, is_pyramid, patch_size
-from ....models.pyramid_cost import attention_macs as pyramid_attention
-from ....models.pyramid_cost import other_macs
 from .cases import DTYPES, Case, Row, Ways
 from .measuring import compiled, measure_case
 from .timing import Step, counted_macs, step_of

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ....models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from ....models.errors import ConfigError
-from ....models.layer_plan import Choice, parse_plan
-from ....models.operators import create_operator
+from ....models.layer_plan import Choice, create_operator, parse_plan
 from .cases import DTYPES, SOFTMAX, Case, Row, Ways
 from .measuring import compiled, measure_case
 from .public_forms import public_form

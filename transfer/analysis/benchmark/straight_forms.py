@@ -16,14 +16,13 @@ from torch import Tensor
 from ....models.attention.agent import AgentAttention
 from ....models.attention.base import AttentionOperator, Heads
 from ....models.attention.hybrid import HybridAttention
-from ....models.attention.kernel import KernelAttention
+from ....models.attention.kernel import NORMALIZERS, KernelAttention
 from ....models.attention.linformer import LinformerAttention
 from ....models.attention.monarch import MonarchAttention
-from ....models.attention.normalizers import NORMALIZERS
 from ....models.attention.nystrom import NystromAttention, pseudo_inverse
 from ....models.attention.pooling import PooledAttention, mean_weights
+from ....models.attention.softmax import UniformAttention
 from ....models.attention.ttt import NORM_EPSILON, TTTAttention
-from ....models.attention.uniform import UniformAttention
 from ....models.attention.window import TileTables, WindowAttention
 
 Form: TypeAlias = Callable[[Heads], Tensor]

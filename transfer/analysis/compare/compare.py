@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from ....models.converted import plan_of
-from ....models.errors import ConfigError, GraftError, RunFailedError, one_sentence
+from ....models.errors import ConfigError, GraftError, JsonDict, RunFailedError, one_sentence
 from ....models.families import check_supported
-from ....models.json_types import JsonDict
 from ...cells.pool import StoppedError
 from ...cells.records import State, cell_state, digest, load_record, save_record
 from ...cells.sharing import left_to_run, run_in_turn

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ....checkpoints.markdown import plain
-from ....models.attention.operations import Operations
+from ....models.attention.base import Operations
 from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
 from ..benchmark.energy import Prices
 from ..report.tables import markdown, milliseconds, to_csv, to_json

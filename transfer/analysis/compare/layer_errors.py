@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ....models.conversion import ConvertedAttention, converted_layers
 from ....models.families import sites, vit
+from ....models.grid_hosts import Call, watch_layer
 from ....models.host import AttentionHost
-from ....models.hosting import Call, watch_layer
 from ....models.pyramid_conversion import sharing_copy
 
 

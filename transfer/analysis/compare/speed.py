@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ....models.cost import count_operations
+from ....models.errors import JsonDict
 from ....models.families import image_channels, sites
-from ....models.json_types import JsonDict
-from ....models.operation_count import count_operations
 from ...cells.records import save_record
 from ..benchmark.cases import load_average, machine
 from ..benchmark.model_cases import attention_macs, macs_beside

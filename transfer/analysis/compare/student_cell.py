@@ -19,9 +19,8 @@ from ....checkpoints.timm_models import published_config
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
-from ....models.errors import ConfigError
+from ....models.errors import ConfigError, JsonDict
 from ....models.families import sites
-from ....models.json_types import JsonDict
 from ...config import RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build

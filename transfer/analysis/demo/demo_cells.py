@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ....checkpoints.json_lines import read_records
-from ....models.json_types import Json, JsonDict
+from ....models.errors import Json, JsonDict
 from ....models.plain_yaml import parse_yaml
 from ...cells.records import Ending, State, cell_state, digest, save_record
 from ...config import RunConfig

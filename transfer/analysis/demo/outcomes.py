@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import load_pretrained
 from ....models.families import token_layout
-from ....models.patches import unfold_patches
+from ....models.parts import unfold_patches
 from ...data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from ...evaluate import evaluate
 from ..maps import attention_maps, divergence_by_layer

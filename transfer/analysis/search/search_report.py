@@ -8,9 +8,7 @@ from pathlib import Path
 
 from ....checkpoints.atomic import write_text
 from ....models.errors import ConfigError
-from ....models.programs.mathml import mathml
-from ....models.programs.program_printing import torch_code
-from ....models.programs.program_text import parse_program
+from ....models.programs.program import mathml, parse_program, torch_code
 from ...search.evolution import Evaluation, front, hypervolume
 from ...search.program_search import USED, Search, controls, open_search, recorded_generations
 from ..report import pages

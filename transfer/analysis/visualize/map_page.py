@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ....models.errors import ConfigError
+from ....models.errors import ConfigError, JsonDict
 from ....models.families import sites
-from ....models.json_types import JsonDict
 from ..key_places import KeyPlaces
 from ..layer_maps import key_count
 from ..merge_places import MergePlaces

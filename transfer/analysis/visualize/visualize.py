@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.load_model import build_untrained
 from ....checkpoints.pretrained import Pretrained, load_pretrained
-from ....models.errors import ConfigError, TransferError
+from ....models.errors import ConfigError, JsonDict, TransferError
 from ....models.families import check_supported, depths, is_pyramid, sites
-from ....models.json_types import JsonDict
 from ....models.layer_plan import layer_numbers
 from ..report.ink import Array, to_png
 from ..report.pages import Plot

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 from benchmark_rows import case
 from graftvit.models.errors import ConfigError
-from graftvit.models.operators import OPERATORS
+from graftvit.models.layer_plan import OPERATORS
 from graftvit.transfer.analysis.benchmark import measuring
 from graftvit.transfer.analysis.benchmark.cases import Ways
 from graftvit.transfer.analysis.benchmark.operator_cases import (

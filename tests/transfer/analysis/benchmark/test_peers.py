@@ -10,9 +10,8 @@ import torch
 from benchmark_rows import row
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.errors import ConfigError
-from graftvit.models.layer_plan import Choice
-from graftvit.models.operators import OPERATORS, create_operator
-from graftvit.models.programs.found import FOUND
+from graftvit.models.layer_plan import OPERATORS, Choice, create_operator
+from graftvit.models.programs.program import FOUND
 from graftvit.transfer.analysis.benchmark import public_forms
 from graftvit.transfer.analysis.benchmark.benchmark_tables import peers_table
 from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Ways

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from graftvit.models.conversion import convert
+from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.families import sites
-from graftvit.models.pyramid_cost import attention_macs, other_macs
 from graftvit.transfer.analysis.compare.cell_record import Record
 from graftvit.transfer.analysis.compare.speed import measure_speed
 from graftvit.transfer.analysis.compare.student_cell import is_linear

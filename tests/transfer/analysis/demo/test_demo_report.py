@@ -12,12 +12,7 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.transfer.analysis.demo import report_text as text
 from graftvit.transfer.analysis.demo.demo_cells import TeacherName, demo_cells, recipe
-from graftvit.transfer.analysis.demo.demo_report import (
-    GAZE_TITLES,
-    render_html,
-    report_plots,
-    write_report,
-)
+from graftvit.transfer.analysis.demo.demo_report import GAZE_TITLES, render_html, report_plots, write_report
 from graftvit.transfer.analysis.demo.gaze_figures import Gaze
 from graftvit.transfer.analysis.demo.results import DemoResults, MethodResult
 

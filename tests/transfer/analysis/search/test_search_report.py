@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from graftvit.launch.cli import main
-from graftvit.models.programs.program_text import parse_program
+from graftvit.models.programs.program import parse_program
 from graftvit.transfer.analysis.search.search_lineage import ancestors, line_of_descent
 from graftvit.transfer.analysis.search.search_report import write_report
 from graftvit.transfer.search.evolution import Evaluation, front

@@ -10,13 +10,7 @@ import torch
 from graftvit.models.attention.base import Heads
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.analysis.visualize import look as looking
-from graftvit.transfer.analysis.visualize.look import (
-    check_comparable,
-    cka,
-    divergence,
-    look,
-    token_layouts,
-)
+from graftvit.transfer.analysis.visualize.look import check_comparable, cka, divergence, look, token_layouts
 from graftvit.transfer.analysis.visualize.map_figures import draw_beside, draw_grid
 from graftvit.transfer.analysis.visualize.map_page import View, embed, quantize
 from graftvit.transfer.analysis.visualize.measures import shares
