@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..models.errors import CheckpointError, RunFailedError
-from .paths import NOT_A_URL, is_url
+from .files import NOT_A_URL, is_url
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

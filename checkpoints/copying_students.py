@@ -14,12 +14,12 @@ from torch import Tensor
 from ..models.copied import ARCHITECTURE, CopiedTeacher
 from ..models.copying.teacher_view import Normalization
 from ..models.errors import CheckpointError, GraftError, Json
+from .architecture import build
 from .fit import own_norm_eps
 from .model_folders import read_folder
 from .provenance import BARE, COST, copies
 from .sources import FolderSource
-from .timm_models import build
-from .weights import Weights
+from .weight_files import Weights
 
 if TYPE_CHECKING:
     from .pretrained import Pretrained

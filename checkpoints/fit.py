@@ -2,22 +2,151 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from ..models import attnzero, lit, pvt_models
+from ..models.conversion import ARCHITECTURE as CONVERTED
+from ..models.conversion import converted_layers
 from ..models.converted import is_mark, marks_of, refuse_other_operators
-from ..models.errors import CheckpointError
-from ..models.families import vit
+from ..models.copied import ARCHITECTURE as COPIED
+from ..models.copied import copying_of, resize
+from ..models.errors import CheckpointError, Json
+from ..models.families import Site, patch_size, sites, vit
 from .keys import KeyRules, Role, sort_keys
-from .position import Method, find_grid, resample_position
-from .prefix_tokens import declared_grid, match_prefix, num_prefix_rows
 from .report import LoadReport, some
-from .weights import Weights
+from .weight_files import Weights, as_pair
+
+# Resample position embeddings to another resolution.
+#
+# `timm`: bicubic with antialiasing, `timm.layers.resample_abs_pos_embed`. `mae`: plain bicubic with
+# `align_corners=False`, as MAE's fine-tuning code does for square grids. The two differ slightly where a
+# grid shrinks.
+
+Grid = tuple[int, int]
+Method = Literal["timm", "mae"]
+
+
+def resample_position(position_1ND: Tensor, old: Grid, new: Grid, num_prefix: int, method: Method) -> Tensor:
+    """Return embeddings (1, num_prefix + H W, D) of the grid `old` on the grid `new`; prefix tokens stay.
+
+    Computed in float32 and returned in the dtype given.
+    """
+    if old == new:
+        return position_1ND
+    if method == "timm":
+        resampled: Tensor = resample_abs_pos_embed(position_1ND, list(new), list(old), num_prefix)
+        return resampled
+    prefix_1PD, patches_1ND = position_1ND[:, :num_prefix], position_1ND[:, num_prefix:]
+    grid_1DHW = patches_1ND.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    resized_1DHW = F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False)
+    resized_1ND = resized_1DHW.flatten(2).transpose(1, 2).to(position_1ND.dtype)
+    return torch.cat([prefix_1PD, resized_1ND], dim=1)
+
+
+def find_grid(num_patches: int, declared: Grid | None) -> Grid | None:
+    """Return the grid of `num_patches`: the declared one if it has that many, else a square, else None."""
+    if declared is not None and declared[0] * declared[1] == num_patches:
+        return declared
+    side = math.isqrt(max(num_patches, 0))
+    return (side, side) if side and side * side == num_patches else None
+
+
+# Prefix tokens (class, distillation, registers) and their rows of the position embedding.
+#
+# One model keeps a row for each prefix token before those of the patches, another none (timm's `no_embed_class`).
+# Both compute token + row, so weights of one fit the other: a row is added to its token, or is zero.
+
+TOKENS = ("cls_token", "dist_token", "reg_token")
+"""In the order of the sequence."""
+
+
+def num_prefix_rows(model: nn.Module) -> int:
+    """Return rows of a model's `pos_embed` before those of the patches."""
+    height, width = vit(model).patch_embed.grid_size
+    return int(model.get_parameter("pos_embed").shape[1] - height * width)
+
+
+def match_prefix(model: nn.Module, weights: Weights) -> Weights:
+    """`weights` with as many prefix rows as the model has; unchanged where that is so, or where no grid is known.
+
+    Features stay as they are. A row for a token that the weights lack is zero.
+
+    Raises CheckpointError: a token and its row differ in shape.
+    """
+    position = weights.tensors.get("pos_embed")
+    if position is None or position.ndim != 3 or getattr(model, "pos_embed", None) is None:
+        return weights
+    wanted = num_prefix_rows(model)
+    rows = _num_rows(model, weights, position, wanted)
+    if rows in (None, wanted):
+        return weights
+    tensors, width = dict(weights.tensors), position.shape[2]
+    own = _rows_by_token(_counts(tensors), position[:, :rows])
+    if wanted == 0:
+        _check_shapes(weights, own)
+        for name, row in own.items():
+            tensors[name] = tensors[name] + row
+        first = position[:, :0]
+        note = f"positions of {some(own)}: added to the tokens, the model has no rows for them"
+    else:
+        counts = _counts({name: getattr(model, name, None) for name in TOKENS})
+        if sum(counts.values()) != wanted:
+            return weights
+        first = torch.cat(
+            [own.get(name, position.new_zeros(1, count, width)) for name, count in counts.items()], dim=1
+        )
+        fresh = [name for name in counts if name not in own]
+        note = f"positions of {some(fresh)}: zero, the weights have none" if fresh else ""
+    tensors["pos_embed"] = torch.cat([first, position[:, rows:]], dim=1)
+    return replace(weights, tensors=tensors, notes=(*weights.notes, note) if note else weights.notes)
+
+
+def _check_shapes(weights: Weights, rows: Mapping[str, Tensor]) -> None:
+    for name, row in rows.items():
+        shape = tuple(weights.tensors[name].shape)
+        if shape != tuple(row.shape):
+            raise CheckpointError(f"{weights.origin}: {name} is {shape} and its position {tuple(row.shape)}")
+
+
+def _num_rows(model: nn.Module, weights: Weights, position: Tensor, wanted: int) -> int | None:
+    """Return how many rows of the weights are of prefix tokens: all, none, or the class token's, as the grid allows."""
+    counts = _counts(weights.tensors)
+    possible = [sum(counts.values()), 0, counts.get("cls_token", 0)]
+    if wanted in possible:
+        possible.insert(0, wanted)
+    grid = declared_grid(model, weights)
+    return next((rows for rows in possible if find_grid(position.shape[1] - rows, grid) is not None), None)
+
+
+def declared_grid(model: nn.Module, weights: Weights) -> Grid | None:
+    """Return the patch grid of the images that the weights say they were trained on."""
+    if weights.img_size is None:
+        return None
+    height, width = patch_size(model)
+    return weights.img_size[0] // height, weights.img_size[1] // width
+
+
+def _counts(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
+    """Return how many tokens of each kind there are."""
+    present = {name: tensors.get(name) for name in TOKENS}
+    return {name: token.shape[1] for name, token in present.items() if token is not None and token.ndim == 3}
+
+
+def _rows_by_token(counts: Mapping[str, int], rows_1PD: Tensor) -> dict[str, Tensor]:
+    """Return the rows of each kind of token, of those that have any."""
+    if rows_1PD.shape[1] < sum(counts.values()):
+        counts = {name: count for name, count in counts.items() if name == "cls_token" and rows_1PD.shape[1]}
+    return dict(zip(counts, rows_1PD.split(list(counts.values()), dim=1), strict=True)) if counts else {}
+
 
 BIAS_TABLE = "relative_position_bias_table"
 
@@ -225,3 +354,63 @@ def _relative(
     window: Any = model.get_submodule(key.rpartition(".")[0]).window_size
     resized = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=tuple(target.shape))
     return resized, f"from {table.shape[0]} to {target.shape[0]} offsets (timm's way)"
+
+
+# Another image size for a converted model, whose operators have shapes of their own making, and for one that copies
+# its teacher's attention: load, then resize.
+
+
+def late_size(
+    weights: Weights, asked: Json, img_size: int | tuple[int, int] | None, model: str | None = None
+) -> tuple[int, int] | None:
+    """Return the image size to apply after loading: for a converted or copying model of known size, if requested.
+
+    `model` is the architecture of weights that do not say theirs.
+    """
+    wanted = img_size if img_size is not None else asked.get("img_size")
+    ours = (
+        CONVERTED,
+        COPIED,
+        *attnzero.default_cfgs,
+        *lit.default_cfgs,
+        *pvt_models.default_cfgs,
+    )  # with parts for one size in each stage
+    known = (weights.architecture or model) in ours and weights.img_size is not None
+    return as_pair(wanted) if known and wanted is not None else None
+
+
+def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, report: LoadReport) -> LoadReport:
+    """Resize a loaded model in place, position embeddings by `method`; return the report with what was resampled.
+
+    Raises UnsupportedModelError: the model has no such size.
+    """
+    parts = {"": model} if copying_of(model) is None else {"": model, "teacher.": vit(model).teacher.model}
+    positions = {prefix: getattr(part, "pos_embed", None) for prefix, part in parts.items()}
+    before = sites(model)
+    resize(model, size)
+    after, layers = sites(model), converted_layers(model)
+    changes = {site.index: _change(site, now) for site, now in zip(before, after, strict=True)}
+    if not any(changes.values()):
+        return report
+    done = {
+        f"{site.path}.attn.operator": changes[site.index]
+        for site in after
+        if site.index in layers and layers[site.index].operator.traits.resolution == "resampled"
+    }
+    old, new, change = before[0].shape.geometry.grid, after[0].shape.geometry.grid, changes[0]
+    for prefix, position in positions.items():
+        if position is None:
+            continue
+        part = vit(parts[prefix])
+        with torch.no_grad():
+            part.get_parameter("pos_embed").copy_(
+                resample_position(position, old, new, num_prefix_rows(part), method)
+            )
+        done[f"{prefix}pos_embed"] = f"{change} ({method}'s bicubic)"
+    return replace(report, resampled={**report.resampled, **done})
+
+
+def _change(old: Site, new: Site) -> str:
+    """Return how the grid of a block changed, in words; nothing if it did not."""
+    (rows, columns), (height, width) = old.shape.geometry.grid, new.shape.geometry.grid
+    return "" if (rows, columns) == (height, width) else f"from grid {rows}x{columns} to {height}x{width}"

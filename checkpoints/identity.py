@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import JsonDict
-from .weights import Weights
+from .weight_files import Weights
 
 if TYPE_CHECKING:
     from .pretrained import Pretrained

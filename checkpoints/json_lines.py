@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..models.errors import CheckpointError, GraftError, JsonDict
-from .regular_files import open_regular
+from .files import open_regular
 from .report import some
 
 logger = logging.getLogger(__name__)

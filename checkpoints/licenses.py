@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from ..models.errors import CheckpointError
+from ..models.copying.copying_operators import COPIES
+from ..models.errors import CheckpointError, Json, JsonDict
 
 LIST = "https://huggingface.co/docs/hub/repositories-licenses"
 _HUB = (
@@ -102,3 +106,85 @@ def card_fields(license: str | None) -> dict[str, str]:
         return {} if name is None else {"license": name}
     link = {"license_link": LINKS[name]} if name in LINKS else {}
     return {"license": "other", "license_name": name, **link}
+
+
+# Remove from a student's config.json what others must not see: paths of this machine.
+
+PATH_KEYS = ("source", "init", "data_path", "stage", "output_dir", "cache")
+"""Settings that may hold a path, relative ones included."""
+_HUB_public = ("hf-hub:", "hf_hub:")
+_BEGIN = r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:[\\/]|\\\\)"
+_ABSOLUTE = re.compile(r"(?:file:/*|local-dir:)?" + _BEGIN)
+_INSIDE = re.compile(r"(?<![\w.:/\\-])(?:~[\w-]*/|/|[A-Za-z]:[\\/])[^\s\"'<>|:,;]+")
+
+
+def public(config: Json) -> JsonDict:
+    """Return a copy of a config in which each path is its last component."""
+    return {key: _public(value, key) for key, value in config.items()}
+
+
+def public_text(text: str, key: str = "") -> str:
+    """Return the text without folders: `local-dir:/home/me/runs/a` as `local-dir:a`; a hub name as it is.
+
+    `key` is the setting that the text stands in.
+    """
+    if text.startswith(_HUB_public):
+        return text
+    if _ABSOLUTE.match(text) or (key in PATH_KEYS and re.search(r"[/\\]", text)):
+        prefix = "local-dir:" if text.startswith("local-dir:") else ""
+        return prefix + _last(text.removeprefix(prefix))
+    return _INSIDE.sub(lambda found: _last(found[0]), text)
+
+
+def _public(value: Any, key: str) -> Any:
+    if isinstance(value, str):
+        return public_text(value, key)
+    if isinstance(value, Mapping):
+        return {name: _public(part, name) for name, part in value.items()}
+    return [_public(part, key) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _last(path: str) -> str:
+    """Return the last component; for an address, without its query, which may hold a key."""
+    path = path.partition("?")[0] if "://" in path else path
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
+
+
+# Describe the train modes in recorded recipes, so that a student can be read without the package's engine.
+
+
+@dataclass(frozen=True)
+class RecordedMode:
+    """The effect of a mode on a student."""
+
+    words: str
+    transfers: bool = False
+    """Whether it read the section `transfer`."""
+    matches: bool = False
+    """Whether it read the section `align`."""
+
+
+MODES = {
+    "transfer": RecordedMode("transfer of attention from a frozen teacher", transfers=True),
+    "align": RecordedMode(
+        "alignment of each converted layer with a frozen teacher's, on the teacher's own inputs", matches=True
+    ),
+    "finetune": RecordedMode("fine-tuning"),
+    "scratch": RecordedMode("training from scratch, without a teacher"),
+    "pretrain": RecordedMode("masked autoencoding, without labels; these are the weights of the encoder"),
+}
+"""By the value of `mode`."""
+_UNKNOWN = RecordedMode("")
+
+
+def recorded_mode(recipe: Json) -> RecordedMode:
+    """Return the effect of the recipe's mode; empty for an unknown mode."""
+    return MODES.get(str(recipe.get("mode")), _UNKNOWN)
+
+
+def copied_by(recipe: Json) -> bool:
+    """Return whether a run of this recipe put its teacher's attention in place of the student's."""
+    settings = recipe.get("transfer")
+    if not isinstance(settings, Mapping) or not recorded_mode(recipe).transfers:
+        return False
+    return settings.get("method") in COPIES

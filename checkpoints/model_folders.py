@@ -12,19 +12,17 @@ from timm.models import is_model, list_pretrained, split_model_name_tag
 from timm.models._hub import _parse_model_cfg
 
 from ..models.errors import CheckpointError, Json, JsonDict
+from .architecture import is_ours, known_fields, published_config
+from .files import read_json, read_regular
 from .formats import read_weights
 from .hub.download import commit_of, download, try_download
 from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
-from .regular_files import read_json, read_regular
 from .report import shortened
-from .shards import INDEX_SUFFIX, read_shards
 from .sources import FileSource, FolderSource, HubSource, Part
-from .state_file import BEST, read_meta
-from .timm_models import is_ours, known_fields, published_config
-from .weight_files import Content, read_file
-from .weights import Weights
+from .state import BEST, read_meta
+from .weight_files import INDEX_SUFFIX, Content, Weights, read_file, read_shards
 
 CONFIG = "config.json"
 STAGES_FILE = "stages.json"

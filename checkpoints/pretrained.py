@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import get_model_args, split_model_name_tag
 from torch import nn
 
@@ -18,21 +22,67 @@ from ..models.copied import copying_of
 from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
 from ..models.layer_plan import plan_text
-from .architecture import infer_architecture
+from .architecture import (
+    build,
+    check_name,
+    converted,
+    infer_architecture,
+    known_fields,
+    published_config,
+    read_timm,
+)
 from .class_names import read_names
 from .copying_students import described_architecture, make_whole, refuse_as_start
-from .fit import fit, source_grid, without_values
+from .fit import (
+    BIAS_TABLE,
+    Method,
+    fit,
+    late_size,
+    refuse_not_finite,
+    resize_loaded,
+    source_grid,
+    without_values,
+)
 from .identity import digest_weights
 from .model_folders import read_folder, read_hub, read_weights_file
-from .position import Method
 from .preprocessing import Preprocessing, input_size
-from .report import LoadReport, some
-from .resized import late_size, resize_loaded
+from .report import LoadReport, shortened, some
 from .safety.description import check_description, check_settings
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
-from .timm_models import build, check_name, converted, known_fields, published_config, read_timm
-from .weights import Weights, as_pair
-from .windows import check_windows
+from .weight_files import Weights, as_pair
+
+# Hold the windows that a source gives a Swin against its tables of relative position biases, a row for each offset.
+#
+# Swin V2 computes its biases and has no tables, so nothing in its weights shows the windows.
+
+
+def check_windows(weights: Weights) -> Weights:
+    """Return the weights themselves, once the windows in their description have been checked.
+
+    Raises CheckpointError: `window_size` makes tables of other lengths than those of the weights, or no model.
+    """
+    tables = {key: tensor for key, tensor in weights.tensors.items() if key.endswith(BIAS_TABLE)}
+    if not tables or weights.architecture is None or weights.model_args.get("window_size") is None:
+        return weights
+    described = build(weights.architecture, weights.model_args, on_meta=True, within=weights.tensors)
+    wanted = described.state_dict()
+    for key, table in tables.items():
+        rows = len(wanted[key]) if key in wanted else None
+        if table.ndim and rows is not None and len(table) != rows:
+            given = shortened(weights.model_args["window_size"])
+            raise CheckpointError(
+                f"{weights.origin} says window_size={given}, but {key} has {len(table)} rows and not {rows}"
+                f"{_side(len(table))}; give config.json the window_size that the model was trained with"
+            )
+    return weights
+
+
+def _side(rows: int) -> str:
+    """Return the windows that a table belongs to, in words, if they are square."""
+    root = math.isqrt(rows)
+    side = (root + 1) // 2
+    return f": its windows are {side}x{side}" if root * root == rows and root % 2 else ""
+
 
 logger = logging.getLogger(__name__)
 
@@ -454,3 +504,47 @@ def _describe(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport
         provenance=weights.provenance,
         label_names=read_names(weights.pretrained_cfg, arguments["num_classes"]),
     )
+
+
+# `graftvit.load`: a model to use or to train, from any source.
+
+UNTRAINED_SEED = 20121  # one that nobody takes for a training
+
+
+def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
+    """Return the model of any source, in eval mode and with gradients: a student (converted ones too) or a teacher.
+
+    A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
+
+    Args:
+        source: a folder or file, `hf-hub:org/name`, a timm name; `#ema` behind a run's path takes its average.
+        dtype: of the weights, float32 by default.
+        how: `model`, `model_args`, `img_size`, `num_classes`, `bare` and the rest, as of `load_pretrained`.
+
+    Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
+    """
+    model = load_pretrained(str(source), **how).model.requires_grad_(True)
+    if copying_of(model) is not None:
+        vit(model).teacher.requires_grad_(False)
+    if dtype is None:
+        return model
+    tensors = model.state_dict()
+    refuse_not_finite(str(source), tensors, dict.fromkeys(tensors, dtype))
+    return model.to(dtype)
+
+
+def build_untrained(loaded: Pretrained) -> nn.Module:
+    """Return a copy of a model with random weights, the same ones at each call.
+
+    Positions that were resampled to other images have no weights of timm's own start; they are drawn.
+    """
+    model = copy.deepcopy(loaded.model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(UNTRAINED_SEED)
+        fresh = dict(build(loaded.architecture, loaded.model_args).named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in fresh and fresh[name].shape == parameter.shape:
+                parameter.copy_(fresh[name])
+            else:
+                parameter.normal_(std=0.02)
+    return model

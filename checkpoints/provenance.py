@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import pooling_of
 from .identity import collect_identity
-from .licenses import carried
-from .recorded import copied_by
+from .licenses import carried, copied_by
 
 if TYPE_CHECKING:
     from .pretrained import Pretrained

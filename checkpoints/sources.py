@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from timm.models import is_model, list_models, list_pretrained, split_model_name_tag
 
 from ..models.errors import CheckpointError
-from .paths import is_folder, is_there, is_url, near_path
+from .files import is_folder, is_there, is_url, near_path
 
 SAFE_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")

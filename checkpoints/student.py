@@ -4,30 +4,88 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.conversion import with_own_plan
+from ..models.attention.base import Fit
+from ..models.calibration import Layer
+from ..models.conversion import plan_of, with_own_plan, with_plan
 from ..models.converted import marks_of
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
-from ..models.errors import CheckpointError, Json, JsonDict
-from ..models.families import vit
-from .atomic import write_folder
+from ..models.errors import CheckpointError, ConfigError, Json, JsonDict
+from ..models.families import is_pyramid, vit
+from .architecture import build, published_config
+from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
 from .model_folders import CONFIG
 from .preprocessing import Preprocessing
-from .pretrained import load_pretrained
-from .provenance import COST, NORM_EPS
+from .pretrained import Pretrained, load_pretrained
+from .provenance import COST, NORM_EPS, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
-from .timm_models import build, published_config
+from .weight_files import read_file
+
+# Keep the layers of a conversion that are fitted, each in a file of its own until the whole model is written.
+
+FOLDER = "fit"
+KEY, RESULT = "graftvit_fit", "result"
+
+
+@dataclass(frozen=True)
+class FittedLayers:
+    """The files `fit/layerNN.safetensors` of the folder that a conversion writes."""
+
+    folder: Path
+
+    def load(self, index: int, key: str) -> Layer | None:
+        """Return a layer that was fitted before with the same `key`; None without one, or from a damaged file."""
+        path = self._path(index)
+        if not path.is_file():
+            return None
+        try:
+            content = read_file(path, inside=self.folder)
+            if content.metadata.get(KEY) != key:
+                return None
+            result = json.loads(content.metadata[RESULT])
+            fit = result["fit"]
+            measures = (
+                None
+                if fit is None
+                else {name: (float(before), float(after)) for name, (before, after) in fit.items()}
+            )
+            before, after = map(float, result["calibration"])
+        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+            return None
+        return Layer(content.tree, (before, after), None if measures is None else Fit(measures))
+
+    def save(self, index: int, key: str, layer: Layer) -> None:
+        """Write a finished layer. Raises WriteFailedError: the disk is full."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.tensors.items()}
+        fit = None if layer.fit is None else dict(layer.fit.measures)
+        described = {KEY: key, RESULT: json.dumps({"fit": fit, "calibration": layer.calibration})}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        write_file(
+            self._path(index), lambda temporary: save_file(tensors, temporary, metadata=described), size=size
+        )
+
+    def _path(self, index: int) -> Path:
+        return self.folder / FOLDER / f"layer{index:02}.safetensors"
+
+
+def only_fitted(folder: Path) -> bool:
+    """Return whether a folder holds nothing but what a conversion left that was killed."""
+    return folder.is_dir() and all(path.name == FOLDER for path in folder.iterdir())
+
 
 SHARD_SIZE = "5GB"
 
@@ -206,3 +264,59 @@ def _config(
         "model_args": dict(arguments),
         "pretrained_cfg": pretrained,
     }
+
+
+# Write a converted model as a student folder, with a record of its source.
+
+
+def write_converted(
+    student: nn.Module, folder: Path, teacher: Pretrained, *, weights: str, calibration: str | None = None
+) -> None:
+    """Write `student`, a conversion of `teacher`'s model, to `folder`.
+
+    Args:
+        weights: which of the teacher's weights it has (`models/initialize.py`).
+        calibration: the images that its operators were calibrated on, in words.
+
+    Raises:
+        ConfigError: no layer of it is converted.
+        CheckpointError as `write_student`.
+    """
+    plan = plan_of(student)
+    if plan is None:
+        raise ConfigError(f"the plan keeps every layer as it is: {other_operator(student)}")
+    architecture, arguments = with_plan(teacher.architecture, teacher.model_args, plan)
+    made: JsonDict = {
+        "version": version("graftvit"),
+        "conversion": {
+            "source": teacher.source,
+            "plan": plan,
+            "weights": weights,
+            "calibration": calibration,
+        },
+    }
+    if weights != "none":
+        made["init"] = of_weights(teacher.source, teacher.report) | {
+            "architecture": teacher.architecture,
+            "licence": teacher.license,
+            "revision": teacher.revision,
+        }
+    write_student(
+        student,
+        folder,
+        architecture=architecture,
+        model_args=arguments,
+        preprocessing=teacher.preprocessing,
+        license=carried_license(made),
+        provenance=made,
+        label_names=teacher.label_names if student.num_classes == teacher.model.num_classes else None,
+    )
+
+
+def other_operator(model: nn.Module) -> str:
+    """Return what to name in a plan that changes nothing."""
+    return (
+        "name an operator or merge: deformable"
+        if is_pyramid(model)
+        else "name an operator other than softmax"
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from ..checkpoints.paths import is_file
+from ..checkpoints.files import is_file
 from ..models.errors import ConfigError, JsonDict
 from .load_config import Setting, load_config, load_stages, read_recipe
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..checkpoints.class_names import same_classes
-from ..checkpoints.load_model import build_untrained
 from ..checkpoints.preprocessing import Preprocessing
+from ..checkpoints.pretrained import build_untrained
 from ..checkpoints.sources import parse_source
 from ..models.copying.teacher_view import Normalization, Renormalized
 from ..models.errors import ConfigError, Json

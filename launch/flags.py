@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..checkpoints.paths import NOT_A_URL, is_there, is_url
+from ..checkpoints.files import NOT_A_URL, is_there, is_url
 from ..models.errors import ConfigError, did_you_mean
 from .fields import Leaf, find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
 from .load_config import Setting, at_home, parse_override, parse_setting

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..checkpoints.paths import NOT_A_URL, is_there, is_url
-from ..checkpoints.regular_files import read_regular
+from ..checkpoints.files import NOT_A_URL, is_there, is_url, read_regular
 from ..models.errors import ConfigError, Json, JsonDict, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import LossConfig, RunConfig

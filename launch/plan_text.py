@@ -6,7 +6,7 @@ import os
 
 from torch import nn
 
-from ..checkpoints.publish.card_text import MATCHES
+from ..checkpoints.publish.card import MATCHES
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.errors import counted
 from ..models.families import pooling_of

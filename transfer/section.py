@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from ..checkpoints.paths import NOT_A_URL, is_url
+from ..checkpoints.files import NOT_A_URL, is_url
 from ..models.errors import JsonDict
 
 T = TypeVar("T")

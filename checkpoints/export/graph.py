@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import io
+import json
 import logging
+import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import torch
@@ -18,9 +24,9 @@ from torch.export import Dim, ExportedProgram
 
 from ...models.conversion import converted_layers
 from ...models.copied import copying_of
-from ...models.errors import UnsupportedModelError
+from ...models.errors import CheckpointError, RunFailedError, UnsupportedModelError, did_you_mean
 from ...models.families import has_relative_bias
-from ..timm_models import one_line
+from ..architecture import one_line
 
 Dynamic = Literal["batch", "resolution"]
 
@@ -154,3 +160,197 @@ def _free_rope(rope: RotaryEmbeddingDinoV3) -> Callable[..., Tensor]:
 
 def _name(model: nn.Module) -> str:
     return type(model.model if isinstance(model, Normalized) else model).__name__
+
+
+# Write the file of an exported graph, ONNX or torch's own, and run it as its users would.
+
+Format = Literal["onnx", "torch"]
+SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch"}
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+OLDEST_OPSET = 18
+"""The first opset that resamples as torch does, with antialiasing."""
+ONE_FILE_BYTES = 2**31 - 2**27
+"""Above this size the weights are beside the .onnx file: protobuf ends at 2 GiB."""
+METADATA_FILE = "graftvit.json"
+Run = Callable[[Tensor], Tensor]
+
+
+def format_of(path: Path, wanted: str | None) -> Format:
+    """Return the format of the suffix of `path`. Raises CheckpointError: it has none, or not the requested one."""
+    if wanted is not None and wanted not in get_args(Format):
+        raise CheckpointError(f"format={wanted!r} is unknown; {did_you_mean(str(wanted), get_args(Format))}")
+    found = SUFFIXES.get(path.suffix)
+    if found is None:
+        raise CheckpointError(f"{path} must end in .onnx (ONNX) or .pt2 (torch.export)")
+    if wanted is not None and wanted != found:
+        suffixes = [suffix for suffix, kind in SUFFIXES.items() if kind == wanted]
+        raise CheckpointError(f"{path} contradicts format {wanted!r}, whose files end in {suffixes[0]}")
+    return found
+
+
+def check_onnx(opset: int | None) -> None:
+    """Raise CheckpointError: a package is missing, or there is no such opset."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CheckpointError(
+            f"exporting to ONNX needs {' and '.join(missing)}, not installed: pip install 'graftvit[export]'"
+        )
+    onnx: Any = importlib.import_module("onnx")
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not OLDEST_OPSET <= opset <= newest:
+        raise CheckpointError(f"opset {opset} cannot be written; valid are {OLDEST_OPSET} to {newest}")
+
+
+def data_file(path: Path) -> Path:
+    """Return the file of the weights of the ONNX file `path`, if they are not in it."""
+    return path.with_name(f"{path.name}.data")
+
+
+def write_onnx(
+    graph: ExportedProgram, path: Path, example: Tensor, metadata: Mapping[str, str], opset: int | None
+) -> int:
+    """Write the graph to `path` (large weights beside it, at `data_file`) and return its opset.
+
+    Raises UnsupportedModelError: torch has no ONNX for one of its operators, or none of this opset.
+    """
+    with explained("to ONNX: the model"):
+        program: Any = torch.onnx.export(
+            graph, (example,), dynamo=True, input_names=["images"], output_names=[metadata["output"]],
+            opset_version=opset, verbose=False,
+        )  # fmt: skip
+        _name_sizes(program.model.graph)
+        program.model.metadata_props.update(metadata)
+        program.save(str(path), external_data=_weight_bytes(graph) > ONE_FILE_BYTES)
+    written = int(program.model.opset_imports[""])
+    if opset not in (None, written):
+        raise UnsupportedModelError(
+            f"opset {opset} cannot be written for this model by this torch; {written} can"
+        )
+    return written
+
+
+def write_torch(graph: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the graph to `path`, the metadata as a JSON file in it."""
+    text = json.dumps(dict(metadata), indent=2)
+    with explained("to torch.export: the model"):
+        torch.export.save(graph, path, extra_files={METADATA_FILE: text})
+
+
+def run_onnx(path: Path) -> Run:
+    """Return the function in an ONNX file, run by onnxruntime on the CPU."""
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def run_torch(path: Path) -> Run:
+    """Return the function in a file of torch.export."""
+    with quiet():
+        module = torch.export.load(path).module()
+    return lambda images: module(images)
+
+
+def _weight_bytes(graph: ExportedProgram) -> int:
+    tensors = [*graph.state_dict.values(), *graph.constants.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def _name_sizes(graph: Any) -> None:
+    """Give free sizes names that explain them, because torch calls them s0 or s77."""
+    [images] = graph.inputs
+    names: dict[str, str] = {}
+    for size, name in zip(images.shape, ("batch", "", "grid_height", "grid_width"), strict=True):
+        names |= dict.fromkeys(re.findall(r"[A-Za-z_]\w*", _symbol(size)), name)
+    values = [images, *(value for node in graph for value in node.outputs)]
+    for value in values if names else ():
+        for axis, size in enumerate(value.shape or ()):
+            if _symbol(size):
+                value.shape[axis] = re.sub(
+                    r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), _symbol(size)
+                )
+    if _symbol(images.shape[0]):
+        images.shape[0] = "batch"
+
+
+def _symbol(size: Any) -> str:
+    """Return the expression of a free size, empty for a number."""
+    return "" if isinstance(size, int) else str(getattr(size, "value", None) or "")
+
+
+# Check that an exported file computes what the model computes, for several shapes.
+
+BATCHES = (1, 2, 3)
+Shape = tuple[int, int, int, int]
+"""Batch, channels, height, width."""
+
+
+class ExportFailedError(CheckpointError, RunFailedError):
+    """An exported file that does not compute what the model computes; exit code 1."""
+
+
+def shapes_to_check(
+    channels: int, size: tuple[int, int], patch: tuple[int, int], dynamic: Collection[str]
+) -> list[Shape]:
+    """Return the shapes to compare; the last one, for tracing, differs from the model's resolution if that is free.
+
+    A free resolution is checked on the model's own grid, on one with fewer rows, and on a larger one.
+    """
+    sizes = [size]
+    if "resolution" in dynamic:
+        rows, columns = size[0] // patch[0], size[1] // patch[1]
+        grids = [(max(rows // 2, 2), columns + 1), (rows + 1, columns + 2)]
+        sizes += [(height * patch[0], width * patch[1]) for height, width in grids]
+    batches = BATCHES if "batch" in dynamic else (1,)
+    return [(batch, channels, *pixels) for pixels, batch in product(sizes, batches)]
+
+
+def example_images(shape: Sequence[int]) -> Tensor:
+    """Return pixels in 0..1, the same ones for the same shape."""
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def compare(model: nn.Module, path: Path, kind: Format, shapes: Sequence[Shape], tolerance: float) -> float:
+    """Return the largest relative error of the file against the model, over all images of all `shapes`.
+
+    Raises ExportFailedError: it is above `tolerance`, the model gives numbers that are not finite, or the file
+    does not run.
+    """
+    label = f"{path.name} is not written: {'onnxruntime' if kind == 'onnx' else 'torch'}"
+    with _explained(label):
+        run = run_onnx(path) if kind == "onnx" else run_torch(path)
+    worst = 0.0
+    for shape in shapes:
+        images = example_images(shape)
+        with torch.no_grad():
+            reference = model(images)
+        if not reference.isfinite().all():
+            raise ExportFailedError(
+                f"{path.name} is not written: the model itself gives numbers that are not finite"
+            )
+        with _explained(label), torch.no_grad(), quiet():
+            output = run(images)
+        worst = max(worst, relative_error(output, reference))
+    if not worst <= tolerance:
+        raise ExportFailedError(
+            f"{label} computes with it something else than the model: the relative error is {worst:.1e}, more than "
+            f"{tolerance:g}"
+        )
+    return worst
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """Return the largest ‖output − reference‖ / ‖reference‖ of an image; infinite if it is not a number."""
+    if output.shape != reference.shape or not output.isfinite().all():
+        return float("inf")
+    difference = (output - reference).double().flatten(1).norm(dim=1)
+    return float((difference / reference.double().flatten(1).norm(dim=1).clamp_min(1e-12)).max())
+
+
+@contextmanager
+def _explained(label: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what onnxruntime raises has no common kind
+        raise ExportFailedError(f"{label} cannot run it: {one_line(error)}") from error

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ...models.errors import CheckpointError, Json, JsonDict
-from ..weights import Weights
-from .keymap import KeyMap
-from .normalization import INCEPTION, normalized
+from ..weight_files import Weights
+from .keymap import INCEPTION, KeyMap, normalized
 
 TREE = r"(?:opt/target/|params/)?(?:img/)?"
 BLOCK = TREE + r"Transformer/encoderblock_(\d+)/"

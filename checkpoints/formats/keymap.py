@@ -10,11 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from torch import Tensor
 
 from ...models.errors import CheckpointError, Json
 from ..report import some
-from ..weights import Weights
+from ..weight_files import Weights
 
 PIECE = re.compile(r"(.+)\[(gate|up|[qkv])\w*\]")
 """A name that ends in [q], [k] or [v] (or [query] …) is that third of a tensor that timm keeps in one."""
@@ -113,3 +119,27 @@ def _joined(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{origin}: the {', '.join(order)} parts of {name} do not fit together")
         joined[name] = torch.cat([parts[part] for part in order])
     return joined
+
+
+# Give the mean and the standard deviation of the images that a family was trained on.
+
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+INCEPTION = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
+"""One half each: values from -1 to 1."""
+NOTE = "normalization: "
+
+
+def normalized(weights: Weights, statistics: Json, reason: str) -> Weights:
+    """`weights` with mean and std, and the one note of the report that says why these."""
+    notes = (note for note in weights.notes if not note.startswith(NOTE))
+    described = {**weights.pretrained_cfg, **statistics}
+    return replace(weights, pretrained_cfg=described, notes=(*notes, NOTE + reason))
+
+
+def imagenet(families: str) -> Describe:
+    """Return a description that knows ImageNet's mean and std of `families` and nothing else."""
+
+    def describe(weights: Weights, config: Json) -> Weights:
+        return normalized(weights, IMAGENET, f"ImageNet's, as {families}")
+
+    return describe

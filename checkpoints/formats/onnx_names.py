@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...models.errors import CheckpointError
 from ..safety.onnx_file import Graph, Node
-from ..weights import Weights
+from ..weight_files import Weights
 
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "mask_token")
 """Parameters of timm's models that belong to no layer."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from ...models.errors import Json
 from ..sources import Part
-from ..weight_files import Content
-from ..weights import Weights
+from ..weight_files import Content, Weights
 from .containers import unwrap
 from .keymap import KeyMap, apply, recognize
 from .research import RESEARCH_MAPS
-from .transformers.hf_config import check_model_type, not_of_type
+from .transformers.hf_families import check_model_type, not_of_type
 from .transformers.key_maps import TRANSFORMERS_MAPS
 
 KEY_MAPS: tuple[KeyMap, ...] = (*TRANSFORMERS_MAPS, *RESEARCH_MAPS)

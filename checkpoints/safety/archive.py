@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
+import threading
 import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,8 +16,81 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
-from .tree import MAX_PART, RefusedError
+# Bound what a constructor may make: stop it when a model outgrows the weights that it is built for.
+
+PARTS_EACH, SPARE_PARTS, MOST_PARTS = 8, 10_000, 200_000
+"""Modules, parameters and buffers for each tensor of the weights, and beside that; however many tensors there are."""
+SPARE_NUMBERS, MOST_INDICES = 1 << 26, 1 << 29
+"""Numbers beside twice those of the weights (positions of larger images), and whole numbers (tables of relative
+positions, which lie in no file: a BEiT of 24 layers has 400 million of them at 1,024 pixels)."""
+
+
+@contextmanager
+def bounded(weights: Collection[Tensor]) -> Iterator[None]:
+    """Raise ValueError out of a constructor in this thread as soon as what it makes is far more than `weights`."""
+    builder, held = threading.get_ident(), sum(tensor.numel() for tensor in weights)
+    parts = min(PARTS_EACH * len(weights) + SPARE_PARTS, MOST_PARTS)
+    left = {"parts": parts, "numbers": 2 * held + SPARE_NUMBERS, "indices": MOST_INDICES}
+
+    def count(module: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
+        if threading.get_ident() != builder:
+            return
+        left["parts"] -= 1
+        if isinstance(part, Tensor):
+            left["numbers" if part.is_floating_point() else "indices"] -= part.numel()
+        if min(left.values()) < 0:
+            raise ValueError(
+                "the model would be far larger than its weights: "
+                f"its weights hold {len(weights):,} tensors with {held:,} numbers"
+            )
+
+    with ExitStack() as stack:
+        for kind in ("parameter", "buffer", "module"):
+            stack.callback(getattr(hooks, f"register_module_{kind}_registration_hook")(count).remove)
+        yield
+
+
+# The tree of dictionaries and lists that a file of weights holds, and what is refused of a file.
+
+MAX_ENTRIES, MAX_NAME, MAX_PART = 2_000_000, 1000, 16 << 20
+"""Entries of a tree, characters of a path in it, and bytes of its description in a torch file."""
+
+
+class RefusedError(ValueError):
+    """A file that is whole, and means harm; its text says why."""
+
+
+def children(node: Any) -> dict[Any, Any]:
+    """Return what a container holds by name or number; nothing for anything else."""
+    if isinstance(node, argparse.Namespace):
+        return vars(node)
+    return (
+        dict(enumerate(node)) if isinstance(node, (list, tuple)) else node if isinstance(node, dict) else {}
+    )
+
+
+def tensors_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a tree by their path, names joined by dots.
+
+    Raises ValueError for a tree that is deeper or larger than any checkpoint, or holds itself.
+    """
+    waiting, seen = [(prefix, tree)], 0
+    while waiting:
+        path, node = waiting.pop()
+        inner = children(node)
+        seen += len(inner)
+        if len(path) > MAX_NAME or seen > MAX_ENTRIES:
+            raise ValueError(
+                f"it has more than {MAX_ENTRIES:,} entries, or a path of {MAX_NAME:,} characters"
+            )
+        if isinstance(node, Tensor):
+            yield path, node
+        named = [(f"{path}.{name}" if path else str(name), value) for name, value in inner.items()]
+        waiting += reversed(named)
+
 
 MAX_RATIO, ALLOWANCE = 100, 16 << 20
 """Together an archive may unpack to a hundred times its size and 16 MiB; weights hardly compress at all."""

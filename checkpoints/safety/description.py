@@ -14,7 +14,7 @@ from ...models.copied import Copying
 from ...models.errors import CheckpointError
 from ..preprocessing import Preprocessing
 from ..report import shortened
-from ..weights import Weights
+from ..weight_files import Weights
 
 INNER = {CONVERTED: "architecture", COPIED: "student"}
 """The argument of each architecture of ours that names the one of timm which it changes."""

@@ -16,12 +16,11 @@ import torch
 from safetensors import safe_open
 
 from ...models.errors import CheckpointError, JsonDict
-from ..regular_files import open_regular
+from ..files import open_regular
 from ..report import printable
-from .archive import open_archive, read_arrays, read_pickle
+from .archive import MAX_PART, RefusedError, open_archive, read_arrays, read_pickle, tensors_of
 from .onnx_file import Graph, is_onnx, read_onnx
 from .pickle_outline import rebuild
-from .tree import MAX_PART, RefusedError, tensors_of
 
 Kind = Literal["safetensors", "torch", "torch (before 1.6)", "npz", "onnx"]
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")

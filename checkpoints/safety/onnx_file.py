@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ...models.errors import CheckpointError
-from ..regular_files import check_regular, open_regular
-from .tree import RefusedError
+from ..files import check_regular, open_regular
+from .archive import RefusedError
 
 MAX_NODES, MAX_INITIALIZERS, MAX_NODE = 200_000, 100_000, 1 << 20
 """Nodes and tensors of a graph, and bytes of one node; a ViT-L has a few thousand nodes of a few kB."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.serialization import StorageType
 
 from ..report import printable
-from .tree import MAX_ENTRIES, MAX_NAME, RefusedError
+from .archive import MAX_ENTRIES, MAX_NAME, RefusedError
 
 PurePickle: Any = pickle._Unpickler
 """The one in Python: its steps can be replaced, and its memo is no larger than what is in it."""

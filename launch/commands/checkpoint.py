@@ -46,7 +46,7 @@ def _inspect(argv: list[str]) -> int:
         help="weights file of any container: .safetensors, torch, .npz, ONNX",
     )
     arguments = parser.parse_args(argv)
-    from ...checkpoints.inspect_file import describe_file
+    from ...checkpoints.describe import describe_file
 
     say("\n".join(describe_file(arguments.file)) + "\n")
     return 0
@@ -67,7 +67,7 @@ def _extract(action: str, argv: list[str]) -> int:
         raise ConfigError(
             f"OUT is {str(arguments.out)!r}: convert writes a .safetensors file; strip writes others"
         )
-    from ...checkpoints.inspect_file import extract
+    from ...checkpoints.describe import extract
     from ...checkpoints.report import some
     from ...checkpoints.sources import FileSource
 

@@ -86,8 +86,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
     config = load_config(None, settings)
     _check(arguments.out, arguments.dry_run, arguments.calibrate, config)
-    from ...checkpoints.fitted_layers import only_fitted
-    from ...checkpoints.student import refuse_existing
+    from ...checkpoints.student import only_fitted, refuse_existing
 
     if arguments.out is not None and not arguments.dry_run and not only_fitted(arguments.out):
         refuse_existing(arguments.out, overwrite=arguments.force)
@@ -121,7 +120,7 @@ def _write(
     say(source + _describe_tokens(teacher.model, student) + table)
     if arguments.dry_run or out is None:
         return 0
-    from ...checkpoints.converted_folder import write_converted
+    from ...checkpoints.student import write_converted
 
     write_converted(student, out, teacher, weights=weights, calibration=seen)
     recovers = not plan_of(teacher.model)
@@ -137,7 +136,7 @@ def _student(
 ) -> nn.Module:
     import torch
 
-    from ...checkpoints.fitted_layers import FittedLayers
+    from ...checkpoints.student import FittedLayers
     from ...models.conversion import convert, plan_of
 
     kept = images is not None and arguments.out is not None and not arguments.dry_run
@@ -152,7 +151,7 @@ def _student(
         finished=FittedLayers(arguments.out) if kept else None,
     )
     if plan_of(student) is None:
-        from ...checkpoints.converted_folder import other_operator
+        from ...checkpoints.student import other_operator
 
         raise ConfigError(f"--plan {arguments.plan!r} keeps every layer: {other_operator(student)}")
     return student

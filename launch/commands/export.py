@@ -26,7 +26,7 @@ EXAMPLES = (
 def run(argv: list[str]) -> int:
     """Export one model, and print the files and their error against the model."""
     arguments, how = _parse(argv)
-    from ...checkpoints.export.export_source import export_source
+    from ...checkpoints.export.export import export_source
 
     report = export_source(
         arguments.source,
@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the source."""
     arguments, _ = _parse(argv)
-    from ...checkpoints.export.export_source import check_export
+    from ...checkpoints.export.export import check_export
     from ...checkpoints.sources import parse_source
 
     check_export(

@@ -13,8 +13,7 @@ from ..flags import command_parser, parse_command
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
-    from ...checkpoints.publish.student_files import Upload
-    from ...checkpoints.publish.upload import Pushed, Remote
+    from ...checkpoints.publish.upload import Pushed, Remote, Upload
 
 EXAMPLES = (
     "graftvit push runs/distill me/vit-b-cifar --dry_run",
@@ -70,8 +69,7 @@ def run(argv: list[str]) -> int:
             raise ConfigError(f"--{flag} is empty: give it a value or leave it out")
     if arguments.private and arguments.public:
         raise ConfigError("--private and --public contradict each other: leave one out")
-    from ...checkpoints.publish.student_files import plan_upload
-    from ...checkpoints.publish.upload import push_student
+    from ...checkpoints.publish.upload import plan_upload, push_student
     from ...transfer.methods.method_text import describe_transfer
 
     with _student_folder(arguments.source) as folder:
@@ -115,7 +113,7 @@ def _report_left_out(upload: Upload) -> None:
 
 
 def _describe_pushed(upload: Upload, pushed: Pushed) -> str:
-    from ...checkpoints.publish.sections import load_lines
+    from ...checkpoints.publish.card import load_lines
 
     lines = [pushed.url]
     if not pushed.changed:

@@ -1,4 +1,4 @@
-from .checkpoints.load_model import load as load
+from .checkpoints.pretrained import load as load
 from .checkpoints.pretrained import load_teacher as load_teacher
 from .checkpoints.student import save_student as save_student
 from .models.conversion import convert as convert

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ...checkpoints.regular_files import UnreadableError, open_regular
+from ...checkpoints.files import UnreadableError, open_regular
 from .failures import is_consequence
 from .job_folder import Attempt, JobFolder, Submission
 from .logs import log_files, ranks_with_logs, tail

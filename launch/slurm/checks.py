@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...checkpoints.paths import nearest_folder
+from ...checkpoints.files import nearest_folder
 from ...models.errors import ConfigError, did_you_mean
 from .resources import generic_in, gpus_in, has_gpus, most_of
 from .scheduler import expand_nodes

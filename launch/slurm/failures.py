@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...checkpoints.regular_files import UnreadableError, read_regular
+from ...checkpoints.files import UnreadableError, read_regular
 from ...models.errors import GraftError, LostLoaderError
 from ...transfer.engine.fence import FencedError
 

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...checkpoints.atomic import write_text
+from ...checkpoints.files import UnreadableError, read_json, read_regular, safe_name
 from ...checkpoints.json_lines import append_line, open_lines, read_records
-from ...checkpoints.paths import safe_name
-from ...checkpoints.regular_files import UnreadableError, read_json, read_regular
 from ...models.errors import CheckpointError
 from ..hints import hint
 from .failures import Failure, read_failure

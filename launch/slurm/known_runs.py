@@ -10,8 +10,8 @@ import logging
 import os
 from pathlib import Path
 
+from ...checkpoints.files import UnreadableError, read_regular
 from ...checkpoints.json_lines import append_line, open_lines
-from ...checkpoints.regular_files import UnreadableError, read_regular
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from ...checkpoints.regular_files import UnreadableError, open_regular
+from ...checkpoints.files import UnreadableError, open_regular
 from .job_folder import Submission
 
 POLL = 0.5

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from ...checkpoints.regular_files import read_json
+from ...checkpoints.files import read_json
 from ...models.errors import GraftError
 from .ask import NoAnswerError, ask
 from .batch import job_name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...checkpoints.atomic import write_text
-from ...checkpoints.regular_files import read_regular
+from ...checkpoints.files import read_regular
 from ...models.errors import ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ...checkpoints.regular_files import UnreadableError, read_json
+from ...checkpoints.files import UnreadableError, read_json
 from ...models.errors import GraftError, counted
 from .ask import ask
 from .blame import said_of

@@ -15,8 +15,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from ...checkpoints.paths import is_there
-from ...checkpoints.regular_files import read_regular
+from ...checkpoints.files import is_there, read_regular
 from ...models.errors import ConfigError, did_you_mean
 from ...models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from ..flags import Parser, run_folder

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...checkpoints.paths import is_folder
+from ...checkpoints.files import is_folder
 from ...models.errors import ConfigError, GraftError
 from ..submitted import SUBMITTED
 from .ask import NoSuchJobError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ...checkpoints.regular_files import read_regular
+from ...checkpoints.files import read_regular
 from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
 from ...transfer.engine.resume_check import changes, describe_changes, differences, settings

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.json_lines import read_records
-from ...checkpoints.markdown import plain
+from ...checkpoints.publish.card import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.config import RunConfig
 from ...transfer.metrics.intervals import Interval, accuracy_interval

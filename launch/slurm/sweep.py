@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.atomic import write_text
-from ...checkpoints.paths import LONGEST_NAME, safe_name
-from ...checkpoints.regular_files import read_json
+from ...checkpoints.files import LONGEST_NAME, read_json, safe_name
 from ...models.errors import CheckpointError, ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig

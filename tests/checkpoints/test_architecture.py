@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.architecture import infer_architecture
-from graftvit.checkpoints.weights import Weights
+from graftvit.checkpoints.weight_files import Weights
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
 from torch import Tensor

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graftvit.checkpoints.inspect_file import describe_file
+from graftvit.checkpoints.describe import describe_file
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.models.errors import CheckpointError

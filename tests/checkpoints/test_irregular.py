@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from graftvit.checkpoints.pretrained import load_teacher
-from graftvit.checkpoints.publish.student_files import plan_upload
-from graftvit.checkpoints.state import StateFolder
-from graftvit.checkpoints.state_file import TrainingState, check_state, read_meta, read_state, write_state
+from graftvit.checkpoints.publish.upload import plan_upload
+from graftvit.checkpoints.state import (
+    StateFolder,
+    TrainingState,
+    check_state,
+    read_meta,
+    read_state,
+    write_state,
+)
 from graftvit.models.errors import GraftError
 from hostile_configs import write_model
 from irregular_files import KINDS, irregular, never_waiting

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load, load_teacher, load_weights
 from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import CheckpointError
 from hostile import ARCHITECTURE, ARGUMENTS, weights

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints import paths
-from graftvit.checkpoints.paths import near_path
+from graftvit.checkpoints import files as paths
+from graftvit.checkpoints.files import near_path
 from graftvit.models.errors import CheckpointError, ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from graftvit.checkpoints.position import Method, find_grid, resample_position
+from graftvit.checkpoints.fit import Method, find_grid, resample_position
 from torch import Tensor
 
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.describe import describe_teacher, teacher_facts
-from graftvit.checkpoints.position import resample_position
+from graftvit.checkpoints.fit import resample_position
 from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
@@ -277,7 +277,7 @@ def test_a_plain_vit_is_known_by_its_shapes(
 ])  # fmt: skip
 def test_the_published_mae_sizes_are_known(width: int, depth: int, heads: int, patch: int, name: str) -> None:
     from graftvit.checkpoints.architecture import infer_architecture
-    from graftvit.checkpoints.weights import Weights
+    from graftvit.checkpoints.weight_files import Weights
 
     with without_memory():
         model = timm.create_model(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from graftvit.checkpoints.public import public, public_text
+from graftvit.checkpoints.licenses import public, public_text
 
 
 @pytest.mark.parametrize(

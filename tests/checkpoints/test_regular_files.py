@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.regular_files import check_regular, open_regular, read_regular
+from graftvit.checkpoints.files import check_regular, open_regular, read_regular
 from graftvit.models.errors import CheckpointError, ConfigError
 from irregular_files import KINDS, irregular
 
@@ -22,7 +22,7 @@ def test_a_file_that_became_a_pipe_since_it_was_looked_at_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = irregular("pipe", tmp_path / "it")
-    monkeypatch.setattr("graftvit.checkpoints.regular_files.check_regular", lambda *_, **__: path)
+    monkeypatch.setattr("graftvit.checkpoints.files.check_regular", lambda *_, **__: path)
     with pytest.raises(CheckpointError, match="is no regular file"):
         open_regular(path)
 

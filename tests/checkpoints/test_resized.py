@@ -11,9 +11,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load, load_teacher, load_weights
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.models import layer_plan as operators
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape, Traits

@@ -11,9 +11,8 @@ import graftvit
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load, load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.models.conversion import convert, plan_of

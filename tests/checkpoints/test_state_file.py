@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from graftvit.checkpoints.state_file import TrainingState, read_meta, read_state, write_state
+from graftvit.checkpoints.state import TrainingState, read_meta, read_state, write_state
 from graftvit.models.errors import CheckpointError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -197,6 +197,6 @@ def test_a_state_that_goes_on_behind_its_tensors_is_not_read_to_its_end(
     write_state(path, TrainingState({"a": torch.ones(3)}, {}))
     with path.open("r+b") as file:
         file.truncate(5 << 30)
-    monkeypatch.setattr("graftvit.checkpoints.state_file._digest", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr("graftvit.checkpoints.state._digest", lambda *_: pytest.fail("it was read"))
     with pytest.raises(CheckpointError, match=r"last\.safetensors is damaged"):
         read_state(path)

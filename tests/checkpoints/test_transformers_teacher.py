@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import config, make_teacher, records
-from graftvit.checkpoints.transformers_teacher import load_transformers
+from graftvit.checkpoints.transformers_models import load_transformers
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError
 from graftvit.transfer.config import RunConfig

@@ -10,7 +10,7 @@ import pytest
 import timm
 from engine_runs import ARCHITECTURE, ARGUMENTS
 from graftvit.checkpoints.pretrained import load_teacher
-from graftvit.checkpoints.publish.student_files import plan_upload
+from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.checkpoints.student import save_student
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.checkpoints.atomic import WriteFailedError, write_folder, write_text
-from graftvit.checkpoints.paths import is_url
+from graftvit.checkpoints.files import is_url
 from graftvit.checkpoints.sources import parse_source
 from graftvit.launch.cli import COMMANDS, main
 from graftvit.launch.fields import leaves

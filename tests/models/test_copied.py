@@ -14,7 +14,7 @@ import timm
 import torch
 from copied_models import CASES, HALF, MAPS, METHODS, OTHER, arguments, pair, whole
 from dense import images, tiny
-from graftvit.checkpoints.export.export_source import export_model
+from graftvit.checkpoints.export.export import export_model
 from graftvit.models import resize
 from graftvit.models.copied import ARCHITECTURE, Copying, copying_of
 from graftvit.models.errors import TransferError, UnsupportedModelError

@@ -9,7 +9,7 @@ import dense
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.fitted_layers import FittedLayers, only_fitted
+from graftvit.checkpoints.student import FittedLayers, only_fitted
 from graftvit.models.attention.base import Fit, Projections
 from graftvit.models.attention.hash import HashAttention
 from graftvit.models.calibration import Layer, fit_at_random, fit_layers

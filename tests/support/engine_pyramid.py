@@ -11,8 +11,8 @@ from typing import Any
 from engine_elastic import gap, log_gap
 from engine_killer import start, wait
 from engine_runs import config
-from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import plan_of
 from pyramids import TINY, arguments, tiny

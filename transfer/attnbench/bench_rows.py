@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, TypeAdapter
 
 from ...checkpoints.atomic import write_file, write_text
+from ...checkpoints.files import open_regular
 from ...checkpoints.json_lines import parse_record, read_lines
-from ...checkpoints.regular_files import open_regular
 from ...models.errors import ConfigError
 from ..cells.records import Ending, Whole
 

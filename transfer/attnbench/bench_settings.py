@@ -10,7 +10,7 @@ from random import Random
 
 from pydantic import Field, ValidationError, model_validator
 
-from ...checkpoints.paths import safe_name
+from ...checkpoints.files import safe_name
 from ...models.errors import ConfigError, JsonDict, did_you_mean
 from ...models.programs.drawing import draw_program
 from ...models.programs.program import FOUND, LINEAR, parse_program

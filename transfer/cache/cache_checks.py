@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...checkpoints.paths import nearest_folder
+from ...checkpoints.files import nearest_folder
 from ...models.errors import ConfigError
 from ..config import RunConfig
 from ..methods.method import TransferMethod

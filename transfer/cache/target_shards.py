@@ -19,9 +19,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...checkpoints.atomic import write_text
-from ...checkpoints.regular_files import read_regular
-from ...checkpoints.state_file import TrainingState as Content
-from ...checkpoints.state_file import check_state, read_meta, write_state
+from ...checkpoints.files import read_regular
+from ...checkpoints.state import TrainingState as Content
+from ...checkpoints.state import check_state, read_meta, write_state
 from ...models.errors import CheckpointError, ConfigError, JsonDict
 from .shard_lock import write_once
 

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from ...checkpoints.regular_files import UnreadableError, open_regular
+from ...checkpoints.files import UnreadableError, open_regular
 from ...models.errors import GraftError, RunFailedError
 from ..engine.signals import StopSignals
 from .records import State

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_shared, write_text
-from ...checkpoints.regular_files import read_if_there
+from ...checkpoints.files import read_if_there
 from ...models.errors import ConfigError
 
 CELL_FILE = "cell.json"

@@ -17,7 +17,7 @@ from typing import IO
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ...checkpoints.regular_files import open_regular
+from ...checkpoints.files import open_regular
 from ...models.errors import DataError
 from ..config import DataConfig
 from .splits import EVAL_NAMES, TRAIN_NAMES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from timm.utils.misc import natural_key
 
-from ...checkpoints.regular_files import read_regular
+from ...checkpoints.files import read_regular
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from .images import ImageSource, SourceView

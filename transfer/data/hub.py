@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...checkpoints.regular_files import open_regular
+from ...checkpoints.files import open_regular
 from ...models.errors import DataError
 from ..config import DataConfig
 from .columns import Columns, find_columns

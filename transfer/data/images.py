@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ...checkpoints.regular_files import open_regular
+from ...checkpoints.files import open_regular
 from ...models.errors import DataError
 
 UNLABELED = -1

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from ...checkpoints.regular_files import read_regular
+from ...checkpoints.files import read_regular
 from ...models.errors import ConfigError, DataError, did_you_mean
 
 Subset = Literal["imagenet-a", "imagenet-r"]

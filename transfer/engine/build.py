@@ -16,12 +16,12 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
+from ...checkpoints.architecture import check_published
 from ...checkpoints.copying_students import copied_teacher
 from ...checkpoints.identity import identify
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights, read_outline
-from ...checkpoints.timm_models import check_published
-from ...checkpoints.transformers_teacher import load_transformers
+from ...checkpoints.transformers_models import load_transformers
 from ...models.attention.base import AttentionOperator
 from ...models.converted import start_fresh
 from ...models.errors import ConfigError, DataError, JsonDict, UnsupportedModelError

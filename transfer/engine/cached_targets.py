@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...checkpoints.atomic import WriteFailedError, write_shared
-from ...checkpoints.regular_files import read_json
+from ...checkpoints.files import read_json
 from ...models.errors import GraftError, counted
 from ..cache.cache_checks import check_size, gibibytes
 from ..cache.filling import fill

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...checkpoints.atomic import write_text
-from ...checkpoints.regular_files import read_json
+from ...checkpoints.files import read_json
 from ...models.errors import ConfigError, GraftError, JsonDict, RunFailedError
 
 

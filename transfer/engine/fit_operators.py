@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from ...checkpoints.fitted_layers import FittedLayers
+from ...checkpoints.student import FittedLayers
 from ...models.attention.base import Projections
 from ...models.calibration import Finished, Layer, calibrate_layers, fit_layers
 from ...models.conversion import ConvertedAttention, converted_layers

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from ...checkpoints.atomic import write_folder, write_text
+from ...checkpoints.files import safe_name
 from ...checkpoints.model_folders import STAGES_FILE
-from ...checkpoints.paths import safe_name
 from ...checkpoints.sources import STUDENTS
 from ...models.errors import ConfigError, JsonDict
 from ..config import RunConfig

@@ -8,10 +8,10 @@ from pathlib import Path
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
 
+from ...checkpoints.architecture import published_config
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import Pretrained, load_pretrained
-from ...checkpoints.timm_models import published_config
 from ...models.conversion import with_plan, without_plan
 from ...models.copied import Copying, copying_of, with_copying
 from ...models.errors import ConfigError, JsonDict, did_you_mean

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ...checkpoints.pretrained import Pretrained, load_pretrained
 from ...checkpoints.sources import HubSource, parse_source
-from ...checkpoints.transformers_teacher import load_transformers
+from ...checkpoints.transformers_models import load_transformers
 from ...models.errors import ConfigError
 from ...models.parts import OutsideTeacher
 from ..config import RunConfig, TeacherConfig

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints.architecture import build
 from ...checkpoints.copying_students import copied_teacher
 from ...checkpoints.fit import own_norm_eps, set_norm_eps
 from ...checkpoints.pretrained import describe_model
 from ...checkpoints.provenance import carried_license, of_teacher
 from ...checkpoints.student import refuse_existing, write_student
-from ...checkpoints.timm_models import build
 from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Normalization as Normalization

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...checkpoints.markdown import code
-from ...checkpoints.publish.card_text import Rows, number
+from ...checkpoints.publish.card import Rows, code, number
 from ...models.errors import Json
 from .registry import find_method, method_names
 

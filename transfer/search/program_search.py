@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_shared
-from ...checkpoints.regular_files import read_if_there
+from ...checkpoints.files import read_if_there
 from ...models.errors import ConfigError, JsonDict
 from ...models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
 from ...models.programs.program_checks import CHECKS, check

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...checkpoints.paths import NOT_A_URL, is_url, nearest_folder
-from ...checkpoints.regular_files import read_json
+from ...checkpoints.files import NOT_A_URL, is_url, nearest_folder, read_json
 from ...models.errors import CheckpointError, ConfigError, DataError
 from ..config import DataConfig
 from ..data.datasets import check_dataset

@@ -14,11 +14,10 @@ import pytest
 import timm
 import torch
 from dense import FAMILIES, images, relative_error, tiny
-from graftvit.checkpoints.export import check
-from graftvit.checkpoints.export import graph_files as files
-from graftvit.checkpoints.export.check import ExportFailedError
-from graftvit.checkpoints.export.export_source import export_model, export_source
-from graftvit.checkpoints.export.graph_files import data_file
+from graftvit.checkpoints.export import graph as check
+from graftvit.checkpoints.export import graph as files
+from graftvit.checkpoints.export.export import export_model, export_source
+from graftvit.checkpoints.export.graph import ExportFailedError, data_file
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.calibration import fit_at_random

@@ -13,8 +13,7 @@ import torch
 from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.read import KEY_MAPS, read_weights
 from graftvit.checkpoints.pretrained import load_teacher
-from graftvit.checkpoints.weight_files import Content
-from graftvit.checkpoints.weights import Weights
+from graftvit.checkpoints.weight_files import Content, Weights
 from graftvit.models.errors import CheckpointError
 from source_files import Tensors
 

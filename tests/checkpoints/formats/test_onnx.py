@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.export.check import relative_error
-from graftvit.checkpoints.export.export_source import export_source
-from graftvit.checkpoints.export.graph import quiet
-from graftvit.checkpoints.inspect_file import describe_file
+from graftvit.checkpoints.describe import describe_file
+from graftvit.checkpoints.export.export import export_source
+from graftvit.checkpoints.export.graph import quiet, relative_error
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.sources import parse_source

@@ -11,7 +11,7 @@ import reference_vit as reference
 import source_files as files
 import timm
 import torch
-from graftvit.checkpoints.position import resample_position
+from graftvit.checkpoints.fit import resample_position
 from graftvit.checkpoints.pretrained import load_teacher
 from source_checks import HALF, IMAGENET, TINY, Load, doubled, loader, plain, same_features
 from source_files import DEPTH, HEADS, SIDE, Tensors

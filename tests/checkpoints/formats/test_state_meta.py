@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.checkpoints.formats.training_state import NAMES, TABLES
+from graftvit.checkpoints.formats.containers import NAMES, TABLES
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.models.errors import CheckpointError

@@ -12,9 +12,8 @@ import reference_vit as reference
 import source_files as files
 import torch
 from graftvit.checkpoints.describe import describe_source
-from graftvit.checkpoints.formats.ecoformer import ECOFORMER_MAPS
 from graftvit.checkpoints.formats.keymap import recognize
-from graftvit.checkpoints.formats.lit_keys import LIT_MAPS
+from graftvit.checkpoints.formats.lit_keys import ECOFORMER_MAPS, LIT_MAPS
 from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.research import RESEARCH_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS

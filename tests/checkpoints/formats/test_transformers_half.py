@@ -16,9 +16,8 @@ from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
-from graftvit.checkpoints.load_model import load
 from graftvit.checkpoints.model_folders import loads_in_plain_timm
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load, load_teacher
 from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import CheckpointError
 from hf_models import CASES, TEXT, Case, save

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.hub.download import download
-from graftvit.checkpoints.hub.hub_errors import explained
+from graftvit.checkpoints.hub.download import download, explained
 from graftvit.models.errors import CheckpointError
 from hub_server import COMMIT, TOKEN, Fault, Hub
 from huggingface_hub import constants

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from graftvit.checkpoints.architecture import read_timm
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.sources import TimmSource
 from graftvit.checkpoints.student import write_student
-from graftvit.checkpoints.timm_models import read_timm
 from graftvit.models.errors import CheckpointError
 from hub_client import use_hub
 from hub_server import closed_port, serve

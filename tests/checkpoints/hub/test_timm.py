@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from graftvit.checkpoints.architecture import read_timm
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.sources import TimmSource
-from graftvit.checkpoints.timm_models import read_timm
 from graftvit.models.errors import CheckpointError
 from hub_server import COMMIT, TOKEN, Fault, Hub
 from safetensors.torch import save

@@ -10,10 +10,16 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from graftvit.checkpoints.publish.card import MARKER, hub_name, is_generated, student_card
-from graftvit.checkpoints.publish.card_text import MATCHES
-from graftvit.checkpoints.publish.sections import CardFacts, load_lines
-from graftvit.checkpoints.recorded import MODES
+from graftvit.checkpoints.licenses import MODES
+from graftvit.checkpoints.publish.card import (
+    MARKER,
+    MATCHES,
+    CardFacts,
+    hub_name,
+    is_generated,
+    load_lines,
+    student_card,
+)
 from graftvit.transfer.config import AlignConfig, RunConfig
 from graftvit.transfer.engine.modes import MODES as RUN_MODES
 from graftvit.transfer.methods.method_text import describe_transfer

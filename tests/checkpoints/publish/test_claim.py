@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from graftvit.checkpoints.publish.claim import claim_license, license_of_card
+from graftvit.checkpoints.publish.card import claim_license, license_of_card
 from graftvit.models.errors import CheckpointError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 from graftvit.checkpoints.publish.card import MARKER
-from graftvit.checkpoints.publish.student_files import Upload, plan_upload
+from graftvit.checkpoints.publish.upload import Upload, plan_upload
 from graftvit.models.errors import CheckpointError
 from huggingface_hub import ModelCard
 from tiny_students import ARGUMENTS, NAME, write_tiny_student

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.checkpoints.publish.student_files import plan_upload
 from graftvit.checkpoints.publish.upload import (
     Pushed,
     UploadFailedError,
     ask_remote,
+    plan_upload,
     push_student,
     replaced_and_removed,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import timm
-from graftvit.checkpoints.timm_models import build
+from graftvit.checkpoints.architecture import build
 from graftvit.models.errors import CheckpointError
 
 

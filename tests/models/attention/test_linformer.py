@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import dense
-import graftvit.checkpoints.load_model as loading
+import graftvit.checkpoints.pretrained as loading
 import pytest
 import timm
 import torch

@@ -15,7 +15,7 @@ import timm
 import torch
 from engine_runs import ARCHITECTURE, ARGUMENTS, config, tiny_vit
 from graftvit.checkpoints.describe import describe_source
-from graftvit.checkpoints.export.export_source import export_source
+from graftvit.checkpoints.export.export import export_source
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher, load_weights
 from graftvit.checkpoints.student import save_student, write_student

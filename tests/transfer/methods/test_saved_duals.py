@@ -14,7 +14,7 @@ import torch
 from dense import images, tiny
 from engine_runs import make_teacher
 from graftvit.checkpoints.pretrained import load_teacher
-from graftvit.checkpoints.publish.student_files import plan_upload
+from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copying_of
 from graftvit.models.copying.teacher_view import Normalization

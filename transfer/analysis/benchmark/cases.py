@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ....checkpoints.atomic import write_text
-from ....checkpoints.regular_files import read_regular
+from ....checkpoints.files import read_regular
 from ....models.errors import CheckpointError, ConfigError
 from ...cells.records import State
 from ..report.tables import to_csv, to_json

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ....checkpoints.architecture import build, check_name
 from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
-from ....checkpoints.timm_models import build, check_name
 from ....models.attention.base import Accounting, Operations
 from ....models.conversion import convert, plan_of
 from ....models.cost import OperationCount, count_operations

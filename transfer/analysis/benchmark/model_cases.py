@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from ....checkpoints.architecture import build, check_name
 from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
-from ....checkpoints.timm_models import build, check_name
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, layer_macs, resize
 from ....models.cost import attention_macs as pyramid_attention

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ....checkpoints.files import open_regular
 from ....checkpoints.pretrained import Pretrained
-from ....checkpoints.regular_files import open_regular
 from ....checkpoints.safety.archive import open_archive, read_arrays
 from ....models.errors import ConfigError, GraftError
 from ....models.families import sites

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import Field, NonNegativeInt
 
-from ....checkpoints.paths import safe_name
+from ....checkpoints.files import safe_name
 from ....models.errors import ConfigError, did_you_mean
 from ...cells.sharing import pick_named
 from ...section import Section

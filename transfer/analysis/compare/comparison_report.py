@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....checkpoints.atomic import write_text
-from ....checkpoints.markdown import plain
+from ....checkpoints.publish.card import plain
 from ..report import pages
 from . import comparison_tables as tables
 from .cell_maps import load_maps

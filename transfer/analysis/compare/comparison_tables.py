@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ....checkpoints.markdown import plain
+from ....checkpoints.publish.card import plain
 from ....models.attention.base import Operations
 from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
 from ..benchmark.energy import Prices

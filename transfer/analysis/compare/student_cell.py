@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....checkpoints.fitted_layers import FittedLayers
+from ....checkpoints.architecture import published_config
 from ....checkpoints.json_lines import read_records
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import Pretrained, load_pretrained
-from ....checkpoints.timm_models import published_config
+from ....checkpoints.student import FittedLayers
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters

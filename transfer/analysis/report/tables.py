@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 
-from ....checkpoints.markdown import plain
+from ....checkpoints.publish.card import plain
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

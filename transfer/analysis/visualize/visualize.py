@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....checkpoints.atomic import write_bytes, write_text
-from ....checkpoints.load_model import build_untrained
-from ....checkpoints.pretrained import Pretrained, load_pretrained
+from ....checkpoints.pretrained import Pretrained, build_untrained, load_pretrained
 from ....models.errors import ConfigError, JsonDict, TransferError
 from ....models.families import check_supported, depths, is_pyramid, sites
 from ....models.layer_plan import layer_numbers

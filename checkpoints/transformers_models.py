@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +16,93 @@ from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.parts import OutsideTeacher
 from .class_names import KEY as LABEL_NAMES
 from .class_names import read_names
-from .foreign_folders import ForeignFolder, find_foreign
-from .formats.normalization import IMAGENET
+from .files import is_there
+from .formats.keymap import IMAGENET
+from .formats.transformers.hf_families import MODEL_TYPES
+from .hub.download import commit_of, download, try_download
 from .identity import digest_tensors
+from .model_folders import CONFIG, read_card_license, read_config
 from .preprocessing import Preprocessing
 from .pretrained import Pretrained
 from .report import LoadReport, some
-from .sources import parse_source
-from .weights import as_pair
+from .sources import FolderSource, HubSource, Source, parse_source
+from .weight_files import INDEX_SUFFIX, as_pair, read_file, read_shards
+
+# Folders and hub repositories of transformers with a model that no key map turns into one of timm.
+
+NAMES = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")
+
+
+@dataclass(frozen=True)
+class ForeignFolder:
+    """A model of transformers as it lies on the disk."""
+
+    origin: str
+    folder: Path
+    config: Json
+    find: Callable[[str], Path | None]
+    """Returns the path of a file by its name, or None."""
+    revision: str | None = None
+
+    @property
+    def preprocessor(self) -> Json:
+        """The settings of its image processor; empty without a file of them."""
+        path = self.find("preprocessor_config.json")
+        return {} if path is None else read_config(path)
+
+    @property
+    def license(self) -> str | None:
+        """The license in its model card."""
+        return read_card_license(self.find("README.md"))
+
+    def read_tensors(self) -> dict[str, Tensor]:
+        """Return its tensors, of safetensors files alone. Raises CheckpointError: there are none, or damaged ones."""
+        for name in NAMES:
+            path = self.find(name)
+            if path is None:
+                continue
+            content = (
+                read_shards(path, self.find) if name.endswith(INDEX_SUFFIX) else read_file(path, self.folder)
+            )
+            return dict(content.tree)
+        raise CheckpointError(
+            f"{self.origin} has a {CONFIG} and no {NAMES[0]}: a teacher of transformers is read from safetensors alone"
+        )
+
+
+def find_foreign(source: Source, revision: str | None) -> ForeignFolder | None:
+    """Return the folder of a source whose config.json names a type that no key map knows, else None."""
+    if isinstance(source, HubSource):
+        source = replace(source, revision=revision or source.revision)
+        name = source.repository
+        config = download(name, CONFIG, source.revision)
+        commit = commit_of(config) or source.revision
+        made = ForeignFolder(
+            f"hf-hub:{name}",
+            config.parent,
+            read_config(config),
+            lambda file: try_download(name, file, commit),
+            commit,
+        )
+    elif isinstance(source, FolderSource) and is_there(source.path / CONFIG):
+        folder = source.path
+        made = ForeignFolder(
+            str(folder),
+            folder,
+            read_config(folder / CONFIG),
+            lambda file: folder / file if is_there(folder / file) else None,
+        )
+    else:
+        return None
+    kind = made.config.get("model_type")
+    if not isinstance(kind, str) or "architecture" in made.config or kind in MODEL_TYPES:
+        return None
+    if revision is not None and isinstance(source, FolderSource):
+        raise CheckpointError(
+            f"revision={revision!r} is of the hub, and {made.origin} is on this disk: leave it out"
+        )
+    return made
+
 
 logger = logging.getLogger(__name__)
 EXTRA = "pip install 'graftvit[transformers]'"
