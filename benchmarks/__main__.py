@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graftvit.transfer.analysis.benchmark.timing import keep_freed_memory, peak_bytes, time_steps
+from graftvit.transfer.analysis.benchmark.cases import keep_freed_memory, peak_bytes, time_steps
 
 from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from graftvit.transfer.analysis.benchmark.timing import Step, peak_bytes, time_steps
+from graftvit.transfer.analysis.benchmark.cases import Step, peak_bytes, time_steps
 
 from .__main__ import machine
 from .steps import MODELS, Case, build_steps, floor

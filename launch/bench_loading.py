@@ -14,12 +14,12 @@ from .load_config import Setting, load_config, read_recipe
 
 if TYPE_CHECKING:
     from ..transfer.attnbench.bench_rows import Row
-    from ..transfer.attnbench.bench_settings import Bench
+    from ..transfer.attnbench.bench_run import Bench
 
 
 def load_bench(source: str | Path, overrides: Iterable[Setting] = ()) -> Bench:
     """Load the benchmark of a recipe or YAML file. Raises ConfigError: it has no valid section `attnbench`."""
-    from ..transfer.attnbench.bench_settings import Bench, BenchConfig
+    from ..transfer.attnbench.bench_run import Bench, BenchConfig
 
     values = read_recipe(source).attnbench
     if values is None:

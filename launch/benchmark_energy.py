@@ -25,7 +25,7 @@ TEXT = (
 def run(argv: list[str]) -> int:
     """Print the table."""
     arguments = parse(argv)
-    from ..transfer.analysis.benchmark.energy import Prices, energy_rows, energy_table
+    from ..transfer.analysis.benchmark.cases import Prices, energy_rows, energy_table
 
     prices = Prices(
         arguments.multiplication_pj,

@@ -18,7 +18,7 @@ from ..checkpoints.sources import FolderSource, parse_source
 from ..models.errors import ConfigError
 from ..models.families import pooling_of
 from ..transfer.config import RunConfig, TeacherConfig
-from ..transfer.metrics.reader import describe_features
+from ..transfer.metrics.distance import describe_features
 from .load_config import load_config
 from .source_flags import source_keywords
 

@@ -67,8 +67,7 @@ def _settled(config: RunConfig, made: RunConfig | None = None) -> RunConfig:
     `made` is the run that makes the teacher, which may not be there yet.
     """
     from ..transfer.engine.build import find_start, settle
-    from ..transfer.engine.mode import TEACHER
-    from ..transfer.engine.modes import mode_of
+    from ..transfer.engine.modes import TEACHER, mode_of
     from ..transfer.engine.students import settle_student
 
     mode = mode_of(config)

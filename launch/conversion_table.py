@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..transfer.analysis.report.tables import aligned
+from ..transfer.analysis.report.pages import aligned
 
 if TYPE_CHECKING:
     from torch import nn

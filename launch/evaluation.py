@@ -17,16 +17,13 @@ from ..models.copying.teacher_view import Normalization, Renormalized
 from ..models.errors import ConfigError, Json
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
-from ..transfer.data.class_counts import check_num_classes
 from ..transfer.data.datasets import check_dataset
-from ..transfer.data.labels import imagenet_names
+from ..transfer.data.labels import check_num_classes, imagenet_names
 from ..transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
+from ..transfer.engine.fit_operators import stage_together
 from ..transfer.engine.parallel import create_accelerator, host_group
-from ..transfer.engine.stage_together import stage_together
-from ..transfer.evaluate import check_folders
-from ..transfer.metrics.distance import ComparedLayers, compared_layers
-from ..transfer.metrics.measure import PROBES, Against, Family, measure
-from ..transfer.metrics.reader import Reader
+from ..transfer.metrics.distance import ComparedLayers, Reader, compared_layers
+from ..transfer.metrics.measure import PROBES, Against, Family, check_folders, measure
 from .candidates import (
     Candidate,
     check_alike,

@@ -16,8 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError, did_you_mean
 from ..models.plain_yaml import YamlError, parse_yaml
-from ..transfer.config import RunConfig
-from ..transfer.section import OneOf, Section
+from ..transfer.config import OneOf, RunConfig, Section
 from .official_words import FLAGS
 
 ALIASES = {

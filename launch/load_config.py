@@ -16,9 +16,7 @@ from pydantic_core import ErrorDetails
 from ..checkpoints.files import NOT_A_URL, is_there, is_url, read_regular
 from ..models.errors import ConfigError, Json, JsonDict, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
-from ..transfer.config import LossConfig, RunConfig
-from ..transfer.loss_config import describes_single_loss
-from ..transfer.section import Section
+from ..transfer.config import LossConfig, RunConfig, Section, describes_single_loss
 from .fields import ALIASES, Leaf, entry_section, find_key, find_stage_key, leaf_of, leaves, sections, unknown
 from .official_words import check_finetune, check_value
 from .overridden import read_elsewhere, without_overridden

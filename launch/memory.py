@@ -8,7 +8,7 @@ from torch import nn
 
 from ..transfer.engine.dry_run import DryRun
 from ..transfer.engine.shard_teachers import shard_units
-from ..transfer.engine.teacher_checks import sharded_teachers
+from ..transfer.engine.students import sharded_teachers
 
 NOT_COUNTED = "the framework, workspaces, images, fragmentation"
 

@@ -13,11 +13,9 @@ from ..models.families import pooling_of
 from ..transfer.config import RunConfig
 from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
-from ..transfer.engine.elastic import describe
-from ..transfer.engine.modes import mode_of
+from ..transfer.engine.modes import AlignTask, TransferTask, mode_of
 from ..transfer.engine.optim import describe_batch, peak_learning_rate
-from ..transfer.engine.resume_check import changes, describe_changes
-from ..transfer.engine.tasks import AlignTask, TransferTask
+from ..transfer.engine.resume_check import changes, describe, describe_changes
 from ..transfer.methods.loss_terms import Term
 from .memory import describe_memory, parameter_count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..models.layer_plan import DEFORMABLE
-from ..transfer.analysis.report.tables import aligned
+from ..transfer.analysis.report.pages import aligned
 from .conversion_table import KEPT, STARTS, as_number, as_percent, calibration_note, fit_notes, format_error
 
 if TYPE_CHECKING:

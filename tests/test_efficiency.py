@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.layer_plan import FASTER_FROM, OPERATORS
-from graftvit.transfer.analysis.benchmark.benchmark_tables import crossover_table, size_table
+from graftvit.transfer.analysis.benchmark.benchmark import crossover_table, size_table
 from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Results, Row, read_results
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,7 +1,7 @@
 from .analysis.demo.demo import run_demo as run_demo
-from .analysis.maps import attention_maps as attention_maps
-from .analysis.maps import divergence_by_layer as divergence_by_layer
-from .analysis.maps import js_divergence as js_divergence
+from .analysis.layer_maps import attention_maps as attention_maps
+from .analysis.layer_maps import divergence_by_layer as divergence_by_layer
+from .analysis.layer_maps import js_divergence as js_divergence
 from .analysis.visualize.visualize import visualize as visualize
 from .config import LossConfig as LossConfig
 from .config import LossEntry as LossEntry
@@ -9,8 +9,6 @@ from .config import RunConfig as RunConfig
 from .config import TransferConfig as TransferConfig
 from .engine.train import RunResult as RunResult
 from .engine.train import train as train
-from .evaluate import Metrics as Metrics
-from .evaluate import evaluate as evaluate
 from .methods.configured_dual import build_dual as build_dual
 from .methods.dual import DualOutput as DualOutput
 from .methods.dual import DualViT as DualViT
@@ -23,3 +21,5 @@ from .methods.method import Wanted as Wanted
 from .methods.mismatch import compare_models as compare_models
 from .methods.mismatch import report_mismatch as report_mismatch
 from .methods.registry import register_method as register_method
+from .metrics.measure import Metrics as Metrics
+from .metrics.measure import evaluate as evaluate

@@ -6,16 +6,258 @@ unique), and every default below is the default of the flag.
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from ..checkpoints.files import NOT_A_URL, is_url
 from ..models.errors import JsonDict
-from .loss_config import LossConfig as LossConfig
-from .loss_config import LossEntry as LossEntry
-from .loss_config import TransferConfig as TransferConfig
-from .section import LOCAL, Section, check_arguments, check_local, check_size, check_size_text
+from .methods.registry import method_names
+
+# The base class of settings sections, and checks for all settings, without torch.
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a setting whose valid values are names in a registry, which other packages can extend."""
+
+    names: Callable[[], Iterable[str]]
+
+
+MAX_WHOLE = 2**63
+"""Whole numbers stay below what torch and the file formats hold."""
+
+
+def check_plain(value: Any, depth: int = 50) -> None:
+    """Raise ValueError for non-finite numbers, text with a NUL, and too deep nesting."""
+    if depth == 0:
+        raise ValueError("it nests too many levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("numbers must be finite")
+    if isinstance(value, int) and abs(value) >= MAX_WHOLE:
+        raise ValueError("whole numbers must be below 2^63")
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise ValueError("text and paths must not contain a NUL character")
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set):
+        for part in value:
+            check_plain(part, depth - 1)
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown key or a value of the wrong kind is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not (
+            isinstance(kind, type) and issubclass(kind, Section)
+        ):  # its own fields are checked separately
+            check_plain(value)
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
+        for table in cls.model_fields[str(info.field_name)].metadata:
+            if isinstance(table, OneOf) and value not in table.names():
+                valid = ", ".join(map(repr, table.names()))
+                raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
+        return value
+
+
+def check_local(path: T) -> T:
+    """Raise ValueError for a URL where a path on this machine is meant."""
+    if isinstance(path, str | Path) and is_url(path):
+        raise ValueError(NOT_A_URL)
+    return path
+
+
+LOCAL = AfterValidator(check_local)
+"""Marks a setting that is a path on this machine."""
+
+
+def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+    """Raise ValueError for an image size without pixels."""
+    if size is not None and min((size,) if isinstance(size, int) else size) <= 0:
+        raise ValueError("an image size is a whole number above 0, or two: height, width")
+    return size
+
+
+def check_size_text(size: Any) -> Any:
+    """Raise ValueError for an image size such as 72x104, and say how it is written."""
+    found = re.fullmatch(r"(\d+) *[x×,] *(\d+)", size) if isinstance(size, str) else None
+    if found is not None:
+        raise ValueError(f"write height and width as [{found[1]}, {found[2]}]")
+    return size
+
+
+def check_arguments(arguments: JsonDict) -> JsonDict:
+    """Raise ValueError for a value that is no JSON, and for a name such as `depth:6`, which YAML reads as a name."""
+    for name, value in arguments.items():
+        if not name.isidentifier():
+            raise ValueError(
+                f"{name!r} is not the name of an argument; write '{{depth: 6}}', with a space after the colon"
+            )
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"{name}={value!r} cannot be written to config.yaml: give its name as text"
+            ) from error
+    return arguments
+
+
+# The settings of the losses of a run. No torch here, so that `graftvit --help` stays quick.
+
+
+class LossConfig(Section):
+    """One loss or one copy: what to take from a teacher, from where, and its weight."""
+
+    method: Annotated[str, OneOf(method_names)] = Field(
+        "distill", description="what is copied, distilled or matched"
+    )
+    layers: str | list[int] | list[tuple[int, int]] = Field(
+        "all",
+        description="all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5, stages of a pyramid "
+        "stage2,stage3 or stage3.0-1, or teacher>student pairs 2>0,5>1 or stage2>stage3",
+    )
+    heads: str | list[int] = Field(
+        "all",
+        description="all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ",
+    )
+    loss: Literal["ce", "kl"] = Field(
+        "ce", description="loss between maps; equal gradients, kl also subtracts the entropy"
+    )
+    feature_loss: Literal["cosine", "smooth_l1", "mse"] = Field(
+        "cosine", description="loss of method=feature"
+    )
+    tokens: Literal["pooled", "patches", "both"] = Field(
+        "pooled",
+        description="features of method=feature: the pooled one before the head, those of the patches after the "
+        "final norm, or both",
+    )
+    standardize: Literal["none", "dimension", "phi_s"] = Field(
+        "none",
+        description="standardize the teacher's features with method=feature: each dimension by itself, or all by one "
+        "scale after a rotation (PHI-S)",
+    )
+    standardize_images: int = Field(
+        1024, gt=0, description="training images that the statistics of standardize are measured on"
+    )
+    logits_loss: Literal["kl", "hard"] = Field(
+        "kl", description="loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
+    )
+    logits_head: Literal["all", "distillation"] = Field(
+        "all",
+        description="which head learns with method=logits: the prediction of all heads, or only that of "
+        "DeiT's distillation token, while only the other head learns from labels",
+    )
+    weight: float = Field(3.0, ge=0, description="weight of the transfer loss; 3 as published")
+    reduction: Literal["sum", "mean"] = Field(
+        "sum",
+        description="over layers: sum as published, or mean (multiply the weight by the number of layers to match)",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="divides teacher and student logits; the loss is multiplied by T^2"
+    )
+    rows: float = Field(
+        1.0, gt=0, le=1, description="fraction of query rows that the map loss samples each step, unbiased"
+    )
+    interpolate_grid: bool = Field(
+        False,
+        description="distill maps between different patch grids by interpolating the teacher's attention logits",
+    )
+
+    @field_validator("layers", "heads", mode="before")
+    @classmethod
+    def _one_number(cls, chosen: Any) -> Any:
+        """Read a single number, as YAML reads `layers: 7`, as the text of it."""
+        return str(chosen) if isinstance(chosen, int) and not isinstance(chosen, bool) else chosen
+
+
+class LossEntry(LossConfig):
+    """An entry of `transfer.losses`."""
+
+    teacher: str | None = Field(
+        None, description="name of the teacher in `teachers`; the section `teacher` by default"
+    )
+
+
+class TransferConfig(LossConfig):
+    """The losses of a run: what to take from which teacher and layers, and with which weight."""
+
+    losses: list[LossEntry] = Field(
+        [],
+        description="several losses in one run, as in '[{method: distill, weight: 3}, {method: feature}]'; "
+        "each entry takes the settings above, which describe a single loss, and a teacher",
+    )
+    task_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the classification loss; 0 learns only from the teacher, without labels",
+    )
+    share_drop_path: bool = Field(
+        False,
+        description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
+    )
+    cache: Annotated[str | None, LOCAL] = Field(
+        None,
+        description="folder that keeps what the teachers compute of the training images, so that they compute it "
+        "once for all epochs and runs; needs data.views",
+    )
+    cache_limit: float | None = Field(
+        None,
+        gt=0,
+        description="largest size in GiB of this run's targets in transfer.cache; by default what is missing may "
+        "take 90% of the free disk",
+    )
+
+    @property
+    def terms(self) -> tuple[LossEntry, ...]:
+        """Return `losses`, or the single loss that the other settings describe."""
+        short = LossEntry(**{name: getattr(self, name) for name in LossConfig.model_fields})
+        return tuple(self.losses) or (short,)
+
+    @model_validator(mode="after")
+    def _check_form(self) -> TransferConfig:
+        short = [
+            name for name, field in LossConfig.model_fields.items() if getattr(self, name) != field.default
+        ]
+        if self.losses and short:
+            raise ValueError(describes_single_loss(f"transfer.{short[0]}", short[0]))
+        return self
+
+
+def describes_single_loss(given: str, name: str) -> str:
+    """Return why the setting `name`, which the user wrote as `given`, is refused beside `transfer.losses`."""
+    return (
+        f"{given} describes a single loss and cannot be used with transfer.losses: write {name} into an entry of "
+        "transfer.losses"
+    )
+
 
 Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]

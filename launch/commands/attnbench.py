@@ -121,7 +121,7 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from ...transfer.attnbench.bench_settings import MOST
+    from ...transfer.attnbench.bench_run import MOST
 
     if not 0 <= arguments.drawn <= MOST:
         raise ConfigError(f"--drawn {arguments.drawn}: give a number from 0 to {MOST:,}")
@@ -136,8 +136,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
     """Run the trials that have no known row."""
-    from ...transfer.attnbench.bench_run import run_bench
-    from ...transfer.attnbench.bench_settings import list_programs
+    from ...transfer.attnbench.bench_run import list_programs, run_bench
     from ..bench_loading import load_bench
 
     bench = load_bench(arguments.config, settings)
@@ -233,7 +232,7 @@ def _verify(parser: Parser, argv: list[str]) -> int:
     arguments, settings = parse_command(parser, argv, only=DATA)
     if arguments.sample < 1:
         raise ConfigError(f"--sample {arguments.sample}: give a number, 1 or more")
-    from ...transfer.attnbench.bench_verify import pick_sample, verify_rows
+    from ...transfer.attnbench.bench_run import pick_sample, verify_rows
     from ..bench_loading import load_bench
     from ..recipes import recipe_names
 
@@ -259,7 +258,7 @@ def _source(parser: Parser) -> None:
 
 def _table(rows: Sequence[Row], count: int) -> str:
     """Return the best rows as a table."""
-    from ...transfer.analysis.report.tables import aligned
+    from ...transfer.analysis.report.pages import aligned
     from ...transfer.attnbench.bench_rows import best_first
 
     table = [

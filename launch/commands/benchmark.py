@@ -113,8 +113,8 @@ def _operators_parser() -> Parser:
 
 def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...models.layer_plan import OPERATORS
+    from ...transfer.analysis.benchmark.benchmark import Layer, measure_operator, operator_cases
     from ...transfer.analysis.benchmark.cases import SOFTMAX
-    from ...transfer.analysis.benchmark.operator_cases import Layer, measure_operator, operator_cases
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
     names = arguments.operators or [name for name in OPERATORS if name != SOFTMAX]
@@ -143,7 +143,7 @@ def _models_parser() -> Parser:
 
 
 def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
-    from ...transfer.analysis.benchmark.model_cases import measure_model, model_cases
+    from ...transfer.analysis.benchmark.benchmark import measure_model, model_cases
 
     ways = replace(_ways(arguments), without=tuple(arguments.without))
     cases = model_cases(arguments.sources, arguments.plan, arguments.img_size, ways)
@@ -189,8 +189,7 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
 
 
 def _run(kind: Kind, cases: list[Case], measure: Measure, out: Path, device: str, force: bool) -> int:
-    from ...transfer.analysis.benchmark.benchmark import check_device, run_cases
-    from ...transfer.analysis.benchmark.benchmark_tables import render
+    from ...transfer.analysis.benchmark.benchmark import check_device, render, run_cases
 
     check_device(device)
     results = run_cases(kind, cases, measure, out, force=force, tell=_tell)

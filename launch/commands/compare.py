@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
         only = arguments.only and [name for words in arguments.only for name in words.split(",")]
         cells = only_named(comparison.cells(), only)
     if arguments.speed is not None:
-        from ...transfer.analysis.compare.speed import measure_again
+        from ...transfer.analysis.compare.student_cell import measure_again
 
         measure_again(comparison, arguments.speed, _tell)
     if arguments.report or arguments.speed is not None:
@@ -104,7 +104,7 @@ def run(argv: list[str]) -> int:
 
 def _listing(comparison: Comparison, cells: list[Cell]) -> str:
     """Return one line for each cell: its folder, its state and its plan."""
-    from ...transfer.analysis.report.tables import aligned
+    from ...transfer.analysis.report.pages import aligned
 
     table = aligned([[cell.folder, comparison.state(cell), cell.plan or "unchanged"] for cell in cells])
     stages = ", ".join(f"{stage.name} ({stage.config.mode})" for stage in comparison.stages)

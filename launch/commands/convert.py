@@ -206,7 +206,7 @@ def _source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
 
 
 def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:
-    from ...transfer.data.sample import sample_images
+    from ...transfer.data.survey import sample_images
 
     return sample_images(config.data, teacher.preprocessing, count, seed=config.seed)
 

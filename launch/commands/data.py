@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     arguments, config, given = _parse(argv)
     from ...checkpoints.atomic import write_bytes, write_text
     from ...transfer.data.survey import check_readable, survey
-    from ...transfer.engine.stage_together import stage_together
+    from ...transfer.engine.fit_operators import stage_together
     from ..data_table import to_json, to_text
 
     stage = next((each.value for each in reversed(given) if each.key == "data.stage"), None)
@@ -120,7 +120,7 @@ def _check(images: int, limit: int | None, *files: Path | None) -> None:
 def _picture(config: RunConfig, count: int) -> bytes:
     """Draw a PNG of the first training images, with the size and interpolation of the student."""
     from ...transfer.analysis.report.ink import to_png
-    from ...transfer.data.image_preview import preview
+    from ...transfer.data.survey import preview
     from ...transfer.engine.build import find_start, settle
     from ...transfer.engine.modes import mode_of
     from ...transfer.engine.students import find_whole, resolve_preprocessing

@@ -43,7 +43,7 @@ SETTINGS = (
 def run(argv: list[str]) -> int:
     """Evaluate each checkpoint and the ensemble of several."""
     arguments, settings = _parse(argv)
-    from ...transfer.metrics.table import to_json, to_table
+    from ...transfer.metrics.measure import to_json, to_table
     from ..evaluation import RANDOM, evaluate_sources
 
     notes: list[str] = []

@@ -27,9 +27,9 @@ EXAMPLES = (
 def run(argv: list[str]) -> int:
     """Search, and print each choice with its layer plan."""
     arguments, config = _parse(argv)
-    from ...transfer.engine.stage_together import stage_together
+    from ...transfer.engine.fit_operators import stage_together
+    from ...transfer.recovery.align import calibration_batches
     from ...transfer.recovery.layer_search import search_layers
-    from ...transfer.recovery.paired_batch import calibration_batches
 
     config = config.model_copy(update={"data": stage_together(config.data, None)})
     teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ...transfer.analysis.report.tables import aligned
+from ...transfer.analysis.report.pages import aligned
 from ..flags import command_parser, parse_command
 from ..load_config import load_config
 from ..say import say
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...transfer.config import RunConfig
-    from ...transfer.search.evolution import Evaluation
-    from ...transfer.search.program_search import Search
+    from ...transfer.search.program_search import Evaluation, Search
 
 DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
 EXAMPLES = (
@@ -38,9 +37,8 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["report"]:
         return _report(argv[1:])
     arguments, config = _parse(argv)
-    from ...transfer.cells.pool import StoppedError
-    from ...transfer.cells.threads import usable_cores
-    from ...transfer.search.shares import parse_share, run_search
+    from ...transfer.cells.pool import StoppedError, usable_cores
+    from ...transfer.search.program_search import parse_share, run_search
 
     share = parse_share(arguments.share)
     workers = min(arguments.workers or usable_cores(), arguments.population)
@@ -99,8 +97,8 @@ def _report(argv: list[str]) -> int:
 
 def _rankings(arguments: argparse.Namespace) -> list[list[str]]:
     """Compare the proxies with the accuracies of a file of rows; print the table and return it, its head first."""
-    from ...transfer.attnbench.proxy_ranking import HEAD, rank_proxies
-    from ...transfer.cells.threads import torch_threads
+    from ...transfer.attnbench.bench_rows import HEAD, rank_proxies
+    from ...transfer.cells.pool import torch_threads
     from ...transfer.search.program_search import open_search
     from ..bench_loading import load_rows
 
@@ -186,9 +184,8 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
     from ...checkpoints.identity import identify
     from ...checkpoints.pretrained import load_pretrained
-    from ...transfer.cells.records import digest
-    from ...transfer.cells.threads import torch_threads
-    from ...transfer.data.sample import sample_images
+    from ...transfer.cells.pool import digest, torch_threads
+    from ...transfer.data.survey import sample_images
     from ...transfer.search.matching import record_layers
     from ...transfer.search.program_search import Search, SearchSettings
 
@@ -209,8 +206,7 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
 
 
 def _table(search: Search, done: Sequence[Evaluation]) -> str:
-    from ...transfer.search.evolution import front
-    from ...transfer.search.program_search import ARCHIVE, controls
+    from ...transfer.search.program_search import ARCHIVE, controls, front
 
     rows = [["mismatch", "cost", "program"]]
     for each in front(done):

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ...models.errors import ConfigError
-from ...transfer.section import check_plain
+from ...transfer.config import check_plain
 from .resources import count_gpus, gpus_in, parse_gpus
 
 OF_THE_JOB = (

@@ -20,8 +20,8 @@ import pytest
 import timm
 import torch
 from graftvit.launch.cli import main
-from graftvit.transfer.analysis.maps import attention_maps
-from graftvit.transfer.analysis.visualize.measures import entropy
+from graftvit.transfer.analysis.layer_maps import attention_maps
+from graftvit.transfer.analysis.visualize.map_figures import entropy
 from hub_server import Hub
 from measure import measure
 from photos import CLASSES, SPLITS

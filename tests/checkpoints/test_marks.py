@@ -20,7 +20,7 @@ from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, plan_of, resize
 from graftvit.models.errors import CheckpointError, GraftError
-from graftvit.transfer.engine.measure_features import leave_to_us
+from graftvit.transfer.engine.fit_operators import leave_to_us
 from graftvit.transfer.engine.run_state import restore_weights
 from plain_timm import PlainTimm
 from safetensors.torch import load_file, save_file

@@ -26,26 +26,26 @@ from graftvit.launch.bench_loading import load_rows
 from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
-from graftvit.transfer.analysis.compare.cell_maps import load_maps
-from graftvit.transfer.analysis.compare.cell_record import Record, Score, Speed
-from graftvit.transfer.analysis.compare.comparison_plots import plots_of
-from graftvit.transfer.analysis.compare.comparison_report import render_markdown
-from graftvit.transfer.analysis.compare.comparison_seeds import mean_over_seeds
-from graftvit.transfer.analysis.compare.comparison_tables import records_csv, records_json
-from graftvit.transfer.analysis.compare.map_plot import map_plot
-from graftvit.transfer.analysis.report.arrays import write_arrays
+from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
+from graftvit.transfer.analysis.compare.comparison_report import (
+    map_plot,
+    plots_of,
+    records_csv,
+    records_json,
+    render_markdown,
+)
+from graftvit.transfer.analysis.compare.student_cell import load_maps
+from graftvit.transfer.analysis.report.ink import write_arrays
 from graftvit.transfer.analysis.search.search_report import write_report
 from graftvit.transfer.attnbench.bench_rows import best_first, merge_rows, read_rows, row_text, write_rows
-from graftvit.transfer.cache.target_rows import PIXELS, TargetRows
-from graftvit.transfer.cache.target_shards import Shard, TargetShards
-from graftvit.transfer.cells.records import load_record, save_record
+from graftvit.transfer.cache.target_shards import PIXELS, Shard, TargetRows, TargetShards
+from graftvit.transfer.cells.pool import load_record, save_record
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.archives import count_images, unpack
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.loading import EvalBatches
 from graftvit.transfer.data.sampler import BatchRequest
-from graftvit.transfer.search.program_search import open_search, recorded_generations
-from graftvit.transfer.search.shares import run_search
+from graftvit.transfer.search.program_search import open_search, recorded_generations, run_search
 from hostile import ARCHITECTURE, ARGUMENTS, weights
 from hostile_configs import write_model
 from hostile_tensors import valid

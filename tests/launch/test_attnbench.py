@@ -13,10 +13,10 @@ from graftvit.launch.bench_loading import load_bench
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.attnbench import bench_settings, trial_run
+from graftvit.transfer.attnbench import bench_run as bench_settings
+from graftvit.transfer.attnbench import bench_run as trial_run
 from graftvit.transfer.attnbench.bench_rows import Row, read_rows, write_rows
-from graftvit.transfer.attnbench.bench_run import list_cells
-from graftvit.transfer.attnbench.bench_settings import CONTROLS, list_programs
+from graftvit.transfer.attnbench.bench_run import CONTROLS, list_cells, list_programs
 from graftvit.transfer.config import OptimConfig, RunConfig
 from graftvit.transfer.engine.train import RunResult
 

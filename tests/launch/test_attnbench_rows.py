@@ -10,7 +10,7 @@ from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import FOUND, parse_program
 from graftvit.transfer.attnbench.bench_rows import merge_rows, read_rows, write_rows
-from graftvit.transfer.attnbench.bench_settings import CONTROLS, list_programs
+from graftvit.transfer.attnbench.bench_run import CONTROLS, list_programs
 
 NAME = "attnbench_digits"
 SHIPPED = {NAME: list_programs(list(FOUND), 200, 0), f"{NAME}_long": list_programs([], 72, 0)}

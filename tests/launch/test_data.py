@@ -14,7 +14,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.launch.cli import main
 from graftvit.transfer.data import survey as looking
 from graftvit.transfer.data.augment import eval_transform
-from graftvit.transfer.data.image_preview import for_the_eye
+from graftvit.transfer.data.survey import for_the_eye
 from PIL import ExifTags, Image
 
 SMALL = ["--img_size", "32", "--images", "8"]

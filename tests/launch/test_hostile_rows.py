@@ -13,10 +13,9 @@ import pytest
 import torch
 from graftvit.launch.bench_loading import load_bench, load_rows
 from graftvit.launch.cli import main
-from graftvit.transfer.attnbench import bench_verify
+from graftvit.transfer.attnbench import bench_run as bench_verify
 from graftvit.transfer.attnbench.bench_rows import Row, row_text
-from graftvit.transfer.attnbench.bench_settings import Bench, Trial
-from graftvit.transfer.attnbench.bench_verify import verify_rows
+from graftvit.transfer.attnbench.bench_run import Bench, Trial, verify_rows
 from irregular_files import irregular, never_waiting
 from limits import limited_memory, limited_work
 

@@ -11,8 +11,7 @@ from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
 from graftvit.models.layer_plan import AS_IT_IS, NONE, OPERATORS, parse_plan
 from graftvit.transfer.config import AUTO
 from graftvit.transfer.engine.build import settle
-from graftvit.transfer.engine.mode import TEACHER
-from graftvit.transfer.engine.modes import mode_of
+from graftvit.transfer.engine.modes import TEACHER, mode_of
 from graftvit.transfer.engine.optim import peak_learning_rate
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}

@@ -16,8 +16,8 @@ from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
 from graftvit.models.merges import merge_layers
 from graftvit.transfer.analysis.visualize import map_page
-from graftvit.transfer.analysis.visualize.look import look
-from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
+from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
+from graftvit.transfer.analysis.visualize.visualize import look
 from PIL import Image
 from pyramids import TINY, arguments
 from pyramids import tiny as pyramid

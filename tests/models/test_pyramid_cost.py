@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from graftvit.models.conversion import convert
 from graftvit.models.cost import attention_macs, other_macs
-from graftvit.transfer.analysis.benchmark.timing import counted_macs, step_of
+from graftvit.transfer.analysis.benchmark.cases import counted_macs, step_of
 from pyramids import SIZES, TINY, images, tiny
 
 

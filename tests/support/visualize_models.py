@@ -13,7 +13,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import AttentionOperator, Heads
 from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
-from graftvit.transfer.analysis.merge_places import MergePlaces
+from graftvit.transfer.analysis.layer_maps import MergePlaces
 from PIL import Image
 from torch import Tensor, nn
 

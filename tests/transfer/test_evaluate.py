@@ -18,8 +18,7 @@ from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.labels import real_labels, subset_classes
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader
-from graftvit.transfer.evaluate import Metrics, check_folders, evaluate
-from graftvit.transfer.metrics.table import to_json, to_table
+from graftvit.transfer.metrics.measure import Metrics, check_folders, evaluate, to_json, to_table
 from torch import Tensor, nn
 
 SPEC = Preprocessing((1, 8, 8), (0.5,), (0.5,))

@@ -24,7 +24,7 @@ from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
 from graftvit.models.parts import grid_positions
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.engine import meters
+from graftvit.transfer.engine import runlog as meters
 from graftvit.transfer.engine.parallel import create_accelerator
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import gc
+import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -13,15 +16,91 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from ...checkpoints.files import UnreadableError, open_regular
-from ...models.errors import GraftError, RunFailedError
+import joblib
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from ...checkpoints.atomic import write_shared, write_text
+from ...checkpoints.files import UnreadableError, open_regular, read_if_there
+from ...models.errors import ConfigError, GraftError, RunFailedError, did_you_mean
 from ..engine.signals import StopSignals
-from .records import State
+
+# The record of a cell in its folder, `cell.json`, and how far the cell is.
+
+CELL_FILE = "cell.json"
+State = Literal["done", "failed", "begun", "to do"]
+Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What every record holds; an application's own record has more fields."""
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False, str_max_length=20_000)
+    settings: str
+    """The digest of all settings that the cell's numbers depend on."""
+    error: str | None = None
+    """Why the cell failed; None where it is done."""
+
+
+def digest(settings: Any) -> str:
+    """Return the digest of settings, as plain data."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cell_state(folder: Path, settings: str, differing: str = "settings", flag: str = "--output_dir") -> State:
+    """Return how far the cell in `folder` is, by its record.
+
+    Raises ConfigError: the cell was done with other settings than those of the digest, in words `differing`, and
+    `flag` names another folder; or its record is damaged.
+    """
+    record = load_record(Ending, folder)
+    if record is None:
+        return "begun" if folder.exists() else "to do"
+    if record.error is not None:
+        return "failed"
+    if record.settings != settings:
+        raise ConfigError(f"{folder} was measured with other {differing}; take another {flag}, or remove it")
+    return "done"
+
+
+def save_record(record: Any, folder: Path) -> None:
+    """Write a dataclass as the record of a cell. Raises WriteFailedError as `write_file`."""
+    write_text(folder / CELL_FILE, _text(record))
+
+
+def save_first(record: R, folder: Path) -> R:
+    """Write a dataclass as the record of a cell that several processes may run; return the record of the first one.
+
+    Raises WriteFailedError as `write_file`.
+    """
+    write_shared(folder / CELL_FILE, _text(record).encode(), replace=False)
+    return load_record(type(record), folder) or record
+
+
+def _text(record: Any) -> str:
+    return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
+
+
+def load_record(kind: type[R], folder: Path) -> R | None:
+    """Return the record of a cell; None where the cell has not ended.
+
+    Raises ConfigError: the record is damaged.
+    """
+    path = folder / CELL_FILE
+    text = read_if_there(path, refusal=ConfigError)
+    try:
+        return None if text is None else TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{path} is no record of a cell; remove it, and the cell runs again") from error
+
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at the signals and the clock while nothing ends."""
@@ -196,3 +275,64 @@ def _stopped_at_the_end(running: Mapping[BaseProcess, PoolCell]) -> Iterator[Non
             for process in running:
                 process.kill()
                 process.join()
+
+
+# Choose cells by name, and run them one after another.
+
+T = TypeVar("T")
+
+
+def pick_named(
+    cells: Sequence[T], names: Sequence[str] | None, names_of: Callable[[T], Collection[str]], origin: str
+) -> list[T]:
+    """Return the cells that go by one of `names`; all for None.
+
+    Raises ConfigError: a name is that of no cell; `origin` is the flag that gave it.
+    """
+    if names is None:
+        return list(cells)
+    valid = {name for cell in cells for name in names_of(cell)}
+    for name in names:
+        if name not in valid:
+            raise ConfigError(f"{origin} {name}: there is no such cell; {did_you_mean(name, valid)}")
+    return [cell for cell in cells if set(names) & set(names_of(cell))]
+
+
+def left_to_run(cells: Sequence[T], state: Callable[[T], State], tell: Callable[[str], None]) -> list[T]:
+    """Return the cells that are not done, and tell how many are."""
+    left = [cell for cell in cells if state(cell) != "done"]
+    tell(f"{len(cells) - len(left)} of {len(cells)} cells are done")
+    return left
+
+
+def run_in_turn(cells: Sequence[T], run: Callable[[T], str], tell: Callable[[str], None]) -> None:
+    """Run cells one after another.
+
+    `run` returns the result in words. `tell` gets a line before and after each cell, the latter with the time left.
+    """
+    start = time.monotonic()
+    for number, cell in enumerate(cells, 1):
+        tell(f"[{number}/{len(cells)}] {cell}")
+        result = run(cell)
+        left = (time.monotonic() - start) / number * (len(cells) - number)
+        tell(f"    {result}; {left:.0f} s to go")
+
+
+# The threads of torch, on which the rounding of its sums depends, and the cores for processes.
+
+
+def usable_cores() -> int:
+    """Return the cores of this process: those of its task in a SLURM job, else those of the machine."""
+    granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(granted) if granted.isdecimal() else int(joblib.cpu_count())
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Set torch's threads inside the block, so that its numbers do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -3,25 +3,177 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment, posterize
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import Resize
+from torchvision.transforms import functional as F
 
 from ...checkpoints.preprocessing import Preprocessing
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
-from .crop import ResizeAndCenterCrop
-from .policies import keep_no_bits
-from .steps import Steps, training_settings
+
+# Evaluation's resize and crop as one step, which never makes more of an image than it keeps.
+
+LARGE = 1 << 25
+"""Pixels of a resized image, above which only the part that is kept is made."""
+
+
+class ResizeAndCenterCrop:
+    """timm's two steps; of an image that they would make huge, the same part by the same filter.
+
+    A small `crop_pct`, or an image that is long and thin, is enlarged to gigabytes, of which little is kept.
+    """
+
+    def __init__(self, resize: Any, crop: Any) -> None:
+        self._resize = resize
+        self._crop = crop
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = resized(self._resize, image)
+        if height * width <= LARGE:
+            return self._keep(self._resize(image))
+        kept_height, kept_width = (
+            min(kept, whole) for kept, whole in zip(self._crop.size, (height, width), strict=True)
+        )
+        top, left = round((height - kept_height) / 2), round((width - kept_width) / 2)
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + kept_width) * across, (top + kept_height) * down)
+        filter_ = Image.Resampling[self._resize.interpolation.name]
+        return self._keep(image.resize((kept_width, kept_height), filter_, box))
+
+    def _keep(self, image: Image.Image) -> Image.Image:
+        cropped: Image.Image = self._crop(image)
+        return cropped
+
+
+def resized(resize: Resize | ResizeKeepRatio, image: Image.Image) -> tuple[int, int]:
+    """Height and width that a step gives an image."""
+    if isinstance(resize, ResizeKeepRatio):
+        height, width = ResizeKeepRatio.get_params(image, resize.size, resize.longest)
+        return int(height), int(width)
+    if not isinstance(resize.size, int):
+        return int(resize.size[0]), int(resize.size[1])
+    height, width = F.get_dimensions(image)[1:]
+    long = int(resize.size * max(height, width) / min(height, width))
+    return (resize.size, long) if height <= width else (long, resize.size)
+
+
+# timm's auto-augment policies, with what newer versions of Pillow refuse.
+
+
+def keep_no_bits(steps: list[Any]) -> None:
+    """Let the policy among `steps` posterize to 0 bits, which is black: Pillow 13 raises for it, older ones do not.
+
+    timm asks for it wherever a magnitude reaches an end of its range. The operations of these steps are changed,
+    not timm's table of them.
+    """
+    for operation in operations(steps):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+
+
+def operations(steps: list[Any]) -> Iterator[Any]:
+    """Yield the operations (timm's `AugmentOp`) of the policy among the steps of a transform, if there is one."""
+    for step in steps:
+        if isinstance(step, AutoAugment):
+            for row in step.policy:
+                yield from row
+        elif isinstance(step, RandAugment | AugMixAugment):
+            yield from step.ops
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **keywords: Any) -> Image.Image:
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    kept: Image.Image = posterize(image, bits_to_keep, **keywords)
+    return kept
+
+
+# The steps of a transform: one that fails is an error of one sentence, which says which and with what setting.
+
+SETTINGS = {
+    "RandomResizedCropAndInterpolation": "crop_scale",
+    "RandomHorizontalFlip": "hflip",
+    "RandAugment": "aa",
+    "AutoAugment": "aa",
+    "AugMixAugment": "aa",
+    "RandomAffine": "aa",
+    "ColorJitter": "color_jitter",
+    "RandomErasing": "reprob",
+    "Resize": "interpolation",
+}
+"""The setting of `data` that a step of training comes from."""
+
+
+def training_settings(config: DataConfig) -> dict[str, str]:
+    """Return the settings of `config` by the steps that come from them."""
+    return {step: f"data.{key}={getattr(config, key)}" for step, key in SETTINGS.items()}
+
+
+class StepError(DataError):
+    """A step that failed on an image; the caller, which knows the image, names it."""
+
+
+class OperationError(Exception):
+    """An operation of an auto-augment policy that failed."""
+
+
+class Steps(transforms.Compose):
+    """As torchvision's `Compose`, raising StepError for whatever a step raises.
+
+    Args:
+        name: What the transform is for, as in "the training transform".
+        settings: What a step comes from, by its type.
+    """
+
+    def __init__(self, steps: Sequence[Callable[[Any], Any]], name: str, settings: Mapping[str, str]) -> None:
+        super().__init__(list(steps))
+        self._name = name
+        self._settings = settings
+        for operation in operations(self.transforms):
+            operation.aug_fn = partial(_named, operation.name, operation.aug_fn)
+
+    def __call__(self, image: Any) -> Any:
+        for step in self.transforms:
+            try:
+                image = step(image)
+            except MemoryError:
+                raise
+            except Exception as error:  # each library fails in its own way
+                kind = type(step).__name__
+                setting = f" ({self._settings[kind]})" if kind in self._settings else ""
+                reason = error if isinstance(error, OperationError) else reason_of(error)
+                raise StepError(f"{kind} of the {self._name} transform{setting} failed: {reason}") from error
+        return image
+
+
+def reason_of(error: Exception) -> str:
+    """Return what happened, in one line."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _named(name: str, function: Callable[..., Any], image: Any, *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return function(image, *arguments, **keywords)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise OperationError(f"{name}: {reason_of(error)}") from error
+
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -12,15 +12,28 @@ from torch.utils.data import IterableDataset
 
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
-from .archives import is_packed
-from .classes import keep_classes, wanted_classes
-from .digits import DigitsSource
-from .hub import open_hub
-from .image_folder import FolderImages, Found, count_shared, find_images
-from .images import ImageSource, ReaderSource, TorchvisionSource
-from .numbering import MODEL, TRAINING, number_by_name
-from .readers import create
-from .splits import EVAL_NAMES, TRAIN_NAMES, split_folder, synonyms
+from .archives import create, is_packed
+from .digits import (
+    EVAL_NAMES,
+    MODEL,
+    TRAIN_NAMES,
+    TRAINING,
+    DigitsSource,
+    number_by_name,
+    split_folder,
+    synonyms,
+)
+from .image_folder import (
+    FolderImages,
+    Found,
+    ImageSource,
+    ReaderSource,
+    TorchvisionSource,
+    count_shared,
+    find_images,
+)
+from .labels import keep_classes, wanted_classes
+from .streams import open_hub
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import functools
+import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...checkpoints.class_names import comparable
+from ...checkpoints.report import some
 from ...models.errors import DataError, did_you_mean
-from .images import Header
+from .image_folder import Header, ImageSource, SourceView
 
 Places = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
@@ -85,3 +89,55 @@ class DigitsSource:
 
     def path(self, index: int) -> str:
         return f"digits[{self._places[index]}]"
+
+
+# Labels by name: another split is numbered as the training split is, whatever classes it has images of.
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5
+"""How many classes an error names."""
+TRAINING = "the training split has no images of: {}; name the class folders alike, or take these away"
+MODEL = (
+    "the model was not trained for: {}; name the class folders as its label_names are, take these away, or measure "
+    "its features with --metrics knn"
+)
+"""Whose classes these are, in an error."""
+
+
+def number_by_name(
+    source: ImageSource, split: str, names: Sequence[str] | None, owner: str = TRAINING
+) -> ImageSource:
+    """`source` with a label for each class that is its place in `names`, where both sides name theirs.
+
+    `owner` says in an error whose names these are. Raises DataError: `source` has a class that is not in `names`.
+    """
+    own = source.class_names
+    if own is None or names is None or list(own) == list(names):
+        return source
+    if not comparable(own, names):
+        logger.warning("split %r and its model name classes in other words: they go by number", split)
+        return source
+    known = {name: label for label, name in enumerate(names)}
+    foreign = [name for name in own if name not in known]
+    if foreign:
+        raise DataError(f"split {split!r} has classes that {owner.format(some(foreign, NAMED))}")
+    labels = {label: known[name] for label, name in enumerate(own)}
+    return SourceView(source, tuple(names), labels=labels)
+
+
+# Names of splits: what people call the training and the validation images.
+
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
+
+
+def synonyms(split: str) -> tuple[str, ...]:
+    """Return the names that mean the same split, this one among them."""
+    split = split.split("[")[0]
+    return next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), (split,))
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """Return the folder of a split, or of a synonym of it; None if it does not exist."""
+    return next((root / name for name in (split, *synonyms(split)) if (root / name).is_dir()), None)

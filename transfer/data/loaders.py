@@ -19,13 +19,11 @@ from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, epoch_repeats, eval_transform, train_transform
-from .class_counts import check_stream, count_classes, stream_classes
 from .datasets import check_apart, has_split, open_dataset
-from .fetch import BadImages, Fetcher
-from .images import ImageSource, SourceView
-from .labels import IMAGENET_CLASSES, real_labels
-from .loading import Batch, Beside, EvalBatches, TrainBatches
-from .numbering import MODEL, number_by_name
+from .digits import MODEL, number_by_name
+from .image_folder import ImageSource, SourceView
+from .labels import IMAGENET_CLASSES, check_stream, count_classes, real_labels, stream_classes
+from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, TrainBatches
 from .sampler import BatchRequest, Indices, balanced_subset, epoch_order, eval_requests, train_requests
 from .streams import StreamFetcher, check_without_index, read_all_on_every_rank
 

@@ -6,11 +6,16 @@ another number of ranks continues the order where it stopped, and repeats or dro
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from .augment import seed_generators
 
 Indices = npt.NDArray[np.int64]
 
@@ -82,3 +87,34 @@ def balanced_subset(targets: Sequence[int], count: int, seed: int) -> Indices:
         turn[index] = seen[label] * len(classes) + rank_of[label]
         seen[label] += 1
     return np.sort(np.argsort(turn)[:count]).astype(np.int64)
+
+
+# The random generators of a process (torch, numpy, Python): seeded for each batch, or left as they were.
+
+
+def seed_batch(seed: int, epoch: int, position: int, device: torch.device) -> None:
+    """Seed all generators for what a batch draws (stochastic depth, masks, sampled rows).
+
+    `position` is that of its first sample in the epoch's order over all processes: the draws depend neither on what
+    was drawn before nor on how many processes share a step. Does not wait for the device.
+    """
+    number = derive_seed(STUDENT, seed, epoch, position)
+    seed_generators(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Leave the generators as they were, whatever the block draws.
+
+    What is made at the start of a run (a student's fresh weights) must not depend on what is read or looked at
+    meanwhile.
+    """
+    held = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(held[0])
+        np.random.set_state(held[1])
+        torch.set_rng_state(held[2])

@@ -14,7 +14,7 @@ from ...models.families import vit
 from ..config import Metric
 from ..data.loaders import EvalLoader
 from ..metrics.measure import PROBES, Family
-from .mode import Mode
+from .modes import Mode
 
 Kind = Family | Literal["objective"]
 

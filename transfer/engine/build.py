@@ -29,9 +29,7 @@ from ...models.families import pooling_of, vit
 from ...models.lora import add_lora
 from ...models.pyramid_conversion import nothing_given_up
 from ...models.small import without_memory
-from ..cache.cache_checks import check_metric
-from ..cache.target_key import find_shards
-from ..cache.target_shards import TargetShards
+from ..cache.target_shards import TargetShards, check_metric, find_shards
 from ..config import DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed
 from ..data.datasets import check_dataset
@@ -44,15 +42,15 @@ from ..data.loaders import (
     create_train_loader,
     find_eval_loader,
 )
-from ..data.randomness import preserved
+from ..data.sampler import preserved
 from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from .best import Criterion, choose, classifies
-from .mode import TEACHER, Mode, Models
-from .modes import mode_of
+from .modes import TEACHER, Mode, Models, Task, TransferTask, mode_of
 from .optim import check_adapters, check_optimizer, check_schedule
 from .parallel import check_layers_apart
 from .run_parts import check_read
+from .runlog import check_trackers
 from .students import (
     FRESH,
     StudentPlan,
@@ -63,8 +61,6 @@ from .students import (
     settings_of,
     settle_student,
 )
-from .tasks import Task, TransferTask
-from .trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,12 +12,18 @@ from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from ..staging.stage import check_stage
 from .build import Parts, build
-from .cached_targets import CacheSize, plan_targets
-from .elastic import GlobalBatch, settle
+from .cached_targets import CacheSize, Footprint, plan_targets, rehearse
 from .optim import Schedule
 from .parallel import check_placement
-from .rehearsal import Footprint, rehearse
-from .resume_check import Position, check_length, check_same_run, commits_of, refuse_existing
+from .resume_check import (
+    GlobalBatch,
+    Position,
+    check_length,
+    check_same_run,
+    commits_of,
+    refuse_existing,
+    settle,
+)
 
 
 @dataclass(frozen=True)

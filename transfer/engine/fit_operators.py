@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ...checkpoints.student import FittedLayers
 from ...models.attention.base import Projections
 from ...models.calibration import Finished, Layer, calibrate_layers, fit_layers
 from ...models.conversion import ConvertedAttention, converted_layers
+from ...models.converted import is_mark
+from ...models.errors import GraftError
 from ...models.families import family_of, sites
 from ...models.pyramid_conversion import sharing_copy
-from ..config import RunConfig
-from ..data.randomness import preserved
-from ..data.sample import sample_images
+from ..cache.target_shards import TargetRows
+from ..config import DataConfig, RunConfig
+from ..data.loaders import create_train_loader
+from ..data.sampler import preserved
+from ..data.survey import sample_images
+from ..methods.standardize import Batch, Standardizer
+from ..staging.stage import StagingStoppedError, stage
 from . import deadline
 from .build import Parts
 from .modes import mode_of
-from .parallel import gather
+from .parallel import gather, raise_together
 from .signals import StopSignals
-from .teacher_checks import sharded_teachers
+from .students import sharded_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -129,3 +142,97 @@ def _take_first(tensor: torch.Tensor, accelerator: Accelerator) -> None:
     there = tensor.detach().to(accelerator.device)
     dist.broadcast(there, 0)
     tensor.data.copy_(there)
+
+
+# The statistics of the teachers' features, measured before the first step of a new run.
+
+
+def measure_features(config: RunConfig, parts: Parts, accelerator: Accelerator) -> None:
+    """Fill the standardizers of a new run from its first training images; the random generators stay as they were.
+
+    Every process sees the same images, those of a run of one process, and then takes the first one's numbers: devices
+    of two kinds round differently.
+    """
+    statistics = _statistics(parts.task)
+    if not statistics:
+        return
+    with preserved(), accelerator.autocast():
+        parts.task.measure(_first_images(config, parts, accelerator))
+    if accelerator.num_processes > 1:
+        for _, tensor in statistics:
+            dist.broadcast(tensor, 0)
+    logger.info("the statistics of the teachers' features are measured on training images")
+
+
+def leave_to_us(task: nn.Module) -> None:
+    """Tell DDP not to send the statistics and the marks of operators again in each step: they never change."""
+    names = [name for name, _ in _statistics(task)]
+    names += [name for name, _ in task.named_buffers() if is_mark(name)]
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, names)
+
+
+def _statistics(task: nn.Module) -> list[tuple[str, Tensor]]:
+    found = [(name, each) for name, each in task.named_modules() if isinstance(each, Standardizer)]
+    return [(f"{prefix}.{name}", tensor) for prefix, each in found for name, tensor in each.named_buffers()]
+
+
+def _first_images(config: RunConfig, parts: Parts, accelerator: Accelerator) -> Iterator[Batch]:
+    """Yield the batches that a run of one process would begin with, without mixing."""
+    data = config.data.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
+    loader = create_train_loader(data, parts.spec, seed=config.seed, labels=False)
+    if parts.targets is None:
+        for images, _ in loader.epoch(0):
+            deadline.moved()
+            yield images.to(accelerator.device)
+        return
+    loader.batches.beside = TargetRows(parts.targets)
+    for images, _, taught in loader.full_epoch(0):
+        deadline.moved()
+        yield images.to(accelerator.device), send_to_device(taught, accelerator.device)
+
+
+# Stage data for all processes of a run: one process per node copies, and the others wait.
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for the slowest node. If a process dies, the waiting ends immediately."""
+
+
+def stage_together(
+    config: DataConfig, group: dist.ProcessGroup | None, stopped: Callable[[], bool] = lambda: False
+) -> DataConfig:
+    """Return the settings that read the copy on this process's node; `config` itself without staging.
+
+    All processes of `group` must call it. If one is told to stop, all return, possibly without a copy.
+    An error of one process is raised on all.
+    """
+    if config.stage is None:
+        return config
+    if group is None:
+        staged, error = _try(config, stopped)
+        if error is not None:
+            raise error
+        return staged
+    waiting = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    try:
+        return _on_each_node(config, waiting, stopped)
+    finally:
+        dist.destroy_process_group(waiting)
+
+
+def _on_each_node(config: DataConfig, group: dist.ProcessGroup, stopped: Callable[[], bool]) -> DataConfig:
+    nodes = gather((socket.gethostname(), os.environ.get("SLURMD_NODENAME", "")), group)
+    rank = dist.get_rank()
+    first = nodes.index(nodes[rank])
+    staged, error = _try(config, stopped) if rank == first else (config, None)
+    raise_together(error, group)
+    return gather(staged, group)[first]
+
+
+def _try(config: DataConfig, stopped: Callable[[], bool]) -> tuple[DataConfig, GraftError | None]:
+    try:
+        return stage(config, stopped), None
+    except StagingStoppedError:
+        return config, None
+    except GraftError as error:
+        return config, error

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from ...models.errors import DataError, JsonDict, RunFailedError, counted
 from ..config import RunConfig
-from ..data.randomness import seed_batch
+from ..data.sampler import seed_batch
 from .build import Parts
-from .meters import LossHealth, describe, stacked, weights_finite
+from .modes import check_learns
 from .optim import Schedule, set_learning_rate
-from .recorder import Recorder, peak_memory
 from .resume_check import Position
 from .run_state import RunState, SaveClock
+from .runlog import LossHealth, Recorder, describe, peak_memory, stacked, weights_finite
 from .scoring import best_value, score
 from .signals import StopSignals
-from .tasks import check_learns
 from .waiting import CommunicationTimer
 
 logger = logging.getLogger(__name__)

@@ -5,37 +5,372 @@ A mode is one class. Nothing else compares names of modes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from timm.layers.weight_init import trunc_normal_
-from torch import nn
+from torch import Tensor, nn
 
 from ...checkpoints.class_names import comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Head, Pretrained
+from ...checkpoints.pretrained import Head, Pretrained, find_head
 from ...models.conversion import converted_layers
-from ...models.copying.teacher_view import Normalization
+from ...models.copying.teacher_view import Normalization, ShownImages
 from ...models.errors import ConfigError, TransferError
-from ...models.families import SUPPORTED, classifier_of, family_named, find_family
+from ...models.families import SUPPORTED, blocks_of, classifier_of, family_named, find_family, vit
 from ...models.mae import MaskedAutoencoder
-from ..cache.cache_checks import check_cache
+from ..cache.target_shards import check_cache
 from ..config import AlignConfig, Metric, PretrainConfig, RunConfig, TransferConfig
 from ..methods.configured_dual import build_dual
-from ..methods.loss_terms import term_methods
+from ..methods.dual import DualViT
+from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
-from ..recovery.align import Alignment
-from ..recovery.alike import shown_to
-from .mode import TEACHER, Mode, Models, head_of
-from .optim import freeze_head
-from .students import StudentPlan, find_whole_name, plan_student
-from .tasks import AlignTask, ClassificationTask, PretrainTask, Task, TransferTask
-from .teacher_checks import (
+from ..methods.standardize import Batch, mark_ready
+from ..recovery.align import Alignment, shown_to
+from .optim import freeze, freeze_head
+from .students import (
+    StudentPlan,
     check_compiles,
     check_something_to_learn,
     check_teachers,
+    find_whole_name,
+    plan_student,
     teacher_settings,
     teachers_of_terms,
 )
+
+# What a step computes in each train mode: `task(images, targets)` gives named losses, `loss` the total.
+
+Losses = dict[str, Tensor]
+
+
+def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Return cross-entropy in float32, mean over the batch; logits (B, C).
+
+    Class indices (B,) get label `smoothing`. Probabilities (B, C), from mixup, are smoothed already.
+    """
+    soft = targets.is_floating_point()
+    return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else smoothing)
+
+
+def check_learns(loss: Tensor) -> None:
+    """Raise ConfigError for a loss that no trained parameter changes."""
+    if not loss.requires_grad:
+        raise ConfigError(
+            "no trained parameter changes the loss: let optim.trainable name parameters before the layers that learn "
+            "(transfer.layers), or set transfer.task_weight above 0"
+        )
+
+
+class Task(nn.Module, ABC):
+    """A train mode. Its children hold all that learns; a teacher is never one of them."""
+
+    @property
+    @abstractmethod
+    def trainable(self) -> nn.Module:
+        """The model that is trained, averaged and saved as the result."""
+
+    @property
+    def saved(self) -> nn.Module:
+        """The module whose state dict is the weights of the run, under names that start with `student.`."""
+        return self
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model whose features count: the one that leaves the run."""
+        return self.trainable
+
+    teacher_input: ShownImages | None
+    """How images are shown to the teacher, where there is one."""
+
+    @property
+    def shard_units(self) -> Sequence[nn.Module]:
+        """The modules that FSDP shards one by one."""
+        return blocks_of(self.trainable)
+
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Measure on training images what a new run needs before its first step."""
+        return
+
+    def measured(self) -> None:
+        """Note that what `measure` gives is there: from a state, or for a rehearsal without values."""
+        return
+
+    @abstractmethod
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        """Return losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes), or features (B, D) of a student without a head."""
+        logits: Tensor = self.trainable(images)
+        return logits
+
+
+class ClassificationTask(Task):
+    """Supervised training of the student alone: fine-tuning, or from scratch."""
+
+    def __init__(self, student: nn.Module, smoothing: float) -> None:
+        super().__init__()
+        self.student = student
+        self.smoothing = smoothing
+        self.teacher_input = None
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.student
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        return {"loss": classification_loss(self.student(images), targets, self.smoothing)}
+
+
+class TransferTask(Task):
+    """Classification plus the transfer loss of a teacher; a copying method runs through the teacher."""
+
+    def __init__(self, dual: DualViT, smoothing: float, task_weight: float = 1.0) -> None:
+        super().__init__()
+        self.dual = dual
+        self.smoothing = smoothing
+        self.task_weight = task_weight
+
+    @property
+    def teacher_input(self) -> ShownImages:  # type: ignore[override]
+        return self.dual.teacher_input
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.dual.student
+
+    @property
+    def saved(self) -> nn.Module:
+        return self.dual
+
+    def forward(self, images: Tensor, targets: Tensor, *taught: Mapping[str, Tensor]) -> Losses:
+        """Return losses of images; with `taught`, which the teachers gave for them before, no teacher runs."""
+        output = self.dual(images, *taught)
+        if self.task_weight == 0:
+            return {"loss": output.transfer_loss, **output.parts}
+        task = self.task_weight * classification_loss(output.logits, targets, self.smoothing)
+        losses = {"loss": task + output.transfer_loss, "task": task}
+        if output.parts:  # a copying method has no transfer loss
+            losses = {**losses, "transfer": output.transfer_loss, **output.parts}
+        return losses
+
+    def measure(self, batches: Iterable[Batch]) -> None:
+        self.dual.standardize(batches)
+
+    def measured(self) -> None:
+        mark_ready(self.dual)
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self.dual.predict(images)
+
+
+class AlignTask(Task):
+    """Each converted layer learns on its teacher's inputs; labels are not looked at."""
+
+    teacher_input: ShownImages
+
+    def __init__(self, alignment: Alignment, teacher_input: ShownImages) -> None:
+        super().__init__()
+        self.alignment = alignment
+        self.teacher_input = teacher_input
+        alignment.freeze_others()
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.alignment.student
+
+    @property
+    def saved(self) -> nn.Module:
+        return self.alignment
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        losses = self.alignment(self.teacher_input(images))
+        parts = {f"layer{layer:02d}": loss for layer, loss in losses.items()}
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+
+class PretrainTask(Task):
+    """Masked autoencoding without labels (MAE, arXiv:2111.06377)."""
+
+    def __init__(self, autoencoder: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.student = autoencoder
+        self.teacher_input = None
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.student
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.student.encoder
+
+    @property
+    def shard_units(self) -> Sequence[nn.Module]:
+        return blocks_of(self.backbone)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        return {"loss": self.student(images)}
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the encoder's features of whole images."""
+        features: Tensor = self.backbone(images)
+        return features
+
+
+# What a train mode is: what it needs of teacher and data, what its student starts from, what a step computes.
+
+TEACHER = "teacher"
+"""As the weights to start from: those of the run's own teacher."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, of which its mode makes a task."""
+
+    student: nn.Module
+    teachers: Mapping[str, Pretrained]
+    """By name: the one of the section `teacher` under `DEFAULT_TEACHER`, and those of `teachers`."""
+    spec: Preprocessing
+    """How the student's images are made."""
+    calibration: Callable[[], Tensor | None]
+    """Gives the first images; None without weights."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """Of the student's images."""
+        return Normalization(self.spec.mean, self.spec.std)
+
+    def taught_by(self) -> Pretrained:
+        """Return the teacher of a mode that is taught, for which `Mode.check` asked."""
+        if DEFAULT_TEACHER not in self.teachers:
+            raise ConfigError("this mode needs a teacher: set teacher.source")
+        return self.teachers[DEFAULT_TEACHER]
+
+
+class Mode(ABC):
+    """A way to train the student of a run."""
+
+    taught: ClassVar[bool] = False
+    """Whether a teacher takes part in every step."""
+    starts_from: ClassVar[str | None] = None
+    """The weights that the student starts from where the settings name none."""
+    keeps_head: ClassVar[bool] = True
+    """Whether the head learns whatever `optim.trainable` says."""
+    draws_head: ClassVar[bool] = False
+    """Whether it draws the head after all other fresh weights, on whose number of draws it then depends."""
+    aligns: ClassVar[bool] = False
+    """Whether it trains converted layers alone."""
+    classifies: ClassVar[bool] = True
+    """Whether its student can have an accuracy."""
+    runs_blocks: ClassVar[bool] = True
+    """Whether a step runs the student's blocks."""
+    pools: ClassVar[bool] = True
+    """Whether the student is pooled as `student.global_pool` says."""
+    prepares_teacher: ClassVar[bool] = False
+    """Whether teachers can be compiled alone, or sharded."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """The settings that no other mode reads."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that do not go together, before anything is read."""
+        if self.taught and self.config.teacher.source is None:
+            raise ConfigError(
+                f"mode={self.config.mode} needs a teacher: set teacher.source to a timm name, a hub name or a path"
+            )
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the run learns from labels; one that does not takes any images, and may have no validation split."""
+        return True
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether a teacher is loaded at all, to learn from or to start from."""
+        return True
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run opens the test images."""
+        return self.config.data.val_split is not None
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether parameters of the student may take no part in a step, for which DDP must look."""
+        return False
+
+    @property
+    def copies(self) -> bool:
+        """Whether the student runs with a teacher's attention, also after the run."""
+        return False
+
+    @property
+    def starting_source(self) -> str | None:
+        """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
+        return self.config.student.init or find_whole_name(self.config.student) or self.starts_from
+
+    def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
+        """Return the student's head: that of the data set where it learns from labels.
+
+        Without labels a head that comes with the weights stays as it is. A fresh one would stay random, so the student
+        has no head. `whole` is the model that the student continues, where it is one.
+        """
+        if self.needs_labels:
+            return data
+        source = self.starting_source
+        if whole is not None and source == self.config.student.model:
+            return head_of(whole)
+        if source is None:
+            return Head()
+        return head_of(teachers.get(DEFAULT_TEACHER)) if source == TEACHER else find_head(source)
+
+    def check_classes(self, teachers: Mapping[str, Pretrained], head: Head) -> None:
+        """Raise TransferError where a teacher would teach classes under the numbers of others."""
+        return
+
+    def plan(
+        self, classes: int, teacher: Pretrained | None, spec: Preprocessing, whole: Pretrained | None
+    ) -> StudentPlan:
+        """Return how the student is made."""
+        return plan_student(self.config.student, classes, teacher, spec, whole)
+
+    def start_head(self, student: nn.Module) -> None:
+        """Draw the fresh head where the mode has a way of its own."""
+        return
+
+    @abstractmethod
+    def task(self, models: Models) -> Task:
+        """Return what a step computes."""
+
+    def freeze(self, trainable: nn.Module) -> None:
+        """Leave to learn what `optim.trainable` names and a loss reaches.
+
+        Raises ConfigError: the expression is not valid, or matches nothing.
+        """
+        freeze(trainable, self.config.optim.trainable, keep_head=self.keeps_head)
+
+    def default_metric(self, classified: bool) -> Metric:
+        """Return what picks the best state for `engine.metric=auto`; auto for the last state.
+
+        `classified` says whether the student's head can be scored by the labels of the test images.
+        """
+        return "top1" if classified else "auto"
+
+
+def head_of(model: Pretrained | None) -> Head:
+    """Return the head that a model came with."""
+    if model is None or not model.has_head:
+        return Head()
+    return Head(vit(model.model).num_classes, model.label_names)
+
 
 HEAD_STD = 2e-5
 """Deviation of a fresh head in fine-tuning, as MAE's recipe has it."""

@@ -26,7 +26,7 @@ from ...models.attention.base import AttentionOperator
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 from .modes import mode_of
-from .teacher_checks import check_sharding, sharded_teachers
+from .students import check_sharding, sharded_teachers
 
 T = TypeVar("T")
 

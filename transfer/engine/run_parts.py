@@ -8,8 +8,7 @@ from __future__ import annotations
 from ..config import LossConfig
 from ..effect import OUTSIDE, Part, check_effect
 from ..methods.registry import find_method
-from .mode import TEACHER, Mode
-from .modes import MODES, Transfer
+from .modes import MODES, TEACHER, Mode, Transfer
 from .students import find_whole_name
 
 EVERY_RUN = OUTSIDE | {

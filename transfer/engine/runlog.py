@@ -5,14 +5,197 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import is_wandb_available
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor, nn
 
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.json_lines import append_line, open_lines, parse_record, read_lines
-from ...models.errors import Json, RunFailedError
+from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, one_sentence
+from ..metrics.measure import LAYER as LAYER_of_recorder
+from .parallel import local
+from .waiting import Clock
+
+# Mean losses and a check for non-finite losses, without waiting for the device.
+
+
+def stacked(losses: Mapping[str, Tensor]) -> Tensor:
+    """Return the scalars of `losses` as one detached float32 vector, in their order."""
+    return torch.stack([loss.detach().float() for loss in losses.values()])
+
+
+class Meters:
+    """Running sums of named scalars. They are in the saved state, because a restart may interrupt an interval."""
+
+    def __init__(self, device: torch.device) -> None:
+        # float64: an epoch adds thousands of values. MPS has no float64.
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Clear the sums."""
+        self.count = 0
+        self.names: tuple[str, ...] = ()
+        self.sums = torch.zeros(0, dtype=self._dtype, device=self._device)
+
+    @torch.no_grad()
+    def add(self, names: Sequence[str], values: Tensor) -> None:
+        """Add one value of each named loss, the same names each time, without waiting for the device."""
+        if not self.count:
+            self.names, self.sums = tuple(names), torch.zeros_like(values, dtype=self._dtype)
+        self.count += 1
+        self.sums = self.sums + values
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the means over steps and processes. Synchronizes."""
+        if not self.count:
+            return {}
+        sums = accelerator.reduce(self.sums, reduction="sum").tolist()
+        total = self.count * accelerator.num_processes
+        return {name: value / total for name, value in zip(self.names, sums, strict=True)}
+
+    def load(self, count: int, names: Sequence[str], sums: Tensor) -> None:
+        """Restore `count`, `names` and `sums`."""
+        self.count, self.names = count, tuple(names)
+        self.sums = sums.to(self._device, self._dtype)
+
+
+NEVER = 2**62
+
+
+class LossHealth:
+    """The first step at which each part of the loss was not finite, kept on the device until asked for."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._first: Tensor | None = None
+
+    @torch.no_grad()
+    def record(self, step: int, names: Sequence[str], values: Tensor) -> None:
+        """Record which of `values` are not finite at `step`, without waiting for the device."""
+        if self._first is None:
+            self._names, self._first = tuple(names), torch.full_like(values, NEVER, dtype=torch.int64)
+        self._first = torch.where(torch.isfinite(values), self._first, self._first.clamp(max=step))
+
+    def failures(self, accelerator: Accelerator) -> dict[str, int]:
+        """Return the first step of each failed part on any process, equal on all processes. Synchronizes."""
+        if self._first is None:
+            return {}
+        first = self._first.clone()
+        if accelerator.num_processes > 1:
+            dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        return {name: step for name, step in zip(self._names, first.tolist(), strict=True) if step < NEVER}
+
+
+def describe(failures: Mapping[str, int]) -> str:
+    """Describe the first failed step and its parts. Name the total only if no part explains it."""
+    step = min(failures.values())
+    parts = [name for name, first in failures.items() if first == step]
+    explained = [name for name in parts if name not in ("loss", "transfer")]
+    return f"the loss is not finite at step {step} (in {', '.join(explained or parts)})"
+
+
+@torch.no_grad()
+def weights_finite(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Return whether every floating-point weight is finite on all processes. Synchronizes; call it before a save.
+
+    A gradient can overflow while the loss is finite: the weights are then bad one step before the loss.
+    """
+    held = [local(tensor) for tensor in model.state_dict().values()]
+    floats = [tensor for tensor in held if tensor.is_floating_point() and tensor.numel()]
+    bad = torch.zeros((), device=accelerator.device)
+    if floats:
+        norms = torch.stack(torch._foreach_norm(floats, ord=float("inf")))
+        bad = (~torch.isfinite(norms)).any().float()
+    return float(accelerator.reduce(bad, reduction="sum")) == 0
+
+
+# The progress bar of a run, on a terminal only.
+
+SHOWN_PARTS = 6
+"""With more losses, the losses of single layers appear only in the log."""
+NOTABLE_WAIT = 0.1
+"""The share of time spent waiting for data above which the line shows it."""
+
+
+class TwoLines(Progress):
+    """The bar, and the numbers on a second line, because one line would be too wide for most terminals."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.numbers, style="dim")
+
+
+class ProgressBar:
+    """Steps done and time left; below, losses, learning rate and images per second.
+
+    The step count changes with each step, without synchronization; the numbers change with each log record.
+    """
+
+    def __init__(self, total: int, *, shown: bool, done: int = 0, name: str = "epoch 0") -> None:
+        self._bar = TwoLines(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            disable=not (shown and sys.stdout.isatty()),
+        )
+        self._task = self._bar.add_task(name, total=total, completed=done)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, epoch: int) -> None:
+        """Show that `done` optimizer steps are done."""
+        self._bar.update(self._task, completed=done, description=f"epoch {epoch}")
+
+    def advance(self, count: int) -> None:
+        """Show that `count` more are done."""
+        self._bar.advance(self._task, count)
+
+    def show(self, record: Mapping[str, float]) -> None:
+        """Show the numbers of a log record."""
+        self._bar.numbers = numbers(record)
+
+
+LAYER = re.compile(r"(.*\.)?layer\d+")
+"""Name of the loss of one layer."""
+
+
+def numbers(record: Mapping[str, float]) -> str:
+    """Return the line under the bar: losses, learning rate, images per second, and a long wait for data."""
+    losses = {key.removeprefix("train_"): value for key, value in record.items() if key.startswith("train_")}
+    if len(losses) > SHOWN_PARTS:
+        losses = {name: value for name, value in losses.items() if not LAYER.fullmatch(name)}
+    text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    text = f"{text}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} img/s"
+    waiting = record.get("data_wait", 0.0)
+    return f"{text}  {waiting:.0%} waiting for data" if waiting > NOTABLE_WAIT else text
+
 
 logger = logging.getLogger(__name__)
 
@@ -82,3 +265,157 @@ class RunLog:
                 raise RunFailedError(
                     f"{self.path} cannot be written: {error.strerror}; the last saved state is intact"
                 ) from error
+
+
+# Write the numbers of a run to log.jsonl, the trackers and the progress bar. Only the first process writes.
+
+
+class Recorder:
+    """Add the times of the clock to each record and pass it on."""
+
+    def __init__(
+        self, log: RunLog, trackers: list[GeneralTracker], bar: ProgressBar, *, writes: bool
+    ) -> None:
+        self.log = log
+        self._trackers = trackers
+        self._bar = bar
+        self._writes = writes
+        self._clocks: dict[str, Clock] = {}
+        self.communication: Callable[[], float | None] = lambda: None
+        """Return the seconds of exposed communication of a step timed since the last call, or None."""
+
+    def start(self, kind: str) -> None:
+        """Start the clock of `kind` (interval or epoch)."""
+        self._clocks[kind] = Clock()
+
+    def images(self, count: int) -> None:
+        """Count the images of a step, over all processes."""
+        for clock in self._clocks.values():
+            clock.images += count
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clocks inside the block: evaluating and saving are not training."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            for clock in self._clocks.values():
+                clock.start += time.perf_counter() - begin
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside the block as waiting for the loader."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            for clock in self._clocks.values():
+                clock.waited += time.perf_counter() - begin
+
+    def step(self, done: int, epoch: int) -> None:
+        """Note that a step is done."""
+        for clock in self._clocks.values():
+            clock.steps += 1
+        self._bar.step(done, epoch)
+
+    def write(self, kind: str, record: Json) -> None:
+        """Write a record with the readings of its clock (`Clock.readings`), and restart the clock."""
+        exposed = self.communication()
+        for clock in self._clocks.values():
+            clock.exposed += [] if exposed is None else [exposed]
+        full = {**record, **self._clocks[kind].readings()}
+        self.start(kind)
+        self.plain(full)
+        if kind == "interval":
+            self._bar.show(full)
+
+    def plain(self, record: Json) -> None:
+        """Write a record unchanged."""
+        if not self._writes:
+            return
+        self.log.append(record)
+        shown = {
+            key: value
+            for key, value in record.items()
+            if not (key.startswith("test_") and LAYER_of_recorder in key)
+        }
+        logger.info("%s", "  ".join(f"{key} {_short(value)}" for key, value in shown.items()))
+        for tracker in self._trackers:
+            tracker.log(
+                {key: value for key, value in record.items() if key != "step"}, step=int(record["step"])
+            )
+
+    def describe(self, hyperparameters: Json) -> None:
+        """Send the settings of the run to the trackers."""
+        for tracker in self._trackers:
+            tracker.store_init_configuration(dict(hyperparameters))
+
+    def finish(self) -> None:
+        """Close the trackers."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory of a GPU, in GiB, that tensors held at once in this process; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+# Experiment trackers of accelerate: TensorBoard in the run folder, Weights & Biases if requested.
+
+HELP = {"wandb": ": `wandb login` once, or WANDB_MODE=offline where there is no network"}
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise ConfigError if the package of a tracker is not installed."""
+    if "wandb" in names and not is_wandb_available():
+        raise ConfigError(
+            "engine.trackers asks for wandb, which is not installed: pip install 'graftvit[wandb]'"
+        )
+
+
+def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int) -> list[GeneralTracker]:
+    """Create the trackers of a run at `step`, and drop what an earlier attempt logged after it.
+
+    Raises ConfigError: a tracker's package is missing, or it does not start.
+    """
+    check_trackers(names)
+    trackers: list[GeneralTracker] = []
+    for name in names:
+        if name == "tensorboard":
+            trackers.append(TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1))
+        else:
+            trackers.append(
+                WandBTracker("graftvit", name=folder.name, dir=str(folder), id=run_id, resume="allow")
+            )
+    for tracker in trackers:
+        _start(tracker)
+    return trackers
+
+
+def _start(tracker: GeneralTracker) -> None:
+    try:
+        tracker.start()
+    except (
+        Exception
+    ) as error:  # trackers raise their own errors: no key, no network, a folder that cannot be written
+        raise ConfigError(
+            f"engine.trackers={tracker.name} does not start ({one_sentence(str(error))}){HELP.get(tracker.name, '')}"
+        ) from error
+
+
+def hyperparameters(settings: JsonDict, **extra: float) -> JsonDict:
+    """Return the run's settings as the flat scalars that trackers accept."""
+    flat: JsonDict = dict(extra)
+    for section, values in settings.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            name = f"{section}.{key}" if key else section
+            flat[name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

@@ -12,17 +12,14 @@ from ...checkpoints.class_names import places
 from ...checkpoints.pretrained import Head
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
-from ..data.randomness import preserved, seed_batch
-from ..evaluate import evaluate
-from ..metrics.distance import compared_layers
-from ..metrics.measure import PROBES, Against, Family, measure
-from ..metrics.ranks import exact, summed
-from ..metrics.reader import Reader
+from ..data.sampler import preserved, seed_batch
+from ..metrics.distance import Reader, compared_layers, exact, summed
+from ..metrics.measure import PROBES, Against, Family, evaluate, measure
 from . import deadline
 from .best import Criterion, classifies
 from .build import Parts
 from .ema import WeightAverage
-from .tasks import Task, TransferTask
+from .modes import Task, TransferTask
 
 Predictor = Callable[[Tensor], Tensor]
 

@@ -19,8 +19,8 @@ from ...models.copying.teacher_view import TokensOnly, WholeModel
 from ...models.families import blocks_of, find_family
 from ..config import RunConfig
 from .build import Parts
-from .tasks import TransferTask
-from .teacher_checks import sharded_teachers
+from .modes import TransferTask
+from .students import sharded_teachers
 
 
 def shard_teachers(config: RunConfig, parts: Parts, accelerator: Accelerator) -> None:

@@ -11,28 +11,29 @@ from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
+from ...checkpoints import provenance
 from ...checkpoints.atomic import write_text
 from ...checkpoints.state import StateFolder, TrainingState
-from ...models.errors import GraftError
+from ...checkpoints.student import write_student
+from ...models.copied import copy_attention
+from ...models.errors import GraftError, Json
+from ...models.lora import merged
 from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
+from ..data.sampler import preserved
 from .build import Parts, build
 from .cached_targets import prepare_targets
-from .elastic import GlobalBatch, describe, settle
 from .ema import WeightAverage
 from .fence import Fence
-from .finish import export_students
-from .fit_operators import fit_operators
+from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
 from .loop import Loop
-from .measure_features import leave_to_us, measure_features
-from .meters import Meters
+from .modes import PretrainTask
 from .optim import Schedule, create_optimizer, describe_batch
-from .parallel import create_accelerator, gather, host_group, raise_together, shard
-from .progress import ProgressBar
-from .recorder import Recorder
+from .parallel import create_accelerator, gather, gathered, host_group, raise_together, shard
 from .resume_check import (
+    GlobalBatch,
     Position,
     check_agreement,
     check_length,
@@ -40,16 +41,76 @@ from .resume_check import (
     check_same_split,
     check_same_teacher,
     commits_of,
+    describe,
     refuse_existing,
     settings,
+    settle,
 )
 from .run_state import RunState, position_of
-from .runlog import RunLog
+from .runlog import Meters, ProgressBar, Recorder, RunLog, create_trackers, hyperparameters
 from .scoring import score, teacher_top1
 from .shard_teachers import shard_teachers
 from .signals import StopSignals
-from .stage_together import stage_together
-from .trackers import create_trackers, hyperparameters
+
+# Export the student of a finished run, and its average, in timm's layout.
+
+
+def export_students(
+    parts: Parts,
+    average: WeightAverage | None,
+    folder: Path,
+    meta: Json,
+    *,
+    fence: Fence,
+    writes: bool,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write `student/` and `student_ema/`; for a masked autoencoder, only the encoder.
+
+    The weights are loaded into a new timm model of the same arguments, so it contains nothing of the training; a
+    student that copies attention gets the part of the teacher that it needs. `meta` is the meta part of a state.
+    All processes must call it; only the first one writes.
+    """
+    named = {"student": gathered(parts.task.trainable.state_dict(), keep=writes)}
+    if average is not None:
+        # Integer buffers have no average: use the student's own.
+        named["student_ema"] = named["student"] | gathered(average.average, keep=writes)
+    error: GraftError | None = None
+    if writes:
+        try:
+            for name, tensors in named.items():
+                made = provenance.of_state(meta, "ema" if name == "student_ema" else "student")
+                with fence.guard():
+                    _export(parts, tensors, folder / name, made)
+        except GraftError as failure:
+            failure.exit_code = 1
+            error = failure
+    raise_together(error, group)
+
+
+def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Json) -> None:
+    if isinstance(parts.task, PretrainTask):
+        prefix = "encoder."
+        tensors = {
+            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+        }
+    with preserved():
+        model = parts.plan.create()
+    model.load_state_dict(merged(tensors))
+    plan = parts.plan
+    if plan.copying is not None and parts.teacher is not None:
+        copy_attention(model, parts.teacher.model, plan.copying)
+    write_student(
+        model,
+        folder,
+        architecture=plan.architecture,
+        model_args=plan.arguments,
+        preprocessing=plan.preprocessing,
+        license=provenance.carried_license(made),
+        provenance=made,
+        label_names=plan.label_names,
+    )
+
 
 logger = logging.getLogger(__name__)
 

@@ -2,20 +2,277 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.attention.kernels import precise
 from ...models.copying.grids import GridRule, TokenMatch, match_tokens
 from ...models.copying.tape import LayerPair
 from ...models.errors import DataError, TransferError, UnsupportedModelError
-from ...models.families import attention_shape, check_supported, token_layout
+from ...models.families import (
+    attention_blocks,
+    attention_shape,
+    check_supported,
+    pooling_of,
+    token_layout,
+    vit,
+)
 from ..methods.pairs import resolve_layers
-from .ranks import exact, summed
-from .reader import Reader, Reading
+
+# Weighted nearest neighbors: predict the classes of images from the features of a frozen model.
+
+NEIGHBORS = 20
+TEMPERATURE = 0.07
+ROWS = 64
+"""Images whose similarities to all training images are held at a time."""
+
+
+class NearestNeighbors:
+    """The classifier of instance discrimination (arXiv:1805.01978), with the values of DINO (arXiv:2104.14294).
+
+    With f(x) the features divided by their length and N the k training images nearest to x by s_i = f(x)·f(x_i),
+    class c gets Σ_{i in N, y_i = c} exp(s_i / T) votes; k = 20, T = 0.07. `features_ND` and `labels_N` are those of
+    the training images. The result is (B, classes).
+    """
+
+    def __init__(
+        self,
+        features_ND: Tensor,
+        labels_N: Tensor,
+        num_classes: int,
+        *,
+        neighbors: int = NEIGHBORS,
+        temperature: float = TEMPERATURE,
+    ) -> None:
+        self._features_ND = F.normalize(features_ND, dim=1)
+        self._labels_N = labels_N
+        self._num_classes = num_classes
+        self._neighbors = min(neighbors, len(labels_N))
+        self._temperature = temperature
+
+    def __call__(self, features_BD: Tensor) -> Tensor:
+        return torch.cat([self._votes(rows) for rows in F.normalize(features_BD, dim=1).split(ROWS)])
+
+    def _votes(self, features_BD: Tensor) -> Tensor:
+        similarity_BN = features_BD.to(self._features_ND.dtype) @ self._features_ND.T
+        nearest_BK, index_BK = similarity_BN.topk(self._neighbors, dim=1)
+        votes_BC = nearest_BK.new_zeros(len(nearest_BK), self._num_classes)
+        return votes_BC.scatter_add_(1, self._labels_N[index_BK], (nearest_BK / self._temperature).exp())
+
+
+# Sums and rows of all processes.
+
+
+def several() -> bool:
+    """Return whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the sum over all processes, on each of them."""
+    if several():
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, by rank, on each of them; every process gives equally many."""
+    if not several():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def first(values: Tensor) -> Tensor:
+    """Return the values of the first process, on each of them: rounding may differ between devices."""
+    if several():
+        dist.broadcast(values, 0)
+    return values
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """Return the type that sums are kept in; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+# A linear probe: multinomial logistic regression on the features of a frozen model.
+
+STRENGTHS = tuple(10.0**power for power in range(-6, 6))
+"""Values of C that are tried: the range of DINOv2's evaluation, one a decade instead of four."""
+HELD_OUT = 10
+"""One in so many training images chooses C."""
+MAX_STEPS = 1000
+TOLERANCE = 1e-6
+"""Of the loss's gradient: its largest entry."""
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """`probe(features)` gives logits (B, classes). `strength` is the C that was chosen."""
+
+    weight: Tensor
+    bias: Tensor
+    strength: float
+
+    def __call__(self, features_BD: Tensor) -> Tensor:
+        return F.linear(features_BD.to(self.weight.dtype), self.weight, self.bias)
+
+
+def fit_probe(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> LinearProbe:
+    """Return the probe of DINOv2's evaluation (arXiv:2304.07193): L-BFGS on the features as they are, in float64.
+
+    It minimizes Σ_i CE(W f_i + b, y_i) + ‖W‖² / (2C). C is the one of `STRENGTHS` that names the most images right
+    of a tenth of the training images, drawn at random, when fitted on the rest; the probe is then fitted on all.
+    """
+    features_ND = features_ND.to(exact(features_ND.device))
+    # Off the mean and of one scale L-BFGS is faster, and the minimum is the same: the bias takes the one up and the
+    # penalty, which then counts (scale)^-2 as much, the other.
+    mean_D, scale = features_ND.mean(0), float(features_ND.std(correction=0)) or 1.0
+    features_ND = (features_ND - mean_D) / scale
+    order = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0)).to(labels_N.device)
+    chosen, rest = order[: len(order) // HELD_OUT], order[len(order) // HELD_OUT :]
+    strength = STRENGTHS[len(STRENGTHS) // 2]
+    if len(chosen):
+        held = features_ND[chosen], labels_N[chosen]
+        strength = _choose(features_ND[rest], labels_N[rest], held, num_classes, scale)
+    weight, bias = _start(features_ND, num_classes)
+    _fit((weight, bias), features_ND, labels_N, strength * scale**2)
+    weight = weight.detach() / scale
+    return LinearProbe(first(weight), first(bias.detach() - weight @ mean_D), strength)
+
+
+def _choose(
+    features_ND: Tensor, labels_N: Tensor, held: tuple[Tensor, Tensor], num_classes: int, scale: float
+) -> float:
+    """Return the strength with the most held-out images right, the least of equals; each fit starts from the one
+    before."""
+    parameters = _start(features_ND, num_classes)
+    right = []
+    for strength in STRENGTHS:
+        _fit(parameters, features_ND, labels_N, strength * scale**2)
+        with torch.no_grad():
+            right.append((F.linear(held[0], *parameters).argmax(1) == held[1]).sum())
+    return STRENGTHS[int(first(torch.stack(right)).argmax())]
+
+
+def _start(features_ND: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    weight = features_ND.new_zeros(num_classes, features_ND.shape[1]).requires_grad_()
+    return weight, features_ND.new_zeros(num_classes).requires_grad_()
+
+
+@torch.enable_grad()
+def _fit(parameters: tuple[Tensor, Tensor], features_ND: Tensor, labels_N: Tensor, strength: float) -> None:
+    """Bring weight and bias to the minimum, divided by the number of images to keep the gradient's scale."""
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=MAX_STEPS,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        penalty = parameters[0].square().sum() / (2 * strength * len(labels_N))
+        total = F.cross_entropy(F.linear(features_ND, *parameters), labels_N) + penalty
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+
+
+# A model that shows its features: the input of its head, and the outputs of its blocks.
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Reading:
+    """Of one batch. DeiT's two heads read two tokens, and the mean of these is the feature."""
+
+    logits: Tensor
+    feature: Tensor
+    """In float32."""
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, (B, N, D)."""
+
+
+class Reader:
+    """`reader(images)` runs `predict`, in which `model` takes part, and keeps what passes through the model.
+
+    The feature is the input of the model's classifier, which timm leaves in place as an identity where there is no
+    head; tokens that are not pooled before it are averaged. The same images in a row are run once.
+    """
+
+    def __init__(
+        self, model: nn.Module, predict: Predictor | None = None, layers: Collection[int] = ()
+    ) -> None:
+        self.model = model
+        self._predict = model if predict is None else predict
+        self._layers = layers
+        self._last: tuple[Tensor, Reading] | None = None
+
+    def __call__(self, images: Tensor) -> Reading:
+        if self._last is None or self._last[0] is not images:
+            self._last = images, self._read(images)
+        return self._last[1]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return what the head gives, (B, classes)."""
+        return self(images).logits
+
+    def feature(self, images: Tensor) -> Tensor:
+        """Return what the head reads, (B, D)."""
+        return self(images).feature
+
+    def forget(self) -> None:
+        """Let go of the last images: the weights may change."""
+        self._last = None
+
+    def _read(self, images: Tensor) -> Reading:
+        features: list[Tensor] = []
+        blocks: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for head in _classifiers(self.model):
+                hooks.callback(head.register_forward_pre_hook(partial(_keep_input, features)).remove)
+            for layer in self._layers:
+                block = attention_blocks(self.model)[layer]
+                hooks.callback(block.register_forward_hook(partial(_keep_output, blocks, layer)).remove)
+            logits = self._predict(images)
+        return Reading(logits, torch.stack([_pooled(feature) for feature in features]).mean(0), blocks)
+
+
+def describe_features(model: nn.Module) -> str:
+    """Describe the features that nearest neighbors and a probe read: their number, and the pooling before the head."""
+    pooling = pooling_of(model)
+    pooled = "averaged over all tokens" if pooling == "" else f"pooled by {pooling or 'its own head'}"
+    return f"{vit(model).head_hidden_size} features of an image, {pooled}"
+
+
+def _classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    found = vit(model).get_classifier()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _keep_input(kept: list[Tensor], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    kept.append(inputs[0])
+
+
+def _keep_output(kept: dict[int, Tensor], layer: int, _: nn.Module, inputs: object, output: Tensor) -> None:
+    kept[layer] = output
+
+
+def _pooled(feature: Tensor) -> Tensor:
+    feature = precise(feature)
+    return feature.mean(1) if feature.ndim == 3 else feature.flatten(1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ...models.converted import converted_layers, whole_plan
 from ...models.copying.teacher_view import shallow
 from ...models.errors import TransferError
 from ...models.families import sites, vit
-from .alike import check_alike
+from .align import check_alike
 
 
 @dataclass(frozen=True)

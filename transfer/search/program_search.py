@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,14 +18,156 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ...checkpoints.atomic import write_shared
 from ...checkpoints.files import read_if_there
 from ...models.errors import ConfigError, JsonDict
+from ...models.programs.drawing import cross, draw_program, mutate
 from ...models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
 from ...models.programs.program_checks import CHECKS, check
-from ..cells.records import cell_state, digest, load_record, save_first
-from ..cells.threads import torch_threads
-from .evolution import Child, Evaluation, front, hypervolume, propose
-from .gradient_fit import fitted_mismatch
-from .layer_file import layers_to_bytes, read_layers
-from .matching import DIGITS, RecordedLayer, mismatch
+from ..cells.pool import (
+    Ending,
+    State,
+    StoppedError,
+    Whole,
+    cell_state,
+    digest,
+    load_record,
+    run_in_processes,
+    save_first,
+    torch_threads,
+)
+from .matching import DIGITS, RecordedLayer, fitted_mismatch, layers_to_bytes, mismatch, read_layers
+
+# Evolution of programs in generations, of which each is a pure function of the seed and of earlier evaluations.
+
+RECENT = 2
+"""Generations whose programs can be parents, beside the front."""
+CROSSED = 0.3
+"""The part of children of two parents; each child is also mutated."""
+CONTEST = 4
+"""Candidates for a parent, of which the best is taken."""
+TRIES = 50
+Error = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Evaluation(Ending):
+    """The record of one evaluation."""
+
+    generation: Whole = 0
+    program: str = ""
+    parents: tuple[str, ...] = ()
+    refused: str = ""
+    """The check that refused the program; empty if it was measured."""
+    reason: str = ""
+    mismatch: Error | None = None
+    """Of the teacher's attention (`matching.mismatch`), the mean over teachers; None if it was refused."""
+    cost: Whole = 0
+    """Multiply-adds and entries of all layers, for one image."""
+    errors: tuple[Error, ...] = ()
+    """The mismatch with each teacher."""
+
+    @property
+    def objectives(self) -> tuple[float, ...]:
+        """Return what a front compares beside the cost."""
+        return self.errors or (math.inf if self.mismatch is None else self.mismatch,)
+
+
+@dataclass(frozen=True)
+class Child:
+    """A program to evaluate, and the texts of those that it comes from."""
+
+    program: Program
+    parents: tuple[str, ...] = ()
+
+
+def propose(
+    seed: int, generation: int, count: int, earlier: Sequence[Evaluation], *, at_random: bool = False
+) -> list[Child]:
+    """Return the programs of a generation, all of which are new.
+
+    The first generation is drawn. Later ones are children of the front and of the last generations. `at_random` draws
+    every generation, for comparison.
+    """
+    seen = {each.program for each in earlier}
+    children: list[Child] = []
+    parents = _parents(generation, earlier)
+    for slot in range(count):
+        random = Random(f"{seed}/{generation}/{slot}")
+        child = Child(draw_program(random))
+        for _ in range(TRIES):
+            if parents and not at_random:
+                child = _child(parents, random)
+            elif child.program.text in seen:
+                child = Child(draw_program(random))
+            if child.program.text not in seen:
+                break
+        seen.add(child.program.text)
+        children.append(child)
+    return children
+
+
+def front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return the evaluations that no other one beats in cost and the mismatch with each teacher, the cheapest first."""
+    best: list[Evaluation] = []
+    measured = [each for each in evaluations if each.mismatch is not None]
+    for each in sorted(measured, key=lambda one: (one.cost, one.mismatch, one.program)):
+        if not any(_covers(one, each) for one in best):
+            best.append(each)
+    return best
+
+
+def hypervolume(evaluations: Sequence[Evaluation], cost: int) -> float:
+    """Return the part of the area below mismatch 1 and log(`cost`) that is dominated, from cost 1 on.
+
+    With several teachers, it is the area of their mean mismatch.
+    """
+    volume, edge = 0.0, math.log(cost)
+    for each in reversed(front([replace(each, errors=()) for each in evaluations])):
+        left = math.log(max(1, each.cost))
+        if left < edge and _of(each) < 1:
+            volume += (edge - left) * (1 - _of(each))
+            edge = left
+    return volume / math.log(cost)
+
+
+def _of(evaluation: Evaluation) -> float:
+    return math.inf if evaluation.mismatch is None else evaluation.mismatch
+
+
+def _covers(one: Evaluation, other: Evaluation) -> bool:
+    """Return whether a program of no more cost has no larger mismatch with any teacher."""
+    return all(mine <= its for mine, its in zip(one.objectives, other.objectives, strict=True))
+
+
+def _parents(generation: int, earlier: Sequence[Evaluation]) -> list[Evaluation]:
+    recent = [
+        each for each in earlier if each.generation >= generation - RECENT and each.mismatch is not None
+    ]
+    return list(dict.fromkeys([*front(earlier), *recent]))
+
+
+def _child(parents: Sequence[Evaluation], random: Random) -> Child:
+    first = _parent(parents, random)
+    program = parse_program(first.program)
+    texts: tuple[str, ...] = (first.program,)
+    if random.random() < CROSSED:
+        second = _parent(parents, random)
+        program = cross(program, parse_program(second.program), random)
+        texts = (first.program, second.program)
+    return Child(mutate(program, random), texts)
+
+
+def _parent(parents: Sequence[Evaluation], random: Random) -> Evaluation:
+    """Return the best of a few candidates, by cost and the mismatch with one of the teachers, weighed at random."""
+    weight = random.random()
+    rivals = [random.choice(parents) for _ in range(CONTEST)]
+    teachers = len(rivals[0].objectives)
+    teacher = random.randrange(teachers) if teachers > 1 else 0
+
+    def score(one: Evaluation) -> float:
+        error = max(one.objectives[teacher], 1e-6)
+        return weight * math.log(error) + (1 - weight) * math.log(one.cost + 1)
+
+    return min(rivals, key=score)
+
 
 SOFTMAX = "mm(softmax(nt(scale(q) k)) v)"
 CONTROLS = {"softmax": SOFTMAX, "elu + 1": LINEAR, "values": "v", "queries": "q", **FOUND}
@@ -269,3 +413,115 @@ def controls(search: Search) -> dict[str, tuple[float, int]]:
     """Return mismatch and cost of the programs beside which a front is shown, by name."""
     programs = {name: parse_program(text) for name, text in CONTROLS.items()}
     return {name: (search.mismatch(program), search.cost(program)) for name, program in programs.items()}
+
+
+# A search by several processes or jobs: each evaluates its share of a generation first, then what is missing.
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `count` shares of each generation."""
+
+    index: int = 0
+    count: int = 1
+
+    def order(self, slots: int) -> list[int]:
+        """Return all slots, its own first; the others from the last on, where their owners come late."""
+        own = range(self.index, slots, self.count)
+        return [*own, *(slot for slot in reversed(range(slots)) if slot not in own)]
+
+    def part(self, index: int, count: int) -> Share:
+        """Return one of `count` parts of this share."""
+        return Share(self.index + self.count * index, self.count * count)
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+
+def parse_share(text: str) -> Share:
+    """Read `2/4`, the second of four shares. Raises ConfigError: it is not a share."""
+    index, slash, count = text.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+        return Share(int(index) - 1, int(count))
+    raise ConfigError(f"--share {text}: give a share, such as 2/4 for the second of four")
+
+
+@dataclass(frozen=True)
+class SearchProcess:
+    """A process of a search. It ends when all generations are evaluated, by itself or by others."""
+
+    out: Path
+    share: Share
+    generations: int
+    needs: None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its log."""
+        return self.out / "processes" / f"{self.share.index + 1}-of-{self.share.count}"
+
+    def __str__(self) -> str:
+        return f"process {self.share} of the search"
+
+    def state(self) -> State:
+        return "to do"
+
+    def run(self) -> None:
+        open_search(self.out).evaluate(self.generations, self.share.order)
+
+
+class Watch:
+    """The generations of a search that have all their records, and a line about each."""
+
+    def __init__(self, search: Search, generations: int, tell: Callable[[str], None]) -> None:
+        self.done: list[Evaluation] = []
+        self._search, self._left, self._tell = search, list(range(generations)), tell
+        self._generations = generations
+
+    @property
+    def is_over(self) -> bool:
+        return not self._left
+
+    def look(self, running: object = ()) -> None:
+        """Read the generations that became complete."""
+        while self._left and (found := self._search.recorded(self.done)) is not None:
+            self.done += found
+            self._tell(self._search.progress(self._left.pop(0), self._generations, self.done))
+
+
+def run_search(
+    search: Search,
+    generations: int,
+    tell: Callable[[str], None],
+    *,
+    workers: int = 1,
+    share: Share | None = None,
+) -> list[Evaluation]:
+    """Evaluate all generations in `workers` processes, write the archive, and return all evaluations.
+
+    Other processes and jobs with other shares may do the same in the same folder: the archive is the same.
+
+    Raises:
+        ConfigError: the folder has a search with other settings, which are named.
+        StoppedError: on SIGINT, SIGTERM or SIGUSR2.
+        RunFailedError: a process failed.
+    """
+    share = share or Share()
+    search = search.claim()
+    watch = Watch(search, generations, tell)
+    watch.look()
+    if workers == 1 and not watch.is_over:
+        search.evaluate(generations, share.order, watch.look)
+    elif not watch.is_over:
+        _run_processes([SearchProcess(search.folder, share.part(index, workers), generations)
+                        for index in range(workers)], watch)  # fmt: skip
+    search.write_archive(watch.done)
+    return watch.done
+
+
+def _run_processes(processes: Collection[SearchProcess], watch: Watch) -> None:
+    try:
+        run_in_processes(list(processes), len(processes), look=watch.look, finish=watch.look)
+    except StoppedError as stopped:
+        place = f"in {next(iter(processes)).out}; all evaluations are saved"
+        raise StoppedError(stopped.exit_code - 128, place) from stopped

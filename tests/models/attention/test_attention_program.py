@@ -13,7 +13,7 @@ from graftvit.models.converted import start_fresh
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.models.layer_plan import Choice, create_operator
 from graftvit.models.programs.program import FOUND, LINEAR, parse_program
-from graftvit.transfer.recovery.layer_losses import LayerTarget, check_layer_loss, map_error, probe_error
+from graftvit.transfer.recovery.align import LayerTarget, check_layer_loss, map_error, probe_error
 from operator_cases import Case, draw, identity_values
 from torch import Tensor
 

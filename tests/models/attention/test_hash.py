@@ -12,7 +12,7 @@ from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.attention.hash import HashAttention, by_gradient, learn_bits, similar_pairs
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.layer_plan import Choice, create_operator
-from graftvit.transfer.analysis.benchmark.timing import counted_macs
+from graftvit.transfer.analysis.benchmark.cases import counted_macs
 from operator_cases import draw
 from torch import Tensor
 

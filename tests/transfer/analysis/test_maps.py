@@ -17,7 +17,12 @@ from graftvit.models.conversion import convert
 from graftvit.models.copied import copied_layers
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.models.host import AttentionHost, host_attention
-from graftvit.transfer.analysis.maps import attention_maps, divergence_by_layer, js_divergence, map_divergence
+from graftvit.transfer.analysis.layer_maps import (
+    attention_maps,
+    divergence_by_layer,
+    js_divergence,
+    map_divergence,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

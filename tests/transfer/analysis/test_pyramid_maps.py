@@ -14,9 +14,15 @@ from graftvit.models.families import sites
 from graftvit.models.grid_hosts import Call, ReducedHost, WindowHost, watch_layer
 from graftvit.models.host import AttentionHost
 from graftvit.models.pyramid_conversion import sharing_copy
-from graftvit.transfer.analysis.key_places import Cells, KeyPlaces
-from graftvit.transfer.analysis.layer_maps import LayerMap, key_count, layer_maps
-from graftvit.transfer.analysis.maps import attention_maps, divergence_by_layer
+from graftvit.transfer.analysis.layer_maps import (
+    Cells,
+    KeyPlaces,
+    LayerMap,
+    attention_maps,
+    divergence_by_layer,
+    key_count,
+    layer_maps,
+)
 from pyramids import SIZES, TINY, images, tiny
 from torch import Tensor
 

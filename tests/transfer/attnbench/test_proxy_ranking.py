@@ -10,11 +10,9 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.attnbench.bench_rows import Point, Row, write_rows
-from graftvit.transfer.attnbench.proxy_ranking import compare_orders, rank_proxies
-from graftvit.transfer.search.program_search import PROXIES, SOFTMAX
-from graftvit.transfer.search.shares import run_search
-from graftvit.transfer.search.zero_cost import SCORES
+from graftvit.transfer.attnbench.bench_rows import Point, Row, compare_orders, rank_proxies, write_rows
+from graftvit.transfer.search.matching import SCORES
+from graftvit.transfer.search.program_search import PROXIES, SOFTMAX, run_search
 from search_runs import search, silent
 
 PROGRAMS = ("v", "q", SOFTMAX, "k")

@@ -18,7 +18,7 @@ from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.cache import target_shards
-from graftvit.transfer.cache.target_key import digest_of_files
+from graftvit.transfer.cache.target_shards import digest_of_files
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.build import build

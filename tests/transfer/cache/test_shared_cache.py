@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from graftvit.transfer.cache.shard_lock import ShardLock, write_once
+from graftvit.transfer.cache.target_shards import ShardLock, write_once
 from scenarios import RunScenario, scenario_server
 
 NONE = {"one": [], "two": []}

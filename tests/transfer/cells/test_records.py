@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.cells.records import Ending, cell_state, digest, load_record, save_record
+from graftvit.transfer.cells.pool import Ending, cell_state, digest, load_record, save_record
 
 
 def test_a_cell_is_begun_with_its_folder_and_ends_with_its_record(tmp_path: Path) -> None:

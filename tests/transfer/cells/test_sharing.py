@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from graftvit.transfer.cells.records import State
-from graftvit.transfer.cells.sharing import left_to_run, run_in_turn
+from graftvit.transfer.cells.pool import State, left_to_run, run_in_turn
 
 
 def test_cells_that_are_done_are_left_out_and_each_line_says_where_we_are() -> None:

@@ -12,16 +12,15 @@ import pytest
 from data_sets import image, write_classes
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError, DataError
-from graftvit.transfer.analysis.visualize.shown_images import read_images
+from graftvit.transfer.analysis.visualize.map_page import read_images
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders, loading
 from graftvit.transfer.data.augment import eval_transform
-from graftvit.transfer.data.columns import Columns
 from graftvit.transfer.data.datasets import open_dataset
-from graftvit.transfer.data.hub import HubImages
-from graftvit.transfer.data.images import open_image
+from graftvit.transfer.data.image_folder import open_image
 from graftvit.transfer.data.labels import real_labels
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
+from graftvit.transfer.data.streams import Columns, HubImages
 from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision import transforms

@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_sets import image
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.transfer.data import crop
+from graftvit.transfer.data import augment as crop
 from graftvit.transfer.data.augment import eval_transform
 from PIL import Image
 from timm.data.transforms import ResizeKeepRatio

@@ -13,7 +13,7 @@ from data_sets import encoded, write_classes, write_images, write_tar
 from graftvit.models.errors import ConfigError, DataError, GraftError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import check_dataset, open_dataset
-from graftvit.transfer.data.images import UNLABELED, ImageSource
+from graftvit.transfer.data.image_folder import UNLABELED, ImageSource
 from PIL import Image
 
 

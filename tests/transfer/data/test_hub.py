@@ -11,7 +11,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError, GraftError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import open_dataset
-from graftvit.transfer.data.images import UNLABELED, ImageSource
+from graftvit.transfer.data.image_folder import UNLABELED, ImageSource
 from graftvit.transfer.data.loaders import create_eval_loader, create_train_loader
 
 datasets = pytest.importorskip("datasets")

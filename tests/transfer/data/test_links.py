@@ -12,8 +12,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import open_dataset
-from graftvit.transfer.data.image_folder import IMAGE_TYPES
-from graftvit.transfer.data.images import ImageSource
+from graftvit.transfer.data.image_folder import IMAGE_TYPES, ImageSource
 from graftvit.transfer.data.loaders import create_eval_loader, create_reference_loader
 from timm.data.readers.reader_image_folder import find_images_and_targets
 

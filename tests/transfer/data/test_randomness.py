@@ -7,8 +7,7 @@ import random
 
 import numpy as np
 import torch
-from graftvit.transfer.data.randomness import preserved, seed_batch
-from graftvit.transfer.data.sampler import MIXING, ORDER, SAMPLE, STUDENT
+from graftvit.transfer.data.sampler import MIXING, ORDER, SAMPLE, STUDENT, preserved, seed_batch
 
 CPU = torch.device("cpu")
 

@@ -11,15 +11,14 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import has_split, open_dataset
-from graftvit.transfer.data.image_folder import FolderImages
-from graftvit.transfer.data.images import UNLABELED
+from graftvit.transfer.data.image_folder import UNLABELED, FolderImages
 from graftvit.transfer.data.loaders import (
     create_eval_loader,
     create_reference_loader,
     create_train_loader,
     find_eval_loader,
 )
-from graftvit.transfer.data.sample import sample_images
+from graftvit.transfer.data.survey import sample_images
 from image_folders import class_folder, flat_folder, write_images
 
 SPEC = Preprocessing((1, 8, 8), (0.5,), (0.5,))

@@ -18,7 +18,7 @@ from engine_runs import config, differences, make_teacher, records, state
 from graftvit.checkpoints.state import StateFolder
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError, RunFailedError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.engine import finish
+from graftvit.transfer.engine import train as finish
 from graftvit.transfer.engine.fence import Fence, FencedError
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train

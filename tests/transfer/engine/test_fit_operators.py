@@ -17,7 +17,7 @@ from graftvit.launch.plan_text import describe_plan
 from graftvit.models.attention.hash import HashAttention
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import UnsupportedModelError
-from graftvit.transfer.data.sample import sample_images
+from graftvit.transfer.data.survey import sample_images
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.train import train
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from graftvit.transfer.engine.meters import LossHealth, describe, weights_finite
+from graftvit.transfer.engine.runlog import LossHealth, describe, weights_finite
 from torch import Tensor, nn
 
 NAMES = ("loss", "task", "transfer", "layer00", "layer01")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from graftvit.transfer.engine.meters import Meters, stacked
+from graftvit.transfer.engine.runlog import Meters, stacked
 
 
 def test_means_and_a_cut_in_the_middle() -> None:

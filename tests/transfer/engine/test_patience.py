@@ -13,7 +13,7 @@ from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import loop
 from graftvit.transfer.engine.dry_run import dry_run
-from graftvit.transfer.engine.recorder import peak_memory
+from graftvit.transfer.engine.runlog import peak_memory
 from graftvit.transfer.engine.train import train
 
 SCORES = (10.0, 30.0, 20.0, 30.0, 25.0, 40.0, 5.0, 5.0, 5.0)

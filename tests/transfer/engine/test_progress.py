@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from graftvit.transfer.engine.progress import ProgressBar, numbers
+from graftvit.transfer.engine.runlog import ProgressBar, numbers
 
 RECORD = {
     "epoch": 0,

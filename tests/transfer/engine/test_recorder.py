@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.checkpoints.json_lines import read_records
-from graftvit.transfer.engine.progress import ProgressBar
-from graftvit.transfer.engine.recorder import Recorder
-from graftvit.transfer.engine.runlog import RunLog
+from graftvit.transfer.engine.runlog import ProgressBar, Recorder, RunLog
 
 RECORD = {"epoch": 0, "step": 1, "train_loss": 0.5, "lr": 0.1}
 

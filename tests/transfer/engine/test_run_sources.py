@@ -14,7 +14,7 @@ from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.evaluate import evaluate
+from graftvit.transfer.metrics.measure import evaluate
 
 STEPS = {"max_steps": 12, "warmup_epochs": 0, "lr": 0.02, "ema": 0.5}
 

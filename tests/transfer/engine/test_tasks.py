@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import tiny_vit
 from graftvit.models.mae import MaskedAutoencoder
-from graftvit.transfer.engine.tasks import ClassificationTask, PretrainTask, TransferTask, classification_loss
+from graftvit.transfer.engine.modes import ClassificationTask, PretrainTask, TransferTask, classification_loss
 from graftvit.transfer.methods.dual import DualViT
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.engine import trackers
+from graftvit.transfer.engine import runlog as trackers
 from graftvit.transfer.engine.resume_check import settings
-from graftvit.transfer.engine.trackers import create_trackers, hyperparameters
+from graftvit.transfer.engine.runlog import create_trackers, hyperparameters
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from dense import gradient, images, relative_error, tiny
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.transfer import DualViT, OutsideTeacher
-from graftvit.transfer.engine.tasks import classification_loss
+from graftvit.transfer.engine.modes import classification_loss
 from graftvit.transfer.methods.method_text import describe_transfer
 from torch import Tensor, nn
 

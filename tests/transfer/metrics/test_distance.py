@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from engine_runs import tiny_vit
 from graftvit.models.errors import DataError
-from graftvit.transfer.metrics.distance import DistanceSums, compared_layers, measure_distances
-from graftvit.transfer.metrics.reader import Reader
+from graftvit.transfer.metrics.distance import DistanceSums, Reader, compared_layers, measure_distances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

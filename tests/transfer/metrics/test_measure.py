@@ -14,9 +14,8 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_eval_loader, create_reference_loader
-from graftvit.transfer.metrics.distance import compared_layers
+from graftvit.transfer.metrics.distance import Reader, compared_layers
 from graftvit.transfer.metrics.measure import FAMILIES, Against, check_same_classes, measure
-from graftvit.transfer.metrics.reader import Reader
 
 HERE = Path(__file__).resolve().parent
 RANK = """

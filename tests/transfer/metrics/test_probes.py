@@ -9,9 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from engine_runs import ARGUMENTS, tiny_vit
-from graftvit.transfer.metrics.knn import NearestNeighbors
-from graftvit.transfer.metrics.probe import STRENGTHS, fit_probe
-from graftvit.transfer.metrics.reader import Reader
+from graftvit.transfer.metrics.distance import STRENGTHS, NearestNeighbors, Reader, fit_probe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression

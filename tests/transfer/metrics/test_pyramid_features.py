@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from graftvit.models.conversion import convert
-from graftvit.transfer.metrics.reader import Reader
+from graftvit.transfer.metrics.distance import Reader
 from pyramids import TINY, images, tiny
 
 

@@ -13,9 +13,9 @@ from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.conversion import convert, converted_layers, new_parameters, resize
 from graftvit.models.errors import TransferError
 from graftvit.models.families import blocks_of
-from graftvit.transfer.recovery.align import Alignment
-from graftvit.transfer.recovery.layer_losses import (
+from graftvit.transfer.recovery.align import (
     LAYER_LOSSES,
+    Alignment,
     LayerTarget,
     map_error,
     output_error,

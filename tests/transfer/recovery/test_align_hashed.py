@@ -13,8 +13,7 @@ from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import TransferError
 from graftvit.transfer import DualViT
-from graftvit.transfer.recovery.align import Alignment
-from graftvit.transfer.recovery.layer_losses import LAYER_LOSSES, NUM_PROBES, LayerTarget
+from graftvit.transfer.recovery.align import LAYER_LOSSES, NUM_PROBES, Alignment, LayerTarget
 from operator_cases import Case, draw
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
-from graftvit.transfer.analysis.compare.layer_errors import layer_errors
+from graftvit.transfer.analysis.compare.comparison_cells import layer_errors
 from graftvit.transfer.recovery.align import Alignment
 from graftvit.transfer.recovery.layer_search import search_layers, tokens_of
 from pyramids import SIZES, images, tiny

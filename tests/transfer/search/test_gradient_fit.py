@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.search.gradient_fit import fit_maps, fitted_mismatch
-from graftvit.transfer.search.matching import RecordedLayer, matching_error, mismatch
+from graftvit.transfer.search.matching import (
+    RecordedLayer,
+    fit_maps,
+    fitted_mismatch,
+    matching_error,
+    mismatch,
+)
 
 SOFTMAX = "mm(softmax(nt(scale(q) k)) v)"
 

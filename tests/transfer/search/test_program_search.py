@@ -11,11 +11,21 @@ import pytest
 import torch
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.cells.records import save_first
+from graftvit.transfer.cells.pool import save_first
 from graftvit.transfer.search import program_search
-from graftvit.transfer.search.evolution import Evaluation, front, hypervolume, propose
-from graftvit.transfer.search.program_search import ARCHIVE, LAYERS, open_search, recorded_generations
-from graftvit.transfer.search.shares import Share, parse_share, run_search
+from graftvit.transfer.search.program_search import (
+    ARCHIVE,
+    LAYERS,
+    Evaluation,
+    Share,
+    front,
+    hypervolume,
+    open_search,
+    parse_share,
+    propose,
+    recorded_generations,
+    run_search,
+)
 from search_runs import search, silent
 
 

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.search.matching import RecordedLayer
+from graftvit.transfer.search.matching import SCORES, RecordedLayer, rank, sensitivity, unfitted
 from graftvit.transfer.search.program_search import SOFTMAX
-from graftvit.transfer.search.zero_cost import SCORES, rank, sensitivity, unfitted
 
 
 def layer(scale: float = 1.0) -> RecordedLayer:

@@ -18,11 +18,9 @@ from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import check_apart, check_dataset, open_dataset
 from graftvit.transfer.data.image_folder import FolderImages
-from graftvit.transfer.staging import copy_data_set as copying
+from graftvit.transfer.staging import stage as copying
 from graftvit.transfer.staging import stage as staging
-from graftvit.transfer.staging.copy_data_set import StagingStoppedError
-from graftvit.transfer.staging.source import find_source
-from graftvit.transfer.staging.stage import check_stage, stage
+from graftvit.transfer.staging.stage import StagingStoppedError, check_stage, find_source, stage
 
 
 def settings(path: Path, disk: Path, **more: object) -> DataConfig:

@@ -14,10 +14,10 @@ from graftvit.models.errors import ConfigError
 from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data import loaders
-from graftvit.transfer.engine import stage_together as together
+from graftvit.transfer.engine import fit_operators as together
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.staging import copy_data_set as copying
+from graftvit.transfer.staging import stage as copying
 from image_folders import class_folder
 
 

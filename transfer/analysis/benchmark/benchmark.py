@@ -2,20 +2,268 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
+from ....checkpoints.architecture import build, check_name
 from ....checkpoints.atomic import write_bytes, write_text
+from ....checkpoints.pretrained import load_pretrained
+from ....checkpoints.sources import TimmSource, parse_source
+from ....models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
+from ....models.calibration import fit_at_random
+from ....models.conversion import convert, converted_layers, layer_macs, resize
+from ....models.cost import attention_macs as pyramid_attention
+from ....models.cost import other_macs
 from ....models.errors import ConfigError
-from ...cells.sharing import left_to_run, run_in_turn
-from ..report.ink import to_png
-from .benchmark_tables import render
-from .cases import Case, Kind, Results, Row, drifted, load_results, machine
-from .latency_plot import draw_latency
-from .timing import keep_freed_memory
+from ....models.families import attention_blocks, is_pyramid, patch_size
+from ....models.layer_plan import Choice, create_operator, parse_plan
+from ...cells.pool import left_to_run, run_in_turn
+from ..report.ink import INK, color_of, dashes_of, draw_ring, legend_beside, log_log, new_plots, to_png
+from ..report.pages import markdown, milliseconds
+from .cases import (
+    DTYPES,
+    SOFTMAX,
+    Case,
+    Kind,
+    Results,
+    Row,
+    Step,
+    Ways,
+    counted_macs,
+    drifted,
+    keep_freed_memory,
+    load_average,
+    load_results,
+    machine,
+    peak_bytes,
+    step_of,
+    time_steps,
+)
+from .public_forms import public_form, straight_form
+
+# From which size on an operator is faster than fused softmax attention.
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The size where the ratio is one, interpolated; below the smallest or above the largest that was measured."""
+
+    size: float
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.size:,.0f}".strip()
+
+
+def crossover(sizes: Iterable[int], ratios: Iterable[float]) -> Crossover:
+    """Return the size where the ratio is one for the last time; it is above one from there on.
+
+    Between two sizes log(ratio) is linear in log(size).
+    """
+    points = sorted(zip(sizes, ratios, strict=True))
+    if points[-1][1] < 1:
+        return Crossover(points[-1][0], "above")
+    for (small, slower), (large, faster) in reversed(list(itertools.pairwise(points))):
+        if slower < 1:
+            part = -math.log(slower) / (math.log(faster) - math.log(slower))
+            return Crossover(small * (large / small) ** part, "")
+    return Crossover(points[0][0], "below")
+
+
+def crossovers(rows: Iterable[Row]) -> dict[Case, Crossover]:
+    """Return the crossovers by operator and setting, a case of size 0, where there are two sizes or more.
+
+    An operator with a row whose reference drifted is left out.
+    """
+    rows = list(rows)
+    unsteady = drifted(rows)
+    left_out = {without_size(row.case) for row in unsteady}
+    groups: dict[Case, list[Row]] = {}
+    for row in rows:
+        if row.case.name != SOFTMAX and without_size(row.case) not in left_out:
+            groups.setdefault(without_size(row.case), []).append(row)
+    return {
+        case: crossover((row.case.size for row in group), (row.ratio for row in group))
+        for case, group in groups.items()
+        if len(group) > 1
+    }
+
+
+def without_size(case: Case) -> Case:
+    """Return the setting that rows of several sizes share."""
+    return replace(case, size=0)
+
+
+# The tables of a benchmark, in Markdown.
+
+MARK = "†"
+"""Of numbers whose reference drifted."""
+MISCOUNT = 0.05
+"""How far an operator's own account may be from the counter before the table says so."""
+
+
+def render(results: Results) -> str:
+    """Return a table of cases for each setting, and one of crossovers."""
+    loads = [row.load for row in results.rows]
+    beside = "fused softmax attention" if results.kind == "operators" else "the unconverted model"
+    first = (
+        f"{results.machine}. Ratio: how many times as fast as {beside}, timed in turn with it in the "
+        "same run. Spread: first to third quartile. CPU ms: processor time of all threads, in which other programs on "
+        "the machine have no part. Load average while measuring "
+        f"{min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
+    )
+    parts = [first]
+    for setting, rows in _settings(results.rows).items():
+        parts += [f"### {setting}", size_table(rows) + _miscounted(rows) + _unsteady(rows)]
+        if any(row.straight or row.public for row in rows):
+            parts.append(peers_table(rows))
+    if crossovers(results.rows):
+        size = "N" if results.kind == "operators" else "image side"
+        heading = f"### Crossover: the {size} from which it is faster than {beside}"
+        parts += [heading, crossover_table(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def crossover_table(results: Results) -> str:
+    """Return a line an operator or plan, a column a setting."""
+    found = crossovers(results.rows)
+    settings = list(dict.fromkeys(case.setting for case in found))
+    names = list(dict.fromkeys(case.name for case in found))
+    cells = {(case.name, case.setting): str(value) for case, value in found.items()}
+    head = "operator" if results.kind == "operators" else "plan"
+    return markdown(
+        [head, *settings], [[name, *(cells.get((name, one), "") for one in settings)] for name in names]
+    )
+
+
+def size_table(rows: Sequence[Row]) -> str:
+    """Return a line a case of one setting, the fastest first; results of older versions have no processor time."""
+    beside, unsteady = rows[0].case.beside, drifted(rows)
+    columns: dict[str, Callable[[Row, str], str]] = {
+        "operator" if rows[0].case.kind == "operators" else "plan": lambda row, _: row.case.name,
+        "ms": lambda row, _: milliseconds(row.median),
+        "spread": lambda row, _: f"{milliseconds(row.low)}–{milliseconds(row.high)}",
+        "CPU ms": lambda row, _: _processor(row.cpu),
+        f"{beside} ms": lambda row, mark: f"{milliseconds(row.softmax)}{mark}",
+        "its CPU ms": lambda row, _: _processor(row.softmax_cpu),
+        "ratio": lambda row, mark: f"{row.ratio:.2f}{mark}",
+        "images/s": lambda row, _: f"{row.case.batch / row.median:,.1f}",
+        "peak MiB": lambda row, _: f"{row.peak_bytes / 2**20:,.1f}",
+        "attention MMACs": lambda row, _: f"{row.macs / 1e6:,.1f}",
+        "counted": lambda row, _: f"{row.counted_macs / 1e6:,.1f}",
+    }
+    if all(row.cpu is None for row in rows):
+        del columns["CPU ms"], columns["its CPU ms"]
+    lines = [
+        [text(row, MARK if row in unsteady else "") for text in columns.values()]
+        for row in sorted(rows, key=lambda row: -row.ratio)
+    ]
+    return markdown(list(columns), lines)
+
+
+def _processor(seconds: float | None) -> str:
+    return "" if seconds is None else milliseconds(seconds)
+
+
+def peers_table(rows: Sequence[Row]) -> str:
+    """Return a line a case of one setting: its time over those of its straight-line form and of a public package."""
+    head = ["operator", "ms", "straight-line ms", "ratio", "public implementation", "its ms", "ratio"]
+    lines = []
+    for row in sorted(rows, key=lambda row: row.case.name):
+        beside = [
+            cell
+            for seconds in (row.straight, row.public)
+            for cell in (
+                ("", "") if seconds is None else (milliseconds(seconds), f"{row.median / seconds:.2f}")
+            )
+        ]
+        lines.append([row.case.name, milliseconds(row.median), *beside[:2], row.package, *beside[2:]])
+    return "Time over the time of other forms; below 1 the operator is faster:\n\n" + markdown(head, lines)
+
+
+def _settings(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.case.size):
+        found.setdefault(f"{row.case.size_text}, {row.case.setting}", []).append(row)
+    return found
+
+
+def _miscounted(rows: Sequence[Row]) -> str:
+    """Name the operators whose count differs from torch's; empty where none does."""
+    names = [row.case.name for row in rows if abs(row.counted_macs - row.macs) > MISCOUNT * row.macs]
+    if not names:
+        return ""
+    return (
+        f"\n\nMore than {MISCOUNT:.0%} between own and counted multiply-adds, where sums over elements, "
+        f"poolings or kernels of which torch's counter does not know matter: {', '.join(names)}."
+    )
+
+
+def _unsteady(rows: Sequence[Row]) -> str:
+    """Explain the mark of rows whose reference drifted; empty where none did."""
+    if not drifted(rows):
+        return ""
+    beside = rows[0].case.beside
+    return (
+        f"\n\n{MARK} {beside} took another time than in the other rows, each time that it was measured: the machine "
+        "was busy, the ratio says nothing, and no crossover is given. Measure again when nothing else runs."
+    )
+
+
+# Latency against the number of tokens, or the image side: log-log, with the crossovers marked.
+
+
+def draw_latency(rows: Sequence[Row]) -> Figure:
+    """Draw one plot a setting: a line an operator, softmax dashed, a ring where a line crosses it for good."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(row.case.setting, []).append(row)
+    count = max(1, len(panels))
+    figure, plots = new_plots("light", (8.4, 5.0 * count), rows=count)
+    for axes, (setting, group) in zip(plots, panels.items(), strict=False):
+        _draw_panel(axes, setting, group)
+    return figure
+
+
+def _draw_panel(axes: Any, setting: str, rows: list[Row]) -> None:
+    found, sizes = crossovers(rows), sorted({row.case.size for row in rows})
+    softmax = [statistics.median_high(row.softmax for row in rows if row.case.size == size) for size in sizes]
+    axes.plot(
+        sizes,
+        [1e3 * value for value in softmax],
+        "--",
+        color=INK["light"],
+        linewidth=2,
+        label=rows[0].case.beside,
+    )
+    names = [name for name in dict.fromkeys(row.case.name for row in rows) if name != SOFTMAX]
+    for place, name in enumerate(names):
+        line = sorted((row for row in rows if row.case.name == name), key=lambda row: row.case.size)
+        x = [row.case.size for row in line]
+        low, y, high = ([1e3 * getattr(row, key) for row in line] for key in ("low", "median", "high"))
+        at, color = found.get(without_size(line[0].case)), color_of(place)
+        label = name if at is None else f"{name} ({at})"
+        axes.plot(x, y, dashes_of(place), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
+        axes.fill_between(x, low, high, color=color, alpha=0.15)
+        if at is not None and not at.where:
+            draw_ring(axes, at.size, x, y, color)
+    log_log(axes, sizes)
+    axes.set_xlabel("tokens N" if rows[0].case.kind == "operators" else "image side, pixels")
+    axes.set_ylabel("milliseconds")
+    axes.set_title(setting, color=INK["light"], fontsize=10)
+    legend_beside(axes, "light")
+
 
 logger = logging.getLogger(__name__)
 AGAIN = 2
@@ -71,3 +319,256 @@ def check_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; take --device cpu")
     return device
+
+
+# The row of a case from its two steps: fused softmax attention, and what is measured beside it.
+
+
+def compiled(module: nn.Module, case: Case) -> nn.Module:
+    """Return the module, compiled where the case asks for it."""
+    return cast(nn.Module, torch.compile(module)) if case.compiled else module
+
+
+def measure_case(
+    case: Case,
+    steps: Sequence[Step],
+    repeats: int,
+    *,
+    macs: int,
+    counted: int,
+    peers: Mapping[str, Step] | None = None,
+    package: str = "",
+) -> Row:
+    """Time both `steps` in turn, softmax first, and measure the peak memory of the second.
+
+    `peers` may have a step `straight` and a step `public`, which take their turns, too.
+    """
+    device, (softmax, own) = torch.device(case.device), steps
+    timings = time_steps({"softmax": softmax, "own": own, **(peers or {})}, repeats, device)
+    time = timings["own"]
+    straight, public = (timings[name].median if name in timings else None for name in ("straight", "public"))
+    return Row(
+        case,
+        time.median,
+        time.low,
+        time.high,
+        timings["softmax"].median,
+        peak_bytes(own, device),
+        macs,
+        counted,
+        load_average(),
+        straight,
+        public,
+        package,
+        time.cpu,
+        timings["softmax"].cpu,
+    )
+
+
+# A whole model converted by a plan, timed in turn with the model as it is.
+
+
+def model_cases(sources: Sequence[str], plans: Sequence[str], sizes: Sequence[int], ways: Ways) -> list[Case]:
+    """Return every combination, small images first.
+
+    Raises GraftError: a source is not there, an image size does not fit it, or a plan is not valid.
+    """
+    for source in sources:
+        model = load_model(source, min(sizes))
+        for plan in plans:
+            convert(model, plan, without=ways.without)
+        for size in sizes:
+            load_model(source, size)
+    return ways.cases("models", plans, sources, sizes)
+
+
+def load_model(source: str, img_size: int) -> nn.Module:
+    """Return the model of a source for images of `img_size` pixels.
+
+    A timm name is built with random weights, which are as fast as any: nothing is downloaded for it.
+
+    Raises CheckpointError: there is no such source, or it takes no such images.
+    """
+    found = parse_source(source)
+    if isinstance(found, TimmSource):
+        check_name(found.name)
+        model = build(found.name.partition(".")[0], {"img_size": img_size}).eval()
+    else:
+        model = load_pretrained(source, img_size=img_size).model
+    if is_pyramid(model):  # one that takes images of any size does not know this one
+        resize(model, img_size)
+    _check_size(model, img_size)
+    return model
+
+
+def _check_size(model: nn.Module, img_size: int) -> None:
+    """Raise ConfigError where patches do not fill the image: timm ignores the rest silently."""
+    patch = patch_size(model)
+    if img_size % patch[0]:
+        nearest = patch[0] * max(1, round(img_size / patch[0]))
+        raise ConfigError(
+            f"--img_size {img_size}: patches of {patch[0]} pixels do not fill it; take {nearest}"
+        )
+
+
+def measure_model(case: Case, repeats: int) -> Row:
+    """Measure times, memory and multiply-adds of one case."""
+    device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    softmax = load_model(case.source, case.size)
+    student = convert(softmax, case.name, without=case.without)
+    fit_at_random(converted_layers(student))
+    softmax, student = (model.to(device, dtype).requires_grad_(case.backward) for model in (softmax, student))
+    torch.manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype)
+    compared = (softmax, compiled(student, case))
+    steps = [
+        _learning(model, images) if case.backward else step_of(partial(model, images)) for model in compared
+    ]
+    counted, whole = (counted_macs(step_of(partial(model, images[:1]))) for model in (student, softmax))
+    return measure_case(
+        case,
+        steps,
+        repeats,
+        macs=attention_macs(student),
+        counted=counted - macs_beside(student, softmax, whole),
+    )
+
+
+def attention_macs(model: nn.Module) -> int:
+    """Return the multiply-adds of all attention operators for one image, without projections."""
+    if is_pyramid(model):
+        return sum(pyramid_attention(model))
+    softmax, own = layer_macs(model)
+    return sum(own.values()) + (len(attention_blocks(model)) - len(own)) * softmax
+
+
+def macs_beside(student: nn.Module, unconverted: nn.Module, whole: int) -> int:
+    """Return the multiply-adds for one image of all but the attention operators of a converted model.
+
+    `whole` is what torch's counter gives for the unconverted model, which has as much beside its attention; but a
+    conversion drops parts of a pyramid.
+    """
+    return other_macs(student) if is_pyramid(student) else whole - attention_macs(unconverted)
+
+
+def _learning(model: nn.Module, images: torch.Tensor) -> Step:
+    return step_of(lambda: model(images).float().square().mean(), list(model.parameters()))
+
+
+# One attention operator on random projections, timed in turn with fused softmax attention.
+
+LONGEST = 2
+"""How many times as long as wide a grid may be."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The layer around the operator."""
+
+    heads: int = 6
+    head_dim: int = 64
+    prefix: int = 0
+
+    def shape(self, tokens: int) -> LayerShape:
+        """Return the layer over so many patches."""
+        return LayerShape(self.heads, self.head_dim, Geometry(self.prefix, grid_of(tokens)))
+
+    def __str__(self) -> str:
+        prefix = f", {self.prefix} prefix tokens" if self.prefix else ""
+        return f"{self.heads} heads of {self.head_dim}{prefix}"
+
+
+def grid_of(tokens: int) -> tuple[int, int]:
+    """Return the squarest grid of `tokens` patches. Raises ConfigError: no grid has a common shape."""
+    height = next((side for side in range(math.isqrt(max(tokens, 0)), 0, -1) if tokens % side == 0), 0)
+    if height == 0 or tokens > LONGEST * height**2:
+        side = max(1, round(max(tokens, 1) ** 0.5))
+        raise ConfigError(
+            f"--tokens {tokens}: there is no grid of so many patches; take {side**2} ({side} x {side}), and "
+            "--prefix for a class token"
+        )
+    return height, tokens // height
+
+
+def choice_of(text: str) -> Choice:
+    """Parse an operator with options, as `kernel(feature=relu)`. Raises ConfigError: it is not valid."""
+    return parse_plan({"*": text}, 1)[0]
+
+
+def operator_cases(names: Sequence[str], tokens: Sequence[int], layer: Layer, ways: Ways) -> list[Case]:
+    """Return every combination, short ones first.
+
+    Raises ConfigError: an operator, an option or a grid is not there.
+    """
+    for name in names:
+        for size in tokens:
+            operator = create_operator(choice_of(name), layer.shape(size))
+            if ways.peers:
+                _check_peers(name, operator, layer)
+    return ways.cases("operators", [str(choice_of(name)) for name in names], [str(layer)], tokens)
+
+
+def measure_operator(case: Case, layer: Layer, repeats: int) -> Row:
+    """Measure times, memory and multiply-adds of one case."""
+    torch.manual_seed(0)
+    device, dtype, shape = torch.device(case.device), DTYPES[case.dtype], layer.shape(case.size)
+    softmax, operator = (
+        create_operator(choice_of(name), shape).to(device, dtype).eval() for name in (SOFTMAX, case.name)
+    )
+    operator.fit([], seed=0)
+    heads = _draw(shape, case.batch, device, dtype)
+    steps = [
+        _step(each, heads, case.backward, each.parameters()) for each in (softmax, compiled(operator, case))
+    ]
+    counted = counted_macs(_step(operator, _draw(shape, 1, device, dtype), backward=False))
+    macs = operator.macs(shape.geometry)
+    if not case.peers:
+        return measure_case(case, steps, repeats, macs=macs, counted=counted)
+    peers, package = _peers(case.name, operator, heads, case.backward)
+    return measure_case(case, steps, repeats, macs=macs, counted=counted, peers=peers, package=package)
+
+
+def _check_peers(name: str, operator: AttentionOperator, layer: Layer) -> None:
+    if layer.prefix:
+        raise ConfigError(
+            f"--prefix {layer.prefix} with --peers: public implementations have no prefix tokens; take --prefix 0"
+        )
+    public_form(name, operator, _draw(operator.shape, 1, torch.device("cpu"), torch.float32))
+
+
+def _peers(
+    name: str, operator: AttentionOperator, heads: Heads, backward: bool
+) -> tuple[dict[str, Step], str]:
+    """Return the steps of the straight-line form and of the public implementation, and the name of its package."""
+    straight, public = straight_form(operator), public_form(name, operator, heads)
+    steps = {} if straight is None else {"straight": _step(straight, heads, backward, operator.parameters())}
+    if public is None:
+        return steps, ""
+    package, call, parameters = public
+    return {
+        **steps,
+        "public": _step(lambda heads: call(*heads.qkv()), heads, backward, parameters),
+    }, package
+
+
+def _draw(shape: LayerShape, batch: int, device: torch.device, dtype: torch.dtype) -> Heads:
+    """Draw random projections, laid out in memory as a layer gives them: (B, N, H, D), seen as (B, H, N, D)."""
+    size = (3, batch, shape.geometry.num_tokens, shape.num_heads, shape.head_dim)
+    q, k, v = torch.randn(size, device=device, dtype=dtype).transpose(2, 3).unbind(0)
+    return Heads(q, k, v, None, shape.head_dim**-0.5, geometry=shape.geometry)
+
+
+def _step(
+    run: Callable[[Heads], Tensor], heads: Heads, backward: bool, parameters: Iterable[Tensor] = ()
+) -> Step:
+    """Return a step whose output is laid out as the next projection of a layer reads it, (B, N, H D)."""
+
+    def by_token(heads: Heads) -> Tensor:
+        return run(heads).transpose(1, 2).flatten(2)
+
+    if not backward:
+        return step_of(partial(by_token, heads))
+    q, k, v = (x.detach().requires_grad_() for x in heads.qkv())
+    ready = heads.with_qkv(q, k, v)
+    upstream = torch.randn_like(v.transpose(1, 2).flatten(2))
+    return step_of(partial(by_token, ready), [q, k, v, *parameters], upstream)

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....models.attention.agent import AgentAttention
 from ....models.attention.base import AttentionOperator, Heads
+from ....models.attention.hybrid import HybridAttention
+from ....models.attention.kernel import NORMALIZERS, KernelAttention
+from ....models.attention.linformer import LinformerAttention
+from ....models.attention.monarch import MonarchAttention
+from ....models.attention.nystrom import NystromAttention, pseudo_inverse
+from ....models.attention.pooling import PooledAttention, mean_weights
+from ....models.attention.softmax import UniformAttention
+from ....models.attention.ttt import NORM_EPSILON, TTTAttention
+from ....models.attention.window import TileTables, WindowAttention
 from ....models.errors import ConfigError
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -156,3 +167,160 @@ class Given(nn.Module):
 def _heads(x_BNC: Tensor, num_heads: int) -> Tensor:
     x_BNHD: Tensor = x_BNC.unflatten(2, (num_heads, -1))
     return x_BNHD.transpose(1, 2)
+
+
+# The equation of each operator, written down without any care for speed: what an operator has to be faster than.
+#
+# Each form takes an operator with its default options and heads without prefix tokens and padding, and
+# returns what the operator returns (a test compares them). It uses the operator's parameters, feature map and
+# convolution.
+
+Form: TypeAlias = Callable[[Heads], Tensor]
+
+
+def straight_form(operator: AttentionOperator) -> Form | None:
+    """Return the form of an operator; None if the operator itself is written so, step by step."""
+    for kind, form in FORMS.items():
+        if isinstance(operator, kind):
+            return lambda heads: _with_local(operator, heads, form(operator, heads))
+    return None
+
+
+def _with_local(operator: AttentionOperator, heads: Heads, out: Tensor) -> Tensor:
+    local = operator.local(heads)
+    return out if local is None else out + local
+
+
+def kernel(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """φ(q) (φ(k)ᵀ v), divided by φ(q) · Σ φ(k), or in the form of InLine or of MALA."""
+    own = cast(KernelAttention, operator)
+    q, k, v = heads.qkv()
+    if own.center:
+        k = k - k.mean(2, keepdim=True)
+    q, k = own.feature(heads.with_qkv(q, k, v))
+    products: Tensor = q @ (k.transpose(2, 3) @ v)
+    sums: Tensor = q @ k.sum(2, keepdim=True).transpose(2, 3)
+    if own.normalizer == NORMALIZERS["sum"]:
+        return products / sums
+    tokens, mean = v.shape[2], v.mean(2, keepdim=True)
+    signed: Tensor = heads.scale * (products - sums * mean) / tokens
+    if own.normalizer == NORMALIZERS["inline"]:
+        return signed + mean
+    return products / sums + signed
+
+
+def linformer(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q (E k)ᵀ + log c) F v."""
+    q, k, v = heads.qkv()
+    pool_keys, pool_values = cast(LinformerAttention, operator).pooling(heads.tokens())
+    counts = pool_keys.sum(-1).square() / pool_keys.square().sum(-1)
+    logits = heads.scale * q @ (pool_keys @ k).transpose(2, 3) + counts.clamp_min(1).log()
+    return logits.softmax(-1) @ (pool_values @ v)
+
+
+def agent(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q tᵀ + log c) softmax(s t kᵀ) v with the agents t."""
+    q, k, v = heads.qkv()
+    means, counts = _cells(cast(AgentAttention, operator), heads)
+    agents = means @ q
+    gathered = (heads.scale * agents @ k.transpose(2, 3)).softmax(-1) @ v
+    return (heads.scale * q @ agents.transpose(2, 3) + counts).softmax(-1) @ gathered
+
+
+def nystrom(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q k̃ᵀ + log c) Z softmax(s q̃ kᵀ) v with the landmarks q̃, k̃."""
+    own = cast(NystromAttention, operator)
+    q, k, v = heads.qkv()
+    means, counts = _cells(own, heads)
+    q_marks, k_marks = means @ q, means @ k
+    left, middle = ((heads.scale * x @ k_marks.transpose(2, 3) + counts).softmax(-1) for x in (q, q_marks))
+    right = (heads.scale * q_marks @ k.transpose(2, 3)).softmax(-1)
+    return left @ (pseudo_inverse(middle, own.iterations) @ (right @ v))
+
+
+def window(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """Gather the tiles, attend within each by torch's fused attention, and put the tokens back."""
+    return _tiles(cast(WindowAttention, operator).tables, heads)
+
+
+def hybrid(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """Σ_b g_b A_b v with g = softmax_b(q W + β), over windows, dilated windows and a kernel."""
+    own = cast(HybridAttention, operator)
+    q, _ = heads.qk()
+    gates = (q @ own.gate_weight + own.gate_bias).softmax(-1).unbind(-1)
+    outs = [_tiles(cast(TileTables, tables), heads) for tables in own.tables]
+    outs.append(kernel(cast(KernelAttention, own.kernel), heads))
+    return torch.stack([gate[..., None] * out for gate, out in zip(gates, outs, strict=True)]).sum(0)
+
+
+def ttt(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """f_{W + g}(q) with f_W(x) = (silu(x W₁) ⊙ x W₂) W₃ and g the gradient of (s/N) Σ_j v_j · f_W(k_j)."""
+    own = cast(TTTAttention, operator)
+    q, k, v = heads.qkv()
+    grid = heads.tokens()
+    k = (k - k.mean(2, keepdim=True)) / (k.var(2, correction=0, keepdim=True) + NORM_EPSILON).sqrt()
+    q, k = q + own.q_conv(q, grid), k + own.k_conv(k, grid)
+    v = v * heads.scale / v.shape[2]
+    gate, linear, hidden = k @ own.gated, k @ own.linear, v @ own.out.mT
+    sigmoid = gate.sigmoid()
+    gated = own.gated + k.mT @ (hidden * linear * sigmoid * (1 + gate * (1 - sigmoid)))
+    linear_weight = own.linear + k.mT @ (hidden * gate * sigmoid)
+    out_weight = own.out + (gate * sigmoid * linear).mT @ v
+    out: Tensor = (F.silu(q @ gated) * (q @ linear_weight)) @ out_weight
+    return out
+
+
+def monarch(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """Σ_k L(j, l, k) Σ_i R(k, j, i) v(k, i): the best R for L, then the best L for R, from L = 1."""
+    own = cast(MonarchAttention, operator)
+    block = own.block or heads.tokens().grid[1]
+    q, k, v = (x.unflatten(2, (-1, block)) for x in heads.qkv())
+    q = heads.scale * q
+    blocks = torch.eye(q.shape[2]).to(q).expand(*q.shape[:2], block, -1, -1)
+    for _ in range(own.steps):
+        means = torch.einsum("bhjlk,bhljd->bhkjd", blocks / blocks.sum(3, keepdim=True), q)
+        logs = torch.einsum("bhkjd,bhkid->bhkji", means, k).log_softmax(-1)
+        within = logs.exp()
+        entropy = -(within * logs).sum(-1)
+        scores = torch.einsum("bhljd,bhkjd->bhjlk", q, within @ k)
+        blocks = (scores + entropy.mT[:, :, :, None]).softmax(-1)
+    return torch.einsum("bhjlk,bhkjd->bhljd", blocks, within @ v).flatten(2, 3)
+
+
+def uniform(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """Return the mean of the values, for every token."""
+    v = heads.values()
+    return v.mean(2, keepdim=True).expand_as(v)
+
+
+FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor]] = {
+    KernelAttention: kernel,
+    LinformerAttention: linformer,
+    AgentAttention: agent,
+    NystromAttention: nystrom,
+    WindowAttention: window,
+    HybridAttention: hybrid,
+    TTTAttention: ttt,
+    MonarchAttention: monarch,
+    UniformAttention: uniform,
+}
+
+
+def _cells(operator: PooledAttention, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Return the matrix of the means (cells, N), and the logs of the sizes of the cells."""
+    v = heads.values()
+    means = mean_weights(heads.tokens(), operator.cells(heads.tokens())).to(v)
+    return means, torch.count_nonzero(means, 1).to(v.dtype).log()
+
+
+def _tiles(tables: TileTables, heads: Heads) -> Tensor:
+    q, k, v = heads.qkv()
+    (queries, keys, sees, place), masked = tables(heads.tokens(), q.device)
+    tiles = [
+        x.index_select(2, index.flatten()).unflatten(2, tuple(index.shape)).flatten(0, 1)
+        for x, index in ((q, queries), (k, keys), (v, keys))
+    ]
+    mask = sees.unsqueeze(0) if masked else None
+    out = F.scaled_dot_product_attention(tiles[0], tiles[1], tiles[2], attn_mask=mask, scale=heads.scale)
+    tiled: Tensor = out.unflatten(0, q.shape[:2]).flatten(2, 3)
+    return tiled.index_select(2, place)

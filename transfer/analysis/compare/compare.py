@@ -15,9 +15,16 @@ import torch
 from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, JsonDict, RunFailedError, one_sentence
 from ....models.families import check_supported
-from ...cells.pool import StoppedError
-from ...cells.records import State, cell_state, digest, load_record, save_record
-from ...cells.sharing import left_to_run, run_in_turn
+from ...cells.pool import (
+    State,
+    StoppedError,
+    cell_state,
+    digest,
+    left_to_run,
+    load_record,
+    run_in_turn,
+    save_record,
+)
 from ...config import RunConfig
 from ...effect import dump_decisive
 from ...engine.build import identify_teachers
@@ -25,14 +32,13 @@ from ...engine.stages import Stage
 from ...engine.students import input_size
 from ...engine.train import train
 from ..benchmark.cases import load_average, machine
-from .cell_maps import keep_maps
-from .cell_record import Record, Speed
-from .comparison_cells import TEACHER, Cell, CompareConfig, list_cells
-from .speed import measure_speed
+from .comparison_cells import TEACHER, Cell, CompareConfig, Record, Speed, list_cells
 from .student_cell import (
     count_parameters,
     fresh_model,
     is_linear,
+    keep_maps,
+    measure_speed,
     score_teacher,
     speed_models,
     teacher_of,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+import torch
 from pydantic import Field, NonNegativeInt
+from torch import Tensor, nn
 
 from ....checkpoints.files import safe_name
+from ....models.conversion import ConvertedAttention, converted_layers
 from ....models.errors import ConfigError, did_you_mean
-from ...cells.sharing import pick_named
-from ...section import Section
+from ....models.families import sites, vit
+from ....models.grid_hosts import Call, watch_layer
+from ....models.host import AttentionHost
+from ....models.pyramid_conversion import sharing_copy
+from ...cells.pool import pick_named
+from ...config import Section
 
 TEACHER, UNIFORM = "teacher", "uniform"
 
@@ -114,3 +123,196 @@ def check_stages(compare: CompareConfig, stages: Sequence[str]) -> None:
 def only_named(cells: Sequence[Cell], names: Sequence[str] | None, origin: str = "--only") -> list[Cell]:
     """Return the cells of these names, or with these folders; all for None. Raises ConfigError: one is not there."""
     return pick_named(cells, names, lambda cell: (cell.name, cell.folder), origin)
+
+
+# What is known of a cell; `cells/<cell>/cell.json` keeps it.
+
+
+@dataclass(frozen=True)
+class Score:
+    """On the test images after a stage; `zero-shot` is before the first. Percent; seconds of training alone."""
+
+    stage: str
+    top1: float
+    top5: float
+    loss: float
+    seconds: float = 0.0
+    steps: int = 0
+    deviation: float | None = None
+    """Of a mean over seeds: the sample standard deviation of the top-1."""
+    samples: int | None = None
+    """Test images; None in records of older versions."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A model at an image size. Seconds are of one call; those of softmax were timed in turn with it."""
+
+    size: int
+    batch: int
+    """Images in the batches of throughput and memory."""
+    tokens: int
+    """Of a pyramid, the tokens of its first stage."""
+    latency: float
+    """Of one image, the median."""
+    latency_low: float
+    latency_high: float
+    softmax_latency: float
+    throughput: float
+    """Images a second in batches."""
+    softmax_throughput: float
+    peak_bytes: int
+    """Above the weights, for a batch."""
+    macs: int
+    """Of one image, by the operators' own account."""
+    counted_macs: int
+    """Of one image, by torch's counter."""
+    multiplications: int | None = None
+    """Of one image, as `graftvit benchmark energy` counts; None in records of older versions."""
+    additions: int | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A cell that is done, or that failed with `error`."""
+
+    name: str
+    plan: str | None
+    size: int
+    settings: str
+    """A digest of all settings that its accuracy depends on."""
+    machine: str
+    load: float
+    error: str | None = None
+    linear: bool = False
+    """Every layer costs linearly in the tokens."""
+    parameters: int = 0
+    new_parameters: int = 0
+    scores: list[Score] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
+    layer_errors: dict[str, dict[int, float]] = field(default_factory=dict)
+    """By stage and layer: relative error of the layer's output on the teacher's inputs."""
+    teacher: str = ""
+    """The digest of the teachers' identities; empty in records of older versions."""
+    converted: bool | None = None
+    """Whether the plan changed a layer; None in records of older versions."""
+    seed: int | None = None
+    """Of its runs, where the comparison has several; None for the teacher, and for a mean."""
+    seeds: int = 1
+    """The number of cells that its numbers are means of."""
+
+    @property
+    def is_unconverted(self) -> bool:
+        """Whether this is a student whose plan keeps every layer: `softmax` does so in plain vision transformers."""
+        kept = self.plan is not None and self.plan.replace(" ", "") in ("*:softmax", "*:keep")
+        return kept if self.converted is None else self.plan is not None and not self.converted
+
+    @property
+    def folder(self) -> str:
+        """The name of the cell's folder."""
+        return folder_of(self.name, self.size, self.seed)
+
+    @property
+    def speed(self) -> Speed | None:
+        """The speed at the image size of the training."""
+        return next((speed for speed in self.speeds if speed.size == self.size), None)
+
+    def score(self, stage: str) -> Score | None:
+        """Return the score of a stage; None where the cell has none."""
+        return next((score for score in self.scores if score.stage == stage), None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, all stages."""
+        return sum(score.seconds for score in self.scores)
+
+    @property
+    def final(self) -> Score | None:
+        return self.scores[-1] if self.scores else None
+
+
+# Means over the cells of a student that differ in their seed alone.
+
+
+def mean_over_seeds(records: Sequence[Record]) -> list[Record]:
+    """Return one record for each name and image size, with the means over seeds; failed cells stay by themselves."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.name, record.size), []).append(record)
+    found = []
+    for group in groups.values():
+        done = [record for record in group if record.error is None]
+        if len(done) > 1:
+            found.append(_mean(done))
+        else:
+            found += done
+        found += [record for record in group if record.error is not None]
+    return found
+
+
+def _mean(group: Sequence[Record]) -> Record:
+    """Return the mean of finished records; speeds are those of the first that has any."""
+    first = group[0]
+    names = [score.stage for score in first.scores]
+    return replace(
+        first,
+        seed=None,
+        seeds=len(group),
+        scores=[_mean_score([each for r in group if (each := r.score(name)) is not None]) for name in names],
+        speeds=next((record.speeds for record in group if record.speeds), []),
+        layer_errors={
+            stage: {
+                layer: statistics.fmean(record.layer_errors[stage][layer] for record in group)
+                for layer in layers
+            }
+            for stage, layers in first.layer_errors.items()
+        },
+    )
+
+
+def _mean_score(scores: Sequence[Score]) -> Score:
+    top1 = [score.top1 for score in scores]
+    return replace(
+        scores[0],
+        top1=statistics.fmean(top1),
+        top5=statistics.fmean(score.top5 for score in scores),
+        loss=statistics.fmean(score.loss for score in scores),
+        seconds=statistics.fmean(score.seconds for score in scores),
+        deviation=statistics.stdev(top1) if len(top1) > 1 else None,
+    )
+
+
+# How far each converted layer is from its teacher's, on what the teacher's layer sees.
+
+
+@torch.no_grad()
+def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tensor]) -> dict[int, float]:
+    """Return the relative error of the output of each converted layer, ‖out − target‖ / ‖target‖ over all batches.
+
+    Both outputs are per head and before the projection; the inputs are the teacher's at every layer. The images
+    are normalized as the teacher's. Both models are run in eval mode.
+    """
+    layers, teacher = converted_layers(student), sharing_copy(teacher)  # a pyramid's layers get hosts
+    squares: dict[int, list[Tensor]] = {index: [] for index in layers}
+    teacher.eval()
+    student.eval()
+    places = sites(teacher)
+    hooks = [
+        watch_layer(teacher, places[index], partial(_compare, layer, squares[index]))
+        for index, layer in layers.items()
+    ]
+    try:
+        for images in batches:
+            vit(teacher).forward_features(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    totals = {index: torch.stack(found).sum(0) for index, found in squares.items()}
+    return {index: float((total[0] / total[1]).sqrt()) for index, total in totals.items()}
+
+
+def _compare(layer: ConvertedAttention, squares: list[Tensor], native: AttentionHost, call: Call) -> None:
+    """Add the squares of the difference and of the teacher's output, over what the teacher's layer is given."""
+    target = native.attend(native.heads_of(*call.inputs, **call.keywords))
+    out = layer.operator(layer.heads_of(*call.inputs, **call.keywords))
+    squares.append(torch.stack([each.double().square().sum() for each in (out - target, target)]))

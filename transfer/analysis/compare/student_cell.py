@@ -3,36 +3,192 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ....checkpoints.architecture import published_config
+from ....checkpoints.files import open_regular
 from ....checkpoints.json_lines import read_records
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import Pretrained, load_pretrained
+from ....checkpoints.safety.archive import open_archive, read_arrays
 from ....checkpoints.student import FittedLayers
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
-from ....models.errors import ConfigError, JsonDict
-from ....models.families import sites
-from ...config import RunConfig
+from ....models.cost import count_operations
+from ....models.errors import ConfigError, GraftError, JsonDict
+from ....models.families import image_channels, sites
+from ...cells.pool import save_record
+from ...config import DataConfig, RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build
 from ...engine.fit_operators import fit_student
 from ...engine.modes import mode_of
 from ...engine.stages import Stage, chain, train_stages
 from ...engine.students import input_size, plan_student
-from ...evaluate import evaluate
-from ...recovery.layer_losses import can_learn
-from .cell_record import Score
-from .comparison_cells import Cell
-from .layer_errors import layer_errors
+from ...metrics.measure import evaluate
+from ...recovery.align import can_learn
+from ..benchmark.benchmark import attention_macs, macs_beside
+from ..benchmark.cases import counted_macs, load_average, machine, peak_bytes, step_of, time_steps
+from ..layer_maps import layer_maps, preprocessed, spread_images
+from ..report.ink import Array, write_arrays
+from ..visualize.map_figures import Query, default_query
+from ..visualize.map_page import to_pixels
+from ..visualize.visualize import token_layouts
+from .comparison_cells import Cell, Record, Score, Speed, layer_errors
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+
+
+# Where a cell's model looks: the mean of the heads for one query on a few test images, kept in the cell's folder.
+
+logger = logging.getLogger(__name__)
+
+FILE = "attention.npz"
+IMAGES, LAYERS = 2, 3
+"""The most images and layers of a cell."""
+
+
+@dataclass(frozen=True)
+class CellMap:
+    """A layer's attention to one image for one query."""
+
+    heat: Array
+    """The mean of the heads' weights, by rows and columns of the keys; empty for a layer without attention."""
+    extent: tuple[float, float]
+    """The parts of the image's height and width that the keys cover."""
+    grid: tuple[int, int]
+    """Rows and columns of the layer's tokens."""
+    asking: tuple[int, int] | None
+    """The patch that asks; None for a prefix token."""
+
+
+@dataclass(frozen=True)
+class CellMaps:
+    """What is kept of a cell: the images (H, W, 3) in bytes, and by image and layer what the query attends to."""
+
+    query: str
+    pictures: list[Array]
+    maps: dict[tuple[int, int], CellMap]
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for _, layer in self.maps})
+
+
+def keep_maps(loaded: Pretrained, data: DataConfig, folder: Path) -> None:
+    """Write the maps of a model to its cell. A model or data set that has none is named in the log, and leaves no file.
+
+    Raises WriteFailedError as `write_file`.
+    """
+    try:
+        found = read_maps(loaded, data)
+    except GraftError as error:
+        logger.warning("%s: no attention maps: %s", folder.name, error)
+        return
+    arrays: dict[str, Array] = {"query": np.array(found.query), "pictures": np.stack(found.pictures)}
+    for (image, layer), each in found.maps.items():
+        name = f"{image}.{layer}"
+        arrays[f"{name}.heat"], arrays[f"{name}.extent"] = each.heat, np.array(each.extent)
+        arrays[f"{name}.grid"], arrays[f"{name}.asking"] = np.array(each.grid), np.array(each.asking or ())
+    write_arrays(folder / FILE, arrays)
+
+
+def load_maps(folder: Path) -> CellMaps | None:
+    """Return the maps of a cell; None where it has kept none, such as cells of older versions.
+
+    Raises ConfigError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with open_regular(path, refusal=ConfigError) as file:
+            size = file.seek(0, os.SEEK_END)
+            with open_archive(file) as archive:
+                return _to_maps(read_arrays(archive, size))
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise ConfigError(
+            f"{path} is damaged ({error}): remove it, and the report has no maps of it"
+        ) from error
+
+
+def _to_maps(arrays: Mapping[str, Array]) -> CellMaps:
+    """Return the maps that `keep_maps` wrote. Raises ValueError, TypeError or KeyError: it did not write these."""
+    maps = {}
+    for name in (name.removesuffix(".heat") for name in arrays if name.endswith(".heat")):
+        image, layer = map(int, name.split("."))
+        heat = arrays[f"{name}.heat"]
+        height, width = map(float, arrays[f"{name}.extent"])
+        rows, columns = map(int, arrays[f"{name}.grid"])
+        asking = tuple(map(int, arrays[f"{name}.asking"]))
+        if heat.dtype.kind != "f" or heat.ndim != 2 or not np.isfinite(heat).all():
+            raise ValueError(f"its {name}.heat is no map")
+        if not (0 < height <= 1 and 0 < width <= 1 and rows > 0 and columns > 0 and len(asking) in (0, 2)):
+            raise ValueError(f"its map {name} has no place in an image")
+        maps[image, layer] = CellMap(
+            heat, (height, width), (rows, columns), (asking[0], asking[1]) if asking else None
+        )
+    found = CellMaps(str(arrays["query"]), list(arrays["pictures"]), maps)
+    if arrays["pictures"].dtype != np.uint8 or arrays["pictures"].shape[3:] != (3,):
+        raise ValueError("its pictures are no images")
+    if not maps or sorted(maps) != sorted(product(range(len(found.pictures)), found.layers)):
+        raise ValueError("it lacks maps of some images")
+    return found
+
+
+def read_maps(loaded: Pretrained, data: DataConfig) -> CellMaps:
+    """Compute the maps of a model for its default query, on test images that are spread over the data set.
+
+    Raises GraftError: a model without maps, or images that cannot be read.
+    """
+    model, spec = loaded.model, loaded.preprocessing
+    channels, *sides = spec.input_size
+    query = default_query(token_layouts(model), (sides[0], sides[1]))
+    data = data.model_copy(update={"workers": 0})
+    source = spread_images(data, channels, IMAGES)
+    images = torch.cat(list(preprocessed(source, data, spec, IMAGES)))
+    pictures = [to_pixels(image[None], spec) for image in images]
+    return CellMaps(query.title(token_layouts(model)), pictures, _maps(loaded, images, query))
+
+
+def _maps(loaded: Pretrained, images: torch.Tensor, query: Query) -> dict[tuple[int, int], CellMap]:
+    model, layouts = loaded.model, token_layouts(loaded.model)
+    tokens = {layer: layouts[layer] for layer in _spread_layers(len(sites(model)))}
+    asked = {layer: query.token(layout) for layer, layout in tokens.items()}
+    wanted = {layer: token for layer, token in asked.items() if token is not None}
+    seen = layer_maps(model, images, list(wanted), asking=wanted)
+    maps: dict[tuple[int, int], CellMap] = {}
+    for layer, layout in tokens.items():
+        place = (asked[layer] or 0) - layout.num_prefix
+        patch = divmod(place, layout.grid[1]) if asked[layer] is not None and place >= 0 else None
+        for image in range(len(images)):
+            heat, extent = np.zeros((0, 0), np.float32), (1.0, 1.0)
+            if layer in seen:
+                places, row = seen[layer].places, seen[layer].weights[image, :, 0].mean(0)
+                heat, extent = places.picture(row.cpu(), wanted[layer]).numpy(), places.extent
+            maps[image, layer] = CellMap(heat, extent, layout.grid, patch)
+    return maps
+
+
+def _spread_layers(depth: int) -> list[int]:
+    """Return the first layer, the last, and one in the middle."""
+    return sorted({0, depth // 2, depth - 1})[-LAYERS:]
+
 
 ZERO_SHOT = "zero-shot"
 
@@ -202,3 +358,92 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         sum(parameter.numel() for parameter in model.parameters()),
         sum(parameter.numel() for parameter in new_parameters(model)),
     )
+
+
+# How fast a student is, timed in turn with softmax attention, and what it costs.
+#
+# Cells that ran at other times, or side by side, are timed again together, in the same rounds.
+
+TWIN = "unconverted model"
+"""The model that all are timed beside; no plan has a space in its name."""
+
+
+def measure_speed(
+    softmax: nn.Module, student: nn.Module, size: int, batch: int, repeats: int, device: torch.device
+) -> Speed:
+    """Return the speed of `student` at images of side `size`, timed in turn with its unconverted twin."""
+    models = {TWIN: softmax, "own": student}
+    images = _images(models, size, batch, device)
+    times = _times(models, images, repeats, device)["own"]
+    operations = count_operations(student).total
+    counted, whole = (counted_macs(step_of(partial(model, images[:1]))) for model in (student, softmax))
+    return Speed(
+        size=size,
+        batch=batch,
+        tokens=sites(student)[0].shape.geometry.num_tokens,
+        peak_bytes=peak_bytes(step_of(partial(student, images)), device),
+        macs=macs_beside(student, softmax, whole) + attention_macs(student),
+        counted_macs=counted,
+        multiplications=operations.multiplications,
+        additions=operations.additions,
+        **times,
+    )
+
+
+def measure_again(comparison: Comparison, repeats: int, tell: Callable[[str], None]) -> None:
+    """Time every cell that is done, at each of its sizes, in turn with all others and with softmax; rewrite them.
+
+    Raises WriteFailedError as `write_file`.
+    """
+    records = [record for record in comparison.records() if record.error is None and record.speeds]
+    for train_size in sorted({record.size for record in records}):
+        group = [record for record in records if record.size == train_size]
+        speeds: dict[str, list[Speed]] = {record.name: [] for record in group}
+        for size in sorted({speed.size for record in group for speed in record.speeds}):
+            tell(f"{len(group)} cells at {size} px")
+            for name, speed in _together(comparison, group, size, repeats).items():
+                speeds[name].append(speed)
+        for record in group:
+            again = replace(record, speeds=speeds[record.name], machine=machine(), load=load_average())
+            save_record(again, comparison.folder / "cells" / record.folder)
+
+
+def _together(comparison: Comparison, records: Sequence[Record], size: int, repeats: int) -> dict[str, Speed]:
+    """Return the speeds, by name, of cells of one training size at images of side `size`."""
+    before = {record.name: speed for record in records for speed in record.speeds if speed.size == size}
+    plans = {record.name: record.plan for record in records}
+    everyone = {name: speed_models(comparison.config, plans[name], size)[1] for name in before}
+    everyone[TWIN] = speed_models(comparison.config, None, size)[0]
+    batch = next(iter(before.values())).batch
+    images = _images(everyone, size, batch, comparison.device)
+    times = _times(everyone, images, repeats, comparison.device)
+    return {name: replace(speed, **times[name]) for name, speed in before.items()}
+
+
+def _images(models: Mapping[str, nn.Module], size: int, batch: int, device: torch.device) -> Tensor:
+    """Put the models on the device, and return a batch of random images for them."""
+    for model in models.values():
+        model.to(device).eval().requires_grad_(False)
+    channels = image_channels(next(iter(models.values())))
+    return torch.randn(batch, channels, size, size, device=device)
+
+
+def _times(
+    models: Mapping[str, nn.Module], images: Tensor, repeats: int, device: torch.device
+) -> dict[str, JsonDict]:
+    """Return the times of each model, named as in `Speed`, beside those of the twin."""
+    one, many = (
+        time_steps({name: step_of(partial(model, some)) for name, model in models.items()}, repeats, device)
+        for some in (images[:1], images)
+    )
+    return {
+        name: {
+            "latency": one[name].median,
+            "latency_low": one[name].low,
+            "latency_high": one[name].high,
+            "softmax_latency": one[TWIN].median,
+            "throughput": len(images) / many[name].median,
+            "softmax_throughput": len(images) / many[TWIN].median,
+        }
+        for name in models
+    }

@@ -2,21 +2,181 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..key_places import KeyPlaces
-from ..report.heat import HEAT, SIGNED, draw_heat
-from ..report.ink import INK, Array, new_figure
-from .queries import Query
-from .shown_layers import ShownLayer, ShownLook
+from ....models.errors import ConfigError
+from ....models.families import TokenLayout
+from ...metrics.distance import LEAST_ROWS, DistanceSums
+from ..layer_maps import KeyPlaces, MergePlaces
+from ..report.ink import HEAT, INK, SIGNED, Array, draw_heat, new_figure
+
+# What attention maps and tokens come to in numbers: shares, rollout, entropy, distance, CKA.
+#
+# A map with negative weights, or rows that do not sum to one, is read as *shares* first: |A| with rows divided by
+# their sums. Of softmax attention these are the map itself.
+
+
+def shares(maps: Tensor) -> Tensor:
+    """Return |A| with each row (the last dimension) divided by its sum; a row of zeros is spread evenly."""
+    weights = maps.abs()
+    total = weights.sum(-1, keepdim=True)
+    even = torch.full_like(weights, 1 / maps.shape[-1])
+    return torch.where(total > 0, weights / total.clamp_min(torch.finfo(maps.dtype).tiny), even)
+
+
+def roll(before_NN: Tensor, layer_NN: Tensor) -> Tensor:
+    """Return the rollout after a layer: R_l = (A_l + I)/2 · R_{l-1}, R_0 = I, A_l the mean of the heads' shares
+    (Abnar and Zuidema, arXiv:2005.00928, equation 1). Rows that sum to one keep doing so."""
+    return (layer_NN @ before_NN + before_NN) / 2
+
+
+def entropy(maps: Tensor) -> Tensor:
+    """Return the mean over queries of the entropy of a row's shares, in nats: (..., N, N) to (...)."""
+    rows = shares(maps)
+    return -torch.xlogy(rows, rows).sum(-1).mean(-1)
+
+
+def mean_distance(maps: Tensor, distances: Tensor) -> Tensor:
+    """Return how far a patch looks: (..., P, M) to (...), in patches.
+
+    The mean over patches of Σ_j a_ij d_ij, with d (P, M) the distances to the M keys and a the row's shares among
+    them; prefix tokens have no place and are left out.
+    """
+    return (shares(maps) * distances.to(maps)).sum(-1).mean(-1)
+
+
+def linear_cka(x_SC: Tensor, y_SD: Tensor) -> float | None:
+    """Return the debiased linear CKA of two models' features of the same S samples, as `Distance.cka`; in float64."""
+    if len(x_SC) < LEAST_ROWS:
+        return None
+    sums = DistanceSums()
+    sums.update(x_SC.double(), y_SD.double(), torch.ones(len(x_SC), dtype=torch.bool))
+    return sums.result().cka
+
+
+# Who asks: a prefix token, or the token at a place of the image, in the grid of every stage.
+
+PIXEL = re.compile(r"(\d+)x(\d+)")
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A token that asks, as a word of `--query`."""
+
+    word: str
+    place: tuple[float, float] | None
+    """Where in the image, down and to the right, in parts of its height and width; None for a prefix token."""
+
+    def token(self, layout: TokenLayout) -> int | None:
+        """Return the number of the token in a layer with these tokens; None if it has no such prefix token."""
+        if self.place is None:
+            return layout.prefix.index(self.word) if self.word in layout.prefix else None
+        row, column = (int(part * side) for part, side in zip(self.place, layout.grid, strict=True))
+        return layout.num_prefix + row * layout.grid[1] + column
+
+    def title(self, layouts: Sequence[TokenLayout]) -> str:
+        """Return who asks, in words; `layouts` are those of the layers."""
+        asked = next((layout for layout in layouts if self.token(layout) is not None), layouts[0])
+        token = self.token(asked)
+        if token is not None and (self.place is None or _have_one_grid(layouts)):
+            return ("the " if self.place is None else "") + token_name(token, asked)
+        row, column = self.word.split("x")
+        return f"the pixel at row {row}, column {column}"
+
+
+def read_query(word: str, layouts: Sequence[TokenLayout], image: Size) -> Query:
+    """Read a query: a prefix token (`cls`, `reg0`), a place `ROWxCOLUMN` in pixels, or a patch by its number.
+
+    Patches are numbered row by row from 0, in models whose layers all have one grid.
+
+    Raises ConfigError for one that is not there.
+    """
+    names = list(dict.fromkeys(name for layout in layouts for name in layout.prefix))
+    if word in names:
+        return Query(word, None)
+    pixel = PIXEL.fullmatch(word)
+    if pixel is not None and int(pixel[1]) < image[0] and int(pixel[2]) < image[1]:
+        return Query(word, ((int(pixel[1]) + 0.5) / image[0], (int(pixel[2]) + 0.5) / image[1]))
+    rows, columns = layouts[0].grid
+    numbered = _have_one_grid(layouts)
+    if numbered and word.isdecimal() and int(word) < rows * columns:
+        row, column = divmod(int(word), columns)
+        return Query(word, ((row + 0.5) / rows, (column + 0.5) / columns))
+    valid = ", ".join([*([f"patches 0 to {rows * columns - 1}"] if numbered else []), *names])
+    raise ConfigError(
+        f"--query {word!r}: valid are {valid}{', and ' if valid else ''}places in pixels, 0x0 to "
+        f"{image[0] - 1}x{image[1] - 1} (row x column)"
+    )
+
+
+def default_query(layouts: Sequence[TokenLayout], image: Size) -> Query:
+    """Return the class token, or the patch in the middle of a model without one; of a pyramid the middle pixel."""
+    if not _have_one_grid(layouts):
+        return read_query(f"{image[0] // 2}x{image[1] // 2}", layouts, image)
+    height, width = layouts[0].grid
+    word = "cls" if "cls" in layouts[0].prefix else str((height // 2) * width + width // 2)
+    return read_query(word, layouts, image)
+
+
+def token_name(token: int, layout: TokenLayout) -> str:
+    """Return the name of a token in titles."""
+    if token < layout.num_prefix:
+        return {"cls": "class token"}.get(layout.prefix[token], layout.prefix[token])
+    row, column = divmod(token - layout.num_prefix, layout.grid[1])
+    return f"patch {token - layout.num_prefix} (row {row}, column {column})"
+
+
+def _have_one_grid(layouts: Sequence[TokenLayout]) -> bool:
+    return len({layout.grid for layout in layouts}) == 1
+
+
+# What pictures and pages show of a model: the maps of its layers, and the places that its merges read.
+
+
+@dataclass(frozen=True)
+class ShownLayer:
+    """The attention of a layer; float32."""
+
+    stage: int
+    layout: TokenLayout
+    maps: Tensor | None
+    """(H, N, M), over the keys of `places`; None for a block without attention."""
+    places: KeyPlaces
+    rolled: Tensor | None
+    """The rollout from the first layer of the stage, (N, N); None in an average."""
+
+    @property
+    def heads(self) -> int:
+        return 0 if self.maps is None else len(self.maps)
+
+    @property
+    def signed(self) -> bool:
+        """Whether some weight is negative."""
+        return self.maps is not None and bool((self.maps < 0).any())
+
+
+@dataclass(frozen=True)
+class ShownLook:
+    """The layers of a model, and its deformable merges."""
+
+    layers: Sequence[ShownLayer]
+    merges: Sequence[MergePlaces] = ()
+
+    @property
+    def layouts(self) -> list[TokenLayout]:
+        return [layer.layout for layer in self.layers]
+
 
 INCHES = 1.35
 """The longer side of a panel; less where there are many."""

@@ -5,27 +5,308 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from ....models.errors import ConfigError, JsonDict
+from ....checkpoints.preprocessing import Preprocessing
+from ....models.errors import ConfigError, DataError, JsonDict
 from ....models.families import sites
-from ..key_places import KeyPlaces
-from ..layer_maps import key_count
-from ..merge_places import MergePlaces
-from ..report.heat import HEAT, SIGNED
+from ...data.augment import eval_transform
+from ...data.digits import VALIDATION_SIZE, DigitsSource
+from ...data.image_folder import open_image
+from ..layer_maps import KeyPlaces, MergePlaces, key_count, trace
+from ..report.ink import (
+    BLUE,
+    FAINT,
+    GREEN,
+    HEAT,
+    INK,
+    ORANGE,
+    SIGNED,
+    Array,
+    Theme,
+    draw_heat,
+    new_figure,
+    new_plots,
+)
 from ..report.pages import Plot, data_url, render_page
-from .map_figures import layer_name
-from .merge_figures import merge_name
-from .queries import Query, token_name
-from .shown_images import Shown
-from .shown_layers import ShownLayer, ShownLook
+from .map_figures import Query, ShownLayer, ShownLook, layer_name, token_name, write_corner
+
+# Charts by layer: entropy and distance of every head, and how far a student is from its teacher.
+
+STUDENT, TEACHER, BETWEEN = ORANGE, BLUE, GREEN
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """By layer, those of each head (H), means over images; None for a layer without attention."""
+
+    entropy: Sequence[Array | None]
+    distance: Sequence[Array | None]
+    keys: Sequence[int]
+    """The number of keys of each query, from which the largest entropy follows."""
+    stages: Sequence[int]
+    merges: Array
+    """By deformable merge: the mean shift of a place in pixels, and the share of places outside of the image."""
+
+
+@dataclass(frozen=True)
+class MapDistance:
+    """By layer: Jensen-Shannon divergence of the maps in nats, debiased linear CKA of the patch tokens.
+
+    The divergence is None where a block has no attention.
+    """
+
+    js: Sequence[float | None]
+    cka: Sequence[float | None]
+    cka_random: Sequence[float | None]
+    """Of a model of the teacher's architecture with random weights."""
+
+
+def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: Theme) -> Figure:
+    """Draw entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
+    rows = 1 if between is None else 2
+    figure, grid = new_plots(theme, (9.6, 3.0 * rows), rows, 2, grid="y")
+    figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
+    entropy, distance = grid[:2]
+    for name, numbers in models.items():
+        _heads(entropy, numbers.entropy, name)
+        _heads(distance, numbers.distance, name)
+    _axes(entropy, "entropy of a row, nats", theme)
+    _axes(distance, "mean distance, patches", theme)
+    _ceiling(entropy, list(models.values()), theme)
+    if between is not None:
+        _line(grid[2], between.js)
+        _line(grid[3], between.cka)
+        random = _line(grid[3], between.cka_random)
+        random.set(color=INK[theme], linestyle=(0, (4, 4)), linewidth=1, marker="")
+        random.set_label("random weights")
+        _axes(grid[2], "JS divergence from the teacher, nats", theme)
+        _axes(grid[3], "linear CKA (debiased) with the teacher", theme)
+        least = min((value for value in (*between.cka, *between.cka_random) if value is not None), default=0)
+        grid[3].set_ylim(min(least * 1.1, 0), 1.04)
+        grid[3].legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower left")
+    for axes in grid:
+        _stages(axes, models["student"].stages, theme)
+    if len(models) > 1:
+        entropy.legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower right")
+    return figure
+
+
+def _heads(axes: Any, values: Sequence[Array | None], name: str) -> None:
+    color = TEACHER if name == "teacher" else STUDENT
+    nudge = {"teacher": -0.09, "student": 0.09}.get(name, 0.0)
+    dots = [
+        (layer + nudge, head) for layer, heads in enumerate(values) if heads is not None for head in heads
+    ]
+    axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
+    means = [np.nan if heads is None else heads.mean() for heads in values]
+    axes.plot(np.arange(len(values)) + nudge, means, color=color, linewidth=2, label=name)
+
+
+def _line(axes: Any, values: Sequence[float | None]) -> Any:
+    shown = [np.nan if value is None else value for value in values]
+    return axes.plot(np.arange(len(shown)), shown, color=BETWEEN, linewidth=2, marker="o", markersize=5)[0]
+
+
+def _stages(axes: Any, stages: Sequence[int], theme: Theme) -> None:
+    """Draw a line between stages, and their numbers."""
+    starts = [layer for layer, stage in enumerate(stages) if layer == 0 or stage != stages[layer - 1]]
+    for start in starts if len(starts) > 1 else []:
+        if start:
+            axes.axvline(start - 0.5, color=FAINT[theme], linewidth=0.8)
+        axes.annotate(
+            f"stage {stages[start] + 1}", (start - 0.1, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
+            color=INK[theme],
+        )  # fmt: skip
+
+
+def _ceiling(axes: Any, models: Sequence[Numbers], theme: Theme) -> None:
+    """Draw the entropy of even attention, the maximum, over as many keys as a layer has."""
+    keys = [max(layer) for layer in zip(*(numbers.keys for numbers in models), strict=True)]
+    tops = [math.log(count) if count else np.nan for count in keys]
+    lines = np.arange(len(keys))
+    ends, least = np.array([lines - 0.5, lines + 0.5]), next(top for top in tops if top == top)
+    axes.plot(ends, [tops, tops], color=INK[theme], linewidth=0.8, linestyle=(0, (4, 4)))
+    named = f"even over {max(keys)} tokens" if len({*keys} - {0}) == 1 else "even over all keys of the layer"
+    axes.annotate(
+        named, (0.01, least), xycoords=("axes fraction", "data"), va="bottom", color=INK[theme], fontsize=8
+    )
+    axes.set_ylim(0, np.nanmax(tops) * 1.12)
+
+
+def _axes(axes: Any, title: str, theme: Theme) -> None:
+    axes.set_title(title, color=INK[theme], fontsize=10, loc="left")
+    axes.set_xlabel("layer", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.04)  # a dot at the top is shown whole
+
+
+# Pictures of deformable merges: the places of the image that merged tokens are made of.
+
+PLACE = "#ff3b30"
+INCHES = 2.4
+"""The longer side of a panel."""
+ROWS = ("all tokens", "one token", "one token,\nto stage 1")
+
+
+def draw_merges(picture: Array, merges: Sequence[MergePlaces], query: Query, title: str) -> Figure:
+    """Draw a column a merge: the places of all tokens, of the token under the query, and of its tokens' tokens.
+
+    A frame is the area that an ordinary merge would read. The number is the mean shift of a place, in pixels.
+    """
+    sides = picture.shape[:2]
+    height, width = (INCHES * side / max(sides) for side in sides)
+    rows = ROWS if query.place is not None else ROWS[:1]
+    figure = new_figure(width * len(merges) + 0.7, height * len(rows) + 0.9)
+    grid = figure.subplots(len(rows), len(merges), squeeze=False)
+    for number, (column, merge) in enumerate(zip(grid.T, merges, strict=True)):
+        column[0].set_title(merge_name(merge), color=INK["light"], fontsize=8)
+        token = None if query.place is None else merge.token_at(query.place)
+        _draw_all(column[0], picture, merge)
+        if len(rows) > 1:
+            own = None if token is None else merge.in_image()[token]
+            _draw_token(column[1], picture, merge, token, own)
+            traced = None if token is None else trace(merges[: number + 1], token)
+            _draw_token(column[2], picture, merge, token, traced)
+    for axes, name in zip(grid[:, 0], rows, strict=True):
+        axes.set_ylabel(name, color=INK["light"], fontsize=8)
+    figure.suptitle(title, color=INK["light"], fontsize=10)
+    return figure
+
+
+def merge_name(merge: MergePlaces) -> str:
+    """Return the name of a merge, with its tokens before and after."""
+    before, after = ("{}x{}".format(*each) for each in (merge.grid, merge.merged))
+    return f"stage {merge.stage + 1} to {merge.stage + 2}: {before} to {after}"
+
+
+def _draw_all(axes: Any, picture: Array, merge: MergePlaces) -> None:
+    draw_heat(axes, picture, merge.merged, None)
+    spacing = INCHES * 72 / max(merge.grid)
+    _draw_places(axes, picture, merge.in_image().flatten(0, 2), min(3.0, 0.4 * spacing))
+    write_corner(axes, f"{merge.shift().mean():.2g} px")
+
+
+def _draw_token(
+    axes: Any, picture: Array, merge: MergePlaces, token: tuple[int, int] | None, places: Tensor | None
+) -> None:
+    """Draw the places of a token, and the frame of an ordinary merge; nothing where there is no token."""
+    tall, wide = merge.token
+    draw_heat(axes, picture, (1 / (2 * tall), 1 / (2 * wide)), token)
+    if places is not None:
+        _draw_places(axes, picture, places, 3.0)
+
+
+def _draw_places(axes: Any, picture: Array, places_P2: Tensor, size: float) -> None:
+    down, right = (places_P2 * torch.tensor(picture.shape[:2])).T.numpy()
+    axes.plot(right, down, "s", color=PLACE, markersize=size, markeredgewidth=0)
+
+
+# The images to look at: which files, and what of each the model sees.
+
+MAX_IMAGES = 16
+"""More make a page that no browser likes, and that nobody reads."""
+DIGIT = re.compile(r"digits:(\d+)")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image as the model sees it: `pixels` (H, W, 3) in bytes, after resizing and cropping."""
+
+    name: str
+    original: Image.Image
+    pixels: NDArray[np.uint8]
+
+
+def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
+    """Read the images of `words`: files, folders of images, and `digits:N`, test image N of the digits data.
+
+    Raises DataError: there is no such file, it is no image, or there are more than `MAX_IMAGES`.
+    """
+    found = [each for word in words for each in _find(word)]
+    if not found:
+        raise DataError("no image is given; name files, folders of images, or digits:0")
+    if len(found) > MAX_IMAGES:
+        raise DataError(
+            f"{len(found)} images are given and at most {MAX_IMAGES} fit a page; name fewer of them"
+        )
+    names = _distinct([re.sub(r"[^\w.-]", "_", name) for name, _ in found])
+    shown = []
+    for name, (_, source) in zip(names, found, strict=True):
+        original = _read(source)
+        shown.append(Shown(name, original, to_pixels(to_tensor(original, spec), spec)))
+    return shown
+
+
+def to_tensor(image: Image.Image, spec: Preprocessing) -> Tensor:
+    """Return the image as the model of `spec` wants it, (1, C, H, W), by the transform of evaluation."""
+    return eval_transform(spec)(image.convert("L" if spec.input_size[0] == 1 else "RGB"))[None]
+
+
+def _find(word: str) -> list[tuple[str, Path | int]]:
+    """Return name and place of each image that a word means; a digit's place is its number."""
+    digit = DIGIT.fullmatch(word)
+    if digit is not None:
+        return [(f"digit_{digit[1]}", int(digit[1]))]
+    path = Path(word).expanduser()
+    if path.is_dir():
+        known = Image.registered_extensions()
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in known)
+        if not files:
+            raise DataError(f"{word!r} has no image in it; name a folder of image files")
+        return [(file.stem, file) for file in files]
+    if not path.is_file():
+        raise DataError(f"{word!r} is no image file and no folder; valid are both, and digits:0")
+    return [(path.stem, path)]
+
+
+def _read(source: Path | int) -> Image.Image:
+    if isinstance(source, int):
+        if source >= VALIDATION_SIZE:
+            raise DataError(f"digits:{source} does not exist; the test images are 0 to {VALIDATION_SIZE - 1}")
+        image, _ = DigitsSource("validation", "RGB").read(source)
+        return image
+    try:
+        with open_image(source) as image:
+            converted: Image.Image = image.convert("RGB")
+            return converted
+    except (DataError, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{str(source)!r} cannot be read as an image; give a PNG, JPEG or the like"
+        ) from error
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return the names, with a number behind those that were there before."""
+    seen: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        distinct.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return distinct
+
+
+def to_pixels(image_1CHW: Tensor, spec: Preprocessing) -> NDArray[np.uint8]:
+    """Return a normalized image as bytes (H, W, 3)."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
+    picture = (image_1CHW[0] * std + mean).clamp(0, 1).expand(3, -1, -1)
+    array: NDArray[np.uint8] = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    return array
+
 
 MAX_MEGABYTES = 64
 """Of maps in a page, before base64 makes a third more of them."""

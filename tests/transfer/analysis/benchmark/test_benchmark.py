@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from benchmark_rows import case, row
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.analysis.benchmark.benchmark import check_device, run_cases
-from graftvit.transfer.analysis.benchmark.benchmark_tables import render
+from graftvit.transfer.analysis.benchmark.benchmark import check_device, draw_latency, render, run_cases
 from graftvit.transfer.analysis.benchmark.cases import Case, Results, Row, drifted, load_results
-from graftvit.transfer.analysis.benchmark.latency_plot import draw_latency
 
 CASES = [case(name, size) for size in (64, 256, 1024) for name in ("linear", "ttt")]
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 from benchmark_rows import row
+from graftvit.transfer.analysis.benchmark.benchmark import crossover, crossovers
 from graftvit.transfer.analysis.benchmark.cases import drifted
-from graftvit.transfer.analysis.benchmark.crossover import crossover, crossovers
 from hypothesis import given
 from hypothesis import strategies as st
 

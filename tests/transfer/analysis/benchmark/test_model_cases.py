@@ -9,13 +9,13 @@ import pytest
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import GraftError
-from graftvit.transfer.analysis.benchmark.cases import Ways
-from graftvit.transfer.analysis.benchmark.model_cases import (
+from graftvit.transfer.analysis.benchmark.benchmark import (
     attention_macs,
     load_model,
     measure_model,
     model_cases,
 )
+from graftvit.transfer.analysis.benchmark.cases import Ways
 
 TINY = "vit_tiny_patch16_224"
 

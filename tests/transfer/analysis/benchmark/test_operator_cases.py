@@ -8,15 +8,9 @@ import pytest
 from benchmark_rows import case
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import OPERATORS
-from graftvit.transfer.analysis.benchmark import measuring
-from graftvit.transfer.analysis.benchmark.cases import Ways
-from graftvit.transfer.analysis.benchmark.operator_cases import (
-    Layer,
-    grid_of,
-    measure_operator,
-    operator_cases,
-)
-from graftvit.transfer.analysis.benchmark.timing import Step, Timing, counted_macs
+from graftvit.transfer.analysis.benchmark import benchmark as measuring
+from graftvit.transfer.analysis.benchmark.benchmark import Layer, grid_of, measure_operator, operator_cases
+from graftvit.transfer.analysis.benchmark.cases import Step, Timing, Ways, counted_macs
 
 TINY = Layer(heads=2, head_dim=8)
 

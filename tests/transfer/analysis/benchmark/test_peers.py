@@ -13,11 +13,14 @@ from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import OPERATORS, Choice, create_operator
 from graftvit.models.programs.program import FOUND
 from graftvit.transfer.analysis.benchmark import public_forms
-from graftvit.transfer.analysis.benchmark.benchmark_tables import peers_table
+from graftvit.transfer.analysis.benchmark.benchmark import (
+    Layer,
+    measure_operator,
+    operator_cases,
+    peers_table,
+)
 from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Ways
-from graftvit.transfer.analysis.benchmark.operator_cases import Layer, measure_operator, operator_cases
-from graftvit.transfer.analysis.benchmark.public_forms import PUBLIC, public_form
-from graftvit.transfer.analysis.benchmark.straight_forms import straight_form
+from graftvit.transfer.analysis.benchmark.public_forms import PUBLIC, public_form, straight_form
 from operator_cases import HEADS, WIDTH, Case, draw
 
 GRID = Geometry(0, (6, 8))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from graftvit.transfer.analysis.benchmark.timing import (
+from graftvit.transfer.analysis.benchmark.cases import (
     SHORTEST,
     Step,
     counted_macs,

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.analysis.compare.cell_record import Record
 from graftvit.transfer.analysis.compare.comparison_cells import (
     CompareConfig,
+    Record,
     check_stages,
     list_cells,
     only_named,

@@ -8,23 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from graftvit.transfer.analysis.compare.cell_record import Record, Score, Speed
-from graftvit.transfer.analysis.compare.comparison_plots import crossover_of, plots_of
-from graftvit.transfer.analysis.compare.comparison_report import render_html
-from graftvit.transfer.analysis.compare.comparison_seeds import mean_over_seeds
-from graftvit.transfer.analysis.compare.comparison_tables import (
+from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
+from graftvit.transfer.analysis.compare.comparison_report import (
     accuracy_table,
+    answer,
     best_linear,
+    crossover_of,
     energy_of,
+    how_to_read,
     lines_of,
+    plots_of,
     records_csv,
     records_json,
     reference,
+    render_html,
     to_markdown,
 )
-from graftvit.transfer.analysis.compare.comparison_text import answer, how_to_read
 from graftvit.transfer.analysis.report.ink import to_png
-from graftvit.transfer.cells.records import load_record, save_record
+from graftvit.transfer.cells.pool import load_record, save_record
 from scipy.stats import binomtest
 
 

@@ -9,9 +9,8 @@ import torch
 from graftvit.models.conversion import convert
 from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.families import sites
-from graftvit.transfer.analysis.compare.cell_record import Record
-from graftvit.transfer.analysis.compare.speed import measure_speed
-from graftvit.transfer.analysis.compare.student_cell import is_linear
+from graftvit.transfer.analysis.compare.comparison_cells import Record
+from graftvit.transfer.analysis.compare.student_cell import is_linear, measure_speed
 from pyramids import tiny
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from graftvit.transfer.analysis.demo import board as module
-from graftvit.transfer.analysis.demo.board import Board
+from graftvit.transfer.analysis.demo import demo as module
+from graftvit.transfer.analysis.demo.demo import Board
 from graftvit.transfer.analysis.demo.demo_cells import Cell, demo_cells
 from rich.console import Console
 

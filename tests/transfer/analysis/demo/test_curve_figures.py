@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from graftvit.transfer.analysis.demo.curve_figures import COLORS, Curve, Panel, draw_curves, draw_divergence
+from graftvit.transfer.analysis.demo.demo_cells import COLORS, Curve, Panel, draw_curves, draw_divergence
 from graftvit.transfer.analysis.report.ink import INK, Theme, to_png
 from matplotlib.collections import PolyCollection
 from PIL import Image

@@ -17,7 +17,7 @@ import pytest
 import torch
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.demo import demo, demo_cells
-from graftvit.transfer.analysis.demo.board import Board
+from graftvit.transfer.analysis.demo.demo import Board
 from graftvit.transfer.analysis.demo.demo_cells import Cell
 from graftvit.transfer.cells import pool
 from graftvit.transfer.config import RunConfig

@@ -9,7 +9,7 @@ import pytest
 from graftvit.launch.load_config import load_config
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.demo.demo_cells import STUDENTS, TEACHERS, Cell, demo_cells, recipe
-from graftvit.transfer.cells.records import Ending, save_record
+from graftvit.transfer.cells.pool import Ending, save_record
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graftvit.launch.cli import main
-from graftvit.transfer.analysis.demo import report_text as text
-from graftvit.transfer.analysis.demo.demo_cells import TeacherName, demo_cells, recipe
+from graftvit.transfer.analysis.demo import demo_cells as text
+from graftvit.transfer.analysis.demo.demo_cells import (
+    DemoResults,
+    Gaze,
+    MethodResult,
+    TeacherName,
+    demo_cells,
+    recipe,
+)
 from graftvit.transfer.analysis.demo.demo_report import GAZE_TITLES, render_html, report_plots, write_report
-from graftvit.transfer.analysis.demo.gaze_figures import Gaze
-from graftvit.transfer.analysis.demo.results import DemoResults, MethodResult
 
 Key = tuple[str, TeacherName | None]
 TOP1: dict[Key, tuple[float, ...]] = {

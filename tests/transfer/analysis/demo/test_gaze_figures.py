@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from graftvit.transfer.analysis.demo.curve_figures import COLORS
-from graftvit.transfer.analysis.demo.gaze_figures import Gaze, SummaryRow, draw_gazes, draw_summary
+from graftvit.transfer.analysis.demo.demo_cells import COLORS, Gaze, SummaryRow, draw_gazes, draw_summary
 from graftvit.transfer.analysis.report.ink import to_png
 from PIL import Image
 

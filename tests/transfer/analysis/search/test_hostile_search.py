@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from graftvit.launch.cli import main
-from graftvit.transfer.analysis.search.search_lineage import ancestors, line_of_descent
-from graftvit.transfer.search.evolution import Evaluation
-from graftvit.transfer.search.shares import run_search
+from graftvit.transfer.analysis.search.search_report import ancestors, line_of_descent
+from graftvit.transfer.search.program_search import Evaluation, run_search
 from irregular_files import irregular, never_waiting
 from limits import limited_memory, limited_work
 from safetensors.torch import load_file, save_file

@@ -12,10 +12,8 @@ import pytest
 import torch
 from graftvit.launch.cli import main
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.analysis.search.search_lineage import ancestors, line_of_descent
-from graftvit.transfer.analysis.search.search_report import write_report
-from graftvit.transfer.search.evolution import Evaluation, front
-from graftvit.transfer.search.shares import run_search
+from graftvit.transfer.analysis.search.search_report import ancestors, line_of_descent, write_report
+from graftvit.transfer.search.program_search import Evaluation, front, run_search
 from search_runs import search, silent
 
 

@@ -14,16 +14,12 @@ from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert
 from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
-from graftvit.transfer.analysis.key_places import Cells, KeyPlaces
-from graftvit.transfer.analysis.layer_maps import layer_maps
-from graftvit.transfer.analysis.spread_images import preprocessed, spread_images
-from graftvit.transfer.analysis.visualize import average, average_maps
-from graftvit.transfer.analysis.visualize.average import visualize_average
-from graftvit.transfer.analysis.visualize.average_maps import batch_that_fits, map_weights
-from graftvit.transfer.analysis.visualize.look import LayerLook, look, token_layouts
-from graftvit.transfer.analysis.visualize.map_figures import draw_grid
-from graftvit.transfer.analysis.visualize.queries import read_query
-from graftvit.transfer.analysis.visualize.shown_layers import ShownLayer, ShownLook
+from graftvit.transfer.analysis.layer_maps import Cells, KeyPlaces, layer_maps, preprocessed, spread_images
+from graftvit.transfer.analysis.visualize import average
+from graftvit.transfer.analysis.visualize import average as average_maps
+from graftvit.transfer.analysis.visualize.average import batch_that_fits, map_weights, visualize_average
+from graftvit.transfer.analysis.visualize.map_figures import ShownLayer, ShownLook, draw_grid, read_query
+from graftvit.transfer.analysis.visualize.visualize import LayerLook, look, token_layouts
 from graftvit.transfer.config import DataConfig
 from pyramids import TINY, arguments
 from pyramids import tiny as pyramid

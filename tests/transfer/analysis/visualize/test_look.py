@@ -9,13 +9,23 @@ import pytest
 import torch
 from graftvit.models.attention.base import Heads
 from graftvit.models.errors import ConfigError, TransferError
-from graftvit.transfer.analysis.visualize import look as looking
-from graftvit.transfer.analysis.visualize.look import check_comparable, cka, divergence, look, token_layouts
-from graftvit.transfer.analysis.visualize.map_figures import draw_beside, draw_grid
-from graftvit.transfer.analysis.visualize.map_page import View, embed, quantize
-from graftvit.transfer.analysis.visualize.measures import shares
-from graftvit.transfer.analysis.visualize.queries import default_query, read_query, token_name
-from graftvit.transfer.analysis.visualize.shown_images import Shown
+from graftvit.transfer.analysis.visualize import visualize as looking
+from graftvit.transfer.analysis.visualize.map_figures import (
+    default_query,
+    draw_beside,
+    draw_grid,
+    read_query,
+    shares,
+    token_name,
+)
+from graftvit.transfer.analysis.visualize.map_page import Shown, View, embed, quantize
+from graftvit.transfer.analysis.visualize.visualize import (
+    check_comparable,
+    cka,
+    divergence,
+    look,
+    token_layouts,
+)
 from operator_cases import CASES, Case
 from PIL import Image
 from visualize_models import GRID, PREFIX, TOKENS, operator_inputs, tiny

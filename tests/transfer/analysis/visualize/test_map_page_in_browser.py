@@ -11,8 +11,8 @@ import pytest
 import torch
 from browser import Page, browser, find_browser
 from graftvit.checkpoints.pretrained import load_teacher
-from graftvit.transfer.analysis.maps import attention_maps
-from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
+from graftvit.transfer.analysis.layer_maps import attention_maps
+from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import visualize
 from numpy.typing import NDArray
 from visualize_models import GRID, PREFIX, TOKENS, operator_inputs, picture, save, tiny

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from graftvit.models.attention.base import Geometry
-from graftvit.transfer.analysis.key_places import patch_distances
-from graftvit.transfer.analysis.visualize.measures import entropy, linear_cka, mean_distance, roll, shares
+from graftvit.transfer.analysis.layer_maps import patch_distances
+from graftvit.transfer.analysis.visualize.map_figures import entropy, linear_cka, mean_distance, roll, shares
 from torch import Tensor
 
 LAYERS, HEADS = 3, 2

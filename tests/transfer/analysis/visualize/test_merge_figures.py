@@ -10,12 +10,10 @@ import pytest
 import torch
 from graftvit.models.conversion import convert
 from graftvit.models.merges import merge_layers
-from graftvit.transfer.analysis.merge_places import collect_merges, trace
-from graftvit.transfer.analysis.visualize.look import look
-from graftvit.transfer.analysis.visualize.map_page import View, embed
-from graftvit.transfer.analysis.visualize.merge_figures import draw_merges
-from graftvit.transfer.analysis.visualize.queries import Query, read_query
-from graftvit.transfer.analysis.visualize.shown_images import Shown
+from graftvit.transfer.analysis.layer_maps import collect_merges, trace
+from graftvit.transfer.analysis.visualize.map_figures import Query, read_query
+from graftvit.transfer.analysis.visualize.map_page import Shown, View, draw_merges, embed
+from graftvit.transfer.analysis.visualize.visualize import look
 from PIL import Image
 from pyramids import images, tiny
 from torch import nn

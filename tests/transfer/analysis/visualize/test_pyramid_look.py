@@ -9,9 +9,8 @@ from graftvit.models.conversion import convert
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.models.families import depths, sites
 from graftvit.transfer.analysis.layer_maps import layer_maps
-from graftvit.transfer.analysis.visualize.look import check_comparable, divergence, look, token_layouts
-from graftvit.transfer.analysis.visualize.map_figures import draw_beside, draw_grid
-from graftvit.transfer.analysis.visualize.queries import default_query, read_query
+from graftvit.transfer.analysis.visualize.map_figures import default_query, draw_beside, draw_grid, read_query
+from graftvit.transfer.analysis.visualize.visualize import check_comparable, divergence, look, token_layouts
 from pyramids import TINY, images, tiny
 
 SIZE = (40, 24)

@@ -16,11 +16,9 @@ from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert
 from graftvit.models.merges import merge_layers
-from graftvit.transfer.analysis.layer_maps import layer_maps
-from graftvit.transfer.analysis.merge_places import trace
-from graftvit.transfer.analysis.visualize.look import look
-from graftvit.transfer.analysis.visualize.shown_images import read_images, to_tensor
-from graftvit.transfer.analysis.visualize.visualize import visualize
+from graftvit.transfer.analysis.layer_maps import layer_maps, trace
+from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
+from graftvit.transfer.analysis.visualize.visualize import look, visualize
 from pyramids import TINY, arguments, tiny
 from visualize_models import chain, picture
 
