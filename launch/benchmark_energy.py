@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..models.errors import ConfigError
-from .flags import command_parser
+from .flags import SOURCE_HELP, command_parser
 from .say import say
-from .source_flags import SOURCE_HELP
 
 EXAMPLES = (
     "graftvit benchmark energy vit_base_patch16_224 --plan '*: linear' '*: hash'",

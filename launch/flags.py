@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..checkpoints.files import NOT_A_URL, is_there, is_url
-from ..models.errors import ConfigError, did_you_mean
+from ..models.errors import ConfigError, JsonDict, did_you_mean
+from ..transfer.config import TeacherConfig
 from .fields import Leaf, find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
-from .load_config import Setting, at_home, parse_override, parse_setting
+from .load_config import Setting, at_home, load_config, parse_override, parse_setting
 
 
 class Parser(argparse.ArgumentParser):
@@ -273,3 +274,20 @@ def _help_width() -> int:
         return min(os.get_terminal_size().columns, 120)
     except OSError:
         return 110
+
+
+# The settings for reading a source of weights, for the commands that take one.
+
+NAMES = ("model", "model_args", "revision", "img_size", "position_embedding")
+SOURCE_SETTINGS = tuple(f"teacher.{name}" for name in NAMES)
+SOURCE_HELP = "timm name, hf-hub:org/name[@revision], run or model folder, weights file; a path may end in #best, #last, #ema, #teacher or #student"  # noqa: E501
+
+
+def source_keywords(how: TeacherConfig) -> JsonDict:
+    """Return the settings as keywords of `load_pretrained`."""
+    return {name: getattr(how, name) for name in NAMES}
+
+
+def keywords_of(settings: Sequence[Setting]) -> JsonDict:
+    """Return the settings of a command line as keywords of `load_pretrained`. Raises ConfigError for a wrong value."""
+    return source_keywords(load_config(None, settings).teacher)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 
 from ..models.errors import escaped
+
+# Commands in messages, quoted so that they can be pasted into a shell.
+
+
+def hint(*words: object) -> str:
+    """Return `graftvit WORDS` with each word quoted for a shell."""
+    return shlex.join(["graftvit", *map(str, words)])
 
 
 def say(text: str) -> None:

@@ -111,7 +111,7 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     arguments, settings = parse_command(parser, argv, only=DATA)
     _check(arguments)
     from ...transfer.attnbench.bench_rows import merge_rows, write_rows
-    from ..bench_loading import load_rows
+    from ..comparison import load_rows
 
     known = load_rows(arguments.rows) if extends else []
     rows = merge_rows([known, _new_rows(arguments, settings, known)])
@@ -137,7 +137,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
     """Run the trials that have no known row."""
     from ...transfer.attnbench.bench_run import list_programs, run_bench
-    from ..bench_loading import load_bench
+    from ..comparison import load_bench
 
     bench = load_bench(arguments.config, settings)
     trials = bench.trials(
@@ -166,7 +166,7 @@ def _merge(parser: Parser, argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     from ...transfer.attnbench.bench_rows import merge_rows, write_rows
-    from ..bench_loading import load_rows
+    from ..comparison import load_rows
 
     rows = merge_rows(load_rows(path) for path in arguments.rows)
     write_rows(rows, arguments.out)
@@ -198,7 +198,7 @@ def _query(parser: Parser, argv: list[str]) -> int:
 
 def _chosen_rows(arguments: argparse.Namespace) -> list[Row]:
     """Return the rows of a file that the flags choose. Raises ConfigError: there are none."""
-    from ..bench_loading import load_rows
+    from ..comparison import load_rows
 
     rows = [row for row in load_rows(arguments.rows) if _wanted(row, arguments)]
     if not rows:
@@ -233,8 +233,8 @@ def _verify(parser: Parser, argv: list[str]) -> int:
     if arguments.sample < 1:
         raise ConfigError(f"--sample {arguments.sample}: give a number, 1 or more")
     from ...transfer.attnbench.bench_run import pick_sample, verify_rows
-    from ..bench_loading import load_bench
-    from ..recipes import recipe_names
+    from ..comparison import load_bench
+    from ..load_config import recipe_names
 
     differ, sample = [], pick_sample(_chosen_rows(arguments), arguments.sample, arguments.sample_seed)
     for recipe in dict.fromkeys(row.recipe for row in sample):

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, cast
 
 from ...models.errors import ConfigError, did_you_mean
 from .. import benchmark_energy
-from ..flags import Parser, command_parser
+from ..flags import SOURCE_HELP, Parser, command_parser
 from ..say import say, say_aside
-from ..source_flags import SOURCE_HELP
 from ..submitted import Work
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
-from ..hints import hint
-from ..say import say, say_aside
+from ..say import hint, say, say_aside
 
 if TYPE_CHECKING:
     from ...transfer.analysis.compare.compare import Comparison

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..flags import command_parser, parse_command
-from ..hints import hint
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords
 from ..load_config import load_config
-from ..say import say
-from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
+from ..say import hint, say
 from ..submitted import Work
 
 if TYPE_CHECKING:
@@ -104,8 +102,7 @@ def _write(
     from ...models.conversion import plan_of
     from ...models.families import is_pyramid
     from ...models.pyramid_conversion import nothing_given_up
-    from ..conversion_table import conversion_table
-    from ..pyramid_table import pyramid_table
+    from ..conversion_table import conversion_table, pyramid_table
 
     out, weights, data = arguments.out, arguments.weights, config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"

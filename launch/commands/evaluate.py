@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ...models.errors import ConfigError, did_you_mean
-from ..flags import command_parser, parse_command
+from ..flags import SOURCE_SETTINGS, command_parser, parse_command
 from ..load_config import Setting
 from ..say import say
-from ..source_flags import SOURCE_SETTINGS
 from ..submitted import Work
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import JsonDict
-from ..flags import command_parser, parse_command
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, keywords_of, parse_command
 from ..say import say
-from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 from ..submitted import Work
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..flags import command_parser, parse_command
+from ..flags import SOURCE_HELP, command_parser, parse_command
 from ..load_config import load_config
 from ..say import say
-from ..source_flags import SOURCE_HELP
 from ..submitted import Work
 
 if TYPE_CHECKING:

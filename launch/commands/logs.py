@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, run_folder
-from ..hints import hint
-from ..say import say, say_aside
+from ..say import hint, say, say_aside
 
 if TYPE_CHECKING:
     from ..slurm.job_folder import JobFolder, Submission

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..flags import command_parser
-from ..recipes import recipe_names, recipe_summary, recipe_text
+from ..load_config import recipe_names, recipe_summary, recipe_text
 from ..say import say
 
 

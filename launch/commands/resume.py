@@ -17,8 +17,8 @@ def run(argv: list[str]) -> int:
     """Submit the unfinished runs of a folder again."""
     from ..slurm.lock import stoppable
     from ..slurm.preview import preview_again
-    from ..slurm.resume import find_unfinished, resume, wait_for_stops
     from ..slurm.setting_layers import add_cluster_flags, asked_by, describe
+    from ..slurm.stopping import find_unfinished, resume, wait_for_stops
 
     parser = command_parser(
         "resume",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...models.errors import ConfigError
-from ..flags import command_parser, parse_command
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, keywords_of, parse_command
 from ..say import say
-from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

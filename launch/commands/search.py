@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ...transfer.analysis.report.pages import aligned
-from ..flags import command_parser, parse_command
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords
 from ..load_config import load_config
 from ..say import say
-from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, source_keywords
 from ..submitted import Work
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def _rankings(arguments: argparse.Namespace) -> list[list[str]]:
     from ...transfer.attnbench.bench_rows import HEAD, rank_proxies
     from ...transfer.cells.pool import torch_threads
     from ...transfer.search.program_search import open_search
-    from ..bench_loading import load_rows
+    from ..comparison import load_rows
 
     with torch_threads(1):
         short = [row for path in arguments.short for row in load_rows(path)]

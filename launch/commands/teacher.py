@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..flags import command_parser, parse_command
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, keywords_of, parse_command
 from ..say import say
-from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 
 def run(argv: list[str]) -> int:

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from ...models.errors import ConfigError, JsonDict
-from ..flags import command_parser, parse_command
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, keywords_of, parse_command
 from ..load_config import Setting, load_config
 from ..say import say, say_aside
-from ..source_flags import SOURCE_HELP, SOURCE_SETTINGS, keywords_of
 
 EXAMPLES = (
     "graftvit visualize vit_base_patch16_224.mae cat.jpg dog.jpg",

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from ...checkpoints.files import nearest_folder
 from ...models.errors import ConfigError, did_you_mean
-from .resources import generic_in, gpus_in, has_gpus, most_of
 from .scheduler import expand_nodes
-from .settings import ClusterConfig, parse_time
+from .settings import ClusterConfig, generic_in, gpus_in, has_gpus, most_of, parse_time
 
 AT_WORK = (
     "idle", "mixed", "allocated", "completing", "planned", "powered_down", "powering_down", "powering_up",

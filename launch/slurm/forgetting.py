@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...models.errors import ConfigError
-from ..hints import hint
+from ..say import hint
+from .job_folder import forget, known, listed, plain
 from .jobs import JudgedJob, judge_jobs, run_folders
-from .known_runs import forget, known, listed, plain
 
 
 def forget_run(folder: Path) -> None:

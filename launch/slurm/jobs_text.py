@@ -15,11 +15,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from ...models.errors import counted, escaped
-from ..hints import hint
+from ..say import hint
 from .job_folder import resumes
-from .jobs import RunStatus
+from .jobs import Progress, RunStatus
 from .judging import clock
-from .run_progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,7 +18,7 @@ from types import FrameType
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ...models.errors import ConfigError, GraftError
-from ..hints import hint
+from ..say import hint
 
 logger = logging.getLogger(__name__)
 _mine: set[Path] = set()

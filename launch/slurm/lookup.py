@@ -23,12 +23,11 @@ import psutil
 
 from ...checkpoints.files import read_json
 from ...models.errors import GraftError
-from .ask import NoAnswerError, ask
 from .batch import job_name
 from .job_folder import Cluster, JobFolder, Submission, job_id
 from .lock import FILE as LOCK
 from .lock import is_submitting
-from .scheduler import ENDED
+from .scheduler import ENDED, NoAnswerError, ask
 from .settings import ClusterConfig
 
 _COLUMNS = ("JobArrayID", "State", "SubmitTime", "Name", "Command")

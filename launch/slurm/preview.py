@@ -9,8 +9,8 @@ from ...models.errors import GraftError, counted
 from .batch import Launch, script
 from .checks import check_commands
 from .requests import SubmissionPlan
-from .resume import Unfinished, check_again, launch_again, plan_again
 from .settings import ClusterConfig
+from .stopping import Unfinished, check_again, launch_again, plan_again
 from .submission import check_cluster, check_runs, launch_of
 
 

@@ -18,9 +18,8 @@ from ...models.errors import ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..cli import DISTRIBUTED
-from ..hints import hint
 from ..load_config import Setting, dump_config, read_recipe
-from ..say import say_aside
+from ..say import hint, say_aside
 from ..submitted import SUBMITTED, Work, check_words
 from .batch import Request
 from .checks import check_folder

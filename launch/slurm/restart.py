@@ -21,10 +21,10 @@ from typing import TypeVar
 
 from ...checkpoints.files import UnreadableError, read_json
 from ...models.errors import GraftError, counted
-from .ask import ask
-from .blame import said_of
 from .failures import Failure
 from .job_folder import Attempt, JobFolder, newest_state
+from .judging import said_of
+from .scheduler import ask
 
 PATIENCE, PAUSE = 300.0, 10.0
 """Seconds that the record may be out of reach, and between two looks at it."""

@@ -19,8 +19,7 @@ from ...checkpoints.files import is_there, read_regular
 from ...models.errors import ConfigError, did_you_mean
 from ...models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from ..flags import Parser, run_folder
-from .resources import gpus_in, without_gpus
-from .settings import MEMORY, ClusterConfig, option_name, sbatch_fields
+from .settings import MEMORY, ClusterConfig, gpus_in, option_name, sbatch_fields, without_gpus
 
 OPTION_VARIABLES = {
     f"SBATCH_{name.upper()}": name
@@ -283,7 +282,7 @@ def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None
         cluster = asked.values.get("cluster", "slurm")
         if cluster != "slurm":
             raise ConfigError(f"--after waits for jobs of Slurm, and --cluster {cluster} starts at once")
-        from .chaining import dependency_on
+        from .submission import dependency_on
 
         own = asked.values.get("dependency")
         asked.put(Layer(dependency_on(arguments.after, *([own] if own else [])), lambda key: "--after"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,22 +16,57 @@ from ...checkpoints.files import read_regular
 from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
 from ...transfer.engine.resume_check import changes, describe_changes, differences, settings
-from ..hints import hint
 from ..load_config import load_config
-from ..say import say_aside
-from .ask import NoAnswerError
+from ..say import hint, say_aside
 from .batch import Launch, Request, job_name, new_identity
 from .checks import check_commands, check_folder, check_resources
-from .job_folder import JobFolder, newest_state
-from .jobs import judge_jobs
-from .known_runs import remember
+from .job_folder import JobFolder, newest_state, remember
+from .jobs import current_stage, judge_jobs, read_progress, run_folders
 from .lock import submitting
 from .lookup import home
 from .requests import SubmissionPlan
-from .run_progress import current_stage, read_progress
+from .scheduler import NoAnswerError
 from .settings import ClusterConfig
 from .submit import submit, test_only
 from .sweep import check_sweep
+
+# Implement `--after RUN`: start a job when other runs have finished well, and cancel it if one of them does not.
+#
+# A restarted job keeps its number, so `afterok` waits through all its restarts.
+
+
+def dependency_on(folders: Sequence[Path], *more: str) -> dict[str, Any]:
+    """Return the resources of a job that waits for these runs and sweeps; no dependency if all have finished.
+
+    Args:
+        folders: Folders of runs or sweeps.
+        more: Other dependencies, in sbatch's words.
+
+    Raises:
+        ConfigError: one of them can no longer finish, or was never submitted.
+    """
+    jobs = [job for folder in folders for job in jobs_before(folder)]
+    if not jobs:
+        return {}
+    waits = ",".join([*more, f"afterok:{':'.join(dict.fromkeys(jobs))}"])
+    return {"dependency": waits, "sbatch": {"kill_on_invalid_dep": "yes"}}
+
+
+def jobs_before(folder: Path) -> list[str]:
+    """Return the unfinished jobs of a run, or of the cells of a sweep. Raises ConfigError."""
+    found: list[str] = []
+    for run, judged in judge_jobs(run_folders(folder), strict=True).items():
+        active = [one for one in judged if one.active]
+        for one in active:
+            if one.submission.cluster != "slurm" or not one.submission.job_id:
+                raise ConfigError(f"--after {folder}: {run} is {one.words}, which Slurm cannot wait for")
+        found += [one.submission.job_id for one in active]
+        if not active and not JobFolder(run).finished:
+            raise ConfigError(
+                f"--after {folder}: {run} has neither finished nor a job that could: `{hint('jobs', run)}` tells why, "
+                f"`{hint('resume', folder)}` submits it again"
+            )
+    return found
 
 
 def check(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = False) -> str:

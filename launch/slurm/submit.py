@@ -19,15 +19,14 @@ from submitit.core.utils import DelayedSubmission
 
 from ...checkpoints.atomic import write_text
 from ...models.errors import ConfigError, GraftError
-from ..hints import hint
+from ..say import hint
 from .attempt import JobTask
-from .batch import Launch, Request, command, executor_of, job_name, script
+from .batch import Launch, Request, command, copy_package, executor_of, job_name, origin, script
 from .checks import ask_sbatch
 from .job_folder import JobFolder, Submission
 from .lock import InterruptedSubmissionError, ordering, unbroken
 from .lookup import UNSURE, number_by_name, write_number
 from .pitfalls import detached, outside_of_a_job, start_script
-from .snapshot import copy_package, origin
 
 logger = logging.getLogger(__name__)
 ANSWER = 120.0

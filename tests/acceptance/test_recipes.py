@@ -16,9 +16,7 @@ import pytest
 import timm
 from cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
 from graftvit.launch.cli import main
-from graftvit.launch.load_config import load_config
-from graftvit.launch.overridden import unread_of
-from graftvit.launch.recipes import recipe_names
+from graftvit.launch.load_config import load_config, recipe_names, unread_of
 from graftvit.transfer.config import RunConfig
 from interrupting import terminated_after
 from measure import measure

@@ -22,7 +22,7 @@ from benchmark_rows import row
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
-from graftvit.launch.bench_loading import load_rows
+from graftvit.launch.comparison import load_rows
 from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from engine_runs import make_teacher
-from graftvit.launch.bench_loading import load_bench
 from graftvit.launch.cli import main
+from graftvit.launch.comparison import load_bench
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import parse_program
 from graftvit.transfer.attnbench import bench_run as bench_settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.launch.bench_loading import load_bench, load_rows
 from graftvit.launch.cli import main
+from graftvit.launch.comparison import load_bench, load_rows
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import FOUND, parse_program
 from graftvit.transfer.attnbench.bench_rows import merge_rows, read_rows, write_rows

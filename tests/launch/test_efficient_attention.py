@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from data_sets import image, write_images
 from graftvit.launch.cli import main
-from graftvit.launch.recipes import recipe_text
+from graftvit.launch.load_config import recipe_text
 from timm.data import dataset_factory
 
 SHORT = ["--max_steps", "1", "--warmup_epochs", "0", "--batch_size", "2", "--workers", "0", "--device", "cpu"]

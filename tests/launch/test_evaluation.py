@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
-from graftvit.launch.candidates import predictor
 from graftvit.launch.cli import main
+from graftvit.launch.evaluation import predictor
 from graftvit.launch.load_config import load_config
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.train import train
@@ -171,7 +171,7 @@ def test_images_are_renormalized() -> None:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
         return (pixels - mean) / std
 
-    from graftvit.launch.candidates import Candidate
+    from graftvit.launch.evaluation import Candidate
 
     candidate = Candidate("x", nn.Identity(), lambda images: images, own, 10, cast(Any, None))
     torch.testing.assert_close(predictor(candidate, shown)(normalize(shown)), normalize(own))

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from graftvit.launch.hints import hint
+from graftvit.launch.say import hint
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.launch.bench_loading import load_bench, load_rows
 from graftvit.launch.cli import main
+from graftvit.launch.comparison import load_bench, load_rows
 from graftvit.transfer.attnbench import bench_run as bench_verify
 from graftvit.transfer.attnbench.bench_rows import Row, row_text
 from graftvit.transfer.attnbench.bench_run import Bench, Trial, verify_rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from engine_runs import config
-from graftvit.launch.memory import describe_memory, memory_items, parameter_count
+from graftvit.launch.plan_text import describe_memory, memory_items, parameter_count
 from graftvit.transfer.engine.dry_run import DryRun, dry_run
 
 

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from graftvit.launch.fields import find_key
+from graftvit.launch.fields import FLAGS, METHODS, TAUGHT, find_key
 from graftvit.launch.flags import Parser, parse_command
 from graftvit.launch.load_config import load_config
-from graftvit.launch.official_words import FLAGS, METHODS, TAUGHT
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.modes import MODES
 from graftvit.transfer.methods.registry import method_names

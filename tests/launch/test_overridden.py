@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.load_config import load_config, load_stages
-from graftvit.launch.overridden import unread_of
+from graftvit.launch.load_config import load_config, load_stages, unread_of
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.effect import value_of
 from graftvit.transfer.engine.build import check_settings

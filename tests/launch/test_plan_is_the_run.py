@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import config, make_convnext, make_teacher, records
-from graftvit.launch.memory import memory_items
-from graftvit.launch.plan_text import describe_plan
+from graftvit.launch.plan_text import describe_plan, memory_items
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.effect import unread, without

@@ -6,8 +6,14 @@ from typing import Any
 import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.comparison import load_comparison
-from graftvit.launch.load_config import load_config, load_stages, read_recipe
-from graftvit.launch.recipes import recipe_names, recipe_summary, recipe_text
+from graftvit.launch.load_config import (
+    load_config,
+    load_stages,
+    read_recipe,
+    recipe_names,
+    recipe_summary,
+    recipe_text,
+)
 from graftvit.models.layer_plan import AS_IT_IS, NONE, OPERATORS, parse_plan
 from graftvit.transfer.config import AUTO
 from graftvit.transfer.engine.build import settle

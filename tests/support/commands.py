@@ -29,7 +29,7 @@ from typing import IO, Any
 from patience import PATIENCE
 
 IMPORTED = ("timm", "accelerate", "graftvit.launch.cli", "graftvit.launch.slurm.submit",
-            "graftvit.launch.slurm.resume", "graftvit.transfer.engine.train")  # fmt: skip
+            "graftvit.launch.slurm.stopping", "graftvit.transfer.engine.train")  # fmt: skip
 LONGEST = 1 << 20
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm import ask
+from graftvit.launch.slurm import scheduler as ask
 from graftvit.launch.slurm.jobs import describe_run
 from patience import until
 from slurm_cluster import SlurmCluster

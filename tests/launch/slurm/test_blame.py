@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm.blame import blame, blame_start, said_by_slurm, shorten
 from graftvit.launch.slurm.failures import Failure, Kind, is_consequence
 from graftvit.launch.slurm.job_folder import Attempt, JobFolder
+from graftvit.launch.slurm.judging import blame, blame_start, said_by_slurm, shorten
 from slurm_folders import submitted
 
 LOST = (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.flags import command_parser, parse_command
-from graftvit.launch.slurm.chaining import dependency_on
 from graftvit.launch.slurm.setting_layers import add_cluster_flags, asked_by, describe
+from graftvit.launch.slurm.submission import dependency_on
 from graftvit.models.errors import ConfigError
 from slurm_folders import attempted, say, submitted
 from sweep_folders import make_sweep

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cluster_runs import ClusterRun, cluster_run, held, tasks_of
-from graftvit.launch.slurm import ask
+from graftvit.launch.slurm import scheduler as ask
 from graftvit.launch.slurm.jobs import describe_runs, judge_jobs
 from graftvit.models.errors import GraftError
 from patience import until

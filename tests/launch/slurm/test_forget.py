@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.slurm.known_runs import known, registry_file, remember
+from graftvit.launch.slurm.job_folder import known, registry_file, remember
 from slurm_folders import say, submitted
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm.resources import gpus_in, has_gpus, parse_gpus, without_gpus
-from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm.settings import ClusterConfig, gpus_in, has_gpus, parse_gpus, without_gpus
 
 
 @pytest.mark.parametrize(

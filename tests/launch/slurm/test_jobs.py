@@ -13,9 +13,8 @@ import pytest
 from graftvit.launch.slurm import jobs
 from graftvit.launch.slurm.failures import Failure
 from graftvit.launch.slurm.job_folder import JobFolder
-from graftvit.launch.slurm.jobs import describe_run, run_folders
+from graftvit.launch.slurm.jobs import describe_run, read_progress, run_folders
 from graftvit.launch.slurm.lookup import is_alive
-from graftvit.launch.slurm.run_progress import read_progress
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.models.errors import ConfigError, GraftError
 from slurm_folders import submitted

@@ -14,8 +14,8 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs, logs
 from graftvit.launch.slurm.failures import Failure
+from graftvit.launch.slurm.job_folder import known, registry_file, remember
 from graftvit.launch.slurm.jobs_text import duration
-from graftvit.launch.slurm.known_runs import known, registry_file, remember
 from graftvit.launch.slurm.logs import Follower, tail
 from graftvit.launch.slurm.scheduler import JobState
 from patience import until

@@ -9,10 +9,9 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs
 from graftvit.launch.slurm import jobs_text as watching
-from graftvit.launch.slurm.ask import NoAnswerError
+from graftvit.launch.slurm.job_folder import remember
 from graftvit.launch.slurm.jobs import describe_run, judge_jobs
-from graftvit.launch.slurm.known_runs import remember
-from graftvit.launch.slurm.scheduler import JobState
+from graftvit.launch.slurm.scheduler import JobState, NoAnswerError
 from graftvit.models.errors import GraftError
 from slurm_folders import submitted
 

@@ -13,16 +13,14 @@ import pytest
 from filelock import FileLock
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs, lookup, stopping
-from graftvit.launch.slurm.ask import NoAnswerError
 from graftvit.launch.slurm.batch import Request, job_name
-from graftvit.launch.slurm.job_folder import JobFolder
-from graftvit.launch.slurm.known_runs import listed, registry_file, remember
+from graftvit.launch.slurm.job_folder import JobFolder, listed, registry_file, remember
 from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.lookup import NamedJob, find_submissions, home
 from graftvit.launch.slurm.requests import SubmissionPlan
-from graftvit.launch.slurm.resume import find_unfinished
-from graftvit.launch.slurm.scheduler import JobState
+from graftvit.launch.slurm.scheduler import JobState, NoAnswerError
 from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm.stopping import find_unfinished
 from graftvit.launch.slurm.submission import _refuse_second
 from graftvit.models.errors import ConfigError, GraftError
 from slurm_folders import submitted

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm import ask as asking
 from graftvit.launch.slurm import restart as module
+from graftvit.launch.slurm import scheduler as asking
 from graftvit.launch.slurm.batch import Launch, Request, script
 from graftvit.launch.slurm.failures import Failure, Kind
 from graftvit.launch.slurm.job_folder import JobFolder

@@ -10,12 +10,12 @@ from engine_runs import config
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import dump_config
 from graftvit.launch.slurm import jobs, submission
-from graftvit.launch.slurm import resume as resume_module
+from graftvit.launch.slurm import stopping as resume_module
 from graftvit.launch.slurm.batch import Launch, Request, script
 from graftvit.launch.slurm.preview import preview_again
-from graftvit.launch.slurm.resume import Unfinished, find_unfinished, resume
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm.stopping import Unfinished, find_unfinished, resume
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.train import train
 from slurm_folders import attempted, say, submitted

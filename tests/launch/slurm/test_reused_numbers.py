@@ -9,8 +9,8 @@ from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs, lookup
 from graftvit.launch.slurm.batch import job_name
 from graftvit.launch.slurm.jobs import describe_run
-from graftvit.launch.slurm.resume import find_unfinished
 from graftvit.launch.slurm.scheduler import JobState, parse_accounting, parse_queue
+from graftvit.launch.slurm.stopping import find_unfinished
 from slurm_cluster import SlurmCluster
 from slurm_folders import attempted, submitted
 

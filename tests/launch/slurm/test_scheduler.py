@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm import ask, scheduler
-from graftvit.launch.slurm.ask import NoAnswerError, NoSuchJobError
+from graftvit.launch.slurm import scheduler
+from graftvit.launch.slurm import scheduler as ask
 from graftvit.launch.slurm.scheduler import (
     JobState,
+    NoAnswerError,
+    NoSuchJobError,
     cancel,
     expand_id,
     fallen_in,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from cluster_runs import cluster_run, user_environment
-from graftvit.launch.slurm import snapshot
-from graftvit.launch.slurm.snapshot import copy_package, origin
+from graftvit.launch.slurm import batch as snapshot
+from graftvit.launch.slurm.batch import copy_package, origin
 from patience import until
 from slurm_cluster import SlurmCluster
 
@@ -102,7 +102,7 @@ def test_the_copy_hides_what_is_installed(tmp_path: Path) -> None:
 def test_a_copy_can_be_copied(tmp_path: Path) -> None:
     """As a job does that submits another one, or a package that was installed and not linked."""
     code = copy_package(tmp_path / "one")
-    again = "from graftvit.launch.slurm.snapshot import copy_package, origin\n"
+    again = "from graftvit.launch.slurm.batch import copy_package, origin\n"
     again += "from pathlib import Path\nprint(json.dumps([str(copy_package(Path('two'))), origin()]))"
     second, made = python(code, f"{HIDE}import json\n{again}", tmp_path)
     assert Path(second).name == code.name

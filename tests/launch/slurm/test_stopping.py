@@ -13,9 +13,8 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import jobs, lookup, scheduler, stopping
 from graftvit.launch.slurm import lookup as processes
-from graftvit.launch.slurm.ask import NoSuchJobError
 from graftvit.launch.slurm.job_folder import JobFolder
-from graftvit.launch.slurm.scheduler import JobState
+from graftvit.launch.slurm.scheduler import JobState, NoSuchJobError
 from graftvit.models.errors import CheckpointError, GraftError
 from patience import until
 from slurm_cluster import SlurmCluster

@@ -5,8 +5,16 @@ import io
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm.summary import Summary, read_cell, summarize, to_csv, to_markdown, write_summary
-from graftvit.launch.slurm.summary_plot import draw, numeric_key
+from graftvit.launch.slurm.summary import (
+    Summary,
+    draw,
+    numeric_key,
+    read_cell,
+    summarize,
+    to_csv,
+    to_markdown,
+    write_summary,
+)
 from graftvit.models.errors import CheckpointError, ConfigError
 from PIL import Image
 from scipy.stats import binomtest

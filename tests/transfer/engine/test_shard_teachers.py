@@ -10,7 +10,7 @@ import timm
 import torch
 from dense import tiny
 from engine_runs import config, make_convnext, make_teacher
-from graftvit.launch.memory import memory_items
+from graftvit.launch.plan_text import memory_items
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.build import check_settings
 from graftvit.transfer.engine.dry_run import dry_run

@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.testing
 from dense import gradient, images, relative_error, tiny
 from engine_runs import config, make_teacher, records
-from graftvit.launch.memory import memory_items
+from graftvit.launch.plan_text import memory_items
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
