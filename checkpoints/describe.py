@@ -200,7 +200,7 @@ def describe_file(path: Path) -> list[str]:
     width = max((len(name) for name, *_ in rows), default=0)
     lines = [f"{path}: {found.kind}, {found.size:,} bytes"]
     lines += [
-        f"  {name:<{width}}  {dtype:<8}  {_shape(tensor):<20}  {tensor.nbytes:>14,}"
+        f"  {name:<{width}}  {dtype:<8}  {_format_shape(tensor):<20}  {tensor.nbytes:>14,}"
         for name, dtype, tensor in rows
     ]
     total = sum(tensor.nbytes for *_, tensor in rows)
@@ -295,5 +295,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= METADATA_WIDTH else f"{text[:METADATA_WIDTH]}…"
 
 
-def _shape_inspect_file(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "scalar"

@@ -112,7 +112,7 @@ def card_fields(license: str | None) -> dict[str, str]:
 
 PATH_KEYS = ("source", "init", "data_path", "stage", "output_dir", "cache")
 """Settings that may hold a path, relative ones included."""
-_HUB_public = ("hf-hub:", "hf_hub:")
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _BEGIN = r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:[\\/]|\\\\)"
 _ABSOLUTE = re.compile(r"(?:file:/*|local-dir:)?" + _BEGIN)
 _INSIDE = re.compile(r"(?<![\w.:/\\-])(?:~[\w-]*/|/|[A-Za-z]:[\\/])[^\s\"'<>|:,;]+")
@@ -128,7 +128,7 @@ def public_text(text: str, key: str = "") -> str:
 
     `key` is the setting that the text stands in.
     """
-    if text.startswith(_HUB_public):
+    if text.startswith(_HUB_PREFIXES):
         return text
     if _ABSOLUTE.match(text) or (key in PATH_KEYS and re.search(r"[/\\]", text)):
         prefix = "local-dir:" if text.startswith("local-dir:") else ""

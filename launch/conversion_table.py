@@ -141,9 +141,7 @@ def pyramid_table(
     note = calibration_note("timm's layer", calibration) if calibration is not None else ""
     note += fit_notes(layers)
     return (
-        aligned(rows, right=(0, 1, 3, 5))
-        + note
-        + _totals_pyramid_table(teacher, student, sum(before), sum(after))
+        aligned(rows, right=(0, 1, 3, 5)) + note + _pyramid_totals(teacher, student, sum(before), sum(after))
     )
 
 
@@ -151,7 +149,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _totals_pyramid_table(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
+def _pyramid_totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
     from ..models.converted import new_parameters
     from ..models.cost import other_macs
 

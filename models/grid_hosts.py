@@ -27,8 +27,7 @@ from .converted import ConvertedAttention
 from .errors import JsonDict
 from .families import Block, NoAttention, Site, check_supported, is_pyramid, sites
 from .host import AttentionHost, host_attention, release_attention
-from .map_structure import MapStructure, Windows, whole_grid
-from .map_structure import SizeShiftedWindows as Size
+from .map_structure import MapStructure, Size, Windows, whole_grid
 
 LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
 """The limit of the logarithm of Swin V2's learned scale."""

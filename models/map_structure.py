@@ -59,19 +59,17 @@ def _words(size: Size) -> str:
 #
 # Shape suffixes: B batch, H heads, N tokens of the grid, W windows, M tokens of a window, D head width.
 
-SizeShiftedWindows = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Windows:
     """Windows over a grid. The grid is shifted, then padded below and on the right to whole windows, as timm does."""
 
-    grid: SizeShiftedWindows
-    window: SizeShiftedWindows
-    shift: SizeShiftedWindows = (0, 0)
+    grid: Size
+    window: Size
+    shift: Size = (0, 0)
 
     @property
-    def padded(self) -> SizeShiftedWindows:
+    def padded(self) -> Size:
         """Return the height and width of the grid in whole windows."""
         (height, width), (rows, columns) = self.grid, self.window
         return -(-height // rows) * rows, -(-width // columns) * columns
@@ -117,15 +115,15 @@ class _WholeGrid:
     """The two methods of timm's blocks of Swin that know of windows."""
 
     attn: Any
-    input_resolution: SizeShiftedWindows
+    input_resolution: Size
 
     def _attn(self, x: Tensor) -> Any:
         return self.attn(x)
 
     def set_input_size(
         self,
-        feat_size: SizeShiftedWindows,
-        window_size: SizeShiftedWindows,
+        feat_size: Size,
+        window_size: Size,
         always_partition: bool | None = None,
     ) -> None:
         """Change the grid; the layer decides what this means for its windows."""

@@ -48,7 +48,7 @@ from .layer_plan import (
     parse_plan,
 )
 from .layer_plan import KEEP as SOFTMAX
-from .map_structure import SizeShiftedWindows as Size
+from .map_structure import Size
 from .merges import check_equal_stages, merge_deformably
 
 # Convert the layers of a pyramid: drop what an operator does not need, and give it all tokens of the stage.

@@ -229,7 +229,7 @@ def _has_moco_positions(position_1ND: Tensor) -> bool:
     return torch.allclose(position_1ND[0, 1:, : 2 * quarter].float(), expected_NC, atol=1e-3)
 
 
-MASK_TOKEN_RESEARCH = (r"mask(?:ed)?_(?:token|embed)", "the mask token of masked image modelling")
+MASKED_TOKEN = (r"mask(?:ed)?_(?:token|embed)", "the mask token of masked image modelling")
 PLAIN = ("cls_token", "pos_embed", r"blocks\.0\.attn\.qkv\.bias")
 OTHER_THAN_PLAIN = (
     r"blocks\.0\.(?!norm[12]\.|attn\.qkv\.|attn\.proj\.|mlp\.fc[12]\.).+",
@@ -252,7 +252,7 @@ PLAIN_MAPS: tuple[KeyMap, ...] = (
     KeyMap(
         "iBOT's backbone",
         marks=(*PLAIN, "masked_embed"),
-        left_out=(MASK_TOKEN_RESEARCH,),
+        left_out=(MASKED_TOKEN,),
         describe=imagenet("iBOT trains"),
     ),
     KeyMap(
@@ -271,7 +271,7 @@ PLAIN_MAPS: tuple[KeyMap, ...] = (
         "a plain ViT",
         marks=(*PLAIN, r"(?:fc_)?norm\.weight"),
         unless=OTHER_THAN_PLAIN,
-        left_out=(MASK_TOKEN_RESEARCH,),
+        left_out=(MASKED_TOKEN,),
         describe=describe_plain,
     ),
 )

@@ -436,11 +436,11 @@ def _origin(key: str, made: Json, recipe: Json) -> list[tuple[str, str]]:
     if origin.get("architecture"):
         rows.append((f"{name}: architecture", code(origin["architecture"])))
     rows.append((f"{name}: revision", code(origin["revision"]) if origin.get("revision") else "not recorded"))
-    rows.append((f"{name}: license", _named_sections(origin.get("licence"))))
+    rows.append((f"{name}: license", _license_name(origin.get("licence"))))
     return rows
 
 
-def _named_sections(license: str | None) -> str:
+def _license_name(license: str | None) -> str:
     return plain(normalize(license) or "unknown")
 
 
@@ -485,7 +485,7 @@ def _limits(config: Json) -> str:
 
 
 def _license(config: Json, license: str | None) -> str:
-    sources = [_named_sections(source) for source in licenses(section(config, KEY))]
+    sources = [_license_name(source) for source in licenses(section(config, KEY))]
     made_of = (
         f"The weights that it was made from are under: {', '.join(dict.fromkeys(sources))}."
         if sources

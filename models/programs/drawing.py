@@ -103,9 +103,9 @@ def draw_value(random: Random, shape: Shape, depth: int) -> Node:
 
 # Variation of programs: exchange a value by another of the same shape, which keeps a program well typed.
 
-DEPTH_VARIATION = 2
+MUTATION_DEPTH = 2
 """Levels of a value that is drawn again."""
-TRIES_VARIATION = 1_000
+MUTATION_TRIES = 1_000
 
 
 def mutate(program: Program, random: Random) -> Program:
@@ -113,7 +113,7 @@ def mutate(program: Program, random: Random) -> Program:
 
     It reads Q, K and V and differs from `program`. Raises ProgramError: none was found.
     """
-    for _ in range(TRIES_VARIATION):
+    for _ in range(MUTATION_TRIES):
         old = random.choice(program.nodes)
         try:
             found = Program(_exchanged(program.root, old, _another(old, random)))
@@ -126,7 +126,7 @@ def mutate(program: Program, random: Random) -> Program:
 
 def cross(program: Program, other: Program, random: Random) -> Program:
     """Return `program` with one value exchanged by a value of `other` of the same shape; `program` if none fits."""
-    for _ in range(TRIES_VARIATION):
+    for _ in range(MUTATION_TRIES):
         old, new = random.choice(program.nodes), random.choice(other.nodes)
         if old.shape != new.shape or not new.primitive:
             continue
@@ -151,7 +151,7 @@ def _another(old: Node, random: Random) -> Node:
         names = [row.name for row in rows if row.shape(*shapes) == old.shape]
         return apply(random.choice(names), *old.operands)
     if old.shape in RULES:
-        return draw_value(random, old.shape, random.randint(0, DEPTH_VARIATION))
+        return draw_value(random, old.shape, random.randint(0, MUTATION_DEPTH))
     raise ProgramError(f"no rule draws {old.shape}")
 
 

@@ -275,7 +275,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class ValueLegacyImport:
+class SymbolicValue:
     """A tensor of AttnZero's code; in a constant, `dims` counts dimensions of size 1."""
 
     memory: Memory
@@ -292,9 +292,9 @@ class ValueLegacyImport:
             )
         return apply("t", self.memory.node) if self.flipped else self.memory.node
 
-    def holding(self, node: Node, dims: int | None = None) -> ValueLegacyImport:
+    def holding(self, node: Node, dims: int | None = None) -> SymbolicValue:
         """Return another tensor, in memory of its own."""
-        return ValueLegacyImport(Memory(node), self.dims if dims is None else dims, self.constant)
+        return SymbolicValue(Memory(node), self.dims if dims is None else dims, self.constant)
 
     @property
     def layout(self) -> str:
@@ -308,14 +308,14 @@ def import_genotype(genotype: Genotype) -> Program:
 
     Raises ProgramError: it has no form that holds for all sizes; the error says why.
     """
-    inputs = {name: ValueLegacyImport(Memory(node)) for name, node in (("q", Q), ("k", K), ("v", V))}
+    inputs = {name: SymbolicValue(Memory(node)) for name, node in (("q", Q), ("k", K), ("v", V))}
     out = walk(genotype, inputs, lambda value: value.holding(value.node), _unary, _binary)
     if out.dims != MATRIX:
         raise ProgramError(f"no program: the output is {out.layout}")
     return Program(out.node)
 
 
-def _unary(number: int, value: ValueLegacyImport) -> ValueLegacyImport:
+def _unary(number: int, value: SymbolicValue) -> SymbolicValue:
     if number == 0:
         return value
     if number == 1 and value.dims == MATRIX:
@@ -335,7 +335,7 @@ def _may_hold_nan(node: Node) -> bool:
     return not all(is_nonnegative(walk_operands(log.operands[0])) for log in logs)
 
 
-def _changed(number: int, value: ValueLegacyImport) -> ValueLegacyImport | None:
+def _changed(number: int, value: SymbolicValue) -> SymbolicValue | None:
     if number in ELEMENTWISE:
         return value.holding(apply(ELEMENTWISE[number], value.node))
     if number == 6 and value.dims > A_HEAD and not value.constant:
@@ -350,7 +350,7 @@ def _changed(number: int, value: ValueLegacyImport) -> ValueLegacyImport | None:
 OVERWRITES = (4, 11, 27)
 
 
-def _overwrite(number: int, value: ValueLegacyImport, changed: ValueLegacyImport) -> ValueLegacyImport:
+def _overwrite(number: int, value: SymbolicValue, changed: SymbolicValue) -> SymbolicValue:
     """Change the memory of the operand of an operator, which other tensors may share; return its result."""
     if number == 27:  # the result is the memory
         value.memory.node = apply("t", changed.node) if value.flipped else changed.node
@@ -375,7 +375,7 @@ REASONS = {
 } | dict.fromkeys(LAST, "runs over heads, or over nothing")
 
 
-def _of_a_matrix(number: int, value: ValueLegacyImport) -> ValueLegacyImport | None:
+def _of_a_matrix(number: int, value: SymbolicValue) -> SymbolicValue | None:
     if number in LAST or number in OF_MATRICES:
         return value.holding(apply((LAST | OF_MATRICES)[number], value.node))
     if number == 17:
@@ -383,17 +383,17 @@ def _of_a_matrix(number: int, value: ValueLegacyImport) -> ValueLegacyImport | N
     return None
 
 
-def _of_a_vector(number: int, value: ValueLegacyImport) -> ValueLegacyImport | None:
+def _of_a_vector(number: int, value: SymbolicValue) -> SymbolicValue | None:
     if number in LAST:
         return value.holding(apply("t", apply(LAST[number], apply("t", value.node))))
     return value.holding(apply("sum", value.node), A_HEAD) if number == 17 else None
 
 
-def _of_nothing(number: int, value: ValueLegacyImport) -> None:
+def _of_nothing(number: int, value: SymbolicValue) -> None:
     return None
 
 
-def _of_a_constant(number: int, value: ValueLegacyImport) -> ValueLegacyImport | None:
+def _of_a_constant(number: int, value: SymbolicValue) -> SymbolicValue | None:
     if number in LAST and (number != 27 or value.dims):
         return value.holding(apply(LAST[number], value.node))
     if number in OF_MATRICES and value.dims == MATRIX:
@@ -403,15 +403,15 @@ def _of_a_constant(number: int, value: ValueLegacyImport) -> ValueLegacyImport |
     return value.holding(value.node, value.dims - 1) if number == 17 and value.dims >= VECTOR else None
 
 
-def _binary(number: int, left: ValueLegacyImport, right: ValueLegacyImport) -> ValueLegacyImport:
+def _binary(number: int, left: SymbolicValue, right: SymbolicValue) -> SymbolicValue:
     both, dims = (left.node, right.node), (left.dims, right.dims)
     if number in (0, 2):
         if _line_up(left, right):
             node = apply("add" if number == 0 else "mul", *both)
-            return ValueLegacyImport(Memory(node), max(dims), left.constant and right.constant)
+            return SymbolicValue(Memory(node), max(dims), left.constant and right.constant)
     elif number == 4:
         if left.constant == right.constant and min(dims) > 0:
-            return ValueLegacyImport(Memory(apply("one")), 0, True)
+            return SymbolicValue(Memory(apply("one")), 0, True)
     elif number == 8:
         if (
             not left.constant
@@ -419,10 +419,10 @@ def _binary(number: int, left: ValueLegacyImport, right: ValueLegacyImport) -> V
             and dims == (VECTOR, A_HEAD)
             and left.node.shape.rows == ONE
         ):
-            return ValueLegacyImport(Memory(apply("mul", left.node, apply("headsum", right.node))), A_HEAD)
+            return SymbolicValue(Memory(apply("mul", left.node, apply("headsum", right.node))), A_HEAD)
     elif number == 1 and (left.constant or right.constant):
         if _line_up(left, right) and max(dims) == MATRIX and left.constant != right.constant:
-            return ValueLegacyImport(Memory(apply("dist", *both)), VECTOR)
+            return SymbolicValue(Memory(apply("dist", *both)), VECTOR)
     elif not left.constant and not right.constant:
         found = _join(number, left, right)
         if found is not None:
@@ -433,32 +433,32 @@ def _binary(number: int, left: ValueLegacyImport, right: ValueLegacyImport) -> V
     )
 
 
-def _line_up(left: ValueLegacyImport, right: ValueLegacyImport) -> bool:
+def _line_up(left: SymbolicValue, right: SymbolicValue) -> bool:
     if left.constant or right.constant:
         small, other = (left, right) if left.constant else (right, left)
         return other.constant or small.dims <= other.dims
     return left.dims == right.dims
 
 
-def _join(number: int, left: ValueLegacyImport, right: ValueLegacyImport) -> ValueLegacyImport | None:
+def _join(number: int, left: SymbolicValue, right: SymbolicValue) -> SymbolicValue | None:
     a, b = left.node, right.node
     kinds = left.dims, right.dims
     if number == 7 and kinds == (MATRIX, VECTOR):
-        return ValueLegacyImport(Memory(_contraction(a, b)), VECTOR)
+        return SymbolicValue(Memory(_contraction(a, b)), VECTOR)
     if kinds == (VECTOR, VECTOR) and number in (1, 9):
         node = apply("dist" if number == 1 else "cat", apply("t", a), apply("t", b))
         return (
-            ValueLegacyImport(Memory(node), A_HEAD)
+            SymbolicValue(Memory(node), A_HEAD)
             if number == 1
-            else ValueLegacyImport(Memory(apply("t", node)), VECTOR)
+            else SymbolicValue(Memory(apply("t", node)), VECTOR)
         )
     if kinds != (MATRIX, MATRIX) or number == 7:
         return None
     if number in (5, 6):
         kind = "tn" if a.shape.rows == b.shape.rows else "nt"
-        return ValueLegacyImport(Memory(apply(kind, *((a, b) if number == 5 else (b, a)))))
+        return SymbolicValue(Memory(apply(kind, *((a, b) if number == 5 else (b, a)))))
     node = apply({1: "dist", 3: "mm", 9: "cat"}[number], a, b)
-    return ValueLegacyImport(Memory(node), VECTOR if number == 1 else MATRIX)
+    return SymbolicValue(Memory(node), VECTOR if number == 1 else MATRIX)
 
 
 def _contraction(a: Node, b: Node) -> Node:
@@ -548,20 +548,20 @@ class _Search:
             return
         with_chain = Found(found.values, {**found.chains, index: chain}, found.joins)
         yield from self.value(name, typed, with_chain)
-        for number, inner in _unary_legacy_export(typed):
+        for number, inner in _unary_choices(typed):
             if chain[:1] == (number,) == (1,):  # two transposes
                 continue
             yield from self._chain(source, inner, (number, *chain), found)
 
     def _join(self, target: str, typed: Typed, found: Found) -> Iterator[Found]:
         left, right = self.steps[target].split(".")
-        for number, first, second in _binary_legacy_export(typed):
+        for number, first, second in _binary_choices(typed):
             known = Found(found.values, found.chains, {**found.joins, target: number})
             for half in self.value(left, first, known):
                 yield from self.value(right, second, half)
 
 
-def _unary_legacy_export(typed: Typed) -> Iterator[tuple[int, Typed]]:
+def _unary_choices(typed: Typed) -> Iterator[tuple[int, Typed]]:
     """Yield the unary operators that may give a value, with their operands."""
     node, dims = typed
     if dims == MATRIX and node.shape.cols == ONE:
@@ -588,7 +588,7 @@ def _is_constant(node: Node) -> bool:
     return node.primitive == "one" or (bool(node.operands) and all(map(_is_constant, node.operands)))
 
 
-def _binary_legacy_export(typed: Typed) -> Iterator[tuple[int, Typed, Typed]]:
+def _binary_choices(typed: Typed) -> Iterator[tuple[int, Typed, Typed]]:
     """Yield the binary operators that may give a value, with their operands."""
     node, dims = typed
     kind, operands = node.primitive, node.operands

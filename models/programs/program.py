@@ -369,7 +369,7 @@ def _leaf(token: str) -> str:
 #
 # The text has no comma and no semicolon, so that it can stand in a layer plan, and it is never evaluated as code.
 
-TOKEN_PROGRAM_TEXT = re.compile(r"\s*(?:([a-z][a-z0-9]*)|([()]))")
+WORD = re.compile(r"\s*(?:([a-z][a-z0-9]*)|([()]))")
 LEAVES = dict(zip(INPUTS, (Q, K, V), strict=True))
 
 
@@ -390,7 +390,7 @@ def parse_program(text: str) -> Program:
 def _tokens(text: str) -> list[str]:
     tokens, at, text = [], 0, text.rstrip()
     while at < len(text):
-        found = TOKEN_PROGRAM_TEXT.match(text, at)
+        found = WORD.match(text, at)
         if found is None:
             wrong = text[at:].strip()[:1]
             hint = "; separate operands by a space" if wrong == "," else ""

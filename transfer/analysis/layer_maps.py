@@ -32,8 +32,7 @@ from ...models.families import (
 )
 from ...models.grid_hosts import Call, GridHost, native_host, watch_layer
 from ...models.host import AttentionHost, Given, observe, release_attention
-from ...models.map_structure import SizeShiftedWindows as Size
-from ...models.map_structure import Windows
+from ...models.map_structure import Size, Windows
 from ...models.merges import merge_layers, merges_deformably
 from ...models.pyramid_conversion import sharing_copy
 from ...models.token_merging import TokenMerging, tap_places

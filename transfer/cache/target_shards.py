@@ -460,7 +460,7 @@ class TargetRows:
 
 # Compute the targets that a cache lacks, side by side with other processes that compute the same ones.
 
-POLL_FILLING = 1.0
+FILL_POLL = 1.0
 """Seconds between two looks at the shards that other processes compute."""
 Teach = Callable[[Tensor], dict[str, Tensor]]
 
@@ -502,7 +502,7 @@ def fill(
         left = claims.busy
         if left and first is None:
             moved(0)
-            time.sleep(POLL_FILLING)
+            time.sleep(FILL_POLL)
 
 
 def _compute(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.json_lines import append_line, open_lines, parse_record, read_lines
 from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, one_sentence
-from ..metrics.measure import LAYER as LAYER_of_recorder
+from ..metrics.measure import LAYER as LAYER_METRIC
 from .parallel import local
 from .waiting import Clock
 
@@ -338,7 +338,7 @@ class Recorder:
         shown = {
             key: value
             for key, value in record.items()
-            if not (key.startswith("test_") and LAYER_of_recorder in key)
+            if not (key.startswith("test_") and LAYER_METRIC in key)
         }
         logger.info("%s", "  ".join(f"{key} {_short(value)}" for key, value in shown.items()))
         for tracker in self._trackers:

@@ -275,7 +275,7 @@ def architecture_of(lineage: Lineage, tower: Tower) -> tuple[str, JsonDict] | No
 
     None where no config.json gives the number of heads and the sizes are of no published model.
     """
-    match = next((name for name in lineage.sizes if _is_size_lineages(SIZES[name], tower)), None)
+    match = next((name for name in lineage.sizes if _fits_tower(SIZES[name], tower)), None)
     if match is None and tower.heads is None:
         return None
     patch, image = _square(tower.patch), _square(tower.image)
@@ -291,7 +291,7 @@ def architecture_of(lineage: Lineage, tower: Tower) -> tuple[str, JsonDict] | No
     return name, arguments if size == match else {**arguments, **_sizes(SIZES[size], tower)}
 
 
-def _is_size_lineages(size: tuple[int, int, int, int], tower: Tower) -> bool:
+def _fits_tower(size: tuple[int, int, int, int], tower: Tower) -> bool:
     width, depth, heads, hidden = size
     same = (width, depth, hidden) == (tower.width, tower.depth, tower.hidden)
     return same and tower.heads in (None, heads)

@@ -189,7 +189,7 @@ def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
     divergences = {}
     for name, teacher in teachers.items():
         shown = {method: found for (method, of), found in runs.items() if of in (name, None)}
-        divergences[name] = _divergences_outcomes(teacher, shown, test.images)
+        divergences[name] = _measure_divergences(teacher, shown, test.images)
     together = zip(*(runs[method, "mae"] for method in ENSEMBLE), strict=True)
     top1 = [ensemble_top1(pair, test.loader) for pair in together]
     methods.append(MethodResult("ensemble", "mae", top1))
@@ -276,7 +276,7 @@ def _method(cells: Sequence[Cell]) -> MethodResult:
     )
 
 
-def _divergences_outcomes(
+def _measure_divergences(
     teacher: nn.Module, runs: Mapping[str, Sequence[Cell]], images: Tensor
 ) -> dict[str, list[list[float]]]:
     """Return divergences by method, seed and layer. A copying student attends by the teacher's maps."""

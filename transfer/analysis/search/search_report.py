@@ -210,10 +210,7 @@ def render(search: Search, done: Sequence[Evaluation], rankings: Sequence[Sequen
         question=_question(search, done),
         answer=_answer(search, done, known["elu + 1"]),
         plots=plots_of(done, known, search.softmax_cost),
-        controls=[
-            [name, f"{error:g}", _percent_search_report(search, cost)]
-            for name, (error, cost) in known.items()
-        ],
+        controls=[[name, f"{error:g}", _format_share(search, cost)] for name, (error, cost) in known.items()],
         legend=LEGEND,
         programs=[_shown(search, each, done) for each in front(done)],
         refused=_refused(done),
@@ -221,7 +218,7 @@ def render(search: Search, done: Sequence[Evaluation], rankings: Sequence[Sequen
     )
 
 
-def _percent_search_report(search: Search, cost: int) -> str:
+def _format_share(search: Search, cost: int) -> str:
     return f"{100 * cost / search.softmax_cost:.1f} %"
 
 
@@ -240,7 +237,7 @@ def _answer(search: Search, done: Sequence[Evaluation], elu: tuple[float, int]) 
     return (
         f"{refused:,} were refused by a check. The front has {len(front(done))} programs and a hypervolume of "
         f"{hypervolume(done, search.softmax_cost):.4f}. {len(better)} of them have a smaller mismatch than linear "
-        f"attention with elu + 1 ({elu[0]:g}) and cost no more ({_percent(search, elu[1])} of softmax)."
+        f"attention with elu + 1 ({elu[0]:g}) and cost no more ({_format_share(search, elu[1])} of softmax)."
     )
 
 
@@ -249,7 +246,7 @@ def _shown(search: Search, each: Evaluation, done: Sequence[Evaluation]) -> Show
     return ShownProgram(
         each.program,
         _errors(each),
-        _percent_search_report(search, each.cost),
+        _format_share(search, each.cost),
         mathml(program),
         str(program.products),
         str(program.entries),
