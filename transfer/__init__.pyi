@@ -9,10 +9,10 @@ from .config import RunConfig as RunConfig
 from .config import TransferConfig as TransferConfig
 from .engine.train import RunResult as RunResult
 from .engine.train import train as train
-from .methods.configured_dual import build_dual as build_dual
 from .methods.dual import DualOutput as DualOutput
 from .methods.dual import DualViT as DualViT
 from .methods.dual import Normalization as Normalization
+from .methods.dual import build_dual as build_dual
 from .methods.loss_terms import OutsideTeacher as OutsideTeacher
 from .methods.method import Installed as Installed
 from .methods.method import Pairing as Pairing

@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
     if arguments.private and arguments.public:
         raise ConfigError("--private and --public contradict each other: leave one out")
     from ...checkpoints.publish.upload import plan_upload, push_student
-    from ...transfer.methods.method_text import describe_transfer
+    from ...transfer.methods.method import describe_transfer
 
     with _student_folder(arguments.source) as folder:
         upload = plan_upload(

@@ -25,8 +25,7 @@ from ...models.families import SUPPORTED, blocks_of, classifier_of, family_named
 from ...models.mae import MaskedAutoencoder
 from ..cache.target_shards import check_cache
 from ..config import AlignConfig, Metric, PretrainConfig, RunConfig, TransferConfig
-from ..methods.configured_dual import build_dual
-from ..methods.dual import DualViT
+from ..methods.dual import DualViT, build_dual
 from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
 from ..methods.standardize import Batch, mark_ready

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ...models.attention.base import Heads
 from ...models.copying.grids import pick_dim
 from ...models.copying.tape import Link
-from .method import AttentionMethod, Pairing, joined_projector
-from .outputs import squared_error
+from .method import AttentionMethod, Pairing, joined_projector, squared_error
 from .taught_layer import Observer
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from ...models.copying.copying_operators import COPIES, Copy
 from ...models.copying.tape import Link
 from ..config import LossConfig
-from .map_kinds import LayerMaps, differ, differ_in
+from .map_loss import LayerMaps, differ, differ_in
 from .method import AttentionMethod, Pairing
 
 

@@ -12,10 +12,8 @@ from ...models.copying.copying_operators import Part
 from ...models.copying.grids import pick_dim
 from ...models.copying.tape import Link
 from ..config import LossConfig
-from .map_kinds import WHOLE, LayerMaps, differ, differ_in
-from .map_loss import MapLoss
-from .method import AttentionMethod, Pairing, joined_projector
-from .outputs import squared_error
+from .map_loss import WHOLE, LayerMaps, MapLoss, differ, differ_in
+from .method import AttentionMethod, Pairing, joined_projector, squared_error
 from .taught_layer import Observer
 
 

@@ -30,10 +30,12 @@ from ...models.families import check_supported, evaluating, is_pyramid
 from ...models.grid_hosts import host_layers
 from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
+from ..config import TransferConfig
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .loss_terms import (
     DEFAULT_TEACHER,
+    OF_RUNS,
     Teacher,
     TeacherSide,
     Term,
@@ -48,10 +50,68 @@ from .loss_terms import (
     term_methods,
 )
 from .method import Pairing
+from .pairs import TransferPlan
 from .standardize import Batch, Measured, fit, mark_ready
 from .taught_layer import freeze_unused
-from .teacher_run import collect, fill_tape
-from .transfer_plan import TransferPlan
+
+# One pass of a frozen teacher in a step, or its results from an earlier one.
+
+
+def fill_tape(
+    side: TeacherSide,
+    view: nn.Module,
+    tape: Tape,
+    images: Tensor,
+    taught: Mapping[str, Tensor] | None,
+    *,
+    convert: bool,
+) -> None:
+    """Put on the tape what a teacher gives for the student's images: it runs, unless it was `taught` before.
+
+    `convert`: give results of half precision the type of the student's.
+    """
+    if taught is None:
+        _run(side, view, images)
+    else:
+        _recall(side, tape, taught)
+    if convert:
+        _convert(side, tape, images)
+
+
+def _run(side: TeacherSide, view: nn.Module, images: Tensor) -> None:
+    """Run a teacher on the student's images. A teacher of half precision computes in it, whatever autocast says."""
+    if side.model.training:
+        side.model.eval()
+    with torch.no_grad():
+        if side.input.dtype is None:
+            view(side.input(images))
+            return
+        with torch.autocast(images.device.type, enabled=False):
+            view(side.input(images))
+
+
+def _recall(side: TeacherSide, tape: Tape, taught: Mapping[str, Tensor]) -> None:
+    """Put on the tape what the teacher said of these images before."""
+    prefix = f"{side.name}."
+    for name, result in taught.items():
+        if name.startswith(prefix):
+            tape.whole[name.removeprefix(prefix)] = result
+
+
+def collect(tapes: Mapping[str, Tape]) -> dict[str, Tensor]:
+    """Return the results of whole teachers that are on their tapes, for `fill_tape`."""
+    return {f"{name}.{result}": found for name, tape in tapes.items() for result, found in tape.whole.items()}
+
+
+def _convert(side: TeacherSide, tape: Tape, images: Tensor) -> None:
+    """Give the results of a teacher of half precision the type of the student's."""
+    if side.input.dtype is not None:
+        device = images.device.type
+        tape.convert(torch.get_autocast_dtype(device) if _autocast(images) else images.dtype)
+
+
+def _autocast(images: Tensor) -> bool:
+    return torch.is_autocast_enabled(images.device.type)
 
 
 @dataclass
@@ -465,3 +525,23 @@ class DualViT(nn.Module):
                 side.model._apply(fn)
         super()._apply(fn, recurse)
         return self
+
+
+# The teacher-student wrapper that the settings of a run describe.
+
+
+def build_dual(
+    config: TransferConfig,
+    teachers: Mapping[str, Teacher],
+    student: nn.Module,
+    student_normalization: Normalization,
+    calibration: Tensor | None = None,
+) -> DualViT:
+    """Return the wrapper of a configuration."""
+    return DualViT(
+        teachers,
+        student,
+        student_normalization=student_normalization,
+        calibration=calibration,
+        **{name: getattr(config, name) for name in type(config).model_fields if name not in OF_RUNS},
+    )

@@ -2,20 +2,251 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
+from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import ConfigError, Json, TransferError
+from ...models.families import family_of, is_pyramid, vit
+from ...models.parts import feature_width, patch_width
 from ..config import LossConfig
-from .feature_parts import PARTS, FeaturePart, image_size_of, record_images
+from .lessons import Changes
 from .method import Installed, Pairing, TransferMethod
+from .pairs import TransferPlan
 from .standardize import Measured, Standardizer
-from .transfer_plan import TransferPlan
+
+# Patches of a student and of any teacher on one grid, so that their features can be compared.
+
+Grid = tuple[int, int]
+"""Rows and columns."""
+
+
+def student_patches(student: nn.Module, tokens_BNC: Tensor, images: Grid) -> Tensor:
+    """Return the patches after the final norm, of a pyramid those of its last stage, as (B, rows, columns, C).
+
+    Raises TransferError: the student dropped patches.
+    """
+    family = family_of(student)
+    geometry = family.geometries(student, images)[-1]
+    if family.is_pyramid:
+        return family.patches(tokens_BNC, geometry)
+    grid = geometry.grid
+    patches = tokens_BNC[:, int(getattr(student, "num_prefix_tokens", 0)) :]
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise TransferError(
+            f"transfer.tokens=patches needs all {grid[0]}x{grid[1]} patches of the student, and it has "
+            f"{patches.shape[1]}: set student.model_args.patch_drop_rate to 0"
+        )
+    found: Tensor = patches.unflatten(1, grid)
+    return found
+
+
+def teacher_patches(patches: Tensor, student: Grid) -> Tensor:
+    """Return a teacher's patches as (B, rows, columns, C).
+
+    A teacher that gives (B, N, C) does not say how its patches lie: they are taken to lie as the student's.
+
+    Raises TransferError: it has another number of patches.
+    """
+    if patches.dim() == 4:
+        return patches
+    if patches.shape[1] != student[0] * student[1]:
+        raise TransferError(
+            f"the teacher gives {patches.shape[1]} patches without their grid, and the student has "
+            f"{student[0]}x{student[1]}: use another teacher, img_size that makes them equal, or tokens=pooled"
+        )
+    found: Tensor = patches.unflatten(1, student)
+    return found
+
+
+def common_grid(one: Grid, other: Grid) -> Grid:
+    """Return the coarser of two grids, side by side."""
+    return min(one[0], other[0]), min(one[1], other[1])
+
+
+def average_to(patches_BhwC: Tensor, grid: Grid) -> Tensor:
+    """Return the patches averaged over the area of each cell of a coarser `grid`, in float32.
+
+    Two small matrix products: their backward pass is deterministic on every device.
+    """
+    patches = precise(patches_BhwC)
+    rows, columns = patches.shape[1:3]
+    with torch.autocast(patches.device.type, enabled=False):
+        if rows != grid[0]:
+            patches = torch.einsum("ah,nhwc->nawc", _overlap(rows, grid[0], patches), patches)
+        if columns != grid[1]:
+            patches = torch.einsum("bw,nhwc->nhbc", _overlap(columns, grid[1], patches), patches)
+    return patches
+
+
+def _overlap(fine: int, coarse: int, like: Tensor) -> Tensor:
+    """Return how much of each of `coarse` cells each of `fine` cells of the same length fills (coarse, fine)."""
+    edges = torch.arange(fine, dtype=like.dtype, device=like.device)
+    lows = torch.arange(coarse, dtype=like.dtype, device=like.device)[:, None] * (fine / coarse)
+    shared = torch.minimum(edges + 1, lows + fine / coarse) - torch.maximum(edges, lows)
+    return shared.clamp(min=0) * (coarse / fine)
+
+
+# The features of a student and of a teacher that are compared: the pooled ones, and those of the patches.
+
+HEADS = ("head", "head_dist")
+
+
+@dataclass(eq=False)
+class FeaturePart(ABC):
+    """One kind of features of both models, as a step leaves them on the tape."""
+
+    student: nn.Module
+    teacher: nn.Module
+    tape: Tape
+    loss_name: ClassVar[str]
+    """The name of its loss, and of the modules that learn with it."""
+    words: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def widths(self) -> tuple[int, int]:
+        """The widths of student and teacher."""
+
+    @abstractmethod
+    def record(self, changes: Changes) -> None:
+        """Keep what the student gives on the tape, by hooks that are added to `changes`."""
+
+    @abstractmethod
+    def of_student(self) -> Tensor:
+        """Return the student's features (B, ..., C)."""
+
+    @abstractmethod
+    def of_teacher(self, images: tuple[int, int]) -> Tensor:
+        """Return the teacher's features (B, ..., C) in float32, for images of a size for the student."""
+
+
+class Pooled(FeaturePart):
+    """What goes into the head. DeiT's two heads read two tokens, and their mean is the feature."""
+
+    loss_name = "feature"
+    words = "the pooled features before the head"
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return feature_width(self.student), feature_width(self.teacher)
+
+    def record(self, changes: Changes) -> None:
+        for name, head in _heads(self.student).items():
+            changes.hooks.append(head.register_forward_pre_hook(_KeepInput(self.tape, name)))
+
+    def of_student(self) -> Tensor:
+        inputs = [self.tape.features[name] for name in HEADS if name in self.tape.features]
+        if not inputs:
+            raise _not_seen("head")
+        return torch.stack(inputs).mean(0)
+
+    def of_teacher(self, images: tuple[int, int]) -> Tensor:
+        return precise(self.tape.whole["pooled"])
+
+
+class Patches(FeaturePart):
+    """The patches after the final norm; of two grids the finer one is averaged to the coarser one."""
+
+    loss_name = "patches"
+    words = "the features of the patches after the final norm"
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return vit(self.student).num_features, patch_width(self.teacher)
+
+    def record(self, changes: Changes) -> None:
+        last = family_of(self.student).last_tokens(self.student)
+        changes.hooks.append(last.register_forward_hook(_KeepOutput(self.tape, "tokens")))
+
+    def of_student(self) -> Tensor:
+        tokens, images = self.tape.features.get("tokens"), self.tape.features.get("images")
+        if tokens is None or images is None:
+            raise _not_seen("final norm")
+        size = _size(images)
+        patches = student_patches(self.student, tokens, size)
+        theirs = teacher_patches(self.tape.whole["patches"], self._grid(size))
+        return average_to(patches, self._common(size, theirs))
+
+    def of_teacher(self, images: tuple[int, int]) -> Tensor:
+        patches = teacher_patches(self.tape.whole["patches"], self._grid(images))
+        return average_to(patches, self._common(images, patches))
+
+    def _grid(self, images: tuple[int, int]) -> tuple[int, int]:
+        return family_of(self.student).geometries(self.student, images)[-1].grid
+
+    def _common(self, images: tuple[int, int], theirs: Tensor) -> tuple[int, int]:
+        return common_grid(self._grid(images), (theirs.shape[1], theirs.shape[2]))
+
+
+PARTS: dict[str, tuple[type[FeaturePart], ...]] = {
+    "pooled": (Pooled,),
+    "patches": (Patches,),
+    "both": (Pooled, Patches),
+}
+"""By the value of `transfer.tokens`."""
+
+
+def _heads(student: nn.Module) -> dict[str, nn.Module]:
+    """Return the classifiers whose inputs are the pooled features; of a pyramid the one after its own pooling."""
+    found: Any = vit(student).get_classifier() if is_pyramid(student) else None
+    heads = {name: student._modules.get(name) for name in HEADS} if found is None else {"head": found}
+    return {name: head for name, head in heads.items() if head is not None}
+
+
+def record_images(student: nn.Module, tape: Tape, changes: Changes) -> None:
+    """Keep the student's images on the tape."""
+    embedding = family_of(student).embedding(student)
+    changes.hooks.append(embedding.register_forward_pre_hook(_KeepInput(tape, "images")))
+
+
+def image_size_of(tape: Tape) -> tuple[int, int]:
+    """Return height and width of the student's images in this step."""
+    return _size(tape.features["images"])
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return int(images.shape[-2]), int(images.shape[-1])
+
+
+@dataclass(eq=False)
+class _KeepInput:
+    """A hook before a module of the student: its input is kept."""
+
+    tape: Tape
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.tape.active:
+            self.tape.features[self.name] = inputs[0]
+
+
+@dataclass(eq=False)
+class _KeepOutput:
+    """A hook of a module of the student: its output is kept."""
+
+    tape: Tape
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+        if self.tape.active:
+            self.tape.features[self.name] = out
+
+
+def _not_seen(part: str) -> TransferError:
+    return TransferError(
+        f"the student's {part} was not seen to run: it was compiled before it was taught, or replaced; wrap the "
+        "plain model, and compile the DualViT"
+    )
+
 
 RESULTS = {"feature": "pooled", "patches": "patches"}
 """By the name of each loss, the result of the whole teacher that it reads."""

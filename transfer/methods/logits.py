@@ -13,7 +13,7 @@ from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
 from ..config import LossConfig
 from .method import Installed, Pairing, TransferMethod
-from .transfer_plan import TransferPlan
+from .pairs import TransferPlan
 
 
 class Logits(TransferMethod):

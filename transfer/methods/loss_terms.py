@@ -24,8 +24,8 @@ from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..config import LossEntry, TransferConfig
 from .method import Finish, TransferMethod
+from .pairs import TransferPlan, resolve_plan
 from .registry import find_method
-from .transfer_plan import TransferPlan, resolve_plan
 
 Teacher = nn.Module | Pretrained
 HALF = (torch.bfloat16, torch.float16)

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checkpoints.publish.card import Rows, code, number
+from ...models.attention.kernels import precise
 from ...models.copying.copying_operators import Copy, Part
 from ...models.copying.tape import Link, Tape
 from ...models.copying.teacher_view import Wanted as Wanted
@@ -20,10 +23,11 @@ from ...models.families import vit
 from ...models.host import AttentionHost
 from ..config import LossConfig
 from .lessons import Changes
-from .map_kinds import LayerMaps
+from .map_loss import LayerMaps
+from .pairs import TransferPlan
+from .registry import find_method, method_names
 from .standardize import Measured
 from .taught_layer import Observer, attach
-from .transfer_plan import TransferPlan
 
 Finish = Callable[[Tensor], dict[str, Tensor]]
 
@@ -204,3 +208,80 @@ def projector(
     name = f"layer{link.pair.student:02d}"
     projectors[name] = nn.Linear(student, teacher)
     return projectors[name]
+
+
+# The section `transfer` of a recipe, in the words of a model card.
+
+
+def describe_transfer(settings: Json) -> Rows:
+    """Describe method, layers, heads and weight of each loss; the name alone of a method that is not registered."""
+    losses = settings.get("losses")
+    entries = [entry for entry in losses if isinstance(entry, Mapping)] if isinstance(losses, list) else []
+    if not entries:
+        return _describe_loss(settings)
+    rows: Rows = []
+    for number_of_loss, entry in enumerate(entries, start=1):
+        found = [*_describe_loss(entry)]
+        if entry.get("teacher"):
+            found.insert(1, ("from", code(entry["teacher"])))
+        rows += [(f"loss {number_of_loss}: {name}", text) for name, text in found]
+    return rows
+
+
+def _describe_loss(settings: Json) -> Rows:
+    name = str(settings.get("method", ""))
+    if name not in method_names():
+        return [("method", f"{code(name)}: not described here")]
+    method = find_method(name)
+    rows = [("method", f"{code(name)}: {method.describe(settings)}")]
+    if method.uses_layers and "layers" in settings:
+        rows.append(("layers", _layers(settings["layers"])))
+    if method.uses_heads and "heads" in settings:
+        rows.append(("heads", _heads(settings["heads"])))
+    if not method.copies and "weight" in settings:
+        over = {"sum": ", summed over layers", "mean": ", averaged over layers"}
+        rest = over.get(str(settings.get("reduction")), "") if method.uses_layers else ""
+        rows.append(("weight of its loss", f"{number(settings['weight'])}{rest}"))
+    if settings.get("temperature", 1.0) != 1.0:
+        rows.append(("temperature", number(settings["temperature"])))
+    return rows
+
+
+def _layers(layers: object) -> str:
+    kind, _, count = str(layers).partition(":")
+    if layers == "all":
+        return "all"
+    if kind in ("first", "last") and count.isdigit():
+        return f"the {kind} {count}"
+    if kind == "every" and count.isdigit():
+        return f"one in {count}, and the last"
+    return _pairs(layers)
+
+
+def _heads(heads: object) -> str:
+    if heads == "mean":
+        return "the means of groups of the teacher's heads"
+    if heads == "match":
+        return "all, each paired with a teacher's head by the least distance between maps"
+    return "all" if heads == "all" else _pairs(heads)
+
+
+def _pairs(chosen: object) -> str:
+    """0,3,5, or teacher > student pairs, counted from 0."""
+    items = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+    text = ", ".join(
+        ">".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item) for item in items
+    )
+    return code(text) + (" (teacher > student)" if ">" in text else "")
+
+
+# The error of two tensors, for methods that compare outputs.
+
+
+def squared_error(student: Tensor, teacher: Tensor, projector: nn.Module | None) -> Tensor:
+    """Mean squared error over all elements, in float32; heads (B, H, N, D) are joined where a projector changes
+    the width."""
+    if projector is not None:
+        student, teacher = projector(student.transpose(1, 2).flatten(2)), teacher.transpose(1, 2).flatten(2)
+    student = precise(student)
+    return F.mse_loss(student, teacher.to(student.dtype))

@@ -18,7 +18,7 @@ from ...models.copying.tape import Link, Tape
 from ...models.errors import TransferError
 from ...models.host import AttentionHost
 from .lessons import Changes
-from .window_maps import window_attention
+from .map_loss import window_attention
 
 
 @dataclass

@@ -22,7 +22,7 @@ from graftvit.checkpoints.publish.card import (
 )
 from graftvit.transfer.config import AlignConfig, RunConfig
 from graftvit.transfer.engine.modes import MODES as RUN_MODES
-from graftvit.transfer.methods.method_text import describe_transfer
+from graftvit.transfer.methods.method import describe_transfer
 from graftvit.transfer.methods.registry import method_names
 from huggingface_hub import ModelCard
 from hypothesis import given, settings

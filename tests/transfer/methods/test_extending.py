@@ -20,7 +20,7 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods import registry
-from graftvit.transfer.methods.method_text import describe_transfer
+from graftvit.transfer.methods.method import describe_transfer
 from graftvit.transfer.methods.registry import find_method, method_names, register_method
 
 PAGE = Path(__file__).parents[3] / "docs" / "extending.md"

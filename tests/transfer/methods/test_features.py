@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dense import gradient, images, relative_error, tiny
 from graftvit.models.errors import TransferError
 from graftvit.transfer import DualViT, OutsideTeacher
-from graftvit.transfer.methods.patch_maps import average_to
+from graftvit.transfer.methods.feature import average_to
 from torch import Tensor, nn
 
 

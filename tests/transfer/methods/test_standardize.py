@@ -18,8 +18,7 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.methods.hadamard import hadamard_matrix
-from graftvit.transfer.methods.standardize import Standardizer
+from graftvit.transfer.methods.standardize import Standardizer, hadamard_matrix
 from torch import Tensor
 
 

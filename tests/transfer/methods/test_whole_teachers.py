@@ -16,7 +16,7 @@ from dense import gradient, images, relative_error, tiny
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.transfer import DualViT, OutsideTeacher
 from graftvit.transfer.engine.modes import classification_loss
-from graftvit.transfer.methods.method_text import describe_transfer
+from graftvit.transfer.methods.method import describe_transfer
 from torch import Tensor, nn
 
 
