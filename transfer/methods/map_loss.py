@@ -192,7 +192,7 @@ class MapLoss:
 
 
 def entropy(teacher: Heads) -> Tensor:
-    """Return H(P) of each row, without the expected value of the bias (`_expected_bias`)."""
+    """Return H(P) of each row, without the expected value of the bias (`_expected_table_bias`)."""
     with torch.no_grad():
         lse = map_logsumexp(*teacher.qk(), teacher.scale, teacher.bias)
         return lse - _expected_logit(teacher, teacher, [1])
