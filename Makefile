@@ -54,7 +54,7 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typing && mkdir -p build/typing/graftvit
-	ln -s "$(CURDIR)/launch/root/__init__.pyi" build/typing/graftvit/__init__.pyi
+	ln -s "$(CURDIR)/launch/graftvit/__init__.pyi" build/typing/graftvit/__init__.pyi
 	$(foreach package,$(PACKAGES),ln -s "$(CURDIR)/$(package)" build/typing/graftvit/$(package);)
 	MYPYPATH=build/typing $(BIN)/mypy --explicit-package-bases --namespace-packages -p graftvit
 

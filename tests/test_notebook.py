@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 import torch
-from tiny_weights import write_stand_in
+from support.models.tiny_weights import write_stand_in
 
 PAGE = Path(__file__).parents[1] / "docs" / "notebook.md"
 TEACHER = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

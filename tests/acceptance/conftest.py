@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_client import client_environment, use_hub
-from hub_server import Hub
-from hub_uploads import serve_uploads
-from photos import make_photo_folder
-from plain_timm import PlainTimm
+from support.files.photos import make_photo_folder
+from support.files.plain_timm import PlainTimm
+from support.hub.hub_client import client_environment, use_hub
+from support.hub.hub_server import Hub
+from support.hub.hub_uploads import serve_uploads
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,11 @@ import torch
 from graftvit.launch.cli import main
 from graftvit.transfer.analysis.layer_maps import attention_maps
 from graftvit.transfer.analysis.visualize.map_figures import entropy
-from hub_server import Hub
-from measure import measure
-from photos import CLASSES, SPLITS
 from PIL import Image
-from plain_timm import PlainTimm
+from support.files.photos import CLASSES, SPLITS
+from support.files.plain_timm import PlainTimm
+from support.hub.hub_server import Hub
+from support.runs.measure import measure
 
 MODEL = "vit_tiny_patch16_224"
 ARGUMENTS = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}

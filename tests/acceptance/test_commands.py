@@ -14,15 +14,15 @@ from typing import Any
 import graftvit
 import pytest
 import timm
-from cut_recipes import SMALL, Cut, command
 from graftvit.launch.cli import main
 from graftvit.launch.slurm.job_folder import JobFolder
-from measure import measure
-from patience import until
-from photos import CLASSES
 from PIL import Image
-from plain_timm import PlainTimm
-from tiny_weights import write_stand_in
+from support.files.photos import CLASSES
+from support.files.plain_timm import PlainTimm
+from support.models.tiny_weights import write_stand_in
+from support.runs.cut_recipes import SMALL, Cut, command
+from support.runs.measure import measure
+from support.runs.patience import until
 
 DISTILL = "cifar10_distill"
 TRAINED = 'model = timm.create_model("local-dir:{}", pretrained=True)'

@@ -12,8 +12,8 @@ import timm
 import yaml
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import read_recipe
-from measure import measure
-from photos import CLASSES
+from support.files.photos import CLASSES
+from support.runs.measure import measure
 
 SHORT = {"batch_size": 4, "repeats": 2, "speed_img_size": [], "error_batches": 1}
 

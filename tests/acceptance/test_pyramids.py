@@ -15,11 +15,11 @@ from graftvit.launch.load_config import load_config, read_recipe
 from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.models.converted import plan_of
 from graftvit.models.families import depths
-from measure import measure
-from patience import until
-from photos import CLASSES
-from plain_timm import PlainTimm
-from tiny_weights import write_stand_in
+from support.files.photos import CLASSES
+from support.files.plain_timm import PlainTimm
+from support.models.tiny_weights import write_stand_in
+from support.runs.measure import measure
+from support.runs.patience import until
 
 PVT: dict[str, Any] = {
     "embed_dims": [16, 32, 64], "depths": [1, 2, 1], "num_heads": [1, 2, 4], "sr_ratios": [4, 2, 1],

@@ -14,13 +14,13 @@ from typing import Any
 import graftvit
 import pytest
 import timm
-from cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config, recipe_names, unread_of
 from graftvit.transfer.config import RunConfig
-from interrupting import terminated_after
-from measure import measure
-from plain_timm import PlainTimm
+from support.files.plain_timm import PlainTimm
+from support.runs.cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
+from support.runs.interrupting import terminated_after
+from support.runs.measure import measure
 
 DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""

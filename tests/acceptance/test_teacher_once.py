@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cut_recipes import Cut, command, stand_ins
 from graftvit.launch.cli import main
 from graftvit.models.copying.teacher_view import WholeModel
+from support.runs.cut_recipes import Cut, command, stand_ins
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 

@@ -11,7 +11,7 @@ import torch
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models.conversion import plan_of
 from graftvit.models.errors import CheckpointError, UnsupportedModelError
-from published_ecoformer import State, attention, drawn, published_logits, published_state
+from support.models.published_ecoformer import State, attention, drawn, published_logits, published_state
 
 ENTRIES = {
     "pvt_v2_b0": 174,

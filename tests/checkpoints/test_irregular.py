@@ -19,8 +19,8 @@ from graftvit.checkpoints.state import (
     write_state,
 )
 from graftvit.models.errors import GraftError
-from hostile_configs import write_model
-from irregular_files import KINDS, irregular, never_waiting
+from support.files.hostile_configs import write_model
+from support.files.irregular_files import KINDS, irregular, never_waiting
 
 STATE_READERS: list[Callable[[Path], object]] = [check_state, read_meta, read_state]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from engine_runs import make_teacher, tiny_vit
 from graftvit.checkpoints.pretrained import load_weights
 from graftvit.models.conversion import convert
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import load_file, save_file
+from support.runs.engine_runs import make_teacher, tiny_vit
 
 
 def test_operators_stay_fresh_where_the_weights_are_of_softmax(tmp_path: Path) -> None:

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import graftvit
-import pyramids
 import pytest
 import timm
 import torch
-from copied_models import pair, whole
-from dense import images, tiny
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.checkpoints.student import write_student
@@ -22,8 +19,11 @@ from graftvit.models.conversion import convert, plan_of, resize
 from graftvit.models.errors import CheckpointError, GraftError
 from graftvit.transfer.engine.fit_operators import leave_to_us
 from graftvit.transfer.engine.run_state import restore_weights
-from plain_timm import PlainTimm
 from safetensors.torch import load_file, save_file
+from support.files.plain_timm import PlainTimm
+from support.models import pyramids
+from support.models.copied_models import pair, whole
+from support.models.dense import images, tiny
 from timm.models import save_for_hf
 from torch import Tensor, nn
 

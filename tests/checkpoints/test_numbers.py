@@ -10,9 +10,9 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load, load_teacher, load_weights
 from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import CheckpointError
-from hostile import ARCHITECTURE, ARGUMENTS, weights
-from hostile_configs import small_model, write_model
 from safetensors.torch import load_file, save_file
+from support.files.hostile import ARCHITECTURE, ARGUMENTS, weights
+from support.files.hostile_configs import small_model, write_model
 from torch import Tensor
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.files import check_regular, open_regular, read_regular
 from graftvit.models.errors import CheckpointError, ConfigError
-from irregular_files import KINDS, irregular
+from support.files.irregular_files import KINDS, irregular
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -9,7 +9,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert
-from pyramids import TINY, arguments, tiny
+from support.models.pyramids import TINY, arguments, tiny
 
 
 def test_each_stage_has_its_line(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config, make_teacher, records
 from graftvit.checkpoints.transformers_models import load_transformers
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
-from hub_client import use_hub
-from hub_server import COMMIT, serve
+from support.hub.hub_client import use_hub
+from support.hub.hub_server import COMMIT, serve
+from support.runs.engine_runs import config, make_teacher, records
 
 transformers: Any = pytest.importorskip("transformers")
 CONVNEXT = {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "image_size": 32, "num_channels": 1}

@@ -12,7 +12,7 @@ from graftvit.checkpoints.pretrained import load_weights
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert
 from graftvit.models.errors import CheckpointError
-from pyramids import TINY, arguments, tiny
+from support.models.pyramids import TINY, arguments, tiny
 
 
 @pytest.fixture(params=[None, "stage1: linear", "stage2: softmax"])

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from dense import tiny
-from device_cases import PRECISIONS, one_step, to_fake_gpu
 from graftvit.models.attention.base import Geometry, Heads
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.registry import method_names
-from operator_cases import CASES, HEADS, WIDTH, Case
+from support.models.dense import tiny
+from support.models.device_cases import PRECISIONS, one_step, to_fake_gpu
+from support.models.operator_cases import CASES, HEADS, WIDTH, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 METHODS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in method_names()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from graftvit.models.attention.base import Geometry, Heads
 from graftvit.models.attention.fused import apply_map, attention_with_lse, map_logsumexp
-from operator_cases import CASES, Case, draw
+from support.models.operator_cases import CASES, Case, draw
 from torch import Tensor
 
 pytestmark = [

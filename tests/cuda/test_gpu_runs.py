@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import config, make_teacher
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, make_teacher
 
 pytestmark = [
     pytest.mark.cuda,
@@ -20,7 +20,7 @@ pytestmark = [
 RUN = """
 import sys
 from pathlib import Path
-from engine_runs import config
+from support.runs.engine_runs import config
 from graftvit.transfer.engine.train import train
 train(config(Path(sys.argv[1]), Path(sys.argv[2]), engine={"device": "cuda", "fsdp": sys.argv[3] == "fsdp"}))
 """

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dense import gradient, images, relative_error, tiny
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.registry import method_names
+from support.models.dense import gradient, images, relative_error, tiny
 from torch import Tensor
 
 pytestmark = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_cuda import SimulatedKernels, chooser
 from graftvit.models.attention import cuda_kernels, kernels
 from graftvit.models.attention.fused import apply_map, attention_with_lse, map_logsumexp
+from support.models.fake_cuda import SimulatedKernels, chooser
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}

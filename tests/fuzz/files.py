@@ -2,7 +2,7 @@
 
 Each case ends in success with the right numbers or in one sentence. By hand, from the root of the project:
 
-    PYTHONPATH=tests:tests/support python -m fuzz.files --count 5000 --seed 0
+    PYTHONPATH=tests python -m fuzz.files --count 5000 --seed 0
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 
 from graftvit.models.errors import GraftError
-from limits import EndlessError, limited_memory, limited_work
+from support.runs.limits import EndlessError, limited_memory, limited_work
 
 from .formats import FORMATS, WrongError, copy_of
 
@@ -80,7 +80,7 @@ def run(count: int, seed: int, first: int = 0) -> Iterator[dict[str, str | int]]
     """The results of `count` cases; a process that died or hung at one is a result, and another one goes on."""
     last = first + count
     tests = Path(__file__).parents[1]
-    paths = (str(tests), str(tests / "support"), os.environ.get("PYTHONPATH", ""))
+    paths = (str(tests), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     while first < last:
         command = [sys.executable, "-m", "fuzz.files", "--serve", "--first", str(first)]

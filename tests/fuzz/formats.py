@@ -18,7 +18,6 @@ import onnx
 import safetensors.torch
 import torch
 import yaml
-from benchmark_rows import row
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
@@ -46,13 +45,14 @@ from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.loading import EvalBatches
 from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.search.program_search import open_search, recorded_generations, run_search
-from hostile import ARCHITECTURE, ARGUMENTS, weights
-from hostile_configs import write_model
-from hostile_tensors import valid
 from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
-from search_runs import search, silent
+from support.files.hostile import ARCHITECTURE, ARGUMENTS, weights
+from support.files.hostile_configs import write_model
+from support.files.hostile_tensors import valid
+from support.runs.benchmark_rows import row
+from support.runs.search_runs import search, silent
 from torch import Tensor
 
 from .mutations import damage_bytes, damage_json, damage_tensors, damage_yaml

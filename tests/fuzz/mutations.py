@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import torch
-from hostile_configs import WRONG, changed, places
+from support.files.hostile_configs import WRONG, changed, places
 from torch import Tensor
 
 SPARSE = 5 << 30

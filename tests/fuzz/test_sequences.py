@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from dense import images, relative_error, tiny
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
-from pair_cases import Case, cases
-from pair_reference import expected
+from support.models.dense import images, relative_error, tiny
+from support.models.pair_cases import Case, cases
+from support.models.pair_reference import expected
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 

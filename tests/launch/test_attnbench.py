@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import make_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.comparison import load_bench
 from graftvit.models.errors import ConfigError
@@ -19,6 +18,7 @@ from graftvit.transfer.attnbench.bench_rows import Row, read_rows, write_rows
 from graftvit.transfer.attnbench.bench_run import CONTROLS, list_cells, list_programs
 from graftvit.transfer.config import OptimConfig, RunConfig
 from graftvit.transfer.engine.train import RunResult
+from support.runs.engine_runs import make_teacher
 
 SHORT = """
 base: attnbench_digits

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config, make_teacher
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError
 from graftvit.transfer.engine.train import train
-from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
-from hostile_tensors import valid
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.files.hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
+from support.files.hostile_tensors import valid
+from support.runs.engine_runs import config, make_teacher
 
 LOAD: dict[str, Any] = {"model": ARCHITECTURE, "model_args": {**ARGUMENTS, "num_classes": 0}}
 

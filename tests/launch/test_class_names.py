@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import timm
-from engine_runs import ARCHITECTURE, ARGUMENTS
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.checkpoints.student import save_student
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
 from graftvit.transfer.engine.train import train
-from image_folders import class_folder, write_images
+from support.files.image_folders import class_folder, write_images
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS
 
 NAMES = ("bright", "dark")
 """In the order of folders; the first is brighter than the second."""

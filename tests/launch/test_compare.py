@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from compare_runs import cell, write_config
 from graftvit.launch.cli import main
 from graftvit.launch.comparison import load_comparison
 from graftvit.launch.load_config import load_stages
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.compare.student_cell import train_cell
-from patience import until
+from support.runs.compare_runs import cell, write_config
+from support.runs.patience import until
 
 
 def test_a_dry_run_lists_the_cells_and_makes_nothing(

@@ -15,8 +15,8 @@ from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.small import default_cfgs
-from hostile import ARCHITECTURE
-from hostile import ARGUMENTS as SHALLOW
+from support.files.hostile import ARCHITECTURE
+from support.files.hostile import ARGUMENTS as SHALLOW
 from torch import nn
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from pathlib import Path
 import graftvit
 import pytest
 import torch
-from engine_runs import make_teacher
 from graftvit.launch.cli import main
+from support.runs.engine_runs import make_teacher
 
 KILLED = """
 import os, signal, sys

@@ -16,7 +16,7 @@ from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.families import image_size
 from graftvit.models.merges import merge_layers
-from pyramids import TINY, arguments, images, tiny
+from support.models.pyramids import TINY, arguments, images, tiny
 from torch import nn
 
 SIZE = (32, 32)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_sets import write_classes, write_images, write_parquet, write_shards
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.launch.cli import main
 from graftvit.transfer.data import survey as looking
 from graftvit.transfer.data.augment import eval_transform
 from graftvit.transfer.data.survey import for_the_eye
 from PIL import ExifTags, Image
+from support.files.data_sets import write_classes, write_images, write_parquet, write_shards
 
 SMALL = ["--img_size", "32", "--images", "8"]
 

@@ -12,11 +12,19 @@ from typing import Any
 
 import pytest
 import timm
-from data_sets import encoded, image, write_classes, write_images, write_parquet, write_shards, write_tar
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.transfer.data.labels import subset_classes
+from support.files.data_sets import (
+    encoded,
+    image,
+    write_classes,
+    write_images,
+    write_parquet,
+    write_shards,
+    write_tar,
+)
 from timm.data import dataset_factory
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_sets import image, write_images
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import recipe_text
+from support.files.data_sets import image, write_images
 from timm.data import dataset_factory
 
 SHORT = ["--max_steps", "1", "--warmup_epochs", "0", "--batch_size", "2", "--workers", "0", "--device", "cpu"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_runs import make_teacher
 from graftvit.launch.cli import main
+from support.runs.engine_runs import make_teacher
 
 EcoFormer = "stage1: hash; stage2: hash; stage3: hash"
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, tiny_vit
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
-from image_folders import class_folder, flat_folder, write_images
 from PIL import Image
 from scipy.stats import binomtest
+from support.files.image_folders import class_folder, flat_folder, write_images
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, tiny_vit
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 SMALL = ["--device", "cpu", "--workers", "0"]

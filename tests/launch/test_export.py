@@ -12,7 +12,7 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
-from hostile import ARCHITECTURE, ARGUMENTS
+from support.files.hostile import ARCHITECTURE, ARGUMENTS
 
 
 @pytest.fixture

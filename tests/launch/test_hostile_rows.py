@@ -16,8 +16,8 @@ from graftvit.launch.comparison import load_bench, load_rows
 from graftvit.transfer.attnbench import bench_run as bench_verify
 from graftvit.transfer.attnbench.bench_rows import Row, row_text
 from graftvit.transfer.attnbench.bench_run import Bench, Trial, verify_rows
-from irregular_files import irregular, never_waiting
-from limits import limited_memory, limited_work
+from support.files.irregular_files import irregular, never_waiting
+from support.runs.limits import limited_memory, limited_work
 
 NAME = "attnbench_digits"
 GOOD = json.loads(row_text(next(row for row in load_rows(Path(NAME)) if row.name == "values")))

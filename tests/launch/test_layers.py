@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import timm
-from engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 
 
 @pytest.fixture

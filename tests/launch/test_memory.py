@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config
 from graftvit.launch.plan_text import describe_memory, memory_items, parameter_count
 from graftvit.transfer.engine.dry_run import DryRun, dry_run
+from support.runs.engine_runs import config
 
 
 def run(folder: Path, processes: int = 1, **sections: Any) -> DryRun:

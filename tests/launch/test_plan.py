@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from engine_runs import config as short_run
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import write_student
@@ -18,8 +17,9 @@ from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError, GraftError, TransferError
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
-from image_folders import class_folder
-from tiny_weights import write_stand_in
+from support.files.image_folders import class_folder
+from support.models.tiny_weights import write_stand_in
+from support.runs.engine_runs import config as short_run
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 STUDENT = [

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config, make_convnext, make_teacher, records
 from graftvit.launch.plan_text import describe_plan, memory_items
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
@@ -26,6 +25,7 @@ from graftvit.transfer.engine.modes import MODES, mode_of
 from graftvit.transfer.engine.run_parts import run_parts
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.registry import find_method, method_names
+from support.runs.engine_runs import config, make_convnext, make_teacher, records
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 

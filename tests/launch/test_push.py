@@ -13,14 +13,14 @@ import pytest
 import timm
 import torch
 import yaml
-from engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
-from hub_client import client_environment, use_hub
-from hub_server import Fault, Hub, closed_port
-from hub_uploads import Store, serve_uploads
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from support.hub.hub_client import client_environment, use_hub
+from support.hub.hub_server import Fault, Hub, closed_port
+from support.hub.hub_uploads import Store, serve_uploads
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
 
 POOL = "avg"
 LICENSE = "cc-by-nc-4.0"

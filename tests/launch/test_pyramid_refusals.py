@@ -12,7 +12,7 @@ from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
-from pyramids import TINY, arguments, tiny
+from support.models.pyramids import TINY, arguments, tiny
 
 DATA = ["--dataset", "digits"]
 

@@ -11,7 +11,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
 from PIL import Image
-from pyramids import TINY, arguments, tiny
+from support.models.pyramids import TINY, arguments, tiny
 
 TABLE = Path(__file__).parents[2] / "docs" / "conversion.md"
 FAMILIES = {"PVT": "pvt1", "PVTv2": "pvt", "Twins": "svt", "Swin": "swin", "Swin V2": "swinv2"}

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from engine_runs import config, make_teacher
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
 from graftvit.transfer.engine.train import train
 from safetensors.torch import load_file
+from support.runs.engine_runs import config, make_teacher
 
 NAME = "vit_tiny_patch16_224"
 SMALL: dict[str, Any] = {

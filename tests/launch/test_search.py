@@ -15,9 +15,9 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.transfer.search.program_search import ARCHIVE
-from hostile import ARCHITECTURE, ARGUMENTS
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.files.hostile import ARCHITECTURE, ARGUMENTS
 
 
 @pytest.fixture

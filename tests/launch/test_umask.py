@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import config, make_teacher
 from graftvit.checkpoints.atomic import write_file, write_folder
 from graftvit.launch.cli import main
 from graftvit.transfer.engine.train import train
 from PIL import Image
 from safetensors.torch import save_file
+from support.runs.engine_runs import config, make_teacher
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)

@@ -19,9 +19,9 @@ from graftvit.transfer.analysis.visualize import map_page
 from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import look
 from PIL import Image
-from pyramids import TINY, arguments
-from pyramids import tiny as pyramid
-from visualize_models import MEAN, STD, picture, save, tiny
+from support.models.pyramids import TINY, arguments
+from support.models.pyramids import tiny as pyramid
+from support.models.visualize_models import MEAN, STD, picture, save, tiny
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from graftvit.models.cost import attention_macs, count_layers, other_macs
 from graftvit.models.families import sites
 from graftvit.models.programs.program import FOUND
 from graftvit.models.small import without_memory
-from pyramids import images
+from support.models.pyramids import images
 from torch import Tensor, nn
 from torch.nn import functional as F
 

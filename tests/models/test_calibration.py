@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-import dense
 import pytest
 import torch
 from graftvit.models import layer_plan as operators
@@ -13,7 +12,8 @@ from graftvit.models.attention.base import Heads, LayerShape
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import UnsupportedModelError
-from operator_cases import CASES
+from support.models import dense
+from support.models.operator_cases import CASES
 from torch import Tensor, nn
 
 IMAGES = dense.images(4, dtype=torch.float32)

@@ -8,7 +8,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
-import dense
 import graftvit.checkpoints.pretrained as loading
 import pytest
 import torch
@@ -29,7 +28,8 @@ from graftvit.models.converted import TokenGrid
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
 from graftvit.models.layer_plan import OPERATORS, Choice
-from operator_cases import CASES
+from support.models import dense
+from support.models.operator_cases import CASES
 from torch import Tensor, nn
 
 FIRST = {case.operator: case for case in reversed(CASES) if case.operator != "softmax"}

@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from copied_models import CASES, HALF, MAPS, METHODS, OTHER, arguments, pair, whole
-from dense import images, tiny
 from graftvit.checkpoints.export.export import export_model
 from graftvit.models import resize
 from graftvit.models.copied import ARCHITECTURE, Copying, copying_of
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.transfer.methods.dual import DualViT
+from support.models.copied_models import CASES, HALF, MAPS, METHODS, OTHER, arguments, pair, whole
+from support.models.dense import images, tiny
 from torch import Tensor
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dense
 import pytest
 import torch
-from copied_models import CASES, MAPS, METHODS, pair, whole
 from graftvit.models.conversion import convert, layer_macs
 from graftvit.models.cost import copied_macs, dense_macs
+from support.models import dense
+from support.models.copied_models import CASES, MAPS, METHODS, pair, whole
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,7 +10,7 @@ import torch
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import check_supported, depths, is_pyramid, sites
 from graftvit.models.host import host_attention
-from pyramids import SIZES, TINY, images, tiny
+from support.models.pyramids import SIZES, TINY, images, tiny
 from torch import nn
 
 

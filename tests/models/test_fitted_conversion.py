@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import dense
 import pytest
 import timm
 import torch
@@ -16,6 +15,7 @@ from graftvit.models.calibration import Layer, fit_at_random, fit_layers
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.small import without_memory
+from support.models import dense
 from torch import Tensor, nn
 
 IMAGES = dense.images(4, dtype=torch.float32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from graftvit.models.families import sites
 from graftvit.models.grid_hosts import GridHost, host_layers, release_layers
-from pyramids import SIZES, TINY, images, tiny
+from support.models.pyramids import SIZES, TINY, images, tiny
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 

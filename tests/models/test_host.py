@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from dense import FAMILIES, images, tiny
 from graftvit.models.attention.base import QKV, Heads
 from graftvit.models.attention.softmax import Softmax
 from graftvit.models.conversion import convert
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import attention_shape, check_supported, token_layout
 from graftvit.models.host import AttentionHost, host_attention, release_attention
+from support.models.dense import FAMILIES, images, tiny
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dense
 import pytest
 import torch
 from graftvit.models.conversion import convert, new_parameters
 from graftvit.models.errors import ConfigError
+from support.models import dense
 from torch import nn
 
 FAMILIES = [family for family in dense.FAMILIES if not family.startswith("beit")]

@@ -9,7 +9,6 @@ import graftvit
 import pytest
 import timm
 import torch
-from golden import golden_images, golden_state
 from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
@@ -19,7 +18,8 @@ from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.families import is_pyramid, sites
 from graftvit.models.merges import merge_layers
 from graftvit.models.small import without_memory
-from pyramids import images
+from support.models.golden import golden_images, golden_state
+from support.models.pyramids import images
 from torch import nn
 
 ROWS = [

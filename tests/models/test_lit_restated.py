@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from golden import golden_images, golden_state
 from graftvit.checkpoints.formats.lit_keys import from_reference
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models import lit
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
-from lit_restated import PUBLISHED, Published, published_shapes, restated_logits, ti_shapes
+from support.models.golden import golden_images, golden_state
+from support.models.lit_restated import PUBLISHED, Published, published_shapes, restated_logits, ti_shapes
 from torch import Tensor
 
 HEADS = (3, 6, 12, 24)

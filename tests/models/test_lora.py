@@ -10,11 +10,11 @@ import graftvit
 import pytest
 import timm
 import torch
-from engine_runs import config, make_teacher
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.lora import add_lora, merged
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, make_teacher
 from torch import nn
 
 SMALL: dict[str, Any] = {

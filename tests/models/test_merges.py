@@ -12,7 +12,7 @@ from graftvit.models.cost import other_macs
 from graftvit.models.errors import ConfigError
 from graftvit.models.families import sites
 from graftvit.models.merges import merge_layers, merges_deformably
-from pyramids import TINY, arguments, images, tiny
+from support.models.pyramids import TINY, arguments, images, tiny
 from torch import nn
 
 PLAN = "stage1: none; merge: deformable"

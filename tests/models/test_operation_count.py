@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dense
 import pytest
 import timm
 import torch
@@ -12,6 +11,7 @@ from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.cost import count_operations
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.small import without_memory
+from support.models import dense
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

@@ -11,7 +11,7 @@ from graftvit.models import pvt_models
 from graftvit.models.cost import attention_macs
 from graftvit.models.errors import ConfigError
 from graftvit.models.small import without_memory
-from pyramids import images, tiny
+from support.models.pyramids import images, tiny
 from torch import Tensor
 
 PUBLISHED = {"pvt_tiny": 13.2, "pvt_small": 24.5, "pvt_medium": 44.2, "pvt_large": 61.4}

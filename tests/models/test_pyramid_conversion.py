@@ -15,7 +15,7 @@ from graftvit.models.families import check_supported, image_size, sites
 from graftvit.models.grid_hosts import host_layers
 from graftvit.models.layer_plan import OPERATORS
 from graftvit.models.small import without_memory
-from pyramids import TINY, arguments, images, tiny
+from support.models.pyramids import TINY, arguments, images, tiny
 from torch import Tensor, nn
 
 SIZE = (32, 32)

@@ -8,7 +8,7 @@ import pytest
 from graftvit.models.conversion import convert
 from graftvit.models.cost import attention_macs, other_macs
 from graftvit.transfer.analysis.benchmark.cases import counted_macs, step_of
-from pyramids import SIZES, TINY, images, tiny
+from support.models.pyramids import SIZES, TINY, images, tiny
 
 
 @pytest.mark.parametrize("plan", [None, "stage1: none; stage2.1: linear", "*: softmax"])

@@ -12,7 +12,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, resize
 from graftvit.models.copying.teacher_view import Normalization, WholeInput
-from pyramids import TINY, arguments, images, tiny
+from support.models.pyramids import TINY, arguments, images, tiny
 from torch import Tensor, nn
 
 PLANS = (None, "stage2: linear", "0: softmax; 2: none")

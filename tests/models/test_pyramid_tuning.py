@@ -9,7 +9,7 @@ from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.lora import add_lora, merged
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.optim import create_optimizer
-from pyramids import images, tiny
+from support.models.pyramids import images, tiny
 from torch import nn
 
 KINDS = ("pvt", "pvt_li", "svt", "pcpvt", "swin")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from dense import gradient, images, relative_error, tiny
 from graftvit.models.conversion import convert, converted_layers, plan_of
 from graftvit.models.replay import _state
 from graftvit.transfer.methods.dual import DualViT
+from support.models.dense import gradient, images, relative_error, tiny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from dense import FAMILIES, TINY
 from graftvit.models.small import without_memory
+from support.models.dense import FAMILIES, TINY
 
 
 @pytest.mark.parametrize("family", FAMILIES)

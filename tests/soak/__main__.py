@@ -19,15 +19,15 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import yaml
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run
 from ledger import Job, Ledger
 from shells import Shell, command, recipe_of, resources_of
-from slurm_cluster import SlurmCluster, missing_programs
-from slurm_config import ClusterOptions
-from slurm_processes import ClusterError
+from support.slurm.cluster_runs import ClusterRun, assert_undisturbed, cluster_run
+from support.slurm.slurm_cluster import SlurmCluster, missing_programs
+from support.slurm.slurm_config import ClusterOptions
+from support.slurm.slurm_processes import ClusterError
 from troubles import Troubles
 
 EPOCHS = 40

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster_runs import ClusterRun
 from ledger import Ledger
+from support.slurm.cluster_runs import ClusterRun
 
 PATIENCE = 900.0
 """Seconds after which a command counts as hanging."""

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 
 from ledger import Ledger
-from slurm_cluster import SlurmCluster
-from slurm_processes import ClusterError
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_processes import ClusterError
 
 
 class Troubles(threading.Thread):

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from graftvit.launch.fields import leaves
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.config import RunConfig
@@ -22,6 +21,7 @@ from graftvit.transfer.engine.build import build, check_settings
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.optim import create_optimizer, plan_schedule
 from graftvit.transfer.engine.run_parts import EVERY_RUN, run_parts
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from torch import Tensor
 
 IN_THE_LOOP = {

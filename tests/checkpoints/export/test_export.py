@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from dense import FAMILIES, images, relative_error, tiny
 from graftvit.checkpoints.export import graph as check
 from graftvit.checkpoints.export import graph as files
 from graftvit.checkpoints.export.export import export_model, export_source
@@ -24,6 +23,7 @@ from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import CheckpointError, GraftError, RunFailedError, UnsupportedModelError
 from graftvit.models.host import host_attention
+from support.models.dense import FAMILIES, images, relative_error, tiny
 from torch import Tensor, nn
 
 MISSING = [name for name in files.PACKAGES if importlib.util.find_spec(name) is None]

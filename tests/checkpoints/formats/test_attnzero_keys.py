@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from golden import golden_state
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
-from pyramids import images
+from support.models.golden import golden_state
+from support.models.pyramids import images
 from torch import Tensor
 
 State = dict[str, Tensor]

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import source_files as files
 import torch
 from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.read import KEY_MAPS, read_weights
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.weight_files import Content, Weights
 from graftvit.models.errors import CheckpointError
-from source_files import Tensors
+from support.files import source_files as files
+from support.files.source_files import Tensors
 
 PLAIN_BLOCKS = ["blocks.0.", "blocks.1."]
 FAMILIES: dict[str, Callable[[], Tensors]] = {

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference_vit as reference
-import source_files as files
 import torch
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import CheckpointError
-from source_files import DEPTH, HEADS, Tensors
+from support.files import source_files as files
+from support.files.source_files import DEPTH, HEADS, Tensors
+from support.models import reference_vit as reference
 from torch import Tensor
 
 NAME = "vit_tiny_patch16_224"

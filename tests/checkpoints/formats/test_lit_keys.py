@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from golden import golden_state
 from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
+from support.models.golden import golden_state
 from torch import Tensor
 
 TINY: dict[str, dict[str, Any]] = {

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference_vit as reference
-import source_files as files
 import timm
 import torch
 from graftvit.checkpoints.fit import resample_position
 from graftvit.checkpoints.pretrained import load_teacher
-from source_checks import HALF, IMAGENET, TINY, Load, doubled, loader, plain, same_features
-from source_files import DEPTH, HEADS, SIDE, Tensors
+from support.files import source_files as files
+from support.files.source_checks import HALF, IMAGENET, TINY, Load, doubled, loader, plain, same_features
+from support.files.source_files import DEPTH, HEADS, SIDE, Tensors
+from support.models import reference_vit as reference
 from torch import Tensor
 
 

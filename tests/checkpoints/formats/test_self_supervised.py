@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
-import reference_vit as reference
-import source_files as files
 import timm
 import torch
-from source_checks import IMAGENET, Load, doubled, loader, plain, same_features
-from source_files import DEPTH, HEADS, SIDE, Tensors
+from support.files import source_files as files
+from support.files.source_checks import IMAGENET, Load, doubled, loader, plain, same_features
+from support.files.source_files import DEPTH, HEADS, SIDE, Tensors
+from support.models import reference_vit as reference
 from torch import Tensor
 
 

@@ -10,8 +10,8 @@ from graftvit.checkpoints.formats.containers import NAMES, TABLES
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.models.errors import CheckpointError
-from hostile import ARCHITECTURE, ARGUMENTS, weights
-from hostile_configs import changed
+from support.files.hostile import ARCHITECTURE, ARGUMENTS, weights
+from support.files.hostile_configs import changed
 
 META: dict[str, Any] = {
     "student": {"architecture": ARCHITECTURE, "model_args": ARGUMENTS},

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference_vit as reference
-import source_files as files
 import torch
 from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.formats.keymap import recognize
@@ -19,8 +17,10 @@ from graftvit.checkpoints.formats.research import RESEARCH_MAPS
 from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import CheckpointError
-from source_checks import TINY, doubled, plain, same_features
-from source_files import DEPTH, HEADS, SIDE, Tensors
+from support.files import source_files as files
+from support.files.source_checks import TINY, doubled, plain, same_features
+from support.files.source_files import DEPTH, HEADS, SIDE, Tensors
+from support.models import reference_vit as reference
 from torch import Tensor
 
 WRONG = (torch.zeros(()), torch.zeros(0, 3), torch.zeros(5, 7, 2))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.families import check_supported
-from hf_models import CASES, Case, save, save_modules
+from support.models.hf_models import CASES, Case, save, save_modules
 from torch import Tensor, nn, no_grad
 
 TOLERANCE = 1e-5

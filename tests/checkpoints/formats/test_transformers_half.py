@@ -20,8 +20,8 @@ from graftvit.checkpoints.model_folders import loads_in_plain_timm
 from graftvit.checkpoints.pretrained import load, load_teacher
 from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import CheckpointError
-from hf_models import CASES, TEXT, Case, save
 from safetensors.torch import load_file, save_file
+from support.models.hf_models import CASES, TEXT, Case, save
 from torch import Tensor
 
 Folder = tuple[Path, dict[str, Tensor], dict[str, Any]]

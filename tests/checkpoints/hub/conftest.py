@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.hub.download import download
 from graftvit.models.errors import CheckpointError
-from hub_client import be_impatient, use_hub
-from hub_server import COMMIT, Hub, serve
+from support.hub.hub_client import be_impatient, use_hub
+from support.hub.hub_server import COMMIT, Hub, serve
 
 OLD = "b" * 40
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 from graftvit.checkpoints.hub.download import commit_of, download, try_download
-from hub_client import move_client
-from hub_server import COMMIT, Fault, Hub, closed_port
 from huggingface_hub import constants, hf_hub_download
+from support.hub.hub_client import move_client
+from support.hub.hub_server import COMMIT, Fault, Hub, closed_port
 
 WEIGHTS = "model.safetensors"
 OLD = "b" * 40

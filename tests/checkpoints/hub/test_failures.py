@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.hub.download import download, explained
 from graftvit.models.errors import CheckpointError
-from hub_server import COMMIT, TOKEN, Fault, Hub
 from huggingface_hub import constants
+from support.hub.hub_server import COMMIT, TOKEN, Fault, Hub
 
 Refused = Callable[..., str]
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"

@@ -15,10 +15,10 @@ from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.sources import TimmSource
 from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import CheckpointError
-from hub_client import use_hub
-from hub_server import closed_port, serve
 from huggingface_hub import constants
 from safetensors.torch import save, save_file
+from support.hub.hub_client import use_hub
+from support.hub.hub_server import closed_port, serve
 from torch import nn
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}

@@ -12,8 +12,8 @@ from graftvit.checkpoints.architecture import read_timm
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.sources import TimmSource
 from graftvit.models.errors import CheckpointError
-from hub_server import COMMIT, TOKEN, Fault, Hub
 from safetensors.torch import save
+from support.hub.hub_server import COMMIT, TOKEN, Fault, Hub
 from torch import Tensor
 
 NAME = "vit_large_patch16_224.mae"

@@ -13,7 +13,7 @@ from graftvit.checkpoints.publish.card import MARKER
 from graftvit.checkpoints.publish.upload import Upload, plan_upload
 from graftvit.models.errors import CheckpointError
 from huggingface_hub import ModelCard
-from tiny_students import ARGUMENTS, NAME, write_tiny_student
+from support.models.tiny_students import ARGUMENTS, NAME, write_tiny_student
 
 TEACHER = {"source": "/secret/mae.pth", "architecture": NAME, "revision": None, "licence": "cc-by-nc-4.0"}
 

@@ -17,11 +17,11 @@ from graftvit.checkpoints.publish.upload import (
     replaced_and_removed,
 )
 from graftvit.models.errors import CheckpointError
-from hub_client import use_hub
-from hub_server import TOKEN, Fault, Hub, closed_port
-from hub_uploads import Store, serve_uploads
 from huggingface_hub import constants
-from tiny_students import write_tiny_student
+from support.hub.hub_client import use_hub
+from support.hub.hub_server import TOKEN, Fault, Hub, closed_port
+from support.hub.hub_uploads import Store, serve_uploads
+from support.models.tiny_students import write_tiny_student
 
 BRANCH = "/api/models/org/vit"
 

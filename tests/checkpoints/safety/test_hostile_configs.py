@@ -11,8 +11,8 @@ import pytest
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.models.errors import GraftError
-from hostile_configs import HUGE_INTS, KINDS, change, small_model, write_model
-from limits import limited_memory, limited_work
+from support.files.hostile_configs import HUGE_INTS, KINDS, change, small_model, write_model
+from support.runs.limits import limited_memory, limited_work
 
 ROOM = 1 << 30
 CPU_SECONDS = 20.0

@@ -14,12 +14,12 @@ from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.safety.file_outline import outline
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.models.errors import CheckpointError
-from hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
-from hostile_archives import legacy_view_of_another_storage, record_of_a_lying_size
-from hostile_tensors import valid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from limits import limited_memory, limited_work
+from support.files.hostile import ARCHITECTURE, ARGUMENTS, CORPUS, weights
+from support.files.hostile_archives import legacy_view_of_another_storage, record_of_a_lying_size
+from support.files.hostile_tensors import valid
+from support.runs.limits import limited_memory, limited_work
 
 ROOM = 512 << 20
 """Bytes that the process may take beyond what it has; the smallest lie in the corpus asks for more."""

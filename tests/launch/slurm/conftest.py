@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
-from slurm_config import ClusterOptions
-from slurm_processes import ClusterError, marked_under
+from support.slurm.slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
+from support.slurm.slurm_config import ClusterOptions
+from support.slurm.slurm_processes import ClusterError, marked_under
 
 REQUIRED = "GRAFTVIT_TEST_SLURM"
 """Set in the environment where the packages were installed: there a cluster that does not start is a failure."""

@@ -8,10 +8,10 @@ import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import scheduler as ask
 from graftvit.launch.slurm.jobs import describe_run
-from patience import until
-from slurm_cluster import SlurmCluster
-from slurm_config import ClusterOptions
-from slurm_folders import submitted
+from support.runs.patience import until
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_config import ClusterOptions
+from support.slurm.slurm_folders import submitted
 
 pytestmark = pytest.mark.slurm
 CLUSTER = ClusterOptions(accounting=True, min_job_age=2)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from engine_runs import config, make_teacher
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import dump_config, parse_override
 from graftvit.launch.plan_text import describe_plan
@@ -18,8 +17,9 @@ from graftvit.launch.slurm.submission import describe_again, refuse_finished
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.train import train
-from slurm_folders import attempted, submitted
-from sweep_folders import make_sweep
+from support.runs.engine_runs import config, make_teacher
+from support.slurm.slurm_folders import attempted, submitted
+from support.slurm.sweep_folders import make_sweep
 
 
 @pytest.fixture(autouse=True)

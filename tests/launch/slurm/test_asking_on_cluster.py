@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_users import user_with_recipe
 from graftvit.launch.cli import main
-from patience import until
-from slurm_cluster import SlurmCluster
-from slurm_config import ClusterOptions
+from support.runs.patience import until
+from support.slurm.cluster_users import user_with_recipe
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_config import ClusterOptions
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 Captured = pytest.CaptureFixture[str]

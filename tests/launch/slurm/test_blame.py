@@ -10,7 +10,7 @@ import pytest
 from graftvit.launch.slurm.failures import Failure, Kind, is_consequence
 from graftvit.launch.slurm.job_folder import Attempt, JobFolder
 from graftvit.launch.slurm.judging import blame, blame_start, said_by_slurm, shorten
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 LOST = (
     "RuntimeError: [/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:2982. "

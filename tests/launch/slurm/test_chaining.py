@@ -9,8 +9,8 @@ from graftvit.launch.flags import command_parser, parse_command
 from graftvit.launch.slurm.setting_layers import add_cluster_flags, asked_by, describe
 from graftvit.launch.slurm.submission import dependency_on
 from graftvit.models.errors import ConfigError
-from slurm_folders import attempted, say, submitted
-from sweep_folders import make_sweep
+from support.slurm.slurm_folders import attempted, say, submitted
+from support.slurm.sweep_folders import make_sweep
 
 
 @pytest.fixture(autouse=True)

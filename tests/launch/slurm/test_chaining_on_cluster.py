@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_runs import cluster_run, held
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.patience import until
+from support.slurm.cluster_runs import cluster_run, held
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 ALONE = ("--nodes", "1", "--tasks_per_node", "1")

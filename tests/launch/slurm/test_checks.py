@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_users import user_with_recipe, write_site
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import checks
 from graftvit.launch.slurm import checks as inventory
@@ -17,7 +16,8 @@ from graftvit.launch.slurm.checks import check_commands, check_folder
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
 from PIL import Image
-from slurm_cluster import SlurmCluster
+from support.slurm.cluster_users import user_with_recipe, write_site
+from support.slurm.slurm_cluster import SlurmCluster
 
 StartCluster = Callable[..., SlurmCluster]
 Refusal = Callable[..., str]

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from patience import until
-from slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
-from slurm_config import ClusterOptions
-from slurm_processes import ClusterError, end, marked
+from support.runs.patience import until
+from support.slurm.slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
+from support.slurm.slurm_config import ClusterOptions
+from support.slurm.slurm_processes import ClusterError, end, marked
 
 pytestmark = pytest.mark.slurm
 StartCluster = Callable[..., SlurmCluster]
@@ -89,7 +89,7 @@ def test_accounting_goes_away_and_comes_back(start_cluster: StartCluster) -> Non
 
 
 def test_where_the_accounting_is_missing_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm_cluster.OF_ACCOUNTING", ("no_such_database",))
+    monkeypatch.setattr("support.slurm.slurm_cluster.OF_ACCOUNTING", ("no_such_database",))
     assert "no_such_database: not installed" in missing_programs(ClusterOptions(accounting=True))
     assert "no_such_database" not in missing_programs()
 
@@ -130,7 +130,7 @@ def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
 def test_where_slurm_is_missing_the_reason_is_given(
     start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slurm_cluster.PROGRAMS", ("no_such_daemon",))
+    monkeypatch.setattr("support.slurm.slurm_cluster.PROGRAMS", ("no_such_daemon",))
     monkeypatch.delenv("GRAFTVIT_TEST_SLURM", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no_such_daemon: not installed"):
         start_cluster()
@@ -145,7 +145,7 @@ def test_a_daemon_that_does_not_come_up_leaves_nothing(
     if reason := missing_programs():
         pytest.skip(reason)
     cluster = SlurmCluster(cluster_folders())
-    monkeypatch.setattr("slurm_config._PLUGINS", ["SelectType=select/unheard_of"])
+    monkeypatch.setattr("support.slurm.slurm_config._PLUGINS", ["SelectType=select/unheard_of"])
     with pytest.raises(ClusterError, match=r"slurmctld does not come up: .*unheard_of"):
         cluster.start()
     assert marked({"SLURM_CONF": cluster.environment["SLURM_CONF"]}) == set()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import graftvit
-from compare_runs import cell, write_config
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.job_folder import JobFolder
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.compare_runs import cell, write_config
+from support.runs.patience import until
+from support.slurm.cluster_runs import graftvit
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 CELLS = ["teacher-8", "uniform-8", "linear-8"]

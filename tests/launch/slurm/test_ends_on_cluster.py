@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_runs import ClusterRun, cluster_run, held, tasks_of
 from graftvit.launch.slurm import scheduler as ask
 from graftvit.launch.slurm.jobs import describe_runs, judge_jobs
 from graftvit.models.errors import GraftError
-from patience import until
-from slurm_cluster import SlurmCluster
-from slurm_folders import submitted
+from support.runs.patience import until
+from support.slurm.cluster_runs import ClusterRun, cluster_run, held, tasks_of
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_folders import submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 ALONE = ("--nodes", "1", "--tasks_per_node", "1")

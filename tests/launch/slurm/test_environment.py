@@ -13,7 +13,6 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from engine_runs import config, records
 from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import environment as module
@@ -28,8 +27,9 @@ from graftvit.launch.slurm.environment import (
     tasks_on_node,
 )
 from graftvit.models.errors import ConfigError
-from ports import free_ports
-from slurm_cluster import SlurmCluster
+from support.hub.ports import free_ports
+from support.runs.engine_runs import config, records
+from support.slurm.slurm_cluster import SlurmCluster
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}

@@ -10,7 +10,7 @@ import pytest
 from graftvit.launch.slurm.failures import Failure
 from graftvit.launch.slurm.job_folder import JobFolder, newest_state
 from graftvit.models.errors import CheckpointError
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 
 def test_names_carry_number_job_and_restart(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm.job_folder import known, registry_file, remember
-from slurm_folders import say, submitted
+from support.slurm.slurm_folders import say, submitted
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from graftvit.launch.slurm.jobs import describe_run, read_progress, run_folders
 from graftvit.launch.slurm.lookup import is_alive
 from graftvit.launch.slurm.scheduler import JobState
 from graftvit.models.errors import ConfigError, GraftError
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 
 def attempt(files: JobFolder, restart: int = 0, job_id: str = "12", **event: Any) -> str:

@@ -18,9 +18,9 @@ from graftvit.launch.slurm.job_folder import known, registry_file, remember
 from graftvit.launch.slurm.jobs_text import duration
 from graftvit.launch.slurm.logs import Follower, tail
 from graftvit.launch.slurm.scheduler import JobState
-from patience import until
-from slurm_cluster import SlurmCluster
-from slurm_folders import submitted
+from support.runs.patience import until
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_folders import submitted
 
 
 @pytest.fixture(autouse=True)

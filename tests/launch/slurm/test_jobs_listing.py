@@ -13,7 +13,7 @@ from graftvit.launch.slurm.job_folder import remember
 from graftvit.launch.slurm.jobs import describe_run, judge_jobs
 from graftvit.launch.slurm.scheduler import JobState, NoAnswerError
 from graftvit.models.errors import GraftError
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_users import asked, refusal, write_site
 from graftvit.launch.slurm.setting_layers import describe
 from graftvit.launch.slurm.settings import ClusterConfig
+from support.slurm.cluster_users import asked, refusal, write_site
 
 
 @pytest.fixture(autouse=True)

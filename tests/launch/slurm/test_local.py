@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import commands
 import psutil
 import pytest
 import yaml
-from engine_runs import config, differences, make_teacher
 from graftvit.launch.slurm.job_folder import JobFolder
-from patience import until
+from support.runs import commands
+from support.runs.engine_runs import config, differences, make_teacher
+from support.runs.patience import until
 
 pytestmark = pytest.mark.slow
 HERE = ["--nodes", "1", "--gpus_per_node", "0"]

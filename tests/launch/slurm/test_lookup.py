@@ -23,7 +23,7 @@ from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.stopping import find_unfinished
 from graftvit.launch.slurm.submission import _refuse_second
 from graftvit.models.errors import ConfigError, GraftError
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 
 @pytest.fixture

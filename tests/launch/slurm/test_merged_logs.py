@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch.cli import main
 from graftvit.launch.slurm.logs import time_of
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 STARTED = "submitit INFO (2026-11-22 17:57:{}) - Starting with JobEnvironment(job_id=12, global_rank=0(4))\n"
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_runs import assert_undisturbed, cluster_run, tasks_of
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.patience import until
+from support.slurm.cluster_runs import assert_undisturbed, cluster_run, tasks_of
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_runs import ClusterRun, cluster_run, held, user_environment
-from commands import Command
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import scheduler
-from patience import until
-from slurm_cluster import SlurmCluster
-from slurm_folders import submitted
+from support.runs.commands import Command
+from support.runs.patience import until
+from support.slurm.cluster_runs import ClusterRun, cluster_run, held, user_environment
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_folders import submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 ALONE = ("--nodes", "1", "--tasks_per_node", "1", "--unchecked")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_runs import ClusterRun, cluster_run, held
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.patience import until
+from support.slurm.cluster_runs import ClusterRun, cluster_run, held
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 ALONE = ("--nodes", "1", "--tasks_per_node", "1", "--unchecked")

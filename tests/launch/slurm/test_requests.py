@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from compare_runs import write_config
 from graftvit.launch.comparison import load_comparison
 from graftvit.launch.load_config import load_config, load_stages, parse_override
 from graftvit.launch.slurm import submission
@@ -18,7 +17,8 @@ from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check
 from graftvit.launch.slurm.sweep import load_sweep
 from graftvit.models.errors import ConfigError
-from slurm_folders import HERE, attempted, say, submitted
+from support.runs.compare_runs import write_config
+from support.slurm.slurm_folders import HERE, attempted, say, submitted
 
 STAGES = {
     "output_dir": "out",

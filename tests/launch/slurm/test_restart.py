@@ -17,7 +17,7 @@ from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.restart import Verdict, judge, main
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 LOST = ("consequence", True, "RuntimeError: Connection closed by peer")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, held, interrupt, tasks_of
 from graftvit.launch.slurm.job_folder import JobFolder
-from patience import until
-from slurm_cluster import SlurmCluster
-from slurm_processes import marked
+from support.runs.patience import until
+from support.slurm.cluster_runs import ClusterRun, assert_undisturbed, cluster_run, held, interrupt, tasks_of
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_processes import marked
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 ALONE = ("--nodes", "1", "--tasks_per_node", "1")

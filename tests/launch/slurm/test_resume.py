@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_runs import config
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import dump_config
 from graftvit.launch.slurm import jobs, submission
@@ -18,8 +17,9 @@ from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.stopping import Unfinished, find_unfinished, resume
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.train import train
-from slurm_folders import attempted, say, submitted
-from sweep_folders import make_sweep
+from support.runs.engine_runs import config
+from support.slurm.slurm_folders import attempted, say, submitted
+from support.slurm.sweep_folders import make_sweep
 
 GONE = "UNKNOWN"
 

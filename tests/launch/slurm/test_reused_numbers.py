@@ -11,8 +11,8 @@ from graftvit.launch.slurm.batch import job_name
 from graftvit.launch.slurm.jobs import describe_run
 from graftvit.launch.slurm.scheduler import JobState, parse_accounting, parse_queue
 from graftvit.launch.slurm.stopping import find_unfinished
-from slurm_cluster import SlurmCluster
-from slurm_folders import attempted, submitted
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_folders import attempted, submitted
 
 ROW = "12|RUNNING|n1|None|0|0|2026-11-21T12:13:56|2026-11-21T12:33:56|10:00|{name}|{script}|"
 

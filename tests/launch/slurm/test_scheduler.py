@@ -27,8 +27,8 @@ from graftvit.launch.slurm.scheduler import (
     signal_job,
 )
 from graftvit.models.errors import GraftError
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.patience import until
+from support.slurm.slurm_cluster import SlurmCluster
 
 QUEUE = """\
 12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from cluster_runs import graftvit
-from engine_runs import make_teacher
 from graftvit.launch.slurm.job_folder import JobFolder
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.engine_runs import make_teacher
+from support.runs.patience import until
+from support.slurm.cluster_runs import graftvit
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 SHARES = 3

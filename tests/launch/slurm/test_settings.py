@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_users import asked, refusal, write_site
 from graftvit.launch.flags import command_parser
 from graftvit.launch.slurm.setting_layers import ONLY_IN_THE_SITE_FILE, add_cluster_flags, site_file
 from graftvit.launch.slurm.settings import ClusterConfig, parse_time, sbatch_fields
 from graftvit.models.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
-from slurm_cluster import SlurmCluster
+from support.slurm.cluster_users import asked, refusal, write_site
+from support.slurm.slurm_cluster import SlurmCluster
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_runs import cluster_run, user_environment
 from graftvit.launch.slurm import batch as snapshot
 from graftvit.launch.slurm.batch import copy_package, origin
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.patience import until
+from support.slurm.cluster_runs import cluster_run, user_environment
+from support.slurm.slurm_cluster import SlurmCluster
 
 HIDE = """
 import sys

@@ -16,9 +16,9 @@ from graftvit.launch.slurm import lookup as processes
 from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.scheduler import JobState, NoSuchJobError
 from graftvit.models.errors import CheckpointError, GraftError
-from patience import until
-from slurm_cluster import SlurmCluster
-from slurm_folders import submitted
+from support.runs.patience import until
+from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_folders import submitted
 
 WAIT = ("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 100")
 

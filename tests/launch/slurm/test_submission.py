@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster_users import user_with_recipe, write_site
 from graftvit.launch.slurm import checks
 from graftvit.launch.slurm import checks as inventory
 from graftvit.launch.slurm.requests import plan_run
@@ -17,6 +16,7 @@ from graftvit.launch.slurm.setting_layers import ask
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.launch.slurm.submission import check_runs
 from graftvit.models.errors import ConfigError
+from support.slurm.cluster_users import user_with_recipe, write_site
 
 PARTITION = "PartitionName=main Default=YES State=UP MaxTime=12:00:00 MaxNodes=UNLIMITED\n"
 NODES = "n1|8|4000|{state}|gpu:4(S:0-1),tmpdisk:100\nn2|8|4000|{state}|gpu:4,tmpdisk:ssd:2K,tmpdisk:100\n"

@@ -18,7 +18,7 @@ from graftvit.launch.slurm.summary import (
 from graftvit.models.errors import CheckpointError, ConfigError
 from PIL import Image
 from scipy.stats import binomtest
-from sweep_folders import make_sweep, write_attempt, write_run
+from support.slurm.sweep_folders import make_sweep, write_attempt, write_run
 
 
 def table(summary: Summary) -> list[dict[str, str]]:

@@ -3,13 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_runs import config
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import dump_config
 from graftvit.launch.slurm.summary import summarize
 from graftvit.launch.slurm.sweep import cell_configs
-from sweep_folders import make_sweep, write_run
+from support.runs.engine_runs import config
+from support.slurm.sweep_folders import make_sweep, write_run
 
 
 def test_it_prints_the_table_and_writes_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster_runs import ClusterRun, assert_undisturbed, cluster_run, interrupt, tasks_of
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.patience import until
+from support.slurm.cluster_runs import ClusterRun, assert_undisturbed, cluster_run, interrupt, tasks_of
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 StartCluster = Callable[..., SlurmCluster]

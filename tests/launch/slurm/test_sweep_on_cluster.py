@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_runs import graftvit, held, user_environment
-from engine_runs import config, make_teacher
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.job_folder import Attempt, JobFolder
 from graftvit.models.errors import ConfigError
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.runs.engine_runs import config, make_teacher
+from support.runs.patience import until
+from support.slurm.cluster_runs import graftvit, held, user_environment
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LAYERS, SEEDS = ("all", "first-1", "last-1"), range(2)

@@ -13,7 +13,7 @@ from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.jobs import describe_run
 from graftvit.launch.slurm.jobs_text import describe
 from graftvit.launch.slurm.scheduler import JobState
-from slurm_folders import submitted
+from support.slurm.slurm_folders import submitted
 
 AGE = 400.0
 LEFT = 90 * 10.0

@@ -9,8 +9,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from data_sets import write_classes
-from engine_runs import make_teacher
 from graftvit.launch import cli
 from graftvit.launch.cli import COMMANDS, main
 from graftvit.launch.flags import command_parser, split_words
@@ -24,7 +22,9 @@ from graftvit.launch.submitted import SUBMITTED, Interrupted, check_words, ended
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.early_signals import remembering
-from slurm_folders import submitted
+from support.files.data_sets import write_classes
+from support.runs.engine_runs import make_teacher
+from support.slurm.slurm_folders import submitted
 
 VIT = "vit_tiny_patch16_224"
 LOCAL = ClusterConfig(cluster="local", gpus_per_node=0)

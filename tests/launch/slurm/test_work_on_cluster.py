@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from cluster_runs import cluster_run, graftvit
-from engine_runs import make_teacher
 from graftvit.launch.slurm.job_folder import JobFolder
-from image_folders import class_folder
-from patience import until
-from slurm_cluster import SlurmCluster
+from support.files.image_folders import class_folder
+from support.runs.engine_runs import make_teacher
+from support.runs.patience import until
+from support.slurm.cluster_runs import cluster_run, graftvit
+from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 ALONE = ("--nodes", "1", "--tasks_per_node", "1")

@@ -10,7 +10,7 @@ from graftvit.models.attention.agent import AgentAttention
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.errors import ConfigError
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 
 GRID = Geometry(2, (5, 7))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import TINY, tiny
 from graftvit.models.attention.attention_program import ProgramAttention
 from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.conversion import convert, converted_layers
@@ -14,7 +13,8 @@ from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelE
 from graftvit.models.layer_plan import Choice, create_operator
 from graftvit.models.programs.program import FOUND, LINEAR, parse_program
 from graftvit.transfer.recovery.align import LayerTarget, check_layer_loss, map_error, probe_error
-from operator_cases import Case, draw, identity_values
+from support.models.dense import TINY, tiny
+from support.models.operator_cases import Case, draw, identity_values
 from torch import Tensor
 
 GRID = Geometry(2, (3, 5))

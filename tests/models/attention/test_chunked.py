@@ -9,7 +9,7 @@ import pytest
 import torch
 from graftvit.models.attention import chunked
 from graftvit.models.attention.base import Geometry
-from operator_cases import HEADS, WIDTH, Case, draw
+from support.models.operator_cases import HEADS, WIDTH, Case, draw
 
 GEOMETRY = Geometry(2, (4, 6))
 CHUNKED = [

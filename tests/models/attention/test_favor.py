@@ -12,7 +12,7 @@ from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.attention.features import Favor, default_features, orthogonal_features
 from graftvit.models.attention.kernel import KernelAttention
 from graftvit.models.attention.softmax import SoftmaxAttention
-from operator_cases import draw
+from support.models.operator_cases import draw
 from torch import Tensor
 
 GEOMETRY = Geometry(1, (4, 6))

@@ -13,7 +13,7 @@ from graftvit.models.attention.hash import HashAttention, by_gradient, learn_bit
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.layer_plan import Choice, create_operator
 from graftvit.transfer.analysis.benchmark.cases import counted_macs
-from operator_cases import draw
+from support.models.operator_cases import draw
 from torch import Tensor
 
 SMALL = Geometry(1, (3, 5))

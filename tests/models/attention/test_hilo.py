@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.attention.hilo import HiLoAttention
 from graftvit.models.errors import ConfigError
-from operator_cases import draw
+from support.models.operator_cases import draw
 from torch import Tensor
 
 HEADS = 4

@@ -11,7 +11,7 @@ from graftvit.models.attention.hybrid import HybridAttention
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.attention.window import WindowAttention
 from graftvit.models.errors import ConfigError
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 from torch import Tensor
 
 GEOMETRY = Geometry(2, (7, 9))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from graftvit.models.attention.base import Geometry, Heads, jacobian_rows
 from graftvit.models.errors import UnsupportedModelError
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 from torch import Tensor
 
 SMALL = Geometry(1, (3, 4))

@@ -14,7 +14,7 @@ from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.calibration import calibrate
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import Choice, create_operator
-from operator_cases import HEADS, WIDTH, Case, draw
+from support.models.operator_cases import HEADS, WIDTH, Case, draw
 from torch import Tensor
 
 GEOMETRY = Geometry(2, (3, 5))

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any, cast
 
-import dense
 import graftvit.checkpoints.pretrained as loading
 import pytest
 import timm
@@ -18,8 +17,9 @@ from graftvit.models.attention.linformer import LinformerAttention, interpolated
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.conversion import convert, converted_layers, new_parameters, plan_of, resize
 from graftvit.models.errors import ConfigError
-from operator_cases import Case, coarse, draw
 from safetensors.torch import load_model, save_model
+from support.models import dense
+from support.models.operator_cases import Case, coarse, draw
 from torch import Tensor, nn
 
 GRID = Geometry(2, (6, 8))

@@ -8,7 +8,7 @@ from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.attention.monarch import MonarchAttention
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.errors import ConfigError
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 from torch import Tensor
 
 GRID = Geometry(1, (6, 8))

@@ -11,7 +11,7 @@ from graftvit.models.attention.nystrom import NystromAttention, pseudo_inverse
 from graftvit.models.attention.pooling import Pooling, pooling_macs
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.errors import ConfigError
-from operator_cases import Case, coarse, draw
+from support.models.operator_cases import Case, coarse, draw
 from torch import Tensor
 
 GRID = Geometry(2, (6, 8))

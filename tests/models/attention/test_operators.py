@@ -9,7 +9,7 @@ import torch
 from graftvit.models.attention.base import Geometry, LowRank, Sparse, Term
 from graftvit.models.layer_plan import OPERATORS
 from graftvit.models.programs.program import FOUND
-from operator_cases import CASES, GRIDS, PREFIXES, Case, draw, identity_values
+from support.models.operator_cases import CASES, GRIDS, PREFIXES, Case, draw, identity_values
 from torch import Tensor
 
 LAYOUTS = [Geometry(prefix, grid) for prefix, grid in zip(PREFIXES, GRIDS, strict=True)]

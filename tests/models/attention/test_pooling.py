@@ -8,7 +8,7 @@ from graftvit.models.attention.base import Geometry
 from graftvit.models.attention.pooling import Pooling, cells_of, mean_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import draw
+from support.models.operator_cases import draw
 
 SIDES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 

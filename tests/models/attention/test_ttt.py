@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.attention.ttt import TTTAttention, normalized_keys
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 from torch import Tensor
 
 SMALL = Geometry(2, (3, 5))

@@ -16,7 +16,7 @@ from graftvit.models.attention.tiles import blocks
 from graftvit.models.attention.window import NeighborhoodAttention, WindowAttention
 from graftvit.models.conversion import convert, resize
 from graftvit.models.errors import ConfigError
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from attnzero_restated import BINARY as RESTATED_BINARY
-from attnzero_restated import UNARY as RESTATED_UNARY
-from attnzero_restated import Array, restated
 from graftvit.models.programs.genotypes import BINARY, GRAPHS, UNARY, Genotype, run_legacy
 from graftvit.models.programs.program import ProgramError
+from support.models.attnzero_restated import BINARY as RESTATED_BINARY
+from support.models.attnzero_restated import UNARY as RESTATED_UNARY
+from support.models.attnzero_restated import Array, restated
 
 SHAPES = [(3, 2, 21, 16), (1, 2, 21, 16), (2, 2, 8, 8), (3, 3, 3, 3)]
 """As published numbers have them, one image, and as many tokens as channels (as heads, as images)."""

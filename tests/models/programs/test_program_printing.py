@@ -11,8 +11,8 @@ import torch
 from graftvit.models.programs.drawing import draw_program
 from graftvit.models.programs.primitives import PRIMITIVES
 from graftvit.models.programs.program import FOUND, LINEAR, Program, latex, parse_program, torch_code
-from latex_reader import read_latex
 from matplotlib.mathtext import MathTextParser
+from support.models.latex_reader import read_latex
 from torch import Tensor
 
 OF_TOKENS = {

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from copied_models import CASES, MAPS, pair, whole
-from dense import images as dense_images
 from graftvit.models.attention.base import QKV, Heads
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copied_layers
@@ -25,6 +23,8 @@ from graftvit.transfer.analysis.layer_maps import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models.copied_models import CASES, MAPS, pair, whole
+from support.models.dense import images as dense_images
 from torch import Tensor, nn
 
 FAMILIES = {

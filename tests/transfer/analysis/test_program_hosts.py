@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import dense
 import graftvit
-import pyramids
 import pytest
 import torch
 from graftvit.checkpoints.export.graph import trace
@@ -16,6 +14,7 @@ from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, converted_layers, plan_of
 from graftvit.models.programs.program import LINEAR
 from graftvit.transfer.analysis.layer_maps import layer_maps
+from support.models import dense, pyramids
 from torch import Tensor, nn
 
 MIXED = "mul(l2(mm(q zscore(tn(v elu1(k))))) q)"

@@ -23,7 +23,7 @@ from graftvit.transfer.analysis.layer_maps import (
     key_count,
     layer_maps,
 )
-from pyramids import SIZES, TINY, images, tiny
+from support.models.pyramids import SIZES, TINY, images, tiny
 from torch import Tensor
 
 EACH = [(kind, size) for kind in TINY for size in SIZES.values()]

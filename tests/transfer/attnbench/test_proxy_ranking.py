@@ -13,7 +13,7 @@ from graftvit.models.programs.program import parse_program
 from graftvit.transfer.attnbench.bench_rows import Point, Row, compare_orders, rank_proxies, write_rows
 from graftvit.transfer.search.matching import SCORES
 from graftvit.transfer.search.program_search import PROXIES, SOFTMAX, run_search
-from search_runs import search, silent
+from support.runs.search_runs import search, silent
 
 PROGRAMS = ("v", "q", SOFTMAX, "k")
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_sets import image, write_classes
-from engine_runs import config, differences, make_convnext, make_teacher
 from graftvit.checkpoints.atomic import WriteFailedError
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
@@ -27,7 +25,9 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.resume_check import Position
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
-from interrupting import terminated_after
+from support.files.data_sets import image, write_classes
+from support.runs.engine_runs import config, differences, make_convnext, make_teacher
+from support.runs.interrupting import terminated_after
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.transfer.cache.target_shards import ShardLock, write_once
-from scenarios import RunScenario, scenario_server
+from support.runs.scenarios import RunScenario, scenario_server
 
 NONE = {"one": [], "two": []}
 BATCHES = 2 * (5 * 2 + 1)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_sets import image, write_classes
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.analysis.visualize.map_page import read_images
@@ -22,6 +21,7 @@ from graftvit.transfer.data.labels import real_labels
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from graftvit.transfer.data.streams import Columns, HubImages
 from PIL import Image
+from support.files.data_sets import image, write_classes
 from torch.utils.data import IterableDataset
 from torchvision import transforms
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from data_sets import image
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.transfer.data import augment as crop
 from graftvit.transfer.data.augment import eval_transform
 from PIL import Image
+from support.files.data_sets import image
 from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_sets import encoded, write_classes, write_images, write_tar
 from graftvit.models.errors import ConfigError, DataError, GraftError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import check_dataset, open_dataset
 from graftvit.transfer.data.image_folder import UNLABELED, ImageSource
 from PIL import Image
+from support.files.data_sets import encoded, write_classes, write_images, write_tar
 
 
 def folder(root: Path, split: str, classes: dict[str, int]) -> None:

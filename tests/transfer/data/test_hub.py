@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_sets import write_parquet
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError, GraftError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.image_folder import UNLABELED, ImageSource
 from graftvit.transfer.data.loaders import create_eval_loader, create_train_loader
+from support.files.data_sets import write_parquet
 
 datasets = pytest.importorskip("datasets")
 

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from data_sets import write_classes, write_images
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.image_folder import IMAGE_TYPES, ImageSource
 from graftvit.transfer.data.loaders import create_eval_loader, create_reference_loader
+from support.files.data_sets import write_classes, write_images
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 SPEC = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)

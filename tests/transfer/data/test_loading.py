@@ -17,8 +17,8 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import TrainLoader, create_eval_loader, create_train_loader
-from patience import PATIENCE
 from PIL import Image
+from support.runs.patience import PATIENCE
 
 SPEC = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
 GOOD = 9

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_runs import make_teacher
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
@@ -20,6 +19,7 @@ from graftvit.transfer.data.sampler import derive_seed, epoch_order, train_reque
 from graftvit.transfer.data.streams import check_without_index
 from hypothesis import given
 from hypothesis import strategies as st
+from support.runs.engine_runs import make_teacher
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 

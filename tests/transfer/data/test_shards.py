@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_sets import encoded, write_shards, write_tar
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_eval_loader, create_train_loader
+from support.files.data_sets import encoded, write_shards, write_tar
 
 pytest.importorskip("webdataset")
 

@@ -19,7 +19,7 @@ from graftvit.transfer.data.loaders import (
     find_eval_loader,
 )
 from graftvit.transfer.data.survey import sample_images
-from image_folders import class_folder, flat_folder, write_images
+from support.files.image_folders import class_folder, flat_folder, write_images
 
 SPEC = Preprocessing((1, 8, 8), (0.5,), (0.5,))
 

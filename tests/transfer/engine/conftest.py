@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_runs import make_teacher
-from scenarios import RunScenario, scenario_server
+from support.runs.engine_runs import make_teacher
+from support.runs.scenarios import RunScenario, scenario_server
 
 
 @pytest.fixture(scope="module", autouse=True)

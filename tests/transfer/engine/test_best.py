@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config, differences, records, state
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
@@ -17,7 +16,8 @@ from graftvit.transfer.engine import loop
 from graftvit.transfer.engine.best import Criterion
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
-from image_folders import class_folder, flat_folder
+from support.files.image_folders import class_folder, flat_folder
+from support.runs.engine_runs import config, differences, records, state
 
 
 @pytest.fixture(scope="module")

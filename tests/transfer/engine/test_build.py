@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.student import write_student
@@ -18,6 +17,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import build as building
 from graftvit.transfer.engine import modes
 from graftvit.transfer.methods.dual import DualViT
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from torch import Tensor
 
 

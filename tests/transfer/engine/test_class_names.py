@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config, make_teacher, records
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.resume_check import check_same_classes
 from graftvit.transfer.engine.train import train
-from image_folders import class_folder
+from support.files.image_folders import class_folder
+from support.runs.engine_runs import config, make_teacher, records
 
 
 def named_teacher(folder: Path, names: list[str] | None) -> Path:

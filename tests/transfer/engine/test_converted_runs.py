@@ -9,13 +9,13 @@ import graftvit
 import pytest
 import timm
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, config, state
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.models.conversion import convert, new_parameters, plan_of
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.optim import create_optimizer
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, state
 
 PLAN = "*: linear; 1: softmax"
 

@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, config, tiny_vit
 from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.export.export import export_source
 from graftvit.checkpoints.preprocessing import Preprocessing
@@ -23,6 +22,7 @@ from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, tiny_vit
 from torch import Tensor
 
 METHODS = ["copy", "copy_q", "copy_k", "copy_v"]

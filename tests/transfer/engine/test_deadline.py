@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_runs import config, state
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.engine import deadline
 from graftvit.transfer.engine.train import train
-from patience import PATIENCE, until
+from support.runs.engine_runs import config, state
+from support.runs.patience import PATIENCE, until
 
 STUCK = """
 import hashlib, os, signal, sys, threading, time
@@ -75,7 +75,7 @@ def test_a_second_ctrl_c_ends_at_once_what_is_stuck() -> None:
 HANGING = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
-from engine_runs import config
+from support.runs.engine_runs import config
 from graftvit.transfer.data.loaders import TrainLoader
 from graftvit.transfer.engine.train import train
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import engine_runs
 import pytest
 import torch
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
@@ -31,7 +30,8 @@ from graftvit.transfer.engine.runlog import Meters
 from graftvit.transfer.engine.train import train
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scenarios import RunScenario
+from support.runs import engine_runs
+from support.runs.scenarios import RunScenario
 
 TOLERANCE = 1e-5
 """Relative, in float32: the processes add the same gradients in another order."""

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from engine_runs import config, make_teacher, records, state, tiny_vit
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError, ConfigError
@@ -18,6 +17,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, make_teacher, records, state, tiny_vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config, differences, make_teacher, records, state
 from graftvit.checkpoints.state import StateFolder
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError, RunFailedError
 from graftvit.transfer.config import RunConfig
@@ -23,6 +22,7 @@ from graftvit.transfer.engine.fence import Fence, FencedError
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
+from support.runs.engine_runs import config, differences, make_teacher, records, state
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import RunScenario
+from support.runs.scenarios import RunScenario
 
 NEEDS_FSDP = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"

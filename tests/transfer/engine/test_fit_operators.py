@@ -11,7 +11,6 @@ from typing import Any
 import graftvit
 import pytest
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, config, state
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.attention.hash import HashAttention
@@ -20,6 +19,7 @@ from graftvit.models.errors import UnsupportedModelError
 from graftvit.transfer.data.survey import sample_images
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, state
 
 PLAN = "*: hash(anchors=5, bits=4)"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine_runs import config, records
 from graftvit.transfer.engine.train import train
-from image_folders import class_folder
+from support.files.image_folders import class_folder
+from support.runs.engine_runs import config, records
 
 
 def test_a_run_without_a_validation_split_trains_and_leaves_its_last_student(tmp_path: Path) -> None:

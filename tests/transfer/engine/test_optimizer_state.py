@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import config, make_teacher
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.optim import create_optimizer
 from graftvit.transfer.engine.run_state import capture_optimizer, restore_optimizer
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, make_teacher
 from torch import nn
 
 NAMES = ["adamw", "sgd", "lamb", "adan", "adamp", "muon", "adafactor", "lion", "nadamw", "radamw"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config, state
 from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
 from graftvit.checkpoints.report import LoadReport
 from graftvit.models.errors import CheckpointError, ConfigError
@@ -16,6 +15,7 @@ from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.engine import build as building
 from graftvit.transfer.engine.resume_check import check_same_teacher
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, state
 
 COMMIT, MOVED = "c" * 40, "d" * 40
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import dense
 import pytest
 import torch
-from engine_runs import config
 from graftvit.models.conversion import convert
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine.parallel import (
@@ -20,6 +18,8 @@ from graftvit.transfer.engine.parallel import (
     raise_together,
     whole,
 )
+from support.models import dense
+from support.runs.engine_runs import config
 
 
 def test_whole_is_a_copy_that_training_does_not_change() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import config, differences, records
 from graftvit.checkpoints import load
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
@@ -15,6 +14,7 @@ from graftvit.transfer.engine import loop
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.runlog import peak_memory
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, differences, records
 
 SCORES = (10.0, 30.0, 20.0, 30.0, 25.0, 40.0, 5.0, 5.0, 5.0)
 

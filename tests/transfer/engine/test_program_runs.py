@@ -9,14 +9,14 @@ import graftvit
 import pytest
 import timm
 import torch
-from engine_runs import config
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import converted_layers, plan_of
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
-from pyramids import TINY, arguments, images, tiny
+from support.models.pyramids import TINY, arguments, images, tiny
+from support.runs.engine_runs import config
 from torch import nn
 
 CODE = "mul(mm(elu1(q) tn(elu1(k) v)) recip(nt(elu1(q) sum(elu1(k)))))"

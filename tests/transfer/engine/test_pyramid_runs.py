@@ -9,7 +9,6 @@ import graftvit
 import pytest
 import timm
 import torch
-from engine_runs import config, differences
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_weights
 from graftvit.checkpoints.student import write_student
@@ -22,8 +21,9 @@ from graftvit.models.merges import deformable_merges
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.train import train
-from pyramids import TINY, arguments, images, tiny
 from safetensors.torch import save_file
+from support.models.pyramids import TINY, arguments, images, tiny
+from support.runs.engine_runs import config, differences
 
 KINDS = ("pvt", "svt", "swin", "swinv2")
 

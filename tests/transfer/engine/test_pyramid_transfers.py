@@ -9,7 +9,6 @@ import graftvit
 import pytest
 import timm
 import torch
-from engine_runs import config, differences, make_teacher, records
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, plan_of
@@ -18,8 +17,9 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
-from pyramids import TINY, arguments, images, tiny
-from scenarios import RunScenario
+from support.models.pyramids import TINY, arguments, images, tiny
+from support.runs.engine_runs import config, differences, make_teacher, records
+from support.runs.scenarios import RunScenario
 from torch import nn
 
 NEEDS_FSDP = pytest.mark.skipif(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import config, make_teacher
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.launch.cli import main
@@ -15,6 +14,7 @@ from graftvit.models.errors import CheckpointError
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.metrics.measure import evaluate
+from support.runs.engine_runs import config, make_teacher
 
 STEPS = {"max_steps": 12, "warmup_epochs": 0, "lr": 0.02, "ema": 0.5}
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import config, make_convnext, make_teacher, several_losses
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError
@@ -16,6 +15,7 @@ from graftvit.transfer.engine.build import identify_teachers
 from graftvit.transfer.engine.resume_check import check_same_teacher, check_same_weights
 from graftvit.transfer.engine.train import train
 from safetensors.torch import load_file, save_file
+from support.runs.engine_runs import config, make_convnext, make_teacher, several_losses
 
 
 @pytest.fixture

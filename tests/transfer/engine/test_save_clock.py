@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_runs import config, differences
 from graftvit.transfer.engine import run_state
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.run_state import RunState, SaveClock
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, differences
 
 
 class Hand:

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from dense import tiny
-from engine_runs import config, make_convnext, make_teacher
 from graftvit.launch.plan_text import memory_items
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.build import check_settings
@@ -17,7 +15,9 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.parallel import check_placement
 from graftvit.transfer.engine.shard_teachers import shard_units
-from scenarios import RunScenario
+from support.models.dense import tiny
+from support.runs.engine_runs import config, make_convnext, make_teacher
+from support.runs.scenarios import RunScenario
 
 NEEDS_FSDP = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"

@@ -10,12 +10,12 @@ import graftvit
 import pytest
 import torch
 import yaml
-from engine_runs import config
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.cli import main
 from graftvit.models.conversion import plan_of
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.stages import Stage, chain, train_stages
+from support.runs.engine_runs import config
 
 
 def recipe(folder: Path, teacher: Path) -> Path:

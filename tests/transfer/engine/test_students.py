@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import Teacher, load_teacher
 from graftvit.models.errors import ConfigError
@@ -14,6 +13,7 @@ from graftvit.transfer.config import RunConfig, StudentConfig
 from graftvit.transfer.engine.build import build, find_start, settle
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.students import input_size, plan_student, resolve_preprocessing
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_runs import tiny_vit
 from graftvit.models.mae import MaskedAutoencoder
 from graftvit.transfer.engine.modes import ClassificationTask, PretrainTask, TransferTask, classification_loss
 from graftvit.transfer.methods.dual import DualViT
+from support.runs.engine_runs import tiny_vit
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 

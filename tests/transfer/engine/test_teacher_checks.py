@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config, make_convnext, make_teacher
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.resume_check import check_same_run, settings
 from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, make_convnext, make_teacher
 
 
 @pytest.fixture(scope="module")

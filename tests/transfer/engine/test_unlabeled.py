@@ -8,7 +8,6 @@ from typing import Any
 import graftvit
 import pytest
 import torch
-from engine_runs import ARCHITECTURE, ARGUMENTS, records, tiny_vit
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
@@ -20,8 +19,9 @@ from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.build import build
-from image_folders import flat_folder
 from PIL import Image
+from support.files.image_folders import flat_folder
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, records, tiny_vit
 
 SHORT = [
     "batch_size=8", "workers=0", "aa=none", "hflip=0", "max_steps=3", "warmup_epochs=0", "device=cpu",

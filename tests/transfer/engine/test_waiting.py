@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.data.loaders import EvalLoader
 from graftvit.transfer.data.loading import TrainBatches
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.engine.waiting import CommunicationTimer
-from scenarios import RunScenario
+from support.runs.engine_runs import config
+from support.runs.scenarios import RunScenario
 from torch import nn
 
 

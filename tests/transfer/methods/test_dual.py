@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from dense import FAMILIES, cross_entropy, gradient, images, relative_error, run, tiny
 from graftvit.models.attention.base import Heads
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
@@ -18,6 +17,7 @@ from graftvit.transfer.config import TransferConfig
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.loss_terms import OF_RUNS
 from graftvit.transfer.methods.map_loss import sample_rows
+from support.models.dense import FAMILIES, cross_entropy, gradient, images, relative_error, run, tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from dense import gradient, images, tiny
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
+from support.models.dense import gradient, images, tiny
 
 METHODS = [
     "copy", "copy_q", "copy_k", "copy_v", "distill", "distill_q", "distill_k", "distill_v",

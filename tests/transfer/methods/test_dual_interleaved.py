@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from copied_models import pair, whole
-from dense import gradient, images, relative_error, tiny
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualOutput, DualViT
+from support.models.copied_models import pair, whole
+from support.models.dense import gradient, images, relative_error, tiny
 from torch import Tensor
 
 METHODS = [

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import cross_entropy, gradient, images, relative_error, run, tiny
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
+from support.models.dense import cross_entropy, gradient, images, relative_error, run, tiny
 from torch import Tensor, nn
 
 TOLERANCE = 1e-9

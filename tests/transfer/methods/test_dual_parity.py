@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import FAMILIES, Layer, cross_entropy, gradient, images, relative_error, run, tiny
 from graftvit.transfer.methods.dual import DualViT
+from support.models.dense import FAMILIES, Layer, cross_entropy, gradient, images, relative_error, run, tiny
 from torch import Tensor, nn
 
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-5)]

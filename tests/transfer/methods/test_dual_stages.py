@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import gradient, relative_error
 from graftvit.models.attention.base import Heads
 from graftvit.models.conversion import convert
 from graftvit.models.copied import resize
@@ -17,8 +16,9 @@ from graftvit.models.errors import TransferError
 from graftvit.models.families import blocks_of
 from graftvit.transfer.methods.drop_path import SharedDropPath
 from graftvit.transfer.methods.dual import DualViT
-from pyramids import images, tiny
-from stage_reference import block_outputs, dense_logits, places, run
+from support.models.dense import gradient, relative_error
+from support.models.pyramids import images, tiny
+from support.models.stage_reference import block_outputs, dense_logits, places, run
 from torch import Tensor, nn
 
 SIZE = (32, 24)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from engine_runs import config, make_teacher, records
 from graftvit.launch.fields import leaf_of
 from graftvit.models.conversion import convert
 from graftvit.models.errors import ConfigError, TransferError
@@ -22,6 +21,7 @@ from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods import registry
 from graftvit.transfer.methods.method import describe_transfer
 from graftvit.transfer.methods.registry import find_method, method_names, register_method
+from support.runs.engine_runs import config, make_teacher, records
 
 PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 

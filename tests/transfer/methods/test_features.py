@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from dense import gradient, images, relative_error, tiny
 from graftvit.models.errors import TransferError
 from graftvit.transfer import DualViT, OutsideTeacher
 from graftvit.transfer.methods.feature import average_to
+from support.models.dense import gradient, images, relative_error, tiny
 from torch import Tensor, nn
 
 

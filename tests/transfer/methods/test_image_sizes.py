@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import cross_entropy, gradient, images, relative_error, run, tiny
 from graftvit.models.copied import CopiedTeacher, copy_attention
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models.dense import cross_entropy, gradient, images, relative_error, run, tiny
 from torch import Tensor, nn
 
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from dense import gradient, images, relative_error, tiny
 from graftvit.transfer.methods.dual import DualViT
+from support.models.dense import gradient, images, relative_error, tiny
 from torch import nn
 
 METHODS = ["copy", "copy_q", "distill", "attention_output"]

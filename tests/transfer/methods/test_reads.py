@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from dense import gradient, images, tiny
-from engine_runs import config, make_teacher
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import LossConfig, RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
@@ -16,6 +14,8 @@ from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.registry import find_method, method_names
+from support.models.dense import gradient, images, tiny
+from support.runs.engine_runs import config, make_teacher
 
 OTHER: dict[str, Any] = {
     "layers": "0", "heads": [0], "loss": "kl", "feature_loss": "smooth_l1", "tokens": "both",

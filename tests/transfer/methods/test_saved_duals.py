@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import graftvit
-import pyramids
 import pytest
 import timm
 import torch
-from dense import images, tiny
-from engine_runs import make_teacher
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.models.conversion import convert
@@ -20,6 +17,9 @@ from graftvit.models.copied import copying_of
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import CheckpointError, TransferError
 from graftvit.transfer.methods.dual import DualViT
+from support.models import pyramids
+from support.models.dense import images, tiny
+from support.runs.engine_runs import make_teacher
 from torch import nn
 
 COPIES = ["copy", "copy_q", "copy_k", "copy_v"]

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from dense import cross_entropy, gradient, images, relative_error, run, tiny
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.transfer.methods.dual import DualOutput, DualViT
+from support.models.dense import cross_entropy, gradient, images, relative_error, run, tiny
 from torch import Tensor, nn
 
 

@@ -8,13 +8,13 @@ from functools import cache
 from typing import Any
 
 import pytest
-from dense import gradient, relative_error
-from dense import tiny as tiny_plain
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
-from pyramids import images, tiny
-from stage_reference import Place, expected, places
+from support.models.dense import gradient, relative_error
+from support.models.dense import tiny as tiny_plain
+from support.models.pyramids import images, tiny
+from support.models.stage_reference import Place, expected, places
 from torch import Tensor, nn
 
 SIZE = (32, 24)

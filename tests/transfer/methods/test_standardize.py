@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import images, relative_error, tiny
-from engine_runs import config, differences, make_convnext, make_teacher, state
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer import DualViT, OutsideTeacher
@@ -19,6 +17,8 @@ from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.standardize import Standardizer, hadamard_matrix
+from support.models.dense import images, relative_error, tiny
+from support.runs.engine_runs import config, differences, make_convnext, make_teacher, state
 from torch import Tensor
 
 

@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 import torch._dynamo.testing
-from dense import gradient, images, relative_error, tiny
-from engine_runs import config, make_teacher, records
 from graftvit.launch.plan_text import memory_items
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
+from support.models.dense import gradient, images, relative_error, tiny
+from support.runs.engine_runs import config, make_teacher, records
 
 WITH_LOSS = [
     "distill", "distill_q", "distill_k", "distill_v", "attention_output", "block_output", "feature", "logits",

@@ -12,11 +12,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from dense import gradient, images, relative_error, tiny
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.transfer import DualViT, OutsideTeacher
 from graftvit.transfer.engine.modes import classification_loss
 from graftvit.transfer.methods.method import describe_transfer
+from support.models.dense import gradient, images, relative_error, tiny
 from torch import Tensor, nn
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_runs import tiny_vit
 from graftvit.models.errors import DataError
 from graftvit.transfer.metrics.distance import DistanceSums, Reader, compared_layers, measure_distances
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.runs.engine_runs import tiny_vit
 from torch import Tensor
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import tiny_vit
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_eval_loader, create_reference_loader
 from graftvit.transfer.metrics.distance import Reader, compared_layers
 from graftvit.transfer.metrics.measure import FAMILIES, Against, check_same_classes, measure
+from support.runs.engine_runs import tiny_vit
 
 HERE = Path(__file__).resolve().parent
 RANK = """
@@ -75,7 +75,7 @@ def test_labels_of_two_splits_must_mean_the_same() -> None:
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(tmp_path: Path) -> None:
     def start(rank: int) -> subprocess.Popen[bytes]:
-        words = [str(rank), "2", str(tmp_path / "group"), str(HERE), str(HERE.parents[1] / "support")]
+        words = [str(rank), "2", str(tmp_path / "group"), str(HERE), str(HERE.parents[1])]
         return subprocess.Popen([sys.executable, "-c", RANK, *words], stdout=subprocess.PIPE)
 
     first, second = (json.loads(process.communicate(timeout=300)[0]) for process in [start(0), start(1)])

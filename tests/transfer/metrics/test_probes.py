@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from engine_runs import ARGUMENTS, tiny_vit
 from graftvit.transfer.metrics.distance import STRENGTHS, NearestNeighbors, Reader, fit_probe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from support.runs.engine_runs import ARGUMENTS, tiny_vit
 from torch import Tensor, nn
 
 

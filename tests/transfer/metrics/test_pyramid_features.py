@@ -8,7 +8,7 @@ import pytest
 import torch
 from graftvit.models.conversion import convert
 from graftvit.transfer.metrics.distance import Reader
-from pyramids import TINY, images, tiny
+from support.models.pyramids import TINY, images, tiny
 
 
 @pytest.mark.parametrize("plan", [None, "stage1: none; stage2: linear"])

@@ -22,7 +22,7 @@ from graftvit.transfer.recovery.align import (
     probe_error,
     row_error,
 )
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 from torch import nn
 
 SMALL: dict[str, Any] = {

@@ -14,7 +14,7 @@ from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import TransferError
 from graftvit.transfer import DualViT
 from graftvit.transfer.recovery.align import LAYER_LOSSES, NUM_PROBES, Alignment, LayerTarget
-from operator_cases import Case, draw
+from support.models.operator_cases import Case, draw
 from torch import Tensor, nn
 
 GEOMETRY = Geometry(1, (5, 6))

@@ -14,7 +14,7 @@ from graftvit.models.families import sites
 from graftvit.transfer.analysis.compare.comparison_cells import layer_errors
 from graftvit.transfer.recovery.align import Alignment
 from graftvit.transfer.recovery.layer_search import search_layers, tokens_of
-from pyramids import SIZES, images, tiny
+from support.models.pyramids import SIZES, images, tiny
 from timm.models.swin_transformer import window_reverse
 from torch import Tensor, nn
 

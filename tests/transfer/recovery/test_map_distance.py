@@ -9,7 +9,7 @@ import torch
 from graftvit.models.attention.base import FirstRows, Geometry, Heads, LowRank, Sparse, Term, term_rows
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.transfer.recovery.align import inner, squared_distance
-from operator_cases import CASES, Case, draw
+from support.models.operator_cases import CASES, Case, draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import TINY, tiny
 from graftvit.models.conversion import convert
 from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
 from graftvit.models.host import AttentionHost
 from graftvit.models.programs.program import LINEAR, parse_program
 from graftvit.transfer.search.matching import RecordedLayer, mismatch, record_layers
-from pyramids import TINY as PYRAMIDS
-from pyramids import images
-from pyramids import tiny as pyramid
+from support.models.dense import TINY, tiny
+from support.models.pyramids import TINY as PYRAMIDS
+from support.models.pyramids import images
+from support.models.pyramids import tiny as pyramid
 
 SOFTMAX = "mm(softmax(nt(scale(q) k)) v)"
 

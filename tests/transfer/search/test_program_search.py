@@ -26,7 +26,7 @@ from graftvit.transfer.search.program_search import (
     recorded_generations,
     run_search,
 )
-from search_runs import search, silent
+from support.runs.search_runs import search, silent
 
 
 class KilledError(Exception):

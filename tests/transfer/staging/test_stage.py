@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from data_sets import encoded, write_classes, write_images, write_shards, write_tar
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.datasets import check_apart, check_dataset, open_dataset
@@ -21,6 +20,7 @@ from graftvit.transfer.data.image_folder import FolderImages
 from graftvit.transfer.staging import stage as copying
 from graftvit.transfer.staging import stage as staging
 from graftvit.transfer.staging.stage import StagingStoppedError, check_stage, find_source, stage
+from support.files.data_sets import encoded, write_classes, write_images, write_shards, write_tar
 
 
 def settings(path: Path, disk: Path, **more: object) -> DataConfig:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import config, differences, make_teacher
 from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError
 from graftvit.models.plain_yaml import parse_yaml
@@ -18,7 +17,8 @@ from graftvit.transfer.engine import fit_operators as together
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.staging import stage as copying
-from image_folders import class_folder
+from support.files.image_folders import class_folder
+from support.runs.engine_runs import config, differences, make_teacher
 
 
 def run(root: Path, name: str, stage: str | None, **engine: Any) -> RunConfig:

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from benchmark_rows import case, row
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.benchmark.benchmark import check_device, draw_latency, render, run_cases
 from graftvit.transfer.analysis.benchmark.cases import Case, Results, Row, drifted, load_results
+from support.runs.benchmark_rows import case, row
 
 CASES = [case(name, size) for size in (64, 256, 1024) for name in ("linear", "ttt")]
 

@@ -6,10 +6,10 @@ import csv
 from pathlib import Path
 
 import pytest
-from benchmark_rows import case, row
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.benchmark import cases
 from graftvit.transfer.analysis.benchmark.cases import Results, load_results, machine
+from support.runs.benchmark_rows import case, row
 
 
 def test_they_come_back_as_they_were(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
-from benchmark_rows import row
 from graftvit.transfer.analysis.benchmark.benchmark import crossover, crossovers
 from graftvit.transfer.analysis.benchmark.cases import drifted
 from hypothesis import given
 from hypothesis import strategies as st
+from support.runs.benchmark_rows import row
 
 
 def test_it_lies_between_on_the_log_log_line() -> None:

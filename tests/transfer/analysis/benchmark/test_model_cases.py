@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyramids
 import pytest
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
@@ -16,6 +15,7 @@ from graftvit.transfer.analysis.benchmark.benchmark import (
     model_cases,
 )
 from graftvit.transfer.analysis.benchmark.cases import Ways
+from support.models import pyramids
 
 TINY = "vit_tiny_patch16_224"
 

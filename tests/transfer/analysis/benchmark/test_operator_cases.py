@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-from benchmark_rows import case
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import OPERATORS
 from graftvit.transfer.analysis.benchmark import benchmark as measuring
 from graftvit.transfer.analysis.benchmark.benchmark import Layer, grid_of, measure_operator, operator_cases
 from graftvit.transfer.analysis.benchmark.cases import Step, Timing, Ways, counted_macs
+from support.runs.benchmark_rows import case
 
 TINY = Layer(heads=2, head_dim=8)
 

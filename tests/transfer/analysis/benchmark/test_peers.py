@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_rows import row
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import OPERATORS, Choice, create_operator
@@ -21,7 +20,8 @@ from graftvit.transfer.analysis.benchmark.benchmark import (
 )
 from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Ways
 from graftvit.transfer.analysis.benchmark.public_forms import PUBLIC, public_form, straight_form
-from operator_cases import HEADS, WIDTH, Case, draw
+from support.models.operator_cases import HEADS, WIDTH, Case, draw
+from support.runs.benchmark_rows import row
 
 GRID = Geometry(0, (6, 8))
 THEMSELVES = {SOFTMAX, "program", "hash", "hilo", *FOUND}

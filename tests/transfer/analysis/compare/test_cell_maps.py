@@ -13,10 +13,10 @@ from graftvit.transfer.analysis.compare.comparison_report import draw_maps, map_
 from graftvit.transfer.analysis.compare.student_cell import CellMap, CellMaps, keep_maps, load_maps
 from graftvit.transfer.analysis.layer_maps import layer_maps, preprocessed, spread_images
 from graftvit.transfer.config import DataConfig
-from pyramids import images
-from pyramids import tiny as pyramid
+from support.models.pyramids import images
+from support.models.pyramids import tiny as pyramid
+from support.models.visualize_models import GRID, picture, save, tiny
 from torch import nn
-from visualize_models import GRID, picture, save, tiny
 
 SIZE = (40, 24)
 

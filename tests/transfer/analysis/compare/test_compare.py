@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from compare_runs import cell, write_config
 from graftvit.launch.comparison import load_comparison
 from graftvit.launch.load_config import Setting
 from graftvit.models.errors import ConfigError, GraftError
@@ -21,6 +20,7 @@ from graftvit.transfer.analysis.compare.student_cell import cell_stages, fresh_m
 from graftvit.transfer.cells.pool import StoppedError
 from graftvit.transfer.config import RunConfig
 from safetensors.torch import load_file, save_file
+from support.runs.compare_runs import cell, write_config
 
 PLANS = {"linear": "*: linear", "focused": "0: focused", "softmax": "*: softmax", "found": "*: attnzero_105"}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from compare_runs import cell, write_config
 from graftvit.launch.cli import main
+from support.runs.compare_runs import cell, write_config
 
 
 @pytest.mark.slow

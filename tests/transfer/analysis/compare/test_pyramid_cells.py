@@ -11,7 +11,7 @@ from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.families import sites
 from graftvit.transfer.analysis.compare.comparison_cells import Record
 from graftvit.transfer.analysis.compare.student_cell import is_linear, measure_speed
-from pyramids import tiny
+from support.models.pyramids import tiny
 
 
 @pytest.mark.parametrize(

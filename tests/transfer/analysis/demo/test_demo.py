@@ -22,7 +22,7 @@ from graftvit.transfer.analysis.demo.demo_cells import Cell
 from graftvit.transfer.cells import pool
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.runlog import WALL_CLOCK
-from patience import until
+from support.runs.patience import until
 
 SHORT = {
     "optim": {"max_steps": 4, "epochs": 100, "warmup_epochs": 1},

@@ -13,10 +13,10 @@ import torch
 from graftvit.launch.cli import main
 from graftvit.transfer.analysis.search.search_report import ancestors, line_of_descent
 from graftvit.transfer.search.program_search import Evaluation, run_search
-from irregular_files import irregular, never_waiting
-from limits import limited_memory, limited_work
 from safetensors.torch import load_file, save_file
-from search_runs import search, silent
+from support.files.irregular_files import irregular, never_waiting
+from support.runs.limits import limited_memory, limited_work
+from support.runs.search_runs import search, silent
 
 SETTINGS, LAYERS, CELL = "settings.json", "layers.safetensors", "cells/001-000/cell.json"
 DEEP = "[" * 100_000 + "]" * 100_000

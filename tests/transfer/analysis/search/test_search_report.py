@@ -14,7 +14,7 @@ from graftvit.launch.cli import main
 from graftvit.models.programs.program import parse_program
 from graftvit.transfer.analysis.search.search_report import ancestors, line_of_descent, write_report
 from graftvit.transfer.search.program_search import Evaluation, front, run_search
-from search_runs import search, silent
+from support.runs.search_runs import search, silent
 
 
 @pytest.fixture(scope="module")

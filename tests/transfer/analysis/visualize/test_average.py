@@ -21,10 +21,10 @@ from graftvit.transfer.analysis.visualize.average import batch_that_fits, map_we
 from graftvit.transfer.analysis.visualize.map_figures import ShownLayer, ShownLook, draw_grid, read_query
 from graftvit.transfer.analysis.visualize.visualize import LayerLook, look, token_layouts
 from graftvit.transfer.config import DataConfig
-from pyramids import TINY, arguments
-from pyramids import tiny as pyramid
+from support.models.pyramids import TINY, arguments
+from support.models.pyramids import tiny as pyramid
+from support.models.visualize_models import picture, save, tiny
 from torch import Tensor, nn
-from visualize_models import picture, save, tiny
 
 SIZE = (40, 24)
 

@@ -26,9 +26,9 @@ from graftvit.transfer.analysis.visualize.visualize import (
     look,
     token_layouts,
 )
-from operator_cases import CASES, Case
 from PIL import Image
-from visualize_models import GRID, PREFIX, TOKENS, operator_inputs, tiny
+from support.models.operator_cases import CASES, Case
+from support.models.visualize_models import GRID, PREFIX, TOKENS, operator_inputs, tiny
 
 BY_NAME = list({case.operator: case for case in reversed(CASES)}.values())
 

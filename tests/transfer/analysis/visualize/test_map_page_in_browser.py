@@ -9,13 +9,13 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from browser import Page, browser, find_browser
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.transfer.analysis.layer_maps import attention_maps
 from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import visualize
 from numpy.typing import NDArray
-from visualize_models import GRID, PREFIX, TOKENS, operator_inputs, picture, save, tiny
+from support.models.visualize_models import GRID, PREFIX, TOKENS, operator_inputs, picture, save, tiny
+from support.runs.browser import Page, browser, find_browser
 
 pytest.importorskip("websocket", reason="websocket-client is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]  # which starts once

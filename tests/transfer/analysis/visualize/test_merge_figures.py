@@ -15,9 +15,9 @@ from graftvit.transfer.analysis.visualize.map_figures import Query, read_query
 from graftvit.transfer.analysis.visualize.map_page import Shown, View, draw_merges, embed
 from graftvit.transfer.analysis.visualize.visualize import look
 from PIL import Image
-from pyramids import images, tiny
+from support.models.pyramids import images, tiny
+from support.models.visualize_models import chain
 from torch import nn
-from visualize_models import chain
 
 SIZE = (40, 24)
 SHIFTS = torch.tensor([[0.25, -0.5], [1.25, 0.75], [-2.5, 0.0], [0.0, 3.25]])

@@ -11,7 +11,7 @@ from graftvit.models.families import depths, sites
 from graftvit.transfer.analysis.layer_maps import layer_maps
 from graftvit.transfer.analysis.visualize.map_figures import default_query, draw_beside, draw_grid, read_query
 from graftvit.transfer.analysis.visualize.visualize import check_comparable, divergence, look, token_layouts
-from pyramids import TINY, images, tiny
+from support.models.pyramids import TINY, images, tiny
 
 SIZE = (40, 24)
 PICTURE = np.zeros((*SIZE, 3), np.uint8)

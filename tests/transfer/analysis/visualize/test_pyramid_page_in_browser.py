@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import Page, browser, find_browser
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
@@ -19,8 +18,9 @@ from graftvit.models.merges import merge_layers
 from graftvit.transfer.analysis.layer_maps import layer_maps, trace
 from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import look, visualize
-from pyramids import TINY, arguments, tiny
-from visualize_models import chain, picture
+from support.models.pyramids import TINY, arguments, tiny
+from support.models.visualize_models import chain, picture
+from support.runs.browser import Page, browser, find_browser
 
 pytest.importorskip("websocket", reason="websocket-client is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]

@@ -1,0 +1,211 @@
+"""What every transfer method gives for any pair of small models, dense and in the plainest words.
+
+A `Pair` says in plain numbers which layers, heads and tokens go together; nothing here asks the library for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from support.models.dense import Layer, run
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method and which layers and heads of a teacher and a student go together."""
+
+    method: str
+    layers: tuple[tuple[int, int], ...] = ()  # teacher, student
+    heads: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # student head: teacher heads; empty: all joined
+    options: dict[str, Any] = field(default_factory=dict)  # those of `DualViT`
+    scale: float = 1.0  # the student's standard deviation over the teacher's
+    shift: float = 0.0
+
+
+def expected(
+    pair: Pair, teacher: nn.Module, student: nn.Module, x: Tensor, projectors: nn.ModuleDict
+) -> tuple[Tensor, Tensor]:
+    """The student's logits and the weighted transfer loss."""
+    with torch.no_grad():
+        shown = resized(x * pair.scale + pair.shift, teacher, student)
+        target = Target(teacher, student, shown, x)
+    if pair.method.startswith("copy"):
+        logits, _ = run(student, x, copying(pair, target))
+        return logits, logits.new_zeros(())
+    blocks: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, __, out: blocks.append(out)) for block in student.blocks]
+    logits, layers = run(student, x)
+    for hook in hooks:
+        hook.remove()
+    losses = whole_model(pair, target, student, x, logits, projectors)
+    if losses is None:
+        losses = [layer_loss(pair, target, t, s, layers[s], blocks[s], projectors) for t, s in pair.layers]
+    loss = torch.stack(losses).sum()
+    if pair.options.get("reduction") == "mean":
+        loss = loss / len(losses)
+    return logits, loss * pair.options.get("weight", 3.0)
+
+
+def resized(x: Tensor, teacher: Any, student: Any) -> Tensor:
+    """At the teacher's own size; with as many more patches as the student has where the teacher takes any size."""
+    size = tuple(teacher.patch_embed.img_size)
+    if x.shape[-2:] != student.patch_embed.img_size and not teacher.patch_embed.strict_img_size:
+        ours, theirs = student.patch_embed, teacher.patch_embed
+        growth = [n // p / g for n, p, g in zip(x.shape[-2:], ours.patch_size, ours.grid_size, strict=True)]
+        patches = [max(1, int(g * more + 0.5)) for g, more in zip(theirs.grid_size, growth, strict=True)]
+        size = tuple(n * p for n, p in zip(patches, theirs.patch_size, strict=True))
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bicubic", antialias=True)
+
+
+class Target:
+    """The teacher's side, and which of its tokens stand for which of the student's."""
+
+    def __init__(self, teacher: Any, student: Any, shown: Tensor, x: Tensor) -> None:
+        self.blocks: list[Tensor] = []
+        hooks = [b.register_forward_hook(lambda _, __, out: self.blocks.append(out)) for b in teacher.blocks]
+        self.logits, self.layers = run(teacher, shown)
+        for hook in hooks:
+            hook.remove()
+        self.feature = pooled(teacher, shown)
+        self.grids = grid_of(teacher, shown), grid_of(student, x)
+        self.prefix = teacher.num_prefix_tokens
+        kinds = prefix_kinds(teacher), prefix_kinds(student)
+        shared = [kind for kind in kinds[1] if kind in kinds[0]]
+        patches = self.grids[1][0] * self.grids[1][1]
+        self.ours = [kinds[1].index(k) for k in shared] + list(range(len(kinds[1]), len(kinds[1]) + patches))
+        self.theirs = [kinds[0].index(k) for k in shared] + list(
+            range(len(kinds[0]), len(kinds[0]) + patches)
+        )
+
+    def part(self, layer: int, name: str) -> Tensor:
+        """Queries, keys, values or outputs at the tokens that the student has, on its grid."""
+        return self._moved(getattr(self.layers[layer], name))[:, :, self.theirs]
+
+    def logits_of(self, layer: int) -> Tensor:
+        """The attention logits between those tokens."""
+        logits = self.layers[layer].logits
+        if self.grids[0] != self.grids[1]:
+            logits = self._moved(self._moved(logits).transpose(-2, -1)).transpose(-2, -1)
+        return logits[:, :, self.theirs][..., self.theirs]
+
+    def _moved(self, rows: Tensor) -> Tensor:
+        """Rows (B, H, N, K) brought from the teacher's grid to the student's."""
+        if self.grids[0] == self.grids[1]:
+            return rows
+        batch, heads, _, width = rows.shape
+        image = rows[:, :, self.prefix :].transpose(2, 3).reshape(batch, heads * width, *self.grids[0])
+        image = F.interpolate(image, self.grids[1], mode="bilinear", align_corners=False)
+        return torch.cat(
+            [rows[:, :, : self.prefix], image.reshape(batch, heads, width, -1).transpose(2, 3)], dim=2
+        )
+
+
+def grid_of(model: Any, x: Tensor) -> Grid:
+    height, width = (
+        side // patch for side, patch in zip(x.shape[-2:], model.patch_embed.patch_size, strict=True)
+    )
+    return height, width
+
+
+def prefix_kinds(model: Any) -> list[str]:
+    kinds = ["class"] if model.cls_token is not None else []
+    kinds += ["distillation"] if getattr(model, "dist_token", None) is not None else []
+    return kinds + [f"register {index}" for index in range(model.num_prefix_tokens - len(kinds))]
+
+
+def pooled(model: Any, x: Tensor) -> Tensor:
+    """What goes into the head; DeiT's two heads read a token each, and the mean of both is taken."""
+    if getattr(model, "head_dist", None) is not None:
+        return model.forward_features(x)[:, :2].mean(1)
+    feature: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
+    return feature
+
+
+def copying(pair: Pair, target: Target) -> Callable[[int, Layer], Tensor]:
+    """The attention output of each student layer, of which a part is the teacher's."""
+    teacher_of = {student: teacher for teacher, student in pair.layers}
+    name = pair.method.removeprefix("copy").strip("_")
+
+    def attend(index: int, own: Layer) -> Tensor:
+        if index not in teacher_of:
+            return own.out
+        ours, scale = target.ours, own.q.shape[-1] ** -0.5
+        if not name:
+            maps, out = target.logits_of(teacher_of[index]).softmax(-1), own.out.clone()
+            for head, group in pair.heads.items():
+                out[:, head, ours] = maps[:, group].mean(1) @ own.v[:, head][:, ours]
+            return out
+        bias = own.logits - own.q @ own.k.transpose(-2, -1) * scale
+        parts = {part: getattr(own, part) for part in "qkv"}
+        parts[name] = parts[name].clone()
+        theirs = target.part(teacher_of[index], name)
+        for head, (one,) in pair.heads.items():
+            parts[name][:, head, ours] = theirs[:, one]
+        return (parts["q"] @ parts["k"].transpose(-2, -1) * scale + bias).softmax(-1) @ parts["v"]
+
+    return attend
+
+
+def whole_model(
+    pair: Pair, target: Target, student: nn.Module, x: Tensor, logits: Tensor, projectors: nn.ModuleDict
+) -> list[Tensor] | None:
+    """The loss of the two methods that have no layers."""
+    if pair.method == "feature":
+        feature = pooled(student, x)
+        if "feature" in projectors:
+            feature = projectors["feature"](feature)
+        if pair.options.get("feature_loss") == "smooth_l1":
+            return [F.smooth_l1_loss(feature, target.feature)]
+        return [1 - F.cosine_similarity(feature, target.feature, dim=-1).mean()]
+    if pair.method == "logits":
+        warmth = pair.options.get("temperature", 1.0)
+        wanted, mine = (each.div(warmth).softmax(-1) for each in (target.logits, logits))
+        return [(wanted * (wanted.log() - mine.log())).sum(-1).mean() * warmth**2]
+    return None
+
+
+def layer_loss(
+    pair: Pair,
+    target: Target,
+    teacher: int,
+    student: int,
+    own: Layer,
+    block: Tensor,
+    projectors: nn.ModuleDict,
+) -> Tensor:
+    ours = target.ours
+    if pair.method == "distill":
+        return map_loss(pair, target.logits_of(teacher), own.logits[:, :, ours][..., ours])
+    if pair.method == "block_output":
+        mine, theirs = block[:, ours], target.blocks[teacher][:, target.theirs]
+    else:
+        name = "out" if pair.method == "attention_output" else pair.method[-1]
+        mine, theirs = getattr(own, name)[:, :, ours], target.part(teacher, name)
+        if pair.heads:
+            mine = mine[:, list(pair.heads)]
+            theirs = theirs[:, [one for (one,) in pair.heads.values()]]
+        mine, theirs = (each.transpose(1, 2).flatten(2) for each in (mine, theirs))
+    key = f"layer{student:02d}"
+    return F.mse_loss(projectors[key](mine) if key in projectors else mine, theirs)
+
+
+def map_loss(pair: Pair, theirs: Tensor, mine: Tensor) -> Tensor:
+    """Cross-entropy, or KL divergence, of the mean of the teacher's maps and the student's, by head."""
+    warmth, losses = pair.options.get("temperature", 1.0), []
+    maps = (theirs / warmth).softmax(-1)
+    for head, group in pair.heads.items():
+        wanted = maps[:, group].mean(1)
+        loss = -(wanted * (mine[:, head] / warmth).log_softmax(-1)).sum(-1).mean()
+        if pair.options.get("loss") == "kl":
+            loss = loss + torch.xlogy(wanted, wanted).sum(-1).mean()
+        losses.append(loss * warmth**2)
+    return torch.stack(losses).mean()
