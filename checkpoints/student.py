@@ -275,7 +275,7 @@ def write_converted(
     """Write `student`, a conversion of `teacher`'s model, to `folder`.
 
     Args:
-        weights: which of the teacher's weights it has (`models/initialize.py`).
+        weights: which of the teacher's weights it has (`models/converted.py`).
         calibration: the images that its operators were calibrated on, in words.
 
     Raises:

@@ -109,8 +109,6 @@ def test_the_check_would_notice(text: str) -> None:
 
 def test_every_path_in_the_map_exists() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    rows = re.findall(r"^\| … .*\? \| `([^`]+)` \|$", text, re.MULTILINE)
-    assert len(rows) >= 20
-    assert [path for path in rows if not (ROOT / path).exists()] == []
     named = re.findall(r"`((?:models|checkpoints|transfer|launch|cfgs|tests|docs)/[\w./]*)`", text)
+    assert len(named) >= 30
     assert [path for path in named if not (ROOT / path).exists()] == []

@@ -1,4 +1,4 @@
-"""One place opens files for reading, `checkpoints/regular_files.py`: it waits for no pipe and reads no endless file."""
+"""One place opens files for reading, `checkpoints/files.py`: it waits for no pipe and reads no endless file."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ CHECKED = "reads a file that was checked before, by `outline`, `check_state` or 
 OWN = "reads a file of an installed package"
 SYSTEM = "reads a file of the system"
 ALLOWED = {
-    "checkpoints/regular_files.py open": "is the place",
+    "checkpoints/files.py open": "is the place",
     "checkpoints/atomic.py open": "waits for what was written, and reads nothing",
-    "checkpoints/export/graph_files.py InferenceSession": "runs the graph that was just written",
+    "checkpoints/export/graph.py InferenceSession": "runs the graph that was just written",
     "checkpoints/safety/archive.py FileIO": STREAM,
     "checkpoints/safety/archive.py ZipFile": STREAM,
     "checkpoints/safety/archive.py open": STREAM,
     "checkpoints/safety/file_outline.py safe_open": CHECKED,
     "checkpoints/safety/onnx_file.py mmap": STREAM,
-    "checkpoints/state_file.py safe_open": CHECKED,
+    "checkpoints/state.py safe_open": CHECKED,
     "checkpoints/weight_files.py load": CHECKED,
     "checkpoints/weight_files.py safe_open": CHECKED,
     "launch/cli.py open": SYSTEM,
-    "launch/recipes.py read_text": OWN,
+    "launch/load_config.py read_text": OWN,
     "launch/slurm/checks.py read_text": SYSTEM,
-    "launch/slurm/snapshot.py read_bytes": OWN,
-    "launch/slurm/snapshot.py read_text": OWN,
+    "launch/slurm/batch.py read_bytes": OWN,
+    "launch/slurm/batch.py read_text": OWN,
     "transfer/analysis/demo/demo_cells.py read_text": OWN,
     "transfer/analysis/report/pages.py read_text": OWN,
     "transfer/attnbench/bench_rows.py ParquetFile": STREAM,
-    "transfer/attnbench/trial_run.py read_text": SYSTEM,
-    "transfer/cache/target_rows.py safe_open": CHECKED,
+    "transfer/attnbench/bench_run.py read_text": SYSTEM,
+    "transfer/cache/target_shards.py safe_open": CHECKED,
     "transfer/data/archives.py ZipFile": STREAM,
     "transfer/data/archives.py open": STREAM,
     "transfer/data/digits.py loadtxt": OWN,
-    "transfer/data/hub.py open": STREAM,
-    "transfer/data/images.py open": STREAM,
+    "transfer/data/streams.py open": STREAM,
+    "transfer/data/image_folder.py open": STREAM,
     "transfer/data/labels.py read_text": OWN,
     "transfer/engine/cached_targets.py open": "is a method of the cache",
     "transfer/engine/fence.py read_text": SYSTEM,
-    "transfer/staging/copy_data_set.py open": CHECKED,
+    "transfer/staging/stage.py open": CHECKED,
 }
 
 
@@ -84,7 +84,7 @@ def test_files_are_read_in_one_place() -> None:
         for name, line in reads((ROOT / path).read_text())
     }
     others = [f"{place} (line {line})" for place, line in found.items() if place not in ALLOWED]
-    assert others == [], "read them with checkpoints/regular_files.py: read_regular, read_json, open_regular"
+    assert others == [], "read them with checkpoints/files.py: read_regular, read_json, open_regular"
     assert sorted(ALLOWED.keys() - found) == [], "allowed, and no longer there"
 
 

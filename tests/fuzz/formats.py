@@ -26,13 +26,8 @@ from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
 from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
-from graftvit.transfer.analysis.compare.comparison_report import (
-    map_plot,
-    plots_of,
-    records_csv,
-    records_json,
-    render_markdown,
-)
+from graftvit.transfer.analysis.compare.comparison_plots import map_plot, plots_of
+from graftvit.transfer.analysis.compare.comparison_report import records_csv, records_json, render_markdown
 from graftvit.transfer.analysis.compare.student_cell import load_maps
 from graftvit.transfer.analysis.report.ink import write_arrays
 from graftvit.transfer.analysis.search.search_report import write_report

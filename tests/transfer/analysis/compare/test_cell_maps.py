@@ -9,7 +9,7 @@ import pytest
 import torch
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models.conversion import convert
-from graftvit.transfer.analysis.compare.comparison_report import draw_maps, map_plot
+from graftvit.transfer.analysis.compare.comparison_plots import draw_maps, map_plot
 from graftvit.transfer.analysis.compare.student_cell import CellMap, CellMaps, keep_maps, load_maps
 from graftvit.transfer.analysis.layer_maps import layer_maps, preprocessed, spread_images
 from graftvit.transfer.config import DataConfig

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
+from graftvit.transfer.analysis.compare.comparison_plots import crossover_of, plots_of
 from graftvit.transfer.analysis.compare.comparison_report import (
     accuracy_table,
     answer,
     best_linear,
-    crossover_of,
     energy_of,
     how_to_read,
     lines_of,
-    plots_of,
     records_csv,
     records_json,
     reference,
