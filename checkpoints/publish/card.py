@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ from timm.models import get_pretrained_cfg
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
 from ...models.copying.copying_operators import COPIES
-from ...models.errors import CheckpointError, ConfigError, Json, JsonDict, escaped, one_sentence
+from ...models.errors import CheckpointError, ConfigError, Json, JsonDict
 from ...models.layer_plan import AS_IT_IS, BUILT_IN, NONE, operators_in
 from ...models.plain_yaml import write_yaml
 from ..architecture import is_ours
@@ -31,32 +29,8 @@ from ..licenses import (
     public,
     recorded_mode,
 )
+from ..markdown import code, fenced, plain
 from ..provenance import BARE, COST, KEY, PICKED, licenses
-
-# Escape text for Markdown: no HTML, no link, no end of a table's cell.
-
-LONGEST = 10_000
-"""Characters of a paragraph."""
-
-
-def plain(text: object) -> str:
-    """`text` in one line, as a reader of the Markdown sees it."""
-    line = html.escape(one_sentence(str(text), LONGEST), quote=False)
-    return re.sub(r"[`|]|\](?=[(\[:])", r"\\\g<0>", line)
-
-
-def code(value: object) -> str:
-    """Return a value as code for a line or a table cell; nothing in it can end either."""
-    text = one_sentence(str(value)).replace("`", "'").replace("|", r"\|")
-    return f"`{text}`" if text else "(empty)"
-
-
-def fenced(text: str, language: str) -> str:
-    """Return lines as they are, in a block that nothing in them can end."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{escaped(text)}{'' if text.endswith(chr(10)) else chr(10)}{fence}"
-
 
 # Describe a run in the words and tables of a model card.
 

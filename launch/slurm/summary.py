@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.json_lines import read_records
-from ...checkpoints.publish.card import plain
+from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.config import RunConfig
 from ...transfer.metrics.intervals import Interval, accuracy_interval

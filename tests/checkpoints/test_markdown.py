@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from graftvit.checkpoints.publish.card import code, fenced, plain
+from graftvit.checkpoints.markdown import code, fenced, plain
 
 
 @pytest.mark.parametrize(

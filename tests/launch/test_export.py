@@ -38,9 +38,7 @@ def test_onnx_of_pixels(
     out = tmp_path / "model.onnx"
     assert main(["export", str(student), str(out), "--normalize"]) == 0
     assert str(out) in capsys.readouterr().out
-    told = [
-        record.getMessage().split()[0] for record in caplog.records if record.name.endswith(".export_source")
-    ]
+    told = [record.getMessage().split()[0] for record in caplog.records if record.name.endswith(".export")]
     assert told == ["tracing", "writing", "checking"]
     pixels = torch.rand(3, 3, 16, 16)
     [logits] = onnxruntime.InferenceSession(str(out)).run(None, {"images": pixels.numpy()})

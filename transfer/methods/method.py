@@ -13,7 +13,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoints.publish.card import Rows, code, number
+from ...checkpoints.markdown import code
+from ...checkpoints.publish.card import Rows, number
 from ...models.attention.kernels import precise
 from ...models.copying.copying_operators import Copy, Part
 from ...models.copying.tape import Link, Tape

@@ -82,6 +82,7 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     stdout, sys.stdout = sys.stdout, sys.stderr
     _serve(sys.stdin, stdout)

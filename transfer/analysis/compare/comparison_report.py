@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....checkpoints.atomic import write_text
-from ....checkpoints.publish.card import plain
+from ....checkpoints.markdown import plain
 from ....models.attention.base import Operations
 from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
 from ..benchmark.cases import Prices

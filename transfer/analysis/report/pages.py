@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ....checkpoints.atomic import write_bytes
-from ....checkpoints.publish.card import plain
+from ....checkpoints.markdown import plain
 from .ink import Theme, to_png
 
 ANALYSIS = str(__package__).rpartition(".")[0]
