@@ -8,7 +8,7 @@ from pathlib import Path
 from graftvit.models.layer_plan import FASTER_FROM
 from graftvit.transfer.analysis.benchmark.benchmark import crossover_table, peers_table, size_table
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
-from graftvit.transfer.analysis.report.pages import markdown
+from graftvit.transfer.analysis.report.tables import markdown
 
 PAGE = Path(__file__).parent.parent / "docs" / "efficiency.md"
 RESULTS = Path(__file__).parent / "results"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.cli import main as graftvit
-from graftvit.transfer.analysis.report.pages import markdown
+from graftvit.transfer.analysis.report.tables import markdown
 
 from .marked import put_between_marks
 from .tiles import make_tiles

@@ -17,7 +17,7 @@ import graftvit.models.lit  # noqa: F401 - registers the models
 import timm
 import torch
 from graftvit.transfer.analysis.benchmark.cases import Step, Timing, keep_freed_memory, time_steps
-from graftvit.transfer.analysis.report.pages import markdown
+from graftvit.transfer.analysis.report.tables import markdown
 from torch import nn
 
 from .marked import put_between_marks

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..models.layer_plan import DEFORMABLE
-from ..transfer.analysis.report.pages import aligned
+from ..transfer.analysis.report.tables import aligned
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..models.errors import JsonDict
-from ..transfer.analysis.report.pages import aligned
+from ..transfer.analysis.report.tables import aligned
 from ..transfer.data.survey import Split, Survey, differences
 
 SHOWN_LABELS = 20

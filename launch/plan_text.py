@@ -14,9 +14,10 @@ from ..models.families import pooling_of
 from ..transfer.config import RunConfig
 from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
+from ..transfer.engine.elastic import describe
 from ..transfer.engine.modes import AlignTask, TransferTask, mode_of
 from ..transfer.engine.optim import describe_batch, peak_learning_rate
-from ..transfer.engine.resume_check import changes, describe, describe_changes
+from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.shard_teachers import shard_units
 from ..transfer.engine.students import sharded_teachers
 from ..transfer.methods.loss_terms import Term

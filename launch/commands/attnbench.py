@@ -258,7 +258,7 @@ def _source(parser: Parser) -> None:
 
 def _table(rows: Sequence[Row], count: int) -> str:
     """Return the best rows as a table."""
-    from ...transfer.analysis.report.pages import aligned
+    from ...transfer.analysis.report.tables import aligned
     from ...transfer.attnbench.bench_rows import best_first
 
     table = [

@@ -103,7 +103,7 @@ def run(argv: list[str]) -> int:
 
 def _listing(comparison: Comparison, cells: list[Cell]) -> str:
     """Return one line for each cell: its folder, its state and its plan."""
-    from ...transfer.analysis.report.pages import aligned
+    from ...transfer.analysis.report.tables import aligned
 
     table = aligned([[cell.folder, comparison.state(cell), cell.plan or "unchanged"] for cell in cells])
     stages = ", ".join(f"{stage.name} ({stage.config.mode})" for stage in comparison.stages)

@@ -6,7 +6,7 @@ import inspect
 import textwrap
 
 from ...models.errors import ConfigError, did_you_mean
-from ...transfer.analysis.report.pages import aligned
+from ...transfer.analysis.report.tables import aligned
 from ..flags import command_parser
 from ..say import say
 

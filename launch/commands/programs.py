@@ -6,7 +6,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, did_you_mean
-from ...transfer.analysis.report.pages import aligned
+from ...transfer.analysis.report.tables import aligned
 from ..flags import command_parser
 from ..say import say
 

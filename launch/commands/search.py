@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ...transfer.analysis.report.pages import aligned
+from ...transfer.analysis.report.tables import aligned
 from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords
 from ..load_config import load_config
 from ..say import say

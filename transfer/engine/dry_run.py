@@ -13,17 +13,10 @@ from ..data.loaders import AbsentTrainLoader
 from ..staging.stage import check_stage
 from .build import Parts, build
 from .cached_targets import CacheSize, Footprint, plan_targets, rehearse
+from .elastic import GlobalBatch, settle
 from .optim import Schedule
 from .parallel import check_placement
-from .resume_check import (
-    GlobalBatch,
-    Position,
-    check_length,
-    check_same_run,
-    commits_of,
-    refuse_existing,
-    settle,
-)
+from .resume_check import Position, check_length, check_same_run, commits_of, refuse_existing
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from ...checkpoints.state import StateFolder, TrainingState
 from ...models.converted import is_mark
 from ...models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..config import RunConfig
+from .elastic import GlobalBatch
 from .ema import WeightAverage
 from .modes import Task
 from .parallel import gather, gathered, placed_like, raise_together
-from .resume_check import GlobalBatch, Position, settings
+from .resume_check import Position, settings
 from .runlog import Meters, RunLog
 from .students import StudentPlan
 

@@ -25,6 +25,7 @@ from ..config import RunConfig
 from ..data.sampler import preserved
 from .build import Parts, build
 from .cached_targets import prepare_targets
+from .elastic import GlobalBatch, describe, settle
 from .ema import WeightAverage
 from .fence import Fence
 from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
@@ -33,7 +34,6 @@ from .modes import PretrainTask
 from .optim import Schedule, create_optimizer, describe_batch
 from .parallel import create_accelerator, gather, gathered, host_group, raise_together, shard
 from .resume_check import (
-    GlobalBatch,
     Position,
     check_agreement,
     check_length,
@@ -41,10 +41,8 @@ from .resume_check import (
     check_same_split,
     check_same_teacher,
     commits_of,
-    describe,
     refuse_existing,
     settings,
-    settle,
 )
 from .run_state import RunState, position_of
 from .runlog import Meters, ProgressBar, Recorder, RunLog, create_trackers, hyperparameters

@@ -14,17 +14,16 @@ from graftvit.checkpoints.state import TrainingState, read_state, write_state
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data.loaders import TrainLoader
-from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.resume_check import (
+from graftvit.transfer.engine.elastic import (
     GlobalBatch,
-    Position,
     as_started,
     check_spread,
     describe,
     first_batch,
     saved_batch,
-    settings,
 )
+from graftvit.transfer.engine.loop import Loop
+from graftvit.transfer.engine.resume_check import Position, settings
 from graftvit.transfer.engine.run_state import restore_meters
 from graftvit.transfer.engine.runlog import Meters
 from graftvit.transfer.engine.train import train

@@ -30,7 +30,7 @@ from ....models.families import attention_blocks, is_pyramid, patch_size
 from ....models.layer_plan import Choice, create_operator, parse_plan
 from ...cells.pool import left_to_run, run_in_turn
 from ..report.ink import INK, color_of, dashes_of, draw_ring, legend_beside, log_log, new_plots, to_png
-from ..report.pages import markdown, milliseconds
+from ..report.tables import markdown, milliseconds
 from .cases import (
     DTYPES,
     SOFTMAX,

@@ -31,7 +31,7 @@ from ....models.cost import OperationCount, count_operations
 from ....models.errors import CheckpointError, ConfigError
 from ....models.families import find_family, is_pyramid
 from ...cells.pool import State
-from ..report.pages import markdown, to_csv, to_json
+from ..report.tables import markdown, to_csv, to_json
 
 Kind = Literal["operators", "models"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,7 @@ from ....models.attention.base import Operations
 from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
 from ..benchmark.cases import Prices
 from ..report import pages
-from ..report.pages import markdown, milliseconds, to_csv, to_json
+from ..report.tables import markdown, milliseconds, to_csv, to_json
 from .comparison_cells import TEACHER, UNIFORM, Record, Score, Speed, mean_over_seeds
 from .comparison_plots import map_plot, plots_of
 from .student_cell import load_maps

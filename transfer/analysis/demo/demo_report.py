@@ -21,7 +21,7 @@ from ...metrics.measure import evaluate
 from ..layer_maps import attention_maps, divergence_by_layer
 from ..report import pages
 from ..report.ink import to_png
-from ..report.pages import markdown
+from ..report.tables import markdown
 from . import demo_cells as text
 from .demo_cells import (
     COLORS,

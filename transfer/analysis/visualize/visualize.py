@@ -28,7 +28,8 @@ from ....models.families import (
 from ....models.layer_plan import layer_numbers
 from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps, map_divergence
 from ..report.ink import Array, to_png
-from ..report.pages import Plot, to_json
+from ..report.pages import Plot
+from ..report.tables import to_json
 from . import map_figures as measures
 from .map_figures import Query, ShownLayer, ShownLook, default_query, draw_beside, draw_grid, read_query
 from .map_page import (
