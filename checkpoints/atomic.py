@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..models.errors import CheckpointError, RunFailedError
-from .files import NOT_A_URL, is_url
+from .files import NOT_A_URL, is_url, kind_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,8 +63,8 @@ def write_shared(path: Path, data: bytes, *, replace: bool) -> None:
     Raises WriteFailedError as `write_file`.
     """
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.own")
-    write_bytes(own, data)
     with _explained(path, len(data)), _removed(own):
+        write_bytes(own, data)
         if replace:
             own.replace(path)
             return
@@ -165,9 +165,15 @@ def _removed(temporary: Path) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, size: int) -> Iterator[None]:
-    """Turn what the operating system and safetensors say of a failed write into one sentence; refuse a URL."""
+    """Turn what the operating system and safetensors say of a failed write into one sentence.
+
+    Refuse a URL, and to put a file in the place of a pipe or a device, as /dev/stdout is one.
+    """
     if is_url(path):
         raise WriteFailedError(f"{path} cannot be written: {NOT_A_URL}")
+    kind = kind_of(path)
+    if kind is not None:
+        raise WriteFailedError(f"{path} cannot be written: it is {kind}; give the name of a file")
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -109,6 +109,15 @@ KINDS = (
 )
 
 
+def kind_of(path: Path) -> str | None:
+    """Return `a pipe`, `a socket` or `a device` for a path that is one; None for anything else."""
+    try:
+        mode = path.lstat().st_mode
+    except (OSError, ValueError):
+        return None
+    return next((words for test, words in KINDS[1:] if test(mode)), None)
+
+
 def check_regular(
     path: Path, inside: Path | None = None, *, refusal: type[GraftError] = CheckpointError
 ) -> Path:

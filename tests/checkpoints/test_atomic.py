@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.atomic import recover_folder, write_file, write_folder
+from graftvit.checkpoints.atomic import recover_folder, write_file, write_folder, write_shared, write_text
 from graftvit.models.errors import CheckpointError
 
 
@@ -70,6 +71,19 @@ def test_a_place_that_cannot_hold_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_file(tmp_path / "file" / "x", lambda path: None, size=0)
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    """As root, a new file in the place of /dev/full or /dev/stdout takes it from everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (write_text, lambda path, text: write_shared(path, text.encode(), replace=True)):
+        with pytest.raises(CheckpointError, match="is a pipe"):
+            write(pipe, "x")
+    with pytest.raises(CheckpointError, match="is a pipe"):
+        write_folder(pipe, fill("x"), size=1)
+    assert pipe.is_fifo()
+    assert listed(tmp_path) == ["pipe"]
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
