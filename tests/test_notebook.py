@@ -1,4 +1,4 @@
-"""The cells of docs/notebook.md, one after another in one namespace, on small weights."""
+"""The Python of README.md and of docs/notebook.md, on small weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from support.models.tiny_weights import write_stand_in
 
-PAGE = Path(__file__).parents[1] / "docs" / "notebook.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "notebook.md"
 TEACHER = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
@@ -32,6 +33,20 @@ def test_the_cells_run(tmp_path: Path) -> None:
     assert shown.shape == (14, 14)
     assert 0 < shown.sum() <= 1  # a row of a map without its class token
     assert torch.isfinite(names["cheap"](names["images"])).all()
+
+
+def test_the_lines_of_the_front_page_run(tmp_path: Path) -> None:
+    (cell,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    size = {"embed_dim": 12, "num_heads": 2}
+    name = "vit_base_patch16_224.mae"
+    stand_in = write_stand_in(name, tmp_path / "teacher", size, 0)
+    assert name in cell
+    batch = (torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))
+    names: dict[str, Any] = {"loader": [batch], "criterion": torch.nn.functional.cross_entropy}
+    exec(cell.replace(name, stand_in).replace("num_classes=1000", f"num_classes=1000, **{size}"), names)
+    assert names["out"].parts.keys() == {f"layer{layer:02}" for layer in range(9)}
+    assert type(names["student"].blocks[0].attn).__module__.startswith("timm.")
+    assert torch.isfinite(names["cheap"](batch[0])).all()
 
 
 @pytest.fixture
