@@ -332,10 +332,6 @@ def register_operator(name: str, create: Callable[..., AttentionOperator]) -> No
     OPERATORS[name] = create
 
 
-RENAMED = {"centre": "center", "normaliser": "normalizer"}
-"""Older spellings of options, which plans of saved models may have."""
-
-
 def options_of(name: str) -> list[str]:
     """Return the names of an operator's options. The formula of a found program is not one: it is the operator."""
     options = list(inspect.signature(OPERATORS[name]).parameters)[1:]
@@ -352,7 +348,7 @@ def check_choice(choice: Choice) -> None:
             f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
         )
     valid = options_of(choice.operator)
-    for name, value in _options(choice).items():
+    for name, value in choice.options.items():
         if name not in valid:
             known = did_you_mean(name, valid) if valid else "it has none"
             raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
@@ -376,7 +372,7 @@ def canonical(choice: Choice) -> Choice:
     if choice.operator not in OPERATORS:
         return choice
     known = inspect.signature(OPERATORS[choice.operator]).parameters
-    given = sorted(_options(choice).items())
+    given = sorted(choice.options.items())
     return Choice(choice.operator, {name: value for name, value in given if value != known[name].default})
 
 
@@ -386,13 +382,4 @@ def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
     Raises ConfigError: the operator, an option or its value is invalid.
     """
     check_choice(choice)
-    return OPERATORS[choice.operator](shape, **_options(choice))
-
-
-def _options(choice: Choice) -> JsonDict:
-    """Return the options under the names that the operator has."""
-    own = options_of(choice.operator)
-    return {
-        RENAMED[name] if name not in own and RENAMED.get(name) in own else name: value
-        for name, value in choice.options.items()
-    }
+    return OPERATORS[choice.operator](shape, **choice.options)

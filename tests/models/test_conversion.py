@@ -95,17 +95,3 @@ def test_what_cannot_be_converted_is_named() -> None:
         convert(beit, "0: linear")
     with pytest.raises(UnsupportedModelError, match="ResNet is not a supported model"):
         convert(timm.create_model("resnet10t"), "0: linear")
-
-
-def test_plans_with_older_spellings_of_options_build_the_same_operators() -> None:
-    now, before = (
-        convert(vit(), plan)
-        for plan in (
-            "*: kernel(feature=relu, normalizer=inline, center=true)",
-            "*: kernel(feature=relu, normaliser=inline, centre=true)",
-        )
-    )
-    before.load_state_dict(now.state_dict())
-    torch.testing.assert_close(now(IMAGES), before(IMAGES), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match="window has no option 'centre'"):
-        convert(vit(), "*: window(centre=true)")
