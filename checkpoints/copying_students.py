@@ -17,7 +17,7 @@ from ..models.errors import CheckpointError, GraftError, Json
 from .architecture import build
 from .fit import own_norm_eps
 from .model_folders import read_folder
-from .provenance import BARE, COST, copies
+from .provenance import BARE, COST
 from .sources import FolderSource
 from .weight_files import Weights
 
@@ -48,8 +48,7 @@ def make_whole(weights: Weights, load_pretrained: Callable[..., Pretrained], *, 
     A training state holds the student alone: its teacher is taken from what the run has exported, or loaded from where
     the run had it.
 
-    Raises CheckpointError: that teacher cannot be loaded; these are the weights of a bare student, and nobody said
-    so; `bare` is said of a model that copies nothing.
+    Raises CheckpointError: that teacher cannot be loaded; `bare` is said of a model that copies nothing.
     """
     if weights.architecture == ARCHITECTURE:
         if bare:
@@ -58,26 +57,9 @@ def make_whole(weights: Weights, load_pretrained: Callable[..., Pretrained], *, 
             return weights
         part = _part_beside(weights) or _load_part(weights, load_pretrained)
         return replace(weights, tensors={**weights.tensors, **part})
-    if not bare:
-        refuse_unnamed(weights.architecture, weights.provenance, weights.origin)
-        return weights
-    if not is_unnamed(weights.architecture, weights.provenance):
+    if bare:
         raise CheckpointError(f"bare: {weights.origin} copies no teacher's attention; leave it out")
-    return _marked(weights)
-
-
-def is_unnamed(architecture: str | None, provenance: Json) -> bool:
-    """Return whether this is a bare student of an older version, which did not mark them."""
-    return architecture != ARCHITECTURE and copies(provenance) and not provenance.get(BARE)
-
-
-def refuse_unnamed(architecture: str | None, provenance: Json, origin: str) -> None:
-    """CheckpointError for a bare student that does not say that it is one."""
-    if is_unnamed(architecture, provenance):
-        raise CheckpointError(
-            f"{origin}, written by an older version for transfer.method={provenance['recipe']['transfer']['method']}, "
-            f"is {BARE_WORDS}: train it again, or take it as it is (`graftvit save SOURCE DIR --bare`)"
-        )
+    return weights
 
 
 def refuse_as_start(weights: Weights) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import pooling_of
 from .identity import collect_identity
-from .licenses import carried, copied_by
+from .licenses import carried
 
 if TYPE_CHECKING:
     from .pretrained import Pretrained
@@ -57,12 +57,6 @@ def carried_license(provenance: Json) -> str | None:
         return carried(*licenses(provenance))
     except CheckpointError:
         return None  # two that contradict each other: publishing asks, saving does not
-
-
-def copies(provenance: Json) -> bool:
-    """Return whether a student was trained with its teacher's attention in place of its own."""
-    recipe = provenance.get("recipe")
-    return isinstance(recipe, Mapping) and copied_by(recipe)
 
 
 def of_state(meta: Json, part: str) -> JsonDict:

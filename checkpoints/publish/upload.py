@@ -24,12 +24,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...models.errors import CheckpointError, Json, JsonDict, RunFailedError
-from ..copying_students import refuse_unnamed
 from ..files import read_json, read_regular
 from ..hub.download import download, is_network, line, status_of
 from ..licenses import public
 from ..model_folders import CONFIG
-from ..provenance import KEY
 from ..report import some
 from ..safety.file_outline import outline
 from ..sources import PICKLE_SUFFIXES, STUDENTS
@@ -112,7 +110,6 @@ def plan_upload(
     _check_repository(repository)
     folder = Path(folder)
     config = _config(folder)
-    refuse_unnamed(str(config["architecture"]), section(config, KEY), str(folder))
     weights = _weights(folder)
     claim = claim_license(config, license, confirmed=confirm_license)
     own = _own_card(folder)

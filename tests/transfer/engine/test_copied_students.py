@@ -202,18 +202,6 @@ def test_the_bare_student_is_for_whoever_asks(
         graftvit.load(str(tmp_path / "a"), bare=True)
 
 
-def test_a_bare_student_of_an_older_version_is_not_taken_for_a_model(finished: Any, tmp_path: Path) -> None:
-    run, _ = finished("copy")
-    save_student(str(run), tmp_path / "old", bare=True)
-    path = tmp_path / "old" / "config.json"
-    written = json.loads(path.read_text())
-    del written["graftvit"]["bare"]
-    path.write_text(json.dumps(written))
-    with pytest.raises(CheckpointError, match=r"copy.*never trained.*bare"):
-        graftvit.load(str(tmp_path / "old"))
-    graftvit.load(str(tmp_path / "old"), bare=True)
-
-
 def test_what_it_cannot_be_is_refused_with_what_to_do(
     finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
