@@ -85,7 +85,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, JsonDict]:
     parser.add_argument("--opset", type=int, metavar="N", help="opset of ONNX (default: torch's choice)")
     parser.add_argument(
         "--normalize",
-        "--normalise",
         action="store_true",
         help="make the file take images in 0..1 and normalize them itself",
     )

@@ -48,12 +48,9 @@ def run(argv: list[str]) -> int:
         action="store_true",
         help="make the repository public after the upload, also if it is private or private by its owner's default",
     )
-    parser.add_argument(
-        "--license", "--licence", metavar="ID", help="hub identifier; the teacher's by default"
-    )
+    parser.add_argument("--license", metavar="ID", help="hub identifier; the teacher's by default")
     parser.add_argument(
         "--confirm_license",
-        "--confirm_licence",
         action="store_true",
         help="confirm that the owners of the teacher allow the license in --license",
     )

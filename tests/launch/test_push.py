@@ -205,15 +205,14 @@ def test_what_lies_beside_a_student_stays_and_is_said(
     assert "secret.txt" not in names(hub[0])
 
 
-@pytest.mark.parametrize("word", ["license", "licence"])
 def test_another_license_must_be_confirmed(
-    word: str, hub: tuple[Hub, Store], student: Path, capsys: pytest.CaptureFixture[str]
+    hub: tuple[Hub, Store], student: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["push", str(student), "org/vit", f"--{word}", "mit"]
+    words = ["push", str(student), "org/vit", "--license", "mit"]
     assert main(words) == 2
     assert "--confirm_license" in capsys.readouterr().err
     assert not hub[1].created
-    assert main([*words, f"--confirm_{word}"]) == 0
+    assert main([*words, "--confirm_license"]) == 0
     assert "license: mit" in capsys.readouterr().out
     card = hub[0].files["org/vit", hub[1].commits[0].oid, "README.md"].decode()
     assert ModelCard(card).data.license == "mit"
