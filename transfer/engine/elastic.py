@@ -63,7 +63,7 @@ def global_batch(config: RunConfig, loader: TrainLoader, processes: int, saved: 
     """
     if saved is None:
         return first_batch(config, loader, processes)
-    batch = saved_batch(saved, loader)
+    batch = GlobalBatch(**saved["global_batch"])
     check_spread(batch, saved, Position(**saved["position"]), config, loader, processes)
     return batch
 
@@ -73,18 +73,6 @@ def first_batch(config: RunConfig, loader: TrainLoader, processes: int) -> Globa
     accum = min(config.optim.accum_iter, loader.batches_per_epoch)
     steps = loader.batches_per_epoch // accum
     return GlobalBatch(processes, loader.batch_size, accum * processes, steps)
-
-
-def saved_batch(saved: Json, loader: TrainLoader) -> GlobalBatch:
-    """Return the batch of the run whose state has the meta part `saved`."""
-    if "global_batch" in saved:
-        return GlobalBatch(**saved["global_batch"])
-    # States without a global batch were written with as many processes as the run was started on.
-    processes, settings = saved["world_size"], saved["config"]
-    size = _batch_size(settings["data"]["batch_size"], loader, processes)
-    batches = max(1, loader.num_samples // (size * processes))
-    accum = min(settings["optim"]["accum_iter"], batches)
-    return GlobalBatch(processes, size, accum * processes, batches // accum)
 
 
 def as_started(config: RunConfig, saved: Json) -> RunConfig:

@@ -78,7 +78,7 @@ def check_same_run(saved: Json, config: RunConfig) -> None:
 def changes(saved: Json, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ from those which the state with the meta part `saved` was made with."""
     found = differences(saved["config"], settings(config))
-    for name in _teachers(saved.get("origins") or {}):
+    for name in _teachers(saved["origins"]):
         revision, commit = f"{name}.revision", commits_of(saved).get(name.removeprefix("teachers."))
         if revision in found and _same_commit(*found[revision], commit):
             del found[revision]
@@ -115,10 +115,9 @@ def _plain(value: Any) -> str:
 def check_same_classes(saved: Json, names: Sequence[str] | None, folder: Path) -> None:
     """ConfigError where the outputs of the student would stand for other classes than before.
 
-    States of older versions, and data sets whose classes have no names, say nothing of it.
+    Data sets whose classes have no names say nothing of it.
     """
-    student = saved.get("student") or {}
-    before = student.get(LABEL_NAMES)
+    before = saved["student"].get(LABEL_NAMES)
     if before is None or names is None or list(before) == list(names):
         return
     raise ConfigError(
@@ -131,8 +130,6 @@ def check_same_classes(saved: Json, names: Sequence[str] | None, folder: Path) -
 def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) -> None:
     """Refuse to continue a run with another teacher behind the same path, or with images that are made in another way.
 
-    What a state does not know, because an older version wrote it, is not compared.
-
     Args:
         saved: The meta part of a state.
         origins: What is known of the weights that were loaded now (`Parts.origins`).
@@ -142,7 +139,7 @@ def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) 
     Raises ConfigError naming what differs.
     """
     pairs: dict[str, tuple[Json, Json]] = {}
-    known_then = _teachers(saved.get("origins") or {})
+    known_then = _teachers(saved["origins"])
     for name, teacher in _teachers(origins).items():
         before = known_then.get(name, {})
         if _differ(before.get("digest"), teacher.get("digest")):
@@ -162,7 +159,7 @@ def check_same_weights(saved: Json, origins: Json, student: Json, folder: Path) 
             )
         if teacher.get("digest") is not None:  # else it is known by its name alone, for a plan
             pairs[name] = before, teacher
-    pairs["student"] = saved.get("student") or {}, student
+    pairs["student"] = saved["student"], student
     for name, (then, now) in pairs.items():
         now = json.loads(json.dumps({key: now[key] for key in BUILT if key in now and key in then}))
         known, found = dict(_flat({key: then[key] for key in now})), dict(_flat(now))
@@ -194,7 +191,7 @@ def _teachers(origins: Json) -> dict[str, Json]:
 
 def commits_of(saved: Json) -> dict[str, str | None]:
     """Return the commits on the hub that the teachers were loaded at when the run began, by name."""
-    found = _teachers(saved.get("origins") or {})
+    found = _teachers(saved["origins"])
     return {name.removeprefix("teachers."): each.get("revision") for name, each in found.items()}
 
 

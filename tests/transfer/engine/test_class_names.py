@@ -75,7 +75,6 @@ def test_a_head_that_is_kept_keeps_its_names(tmp_path: Path) -> None:
 
 def test_states_without_names_go_on() -> None:
     check_same_classes({"student": {}}, ("a",), Path("run"))
-    check_same_classes({}, ("a",), Path("run"))
     check_same_classes({"student": {"label_names": ["a"]}}, None, Path("run"))
     check_same_classes({"student": {"label_names": ["a", "b"]}}, ("a", "b"), Path("run"))
     with pytest.raises(ConfigError, match=r"3 classes.*there are 2.*'b' and 'c'"):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from graftvit.checkpoints.state import TrainingState, read_state, write_state
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data.loaders import TrainLoader
@@ -20,16 +18,12 @@ from graftvit.transfer.engine.elastic import (
     check_spread,
     describe,
     first_batch,
-    saved_batch,
 )
-from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.resume_check import Position, settings
 from graftvit.transfer.engine.run_state import restore_meters
 from graftvit.transfer.engine.runlog import Meters
-from graftvit.transfer.engine.train import train
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.runs import engine_runs
 from support.runs.scenarios import RunScenario
 
 TOLERANCE = 1e-5
@@ -71,17 +65,17 @@ def config(batch_size: int = 16, accum_iter: int = 2, **optim: Any) -> RunConfig
     )
 
 
-def saved(run: RunConfig, world_size: int, batch: GlobalBatch | None = None) -> dict[str, Any]:
-    """Meta of a state as it comes back from JSON; without `batch`, as states were before they had it."""
-    meta = {"config": settings(run), "world_size": world_size}
-    return cast(
-        "dict[str, Any]",
-        json.loads(json.dumps(meta if batch is None else {**meta, "global_batch": batch.meta()})),
-    )
+def saved(run: RunConfig, world_size: int, images: TrainLoader) -> dict[str, Any]:
+    """Meta of a state as it comes back from JSON."""
+    batch = first_batch(run, images, world_size).meta()
+    meta = {"config": settings(run), "world_size": world_size, "global_batch": batch}
+    return cast("dict[str, Any]", json.loads(json.dumps(meta)))
 
 
 def check(run: RunConfig, meta: dict[str, Any], images: TrainLoader, processes: int, **position: int) -> None:
-    check_spread(saved_batch(meta, images), meta, Position(**cast(Any, position)), run, images, processes)
+    check_spread(
+        GlobalBatch(**meta["global_batch"]), meta, Position(**cast(Any, position)), run, images, processes
+    )
 
 
 def is_the_whole_run(report: dict[str, Any], steps: int) -> None:
@@ -139,17 +133,16 @@ def test_a_streamed_run_changes_its_processes_between_epochs(
 
 @given(
     images=st.integers(1, 400), size=st.integers(1, 16), accum=st.integers(1, 9),
-    before=st.integers(1, 8), now=st.integers(1, 8), old=st.booleans(),
+    before=st.integers(1, 8), now=st.integers(1, 8),
 )  # fmt: skip
 def test_the_schedule_stays_and_the_data_suffice(
-    images: int, size: int, accum: int, before: int, now: int, old: bool
+    images: int, size: int, accum: int, before: int, now: int
 ) -> None:
     assume(images >= before and images >= now)
     run, then = config(size, accum, warmup_epochs=3, epochs=7), loader(images, size, before)
     batch = first_batch(run, then, before)
-    meta = saved(run, before, None if old else batch)
+    meta = saved(run, before, then)
     spread = loader(images, size, now)
-    assert saved_batch(meta, spread) == batch
     if batch.micro_batches % now or spread.batch_size != then.batch_size:
         with pytest.raises(ConfigError, match=r"^[^\n]*cannot share: use [^\n]*$"):
             check(run, meta, spread, now)
@@ -164,7 +157,7 @@ def test_the_schedule_stays_and_the_data_suffice(
 
 def test_the_numbers_of_processes_that_would_do_are_named() -> None:
     run = config(16, 1)
-    meta = saved(run, 4)
+    meta = saved(run, 4, loader(1000, 16, 4))
     for processes in (1, 2, 4):
         check(run, meta, loader(1000, 16, processes), processes)
     with pytest.raises(
@@ -174,15 +167,15 @@ def test_the_numbers_of_processes_that_would_do_are_named() -> None:
     with pytest.raises(
         ConfigError, match="which 2 processes cannot share: use 1 process, or another output_dir"
     ):
-        check(run, saved(run, 1), loader(1000, 16, 2), 2)
+        check(run, saved(run, 1, loader(1000, 16, 1)), loader(1000, 16, 2), 2)
 
 
 def test_a_small_data_set_does_not_go_on_with_other_batches() -> None:
     run = config(16, 4)  # 40 images: 2 processes take batches of 16, 4 of 10
-    meta = saved(run, 1)
+    meta = saved(run, 1, loader(40, 16, 1))
     with pytest.raises(ConfigError, match=r"batches of 16 images .*: use 1 or 2 processes"):
         check(run, meta, loader(40, 16, 4), 4)
-    few = saved(run, 4)
+    few = saved(run, 4, loader(40, 16, 4))
     check(run, few, loader(40, 16, 4), 4)
     with pytest.raises(ConfigError, match=r"batches of 10 images .*: use 4 processes"):
         check(run, few, loader(40, 16, 2), 2)
@@ -190,7 +183,7 @@ def test_a_small_data_set_does_not_go_on_with_other_batches() -> None:
 
 def test_accumulation_is_given_as_it_was_or_as_it_is() -> None:
     run = config(16, 2)
-    meta = saved(run, 4)
+    meta = saved(run, 4, loader(1000, 16, 4))
     two = loader(1000, 16, 2)
     for accum in (2, 4):
         given_now = config(16, accum)
@@ -207,7 +200,7 @@ def test_accumulation_is_given_as_it_was_or_as_it_is() -> None:
 
 def test_a_stream_is_divided_anew_between_epochs_only() -> None:
     run = config(16, 2)
-    meta, two = saved(run, 4, GlobalBatch(4, 16, 8, 7)), loader(990, 16, 2, streamed=True)
+    meta, two = saved(run, 4, loader(990, 16, 4, streamed=True)), loader(990, 16, 2, streamed=True)
     check(run, meta, two, 2, epoch=3, epoch_step=0)
     check(run, meta, two, 2, epoch=3, epoch_step=7)  # stopped before the evaluation
     check(run, meta, loader(990, 16, 4, streamed=True), 4, epoch=3, epoch_step=2)
@@ -219,7 +212,7 @@ def test_a_stream_is_divided_anew_between_epochs_only() -> None:
 
 def test_a_data_set_that_has_changed_is_refused() -> None:
     run = config(16, 2)
-    meta = saved(run, 4, first_batch(run, loader(1000, 16, 4), 4))
+    meta = saved(run, 4, loader(1000, 16, 4))
     with pytest.raises(ConfigError, match="has 200 images, which are not the 7 steps an epoch"):
         check(run, meta, loader(200, 16, 4), 4)
 
@@ -234,39 +227,16 @@ def test_the_log_line_counts() -> None:
     )
 
 
-def test_a_state_with_generators_and_without_a_global_batch_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(engine_runs.config(tmp_path / "whole"))
-    real = Loop._step
-
-    def stopped(self: Loop, batches: Any) -> None:
-        real(self, batches)
-        if self.position.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "_step", stopped)
-        assert train(engine_runs.config(tmp_path / "cut")).steps == 5
-    path = tmp_path / "cut" / "checkpoints" / "last.safetensors"
-    new = read_state(path)
-    older = {**new.tensors, "rng.0.torch": torch.get_rng_state(), "rng.0.python.rest": torch.zeros(3)}
-    write_state(path, TrainingState(older, {k: v for k, v in new.meta.items() if k != "global_batch"}))
-    train(engine_runs.config(tmp_path / "cut"))
-    assert engine_runs.differences(tmp_path / "whole", tmp_path / "cut") == []
-
-
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_sums_are_passed_on_whole(processes: int) -> None:
     """Four processes have added two batches each in one step."""
     values = {rank: torch.tensor([rank + 1.0, 10.0], dtype=torch.float64) for rank in range(4)}
     tensors = {f"meters.{rank}.epoch": value for rank, value in values.items()}
     counts = {key: {"count": 2, "names": ["loss", "task"]} for key in tensors}
-    rng = {"rng.0.torch": torch.zeros(3, dtype=torch.uint8)}  # as older states have
     total, count = torch.zeros(2, dtype=torch.float64), 0
     for rank in range(processes):
         meter = Meters(torch.device("cpu"))
-        restore_meters({**tensors, **rng}, counts, {"epoch": meter}, rank=rank, processes=processes, before=4)
+        restore_meters(tensors, counts, {"epoch": meter}, rank=rank, processes=processes, before=4)
         assert meter.names == ("loss", "task")
         assert processes != 4 or torch.equal(meter.sums, values[rank])
         total, count = total + meter.sums, count + meter.count

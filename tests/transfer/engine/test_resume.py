@@ -21,7 +21,7 @@ from graftvit.transfer.engine.resume_check import (
 
 def saved(**sections: Any) -> dict[str, Any]:
     """Meta of a state as it comes back from JSON."""
-    return json.loads(json.dumps({"config": settings(RunConfig(**sections))}))
+    return json.loads(json.dumps({"config": settings(RunConfig(**sections)), "origins": {}}))
 
 
 @pytest.mark.parametrize(
