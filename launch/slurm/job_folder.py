@@ -64,11 +64,11 @@ class Submission:
     index: int | None = None
     """Place in the array; None for a job that is not in an array."""
     launch: str = ""
-    """Folder of what was submitted together with it; its file `job` has the number. Empty in older records."""
+    """Folder of what was submitted together with it; its file `job` has the number. Empty without a record."""
     output_dir: str = ""
-    """The run folder, as it was called at submission. Empty in older records."""
+    """The run folder, as it was called at submission."""
     inode: int = 0
-    """The inode of that folder, which distinguishes a moved folder from a copy. 0 in older records."""
+    """The inode of that folder, which distinguishes a moved folder from a copy."""
     host: str = ""
     pid: int = 0
     """The process that submitted it, which is the run itself with `debug`."""
@@ -90,7 +90,7 @@ class Attempt:
     before: str = ""
     """Why the attempt before ended, where that could be found out only afterwards."""
     state: str | None = None
-    """The saved state that it started from, as `newest_state` names it; None in older records."""
+    """The saved state that it started from, as `newest_state` names it; None if unknown."""
     signal: str = ""
     """The signal that asked it to stop, and its reason, as in `SIGTERM (preempted)`."""
     outcome: Outcome | None = None
@@ -136,7 +136,7 @@ class JobFolder:
         Those of a copy are the jobs of the run that it was copied from; a folder that was moved keeps its own.
         """
         found = []
-        for path in self._all_paths():
+        for path in self._submission_paths():
             with contextlib.suppress(CheckpointError):
                 if not self._is_copy(path):
                     found.append(_moved(_read_submission(path), self.output_dir))
@@ -152,7 +152,7 @@ class JobFolder:
 
     def submission(self) -> Submission | None:
         """Return the newest submission; None without one. Raises CheckpointError for a damaged file."""
-        own = [path for path in self._all_paths() if not self._is_copy(path)]
+        own = [path for path in self._submission_paths() if not self._is_copy(path)]
         return _moved(_read_submission(own[-1]), self.output_dir) if own else None
 
     def submission_of(self, job_id: str) -> Submission | None:
@@ -161,10 +161,6 @@ class JobFolder:
 
     def _submission_paths(self) -> list[Path]:
         return sorted(path for path in (self.folder / "submissions").glob("*.json") if path.stem.isdigit())
-
-    def _all_paths(self) -> list[Path]:
-        older = self.folder / "submission.json"  # older versions had one file, with the newest submission
-        return [*([older] if older.exists() else []), *self._submission_paths()]
 
     def asked_to_stop(self, job_id: str) -> bool:
         """Return whether a job has to end after its next save."""
@@ -266,7 +262,7 @@ def _read(path: Path) -> str:
 
 
 def _number(path: Path) -> int:
-    """Return the identity of an attempt by its file; names in older records hold nothing else."""
+    """Return the number of an attempt by its file."""
     found = re.match(r"[0-9]+", path.stem)
     return int(found[0]) if found else 0
 
@@ -286,11 +282,9 @@ def _read_attempt(path: Path) -> Attempt:
 
 def _values(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(_read(path))
-        values.pop("earlier", None)  # in older records
-    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        return dict(json.loads(_read(path)))
+    except (ValueError, RecursionError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
-    return values
 
 
 def _read_submission(path: Path) -> Submission:

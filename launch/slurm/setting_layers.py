@@ -134,18 +134,11 @@ def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str,
         if path in usual and "profile" not in given:
             asked.put(chosen(content["profile"], f"{path}: profile"))
     asked.put(from_environment())
-    asked.put(Layer(_of_today(before or {}), lambda key: f"{key} as before"))
+    asked.put(Layer(dict(before or {}), lambda key: f"{key} as before"))
     if "profile" in given:
         asked.put(chosen(given["profile"], "--profile"))
     asked.put(Layer(given, lambda key: f"--{key}" if "." not in key else "--sbatch"))
     return asked
-
-
-def _of_today(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Move an `sbatch` option of an older record to the setting that has its own name now."""
-    options = dict(before.get("sbatch", {}))
-    moved = {name: options.pop(name) for name in sbatch_fields() if name in options}
-    return {**before, **moved, "sbatch": options} if moved else dict(before)
 
 
 def from_environment() -> Layer:

@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,16 +152,10 @@ def test_a_run_without_its_records_is_still_known(run: ClusterRun) -> None:
 
 
 def test_all_jobs_of_a_run_are_stopped(run: ClusterRun) -> None:
-    """Two: the first of an older version, which had one record for all."""
     words = ("sbatch", "--parsable", "--output=/dev/null", "--job-name=graftvit-x", "--wrap", "sleep 100")
     first, second = (run.cluster.run(*words).strip() for _ in range(2))
-    files = submitted(run.folder, job_id=second)
-    record = files.submission()
-    assert record is not None
-    older = {**asdict(record), "job_id": first, "earlier": ["7"]}
-    for name in ("name", "index", "launch", "host", "pid"):
-        older.pop(name, None)
-    (files.folder / "submission.json").write_text(json.dumps(older))
+    for job in (first, second):
+        submitted(run.folder, job_id=job)
     said = run.graftvit("stop", str(run.folder), "--now")
     assert [line.split()[1] for line in said.splitlines()] == [first, second]
     until(lambda: not queue(run.cluster), "the end of both", every=0.2)

@@ -20,7 +20,7 @@ ROW = "12|RUNNING|n1|None|0|0|2026-11-21T12:13:56|2026-11-21T12:33:56|10:00|{nam
 @pytest.mark.parametrize(
     ("name", "launch", "own"),
     [
-        ("", "", True),  # where nothing tells, as of older records
+        ("", "", True),  # where nothing tells
         ("graftvit-run-0", "", True),
         ("other", "", False),
         ("other", "launch-0", True),  # somebody has given it another name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -29,19 +28,14 @@ def controller_of(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdin=subprocess.PIPE, text=True)
 
 
-def test_older_records_are_understood(tmp_path: Path) -> None:
-    files = submitted(tmp_path, job_id="13")
-    (record,) = (files.folder / "submissions").glob("*.json")
-    older = {**json.loads(record.read_text()), "job_id": "12", "earlier": ["11"]}
-    for name in ("name", "index", "launch", "host", "pid"):
-        del older[name]
-    (files.folder / "submission.json").write_text(json.dumps(older))
-    assert [one.job_id for one in files.submissions()] == ["12", "13"]
-    record.unlink()
-    assert files.submission() == files.submissions()[0]
-    (files.folder / "submission.json").write_text('{"job_id": "12"}')
-    with pytest.raises(CheckpointError, match=r"submission.json is damaged"):
-        files.submission()
+def test_a_damaged_record_is_skipped_and_named(tmp_path: Path) -> None:
+    files = submitted(tmp_path, job_id="12")
+    for damaged in ('{"job_id": "13"}', "[1]", "[]", "7", "null", "{"):
+        record = files.folder / "submissions" / "0002.json"
+        record.write_text(damaged)
+        assert [one.job_id for one in files.submissions()] == ["12"]
+        with pytest.raises(CheckpointError, match=r"0002.json is damaged"):
+            files.submission()
 
 
 @pytest.mark.slurm
