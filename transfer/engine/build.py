@@ -33,6 +33,7 @@ from ..cache.target_shards import TargetShards, check_metric, find_shards
 from ..config import DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed
 from ..data.datasets import check_dataset
+from ..data.labels import check_num_classes
 from ..data.loaders import (
     AbsentTrainLoader,
     EvalLoader,
@@ -240,13 +241,15 @@ def _train_loader(
     config = mode.config
     data, labels = _data(config, weights=not absent), mode.needs_labels
     try:
-        return create_train_loader(
+        loader = create_train_loader(
             data, spec, seed=config.seed, rank=rank, world_size=world_size, labels=labels
         )
     except DataError as error:
         if not absent or not _may_be_absent(mode):
             raise
         return AbsentTrainLoader(data, error)
+    check_num_classes(data, loader.class_names)  # without labels too: a later stage may learn from them
+    return loader
 
 
 def _check_data(mode: Mode, *, weights: bool) -> None:

@@ -234,6 +234,16 @@ def test_a_plan_of_a_later_stage_is_checked_before_the_first(
     assert "did you mean 'hash'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--dry_run"], []])
+def test_another_number_of_classes_is_refused_before_the_first_stage(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    path = recipe(tmp_path, teacher)  # only its last stage learns from labels
+    assert main(["train", str(path), "--num_classes", "1000", *words]) == 2
+    assert "data.num_classes=1000, but the data set has 10 named classes" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*/*.jsonl"))
+
+
 def test_a_stage_that_is_stopped_stops_the_rest(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
