@@ -339,8 +339,8 @@ class StudentConfig(Section):
     )
     init: str | None = Field(
         None,
-        description="initial weights: any teacher source, or 'teacher' for the teacher's weights; fresh by "
-        "default",
+        description="initial weights: any teacher source, or 'teacher' for the teacher's weights; by "
+        "default the teacher's in the modes align and finetune, else fresh",
     )
     img_size: int | tuple[int, int] | None = Field(
         None,
