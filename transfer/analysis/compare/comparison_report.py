@@ -51,11 +51,33 @@ class Line:
     """The same against uniform attention as converted, untrained."""
     gap_error: float | None = None
     """Half of the 95 % interval of `gap_trained`, for the number of test images."""
+    gap_zero_shot_error: float | None = None
+    """The same of `gap_zero_shot`."""
+    tied: tuple[bool, bool] = (False, False)
+    """Whether there is no gap to recover, from each floor: the reference is not above it."""
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
     """Return a line for each record, with gaps where there are a reference and a uniform student of its size."""
-    return [Line(record, *_gaps(record, records), _gap_error(record, records)) for record in records]
+    return [_line(record, records) for record in records]
+
+
+def _line(record: Record, records: Sequence[Record]) -> Line:
+    beside = [each for each in records if each.seed in (None, record.seed)]
+    top, floor = reference(beside, record.size), _uniform(beside, record.size)
+    if top is None or floor is None or record.final is None:
+        return Line(record, None, None)
+    scores = record.scores[-1], top.scores[-1]
+    floors = floor.scores[-1], floor.scores[0]
+    trained, zero_shot = (_gap(*scores, each) for each in floors)
+    return Line(
+        record,
+        trained,
+        zero_shot,
+        _gap_error(*scores, floors[0], trained),
+        _gap_error(*scores, floors[1], zero_shot),
+        (trained is None, zero_shot is None),
+    )
 
 
 def reference(records: Sequence[Record], size: int) -> Record | None:
@@ -65,14 +87,15 @@ def reference(records: Sequence[Record], size: int) -> Record | None:
     return next(iter(named + [record for record in here if record.is_unconverted]), None)
 
 
-def best_linear(records: Sequence[Record], size: int) -> Record | None:
-    """Return the most accurate student whose every layer costs linearly, uniform attention left out."""
+def best_linear(records: Sequence[Record], size: int) -> list[Record]:
+    """Return the most accurate student whose every layer costs linearly, uniform attention left out; all that tie."""
     found = [
         record
         for record in records
         if record.size == size and record.linear and record.name != UNIFORM and record.final is not None
     ]
-    return max(found, key=_final_top1, default=None)
+    best = max(map(_final_top1, found), default=0.0)
+    return [record for record in found if math.isclose(_final_top1(record), best)]
 
 
 def stage_names(records: Iterable[Record]) -> list[str]:
@@ -91,6 +114,7 @@ def records_json(records: Sequence[Record]) -> str:
                 "gap_recovered_trained_uniform": line.gap_trained,
                 "gap_recovered_trained_uniform_error": line.gap_error,
                 "gap_recovered_zero_shot_uniform": line.gap_zero_shot,
+                "gap_recovered_zero_shot_uniform_error": line.gap_zero_shot_error,
             }
             for line in lines_of(records)
         ]
@@ -116,6 +140,7 @@ def records_csv(records: Sequence[Record]) -> str:
         "gap_recovered_trained_uniform": lambda line: line.gap_trained,
         "gap_recovered_trained_uniform_error": lambda line: line.gap_error,
         "gap_recovered_zero_shot_uniform": lambda line: line.gap_zero_shot,
+        "gap_recovered_zero_shot_uniform_error": lambda line: line.gap_zero_shot_error,
         "seed": lambda line: line.record.seed,
         "parameters": lambda line: line.record.parameters,
         "new_parameters": lambda line: line.record.new_parameters,
@@ -151,8 +176,8 @@ def accuracy_table(records: Sequence[Record]) -> Table:
                 label(record, sizes),
                 *shown,
                 _interval(record),
-                _share(line.gap_trained) + _error(line.gap_error),
-                _share(line.gap_zero_shot),
+                _share(line.gap_trained, line.gap_error, tied=line.tied[0]),
+                _share(line.gap_zero_shot, line.gap_zero_shot_error, tied=line.tied[1]),
                 seconds,
             ]
         )
@@ -226,29 +251,21 @@ def _accuracy(score: Score) -> str:
     return f"{score.top1:.1f}{spread} / {score.top5:.1f}"
 
 
-def _gaps(record: Record, records: Sequence[Record]) -> tuple[float | None, float | None]:
-    beside = [each for each in records if each.seed in (None, record.seed)]
-    top, floor = reference(beside, record.size), _uniform(beside, record.size)
-    if top is None or floor is None or record.final is None:
-        return None, None
-    final, best = _final_top1(record), _final_top1(top)
-    return _gap(final, floor.scores[-1].top1, best), _gap(final, floor.scores[0].top1, best)
+def _gap(student: Score, top: Score, floor: Score) -> float | None:
+    width = top.top1 - floor.top1
+    return (student.top1 - floor.top1) / width if width > 0 else None
 
 
-def _gap_error(record: Record, records: Sequence[Record]) -> float | None:
+def _gap_error(student: Score, top: Score, floor: Score, gap: float | None) -> float | None:
     """Return half of the 95 % interval of a gap, by the errors of its three accuracies.
 
     They are taken as independent. All are of the same images, which as a rule makes their differences surer.
     """
-    beside = [each for each in records if each.seed in (None, record.seed)]
-    three = record, reference(beside, record.size), _uniform(beside, record.size)
-    finals = [each.final for each in three if each is not None and each.final is not None]
-    gap = _gaps(record, records)[0]
-    if record in three[1:] or gap is None or len(finals) < 3 or any(not score.samples for score in finals):
+    three = student, top, floor
+    if student is top or student is floor or gap is None or any(not score.samples for score in three):
         return None
-    student, top, floor = (standard_error(score.top1, score.samples or 1) for score in finals)
-    width = finals[1].top1 - finals[2].top1
-    return Z * math.hypot(student, gap * top, (1 - gap) * floor) / width
+    errors = [standard_error(score.top1, score.samples or 1) for score in three]
+    return Z * math.hypot(errors[0], gap * errors[1], (1 - gap) * errors[2]) / (top.top1 - floor.top1)
 
 
 def interval_of(record: Record) -> Interval | None:
@@ -262,14 +279,6 @@ def _interval(record: Record) -> str:
     return "" if found is None else f"{found[0]:.1f} to {found[1]:.1f}"
 
 
-def _error(error: float | None) -> str:
-    return "" if error is None else f" ± {100 * error:.0f}"
-
-
-def _gap(value: float, low: float, high: float) -> float | None:
-    return (value - low) / (high - low) if high > low else None
-
-
 def _uniform(records: Sequence[Record], size: int) -> Record | None:
     return next((r for r in records if r.name == UNIFORM and r.size == size and r.scores), None)
 
@@ -278,8 +287,10 @@ def _final_top1(record: Record) -> float:
     return record.scores[-1].top1
 
 
-def _share(gap: float | None) -> str:
-    return "" if gap is None else f"{100 * gap:.0f} %".replace("-", MINUS)
+def _share(gap: float | None, error: float | None, *, tied: bool) -> str:
+    if gap is None:
+        return "no gap" if tied else ""
+    return f"{100 * gap:.0f} %".replace("-", MINUS) + ("" if error is None else f" ± {100 * error:.0f}")
 
 
 # What the report says around its tables.
@@ -300,25 +311,29 @@ def question(records: Sequence[Record]) -> str:
 
 
 def answer(records: Sequence[Record]) -> str:
-    """Name the best student of linear cost at each image size, and the gap that it recovered."""
+    """Name the best student of linear cost at each image size, those that tie, and the gap that they recovered."""
     return " ".join(filter(None, (_answer(records, size) for size in sorted({r.size for r in records}))))
 
 
 def _answer(records: Sequence[Record], size: int) -> str:
     top, best = reference(records, size), best_linear(records, size)
-    if top is None or best is None or top.final is None or best.final is None:
+    if top is None or top.final is None or not best:
         return ""
-    line = next(line for line in lines_of(records) if line.record is best)
+    line = next(line for line in lines_of(records) if line.record is best[0])
+    names = " and ".join(record.name for record in best)
     words = (
-        f"At {size} px the {top.name} names {_named(top)} of the{_images([best])} test images, and the best student "
-        f"of linear cost, {best.name}, {_named(best)}"
+        f"At {size} px the {top.name} names {_named(top)} of the{_images(best)} test images, and the best "
+        f"{'student' if len(best) == 1 else 'students'} of linear cost, {names}, {_named(best[0])}"
     )
+    trained = "uniform attention trained with the same budget"
+    if line.tied[0]:
+        return f"{words}. The {top.name} is no better than {trained}: there is no gap to recover."
     if line.gap_trained is None or line.gap_zero_shot is None:
         return f"{words}."
     return (
         f"{words}: {100 * line.gap_trained:.0f} %{_margin(line.gap_error)} of the gap between the {top.name} and "
-        "uniform attention "
-        f"trained with the same budget, {100 * line.gap_zero_shot:.0f} % of that to uniform attention without training."
+        f"{trained}, {100 * line.gap_zero_shot:.0f} %{_margin(line.gap_zero_shot_error)} of that to uniform attention "
+        "without training."
     )
 
 
@@ -353,7 +368,8 @@ def how_to_read(records: Sequence[Record]) -> str:
         f"Accuracy is top-1 / top-5 in percent on the{_images(records)} test images, zero-shot "
         "(converted, untrained) and at the end of "
         "each stage; no checkpoint was picked. Gap recovered is (student − uniform) / (teacher − uniform), once "
-        "against the uniform student of the same budget and once against the uniform student before any training. "
+        "against the uniform student of the same budget and once against the uniform student before any training; "
+        "“no gap” where the teacher is no better than that student. "
         "The interval (Wilson's, 95 %) is that of the last top-1 for this number of images; the ± behind a gap is half "
         "of its 95 % interval, by the three accuracies as if they were independent: the models see the same images, so "
         "it is as a rule too wide. "

@@ -68,9 +68,8 @@ def test_sizes_are_not_mixed() -> None:
 
 
 def test_the_best_linear_student_is_neither_uniform_nor_quadratic() -> None:
-    best = best_linear(ALL, 8)
-    assert best is STUDENT
-    assert best_linear([TEACHER, UNIFORM], 8) is None
+    assert best_linear(ALL, 8) == [STUDENT]
+    assert best_linear([TEACHER, UNIFORM], 8) == []
 
 
 def test_without_a_teacher_softmax_is_the_reference() -> None:
@@ -192,3 +191,32 @@ def test_an_interval_for_the_number_of_images_stands_beside_each_accuracy_and_ga
     assert "interval" not in answer(ALL), "records of older versions do not say how many images there were"
     assert json.loads(records_json(few))[2]["top1_interval"] == pytest.approx([100 * low, 100 * high])
     assert "test_images,top1_low,top1_high" in records_csv(few)
+
+
+def test_a_gap_against_untrained_uniform_attention_has_its_error() -> None:
+    few = [on(128, each) for each in ALL]
+    heads, rows = accuracy_table(few)
+    shown = {row[0]: row[heads.index("against zero-shot uniform")] for row in rows}
+    assert re.fullmatch(r"99 % ± \d", shown["good"])
+    assert re.fullmatch(r"75 % ± \d+", shown["uniform"]), "its training moved it from the floor"
+    assert shown["teacher"] == "100 %"
+    (row,) = (row for row in csv.DictReader(io.StringIO(records_csv(few))) if row["name"] == "good")
+    error = float(row["gap_recovered_zero_shot_uniform_error"])
+    assert json.loads(records_json(few))[2]["gap_recovered_zero_shot_uniform_error"] == error
+    assert f"99 % (± {100 * error:.0f}) of that to uniform attention without training" in answer(few)
+
+
+def test_no_gap_is_said() -> None:
+    tied = [TEACHER, record("uniform", [18.0, 98.0], plan="*: uniform"), STUDENT]
+    heads, rows = accuracy_table(tied)
+    assert {row[heads.index("gap recovered")] for row in rows} == {"no gap"}
+    assert "The teacher is no better than uniform attention trained with the same budget" in answer(tied)
+    assert "no gap" in how_to_read(tied)
+    heads, rows = accuracy_table([TEACHER, STUDENT])
+    assert {row[heads.index("gap recovered")] for row in rows} == {""}, "nothing to measure a gap from"
+
+
+def test_the_best_students_that_tie_are_all_named() -> None:
+    assert "the best student of linear cost, good, 97.0 %" in answer(ALL)
+    twin = replace(STUDENT, name="twin")
+    assert "the best students of linear cost, good and twin, 97.0 %" in answer([*ALL, twin])
