@@ -128,11 +128,10 @@ def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]])
     intervals = [record for record in records if "n_parameters" not in record and "seconds" in record]
     chosen = intervals or epochs
     before = [0, *(int(record["step"]) for record in chosen)]
-    steps = sum(
-        int(record["step"]) - earlier
-        for record, earlier in list(zip(chosen, before, strict=False))[-INTERVALS:]
-    )
-    seconds = sum(float(record.get("seconds", 0)) for record in chosen[-INTERVALS:])
+    pairs = list(zip(chosen, before, strict=False))[-INTERVALS:]
+    timed = [(record, earlier) for record, earlier in pairs if "images_per_second" in record]
+    steps = sum(int(record["step"]) - earlier for record, earlier in timed)
+    seconds = sum(float(record.get("seconds", 0)) for record, _ in timed)
     return seconds / steps if steps > 0 and seconds > 0 else None
 
 

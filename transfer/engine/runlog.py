@@ -192,7 +192,9 @@ def numbers(record: Mapping[str, float]) -> str:
     if len(losses) > SHOWN_PARTS:
         losses = {name: value for name, value in losses.items() if not LAYER.fullmatch(name)}
     text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    text = f"{text}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} img/s"
+    text = f"{text}  lr {record['lr']:.2e}"
+    if "images_per_second" in record:
+        text = f"{text}  {record['images_per_second']:.0f} img/s"
     waiting = record.get("data_wait", 0.0)
     return f"{text}  {waiting:.0%} waiting for data" if waiting > NOTABLE_WAIT else text
 
@@ -238,7 +240,7 @@ class RunLog:
             self._file = None
 
     def keep(self, records: int) -> None:
-        """Keep the first `records` records and drop the rest, in one atomic replacement. Warn if there are fewer.
+        """Keep the first `records` records and drop the rest, in one atomic replacement. Warn of lost and cut ones.
 
         Raises CheckpointError: the log is no regular file.
         """
@@ -250,11 +252,14 @@ class RunLog:
         self.records = len(kept)
         if self.records < records:
             logger.warning(
-                "%s has %d of the %d records up to the resumed state; the others were cut or lost, as by a crash",
+                "%s has %d of the %d records up to the resumed state; the others were cut or lost, as by a crash, and "
+                "are not written again: `graftvit evaluate` measures the student again",
                 self.path,
                 self.records,
                 records,
             )
+        elif any(parse_record(line) is None for line in lines[records:]):
+            logger.warning("%s: dropped a line after the resumed state, which is no whole record", self.path)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

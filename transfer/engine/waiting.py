@@ -25,13 +25,12 @@ class Clock:
     """Seconds of communication after the backward pass, in the steps that were timed."""
 
     def readings(self) -> dict[str, float]:
-        """Return the seconds, images per second, and the shares of time spent waiting."""
+        """Return the seconds, and unless no step was timed, images per second and the shares of time spent waiting."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        readings = {
-            "seconds": round(seconds, 3),
-            "images_per_second": round(self.images / seconds, 1),
-            "data_wait": round(min(1.0, self.waited / seconds), 3),
-        }
+        readings = {"seconds": round(seconds, 3)}
+        if self.steps:
+            readings["images_per_second"] = round(self.images / seconds, 1)
+            readings["data_wait"] = round(min(1.0, self.waited / seconds), 3)
         if self.exposed and self.steps:
             share = sum(self.exposed) / len(self.exposed) * self.steps / seconds
             readings["comm_wait"] = round(min(1.0, share), 3)

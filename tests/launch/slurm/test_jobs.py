@@ -188,6 +188,23 @@ def test_progress_and_the_time_left(tmp_path: Path) -> None:
     assert found.seconds_left == pytest.approx(150, abs=10)
 
 
+def test_a_record_that_timed_no_step_does_not_make_the_run_fast(tmp_path: Path) -> None:
+    timed = {"n_parameters": 5, "seconds": 20.0, "images_per_second": 64.0}
+    records = [
+        {"epoch": 0, "step": 10, **timed},
+        {
+            "epoch": 1,
+            "step": 20,
+            "n_parameters": 5,
+            "seconds": 0.001,
+        },  # of a run that was stopped at the end of it
+    ]
+    log(tmp_path / "run", records, "optim:\n  epochs: 10\n")
+    found = read_progress(tmp_path / "run")
+    assert found.images_per_second == 64.0
+    assert found.seconds_left == pytest.approx(160)
+
+
 def test_progress_of_a_recipe_with_stages(tmp_path: Path) -> None:
     log(tmp_path / "2-tune", [{"epoch": 0, "step": 3, "seconds": 3.0}], "optim:\n  max_steps: 4\n")
     log(tmp_path / "1-fit", [{"epoch": 0, "step": 9}], "optim:\n  max_steps: 9\n")

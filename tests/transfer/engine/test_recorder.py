@@ -27,6 +27,7 @@ def test_the_clock_stands_still_while_paused(tmp_path: Path, monkeypatch: pytest
     with under_test.paused():
         now[0] = 102.0
     under_test.images(10)
+    under_test.step(1, 0)
     now[0] = 104.0
     under_test.write("interval", RECORD)
     now[0] = 106.0
@@ -66,6 +67,15 @@ def test_waiting_is_a_share_of_the_clock_it_falls_into(
         0.125,
         0.281,
     )  # 3 x 0.75 s of 8 s
+
+
+def test_a_record_without_a_timed_step_has_no_rate(tmp_path: Path) -> None:
+    """A run that was stopped at the last step of an epoch writes the record of the epoch when it resumes."""
+    under_test = recorder(tmp_path)
+    under_test.start("interval")
+    under_test.write("interval", RECORD)
+    (record,) = read_records(tmp_path / "log.jsonl")
+    assert record.keys() == {*RECORD, "seconds"}
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:

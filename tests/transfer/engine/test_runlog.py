@@ -61,8 +61,21 @@ def test_a_cut_line_among_the_records_of_a_state_is_dropped(
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 5}\n'
     assert log.records == 3
     assert caplog.messages == [
-        f"{path} has 2 of the 4 records up to the resumed state; the others were cut or lost, as by a crash"
+        f"{path} has 2 of the 4 records up to the resumed state; the others were cut or lost, as by a crash, and are "
+        "not written again: `graftvit evaluate` measures the student again"
     ]
+
+
+@pytest.mark.parametrize(("end", "warned"), [('{"step": 3, "lo', True), ('{"step": 3}\n', False)])
+def test_a_cut_line_after_the_state_is_dropped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, end: str, warned: bool
+) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"step": 1}}\n{{"step": 2}}\n{end}')
+    with caplog.at_level(logging.WARNING):
+        RunLog(path).keep(2)
+    message = f"{path}: dropped a line after the resumed state, which is no whole record"
+    assert caplog.messages == [message] * warned
 
 
 def test_a_record_after_a_failed_write_is_whole(tmp_path: Path) -> None:
