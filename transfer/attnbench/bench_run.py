@@ -138,7 +138,7 @@ class Bench:
     def digest(self, backbone: str, data: str) -> str:
         """Return the digest of what numbers depend on, but for program and seed: not of paths and processes.
 
-        Settings with their default are left out, so that a new setting does not change the digest of older rows.
+        Settings with their default are left out, so that a new setting does not change the digest of finished rows.
         """
         own = {"seed", "teacher.source", "engine.device", "engine.evaluate_start", "engine.evaluate_teacher"}
         config = dump_decisive(self.run_config(backbone, data), own, exclude_defaults=True)

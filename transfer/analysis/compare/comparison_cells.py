@@ -141,7 +141,7 @@ class Score:
     deviation: float | None = None
     """Of a mean over seeds: the sample standard deviation of the top-1."""
     samples: int | None = None
-    """Test images; None in records of older versions."""
+    """Test images; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,9 @@ class Speed:
     """Of one image, by the operators' own account."""
     counted_macs: int
     """Of one image, by torch's counter."""
-    multiplications: int | None = None
-    """Of one image, as `graftvit benchmark energy` counts; None in records of older versions."""
-    additions: int | None = None
+    multiplications: int
+    """Of one image, as `graftvit benchmark energy` counts."""
+    additions: int
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,9 @@ class Record:
     layer_errors: dict[str, dict[int, float]] = field(default_factory=dict)
     """By stage and layer: relative error of the layer's output on the teacher's inputs."""
     teacher: str = ""
-    """The digest of the teachers' identities; empty in records of older versions."""
+    """The digest of the teachers' identities; empty without a teacher."""
     converted: bool | None = None
-    """Whether the plan changed a layer; None in records of older versions."""
+    """Whether the plan changed a layer; None of the teacher and of a cell that failed."""
     seed: int | None = None
     """Of its runs, where the comparison has several; None for the teacher, and for a mean."""
     seeds: int = 1
@@ -204,8 +204,7 @@ class Record:
     @property
     def is_unconverted(self) -> bool:
         """Whether this is a student whose plan keeps every layer: `softmax` does so in plain vision transformers."""
-        kept = self.plan is not None and self.plan.replace(" ", "") in ("*:softmax", "*:keep")
-        return kept if self.converted is None else self.plan is not None and not self.converted
+        return self.converted is False
 
     @property
     def folder(self) -> str:

@@ -237,7 +237,7 @@ def label(record: Record, sizes: Iterable[int]) -> str:
 
 def energy_of(speed: Speed | None) -> float | None:
     """Return the energy in pJ of the multiplications and additions of one image, with 32-bit floats at 45 nm."""
-    if speed is None or speed.multiplications is None or speed.additions is None:
+    if speed is None:
         return None
     return Prices().energy(Operations(speed.multiplications, speed.additions))
 

@@ -107,7 +107,7 @@ def keep_maps(loaded: Pretrained, data: DataConfig, folder: Path) -> None:
 
 
 def load_maps(folder: Path) -> CellMaps | None:
-    """Return the maps of a cell; None where it has kept none, such as cells of older versions.
+    """Return the maps of a cell; None where it has kept none, such as those of a stream.
 
     Raises ConfigError: the file is damaged.
     """
