@@ -25,6 +25,7 @@ from .layer_plan import (
     check_choice,
     parse_choice,
     plan_text,
+    resolved,
 )
 from .merges import deformable_merges, merge_layers, merges_deformably
 from .replay import replay_blocks
@@ -98,7 +99,12 @@ class ConvertedAttention(AttentionHost):
 
     def own_mark(self) -> Tensor:
         """Return the mark, on the layer's device."""
-        return as_mark(self.choice, next(self.original.parameters()).device)
+        return as_mark(self.resolved, next(self.original.parameters()).device)
+
+    @property
+    def resolved(self) -> Choice:
+        """The choice with the counts that the conversion took from the image size: they stay when it changes."""
+        return resolved(self.choice, self.operator)
 
     @property
     def is_marked(self) -> bool:
@@ -109,7 +115,7 @@ class ConvertedAttention(AttentionHost):
         mark = state_dict.get(f"{prefix}{MARK}")
         is_whole = any(key.startswith(f"{prefix}proj.") and ".lora_" not in key for key in state_dict)
         if self.is_marked and (is_whole or mark is not None):
-            refuse_other("the state dict", prefix.removesuffix("."), read_mark(prefix, mark), self.choice)
+            refuse_other("the state dict", prefix.removesuffix("."), read_mark(prefix, mark), self)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -140,7 +146,7 @@ def refuse_other_operators(
     for path in dict.fromkeys([*layers, *given]):
         layer, mark = layers.get(path), tensors.get(f"{path}.{MARK}")
         if mark is not None or (layer is not None and layer.is_marked and not starts):
-            refuse_other(origin, path, read_mark(path, mark), None if layer is None else layer.choice)
+            refuse_other(origin, path, read_mark(path, mark), layer)
 
 
 def _named_layers(model: nn.Module) -> dict[str, ConvertedAttention]:
@@ -155,19 +161,33 @@ def read_mark(path: str, mark: Tensor | None) -> Choice:
     if mark is None:
         return Choice(AS_IT_IS)
     key = f"{path.removesuffix('.')}.{MARK}"
-    if mark.dtype != torch.uint8 or mark.ndim != 1 or not 0 < len(mark) <= MOST_BYTES or mark.is_meta:
+    if not _is_text(mark):
         raise CheckpointError(f"{key} is damaged: it is no short text in bytes")
     try:
         choice = parse_choice(bytes(mark.tolist()).decode())
         check_choice(choice)
     except (UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{key} names no operator: {error}") from error
+        raise CheckpointError(
+            f"{key} names no operator: {error}; if the weights are an average that includes buffers, as of timm's "
+            "ModelEmaV2, use ModelEmaV3, or load the state dict of the model and copy the averaged parameters"
+        ) from error
     return canonical(choice)
 
 
-def refuse_other(origin: str, path: str, theirs: Choice, own: Choice | None) -> None:
+def _is_text(mark: object) -> bool:
+    return (
+        isinstance(mark, Tensor)
+        and mark.layout == torch.strided
+        and mark.dtype == torch.uint8
+        and mark.ndim == 1
+        and 0 < len(mark) <= MOST_BYTES
+        and not mark.is_meta
+    )
+
+
+def refuse_other(origin: str, path: str, theirs: Choice, layer: ConvertedAttention | None) -> None:
     """Raise CheckpointError unless the operator of the weights is that of the layer; None is a layer as it was."""
-    ours = Choice(AS_IT_IS) if own is None else canonical(own)
+    ours = Choice(AS_IT_IS) if layer is None else layer.resolved
     if theirs != ours:
         words = ("softmax attention" if each.operator == AS_IT_IS else str(each) for each in (theirs, ours))
         raise CheckpointError(
@@ -209,8 +229,10 @@ def drop_other_operators(
     Also returns the reason of each key left out. Such a layer of `model` starts as a layer that was just converted.
     """
     found, reasons = dict(tensors), dict[str, str]()
+    layers = converted_layers(model)
     for site, choice in zip(sites(model), choices_of(model), strict=True):
-        path, new = f"{site.path}.attn", canonical(choice)
+        path, layer = f"{site.path}.attn", layers.get(site.index)
+        new = canonical(choice) if layer is None else layer.resolved
         mark = found.get(f"{path}.{MARK}")
         old = None if mark is None else read_mark(path, mark)
         for key in [key for key in found if old not in (None, new) and key.startswith(f"{path}.operator.")]:

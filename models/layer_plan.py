@@ -356,7 +356,7 @@ def check_choice(choice: Choice) -> None:
             raise ConfigError(f"plan: {choice.operator} has {name}={str(value).lower()}; give a number")
         if isinstance(value, (int, float)) and not abs(value) <= MOST:  # also refuses NaN
             raise ConfigError(
-                f"plan: {choice.operator} has {name}={value:g}; valid are numbers up to {MOST:,}"
+                f"plan: {choice.operator} has {name}={value!s:.40}; valid are numbers up to {MOST:,}"
             )
 
 
@@ -374,6 +374,13 @@ def canonical(choice: Choice) -> Choice:
     known = inspect.signature(OPERATORS[choice.operator]).parameters
     given = sorted(choice.options.items())
     return Choice(choice.operator, {name: value for name, value in given if value != known[name].default})
+
+
+def resolved(choice: Choice, operator: AttentionOperator) -> Choice:
+    """Return the canonical choice with the options that its operator took from the image size of the conversion."""
+    known = options_of(choice.operator) if choice.operator in OPERATORS else ()
+    sized = {name: value for name, value in operator.sized_options.items() if name in known}
+    return canonical(Choice(choice.operator, {**choice.options, **sized}))
 
 
 def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, JsonDict, UnsupportedModelError
 
 if TYPE_CHECKING:
     from ..map_structure import Windows
@@ -320,6 +320,16 @@ class Fit:
         )
 
 
+MOST_STEPS = 100
+"""The largest number of steps of an iteration: a plan may come from an untrusted file."""
+
+
+def check_steps(option: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a whole number from 1 to MOST_STEPS."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_STEPS:
+        raise ConfigError(f"plan: {option}={value}; give a whole number from 1 to {MOST_STEPS}")
+
+
 class AttentionOperator(nn.Module, ABC):
     """An operator of a converted layer: `forward` is `attend` plus the local term, if it has one.
 
@@ -338,6 +348,11 @@ class AttentionOperator(nn.Module, ABC):
     @abstractmethod
     def traits(self) -> Traits:
         """Return the traits of this operator with its options."""
+
+    @property
+    def sized_options(self) -> JsonDict:
+        """Return options whose defaults depend on the image size of the conversion, and that no parameter shows."""
+        return {}
 
     @property
     def why_no_map(self) -> str:

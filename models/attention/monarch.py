@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import AttentionOperator, FirstRows, Geometry, Heads, LayerShape, Term, Traits
+from .base import AttentionOperator, FirstRows, Geometry, Heads, LayerShape, Term, Traits, check_steps
 from .softmax import softmax_rows, with_prefix
 
 HIDDEN = -1e9
@@ -38,14 +38,14 @@ class MonarchAttention(AttentionOperator):
     blocks of one token, or one block, this is softmax attention. About (3 b + 2 N/b) N D multiply-adds per head and
     step, N^1.5 D where b is near √N.
 
-    Raises ConfigError: steps or block is not a whole number above 0.
+    Raises ConfigError: steps or block is not a whole number above 0, or steps is too large.
     """
 
     def __init__(self, shape: LayerShape, steps: int = 2, block: int | None = None) -> None:
         super().__init__(shape)
-        for name, value in (("steps", steps), ("block", 1 if block is None else block)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"plan: {name}={value}; give a whole number, 1 or more")
+        check_steps("steps", steps)
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+            raise ConfigError(f"plan: block={block}; give a whole number, 1 or more")
         self.steps, self.block = steps, block
 
     @property

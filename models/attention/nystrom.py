@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError
-from .base import Geometry, Heads, LayerShape, LowRank, Term, Traits, without_prefix
+from .base import Geometry, Heads, LayerShape, LowRank, Term, Traits, check_steps, without_prefix
 from .kernel import without_padding
 from .kernels import precise
 from .pooling import PooledAttention, Pooling, default_count, pooling_macs, small_map_attention
@@ -54,8 +53,7 @@ class NystromAttention(PooledAttention):
     ) -> None:
         count = default_count(shape.geometry, 5, 64) if num_landmarks is None else num_landmarks
         super().__init__(shape, "num_landmarks", count, local_size)
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ConfigError(f"plan: iterations={iterations}; give a whole number, 1 or more")
+        check_steps("iterations", iterations)
         self.iterations = iterations
 
     @property

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import ConfigError
+from ..errors import ConfigError, JsonDict
 from .base import AttentionOperator, Geometry, Heads, LayerShape, without_prefix
 from .kernel import without_padding
 from .local import local_convolution
@@ -33,8 +33,12 @@ class PooledAttention(AttentionOperator):
     def __init__(self, shape: LayerShape, option: str, count: int, local_size: int) -> None:
         super().__init__(shape)
         check_count(option, count, shape.geometry)
-        self.count = count
+        self.option, self.count = option, count
         self.conv = local_convolution(shape, local_size)
+
+    @property
+    def sized_options(self) -> JsonDict:
+        return {self.option: self.count}
 
     def cells(self, geometry: Geometry) -> Cells:
         return cells_of(self.count, geometry)
@@ -60,7 +64,10 @@ def check_count(option: str, value: int, geometry: Geometry) -> None:
     """Raise ConfigError unless `value` is a whole number from 1 to the number of patches."""
     patches = geometry.num_patches
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= patches:
-        raise ConfigError(f"plan: {option}={value}; give a whole number from 1 to {patches}, all patches")
+        raise ConfigError(
+            f"plan: {option}={value}; give a whole number from 1 to {patches}, all patches, or convert at a larger "
+            "image size and resize the model"
+        )
 
 
 def cells_of(count: int, geometry: Geometry) -> Cells:

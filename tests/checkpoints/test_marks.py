@@ -16,6 +16,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, plan_of, resize
+from graftvit.models.converted import read_mark
 from graftvit.models.errors import CheckpointError, GraftError
 from graftvit.transfer.engine.fit_operators import leave_to_us
 from graftvit.transfer.engine.run_state import restore_weights
@@ -25,6 +26,7 @@ from support.models import pyramids
 from support.models.copied_models import pair, whole
 from support.models.dense import images, tiny
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 
 FREE = ["linear", "uniform", "window(window=3)", "monarch"]
@@ -211,6 +213,74 @@ def test_a_folder_without_its_marks_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"softmax attention in blocks\.0\.attn, where the model has uniform"
     ):
         graftvit.load(edited(folder, lambda tensors: tensors.pop("blocks.0.attn.operator.choice")))
+
+
+def resized(kind: str, plan: str, made_at: int) -> tuple[nn.Module, Tensor]:
+    """A model that was converted at one image size and is used at another, and images of that size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(kind, num_classes=5, **({"img_size": made_at} if "vit" in kind else {}))
+    if "vit" not in kind:
+        resize(model, made_at)
+    converted = convert(model.eval(), plan).eval()
+    resize(converted, 64)
+    return converted, images(dtype=torch.float32, size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan"),
+    [
+        ("vit_tiny_patch16_224", "*: nystrom"),
+        ("vit_tiny_patch16_224", "3: agent"),
+        ("pvt_v2_b0", "stage3: nystrom; stage4: agent"),
+    ],
+)
+def test_default_counts_of_another_image_size_are_another_operator(
+    tmp_path: Path, kind: str, plan: str
+) -> None:
+    (large, x), (small, _) = resized(kind, plan, 224), resized(kind, plan, 64)
+    with pytest.raises(CheckpointError, match=r"num_(landmarks|agents)=\d+.* where the model has"):
+        small.load_state_dict(large.state_dict())
+    again, _ = resized(kind, plan, 224)
+    again.load_state_dict(large.state_dict())
+    save_for_hf(large, str(tmp_path / "saved"))
+    torch.testing.assert_close(graftvit.load(tmp_path / "saved")(x), large(x))
+    torch.save(large.state_dict(), tmp_path / "alone.pth")
+    with pytest.raises(GraftError, match=r"num_\w+=\d+.*16, all patches, or convert at a larger image size"):
+        graftvit.load(tmp_path / "alone.pth", model=kind, img_size=64)
+    if "vit" not in kind:  # built at timm's own size, where the counts fit
+        torch.testing.assert_close(graftvit.load(tmp_path / "alone.pth", model=kind)(x), large(x))
+
+
+def test_default_counts_are_restored_from_a_file_alone_and_may_be_written_in_a_plan(tmp_path: Path) -> None:
+    large, x = resized("vit_tiny_patch16_224", "*: agent", 112)
+    torch.save(large.state_dict(), tmp_path / "alone.pth")
+    loaded = graftvit.load(tmp_path / "alone.pth")
+    assert plan_of(loaded) == "*: agent(num_agents=12)"
+    torch.testing.assert_close(loaded(x), large(x))
+    large.load_state_dict(loaded.state_dict())
+
+
+@pytest.mark.parametrize("mark", ["uniform", [1, 2], None, torch.ones(7, dtype=torch.uint8).to_sparse()])
+def test_a_mark_that_is_no_tensor_of_bytes_is_refused_by_its_name(mark: Any) -> None:
+    model = convert(tiny(), "0: uniform")
+    state = {**model.state_dict(), "blocks.0.attn.operator.choice": mark}
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn"):
+        model.load_state_dict(state)
+
+
+def test_a_huge_number_in_a_mark_is_refused_in_one_sentence() -> None:
+    with pytest.raises(CheckpointError, match=r"names no operator: .*num_keys=9{40}.*up to 16,384"):
+        read_mark("x", torch.tensor(list(f"linformer(num_keys={'9' * 390})".encode()), dtype=torch.uint8))
+
+
+def test_an_average_of_buffers_is_explained() -> None:
+    student = convert(tiny(dtype=torch.float32), "0: window(window=3)")
+    average = ModelEmaV2(student, decay=0.9)
+    for _ in range(3):
+        average.update(student)
+    with pytest.raises(CheckpointError, match=r"average.*buffers.*ModelEmaV3"):
+        student.load_state_dict(average.module.state_dict())
 
 
 @pytest.mark.parametrize(

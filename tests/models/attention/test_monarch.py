@@ -113,7 +113,9 @@ def test_hidden_tokens_have_no_say_as_queries_either() -> None:
     torch.testing.assert_close(changed[:, :, seen[0]], out[:, :, seen[0]])
 
 
-@pytest.mark.parametrize(("option", "value"), [("steps", 0), ("steps", True), ("block", -3), ("block", 2.5)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("steps", 0), ("steps", True), ("steps", 101), ("block", -3), ("block", 2.5)]
+)
 def test_options_are_whole_numbers(option: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{option}={value}"):
         build(GRID, **{option: value})

@@ -185,7 +185,8 @@ def test_it_starts_without_its_convolution() -> None:
     ("options", "message"),
     [
         ({"num_landmarks": 49}, "num_landmarks=49; give a whole number from 1 to 48"),
-        ({"iterations": 0}, "iterations=0; give a whole number, 1 or more"),
+        ({"iterations": 0}, "iterations=0; give a whole number from 1 to 100"),
+        ({"iterations": 101}, "iterations=101; give a whole number from 1 to 100"),
         ({"iterations": 2.5}, "iterations=2.5"),
         ({"local_size": 4}, "local_size=4"),
     ],
