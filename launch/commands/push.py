@@ -35,7 +35,8 @@ def run(argv: list[str]) -> int:
         usage="DIR ORG/NAME [--flag value ...]",
     )
     parser.add_argument(
-        "source",
+        "folder",
+        type=Path,
         metavar="DIR",
         help="run folder, with #best or #ema at its end if you like, or student folder: config.json and weights",
     )
@@ -69,7 +70,7 @@ def run(argv: list[str]) -> int:
     from ...checkpoints.publish.upload import plan_upload, push_student
     from ...transfer.methods.method import describe_transfer
 
-    with _student_folder(arguments.source) as folder:
+    with _student_folder(str(arguments.folder)) as folder:
         upload = plan_upload(
             folder,
             arguments.repository,

@@ -30,7 +30,7 @@ WRITTEN = ("DIR", "FILE", "FOLDER", "OUT", "PNG", "ROWS", "RUN")
 COMMANDS_WITH_PATHS = {
     "attnbench run", "attnbench extend", "attnbench merge", "attnbench query", "attnbench verify",
     "benchmark operators", "benchmark models", "checkpoint inspect", "checkpoint strip", "checkpoint convert",
-    "convert", "data", "demo", "evaluate", "export", "forget", "jobs", "logs", "resume", "save", "search",
+    "convert", "data", "demo", "evaluate", "export", "forget", "jobs", "logs", "push", "resume", "save", "search",
     "search report", "stop", "submit", "summary", "visualize",
 }  # fmt: skip
 
@@ -128,6 +128,7 @@ def test_each_argument_of_a_path_refuses_it_by_name() -> None:
         ),
         (["demo", "--output_dir", "s3://bucket/demo"], "argument --output_dir: 's3://bucket/demo'"),
         (["export", "x", "s3://bucket/x.onnx"], "argument OUT: 's3://bucket/x.onnx'"),
+        (["push", "https://host/run", "me/vit"], "argument DIR: 'https://host/run'"),
         (["jobs", "s3://bucket/run"], "argument RUN: 's3://bucket/run'"),
     ],
 )

@@ -36,6 +36,10 @@ BLOCK = 4096
 """Bytes that a small file takes at least on a disk."""
 
 
+DEEPEST = 100
+"""Folders that an image may lie in; making thousands of them is more than Python's stack allows."""
+
+
 @dataclass(frozen=True)
 class Member:
     """An image in an archive."""
@@ -47,10 +51,13 @@ class Member:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Of its path. Raises DataError where that leads out of the archive."""
+        """Of its path. Raises DataError where that leads out of the archive, or too deep."""
         path = PurePosixPath(self.name)
         if path.is_absolute() or ".." in path.parts:
             raise DataError(f"{self.name} lies outside of the archive that holds it")
+        if len(path.parents) > DEEPEST:
+            depth = len(path.parents) - 1
+            raise DataError(f"{path.name} lies in {depth} folders, and at most {DEEPEST} are taken")
         return path.parts
 
 
@@ -113,7 +120,7 @@ def _first_split(archive: Path, config: DataConfig) -> int | None:
     names = {*SPLITS, config.train_split, config.val_split}
     with _explained(archive), members(archive) as found:
         first = next(found, None)
-    folders = () if first is None else first.parts[:-1]
+        folders = () if first is None else first.parts[:-1]
     return next((place for place, name in enumerate(folders) if name in names), None)
 
 

@@ -367,6 +367,14 @@ def room_for(monkeypatch: pytest.MonkeyPatch, size: int, files: int = 1000) -> N
     monkeypatch.setattr(staging.os, "statvfs", lambda path: disk)
 
 
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+def test_a_member_in_too_many_folders_is_refused(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"flowers.{ending}"
+    {"tar": write_tar, "zip": write_zip}[ending](path, {f"train/a/{'b/' * 1500}0.png": encoded(0)})
+    with pytest.raises(DataError, match=r"unpacked: 0\.png lies in 1502 folders, and at most 100 are taken$"):
+        stage(settings(path, tmp_path / "disk"))
+
+
 def test_a_hard_link_to_nothing_is_named(tmp_path: Path) -> None:
     path = hostile_tar(tmp_path / "flowers.tar", link("train/a/1.png", "train/a/gone.png"))
     with pytest.raises(
