@@ -3,41 +3,64 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..models.errors import JsonDict
+from .files import read_if_there
 from .weight_files import Weights
 
 if TYPE_CHECKING:
     from .pretrained import Pretrained
 
+OWN = "graftvit"
+LIBRARIES = (OWN, "torch", "torchvision", "timm", "transformers")
+"""Packages whose code of layers is known by a version."""
+
 
 def collect_identity(teacher: Pretrained) -> JsonDict:
-    """Return all that decides what a teacher computes, as JSON: tensors, configuration, preprocessing and library.
+    """Return all that decides what a teacher computes, as JSON: tensors, configuration, preprocessing and code.
 
     The same teacher has the same identity in any file, folder or repository.
     """
-    library = "transformers" if teacher.config else "timm"
     known = {
         "digest": teacher.digest,
         "architecture": teacher.architecture,
         "model_args": dict(teacher.model_args),
         "config": dict(teacher.config),
         "preprocessing": teacher.preprocessing.described(),
-        "library": f"{library} {version(library)}",
+        "library": _collect_code(teacher),
     }
     found: JsonDict = json.loads(json.dumps(known, default=repr))
     return found
 
 
+def _collect_code(teacher: Pretrained) -> str:
+    """Return the code that computes a teacher: the libraries' versions, and digests of other files of its layers."""
+    packages = {"transformers" if teacher.config else "timm"}
+    files = set[str]()
+    for kind in {type(module) for module in teacher.model.modules()}:
+        if kind.__module__.startswith(f"{OWN}.models."):
+            packages.add(OWN)
+        elif kind.__module__.partition(".")[0] not in LIBRARIES:
+            with suppress(TypeError):  # of a notebook, which has no file
+                files.add(inspect.getsourcefile(kind) or "")
+    code = [f"{name} {version(name)}" for name in sorted(packages, key=lambda name: name == OWN)]
+    for file in map(Path, sorted(files - {""})):
+        code.append(f"{file.name} {hashlib.sha256((read_if_there(file) or '').encode()).hexdigest()[:12]}")
+    return ", ".join(code)
+
+
 def identify(teacher: Pretrained) -> str:
-    """Return the digest of a teacher's identity; another version of its library is the same teacher."""
+    """Return the digest of a teacher's identity; another version of its code is the same teacher."""
     known = collect_identity(teacher)
     del known["library"]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
