@@ -18,7 +18,6 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -37,7 +36,7 @@ from ...checkpoints.state import TrainingState as Content
 from ...checkpoints.state import check_state, read_meta, write_state
 from ...models.errors import CheckpointError, ConfigError, DataError, JsonDict
 from ..config import RunConfig
-from ..data.loaders import EvalLoader, TrainLoader
+from ..data.loaders import TrainLoader
 from ..data.sampler import BatchRequest
 from ..methods.dual import DualViT
 from ..methods.loss_terms import DEFAULT_TEACHER, TeacherSide
@@ -336,29 +335,6 @@ def find_shards(
 def has_weights(shards: TargetShards) -> bool:
     """Return whether the teachers' weights were read, so that the name of the folder is known."""
     return all(each["digest"] is not None for each in shards.described["teachers"].values())
-
-
-def describe_test_images(config: RunConfig, spec: Preprocessing, loader: EvalLoader) -> JsonDict:
-    """Return what the teacher's accuracy on the test images depends on, beside the teacher."""
-    samples = digest_of_samples(loader.batches.name, loader.num_samples, config.data.data_path)
-    names = None if loader.class_names is None else list(loader.class_names)
-    files = digest_of_files(loader.batches.name, loader.num_samples)
-    return {
-        "samples": samples,
-        "files": files,
-        "count": loader.num_samples,
-        "classes": names,
-        **spec.described(),
-    }
-
-
-def digest_of_files(name: Callable[[int], str], count: int) -> str:
-    """Return a digest of the sizes of the files of samples, for samples that are files. A copy has the same."""
-    found = hashlib.sha256()
-    for index in range(count):
-        with suppress(OSError, ValueError):
-            found.update(f"{index} {os.stat(name(index)).st_size}\0".encode())  # noqa: PTH116 - a text, not a place
-    return found.hexdigest()
 
 
 def digest_of_samples(name: Callable[[int], str], count: int, root: str | None) -> str:

@@ -19,13 +19,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.files import read_json
+from ...checkpoints.identity import digest_tensors
 from ...models.errors import ConfigError, GraftError, counted
 from ..cache.target_shards import (
     Shard,
     TargetRows,
     TargetShards,
     check_size,
-    describe_test_images,
     digest_of,
     fill,
     gibibytes,
@@ -237,15 +237,17 @@ def prepare_targets(
         return
     shards = cache.shards(views_of(config, schedule, position))
     todo = _missing(config, parts, accelerator, group, cache, shards)
-    path = cache.folder / f"teacher_top1-{_digest_of_test(config, parts)}.json"
-    note = gather(_read_note(path), group)[0]
     wanted = config.engine.evaluate_teacher and position.step == 0 and parts.eval_loader is not None
+    note: Note | None = None
     with preserved():
         if todo:
             parts.task.to(accelerator.device)
             _fill(config, parts, parts.task.dual, accelerator, group, cache, todo, signals)
         if any(gather(signals.received is not None, group)):
             return
+        if wanted:
+            path = cache.folder / f"teacher_top1-{_digest_of_test(parts, group)}.json"
+            note = gather(_read_note(path), group)[0]
         if wanted and note is None:
             parts.task.to(accelerator.device)
             note = {"teacher_top1": teacher_top1(parts, accelerator)}
@@ -377,10 +379,22 @@ def _fill(
     raise_together(error, group)
 
 
-def _digest_of_test(config: RunConfig, parts: Parts) -> str:
-    if parts.eval_loader is None:
+def _digest_of_test(parts: Parts, group: dist.ProcessGroup | None) -> str:
+    """Return a digest of what a teacher's accuracy depends on, beside its identity: pixels, targets, names of classes.
+
+    The sum of the images' own digests depends on no order, and so on no number of processes.
+    """
+    loader, teacher = parts.eval_loader, parts.teacher
+    if loader is None or teacher is None or not teacher.has_head:
         return "none"
-    return digest_of(describe_test_images(config, parts.spec, parts.eval_loader))
+    total = 0
+    for images, targets, valid in loader:
+        deadline.moved()
+        for image, target in zip(images[valid], targets[valid], strict=True):
+            total += int(digest_tensors({"image": image, "target": target}), 16)
+    return digest_of(
+        {"images": sum(gather(total, group)), "classes": loader.class_names, "names": teacher.label_names}
+    )
 
 
 def _keep_note(path: Path, note: Note) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +19,6 @@ from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.cache import target_shards
-from graftvit.transfer.cache.target_shards import digest_of_files
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.build import build
@@ -265,14 +267,46 @@ def test_an_image_that_changed_stops_the_run(teacher: Path, tmp_path: Path) -> N
         train(run(tmp_path / "second", teacher, tmp_path / "cache", {"method": "feature"}, data=data))
 
 
-def test_the_accuracy_of_a_teacher_is_measured_again_on_other_test_images(tmp_path: Path) -> None:
-    root = write_classes(tmp_path / "images", ("a", "b"), ("train", "validation"), count=4)
-    names = sorted(str(path) for path in (root / "validation").rglob("*.png"))
-    before = digest_of_files(names.__getitem__, len(names))
-    assert before == digest_of_files(names.__getitem__, len(names))
-    Path(names[-1]).write_bytes(Path(names[-1]).read_bytes() + b"\0")
-    assert digest_of_files(names.__getitem__, len(names)) != before
-    assert digest_of_files(str, 3) == digest_of_files(str, 5), "samples that are no files"
+def exchange_images(root: Path, teacher: Path) -> None:
+    one, other = (sorted((root / "validation" / name).iterdir()) for name in ("a", "b"))
+    for first, second in zip(one, other, strict=True):
+        kept = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(kept)
+
+
+def rename_labels(root: Path, teacher: Path) -> None:
+    described = json.loads((teacher / "config.json").read_text())
+    described["label_names"] = ["b", "a"]
+    (teacher / "config.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("change", [exchange_images, rename_labels])
+def test_the_accuracy_of_a_teacher_is_measured_again_on_other_test_images_and_classes(
+    change: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    for split, number in itertools.product(("train", "validation"), range(8)):
+        path = root / split / "ab"[number % 2] / f"{number}.bmp"  # all files are as large as one another
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image(number).save(path)
+    data = {"dataset": "", "data_path": str(root), "train_samples": None, "batch_size": 4}
+    own = make_teacher(tmp_path / "teacher", classes=2)
+    described = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**described, "label_names": ["a", "b"]}))
+    given: dict[str, Any] = {"data": data, "optim": {"max_steps": 1}}
+
+    def measured(name: str) -> float:
+        found = train(run(tmp_path / name, own, tmp_path / "cache", {"method": "feature"}, **given))
+        return float(found.metrics["teacher_top1"])
+
+    before = measured("first")
+    assert before not in (0.0, 50.0, 100.0), "another order of the classes is another accuracy"
+    assert measured("second") == before
+    change(root, own)
+    assert measured("third") == pytest.approx(100.0 - before)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(list(folder.glob("teacher_top1-*.json"))) == 2
 
 
 @pytest.mark.slow
