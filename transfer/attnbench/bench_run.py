@@ -28,7 +28,16 @@ from ...models.programs.drawing import draw_program
 from ...models.programs.program import FOUND, LINEAR, parse_program
 from ...models.programs.program_checks import CHECKS, check
 from ..analysis.benchmark.cases import step_of, time_steps
-from ..cells.pool import CELL_FILE, State, cell_state, digest, load_record, run_in_processes, save_record
+from ..cells.pool import (
+    CELL_FILE,
+    State,
+    cell_state,
+    digest,
+    load_record,
+    refuse_links,
+    run_in_processes,
+    save_record,
+)
 from ..config import DataConfig, RunConfig, Section, StudentConfig
 from ..effect import dump_decisive
 from ..engine.build import identify_teachers
@@ -322,8 +331,7 @@ class ProgramCell:
             folder = self.folder / trial.folder
             if self._state(trial) == "done":
                 continue
-            if (folder / RUN).resolve() != folder / RUN:  # a run is deleted at its end
-                raise ConfigError(f"{folder} leads out of {self.folder.parent} by a link: remove the link")
+            refuse_links(folder, self.folder.parent.parent)  # a run is deleted at its end
             folder.mkdir(parents=True, exist_ok=True)
             found = run_trial(self.bench, trial, folder)
             if not isinstance(found, Row):

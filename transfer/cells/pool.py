@@ -71,6 +71,13 @@ def cell_state(folder: Path, settings: str, differing: str = "settings", flag: s
     return "done"
 
 
+def refuse_links(folder: Path, root: Path) -> None:
+    """Raise ConfigError where a link below `root`, or in the cell's `folder`, leads what is written elsewhere."""
+    for path in (folder, *folder.glob("*")):
+        if path.resolve() != root.resolve() / path.relative_to(root):
+            raise ConfigError(f"{folder} leads out of {root} by a link: remove the link")
+
+
 def save_record(record: Any, folder: Path) -> None:
     """Write a dataclass as the record of a cell. Raises WriteFailedError as `write_file`."""
     write_text(folder / CELL_FILE, _text(record))

@@ -29,6 +29,7 @@ from ..cells.pool import (
     cell_state,
     digest,
     load_record,
+    refuse_links,
     run_in_processes,
     save_first,
     torch_threads,
@@ -315,6 +316,7 @@ class Search:
             found = self._record(generation, slot)
             if found is not None:
                 return found
+        refuse_links(folder, self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         return save_first(self._evaluate(settings, generation, child), folder)
 

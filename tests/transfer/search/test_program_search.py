@@ -54,6 +54,17 @@ def test_a_stopped_search_ends_in_the_same_archive(tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "cut" / "cells").iterdir())) == 32
 
 
+@pytest.mark.parametrize("place", ["cells", "cells/000-000"])
+def test_a_link_leads_no_cell_out_of_the_folder(place: str, tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    link = tmp_path / "out" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=r"leads out of \S*out by a link: remove the link"):
+        run_search(search(tmp_path / "out"), 1, silent)
+    assert not list((tmp_path / "victim").iterdir())
+
+
 def test_what_is_done_is_not_done_again_and_more_generations_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

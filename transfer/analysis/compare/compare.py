@@ -22,6 +22,7 @@ from ...cells.pool import (
     digest,
     left_to_run,
     load_record,
+    refuse_links,
     run_in_turn,
     save_record,
 )
@@ -141,12 +142,15 @@ def run_compare(
 
     Raises:
         StoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
-        ConfigError: a cell was measured with other settings, or with another teacher, before.
+        ConfigError: a cell was measured with other settings, or with another teacher, before; or a link leads out of
+            the folder.
     """
     left = left_to_run(cells, comparison.state, tell)
+    for cell in left:
+        refuse_links(comparison.cell_folder(cell), comparison.folder)
     with _quiet_log():
         _make_teacher(comparison, tell)
-        teacher = _identify_teachers(comparison) if left else ""
+        teacher = _identify_teachers(comparison)
 
         def run(cell: Cell) -> str:
             record = replace(_run_cell(comparison, cell), teacher=teacher)
@@ -180,6 +184,7 @@ def _make_teacher(comparison: Comparison, tell: Callable[[str], None]) -> None:
         return
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise ConfigError("train the teacher before an array: run with --only teacher first")
+    refuse_links(config.output_dir, comparison.folder)
     tell(f"the teacher, in {config.output_dir}")
     result = train(config)
     if result.signal is not None:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.table import Table
 
 from ....models.errors import ConfigError
-from ...cells.pool import run_in_processes, torch_threads
+from ...cells.pool import refuse_links, run_in_processes, torch_threads
 from ...engine.runlog import TwoLines
 from . import demo_cells as text
 from .demo_cells import Cell, DemoResults, demo_cells
@@ -154,9 +154,11 @@ def run_demo(
     # Absolute, so that a run resumes from any working directory.
     cells = demo_cells(output_dir.resolve(), seeds, quick, threads)
     console = Console(quiet=not progress)
-    finished = sum(cell.state() == "done" for cell in cells)
+    left = [cell for cell in cells if cell.state() != "done"]
+    for cell in left:
+        refuse_links(cell.folder, output_dir.resolve())
     with Board(cells, processes, console) as board:
-        board.start(cells, finished)
+        board.start(cells, len(cells) - len(left))
         run_in_processes(cells, processes, look=board.look, finish=board.finish)
     console.print("comparing the students and writing the report")
     with torch_threads(threads):

@@ -195,6 +195,27 @@ def test_cells_of_another_teacher_behind_the_same_path_do_not_go_into_one_table(
     with pytest.raises(ConfigError, match=r"cells.teacher\S* was measured with another teacher"):
         run_compare(comparison, only_named(comparison.cells(), ["linear"]))
     assert not list((tmp_path / "out" / "cells").glob("linear*"))
+    with pytest.raises(
+        ConfigError, match=r"was measured with (another teacher|other settings)"
+    ):  # none is left
+        run_compare(comparison, only_named(comparison.cells(), ["teacher"]))
+
+
+@pytest.mark.parametrize("place", ["cells/linear-8", "cells", "cells/linear-8/1-align", "teacher"])
+def test_a_link_leads_no_cell_out_of_the_folder(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "victim").mkdir()
+    comparison = load_comparison(write_config(tmp_path, {"linear": "*: linear"}))
+    made = comparison.config.model_copy(update={"output_dir": comparison.folder / "teacher"})
+    comparison = replace(comparison, teacher=made)
+    link = comparison.folder / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(compare_run, "train", None)
+    with pytest.raises(ConfigError, match=r"leads out of \S*out by a link: remove the link"):
+        all_of(comparison)
+    assert not list((tmp_path / "victim").iterdir())
 
 
 def test_ctrl_c_stops_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

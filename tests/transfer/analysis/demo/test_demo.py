@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.models.errors import GraftError
+from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.demo import demo, demo_cells
 from graftvit.transfer.analysis.demo.demo import Board
 from graftvit.transfer.analysis.demo.demo_cells import Cell
@@ -191,6 +191,15 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_link_leads_no_cell_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "quick").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=r"leads out of \S*demo by a link: remove the link"):
+        demo.run_demo(tmp_path / "demo", quick=True, progress=False)
+    assert not list((tmp_path / "victim").iterdir())
 
 
 @pytest.mark.parametrize(
