@@ -223,7 +223,9 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
         valid = ", ".join((*SAFE_SUFFIXES, *PICKLE_SUFFIXES))
         raise CheckpointError(f"{out} has the suffix {out.suffix or 'of nothing'!r}; valid: {valid}")
     if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} is there already: give another name, or --force to replace it")
+        raise CheckpointError(
+            f"{out} is there already: give another name, or --force (in Python overwrite=True) to replace it"
+        )
     content = read_file(source.path)
     is_graph = content.graph is not None
     weights = read_weights(content, source.part) if is_graph else unwrap(content, source.part)

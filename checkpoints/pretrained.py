@@ -48,7 +48,7 @@ from .model_folders import read_folder, read_hub, read_weights_file
 from .preprocessing import Preprocessing, input_size
 from .report import LoadReport, shortened, some
 from .safety.description import check_description, check_settings
-from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
+from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source, source_text
 from .weight_files import Weights, as_pair
 
 # Hold the windows that a source gives a Swin against its tables of relative position biases, a row for each offset.
@@ -523,7 +523,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) ->
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
-    model = load_pretrained(str(source), **how).model.requires_grad_(True)
+    model = load_pretrained(source_text(source), **how).model.requires_grad_(True)
     if copying_of(model) is not None:
         vit(model).teacher.requires_grad_(False)
     if dtype is None:

@@ -67,6 +67,16 @@ class FileSource:
 Source = TimmSource | HubSource | FolderSource | FileSource
 
 
+def source_text(source: object) -> str:
+    """Return a source as text. Raises CheckpointError: it is a model or another object, no path or name."""
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    raise CheckpointError(
+        f"source is a {type(source).__name__} and no path or name of weights; a model in memory is "
+        "written by DualViT.save, or by save_for_hf of timm.models"
+    )
+
+
 def parse_source(text: str) -> Source:
     """Parse a source as the user gave it. A `Part` behind a path, such as `#ema`, picks one of the models in it.
 

@@ -33,6 +33,7 @@ from .pretrained import Pretrained, load_pretrained
 from .provenance import COST, NORM_EPS, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
+from .sources import source_text
 from .weight_files import read_file
 
 # Keep the layers of a conversion that are fitted, each in a file of its own until the whole model is written.
@@ -118,7 +119,7 @@ def save_student(
     """
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)
-    teacher = load_pretrained(str(source), **how)
+    teacher = load_pretrained(source_text(source), **how)
     write_student(
         teacher.model,
         folder,
@@ -142,7 +143,7 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
         if overwrite:
             return
         raise CheckpointError(
-            f"{folder} already holds a model: give another folder, or --force to replace it"
+            f"{folder} already holds a model: give another folder, or --force (in Python overwrite=True) to replace it"
         )
     if folder.exists():
         raise CheckpointError(f"{folder} is there and holds no model: give a new folder")

@@ -157,6 +157,13 @@ def test_loaded_models_are_ready_to_use_and_to_train(run: Any) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("verb", [load, lambda model: save_student(model, "q")])
+def test_a_model_is_no_source(verb: Any, tiny: Callable[..., nn.Module]) -> None:
+    with pytest.raises(CheckpointError, match=r"VisionTransformer.*DualViT\.save.*save_for_hf") as caught:
+        verb(tiny())
+    assert len(str(caught.value)) < 300
+
+
 def test_nothing_of_the_user_is_replaced(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
