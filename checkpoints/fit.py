@@ -23,6 +23,7 @@ from ..models.errors import CheckpointError, Json
 from ..models.families import Site, patch_size, sites, vit
 from .keys import KeyRules, Role, sort_keys
 from .report import LoadReport, some
+from .safety.description import INNER
 from .weight_files import Weights, as_pair
 
 # Resample position embeddings to another resolution.
@@ -192,9 +193,7 @@ def fit(
         words = "; ".join(
             f"{kind}: {some(keys, 3 if keys is found.wrong else 4)}" for kind, keys in found.problems.items()
         )
-        described = getattr(model, "default_cfg", None) or {}
-        name = described.get("architecture")
-        raise CheckpointError(f"{weights.origin} does not fit {name or type(model).__name__}: {words}")
+        raise CheckpointError(f"{weights.origin} does not fit {_architecture(model)}: {words}")
     refuse_not_finite(
         weights.origin, found.present, {key: tensor.dtype for key, tensor in model.state_dict().items()}
     )
@@ -213,6 +212,13 @@ def fit(
         weights.pretrained_cfg.get("license"),
         weights.revision,
     )
+
+
+def _architecture(model: nn.Module) -> str:
+    """Return timm's name of a model: of one that we changed, that of the model before."""
+    name = (getattr(model, "default_cfg", None) or {}).get("architecture")
+    inner = getattr(model, "_model_args", {}).get(INNER.get(str(name), ""))
+    return str(inner or name or type(model).__name__)
 
 
 def match(

@@ -329,3 +329,9 @@ def test_processes_do_not_send_marks_in_each_step() -> None:
     task = nn.ModuleDict({"student": convert(tiny(), "0: uniform")})
     leave_to_us(task)
     assert task._ddp_params_and_buffers_to_ignore == ["student.blocks.0.attn.operator.choice"]
+
+
+def test_weights_that_do_not_fit_a_plan_name_the_architecture(tmp_path: Path) -> None:
+    save_file(convert(published(), "*: linear").state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="does not fit vit_small_patch16_224: "):
+        load_pretrained(str(tmp_path / "weights.safetensors"), model="vit_small_patch16_224")
