@@ -23,7 +23,8 @@ from ..architecture import build
 from ..atomic import sync, write_file
 from ..formats.containers import as_metadata
 from ..licenses import public_text
-from ..pretrained import Pretrained, load_pretrained
+from ..pretrained import Pretrained, describe_model, load_pretrained
+from ..sources import source_text
 from ..weight_files import Weights, as_pair
 from .graph import (
     Dynamic,
@@ -122,9 +123,20 @@ def words_of(
         "normalise": "in the file" if normalize else "before",
         "output": "logits" if classes else "features",
         **({"classes": str(classes)} if classes else {}),
-        **({} if plan is None else {"plan": plan}),
+        **({} if plan is None else {"plan": plan, **_described(model, mean, std)}),
         **({} if copying is None else {"copies": f"{copying.method} of {copying.teacher.architecture}"}),
     }
+
+
+def _described(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, str]:
+    """Return the description that reads a converted model back; nothing of one that timm cannot build again."""
+    images = {} if mean is None or std is None else {"mean": tuple(mean), "std": tuple(std)}
+    try:
+        known = describe_model(model, **images)
+        shown = known.preprocessing.described()
+        return as_metadata(Weights({}, "", "", known.architecture, known.model_args, shown))
+    except (CheckpointError, TypeError):
+        return {}
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -160,7 +172,7 @@ def export_source(
     Raises CheckpointError or UnsupportedModelError as `load_pretrained` and `export_model`.
     """
     check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
-    teacher = load_pretrained(str(source), **how)
+    teacher = load_pretrained(source_text(source), **how)
     model = teacher.model
     if "resolution" in dynamic and getattr(model, "dynamic_img_size", None) is False:
         model = _of_any_size(teacher)
@@ -262,7 +274,9 @@ def check_export(
         raise CheckpointError(f"{path} is a folder: name a file in it")
     for file in (path, data_file(path)) if kind == "onnx" else (path,):
         if file.exists() and not overwrite:
-            raise CheckpointError(f"{file} is there already: give another name, or --force to replace it")
+            raise CheckpointError(
+                f"{file} is there already: give another name, or --force (in Python overwrite=True) to replace it"
+            )
     if kind == "onnx":
         check_onnx(opset)
     elif opset is not None:

@@ -18,11 +18,12 @@ from ..class_names import KEY as LABEL_NAMES
 from ..preprocessing import Preprocessing
 from ..provenance import PICKED, carried_license, of_state
 from ..report import shortened, some
+from ..safety.description import check_description
 from ..sources import Part
 from ..state import BEST, META_KEY, is_state
 from ..weight_files import Content, Weights
 from .keymap import IMAGENET, NOTE
-from .onnx_names import named_weights
+from .onnx_names import named_weights, with_own_marks
 
 # Read the model's description from the metadata of a file of bare tensors that `graftvit checkpoint` wrote.
 
@@ -302,7 +303,8 @@ def _entry(content: Content, part: Part | None, seen: dict[Part, None]) -> Weigh
     """Return the dictionary of tensors in the file, and the file's metadata about it."""
     origin, tree = str(content.path), content.tree
     if content.graph is not None:
-        return with_metadata(named_weights(content.graph, origin), content.metadata)
+        weights = with_metadata(named_weights(content.graph, origin), content.metadata)
+        return with_own_marks(check_description(weights), content.metadata)
     for kind in DICTIONARIES:
         present = {name: key for name, key in kind.parts.items() if _is_weights(tree.get(key))}
         if not present:

@@ -7,13 +7,18 @@ alone, and may cut the position embedding: then the node that reads a tensor say
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ...models.conversion import ARCHITECTURE as CONVERTED
+from ...models.converted import MARK, ConvertedAttention, as_mark
+from ...models.copied import ARCHITECTURE as COPIED
 from ...models.errors import CheckpointError
+from ..architecture import build
+from ..report import some
 from ..safety.onnx_file import Graph, Node
 from ..weight_files import Weights
 
@@ -169,3 +174,43 @@ def _of_the_tower(tensors: dict[str, Tensor], origin: str) -> Weights:
     rest = {name: f"outside of {prefix}*" for name in tensors if not name.startswith(prefix)}
     words = f"an ONNX graph ({prefix}*)" if prefix else "an ONNX graph"
     return replace(Weights(inside, origin, words), left_out=rest)
+
+
+def with_own_marks(weights: Weights, metadata: Mapping[str, str]) -> Weights:
+    """Return the weights of our own export with the marks of the converted layers that its description has.
+
+    A graph has no marks, because it does not read them; without them the weights would pass for softmax attention.
+
+    Raises CheckpointError: the student copies its teacher's attention, the graph lacks weights of an operator, or the
+    model was converted and the file does not say how it is built.
+    """
+    if weights.architecture == COPIED or "copies" in metadata:
+        raise _unreadable(
+            weights, "of a student that runs with its teacher's attention, whose parts it mixes"
+        )
+    if weights.architecture is None and "plan" in metadata:
+        raise _unreadable(weights, "of a converted model, which it does not describe")
+    if weights.architecture != CONVERTED:
+        return weights
+    model = build(weights.architecture, weights.model_args, on_meta=True, within=weights.tensors)
+    marks = {
+        f"{path}.{MARK}": as_mark(layer.choice)
+        for path, layer in model.named_modules()
+        if isinstance(layer, ConvertedAttention) and layer.is_marked
+    }
+    found = {**weights.tensors, **marks}
+    lost = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and name not in found
+    ]
+    if lost:
+        raise _unreadable(weights, f"of a converted model without {some(lost)}, which the exporter changed")
+    return replace(weights, tensors=found)
+
+
+def _unreadable(weights: Weights, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{weights.origin} is the ONNX graph {what}: it runs, but its weights cannot be read back; give the folder or "
+        "file that it was exported from"
+    )

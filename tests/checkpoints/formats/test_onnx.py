@@ -11,16 +11,20 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.describe import describe_file
-from graftvit.checkpoints.export.export import export_source
+from graftvit.checkpoints.export.export import export_model, export_source
 from graftvit.checkpoints.export.graph import quiet, relative_error
+from graftvit.checkpoints.formats.containers import KEY
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.checkpoints.sources import parse_source
 from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.launch.cli import main
+from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import load_file
+from support.models.copied_models import pair, whole
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(
@@ -104,6 +108,64 @@ def test_our_own_export_is_read_back_with_its_architecture(ours: Path) -> None:
         assert relative_error(teacher.model(images), run(ours, images)) < 1e-5
     student = load_file(ours.parent / "student" / "model.safetensors")
     assert all(torch.equal(tensor, student[name]) for name, tensor in teacher.model.state_dict().items())
+
+
+CONVERTED = ["*: linear", "0: hilo(window=2); 1: agent(num_agents=4)"]
+
+
+@pytest.mark.parametrize("plan", CONVERTED)
+def test_a_converted_model_is_read_back_with_its_operators(plan: str, tmp_path: Path) -> None:
+    model, path, out = drawn(convert(tiny(), plan)), tmp_path / "m.onnx", tmp_path / "m.safetensors"
+    export_model(model, path, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    assert main(["checkpoint", "convert", str(path), str(out)]) == 0
+    written, own = load_file(out), model.state_dict()
+    assert written.keys() == own.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in written.items())
+    with pytest.raises(RuntimeError, match=r"operator\.choice"):  # plain timm does not take it for softmax
+        tiny().load_state_dict(written)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for source in (path, out):
+        teacher = load_teacher(str(source))
+        assert plan_of(teacher.model) == plan_of(model)
+        assert teacher.mean == (0.4, 0.5, 0.6)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher.model(images), model(images))
+
+
+def test_an_exported_folder_of_a_converted_model_is_a_source(tmp_path: Path) -> None:
+    model = drawn(convert(tiny(), "0: linear"))
+    save_for_hf(model, tmp_path / "m")
+    export_source(tmp_path / "m", tmp_path / "m.onnx", normalize=True)
+    assert plan_of(load_teacher(str(tmp_path / "m.onnx")).model) == plan_of(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: convert(tiny(), "0: linformer(num_keys=2)"), "blocks.0.attn.operator.key_pooling"),
+        (lambda: whole(*pair("alike", "copy_q", torch.float32)), "runs with its teacher's attention"),
+    ],
+)
+def test_a_graph_whose_weights_are_lost_is_refused_by_name(
+    make: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "m.onnx", tmp_path / "m.safetensors"
+    export_model(drawn(make()), path, dynamic=())
+    assert main(["checkpoint", "convert", str(path), str(out)]) == 2
+    assert not out.exists()
+    assert "cannot be read back; give the folder or file" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=words):
+        load_teacher(str(path))
+
+
+def test_a_converted_graph_without_a_description_is_refused(tmp_path: Path) -> None:
+    def forget(model: Any) -> None:
+        [entry] = [each for each in model.metadata_props if each.key == KEY]
+        model.metadata_props.remove(entry)
+
+    export_model(drawn(convert(tiny(), "0: linear")), tmp_path / "m.onnx", dynamic=())
+    with pytest.raises(CheckpointError, match="of a converted model, which it does not describe"):
+        load_teacher(str(edited(tmp_path / "m.onnx", tmp_path / "e.onnx", forget)))
 
 
 @pytest.mark.slow
