@@ -46,6 +46,7 @@ from .loss_terms import (
     placed,
     pretrained_normalization,
     read_settings,
+    refuse_name,
     resolve_terms,
     term_methods,
 )
@@ -167,6 +168,7 @@ class DualViT(nn.Module):
         self.config = read_settings(**options)
         given = teacher if isinstance(teacher, Mapping) else {DEFAULT_TEACHER: teacher}
         chosen = choose_teachers(self.config, list(given))
+        refuse_name("student", student, "load")
         self.student = student
         norm = student_normalization or pretrained_normalization(student)
         models = {name: model_of(name, each) for name, each in given.items()}
@@ -335,7 +337,7 @@ class DualViT(nn.Module):
         return self.student
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the student to a folder as a run does at its end, and return the folder; it is taught on.
+        """Write the student, released or not, to a folder as a run does at its end, and return the folder.
 
         It is what `graftvit.load` opens: the student, and for a copy method the part of the teacher that it needs.
         `overwrite` replaces a model folder that is there.
@@ -351,7 +353,7 @@ class DualViT(nn.Module):
         if epsilon is not None:
             set_norm_eps(model, epsilon)
         model.load_state_dict(merged(self.student.state_dict()), assign=True)
-        if self.needs_teacher:
+        if self.needs_teacher and copying_of(model) is None:  # a released student has its part
             copy_attention(model, *self._described_part())
         made = self._provenance()
         write_student(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -169,9 +170,18 @@ def resolve_terms(
     return terms
 
 
+def refuse_name(role: str, model: object, loader: str) -> None:
+    """Raise UnsupportedModelError for the path or name of a model in place of it."""
+    if isinstance(model, str | PathLike):
+        raise UnsupportedModelError(
+            f"{role} is a path or name and no model: load it first by graftvit.{loader}({str(model)!r})"
+        )
+
+
 def model_of(name: str, teacher: Teacher) -> nn.Module:
     """Return the model of a teacher. Raises UnsupportedModelError: it is not one of timm, nor an OutsideTeacher."""
     model = teacher.model if isinstance(teacher, Pretrained) else teacher
+    refuse_name(name, model, "load_teacher")
     if not isinstance(model, nn.Module) or not hasattr(model, "forward_head"):
         raise UnsupportedModelError(
             f"{name} is a {type(model).__name__}, which is not a classifier of timm: give "

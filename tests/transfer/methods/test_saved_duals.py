@@ -15,7 +15,7 @@ from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copying_of
 from graftvit.models.copying.teacher_view import Normalization
-from graftvit.models.errors import CheckpointError, TransferError
+from graftvit.models.errors import CheckpointError, TransferError, UnsupportedModelError
 from graftvit.transfer.methods.dual import DualViT
 from support.models import pyramids
 from support.models.dense import images, tiny
@@ -122,10 +122,31 @@ def test_what_is_known_of_a_loaded_teacher_is_recorded(tmp_path: Path) -> None:
     assert teacher.source.rpartition("/")[2] in str(files)
 
 
+@pytest.mark.parametrize("method", ["copy_q", "distill"])
+@torch.no_grad()
+def test_a_student_is_saved_after_its_release(tmp_path: Path, method: str) -> None:
+    with torch.enable_grad():
+        dual = trained(method)
+    expected = dual.predict(X)
+    dual.release()
+    torch.testing.assert_close(graftvit.load(dual.save(tmp_path / "student"))(X), expected)
+    made = json.loads((tmp_path / "student" / "config.json").read_text())["graftvit"]
+    assert made["recipe"]["transfer"]["method"] == method
+
+
+def test_a_path_in_place_of_a_model(tmp_path: Path) -> None:
+    model: Any = tiny()
+    for path in ("runs/t2/student", tmp_path):
+        with pytest.raises(UnsupportedModelError, match=rf"teacher is a path.*load_teacher\('{path}'\)"):
+            DualViT(path, model, "distill")  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedModelError, match=rf"student is a path.*graftvit\.load\('{path}'\)"):
+            DualViT(model, path, "distill")  # type: ignore[arg-type]
+
+
 def test_a_folder_with_something_is_left_alone(tmp_path: Path) -> None:
     dual = trained("distill")
     dual.save(tmp_path / "student")
-    with pytest.raises(CheckpointError, match="already holds a model"):
+    with pytest.raises(CheckpointError, match=r"already holds a model.*overwrite=True"):
         dual.save(tmp_path / "student")
     dual.save(tmp_path / "student", overwrite=True)
 
