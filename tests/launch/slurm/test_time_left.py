@@ -25,7 +25,7 @@ def run_with_log(folder: Path) -> JobFolder:
     files = submitted(folder)
     (folder / "config.yaml").write_text("optim:\n  max_steps: 100\n")
     log = folder / "log.jsonl"
-    log.write_text(json.dumps({"epoch": 0, "step": 10, "seconds": 100.0}) + "\n")
+    log.write_text(json.dumps({"epoch": 0, "step": 10, "seconds": 100.0, "images_per_second": 3.2}) + "\n")
     os.utime(log, (time.time() - AGE,) * 2)
     return files
 
