@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -116,6 +117,34 @@ def test_no_pickle_is_executed() -> None:
             if isinstance(node, ast.Call) and called == "torch.load":
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert keywords.get("weights_only") == "True", f"{path}: line {node.lineno}"
+
+
+DOTTED = re.compile(
+    r"(?<![\w./])(graftvit\.(?:models|checkpoints|transfer|launch)(?:\.[A-Za-z_]\w*)*)(?: import ([\w, ]+))?"
+)
+
+
+def test_every_name_of_the_package_in_a_text_exists() -> None:
+    """In documents, docstrings, error texts, and code that tests keep as text."""
+    texts = [*PACKAGE_FILES, *OTHER_FILES, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    assert [
+        (name_of(path), name)
+        for path in texts
+        for dotted, imported in DOTTED.findall(path.read_text())
+        for name in [f"{dotted}.{each.split()[0]}" for each in imported.split(",") if each.strip()]
+        or [dotted]
+        if not _exists(name)
+    ] == []
+
+
+@functools.cache
+def _exists(name: str) -> bool:
+    """Whether it is a module, or something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_the_version_stands_in_one_place() -> None:

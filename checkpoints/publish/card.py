@@ -65,7 +65,7 @@ def lesson_rows(recipe: Json, describe: DescribeTransfer) -> Rows:
 
 
 def plain_transfer(settings: Json) -> Rows:
-    """Return the method's name alone: its words are its own (`graftvit.transfer.methods.method_text`)."""
+    """Return the method's name alone: its words are its own."""
     return [("method", code(settings.get("method")))]
 
 

@@ -136,7 +136,7 @@ def own_size(model: nn.Module) -> Size:
     if size is None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no image size, so the grids of its stages are unknown: resize it "
-            "(graftvit.models.conversion.resize)"
+            "(graftvit.models.resize)"
         )
     return size
 

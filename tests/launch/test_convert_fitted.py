@@ -17,7 +17,7 @@ from support.runs.engine_runs import make_teacher
 
 KILLED = """
 import os, signal, sys
-from graftvit.checkpoints.fitted_layers import FittedLayers
+from graftvit.checkpoints.student import FittedLayers
 save = FittedLayers.save
 def save_and_die(self, index, key, layer):
     save(self, index, key, layer)

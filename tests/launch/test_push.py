@@ -23,6 +23,7 @@ from support.hub.hub_uploads import Store, serve_uploads
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
 
 POOL = "avg"
+"""Of a student from scratch; one that starts from the teacher pools as the teacher does."""
 LICENSE = "cc-by-nc-4.0"
 OF_HUB = {
     "timm": 'timm.create_model("hf-hub:org/vit", pretrained=True)',
@@ -95,9 +96,9 @@ def downloaded_logits(hub: Hub, tmp_path: Path, images: torch.Tensor, by: str) -
     return load_file(tmp_path / "logits")["logits"]
 
 
-def own_logits(folder: Path, images: torch.Tensor, plan: str | None = None) -> torch.Tensor:
+def own_logits(folder: Path, images: torch.Tensor, plan: str | None = None, pool: str = POOL) -> torch.Tensor:
     """The logits of the run's own weights, loaded here by none of what is tested."""
-    model = timm.create_model(ARCHITECTURE, **ARGUMENTS, num_classes=10, global_pool=POOL)
+    model = timm.create_model(ARCHITECTURE, **ARGUMENTS, num_classes=10, global_pool=pool)
     model = model if plan is None else convert(model, plan)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     with torch.no_grad():
@@ -136,9 +137,9 @@ def test_a_trained_and_converted_student_is_loaded_by_graftvit(
     folder, images = trained(tmp_path, mode="align", student={"plan": "*: linear"}), torch.randn(4, 1, 8, 8)
     assert main(["push", str(folder), "org/vit"]) == 0
     assert 'graftvit.load("hf-hub:org/vit")' in capsys.readouterr().out
-    own = own_logits(folder, images, "*: linear")
+    own = own_logits(folder, images, "*: linear", pool="token")
     assert torch.equal(downloaded_logits(hub[0], tmp_path, images, "graftvit"), own)
-    plain = timm.create_model(ARCHITECTURE, **ARGUMENTS, num_classes=10, global_pool=POOL)
+    plain = timm.create_model(ARCHITECTURE, **ARGUMENTS, num_classes=10, global_pool="token")
     plain.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert not torch.equal(plain.eval()(images), own)
 

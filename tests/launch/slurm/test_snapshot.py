@@ -28,7 +28,7 @@ sys.path[:] = [path for path in sys.path if "__editable__" not in path]
 USE = """
 import graftvit, json, pathlib
 import graftvit.checkpoints.state, graftvit.models.errors, graftvit.transfer.config
-from graftvit.launch.recipes import recipe_names
+from graftvit.launch.load_config import recipe_names
 from graftvit.launch.cli import _version
 modules = [module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "graftvit"]
 print(json.dumps([graftvit.__version__, _version(), list(recipe_names()), [str(path) for path in modules if path]]))
