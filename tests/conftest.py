@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,6 +45,14 @@ def level_of_our_log() -> Iterator[None]:
     yield
     if ours.level != before:  # setting it makes every logger of the process forget what it logs
         ours.setLevel(before)
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a command line in this process, as in `typed("jobs", folder, code=2).err`."""
+    from support.runs.typed import run_typed
+
+    return partial(run_typed, capsys)
 
 
 @pytest.fixture(scope="module")

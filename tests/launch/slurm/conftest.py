@@ -1,4 +1,4 @@
-"""Slurm clusters for tests; a test that takes one is skipped, with the reason, where there can be none."""
+"""A home for each test, a scheduler that says what it wants, and real clusters, or the reason for having none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graftvit.launch.slurm import scheduler
 from support.slurm.slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
 from support.slurm.slurm_config import ClusterOptions
+from support.slurm.slurm_folders import FakeSlurm
 from support.slurm.slurm_processes import ClusterError, marked_under
 
 REQUIRED = "GRAFTVIT_TEST_SLURM"
 """Set in the environment where the packages were installed: there a cluster that does not start is a failure."""
 
 StartCluster = Callable[..., SlurmCluster]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Configuration, registry and surroundings of nobody else; an administrator's site file would be below `all`."""
+    for name, folder in {"CONFIG_HOME": "xdg", "STATE_HOME": "state", "CONFIG_DIRS": "all"}.items():
+        monkeypatch.setenv(f"XDG_{name}", str(tmp_path / folder))
+    for name in [name for name in os.environ if name.startswith("SBATCH_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +75,15 @@ def cluster(cluster_folders: Callable[[], Path], request: pytest.FixtureRequest)
     """Three nodes on this host, for all tests of a file; or what the file says under `CLUSTER`."""
     with ExitStack() as stack:
         yield start_or_skip(stack, cluster_folders(), getattr(request.module, "CLUSTER", ClusterOptions()))
+
+
+@pytest.fixture
+def on_cluster(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+    """The cluster, of which this process is a user."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(scheduler, "_silent", {})
+    return cluster
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from graftvit.launch import cli
 from graftvit.launch.slurm import attempt as module
-from graftvit.launch.slurm import attempt as record
 from graftvit.launch.slurm.attempt import JobTask
 from graftvit.launch.slurm.failures import Failure, read_failure
 from graftvit.launch.slurm.job_folder import Attempt as Record
@@ -31,18 +30,13 @@ class Job:
         self.folder, self._patch = folder, patch
         self.reason, self.fallen, self.requeued = "preempted", [], 0
         patch.setattr(module, "reason_of_signal", lambda *_: self.reason)
-        patch.setattr(record, "fallen_nodes", lambda _: self.fallen)
+        patch.setattr(module, "fallen_nodes", lambda _: self.fallen)
         patch.setattr(module, "requeue", self._requeue)
         patch.setattr(module, "limit_threads", lambda: None)
         patch.setenv("SUBMITIT_EXECUTOR", "slurm")
         patch.setenv("SUBMITIT_FOLDER", str(folder / "jobs" / "launch-0"))
-        for name, value in {
-            "JOB_ID": 77,
-            "NTASKS": 4,
-            "JOB_NUM_NODES": 2,
-            "NODEID": 0,
-            "JOB_NODELIST": "a[1-2]",
-        }.items():
+        task = {"JOB_ID": 77, "NTASKS": 4, "JOB_NUM_NODES": 2, "NODEID": 0, "JOB_NODELIST": "a[1-2]"}
+        for name, value in task.items():
             patch.setenv(f"SLURM_{name}", str(value))
 
     def _requeue(self) -> None:
@@ -97,26 +91,18 @@ def stopped_by(*numbers: int, meanwhile: Callable[[], object] = lambda: None) ->
     return work
 
 
-def test_a_finished_run_is_a_result(job: Job) -> None:
+def test_a_finished_run_is_a_result(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.run(lambda: 0) == {"output_dir": str(job.folder), "outcome": "finished"}
     assert (job.last.outcome, job.last.nodes, job.last.world_size) == ("finished", ["a1", "a2"], 4)
     assert job.last.ended is not None
-
-
-def test_an_attempt_knows_where_its_part_of_the_log_begins(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.run(lambda: 0)
     assert job.last.log_start is None
-    monkeypatch.setenv("GRAFTVIT_LOG_START", "21")
+    monkeypatch.setenv("GRAFTVIT_LOG_START", "21")  # where its part of the log begins
     job.run(lambda: 0, restart=1)
     assert job.last.log_start == 21
 
 
 def test_a_run_that_finished_although_a_signal_came_is_not_started_again(job: Job) -> None:
-    def work() -> int:
-        os.kill(os.getpid(), signal.SIGUSR2)
-        return 0
-
-    assert job.run(work)["outcome"] == "finished"
+    assert job.run(lambda: os.kill(os.getpid(), signal.SIGUSR2) or 0)["outcome"] == "finished"
     assert job.requeued == 0
 
 
@@ -157,8 +143,11 @@ def test_a_termination_that_nothing_follows_ends_the_job_without_a_requeue(
 def test_a_request_to_stop_is_not_requeued(job: Job) -> None:
     folder = JobFolder(job.folder)
     folder.folder.mkdir()
-    assert job.run(stopped_by(signal.SIGUSR2, meanwhile=folder.stop_path.touch)) == 140
-    assert (job.requeued, job.last.outcome) == (0, "stopped")
+    folder.stop_request("76").touch()  # to another job of the folder
+    assert job.run(stopped_by(signal.SIGUSR2)) == 0
+    assert (job.requeued, job.last.outcome) == (1, "requeued")
+    assert job.run(stopped_by(signal.SIGUSR2, meanwhile=folder.stop_path.touch), restart=1) == 140
+    assert (job.requeued, job.last.outcome) == (1, "stopped")
 
 
 def test_a_limit_that_ends_before_the_first_save_is_not_requeued_for_ever(job: Job) -> None:
@@ -168,13 +157,10 @@ def test_a_limit_that_ends_before_the_first_save_is_not_requeued_for_ever(job: J
     assert "longer --time" in job.last.why
     (failure,) = job.failures
     assert (failure.kind, failure.transient) == ("cause", False)
-
-    def saves() -> int:
-        save(job.folder)
-        return stopped_by(signal.SIGUSR2)()
-
-    assert job.run(saves, restart=1) == 0
+    assert job.run(stopped_by(signal.SIGUSR2, meanwhile=lambda: save(job.folder)), restart=1) == 0
     assert (job.requeued, job.last.outcome) == (1, "requeued")
+    assert job.run(stopped_by(signal.SIGUSR2), restart=2) == 0  # before a step: the run has come further
+    assert (job.requeued, job.last.outcome) == (2, "requeued")
 
 
 @pytest.mark.parametrize("place", ["targets.txt", "fit/layer{}.safetensors"])
@@ -200,22 +186,12 @@ def save(folder: Path) -> None:
     state.write_bytes(b"")
 
 
-def test_a_limit_that_ends_before_a_step_does_not_end_a_run_that_has_come_further(job: Job) -> None:
-    job.reason = "time limit"
-    save(job.folder)
-    assert job.run(stopped_by(signal.SIGUSR2)) == 0
-    assert (job.requeued, job.last.outcome) == (1, "requeued")
-
-
 def test_attempts_that_are_all_too_short_end_the_run(job: Job) -> None:
     job.reason = "time limit"
     save(job.folder)
-    codes = [job.run(stopped_by(signal.SIGUSR2), restart=restart) for restart in range(3)]
-    assert codes == [0, 0, 1]
+    assert [job.run(stopped_by(signal.SIGUSR2), restart=restart) for restart in range(3)] == [0, 0, 1]
     assert (job.requeued, job.last.outcome) == (2, "failed")
-    assert job.last.why.startswith(
-        "3 attempts in a row met the time limit before they saved a new state: give a longer"
-    )
+    assert job.last.why.startswith("3 attempts in a row met the time limit before they saved a new state")
 
 
 def test_preemptions_between_them_do_not_count(job: Job) -> None:
@@ -241,20 +217,8 @@ def test_a_request_to_stop_that_came_too_late_for_the_attempt_before(job: Job) -
     assert (begun, job.requeued, job.last.outcome) == ([], 0, "stopped")
 
 
-def test_a_request_to_another_job_of_the_folder_is_not_for_this_one(job: Job) -> None:
-    folder = JobFolder(job.folder)
-    folder.folder.mkdir()
-    folder.stop_request("76").touch()
-    assert job.run(stopped_by(signal.SIGUSR2)) == 0
-    assert (job.requeued, job.last.outcome) == (1, "requeued")
-
-
 def test_a_record_that_is_removed_meanwhile_is_made_anew(job: Job) -> None:
-    def work() -> int:
-        shutil.rmtree(job.folder / "jobs")
-        return 0
-
-    assert job.run(work)["outcome"] == "finished"
+    assert job.run(lambda: shutil.rmtree(job.folder / "jobs") or 0)["outcome"] == "finished"
     assert (job.last.outcome, job.last.nodes, job.last.restart) == ("finished", ["a1", "a2"], 0)
 
 
@@ -288,25 +252,25 @@ def test_a_record_that_cannot_be_written_stops_no_training(
     assert capsys.readouterr().err.count("the record of this attempt is not written") == 1
 
 
-def test_a_rank_that_fails_because_of_another_says_so(job: Job) -> None:
-    def work() -> int:
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:2245")
-
-    job.run(work, rank=2)
-    assert [(failure.rank, failure.kind, failure.transient) for failure in job.failures] == [
-        (2, "consequence", True)
-    ]
-
-
 @pytest.mark.parametrize("saves", [True, False])
-def test_memory_is_enough_for_those_who_have_saved(job: Job, saves: bool) -> None:
+@pytest.mark.parametrize(
+    ("error", "rank", "kind"),
+    [
+        (RuntimeError("Connection closed by peer [127.0.0.1]:2245"), 2, "consequence"),
+        (MemoryError(), 0, "cause"),
+    ],
+)
+def test_what_a_rank_raises_is_judged(job: Job, saves: bool, error: Exception, rank: int, kind: str) -> None:
+    """Memory was enough for those who have saved."""
+
     def work() -> int:
         if saves:
             save(job.folder)
-        raise MemoryError
+        raise error
 
-    job.run(work)
-    assert [(failure.kind, failure.transient) for failure in job.failures] == [("cause", saves)]
+    job.run(work, rank=rank)
+    (failure,) = job.failures
+    assert (failure.rank, failure.kind, failure.transient) == (rank, kind, saves or kind == "consequence")
 
 
 def test_a_command_that_only_gives_a_code_has_failed_for_good(job: Job) -> None:

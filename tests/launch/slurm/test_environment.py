@@ -1,21 +1,27 @@
-"""Which launcher started a process, what is refused, and the same small run under each of them."""
+"""Which launcher started a process, what it tells torch, and what submitit does that a run must not depend on."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import submitit
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import environment as module
+from graftvit.launch.slurm import pitfalls
 from graftvit.launch.slurm.environment import (
     PORTS,
     first_host,
@@ -26,9 +32,18 @@ from graftvit.launch.slurm.environment import (
     srun_ranks,
     tasks_on_node,
 )
-from graftvit.models.errors import ConfigError
+from graftvit.launch.slurm.pitfalls import (
+    INSIDE_A_LAUNCHER,
+    export_ranks,
+    forget_old_results,
+    outside_of_a_job,
+    requeue,
+    start_script,
+)
+from graftvit.models.errors import ConfigError, RunFailedError
 from support.hub.ports import free_ports
 from support.runs.engine_runs import config, records
+from support.runs.typed import Typed
 from support.slurm.slurm_cluster import SlurmCluster
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -102,11 +117,10 @@ def test_an_interactive_shell_of_srun_is_one_process(monkeypatch: pytest.MonkeyP
 def accelerate_variables(*words: str) -> dict[str, str]:
     """What `accelerate launch` adds to the environment of a machine."""
     arguments = launch_command_parser().parse_args([*words, "train.py"])
-    vars(arguments).update(mixed_precision="no", dynamo_backend="no", use_cpu=arguments.cpu)
-    vars(arguments).update(num_cpu_threads_per_process=1)
-    made = (
-        prepare_simple_launcher_cmd_env(arguments)[1] if arguments.cpu else prepare_multi_gpu_env(arguments)
-    )
+    own = {"mixed_precision": "no", "dynamo_backend": "no", "use_cpu": arguments.cpu}
+    vars(arguments).update(**own, num_cpu_threads_per_process=1)
+    simple = arguments.cpu
+    made = prepare_simple_launcher_cmd_env(arguments)[1] if simple else prepare_multi_gpu_env(arguments)
     return {name: value for name, value in made.items() if os.environ.get(name) != value}
 
 
@@ -129,19 +143,11 @@ def test_accelerate_on_cpus_would_be_several_runs(words: tuple[str, ...]) -> Non
 
 
 def test_srun_tells_what_torch_asks_for() -> None:
-    environment = task(
-        5,
-        7,
-        SLURM_LOCALID="1",
-        SLURM_NODEID="1",
-        SLURM_STEP_TASKS_PER_NODE="4,3",
-        SLURM_STEP_NODELIST="n1,n2",
-    )
+    place = {"SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
+    environment = task(5, 7, **place, SLURM_STEP_NODELIST="n1,n2")
     prepare_process(environment)
-    assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
-        "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3",
-    }  # fmt: skip
-    assert environment["MASTER_ADDR"] == "n1"
+    wanted = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "n1"}
+    assert wanted.items() <= environment.items()
     assert int(environment["MASTER_PORT"]) in PORTS
     assert launcher(environment) == "variables"  # and a second command in this process goes on with them
 
@@ -212,23 +218,18 @@ def test_only_commands_that_train_together_are_prepared(monkeypatch: pytest.Monk
 def test_a_command_of_one_process(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="`graftvit compare` is one process, and 2 were started"):
         refuse_several("compare", environment)
-    for alone in (
-        {},
-        task(0, 1),
-        {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"},
-        {"SLURM_STEP_NUM_TASKS": "8"},
-    ):
-        refuse_several("compare", alone)
+    alone = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}
+    for one in ({}, task(0, 1), alone, {"SLURM_STEP_NUM_TASKS": "8"}):
+        refuse_several("compare", one)
 
 
 @pytest.mark.parametrize("command", ["compare", "demo"])
 def test_srun_of_a_command_of_one_process(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, typed: Typed
 ) -> None:
     for name, value in task().items():
         monkeypatch.setenv(name, value)
-    assert main([command]) == 2
-    assert f"`graftvit {command}` is one process, and 2 were started" in capsys.readouterr().err
+    assert f"`graftvit {command}` is one process, and 2 were started" in typed(command, code=2).err
 
 
 def clean(**more: str) -> dict[str, str]:
@@ -236,28 +237,17 @@ def clean(**more: str) -> dict[str, str]:
     return {**left, "OMP_NUM_THREADS": "1", **more}
 
 
-def recipe(tmp_path: Path, **engine: Any) -> Path:
+def recipe(tmp_path: Path) -> Path:
     """Four steps of two ranks, in `tmp_path/run`."""
-    run = config(
-        tmp_path / "run",
-        data={"train_samples": 64, "batch_size": 16},
-        optim={"epochs": 2, "warmup_epochs": 0},
-        engine={"log_interval": 1, **engine},
-    )
+    sizes, length = {"train_samples": 64, "batch_size": 16}, {"epochs": 2, "warmup_epochs": 0}
+    run = config(tmp_path / "run", data=sizes, optim=length, engine={"log_interval": 1})
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     return path
 
 
-def assert_one_run_of_two(folder: Path) -> None:
-    """Two ranks shared the steps of one run; nobody else wrote into its log."""
-    assert read_state(folder / "checkpoints" / "last.safetensors").meta["world_size"] == 2
-    steps = [record["step"] for record in records(folder) if "train_loss" in record]
-    assert steps == [1, 2, 2, 3, 4, 4]  # two steps an epoch, and the epoch's own record
-
-
-def run_all(commands: list[list[str]], environments: list[Mapping[str, str]], cwd: Path) -> list[str]:
-    """Starts the commands side by side, and gives what each says on its standard error."""
+def run_all(commands: list[list[str]], environments: list[Mapping[str, str]], cwd: Path) -> None:
+    """Run the commands side by side; they share one run, and nobody else writes into its log."""
     started = [
         subprocess.Popen(command, env=dict(environment), cwd=cwd, stderr=subprocess.PIPE, text=True)
         for command, environment in zip(commands, environments, strict=True)
@@ -268,7 +258,9 @@ def run_all(commands: list[list[str]], environments: list[Mapping[str, str]], cw
         for one in started:
             one.kill()
     assert [one.returncode for one in started] == [0] * len(started), said
-    return said
+    assert read_state(cwd / "run" / "checkpoints" / "last.safetensors").meta["world_size"] == 2
+    steps = [record["step"] for record in records(cwd / "run") if "train_loss" in record]
+    assert steps == [1, 2, 2, 3, 4, 4]  # two steps an epoch, and the epoch's own record
 
 
 TRAIN = ("-m", "graftvit.launch", "train")
@@ -283,7 +275,6 @@ def test_torchrun_on_two_machines(tmp_path: Path) -> None:
         for rank in range(2)
     ]  # fmt: skip
     run_all(agents, [clean()] * 2, tmp_path)
-    assert_one_run_of_two(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -292,7 +283,6 @@ def test_variables_set_by_hand(tmp_path: Path) -> None:
     common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environments = [clean(RANK=str(rank), **common) for rank in range(2)]
     run_all([[sys.executable, *TRAIN, str(path)]] * 2, environments, tmp_path)
-    assert_one_run_of_two(tmp_path / "run")
 
 
 @pytest.mark.slurm
@@ -301,24 +291,186 @@ def test_plain_srun(tmp_path: Path, cluster: SlurmCluster) -> None:
     path = recipe(tmp_path)
     command = ["srun", "-N", "2", "-n", "2", sys.executable, *TRAIN, str(path)]
     run_all([command], [clean(**cluster.environment)], tmp_path)
-    assert_one_run_of_two(tmp_path / "run")
 
 
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_srun_of_many_torchruns(tmp_path: Path, cluster: SlurmCluster) -> None:
-    path = recipe(tmp_path)
-    command = ["srun", "-n", "2", "-K", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               "--master_port", "0", *TRAIN, str(path)]  # fmt: skip
-    done = subprocess.run(
-        command,
-        env=clean(**cluster.environment),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    agent = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = ["srun", "-n", "2", "-K", sys.executable, *agent, *TRAIN, str(recipe(tmp_path))]
+    surroundings = {"env": clean(**cluster.environment), "cwd": tmp_path, "timeout": 150}
+    done = subprocess.run(command, capture_output=True, text=True, **surroundings)  # type: ignore[call-overload]
     assert done.returncode != 0
     assert "error: srun started torchrun 2 times, but each of them knows of 1 of them" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def in_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As in rank 1 of 4 of job 77, with a folder in front of PATH."""
+    for name, value in {
+        "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_NTASKS": "4",
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
+        "SLURM_JOB_NODELIST": "node[1-2]", "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    for name in (*INSIDE_A_LAUNCHER, "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.setenv(name, "")  # so that what a test exports is taken back, too
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def command(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def start(
+    folder: Path, *words: str, code: Path | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run the script that starts a task, with the folder in front of PATH and its code, unless another is given."""
+    script = folder / "start.sh"
+    script.write_text(start_script(code or folder, folder))
+    path = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    more = {"env": {**os.environ, **path}, **more}
+    return subprocess.run(["sh", str(script), *words], capture_output=True, text=True, **more)
+
+
+BLOCKED = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), flush=True)"
+
+
+def test_a_signal_before_the_handlers_waits_for_them(tmp_path: Path) -> None:
+    code = (
+        f"{BLOCKED}; import os, time; os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.2)\n"
+        "from graftvit.transfer.engine import early_signals as early\n"
+        "early.remember_signals(); time.sleep(0.05); print(early.received)"
+    )
+    done = start(tmp_path, "-c", code)
+    blocked, received = done.stdout.splitlines()
+    assert "SIGUSR2" in blocked
+    assert "SIGTERM" in blocked
+    assert received == f"[{signal.SIGUSR2.value}]"
+    assert "torch" not in done.stderr
+
+
+def test_a_preemption_in_the_first_moment_does_not_end_the_task(tmp_path: Path) -> None:
+    """Where the script only tries whether it can block."""
+    signals = '[ "$2" = true ] && kill -TERM $PPID && kill -USR2 $PPID'
+    command(tmp_path, "env", f'{signals}\nexec {shutil.which("env")} "$@"')
+    done = start(tmp_path, "-c", "print('started')", start_new_session=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (0, "started\n")
+
+
+def test_without_the_script_such_a_signal_kills(tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGUSR2
+
+
+@pytest.mark.parametrize("before", [{}, {"PYTHONPATH": "/mine"}])
+def test_the_script_puts_the_copied_code_first_and_keeps_the_rest_of_the_path(
+    before: dict[str, str], tmp_path: Path
+) -> None:
+    code = tmp_path / "a folder's code"
+    code.mkdir()
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    show = "import os; print(os.environ['PYTHONPATH'])"
+    found = start(tmp_path, "-c", show, code=code, env={**own, **before}).stdout.strip()
+    assert found == ":".join([str(code), *before.values()])
+
+
+def test_the_script_does_not_take_other_code_for_the_copy(tmp_path: Path) -> None:
+    done = start(tmp_path, "-c", "print('started')", code=tmp_path / "code")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"the copy of the code is gone, submit again: {tmp_path}/code\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="python 3.10 looks in the folder it is started in")
+def test_the_script_does_not_look_where_it_was_submitted(tmp_path: Path) -> None:
+    for folder in ("code", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "thing.py").write_text(f"print('{folder}')")
+    assert start(tmp_path, "-m", "thing", code=tmp_path / "code", cwd=tmp_path / "here").stdout == "code\n"
+
+
+def test_the_script_starts_where_env_cannot_block(tmp_path: Path) -> None:
+    command(tmp_path, "env", "exit 125")
+    done = start(tmp_path, "-c", BLOCKED)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]")
+
+
+def test_results_of_earlier_attempts_are_forgotten_but_only_ones_own(in_slurm: Path) -> None:
+    mine = submitit.JobEnvironment().paths.result_pickle
+    assert mine.name == "77_1_result.pkl"
+    other = in_slurm / "77_0_result.pkl"
+    torn = in_slurm / "77_1_result.pkl.save_tmp"
+    for path in (mine, other, torn):
+        path.write_bytes(b"old")
+    forget_old_results()
+    assert (mine.exists(), torn.exists(), other.exists()) == (False, False, True)
+    forget_old_results()  # nothing there
+
+
+def test_a_torn_result_would_fail_a_finished_attempt(tmp_path: Path) -> None:
+    """Why the torn one is removed: submitit asserts that it is not there."""
+    (tmp_path / "r.pkl.save_tmp").touch()
+    with pytest.raises(AssertionError), submitit.core.utils.temporary_save_path(tmp_path / "r.pkl"):
+        pass
+
+
+def test_scontrol_survives_the_signal_that_its_own_requeue_sends(in_slurm: Path) -> None:
+    """A slow scontrol, in a step of which every process gets SIGTERM while it runs."""
+    command(in_slurm, "scontrol", f"echo $$ > {in_slurm}/pid; sleep 0.4; echo $@ > {in_slurm}/asked")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end_all() -> None:
+        while not (in_slurm / "pid").exists() or not (in_slurm / "pid").read_text().strip():
+            time.sleep(0.01)
+        os.kill(int((in_slurm / "pid").read_text()), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end_all)
+    thread.start()
+    requeue()
+    thread.join()
+    assert (in_slurm / "asked").read_text() == "requeue incomplete 77\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_requeue_is_asked_for_again_where_the_controller_is_away(
+    in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pitfalls, "REQUEUE_PAUSE", 0.01)
+    command(in_slurm, "scontrol", f"echo x >> {in_slurm}/asked; [ $(wc -l < {in_slurm}/asked) -ge 3 ]")
+    requeue()
+    assert (in_slurm / "asked").read_text() == "x\n" * 3
+    command(in_slurm, "scontrol", "exit 1")
+    with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit resume` resumes"):
+        requeue()
+
+
+def test_a_job_that_submits_hands_nothing_of_itself_on(
+    in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/ours.conf")
+    monkeypatch.setenv("RANK", "3")
+    before = dict(os.environ)
+    with outside_of_a_job():
+        inside = dict(os.environ)
+    assert dict(os.environ) == before
+    assert inside["SLURM_CONF"] == "/etc/ours.conf"
+    assert [name for name in inside if name.startswith(("SLURM_", "SUBMITIT_"))] == ["SLURM_CONF"]
+    assert "RANK" not in inside
+
+
+def test_each_attempt_meets_at_a_port_of_its_own(in_slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = {export_ranks(restart)["MASTER_PORT"] for restart in range(50)}
+    assert len(ports) == 50
+    assert all(int(port) in PORTS for port in ports)
+    wanted = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1"}
+    assert wanted.items() <= os.environ.items()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") != "1"
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # one process alone is no group
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert export_ranks(0) == {}
+    assert "WORLD_SIZE" not in os.environ

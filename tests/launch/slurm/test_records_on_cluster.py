@@ -1,4 +1,4 @@
-"""Submissions that are interrupted, doubled or lost, on a real cluster: no job is unknown, and each can be stopped."""
+"""Submissions that are interrupted, doubled or lost, and removed folders: each job is known and can be stopped."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import scheduler
 from support.runs.commands import Command
 from support.runs.patience import until
-from support.slurm.cluster_runs import ClusterRun, cluster_run, held, user_environment
+from support.slurm.cluster_runs import (
+    ALONE,
+    ClusterRun,
+    cluster_run,
+    held,
+    user_environment,
+    wait_for_the_end,
+)
 from support.slurm.slurm_cluster import SlurmCluster
 from support.slurm.slurm_folders import submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-ALONE = ("--nodes", "1", "--tasks_per_node", "1", "--unchecked")
+AT_ONCE = (*ALONE, "--unchecked")
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def run(cluster: SlurmCluster, tmp_path: Path) -> Iterator[ClusterRun]:
     """One that was not submitted yet; its jobs end with the test."""
     yield cluster_run(cluster, tmp_path, optim={"epochs": 200}, data={"batch_size": 16})
     cluster.run("scancel", "--me")
-    until(lambda: not queue(cluster), "the end of all jobs", every=0.2)
+    wait_for_the_end(cluster)
 
 
 def queue(cluster: SlurmCluster) -> list[str]:
@@ -66,17 +71,6 @@ def begin(run: ClusterRun, *words: str) -> Command:
     return Command(words, user_environment(run.cluster, run.root), run.root)
 
 
-def recipe(run: ClusterRun) -> str:
-    path = run.root / "run.yaml"
-    path.write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
-    return str(path)
-
-
-def shown(run: ClusterRun) -> dict[str, Any]:
-    (status,) = json.loads(run.graftvit("jobs", str(run.folder), "--json"))
-    return dict(status)
-
-
 def end_together(processes: Sequence[Command]) -> list[str]:
     """What those say on standard error that fail."""
     ended = [(process.communicate(), process.returncode) for process in processes]
@@ -85,16 +79,16 @@ def end_together(processes: Sequence[Command]) -> list[str]:
 
 def assert_known(run: ClusterRun, job: str) -> None:
     """All commands know the job, and `stop` ends it."""
-    assert shown(run)["job_id"] == job
-    for words in (("resume", str(run.folder)), ("submit", recipe(run), *ALONE)):
+    assert run.shown()["job_id"] == job
+    for words in (("resume", str(run.folder)), ("submit", run.recipe(), *AT_ONCE)):
         assert f"is job {job} already" in run.graftvit(*words, code=2)
     assert queue(run.cluster) == [job]
     assert f"job {job} of {run.folder}" in run.graftvit("stop", str(run.folder), "--now")
-    until(lambda: not queue(run.cluster), "the end of the job", every=0.2)
+    wait_for_the_end(run.cluster)
 
 
 def test_of_two_submissions_and_resumptions_at_once_one_is_queued(run: ClusterRun) -> None:
-    words = ("submit", recipe(run), *ALONE)
+    words = ("submit", run.recipe(), *AT_ONCE)
     with held(run.cluster) as waiting:
         for command in (words, ("resume", str(run.folder), "--unchecked")):
             with slow_sbatch(run, before=1.0):
@@ -105,13 +99,18 @@ def test_of_two_submissions_and_resumptions_at_once_one_is_queued(run: ClusterRu
             assert_known(run, job)
 
 
+def submit_and_be_killed(run: ClusterRun, after: float, *words: str) -> None:
+    """Behind sbatch, before it can write the number down."""
+    with slow_sbatch(run, after=after) as submitted:
+        process = begin(run, "submit", run.recipe(), *AT_ONCE, *words)
+        until(submitted.exists, "the job")
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def test_a_submission_that_is_killed_behind_sbatch_has_a_job_that_all_know(run: ClusterRun) -> None:
     with held(run.cluster) as waiting:
-        with slow_sbatch(run, after=3.0) as submitted:
-            process = begin(run, "submit", recipe(run), *ALONE, *waiting)
-            until(submitted.exists, "the job")
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
+        submit_and_be_killed(run, 3.0, *waiting)
         (job,) = queue(run.cluster)
         assert str(run.folder) in run.graftvit("jobs")
         assert_known(run, job)
@@ -119,20 +118,15 @@ def test_a_submission_that_is_killed_behind_sbatch_has_a_job_that_all_know(run: 
 
 def test_a_job_whose_submission_was_killed_runs_to_its_end(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = cluster_run(cluster, tmp_path, optim={"epochs": 1}, data={"batch_size": 16})
-    with slow_sbatch(run, after=2.0) as submitted:
-        process = begin(run, "submit", recipe(run), *ALONE)
-        until(submitted.exists, "the job")
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+    submit_and_be_killed(run, 2.0)
     (attempt,) = run.finish()
-    until(lambda: shown(run)["state"] == "finished", "the end", every=0.5)
-    assert shown(run)["job_id"] == attempt.job_id
+    assert run.wait_for_state("finished")["job_id"] == attempt.job_id
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_terminal_that_ends_sbatch_cuts_no_submission(run: ClusterRun, number: signal.Signals) -> None:
     with held(run.cluster) as waiting, slow_sbatch(run, before=1.0, after=1.0) as submitted:
-        process = begin(run, "submit", recipe(run), *ALONE, *waiting)
+        process = begin(run, "submit", run.recipe(), *AT_ONCE, *waiting)
         until(submitted.with_suffix(".begun").exists, "the order")
         os.killpg(process.pid, number)
         _, said = process.communicate(timeout=60)
@@ -145,7 +139,7 @@ def test_a_terminal_that_ends_sbatch_cuts_no_submission(run: ClusterRun, number:
 
 
 def test_a_run_without_its_records_is_still_known(run: ClusterRun) -> None:
-    job = run.submit(*ALONE)
+    job = run.submit(*AT_ONCE)
     run.wait_for_lines(3)
     shutil.rmtree(run.folder / "jobs")
     assert_known(run, job)
@@ -158,13 +152,13 @@ def test_all_jobs_of_a_run_are_stopped(run: ClusterRun) -> None:
         submitted(run.folder, job_id=job)
     said = run.graftvit("stop", str(run.folder), "--now")
     assert [line.split()[1] for line in said.splitlines()] == [first, second]
-    until(lambda: not queue(run.cluster), "the end of both", every=0.2)
+    wait_for_the_end(run.cluster)
 
 
 def test_a_silent_controller_is_no_job_that_has_ended(
     run: ClusterRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = run.submit(*ALONE)
+    job = run.submit(*AT_ONCE)
     for name, value in run.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(scheduler, "ask", partial(scheduler.ask, tries=1))
@@ -175,6 +169,54 @@ def test_a_silent_controller_is_no_job_that_has_ended(
     finally:
         run.cluster.start_controller()
     assert queue(run.cluster) == [job]
-    run.graftvit(
-        "stop", str(run.folder), "--now"
-    )  # another process: this one leaves a silent controller alone
+    run.graftvit("stop", str(run.folder), "--now")  # another process: this one leaves a silent one alone
+
+
+def remove(folder: Path) -> None:
+    """As `rm -rf` does, told again where the run has written something in between."""
+
+    def gone() -> bool:
+        shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
+
+    until(gone, f"{folder} to be gone")
+
+
+def test_the_job_of_a_folder_that_was_removed_is_known_and_stopped(run: ClusterRun) -> None:
+    with held(run.cluster) as waiting:
+        job = run.submit(*AT_ONCE, *waiting)
+        remove(run.folder)
+        (status,) = json.loads(run.graftvit("jobs", "--json"))
+        assert (status["folder"], status["job_id"], status["state"]) == (str(run.folder), job, "pending")
+        assert "its folder was removed or moved" in run.graftvit("jobs", str(run.folder))
+        assert f"is job {job} already" in run.graftvit("submit", run.recipe(), *AT_ONCE, code=2)
+        assert f"job {job} of {run.folder} was pending and is cancelled" in run.graftvit(
+            "stop", str(run.folder)
+        )
+        assert not run.folder.exists()
+    wait_for_the_end(run.cluster)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_run_whose_folder_is_removed_ends_and_makes_no_other(run: ClusterRun, told: bool) -> None:
+    job = run.submit(*AT_ONCE)
+    run.wait_for_lines(3)
+    remove(run.folder)
+    if told:
+        assert f"job {job} of {run.folder} was running and is cancelled" in run.graftvit(
+            "stop", str(run.folder)
+        )
+    wait_for_the_end(run.cluster)
+    assert not run.folder.exists()
+
+
+def test_a_run_whose_folder_is_moved_says_so(run: ClusterRun) -> None:
+    run.submit(*AT_ONCE)
+    run.wait_for_lines(3)
+    moved = run.folder.rename(run.root / "moved")
+    wait_for_the_end(run.cluster)
+    assert not run.folder.exists()
+    log = next((moved / "jobs" / "logs").glob("*_0_log.err")).read_text()
+    assert f"{run.folder} is not there any more: it was moved or removed" in log
+    assert "taken over" not in log
+    assert "it was moved or removed" in run.graftvit("jobs", str(moved))

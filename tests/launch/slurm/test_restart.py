@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import restart as module
-from graftvit.launch.slurm import scheduler as asking
 from graftvit.launch.slurm.batch import Launch, Request, script
 from graftvit.launch.slurm.failures import Failure, Kind
 from graftvit.launch.slurm.job_folder import JobFolder
 from graftvit.launch.slurm.restart import Verdict, judge, main
 from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
-from support.slurm.slurm_folders import submitted
+from support.slurm.slurm_folders import SILENT, submitted
 
 LOST = ("consequence", True, "RuntimeError: Connection closed by peer")
 
@@ -60,28 +59,17 @@ def run(tmp_path: Path) -> Run:
 
 def test_a_rank_that_says_nothing_is_named(run: Run) -> None:
     run.attempt(LOST, LOST, LOST, outcome="failed", why="Connection closed by peer")
-    verdict = run.verdict()
-    assert verdict is not None
-    assert (verdict.wait, verdict.why) == (
-        30,
-        "rank 3 ended without a word; starts again after 30 s, restart 1 of 3 in a row",
-    )
-
-
-def test_an_attempt_that_says_nothing_at_all(run: Run) -> None:
-    run.attempt()
+    why = "rank 3 ended without a word; starts again after 30 s, restart 1 of 3 in a row"
+    assert run.verdict() == Verdict("0001-77.0", why, 30)
+    run.attempt()  # nothing at all
     assert run.wait() == 30
 
 
 def test_one_lasting_error_among_others_ends_the_run(run: Run) -> None:
-    run.attempt(
-        LOST, ("cause", True, "OSError: [Errno 116]"), ("cause", False, "ValueError: boom"), outcome="failed"
-    )
+    stale = ("cause", True, "OSError: [Errno 116] Stale file handle")
+    run.attempt(LOST, stale, ("cause", False, "ValueError: boom"), outcome="failed")
     assert run.verdict() == Verdict("0001-77.0", "rank 2: ValueError: boom", None)
-
-
-def test_a_disk_that_was_away_is_the_reason_that_is_told(run: Run) -> None:
-    run.attempt(LOST, ("cause", True, "OSError: [Errno 116] Stale file handle"), outcome="failed")
+    run.attempt(LOST, stale, outcome="failed")  # a disk that was away is the reason that is told
     verdict = run.verdict()
     assert verdict is not None
     assert verdict.why.startswith("rank 1: OSError: [Errno 116] Stale file handle; starts again")
@@ -110,11 +98,8 @@ def test_what_was_told_to_stop_is_not_started_again(run: Run) -> None:
     assert run.wait() == 30
     run.files.stop_request("77").touch()
     assert run.verdict() is None
-
-
-def test_without_a_record_of_the_attempt_nothing_is_decided(run: Run) -> None:
-    run.attempt(LOST)
-    run.restart += 1
+    run.files.stop_request("77").unlink()
+    run.restart += 1  # without a record of the attempt nothing is decided
     assert run.verdict() is None
 
 
@@ -132,21 +117,36 @@ def test_each_wait_is_twice_the_one_before_until_the_limit(run: Run) -> None:
     assert waits == [30, 60, 120, None]
 
 
-def test_the_limit_names_the_flag(run: Run) -> None:
-    run.attempt(LOST, retried=True)
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [
+        (1, "1 restart in a row brought no new state (--max_restarts)"),
+        (0, "it is not started again (--max_restarts 0)"),
+    ],
+)
+def test_the_limit_names_the_flag(run: Run, limit: int, why: str) -> None:
+    for _ in range(limit):
+        run.attempt(LOST, retried=True)
     run.attempt(LOST)
-    verdict = run.verdict(max_restarts=1)
+    verdict = run.verdict(max_restarts=limit)
     assert verdict is not None
-    assert "1 restart in a row brought no new state (--max_restarts)" in verdict.why
+    assert verdict.wait is None
+    assert why in verdict.why
 
 
-def test_a_new_state_begins_the_count_anew(run: Run) -> None:
+def test_a_new_state_or_job_begins_the_count_anew(run: Run) -> None:
     for _ in range(3):
         run.attempt(LOST, retried=True)
     run.attempt(LOST)
     assert run.wait() is None
     run.save()
     assert run.wait() == 30
+    for _ in range(3):
+        run.attempt(LOST, retried=True)
+    name = run.files.begin(job_id="78", restart=0, nodes=["n1"], world_size=4, state="")
+    verdict = judge(run.files, "78", 0, max_restarts=3, restart_wait=30)
+    assert verdict is not None
+    assert (verdict.attempt, verdict.wait) == (name, 30)
 
 
 def test_attempts_that_were_preempted_do_not_count(run: Run) -> None:
@@ -154,23 +154,6 @@ def test_attempts_that_were_preempted_do_not_count(run: Run) -> None:
     run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")
     run.attempt(LOST)
     assert run.wait() == 60
-
-
-def test_no_restarts_at_all(run: Run) -> None:
-    run.attempt(LOST)
-    verdict = run.verdict(max_restarts=0)
-    assert verdict is not None
-    assert verdict.wait is None
-    assert verdict.why.endswith("it is not started again (--max_restarts 0)")
-
-
-def test_jobs_of_before_do_not_count(run: Run) -> None:
-    for _ in range(3):
-        run.attempt(LOST, retried=True)
-    name = run.files.begin(job_id="78", restart=0, nodes=["n1"], world_size=4, state="")
-    verdict = judge(run.files, "78", 0, max_restarts=3, restart_wait=30)
-    assert verdict is not None
-    assert (verdict.attempt, verdict.wait) == (name, 30)
 
 
 class Slurm:
@@ -274,28 +257,23 @@ def test_without_the_record_nothing_is_started_again(
     assert "Stale file handle" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("when", ["question", "order"])
 def test_a_scheduler_that_does_not_answer(
-    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    slurm: Slurm, launch: Path, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def silent(*words: str, **_: Any) -> str:
-        raise asking.NoAnswerError("Slurm does not answer")
+        raise SILENT
 
-    monkeypatch.setattr(module, "ask", silent)
+    slurm.then = silent  # type: ignore[assignment]
+    if when == "question":
+        monkeypatch.setattr(module, "ask", silent)
     assert main(launch, 137) == 137
-    assert "not started again" in capsys.readouterr().err
-
-
-def test_an_order_that_is_refused_is_told(
-    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse() -> None:
-        raise asking.NoAnswerError("Slurm does not answer")
-
-    slurm.then = refuse
-    main(launch, 137)
-    (attempt,) = cell(launch).attempts()
-    assert (attempt.outcome, attempt.retried) == ("failed", False)
-    assert attempt.why.endswith("but: Slurm does not answer")
+    if when == "question":
+        assert "not started again" in capsys.readouterr().err
+    else:
+        (attempt,) = cell(launch).attempts()
+        assert (attempt.outcome, attempt.retried) == ("failed", False)
+        assert "but: Slurm does not answer" in attempt.why
 
 
 def test_only_a_job_on_slurm_has_the_lines_for_it(tmp_path: Path) -> None:

@@ -1,22 +1,34 @@
-"""Runs that lose a rank go on by themselves; those that are told to end, or that err, do not."""
+"""What happens to jobs happens to a run in the middle of its training; its result is that of an undisturbed one."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
-from graftvit.launch.slurm.job_folder import JobFolder
+from graftvit.launch.slurm.job_folder import Attempt, JobFolder
 from support.runs.patience import until
-from support.slurm.cluster_runs import ClusterRun, assert_undisturbed, cluster_run, held, interrupt, tasks_of
+from support.slurm.cluster_runs import (
+    ALONE,
+    ClusterRun,
+    assert_undisturbed,
+    cluster_run,
+    held,
+    interrupt,
+    tasks_of,
+    wait_for_the_end,
+)
 from support.slurm.slurm_cluster import SlurmCluster
 from support.slurm.slurm_processes import marked
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-ALONE = ("--nodes", "1", "--tasks_per_node", "1")
+StartCluster = Callable[..., SlurmCluster]
 EARLY = 10
+"""Records of the log after which something happens, of about 50."""
 
 
 def kill_rank(job: str, rank: int) -> None:
@@ -57,14 +69,20 @@ def test_a_run_that_loses_a_rank_and_is_interrupted_goes_on_by_itself(
     assert_undisturbed(run, ranks=4)
 
 
+def failed(run: ClusterRun, job: str) -> Attempt:
+    """The only attempt of a job that is not tried again."""
+    until(lambda: state_of(run, job).startswith("FAILED"), lambda: f"the failure\n{run.logs()}", every=0.5)
+    (only,) = run.jobs.attempts()
+    assert (only.outcome, only.retried) == ("failed", False)
+    return only
+
+
 def test_an_error_of_the_user_is_not_tried_again(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = cluster_run(cluster, tmp_path)
     with held(cluster) as until_it_is_gone:
         job = run.submit("--restart_wait", "1", *until_it_is_gone)
         (tmp_path / "teacher").rename(tmp_path / "gone")
-    until(lambda: state_of(run, job).startswith("FAILED"), lambda: f"the failure\n{run.logs()}", every=0.5)
-    (only,) = run.jobs.attempts()
-    assert (only.outcome, only.retried) == ("failed", False)
+    only = failed(run, job)
     assert "teacher" in only.why
     assert {failure.kind for failure in run.jobs.failures(only.name)} <= {"cause", "consequence"}
 
@@ -78,9 +96,7 @@ def test_a_node_without_the_interpreter_is_named_and_not_tried_again(
         (start,) = run.jobs.folder.glob("launch-*/start.sh")
         gone = f'[ "$SLURMD_NODENAME" = {node} ] && exec env /no/such/python\n'
         start.write_text(start.read_text().replace("\n", f"\n{gone}", 1))
-    until(lambda: state_of(run, job).startswith("FAILED"), lambda: f"the failure\n{run.logs()}", every=0.5)
-    (only,) = run.jobs.attempts()
-    assert (only.outcome, only.retried) == ("failed", False)
+    only = failed(run, job)
     said = f"rank 1 on {node} could not run the interpreter (exit code 127): env: "
     assert only.why.startswith(said)
     assert "/no/such/python" in only.why
@@ -130,22 +146,138 @@ def test_a_stop_that_comes_with_the_failure_is_obeyed(cluster: SlurmCluster, tmp
 
 def test_a_cell_of_an_array_goes_on_alone(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = sleepy(tmp_path, cluster)
-    recipe = tmp_path / "cells.yaml"
-    recipe.write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
-    run.graftvit("submit", str(recipe), *ALONE, "--restart_wait", "0", "--sweep", "seed=0..1")
+    run.graftvit("submit", run.recipe(), *ALONE, "--restart_wait", "0", "--sweep", "seed=0..1")
     cells = [JobFolder(run.folder / "cells" / f"seed={seed}") for seed in (0, 1)]
     for cell in cells:
         until(cell.attempts, lambda cell=cell: f"the start of {cell.folder}")  # type: ignore[misc]
     (lost,) = cells[0].attempts()
-    kill_rank(raw_number(cluster, lost.job_id), 0)
+    kill_rank(cluster.run("squeue", "-h", "-j", lost.job_id, "-o", "%A").strip(), 0)  # 125 for 123_4
     until(lambda: len(cells[0].attempts()) == 2, lambda: f"the restart\n{run.logs()}", every=0.5)
     assert [one.retried for one in cells[0].attempts()] == [True, False]
     assert cells[0].attempts()[1].job_id == lost.job_id
     assert len(cells[1].attempts()) == 1
     cluster.run("scancel", lost.job_id.partition("_")[0])
-    until(lambda: not cluster.run("squeue", "-h").strip(), "the end of the array", every=0.5)
+    wait_for_the_end(cluster)
 
 
-def raw_number(cluster: SlurmCluster, job: str) -> str:
-    """The number of a cell among all jobs, `125` for `123_4`."""
-    return cluster.run("squeue", "-h", "-j", job, "-o", "%A").strip()
+def preempt(run: ClusterRun) -> None:
+    """A job of a higher partition that needs all nodes, for a moment."""
+    nodes = str(len(run.cluster.nodes))
+    run.cluster.run("sbatch", "-p", "high", "-N", nodes, "--ntasks-per-node=1", "--cpus-per-task=8",
+                    "-o", "/dev/null", "--wrap", "sleep 1")  # fmt: skip
+
+
+def meet_the_time_limit(run: ClusterRun, job: str, started: float) -> None:
+    """A limit is whole minutes, and Slurm looks every 30 s: the tasks stand still until it has signaled."""
+    minutes = math.ceil((time.monotonic() - started + 30) / 60)
+    run.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
+    tasks = tasks_of(job)
+    assert len(tasks) == 2
+    for task in tasks:
+        os.kill(task, signal.SIGSTOP)
+    until(lambda: run.jobs.attempts()[0].outcome, "Slurm signaling, and continuing, the tasks")
+    run.wait_for_attempt(2)
+    run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
+
+
+def test_four_events_in_one_run(start_cluster: StartCluster, tmp_path: Path) -> None:
+    """Its time limit, a job of a higher partition, the death of the node with the batch script, and `scancel`."""
+    run = cluster_run(start_cluster(user_signal=True, grace=6), tmp_path)
+    started = time.monotonic()
+    job = run.submit("--signal_delay", "60")
+    run.wait_for_lines(EARLY)
+    meet_the_time_limit(run, job, started)
+    run.wait_for_lines(EARLY + 6)
+    preempt(run)
+    run.wait_for_attempt(3)
+    run.wait_for_lines(EARLY + 12)
+    dead = run.jobs.attempts()[2].nodes[0]
+    run.cluster.kill_node(dead)
+    run.wait_for_attempt(4)
+    run.wait_for_lines(EARLY + 18)
+    run.cluster.run("scancel", job)
+    wait_for_the_end(run.cluster)
+    limited, preempted, lost, cancelled = run.jobs.attempts()
+    assert (limited.outcome, limited.signal) == ("requeued", "SIGUSR2 (time limit)")
+    assert preempted.outcome == "requeued"
+    assert preempted.signal.startswith("SIGUSR2")
+    assert "preempted" in preempted.signal
+    assert lost.outcome is None  # the first rank went with its node
+    assert dead not in cancelled.nodes
+    assert cancelled.before == f"node failure: {dead}"
+    assert cancelled.signal == "SIGTERM (cancelled)"
+    run.graftvit("resume", str(run.folder))
+    assert run.finish()[-1].outcome == "finished"
+    assert_undisturbed(run)
+
+
+def test_four_other_events_in_one_run(
+    start_cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A requeue, a preemption without the signal that the job asked for, the death of another node, an interrupt."""
+    run = cluster_run(start_cluster(user_signal=False, grace=6), tmp_path)
+    job = run.submit()
+    run.wait_for_lines(EARLY)
+    run.cluster.run("scontrol", "requeue", job)
+    run.wait_for_attempt(2)
+    run.wait_for_lines(EARLY + 6)
+    preempt(run)
+    run.wait_for_attempt(3)
+    run.wait_for_lines(EARLY + 12)
+    dead = run.jobs.attempts()[2].nodes[1]
+    run.cluster.kill_node(dead)
+    run.wait_for_attempt(4)
+    run.wait_for_lines(EARLY + 18)
+    interrupt(run, job, monkeypatch)
+    attempts = run.finish()
+    requeued, preempted, lost, interrupted, last = attempts
+    assert [(attempt.job_id, attempt.restart) for attempt in attempts] == [
+        (job, number) for number in range(5)
+    ]
+    assert [(attempt.world_size, len(attempt.nodes)) for attempt in attempts] == [(2, 2)] * 5
+    assert requeued.signal == "SIGTERM (requeued)"
+    assert preempted.signal.startswith("SIGTERM")
+    assert "preempted" in preempted.signal
+    assert preempted.outcome is None
+    assert lost.outcome in (None, "failed")  # Slurm may end the first rank before that misses the others
+    assert dead not in interrupted.nodes
+    assert interrupted.before == f"node failure: {dead}" or lost.outcome == "failed"
+    assert interrupted.outcome == "requeued"
+    assert interrupted.signal.startswith("SIGUSR2")
+    assert last.outcome == "finished"
+    assert_undisturbed(run)
+
+
+def test_the_orphaned_attempt_is_fenced_off(
+    start_cluster: Callable[..., SlurmCluster], tmp_path: Path
+) -> None:
+    cluster = start_cluster(mode="ns", nodes=2)
+    run = cluster_run(cluster, tmp_path, optim={"epochs": 16})
+    run.submit("--nodes", "1", "--tasks_per_node", "2")
+    run.wait_for_lines(12)
+    (orphan,) = run.jobs.attempts()
+    cluster.cut_node(orphan.nodes[0])
+    before = run.lines()
+    until(lambda: run.lines() > before, "the orphan writing on")
+    tasks = tasks_of(orphan.job_id)
+    assert len(tasks) == 2
+    for task in tasks:  # stand still, lest they end before their successor has loaded
+        os.kill(task, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"nodename={orphan.nodes[0]}", "state=down", "reason=cut")
+    run.wait_for_attempt(2)
+    written = run.lines()
+    until(lambda: run.lines() != written, "the successor writing")
+    for task in tasks:
+        os.kill(task, signal.SIGCONT)
+    successor = run.finish()[1]
+    assert (successor.job_id, successor.nodes) == (
+        orphan.job_id,
+        [n for n in cluster.nodes if n not in orphan.nodes],
+    )
+    until(
+        lambda: "has taken over the run" in "".join(one.text for one in run.jobs.failures(orphan.name)),
+        lambda: f"the orphan's end: {run.jobs.failures(orphan.name)}",
+    )
+    assert run.jobs.attempts()[0].outcome == "failed"
+    assert f"of job {orphan.job_id}" in run.jobs.failures(orphan.name)[0].text
+    assert_undisturbed(run)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import scheduler
-from graftvit.launch.slurm import scheduler as ask
 from graftvit.launch.slurm.scheduler import (
     JobState,
     NoAnswerError,
@@ -32,7 +31,7 @@ from support.slurm.slurm_cluster import SlurmCluster
 
 QUEUE = """\
 12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
-12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|1-00:20:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|1-00:20:00|graftvit-x-0|/x|y/jobs/launch-0/submit.sh|
 12632730|RUNNING|gpu1,gpu2|None|2|0|2026-11-21T12:13:56|2026-11-21T12:33:56|UNLIMITED|graftvit-x-0|/x/jobs/launch-0/submit.sh|
 12632729|CANCELLED|gpu1|None|0|15|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
 50410830|FAILED|gpu1,gpu2|JobLaunchFailure|0|4021|2026-11-22T17:56:17|2026-11-22T17:56:17|2:00:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
@@ -52,21 +51,14 @@ SIGNALLED = (
 
 def test_the_queue_is_read() -> None:
     jobs = parse_queue(QUEUE)
-    assert jobs["12632732"].exit_code == "7:0"
-    assert jobs["12632732"].reason == "NonZeroExitCode"
+    assert (jobs["12632732"].exit_code, jobs["12632732"].reason) == ("7:0", "NonZeroExitCode")
     assert jobs["12632731_2"] == JobState(
-        "PENDING",
-        reason="JobArrayTaskLimit",
-        limit=24 * 60 + 20,
-        exit_code="0:0",
-        name="graftvit-x-0",
-        script=Path("/x/jobs/launch-0/submit.sh"),
-    )
+        "PENDING", reason="JobArrayTaskLimit", limit=24 * 60 + 20, exit_code="0:0", name="graftvit-x-0",
+        script=Path("/x|y/jobs/launch-0/submit.sh"),
+    )  # fmt: skip
     running = jobs["12632730"]
     assert (running.nodes, running.restarts, running.limit) == (("gpu1", "gpu2"), 2, None)
-    assert running.end is not None
-    assert running.start is not None
-    assert running.end - running.start == 1200
+    assert (running.end or 0) - (running.start or 0) == 1200
     assert jobs["12632729"].exit_code == "0:15"
     assert jobs["50410830"].exit_code == "0:53"
 
@@ -78,6 +70,9 @@ def test_the_accounting_tells_how_each_start_ended() -> None:
     assert jobs["7"].restarts == 2
     assert [name for name in jobs if name.startswith("8")] == ["8_3", "8_4", "8_5", "8_9"]
     assert jobs["8_4"].nodes == ()
+    lines = ["JobID|State|Restarts|JobName", "7|NODE_FAIL||old", "7|NODE_FAIL||new", "7|COMPLETED||new"]
+    job = parse_accounting("\n".join(lines))["7"]  # jobs of one number are kept apart
+    assert (job.name, job.history) == ("new", ("NODE_FAIL",))
 
 
 @pytest.mark.parametrize(
@@ -112,11 +107,8 @@ def test_the_reason_of_a_signal(changes: dict[str, Any], reason: str) -> None:
 
 
 def test_fallen_nodes_are_those_that_do_not_work() -> None:
-    assert fallen_in("a idle\na idle\nb down*\nc mixed*\nd drained\ne failing\nf allocated\n") == [
-        "b",
-        "c",
-        "e",
-    ]
+    text = "a idle\na idle\nb down*\nc mixed*\nd drained\ne failing\nf allocated\n"
+    assert fallen_in(text) == ["b", "c", "e"]
 
 
 def test_without_slurm_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -132,11 +124,11 @@ def test_a_scheduler_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
         raise subprocess.TimeoutExpired(words, timeout)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    monkeypatch.setattr(ask, "PAUSE", 0.0)
-    monkeypatch.setattr(ask, "_silent", {})
+    monkeypatch.setattr(scheduler, "PAUSE", 0.0)
+    monkeypatch.setattr(scheduler, "_silent", {})
     with pytest.raises(NoAnswerError, match=r"asked 3 times in .* no answer within 15 seconds"):
         job_states(["1"])
-    assert ask.TRIES * ask.TIMEOUT + (ask.TRIES - 1) * 2 < 60
+    assert scheduler.TRIES * scheduler.TIMEOUT + (scheduler.TRIES - 1) * 2 < 60
 
 
 @pytest.mark.parametrize(
@@ -146,25 +138,13 @@ def test_a_scheduler_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
         ("slurm_load_jobs error: Socket timed out on send/recv operation", NoAnswerError, 3),
         ("scancel: error: Kill job error on job id 9: Access/permission denied", GraftError, 1),
         ("scancel: error: Kill job error on job id 9: Invalid job id specified", NoSuchJobError, 1),
-        (
-            "scancel: error: Kill job error on job id 9: Job can not be altered now, try again later",
-            GraftError,
-            1,
-        ),
+        ("scancel: error: Kill job error on job id 9: Job can not be altered now, try again", GraftError, 1),
     ],
 )
 def test_only_a_controller_that_is_away_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, said: str, kind: type[GraftError], tries: int
 ) -> None:
-    calls = []
-
-    def answer(words: Any, **_: Any) -> Any:
-        calls.append(words)
-        return subprocess.CompletedProcess(words, 1, stdout="", stderr=f"{said}\n")
-
-    monkeypatch.setattr(subprocess, "run", answer)
-    monkeypatch.setattr(ask, "PAUSE", 0.0)
-    monkeypatch.setattr(ask, "_silent", {})
+    calls = answers(monkeypatch, error=said, scancel=None, squeue=None)
     with pytest.raises(GraftError) as raised:
         cancel("9")
     assert type(raised.value) is kind
@@ -176,24 +156,26 @@ def test_only_a_controller_that_is_away_is_asked_again(
 
 
 def test_private_jobs_of_another_user_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(words: Any, **_: Any) -> Any:
-        said = "slurm_load_jobs error: Invalid job id specified\n"
-        return subprocess.CompletedProcess(words, 1, stdout="", stderr=said)
-
-    monkeypatch.setattr(subprocess, "run", answer)
+    answers(monkeypatch, error="slurm_load_jobs error: Invalid job id specified", squeue=None, sacct=None)
     assert job_states(["9"]) == {"9": JobState()}
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, **said: str | None) -> None:
-    """Each command of Slurm says this; nothing where its daemon is away."""
+AWAY = "error: Problem talking to the database: Connection refused"
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, error: str = AWAY, **said: str | None) -> list[Any]:
+    """Each command of Slurm says this, or fails with the error; returns the calls."""
+    calls: list[Any] = []
 
     def answer(words: Any, **_: Any) -> Any:
+        calls.append(words)
         text = said[words[0]]
-        away = f"{words[0]}: error: Problem talking to the database: Connection refused\n"
-        return subprocess.CompletedProcess(words, text is None, stdout=text, stderr=away)
+        return subprocess.CompletedProcess(words, text is None, stdout=text or "", stderr=f"{error}\n")
 
     monkeypatch.setattr(subprocess, "run", answer)
-    monkeypatch.setattr(ask, "_silent", {})
+    monkeypatch.setattr(scheduler, "PAUSE", 0.0)
+    monkeypatch.setattr(scheduler, "_silent", {})
+    return calls
 
 
 def test_accounting_that_is_away_hides_no_job_and_stops_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,11 +194,6 @@ def test_what_the_queue_does_not_know_neither_waits_nor_runs(monkeypatch: pytest
     found = job_states(["8", "9"])
     assert found["8"] == JobState()
     assert (found["9"].state, found["9"].name) == ("FAILED", "")
-
-
-def use(monkeypatch: pytest.MonkeyPatch, cluster: SlurmCluster) -> None:
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, cluster.environment[name])
 
 
 def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
@@ -249,14 +226,13 @@ def test_real_jobs(
     accounting: bool,
 ) -> None:
     cluster = start_cluster(accounting=accounting)
-    use(monkeypatch, cluster)
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
     array = sbatch(cluster, "sleep 100", "--array=0-5%1")
     failed = sbatch(cluster, "exit 7")
-    mark = tmp_path / "usr2"
-    script = tmp_path / "task.sh"
-    script.write_text(
-        f"trap 'echo $SLURM_PROCID >> {mark}' USR2; echo >> {mark}.ready; while :; do sleep 0.1; done"
-    )
+    mark, script = tmp_path / "usr2", tmp_path / "task.sh"
+    wait = "while :; do sleep 0.1; done"
+    script.write_text(f"trap 'echo $SLURM_PROCID >> {mark}' USR2; echo >> {mark}.ready; {wait}")
     wide = sbatch(cluster, f"srun bash {script}", "--nodes=2", "--ntasks-per-node=1")
     assert state_when(f"{array}_0", lambda job: job.state == "RUNNING").nodes == (cluster.nodes[0],)
     assert state_when(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
@@ -278,10 +254,8 @@ def test_real_jobs(
 
 
 @pytest.mark.slurm
-def test_a_task_learns_why_it_was_signalled(
-    cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    use(monkeypatch, cluster)
+def test_a_task_learns_why_it_was_signalled(on_cluster: SlurmCluster, tmp_path: Path) -> None:
+    cluster = on_cluster
     (tmp_path / "task.py").write_text(
         "import os, signal, sys, time\n"
         "from graftvit.launch.slurm.scheduler import reason_of_signal\n"

@@ -1,5 +1,9 @@
+"""Sweeps: their words, cells, files and summary."""
+
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 import subprocess
@@ -7,8 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.fields import leaves
-from graftvit.launch.load_config import Setting, load_config, load_stages, parse_override
+from graftvit.launch.load_config import Setting, dump_config, load_config, load_stages, parse_override
+from graftvit.launch.slurm.summary import (
+    Summary,
+    draw,
+    numeric_key,
+    read_cell,
+    summarize,
+    to_csv,
+    to_markdown,
+    write_summary,
+)
 from graftvit.launch.slurm.sweep import (
     MAX_CELLS,
     Axis,
@@ -20,15 +35,15 @@ from graftvit.launch.slurm.sweep import (
     parse_sweep,
 )
 from graftvit.models.errors import CheckpointError, ConfigError
-from graftvit.transfer.config import RunConfig
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import binomtest
+from support.runs.engine_runs import config
+from support.runs.typed import Typed
+from support.slurm.sweep_folders import make_sweep, write_attempt, write_run
 
 OUT = Path("runs/sweep")
-
-
-def names(*words: str) -> list[str]:
-    return [cell.name for cell in parse_sweep(words, OUT).cells]
 
 
 def test_a_sweep_is_the_product_in_the_given_order() -> None:
@@ -66,6 +81,10 @@ def test_values(word: str, values: tuple[str, ...]) -> None:
     (axis,) = parse_axes([word])
     assert axis.values == values
     assert parse_axes([str(axis)]) == [axis]
+
+
+def test_an_axis_reads_as_it_was_written() -> None:
+    assert str(Axis("transfer.layers", ("0,3", "all", "0..4"))) == "transfer.layers=[0,3],all,[0..4]"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +125,10 @@ def test_mistakes_get_one_sentence(words: list[str], sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def names(*words: str) -> list[str]:
+    return [cell.name for cell in parse_sweep(words, OUT).cells]
+
+
 def test_names_that_would_be_one_file_are_kept_apart() -> None:
     found = names("model=vit:a,vit-a,VIT-A,///," + "x" * 300)
     assert len({name.casefold() for name in found}) == 5
@@ -113,13 +136,9 @@ def test_names_that_would_be_one_file_are_kept_apart() -> None:
     assert names("student.drop_path=0,0.1", "teacher.model=a", "student.model=a") == [
         "drop_path=0,teacher.model=a,student.model=a", "drop_path=0.1,teacher.model=a,student.model=a",
     ]  # fmt: skip
-
-
-def test_a_long_name_fits_a_file_system() -> None:
-    words = [f"student.model_args.{'k' * 60}{i}={'v' * 30},w" for i in range(4)]
-    found = names(*words)
+    found = names(*(f"student.model_args.{'k' * 60}{i}={'v' * 30},w" for i in range(4)))
     assert len(set(found)) == 16
-    assert max(map(len, found)) == 180
+    assert max(map(len, found)) == 180  # fits a file system
 
 
 KEYS = ["transfer.layers", "optim.blr", "seed", "student.plan", "teacher.model_args.a/b", "data.aa"]
@@ -164,10 +183,17 @@ def test_a_sweep_is_read_back_also_where_it_was_moved(tmp_path: Path) -> None:
     assert moved.cells[0].folder == tmp_path / "new" / "cells" / "layers=first-6,seed=0"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"axes": [{}], "cells": []}', '{"axes": 3}', "\x00"])
+VICTIM = '{"axes": [], "cells": [{"name": "../../victim", "settings": {}}]}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"axes": [{}], "cells": []}', '{"axes": 3}', "\x00", VICTIM], ids=repr
+)
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    """And one of somebody else has no cell elsewhere."""
     (tmp_path / "sweep.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"sweep\.json cannot be read"):
+    why = r"'\.\./\.\./victim' is no name of a file" if text == VICTIM else "cannot be read"
+    with pytest.raises(CheckpointError, match=rf"sweep\.json:? {why}"):
         load_sweep(tmp_path)
 
 
@@ -176,16 +202,13 @@ def test_a_folder_takes_one_sweep(tmp_path: Path) -> None:
     check_sweep(sweep)
     sweep.save()
     check_sweep(parse_sweep(["layers=[0,3],all", "seed=0,1"], tmp_path))
-    with pytest.raises(
-        ConfigError, match=re.escape("(--sweep 'transfer.layers=[0,3],all' --sweep 'seed=0,1')")
-    ):
+    words = re.escape("(--sweep 'transfer.layers=[0,3],all' --sweep 'seed=0,1')")
+    with pytest.raises(ConfigError, match=words):
         check_sweep(parse_sweep(["seed=0..1"], tmp_path))
-
-
-def test_a_run_is_no_sweep(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()
     with pytest.raises(ConfigError, match="holds a run that is no sweep"):
-        check_sweep(parse_sweep(["seed=0..1"], tmp_path))
+        check_sweep(parse_sweep(["seed=0..1"], tmp_path / "run"))
 
 
 def write_recipe(folder: Path, text: str) -> Path:
@@ -194,16 +217,12 @@ def write_recipe(folder: Path, text: str) -> Path:
     return path
 
 
-def read_back(folder: Path, text: str) -> RunConfig:
-    return load_config(write_recipe(folder, text))
-
-
 def test_each_cell_has_its_whole_configuration(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, "seed: 3\noptim: {epochs: 7}\n")
     sweep = parse_sweep(["transfer.layers=first:6,[0,3]", "seed=0..1"], tmp_path / "out")
     configs = cell_configs(sweep, path, [parse_override("optim.blr=0.5")])
     assert list(configs) == [cell.name for cell in sweep.cells]
-    config = read_back(tmp_path, configs["layers=0-3,seed=1"])
+    config = load_config(write_recipe(tmp_path, configs["layers=0-3,seed=1"]))
     assert (config.transfer.layers, config.seed, config.optim.epochs, config.optim.blr) == ("0,3", 1, 7, 0.5)
     assert config.output_dir == tmp_path / "out" / "cells" / "layers=0-3,seed=1"
 
@@ -213,7 +232,7 @@ def test_a_setting_of_one_loss_is_swept(tmp_path: Path) -> None:
     sweep = parse_sweep(["losses[1].weight=1,0.5", "transfer.losses[0].layers=all,[0,3]"], tmp_path / "out")
     configs = cell_configs(sweep, path)
     assert list(configs)[3] == "weight=0.5,layers=0-3"
-    first, second = read_back(tmp_path, configs["weight=0.5,layers=0-3"]).transfer.losses
+    first, second = load_config(write_recipe(tmp_path, configs["weight=0.5,layers=0-3"])).transfer.losses
     assert (first.layers, second.weight) == ([0, 3], 0.5)
     with pytest.raises(ConfigError, match="set the same thing"):
         parse_sweep(["losses[1].weight=1,2", "losses=[],[{method: copy}]"], tmp_path)
@@ -225,29 +244,24 @@ def test_every_cell_is_checked(tmp_path: Path) -> None:
     sweep = parse_sweep(["seed=0..1", "blr=1e-3,fast"], tmp_path)
     with pytest.raises(ConfigError, match=r"--sweep optim\.blr is 'fast', but must be a number"):
         cell_configs(sweep, None)
-
-
-@pytest.mark.parametrize("override", ["seed=3", "student.model_args.depth=2"])
-def test_what_is_swept_is_not_set_beside(override: str, tmp_path: Path) -> None:
     sweep = parse_sweep(["seed=0..1", "model_args={depth: 3},{depth: 4}"], tmp_path)
-    with pytest.raises(ConfigError, match="leave one of the two out"):
-        cell_configs(sweep, None, [parse_override(override)])
+    for swept in ("seed=3", "student.model_args.depth=2"):
+        with pytest.raises(ConfigError, match="leave one of the two out"):
+            cell_configs(sweep, None, [parse_override(swept)])
+
+
+STAGES = "seed: 3\nstages:\n- {name: align, mode: align}\n- {name: task, mode: finetune, optim: {blr: 0.1}}\n"
 
 
 def test_stages_stay_stages(tmp_path: Path) -> None:
-    path = write_recipe(
-        tmp_path,
-        "seed: 3\nstages:\n- {name: align, mode: align}\n- {name: task, mode: finetune, optim: {blr: 0.1}}\n",
-    )
     sweep = parse_sweep(["seed=0..1"], tmp_path / "out")
-    text = cell_configs(sweep, path)["seed=1"]
-    stages = load_stages(write_recipe(tmp_path, text))
-    assert [(s.name, s.config.mode, s.config.seed) for s in stages] == [
-        ("align", "align", 1),
-        ("task", "finetune", 1),
-    ]
-    assert stages[1].config.optim.blr == 0.1
-    assert {s.config.output_dir for s in stages} == {tmp_path / "out" / "cells" / "seed=1"}
+    text = cell_configs(sweep, write_recipe(tmp_path, STAGES))["seed=1"]
+    align, task = load_stages(write_recipe(tmp_path, text))
+    assert [(s.name, s.config.mode, s.config.seed) for s in (align, task)] == [
+        ("align", "align", 1), ("task", "finetune", 1),
+    ]  # fmt: skip
+    assert task.config.optim.blr == 0.1
+    assert {s.config.output_dir for s in (align, task)} == {tmp_path / "out" / "cells" / "seed=1"}
 
 
 @pytest.mark.parametrize(
@@ -283,12 +297,243 @@ def test_sweeps_are_read_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_axis_reads_as_it_was_written() -> None:
-    assert str(Axis("transfer.layers", ("0,3", "all", "0..4"))) == "transfer.layers=[0,3],all,[0..4]"
+def table(summary: Summary) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(to_csv(summary))))
 
 
-def test_a_sweep_of_somebody_else_has_no_cell_elsewhere(tmp_path: Path) -> None:
-    text = '{"axes": [], "cells": [{"name": "../../victim", "settings": {}}]}'
-    (tmp_path / "sweep.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"sweep\.json: '\.\./\.\./victim' is no name of a file"):
-        load_sweep(tmp_path)
+def test_means_and_deviations_are_those_of_the_sample(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "transfer.layers=first:6,all", "seed=0..2")
+    top1 = (1.0, 2.0, 6.0, 10.0, 10.0, 10.0)
+    for cell, value, loss in zip(sweep.cells, top1, (0.5, 0.5, 1.1) * 2, strict=True):
+        write_run(cell, [8.0, value], loss=loss)
+    first, second = summarize(tmp_path).rows
+    assert first.settings == {"transfer.layers": "first:6"}
+    assert (first.done, first.asked) == (3, 3)
+    assert set(first.measures) == {"test_top1", "best_test_top1", "train_loss"}
+    last, loss = first.measures["test_top1"], first.measures["train_loss"]
+    assert (last.mean, last.std) == pytest.approx((3.0, 7**0.5))  # (4 + 1 + 9) / 2
+    assert first.measures["best_test_top1"].values == (8.0, 8.0, 8.0)
+    assert (loss.mean, loss.std) == pytest.approx((0.7, 0.12**0.5))
+    assert second.measures["test_top1"].std == 0.0
+    assert summarize(tmp_path).missing == []
+
+
+def test_the_tables_in_full(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "transfer.layers=first:6,all", "seed=0..1")
+    write_run(sweep.cells[0], [4.0, 3.0], ema=[1.0, 5.0], loss=0.25)
+    write_run(sweep.cells[1], [4.0, 5.0], ema=[1.0, 6.0], loss=0.75)
+    write_run(sweep.cells[2], [4.0, 4.5], ema=[2.0, 1.0], loss=2.0)
+    write_attempt(sweep.cells[3], "failed", "boom\n  twice")
+    summary = summarize(tmp_path)
+    assert to_markdown(summary) == (
+        "| transfer.layers | done | test top1 | best test top1 | test ema top1 | best test ema top1 | train loss |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| first:6 | 2/2 | 4.00 ± 1.41 | 4.50 ± 0.71 | 5.50 ± 0.71 | 5.50 ± 0.71 | 0.5000 ± 0.3536 |\n"
+        "| all | 1/2 | 4.50 | 4.50 | 1.00 | 2.00 | 2.0000 |\n"
+        "\n1 cell not done:\n\n- layers=all,seed=1 failed: boom twice\n"
+    )
+    one, two = table(summary)
+    assert float(one["test_ema_top1_std"]) == pytest.approx(0.5**0.5)
+    assert (one["done"], one["asked"], one["not_done"]) == ("2", "2", "")
+    assert (two["test_top1_mean"], two["test_top1_std"]) == ("4.5", "")
+    assert two["not_done"] == "layers=all,seed=1 failed: boom twice"
+
+
+def test_accuracies_have_the_interval_of_their_number_of_images(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "seed=0..1")
+    for cell in sweep.cells:
+        write_run(cell, [50.0, 75.0])
+        log = cell.folder / "log.jsonl"
+        log.write_text(log.read_text().replace('"test_top1"', '"test_samples": 128, "test_top1"'))
+    summary = summarize(tmp_path)
+    (row,) = table(summary)
+    found = binomtest(96, 128).proportion_ci(method="wilson")
+    assert row["test_images"] == "128"
+    assert float(row["test_top1_low"]) == pytest.approx(100 * found.low)
+    assert float(row["test_top1_high"]) == pytest.approx(100 * found.high)
+    text = to_markdown(summary)
+    assert f"75.00 ± 0.00 [{100 * found.low:.1f}, {100 * found.high:.1f}]" in text
+    assert "95 % interval (Wilson's) of an accuracy on 128 test images" in text
+
+
+def test_a_cell_is_done_only_when_its_run_is(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "seed=0..9")
+    write_run(sweep.cells[0], [1.0, 2.0])
+    write_run(sweep.cells[1], [1.0, 2.0], student=False)
+    write_run(sweep.cells[2], [1.0, 2.0], epochs=3)  # longer than when its student was written
+    write_run(sweep.cells[3], [1.0, 2.0], epochs=100, max_steps=20)
+    write_run(sweep.cells[4], [1.0, 2.0], max_steps=21)
+    write_run(sweep.cells[5], [], student=False)
+    write_attempt(sweep.cells[6], None)
+    write_run(sweep.cells[7], [1.0, 2.0])
+    write_attempt(sweep.cells[7], "failed", "an attempt that came too late")
+    write_attempt(sweep.cells[8], "failed", "x")
+    write_attempt(sweep.cells[8], "requeued")
+    found = [(result.state, result.why) for result in map(read_cell, sweep.cells)]
+    assert found == [
+        ("done", ""), ("unfinished", "epoch 2 of 2"), ("unfinished", "epoch 2 of 3"), ("done", ""),
+        ("unfinished", "step 20 of 21"), ("unfinished", "epoch 0 of 2"), ("unfinished", ""), ("done", ""),
+        ("unfinished", ""), ("not begun", ""),
+    ]  # fmt: skip
+    (row,) = summarize(tmp_path).rows
+    assert (row.done, row.asked) == (3, 10)
+
+
+def test_an_unfinished_cell_gives_no_number(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "seed=0..1")
+    write_run(sweep.cells[0], [1.0, 2.0])
+    write_run(sweep.cells[1], [50.0, 60.0], student=False)
+    summary = summarize(tmp_path)
+    assert summary.rows[0].measures["test_top1"].values == (2.0,)
+    assert "| as in the recipe | 1/2 | 2.00 |" in to_markdown(summary)
+    assert "- seed=1 unfinished: epoch 2 of 2" in to_markdown(summary)
+
+
+def test_evaluation_may_skip_epochs(tmp_path: Path) -> None:
+    (cell,) = make_sweep(tmp_path, "seed=0").cells
+    write_run(cell, [None, 7.0, None, 6.0], epochs=4)
+    assert read_cell(cell).numbers == {"test_top1": 6.0, "best_test_top1": 7.0, "train_loss": 1.0}
+
+
+def test_runs_without_accuracy_are_compared_by_loss(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "mask_ratio=0.5,0.75")
+    for cell, loss in zip(sweep.cells, (0.4, 0.3), strict=True):
+        write_run(cell, [None, None], loss=loss)
+    summary = summarize(tmp_path)
+    assert summary.names == ["train_loss"]
+    assert to_markdown(summary).splitlines()[2] == "| 0.5 | 1/1 | 0.4000 |"
+    (axes,) = draw(summary).axes
+    assert axes.get_ylabel().startswith("training loss")
+
+
+def test_of_stages_the_last_one_counts(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "seed=0..2")
+    for cell in sweep.cells:
+        write_run(cell, [None, None], stage="1-align", student=False)
+    for cell in sweep.cells[:2]:
+        write_run(cell, [30.0, 40.0], stage="2-task", student=cell is sweep.cells[0])
+    done, copying, first = (read_cell(cell) for cell in sweep.cells)
+    assert (done.state, done.numbers["test_top1"]) == ("done", 40.0)
+    assert (copying.state, copying.why) == ("unfinished", "stage 2-task, epoch 2 of 2")
+    assert (first.state, first.why) == ("unfinished", "stage 1-align, epoch 2 of 2")
+    write_run(sweep.cells[0], [1.0, 10.0], stage="10-x")
+    assert read_cell(sweep.cells[0]).numbers["test_top1"] == 10.0
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl"])
+def test_a_damaged_cell_does_not_stop_the_summary(tmp_path: Path, name: str) -> None:
+    sweep = make_sweep(tmp_path, "seed=0..1")
+    for cell in sweep.cells:
+        write_run(cell, [1.0, 2.0])
+    (sweep.cells[0].folder / name).write_bytes(b"\xff\x00: [")
+    assert [result.cell.name for result in summarize(tmp_path).missing] == ["seed=0"]
+    log = sweep.cells[1].folder / "log.jsonl"
+    log.write_text('7\n{"epoch": 0, "st\n' + log.read_text())  # a cut line hides no later record
+    assert read_cell(sweep.cells[1]).numbers["test_top1"] == 2.0
+
+
+def test_no_cell_done_makes_tables_and_no_plot(tmp_path: Path) -> None:
+    make_sweep(tmp_path, "trainable=a|b,c")
+    assert [path.name for path in write_summary(summarize(tmp_path))] == ["summary.csv", "summary.md"]
+    text = (tmp_path / "summary.md").read_text()
+    assert "- trainable=c not begun\n" in text
+    assert "| a\\|b | 0/1 |" in text, "bars in values do not break the table"
+
+
+def test_the_files_are_written_beside_the_sweep(tmp_path: Path) -> None:
+    (cell,) = make_sweep(tmp_path, "student.plan=[*: linear; 0,1: softmax]").cells
+    write_run(cell, [1.0, 2.0])
+    summary = summarize(tmp_path)
+    assert write_summary(summary) == [tmp_path / f"summary.{suffix}" for suffix in ("csv", "md", "png")]
+    assert table(summary)[0]["student.plan"] == "*: linear; 0,1: softmax"
+    assert (tmp_path / "summary.csv").read_text() == to_csv(summary)
+    with Image.open(tmp_path / "summary.png") as image:
+        assert image.size[0] == 1200
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_over_a_number_the_plot_has_lines(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "blr=1e-2,1e-4,1e-3", "transfer.layers=all,$first$", "seed=0..1")
+    for place, cell in enumerate(sweep.cells):
+        write_run(cell, [0.0, float(place)])
+    summary = summarize(tmp_path)
+    assert numeric_key(summary) == "optim.blr"
+    (axes,) = draw(summary).axes
+    assert axes.get_xscale() == "log"
+    lines = [container.lines[0] for container in axes.containers]
+    assert [list(line.get_xdata()) for line in lines] == [[1e-4, 1e-3, 1e-2]] * 2
+    assert list(lines[0].get_ydata()) == [4.5, 8.5, 0.5]  # cells 4 and 5, 8 and 9, 0 and 1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["layers=all", r"layers=\$first\$"]
+    write_summary(summary)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["blr=1,2", "temperature=1,2"],
+        ["layers=all,first:2"],
+        ["blr=1,2", f"label_seed={','.join('a' * n for n in range(1, 9))}"],
+    ],
+)
+def test_otherwise_a_point_a_setting(tmp_path: Path, words: list[str]) -> None:
+    sweep = make_sweep(tmp_path, *words)
+    for cell in sweep.cells:
+        write_run(cell, [1.0, 2.0])
+    (axes,) = draw(summarize(tmp_path)).axes
+    assert len(axes.get_yticklabels()) == len(sweep.cells)
+    assert len(axes.containers) == len(sweep.cells)
+
+
+def test_the_plot_shows_the_average_where_there_is_one(tmp_path: Path) -> None:
+    (cell,) = make_sweep(tmp_path, "seed=0").cells
+    write_run(cell, [1.0, 2.0], ema=[3.0, 4.0])
+    (axes,) = draw(summarize(tmp_path)).axes
+    assert axes.get_xlabel().startswith("top-1 of the average")
+    assert list(axes.containers[0].lines[0].get_xdata()) == [4.0]
+
+
+def test_what_is_no_sweep_is_refused(tmp_path: Path, typed: Typed) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="is not a sweep"):
+            summarize(folder)
+    (line,) = typed("summary", tmp_path, code=2).err.splitlines()
+    assert "--sweep" in line
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"sweep\.json cannot be read"):
+        summarize(tmp_path)
+
+
+def test_it_prints_the_table_and_writes_the_files(tmp_path: Path, typed: Typed) -> None:
+    sweep = make_sweep(tmp_path, "transfer.layers=first:6,all", "seed=0..1")
+    for cell in sweep.cells[:3]:
+        write_run(cell, [1.0, 2.0])
+    shown = typed("summary", tmp_path)
+    assert shown.out == (tmp_path / "summary.md").read_text()
+    assert "| first:6 | 2/2 | 2.00 ± 0.00 |" in shown.out
+    assert "- layers=all,seed=1 not begun" in shown.out
+    assert shown.err.splitlines() == [str(tmp_path / f"summary.{end}") for end in ("csv", "md", "png")]
+    (tmp_path / "summary.csv").unlink()
+    (tmp_path / "summary.csv").mkdir()  # root may write to any folder, but not a file over one
+    shown = typed("summary", tmp_path, code=1)
+    assert "- layers=all,seed=1 not begun" in shown.out
+    assert "summary.csv cannot be written" in shown.err
+    assert "FOLDER" in typed("summary", code=2).err
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_cells_that_the_ordinary_command_ran(tmp_path: Path, stages: bool, typed: Typed) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = dump_config(config(tmp_path / "elsewhere", optim={"epochs": 1}))
+    recipe.write_text(text + "stages: [{name: one}, {name: two}]\n" * stages)
+    sweep = make_sweep(tmp_path / "out", "seed=0..1", "clip_grad=1,none")
+    for name, content in cell_configs(sweep, recipe).items():
+        if name != "seed=1,clip_grad=none":
+            (tmp_path / f"{name}.yaml").write_text(content)
+            typed("train", tmp_path / f"{name}.yaml")
+    summary = summarize(tmp_path / "out")
+    assert [(row.settings["optim.clip_grad"], row.done) for row in summary.rows] == [("1", 2), ("none", 1)]
+    for result in summary.rows[0].cells:
+        log = read_records(result.cell.folder / ("2-two" if stages else "") / "log.jsonl")
+        assert result.numbers["test_ema_top1"] == log[-1]["test_ema_top1"]
+        assert result.numbers["train_loss"] == log[-1]["train_loss"]
+    assert not (tmp_path / "elsewhere").exists()

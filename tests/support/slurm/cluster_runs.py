@@ -25,6 +25,7 @@ from support.runs.patience import until
 from support.slurm.slurm_cluster import SlurmCluster
 from support.slurm.slurm_processes import marked
 
+ALONE = ("--nodes", "1", "--tasks_per_node", "1")
 RESOURCES = {"nodes": 2, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time": "2:00:00"}
 
 
@@ -64,11 +65,27 @@ class ClusterRun:
     def graftvit(self, *words: str, code: int = 0) -> str:
         return graftvit(self.cluster, self.root, *words, code=code)
 
+    def shown(self) -> dict[str, Any]:
+        """What `graftvit jobs` says of it."""
+        (status,) = json.loads(self.graftvit("jobs", str(self.folder), "--json"))
+        return dict(status)
+
+    def wait_for_state(self, state: str) -> dict[str, Any]:
+        until(
+            lambda: self.shown()["state"] == state,
+            lambda: f"{state}: {self.shown()}\n{self.logs()}",
+            every=0.5,
+        )
+        return self.shown()
+
+    def recipe(self) -> str:
+        path = self.root / f"{self.folder.name}.yaml"
+        path.write_text(yaml.safe_dump(self.config.model_dump(mode="json")))
+        return str(path)
+
     def submit(self, *words: str) -> str:
         """The job's number."""
-        recipe = self.root / f"{self.folder.name}.yaml"
-        recipe.write_text(yaml.safe_dump(self.config.model_dump(mode="json")))
-        self.graftvit("submit", str(recipe), *words)
+        self.graftvit("submit", self.recipe(), *words)
         submission = self.jobs.submission()
         assert submission is not None
         return submission.job_id
@@ -78,10 +95,8 @@ class ClusterRun:
         return path.read_text().count("\n") if path.exists() else 0
 
     def wait_for_lines(self, count: int) -> None:
-        until(
-            lambda: self.lines() >= count,
-            lambda: f"{count} records in {self.folder}/log.jsonl\n{self.logs()}",
-        )
+        what = f"{count} records in {self.folder}/log.jsonl"
+        until(lambda: self.lines() >= count, lambda: f"{what}\n{self.logs()}")
 
     def wait_for_attempt(self, number: int) -> None:
         until(lambda: len(self.jobs.attempts()) >= number, lambda: f"attempt {number}\n{self.logs()}")
@@ -120,6 +135,17 @@ def held(cluster: SlurmCluster) -> Iterator[tuple[str, ...]]:
         yield "--dependency", f"afterany:{first}"
     finally:
         cluster.run("scancel", first)
+
+
+def wait_for_the_end(cluster: SlurmCluster) -> None:
+    """Of all jobs."""
+    until(lambda: not cluster.run("squeue", "-h").strip(), lambda: cluster.run("squeue"), every=0.3)
+
+
+def field(cluster: SlurmCluster, job: str, name: str) -> str:
+    """A field of the controller's record of a job."""
+    words = cluster.run("scontrol", "--oneliner", "show", "job", job).split()
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
 
 def user_environment(cluster: SlurmCluster, root: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,8 @@ print(json.dumps([graftvit.__version__, _version(), list(recipe_names()), [str(p
 def python(folder: Path, code: str, cwd: Path) -> Any:
     """What `code` prints as JSON in an interpreter with `folder` in front of its path."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -65,10 +65,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def git(folder: Path, *words: str) -> str:
     known = ["-c", "user.name=me", "-c", "user.email=me@x", "-c", "init.defaultBranch=main"]
-    done = subprocess.run(
-        ["git", "-C", str(folder), *known, *words], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    command = ["git", "-C", str(folder), *known, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.mark.slow
@@ -79,23 +77,16 @@ def test_the_copy_is_whole(tmp_path: Path) -> None:
     assert found == command == version("graftvit")
     assert "attention_distill_vit_large" in recipes
     assert len(modules) > 5
-    assert all(Path(module).is_relative_to(code) for module in modules)
-    installed = {f"graftvit.{name}": snapshot._folder(f"graftvit.{name}") for name in snapshot.PARTS}
-    for module, folder in installed.items():
-        copied = code.joinpath(*module.split("."))
-        assert names(copied) == names(folder)
+    beside_the_installed = python(code, "import sys\n" + USE, tmp_path)[3]  # which the copy hides
+    assert all(Path(module).is_relative_to(code) for module in [*modules, *beside_the_installed])
+    for part in snapshot.PARTS:
+        assert names(code / "graftvit" / part) == names(snapshot._folder(f"graftvit.{part}"))
 
 
 def names(folder: Path) -> set[str]:
     """The files of a package, without those that python makes of them."""
     found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {str(path.relative_to(folder)) for path in found}
-
-
-@pytest.mark.slow
-def test_the_copy_hides_what_is_installed(tmp_path: Path) -> None:
-    modules = python(copy_package(tmp_path), "import sys\n" + USE, tmp_path)[3]
-    assert all(Path(module).is_relative_to(tmp_path) for module in modules)
 
 
 @pytest.mark.slow
@@ -138,23 +129,22 @@ def test_the_same_code_is_copied_once(checkout: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("edit", ["content", "new file", "renamed", "removed", "recipe"])
 def test_an_edit_makes_another_copy(checkout: Path, tmp_path: Path, edit: str) -> None:
-    (checkout / "models" / "extra.py").write_text("y = 1\n")
+    extra = checkout / "models" / "extra.py"
+    extra.write_text("y = 1\n")
     first = copy_package(tmp_path)
-    if edit == "content":
-        (checkout / "launch" / "cli.py").write_text("x = 2\n")
-    elif edit == "new file":
-        (checkout / "models" / "new.py").write_text("")
-    elif edit == "renamed":
-        (checkout / "models" / "extra.py").rename(checkout / "models" / "other.py")
-    elif edit == "removed":
-        (checkout / "models" / "extra.py").unlink()
-    else:
-        (checkout / "cfgs" / "mine.yaml").write_text("seed: 1\n")
+    edits: dict[str, Callable[[], object]] = {
+        "content": lambda: (checkout / "launch" / "cli.py").write_text("x = 2\n"),
+        "new file": (checkout / "models" / "new.py").touch,
+        "renamed": lambda: extra.rename(checkout / "models" / "other.py"),
+        "removed": extra.unlink,
+        "recipe": lambda: (checkout / "cfgs" / "mine.yaml").write_text("seed: 1\n"),
+    }
+    edits[edit]()
     second = copy_package(tmp_path)
     assert second != first
     assert (first / "graftvit" / "launch" / "cli.py").read_text() == "x = 1\n"
     assert (first / "graftvit" / "models" / "extra.py").exists()
-    assert (second / "graftvit" / "models" / "extra.py").exists() == (edit not in ("renamed", "removed"))
+    assert (second / "graftvit" / "models" / "extra.py").exists() == extra.exists()
 
 
 def test_the_revision(checkout: Path) -> None:
@@ -174,16 +164,13 @@ def test_the_revision(checkout: Path) -> None:
     assert (origin()["git"], origin()["edited"]) == (head, True)
 
 
-def test_a_repository_that_the_package_only_lies_in(checkout: Path) -> None:
+def test_a_repository_that_the_package_only_lies_in(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git(checkout, "init")
     (checkout / ".gitignore").write_text("*\n")
     git(checkout, "add", "-f", "notes.md")
     git(checkout, "commit", "-m", "mine")
     assert "git" not in origin()
-
-
-def test_no_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("PATH", "/nowhere")  # nor where there is no git
     assert "git" not in origin()
 
 
@@ -208,25 +195,27 @@ def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmC
     shutil.copytree(copy_package(tmp_path / "jobs"), sources)
     train = sources / "graftvit" / "launch" / "commands" / "train.py"
     original = train.read_text()
-    train.write_text(original.replace("import signal\n", "import signal\n" + TOLD.format("submitted"), 1))
+
+    def edit(word: str) -> None:
+        train.write_text(original.replace("import signal\n", "import signal\n" + TOLD.format(word), 1))
+
+    edit("submitted")
     run = cluster_run(cluster, tmp_path, optim={"epochs": 6})
     recipe = tmp_path / "run.yaml"
     recipe.write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
-    environment = {
-        **user_environment(cluster, tmp_path),
-        "PYTHONPATH": str(sources),
-        "TOLD": str(told),
-    }
+    own = {"PYTHONPATH": str(sources), "TOLD": str(told)}
     words = ["submit", str(recipe), "--nodes", "1", "--tasks_per_node", "1"]
-    command = [sys.executable, "-m", "graftvit.launch", *words]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "graftvit.launch", *words], cwd=tmp_path, capture_output=True, text=True,
+        env={**user_environment(cluster, tmp_path), **own},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    train.write_text(original.replace("import signal\n", "import signal\n" + TOLD.format("edited"), 1))
+    edit("edited")
     run.wait_for_lines(3)
     cluster.run("scontrol", "requeue", done.stdout.split()[2])
     run.wait_for_attempt(2)
     attempts = run.finish()
-    assert [attempt.outcome for attempt in attempts][-1] == "finished"
+    assert attempts[-1].outcome == "finished"
     assert told.read_text().split() == ["submitted"] * len(attempts)
     submission = run.jobs.submission()
     assert submission is not None

@@ -1,11 +1,10 @@
-"""A sweep of six cells as one array: two of them fail, are submitted again alone, and the summary is right."""
+"""Sweeps, comparisons and searches as arrays of jobs."""
 
 from __future__ import annotations
 
 import csv
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,15 @@ import yaml
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.job_folder import Attempt, JobFolder
 from graftvit.models.errors import ConfigError
+from support.runs.compare_runs import cell, write_config
 from support.runs.engine_runs import config, make_teacher
-from support.runs.patience import until
-from support.slurm.cluster_runs import graftvit, held, user_environment
+from support.slurm.cluster_runs import ALONE, graftvit, held, user_environment, wait_for_the_end
 from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LAYERS, SEEDS = ("all", "first-1", "last-1"), range(2)
 SWEEP = ["--sweep", "transfer.layers=all,first:1,last:1", "--sweep", "seed=0..1"]
-ARRAY = ["--nodes", "1", "--tasks_per_node", "1", "--array_parallelism", "4"]
+ARRAY = [*ALONE, "--array_parallelism", "4"]
 BROKEN = {"layers=all,seed=1": "checkpoints/incoming", "layers=last-1,seed=0": "checkpoints/best.safetensors"}
 """The cell that fails at its first save, and the one that fails after some; and what they cannot write."""
 
@@ -60,10 +59,6 @@ def last_attempts(cells: Path) -> dict[str, Attempt]:
     return {name: attempts[-1] for name, attempts in found.items() if attempts}
 
 
-def queue_is_empty(cluster: SlurmCluster) -> Callable[[], bool]:
-    return lambda: not cluster.run("squeue", "-h").strip()
-
-
 def expected(cells: Path, layers: str, name: str) -> tuple[float, float]:
     """Mean and standard deviation over the seeds of what the last epoch measured, off the logs."""
     values = []
@@ -90,7 +85,7 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     assert len(list(cells.iterdir())) == 6
     jobs = {path.name: JobFolder(path).submission().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
     assert len({job.partition("_")[0] for job in jobs.values()}) == 1
-    until(queue_is_empty(cluster), "the end of the array", every=0.5)
+    wait_for_the_end(cluster)
     failed = {name for name, attempt in last_attempts(cells).items() if attempt.outcome == "failed"}
     assert failed == set(BROKEN), {name: attempt.why for name, attempt in last_attempts(cells).items()}
     for name, path in BROKEN.items():
@@ -104,7 +99,7 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
         words = ("resume", str(folder), *until_resuming_was_refused)
         assert "2 cells" in graftvit(cluster, tmp_path, *words)
         assert f"{folder} is job" in refused("resume", str(folder))
-    until(queue_is_empty(cluster), "the end of the two", every=0.5)
+    wait_for_the_end(cluster)
     assert all(attempt.outcome == "finished" for attempt in last_attempts(cells).values())
     for name, job in jobs.items():
         submissions = JobFolder(cells / name).submissions()
@@ -121,3 +116,88 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
             measured = float(row[f"{name}_mean"]), float(row[f"{name}_std"])
             assert measured == pytest.approx(expected(cells, layers, name)), name
     assert len({row["train_loss_mean"] for row in rows}) == 3
+
+
+CELLS = ["teacher-8", "uniform-8", "linear-8"]
+
+
+def write_recipes(folder: Path) -> Path:
+    """A comparison that makes its teacher first, in one epoch."""
+    path = write_config(folder, {"linear": "*: linear"})
+    whole = yaml.safe_load(path.read_text())
+    teacher = {"mode": "scratch", "output_dir": str(folder / "unused")}
+    teacher |= {key: whole[key] for key in ("data", "engine")}
+    teacher["student"] = {key: value for key, value in whole["student"].items() if key != "init"}
+    teacher["optim"] = {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0}
+    (folder / "teacher.yaml").write_text(yaml.safe_dump(teacher))
+    del whole["teacher"]
+    whole["optim"]["epochs"] = 1
+    whole["compare"]["teacher_recipe"] = "teacher.yaml"
+    path.write_text(yaml.safe_dump(whole))
+    return path
+
+
+def outcomes(folder: Path) -> list[str | None]:
+    return [attempt.outcome for attempt in JobFolder(folder).attempts()]
+
+
+def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster, tmp_path: Path) -> None:
+    recipe, out = write_recipes(tmp_path), tmp_path / "out"
+    in_the_way = out / "teacher" / "checkpoints"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+
+    said = graftvit(cluster, tmp_path, "submit", str(recipe), *ALONE)
+    assert "3 cells" in said
+    assert "for the teacher" in said
+    wait_for_the_end(cluster)
+    assert outcomes(out / "teacher") == ["failed"]
+    assert all(outcomes(out / "cells" / name) == [] for name in CELLS)  # cancelled with their teacher
+
+    in_the_way.unlink()
+    said = graftvit(cluster, tmp_path, "resume", str(out))
+    assert "3 cells" in said
+    assert "for the teacher" in said
+    wait_for_the_end(cluster)
+    assert outcomes(out / "teacher") == ["failed", "finished"]
+    assert all(outcomes(out / "cells" / name) == ["finished"] for name in CELLS)
+    teacher = JobFolder(out / "teacher").attempts()[-1]
+    for name in CELLS:
+        (attempt,) = JobFolder(out / "cells" / name).attempts()
+        assert attempt.started > (teacher.ended or attempt.started)
+        assert cell(tmp_path, name)["error"] is None
+
+    assert dispatch(["compare", str(out / "jobs" / "config.yaml"), "--report"]) == 0
+    table = json.loads((out / "compare.json").read_text())
+    assert [row["name"] for row in table] == ["teacher", "uniform", "linear"]
+    assert all(row["error"] is None for row in table)
+
+
+SHARES = 3
+WORDS = ("search", "teacher", "--dataset", "digits", "--images", "4", "--population", "6")
+WORDS += ("--generations", "3", "--workers", "1")
+
+
+def test_an_array_ends_in_the_archive_of_one_process(cluster: SlurmCluster, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "teacher")
+    graftvit(cluster, tmp_path, *WORDS, "--out", "alone")
+    refused = ("evaluate", "teacher", "--dataset", "digits", "--shares", "2")
+    assert "only `graftvit submit search` can be divided" in graftvit(
+        cluster, tmp_path, "submit", *refused, "--tasks_per_node", "1", code=2
+    )
+    said = graftvit(
+        cluster, tmp_path, "submit", *WORDS, "--out", "shared", "--shares", str(SHARES),
+        "--nodes", "1", "--tasks_per_node", "1",
+    )  # fmt: skip
+    assert "3 cells" in said
+    wait_for_the_end(cluster)
+    folder = tmp_path / "runs" / "search-teacher"
+    for share in range(1, SHARES + 1):
+        (attempt,) = JobFolder(folder / "cells" / f"share-{share}").attempts()
+        assert attempt.outcome == "finished"
+    assert (tmp_path / "shared" / "archive.json").read_bytes() == (
+        tmp_path / "alone" / "archive.json"
+    ).read_bytes()
+    shown = json.loads(graftvit(cluster, tmp_path, "jobs", str(folder), "--json"))
+    assert [run["state"] for run in shown] == ["finished"] * SHARES
+    assert {run["output"] for run in shown} == {str(tmp_path / "shared")}
