@@ -6,6 +6,7 @@
 #   make test-all  the same, then the rest: the slow tests, the browser, a Slurm cluster of this machine
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
+#   make docs    write the tables of docs/configuration.md
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
 #                (again with ARGS=--keep_freed_memory for the numbers where the C library keeps freed memory)
 #   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md
@@ -28,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where no bytecode is kept, every worker and process compiles the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo compare test test-all acceptance lint bench gpu dev install clean
+.PHONY: demo compare test test-all acceptance lint docs bench gpu dev install clean
 
 demo: install
 	$(BIN)/graftvit demo $(if $(QUICK),--quick) --output_dir demo
@@ -57,6 +58,9 @@ lint: $(VENV)/.dependencies
 	ln -s "$(CURDIR)/launch/graftvit/__init__.pyi" build/typing/graftvit/__init__.pyi
 	$(foreach package,$(PACKAGES),ln -s "$(CURDIR)/$(package)" build/typing/graftvit/$(package);)
 	MYPYPATH=build/typing $(BIN)/mypy --explicit-package-bases --namespace-packages -p graftvit
+
+docs: install
+	$(BIN)/python tests/settings_page.py
 
 bench: install
 	env -u OMP_NUM_THREADS KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks $(ARGS)

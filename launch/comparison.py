@@ -69,7 +69,6 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
     """
     from ..transfer.analysis.compare.compare import Comparison
     from ..transfer.analysis.compare.comparison_cells import check_stages
-    from ..transfer.engine.modes import mode_of
     from ..transfer.engine.stages import Stage
 
     given = list(overrides)
@@ -79,7 +78,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
         config = load_config(source, given)
         stages = [Stage(config.mode, config)]
     for stage in stages:
-        if not mode_of(stage.config).classifies:
+        if not stage.config.facts.classifies:
             raise ConfigError(
                 f"{source}: stage {stage.name} has mode {stage.config.mode}, which has no accuracy to compare"
             )
@@ -108,12 +107,12 @@ def _settled(config: RunConfig, made: RunConfig | None = None) -> RunConfig:
     `made` is the run that makes the teacher, which may not be there yet.
     """
     from ..transfer.engine.build import find_start, settle
-    from ..transfer.engine.modes import TEACHER, mode_of
+    from ..transfer.engine.modes import mode_of
     from ..transfer.engine.students import settle_student
+    from ..transfer.mode_facts import TEACHER
 
-    mode = mode_of(config)
-    if made is None or mode.starting_source != TEACHER:
-        return settle(config, find_start(mode))
+    if made is None or config.starting_source != TEACHER:
+        return settle(config, find_start(mode_of(config)))
     return config.model_copy(update={"student": settle_student(config.student, _settled(made).student)})
 
 

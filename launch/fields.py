@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -16,7 +16,9 @@ from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError, did_you_mean
 from ..models.plain_yaml import YamlError, parse_yaml
-from ..transfer.config import OneOf, RunConfig, Section
+from ..transfer.config import RunConfig
+from ..transfer.mode_facts import MODE_FACTS, Mode
+from ..transfer.setting import OneOf, Section, fields_of, is_section, rule_of, section_of_entries
 
 if TYPE_CHECKING:
     from .load_config import Setting
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 # Words of the command lines of MAE and of the attention transfer code that have another name or no counterpart here.
 #
-# `docs/from-attention-transfer.md` has the same table for readers. Names that mean the same here are in
-# `fields.ALIASES`.
+# `docs/from-attention-transfer.md` has the same table for readers. Names that mean the same here stand beside their
+# settings (`also`).
 
 FLAGS = {
     "end_layer": "give --layers: --layers :-6 leaves the last 6 layers out (the other code reads --end_layer and never "
@@ -74,36 +76,18 @@ def check_value(key: str, value: str, origin: str) -> None:
         raise ConfigError(f"{origin} is {value!r}, a value of the attention-transfer code: {instead}")
 
 
-def check_finetune(settings: Iterable[Setting], aliases: Mapping[str, str], mode: str) -> None:
+def check_finetune(settings: Iterable[Setting], mode: Mode) -> None:
     """Raise ConfigError for `--finetune` in a mode with a teacher: it named the teacher there, and the student's
-    initial weights here. `aliases` are the short names of settings."""
-    starts = [name for name, key in aliases.items() if key == "student.init"]
+    initial weights here."""
+    starts = rule_of(leaves()["student.init"].field).also
     named = [setting for setting in settings if setting.origin.lstrip("-") in starts]
-    if named and mode in TAUGHT:
+    if named and MODE_FACTS[mode].taught:
         raise ConfigError(
             f"{named[-1].origin} names the teacher in the attention-transfer code, and the student's initial weights "
             f"here: give --teacher {named[-1].value} for the teacher, or --init {named[-1].value} for the student"
         )
 
 
-TAUGHT = ("transfer", "align")
-"""Modes with a teacher in every step."""
-
-
-ALIASES = {
-    "teacher": "teacher.source",
-    "model": "student.model",
-    "finetune": "student.init",
-    "model_args": "student.model_args",
-    "img_size": "student.img_size",
-    "input_size": "student.img_size",
-    "atd_weight": "transfer.weight",
-    "data_dir": "data.data_path",
-    "nb_classes": "data.num_classes",
-    "num_workers": "data.workers",
-    "model_ema_decay": "optim.ema",
-}
-"""Names that users of MAE, timm and the attention transfer code already know."""
 ENTRY = re.compile(r"(?P<list>[\w.-]+)\[(?P<index>\d+)\]\.(?P<name>\w+)")
 """A setting within an entry of a list, such as `transfer.losses[0].weight`."""
 
@@ -172,16 +156,10 @@ class Leaf:
             return text
 
 
-def entry_section(leaf: Leaf) -> type[Section] | None:
-    """Return the section of the entries of a list or mapping, such as `LossEntry`; None for other settings."""
-    inner = [kind for outer in leaf.kinds for kind in get_args(outer)]
-    return next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
 @functools.cache
 def leaves() -> dict[str, Leaf]:
     """Return every setting of a run by its dotted key, in the order of `transfer/config.py`."""
-    return {leaf.key: leaf for leaf in _walk(RunConfig, "")}
+    return {key: Leaf(key, field) for key, field in fields_of(RunConfig).items()}
 
 
 @functools.cache
@@ -190,17 +168,18 @@ def sections() -> dict[str, type[Section]]:
     return {
         name: field.annotation
         for name, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        if is_section(field.annotation)
     }
 
 
 @functools.cache
 def short_names() -> dict[str, str]:
-    """Return the short names and their keys: the last part of each key where it is unique, and `ALIASES`."""
+    """Return the short names and their keys: the last part of each key where it is unique, and further names."""
     owners: dict[str, list[str]] = {}
     for leaf in leaves().values():
         owners.setdefault(leaf.name, []).append(leaf.key)
-    return {name: keys[0] for name, keys in owners.items() if len(keys) == 1} | ALIASES
+    further = {name: key for key, leaf in leaves().items() for name in rule_of(leaf.field).also}
+    return {name: keys[0] for name, keys in owners.items() if len(keys) == 1} | further
 
 
 def find_key(name: str) -> str | None:
@@ -228,7 +207,11 @@ def find_key(name: str) -> str | None:
 
 def _section_of_entries(entry: re.Match[str]) -> type[Section] | None:
     key = find_key(entry["list"])
-    return entry_section(leaves()[key]) if key in leaves() and not leaves()[key].is_mapping else None
+    return (
+        section_of_entries(leaves()[key].field.annotation)
+        if key in leaves() and not leaves()[key].is_mapping
+        else None
+    )
 
 
 def find_stage_key(name: str) -> tuple[str, str] | None:
@@ -290,17 +273,6 @@ def unknown(
     return ConfigError(f"{start}; `{command} --help` lists the valid ones")
 
 
-def _walk(section: type[Section], prefix: str) -> list[Leaf]:
-    found = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            found += _walk(kind, f"{prefix}{name}.")
-        else:
-            found.append(Leaf(prefix + name, field))
-    return found
-
-
 def _choices(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
@@ -315,15 +287,10 @@ def _words(kind: Any, plural: bool = False) -> str:
     if kind in names:
         word = names[kind]
         return f"{word}s" if plural else word if kind in (bool, str) else f"a {word}"
-    if isinstance(kind, type) and issubclass(kind, Section):
+    if is_section(kind):
         return f"mappings with any of the keys {', '.join(kind.model_fields)}"
     origin, arguments = get_origin(kind), get_args(kind)
-    if (
-        origin is dict
-        and arguments[1:]
-        and isinstance(arguments[1], type)
-        and issubclass(arguments[1], Section)
-    ):
+    if origin is dict and arguments[1:] and is_section(arguments[1]):
         return f"a mapping of names to {_words(arguments[1])}"
     if origin is tuple and arguments[-1] is not Ellipsis:
         return f"{len(arguments)} {_words(arguments[0], plural=True)}"

@@ -18,14 +18,13 @@ from pydantic_core import ErrorDetails
 from ..checkpoints.files import NOT_A_URL, is_there, is_url, read_regular
 from ..models.errors import ConfigError, Json, JsonDict, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
-from ..transfer.config import LossConfig, RunConfig, Section, describes_single_loss
-from ..transfer.effect import OUTSIDE, Part
+from ..transfer.config import RunConfig
+from ..transfer.loss_config import LossConfig, describes_single_loss
+from ..transfer.setting import Section, find_replacements, find_unread, section_of_entries
 from .fields import (
-    ALIASES,
     Leaf,
     check_finetune,
     check_value,
-    entry_section,
     find_key,
     find_stage_key,
     leaf_of,
@@ -43,18 +42,9 @@ if TYPE_CHECKING:
 # Leave out inherited settings that stronger ones deprive of their effect.
 #
 # A recipe may set mixup and a user another mode: what the user did not type, and does nothing any more, has
-# its default. What the user typed stays, and the run refuses it if it changes nothing (`transfer/effect.py`).
+# its default. What the user typed stays, and the run refuses it if it changes nothing (`transfer/setting.py`).
 
 Validate = Callable[[Sequence["Setting"]], RunConfig]
-DECIDES_NOTHING = OUTSIDE | {
-    "engine.device",
-    "seed",
-    "data.data_path",
-    "data.stage",
-    "data.batch_size",
-    "data.num_classes",
-}
-"""Settings that take the effect of no other; they are not worth loading torch for."""
 
 
 def without_overridden(settings: Sequence[Setting], validate: Validate) -> list[Setting]:
@@ -62,9 +52,7 @@ def without_overridden(settings: Sequence[Setting], validate: Validate) -> list[
     kept: list[Setting] = []
     for _, group in itertools.groupby(settings, key=lambda setting: setting.layer):
         above = list(group)
-        if kept and not {key_of(setting) for setting in above} <= DECIDES_NOTHING:
-            kept = _beside(kept, above, validate)
-        kept += above
+        kept = _beside(kept, above, validate) + above
     return kept
 
 
@@ -72,52 +60,32 @@ def _beside(below: list[Setting], above: list[Setting], validate: Validate) -> l
     """Return the settings of `below` that keep their effect under those of `above`."""
     typed = {key_of(setting) for setting in above}
     try:
-        shadows = _shadows_of(typed, validate([*below, *above])) - typed
-        below = _without(below, shadows)
-        after = unread_of(validate([*below, *above]))
+        below = _without(below, find_replacements(validate([*below, *above]), typed) - typed)
+        after = find_unread(validate([*below, *above]))
     except ConfigError:  # a stronger layer may replace what is not valid
         return below
     gone = after.keys() - typed
     return _without(below, gone - _unread_before(below, validate)) if gone else below
 
 
-def _shadows_of(typed: Collection[str], config: RunConfig) -> set[str]:
-    """Return the settings that take the place of typed ones, whatever value these have."""
-    return {part.shadow for part in _parts_of(config) if not part.present and part.reads & set(typed)} - {""}
-
-
 def _unread_before(settings: Sequence[Setting], validate: Validate) -> set[str]:
     try:
-        return set(unread_of(validate(settings)))
+        return set(find_unread(validate(settings)))
     except ConfigError:
         return set()
 
 
 def read_elsewhere(settings: Sequence[Setting], stage: str, configs: dict[str, RunConfig]) -> list[Setting]:
     """Return the settings of a stage without those for all stages that change others and not this one."""
-    own = unread_of(configs[stage]).keys()
+    own = find_unread(configs[stage]).keys()
     if not own:
         return list(settings)
-    everywhere = set(own).intersection(*(unread_of(config) for config in configs.values()))
+    everywhere = set(own).intersection(*(find_unread(config) for config in configs.values()))
     return [
         setting
         for setting in settings
         if setting.stage == stage or setting.layer == stage or key_of(setting) not in own - everywhere
     ]
-
-
-def unread_of(config: RunConfig) -> dict[str, Part]:
-    """Return the settings that change nothing in the run of `config`."""
-    from ..transfer.effect import unread
-
-    return unread(config, _parts_of(config))
-
-
-def _parts_of(config: RunConfig) -> list[Part]:
-    from ..transfer.engine.modes import mode_of
-    from ..transfer.engine.run_parts import run_parts
-
-    return run_parts(mode_of(config))
 
 
 def key_of(setting: Setting) -> str:
@@ -379,7 +347,7 @@ def _validate(settings: Sequence[Setting], stage: str = "") -> RunConfig:
     except ValidationError as error:
         given = {leaf_of(setting.key).key: _of_whole_list(setting) for setting in settings}
         raise _explain(error, values, given) from error
-    check_finetune(settings, ALIASES, config.mode)
+    check_finetune(settings, config.mode)
     _check_single_loss(settings, config)
     return config
 
@@ -438,7 +406,7 @@ def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setti
             sentences[finding["msg"]] = finding["msg"].removeprefix("Value error, ")
             continue
         inner = finding["loc"][key.count(".") + 1 :]
-        section = entry_section(leaf_of(key))
+        section = section_of_entries(leaf_of(key).field.annotation)
         if section is not None and len(inner) > 1:
             place = given[key].origin + (f"[{inner[0]}]" if isinstance(inner[0], int) else f".{inner[0]}")
             sentences[f"{place}.{inner[1]}"] = _explain_entry(finding, inner, section, place)

@@ -15,7 +15,7 @@ from ..transfer.config import RunConfig
 from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
-from ..transfer.engine.modes import AlignTask, TransferTask, mode_of
+from ..transfer.engine.modes import AlignTask, TransferTask
 from ..transfer.engine.optim import describe_batch, peak_learning_rate
 from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.shard_teachers import shard_units
@@ -173,7 +173,7 @@ def _is_empty(model: nn.Module) -> bool:
 
 
 def _student_words(run: DryRun) -> str:
-    plan, start = run.parts.plan, mode_of(run.config).starting_source or "fresh weights"
+    plan, start = run.parts.plan, run.config.starting_source or "fresh weights"
     count, classes = parameter_count(run.parts.task.backbone), plan.arguments["num_classes"]
     name = plan.architecture
     if name == CONVERTED:

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from graftvit.launch.fields import find_key, find_stage_key, leaves, sections
 from graftvit.transfer.engine.modes import MODES
-from graftvit.transfer.methods.registry import method_names
+from graftvit.transfer.methods.method_facts import method_names
+from settings_page import MARKED, PAGE, render_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["models", "checkpoints", "transfer", "launch"]
@@ -273,20 +274,9 @@ def test_no_setting_changes_nothing() -> None:
             assert leaf.name in attributes_read(), f"{key} is read nowhere"
 
 
-def test_every_setting_is_a_flag_that_says_what_the_document_says() -> None:
-    documented = (ROOT / "docs" / "configuration.md").read_text()
-    for key, leaf in leaves().items():
-        assert find_key(key) == key
-        row = re.search(rf"\| `{re.escape(key)}` \|[^|]*\|[^|]*\| (.*) \|", documented)
-        assert row, f"{key} has no row in docs/configuration.md"
-        assert leaf.field.description == _without_markdown(row[1]), key
-
-
-def _without_markdown(cell: str) -> str:
-    """The meaning of a setting without links, code marks and the list of its values, which the help prints itself."""
-    text = re.sub(r" \(one of [^)]*\)$", "", cell)
-    text = re.sub(r" \(\[[^\]]*\]\([^)]*\)\)", "", text)
-    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").strip()
+def test_the_page_of_all_settings_is_what_their_descriptions_say() -> None:
+    assert MARKED.findall(PAGE.read_text()) == [render_settings()], "run `make docs`"
+    assert all(find_key(key) == key and f"| `{key}` |" in render_settings() for key in leaves())
 
 
 def test_documents_name_no_setting_that_is_gone() -> None:

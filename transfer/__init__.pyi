@@ -3,12 +3,12 @@ from .analysis.layer_maps import attention_maps as attention_maps
 from .analysis.layer_maps import divergence_by_layer as divergence_by_layer
 from .analysis.layer_maps import js_divergence as js_divergence
 from .analysis.visualize.visualize import visualize as visualize
-from .config import LossConfig as LossConfig
-from .config import LossEntry as LossEntry
 from .config import RunConfig as RunConfig
-from .config import TransferConfig as TransferConfig
 from .engine.train import RunResult as RunResult
 from .engine.train import train as train
+from .loss_config import LossConfig as LossConfig
+from .loss_config import LossEntry as LossEntry
+from .loss_config import TransferConfig as TransferConfig
 from .methods.dual import DualOutput as DualOutput
 from .methods.dual import DualViT as DualViT
 from .methods.dual import Normalization as Normalization

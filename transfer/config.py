@@ -1,302 +1,112 @@
 """What a run is: typed sections that the engine reads. No torch here, so that `graftvit --help` stays quick.
 
 Every key is also a flag of the command line (`optim.blr` is `--optim.blr`, or `--blr` where the last name is
-unique), and every default below is the default of the flag.
+unique), and every default below is the default of the flag. `setting` (`setting.py`) says the rest: when a setting has
+an effect, what may change when a run resumes, and so on. The section `transfer` is in `loss_config.py`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import PositiveFloat, ValidationInfo, field_validator
 
-from ..checkpoints.files import NOT_A_URL, is_url
 from ..models.errors import JsonDict
-from .methods.registry import method_names
+from .loss_config import TransferConfig
+from .methods.method_facts import facts_of
+from .mode_facts import MODE_FACTS, TEACHER, Mode, ModeFacts
+from .setting import (
+    LOCAL,
+    Need,
+    Section,
+    check_arguments,
+    check_local,
+    check_size,
+    check_size_text,
+    in_mode,
+    setting,
+)
 
-# The base class of settings sections, and checks for all settings, without torch.
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """Marks a setting whose valid values are names in a registry, which other packages can extend."""
-
-    names: Callable[[], Iterable[str]]
-
-
-MAX_WHOLE = 2**63
-"""Whole numbers stay below what torch and the file formats hold."""
-
-
-def check_plain(value: Any, depth: int = 50) -> None:
-    """Raise ValueError for non-finite numbers, text with a NUL, and too deep nesting."""
-    if depth == 0:
-        raise ValueError("it nests too many levels")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("numbers must be finite")
-    if isinstance(value, int) and abs(value) >= MAX_WHOLE:
-        raise ValueError("whole numbers must be below 2^63")
-    if isinstance(value, str | Path) and "\0" in str(value):
-        raise ValueError("text and paths must not contain a NUL character")
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple | set):
-        for part in value:
-            check_plain(part, depth - 1)
-
-
-class Section(BaseModel):
-    """A group of settings; an unknown key or a value of the wrong kind is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _check_plain(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if not (
-            isinstance(kind, type) and issubclass(kind, Section)
-        ):  # its own fields are checked separately
-            check_plain(value)
-        return value
-
-    @field_validator("*")
-    @classmethod
-    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
-        for table in cls.model_fields[str(info.field_name)].metadata:
-            if isinstance(table, OneOf) and value not in table.names():
-                valid = ", ".join(map(repr, table.names()))
-                raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
-        return value
-
-
-def check_local(path: T) -> T:
-    """Raise ValueError for a URL where a path on this machine is meant."""
-    if isinstance(path, str | Path) and is_url(path):
-        raise ValueError(NOT_A_URL)
-    return path
-
-
-LOCAL = AfterValidator(check_local)
-"""Marks a setting that is a path on this machine."""
-
-
-def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-    """Raise ValueError for an image size without pixels."""
-    if size is not None and min((size,) if isinstance(size, int) else size) <= 0:
-        raise ValueError("an image size is a whole number above 0, or two: height, width")
-    return size
-
-
-def check_size_text(size: Any) -> Any:
-    """Raise ValueError for an image size such as 72x104, and say how it is written."""
-    found = re.fullmatch(r"(\d+) *[x×,] *(\d+)", size) if isinstance(size, str) else None
-    if found is not None:
-        raise ValueError(f"write height and width as [{found[1]}, {found[2]}]")
-    return size
-
-
-def check_arguments(arguments: JsonDict) -> JsonDict:
-    """Raise ValueError for a value that is no JSON, and for a name such as `depth:6`, which YAML reads as a name."""
-    for name, value in arguments.items():
-        if not name.isidentifier():
-            raise ValueError(
-                f"{name!r} is not the name of an argument; write '{{depth: 6}}', with a space after the colon"
-            )
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise ValueError(
-                f"{name}={value!r} cannot be written to config.yaml: give its name as text"
-            ) from error
-    return arguments
-
-
-# The settings of the losses of a run. No torch here, so that `graftvit --help` stays quick.
-
-
-class LossConfig(Section):
-    """One loss or one copy: what to take from a teacher, from where, and its weight."""
-
-    method: Annotated[str, OneOf(method_names)] = Field(
-        "distill", description="what is copied, distilled or matched"
-    )
-    layers: str | list[int] | list[tuple[int, int]] = Field(
-        "all",
-        description="all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5, stages of a pyramid "
-        "stage2,stage3 or stage3.0-1, or teacher>student pairs 2>0,5>1 or stage2>stage3",
-    )
-    heads: str | list[int] = Field(
-        "all",
-        description="all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ",
-    )
-    loss: Literal["ce", "kl"] = Field(
-        "ce", description="loss between maps; equal gradients, kl also subtracts the entropy"
-    )
-    feature_loss: Literal["cosine", "smooth_l1", "mse"] = Field(
-        "cosine", description="loss of method=feature"
-    )
-    tokens: Literal["pooled", "patches", "both"] = Field(
-        "pooled",
-        description="features of method=feature: the pooled one before the head, those of the patches after the "
-        "final norm, or both",
-    )
-    standardize: Literal["none", "dimension", "phi_s"] = Field(
-        "none",
-        description="standardize the teacher's features with method=feature: each dimension by itself, or all by one "
-        "scale after a rotation (PHI-S)",
-    )
-    standardize_images: int = Field(
-        1024, gt=0, description="training images that the statistics of standardize are measured on"
-    )
-    logits_loss: Literal["kl", "hard"] = Field(
-        "kl", description="loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
-    )
-    logits_head: Literal["all", "distillation"] = Field(
-        "all",
-        description="which head learns with method=logits: the prediction of all heads, or only that of "
-        "DeiT's distillation token, while only the other head learns from labels",
-    )
-    weight: float = Field(3.0, ge=0, description="weight of the transfer loss; 3 as published")
-    reduction: Literal["sum", "mean"] = Field(
-        "sum",
-        description="over layers: sum as published, or mean (multiply the weight by the number of layers to match)",
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="divides teacher and student logits; the loss is multiplied by T^2"
-    )
-    rows: float = Field(
-        1.0, gt=0, le=1, description="fraction of query rows that the map loss samples each step, unbiased"
-    )
-    interpolate_grid: bool = Field(
-        False,
-        description="distill maps between different patch grids by interpolating the teacher's attention logits",
-    )
-
-    @field_validator("layers", "heads", mode="before")
-    @classmethod
-    def _one_number(cls, chosen: Any) -> Any:
-        """Read a single number, as YAML reads `layers: 7`, as the text of it."""
-        return str(chosen) if isinstance(chosen, int) and not isinstance(chosen, bool) else chosen
-
-
-class LossEntry(LossConfig):
-    """An entry of `transfer.losses`."""
-
-    teacher: str | None = Field(
-        None, description="name of the teacher in `teachers`; the section `teacher` by default"
-    )
-
-
-class TransferConfig(LossConfig):
-    """The losses of a run: what to take from which teacher and layers, and with which weight."""
-
-    losses: list[LossEntry] = Field(
-        [],
-        description="several losses in one run, as in '[{method: distill, weight: 3}, {method: feature}]'; "
-        "each entry takes the settings above, which describe a single loss, and a teacher",
-    )
-    task_weight: float = Field(
-        1.0,
-        ge=0,
-        description="weight of the classification loss; 0 learns only from the teacher, without labels",
-    )
-    share_drop_path: bool = Field(
-        False,
-        description="apply the student's stochastic-depth masks to the teacher too, as the official code does",
-    )
-    cache: Annotated[str | None, LOCAL] = Field(
-        None,
-        description="folder that keeps what the teachers compute of the training images, so that they compute it "
-        "once for all epochs and runs; needs data.views",
-    )
-    cache_limit: float | None = Field(
-        None,
-        gt=0,
-        description="largest size in GiB of this run's targets in transfer.cache; by default what is missing may "
-        "take 90% of the free disk",
-    )
-
-    @property
-    def terms(self) -> tuple[LossEntry, ...]:
-        """Return `losses`, or the single loss that the other settings describe."""
-        short = LossEntry(**{name: getattr(self, name) for name in LossConfig.model_fields})
-        return tuple(self.losses) or (short,)
-
-    @model_validator(mode="after")
-    def _check_form(self) -> TransferConfig:
-        short = [
-            name for name, field in LossConfig.model_fields.items() if getattr(self, name) != field.default
-        ]
-        if self.losses and short:
-            raise ValueError(describes_single_loss(f"transfer.{short[0]}", short[0]))
-        return self
-
-
-def describes_single_loss(given: str, name: str) -> str:
-    """Return why the setting `name`, which the user wrote as `given`, is refused beside `transfer.losses`."""
-    return (
-        f"{given} describes a single loss and cannot be used with transfer.losses: write {name} into an entry of "
-        "transfer.losses"
-    )
-
-
-Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
 AUTO: Final = "auto"
 """Of the student's model and pooling: as the weights have it that the student starts from."""
 
 
+LOADS_TEACHER = Need(
+    lambda run: run.reads_teacher or run.starting_source == TEACHER,
+    lambda run: (
+        f"with mode={run.mode}, whose student starts from {run.starting_source or 'fresh weights'}: leave it out"
+    ),
+)
+NAMES_TEACHER = Need(
+    lambda run: run.teacher.source is not None or run.starting_source == TEACHER,
+    "without a teacher: leave it out, or set teacher.source",
+)
+TAUGHT = Need(
+    lambda run: run.facts.taught,
+    lambda run: f"with mode={run.mode}, in which no teacher takes part in a step: leave it out",
+)
+PREPARES_TEACHER = Need(
+    lambda run: run.facts.transfers,
+    lambda run: (
+        f"with mode={run.mode}, which neither compiles nor shards it: leave it out, or set mode=transfer"
+    ),
+)
+READS_WEIGHTS = Need(
+    lambda run: (run.reads_teacher and run.teacher.source is not None) or run.starting_source is not None,
+    "without weights to read: leave it out, or set teacher.source or student.init",
+)
+
+
 class TeacherConfig(Section):
     """The frozen model that is copied or distilled."""
 
-    source: str | None = Field(
-        None, description="timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth"
-    )
-    revision: str | None = Field(
+    source: str | None = setting(
         None,
-        description="branch, tag or commit on the hub; the loaded commit is written to the run's config.yaml, "
-        "and a resumed run loads that commit",
+        "timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth",
+        also=("teacher",),
+        needs=(LOADS_TEACHER,),
     )
-    model: str | None = Field(
-        None, description="timm architecture, for a weights file that does not name its own"
-    )
-    model_args: JsonDict = Field({}, description="keyword arguments of the teacher's timm constructor")
-    img_size: int | tuple[int, int] | None = Field(
+    revision: str | None = setting(
         None,
-        description="image size of the teacher's input, to which it is resampled; the student's by default",
+        "branch, tag or commit on the hub; the loaded commit is written to the run's config.yaml, and a resumed run "
+        "loads that commit",
+        needs=(LOADS_TEACHER, NAMES_TEACHER),
     )
-    position_embedding: Literal["timm", "mae"] = Field(
+    model: str | None = setting(
+        None,
+        "timm architecture, for a weights file that does not name its own",
+        needs=(LOADS_TEACHER, NAMES_TEACHER),
+    )
+    model_args: JsonDict = setting(
+        {}, "keyword arguments of the teacher's timm constructor", needs=(LOADS_TEACHER, NAMES_TEACHER)
+    )
+    img_size: int | tuple[int, int] | None = setting(
+        None,
+        "image size of the teacher's input, to which it is resampled; the student's by default",
+        needs=(TAUGHT,),
+    )
+    position_embedding: Literal["timm", "mae"] = setting(
         "timm",
-        description="method to resample position embeddings: timm's antialiased bicubic, or MAE's plain "
-        "bicubic",
+        "method to resample position embeddings: timm's antialiased bicubic, or MAE's plain bicubic",
+        needs=(READS_WEIGHTS,),
     )
 
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="type of the teacher's weights: half of the memory with bf16 or fp16"
+    dtype: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "type of the teacher's weights: half of the memory with bf16 or fp16", needs=(TAUGHT,)
     )
-    compile: bool = Field(False, description="compile the teacher's forward pass with torch.compile")
-    shard: bool = Field(
+    compile: bool = setting(
         False,
-        description="shard the teacher's weights over the processes with FSDP2, for one larger than a device",
+        "compilation of the teacher's forward pass by torch.compile",
+        resume="free",
+        needs=(PREPARES_TEACHER,),
+    )
+    shard: bool = setting(
+        False,
+        "sharding of the teacher's weights over the processes by FSDP2, for one larger than a device",
+        resume="free",
+        needs=(PREPARES_TEACHER,),
     )
 
     _check_size = field_validator("img_size")(check_size)
@@ -309,154 +119,316 @@ class TeacherConfig(Section):
         return size
 
 
-class StudentConfig(Section):
-    """The model that learns. It is a timm model; a plan, or a method that copies, changes its attention."""
+BUILT_HERE = Need(
+    lambda run: run.student.whole_name is None,
+    lambda run: (
+        f"with student.model={run.student.whole_name}, which brings its own architecture: leave it out"
+    ),
+)
+POOLED = Need(
+    lambda run: run.facts.pools,
+    lambda run: f"with mode={run.mode}, whose student is not pooled: leave it out",
+)
+RUNS_BLOCKS = Need(
+    lambda run: not run.facts.aligns,
+    lambda run: f"with mode={run.mode}, which trains layers apart from their blocks: leave it out",
+)
+DRAWS_WEIGHTS = Need(
+    lambda run: run.starting_source is None or run.facts.draws_head,
+    lambda run: f"with a student that starts from {run.starting_source}: leave it out",
+)
 
-    model: str = Field(
+
+def with_plan(why: str) -> Need:
+    """Return the condition of settings that a layer plan reads."""
+    return Need(lambda run: run.student.plan is not None, f"without {why}: leave it out, or set student.plan")
+
+
+class StudentConfig(Section):
+    """The model that learns. It is a timm model; a layer plan or a copying method changes its attention. A student that
+    starts from weights (`student.init`, and every student of `mode=finetune` and `mode=align`) is built as the model of
+    these weights: architecture, arguments, image size and pooling are theirs, unless you give others. The plan and the
+    log warn of a final norm or a head that is fresh although the weights bring their own."""
+
+    model: str = setting(
         AUTO,
-        description="timm architecture of a fresh student, or the source of an existing one (local-dir:…, "
-        "hf-hub:…, a file); auto: that of the weights it starts from, else vit_base_patch16_224",
+        "timm architecture of a fresh student, or the source of an existing one (local-dir:…, hf-hub:…, a file); auto: "
+        "that of the weights it starts from, else vit_base_patch16_224",
+        also=("model",),
     )
-    model_args: JsonDict = Field(
+    model_args: JsonDict = setting(
         {},
-        description="keyword arguments of the student's timm constructor, beside those of the weights it starts from",
+        "keyword arguments of the student's timm constructor, beside those of the weights it starts from",
+        also=("model_args",),
+        needs=(BUILT_HERE,),
     )
-    plan: str | None = Field(
+    plan: str | None = setting(
         None,
-        description="operator of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by "
-        "default",
+        "operator of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by default",
     )
-    calibrate: int = Field(
+    calibrate: int = setting(
         0,
+        "training images on which the operators of the plan are fitted and calibrated before the first step; hash "
+        "needs it",
         ge=0,
-        description="training images on which the operators of the plan are fitted and calibrated before the first "
-        "step; hash needs it",
+        needs=(with_plan("new operators"),),
     )
-    without: tuple[Literal["bias"], ...] = Field(
+    without: tuple[Literal["bias"], ...] = setting(
         (),
-        description="parts of a pyramid's layers that a plan gives up where an operator does not take them: bias, the "
-        "relative position bias (Swin)",
+        "parts of a pyramid's layers that a plan gives up where an operator does not take them: bias, the relative "
+        "position bias (Swin)",
+        needs=(with_plan("student.plan, which gives parts up"),),
     )
-    init: str | None = Field(
+    init: str | None = setting(
         None,
-        description="initial weights: any teacher source, or 'teacher' for the teacher's weights; by "
-        "default the teacher's in the modes align and finetune, else fresh",
+        "initial weights: any teacher source, or 'teacher' for the teacher's weights; by default the teacher's in the "
+        "modes align and finetune, else fresh",
+        also=("finetune",),
     )
-    img_size: int | tuple[int, int] | None = Field(
+    img_size: int | tuple[int, int] | None = setting(
         None,
-        description="input resolution; by default that of the weights it starts from, else the architecture's",
+        "input resolution; by default that of the weights it starts from, else the architecture's",
+        also=("img_size", "input_size"),
     )
-    global_pool: Literal["auto", "avg", "token", "map", ""] | None = Field(
+    global_pool: Literal["auto", "avg", "token", "map", ""] | None = setting(
         AUTO,
-        description="pooling before the head; auto: that of the weights it starts from, else avg; none: the "
-        "architecture's",
+        "pooling before the head; auto: that of the weights it starts from, else avg; none: the architecture's",
+        needs=(POOLED, BUILT_HERE),
     )
-    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the last block")
-    pos_embed_std: float | None = Field(
+    drop_path: float = setting(
+        0.0, "stochastic depth rate of the last block", ge=0, lt=1, needs=(RUNS_BLOCKS,)
+    )
+    pos_embed_std: float | None = setting(
         None,
+        "deviation of the fresh position embeddings; the architecture's own by default",
         gt=0,
-        description="deviation of the fresh position embeddings; the architecture's own by default",
+        needs=(DRAWS_WEIGHTS,),
     )
-    mirror_teacher: bool = Field(
+    mirror_teacher: bool = setting(
         False,
-        description="give the student the teacher's native parts (LayerScale, registers, ...), freshly initialized",
+        "a student with the teacher's native parts (LayerScale, registers, ...), freshly initialized",
+        needs=(BUILT_HERE,),
     )
-    grad_checkpointing: bool = Field(False, description="recompute block activations in the backward pass")
-    compile: bool = Field(False, description="compile the step's forward with torch.compile(fullgraph=True)")
+    grad_checkpointing: bool = setting(
+        False, "recomputation of block activations in the backward pass", resume="free", needs=(RUNS_BLOCKS,)
+    )
+    compile: bool = setting(
+        False, "compilation of the step's forward by torch.compile, as one graph", resume="free"
+    )
 
     _check_size = field_validator("img_size")(check_size)
     _check_size_text = field_validator("img_size", mode="before")(check_size_text)
     _check_arguments = field_validator("model_args")(check_arguments)
 
+    @property
+    def whole_name(self) -> str | None:
+        """The source of a whole model that `model` is; None for a timm architecture."""
+        text = self.model
+        if text == AUTO or not (":" in text or "/" in text or Path(text.partition("#")[0]).exists()):
+            return None
+        base = text.partition(".")[0]
+        return None if base and not {*base} & {*":/"} and _is_architecture(base) else text
+
+
+def _is_architecture(name: str) -> bool:
+    """Return whether timm knows an architecture. Only a path that could be the name of one comes here."""
+    from timm.models import is_model
+
+    return bool(is_model(name))
+
 
 class AlignConfig(Section):
     """How converted layers learn on their teacher's inputs (mode align)."""
 
-    match: Literal["output", "map", "probes", "rows"] = Field(
+    needs: ClassVar = (in_mode("align"),)
+
+    match: Literal["output", "map", "probes", "rows"] = setting(
         "output",
-        description="loss between a layer and the teacher's: output error, exact map error, its estimate by "
-        "random probes, or cross-entropy of sampled rows",
+        "loss between a layer and the teacher's: output error, exact map error, its estimate by random probes, or "
+        "cross-entropy of sampled rows",
     )
+
+
+def of_family(*families: str) -> Need:
+    """Return the condition of settings that only some kinds of data sets read."""
+    kinds = [f"{family}/..." for family in families]
+    return Need(
+        lambda run: run.data.family in families,
+        lambda run: (
+            f"with data.dataset={run.data.dataset or 'folder'}: leave it out, or set data.dataset to "
+            f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        ),
+    )
+
+
+IN_A_FOLDER = Need(
+    lambda run: run.data.family != "digits",
+    lambda run: (
+        f"with data.dataset={run.data.dataset}, which comes with scikit-learn: leave it out, or set data.dataset"
+    ),
+)
+SUBSET = Need(
+    lambda run: run.data.train_samples is not None,
+    "without data.train_samples, which it chooses: leave it out, or set data.train_samples",
+)
+EVALUATES = (
+    Need(
+        lambda run: run.data.val_split is not None,
+        "with data.val_split=none, which turns evaluation off: leave it out",
+    ),
+    Need(
+        lambda run: run.evaluates,
+        lambda run: (
+            f"with mode={run.mode} and engine.metric=auto, which evaluate nothing: leave it out, or set engine.metric"
+        ),
+    ),
+)
+NO_VIEWS = "with data.views=0, which shows images without augmentation: leave it out"
+AUGMENTED = Need(lambda run: run.data.views != 0, NO_VIEWS)
+CROPPED = Need(
+    lambda run: run.data.aa != "affine",
+    "with data.aa=affine, which neither crops nor flips: leave it out, or choose another data.aa",
+)
+FRESH_VIEWS = Need(
+    lambda run: run.data.views is None,
+    lambda run: (
+        f"beside data.views={run.data.views}, which fixes the views of an image: leave one of them out"
+    ),
+    instead="data.views",
+)
+JITTERED = Need(
+    lambda run: run.data.aa in (None, "", "none") or "3a" in run.data.aa,
+    lambda run: f"with data.aa={run.data.aa}, in whose place it works: leave it out, or set data.aa=none",
+)
+RESIZED_AT_RANDOM = (
+    Need(lambda run: run.data.interpolation != "random" or run.data.views != 0, NO_VIEWS),
+    Need(
+        lambda run: run.data.interpolation != "random" or run.data.aa != "affine",
+        "with data.aa=affine, whose interpolation is fixed: leave it out, or choose bicubic or bilinear",
+    ),
+)
+LABELED = Need(lambda run: run.needs_labels, "in a run that learns without labels: leave it out")
 
 
 class DataConfig(Section):
-    """What is read and how it is augmented."""
+    """The data set and its augmentation."""
 
-    dataset: str = Field(
-        "", description="timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits"
+    dataset: str = setting(
+        "", "timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits"
     )
-    data_path: str | None = Field(None, description="root folder of the data set")
-    stage: Annotated[str | None, LOCAL] = Field(
+    data_path: str | None = setting(
+        None, "root folder of the data set", outside=True, also=("data_dir",), needs=(IN_A_FOLDER,)
+    )
+    stage: Annotated[str | None, LOCAL] = setting(
         None,
-        description="folder on a node's local disk to which each node copies the data set once; in "
-        "'$SLURM_TMPDIR' each node uses its own value",
+        "folder on a node's local disk to which each node copies the data set once; in '$SLURM_TMPDIR' each node uses "
+        "its own value",
+        outside=True,
+        see="[staging](data.md#staging)",
     )
-    train_split: str = Field("train", description="split to train on")
-    val_split: str | None = Field("validation", description="split to evaluate on; none turns evaluation off")
-    download: bool = Field(False, description="let torchvision download the data set")
-    image_column: str | None = Field(
+    train_split: str = setting("train", "split to train on")
+    val_split: str | None = setting(
+        "validation", "split to evaluate on; none turns evaluation off", off=(None,), needs=EVALUATES
+    )
+    download: bool = setting(
+        False,
+        "download of the data set by torchvision",
+        outside=True,
+        needs=(of_family("torch", "tfds", "hfids"),),
+    )
+    image_column: str | None = setting(
         None,
-        description="column of the images in hfds and hfids, feature in tfds, file ending in wds; guessed by default",
+        "column of the images in hfds and hfids, feature in tfds, file ending in wds; guessed by default",
+        needs=(of_family("hfds", "hfids", "tfds", "wds"),),
     )
-    label_column: str | None = Field(
+    label_column: str | None = setting(
         None,
-        description="column of the labels in hfds and hfids, feature in tfds, field of the .json in wds; "
-        "guessed by default",
+        "column of the labels in hfds and hfids, feature in tfds, field of the .json in wds; guessed by default",
+        needs=(of_family("hfds", "hfids", "tfds", "wds"),),
     )
-    classes: str | list[str] | None = Field(
+    classes: str | list[str] | None = setting(
         None,
-        description="classes of a larger set to keep: names joined by commas, imagenet-100, or a text file "
-        "with one name per line",
+        "classes of a larger set to keep: names joined by commas, imagenet-100, or a text file with one name per line",
     )
-    num_classes: int | None = Field(None, description="number of classes; read from the data set by default")
-    train_samples: int | None = Field(
-        None, gt=0, description="use only this many training samples, balanced over classes"
+    num_classes: int | None = setting(
+        None, "number of classes; read from the data set by default", also=("nb_classes",)
     )
-    label_seed: int = Field(0, description="seed that chooses the train_samples")
-    batch_size: int = Field(32, gt=0, description="images per device and step")
-    eval_batch_size: int | None = Field(
-        None, gt=0, description="images per device in evaluation; batch_size by default"
+    train_samples: int | None = setting(
+        None, "number of training samples to use, balanced over classes; all by default", gt=0
     )
-    workers: int = Field(4, ge=0, description="loader processes per device")
-    views: int | None = Field(
+    label_seed: int = setting(0, "seed that chooses the train_samples", needs=(SUBSET,))
+    batch_size: int = setting(32, "images per device and step", gt=0)
+    eval_batch_size: int | None = setting(
         None,
-        ge=0,
-        description="number of augmented views of each image: epoch e shows view e modulo this number; 0 shows "
-        "images without augmentation, as evaluation does; a new view each epoch by default",
-    )
-    aug_repeats: int = Field(
-        1,
+        "images per device in evaluation; batch_size by default",
         gt=0,
-        description="repeated augmentation: an epoch shows one image in this many, each this many times with other "
-        "augmentation; 3 in DeiT, PVT and LIT-Ti",
+        resume="free",
+        needs=EVALUATES,
     )
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area range of the random resized crop")
-    hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    aa: str | None = Field(
-        "rand-m9-mstd0.5-inc1", description="timm auto-augment policy, 'affine' for digits, or none"
-    )
-    color_jitter: float = Field(0.0, ge=0, description="strength of color jitter with aa=none")
-    interpolation: Literal["bicubic", "bilinear", "random"] | None = Field(
+    workers: int = setting(4, "loader processes per device", ge=0, outside=True, also=("num_workers",))
+    views: int | None = setting(
         None,
-        description="interpolation of resizing; the weights' own by default, and in evaluation also with "
-        "random",
-    )
-    crop_pct: float | None = Field(
-        None, gt=0, le=1, description="share of a side that evaluation keeps; the weights' own by default"
-    )
-    crop_mode: Literal["center", "squash", "border"] | None = Field(
-        None, description="timm's crop mode in evaluation; the weights' own by default"
-    )
-    reprob: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
-    mixup: float = Field(0.0, ge=0, description="mixup alpha")
-    cutmix: float = Field(0.0, ge=0, description="cutmix alpha")
-    smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
-    max_bad_images: float = Field(
-        0.01,
+        "number of augmented views of each image: epoch e shows view e modulo this number; 0 shows images without "
+        "augmentation, as evaluation does; a new view each epoch by default",
         ge=0,
-        description="share of a split's images (below 1), or their number (from 1 on), that may be unreadable; a run "
-        "with more, or with a class that lost most of its images, stops",
     )
+    aug_repeats: int = setting(
+        1,
+        "repeated augmentation: an epoch shows one image in this many, each this many times with other augmentation; 3 "
+        "in DeiT, PVT and LIT-Ti",
+        gt=0,
+        needs=(FRESH_VIEWS,),
+        see="[below](#repeated-augmentation)",
+    )
+    crop_scale: tuple[float, float] = setting(
+        (0.08, 1.0), "area range of the random resized crop", drawn=True, needs=(AUGMENTED, CROPPED)
+    )
+    hflip: float = setting(
+        0.5,
+        "probability of a horizontal flip",
+        ge=0,
+        le=1,
+        drawn=True,
+        off=(0.0,),
+        needs=(AUGMENTED, CROPPED),
+    )
+    aa: str | None = setting(
+        "rand-m9-mstd0.5-inc1",
+        "timm auto-augment policy, 'affine' for digits, or none",
+        drawn=True,
+        needs=(Need(lambda run: run.data.views != 0 or run.data.aa == "affine", NO_VIEWS),),
+    )
+    color_jitter: float = setting(
+        0.0, "strength of color jitter with aa=none", ge=0, drawn=True, needs=(AUGMENTED, JITTERED)
+    )
+    interpolation: Literal["bicubic", "bilinear", "random"] | None = setting(
+        None,
+        "interpolation of resizing; the weights' own by default, and in evaluation also with random",
+        drawn=True,
+        needs=RESIZED_AT_RANDOM,
+    )
+    crop_pct: float | None = setting(
+        None, "share of a side that evaluation keeps; the weights' own by default", gt=0, le=1
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = setting(
+        None, "timm's crop mode in evaluation; the weights' own by default"
+    )
+    reprob: float = setting(0.0, "probability of random erasing", ge=0, le=1, drawn=True, needs=(AUGMENTED,))
+    mixup: float = setting(0.0, "mixup alpha", ge=0)
+    cutmix: float = setting(0.0, "cutmix alpha", ge=0)
+    smoothing: float = setting(0.1, "label smoothing", ge=0, lt=1, off=(0.0,), needs=(LABELED,))
+    max_bad_images: float = setting(
+        0.01,
+        "share of a split's images (below 1), or their number (from 1 on), that may be unreadable; a run with more, or "
+        "with a class that lost most of its images, stops",
+        ge=0,
+        outside=True,
+    )
+
+    @property
+    def family(self) -> str:
+        """The kind of the data set, such as `torch` of `torch/cifar10`."""
+        return self.dataset.partition("/")[0].lower()
 
     @field_validator("data_path")
     @classmethod
@@ -491,130 +463,165 @@ class DataConfig(Section):
         return scale
 
 
+def beside(setting: str, what: str) -> Need:
+    """Return the condition of a setting of `optim` whose place another one takes."""
+    name = setting.rpartition(".")[2]
+    return Need(
+        lambda optim: getattr(optim, name) is None,
+        lambda optim: f"beside {setting}={getattr(optim, name)}, which is {what}: leave one of them out",
+        of="section",
+        instead=setting,
+    )
+
+
 class OptimConfig(Section):
     """Optimizer, schedule and length."""
 
-    epochs: int = Field(100, gt=0, description="passes over the training set")
-    max_steps: int | None = Field(None, gt=0, description="stop after this many steps; overrides epochs")
-    opt: str = Field("adamw", description="timm optimizer name")
-    lr: float | None = Field(
-        None, gt=0, description="absolute learning rate; blr x effective batch / 256 by default"
-    )
-    blr: float = Field(1e-3, gt=0, description="base learning rate for 256 images")
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
-    warmup_epochs: float = Field(5, ge=0, description="linear warm-up from zero")
-    weight_decay: float = Field(0.05, ge=0, description="weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="betas of Adam")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it"
-    )
-    clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
-    accum_iter: int = Field(1, gt=0, description="batches accumulated before an optimizer step")
-    recipe_batch: int | None = Field(
-        None,
+    epochs: int = setting(
+        100,
+        "passes over the training set",
         gt=0,
-        description="images per step of the published recipe; the plan and the log say by how much a run differs",
+        resume="free",
+        needs=(beside("optim.max_steps", "the length of the run"),),
     )
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the student's moving average; off by default"
+    max_steps: int | None = setting(None, "number of steps, in place of epochs", gt=0, resume="free")
+    opt: str = setting("adamw", "timm optimizer name")
+    lr: float | None = setting(None, "absolute learning rate; blr x effective batch / 256 by default", gt=0)
+    blr: float = setting(
+        1e-3,
+        "base learning rate for 256 images",
+        gt=0,
+        needs=(beside("optim.lr", "the learning rate itself"),),
     )
-    scales: dict[str, PositiveFloat] = Field(
+    min_lr: float = setting(1e-6, "learning rate at the end of the cosine", ge=0)
+    warmup_epochs: float = setting(5, "linear warm-up from zero", ge=0)
+    weight_decay: float = setting(0.05, "weight decay", ge=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "betas of Adam")
+    layer_decay: float = setting(1.0, "learning rate factor from each layer to the one below it", gt=0, le=1)
+    clip_grad: float | None = setting(None, "largest gradient norm", gt=0)
+    accum_iter: int = setting(  # held by `elastic.check_spread`, together with the number of processes
+        1, "batches accumulated before an optimizer step", gt=0, resume="free"
+    )
+    recipe_batch: int | None = setting(
+        None,
+        "images per step of the published recipe; the plan and the log say by how much a run differs",
+        gt=0,
+    )
+    ema: float | None = setting(
+        None,
+        "decay of the student's moving average; off by default",
+        gt=0,
+        lt=1,
+        also=("model_ema_decay",),
+    )
+    scales: dict[str, PositiveFloat] = setting(
         {},
-        description="learning rate factors of parameters, by a regular expression of their names; where several match, "
-        "they multiply",
+        "learning rate factors of parameters, by a regular expression of their names; where several match, they "
+        "multiply",
     )
-    lora: int | None = Field(
-        None,
-        gt=0,
-        description="rank of LoRA adapters that learn instead of the attention weights; needs peft",
+    lora: int | None = setting(
+        None, "rank of LoRA adapters that learn instead of the attention weights; needs peft", gt=0
     )
-    trainable: str = Field(
-        ".*", description="regular expression of the parameters that learn; the head always learns"
-    )
+    trainable: str = setting(".*", "regular expression of the parameters that learn; the head always learns")
 
 
 class EngineConfig(Section):
-    """Where and how the loop runs."""
+    """The device, and how the loop runs."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of autocast")
-    tf32: bool = Field(
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "precision of autocast")
+    tf32: bool = setting(
         False,
-        description="let a GPU round the inputs of float32 matrix products to TF32; off is exact float32",
+        "rounding of the inputs of float32 matrix products to TF32 on a GPU; off is exact float32",
     )
-    fsdp: bool = Field(False, description="shard the student with FSDP2 instead of replicating it")
-    device: Literal["auto", "cpu"] = Field("auto", description="cpu uses no GPU")
-    log_interval: int = Field(
-        20, gt=0, description="optimizer steps between log records; the only device synchronization"
+    fsdp: bool = setting(False, "sharding of the student by FSDP2 instead of replication", resume="free")
+    device: Literal["auto", "cpu"] = setting("auto", "device; cpu uses no GPU", resume="free")
+    log_interval: int = setting(
+        20,
+        "optimizer steps between log records; the only device synchronization",
+        gt=0,
+        outside=True,
     )
-    eval_every: int = Field(1, gt=0, description="epochs between evaluations")
-    metric: Metric = Field(
+    eval_every: int = setting(1, "epochs between evaluations", gt=0, resume="free", needs=EVALUATES)
+    metric: Metric = setting(
         "auto",
-        description="metric that chooses the best state; auto is top1 if labels and head match, else the "
-        "distance to the teacher or the run's own loss, on the test images",
+        "metric that chooses the best state; auto is top1 if labels and head match, else the distance to the teacher "
+        "or the run's own loss, on the test images",
+        resume="free",
+        see="[evaluation](evaluation.md#in-a-run)",
     )
-    patience: int | None = Field(
-        None, gt=0, description="end the run after this many evaluations without a better value of the metric"
-    )
-    save_every: int | None = Field(
-        None, gt=0, description="optimizer steps between states; each epoch by default"
-    )
-    save_minutes: float | None = Field(
+    patience: int | None = setting(
         None,
+        "number of evaluations without a better value of the metric that end the run",
         gt=0,
-        description="also save a state at the next step after this many minutes without one",
+        resume="free",
     )
-    keep_states: int = Field(
+    save_every: int | None = setting(
+        None, "optimizer steps between states; each epoch by default", gt=0, outside=True
+    )
+    save_minutes: float | None = setting(
+        None,
+        "minutes without a state after which the next step saves one too",
+        gt=0,
+        outside=True,
+    )
+    keep_states: int = setting(
         0,
+        "number of newest states to keep under their step, besides last, previous and best",
         ge=0,
-        description="number of newest states to keep under their step, besides last, previous and best",
+        outside=True,
     )
-    stop_grace: float = Field(
+    stop_grace: float = setting(
         300.0,
+        "seconds after a stop signal in which a step or an evaluation batch must end; else the run ends without a "
+        "save",
         gt=0,
-        description="after a stop signal, end without a save if no step and no evaluation batch ends within "
-        "this many seconds",
+        outside=True,
     )
-    evaluate_start: bool = Field(
+    evaluate_start: bool = setting(
         False,
-        description="also evaluate the student before its first step: the accuracy after conversion alone",
+        "evaluation of the student before its first step too: the accuracy after conversion alone",
+        resume="free",
+        needs=EVALUATES,
     )
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto continues the run in output_dir if it holds one"
+    resume: Literal["auto", "never"] = setting(
+        "auto", "resumption: auto continues the run in output_dir if it holds one", outside=True
     )
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="trackers that record curves"
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting(
+        ("tensorboard",), "trackers that record curves", outside=True
     )
-    evaluate_teacher: bool = Field(
-        True, description="report the teacher's accuracy at the start if it has a head"
+    evaluate_teacher: bool = setting(
+        True, "report of the teacher's accuracy at the start if it has a head", resume="free"
     )
-    progress: bool = Field(True, description="draw a progress bar on a terminal")
+    progress: bool = setting(True, "progress bar on a terminal", outside=True)
 
 
 class PretrainConfig(Section):
-    """Masked autoencoding (MAE, arXiv:2111.06377): how the teacher of a new domain is made."""
+    """Masked autoencoding (MAE, arXiv:2111.06377), which pretrains a teacher for a new domain."""
 
-    mask_ratio: float = Field(0.75, gt=0, lt=1, description="fraction of patches hidden")
-    decoder_dim: int = Field(512, gt=0, description="decoder dim")
-    decoder_depth: int = Field(8, gt=0, description="decoder depth")
-    decoder_heads: int = Field(16, gt=0, description="decoder heads")
-    norm_pixels: bool = Field(True, description="normalize each target patch")
-    decay_tokens: bool = Field(
+    needs: ClassVar = (in_mode("pretrain"),)
+
+    mask_ratio: float = setting(0.75, "fraction of patches hidden", gt=0, lt=1)
+    decoder_dim: int = setting(512, "width of the decoder", gt=0)
+    decoder_depth: int = setting(8, "number of the decoder's blocks", gt=0)
+    decoder_heads: int = setting(16, "number of the decoder's heads", gt=0)
+    norm_pixels: bool = setting(True, "normalization of each target patch")
+    decay_tokens: bool = setting(
         True,
-        description="apply weight decay to tokens and position embeddings, as MAE's code does; off exempts them as in "
-        "the other modes",
+        "weight decay of tokens and position embeddings, as in MAE's code; off exempts them as in the other modes",
     )
 
 
 class RunConfig(Section):
     """Everything a run needs; written to the run folder as config.yaml."""
 
-    mode: Mode = Field("transfer", description="what the run trains, and from what")
-    output_dir: Annotated[Path, LOCAL] = Field(Path("runs/default"), description="the run folder")
-    seed: int = Field(0, ge=0, description="seed")
+    mode: Mode = setting("transfer", "what the run trains, and from what")
+    output_dir: Annotated[Path, LOCAL] = setting(Path("runs/default"), "the run folder", outside=True)
+    seed: int = setting(0, "seed", ge=0)
     teacher: TeacherConfig = TeacherConfig()
-    teachers: dict[str, TeacherConfig] = Field(
+    teachers: dict[str, TeacherConfig] = setting(
         {},
-        description="further teachers by name for transfer.losses, as in '{convnext: {source: convnext_base}}'",
+        "further teachers by name for transfer.losses, as in '{convnext: {source: convnext_base}}'",
+        needs=(in_mode("transfer"),),
     )
     student: StudentConfig = StudentConfig()
     transfer: TransferConfig = TransferConfig()
@@ -623,3 +630,34 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     pretrain: PretrainConfig = PretrainConfig()
+
+    @property
+    def facts(self) -> ModeFacts:
+        """What is known of the mode."""
+        return MODE_FACTS[self.mode]
+
+    @property
+    def needs_labels(self) -> bool:
+        """True if the run learns from labels; others take any images, and may have no validation split."""
+        return self.facts.learns_labels and not (self.facts.transfers and self.transfer.task_weight == 0)
+
+    @property
+    def starting_source(self) -> str | None:
+        """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
+        return self.student.init or self.student.whole_name or self.facts.starts_from
+
+    @property
+    def reads_teacher(self) -> bool:
+        """True if a teacher is loaded at all, to learn from or to start from."""
+        starts = self.student.init in (None, TEACHER) or self.student.mirror_teacher
+        return self.facts.taught or (self.facts.starts_from == TEACHER and starts)
+
+    @property
+    def evaluates(self) -> bool:
+        """True if the run opens the test images."""
+        return self.data.val_split is not None and (self.facts.classifies or self.engine.metric != AUTO)
+
+    @property
+    def copies(self) -> bool:
+        """True if the student runs with a teacher's attention, also after the run."""
+        return self.facts.transfers and any(facts_of(loss.method).copies for loss in self.transfer.terms)

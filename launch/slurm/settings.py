@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ...models.errors import ConfigError
-from ...transfer.config import check_plain
+from ...transfer.setting import check_plain
 
 # Parse and compare GPUs by type and other generic resources, as sbatch takes them and sinfo prints them.
 

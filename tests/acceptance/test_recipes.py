@@ -15,8 +15,9 @@ import graftvit
 import pytest
 import timm
 from graftvit.launch.cli import main
-from graftvit.launch.load_config import load_config, recipe_names, unread_of
+from graftvit.launch.load_config import load_config, recipe_names
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.setting import find_unread
 from support.files.plain_timm import PlainTimm
 from support.runs.cut_recipes import KEYS, SMALL, Cut, command, stages_of, stand_ins
 from support.runs.interrupting import terminated_after
@@ -155,7 +156,7 @@ def changes_nothing(config: RunConfig, key: str, value: Any) -> bool:
     """Whether the run would refuse this value."""
     section, _, name = key.rpartition(".")
     changed = getattr(config, section).model_copy(update={name: value})
-    return key in unread_of(config.model_copy(update={section: changed}))
+    return key in find_unread(config.model_copy(update={section: changed}))
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

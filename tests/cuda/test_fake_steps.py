@@ -10,7 +10,7 @@ import pytest
 import torch
 from graftvit.models.attention.base import Geometry, Heads
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.methods.registry import method_names
+from graftvit.transfer.methods.method_facts import method_names
 from support.models.dense import tiny
 from support.models.device_cases import PRECISIONS, one_step, to_fake_gpu
 from support.models.operator_cases import CASES, HEADS, WIDTH, Case

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.methods.registry import method_names
+from graftvit.transfer.methods.method_facts import method_names
 from support.models.dense import gradient, images, relative_error, tiny
 from torch import Tensor
 

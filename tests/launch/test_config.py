@@ -7,7 +7,8 @@ import pytest
 import torch
 from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig, TransferConfig
+from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig
+from graftvit.transfer.loss_config import TransferConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from graftvit.launch.fields import ALIASES, find_key, leaf_of, leaves, sections, short_names, unknown
+from graftvit.launch.fields import find_key, leaf_of, leaves, sections, unknown
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.setting import rule_of
 
 
 def test_every_leaf_of_the_configuration_is_listed_once() -> None:
@@ -21,9 +22,10 @@ def test_aliases_point_at_settings_and_hide_none() -> None:
     own = {
         leaf.name for leaf in leaves().values() if [o.name for o in leaves().values()].count(leaf.name) == 1
     }
-    for alias, key in ALIASES.items():
-        assert key in leaves()
-        assert alias not in own, f"{alias} would hide {short_names()[alias]}"
+    further = [name for leaf in leaves().values() for name in rule_of(leaf.field).also]
+    assert "finetune" in further
+    assert len(further) == len(set(further))
+    assert not own & set(further)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from graftvit.launch.fields import FLAGS, METHODS, TAUGHT, find_key
+from graftvit.launch.fields import FLAGS, METHODS, find_key
 from graftvit.launch.flags import Parser, parse_command
 from graftvit.launch.load_config import load_config
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.engine.modes import MODES
-from graftvit.transfer.methods.registry import method_names
+from graftvit.transfer.methods.method_facts import method_names
 
 THEIRS = """
     batch_size epochs accum_iter model input_size drop_path clip_grad weight_decay lr blr beta2 layer_decay min_lr
@@ -38,9 +37,8 @@ def test_what_to_write_instead_exists(name: str) -> None:
         assert ours or flag == "no", f"{name}: --{flag}"
 
 
-def test_their_methods_and_our_modes_are_those_of_the_registries() -> None:
+def test_their_methods_are_ours() -> None:
     assert set(METHODS) <= set(method_names())
-    assert set(TAUGHT) == {name for name, mode in MODES.items() if mode.taught}
 
 
 @pytest.mark.parametrize(

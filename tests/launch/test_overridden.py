@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.load_config import load_config, load_stages, unread_of
+from graftvit.launch.load_config import load_config, load_stages
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.effect import value_of
 from graftvit.transfer.engine.build import check_settings
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.stages import check_stages
+from graftvit.transfer.setting import find_unread, value_of
 
 RECIPE = "mode: transfer\nteacher: {source: 'local-dir:t', compile: true}\ndata: {dataset: digits}\n"
 
@@ -80,7 +80,7 @@ def test_a_later_layer_gives_a_setting_its_effect(tmp_path: Path) -> None:
     recipe = "mode: transfer\nalign: {match: map}\nteacher: {dtype: bf16}\n"
     config = loaded(tmp_path, recipe, "mode=align", "teacher=local-dir:t", "plan=*: linear")
     assert (config.align.match, config.teacher.dtype) == ("map", "bf16")
-    assert not unread_of(config)
+    assert not find_unread(config)
 
 
 STAGES = """
@@ -107,7 +107,7 @@ def test_a_stage_leaves_out_what_is_for_others(tmp_path: Path) -> None:
     assert configs["two"].transfer.weight == 5.0
     assert (configs["one"].align.match, configs["two"].align.match) == ("map", "output")
     assert (configs["one"].student.drop_path, configs["two"].student.drop_path) == (0.0, 0.1)
-    assert not any(map(unread_of, configs.values()))
+    assert not any(map(find_unread, configs.values()))
 
 
 @pytest.mark.parametrize("word", ["one.weight=5.0", "temperature=2.0", "two.match=rows"])

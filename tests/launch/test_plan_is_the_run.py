@@ -18,13 +18,12 @@ import torch
 from graftvit.launch.plan_text import describe_plan, memory_items
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.effect import unread, without
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.modes import MODES, mode_of
-from graftvit.transfer.engine.run_parts import run_parts
+from graftvit.transfer.engine.modes import MODES
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.methods.registry import find_method, method_names
+from graftvit.transfer.methods.method_facts import facts_of, method_names
+from graftvit.transfer.setting import find_unread, without
 from support.runs.engine_runs import config, make_convnext, make_teacher, records
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -96,7 +95,7 @@ def loss(draw: random.Random) -> dict[str, Any]:
         **sometimes(draw, 0.2, "rows", 0.5),
         **sometimes(draw, 0.1, "interpolate_grid", True),
     }
-    reads = find_method(method).reads or ()
+    reads = facts_of(method).reads or ()
     kept = {name: value for name, value in settings.items() if name in reads or draw.random() < 0.03}
     return {"method": method, **kept}
 
@@ -180,8 +179,7 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
         engine=engine,
         pretrain=sometimes(draw, 0.2, "decoder_heads", 3),
     )
-    vain = unread(found, run_parts(mode_of(found)))
-    return without(found, (key for key in vain if draw.random() < 0.97))
+    return without(found, (key for key in find_unread(found) if draw.random() < 0.97))
 
 
 def keep_targets(draw: random.Random, folder: Path, transfer: dict[str, Any], data: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from graftvit.launch.load_config import (
 from graftvit.models.layer_plan import AS_IT_IS, NONE, OPERATORS, parse_plan
 from graftvit.transfer.config import AUTO
 from graftvit.transfer.engine.build import settle
-from graftvit.transfer.engine.modes import TEACHER, mode_of
 from graftvit.transfer.engine.optim import peak_learning_rate
+from graftvit.transfer.mode_facts import TEACHER
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
 PUBLISHED = [
@@ -199,7 +199,7 @@ def test_recipes_name_models_that_timm_has(name: str) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_no_recipe_pins_what_the_teachers_weights_bring(name: str) -> None:
     for config in runs(name):
-        if mode_of(config).starting_source != TEACHER:
+        if config.starting_source != TEACHER:
             continue
         student = config.student
         found = (student.model, student.model_args, student.img_size, config.teacher.img_size)

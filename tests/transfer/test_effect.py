@@ -16,11 +16,10 @@ import torch
 from graftvit.launch.fields import leaves
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.effect import OFF, OUTSIDE, Part, check_effect, default_of, unread, without
 from graftvit.transfer.engine.build import build, check_settings
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.optim import create_optimizer, plan_schedule
-from graftvit.transfer.engine.run_parts import EVERY_RUN, run_parts
+from graftvit.transfer.setting import check_effect, find_rule, find_unread, rule_of, without
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from torch import Tensor
 
@@ -182,28 +181,34 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def test_every_setting_is_declared_and_has_another_value() -> None:
-    declared = {key for part in run_parts(mode_of(RunConfig())) for key in part.reads}
-    assert declared == leaves().keys(), "add the setting to a part in transfer/engine/run_parts.py"
-    assert OTHER.keys() == leaves().keys() - OUTSIDE - {"mode", "engine.device"}, "add another value to OTHER"
-    assert all(default_of(key) != value for key, value in OTHER.items())
-    assert OUTSIDE < EVERY_RUN
-    assert OFF.keys() | IN_THE_LOOP | BY_VALUE.keys() <= leaves().keys()
+def test_every_setting_that_changes_numbers_has_another_value() -> None:
+    outside = {key for key, leaf in leaves().items() if rule_of(leaf.field).outside}
+    assert leaves().keys() - outside - {"mode", "engine.device"} <= OTHER.keys(), "add another value to OTHER"
+    assert all(leaves()[key].field.default != value for key, value in OTHER.items())
+    assert IN_THE_LOOP | BY_VALUE.keys() <= leaves().keys()
 
 
-def test_defaults_and_what_is_off_are_never_refused() -> None:
-    parts = [Part("one", frozenset({"data.hflip", "optim.blr"}), False, "here: leave it out")]
-    for values, refused in (({}, False), ({"hflip": 0.0}, False), ({"hflip": 0.3}, True)):
-        assert bool(unread(RunConfig.model_validate({"data": values}), parts)) == refused
-    with pytest.raises(ConfigError, match=r"^optim.blr=0.5 changes nothing here: leave it out$"):
-        check_effect(RunConfig.model_validate({"optim": {"blr": 0.5}}), parts)
+@pytest.mark.parametrize(
+    ("values", "refused"), [({}, False), ({"hflip": 0.0}, False), ({"hflip": 0.3}, True)]
+)
+def test_defaults_and_what_is_off_are_never_refused(values: dict[str, Any], refused: bool) -> None:
+    config = RunConfig.model_validate({"data": {"aa": "affine", **values}})
+    assert bool(find_unread(config)) == refused
 
 
-def test_a_part_that_is_present_reads_what_an_absent_one_would() -> None:
-    keys = frozenset({"optim.blr"})
-    config = RunConfig.model_validate({"optim": {"blr": 0.5}})
-    assert not unread(config, [Part("one", keys, False, "here"), Part("other", keys)])
-    assert without(config, keys) == RunConfig()
+def test_the_error_names_setting_value_and_reason() -> None:
+    config = RunConfig.model_validate({"optim": {"blr": 0.5, "lr": 0.1}})
+    with pytest.raises(ConfigError, match=r"^optim.blr=0.5 changes nothing beside optim.lr=0.1, which is"):
+        check_effect(config)
+    assert find_unread(config).keys() == {"optim.blr"}
+    assert without(config, ["optim.blr", "optim.lr"]) == RunConfig()
+
+
+def test_the_rule_of_a_key_is_found_within_entries() -> None:
+    held = {"teachers.compile.source", "transfer.losses[0].weight", "student.model_args.depth", "nosuch.key"}
+    assert all(find_rule(RunConfig, key).resume == "held" for key in held)
+    assert find_rule(RunConfig, "teachers.compile.compile").resume == "free"
+    assert find_rule(RunConfig, "transfer.losses[0].standardize_images").needs
 
 
 def attempt(call: Callable[[], Any]) -> Any:
@@ -233,7 +238,7 @@ def test_a_setting_changes_the_run_or_is_refused(
         if settings.get(key) == value or key in ("transfer.losses", "transfer.method"):
             continue  # they decide what other settings do
         changed = made({**settings, key: value}, sources)
-        refused = key in unread(changed, run_parts(mode_of(changed)))
+        refused = key in find_unread(changed)
         if not refused and (key in IN_THE_LOOP or key in BY_VALUE):
             continue
         found = attempt(functools.partial(fingerprint, changed))

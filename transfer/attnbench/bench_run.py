@@ -38,10 +38,10 @@ from ..cells.pool import (
     run_in_processes,
     save_record,
 )
-from ..config import DataConfig, RunConfig, Section, StudentConfig
-from ..effect import dump_decisive
+from ..config import DataConfig, RunConfig, StudentConfig
 from ..engine.build import identify_teachers
 from ..engine.train import train
+from ..setting import Section, dump_decisive
 from .bench_rows import Point, Row, describe, disagreement
 
 # What the benchmark trains: the section `attnbench:` of a recipe, and the programs, backbones and data of its rows.

@@ -41,6 +41,7 @@ from ..data.sampler import BatchRequest
 from ..methods.dual import DualViT
 from ..methods.loss_terms import DEFAULT_TEACHER, TeacherSide
 from ..methods.method import TransferMethod
+from ..setting import rule_of
 
 # What a run with `transfer.cache` must be, before anything is read.
 
@@ -305,7 +306,6 @@ def _is_json(text: str) -> bool:
 # All that teacher targets depend on: another teacher, other images or another precision have another folder.
 
 FORMAT = 1
-AUGMENTATION = ("crop_scale", "hflip", "aa", "color_jitter", "interpolation", "reprob")
 
 
 def find_shards(
@@ -370,8 +370,9 @@ def _describe_images(config: RunConfig, spec: Preprocessing, loader: TrainLoader
     }
     if data.views == 0:
         return described
-    drawn = {key: getattr(data, key) for key in AUGMENTATION}
-    return {**described, "augmentation": {**drawn, "crop_scale": list(data.crop_scale), "seed": config.seed}}
+    fields = type(data).model_fields.items()
+    drawn = data.model_dump(mode="json", include={name for name, field in fields if rule_of(field).drawn})
+    return {**described, "augmentation": {**drawn, "seed": config.seed}}
 
 
 # What loader processes add to images: a checksum of their pixels, and the targets that were computed of them.

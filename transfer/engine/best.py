@@ -88,7 +88,7 @@ def choose(
         raise ConfigError(
             f"engine.metric={metric} needs labels, and the test images have none; use distance or loss"
         )
-    if metric == "distance" and not mode.taught:
+    if metric == "distance" and not config.facts.taught:
         raise ConfigError(
             f"engine.metric=distance needs a teacher, and mode={config.mode} has none; use loss or knn"
         )
@@ -96,7 +96,7 @@ def choose(
         same_width = teacher is not None and _width(teacher) == _width(student)
         return Criterion("relative_error" if same_width else "cka", "distance")
     if metric == "loss":
-        return Criterion("loss", "top1") if mode.needs_labels else Criterion("objective", "objective")
+        return Criterion("loss", "top1") if config.needs_labels else Criterion("objective", "objective")
     return CRITERIA[metric]
 
 

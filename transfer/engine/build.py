@@ -46,17 +46,17 @@ from ..data.loaders import (
 from ..data.sampler import preserved
 from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
+from ..mode_facts import TEACHER
+from ..setting import check_effect
 from .best import Criterion, choose, classifies
-from .modes import TEACHER, Mode, Models, Task, TransferTask, mode_of
+from .modes import Mode, Models, Task, TransferTask, mode_of
 from .optim import check_adapters, check_optimizer, check_schedule
 from .parallel import check_layers_apart
-from .run_parts import check_read
 from .runlog import check_trackers
 from .students import (
     FRESH,
     StudentPlan,
     find_whole,
-    find_whole_name,
     input_size,
     resolve_preprocessing,
     settings_of,
@@ -134,7 +134,7 @@ def build(
     config = settle(config, start)
     mode = mode_of(config)
     size = input_size(config.student, whole)[1:]
-    loaded = start if mode.starting_source == TEACHER else None
+    loaded = start if config.starting_source == TEACHER else None
     teachers = _teachers(mode, size, commits, loaded, weights=weights)
     teacher = teachers.get(DEFAULT_TEACHER)
     spec = resolve_preprocessing(config, start or teacher, whole)
@@ -180,8 +180,8 @@ def build(
     return Parts(
         task=task,
         plan=plan,
-        teachers=teachers if mode.taught else {},
-        loaded=teacher if mode.taught or not weights else None,
+        teachers=teachers if config.facts.taught else {},
+        loaded=teacher if config.facts.taught or not weights else None,
         spec=spec,
         train_loader=train_loader,
         eval_loader=eval_loader,
@@ -203,8 +203,8 @@ def find_start(
 
     Raises ConfigError: the student starts from a teacher, and no teacher is set. CheckpointError: it cannot be read.
     """
-    student, how, source = mode.config.student, mode.config.teacher, mode.starting_source
-    if source is None or find_whole_name(student) is not None:
+    student, how, source = mode.config.student, mode.config.teacher, mode.config.starting_source
+    if source is None or student.whole_name is not None:
         return None
     if source != TEACHER:
         return read_outline(source)
@@ -223,7 +223,7 @@ def settle(config: RunConfig, start: Pretrained | None) -> RunConfig:
 def check_settings(mode: Mode) -> None:
     """Raise ConfigError for settings that no run can have, before anything is read."""
     mode.check()
-    check_read(mode)
+    check_effect(mode.config)
     check_optimizer(mode.config.optim)
     check_schedule(mode.config.optim)
     check_trackers(mode.config.engine.trackers)
@@ -239,7 +239,7 @@ def _train_loader(
 ) -> TrainLoader:
     """Return the training set; where it may be `absent` and is, what stands in for it."""
     config = mode.config
-    data, labels = _data(config, weights=not absent), mode.needs_labels
+    data, labels = _data(config, weights=not absent), config.needs_labels
     try:
         loader = create_train_loader(
             data, spec, seed=config.seed, rank=rank, world_size=world_size, labels=labels
@@ -264,7 +264,7 @@ def _may_be_absent(mode: Mode) -> bool:
     """Return whether the run can be described without its training set, which only the machine that it will have may
     hold."""
     data = mode.config.data
-    if data.dataset == "digits" or (data.num_classes is None and mode.needs_labels):
+    if data.dataset == "digits" or (data.num_classes is None and mode.config.needs_labels):
         return False
     here = data.data_path is not None and Path(data.data_path).exists()
     return not here or data.download or is_packed(data)
@@ -274,10 +274,10 @@ def _eval_loader(
     mode: Mode, spec: Preprocessing, train: TrainLoader, rank: int, world_size: int
 ) -> EvalLoader | None:
     """Return the test images, labeled as the training images are; a run without labels may have none."""
-    if not mode.evaluates or isinstance(train, AbsentTrainLoader):
+    if not mode.config.evaluates or isinstance(train, AbsentTrainLoader):
         return None
     data = mode.config.data.model_copy(update={"num_classes": train.num_classes or None})
-    if not mode.needs_labels:
+    if not mode.config.needs_labels:
         return find_eval_loader(data, spec, rank=rank, world_size=world_size)
     return create_eval_loader(data, spec, rank=rank, world_size=world_size)
 
@@ -292,9 +292,9 @@ def _teachers(
 ) -> dict[str, Pretrained]:
     """Return the teachers by name, the one of the section `teacher` first, which may be `loaded` already."""
     config = mode.config
-    reads = mode.reads_teacher and config.teacher.source is not None
+    reads = config.reads_teacher and config.teacher.source is not None
     found = {DEFAULT_TEACHER: config.teacher} if reads else {}
-    if "teachers" in mode.reads:
+    if config.facts.transfers:
         found |= config.teachers
     return {
         name: loaded
@@ -347,7 +347,7 @@ def _student(
     note = nothing_given_up(student, config.student.without)
     if note:
         logger.warning("student.%s", note)
-    if mode.needs_labels and pooling_of(student) == "":
+    if config.needs_labels and pooling_of(student) == "":
         raise ConfigError(
             "student.global_pool='' keeps all tokens apart, and labels need one prediction an image: "
             "use avg, token or map"
@@ -381,7 +381,7 @@ def _start_from(
     mode: Mode, student: nn.Module, teacher: Pretrained | None, *, weights: bool
 ) -> tuple[JsonDict | None, list[str]]:
     """Load the weights to start from, the teacher's own or others; say where they are from, and what is left out."""
-    source, how, revision = mode.starting_source, mode.config.teacher, None
+    source, how, revision = mode.config.starting_source, mode.config.teacher, None
     if source is None:
         start_fresh(student)
         _check_fitted(mode, student, student.state_dict())

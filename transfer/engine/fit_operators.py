@@ -36,7 +36,6 @@ from ..methods.standardize import Batch, Standardizer
 from ..staging.stage import StagingStoppedError, stage
 from . import deadline
 from .build import Parts
-from .modes import mode_of
 from .parallel import gather, raise_together
 from .signals import StopSignals
 from .students import sharded_teachers
@@ -112,7 +111,7 @@ def fit_student(
     layers = converted_layers(student) if config.student.calibrate else {}
     if not layers:
         return {}
-    starts = mode_of(config).starting_source is not None
+    starts = config.starting_source is not None
     teacher = parts.loaded.model if parts.loaded is not None and starts else None
     student.to(device)
     images = sample_images(config.data, parts.spec, config.student.calibrate, seed=config.seed).to(device)

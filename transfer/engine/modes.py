@@ -1,6 +1,6 @@
 """The train modes: transfer, align, finetune, scratch and pretrain.
 
-A mode is one class. Nothing else compares names of modes.
+A mode is one class, and a row of `MODE_FACTS`. Nothing else compares names of modes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +23,12 @@ from ...models.errors import ConfigError, TransferError
 from ...models.families import SUPPORTED, blocks_of, classifier_of, family_named, find_family, vit
 from ...models.mae import MaskedAutoencoder
 from ..cache.target_shards import check_cache
-from ..config import AlignConfig, Metric, PretrainConfig, RunConfig, TransferConfig
+from ..config import Metric, RunConfig
 from ..methods.dual import DualViT, build_dual
 from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
 from ..methods.standardize import Batch, mark_ready
+from ..mode_facts import TEACHER
 from ..recovery.align import Alignment, shown_to
 from .optim import freeze, freeze_head
 from .students import (
@@ -36,7 +36,6 @@ from .students import (
     check_compiles,
     check_something_to_learn,
     check_teachers,
-    find_whole_name,
     plan_student,
     teacher_settings,
     teachers_of_terms,
@@ -222,10 +221,7 @@ class PretrainTask(Task):
         return features
 
 
-# What a train mode is: what it needs of teacher and data, what its student starts from, what a step computes.
-
-TEACHER = "teacher"
-"""As the weights to start from: those of the run's own teacher."""
+# What a train mode is: what it needs of teacher and data, and what a step computes.
 
 
 @dataclass(frozen=True)
@@ -255,66 +251,15 @@ class Models:
 class Mode(ABC):
     """A way to train the student of a run."""
 
-    taught: ClassVar[bool] = False
-    """Whether a teacher takes part in every step."""
-    starts_from: ClassVar[str | None] = None
-    """The weights that the student starts from where the settings name none."""
-    keeps_head: ClassVar[bool] = True
-    """Whether the head learns whatever `optim.trainable` says."""
-    draws_head: ClassVar[bool] = False
-    """Whether it draws the head after all other fresh weights, on whose number of draws it then depends."""
-    aligns: ClassVar[bool] = False
-    """Whether it trains converted layers alone."""
-    classifies: ClassVar[bool] = True
-    """Whether its student can have an accuracy."""
-    runs_blocks: ClassVar[bool] = True
-    """Whether a step runs the student's blocks."""
-    pools: ClassVar[bool] = True
-    """Whether the student is pooled as `student.global_pool` says."""
-    prepares_teacher: ClassVar[bool] = False
-    """Whether teachers can be compiled alone, or sharded."""
-    reads: ClassVar[frozenset[str]] = frozenset()
-    """The settings that no other mode reads."""
-
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
     def check(self) -> None:
         """Raise ConfigError for settings that do not go together, before anything is read."""
-        if self.taught and self.config.teacher.source is None:
+        if self.config.facts.taught and self.config.teacher.source is None:
             raise ConfigError(
                 f"mode={self.config.mode} needs a teacher: set teacher.source to a timm name, a hub name or a path"
             )
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether the run learns from labels; one that does not takes any images, and may have no validation split."""
-        return True
-
-    @property
-    def reads_teacher(self) -> bool:
-        """Whether a teacher is loaded at all, to learn from or to start from."""
-        return True
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run opens the test images."""
-        return self.config.data.val_split is not None
-
-    @property
-    def skips_parameters(self) -> bool:
-        """Whether parameters of the student may take no part in a step, for which DDP must look."""
-        return False
-
-    @property
-    def copies(self) -> bool:
-        """Whether the student runs with a teacher's attention, also after the run."""
-        return False
-
-    @property
-    def starting_source(self) -> str | None:
-        """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
-        return self.config.student.init or find_whole_name(self.config.student) or self.starts_from
 
     def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
         """Return the student's head: that of the data set where it learns from labels.
@@ -322,9 +267,9 @@ class Mode(ABC):
         Without labels a head that comes with the weights stays as it is. A fresh one would stay random, so the student
         has no head. `whole` is the model that the student continues, where it is one.
         """
-        if self.needs_labels:
+        if self.config.needs_labels:
             return data
-        source = self.starting_source
+        source = self.config.starting_source
         if whole is not None and source == self.config.student.model:
             return head_of(whole)
         if source is None:
@@ -354,7 +299,7 @@ class Mode(ABC):
 
         Raises ConfigError: the expression is not valid, or matches nothing.
         """
-        freeze(trainable, self.config.optim.trainable, keep_head=self.keeps_head)
+        freeze(trainable, self.config.optim.trainable, keep_head=self.config.facts.keeps_head)
 
     def default_metric(self, classified: bool) -> Metric:
         """Return what picks the best state for `engine.metric=auto`; auto for the last state.
@@ -378,10 +323,6 @@ HEAD_STD = 2e-5
 class Scratch(Mode):
     """Supervised training of fresh weights."""
 
-    @property
-    def reads_teacher(self) -> bool:
-        return False
-
     def task(self, models: Models) -> Task:
         return ClassificationTask(models.student, self.config.data.smoothing)
 
@@ -389,15 +330,8 @@ class Scratch(Mode):
 class Finetune(Scratch):
     """Supervised training from the teacher's weights, or from others."""
 
-    starts_from = TEACHER
-    draws_head = True
-
-    @property
-    def reads_teacher(self) -> bool:
-        return self.config.student.init in (None, TEACHER) or self.config.student.mirror_teacher
-
     def check(self) -> None:
-        named = self.config.student.init is not None or find_whole_name(self.config.student)
+        named = self.config.student.init or self.config.student.whole_name
         if self.config.teacher.source is None and not named:
             raise ConfigError(
                 f"mode={self.config.mode} needs weights to start from: set teacher.source or student.init"
@@ -412,18 +346,10 @@ class Finetune(Scratch):
 class Transfer(Mode):
     """Learning from a frozen teacher's attention, features or classes, and from labels."""
 
-    taught = True
-    prepares_teacher = True
-    reads = frozenset({"teachers", *(f"transfer.{name}" for name in TransferConfig.model_fields)})
-
     @property
     def methods(self) -> list[TransferMethod]:
         """What is taken from the teachers, by entry of `transfer.losses`."""
         return term_methods(self.config.transfer)
-
-    @property
-    def copies(self) -> bool:
-        return any(method.copies for method in self.methods)
 
     @property
     def teachers_of_terms(self) -> list[str]:
@@ -433,9 +359,7 @@ class Transfer(Mode):
     def check(self) -> None:
         check_teachers(self.config)
         super().check()
-        student, losses = self.config.student, self.config.transfer.losses
-        for index, (method, term) in enumerate(zip(self.methods, self.config.transfer.terms, strict=True)):
-            method.check_read(term, f"transfer.losses[{index}]" if losses else "transfer")
+        student = self.config.student
         check_cache(self.config, self.methods)
         for method in self.methods:
             if method.loss_within_blocks and student.compile and student.grad_checkpointing:
@@ -450,20 +374,12 @@ class Transfer(Mode):
                     f"{name}.compile=true changes nothing beside student.compile=true, which compiles the whole step: "
                     "set one of them to false"
                 )
-        if self.copies and self.config.teacher.dtype != "fp32":
+        if self.config.copies and self.config.teacher.dtype != "fp32":
             raise ConfigError(
                 f"teacher.dtype={self.config.teacher.dtype} does not go with transfer.method={self.methods[0].name}, "
                 "whose student is saved with its teacher in float32: set it to fp32"
             )
         check_something_to_learn(self.config)
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.config.transfer.task_weight != 0
-
-    @property
-    def skips_parameters(self) -> bool:
-        return self.copies
 
     @property
     def teaches_classes(self) -> list[str]:
@@ -472,8 +388,8 @@ class Transfer(Mode):
         return [name for method, name in found if method.teaches_classes]
 
     def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
-        own = whole is not None and self.starting_source == self.config.student.model
-        if self.teaches_classes and not self.needs_labels and not own:
+        own = whole is not None and self.config.starting_source == self.config.student.model
+        if self.teaches_classes and not self.config.needs_labels and not own:
             return head_of(teachers.get(self.teaches_classes[0]))
         return super().head(data, teachers, whole)
 
@@ -502,7 +418,7 @@ class Transfer(Mode):
 
     def freeze(self, trainable: nn.Module) -> None:
         super().freeze(trainable)
-        if not self.needs_labels and not self.teaches_classes:
+        if not self.config.needs_labels and not self.teaches_classes:
             freeze_head(trainable)  # nothing reaches it
 
     def default_metric(self, classified: bool) -> Metric:
@@ -513,17 +429,6 @@ class Transfer(Mode):
 
 class Align(Mode):
     """Each converted layer learns on its teacher's inputs, without labels."""
-
-    taught = True
-    starts_from = TEACHER
-    keeps_head = False
-    aligns = True
-    runs_blocks = False
-    reads = frozenset(f"align.{name}" for name in AlignConfig.model_fields)
-
-    @property
-    def needs_labels(self) -> bool:
-        return False
 
     def task(self, models: Models) -> Task:
         teacher, student = models.taught_by(), models.student
@@ -537,22 +442,6 @@ class Align(Mode):
 
 class Pretrain(Mode):
     """Masked autoencoding, without labels and without a teacher."""
-
-    classifies = False
-    pools = False
-    reads = frozenset(f"pretrain.{name}" for name in PretrainConfig.model_fields)
-
-    @property
-    def reads_teacher(self) -> bool:
-        return False
-
-    @property
-    def needs_labels(self) -> bool:
-        return False
-
-    @property
-    def evaluates(self) -> bool:
-        return super().evaluates and self.config.engine.metric != "auto"
 
     def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
         return Head()

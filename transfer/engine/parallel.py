@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ...models.attention.base import AttentionOperator
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
-from .modes import mode_of
 from .students import check_sharding, sharded_teachers
 
 T = TypeVar("T")
@@ -91,7 +90,7 @@ def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:
     first step: the order in which three or more gloo ranks add an element depends on its place, so a restart would
     differ by rounding.
     """
-    return mode_of(config).skips_parameters or (cpu and world_size > 2)
+    return config.copies or (cpu and world_size > 2)
 
 
 def _leave_group() -> None:

@@ -13,18 +13,9 @@ from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import difference
 from ...models.errors import CheckpointError, ConfigError, DataError, Json, JsonDict, counted
 from ..config import RunConfig
-from ..effect import OUTSIDE, PLACES
+from ..setting import is_free
 
 logger = logging.getLogger(__name__)
-FREE = (
-    *OUTSIDE, *PLACES, "engine.", "teacher.compile", "teacher.shard", "student.compile", "student.grad_checkpointing",
-    "data.eval_batch_size", "optim.epochs", "optim.max_steps",
-)  # fmt: skip
-"""Settings that may change when a run resumes: where and how it runs, and its length."""
-HELD = ("engine.precision", "engine.tf32")
-"""Of these, what changes the numbers."""
-
-
 BUILT = (
     "architecture", "model_args", "config", "preprocessing",
     "input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation",
@@ -67,7 +58,7 @@ def check_same_run(saved: Json, config: RunConfig) -> None:
     Raises ConfigError naming the first setting that differs. `saved` is the meta part of a state.
     """
     for key, (before, now) in changes(saved, config).items():
-        if key.startswith((*FREE, "optim.accum_iter")) and key not in HELD:
+        if is_free(RunConfig, key):
             continue
         raise ConfigError(
             f"{key}={now!r}, but the run in {config.output_dir} was started with "

@@ -21,10 +21,9 @@ from ...checkpoints.model_folders import STAGES_FILE
 from ...checkpoints.sources import STUDENTS
 from ...models.errors import ConfigError, JsonDict
 from ..config import RunConfig
-from ..effect import Part, unread, without
+from ..setting import find_unread, without
 from .build import check_settings
 from .modes import mode_of
-from .run_parts import run_parts
 from .train import RunResult, train
 
 logger = logging.getLogger(__name__)
@@ -88,25 +87,20 @@ def _going_on(config: RunConfig, before: Path, *, converts: bool) -> RunConfig:
         "init": None,
     }
     chained = config.model_copy(update={"student": config.student.model_copy(update=made)})
-    return without(chained, _unread(chained).keys() - _unread(config).keys())
-
-
-def _unread(config: RunConfig) -> dict[str, Part]:
-    return unread(config, run_parts(mode_of(config)))
+    return without(chained, find_unread(chained).keys() - find_unread(config).keys())
 
 
 def check_stages(stages: Sequence[Stage]) -> list[Stage]:
     """Return `chain(stages)`. Raise ConfigError for settings that one of the runs cannot have."""
     chained = chain(stages)
     for stage in chained:
-        mode = mode_of(stage.config)
         try:
-            if mode.copies and stage is not chained[-1]:
+            if stage.config.copies and stage is not chained[-1]:
                 raise ConfigError(
                     "its student runs with the teacher's attention, which is copied, and cannot be trained further: "
                     "make it the last stage"
                 )
-            check_settings(mode)
+            check_settings(mode_of(stage.config))
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
     return chained

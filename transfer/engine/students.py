@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
@@ -102,21 +101,12 @@ def settle_student(config: StudentConfig, start: StudentConfig = FRESH) -> Stude
     return config.model_copy(update=settled)
 
 
-def find_whole_name(config: StudentConfig) -> str | None:
-    """Return `config.model` if it is a source of a whole model; None if it is a timm architecture."""
-    text = config.model
-    if text == AUTO:
-        return None
-    is_source = ":" in text or "/" in text or Path(text.partition("#")[0]).exists()
-    return text if is_source and not is_model(split_model_name_tag(text)[0]) else None
-
-
 def find_whole(config: StudentConfig) -> Pretrained | None:
     """Return the model that the student continues; None for a fresh student.
 
     Raises CheckpointError: it cannot be loaded. ConfigError: it runs with its teacher's attention.
     """
-    source = find_whole_name(config)
+    source = config.whole_name
     whole = None if source is None else load_pretrained(source, img_size=config.img_size)
     copying = None if whole is None else copying_of(whole.model)
     if copying is not None:

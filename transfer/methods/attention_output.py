@@ -21,7 +21,6 @@ class AttentionOutput(AttentionMethod):
     words = "mean squared error between the outputs of the heads, before the output projection"
     equal_grids = True
     keeps_output = True
-    reads = frozenset({"layers", "heads", "weight", "reduction"})
 
     def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Observer:
         learned = joined_projector(pairing, link, projectors)

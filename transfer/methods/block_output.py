@@ -20,7 +20,6 @@ class BlockOutput(TransferMethod):
     words = "mean squared error between the outputs of the blocks"
     equal_grids = True
     nears_features = True
-    reads = frozenset({"layers", "weight", "reduction"})
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(blocks=frozenset(plan.teacher_layers))

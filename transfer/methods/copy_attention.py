@@ -6,7 +6,7 @@ from torch import nn
 
 from ...models.copying.copying_operators import COPIES, Copy
 from ...models.copying.tape import Link
-from ..config import LossConfig
+from ..loss_config import LossConfig
 from .map_loss import LayerMaps, differ, differ_in
 from .method import AttentionMethod, Pairing
 
@@ -14,8 +14,6 @@ from .method import AttentionMethod, Pairing
 class CopyAttention(AttentionMethod):
     """The student computes with what its teacher has just computed."""
 
-    copies = True
-    reads = frozenset({"layers", "heads"})
     joins_heads = False
     whole_maps = True
     equal_grids = True

@@ -11,7 +11,7 @@ from ...models.attention.base import Heads
 from ...models.copying.copying_operators import Part
 from ...models.copying.grids import pick_dim
 from ...models.copying.tape import Link
-from ..config import LossConfig
+from ..loss_config import LossConfig
 from .map_loss import WHOLE, LayerMaps, MapLoss, differ, differ_in
 from .method import AttentionMethod, Pairing, joined_projector, squared_error
 from .taught_layer import Observer
@@ -25,9 +25,6 @@ class DistillMaps(AttentionMethod):
     joins_heads = False
     head_widths: Literal["any"] = "any"
     whole_maps = True
-    reads = frozenset(
-        {"layers", "heads", "loss", "weight", "reduction", "temperature", "rows", "interpolate_grid"}
-    )
 
     def averages_heads(self, config: LossConfig) -> bool:
         return config.loss == "ce"
@@ -48,8 +45,6 @@ class DistillMaps(AttentionMethod):
 
 class DistillPart(AttentionMethod):
     """The mean squared error of queries, keys or values."""
-
-    reads = frozenset({"layers", "heads", "weight", "reduction", "interpolate_grid"})
 
     def __init__(self, part: Part, words: str) -> None:
         self.name, self.parts = f"distill_{part}", (part,)

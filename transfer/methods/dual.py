@@ -30,7 +30,7 @@ from ...models.families import check_supported, evaluating, is_pyramid
 from ...models.grid_hosts import host_layers
 from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
-from ..config import TransferConfig
+from ..loss_config import TransferConfig
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .loss_terms import (

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted
-from ...models.errors import ConfigError, Json, TransferError
+from ...models.errors import Json, TransferError
 from ...models.families import family_of, is_pyramid, vit
 from ...models.parts import feature_width, patch_width
-from ..config import LossConfig
+from ..loss_config import LossConfig
 from .lessons import Changes
 from .method import Installed, Pairing, TransferMethod
 from .pairs import TransferPlan
@@ -263,7 +263,6 @@ class Feature(TransferMethod):
     words = "{feature_loss} between "
     uses_layers = False
     nears_features = True
-    reads = frozenset({"feature_loss", "tokens", "standardize", "standardize_images", "weight"})
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset(RESULTS[part.loss_name] for part in PARTS[plan.tokens]))
@@ -278,15 +277,6 @@ class Feature(TransferMethod):
         parts = PARTS.get(str(settings.get("tokens")), PARTS["pooled"])
         how = STANDARDIZED.get(str(settings.get("standardize")), "")
         return super().describe(settings) + " and ".join(part.words for part in parts) + how
-
-    def check_read(self, settings: LossConfig, where: str) -> None:
-        super().check_read(settings, where)
-        number = settings.standardize_images
-        if settings.standardize == "none" and number != LossConfig.model_fields["standardize_images"].default:
-            raise ConfigError(
-                f"{where}.standardize_images={number} changes nothing with standardize=none: leave it out, or set "
-                "standardize to dimension or phi_s"
-            )
 
     def install(self, pairing: Pairing) -> Installed:
         config, installed, losses = pairing.config, Installed(), []

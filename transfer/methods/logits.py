@@ -11,7 +11,7 @@ from ...models.attention.kernels import precise
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
-from ..config import LossConfig
+from ..loss_config import LossConfig
 from .method import Installed, Pairing, TransferMethod
 from .pairs import TransferPlan
 
@@ -23,7 +23,6 @@ class Logits(TransferMethod):
     words = "{logits_loss} between the class probabilities"
     uses_layers = False
     teaches_classes = True
-    reads = frozenset({"weight", "temperature", "logits_loss", "logits_head"})
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset({"classes"}))

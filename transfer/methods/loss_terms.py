@@ -23,7 +23,7 @@ from ...models.errors import ConfigError, GraftError, TransferError, Unsupported
 from ...models.families import check_supported, image_size, is_supported
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
-from ..config import LossEntry, TransferConfig
+from ..loss_config import LossEntry, TransferConfig
 from .method import Finish, TransferMethod
 from .pairs import TransferPlan, resolve_plan
 from .registry import find_method

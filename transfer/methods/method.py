@@ -19,14 +19,15 @@ from ...models.attention.kernels import precise
 from ...models.copying.copying_operators import Copy, Part
 from ...models.copying.tape import Link, Tape
 from ...models.copying.teacher_view import Wanted as Wanted
-from ...models.errors import ConfigError, Json, TransferError
+from ...models.errors import Json, TransferError
 from ...models.families import vit
 from ...models.host import AttentionHost
-from ..config import LossConfig
+from ..loss_config import LossConfig
 from .lessons import Changes
 from .map_loss import LayerMaps
+from .method_facts import facts_of, method_names
 from .pairs import TransferPlan
-from .registry import find_method, method_names
+from .registry import find_method
 from .standardize import Measured
 from .taught_layer import Observer, attach
 
@@ -86,32 +87,25 @@ class TransferMethod(ABC):
     """Whether dropout of attention probabilities would spoil it."""
     equal_grids: bool = False
     """Whether it takes something of each patch that cannot be interpolated."""
-    copies: bool = False
-    """Whether the student computes with parts of its teacher: it has no loss of its own, needs its teacher for ever,
-    and leaves some of its own parameters unused."""
     teaches_classes: bool = False
     """Whether the student's head learns the teacher's classes, which must be those of the data set."""
     nears_features: bool = False
     """Whether the distance of the features says how far the student is."""
-    reads: frozenset[str] | None = None
-    """The settings of a loss that it reads, beside its name and teacher; None for all. A setting that
-    it does not read is refused, unless it has its default."""
+
+    @property
+    def reads(self) -> frozenset[str] | None:
+        """Settings of a loss that it reads; a method of another package states them as a class attribute."""
+        return facts_of(self.name).reads
+
+    @property
+    def copies(self) -> bool:
+        """A student that computes with parts of its teacher; a class attribute in another package."""
+        return facts_of(self.name).copies
 
     @property
     def loss_within_blocks(self) -> bool:
         """Whether blocks of the student give losses while they run."""
         return self.uses_layers and not self.copies
-
-    def check_read(self, settings: LossConfig, where: str) -> None:
-        """Raise ConfigError for a setting that changes nothing with this method; `where` is the key of the loss."""
-        for name, declared in LossConfig.model_fields.items():
-            value = getattr(settings, name)
-            unread = self.reads is not None and name not in {*self.reads, "method"}
-            if unread and value != declared.default:
-                raise ConfigError(
-                    f"{where}.{name}={value!r} changes nothing with transfer.method={self.name}: leave it out "
-                    f"(it reads {', '.join(sorted(self.reads or ()))})"
-                )
 
     def check_pairing(self, pairing: Pairing) -> None:
         """Raise TransferError where it teaches classes, and the two models differ in their number."""

@@ -45,7 +45,7 @@ from ...models.families import (
 )
 from ...models.layer_plan import STAGE
 from ...models.pyramid_conversion import has_bias
-from ..config import LossConfig
+from ..loss_config import LossConfig
 from .heads import map_distance, match_heads, resolve_heads
 from .map_loss import LayerMaps
 from .mismatch import compare_models, report_mismatch

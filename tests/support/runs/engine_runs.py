@@ -12,10 +12,8 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
 from graftvit.transfer.config import RunConfig
-from graftvit.transfer.effect import unread, without
-from graftvit.transfer.engine.modes import mode_of
-from graftvit.transfer.engine.run_parts import run_parts
 from graftvit.transfer.engine.runlog import WALL_CLOCK
+from graftvit.transfer.setting import find_unread, without
 from torch import Tensor, nn
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -93,7 +91,7 @@ def config(output_dir: Path, source: Path | None = None, **sections: Any) -> Run
         for name, values in sections.items()
         for key in (values if isinstance(values, dict) else [""])
     }
-    return without(found, unread(found, run_parts(mode_of(found))).keys() - given)
+    return without(found, find_unread(found).keys() - given)
 
 
 def state(folder: Path, name: str = "last") -> dict[str, Tensor]:

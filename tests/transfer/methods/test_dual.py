@@ -13,7 +13,7 @@ import torch
 from graftvit.models.attention.base import Heads
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
-from graftvit.transfer.config import TransferConfig
+from graftvit.transfer.loss_config import TransferConfig
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.loss_terms import OF_RUNS
 from graftvit.transfer.methods.map_loss import sample_rows

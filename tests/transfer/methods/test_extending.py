@@ -18,9 +18,10 @@ from graftvit.transfer.engine.build import check_settings
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.methods import registry
+from graftvit.transfer.methods import method_facts, registry
 from graftvit.transfer.methods.method import describe_transfer
-from graftvit.transfer.methods.registry import find_method, method_names, register_method
+from graftvit.transfer.methods.method_facts import method_names
+from graftvit.transfer.methods.registry import find_method, register_method
 from support.runs.engine_runs import config, make_teacher, records
 
 PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
@@ -30,6 +31,8 @@ PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """The names of both examples; what they register is forgotten after the test."""
     monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry, "METHODS", dict(method_facts.METHODS))
+    monkeypatch.setattr(method_facts, "METHODS", registry.METHODS)
     names: dict[str, Any] = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(code, names)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.config import LossConfig, RunConfig
+from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
-from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
+from graftvit.transfer.loss_config import LossConfig
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.methods.registry import find_method, method_names
+from graftvit.transfer.methods.method_facts import method_names, reads_setting
+from graftvit.transfer.methods.registry import find_method
+from graftvit.transfer.setting import check_effect
 from support.models.dense import gradient, images, tiny
 from support.runs.engine_runs import config, make_teacher
 
@@ -50,9 +52,7 @@ def result(method: str, options: dict[str, Any]) -> torch.Tensor:
     return torch.cat([out.logits.detach().flatten(), out.transfer_loss.detach()[None], gradient(student)])
 
 
-@pytest.mark.parametrize(
-    ("method", "name"), [case for case in CASES if case[1] in (find_method(case[0]).reads or ())]
-)
+@pytest.mark.parametrize(("method", "name"), [case for case in CASES if reads_setting(*case)])
 def test_what_a_method_reads_changes_its_result(method: str, name: str) -> None:
     changed = {name: OTHER[name]}
     plain = {"logits_head": "all"} if name == "logits_head" else {}
@@ -72,16 +72,14 @@ def run_with(folder: Path, teacher: Path | None, settings: dict[str, Any], *, li
 
 
 @pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize(
-    ("method", "name"), [case for case in CASES if case[1] not in (find_method(case[0]).reads or ())]
-)
+@pytest.mark.parametrize(("method", "name"), [case for case in CASES if not reads_setting(*case)])
 def test_what_a_method_does_not_read_is_refused(method: str, name: str, listed: bool, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", tmp_path, {"method": method, name: OTHER[name]}, listed=listed)
     place = r"transfer.losses\[0\]" if listed else "transfer"
     with pytest.raises(
         ConfigError, match=rf"{place}.{name}=.* changes nothing with transfer.method={method}"
     ):
-        mode_of(run).check()
+        check_effect(run)
 
 
 @pytest.mark.parametrize("listed", [False, True])

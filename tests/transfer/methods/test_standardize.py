@@ -14,9 +14,9 @@ from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer import DualViT, OutsideTeacher
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.loop import Loop
-from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.standardize import Standardizer, hadamard_matrix
+from graftvit.transfer.setting import check_effect
 from support.models.dense import images, relative_error, tiny
 from support.runs.engine_runs import config, differences, make_convnext, make_teacher, state
 from torch import Tensor
@@ -122,7 +122,7 @@ def test_a_width_without_a_hadamard_matrix_is_refused() -> None:
 def test_a_number_of_images_for_nothing_is_refused(tmp_path: Path) -> None:
     run = config(tmp_path, tmp_path, mode="transfer", transfer={"method": "feature", "standardize_images": 8})
     with pytest.raises(ConfigError, match="standardize_images=8 changes nothing with standardize=none"):
-        mode_of(run).check()
+        check_effect(run)
 
 
 @pytest.fixture(scope="module")

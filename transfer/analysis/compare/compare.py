@@ -27,11 +27,11 @@ from ...cells.pool import (
     save_record,
 )
 from ...config import RunConfig
-from ...effect import dump_decisive
 from ...engine.build import identify_teachers
 from ...engine.stages import Stage
 from ...engine.students import input_size
 from ...engine.train import train
+from ...setting import dump_decisive
 from ..benchmark.cases import load_average, machine
 from .comparison_cells import TEACHER, Cell, CompareConfig, Record, Speed, list_cells
 from .student_cell import (

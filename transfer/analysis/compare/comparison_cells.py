@@ -19,7 +19,7 @@ from ....models.grid_hosts import Call, watch_layer
 from ....models.host import AttentionHost
 from ....models.pyramid_conversion import sharing_copy
 from ...cells.pool import pick_named
-from ...config import Section
+from ...setting import Section
 
 TEACHER, UNIFORM = "teacher", "uniform"
 

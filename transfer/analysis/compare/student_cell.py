@@ -34,7 +34,6 @@ from ...config import DataConfig, RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build
 from ...engine.fit_operators import fit_student
-from ...engine.modes import mode_of
 from ...engine.stages import Stage, chain, train_stages
 from ...engine.students import input_size, plan_student
 from ...metrics.measure import evaluate
@@ -216,7 +215,7 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
     student = {"plan": cell.plan, "img_size": cell.size}
     layers = converted_layers(fresh_model(stages[0].config, cell.plan, cell.size)).values()
     operators = [layer.operator for layer in layers]
-    kept = [stage for stage in stages if not mode_of(stage.config).aligns or _can_align(stage, operators)]
+    kept = [stage for stage in stages if not stage.config.facts.aligns or _can_align(stage, operators)]
     if not kept:
         raise ConfigError(
             f"no layer of {cell.plan!r} learns in {', '.join(stage.name for stage in stages)}: "

@@ -19,8 +19,8 @@ from ....models.errors import Json, JsonDict
 from ....models.plain_yaml import parse_yaml
 from ...cells.pool import Ending, State, cell_state, digest, save_record
 from ...config import RunConfig
-from ...effect import dump_decisive
 from ...engine.train import train
+from ...setting import dump_decisive
 from ..report.ink import (
     BLUE,
     GRAY,

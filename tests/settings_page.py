@@ -1,0 +1,59 @@
+"""Write the tables of docs/configuration.md from the descriptions of the settings: `make docs`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from graftvit.launch.fields import Leaf, leaves, sections, short_names
+from graftvit.transfer.setting import rule_of
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+MARKED = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- end -->)", re.DOTALL)
+HEAD = "| key | flag | default | meaning |\n| --- | --- | --- | --- |\n"
+
+
+def render_settings() -> str:
+    """Return a table for each section, in the order of the configuration."""
+    titles = {"": "### The run\n"} | {
+        name: f"### {name}\n\n{' '.join((section.__doc__ or '').split())}\n"
+        for name, section in sections().items()
+    }
+    parts = [
+        f"\n{title}\n{HEAD}" + "".join(render_row(leaf) for leaf in leaves().values() if leaf.section == name)
+        for name, title in titles.items()
+    ]
+    return "".join(parts) + "\n"
+
+
+def render_row(leaf: Leaf) -> str:
+    short = [f"`--{name}`" for name, key in short_names().items() if key == leaf.key]
+    see = rule_of(leaf.field).see
+    meaning = mark_code(str(leaf.field.description)) + (f" ({see})" if see else "")
+    valid = leaf.valid() if leaf.valid().startswith("one of") else ""
+    meaning += f" ({valid})" if valid else ""
+    return (
+        f"| `{leaf.key}` | {', '.join(short) or f'`--{leaf.key}`'} | {render_default(leaf)} | {meaning} |\n"
+    )
+
+
+def render_default(leaf: Leaf) -> str:
+    value = leaf.field.default
+    if leaf.is_switch:
+        return "on" if value else "off"
+    if isinstance(value, tuple) and value:
+        value = ",".join(map(str, value))
+    return "none" if value is None else "empty" if value == "" else f"`{value}`"
+
+
+def mark_code(text: str) -> str:
+    """Mark dotted keys and words such as `aa=none` as code."""
+    return re.sub(r"(?<![\w./])(\w+=\w+|(?:data|student|teacher|transfer)\.\w+)(?![\w.])", r"`\1`", text)
+
+
+def main() -> None:
+    PAGE.write_text(MARKED.sub(lambda _: render_settings(), PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The settings of the losses of a run: the section `transfer` and its entries. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import field_validator, model_validator
+
+from .methods.method_facts import facts_of, method_names, reads_setting
+from .setting import LOCAL, Need, OneOf, Section, in_mode, rule_of, setting
+
+STANDARDIZES = Need(
+    lambda loss: loss.standardize != "none",
+    "with standardize=none: leave it out, or set standardize to dimension or phi_s",
+    of="section",
+)
+
+
+class LossConfig(Section):
+    """One loss or one copy: what to take from a teacher, from where, and its weight."""
+
+    method: Annotated[str, OneOf(method_names)] = setting(
+        "distill", "what is copied, distilled or matched", see="[methods](transfer.md)"
+    )
+    layers: str | list[int] | list[tuple[int, int]] = setting(
+        "all",
+        "all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5, stages of a pyramid "
+        "stage2,stage3 or stage3.0-1, or teacher>student pairs 2>0,5>1 or stage2>stage3",
+    )
+    heads: str | list[int] = setting(
+        "all", "all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ"
+    )
+    loss: Literal["ce", "kl"] = setting(
+        "ce", "loss between maps; equal gradients, kl also subtracts the entropy"
+    )
+    feature_loss: Literal["cosine", "smooth_l1", "mse"] = setting("cosine", "loss of method=feature")
+    tokens: Literal["pooled", "patches", "both"] = setting(
+        "pooled",
+        "features of method=feature: the pooled one before the head, those of the patches after the final norm, or "
+        "both",
+    )
+    standardize: Literal["none", "dimension", "phi_s"] = setting(
+        "none",
+        "standardization of the teacher's features with method=feature: each dimension by itself, or all by one scale "
+        "after a rotation (PHI-S)",
+    )
+    standardize_images: int = setting(
+        1024,
+        "training images that the statistics of standardize are measured on",
+        gt=0,
+        needs=(STANDARDIZES,),
+    )
+    logits_loss: Literal["kl", "hard"] = setting(
+        "kl", "loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
+    )
+    logits_head: Literal["all", "distillation"] = setting(
+        "all",
+        "head that learns with method=logits: the prediction of all heads, or only that of DeiT's distillation token, "
+        "while only the other head learns from labels",
+    )
+    weight: float = setting(3.0, "weight of the transfer loss; 3 as published", ge=0, also=("atd_weight",))
+    reduction: Literal["sum", "mean"] = setting(
+        "sum",
+        "reduction over layers: sum as published, or mean (multiply the weight by the number of layers to match)",
+    )
+    temperature: float = setting(
+        1.0, "divisor of teacher and student logits; the loss is multiplied by T^2", gt=0
+    )
+    rows: float = setting(
+        1.0, "fraction of query rows that the map loss samples each step, unbiased", gt=0, le=1
+    )
+    interpolate_grid: bool = setting(
+        False,
+        "distillation of maps between different patch grids, with the teacher's attention logits interpolated",
+    )
+
+    @classmethod
+    def needs_of(cls, name: str) -> tuple[Need, ...]:
+        """Return the conditions of a setting; those of a single loss need a method that reads them."""
+        if name not in LossConfig.model_fields:
+            return super().needs_of(name)
+        read = Need(lambda loss: reads_setting(loss.method, name), _describe_reads, of="section")
+        return (*cls.needs, read, *rule_of(cls.model_fields[name]).needs)
+
+    @field_validator("layers", "heads", mode="before")
+    @classmethod
+    def _one_number(cls, chosen: Any) -> Any:
+        """Read a single number, as YAML reads `layers: 7`, as the text of it."""
+        return str(chosen) if isinstance(chosen, int) and not isinstance(chosen, bool) else chosen
+
+
+def _describe_reads(loss: LossConfig) -> str:
+    reads = ", ".join(sorted(facts_of(loss.method).reads or ()))
+    return f"with transfer.method={loss.method}: leave it out (it reads {reads})"
+
+
+class LossEntry(LossConfig):
+    """An entry of `transfer.losses`."""
+
+    teacher: str | None = setting(None, "name of the teacher in `teachers`; the section `teacher` by default")
+
+
+class TransferConfig(LossConfig):
+    """The losses of a run: what to take from which teacher and layers, and with which weight."""
+
+    needs: ClassVar = (in_mode("transfer"),)
+
+    losses: list[LossEntry] = setting(
+        [],
+        "several losses in one run, as in '[{method: distill, weight: 3}, {method: feature}]'; each entry takes the "
+        "settings above, which describe a single loss, and a teacher",
+    )
+    task_weight: float = setting(
+        1.0, "weight of the classification loss; 0 learns only from the teacher, without labels", ge=0
+    )
+    share_drop_path: bool = setting(
+        False,
+        "the student's stochastic-depth masks applied to the teacher too, as the official code does",
+        needs=(
+            Need(
+                lambda run: run.student.drop_path > 0,
+                "with student.drop_path=0, which drops no block: leave it out, or set student.drop_path",
+            ),
+        ),
+    )
+    cache: Annotated[str | None, LOCAL] = setting(
+        None,
+        "folder that keeps what the teachers compute of the training images, so that they compute it once for all "
+        "epochs and runs; needs data.views",
+        outside=True,
+        see="[the cache](transfer.md#a-teacher-that-runs-once)",
+    )
+    cache_limit: float | None = setting(
+        None,
+        "largest size in GiB of this run's targets in transfer.cache; by default what is missing may take 90% of the "
+        "free disk",
+        gt=0,
+        outside=True,
+        needs=(
+            Need(
+                lambda run: run.transfer.cache is not None,
+                "without transfer.cache: leave it out, or set transfer.cache",
+            ),
+        ),
+    )
+
+    @property
+    def terms(self) -> tuple[LossEntry, ...]:
+        """Return `losses`, or the single loss that the other settings describe."""
+        short = LossEntry(**{name: getattr(self, name) for name in LossConfig.model_fields})
+        return tuple(self.losses) or (short,)
+
+    @model_validator(mode="after")
+    def _check_form(self) -> TransferConfig:
+        short = [
+            name for name, field in LossConfig.model_fields.items() if getattr(self, name) != field.default
+        ]
+        if self.losses and short:
+            raise ValueError(describes_single_loss(f"transfer.{short[0]}", short[0]))
+        return self
+
+
+def describes_single_loss(given: str, name: str) -> str:
+    """Return why the setting `name`, which the user wrote as `given`, is refused beside `transfer.losses`."""
+    return (
+        f"{given} describes a single loss and cannot be used with transfer.losses: write {name} into an entry of "
+        "transfer.losses"
+    )
